@@ -98,6 +98,7 @@ def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> Non
 
 
 def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: StopRequest, attempt: Attempt) -> None:
+    """Read tasks and data, build or connect the model, run all tasks, and let rank 0 write the report. All ranks must call."""
     attempt.set_run_dir(job_dir, int(os.environ.get("RANK", 0)))
     tokenizer = load_tokenizer(config.model)
     opened = _RunData(job)
@@ -287,7 +288,8 @@ def _evaluate_base(
     models: dict[str, EvaluatedModel] = {}
     for prepared in evaluator.tasks:
         prepared.task.is_opponent = True
-    # Full tuning overwrites the base, so it is evaluated before the checkpoint is loaded. An adapter can be switched off.
+    # Full tuning overwrites the base, as adapters do that rewrite it at their start (PiSSA): then it is evaluated before the
+    # checkpoint is loaded. Other adapters can be switched off.
     is_overwritten = not built.tuning.keeps_base
     if job.base and is_overwritten:
         models[BASE] = _evaluate_model(evaluator, BASE, listener)
@@ -314,6 +316,7 @@ def _evaluate_model(evaluator: TaskEvaluator, arm: str, listener: _Listener) -> 
 
 
 def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
+    """The head of the report: the model, how and where it was evaluated, and versions of libraries."""
     of_the_run = job.checkpoint is not None and not job.accepted
     return {
         "version": record.VERSION,

@@ -62,6 +62,7 @@ def _model_name(model: dict[str, Any]) -> str:
 
 
 def _comparison_cells(compared: dict[str, Any] | None) -> list[str]:
+    """The table cells of a metric's comparison with another model; dashes if there is none."""
     if compared is None:
         return ["-", "-", "", "", ""]
     return [

@@ -349,6 +349,7 @@ def export(config: RunConfig, request: ExportRequest) -> Prepared:
 
 
 def _export(config: RunConfig, request: ExportRequest, runtime: Runtime) -> Prepared:
+    """Rebuild the run's model, load the checkpoint or the mean of several, and write the export; returns the run's data."""
     from strategies.base import Precision
     from trainer.build.parts import build_engine
     from trainer.checkpoints.manifest import fingerprint

@@ -124,6 +124,7 @@ def push(target: HubTarget) -> str | None:
 
 
 def _push_folder(target: HubTarget) -> Any:
+    """Create the repository if it does not exist and upload the folder; returns the commit's address. Raises ShardtuneError."""
     from huggingface_hub import HfApi
 
     api = HfApi()

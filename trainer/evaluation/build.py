@@ -45,7 +45,9 @@ def build_evaluators(
         return []
     reading = built.reading
     parts = evaluation_parts(held_out, generates=config.generate.samples > 0)
-    part_metrics = [name for names in parts.values() for name in names.values()]
+    part_metrics: list[str] = []
+    for names in parts.values():
+        part_metrics += names.values()
     if config.watch.count("/") > 1 and config.watch not in {*part_metrics, *metric_directions(config.tasks)}:
         known = f"of their parts there are {', '.join(part_metrics)}"
         if not part_metrics:
@@ -62,6 +64,9 @@ def build_evaluators(
     )
     batches = partial(eval_batches, held_out, share, built.collator, runtime.device)
     sequences = share.sequences(held_out)
+    loss_parts = []
+    for source, names in parts.items():
+        loss_parts.append(EvaluationPart(source, _loss_targets(held_out, sequences, source), names))
     loss_evaluator = LossEvaluator(
         batches,
         count=exact_sum(held_out.counts["loss"][sequences]),
@@ -69,9 +74,7 @@ def build_evaluators(
         perplexity=built.step_module.objective.perplexity,
         stop_now=watch_for_stop(),
         ahead=None if reading.ahead is None else partial(batches, ahead=reading.ahead),
-        parts=[
-            EvaluationPart(source, _loss_targets(held_out, sequences, source), names) for source, names in parts.items()
-        ],
+        parts=loss_parts,
     )
     evaluators: list[Evaluator] = [loss_evaluator]
     if config.generate.samples:
@@ -139,7 +142,10 @@ def evaluation_parts(held_out: TokenDataset, *, generates: bool = False) -> dict
         metrics = ["loss", "perplexity", "accuracy", "f1_macro", "f1_micro"]
         if generates:
             metrics += ["bleu", "rougeL"]
-        return {number: {metric: f"eval/{name}/{metric}" for metric in metrics} for number, name in sources.items()}
+        names_by_source = {}
+        for number, name in sources.items():
+            names_by_source[number] = {metric: f"eval/{name}/{metric}" for metric in metrics}
+        return names_by_source
     if len(sources) < 2:
         return {}
     return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()}

@@ -96,6 +96,7 @@ class GenerateAnswers:
         return {"answers": ids[:, begin:]}
 
     def _processors(self, seeds: Sequence[int], begin: int) -> Iterator[Any]:
+        """The logits processors that sample: temperature, top-k, top-p, then the noise. Temperature 0 is greedy and has none."""
         from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         settings = self.settings

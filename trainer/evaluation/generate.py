@@ -181,9 +181,8 @@ class Writer:
     ) -> list[list[int]]:
         """This rank's batches of row numbers; see `sharded_batches`."""
         size = self.batch
-        if getattr(
-            model_of(engine), "forward_path", STOCK_PATH
-        ).alone:  # the model computes right for one row at a time
+        forward_path = getattr(model_of(engine), "forward_path", STOCK_PATH)
+        if forward_path.alone:  # the model computes right for one row at a time only
             size = 1
             budget = None
         return [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=size, budget=budget, kinds=kinds)]

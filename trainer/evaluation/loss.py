@@ -108,7 +108,11 @@ class LossEvaluator:
 
     def _metrics(self, totals: dict[str, torch.Tensor], count: float) -> dict[str, float]:
         """Metrics by name, the loss first. `count` is the denominator of the means."""
-        means = {name: total.item() / (count or 1) for name, total in totals.items() if total.dim() == 0}
+        denominator = count or 1  # without targets the sums are 0, and so are the means
+        means = {}
+        for name, total in totals.items():
+            if total.dim() == 0:
+                means[name] = total.item() / denominator
         metrics = {"loss": means["loss"]}
         if self._perplexity:
             metrics["perplexity"] = math.exp(min(means["loss"], 700.0))  # above 709 float64 overflows

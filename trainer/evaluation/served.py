@@ -95,6 +95,7 @@ class ServedWriter:
         """The likelihood of each continuation. Raises ConfigError if the server gives no log-probabilities of prompts."""
 
         def ask(pair: Pair) -> Likelihood:
+            """The likelihood of one continuation. Raises ConfigError if the server sends no log-probabilities of the prompt."""
             context, continuation = pair
             ids = [*context, *continuation]
             # The server echoes the prompt with log-probabilities; the one token that it must add is ignored.
@@ -113,10 +114,10 @@ class ServedWriter:
                 )
             continuation_logprobs = token_logprobs[scored]
             best_logprobs = (getattr(logprobs, "top_logprobs", None) or [None] * len(ids))[scored]
-            is_greedy = all(
-                best is None or logprob >= max(best.values())
-                for logprob, best in zip(continuation_logprobs, best_logprobs, strict=True)
-            )
+            is_greedy = True
+            for logprob, best in zip(continuation_logprobs, best_logprobs, strict=True):
+                if best is not None and not logprob >= max(best.values()):  # a NaN is not greedy either
+                    is_greedy = False
             return Likelihood(float(sum(continuation_logprobs)), len(continuation_logprobs), is_greedy)
 
         return self._send_all(ask, pairs)

@@ -52,6 +52,7 @@ class TaskEvaluator:
         last_line = 0.0
 
         def on_batch(done: int, batches: int) -> None:
+            """Print a line if the last one is `SIGN_OF_LIFE_S` seconds old; the clock starts anew with each task."""
             nonlocal task, began, last_line
             now = clock()
             if task != self.current_task:

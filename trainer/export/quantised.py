@@ -216,6 +216,7 @@ def _compute_dtype(kind: FewBits) -> Any:
 
 
 def _quantisation_config(kind: FewBits) -> Any:
+    """The transformers configuration that loads and stores a model in this type."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if kind is FewBits.int8:

@@ -41,6 +41,7 @@ class KeptChoices(TorchFunctionMode):
         """Whether the calls had the same order and shapes as the recorded ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function; of a `topk`, return the recorded indices instead of its own, with the scores at these indices."""
         output = func(*args, **kwargs or {})
         if func not in TOPK:
             return output

@@ -55,6 +55,7 @@ class Verification:
         return self.max_abs_difference <= self.tolerance * self.largest_logit
 
     def __str__(self) -> str:
+        """The comparison in one sentence, for the screen and for errors."""
         routing_note = (
             f"; with the experts that training chose, {self.held_choices} of which rounding would change"
             if self.held_choices

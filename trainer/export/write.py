@@ -145,6 +145,7 @@ def _of_reading(error: BaseException) -> bool:
 
 
 def _publish(aside: Path, destination: Path) -> None:
+    """Rename the finished export into place. An earlier export there is moved aside first, and deleted last."""
     mode = (aside / "README.md").stat().st_mode
     for file in aside.rglob("*"):
         if file.is_file():
@@ -245,6 +246,7 @@ def _check_mergeable(built: Built) -> None:
 
 
 def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, base_path: str) -> None:
+    """Write the adapter's files. One that started by rewriting the base (as PiSSA does) becomes a plain LoRA of double rank."""
     from trainer.tuning.adapter import Adapter
     from trainer.tuning.adapter_files import as_plain_lora, write_adapter
 
@@ -274,6 +276,7 @@ def _write_model(
     config: ExportConfig,
     facts: ModelFacts,
 ) -> None:
+    """Write the whole model in transformers' format: weights in shards, `config.json` and the base's generation settings."""
     dtype = _dtype(config, base_path)
     write_tensors(tensors, directory, dtype=dtype, max_bytes=int(config.max_shard_gib * 2**30))
     plain = _plain(built)

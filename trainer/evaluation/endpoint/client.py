@@ -66,6 +66,7 @@ class Client:
             raise EndpointFailed(f"{self.key}.url={self.config.url}: {self._without_key(str(error))}") from None
 
     def _error_of_status(self, status: int, answer: str) -> ShardtuneError:
+        """The error for an HTTP status: ConfigError if a setting is wrong, EndpointFailed if the server is down or overloaded."""
         if status in (401, 403):
             setting = f"{self.key}.key_env={self.config.key_env}"
             return ConfigError(f"{setting}: the server at {self.config.url} does not take the key ({status}: {answer})")

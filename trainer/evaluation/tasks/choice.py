@@ -37,6 +37,7 @@ class MultipleChoice(Task):
     needs_path = True
 
     def read(self, case: Case) -> None:
+        """Keep question, choices and the number of the right choice. Raises Refusal."""
         fields = case.fields
         question_column = "question" if "question" in fields else "prompt"
         question = text_of(fields, question_column)
@@ -51,6 +52,7 @@ class MultipleChoice(Task):
         case.fields = {"question": question, "choices": list(choices), "answer": _right_choice(answer, choices, labels)}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Rows with the likeliest choice of each case, by three measures. All ranks must call."""
         documents = []
         for case in cases:
             file, line = split_location(case.where)
@@ -61,10 +63,10 @@ class MultipleChoice(Task):
                 documents.append(document)
         likelihoods = model.likelihoods(model.encode_questions(documents))
         # All choices of all cases were asked as one list: a case's choices are a slice of it.
-        return [
-            _scored_row(case, likelihoods[start:stop])
-            for case, (start, stop) in zip(cases, pairwise(_choice_offsets(cases)), strict=True)
-        ]
+        rows = []
+        for case, (start, stop) in zip(cases, pairwise(_choice_offsets(cases)), strict=True):
+            rows.append(_scored_row(case, likelihoods[start:stop]))
+        return rows
 
     @property
     def _separator(self) -> str:

@@ -54,6 +54,7 @@ class ClassificationTask(Task):
         case.fields = {"text": text_of(case.fields, text_column), "label": label}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Rows with the likeliest label of each text, by the classification head or by likelihoods. All ranks must call."""
         if model.label_names is not None:
             names, probabilities = self._by_head(cases, model)
         else:
@@ -119,6 +120,7 @@ class ClassificationTask(Task):
         return labels
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+        """Macro F1, Matthews correlation and calibration error, each as a function of row weights."""
         from sklearn.metrics import f1_score, matthews_corrcoef
 
         true_labels = [row.reference for row in rows]
@@ -127,6 +129,7 @@ class ClassificationTask(Task):
         confidences = np.array([row.scores["confidence"] for row in rows])
 
         def f1_macro(weights: np.ndarray) -> float:
+            """The mean F1 of the labels that occur in rows with a weight above 0."""
             # A label that occurs in no row of the resample must not count as a label with an F1 of 0.
             is_drawn = weights > 0
             score = f1_score(

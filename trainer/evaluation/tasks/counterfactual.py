@@ -67,6 +67,7 @@ class Counterfactual(Task):
     file_options = ("terms",)
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with the settings, including the file of terms, one line each."""
         yield from super().problems()
         measure = self.option_values["measure"]
         if measure not in MEASURES:
@@ -92,6 +93,7 @@ class Counterfactual(Task):
         return terms
 
     def read(self, case: Case) -> None:
+        """Keep the variants of a row: its texts by group, or its template filled with the terms of each group. Raises Refusal."""
         fields = case.fields
         completion = text_of(fields, "completion") if fields.get("completion") is not None else None
         texts = fields.get("texts")
@@ -137,7 +139,10 @@ class Counterfactual(Task):
         return [combinations[int(number * step)] for number in range(min(len(combinations), most))]
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        variants = [(case, variant) for case in cases for variant in case.fields["variants"]]
+        """A row for each case, from the mean over the variants of each group. All ranks must call."""
+        variants = []
+        for case in cases:
+            variants += [(case, variant) for variant in case.fields["variants"]]
         if model.label_names is not None:
             values = self._label_probabilities(variants, model)
         elif self.option_values["measure"] == "answer":
@@ -189,8 +194,10 @@ class Counterfactual(Task):
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-        group_metrics = [
-            Metric(
+        """The metrics, and the effect of each group that the rows have."""
+        group_metrics = []
+        for group in _groups_with_prefix(rows, "of_"):
+            metric = Metric(
                 f"effect_{group}",
                 f"{group} against the mean of all groups, nats",
                 None,
@@ -198,11 +205,11 @@ class Counterfactual(Task):
                 min_cases=MIN_CASES,
                 in_family=True,
             )
-            for group in _groups_with_prefix(rows, "of_")
-        ]
+            group_metrics.append(metric)
         return (*self.metrics, *group_metrics)
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """A sentence for each group whose effect is significant, and one if the cases are too few."""
         for group, p in _corrected_p(rows).items():
             cases = int(sum(row.scores.get(f"in_{group}", 0.0) for row in rows))
             if cases < MIN_CASES or p >= LEVEL:
@@ -256,7 +263,9 @@ def _row(case: Case, value_by_group: dict[str, np.ndarray]) -> TaskRow:
     """The row of a case: the largest distance of two groups, and if a value is one number, the effect of each group."""
     values = list(value_by_group.values())
     is_one_number = len(values[0]) == 1
-    distances = [float(np.abs(first - second).sum()) for first in values for second in values]
+    distances = []
+    for first in values:
+        distances += [float(np.abs(first - second).sum()) for second in values]
     # Probabilities of labels sum to 1, so half the sum of their distances is the total variation distance.
     scores = {"gap": max(distances) / (1 if is_one_number else 2)}
     if is_one_number:

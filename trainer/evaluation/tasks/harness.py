@@ -76,6 +76,7 @@ class Harness(Task):
             self.fault = f"{self.key}.{setting}={error}"
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with the settings. Settings of `write` that the harness's task decides are refused."""
         for problem in super().problems():
             # The metrics of a task in Python are not known before it is loaded, so its limits cannot be checked yet.
             if self.metrics or not problem.startswith(f"{self.key}.limit."):
@@ -135,6 +136,7 @@ class Harness(Task):
         """Nothing to do: the harness has read the row."""
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Let the harness score its rows with our model. Raises DataError if the harness fails. All ranks must call."""
         from lm_eval import evaluator
 
         from trainer.evaluation.harness.isolation import collect_warnings, harness_seeds
@@ -172,8 +174,13 @@ class Harness(Task):
         known = {metric.name: metric for metric in self.metrics}
         row_names = _names_in(rows)
         # First the known metrics in their order, then those that only the rows have. Names with a dot are parts of metrics.
-        names = [name for name in known if name in row_names or f"loss.{name}" in row_names]
-        names += [name for name in row_names if name not in known and "." not in name]
+        names = []
+        for name in known:
+            if name in row_names or f"loss.{name}" in row_names:
+                names.append(name)
+        for name in row_names:
+            if name not in known and "." not in name:
+                names.append(name)
         metrics = []
         for name in names:
             metric = known.get(name) or Metric(name, "mean over rows, as lm-eval has it", None, ratio=(name, None))
@@ -200,6 +207,7 @@ class Harness(Task):
         return lm_eval_standard_errors(self.loaded_tasks, self.metrics_for(rows), rows)
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """lm-eval's own standard errors, metrics with fewer resamples, and warnings of the last run."""
         errors = [f"{name} {error:.4g}" for name, error in self.standard_errors(rows).items() if "/" not in name]
         if errors:
             yield f"standard errors as lm-eval reckons them: {', '.join(errors)}"

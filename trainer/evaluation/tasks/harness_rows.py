@@ -63,6 +63,7 @@ class LoadedTasks:
     """The harness's function that computes a metric from the values of its rows, by our name of the metric."""
 
     def __post_init__(self) -> None:
+        """Collect the metrics of all tasks, one for each metric and filter. The first task that has a metric defines it."""
         metrics: dict[str, Metric] = {}
         self.aggregates = {}
         for task in self.tasks.values():
@@ -123,6 +124,7 @@ class LoadedTasks:
         sources = np.array([row.source for row in rows])
 
         def metric_of_weights(weights: np.ndarray) -> float:
+            """The metric of a resample: each row repeated as often as its weight says. NaN if no row has a value."""
             values = []
             sizes = []
             for source in dict.fromkeys(sources.tolist()):
@@ -165,11 +167,15 @@ def complete_scores(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow
     If some rows have no value of a metric, the others get `rows.METRIC`, which counts them. The score of the first metric is put
     first, since the first score sorts the rows.
     """
-    counts = Counter(name for row in rows for name in row.scores if "." not in name)
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(name for name in row.scores if "." not in name)
     incomplete = {name for name, count in counts.items() if count < len(rows)}
-    first_metric = next(
-        (metric for metric in all_tasks.metrics if any(_has_metric(metric.name, row) for row in rows)), None
-    )
+    first_metric = None
+    for metric in all_tasks.metrics:
+        if any(_has_metric(metric.name, row) for row in rows):
+            first_metric = metric
+            break
     for row in rows:
         row.scores |= {f"rows.{name}": 1.0 for name in incomplete & row.scores.keys()}
         if first_metric is None:

@@ -32,6 +32,7 @@ class HeldOut(Task):
         """Nothing to do: `prepare_tasks` reads the documents."""
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """A row for each sequence, with the sums that the metrics divide. All ranks must call."""
         dataset = self.dataset
         assert dataset is not None
         losses = model.sequence_losses(dataset, self.config.max_rows)

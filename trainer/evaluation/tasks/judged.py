@@ -62,6 +62,7 @@ class GradedTask(JudgedTask):
     )
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Write answers and have the judge grade each of them. Raises DataError if no grade can be read. All ranks must call."""
         prompts, answers = self.write_answers(cases, model)
         judge = model.require_judge(self.key)
         questions = [self._question(case, answer) for case, answer in zip(cases, answers, strict=True)]
@@ -78,6 +79,7 @@ class GradedTask(JudgedTask):
         return rows
 
     def _question(self, case: Case, text: str) -> str:
+        """The question to the judge: rubric, request, reference answer (if `options.reference`) and the answer to grade."""
         parts = [
             f"You grade an answer to a request. {self.option_values['rubric']}",
             f"<request>\n{request_text(case.document)}\n</request>",

@@ -38,6 +38,7 @@ class DocumentTask(Task):
     options: ClassVar[dict[str, Any]] = {"sample": 200, "seed": 0}
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with the settings. All whole numbers among the options must be above 0, the seed at least 0."""
         yield from super().problems()
         for name, default in self.options.items():
             if not isinstance(default, int):
@@ -125,6 +126,7 @@ class Memorisation(DocumentTask):
         return Question(question.where, context, question.answer[prefix:stop])
 
     def _row(self, question: Question, ids: list[int], model: ModelInterface) -> TaskRow:
+        """The row of an answer: whether it is verbatim or nearly so, and the share of leading tokens that agree."""
         from sacrebleu import sentence_bleu
 
         reference_ids = question.answer
@@ -178,6 +180,7 @@ class Canary(DocumentTask):
     options: ClassVar[dict[str, Any]] = {"candidates": 100, "seed": 0}
 
     def read(self, case: Case) -> None:
+        """Keep the secret and random texts of its form. Raises Refusal if the secret is not exactly once in what is learned."""
         super().read(case)
         secret = case.fields.get("secret")
         document = case.document
@@ -212,6 +215,7 @@ class Canary(DocumentTask):
                 return
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Rows with the rank of each secret among random texts of its form, by likelihood. All ranks must call."""
         documents: list[Document] = []
         texts_by_case: list[int] = []
         for case in cases:
@@ -291,6 +295,7 @@ class Membership(DocumentTask):
     file_options = ("others",)
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Rows with the mean loss of a target token, and whether the row was trained on. All ranks must call."""
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
         if model.max_positions is not None:
             questions = [_cut_to_positions(question, model.max_positions) for question in questions]

@@ -49,7 +49,8 @@ def row_of_draws(
     row.scores = dict(scores[0])
     if len(texts) == 1:
         return row
-    row.scores = {name: sum(draw[name] for draw in scores) / len(scores) for name in scores[0]}
+    for name in scores[0]:
+        row.scores[name] = sum(draw[name] for draw in scores) / len(scores)
     # The first score of these tasks is 1 for a right answer and 0 for a wrong one.
     right = sum(next(iter(draw.values())) == 1.0 for draw in scores)
     for metric in metrics:

@@ -59,6 +59,7 @@ class PersonalDataTask(WrittenTask):
         return PersonalDataFinder(self.privacy)
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Rows with the number of pieces of personal data in each answer, which is masked in the report. All ranks must call."""
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
         answers = model.answers(questions, self.config.write, self.key)
         decode = model.writer.tokenizer.decode

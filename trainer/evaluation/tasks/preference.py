@@ -35,6 +35,7 @@ class PreferenceTask(JudgedTask):
             yield f"{self.key}.options.opponent={self.option_values['opponent']}: must be reference (the row's answer) or other"
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Have the judge compare each answer with the opponent's, in both orders; equal ones are ties. All ranks must call."""
         opponent_texts = self.opponent_texts(cases)
         prompts, answers = self.write_answers(cases, model)
         judge = model.require_judge(self.key)
@@ -78,6 +79,7 @@ class PreferenceTask(JudgedTask):
         return [self.opponent_answers[case.where] for case in cases]
 
     def _question(self, request: str, answer: str, opponent: str, *, swapped: bool) -> str:
+        """The question to the judge, with both answers as A and B; `swapped`: the opponent's answer is A."""
         first, second = (opponent, answer) if swapped else (answer, opponent)
         return "\n\n".join(
             [

@@ -94,6 +94,7 @@ def _check_outside_rows(task: Task, context: TaskContext, *, held_out: bool) -> 
 
 
 def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bool) -> None:
+    """Read the rows of one task, and raise ConfigError or DataError if it has none or they cannot be used."""
     if task.loads_own_rows:
         read_cases(task, None)
     elif task.config.path is None and task.split != "evaluation":

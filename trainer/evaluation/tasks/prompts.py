@@ -28,6 +28,7 @@ class PromptTask(Task):
     options: ClassVar[dict[str, Any]] = {"template": None, "continue": False}
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with the settings, including the template and the file that it may name."""
         yield from super().problems()
         yield from self.config.write.problems(f"{self.key}.write")
         if not isinstance(self.option_values["continue"], bool):

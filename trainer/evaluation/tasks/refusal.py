@@ -166,6 +166,7 @@ class Refusals(PromptTask):
         )
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Rows with whether each prompt was refused, by phrases or by the judge. All ranks must call."""
         draws = self.write_draws(cases, model)
         answers = [case_answers[0].text.strip() for _, case_answers in draws]
         if self.needs_judge:
@@ -226,6 +227,7 @@ class Refusals(PromptTask):
         return tuple(metric for metric in self.metrics if metric.ratio is None or metric.ratio[1] in (None, *sides))
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """How many prompts of each side are treated right, and how many answers or verdicts could not be used."""
         for side, should_be in (("harmful", "refused"), ("harmless", "answered")):
             side_rows = [row for row in rows if row.source == side]
             if not side_rows:

@@ -96,6 +96,7 @@ class Stereotype(Task):
         yield from _pair_winobias_files(self.key, winobias_files)
 
     def read(self, case: Case) -> None:
+        """Keep a row's sentences (stereotype, anti-stereotype, perhaps unrelated), context and groups. Raises Refusal."""
         fields = case.fields
         if "sent_more" in fields:
             texts = [text_of(fields, "sent_more"), text_of(fields, "sent_less")]
@@ -117,6 +118,7 @@ class Stereotype(Task):
         case.fields = {"texts": texts, "context": context, "target": target, "groups": groups}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Rows with which sentence of each case is likelier. All ranks must call."""
         plain_texts = []
         texts_with_context = []
         for case in cases:
@@ -142,6 +144,7 @@ class Stereotype(Task):
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+        """The metrics that fit the rows (StereoSet's need unrelated sentences), and one for each group if there are several."""
         has_unrelated_sentences = any("compared" in row.scores for row in rows)
         metrics = self.metrics if has_unrelated_sentences else self.metrics[:2]
         groups: dict[str, None] = {}
@@ -149,8 +152,9 @@ class Stereotype(Task):
             groups |= dict.fromkeys(name[len("in_") :] for name in row.scores if name.startswith("in_"))
         if len(groups) < 2:
             return metrics
-        group_metrics = [
-            Metric(
+        group_metrics = []
+        for group in groups:
+            metric = Metric(
                 f"stereotype_score_{group}",
                 f"the same of {group}",
                 None,
@@ -158,18 +162,17 @@ class Stereotype(Task):
                 min_cases=MIN_PAIRS,
                 in_family=True,
             )
-            for group in groups
-        ]
+            group_metrics.append(metric)
         return (*metrics, *group_metrics)
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+        """StereoSet's ICAT score as a function of row weights: NaN if no row has an unrelated sentence."""
         # Only rows with an unrelated sentence ("compared") count in ICAT; all others are zeros.
-        is_compared = ["compared" in row.scores for row in rows]
+        is_compared = np.array(["compared" in row.scores for row in rows])
 
         def compared_scores(name: str) -> np.ndarray:
-            return np.array(
-                [row.scores.get(name, 0.0) if counts else 0.0 for row, counts in zip(rows, is_compared, strict=True)]
-            )
+            scores = np.array([row.scores.get(name, 0.0) for row in rows])
+            return np.where(is_compared, scores, 0.0)
 
         preferred = compared_scores("weighted")
         weight = compared_scores("weight")
@@ -187,6 +190,7 @@ class Stereotype(Task):
         return {"icat": icat}
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """Whether the stereotypical sentence is likelier beyond chance, by the interval of the share."""
         count = int(sum(row.scores["preferred"] for row in rows))
         low, high = spans["stereotype_score"]
         if len(rows) < MIN_PAIRS:

@@ -45,6 +45,7 @@ class ToolCalls(WrittenTask):
     reads = 'conversations ("messages") with "tools", whose last assistant turn has the right "tool_calls", or none'
 
     def read(self, case: Case) -> None:
+        """Keep the calls of the reference answer. Raises Refusal for a row without tools or without an answer."""
         assert case.document is not None
         answer = last_answer(case.document)
         if answer is None or not case.document.tools:
@@ -74,12 +75,15 @@ class ToolCalls(WrittenTask):
         return str(case.fields["reference"])
 
     def score(self, case: Case, text: str) -> dict[str, float]:
+        """Compare the calls of an answer with those of the reference, in their order.
+
+        `right`: tools and arguments are the same; `names`: the tools are the same; `called`: both make calls, or neither.
+        """
         calls = parse_tool_calls(text)
         reference_calls = case.fields["calls"]
         same_names = [call["name"] for call in calls] == [call["name"] for call in reference_calls]
-        same_arguments = same_names and all(
-            call["arguments"] == reference["arguments"] for call, reference in zip(calls, reference_calls, strict=True)
-        )
+        arguments = [call["arguments"] for call in calls]
+        same_arguments = same_names and arguments == [call["arguments"] for call in reference_calls]
         return {
             "right": float(same_arguments),
             "names": float(same_names),
@@ -150,6 +154,7 @@ class JsonSchema(Task):
             yield f"{self.key}.options.schema={file}: no such file; give a file with a JSON schema"
 
     def read(self, case: Case) -> None:
+        """Keep the schema, of the row or of `options.schema`, and make a document of the prompt. Raises Refusal."""
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
 
@@ -183,6 +188,7 @@ class JsonSchema(Task):
         case.fields = {"schema": schema}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Rows with whether each answer is JSON, and valid under the row's schema. All ranks must call."""
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
         answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
         rows = []

@@ -95,6 +95,7 @@ class Subgroups(ClassificationTask):
         }
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """The size of each group, and for each gap what chance gives and whether the gap is beyond that."""
         groups = np.array([row.source for row in rows])
         names, counts = np.unique(groups, return_counts=True)
         yield "rows: " + ", ".join(
