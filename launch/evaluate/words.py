@@ -26,7 +26,7 @@ SERVER = "evaluation.server"
 UNUSED = {"model.download", "export.answers", "challenges.forgetting.data"}
 """Settings that an evaluation of a run does without: a model that is in the cache needs no download."""
 PLAIN = ("loss", "bits_per_byte", "token_accuracy")
-"""Tasks of a language model's run where none are asked for."""
+"""Tasks of a language model's run if the user sets none."""
 
 
 @dataclass(kw_only=True)
@@ -185,7 +185,7 @@ def _missing_model(config: RunConfig) -> list[str]:
 
 
 def _config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, str, list[str]]:
-    """The run's configuration with the words on top, the checkpoint, and how the base differs where that is accepted."""
+    """The run's configuration with the words on top, the checkpoint, and how the base differs if that is accepted."""
     from launch.config.compose import recompose
     from launch.config.read_run import ReadingVerb, read_run
     from launch.export.command import find_checkpoint, tell_if_base_was_better
@@ -347,10 +347,12 @@ def _few_bits_problems(config: RunConfig, typed: list[str]) -> Iterator[str]:
     from trainer.model.quantised_checkpoints import missing_library, quantising_library
 
     path = config.model.path
-    if (kit := quantising_library(path)) is None or config.evaluation.server.url is not None:
+    kit = quantising_library(path)
+    if kit is None or config.evaluation.server.url is not None:
         return
-    if lacks := missing_library(kit):
-        yield f"model.path={path}: {lacks}"
+    missing = missing_library(kit)
+    if missing:
+        yield f"model.path={path}: {missing}"
     if config.strategy.name not in (StrategyName.single, StrategyName.ddp):
         yield (
             f"strategy={config.strategy.name}: model.path={path} lies in few bits ({kit}), which every rank holds whole; set "
@@ -365,7 +367,7 @@ def _few_bits_problems(config: RunConfig, typed: list[str]) -> Iterator[str]:
 
 
 def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_words: EvaluateWords) -> None:
-    """What `against` means: base, a report, a run, a model. Errors: ConfigError."""
+    """Put into the plan what `against` names: base, a report, a run or a model. The last two run first. Errors: ConfigError."""
     from trainer.evaluation.report.record import REPORT, read_report
 
     path = Path(against).expanduser()
@@ -446,7 +448,7 @@ def _other_run_words(run: Path, evaluation_plan: EvaluationPlan, evaluate_words:
 
 
 def replace_evaluation(other_plan: EvaluationPlan, evaluation_plan: EvaluationPlan) -> EvaluationPlan:
-    """The other run asked what this one is asked."""
+    """The plan of the other run, with the tasks of this evaluation."""
     other_plan.config.evaluation = copy.deepcopy(evaluation_plan.config.evaluation)
     other_plan.job = replace(other_plan.job, asked_first=True)
     return other_plan

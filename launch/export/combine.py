@@ -52,7 +52,10 @@ def asks_to_combine(argv: list[str]) -> bool:
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    """Do what the words say; where the model is. Errors: ConfigError with every word that cannot be used, DriftError."""
+    """Combine adapters as the words say; returns where the model was written.
+
+    Errors: ConfigError with every word that cannot be used, DriftError.
+    """
     words, problems = read_words("export adapters=", CombineWords, argv)
     if words.typed.get("adapters") and not words.adapters:
         problems.append(f"adapters={words.typed['adapters']}: names no adapter; write adapters=[runs/a/export]")

@@ -145,10 +145,13 @@ def run(argv: list[str]) -> dict[str, Any]:
     if bits is not None:
         export_gguf.refuse_sizes(bits.kind, config)
     request.gates = pass_gates(config, typed_gates, request)
-    what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(request.checkpoint)
-    print(
-        f"exporting {what} to {request.to}{unfinished(run_dir, None if averaged else request.checkpoint)}", flush=True
-    )
+    if averaged:
+        what = f"the mean of {', '.join(path.name for path in averaged)}"
+        state = unfinished(run_dir, None)
+    else:
+        what = str(request.checkpoint)
+        state = unfinished(run_dir, request.checkpoint)
+    print(f"exporting {what} to {request.to}{state}", flush=True)
     data = None
     if only_convert:
         print(f"the export in {request.to} is whole: only its GGUF file is made", flush=True)

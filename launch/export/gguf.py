@@ -99,7 +99,7 @@ class FewBitsRequest:
 
     kind: FewBits
     python: str | None
-    """Of the environment that stores it, where that is another one."""
+    """Python of the environment that stores it, if that is not this one."""
 
 
 def few_bits_request(words: ExportWords, config: RunConfig) -> FewBitsRequest | None:
@@ -148,9 +148,9 @@ def rows_needed(request: FewBitsRequest) -> RowsNeeded:
 
 
 def write_bits(request: FewBitsRequest, directory: Path, data: Prepared) -> Path:
-    """Write it, and say what it costs on held-out documents, or on those of the training where none were held out; the folder.
+    """Store the export in few bits, print what that costs in loss on held-out documents, and return its folder.
 
-    What is fitted to rows is fitted to the first ones of the training.
+    If no documents were held out, the loss is that of training documents. Calibration uses the first documents of training.
     """
     from launch.serve.exported import find_export
     from trainer.export.llm_compressor import Compressor
@@ -163,11 +163,15 @@ def write_bits(request: FewBitsRequest, directory: Path, data: Prepared) -> Path
     samples = [measured.sample(number) for number in range(min(len(measured), DOCUMENTS))]
     compressor = None
     if request.python is not None:
-        seen = [data.train.sample(number) for number in range(min(len(data.train), CALIBRATING))]
-        compressor = Compressor(request.python, [sample.input_ids[:TOKENS].tolist() for sample in seen])
-    folder, cost = write_few_bits(
-        directory, kind, samples, "training" if data.evaluation is None else "held-out", compressor
-    )
-    whole, few = (sum(file.stat().st_size for file in of.glob("*.safetensors")) for of in (directory, folder))
-    print(f"{kind}: {folder}, {few:,} bytes of {whole:,}; {cost}")
+        rows = []
+        for number in range(min(len(data.train), CALIBRATING)):
+            rows.append(data.train.sample(number).input_ids[:TOKENS].tolist())
+        compressor = Compressor(request.python, rows)
+    split = "training" if data.evaluation is None else "held-out"
+    folder, cost = write_few_bits(directory, kind, samples, split, compressor)
+    print(f"{kind}: {folder}, {_weights_bytes(folder):,} bytes of {_weights_bytes(directory):,}; {cost}")
     return folder
+
+
+def _weights_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

@@ -104,7 +104,7 @@ def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
 
 
 def push(target: HubTarget) -> str | None:
-    """List the folder, and push it unless it is a dry run; the commit's address. Raises ShardtuneError where the hub fails."""
+    """List the folder, and push it unless it is a dry run; returns the commit's address. Raises ShardtuneError if it fails."""
     files = sorted(path for path in target.folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}
     rows = [TableRow((f"{size:,}", name)) for name, size in sizes.items()]

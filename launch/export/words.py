@@ -105,7 +105,7 @@ def destination(run_dir: Path, to: str | None, *, holds_it: bool = False) -> Pat
 
 
 def unfinished(run_dir: Path, checkpoint: Path | None) -> str:
-    """What is said of an export beside its places where the run is not done, or went on behind the checkpoint; else empty."""
+    """A remark that the run is not finished, or that it trained on after the checkpoint; else empty."""
     from trainer.reporting.status import State, read_status
 
     status = read_status(run_dir)

@@ -91,7 +91,7 @@ def test_task_row_that_the_template_cannot_write_is_reported_with_its_task():
 
     with pytest.raises(DataError) as refused:
         list(evaluator_of(run).run_tasks())
-    assert str(refused.value).startswith("evaluation.tasks.mine: q.jsonl:1: the chat template does not write")
+    assert str(refused.value).startswith("evaluation.tasks.mine: q.jsonl:1: this chat template ignores")
 
 
 def test_a_task_that_takes_long_gives_a_sign_of_life_every_half_minute():

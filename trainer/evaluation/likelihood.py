@@ -28,7 +28,7 @@ class Likelihood:
     tokens: int
     """How many tokens it has."""
     greedy: bool
-    """Whether each of its tokens is the likeliest one where it stands."""
+    """Whether each of its tokens is the likeliest one at its position."""
 
 
 class ScoreContinuations:

@@ -44,7 +44,7 @@ class Converter:
 
 
 def find_converter(converter: str | None, python: str | None) -> Converter:
-    """The converter. Raises ConfigError where it is not there; nothing is fetched."""
+    """llama.cpp's converter and the Python that runs it. Raises ConfigError if either is missing; nothing is fetched."""
     if python is not None and shutil.which(Path(python).expanduser()) is None:
         raise ConfigError(f"gguf.python={python}: there is no such program; {HOW}")
     file = converter or shutil.which(COMMAND)

@@ -85,7 +85,7 @@ class Cost:
 
 
 def check_few_bits(kind: str) -> FewBits:
-    """The type. Raises ConfigError where it is none, or its library is not here."""
+    """The type of this name. Raises ConfigError if there is none, or if its library is not installed."""
     if kind not in [*FewBits]:
         raise ConfigError(f"bits={kind}: must be one of {', '.join(FewBits)}")
     missing = missing_library(FewBits(kind).kit)
@@ -242,12 +242,13 @@ def loss_of(model: Any, samples: list[Sample]) -> float:
     import torch
     from torch.nn.functional import cross_entropy
 
-    total, count = 0.0, 0
+    loss_sum = 0.0
+    num_targets = 0
     for sample in samples:
         ids = torch.tensor(sample.input_ids[:TOKENS].astype("int64"), device=model.device)
         learned = torch.tensor(sample.supervised[1:TOKENS].astype(bool), device=model.device)
         with torch.no_grad():
             logits = model(ids[None]).logits[0, :-1].float()
-        total += float(cross_entropy(logits[learned], ids[1:][learned], reduction="sum"))
-        count += int(learned.sum())
-    return total / max(count, 1)
+        loss_sum += float(cross_entropy(logits[learned], ids[1:][learned], reduction="sum"))
+        num_targets += int(learned.sum())
+    return loss_sum / max(num_targets, 1)

@@ -21,7 +21,7 @@ def hub_name(base_path: str) -> tuple[str, str | None]:
 
 
 def stored_type(directory: Path) -> torch.dtype:
-    """The floating-point type that most tensors of a checkpoint's first file have; bfloat16 where those are quantised."""
+    """The floating-point type that most tensors of a checkpoint's first file have; bfloat16 if they are quantised."""
     from safetensors import safe_open
 
     settings = directory / "config.json"

@@ -56,11 +56,9 @@ class Verification:
 
     def __str__(self) -> str:
         """The comparison in one sentence, for the screen and for errors."""
-        routing_note = (
-            f"; with the experts that training chose, {self.held_choices} of which rounding would change"
-            if self.held_choices
-            else ""
-        )
+        routing_note = ""
+        if self.held_choices:
+            routing_note = f"; with the experts that training chose, {self.held_choices} of which rounding would change"
         return (
             f"logits differ by at most {self.max_abs_difference:.2e} (largest logit {self.largest_logit:.1f}, allowed "
             f"{self.tolerance:.0e} of it), argmax agrees at {self.argmax_agreement:.1%} of positions{routing_note}"
@@ -201,20 +199,24 @@ def _changed_by_loading(directory: Path, model: Any) -> str:
 def verify_written(
     engine: Engine, built: Built, tokenizer: Any, directory: Path, base_path: str, *, adapter: bool, runtime: Runtime
 ) -> Exception | None:
-    """Compare a written export with the trained model on rank 0; what went wrong there. All ranks must call."""
+    """Compare a written export with the trained model on rank 0; returns the error, None if they agree. All ranks must call."""
     ids = probe_ids(tokenizer)
     with Choices() as choices:
         logits = reference_logits(engine, built, ids, runtime)
     try:
         if runtime.is_main:
             assert logits is not None
+            decoder_start = built.two_sides.decoder_start if built.two_sides else None
+            rounded = None
+            if adapter and built.quantised:
+                rounded = built.base_weights(Path(base_path))
             report = verify_export(
                 directory,
                 base_path=base_path,
                 token_ids=ids,
                 reference=logits,
-                decoder_start=built.two_sides.decoder_start if built.two_sides else None,
-                rounded=built.base_weights(Path(base_path)) if adapter and built.quantised else None,
+                decoder_start=decoder_start,
+                rounded=rounded,
                 choices=choices,
             )
             print(f"export verified: {report}", flush=True)

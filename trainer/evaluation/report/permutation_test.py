@@ -17,7 +17,7 @@ from trainer.evaluation.tasks.significance import max_statistic_p
 
 WeightedMetrics = dict[str, Callable[[np.ndarray], float]]
 EXCHANGES = 2000
-"""How often rows are exchanged; half as often where a metric is no ratio of sums, and each is computed anew."""
+"""How often rows are exchanged; half as often if a metric is no ratio of sums, since each one is computed from scratch."""
 DRAWN_NUMBERS = 1 << 22
 """Random numbers that are drawn at a time, which bounds the memory."""
 

@@ -193,11 +193,11 @@ class Harness(Task):
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         assert self.loaded_tasks is not None
-        return {
-            metric.name: self.loaded_tasks.weighted_metric(metric.name, rows)
-            for metric in self.metrics_for(rows)
-            if metric.ratio is None
-        }
+        weighted = {}
+        for metric in self.metrics_for(rows):
+            if metric.ratio is None:
+                weighted[metric.name] = self.loaded_tasks.weighted_metric(metric.name, rows)
+        return weighted
 
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         return self.metrics_by_source(rows)

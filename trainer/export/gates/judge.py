@@ -34,7 +34,7 @@ class Weights:
     step: int | None
     """The step of the run that they are from."""
     artefact: str | None
-    """SHA-256 of the checkpoint's manifest; None where there is no checkpoint of that step."""
+    """SHA-256 of the checkpoint's manifest; None if there is no checkpoint of that step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class JudgedGates:
 
 
 def weights_at(run_dir: Path, step: int, fallback_dir: str | None) -> Weights:
-    """The weights of a run at a step. Errors: StorageError where its checkpoints cannot be listed."""
+    """The weights of a run at a step. Errors: StorageError if its checkpoints cannot be listed."""
     return Weights(run_dir, step, artefact_of(run_dir, step, fallback_dir))
 
 

@@ -51,7 +51,10 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
         of_these_weights = artefact is not None and report.artefact == artefact
         read_metrics = {EVALUATION: _of_evaluation, REVIEW: _of_review}[report.kind]
         metrics += read_metrics(report, of_these_weights)
-    evaluated_steps = [row["step"] for row in rows(run_dir) if any(name.startswith("eval/") for name in row)]
+    evaluated_steps = []
+    for row in rows(run_dir):
+        if any(name.startswith("eval/") for name in row):
+            evaluated_steps.append(row["step"])
     # The asked step first, then the others from the newest.
     for evaluated in dict.fromkeys([step, *reversed(evaluated_steps)]):
         if evaluated is None:
@@ -60,6 +63,7 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
             if not isinstance(value, int | float):
                 continue
             short_name = name.removeprefix("eval/")
+            # Training's evaluations know neither tasks nor kinds: the first form is the whole name, the fourth its last part.
             names = (short_name, "", "", short_name.rpartition("/")[2], "")
             where = f"training's evaluation at step {evaluated}"
             metrics.append(MeasuredMetric(names, float(value), where, evaluated == step))
@@ -86,10 +90,10 @@ def _of_evaluation(kept_report: KeptReport, of_these_weights: bool) -> Iterator[
     for task, task_report in (report.get("tasks") or {}).items():
         kind = str(task_report.get("kind"))
         for number, (metric, entry) in enumerate((task_report.get("metrics") or {}).items()):
-            alike = metric if task == metric else ""
+            common_name = metric if task == metric else ""
             # The first metric of a task can be named by the task or the kind alone.
-            for leading in (task, kind) if number == 0 else ("",):
-                names = (f"{task}/{metric}", alike, f"{kind}/{metric}", metric, leading)
+            for task_or_kind in (task, kind) if number == 0 else ("",):
+                names = (f"{task}/{metric}", common_name, f"{kind}/{metric}", metric, task_or_kind)
                 yield _measured(kept_report, names, entry, of_these_weights)
         if against.get("what") == "base" and task.startswith(GENERAL_TASK_PREFIXES):
             comparison = (against.get("tasks") or {}).get(task) or {}
