@@ -44,13 +44,11 @@ def render(evaluation_plan: EvaluationPlan, words: list[str], *, clone: Path = R
     here += ["launcher=local", f"launcher.processes={launcher.per_node}"]
     python = slurm.one_line(launcher.python or sys.executable, "launcher.python")
     quoted_words = " ".join(slurm.one_line(shlex.quote(word), word) for word in here)
+    options = slurm.options(launcher, [str(evaluation_plan.directory.absolute())], cwd or Path.cwd())
     lines = [
         "#!/bin/bash",
         "# Rendered by shardtune evaluate; to change it give other words and submit again.",
-        *(
-            f"#SBATCH {option}"
-            for option in slurm.options(launcher, [str(evaluation_plan.directory.absolute())], cwd or Path.cwd())
-        ),
+        *(f"#SBATCH {option}" for option in options),
         "",
         "set -e",
         "export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1",

@@ -86,9 +86,8 @@ def confusion_picture(names: list[str], counts: list[list[int]]) -> str:
 
     cells = []
     for true, row in zip(names, counts, strict=True):
-        cells += [
-            {"true": true, "predicted": predicted, "rows": count} for predicted, count in zip(names, row, strict=True)
-        ]
+        for predicted, count in zip(names, row, strict=True):
+            cells.append({"true": true, "predicted": predicted, "rows": count})
     base = alt.Chart(alt.Data(values=cells)).encode(
         x=alt.X("predicted:N", sort=names, title="predicted"), y=alt.Y("true:N", sort=names, title="true")
     )

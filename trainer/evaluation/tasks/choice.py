@@ -82,13 +82,17 @@ def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:
     right_choice = case.fields["answer"]
     logprobs = [likelihood.logprob for likelihood in likelihoods]
     by_token = [likelihood.logprob / likelihood.tokens for likelihood in likelihoods]
-    by_byte = [logprob / len(choice.encode()) for logprob, choice in zip(logprobs, choices, strict=True)]
-    best_wrong = max(logprob for number, logprob in enumerate(logprobs) if number != right_choice)
+    by_byte = []
+    wrong_logprobs = []
+    for number, (logprob, choice) in enumerate(zip(logprobs, choices, strict=True)):
+        by_byte.append(logprob / len(choice.encode()))
+        if number != right_choice:
+            wrong_logprobs.append(logprob)
     scores = {
         "right": float(_argmax(logprobs) == right_choice),
         "right_by_token": float(_argmax(by_token) == right_choice),
         "right_by_byte": float(_argmax(by_byte) == right_choice),
-        "margin": logprobs[right_choice] - best_wrong,
+        "margin": logprobs[right_choice] - max(wrong_logprobs),
     }
     scores |= {f"logprob_{number}": logprob for number, logprob in enumerate(logprobs)}
     scores |= {f"tokens_{number}": float(likelihood.tokens) for number, likelihood in enumerate(likelihoods)}

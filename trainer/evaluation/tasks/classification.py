@@ -81,10 +81,10 @@ class ClassificationTask(Task):
                 f"mend {self.key}.path"
             )
         fields_by_place = {case.where: case.fields for case in cases}
-        documents = [
-            Document(*split_location(where), text=fields["text"], label=fields["label"])
-            for where, fields in fields_by_place.items()
-        ]
+        documents = []
+        for where, fields in fields_by_place.items():
+            file, line = split_location(where)
+            documents.append(Document(file, line, text=fields["text"], label=fields["label"]))
         model.encoder.label_ids = {name: number for number, name in enumerate(names)}
         samples = [sample for _, sample in model.encoder.encode(documents)]
         return names, [softmax(logits) for logits in model.logits(samples)]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -245,9 +245,9 @@ def _corrected_p(rows: Sequence[TaskRow]) -> dict[str, float]:
         groups = tuple(_groups_with_prefix([row], "in_"))
         if groups:
             effects_by_groups.setdefault(groups, []).append([row.scores[f"of_{group}"] for group in groups])
-    names = list(dict.fromkeys(group for groups in effects_by_groups for group in groups))
-    if not names:
+    if not effects_by_groups:
         return {}
+    names = list(dict.fromkeys(chain.from_iterable(effects_by_groups)))
     observed = np.zeros(len(names))
     by_chance = np.zeros((PERMUTATIONS, len(names)))
     for groups, effects in effects_by_groups.items():

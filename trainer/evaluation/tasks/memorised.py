@@ -205,9 +205,9 @@ class Canary(DocumentTask):
         wanted = int(self.option_values["candidates"])
         known = {secret}
         for _ in range(20 * wanted):
-            candidate = "".join(
-                _random_character(kind, letter, rng) for kind, letter in zip(kinds, secret, strict=True)
-            )
+            candidate = ""
+            for kind, character in zip(kinds, secret, strict=True):
+                candidate += _random_character(kind, character, rng)
             if candidate not in known:
                 known.add(candidate)
                 yield candidate

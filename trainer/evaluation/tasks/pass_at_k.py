@@ -19,15 +19,12 @@ PASS_PREFIX = "pass_at_"
 
 def pass_at_k_metrics(draws: int) -> tuple[Metric, ...]:
     """pass@k (Chen et al. 2021) of tasks that are right or wrong: k of 2, 4, 8 ... up to the number of draws."""
-    sizes = sorted({*(2**power for power in range(1, draws.bit_length())), draws} - {1})
-    return tuple(
-        Metric(
-            f"{PASS_PREFIX}{k}",
-            f"share of rows of which one of {k} answers is right, 0 to 1",
-            ratio=(f"{PASS_PREFIX}{k}", None),
-        )
-        for k in sizes
-    )
+    powers_of_two = [2**power for power in range(1, draws.bit_length())]
+    metrics = []
+    for k in sorted({*powers_of_two, draws} - {1}):  # pass@1 is the task's own metric
+        name = f"{PASS_PREFIX}{k}"
+        metrics.append(Metric(name, f"share of rows of which one of {k} answers is right, 0 to 1", ratio=(name, None)))
+    return tuple(metrics)
 
 
 def texts_by_prompt(written: Sequence[WrittenAnswer], prompts: int) -> list[list[str]]:

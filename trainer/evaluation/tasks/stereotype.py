@@ -113,7 +113,10 @@ class Stereotype(Task):
         # The context of an intrasentence row is the sentence itself with a gap in it.
         if fields.get("context") is not None and fields.get("type") != "intrasentence":
             context = text_of(fields, "context").strip()
-        groups = [str(fields[name]).strip() for name in ("bias_type", "type", "stereo_antistereo") if fields.get(name)]
+        groups = []
+        for name in ("bias_type", "type", "stereo_antistereo"):
+            if fields.get(name):
+                groups.append(str(fields[name]).strip())
         target = str(fields.get("target") or "")
         case.fields = {"texts": texts, "context": context, "target": target, "groups": groups}
 
@@ -286,8 +289,13 @@ def _winobias_sentences(row: Row) -> Iterator[Row]:
 
 def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[Row]]) -> Iterator[Row]:
     """Rows with both sentences. Raises DataError if a file has no counterpart, or one with another number of sentences."""
-    pro_files = [name for name in sentences_by_file if PurePath(name).name.lower().startswith(SIDES[0])]
-    anti_files = {_name_without_side(name): name for name in sentences_by_file if name not in pro_files}
+    pro_files = []
+    anti_files = {}  # by what their names have in common with those of the other side
+    for name in sentences_by_file:
+        if PurePath(name).name.lower().startswith(SIDES[0]):
+            pro_files.append(name)
+        else:
+            anti_files[_name_without_side(name)] = name
     for pro in pro_files:
         anti = anti_files.pop(_name_without_side(pro), None)
         problem = None

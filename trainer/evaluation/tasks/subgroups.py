@@ -98,9 +98,8 @@ class Subgroups(ClassificationTask):
         """The size of each group, and for each gap what chance gives and whether the gap is beyond that."""
         groups = np.array([row.source for row in rows])
         names, counts = np.unique(groups, return_counts=True)
-        yield "rows: " + ", ".join(
-            f"{name} {count}" for name, count in zip(names.tolist(), counts.tolist(), strict=True)
-        )
+        sizes = [f"{name} {count}" for name, count in zip(names.tolist(), counts.tolist(), strict=True)]
+        yield f"rows: {', '.join(sizes)}"
         if len(names) < 2:
             yield "there is one group alone, and so no gap"
             return

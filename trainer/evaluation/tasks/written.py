@@ -190,9 +190,10 @@ class Summarisation(WrittenTask):
     """ROUGE-1, -2 and -L, by rouge-score."""
 
     kind = "summarisation"
-    metrics = tuple(
-        Metric(name, f"mean {what} F-measure, 0 to 1 (Lin 2004)", ratio=(name, None))
-        for name, what in (("rougeL", "ROUGE-L"), ("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"))
+    metrics = (
+        Metric("rougeL", "mean ROUGE-L F-measure, 0 to 1 (Lin 2004)", ratio=("rougeL", None)),
+        Metric("rouge1", "mean ROUGE-1 F-measure, 0 to 1 (Lin 2004)", ratio=("rouge1", None)),
+        Metric("rouge2", "mean ROUGE-2 F-measure, 0 to 1 (Lin 2004)", ratio=("rouge2", None)),
     )
     options: ClassVar[dict[str, Any]] = {"stemmer": True}
     reads = "a text and its summary in any format of data.path"
