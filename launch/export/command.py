@@ -145,13 +145,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     if bits is not None:
         export_gguf.refuse_sizes(bits.kind, config)
     request.gates = pass_gates(config, typed_gates, request)
-    if averaged:
-        what = f"the mean of {', '.join(path.name for path in averaged)}"
-        state = unfinished(run_dir, None)
-    else:
-        what = str(request.checkpoint)
-        state = unfinished(run_dir, request.checkpoint)
-    print(f"exporting {what} to {request.to}{state}", flush=True)
+    print(_exporting_line(request), flush=True)
     data = None
     if only_convert:
         print(f"the export in {request.to} is whole: only its GGUF file is made", flush=True)
@@ -185,6 +179,14 @@ def _needs(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:
     if any(key in value.settings for key in ("data.cache_dir", "data.remote", "data.streaming")):
         return words.bits is not None  # its rounding is calibrated on rows
     return uses_model_alone(value, config)
+
+
+def _exporting_line(request: ExportRequest) -> str:
+    """What is exported where, with a remark if the run is not finished or trained on."""
+    if request.averaged:
+        names = ", ".join(path.name for path in request.averaged)
+        return f"exporting the mean of {names} to {request.to}{unfinished(request.run_dir, None)}"
+    return f"exporting {request.checkpoint} to {request.to}{unfinished(request.run_dir, request.checkpoint)}"
 
 
 def pass_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest) -> JudgedGates | None:
