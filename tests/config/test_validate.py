@@ -38,7 +38,7 @@ def problems(*words, world_size=1):
     return problems_of(compose([*base, *budget, *words], check=False).config, world_size=world_size)
 
 
-def test_the_least_a_run_needs_is_legal():
+def test_smallest_command_of_a_run_is_legal():
     assert problems() == []
 
 

@@ -13,7 +13,7 @@ from trainer.monitors.trend import rising_p_value
 
 
 @pytest.mark.parametrize("count", [4, 7, 12])
-def test_the_test_is_scipys(count):
+def test_trend_test_is_that_of_scipy(count):
     drawn = np.random.default_rng(count)
     for _ in range(5):
         values = drawn.normal(size=count) + 0.2 * np.arange(count)

@@ -235,7 +235,7 @@ def test_answers_are_those_of_transformers(ask, case):
 
 
 @pytest.mark.parametrize("case", chosen(WRITING, answering_apart, lambda case: takes(case.split())))
-def test_what_is_written_and_scored_is_what_one_process_writes_and_scores(ask, case):
+def test_generated_answers_and_scores_are_those_of_one_process(ask, case):
     """Greedy answers up to a place where two logits nearly meet; draws by their own seeds; weights gathered once, or by block."""
     found = ask("two_sides", "write", case)
     sharded = case.split()[1] in (*SHARDED, "hsdp")
@@ -277,7 +277,7 @@ def test_teachers_and_reference_points_train_alike(ask, case):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_what_teachers_and_reference_points_add_is_there(ask, tuning):
+def test_teachers_and_reference_points_add_to_the_curves(ask, tuning):
     """Curves to which the divergence, the reference point or the clipping adds nothing would prove little."""
     kto, distil = (ask("teachers", "lone", f"{name} {tuning} llama ddp") for name in ("kto", "distil"))
     assert kto[-1][0] < 0.9 * kto[0][0] and kto[-1][5] > 0.2 and max(row[1] for row in kto) > 0.5

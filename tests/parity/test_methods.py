@@ -55,11 +55,11 @@ def test_resume_is_bit_equal_and_crosses_strategies(ask, case, strategy):
     assert_close(found["elsewhere"], found["uninterrupted"])
 
 
-def test_the_whole_matrix_leaves_no_row_without_a_case_and_no_cell_without_a_run():
+def test_methods_matrix_has_a_case_for_every_row_and_a_run_for_every_cell():
     assert missing(everything(), axes=("strategy", "feature", "optim")) == []
 
 
-def test_the_choice_meets_every_pair_that_it_promises():
+def test_methods_choice_meets_every_pair_that_it_promises():
     """Kinds of strategies with features, engines with optimizers; each method with what its modules are likely to break under."""
     runs, met = everything(), covering()
     assert {run.key for run in met} == {run.key for run in met if run.legal} and {run.case for run in met} == set(CASES)
@@ -98,7 +98,7 @@ def test_files_that_rank_0_makes_leave_all_ranks_alike(ask):
 
 
 @pytest.mark.parametrize("case", planned.main_cases().values())
-def test_what_the_table_refuses_is_refused_when_composed_and_nothing_else_is(case, directory):
+def test_methods_that_the_table_refuses_are_refused_when_composed_and_no_others(case, directory):
     """The reason and the nearest legal choice stand in the line."""
     words = ["model.path=model", "data.path=train.jsonl", "run.device=cpu", "budget.steps=10", "schedule=constant"]
     base = compose([*words, "strategy=ddp", "launcher.processes=2"]).config

@@ -18,7 +18,7 @@ def product(*axes):
 @pytest.mark.parametrize(
     ("strategy", "tuning"), chosen(product(MANY, ("full", "lora")), lambda case: {case[1], *kinds(case)}, takes)
 )
-def test_the_average_is_that_of_one_process_and_training_does_not_see_it(ask, strategy, tuning):
+def test_weight_average_is_that_of_one_process_and_training_does_not_see_it(ask, strategy, tuning):
     found = ask("remedies", "average", strategy, tuning)
     assert max(found["apart"]) < 1e-6 < 1e-4 < found["moved"]
     assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)

@@ -140,7 +140,7 @@ def test_run_record_keys_that_come_later_are_fields_without_a_value():
     assert not {*SAID_LATER} & tree.keys() and {*SAID_LATER} < {*asdict(RunRecord())}
 
 
-def test_the_record_needs_neither_torch_nor_a_configuration():
+def test_run_record_needs_neither_torch_nor_a_configuration():
     program = (
         "import sys, trainer.reporting.run_record; "
         "loaded = [name for name in sys.modules if name == 'torch' or name.startswith('trainer.config')]; "

@@ -176,7 +176,7 @@ def test_atomic_io_names_missing_space_in_numbers(tmp_path, on):
     assert [size_text(n) for n in (5, 2048, 3 * 2**20, 2**40)] == ["5 bytes", "2 KiB", "3 MiB", "1024.0 GiB"]
 
 
-def test_the_cause_comes_first():
+def test_atomic_io_error_shows_the_cause_first():
     assert reason(OSError(28, "No space left on device", "/a")) == "No space left on device: /a"
     assert reason(RuntimeError("first line\nsecond")) == "RuntimeError: first line" and reason(KeyError()) == "KeyError"
 

@@ -315,7 +315,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_alarm_of_the_test_above_rings(tmp_path, monkeypatch):
+def test_state_test_of_code_in_files_can_fail(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     WATCHING[0] = True
     pickle.loads(pickle.dumps(Runs()))

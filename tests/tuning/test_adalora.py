@@ -128,7 +128,7 @@ def test_adalora_keeps_ranks_by_the_saved_state_of_the_allocation(root, runtime,
 
 
 @pytest.mark.parametrize("micro", [1, 4])
-def test_the_penalty_is_added_once_a_step(root, runtime, micro):
+def test_adalora_penalty_is_added_once_a_step(root, runtime, micro):
     """However many micro-batches there are; and it is there."""
     whole = trainer_of(root, runtime)
     parts = trainer_of(root, runtime, batch={"global": GLOBAL_BATCH, "micro": micro})
@@ -152,7 +152,7 @@ def test_adalora_learns_nothing_from_a_skipped_step(root, runtime):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 50])
-def test_the_last_step_always_settles_the_ranks(root, runtime, steps):
+def test_adalora_last_step_always_settles_the_ranks(root, runtime, steps):
     """Also where the run is so short that a phase has no step."""
     trainer = trainer_of(root, runtime, tuning=replace(TUNING, delta_t=100))
     around = trainer.engine.hooks

@@ -93,7 +93,7 @@ def words(base, made, tmp_path, monkeypatch):
     return [f"model.path={base}", "data.path=train.jsonl", "budget.steps=1", "run.device=cpu"]
 
 
-def test_the_word_is_tuning_from(words, made):
+def test_adapter_checkpoint_setting_is_tuning_from(words, made):
     directory = made("lora small", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=True)
     composed = compose([*words, "tuning=lora", f"tuning.from={directory}"])
     assert composed.config.tuning.from_ == str(directory)

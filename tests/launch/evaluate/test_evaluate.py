@@ -379,6 +379,6 @@ def test_evaluate_names_a_missing_model_and_missing_documents_together(capsys):
     )
 
 
-def test_the_report_that_would_be_written_over_is_no_yardstick(site, evaluated):
+def test_evaluate_against_the_report_that_would_be_overwritten_is_refused(site, evaluated):
     with pytest.raises(Exception, match="is the report that this evaluation writes"):
         make_plan(EvaluateWords(run=site / "run", to=f"{site}/all", against=f"{site}/all/evaluation.json"))
