@@ -30,7 +30,7 @@ STOPPED = (75, 130)
 
 @dataclass(frozen=True, slots=True)
 class RequestedPoint:
-    """One point as it was asked for."""
+    """A point of a comparison, composed from the words of the command; it may be refused."""
 
     name: str
     words: tuple[str, ...]

@@ -106,11 +106,11 @@ class RunMeasurements:
     planned_gib: float | None
     """What a rank was expected to take."""
     planned_by: str | None
-    """How that was found."""
+    """How `planned_gib` was computed, in words."""
     exchanged_gib: float | None = None
     """What rank 0 exchanged in a step, from the receipt. Each collective counts the whole tensor that is gathered or reduced."""
     planned_exchanged_gib: float | None = None
-    """The same as it was predicted at the start."""
+    """What the plan at the start predicted for `exchanged_gib`."""
     exchanged_bytes: dict[str, float] = field(default_factory=dict)
     """The first of these by collective."""
     exposed_s: float | None = None

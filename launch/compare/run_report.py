@@ -28,7 +28,7 @@ def write(run_dir: Path, comparison: Comparison, *, again_s: float | None = None
 
 
 def at_end(config: RunConfig, run_dir: Path | None) -> None:
-    """After a run has ended, however it did: its page, where wanted, and a word on it. Never raises what a page is not worth."""
+    """Write the page of a run that has ended, if `logging.report` is on, and print where it is. A failed page fails no run."""
     from launch.compare.page import missing_packages
 
     if (
@@ -40,8 +40,9 @@ def at_end(config: RunConfig, run_dir: Path | None) -> None:
         return
     if not (run_dir / "run.json").is_file():
         return  # it failed before its first step, and the page would have nothing to show
-    if (lacks := missing_packages(REPORT)) is not None:
-        print(f"report:     {lacks}", flush=True)
+    missing = missing_packages(REPORT)
+    if missing is not None:
+        print(f"report:     {missing}", flush=True)
         return
     from launch.compare.comparison import compare
     from launch.compare.settings import ComparisonRow

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def make(argv: list[str]) -> int:
-    """Draw, answer, blind, write."""
+    """`review make`: draw prompts, let every model answer, and write the page, the table and the key. Returns the exit code."""
     from launch.review.prompts import draw_prompts
     from launch.review.sheet import KEY, PAGE, TABLE, make_sheet, page, table, write_key
     from launch.review.words import read_make_words
@@ -114,7 +114,7 @@ def _summary(sheet: Sheet, request: MakeRequest) -> str:
 
 
 def score(argv: list[str]) -> int:
-    """Read, judge, record."""
+    """`review score`: read the reviewers' files and add the win rates to the run's records. Returns the exit code."""
     from launch.review.answer import score_text
     from launch.review.answers import read_reviewers
     from launch.review.score import score_review

@@ -113,7 +113,7 @@ class Guards:
         return left_out
 
     def note_step(self, first_sample: int) -> None:
-        """A step was taken; it is looked at with the rows of its interval."""
+        """Remember a step that was taken, and its scores if it was judged before its update; `look` judges its interval."""
         self._pending.append((first_sample, self._scores_before_update))
         self._scores_before_update = None
 
@@ -128,9 +128,11 @@ class Guards:
     # -- between steps ---------------------------------------------------------------------------------------------------
 
     def look(self, rows: list[dict[str, Any]]) -> None:
-        """Name in `rows` (equal on all ranks, of all steps taken since the last look) what stands out, and report it.
+        """Judge the steps of an interval: add the scores of what stands out to `rows`, and report it.
 
-        Raises RollBack with the first step after which nothing is worth anything.
+        `rows`: one for each step since the last call, equal on all ranks.
+
+        Raises RollBack at the first step that the run is to return behind.
         """
         pending = self._pending
         self._pending = []

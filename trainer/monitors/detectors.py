@@ -51,7 +51,7 @@ class Challenges:
         self.ends: Finding | None = None
         """What ends the run once its state is saved."""
         self.first = FirstRows(None)
-        """What the tasks looked like at first, where that is to be shown."""
+        """Rows of each task's first evaluation, for the tables of rows that changed sides since."""
         self.kept_before: KeptHeldOut | None = None
         """Keeps the evaluation before the first step; None: a resumed run does not know it."""
         self.before = HeldOutBefore()

@@ -40,7 +40,7 @@ class MetricRows:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
-    """As they stand in the file, one for each of `rows`."""
+    """The line of the file that each of `rows` was read from, byte for byte."""
     unreadable: list[UnreadableLine] = field(default_factory=list)
     """Without a last line that has no end: it is being written, or was when the run was killed."""
     version: int = 0

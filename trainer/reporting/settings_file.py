@@ -24,7 +24,7 @@ def read_text(path: Path) -> str:
 
 
 def tree_of(path: Path, text: str) -> dict[str, Any]:
-    """What the text says, as nested dictionaries and lists of plain values; interpolations stay the text that they are.
+    """Parse the YAML `text` of the file `path` into nested dictionaries and lists; interpolations stay texts.
 
     Errors: ConfigError where it is no YAML with keys, or has aliases: a few of them make gigabytes of values, and a run
     writes none.
