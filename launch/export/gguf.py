@@ -25,7 +25,7 @@ MARKER = ".waits-for-gguf.json"
 
 @dataclass(frozen=True, slots=True)
 class GgufRequest:
-    """What is to be written."""
+    """The GGUF file that `gguf=` asks for."""
 
     kind: GgufType
     converter: Converter
@@ -33,7 +33,7 @@ class GgufRequest:
 
 
 def gguf_request(words: ExportWords, config: RunConfig) -> GgufRequest | None:
-    """What the words ask for; None if they ask for none. Raises ConfigError before anything is written."""
+    """The GGUF file of the words; None if they ask for none. Raises ConfigError before anything is written."""
     if words.gguf is None:
         return None
     from trainer.export.gguf import find_converter
@@ -69,7 +69,7 @@ def _export_key(words: ExportWords, checkpoints: list[Path]) -> dict[str, Any]:
 
 
 def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
-    """Write it, and say how it went; the file. Raises ShardtuneError, DriftError."""
+    """Convert the export to a GGUF file, verify it, print both, and return the file. Raises ShardtuneError, DriftError."""
     from trainer.export.gguf import verify_gguf, write_gguf
 
     if not (directory / "config.json").is_file():
@@ -77,12 +77,10 @@ def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
             f"gguf={request.kind}: {directory} is an adapter, and this method cannot be folded into its base"
         )
     file, lacking = write_gguf(directory, request.name, request.kind, request.converter)
-    print(
-        f"gguf:   {file}, {file.stat().st_size:,} bytes; {verify_gguf(file, request.kind) if verify else 'not verified'}"
-    )
-    print(
-        f"ollama: cd {file.parent} && ollama create {request.name} -f Modelfile" + (f" ({lacking})" if lacking else "")
-    )
+    verified = verify_gguf(file, request.kind) if verify else "not verified"
+    print(f"gguf:   {file}, {file.stat().st_size:,} bytes; {verified}")
+    remark = f" ({lacking})" if lacking else ""
+    print(f"ollama: cd {file.parent} && ollama create {request.name} -f Modelfile{remark}")
     return file
 
 
@@ -135,7 +133,7 @@ def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
 
 
 def rows_needed(request: FewBitsRequest) -> RowsNeeded:
-    """Which rows of the run the type reads, and what for."""
+    """Why the type needs rows of the run, for the error if they are gone."""
     from trainer.export.quantised import CALIBRATING, DOCUMENTS
     from trainer.session.run_data import RowsNeeded
 

@@ -72,7 +72,7 @@ def probe_ids(tokenizer: Any) -> list[int]:
 
 
 def shift_right(ids: Tensor, start: int) -> Tensor:
-    """What a decoder reads in order to write `ids [S, T]`."""
+    """The decoder's input for the targets `ids [S, T]`: `start`, then all ids but the last."""
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
@@ -153,7 +153,7 @@ def verify_export(
 
 
 def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tensor:
-    """What an export computes on the probe, float32 `[T, V]`."""
+    """Logits of an export on the probe, float32 `[T, V]`."""
     ids = torch.tensor([token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder_start is not None:

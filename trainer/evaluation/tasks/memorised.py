@@ -328,6 +328,7 @@ class Membership(DocumentTask):
             return member_weights, weights[order] - member_weights
 
         def auc(weights: np.ndarray) -> float:
+            """The chance that a random member has a lower loss than a random other row; 0.5 if losses say nothing."""
             member_weights, other_weights = split_weights(weights)
             pairs = member_weights.sum() * other_weights.sum()
             if pairs == 0:
@@ -338,6 +339,7 @@ class Membership(DocumentTask):
             return float((member_weights * others_above).sum() / pairs)
 
         def recall_at_5_percent(weights: np.ndarray) -> float:
+            """The share of members with a loss below the threshold at which 5 % of the other rows are taken for members."""
             member_weights, other_weights = split_weights(weights)
             if member_weights.sum() * other_weights.sum() == 0:
                 return math.nan

@@ -70,7 +70,7 @@ class PreferenceTask(JudgedTask):
                 raise ConfigError(
                     f"{self.key}.options.opponent=other: there is none; compare with against=base, a run, a model or a report"
                 )
-            return [None] * len(cases)
+            return [None] * len(cases)  # the opponent answers first, and there is nobody to compare it with yet
         unanswered = next((case.where for case in cases if case.where not in self.opponent_answers), None)
         if unanswered is not None:
             raise ConfigError(

@@ -181,6 +181,7 @@ def _read_task_cases(task: Task, held_out: Prepared | None, *, remote: bool) -> 
         return cases
     evaluation_documents = None if held_out is None else _run_documents(held_out.evaluation, task, held_out)
     outside_cases = read_cases(task.outside, evaluation_documents, remote=remote)  # type: ignore[attr-defined]
+    # `run` needs nothing of a row's own columns, only whether it was trained on.
     for case in cases:
         case.fields = {"member": True}
     for case in outside_cases:

@@ -85,6 +85,7 @@ class PromptTask(Task):
 
 def prompt_of(fields: dict[str, Any]) -> str:
     """The prompt of a row. In HarmBench's rows, the text that the prompt is about comes before it. Raises Refusal."""
+    # Published files write the same columns differently: "Goal" in one, "goal" in the next.
     column_by_lower_name = {name.lower(): name for name in fields}
     column = next((column_by_lower_name[name] for name in PROMPT_COLUMNS if name in column_by_lower_name), "prompt")
     prompt = fields.get(column)

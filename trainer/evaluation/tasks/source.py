@@ -73,6 +73,7 @@ def _file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
     has_own_columns = task.needs_path and not task.reads_documents
     if has_own_columns:
         rows = task.expand_rows(rows)
+    # The first row decides which format all rows are read in.
     first = next(rows, None)
     if first is None:
         return

@@ -79,7 +79,7 @@ class Stereotype(Task):
     needs_path = True
 
     def expand_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """One row for each pair of sentences.
+        """One row for each pair of sentences. Rows of other data sets (CrowS-Pairs) already are pairs and pass unchanged.
 
         StereoSet's file is one object with lists of items, and WinoBias has two files whose lines are paired in their order.
         """
