@@ -26,7 +26,8 @@ def text(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ())
     cards = f"{job.ranks} x {job.card.name}"
     nodes = f"{job.nodes} {_plural('node', job.nodes)}"
     gpus = f"{job.ranks_per_node} {_plural('GPU', job.ranks_per_node)}"
-    billions, trained = cost_model.parameters / 1e9, cost_model.trained / 1e9
+    billions = cost_model.parameters / 1e9
+    trained = cost_model.trained / 1e9
     lines = [
         f"{billions:.2f} billion parameters, {trained:.3f} trained; {job.precision} on {cards}",
         f"({nodes} x {gpus}); a step is {job.global_batch} x {job.lengths.mean:,.0f} tokens; {cost_model.layout} rows",
@@ -57,6 +58,7 @@ def _plural(noun: str, count: int) -> str:
 
 
 def _table_of_ways(answer: PlanAnswer) -> list[str]:
+    """A row for the best choice of each variant: its memory, the room left, its speed, and why it stands there."""
     columns = (
         *COLUMNS,
         Column("GiB", is_number=True),
@@ -223,7 +225,7 @@ def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
     chosen_keys = {word.split("=")[0] for word in best.words}
     cluster = _on_a_cluster(words, job)
     command_words = [word for word in words if word.split("=")[0] not in chosen_keys]
-    # Without a number of ranks a run takes all GPUs there are, and under SLURM none.
+    # A command that can be pasted names the ranks: without a number of them a run takes all GPUs there are, and under SLURM none.
     ranks_key = "launcher.gpus_per_node" if cluster else "launcher.processes"
     if ranks_key not in typed_keys:
         command_words.append(f"{ranks_key}={job.ranks_per_node}")
@@ -321,6 +323,7 @@ def _in_gib(sizes: Mapping[Any, int]) -> dict[str, float]:
 
 
 def _choice(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
+    """A choice as JSON values. The keys are read by scripts: they stay, whatever the attributes are called."""
     peer_gib = None
     if choice.peer_memory is not None:
         peer_gib = {

@@ -237,6 +237,7 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
         config.batch["micro"] = 1
     step = config.batch["micro"] * (ranks_of(config) or 0)
     if "batch.global" not in typed and step > 0:
+        # The next multiple that all ranks can share.
         config.batch["global"] = -(-config.batch["global"] // step) * step
     return config, typed
 

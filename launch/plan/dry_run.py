@@ -129,6 +129,7 @@ def _memory(config: RunConfig, built: Built, data: Prepared, world: int) -> Simu
             device=SIMULATED if on_gpu else torch.device("cpu"),
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that stops no run
+        # Training may still work if the step cannot be simulated, but a defect will probably be met there too.
         is_defect = isinstance(error, DEFECTS)
         reason = why_not_simulated(error)
         if is_defect:

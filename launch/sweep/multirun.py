@@ -36,9 +36,9 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
 
     axes = read_axes(words)
     points = axes.points()
-    labels = [axes.describe_point(point) for point in points]
-    if show is None:
+    if show is None:  # before anything is composed: that takes long for many points
         refuse_large_arrays(points)
+    labels = [axes.describe_point(point) for point in points]
     jobs = []
     problems = []
     for number, point in enumerate(points):
@@ -58,6 +58,7 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
     if jobs[0].config.run.dir:
         base = Path(jobs[0].config.run.dir).expanduser()
     else:
+        # Named by all jobs together: a requeued SLURM job finds the directory again.
         digests = json.dumps([job.sha256 for job in jobs])
         base = default_run_dir(hashlib.sha256(digests.encode()).hexdigest())
     run_dirs = [base / str(number) for number in range(len(points))]
@@ -73,6 +74,7 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
 
 
 def _one_by_one(jobs: list[Composed], run_dirs: list[Path], labels: list[str], launch: Launch) -> int:
+    """Run the points in turn and print their table; the first exit code that is not 0. A stopped point ends it."""
     codes: list[int] = []
     for job, run_dir, label in zip(jobs, run_dirs, labels, strict=True):
         print(f"[{len(codes) + 1}/{len(jobs)}] {label} -> {run_dir}", flush=True)

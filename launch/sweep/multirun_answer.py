@@ -51,6 +51,7 @@ def _state(code: int | None, point: Point | None) -> str:
 
 
 def _metric_cells(point: Point | None) -> tuple[str, ...]:
+    """Steps, loss, held-out metric, tokens/s and GiB of a point; dashes if it has no step."""
     if point is None or not point.steps:
         return ("-",) * 5
     metrics = measure(point)

@@ -96,6 +96,7 @@ def evaluations(run_dir: Path, metric: str) -> dict[int, float]:
     metric_by_step = {}
     for row in _rows(run_dir):
         if metric in row:
+            # A value that is not finite is null in the file.
             is_number = isinstance(row[metric], int | float)
             metric_by_step[int(row["step"])] = float(row[metric]) if is_number else math.nan
     return metric_by_step
@@ -189,10 +190,12 @@ def run_search(search: Search, base: Path, run: RunTrial) -> int:
     trials = study.get_trials(deepcopy=False)
     if code or any(trial.state.name == "COMPLETE" for trial in trials):
         return code
+    # Without a single result the search failed, with the code of its first failure.
     return next((trial.user_attrs["code"] for trial in trials if trial.user_attrs.get("code")), 0)
 
 
 def _run_trials(study: Study, search: Search, base: Path, run: RunTrial) -> int:
+    """Run trials until there are enough; 75 if this command was asked to stop, or the code of a trial that ends all."""
     unfinished = [trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
     while not pending():
         claimed = _take_over(study, search, base, unfinished)
@@ -225,7 +228,7 @@ def _take_over(study: Study, search: Search, base: Path, unfinished: list[int]) 
             storage = _storage(base)
             study_id = storage.get_study_id_from_name(study.study_name)
             trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-            return Trial(study, trial_id), lease
+            return Trial(study, trial_id), lease  # its run is resumed in its directory
         if trial.state.name == "RUNNING":  # killed while it was drawn
             study.tell(number, state=_trial_state("FAIL"))
         lease.release()
@@ -274,6 +277,7 @@ def _run_trial(trial: Trial, search: Search, base: Path, run: RunTrial) -> int:
     study = trial.study
     words = search.words_of(trial.params)
     same_trial = _same_trial(study, trial, words, search)
+    # Rounded values and choices may be drawn twice: the first result counts for both.
     if same_trial is not None:
         trial.set_user_attr("twin", same_trial.number)
         study.tell(trial.number, same_trial.value)

@@ -19,6 +19,7 @@ STATES = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "
 
 def table(study: Study, search: Search, base: Path) -> str:
     """What a person reads in a terminal: the best first, then those that have no value."""
+    # Sorting is ascending: with the sign, the best trial comes first.
     sign = -1 if search.greater_is_better else 1
     trials = study.get_trials(deepcopy=False)
     complete = sorted(
@@ -37,6 +38,7 @@ def table(study: Study, search: Search, base: Path) -> str:
 
 
 def _row(trial: FrozenTrial, search: Search) -> TableRow:
+    """A trial's row: number, metric, state and words. A pruned trial shows its last evaluation."""
     is_pruned = trial.state.name == "PRUNED" and bool(trial.intermediate_values)
     last_step = max(trial.intermediate_values) if is_pruned else None
     metric = trial.value

@@ -91,13 +91,14 @@ def _read(word: str) -> SearchedSetting | None:
     key, assigned, text = word.partition("=")
     if assigned and FUNCTION.fullmatch(text.strip()) and not text.startswith("glob("):
         return _read_function(word, key, text.strip())
-    points = read_axes([word]).words[0]
+    points = read_axes([word]).words[0]  # `a,b` is a list of choices
     if len(points) == 1:
         return None
     return SearchedSetting(key, text, tuple(dict.fromkeys(point.partition("=")[2] for point in points)))
 
 
 def _read_function(word: str, key: str, text: str) -> SearchedSetting | None:
+    """The setting of a word in Hydra's sweep syntax; None if it has one value, or is a text."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
     from hydra.errors import HydraException
@@ -135,6 +136,7 @@ def _read_function(word: str, key: str, text: str) -> SearchedSetting | None:
 
 
 def _interval(word: str, setting: SearchedSetting, low: Any, high: Any) -> SearchedSetting:
+    """The setting with both ends of an interval. Raises ConfigError for ends that are no interval."""
     is_integer = _is_whole(setting.key) or (isinstance(low, int) and isinstance(high, int))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ConfigError(f"{word}: goes from {low:g} to {high:g}; write the smaller end first, both of them numbers")
@@ -146,6 +148,7 @@ def _interval(word: str, setting: SearchedSetting, low: Any, high: Any) -> Searc
 
 
 def _range(word: str, setting: SearchedSetting, start: Any, stop: Any, step: Any) -> SearchedSetting:
+    """The setting with the numbers of a range, its end left out. Raises ConfigError for a range without one."""
     if not (step > 0 and start < stop):
         raise ConfigError(
             f"{word}: goes from {start:g} up to {stop:g} by {step:g}, which has no number; write range(1,9,2)"

@@ -117,7 +117,7 @@ def plan_search(words: list[str]) -> Search:
             raise ConfigError(f"sweeper.metric={settings.metric}: and {typed['evaluation.watch']}; give one of them")
         if "evaluation.watch" not in typed:
             fixed.append(watch)
-    if "export.at_end" not in typed:
+    if "export.at_end" not in typed:  # most trials are thrown away
         fixed.append("export.at_end=false")
     searched_keys = {setting.key for setting in space}
     for key in ("run.dir", "evaluation.watch", "evaluation.greater_is_better", "launcher"):
@@ -125,6 +125,7 @@ def plan_search(words: list[str]) -> Search:
             raise ConfigError(f"{typed[key]}: is the same for all trials; give one value")
     extremes = [setting.extreme_words() for setting in space]
     first_words = [setting_words[0] for setting_words in extremes]
+    # Not every combination: settings are assumed not to depend on each other.
     first = compose([*fixed, *first_words])
     problems = _problems(first, settings, sweeper_of(words))
     # Every end of every setting must be legal, beside the first of the others.
@@ -147,7 +148,10 @@ def read_sweeper_words(words: list[str]) -> tuple[SweeperConfig, list[str]]:
     run_words: list[str] = []
     for word in other_words:
         is_sweeper = word == "sweeper" or word.startswith("sweeper=")
-        (sweeper_words if is_sweeper else run_words).append(word)
+        if is_sweeper:
+            sweeper_words.append(word)
+        else:
+            run_words.append(word)
     for word in sweeper_words:
         if word.partition("=")[2] not in SWEEPERS:
             problems.append(

@@ -191,7 +191,7 @@ def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, f
 
 
 def freeze_key_selectors(model: nn.Module) -> list[str]:
-    """Keep the parts of `CHOOSERS` from training, adapters on them too; the classes that were found."""
+    """Keep the parts in `KEY_SELECTORS` from training, adapters on them too. Returns the names of the classes that were found."""
     selectors = [module for module in model.modules() if type(module).__name__ in KEY_SELECTORS]
     for module in selectors:
         module.requires_grad_(False)

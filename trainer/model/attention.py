@@ -60,6 +60,7 @@ def varlen_attention(
             f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
             "switch the model to 'sdpa' with set_attn_implementation"
         )
+    # GPT-OSS passes its sinks as `s_aux`.
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     for unknown in ("head_mask", "position_bias"):
         if kwargs.get(unknown) is not None:
@@ -170,7 +171,7 @@ class AttentionRule:
     """`[H]`: logits that take a part of each row and give nothing."""
 
     def mask(self, length: int, device: torch.device) -> Tensor | None:
-        """Which keys a query sees, `[T, T]`, where a window says so."""
+        """The keys that each query sees, bool `[T, T]`; None if no window hides any."""
         if self.window is None or length <= self.window:
             return None
         position = torch.arange(length, device=device)
@@ -179,6 +180,7 @@ class AttentionRule:
 
 
 def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+    """Attention within one document: q `[1, heads, T, width]`, k and v with as many heads or fewer."""
     if q.device.type == "cuda":
         return _attend_on_gpu(q, k, v, rule)
     mask = rule.mask(q.shape[2], q.device)
@@ -197,7 +199,7 @@ def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -
 
 
 def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
-    """As `_one_document`, for the kernels of a GPU: heads repeated, and a window in stretches of at least `STRETCH` queries.
+    """`_attend_one_document` by the kernels of a GPU: heads are repeated, and a window is computed in stretches of queries.
 
     The one that takes float32 and masks has no grouped heads, for which torch would build all H x T x T scores; and a mask of
     T x T is as large as that for one head.
@@ -212,7 +214,9 @@ def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tens
         )
 
     by_scores = rule.softcap is not None or rule.sinks is not None
-    groups, length, window = q.shape[1] // k.shape[1], q.shape[2], rule.window
+    groups = q.shape[1] // k.shape[1]
+    length = q.shape[2]
+    window = rule.window
     if not by_scores and groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if window is None or length <= window:

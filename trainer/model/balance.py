@@ -69,6 +69,7 @@ class RouterLosses:
             probability_sums = [
                 _sum_over_tokens(logits.float().softmax(-1), is_token) for logits, is_token in masked_logits
             ]
+            # Switch Transformers, arXiv:2101.03961: smallest if all experts get the same share.
             balance = len(shares) * (shares * torch.stack(probability_sums).sum(0)).sum() / rows
             total = total + self.balance * balance
             losses["router/balance_loss"] = balance.detach()
@@ -76,6 +77,7 @@ class RouterLosses:
             square_sums = [
                 _sum_over_tokens(logits.float().logsumexp(-1).square(), is_token) for logits, is_token in masked_logits
             ]
+            # ST-MoE, arXiv:2202.08906: keeps router logits small, whose softmax rounds badly in half precision.
             z = torch.stack(square_sums).sum() / rows
             total = total + self.z * z
             losses["router/z_loss"] = z.detach()
@@ -164,6 +166,7 @@ def _unsupported_balance(plain: nn.Module, top_k: int) -> str | None:
     generator = torch.Generator().manual_seed(0)
     experts = top_k + 3
     logits = [torch.randn(6, experts, generator=generator) for _ in range(2)]
+    # The last token is padding: a class that counts it computes another loss.
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     record = RoutingRecord(mask, logits=logits)
     losses = RouterLosses(balance=1.0, top_k=top_k)

@@ -128,12 +128,13 @@ class Conversions:
 
     def _convert(self, group: ConversionGroup, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         """transformers' own conversion of a group's tensors, by pattern; results by name in the model."""
+        # The converter itself holds what it is to convert, by pattern.
         for pattern, sources in tensors.items():
             group.converter.collected_tensors[pattern] = list(sources)
         try:
             converted = group.converter.convert(group.filed_under, model=self.plain, config=self.plain.config)
         except Exception as error:
-            group.converter.collected_tensors.clear()
+            group.converter.collected_tensors.clear()  # else they would be part of the next call
             examples = ", ".join(names[0] for names in group.sources.values() if names)
             raise ConfigError(
                 f"model.path={self.files.directory}: {group.filed_under} cannot be made of {examples} ...: "
@@ -206,6 +207,7 @@ class Conversions:
                 continue
             members = incomplete.pop(key)
             tensors_by_pattern: dict[str, list[Tensor]] = {}
+            # Converters join tensors by position, in the loader's order.
             for member in in_loading_order(members):
                 _, member_pattern = places[member]
                 tensors_by_pattern.setdefault(str(member_pattern), []).append(members[member])

@@ -63,6 +63,7 @@ class SafetensorsFiles:
             threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
 
     def _index(self) -> dict[str, Path]:
+        """The file of each stored tensor: by the index if there is one, else by the files' headers."""
         listing = self.directory / INDEX
         if listing.exists():
             return _files_of_index(listing)
@@ -81,6 +82,7 @@ class SafetensorsFiles:
         return self._open[file]
 
     def _slice(self, stored: str) -> Any:
+        """A stored tensor, to be read in parts. Raises ConfigError if its file does not hold it."""
         from safetensors import SafetensorError
 
         file = self._files[stored]

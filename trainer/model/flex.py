@@ -95,7 +95,8 @@ def block_mask(
             f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
             "switch the model to 'sdpa' with set_attn_implementation"
         )
-    device, document_of_position = torch.device(device), _document_numbers(bounds, q_length)
+    device = torch.device(device)
+    document_of_position = _document_numbers(bounds, q_length)
 
     def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask_function(batch, head, query, key) & (document_of_position[query] == document_of_position[key])

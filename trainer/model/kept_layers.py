@@ -208,6 +208,7 @@ def _kind_of_layer(layer: nn.Module) -> frozenset[Any]:
 
 
 def _switches(module: nn.Module) -> tuple[Any, ...]:
+    """Attributes that change what a module computes: flags, words, and whether it has a window or chunks."""
     switches = []
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name == "training":

@@ -102,6 +102,7 @@ class PackedWeights:
                     packed_bytes = self._read(name, start, stop)
                 if packed_bytes is not None:
                     return packed_bytes
+                # From here on this process packs for itself: a slow start is better than none.
                 self.reason = f"what was written to {self._file(name)} cannot be read"
         except OSError as error:
             self.reason = f"{error.strerror or error} ({error.filename or self.directory})"
@@ -123,7 +124,7 @@ class PackedWeights:
             needed = f"{needed_bytes / 2**30:.2f} GiB more are needed"
             self.reason = f"{needed} and {free_bytes / 2**30:.2f} GiB free in {self.directory}"
             return
-        # Each rank begins at another weight.
+        # Each rank begins at another weight, so that ranks seldom meet at the same one.
         rank, ranks = self.share
         first = len(missing) * rank // ranks
         for name in missing[first:] + missing[:first]:

@@ -76,6 +76,7 @@ class Scheme:
 
         weight = weight.cpu().contiguous()
         if self.kind is Quantisation.int8:
+            # bitsandbytes quantises float16 alone to int8.
             codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
             pieces = [codes, scales]
         else:

@@ -86,6 +86,7 @@ def note_chosen_experts(module: Any, expert_indices: Tensor) -> None:
 
 
 def _count_tokens(module: Any, expert_indices: Tensor) -> None:
+    """Add to the entered record how many tokens chose each expert. Padding does not count; nothing waits for the device."""
     record = _Recording.record
     if record is None or record.tokens is None or not record.is_recording:
         return
@@ -114,6 +115,7 @@ def recorded_routers(model: nn.Module) -> dict[str, int]:
     output_index: dict[str, int] = {}
 
     def search(module: nn.Module, name: str, recorders: list[Any]) -> None:
+        """Note the routers below `module`; a module without recorders of its own has those of its parent."""
         own = output_recorders(module, "router_logits")
         recorders = recorders if own is None else own
         for recorder in recorders:

@@ -173,7 +173,7 @@ def _shrunk(
             small[name] = {index: _layer_settings(own, settings, small) for index, own in value.items()}
         elif name == IMAGE_TOKENS and value:
             small[name] = _few_image_tokens(value)
-    small.pop("quantization_config", None)
+    small.pop("quantization_config", None)  # the copy has drawn weights, which are not quantised
     return small
 
 

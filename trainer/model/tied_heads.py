@@ -50,6 +50,7 @@ def _values_differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
     if checkpoint.shape(first) != checkpoint.shape(second):
         return True
     size = math.prod(checkpoint.shape(first))
+    # In pieces, so that two vocabulary matrices are never in memory at once.
     for start in range(0, size, CHUNK):
         stop = min(start + CHUNK, size)
         if not torch.equal(checkpoint.run(first, start, stop), checkpoint.run(second, start, stop)):

@@ -256,6 +256,7 @@ class WeightSource:
             base = self.tuning.base_name(name)
             shape = self.checkpoint.quantised.get(base, model_shape)
             if self.checkpoint.resolve(base) is None:
+                # Its value is computed, here or by the tuning method.
                 if base in self.fixed or self.tuning.rewrites(name):
                     continue
                 if not base.startswith(head_prefixes):
@@ -263,6 +264,7 @@ class WeightSource:
                 elif base not in self.initialised:
                     self.initialised.append(base)
                 continue
+            # With added tokens the model has more rows than the checkpoint.
             grows = base in self.vocabulary and self.new_ids
             if self.checkpoint.shape(base) != shape and not grows:
                 problems.append(f"{base} has shape {self.checkpoint.shape(base)}, the architecture wants {shape}")

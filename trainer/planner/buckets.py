@@ -72,6 +72,7 @@ class _WatchedBuckets:
         earlier_kind = recorder.new_kind
         recorder.new_kind = MemoryKind.communication
         if self.full_trained_elements is not None:
+            # What the shallow model reduces is live already; only the difference to a full bucket is added.
             trained = sum(flat.numel() for flat in self.optimizer.bit16_groups_flat)
             content = sum(bucket.elements for bucket in self.optimizer.ipg_buckets.values())
             fullest = max(content, min(self.full_trained_elements, self.optimizer.reduce_bucket_size))

@@ -47,6 +47,7 @@ def expected_bytes(
 def _fsdp2_bytes(
     built: Built, strategy: Fsdp2Config, runtime: Runtime, micro_batches: int, gathered_itemsize: int
 ) -> dict[str, float]:
+    """`expected_bytes` under FSDP2 and HSDP."""
     module = built.step_module
     parameters = {id(parameter): parameter for _, parameter in named_parameters(module)}
     trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)

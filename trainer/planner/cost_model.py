@@ -101,6 +101,7 @@ class CostModel:
         small_phases, large_phases = self.phases
         totals = {}
         for phase, large_peak in large_phases.items():
+            # At another size, another operation of the phase may be its highest.
             candidates = [(small_phases[phase].total, large_peak.total), *self.peak_candidates[phase]]
             totals[phase] = max(self._at_units(small, large, units) for small, large in candidates)
         phase = max(totals, key=lambda phase: totals[phase])
@@ -115,6 +116,7 @@ class CostModel:
     def largest_units(self, limit: float) -> float:
         """The most units whose peak fits in `limit` bytes; 0 if not even an empty micro-batch fits."""
         small_phases, large_phases = self.phases
+        # Every peak is linear in the units: each candidate gives a bound, and the lowest one counts.
         units = float("inf")
         for phase, large_peak in large_phases.items():
             highest = (small_phases[phase].total, large_peak.total)
@@ -131,6 +133,7 @@ class CostModel:
         """(operations of products and attention, bytes moved by others, bytes between host and device) of a micro-batch."""
         small, large = self.sizes
         determinant = small.units * large.squares - large.units * small.squares
+        # Rows of one length: attention grows with their number, as everything else does.
         if self.rows or not determinant:
             flops = self._at_units(*self.flops, units)
         else:
@@ -198,6 +201,7 @@ def simulate_sizes(
             known_kinds = watched.recorder.known_kinds()
             largest_batches = batches_by_size[-1]
             peaks, record = watched.again(largest_batches, expected)
+            # A phase peaked before its tally: take the step again, now that its peaks are known.
             if not _tallied_at_peaks(peaks, expected, is_needed):
                 watched.recorder.restore_kinds(known_kinds)
                 tallied, _ = watched.again(largest_batches, operations(peaks))
@@ -259,6 +263,7 @@ def fit_cost_model(
         return small, large
 
     small_phases, large_phases = phases
+    # What rests, is exchanged or is on the host does not depend on the size: index 1 stands for both sizes.
     return CostModel(
         blocks=blocks,
         accumulation=accumulation,

@@ -54,8 +54,9 @@ def shallow_depths(
         fewest_blocks = 2 * ends - 1
     else:
         fewest_blocks = 2 * ends * period
+    # The remainder: the last block then stands where it does in a period of the whole model.
     shallower = fewest_blocks + (blocks - fewest_blocks) % period
-    if 2 * shallower + period > blocks:
+    if 2 * shallower + period > blocks:  # the two together would cost as much as the whole model
         return None
     return shallower, shallower + period
 
@@ -77,6 +78,7 @@ def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolate: Callable
     """
     total = extrapolate(shallow.total, deep.total)
     kinds = extrapolate_by_key(shallow.kinds, deep.kinds, extrapolate)
+    # Without the same operations nothing can be matched: the peaks themselves are extrapolated.
     if len(shallow.live_after_operation) != len(deep.live_after_operation):
         return PhasePeak(total, 0, kinds, [])
     live_after_operation = [*map(extrapolate, shallow.live_after_operation, deep.live_after_operation)]

@@ -137,6 +137,7 @@ def fit_in_memory(live_bytes: int, groups: int, memory_gib: float, allocator: fl
 def room_for_tensors(cost_model: CostModel, card: Card) -> float:
     """Bytes of tensors that the card has room for."""
     other_gib = PROCESS_CONTEXT_GIB + NCCL_GROUP_GIB * group_count(cost_model)
+    # Reserved memory is more than tensors take, and real tensors may take more than simulated ones.
     room_bytes = (card.memory_gib - other_gib) * GIB / (1 + card.allocator) / card.tensors
     return max(0.0, room_bytes)
 

@@ -75,6 +75,7 @@ class SampledLengths:
     def lengths(self, config: DataConfig, sequences_per_unit: int) -> DocumentLengths:
         """The lengths of the first epoch; packs count as long as they may be."""
         epoch_units = self.order.epoch(0)
+        # Another epoch may have fuller packs, so packs count as full.
         longest = np.array([config.max_length]) if config.packing else np.sort(self.tokens)[::-1]
         return DocumentLengths(
             longest, self.mean, float(self.squares[epoch_units].mean()), sequences_per_unit, self.order.num_units

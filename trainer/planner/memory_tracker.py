@@ -77,8 +77,9 @@ class _LiveStorage:
 class LiveBytes(TorchDispatchMode):
     """Counts bytes on `device` while it is entered, from what is made within it and what is shown to it.
 
-    `phase` is set by whoever knows; the highest of each is in `highest`. With `explain`, a tally by kind is taken after
-    the operations told there, which another step has found to be the highest of their phases, and where a later one is higher.
+    `phase` is set from outside; the peak of each phase is in `peaks`. After `begin_tallied_step`, a tally by kind of memory
+    is taken after the given operations, which an earlier step found to be the highest of their phases, and after later
+    ones that are higher.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -227,6 +228,7 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, track the tensors that it makes, and note what is live after it."""
         if DTensor in types:
             return NotImplemented  # its local operations come by themselves
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # most calls are of this operation

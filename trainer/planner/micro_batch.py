@@ -48,6 +48,7 @@ def settle_micro(
         if not was_open or samples_per_rank % batch["micro"] == 0:
             return config
     announce("choosing the micro-batch (batch.micro=auto): simulating a step")
+    # All ranks take the same micro-batch, so the smallest device decides.
     least_gib = min(gather_objects(memory_gib(runtime), runtime))
     proposal: tuple[int, str] = (0, "")
     if runtime.is_main:
@@ -56,6 +57,7 @@ def settle_micro(
         proposal = propose_micro(config, inputs.data, inputs.precision, ranks, (runtime.kind, least_gib), timeout_s)
     micro, plan_summary = broadcast_object(proposal, runtime)
     trials: list[OutOfMemoryTrial] = []
+    # The plan may be too optimistic: real steps have the last word.
     while runs_out_of_memory(_with_micro(config, micro, None), inputs, _trial_of(micro)):
         trials.append(OutOfMemoryTrial(micro))
         smaller_micros = [divisor for divisor in divisors(samples_per_rank) if divisor < micro]

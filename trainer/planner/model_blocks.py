@@ -43,11 +43,12 @@ def block_pattern(config: ModelConfig) -> BlockPattern:
 
 
 def _pattern_of_built_model(config: ModelConfig, settings: Any, text: Any) -> BlockPattern:
+    """The pattern of a model built on meta; without a period if its class cannot build one."""
     model_class = auto_class(ModelKind.causal, settings)
     try:
         with meta_context():
             model = model_class.from_config(
-                copy.deepcopy(settings),
+                copy.deepcopy(settings),  # a copy, since building writes into the settings
                 attn_implementation="eager",
                 trust_remote_code=config.trust_remote_code,
             )

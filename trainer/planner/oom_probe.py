@@ -111,7 +111,7 @@ def agree_on_outcome(trial: TrialDescription, reason: str | None, runtime: Runti
     keys = [f"shardtune/{trial.setting}/{trial.choice}/{rank}" for rank in range(runtime.world_size)]
     store.set(keys[runtime.rank], "out" if reason else "held")
     timeout_s = TIMEOUT_SHARE * runtime.timeout_s
-    if reason:
+    if reason:  # this rank gives up first: the others could not say which rank ran out, and why
         timeout_s /= 2
     try:
         store.wait(keys, timedelta(seconds=timeout_s))

@@ -51,6 +51,7 @@ def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunReco
         if batch:
             lines.append(f"  {_largest_micro_batch(batch)}")
         lines.append(f"  {_remedies(config, runtime, training=batch is not None)}")
+        # OutOfMemory lets the launcher start again with less; DoesNotFit ends the job.
         may_retry_smaller = batch is not None and config.batch["micro"] > 1
         error_class = OutOfMemory if may_retry_smaller else DoesNotFit
         raise error_class("\n".join(lines)) from error
@@ -90,6 +91,7 @@ def _who_ran_out(error: BaseException, runtime: Runtime) -> str:
 
 
 def _memory_so_far(runtime: Runtime) -> str:
+    """This rank's peak so far, what is reserved or with libraries, and what is free."""
     peaks = peak_memory_gib(runtime.device)
     if runtime.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(runtime.device)

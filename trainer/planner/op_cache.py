@@ -64,7 +64,7 @@ class OperationResult:
     """The cached result of an operation."""
 
     output: Any
-    """`_Made`, None, a whole number, or a list or tuple of these."""
+    """`_TensorTemplate`, None, a whole number, or a list or tuple of these."""
     flops: float
     moved_bytes: int
     """Bytes read and written, as the recorder counts them."""
@@ -177,6 +177,7 @@ def rebuild(cached: OperationResult, operation: Operation) -> Any:
 
 
 def _rebuild_output(template: Any, operation: Operation) -> Any:
+    """An output from its template: the operand itself, a view of an operand's storage, or a new fake tensor."""
     if isinstance(template, list | tuple):
         return type(template)(_rebuild_output(element, operation) for element in template)
     if not isinstance(template, _TensorTemplate):
@@ -233,6 +234,7 @@ def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> A
         return template
     if output.requires_grad or key in new_storages:
         raise _NotCacheable
+    # Rebuild it once: it is cached only if that gives the same tensor.
     rebuilt = rebuild(OperationResult(template, 0, 0), operation)
     if template.storage_of_operand is None:
         new_storages.add(key)

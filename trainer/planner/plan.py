@@ -151,6 +151,7 @@ def _problems(config: RunConfig, world: int | None) -> list[str]:
 
 
 def _every_variant(config: RunConfig, settings: PlanConfig, typed: set[str]) -> Iterator[RunVariant]:
+    """Each combination of strategy, base quantisation, recomputation and offload that was not typed."""
     requested_mode = config.strategy.activation_checkpointing
     modes: Sequence[ActivationCheckpointing] = (requested_mode,)
     if requested_mode is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in typed:
@@ -225,6 +226,7 @@ def rank_choices(
 
 
 def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> Choice:
+    """The memory, time and price of a step of `micro` documents per forward pass."""
     card = job.card
     strategy = variant.config.strategy
     accumulation = job.global_batch // (job.ranks * micro)
@@ -241,6 +243,7 @@ def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: 
             cost_model = deferred_model
             peak = deferred_peak
         words.append(f"strategy.defer_sync={str(defers).lower()}")
+    # Memory is judged by the longest documents, time by the average ones.
     load = _average_load(cost_model, job, micro, accumulation)
     step = step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
     tokens = job.lengths.mean * job.global_batch
@@ -330,6 +333,7 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
     growth = {phase: waiting - released_bytes(phase) for phase in large_phases}
 
     def deferred_peaks(phases: dict[StepPhase, PhasePeak]) -> dict[StepPhase, PhasePeak]:
+        """The peaks with gradients that wait unreduced, and without the buffers of the reductions."""
         peaks = {}
         for phase, peak in phases.items():
             kinds = peak.kinds

@@ -38,7 +38,7 @@ def predicted(built: Built, record: RunRecord, optimizer: str, device_gib: float
     """
     assert built.expected is not None
     state_bytes, activation_bytes = built.expected
-    if record.must_fit:
+    if record.must_fit:  # a simulated step knows more than either estimate
         memory_gib = record.must_fit.live_gib
         memory_by = SIMULATED
     else:

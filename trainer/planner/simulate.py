@@ -78,7 +78,7 @@ class SimulatedStep:
     @property
     def peak(self) -> tuple[StepPhase, PhasePeak]:
         """The phase with the most live bytes."""
-        return max(self.phases.items(), key=lambda item: item[1].total)
+        return max(self.phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total)
 
 
 def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> SimulatedStep:
@@ -128,12 +128,12 @@ def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
 def _uncollected() -> Iterator[None]:
     """No garbage collection meanwhile: when it comes depends on what ran before, and what it frees is live until then."""
     gc.collect()
-    was = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 

@@ -84,6 +84,7 @@ def simulate_depth(
     blocks = pattern.number
 
     def simulate_model_of(depth: int) -> SimulatedStep:
+        """One step of the model with `depth` blocks."""
         with _truncated_run(config, depth, blocks) as truncated:
             return simulate_run(
                 truncated,
@@ -133,6 +134,7 @@ def simulate_form(
     def simulate_model_of(
         depth: int, expected: dict[StepPhase, int] | None
     ) -> tuple[list[SimulatedStep], list[MicroBatchSize], bool]:
+        """(steps of two sizes of micro-batch in the model with `depth` blocks, the sizes, whether they are in rows)."""
         with (
             simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime,
             _truncated_run(config, depth, blocks) as truncated,
@@ -202,6 +204,7 @@ def end_blocks_of(config: RunConfig) -> int:
         depth = pattern.first + (pattern.period or 1)
         truncated = replace(config, model=truncated_model(config.model, depth, Path(directory)))
         units = step_parts(truncated, [1], runtime).built.step_module.shard_units()
+    # ZeRO-3 keeps up to MAX_LIVE_PARAMETERS elements gathered: as many blocks as hold these.
     elements_per_block = [sum(parameter.numel() for parameter in unit.parameters()) for unit in units]
     smallest = min(elements_per_block, default=1)
     return max(end_blocks, MAX_LIVE_PARAMETERS // smallest + 1)

@@ -80,6 +80,7 @@ def step_time(
     if cost_model.host_bytes > 2**20:
         passes = 3  # states are read and written, gradients are read
         update_s += passes * cost_model.host_bytes * ranks_per_node / (HOST_UPDATE_GB_S * 1e9)
+    # The pace is a measured step's time, divided by what this function estimates for it; 1 if none was measured.
     return StepTime(
         products_s=card.pace * products_s,
         moves_s=card.pace * moves_s,

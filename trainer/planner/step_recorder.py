@@ -71,6 +71,7 @@ class Recorder(LiveBytes):
         self.record = Record()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation and record its collective, host read, copy, arithmetic and bytes."""
         traits = _operation_traits(func)
         if traits.exchanges:
             self._record_collective(func, args)
@@ -100,6 +101,7 @@ class Recorder(LiveBytes):
         flops = 0.0
         if traits.has_flops:
             flops = self._flops(func, args, kwargs, output)
+        # The cost of a product is its arithmetic: its bytes would count it twice.
         moved = 0
         if not flops and not traits.uncounted:
             moved = self._device_bytes(args) + self._device_bytes(output)
@@ -118,6 +120,7 @@ class Recorder(LiveBytes):
         return 0
 
     def _record_collective(self, func: Any, args: Any) -> None:
+        """Record a collective by its largest tensor: the whole that is gathered or reduced."""
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
         group = CollectiveOp.get_process_group(func, args)
@@ -190,6 +193,7 @@ class _OperationTraits:
 
 @cache
 def _operation_traits(func: Any) -> _OperationTraits:
+    """What `Recorder` has to know of an operation; cached, since it is asked for each call."""
     packet = func.overloadpacket
     return _OperationTraits(
         exchanges=func in collective_ops and func not in sync_ops,

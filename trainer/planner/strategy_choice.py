@@ -97,6 +97,7 @@ def settle_strategy(
         proposals_in_order = proposals(config, inputs.data, inputs.precision, devices, timeout_s)
     while True:
         ran_out = [trial.choice for trial in failed_trials]
+        # Rank 0 alone has proposals. The others learn each one from it, so that all ranks try the same.
         proposal = next((proposal for proposal in proposals_in_order if proposal.name not in ran_out), None)
         proposal = broadcast_object(proposal, runtime)
         if proposal is None:
@@ -193,6 +194,7 @@ def _proposal_runs_out(config: RunConfig, proposal: Proposal, inputs: TrialInput
     try:
         return runs_out_of_memory(trial_config, inputs, trial)
     except DoesNotFit as error:
+        # Some ranks alone ran out, so the job must end; a new start may try the next strategy.
         raise OutOfMemory(str(error), ran_out_with={STRATEGY: proposal.name}) from error
 
 

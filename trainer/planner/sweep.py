@@ -55,6 +55,7 @@ def plan_variants(
 
     `refused`: variants that were ruled out before, and why.
     """
+    # Two micro-batches tell the last one from the others; the cost model has any number of them.
     accumulates = job.global_batch // (job.ranks * micros[0]) > 1
     cost_models = simulate_variants(variants, job, 2 if accumulates else 1, settings, on_progress)
     refused = list(refused)
@@ -145,6 +146,7 @@ def _start_worker(parent: int) -> None:
 
 
 def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun, exact: bool) -> CostModel | str:
+    """The cost model of a variant, or why it cannot be simulated. Runs in a worker process."""
     from trainer.planner.simulation import simulate_form
 
     # What earlier variants left, and what they imported, lives on. Frozen, it costs the next collections no time.

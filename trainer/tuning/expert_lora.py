@@ -115,6 +115,7 @@ def _with_update(kind: Any) -> type[nn.Module]:
 
     class Router(kind):  # type: ignore[misc]
         def forward(self, *args: Any, update: tuple[str, Tensor] | None = None, **kwargs: Any) -> Any:
+            """The router's output with `update` = (parameter's name, matrix to add to it); without it, as it was."""
             if update is None:
                 return super().forward(*args, **kwargs)
             name, update_matrix = update
@@ -139,6 +140,7 @@ def _wrapper_class() -> type:
         """As peft's, without a copy of the adapted weights."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            """The adapted module's output: it gets the low-rank parts, and adds their products itself."""
             if self.disable_adapters or self.merged:
                 return super().forward(x, *args, **kwargs)
             # A module with several adapted parameters has one wrapper for each, nested.

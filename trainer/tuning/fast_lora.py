@@ -34,6 +34,7 @@ class _LowRankLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scalings: Sequence[float], in_place: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
+        """The outputs `[..., out]` of n layers for one input; `in_place` accumulates into the base layer's product."""
         weights, biases, downs, ups = _split_in_four(tensors)
         rows = x.reshape(-1, x.shape[-1])
         ctx.ranks = [down.shape[0] for down in downs]
@@ -57,6 +58,7 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        """The gradients of x, of each A and of each B, as far as they are needed; the base weights are frozen."""
         rows, low, *layer_tensors = ctx.saved_tensors
         n = len(grads)
         scalings = ctx.scalings
@@ -146,6 +148,7 @@ def _fused_class() -> type:
         """The layers that share its input, where there are any."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """The layer's output; peft's own forward pass for any call that is not plain training or inference."""
             is_plain_call = self.fused and not (args or kwargs or self.disable_adapters or self.merged)
             if not is_plain_call or self.active_adapters != [ADAPTER]:
                 return super().forward(x, *args, **kwargs)

@@ -151,6 +151,7 @@ class _GroupedLowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        """The gradients of x, A and B; the frozen weight has none."""
         x, parameter, down, up, low = ctx.saved_tensors
         offsets = ctx.frozen.offsets
         grad = grad.contiguous()

@@ -23,6 +23,7 @@ class EncoderLstm(nn.LSTM):
     wanted type."""
 
     def forward(self, inputs: Any, state: Any = None) -> Any:  # type: ignore[override]
+        """As torch's LSTM, with the current weights; the output has the type of the inputs, or autocast's."""
         # torch's LSTM keeps a list of its weights, which strategies that replace parameters do not update.
         weights = [getattr(self, name) for name in lstm_weight_names(self)]
         set_lstm_weights(self, weights)

@@ -31,6 +31,7 @@ def load_peft() -> ModuleType:
 
 @contextmanager
 def _compile_at_first_call() -> Iterator[None]:
+    """Let `torch.compile` return functions that compile when they are first called, while entered."""
     torch_compile = torch.compile
 
     def compile_later(function: Callable[..., Any] | None = None, **settings: Any) -> Any:
