@@ -131,8 +131,8 @@ def completion(words: list[str]) -> int:
     from launch.config.completion import script
     from strategies.errors import ConfigError
 
-    _, assigned, shell = words[0].partition("=")
-    if not assigned and len(words) > 1:
+    shell = words[0].partition("=")[2]
+    if not shell and len(words) > 1:
         shell = words[1]
     try:
         print(script(shell, VERBS, declared_words()), end="")

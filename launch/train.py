@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     words, problems = read_words("train", TrainWords, argv)
     needs_help = asks_for_help(argv)
     if needs_help or problems or words.only_shows or words.as_json:
-        release()  # nothing will be saved, so that a signal ends the process at once
+        release()  # a signal ends the process at once; with --json, training holds signals again
     if needs_help:
         show_help(usage())
         return 0

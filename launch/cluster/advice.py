@@ -199,6 +199,7 @@ def _mebibytes(memory: str | None) -> float:
 
 
 def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
+    """What happens at the time limit, and notes about a partition that is down or a long lead."""
     limit_s = seconds(slurm.time)
     consequence = "is requeued"
     if "no-requeue" in options_of(slurm.extra):
@@ -247,6 +248,7 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
 
 
 def _price_lines(slurm: SlurmConfig, candidates: list[Partition], runs: int) -> list[str]:
+    """The most that a start of all runs costs, in GPU hours and US dollars; empty for a job without GPUs."""
     request = slurm.gpu_request
     if request is None:
         return []

@@ -71,7 +71,10 @@ def job_name() -> str | None:
 
 
 def count_lost_start(logs: Path, job: JobStart, limit: int, counter: str = "lost") -> bool:
-    """Count one more start whose rank or node was `count_lost_start`; whether there may be another. Errors: StorageError."""
+    """Count one more start that was lost, in the file of its cause (`counter`); returns whether another is allowed.
+
+    Errors: StorageError.
+    """
     path = logs / f"{counter}-{job.name}"
     try:
         with path.open("a", encoding="utf-8") as file:

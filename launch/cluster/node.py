@@ -61,6 +61,7 @@ def main(module: str = "launch.cluster.node") -> int:
 
 
 def _main(module: str) -> int:
+    """Run this host's part of the job, first in the environment of the process that started it. Errors: EOFError."""
     if JOB_VARIABLE not in os.environ:
         _restart_in_environment(json.loads(_read_line(0)), module)
     job = json.loads(os.environ.pop(JOB_VARIABLE))

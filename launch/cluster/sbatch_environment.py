@@ -40,12 +40,12 @@ class SbatchVariables:
     """The `SBATCH_*` of an environment, for one job script."""
 
     passed: dict[str, str] = field(default_factory=dict)
-    """For what the script leaves open."""
+    """The variables that sbatch gets, with their values: the script leaves their options open."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """Why a variable is not passed on."""
+    """The other variables, with why each is not passed on."""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """A line for people about each variable."""
         lines = [f"environ {name}={value} is passed on to sbatch" for name, value in self.passed.items()]
         return lines + [f"environ {name} is not passed on: {why}" for name, why in self.dropped.items()]
 
@@ -73,6 +73,7 @@ def sort_variables(text: str, environment: Mapping[str, str] = os.environ) -> Sb
 
 
 def _option(variable: str) -> str:
+    """The option of sbatch that a variable `SBATCH_*` sets."""
     suffix = variable.removeprefix(PREFIX)
     return OTHER_NAMES.get(suffix, suffix.lower().replace("_", "-"))
 
@@ -99,7 +100,10 @@ def sbatch_environment(text: str, environment: Mapping[str, str] = os.environ) -
     """
     if "SLURM_JOB_ID" in environment:
         prefixes = ("SLURM_", "SRUN_", PREFIX)
-        return {k: v for k, v in environment.items() if k == "SLURM_CONF" or not k.startswith(prefixes)}
+        # SLURM_CONF says where the cluster's configuration is, and is no job's.
+        return {
+            name: value for name, value in environment.items() if name == "SLURM_CONF" or not name.startswith(prefixes)
+        }
     dropped = sort_variables(text, environment).dropped
     return {name: value for name, value in environment.items() if name not in dropped}
 
@@ -108,22 +112,22 @@ def environment_value(option: str, environment: Mapping[str, str] = os.environ) 
     """What sbatch takes from the environment for an option that the run leaves open; None within a job."""
     if "SLURM_JOB_ID" in environment:
         return None
-    return next(
-        (value for name, value in environment.items() if name.startswith(PREFIX) and _option(name) == option), None
-    )
+    for name, value in environment.items():
+        if name.startswith(PREFIX) and _option(name) == option:
+            return value
+    return None
 
 
 def refuse_gpus_of_environment(environment: Mapping[str, str] = os.environ) -> None:
     """Refuse GPUs that only the environment asks for, since no rank would be counted for them. Errors: ConfigError."""
     if "SLURM_JOB_ID" in environment:
         return
-    asked = [
-        f"{name}={value}"
-        for name, value in sorted(environment.items())
-        if name.startswith(PREFIX) and _option(name) in GPU_OPTIONS
-    ]
-    if asked:
+    gpu_variables = []
+    for name, value in sorted(environment.items()):
+        if name.startswith(PREFIX) and _option(name) in GPU_OPTIONS:
+            gpu_variables.append(f"{name}={value}")
+    if gpu_variables:
         raise ConfigError(
-            f"{' '.join(asked)}: the environment asks for GPUs, and this run for none, so that it would train on one; "
+            f"{' '.join(gpu_variables)}: the environment asks for GPUs, and this run for none, so that it would train on one; "
             "set launcher.gpus_per_node or launcher.gres, or unset the variable"
         )

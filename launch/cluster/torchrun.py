@@ -243,6 +243,7 @@ def _output_streams(redirected: RedirectedOutput | None) -> Iterator[dict[str, A
 
 
 def _watch(agent: subprocess.Popen[bytes], pending: list[int], watchers: list[Callable[[], None]]) -> int:
+    """Wait for torchrun to end, and pass signals on to its ranks; returns its exit code, or 130 after Ctrl-C."""
     interrupted_at: float | None = None
     while True:
         for poll in watchers:
@@ -372,9 +373,8 @@ def _record_killed_rank(error: BaseException, *, out_of_memory: bool) -> None:
         pid=failure.pid,
         retry="out_of_memory" if out_of_memory else "node_fail",
     )
-    if (
-        was_recorded and "SHARDTUNE_LAUNCHER" not in os.environ
-    ):  # under SLURM nobody else shows it, or settles the status
+    # Under SLURM nobody else shows the failure, or writes the status.
+    if was_recorded and "SHARDTUNE_LAUNCHER" not in os.environ:
         print(killed, file=sys.stderr, flush=True)
         with contextlib.suppress(ShardtuneError):
             write_status(run_dir, State.failed, step=step, reason=str(killed))

@@ -100,6 +100,7 @@ def _predecessors(run: Path, config: RunConfig | str, runs: Iterable[Path]) -> l
 
 
 def _sighting(run: Path, config: RunConfig | str, query: DocumentQuery) -> Sighting:
+    """What a run has of the document; `unknown` says why, if that cannot be found out."""
     record = readable_run_record(run)
     if isinstance(config, str):
         return Sighting(run=run, unknown=config)

@@ -80,15 +80,18 @@ def record_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[st
 
 def measure_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str]) -> StartUsage:
     """What is known of the start that this process is the end of."""
+    began = _number(env.get("SLURM_JOB_START_TIME"))
+    ends = _number(env.get("SLURM_JOB_END_TIME"))
+    # Taken before sacct is asked, which may take half a minute.
+    elapsed_s = time.time() - began if began else None
     rows, unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
     # Step 0 is the srun that runs the ranks; other rows are of the job and of its script.
     step = next((row for row in rows if row["JobIDRaw"].endswith(".0")), {})
     if not unknown and not step:
         unknown = "sacct knows no step of the job"
-    began = _number(env.get("SLURM_JOB_START_TIME"))
-    ends = _number(env.get("SLURM_JOB_END_TIME"))
     step_elapsed_s = _number(step.get("ElapsedRaw"))
-    elapsed_s = time.time() - began if began else step_elapsed_s
+    if elapsed_s is None:
+        elapsed_s = step_elapsed_s
     memory_asked_mib = _number(env.get("SLURM_MEM_PER_NODE"))
 
     cpus = int(step.get("AllocCPUS") or 0) or None
@@ -136,6 +139,7 @@ def describe_start(start: Mapping[str, Any]) -> str:
 
 
 def _time_and_cpu_parts(start: Mapping[str, Any]) -> list[str]:
+    """Time, CPU and memory of a start, as far as they are known."""
     parts = []
     elapsed_s = start.get("elapsed_s")
     if elapsed_s is not None:

@@ -37,6 +37,7 @@ def describe_end(run_dir: Path, queue: Queue) -> str | None:
 
 
 def _describe_record(record: JobRecord, queue: Queue) -> str | None:
+    """Why the start of a job ended by its record; None if it ended well, restarts, or may still run."""
     start = f"job {record.job}, start {record.start}"
     if record.ended is not None:
         if record.code == 0 or record.will_restart:
@@ -56,6 +57,7 @@ def slurm_end(job: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _slurm_end(job: str, minute: int) -> str | None:
+    """The same, asked again in another `minute`: the argument only makes the cache forget."""
     rows = _call(["sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"])
     if rows:
         state, _sep, code = rows.splitlines()[-1].partition("|")

@@ -23,7 +23,7 @@ class PipelinePart:
     part: str
     job: str
     state: str
-    """`queued`, `running`, `done`, `failed_part`, `cancelled` (one before it failed), or `unknown`."""
+    """`queued`, `running`, `done`, `failed`, `cancelled` (one before it failed), or `unknown`."""
     description: str
     """The same for people."""
 

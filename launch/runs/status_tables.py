@@ -118,6 +118,7 @@ def _most_urgent_runs(answer: StatusAnswer) -> list[str]:
 
 
 def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
+    """The table's row of a run, with where it runs and why it is in its state below it; `live`: also its loss curve."""
     is_below_root = run.directory.is_relative_to(root) and run.directory != root
     name = run.directory.relative_to(root) if is_below_root else run.directory
     cells = (
@@ -187,6 +188,7 @@ def _jobs_of_runs(answer: StatusAnswer) -> set[str]:
 
 
 def _run_in_full(run: RunView, details: RunDetails, damaged: Mapping[Path, str] | None) -> list[str]:
+    """The page of one run: facts, what to do next, checkpoints, logs."""
     share = f" ({run.step / run.total:.1%})" if run.step and run.total else ""
     lines = [f"{run.directory}: {run.state}, step {_step(run)}{share}"]
     lines += fold(f"  {run.why}") if run.why and run.state != State.failed else []
@@ -200,6 +202,7 @@ def _run_in_full(run: RunView, details: RunDetails, damaged: Mapping[Path, str] 
 
 
 def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
+    """(name, text) of loss, held-out metrics, speed and memory, as far as the run has written them."""
     facts = []
     if run.loss is not None:
         facts.append(("loss", f"{run.loss:.4f}  {sparkline(details.curve)}"))
@@ -234,6 +237,7 @@ def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
 
 
 def _runner(run: RunView) -> list[str]:
+    """Which process or job runs the run or did, and when it was last seen."""
     words = []
     if run.host:
         words.append(f"process {run.pid} on {run.host}")
@@ -262,6 +266,7 @@ def _next_steps(run: RunView, failure: Mapping[str, Any]) -> list[str]:
 
 
 def _failure_and_way_out(run: RunView, failure: Mapping[str, Any]) -> list[str]:
+    """Why a run failed, and what to do so that it continues."""
     broken_part = pipeline_jobs.failed_part(list(run.parts))
     if broken_part is not None and not failure:
         way_out = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same words again"
@@ -297,6 +302,7 @@ def _checkpoints(store: CheckpointList, damaged: Mapping[Path, str] | None) -> l
 def _checkpoint_row(
     checkpoint: StoredCheckpoint, watched_metric: str | None, damaged: Mapping[Path, str] | None
 ) -> TableRow:
+    """The table's row of a checkpoint. `damaged`: what is wrong with each damaged one; None if that was not checked."""
     remarks = []
     if damaged is not None:
         damage = damaged.get(checkpoint.path)
@@ -366,6 +372,7 @@ def as_dict(answer: StatusAnswer, damaged: Mapping[Path, str] | None) -> dict[st
 
 
 def _details_as_dict(details: RunDetails, damaged: Mapping[Path, str]) -> dict[str, Any]:
+    """What `status --json` has of a run beyond its row, if the run alone was asked for."""
     checkpoints = []
     for checkpoint in details.store.checkpoints:
         row = asdict(checkpoint) | {"path": str(checkpoint.path), "damage": damaged.get(checkpoint.path)}

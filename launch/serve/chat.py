@@ -74,21 +74,21 @@ def main(argv: list[str]) -> int:
     for line in compare_base(exported, accept="base" in words.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     against = words.against or ("base" if sys.stdout.isatty() and not words.as_json else "none")
-    other = None if against in ("base", "none") else find_export(against)
+    other_export = None if against in ("base", "none") else find_export(against)
     prompt = words.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty; give one in quotes, or pipe one in")
-    conversations = _load_conversations(exported, other, against, words)
+    conversations = _load_conversations(exported, other_export, against, words)
     if prompt is None:
         return _converse(conversations)
     _one_answer(conversations, prompt, words.as_json)
     return 0
 
 
-def _load_conversations(exported: Any, other: Any, against: str, words: ChatWords) -> list[Conversation]:
-    """The models, loaded: what is shown beside first, the tuned one last."""
+def _load_conversations(exported: Any, other_export: Any, against: str, words: ChatWords) -> list[Conversation]:
+    """Load the models: the one to compare with first (`against`, if it is not none), the tuned one last. Errors: ConfigError."""
     from launch.serve.conversation import ChatSettings, Conversation
     from launch.serve.models import load, load_base
 
@@ -97,21 +97,22 @@ def _load_conversations(exported: Any, other: Any, against: str, words: ChatWord
     )
     placement = {"device": words.device, "dtype": str(words.dtype)}
     tuned = load(exported, **placement)
-    beside = None
+    other_model = None
     if against == "base":
-        beside = load_base(exported, **placement)
-        if beside is None and words.against is not None:
+        other_model = load_base(exported, **placement)
+        if other_model is None and words.against is not None:
             raise ConfigError(
                 f"against=base: the base of {exported.path} is not on this machine; name another export, or against=none"
             )
-        if beside is None:
+        if other_model is None:
             print("(the base model is not on this machine: only the tuned model answers)", file=sys.stderr)
-    elif other is not None:
-        beside = load(other, **placement)
-    return [Conversation(chat_model, settings) for chat_model in (beside, tuned) if chat_model is not None]
+    elif other_export is not None:
+        other_model = load(other_export, **placement)
+    return [Conversation(chat_model, settings) for chat_model in (other_model, tuned) if chat_model is not None]
 
 
 def _one_answer(conversations: list[Conversation], prompt: str, as_json: bool) -> None:
+    """Print the answer of each model to one prompt, as a JSON object if `as_json`."""
     from launch.serve.chat_screen import stream_in_columns
 
     if as_json:
@@ -140,6 +141,7 @@ def _one_answer(conversations: list[Conversation], prompt: str, as_json: bool) -
 
 
 def _converse(conversations: list[Conversation]) -> int:
+    """Read prompts from the terminal and show the answers until /quit or Ctrl-D; returns 0."""
     from launch.serve.chat_screen import stream_in_columns
 
     names = " and ".join(conversation.chat_model.name for conversation in conversations)

@@ -73,6 +73,7 @@ class _Answers:
 
 
 def _table(conversations: list[Conversation], texts: list[str]) -> Any:
+    """The answers as rich's table, a column for each model."""
     from rich.table import Table
     from rich.text import Text
 

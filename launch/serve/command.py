@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
 
 
 def chosen_engine(config: ServeConfig, exported: Exported) -> str:
-    """`vllm_command` or `transformers`. Raises ConfigError where the one asked for is not here, or cannot do what is asked."""
+    """The engine that serves: `vllm` or `transformers`. Raises ConfigError if the requested one is missing or cannot serve it."""
     from launch.serve.other_servers import vllm_command
 
     if config.engine == "transformers":

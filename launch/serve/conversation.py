@@ -107,6 +107,7 @@ class Conversation:
             return torch.full((len(generated),), stop.is_set(), device=generated.device)
 
         def write() -> None:
+            """Generate into the streamer; keep the tokens or the error in `outcome`."""
             try:
                 outcome["ids"] = model.generate(
                     inputs,
@@ -134,6 +135,7 @@ class Conversation:
         self.is_cut = self.tokens >= max_tokens and int(outcome["ids"][0, -1]) not in end_tokens
 
     def _generation_config(self, max_tokens: int) -> Any:
+        """The model's generation settings with `max_tokens` and the temperature of this chat."""
         import copy
 
         generation_config = copy.deepcopy(self.chat_model.generation_config)

@@ -44,6 +44,7 @@ class GatewayMiddleware:
             await _send_refusal(send, refused)
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Admit a request, check its body, and pass it on. Raises RefusedRequest."""
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         self._admit(scope["path"], scope["method"], headers)
         if scope["method"] == "GET":
@@ -148,14 +149,15 @@ class TransformersMiddleware(GatewayMiddleware):
 
 
 class VllmMiddleware(GatewayMiddleware):
-    """The middleware as vLLM's `--middleware` takes it, configured by `other_servers.environment`. vLLM checks fields itself.
+    """The middleware as vLLM's `--middleware` takes it, configured by `other_servers.vllm_environment`.
 
-    Its own key leaves addresses beside /v1 open, and an adapter's base would be a second model.
+    vLLM checks the fields of a request itself. But its own key leaves addresses beside /v1 open, and it would offer an
+    adapter's base as a second model.
     """
 
     def __init__(self, app: Any) -> None:
-        told = json.loads(os.environ["SHARDTUNE_SERVE"])
-        super().__init__(app, ServeConfig(**told))
+        settings = json.loads(os.environ["SHARDTUNE_SERVE"])
+        super().__init__(app, ServeConfig(**settings))
 
     def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
         body = super()._checked_body(path, content)
@@ -174,6 +176,7 @@ class _RefusalFormatter:
         self._content = b""
 
     async def __call__(self, message: Message) -> None:
+        """Pass a message on at once, or keep an answer until it is complete and send it rewritten."""
         if message["type"] == "http.response.start" and self._is_buffered(message):
             self._start = message
             return

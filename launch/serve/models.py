@@ -72,6 +72,7 @@ def _base_of_run(export: Path) -> str | None:
 
 
 def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> ChatModel:
+    """Load a model and its tokenizer offline, with settings that sample only if a request asks for it. Errors: ConfigError."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 

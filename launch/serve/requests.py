@@ -173,6 +173,7 @@ def _check_message(message: Any, param: str) -> None:
 
 
 def _check_tool_call(call: Any, param: str) -> None:
+    """Refuse a tool call without a name or with arguments that are no JSON object. Raises RefusedRequest."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise refuse(param, "each must be {function: {name, arguments}}")

@@ -29,6 +29,7 @@ def text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerd
 
 
 def _row(node: int, reports: NodeReports) -> tuple[str, ...]:
+    """The cells of one node, in the order of `COLUMNS`."""
     facts = reports.facts.get(node)
     if facts is None:
         return (str(node), reports.host_name(node), "no answer", "", "", "", "", "")

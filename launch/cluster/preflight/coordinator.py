@@ -182,6 +182,7 @@ def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
 
 
 def _start(command: Command, request: PreflightRequest, lines: queue.Queue[Any]) -> subprocess.Popen[str]:
+    """Start a process; threads put its lines into `lines` as (node, line), and None when a pipe has ended."""
     env = {**command.env, REQUEST_VARIABLE: request.to_json()}
     process = subprocess.Popen(
         command.argv,
@@ -254,6 +255,7 @@ def _is_exchange_settled(request: PreflightRequest, reports: NodeReports, waited
 
 
 def _end_processes(started: list[subprocess.Popen[str]]) -> None:
+    """End the processes that still run: by TERM, and by KILL after five seconds."""
     for process in started:
         if process.poll() is None:
             process.terminate()
