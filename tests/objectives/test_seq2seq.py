@@ -207,7 +207,7 @@ def words(root, monkeypatch):
         ),
         ("model.path=t5 objective=seq2seq data.packing=true", "data.packing=true"),
         ("model.path=t5 objective=seq2seq data.layout=padding_free", "set data.layout=auto"),
-        ("model.path=t5 objective=seq2seq data.over_length=split", "would part a prompt from its answer"),
+        ("model.path=t5 objective=seq2seq data.over_length=split", "would separate a prompt from its answer"),
         ("model.path=t5 objective=seq2seq data.format=text", "data.format=text: objective=seq2seq reads a prompt"),
         ("model.path=t5 objective=seq2seq tuning=lora model.add_tokens=[x]", "set tuning=full with objective=seq2seq"),
         ("model.path=t5 objective=seq2seq tuning=prompt", "tuning=prompt with objective=seq2seq: it is built for"),

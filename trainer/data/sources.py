@@ -259,7 +259,10 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
 def jobs(
     rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, most_rows: int = 512, most_bytes: int = 4 << 20
 ) -> Iterator[RowRange]:
-    """Group ((split, source), row) into jobs; where a job ends depends on the input alone."""
+    """Group ((split, source), row) into jobs of at most `most_rows` rows and about `most_bytes` bytes.
+
+    Where a job ends depends on the input alone, so that any number of workers makes the same data set.
+    """
     number = 0
     num_bytes = 0
     job = RowRange(0, "", "", 0, [])

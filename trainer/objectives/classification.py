@@ -209,7 +209,9 @@ def number_labels(
         )
     # A set of labels is one integer: bit i is set if the document has label i.
     bit_of = {name: 1 << bit for bit, name in enumerate(names)}
-    bits = [sum(bit_of[name] for name in label_set) for label_set in label_sets]
+    bits = []
+    for label_set in label_sets:
+        bits.append(sum(bit_of[name] for name in label_set))
     return names, np.array(bits, np.int64)
 
 

@@ -64,7 +64,7 @@ def problems(config: KtoConfig, other_settings: OtherSettings) -> Iterator[str]:
         yield "data.packing=true: objective=kto counts answers, each with its verdict; set data.packing=false"
     if data.over_length not in ANSWER_POLICIES:
         yield (
-            f"data.over_length={data.over_length.value}: would part an answer from its prompt; set "
+            f"data.over_length={data.over_length.value}: would separate an answer from its prompt; set "
             "data.over_length=truncate or data.over_length=drop"
         )
     for key, data_format in formats_of(data).items():
@@ -234,13 +234,14 @@ class Kto(Objective):
         self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """An answer without supervised tokens (a filler row) adds nothing."""
+        """The terms that the class lists. An answer without supervised tokens (a filler row) adds nothing."""
         reference = reference_logps(model, batch, self.reference)
         logps, tokens = sequence_logps(model, batch)
         is_counted = (tokens > 0).float()
         log_ratios = (logps - reference) * is_counted
         if "ahead_of" in batch:
             return {"kl": log_ratios.detach().sum()}
+        # The mean log-ratio of mismatched answers estimates a KL divergence, which is never negative.
         reference_point = batch["ahead"]["kl"].clamp(min=0)
         config = self.config
         beta = config.beta

@@ -139,7 +139,7 @@ def causal_model(
     half_on_gpu: bool,
     context: AbstractContextManager[None],
 ) -> tuple[Any, AttentionLayout]:
-    """The plain model on meta, with its way set, and its arrangement.
+    """(the plain model on meta with its forward path set, its arrangement).
 
     `needs_padding`: the tuning method needs a row for each document, and hidden states. Raises ConfigError.
     """
@@ -192,7 +192,10 @@ def padded_model(
     *,
     half_on_gpu: bool,
 ) -> tuple[Any, AttentionLayout]:
-    """The plain model of another kind on meta, for one document a row. Raises ConfigError."""
+    """(a classifier or encoder-decoder model, its arrangement): the model on meta, for one document a row.
+
+    `settings`: transformers' configuration. The model is built within `context`. Raises ConfigError.
+    """
     arrangement = resolve_layout(
         config,
         layout,

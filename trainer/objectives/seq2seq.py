@@ -58,8 +58,8 @@ def problems(config: Seq2seqConfig, other_settings: OtherSettings) -> Iterator[s
         yield "data.layout=padding_free: encoder-decoder models are trained with padded rows; set data.layout=auto"
     if data.over_length not in ANSWER_POLICIES:
         yield (
-            f"data.over_length={data.over_length.value}: would part a prompt from its answer; set data.over_length=truncate, "
-            "drop or fail"
+            f"data.over_length={data.over_length.value}: would separate a prompt from its answer; set "
+            "data.over_length=truncate, drop or fail"
         )
     if data.learn != LearnConfig():
         yield "data.learn: objective=seq2seq learns the answer and nothing else; leave data.learn.turns and roles alone"
@@ -205,7 +205,8 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
     if len(turns) > 1:
         *system, user, assistant = turns
     else:  # no conversation: refused below
-        system, user, assistant = [], {"role": ""}, {"role": ""}
+        system = []
+        user = assistant = {"role": ""}
     roles = [turn["role"] for turn in turns]
     if (user["role"], assistant["role"]) != ("user", "assistant") or roles[:-2] not in ([], ["system"]):
         kind = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
