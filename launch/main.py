@@ -248,12 +248,12 @@ def _failed(words: list[str], problems: list[str], code: int) -> int:
 
     The ranks of a job print none: their launcher says how the run ended.
     """
-    from launch.output import FLAG, give
+    from launch.output import FLAG, print_json
 
     if FLAG in words and not _is_rank():
         answer = {"error": "\n".join(problems), "problems": problems, "exit_code": code}
         is_one_a_line = bool({"--follow", "--watch"} & set(words))
-        give(answer, one_line=is_one_a_line)
+        print_json(answer, one_line=is_one_a_line)
     return code
 
 

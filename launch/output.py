@@ -192,7 +192,7 @@ class said_to_stderr:
             os.close(self.saved_descriptor)
 
 
-def give(answer: dict[str, Any], *, one_line: bool = False) -> None:
+def print_json(answer: dict[str, Any], *, one_line: bool = False) -> None:
     """Print the answer for a script. A stream that is not UTF-8 gets JSON's own escapes."""
     print(json.dumps(answer, indent=None if one_line else 1, ensure_ascii=not is_utf8()), flush=True)
 

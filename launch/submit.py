@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.config.help_text import show_help
-from launch.config.show_config import CFG_KINDS, show
+from launch.config.show_config import CFG_KINDS, print_config
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
-from launch.output import give, said_to_stderr
+from launch.output import print_json, said_to_stderr
 from strategies.errors import ConfigError
 
 
@@ -79,7 +79,7 @@ def _submit_one(words: SubmitWords) -> int:
     with said_to_stderr(words.as_json):
         composed = compose(words.settings, check=words.cfg is None)
         if words.cfg is not None:
-            show(composed, words.cfg)
+            print_config(composed, words.cfg)
             return 0
         typed_directory = composed.config.run.dir
         run_dir = Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
@@ -94,5 +94,5 @@ def _submit_one(words: SubmitWords) -> int:
     if words.as_json:
         nothing = Submission({}, [str(run_dir.absolute())], {}, None)
         [answer] = submitted or [nothing]
-        give(asdict(answer))
+        print_json(asdict(answer))
     return 0

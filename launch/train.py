@@ -20,7 +20,7 @@ from launch.config.choices import groups
 from launch.config.help_text import show_help
 from launch.config.process_role import is_worker, seems_a_worker
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
-from launch.output import give, said_to_stderr
+from launch.output import print_json, said_to_stderr
 from strategies.compat.python import end_process, run_exit_functions
 from strategies.errors import ConfigError
 from trainer.stopping.signals import hold, release
@@ -115,7 +115,7 @@ def _train_or_show(words: TrainWords) -> int:
     if is_search(settings):
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
     if words.cfg is not None:
-        show_config.show(compose(settings, check=False), words.cfg)
+        show_config.print_config(compose(settings, check=False), words.cfg)
         return 0
     if words.dry_run:
         return _dry_run(settings, as_json=words.as_json)
@@ -124,7 +124,7 @@ def _train_or_show(words: TrainWords) -> int:
         run_dir = run_dir_of(composed)
         code = launch(composed, run_dir)
     if words.as_json:
-        give(ended(run_dir, code))
+        print_json(ended(run_dir, code))
     return code
 
 
@@ -149,7 +149,7 @@ def _dry_run(words: list[str], *, as_json: bool) -> int:
 
         description = describe(compose(words).config)
     if as_json:
-        give({**description.facts, "exit_code": description.exit_code})
+        print_json({**description.facts, "exit_code": description.exit_code})
     else:
         print(description.text)
     return description.exit_code
@@ -188,7 +188,7 @@ def _search(words: list[str], print_point: Callable[[Composed], None] | None) ->
 def show(composed: Composed, *, cfg: str | None) -> None:
     """Print the configuration (`cfg`: which), or what the run would do."""
     if cfg:
-        show_config.show(composed, cfg)
+        show_config.print_config(composed, cfg)
         return
     from launch.plan.dry_run import describe
 

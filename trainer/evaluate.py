@@ -19,7 +19,7 @@ from trainer.build.quantised_model import build_as_stored
 from trainer.checkpoints.manifest import fingerprint
 from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
-from trainer.data.prepare import ChooseDate, Prepared
+from trainer.data.prepare import ChooseDate, PreparedData
 from trainer.data.report.progress import PrintLine, print_on_rank_0
 from trainer.evaluation.report import comparison, page, record
 from trainer.evaluation.report.intervals import Bootstrap, confidence_intervals, resample_metrics
@@ -178,7 +178,7 @@ class _RunData:
         stop: Callable[[], bool],
         choose_date: ChooseDate | None = None,
         say: PrintLine = print_on_rank_0,
-    ) -> Prepared:
+    ) -> PreparedData:
         """Open the data or prepare it. Errors: those of preparing, DataError if the run's own rows are gone."""
         if self.job.data_run is None:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
@@ -198,7 +198,7 @@ class _RunData:
 
 
 def _tell_length(
-    config: RunConfig, data: Prepared, built: Built, engine: Engine, runtime: processes.Runtime, opened: _RunData
+    config: RunConfig, data: PreparedData, built: Built, engine: Engine, runtime: processes.Runtime, opened: _RunData
 ) -> None:
     """Tell a tuning method that changes with the step (such as AdaLoRA) how many steps the run had."""
     if opened.record is not None and opened.record.total_steps is not None:

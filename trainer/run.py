@@ -23,7 +23,7 @@ from trainer.checkpoints.resume_selection import choose_checkpoint
 from trainer.config.evaluation import asked_tasks, more_is_better
 from trainer.config.run import RunConfig, kept_date, kept_matmul
 from trainer.data.batches.loader import StepLoader
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_evaluators, build_model_interface
 from trainer.evaluation.tasks.model_interface import ModelInterface
@@ -170,8 +170,8 @@ def meet(
     tokenizer: Any,
     request: StopRequest,
     attempt: Attempt,
-    open_data: Callable[..., Prepared] = prepare_data,
-) -> tuple[Prepared, list[PreparedTask], Staged, processes.Runtime]:
+    open_data: Callable[..., PreparedData] = prepare_data,
+) -> tuple[PreparedData, list[PreparedTask], Staged, processes.Runtime]:
     """Prepare the data and that of tasks, copy them to this node's disk, and only then form the process group.
 
     No collective can time out while the data is made, since there is none before the last line. All ranks must call. Raises
@@ -202,7 +202,7 @@ def meet(
     return staged.with_local_tokens(data), tasks, staged, start_processes(config, meeting.store)
 
 
-def check_identity(config: RunConfig, data: Prepared, context: RunContext) -> dict[str, Any]:
+def check_identity(config: RunConfig, data: PreparedData, context: RunContext) -> dict[str, Any]:
     """What makes this run the one in its directory, for `run.json`. All ranks must call.
 
     Raises ConfigError on every rank if code, data, model or settings differ from those of the checkpoint it resumes from, and
@@ -249,7 +249,7 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
 
 def evaluators_of(
     config: RunConfig,
-    data: Prepared,
+    data: PreparedData,
     tasks: list[PreparedTask],
     built: Built,
     tokenizer: Any,
@@ -279,7 +279,7 @@ def evaluators_of(
 
 def asking_of(
     config: RunConfig,
-    data: Prepared,
+    data: PreparedData,
     built: Built,
     tokenizer: Any,
     engine: Engine,
@@ -300,7 +300,7 @@ def asking_of(
 
 
 def monitors_of(
-    config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, context: RunContext
+    config: RunConfig, data: PreparedData, loader: StepLoader, challenges: Challenges, context: RunContext
 ) -> Monitors:
     """What may end the run early, or leave an update out."""
     anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.say)
@@ -335,7 +335,7 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
     )
 
 
-def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: Built, context: RunContext) -> None:
+def record_reference(config: RunConfig, data: PreparedData, engine: Engine, built: Built, context: RunContext) -> None:
     """Record the initial model's log-probabilities of the data, which the objective compares with. All ranks must call.
 
     Nothing is recorded if the objective needs none, or if the base stays in the model under its adapter.

@@ -17,7 +17,7 @@ CFG_KINDS = ("job", "hydra", "all")
 INFO_KINDS = ("all", "config", "defaults", "searchpath", "plugins")
 
 
-def show(composed: Composed, kind: str) -> None:
+def print_config(composed: Composed, kind: str) -> None:
     """Print the configuration of the run, Hydra's own, or both (`kind`). Values out of range are a ConfigError after that.
 
     Nothing else is checked: a configuration can be looked at while its model or data is still missing.

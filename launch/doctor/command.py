@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words
-from launch.output import Column, TableRow, fold_all, give, table
+from launch.output import Column, TableRow, fold_all, print_json, table
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
     machine = examine(os.environ)
     if words.as_json:
-        give({**machine.facts, "problems": machine.problems, "notes": machine.notes})
+        print_json({**machine.facts, "problems": machine.problems, "notes": machine.notes})
     else:
         print("\n".join(text(machine.facts, machine.problems, machine.notes)))
     return UNFIT if machine.problems else 0
@@ -73,7 +73,7 @@ def preflight(words: list[str], as_json: bool) -> int:
     request, commands, hosts, is_queued = preflight_targets(words)
     reports, verdict = run_preflight(request, commands, hosts, is_queued=is_queued)
     if as_json:
-        give(as_dict(request, reports, verdict))
+        print_json(as_dict(request, reports, verdict))
     else:
         print(page(request, reports, verdict))
     return UNFIT if verdict.problems else 0

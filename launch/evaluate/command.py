@@ -14,7 +14,7 @@ from launch.config.process_role import is_worker
 from launch.config.verb_words import asks_for_help, help_rows
 from launch.evaluate.kinds import KINDS_READ
 from launch.evaluate.words import EvaluateWords
-from launch.output import give, said_to_stderr
+from launch.output import print_json, said_to_stderr
 from trainer.stopping.signals import hold
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     to = Path(evaluation_plan.job.to)
     report: dict[str, Any] = json.loads((to / REPORT).read_text(encoding="utf-8"))
     if as_json:
-        give(report)
+        print_json(report)
     else:
         print(f"{text(report)}\n\nwritten: {to / REPORT}, {to / PAGE}", flush=True)
     if report.get("regressions"):

@@ -15,7 +15,7 @@ from launch.export import gguf as export_gguf
 from launch.export import hub as export_hub
 from launch.export.combine import CombineWords
 from launch.export.words import ExportWords, destination, read_gates, record_of, refuse_no_run, unfinished
-from launch.output import FLAG, give, said_to_stderr
+from launch.output import FLAG, print_json, said_to_stderr
 from launch.serve.command import print_serve_commands
 from strategies.errors import ConfigError
 from trainer.reporting.run_record import RUN_RECORD
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from strategies.runtime import Runtime
     from trainer.checkpoints.config import CheckpointConfig
     from trainer.config.run import RunConfig
-    from trainer.data.prepare import Prepared
+    from trainer.data.prepare import PreparedData
     from trainer.export.gates.judge import JudgedGates
     from trainer.session.run_data import RowsNeeded
 
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     with said_to_stderr(as_json):
         answer = combine.run(argv) if combine.asks_to_combine(argv) else run(argv)
     if as_json:
-        give(answer)
+        print_json(answer)
     return 0
 
 
@@ -340,7 +340,7 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
     raise ConfigError(f"checkpoint=best: no checkpoint can say which is the best ({'; '.join(problems[:3])})")
 
 
-def export(config: RunConfig, request: ExportRequest) -> Prepared:
+def export(config: RunConfig, request: ExportRequest) -> PreparedData:
     """Rebuild, load and write, as one process; the run's data. Errors: those of building, loading and writing."""
     from strategies import runtime as processes
     from trainer.config.run import kept_matmul
@@ -353,7 +353,7 @@ def export(config: RunConfig, request: ExportRequest) -> Prepared:
         processes.stop()
 
 
-def _export(config: RunConfig, request: ExportRequest, runtime: Runtime) -> Prepared:
+def _export(config: RunConfig, request: ExportRequest, runtime: Runtime) -> PreparedData:
     """Rebuild the run's model, load the checkpoint or the mean of several, and write the export; returns the run's data."""
     from strategies.base import Precision
     from trainer.build.parts import build_engine

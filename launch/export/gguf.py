@@ -12,7 +12,7 @@ from strategies.errors import ConfigError
 if TYPE_CHECKING:
     from launch.export.words import ExportWords
     from trainer.config.run import RunConfig
-    from trainer.data.prepare import Prepared
+    from trainer.data.prepare import PreparedData
     from trainer.export.gguf import Converter, GgufType
     from trainer.export.quantised import FewBits
     from trainer.session.run_data import RowsNeeded
@@ -145,7 +145,7 @@ def rows_needed(request: FewBitsRequest) -> RowsNeeded:
     return RowsNeeded(purpose, f"Leave bits={request.kind} out")
 
 
-def write_bits(request: FewBitsRequest, directory: Path, data: Prepared) -> Path:
+def write_bits(request: FewBitsRequest, directory: Path, data: PreparedData) -> Path:
     """Store the export in few bits, print what that costs in loss on held-out documents, and return its folder.
 
     If no documents were held out, the loss is that of training documents. Calibration uses the first documents of training.

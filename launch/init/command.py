@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launch.config.help_text import show_help
 from launch.config.user_files import SUFFIXES
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
-from launch.output import give
+from launch.output import print_json
 from strategies.errors import ConfigError, StorageError, key_of_problem
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         result, text = _file_from_words(words.settings, words.to)
     _write(words.to, text)
     if words.as_json:
-        give(as_dict(result))
+        print_json(as_dict(result))
     else:
         print("\n".join(answer_lines(result)))
     return 0

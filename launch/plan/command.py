@@ -19,7 +19,7 @@ from launch.config.verb_words import (
     setting_words,
     word,
 )
-from launch.output import give
+from launch.output import print_json
 from launch.streams import draw
 from strategies.errors import ConfigError
 
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
     micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
     answer = plan_variants(variants, refused, job, micros, request.settings, _progress())
     if request.words.as_json:
-        give(as_dict(answer, request.of_run, measured.lines))
+        print_json(as_dict(answer, request.of_run, measured.lines))
     else:
         print(text(answer, request.of_run, measured.lines), flush=True)
     return 0 if answer.best is not None else 69

@@ -15,7 +15,7 @@ from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
 from trainer.config.run import MICRO, STRATEGY, RunConfig
 from trainer.data.batches.order import steps_from_budget
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import preview, summary
 from trainer.model.loading import load_tokenizer
 from trainer.planner.fit_check import single_step_config, why_not_simulated
@@ -117,7 +117,7 @@ def _waiting(strategy: StrategyConfig, trained: int, world: int, *, accumulation
     return [f"  gradients, whole until the last micro-batch: {4 * trained / 2**30:.2f} GiB more at most; they {when}"]
 
 
-def _memory(config: RunConfig, built: Built, data: Prepared, world: int) -> SimulatedMemory:
+def _memory(config: RunConfig, built: Built, data: PreparedData, world: int) -> SimulatedMemory:
     """The memory of the run's own step, simulated with its longest micro-batch; or why that cannot be told."""
     on_gpu = str(config.run.device) == "cuda"
     try:

@@ -19,7 +19,7 @@ from strategies.compat.python import end_process
 from strategies.errors import ConfigError, Preempted, key_of_problem
 
 if TYPE_CHECKING:
-    from trainer.data.prepare import Prepared
+    from trainer.data.prepare import PreparedData
 
 
 @dataclass(kw_only=True)
@@ -85,7 +85,7 @@ def prepared_data(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
     return data.report, data.directory, data.report["cached"]
 
 
-def _prepare(words: list[str], shard: tuple[int, int] | None) -> Prepared | None:
+def _prepare(words: list[str], shard: tuple[int, int] | None) -> PreparedData | None:
     """The prepared data; None after preparing one shard of it, which leaves its part for the others."""
     from launch.config.compose import compose
     from trainer.config.validate import problems_of

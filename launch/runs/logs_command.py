@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
-from launch.output import give
+from launch.output import print_json
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     if words.follow:
         FollowedRun(run_dir, request, printer, offsets).until_done()
     elif isinstance(printer, JsonPrinter):
-        give({"run": str(run_dir), "files": printer.files, "failure": failure if shows_failure else None})
+        print_json({"run": str(run_dir), "files": printer.files, "failure": failure if shows_failure else None})
     else:
         if not files:
             print(f"{run_dir}: nothing was written below {run_dir / 'logs'} yet")

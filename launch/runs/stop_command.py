@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
-from launch.output import give, said_to_stderr
+from launch.output import print_json, said_to_stderr
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     with said_to_stderr(words.as_json):
         code, method = stop(words.run, words.wait_s, dry=words.dry_run)
     if words.as_json:
-        give(run_summary(words.run, method))
+        print_json(run_summary(words.run, method))
     return code
 
 

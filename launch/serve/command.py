@@ -23,7 +23,7 @@ from launch.config.verb_words import (
     setting_words,
     word,
 )
-from launch.output import give
+from launch.output import print_json
 from launch.serve.config import ServeConfig
 from strategies.errors import ConfigError
 
@@ -130,7 +130,7 @@ def print_plan(exported: Exported, config: ServeConfig, engine: str, words: Serv
         "sglang": shell_text(sglang_command(exported, config)),
     }
     if words.as_json:
-        give(plan)
+        print_json(plan)
         return 0
     if words.print_only:
         for name in ("vllm", "sglang"):

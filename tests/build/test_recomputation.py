@@ -27,7 +27,7 @@ from tests.helpers.stores import write
 from trainer.build.parts import build_engine, build_model, workload
 from trainer.build.recomputation import longest_micro_batch, measured_activations
 from trainer.config.validate import problems_of
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
@@ -168,4 +168,4 @@ def labelled_set(root):
     made = [Sample(s.input_ids, s.supervised, {"label": i % 3}) for i, s in enumerate(samples(48, uneven=False))]
     write(root / "labelled", made, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
     opened = TokenDataset.open(root / "labelled")
-    return Prepared(train=opened, evaluation=opened, directory=root, report={}, label_names=["a", "b", "c"])
+    return PreparedData(train=opened, evaluation=opened, directory=root, report={}, label_names=["a", "b", "c"])

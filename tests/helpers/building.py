@@ -25,7 +25,7 @@ from trainer.build.parts import build_engine, build_loader
 from trainer.config.run import RunConfig, RunSettings
 from trainer.data.batches.order import BudgetConfig
 from trainer.data.config import Layout
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.loop import Trainer
 from trainer.loop_types import Monitors, Sinks
@@ -100,14 +100,14 @@ def weighed(made: list[Sample]) -> list[Sample]:
     return made
 
 
-def data_set(root: Path, *, uneven: bool, num: int = 48, weighted: bool = False) -> Prepared:
+def data_set(root: Path, *, uneven: bool, num: int = 48, weighted: bool = False) -> PreparedData:
     """A prepared data set of `samples`, serving as training and evaluation set."""
     directory = root / f"data-{uneven}-{num}-{weighted}"
     if not (directory / "manifest.json").exists():
         made = samples(num, uneven=uneven)
         write(directory, weighed(made) if weighted else made, SftReading().counts, {"fingerprint": "x"})
     opened = TokenDataset.open(directory)
-    return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
+    return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
 
 def pair_samples(num: int, *, vocab: int = 300) -> list[Sample]:
@@ -125,13 +125,13 @@ def pair_samples(num: int, *, vocab: int = 300) -> list[Sample]:
     return made
 
 
-def pair_set(root: Path, *, num: int = 48) -> Prepared:
+def pair_set(root: Path, *, num: int = 48) -> PreparedData:
     """A prepared data set of `pair_samples`, serving as training and evaluation set; opened anew each time."""
     directory = root / f"pairs-{num}"
     if not (directory / "manifest.json").exists():
         write(directory, pair_samples(num), PairReading().counts, {"fingerprint": "pairs"})
     train, held_out = TokenDataset.open(directory), TokenDataset.open(directory)
-    return Prepared(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
+    return PreparedData(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
 
 
 def two_sided_samples(num: int, *, vocab: int = 300) -> list[Sample]:
@@ -145,7 +145,7 @@ def two_sided_samples(num: int, *, vocab: int = 300) -> list[Sample]:
     return made
 
 
-def two_sided_set(root: Path, *, num: int = 48) -> Prepared:
+def two_sided_set(root: Path, *, num: int = 48) -> PreparedData:
     """A prepared data set of `two_sided_samples` for encoder-decoder models, serving as training and evaluation set."""
     directory = root / f"two-sided-{num}"
     if not (directory / "manifest.json").exists():
@@ -156,10 +156,10 @@ def two_sided_set(root: Path, *, num: int = 48) -> Prepared:
             {"fingerprint": "two-sided"},
         )
     opened = TokenDataset.open(directory)
-    return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
+    return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
 
-def rated_set(root: Path, *, num: int = 48) -> Prepared:
+def rated_set(root: Path, *, num: int = 48) -> PreparedData:
     """The answers of `pair_samples`, each with a verdict; two of three are desirable."""
     directory = root / f"rated-{num}"
     if not (directory / "manifest.json").exists():
@@ -168,10 +168,10 @@ def rated_set(root: Path, *, num: int = 48) -> Prepared:
             sample.marks[DESIRABLE] = int(index % 3 != 0)
         write(directory, made, RatedReading().counts, {"fingerprint": "rated"})
     train, held_out = TokenDataset.open(directory), TokenDataset.open(directory)
-    return Prepared(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
+    return PreparedData(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
 
 
-def replay_set(root: Path, *, num: int = 48, weighted: bool = False) -> Prepared:
+def replay_set(root: Path, *, num: int = 48, weighted: bool = False) -> PreparedData:
     """`samples` of uneven masks, of which the first of each four are replayed, so that some micro-batches have none."""
     directory = root / f"replay-{num}-{weighted}"
     if not (directory / "manifest.json").exists():
@@ -180,7 +180,7 @@ def replay_set(root: Path, *, num: int = 48, weighted: bool = False) -> Prepared
             sample.marks[REPLAY] = int(index % 4 == 0)
         write(directory, made, SftReading().counts, {"fingerprint": "replay"})
     opened = TokenDataset.open(directory)
-    return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
+    return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
 
 def run_config(
@@ -202,14 +202,14 @@ def run_config(
 
 
 def trainer_for(
-    config: RunConfig, data: Prepared, runtime: processes.Runtime, *, progress: Progress | None = None
+    config: RunConfig, data: PreparedData, runtime: processes.Runtime, *, progress: Progress | None = None
 ) -> Trainer:
     """The product's trainer with its engine and loader, and nothing that writes."""
     return built_trainer(config, data, runtime, progress=progress)[0]
 
 
 def built_trainer(
-    config: RunConfig, data: Prepared, runtime: processes.Runtime, *, progress: Progress | None = None
+    config: RunConfig, data: PreparedData, runtime: processes.Runtime, *, progress: Progress | None = None
 ) -> tuple[Trainer, Built]:
     """The same, and what is known of its model."""
     if "deepspeed" in sys.modules:

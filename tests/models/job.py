@@ -31,7 +31,7 @@ from tests.models import stock, tiny
 from tests.models.gradients import TOLERANCE, Differs, compare, compare_gradients, rounding
 from tests.models.own import ONE_AT_A_TIME
 from trainer.data.config import Layout
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
 from trainer.export.config import ExportConfig
 from trainer.export.verify import DriftError
@@ -65,7 +65,7 @@ class Job:
             )
         processes.barrier(runtime)
         opened = TokenDataset.open(root / "data")
-        self.data = Prepared(train=opened, evaluation=opened, directory=root / "data", report={}, label_names=None)
+        self.data = PreparedData(train=opened, evaluation=opened, directory=root / "data", report={}, label_names=None)
 
     def single(self, model_type: str) -> dict[str, Any]:
         """What the architecture is, and how it trains whole and with LoRA in one process; of a model that decides clearly."""

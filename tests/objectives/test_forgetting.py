@@ -26,7 +26,7 @@ from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data, write_jsonl
 from trainer.data.batches.collate import to_device
 from trainer.data.config import Layout
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.objectives.registry import build_objective
 from trainer.objectives.sft import ForgettingConfig, SftConfig, SftReading
@@ -115,10 +115,10 @@ def counting(num: int, step: int, *, seed: int) -> list[Sample]:
     return [Sample((3 + (b + step * np.arange(16)) % 24).astype(np.int32), np.arange(16) > 0) for b in begins]
 
 
-def stored(directory: Path, made: list[Sample]) -> Prepared:
+def stored(directory: Path, made: list[Sample]) -> PreparedData:
     write(directory, made, SftReading().counts, {"fingerprint": directory.name})
     opened = TokenDataset.open(directory)
-    return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
+    return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tests.models import stock as oracles
 from tests.models.gradients import Differs
 from tests.models.tiny import causal_types, tiny_model
 from trainer.data.config import Layout
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.balance import FUNCTION, RouterLosses, losses_of
 from trainer.model.config import ModelConfig, ModelKind
@@ -186,7 +186,7 @@ def labelled(root):
         made = [Sample(s.input_ids, s.supervised, {LABEL: i % 3}) for i, s in enumerate(samples(GLOBAL, uneven=False))]
         write(directory, made, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
     opened = TokenDataset.open(directory)
-    return Prepared(train=opened, evaluation=None, directory=directory, report={}, label_names=["a", "b", "c"])
+    return PreparedData(train=opened, evaluation=None, directory=directory, report={}, label_names=["a", "b", "c"])
 
 
 OTHERS = {

@@ -14,7 +14,7 @@ from strategies.parameters import named_parameters
 from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, alone, data_set, take_steps, trainer_for
 from tests.helpers.learning import LEAST_LEARNED, learned, moved
 from trainer.config.run import RunConfig
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.loop import Trainer
 
 Made = TypeVar("Made")
@@ -46,31 +46,31 @@ class Job:
             self._made[key] = make()
         return self._made[key]
 
-    def trainer(self, config: RunConfig, data: Prepared | None = None) -> Trainer:
+    def trainer(self, config: RunConfig, data: PreparedData | None = None) -> Trainer:
         return trainer_for(config, data or self.data, self.runtime)
 
-    def curve(self, config: RunConfig, steps: int, data: Prepared | None = None) -> Curve:
+    def curve(self, config: RunConfig, steps: int, data: PreparedData | None = None) -> Curve:
         """Loss and grad norm of a few steps on all ranks."""
         return [list(pair) for pair in take_steps(self.trainer(config, data), steps)]
 
-    def lone_trainer(self, config: RunConfig, data: Prepared | None = None) -> Trainer:
+    def lone_trainer(self, config: RunConfig, data: PreparedData | None = None) -> Trainer:
         """The same job under `single`, one micro-batch a step, in this process alone."""
         batch = {"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH}
         return trainer_for(
             replace(config, strategy=STRATEGIES["single"], batch=batch), data or self.data, alone(self.runtime)
         )
 
-    def lone(self, config: RunConfig, steps: int, data: Prepared | None = None) -> Curve:
+    def lone(self, config: RunConfig, steps: int, data: PreparedData | None = None) -> Curve:
         """Its curve. Alone."""
         return lone_steps(self.lone_trainer(config, data), steps)
 
-    def lone_and_far(self, config: RunConfig, steps: int, data: Prepared | None = None) -> tuple[Curve, float]:
+    def lone_and_far(self, config: RunConfig, steps: int, data: PreparedData | None = None) -> tuple[Curve, float]:
         """Its curve, and how far that is from the curve of a run that learns nothing. Alone."""
         trainer = self.lone_trainer(config, data)
         curve = lone_steps(trainer, steps)
         return curve, self.far(trainer, curve, config, data)
 
-    def far(self, trainer: Trainer, curve: Curve, config: RunConfig, data: Prepared | None = None) -> float:
+    def far(self, trainer: Trainer, curve: Curve, config: RunConfig, data: PreparedData | None = None) -> float:
         """The same of a trainer that has taken the steps of `curve`: by `again`, or where that says little by a run. Alone."""
         if (again := self.again(trainer, curve)) > LEAST_LEARNED:
             return again

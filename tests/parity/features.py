@@ -18,7 +18,7 @@ from tests.helpers.stores import write
 from tests.parity.base import Job, lone_steps, values_of
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import Trainer
@@ -69,7 +69,9 @@ def plain(job: Job, strategy: Any, tuning: str, architecture: str = "llama", **c
     return run_config(model, strategy, tuning, **{"micro": 4, "steps": STEPS} | changes)
 
 
-def against_lone(job: Job, config: RunConfig, oracle: Any, data: Prepared | None = None, steps: int = STEPS) -> dict:
+def against_lone(
+    job: Job, config: RunConfig, oracle: Any, data: PreparedData | None = None, steps: int = STEPS
+) -> dict:
     """The curve of all ranks and that of the lone process, which is computed once for `oracle`."""
     expected = job.oracle(("features", oracle), lambda: job.lone(config, steps, data), elsewhere=[])
     return {"found": job.curve(config, steps, data), "expected": expected}
@@ -149,7 +151,7 @@ def sources(job: Job, strategy: str) -> dict:
     """The training loss of each of two sources, with weights, in every step."""
     config = plain(job, strategy, "full")
 
-    def made() -> Prepared:
+    def made() -> PreparedData:
         data = data_set(job.root, uneven=True, weighted=True)
         data.train.sources = np.arange(len(data.train)) // 2 % 2
         data.train.manifest["sources"] = ["a", "b"]
@@ -177,11 +179,11 @@ def architecture(job: Job, name: str, strategy: str) -> dict:
     return against_lone(job, plain(job, strategy, "lora", name), name)
 
 
-def labelled(job: Job, *, several: bool) -> Prepared:
+def labelled(job: Job, *, several: bool) -> PreparedData:
     """Documents with one of three labels, or with any number of them."""
     directory = job.root / f"labelled-{several}"
 
-    def made() -> Prepared:
+    def made() -> PreparedData:
         if not (directory / "manifest.json").exists():
             rows = [
                 Sample(s.input_ids, s.supervised, {LABEL: i % 7 if several else i * i % 7 % 3})
@@ -189,7 +191,9 @@ def labelled(job: Job, *, several: bool) -> Prepared:
             ]
             write(directory, rows, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
         opened = TokenDataset.open(directory)
-        return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=["a", "b", "c"])
+        return PreparedData(
+            train=opened, evaluation=opened, directory=directory, report={}, label_names=["a", "b", "c"]
+        )
 
     return job.first_here(made)
 
@@ -206,7 +210,7 @@ def tuning(job: Job, architecture: str, strategy: str, name: str) -> dict:
     return against_lone(job, config, (architecture, name))
 
 
-def _labels(job: Job, strategy: str, labels: str) -> tuple[RunConfig, Prepared]:
+def _labels(job: Job, strategy: str, labels: str) -> tuple[RunConfig, PreparedData]:
     several = labels == "several"
     objective = ClassificationConfig(multi_label=several, class_weights="balanced")
     return replace(plain(job, strategy, "full", "distilbert"), objective=objective), labelled(job, several=several)
@@ -236,7 +240,7 @@ def evaluation(job: Job) -> list[dict]:
     return [_evaluated(job, trainers, job.data, batch, ranks) for batch, ranks in EVALUATED]
 
 
-def _evaluated(job: Job, trainers: dict, data: Prepared, batch: int, ranks: int) -> dict:
+def _evaluated(job: Job, trainers: dict, data: PreparedData, batch: int, ranks: int) -> dict:
     """The held-out values, by this process alone where `ranks` is 1."""
     held_out = data.evaluation
     assert held_out is not None

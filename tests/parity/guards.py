@@ -22,7 +22,7 @@ from trainer.checkpoints.manager import Checkpoints
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepBatch
 from trainer.data.config import DataConfig
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.loop import Trainer
 from trainer.monitors.guard_config import Action, GuardsConfig
@@ -42,11 +42,11 @@ def config_of(job: Job, strategy: str, **changes: object) -> RunConfig:
     return replace(config, batch={"global": BATCH, "micro": 2}, data=DataConfig(shuffle=False), **changes)
 
 
-def documents(job: Job, *, odd: bool) -> Prepared:
+def documents(job: Job, *, odd: bool) -> PreparedData:
     """The documents of all steps in their order; without those of the odd step where not `odd`, and then as many more."""
     directory = job.root / f"guarded-{odd}"
 
-    def made() -> Prepared:
+    def made() -> PreparedData:
         if not (directory / "manifest.json").exists():
             generator, rows = np.random.default_rng(1), []
             for step in range(1, STEPS + 2):
@@ -58,7 +58,7 @@ def documents(job: Job, *, odd: bool) -> Prepared:
                         rows.append(Sample(ids, np.arange(40) > 0))
             write(directory, rows, SftReading().counts, {"fingerprint": f"guarded-{odd}"})
         opened = TokenDataset.open(directory)
-        return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
+        return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
     return job.first_here(made)
 
@@ -76,7 +76,7 @@ def skipped_on_device(job: Job) -> dict:
     return _skipped(job, config, data) | {"expected": theirs["found"]}
 
 
-def _skipped(job: Job, config: RunConfig, data: Prepared) -> dict:
+def _skipped(job: Job, config: RunConfig, data: PreparedData) -> dict:
     trainer = job.trainer(replace(config, guards=GuardsConfig(grad_norm=Action.skip, window=10)), data)
     reads = _count_reads(trainer)
     for batch in trainer.loader.steps(0, STEPS):
@@ -179,7 +179,7 @@ def _count_reads(trainer: Trainer) -> list[int]:
     return reads
 
 
-def _never_updated(job: Job, config: RunConfig, data: Prepared) -> Curve:
+def _never_updated(job: Job, config: RunConfig, data: PreparedData) -> Curve:
     """The lone process's curve; at the odd step its gradients are dropped, by nobody's judgement."""
     trainer = job.lone_trainer(config, data)
     trainer.loader.share = replace(trainer.loader.share, global_batch=BATCH, micro_batch=BATCH)

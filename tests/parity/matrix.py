@@ -11,7 +11,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.parity.base import Curve, Job
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.model.config import Quantisation
 
 STEPS = 5
@@ -28,7 +28,7 @@ def config(job: Job, strategy: str, tuning: str, accumulation: int):
     return run_config(model, strategy, tuning, micro=micro, steps=STEPS)
 
 
-def masked(job: Job, masks: str) -> Prepared:
+def masked(job: Job, masks: str) -> PreparedData:
     """Documents with even or uneven masks, or with uneven ones and weights."""
     return job.first_here(lambda: data_set(job.root, uneven=masks != "even", weighted=masks == "weighted"))
 

@@ -16,7 +16,7 @@ from tests.helpers.building import (
 from tests.parity.base import Curve, Job
 from tests.parity.methods import FEWER
 from trainer.config.run import RunConfig
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.loop import Trainer
 from trainer.losses.divergence import Divergence
 from trainer.objectives.base import TeacherConfig
@@ -83,7 +83,7 @@ def lone(job: Job, name: str) -> Curve:
     return job.oracle(key, lambda: curve(job.lone_trainer(config, data), 1, STEPS), elsewhere=[])
 
 
-def _asked(job: Job, name: str) -> tuple[RunConfig, Prepared]:
+def _asked(job: Job, name: str) -> tuple[RunConfig, PreparedData]:
     objective, tuning, architecture, strategy = CASES[NAMES.index(name)]
 
     def made():

@@ -15,7 +15,7 @@ from trainer.build.parts import build_engine
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare
 from trainer.data.config import DataConfig
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.evaluation import full_weights
 from trainer.evaluation.base import GenerateConfig, WritingConfig
 from trainer.evaluation.generate import Writer
@@ -58,7 +58,7 @@ def compare(job: Job, name: str) -> dict[str, Any]:
     return {"found": job.curve(config, FEWER, data), "expected": expected, "learned": far}
 
 
-def config_of(job: Job, architecture: str, tuning: str, strategy: StrategyConfig) -> tuple[RunConfig, Prepared]:
+def config_of(job: Job, architecture: str, tuning: str, strategy: StrategyConfig) -> tuple[RunConfig, PreparedData]:
     """A run in which each rank takes two micro-batches a step, and its data."""
     model, data = job.first_here(lambda: (seq2seq_dir(job.root, architecture), two_sided_set(job.root)))
     config = run_config(model, strategy, tuning, micro=4, steps=STEPS)
@@ -108,7 +108,7 @@ def generate(job: Job, case: str) -> dict[str, Any]:
 
 
 def plain_answers(
-    config: RunConfig, data: Prepared, tokenizer: Any, settings: GenerateConfig
+    config: RunConfig, data: PreparedData, tokenizer: Any, settings: GenerateConfig
 ) -> tuple[list[list[Any]], list[int]]:
     """The same by `generate` of plain transformers, without padding; and how many tokens each has."""
     import transformers

@@ -20,7 +20,7 @@ from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import steps_from_budget
 from trainer.data.config import Layout
-from trainer.data.prepare import ChooseDate, Preparation, Prepared, keep_or_first_date
+from trainer.data.prepare import ChooseDate, Preparation, PreparedData, keep_or_first_date
 from trainer.data.report.progress import PrintLine, print_on_rank_0
 from trainer.losses.fuse import fuse_head
 from trainer.model import attention as attention_module
@@ -69,7 +69,7 @@ def prepare_data(
     stop: Callable[[], bool] = lambda: False,
     choose_date: ChooseDate | None = None,
     say: PrintLine = print_on_rank_0,
-) -> Prepared:
+) -> PreparedData:
     """The prepared data set of the run, from the cache if nothing has changed.
 
     `stop`: called now and then, whether to stop. `say`: gets a line every 15 s. `choose_date`: as in `Preparation`; by default
@@ -104,7 +104,7 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
 
 
 def build_loader(
-    config: RunConfig, data: Prepared, built: Built, engine: Engine, runtime: processes.Runtime
+    config: RunConfig, data: PreparedData, built: Built, engine: Engine, runtime: processes.Runtime
 ) -> tuple[StepLoader, int]:
     """(the batches of this rank, the optimizer steps that the budget makes of them)."""
     reading = built.reading
@@ -128,7 +128,7 @@ def build_loader(
 
 
 def build_engine(
-    config: RunConfig, tokenizer: Any, data: Prepared, precision: Precision, runtime: processes.Runtime
+    config: RunConfig, tokenizer: Any, data: PreparedData, precision: Precision, runtime: processes.Runtime
 ) -> tuple[Engine, Built, WeightSource]:
     """Build the model on meta, tune it, shard it, load it, and make its optimizer. All ranks must call."""
     strategy = build_strategy(config.strategy, precision, runtime)
@@ -158,14 +158,14 @@ def build_engine(
     return engine, built, source
 
 
-def workload(config: RunConfig, data: Prepared) -> Workload:
+def workload(config: RunConfig, data: PreparedData) -> Workload:
     """The largest forward pass that a rank of this run makes."""
     row_tokens = config.data.max_length if config.data.packing else None
     return Workload(data.train, config.batch["micro"], row_tokens)
 
 
 def build_model(
-    config: RunConfig, tokenizer: Any, data: Prepared, context: AbstractContextManager[None], *, half_on_gpu: bool
+    config: RunConfig, tokenizer: Any, data: PreparedData, context: AbstractContextManager[None], *, half_on_gpu: bool
 ) -> tuple[Built, WeightSource]:
     """(the tuned architecture on meta, the source of its values), checked against each other. Reads only headers of files."""
     objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
@@ -204,7 +204,7 @@ def build_model(
     return built, source
 
 
-def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
+def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
     """Raise ConfigError if documents or packs do not fit the model that was built."""
     positions = getattr(text_settings(built.config), "max_position_embeddings", None)
     family = family_of(config.objective)
@@ -231,7 +231,7 @@ def right_alone(built: Built, objective: ObjectiveConfig) -> bool:
     return bool(plain.forward_path.alone)
 
 
-def _check_alone(config: RunConfig, built: Built, data: Prepared) -> None:
+def _check_alone(config: RunConfig, built: Built, data: PreparedData) -> None:
     """Raise ConfigError if a model that is right for one document at a time would be given several."""
     kind = built.config.model_type
     name = config.objective.name

@@ -12,7 +12,7 @@ from strategies.parameters import COMPUTE_DTYPE, meta_context
 from strategies.runtime import Runtime
 from trainer.build.parts import build_step, check_fit
 from trainer.config.run import RunConfig
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.model.loading import weights_directory
 from trainer.model.quantised_checkpoints import replace_with_quantised
 from trainer.objectives.registry import family_of
@@ -20,7 +20,7 @@ from trainer.step import Built
 
 
 def build_as_stored(
-    config: RunConfig, tokenizer: Any, data: Prepared, runtime: Runtime
+    config: RunConfig, tokenizer: Any, data: PreparedData, runtime: Runtime
 ) -> tuple[Engine, Built, Precision]:
     """(engine, the model in it, the precision that it computes in). Nothing is trained. Errors: ConfigError.
 

@@ -24,7 +24,7 @@ from typing import Any
 from strategies.errors import ConfigError, Preempted, StorageError
 from strategies.file_fingerprints import sampled_digest
 from trainer.config.run import RunConfig
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
 from trainer.model.loading import HUB_PATTERNS, weights_directory
 
@@ -65,7 +65,7 @@ class Staged:
             return config
         return replace(config, model=replace(config.model, path=str(self.copies["model"].path)))
 
-    def with_local_tokens(self, data: Prepared) -> Prepared:
+    def with_local_tokens(self, data: PreparedData) -> PreparedData:
         """The data with its tokens read from the copy."""
         if "data" not in self.copies:
             return data
@@ -94,7 +94,7 @@ class Staged:
         self.copies = {}
 
 
-def stage(config: RunConfig, data: Prepared, *, stop: Callable[[], bool]) -> Staged:
+def stage(config: RunConfig, data: PreparedData, *, stop: Callable[[], bool]) -> Staged:
     """Make the copies that `launcher.stage` asks for, or use those that are there. `stop`: called now and then, whether to stop.
 
     Errors: ConfigError for a directory with a variable that this node does not have, StorageError if the disk has no room or

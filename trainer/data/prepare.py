@@ -64,7 +64,7 @@ SETTINGS_NOT_IN_FINGERPRINT = (
 
 
 @dataclass(slots=True)
-class Prepared:
+class PreparedData:
     """A prepared data set: splits opened read-only, and the report of its preparation."""
 
     train: TokenDataset
@@ -157,12 +157,12 @@ class Preparation:
             "reading": {"class": f"{reading_class.__module__}.{reading_class.__qualname__}", **self.reading.identity()},
         }
 
-    def open_or_make(self) -> Prepared:
+    def open_or_make(self) -> PreparedData:
         """The prepared data set: opened, or made by this process, or waited for while another makes it."""
         with self.progress.printing():
             return self._open_or_make()
 
-    def _open_or_make(self) -> Prepared:
+    def _open_or_make(self) -> PreparedData:
         """See `open_or_make`."""
         started_at = time.perf_counter()
         is_done = (self.directory / DONE).exists()
@@ -306,7 +306,7 @@ def _spells_control_tokens(report: dict[str, Any]) -> bool:
 
 def open_prepared(
     directory: Path, *, cached: bool = True, seconds: float = 0.0, verify: Verify | None = Verify.sampled
-) -> Prepared:
+) -> PreparedData:
     """Open a finished entry of the cache, compared with its hashes. Raises DataError for one that is torn or changed."""
     try:
         manifest = json.loads((directory / DONE).read_text(encoding="utf-8"))
@@ -319,4 +319,4 @@ def open_prepared(
         compare_hashes(directory, hashes, verify)
     report = {**manifest["report"], "cached": cached, "seconds": round(seconds, 3)}
     evaluation = TokenDataset.open(directory / "eval") if (directory / "eval").is_dir() else None
-    return Prepared(TokenDataset.open(directory / "train"), evaluation, directory, report, manifest["label_names"])
+    return PreparedData(TokenDataset.open(directory / "train"), evaluation, directory, report, manifest["label_names"])

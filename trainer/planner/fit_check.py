@@ -17,7 +17,7 @@ from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.build.parts import workload
 from trainer.build.recomputation import device_gib, longest_lengths
 from trainer.config.run import RunConfig
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import reading_of
 from trainer.planner.hardware import GIB, MemoryFit, fit_in_memory, group_count
@@ -69,7 +69,7 @@ def single_step_config(config: RunConfig, world: int, *, mode_if_auto: Activatio
 
 
 def must_fit(
-    config: RunConfig, prepared: Prepared, precision: Precision, runtime: Runtime, announce: Callable[[str], None]
+    config: RunConfig, prepared: PreparedData, precision: Precision, runtime: Runtime, announce: Callable[[str], None]
 ) -> dict[str, Any]:
     """The `must_fit` of the run record, simulated for the longest micro-batch; empty unless `run.must_fit` asks for it.
 

@@ -17,7 +17,7 @@ from strategies.base import ActivationCheckpointing, Precision
 from strategies.errors import DoesNotFit
 from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_objects
 from trainer.config.run import AUTO, MICRO, RunConfig, asked_micro
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import reading_of
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config, why_not_simulated
@@ -75,7 +75,7 @@ def settle_micro(
     return settled_config
 
 
-def preview_micro(config: RunConfig, prepared: Prepared) -> RunConfig:
+def preview_micro(config: RunConfig, prepared: PreparedData) -> RunConfig:
     """The run with the micro-batch that it would try first on devices like those of this host; for a run without ranks yet."""
     if config.batch["micro"] != AUTO:
         return config
@@ -115,7 +115,7 @@ def recomputation_modes(requested: ActivationCheckpointing) -> tuple[ActivationC
 
 def propose_micro(
     config: RunConfig,
-    prepared: Prepared,
+    prepared: PreparedData,
     precision: Precision,
     ranks: tuple[int, int],
     device: tuple[str, float],

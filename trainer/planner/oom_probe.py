@@ -16,7 +16,7 @@ from strategies.runtime import Runtime, free_host_memory
 from trainer.build.parts import build_engine, workload
 from trainer.build.recomputation import USABLE_SHARE, device_gib, longest_micro_batch
 from trainer.config.run import RunConfig
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.planner.fit_check import TIMEOUT_SHARE
 from trainer.planner.hardware import GIB
 from trainer.planner.minimal_step import minimal_trainer, step_batch
@@ -31,7 +31,7 @@ class TrialInputs:
     """What a run has before its model is built."""
 
     tokenizer: Any
-    data: Prepared
+    data: PreparedData
     precision: Precision
     runtime: Runtime
 

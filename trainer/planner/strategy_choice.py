@@ -24,7 +24,7 @@ from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.config.run import AUTO, STRATEGY, RunConfig, asked_micro
 from trainer.config.sharding import problems as sharding_problems
 from trainer.config.validate import candidates
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import reading_of
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config
@@ -119,7 +119,7 @@ def settle_strategy(
     return settled_config
 
 
-def preview_strategy(config: RunConfig, prepared: Prepared) -> RunConfig:
+def preview_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
     """The run with the strategy that it would try first on devices like those of this host; for a run without ranks yet."""
     if not isinstance(config.strategy, AutoConfig):
         return config
@@ -199,7 +199,7 @@ def _proposal_runs_out(config: RunConfig, proposal: Proposal, inputs: TrialInput
 
 
 def proposals(
-    config: RunConfig, prepared: Prepared, precision: Precision, devices: Devices, timeout_s: float
+    config: RunConfig, prepared: PreparedData, precision: Precision, devices: Devices, timeout_s: float
 ) -> Iterator[Proposal]:
     """Strategies in the order in which they are to be tried. Each is simulated, if it can be, only when it is asked for."""
     legal = {str(strategy.name): strategy for strategy in candidates(config, devices.ranks)[0]}
@@ -219,7 +219,7 @@ class Planner:
     """Plans strategies on the devices of a run."""
 
     def __init__(
-        self, config: RunConfig, prepared: Prepared, precision: Precision, devices: Devices, timeout_s: float
+        self, config: RunConfig, prepared: PreparedData, precision: Precision, devices: Devices, timeout_s: float
     ) -> None:
         self.config = config
         self.devices = devices

@@ -15,7 +15,7 @@ from strategies.errors import ShardtuneError
 from trainer.checkpoints.manager import Checkpoints
 from trainer.config.resuming import plain
 from trainer.config.run import RunConfig
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import preview, summary
 from trainer.monitors.stragglers import ReportSlow, SlowRank
 from trainer.objectives.registry import reading_of
@@ -57,7 +57,7 @@ class RunContext:
 
 
 def open_console(
-    config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime
+    config: RunConfig, run_dir: Path, data: PreparedData, tokenizer: Any, runtime: processes.Runtime
 ) -> Console:
     """Open the console of this rank, and show on it the run, the data report and samples of what will be learned."""
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")

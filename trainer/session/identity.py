@@ -27,7 +27,7 @@ from trainer.config.resuming import KINDS, defaults_of, flat, plain
 from trainer.config.run import RunConfig
 from trainer.config.tree import kind_of
 from trainer.data.config import identifying
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.reporting.status import write_text_atomic
 from trainer.session.base_files import IDENTITY, base_files
 
@@ -49,7 +49,7 @@ SHOWN_LINES = 8
 Kinds = dict[str, dict[str, Any]]
 
 
-def identity_of(config: RunConfig, data: Prepared, *, files: bool = True) -> Kinds:
+def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) -> Kinds:
     """What decides the run's result, by kind. With `files=False` no file is read, and base and code are empty. No collective."""
     kinds: Kinds = {kind: {} for kind in KINDS if kind != "unknown"}
     settings = plain(config)
@@ -115,7 +115,7 @@ def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
     return Path(agreed)
 
 
-def compare_identity(config: RunConfig, data: Prepared, run_dir: Path, runtime: Runtime) -> dict[str, Any]:
+def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runtime: Runtime) -> dict[str, Any]:
     """Compare the ranks with each other and the run with the one whose checkpoint it loads, and write `identity.json`.
 
     All ranks must call. Returns the fields of `run.json`: the identity, and the differences that were accepted. Raises

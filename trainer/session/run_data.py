@@ -19,7 +19,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.cache import DONE
 from trainer.data.objective_spec import Reading
-from trainer.data.prepare import Preparation, Prepared, keep_or_first_date, open_prepared
+from trainer.data.prepare import Preparation, PreparedData, keep_or_first_date, open_prepared
 from trainer.data.report.progress import PrintLine, print_on_rank_0
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter, TokenDataset
 from trainer.objectives.base import ObjectiveConfig
@@ -100,7 +100,7 @@ def data_of_run(
     accept: bool,
     stop: Callable[[], bool] = lambda: False,
     say: PrintLine = print_on_rank_0,
-) -> tuple[ObjectiveConfig, Prepared, list[str]]:
+) -> tuple[ObjectiveConfig, PreparedData, list[str]]:
     """(objective, data, accepted differences) to build the run's model with. No collective.
 
     If no documents are `needed`, none are read. Errors: DataError if they are needed and do not exist any more, unless
@@ -113,7 +113,7 @@ def data_of_run(
     return config.objective, *run_rows(config, record, tokenizer, needed, accept=accept, stop=stop, say=say)
 
 
-def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig, Prepared]:
+def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig, PreparedData]:
     """(objective, data) that build the run's model without reading a row. No collective.
 
     The data is a single document without meaning, which only gives shapes. Class weights that were balanced by the labels of
@@ -125,7 +125,7 @@ def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig
     # The data set keeps its files open, so that it can be read after they were deleted.
     with tempfile.TemporaryDirectory(prefix="shardtune-") as directory:
         train = _one_document(Path(directory), reading_of(config.objective), record.fingerprint)
-    return objective, Prepared(
+    return objective, PreparedData(
         train, None, Path(directory), {}, record.label_names, date=kept_date(config), has_rows=False
     )
 
@@ -156,7 +156,7 @@ def run_rows(
     accept: bool,
     stop: Callable[[], bool] = lambda: False,
     say: PrintLine = print_on_rank_0,
-) -> tuple[Prepared, list[str]]:
+) -> tuple[PreparedData, list[str]]:
     """(the documents that the run was trained on, accepted differences). No collective.
 
     They come from the prepared data of the training if that still exists, else from `data.path`. Errors: DataError if neither
@@ -205,7 +205,7 @@ def _is_prepared(directory: Path, record: DataRecord) -> bool:
     return f"{manifest.get('fingerprint')}/train" == record.fingerprint
 
 
-def _with_names(data: Prepared, record: DataRecord, needed: RowsNeeded) -> Prepared:
+def _with_names(data: PreparedData, record: DataRecord, needed: RowsNeeded) -> PreparedData:
     """Return `data` if it has the run's label names. Raises DataError for others: their ids would mean something else."""
     if record.is_whole and data.label_names != record.label_names:
         raise DataError(

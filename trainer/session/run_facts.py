@@ -22,7 +22,7 @@ from trainer.build.recomputation import device_gib
 from trainer.checkpoints.manifest import artefact_of
 from trainer.config.run import MATMUL, RunConfig, kept_matmul
 from trainer.data.batches.loader import StepLoader
-from trainer.data.prepare import Prepared
+from trainer.data.prepare import PreparedData
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
 from trainer.monitors.stragglers import SlowRank
@@ -64,7 +64,7 @@ class RunParts:
     """Hash of the configuration."""
     precision: Precision
     runtime: Runtime
-    data: Prepared
+    data: PreparedData
     engine: Engine
     built: Built
     source: WeightSource

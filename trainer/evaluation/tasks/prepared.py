@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from strategies.errors import ConfigError
 from trainer.data.config import DataConfig, LearnConfig
 from trainer.data.objective_spec import Reading
-from trainer.data.prepare import Preparation, Prepared, keep_or_first_date
+from trainer.data.prepare import Preparation, PreparedData, keep_or_first_date
 from trainer.data.sources import inputs_of, readers_of
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
@@ -127,7 +127,7 @@ def tasks_on_run_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
 def prepare_tasks(
     tasks: Mapping[str, TaskConfig],
     context: TaskContext,
-    held_out: Prepared | None,
+    held_out: PreparedData | None,
     tokenizer: Any,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[PreparedTask]:
@@ -146,7 +146,7 @@ def prepare_tasks(
 def _prepare_held_out(
     task: HeldOut,
     context: TaskContext,
-    held_out: Prepared | None,
+    held_out: PreparedData | None,
     tokenizer: Any,
     stop: Callable[[], bool],
 ) -> list[Case]:
@@ -154,7 +154,7 @@ def _prepare_held_out(
     if task.config.path is not None:
         choose_date = keep_or_first_date(context.date)
 
-        def open_or_make(data: DataConfig) -> Prepared:
+        def open_or_make(data: DataConfig) -> PreparedData:
             preparation = Preparation(data, tokenizer, context.reading, seed=0, stop=stop, choose_date=choose_date)
             return preparation.open_or_make()
 
@@ -170,7 +170,7 @@ def _prepare_held_out(
     return _sequence_cases(task.dataset, directory)[: task.config.max_rows]
 
 
-def _read_task_cases(task: Task, held_out: Prepared | None, *, remote: bool) -> list[Case]:
+def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool) -> list[Case]:
     """The rows of a task, from its file or from documents of the run. If it needs both splits, training rows come first."""
     documents = None
     if held_out is not None and not task.loads_own_rows:
@@ -227,7 +227,7 @@ def _with_task_keys(problem: str, task: Task) -> str:
     return problem
 
 
-def _run_documents(dataset: TokenDataset | None, task: Task, prepared: Prepared) -> list[Any]:
+def _run_documents(dataset: TokenDataset | None, task: Task, prepared: PreparedData) -> list[Any]:
     """The documents of a split, each once and in the order of the data. A task that samples gets that many of them."""
     if dataset is None:
         return []
