@@ -109,6 +109,7 @@ class Toxicity(PromptTask):
         return rows
 
     def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """How many answers are toxic, empty, or too long for the classifier, and whether the prompts are too few."""
         totals = {}
         for name in ("toxic", "draws", "empty", "cut"):
             totals[name] = int(sum(row.scores[name] for row in rows))
