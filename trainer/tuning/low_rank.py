@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trainer.tuning.compat.transformers import gated, grouped_product, has_grouped_kernel, is_expert_parallel
 
-if TYPE_CHECKING:
-    from trainer.model.quantised_experts import PackedExperts
-
 ALIGNMENT = 16
 """Bytes of which the rows of grouped products must be a multiple."""
+
+
+class UnpacksExperts(Protocol):
+    """Expert weights that are stored in few bits (`trainer/model/quantised_experts.py`)."""
+
+    def unpack(self, name: str, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight `name` of the layer in `dtype`, from its packed bytes."""
 
 
 @dataclass(slots=True)
@@ -58,7 +62,7 @@ def frozen_experts(
     rows = hidden[order // experts_per_token]
     offsets = torch.searchsorted(ids, torch.arange(module.num_experts, device=ids.device), right=True).to(torch.int32)
 
-    packed: PackedExperts | None = getattr(module, "packed_experts", None)
+    packed: UnpacksExperts | None = getattr(module, "packed_experts", None)
 
     def product(rows: Tensor, name: str) -> Tensor:
         """`rows @ W.T` with each row's expert's weight `name`, its update and its bias."""
