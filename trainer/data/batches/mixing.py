@@ -132,7 +132,7 @@ class Mix:
         return np.array(quotas, dtype=np.int64)
 
     def realised(self, quotas: np.ndarray) -> dict[str, dict[str, float]]:
-        """Requested against realised shares of each source, by name; `quotas` is the answer of `quotas`.
+        """Requested against realised shares of each source, by name; `quotas`: units of each source in an epoch.
 
         Of a source: its `weight` as set, the share `requested` of an epoch, `units` (documents or packs) of one, means over
         epochs of `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen
