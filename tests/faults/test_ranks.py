@@ -296,7 +296,7 @@ def test_rank_that_asks_where_all_are_has_reported_its_own_place(tmp_path, monke
     beats = Heartbeats(store, 1, 2, state)
     beats.write_stacks_to(tmp_path / "rank-1.stacks")
     assert beats.collect_exchanges(None) == {1: exchange(3)}
-    assert stacks(tmp_path).count("last exchange: ") == 1 and "test_who_asks" in stacks(tmp_path)
+    assert stacks(tmp_path).count("last exchange: ") == 1 and "test_rank_that_asks" in stacks(tmp_path)
 
 
 def test_a_full_disk_makes_no_rank_silent(tmp_path, monkeypatch):
