@@ -1,4 +1,4 @@
-"""One of the ranks of `test_packed.py`: `python -m tests.model.packing_rank <directory> <index> <count> <pause>`."""
+"""One of the ranks of `test_packed_cache.py`: `python -m tests.model.packing_rank <directory> <index> <count> <pause>`."""
 
 import json
 import sys
