@@ -50,7 +50,7 @@ def model(place, size):
 
 
 def marks(case):
-    """A case's values, with strategies that keep the same of a block taken for one; what accumulates is in tests/planner/test_cost_model.py."""
+    """A case's values, with strategies that keep the same of a block taken for one; test_cost_model.py accumulates."""
     kept = {"ddp": "single", "hsdp": "fsdp2", "zero2": "zero1"}.get(case.strategy, case.strategy)
     return values((kept, *astuple(replace(case, accumulation=1))[1:]))
 
