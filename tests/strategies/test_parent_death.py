@@ -15,8 +15,8 @@ from tests.helpers.speed import seconds
 FORKS = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from {module} import _begin
-pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(os.getpid(),))
+from {module} import _start_worker
+pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(os.getpid(),))
 print(pool.submit(os.getpid).result(), flush=True)
 {more}
 time.sleep(600)
