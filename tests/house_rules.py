@@ -251,12 +251,7 @@ def bound(tree: ast.AST) -> set[str]:
 
 
 def main() -> int:
-    listed = subprocess.check_output(
-        ["git", "ls-files", "-co", "--exclude-standard", "launch", "trainer", "strategies", "shardtune.py"],
-        cwd=ROOT,
-        text=True,
-    ).split()
-    files = [ROOT / f for f in sorted(set(listed)) if f.endswith(".py") and (ROOT / f).exists()]
+    files = dense_places.product_files()
     found = [line for f in files for line in violations(f)] + same_names(files) + private_names(files)
     found += dense_places.violations(files)
     scripts = [*sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "docs").glob("*.py"))]

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tests.dense_places import dense_places
+from tests.dense_places import dense_places, new_places
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,10 @@ def test_a_dense_line_is_found(source, rule):
 )
 def test_a_plain_line_is_left(source):
     assert dense_places(ast.parse(source)) == {}
+
+
+def test_a_place_beyond_the_listed_ones_is_refused():
+    places = {"a.py": {"tuple": [3, 9]}, "b.py": {"conditional": [1]}}
+    assert new_places(places, {"a.py": {"tuple": 2}, "b.py": {"conditional": 1}}) == []
+    [problem] = new_places(places, {"a.py": {"tuple": 1}, "b.py": {"conditional": 1}})
+    assert problem.startswith("a.py: an assignment of several unlike values") and "lines 3, 9" in problem

@@ -26,13 +26,13 @@ class NotableStep:
 
 def notable_steps(point: Point) -> list[NotableStep]:
     """Steps in `events.jsonl`, and those whose update was left out since their gradients were not finite, in order."""
-    found = [NotableStep(event["step"], _event_text(event)) for event in point.events]
+    notable_steps = [NotableStep(event["step"], _event_text(event)) for event in point.events]
     # A guard may have left the same update out, and its event says more.
-    steps_with_event = {notable.step for notable in found}
+    steps_with_event = {notable.step for notable in notable_steps}
     for step, row in point.steps.items():
         if row.get("skipped") and step not in steps_with_event:
-            found.append(NotableStep(step, "its update was left out, since its gradients were not finite"))
-    return sorted(found, key=lambda notable: notable.step)
+            notable_steps.append(NotableStep(step, "its update was left out, since its gradients were not finite"))
+    return sorted(notable_steps, key=lambda notable: notable.step)
 
 
 def _event_text(event: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launch.config import hints, overrides
+from launch.config.broken_files import composition_problem, suspected_files
 from launch.config.choices import CONF_DIR, OWN_DIRECTORIES, register_schemas, settings_of, variants
 from launch.config.earlier_words import begun_with, keep_budget
 from launch.config.frozen import Composed, default_run_dir, is_finished, load_frozen
@@ -244,37 +245,10 @@ def _composed(
         try:
             return hydra_compose("train", hydra_words(dict(choices))), []
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            problem = f"{_suspected_files(dict(choices))}: {_composition_problem(error)}"
+            problem = f"{suspected_files(dict(choices))}: {composition_problem(error)}"
         tree = OmegaConf.structured(RunConfig)
         OmegaConf.set_struct(tree, True)
         return tree, [problem]
-
-
-def _suspected_files(choices: dict[str, str]) -> str:
-    """The files of which one must be wrong if Hydra cannot compose. The groups that we ship are tested."""
-    files = [f"conf/{group}/{choices[group]}.yaml" for group in ("experiment", "debug") if choices.get(group)]
-    for directory in OWN_DIRECTORIES:
-        own_files = [directory / group / f"{choice}.yaml" for group, choice in choices.items()]
-        files += [str(file) for file in own_files if file.exists()]
-    if (CONF_DIR / "local" / "default.yaml").exists() or not files:
-        files.append("conf/local/default.yaml")
-    return " or ".join(files)
-
-
-def _composition_problem(error: Exception) -> str:
-    """What Hydra, OmegaConf or the YAML reader found wrong, on one line, with the setting in front if one is to blame."""
-    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1} is not valid YAML: {error.problem}"
-    # Hydra repeats OmegaConf's error as a text of several lines. The error itself has the setting and the reason apart.
-    original = error if isinstance(error, OmegaConfBaseException) else error.__context__
-    if not isinstance(original, OmegaConfBaseException) or not original.full_key:
-        return " ".join(str(error).split())
-    if isinstance(original, ConfigKeyError):
-        return f"there is no setting {original.full_key}"
-    reason = str(original.msg or original).splitlines()[0]
-    return f"{original.full_key}: {reason}"
 
 
 def hydra_words(choices: dict[str, str]) -> list[str]:

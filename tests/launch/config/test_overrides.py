@@ -227,6 +227,22 @@ def test_config_file_of_a_user_is_named_with_what_is_wrong_in_it(tmp_path, conte
         groups.cache_clear()
 
 
+def test_an_experiment_that_is_no_settings_is_named_alone(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.write_text("- 1\n")
+    try:
+        take_directories(["--config-dir", str(tmp_path)])
+        with pytest.raises(ConfigError) as refused:
+            compose(["experiment=mine"])
+    finally:
+        OWN_DIRECTORIES.clear()
+        groups.cache_clear()
+    assert refused.value.problems == [
+        f"{file}: must hold settings (key: value), and begin with the line `# @package _global_`"
+    ]
+
+
 def test_config_choice_without_settings_of_its_name_is_named():
     with pytest.raises(ConfigError, match=r"conf/objective/x\.yaml: no settings of that name.*FAMILIES"):
         settings_of("objective", "x")
