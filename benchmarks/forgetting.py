@@ -102,7 +102,7 @@ def losses(directory: Path, base: Path, export: Path | None) -> tuple[float, flo
 
     from trainer.data.config import DataConfig
     from trainer.data.prepare import Preparation
-    from trainer.objectives.sft import SftReading
+    from trainer.objectives.sft import SftDataSpec
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -111,7 +111,7 @@ def losses(directory: Path, base: Path, export: Path | None) -> tuple[float, flo
     for name in ("notes", "general"):
         path = str(directory / f"{name}-held-out.jsonl")
         config = DataConfig(path=path, max_length=LONGEST, cache_dir=str(directory / "cache"))
-        data = Preparation(config, tokenizer, SftReading(), seed=0).open_or_make().train
+        data = Preparation(config, tokenizer, SftDataSpec(), seed=0).open_or_make().train
         total = 0.0
         for number in range(len(data)):
             sample = data.sample(number)

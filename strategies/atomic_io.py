@@ -268,10 +268,10 @@ class RetryingReader:
     """
 
     def __init__(
-        self, say: Callable[[str], None] = lambda text: None, was_deleted: Callable[[], bool] = lambda: False
+        self, print_line: Callable[[str], None] = lambda text: None, was_deleted: Callable[[], bool] = lambda: False
     ) -> None:
         """`was_deleted`: whether the checkpoint was deleted, so that its files are not waited for."""
-        self._report = say
+        self._report = print_line
         self._was_deleted = was_deleted
         self._exhausted = False
 
@@ -407,7 +407,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
     except OSError as error:
         if error.errno == errno.ENOENT:
             return f"{expected.name} is missing"
-        return f"{expected.name} cannot be read ({reason(error)})"
+        return f"{expected.name} cannot be read ({error_summary(error)})"
 
 
 def missing_space(directory: Path, needed: int) -> str | None:
@@ -430,7 +430,7 @@ def size_text(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
-def reason(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     """Why something failed, in one line. Of an OSError what the system says, and the file; of others type and first line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from strategies.atomic_io import reason
+from strategies.atomic_io import error_summary
 from strategies.compat.process_groups import living_groups, make_fake_backend_known, set_group_timeout
 from strategies.errors import ConfigError, StorageError
 from strategies.flight_recorder import enable_recorder
@@ -340,7 +340,7 @@ def call_on_main(function: Callable[[], Returned], runtime: Runtime) -> Returned
         try:
             result = function()
         except OSError as error:
-            problem = reason(error)
+            problem = error_summary(error)
         except StorageError as error:
             problem = str(error)
     returned, problem = broadcast_object((result, problem), runtime)

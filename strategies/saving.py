@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from strategies.atomic_io import WrittenFile, missing_space, reason, sync_directory, write_new
+from strategies.atomic_io import WrittenFile, error_summary, missing_space, sync_directory, write_new
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, gather_objects
 from strategies.tensor_files import (
@@ -114,7 +114,7 @@ class RankState:
                 return FileOutcome()
             return FileOutcome(write_tensors(path / self._file, self._head, self.local))
         except Exception as error:  # noqa: BLE001 - whatever it is (a lost device too), all ranks must learn of it
-            return FileOutcome(problem=reason(error))
+            return FileOutcome(problem=error_summary(error))
 
     def finish(self, path: Path, outcome: FileOutcome) -> list[WrittenFile]:
         """Write the index and the header. All ranks must call, with the outcome of their `write_part`.
@@ -136,7 +136,7 @@ class RankState:
                 # On a network file system each host has a cache of its own to sync.
                 sync_directory(path)
         except OSError as error:
-            problem = reason(error)
+            problem = error_summary(error)
         _raise_on_all_ranks(problem, self.runtime)
         return files if self.runtime.is_main else []
 

@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from strategies import atomic_io
-from strategies.atomic_io import read_bytes, reason
+from strategies.atomic_io import error_summary, read_bytes
 from strategies.base import PROGRESS_KEYS, Progress
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main, gather_objects
@@ -80,7 +80,7 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
             raise Malformed("has a loss_scale that is none")
         _check_rows(raw["progress"])
     except OSError as error:
-        raise StorageError(f"{path / PROGRESS}: {reason(error)}") from error
+        raise StorageError(f"{path / PROGRESS}: {error_summary(error)}") from error
     except Malformed as error:
         raise StorageError(f"{path / PROGRESS}: {error}; it is damaged, or was not written by shardtune") from error
     raw["progress"] = Progress.from_json(raw["progress"])
@@ -145,7 +145,7 @@ def read_index(path: Path, *, patient: bool = False) -> Index:
     try:
         return parse_index(read_bytes(path / INDEX, most=MAX_INDEX_BYTES, patient=patient))
     except OSError as error:
-        raise StorageError(f"{path / INDEX}: {reason(error)}") from error
+        raise StorageError(f"{path / INDEX}: {error_summary(error)}") from error
     except Malformed as error:
         raise StorageError(f"{path / INDEX}: {error}; it is damaged, or was not written by shardtune") from error
 
@@ -194,7 +194,7 @@ def _read_values(
     try:
         saved_values = read_tensors(path, index, local)
     except OSError as error:
-        raise StorageError(f"{path}: its tensors cannot be read ({reason(error)})") from error
+        raise StorageError(f"{path}: its tensors cannot be read ({error_summary(error)})") from error
     return [(elements.values, saved) for elements, saved in zip(local, saved_values, strict=True)]
 
 

@@ -122,7 +122,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         if step.step_module.plan.optimizer_hooks is not None:
             _tell_length(config, data, step, engine, runtime, opened)
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, stop_now))
-    evaluator.report_progress(console.say)
+    evaluator.report_progress(console.print_line)
     _refuse_deleted(job, runtime)
     attempt.phase = "evaluating"
     about = _about(config, job, str(precision), runtime)
@@ -145,7 +145,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         report, shown_tables = _report(config, job, about, [prepared.task for prepared in tasks], models)
         unfinished.discard()
         if config.logging.tables and not job.asked_first:
-            track_evaluation(config, job_dir, report, shown_tables, console.say)
+            track_evaluation(config, job_dir, report, shown_tables, console.print_line)
     processes.barrier(runtime)
     staged.remove()
 
@@ -177,11 +177,11 @@ class _RunData:
         *,
         stop: Callable[[], bool],
         choose_date: ChooseDate | None = None,
-        say: PrintLine = print_on_rank_0,
+        print_line: PrintLine = print_on_rank_0,
     ) -> PreparedData:
         """Open the data or prepare it. Errors: those of preparing, DataError if the run's own rows are gone."""
         if self.job.data_run is None:
-            return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
+            return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
         self.record = data_record(Path(self.job.data_run))
         keys = tasks_on_run_documents(asked_tasks(config))
         # An objective is changed in place: the model is built from the same configuration.
@@ -192,7 +192,7 @@ class _RunData:
             needed=RowsNeeded(f"{', '.join(keys)}: asks the run's own documents", GIVE_FILE) if keys else None,
             accept=self.job.accept_data,
             stop=stop,
-            say=say,
+            print_line=print_line,
         )
         return data
 
@@ -234,9 +234,9 @@ class _Listener:
         name = done.prepared.task.name
         shown = "  ".join(f"{metric} {value:.4g}" for metric, value in done.metrics.items())
         metrics = f" {shown} " if self.scored else ""
-        self.console.say(f"{arm}: {name}:{metrics} ({len(done.rows)} rows, {done.seconds:.1f} s)")
+        self.console.print_line(f"{arm}: {name}:{metrics} ({len(done.rows)} rows, {done.seconds:.1f} s)")
         if done.throughput is not None:
-            self.console.say(f"{arm}: {name}: {done.throughput}")
+            self.console.print_line(f"{arm}: {name}: {done.throughput}")
         if self.unfinished is not None:
             self.unfinished.add(arm, done)
 
@@ -249,7 +249,7 @@ def _telling_of_finished(unfinished: UnfinishedReport | None, console: Console) 
     except BaseException:
         names = [] if unfinished is None else unfinished.names()
         if unfinished is not None and names:
-            console.say(f"finished before that: {', '.join(names)}; see {unfinished.directory / UNFINISHED}")
+            console.print_line(f"finished before that: {', '.join(names)}; see {unfinished.directory / UNFINISHED}")
         raise
 
 

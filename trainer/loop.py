@@ -264,8 +264,8 @@ class Trainer:
     def _flush(self) -> None:
         """Read the buffered steps from the device and record them. Raises Diverged, and RollBack with nothing recorded."""
         rows = self.meter.flush()
-        self.guards.look(rows)
-        self.stragglers.look(rows, self.meter.by_rank)
+        self.guards.mark_outliers(rows)
+        self.stragglers.judge_interval(rows, self.meter.by_rank)
         self._compare_replicas()
         if rows:
             self._report_checkpoint(rows)
@@ -332,7 +332,7 @@ class Trainer:
             tables.update(getattr(evaluator, "tables", {}))
         self.metrics.tables(tables, step=step)
         shown = "  ".join(f"{name} {readable(value)}" for name, value in values.items())
-        self.display.say(f"evaluation at step {step}:  {shown}")
+        self.display.print_line(f"evaluation at step {step}:  {shown}")
         check_watched_metric(self.settings.evaluation, values)
         return values
 
@@ -356,7 +356,7 @@ class Trainer:
     def _is_out_of_patience(self) -> bool:
         reason = self.evaluation_monitor.stops_early() or early_stopping_reason(self.settings.evaluation, self.progress)
         if reason:
-            self.display.say(reason)
+            self.display.print_line(reason)
         return bool(reason)
 
     def _stop_for_signal(self) -> None:

@@ -140,7 +140,7 @@ class MetricSink(Protocol):
 class ProgressDisplay(Protocol):
     """Shows a person how far the run is: on the screen of rank 0, and in each rank's log file."""
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line that stays."""
 
     def progress(self, row: Row, course: RunSchedule) -> None:
@@ -250,7 +250,7 @@ class StepGuards(Protocol):
     def note_step(self, first_sample: int) -> None:
         """A step was taken that began after `first_sample` consumed samples."""
 
-    def look(self, rows: list[Row]) -> None:
+    def mark_outliers(self, rows: list[Row]) -> None:
         """Mark outliers in `rows`, of all steps since the last call, equal on all ranks. Raises RollBack on all ranks."""
 
     def stop_if_diverged(
@@ -265,7 +265,7 @@ class StepGuards(Protocol):
 class StragglerMonitor(Protocol):
     """Finds ranks that compute slower than the others."""
 
-    def look(self, rows: list[Row], times: list[RankTime]) -> None:
+    def judge_interval(self, rows: list[Row], times: list[RankTime]) -> None:
         """Judge an interval by each rank's time, and add two columns to its first row. All ranks must call."""
 
     def record(self) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def _run(
     config = settle_choices(config, TrialInputs(tokenizer, data, precision, runtime), context, freeze)
     # Refused here, before there are weights, rather than by the allocator an hour later.
     attempt.phase = "simulating whether the run fits"
-    checked |= must_fit(config, data, precision, runtime, console.say) | staged.record()
+    checked |= must_fit(config, data, precision, runtime, console.print_line) | staged.record()
 
     attempt.phase = "building the model"
     engine, built, source = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
@@ -138,7 +138,7 @@ def _run(
     meter.watch(built.step_module.shard_units())
     challenges = challenges_of(config, built, total_steps, context)
     monitors = monitors_of(config, data, loader, challenges, context)
-    profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.say)
+    profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.print_line)
     trainer = Trainer(
         loop_settings(config, total_steps),
         engine=meter.timing(engine) if config.logging.step_parts else engine,
@@ -189,8 +189,8 @@ def meet(
 
         choose_date = date_of_run(config, attempt.run_dir, meeting, stop)
         log = None if attempt.run_dir is None else attempt.run_dir / "logs" / f"rank-{meeting.rank}.log"
-        say = Console(enabled=meeting.rank == 0, log=log).say
-        data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, say=say)
+        print_line = Console(enabled=meeting.rank == 0, log=log).print_line
+        data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
         task_context = TaskContext.from_settings(config.data, config.objective, data.date)
         own_rows = data if data.has_rows else None
         tasks = prepare_tasks(asked_tasks(config), task_context, own_rows, tokenizer, stop=stop)
@@ -225,9 +225,9 @@ def settle_choices(config: RunConfig, inputs: TrialInputs, context: RunContext, 
             freeze(context.run_dir, chosen)
 
     context.attempt.phase = "choosing the strategy"
-    config = settle_strategy(config, inputs, context.console.say, keep)
+    config = settle_strategy(config, inputs, context.console.print_line, keep)
     context.attempt.phase = "choosing the micro-batch"
-    return settle_micro(config, inputs, context.console.say, keep)
+    return settle_micro(config, inputs, context.console.print_line, keep)
 
 
 def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Checkpoints, Path | None, Progress]:
@@ -237,9 +237,9 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
     """
     context.attempt.phase = "resuming"
     places = places_of(context.run_dir, config.checkpoint.fallback_dir)
-    checkpoints = Checkpoints(places, config.checkpoint, context.runtime, context.console.say)
+    checkpoints = Checkpoints(places, config.checkpoint, context.runtime, context.console.print_line)
     context.attempt.on_move.append(checkpoints.move_to)
-    with waiting_for_disk("reading the checkpoints", 0, context.runtime, context.console.say):
+    with waiting_for_disk("reading the checkpoints", 0, context.runtime, context.console.print_line):
         resumed_from = choose_checkpoint(places, config.run.resume, context.runtime)
         progress = engine.load(resumed_from) if resumed_from else Progress()
         checkpoints.start_from(resumed_from, config.run.resume)
@@ -303,7 +303,7 @@ def monitors_of(
     config: RunConfig, data: PreparedData, loader: StepLoader, challenges: Challenges, context: RunContext
 ) -> Monitors:
     """What may end the run early, or leave an update out."""
-    anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.say)
+    anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.print_line)
     guards = Guards(config.guards, config.optim.max_skipped_steps, context.runtime, anomaly_log)
     stragglers = Stragglers(config.logging.slow_rank, context.runtime, slow_rank_reporter(context))
     return Monitors(context.agreement, guards, stragglers, challenges)
@@ -344,10 +344,10 @@ def record_reference(config: RunConfig, data: PreparedData, engine: Engine, buil
         return
     context.attempt.phase = "recording the reference"
     first_adapter = getattr(config.tuning, "from_", None)
-    context.console.say("reference: recording what the model says of every answer before training, once")
+    context.console.print_line("reference: recording what the model says of every answer before training, once")
     recording = RecordingSettings(
         built.collator,
-        built.reading.ahead,
+        built.data_spec.ahead,
         max_batch=max(config.batch["micro"], config.evaluation.batch),
         directory=context.run_dir / "reference",
         # What decides the initial model: the configuration, and the weights of the adapter that it begins from.
@@ -375,7 +375,7 @@ def export(
     judged = judge_at_end(config.gates, at, config.evaluation.tasks, context.runtime)
     of_model.gates = judged.record()
     if judged.refused:
-        context.console.say(judged.refusal_text(context.run_dir))
+        context.console.print_line(judged.refusal_text(context.run_dir))
         if judged.override is None:
             return None
     config = replace(config, model=at_commit(config.model, of_model.run.base_commit))
@@ -411,5 +411,5 @@ def changed_base(config: RunConfig, of_model: ModelFacts, context: RunContext) -
             "not exported: the base has changed since this run started; its checkpoints are whole. Bring these files back and "
             f"run `shardtune export {context.run_dir}`, or add accept=[{BASE}] to export with the base that lies there then"
         )
-        context.console.say("\n    ".join([message, *changed]))
+        context.console.print_line("\n    ".join([message, *changed]))
     return changed

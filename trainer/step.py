@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from strategies.base import StepPlan
 from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.model.architecture import KEY_SELECTORS
 from trainer.model.encoder_decoder import EncoderDecoder
 from trainer.model.layout import AttentionLayout
@@ -100,7 +100,7 @@ class Built:
     step_module: TrainStep
     tuning: Tuning
     """The tuning method, applied to the model of `step_module`."""
-    reading: Reading
+    data_spec: DataSpec
     """How the objective reads data."""
     collator: Collator
     """What makes micro-batches in this layout."""

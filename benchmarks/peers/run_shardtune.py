@@ -14,7 +14,7 @@ def main() -> None:
     from trainer.data.batches.mixing import best_fit_decreasing
     from trainer.data.config import DataConfig, DuplicatePolicy, DuplicatesConfig, PrivacyConfig, PrivacyMode
     from trainer.data.prepare import Preparation
-    from trainer.objectives.sft import SftReading
+    from trainer.objectives.sft import SftDataSpec
 
     off = DuplicatePolicy.none
     less = {"privacy": PrivacyConfig(mode=PrivacyMode.none), "duplicates": DuplicatesConfig(exact=off, normalized=off)}
@@ -31,7 +31,7 @@ def main() -> None:
     meter = Meter()
     with meter("all"):
         with meter("prepare"):
-            prepared = Preparation(config, tokenizer, SftReading(), seed=1).open_or_make()
+            prepared = Preparation(config, tokenizer, SftDataSpec(), seed=1).open_or_make()
         with meter("pack"):
             packs = best_fit_decreasing(prepared.train.lengths, args.length)
     made = {}

@@ -203,7 +203,7 @@ def _rows(path: Path) -> MetricRows:
         return read_rows(path)
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({atomic_io.reason(error)}); leave this run out of the comparison"
+            f"{path}: cannot be read ({atomic_io.error_summary(error)}); leave this run out of the comparison"
         ) from error
 
 

@@ -58,7 +58,7 @@ def describe(config: RunConfig) -> DryRun:
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     config = preview_micro(preview_strategy(config, data), data)
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
-    sequences = built.reading.sequences_per_document
+    sequences = built.data_spec.sequences_per_document
     samples = sampled_lengths(config, data.train, sequences)
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
@@ -73,7 +73,7 @@ def describe(config: RunConfig) -> DryRun:
     memory = _memory(config, built, data, world)
     lines = [
         summary(data.report),
-        preview(data.train, tokenizer, built.reading, data.label_names, width=100),
+        preview(data.train, tokenizer, built.data_spec, data.label_names, width=100),
         f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world} process(es), layout {built.layout}, "
         f"attention {built.attention}",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
@@ -123,7 +123,7 @@ def _memory(config: RunConfig, built: Built, data: PreparedData, world: int) -> 
     try:
         step = simulate_depth(
             single_step_config(config, world, mode_if_auto=ActivationCheckpointing.none),
-            longest_lengths(built.reading, workload(config, data)),
+            longest_lengths(built.data_spec, workload(config, data)),
             world_size=world,
             local_world_size=max(1, world // config.launcher.nodes),
             device=SIMULATED if on_gpu else torch.device("cpu"),

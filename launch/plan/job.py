@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainer.build.parts import prepare_data
 from trainer.config.run import RunConfig
 from trainer.model.loading import load_tokenizer
-from trainer.objectives.registry import reading_of
+from trainer.objectives.registry import data_spec_of
 from trainer.planner.hardware import Card
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
 from trainer.planner.plan import PlannedRun
@@ -13,7 +13,7 @@ from trainer.planner.plan import PlannedRun
 
 def job_of(config: RunConfig, card: Card) -> PlannedRun:
     """The ranks, and how long what they are given is. Prepares data where data.path says some."""
-    per = reading_of(config.objective).sequences_per_document
+    per = data_spec_of(config.objective).sequences_per_document
     given = config.data.path or config.data.sources
     return PlannedRun(
         card=card,

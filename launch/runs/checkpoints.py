@@ -71,7 +71,7 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
     except StorageError as error:
         return CheckpointList((), None, str(error))
     except OSError as error:
-        return CheckpointList((), None, f"cannot be listed: {atomic_io.reason(error)}")
+        return CheckpointList((), None, f"cannot be listed: {atomic_io.error_summary(error)}")
     best_step, best_metric = _best(published_checkpoints)
     problem = None
     checkpoints: list[StoredCheckpoint] = []
@@ -93,7 +93,7 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
         except FileNotFoundError:  # deleted meanwhile, beyond checkpoint.keep
             continue
         except OSError as error:
-            problem = f"{path.name} cannot be read: {atomic_io.reason(error)}"
+            problem = f"{path.name} cannot be read: {atomic_io.error_summary(error)}"
     return CheckpointList(tuple(checkpoints), watch if isinstance(watch, str) else None, problem)
 
 

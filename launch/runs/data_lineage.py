@@ -159,9 +159,9 @@ def _last_step(run: Path) -> int:
 def _times(train: Any, config: RunConfig, samples: int, passed: list[dict[str, int]], rows: np.ndarray) -> int:
     """How many of the first `samples` that the run drew are of the documents in `rows`; `passed`: ranges that it skipped."""
     from trainer.data.batches.mixing import build_order
-    from trainer.objectives.registry import reading_of
+    from trainer.objectives.registry import data_spec_of
 
-    sequences_per_document = reading_of(config.objective).sequences_per_document
+    sequences_per_document = data_spec_of(config.objective).sequences_per_document
     units, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
     order.set_skipped((skipped["first"], skipped["count"]) for skipped in passed)
     is_wanted = np.isin(train.documents, rows)  # of each sequence

@@ -157,7 +157,7 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
         lease_holder = holder(run_dir)
     except (OSError, ValueError) as error:
         lease_holder = Holder(0, None, None, None)
-        lease_problem = f"its lease cannot be read: {atomic_io.reason(error)}"
+        lease_problem = f"its lease cannot be read: {atomic_io.error_summary(error)}"
     owner = lease_holder.owner
     has_started = status.get("state") is not None or lease_holder.starts > 0
     record = readable_run_record(run_dir) if has_started else RunRecord()

@@ -14,7 +14,7 @@ from tests.helpers.launching import ended
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig, PrivacyConfig, PrivacyMode
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import summary
 
@@ -74,7 +74,7 @@ def test_pseudonyms_are_others_with_another_key(tmp_path, monkeypatch):
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
 
     def prepared(settings):
-        made = Preparation(settings, tiny_tokenizer(), Reading(), seed=1).open_or_make()
+        made = Preparation(settings, tiny_tokenizer(), DataSpec(), seed=1).open_or_make()
         return made.directory, made.report["cached"], tiny_tokenizer().decode(made.train.sample(0).input_ids)
 
     seen = []
@@ -96,7 +96,7 @@ def test_summary_says_what_became_of_personal_data(tmp_path, mode, verb):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "write to ann@example.com", "completion": "I will do that."}])
     privacy = PrivacyConfig(mode=PrivacyMode(mode))
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
-    report = Preparation(config, tiny_tokenizer(), Reading(), seed=1).open_or_make().report
+    report = Preparation(config, tiny_tokenizer(), DataSpec(), seed=1).open_or_make().report
     assert f"{verb}, privacy: EMAIL: 1" in summary(report)
 
 

@@ -9,7 +9,7 @@ import pytest
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig, LeakageConfig, LeakagePolicy
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.audit import Audit
 from trainer.data.report.preview import summary
@@ -41,7 +41,7 @@ def prepared(tmp_path, *, seed=1, **settings):
             **settings,
         }
     )
-    return Preparation(config, tiny_tokenizer(), Reading(), seed=seed).open_or_make()
+    return Preparation(config, tiny_tokenizer(), DataSpec(), seed=seed).open_or_make()
 
 
 def groups_of(data, split: str) -> Counter:

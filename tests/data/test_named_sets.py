@@ -7,7 +7,7 @@ import pytest
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.audit import Audit
 
@@ -25,7 +25,7 @@ def prepared(files, eval_path, **settings):
     config = DataConfig(
         path=str(files / "train.jsonl"), cache_dir=str(files / "cache"), eval_path=eval_path, **settings
     )
-    return Preparation(config, tiny_tokenizer(), Reading(), seed=0).open_or_make()
+    return Preparation(config, tiny_tokenizer(), DataSpec(), seed=0).open_or_make()
 
 
 def test_named_eval_sets_are_one_split_with_the_leakage_of_each(files):

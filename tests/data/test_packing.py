@@ -11,7 +11,7 @@ from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import Layout
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.store.sequences import TokenDataset
 from trainer.losses.fuse import head_transform
 from trainer.losses.next_token import LossHead
@@ -24,7 +24,7 @@ NUM = 24
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("packing") / "data"
-    write(root, samples(NUM, uneven=True), Reading().counts, {"fingerprint": "x"})
+    write(root, samples(NUM, uneven=True), DataSpec().counts, {"fingerprint": "x"})
     return TokenDataset.open(root)
 
 

@@ -13,9 +13,9 @@ from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import DataConfig, Layout, OverLength
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import preview, summary
-from trainer.objectives.pairs import PairReading
+from trainer.objectives.pairs import PairDataSpec
 from trainer.objectives.preference import DpoConfig
-from trainer.objectives.registry import reading_of
+from trainer.objectives.registry import data_spec_of
 from trainer.objectives.sft import SftConfig
 
 NUM = 24
@@ -23,7 +23,7 @@ NUM = 24
 
 def preparation(tmp_path, *, objective=DpoConfig, **settings):
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
-    return Preparation(config, tiny_tokenizer(), reading_of(objective()), seed=1)
+    return Preparation(config, tiny_tokenizer(), data_spec_of(objective()), seed=1)
 
 
 def prepared(tmp_path, **settings):
@@ -112,7 +112,7 @@ def test_pairs_held_out_are_complete(tmp_path):
 
 def test_pairs_preview_shows_both_answers(tmp_path):
     write_pairs(tmp_path / "train.jsonl", NUM)
-    text = preview(prepared(tmp_path).train, tiny_tokenizer(), width=200, colour=False, reading=PairReading())
+    text = preview(prepared(tmp_path).train, tiny_tokenizer(), width=200, colour=False, data_spec=PairDataSpec())
     row = pair_rows(1)[0]
     chosen, rejected = text.split("rejected:\n")
     assert chosen.startswith("chosen:\n") and f"⟦{row['chosen']}<|im_end|>⟧" in chosen

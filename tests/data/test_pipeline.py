@@ -32,20 +32,20 @@ from trainer.data.config import (
     PrivacyMode,
     SourceConfig,
 )
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import summary
 from trainer.data.store.documents import DocumentTable
-from trainer.objectives.classification import LabelReading
-from trainer.objectives.sft import SftReading
+from trainer.objectives.classification import LabelDataSpec
+from trainer.objectives.sft import SftDataSpec
 
 
-def preparation(config, tokenizer=None, reading=None, **options):
-    return Preparation(config, tokenizer or tiny_tokenizer(), reading or Reading(), **{"seed": 1, **options})
+def preparation(config, tokenizer=None, data_spec=None, **options):
+    return Preparation(config, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), **{"seed": 1, **options})
 
 
-def run(config, tokenizer=None, reading=None, **options):
-    return preparation(config, tokenizer, reading, **options).open_or_make()
+def run(config, tokenizer=None, data_spec=None, **options):
+    return preparation(config, tokenizer, data_spec, **options).open_or_make()
 
 
 @pytest.fixture
@@ -245,11 +245,11 @@ def test_pipeline_policy_for_normalized_duplicates_covers_exact_ones(tmp_path, c
 def test_pipeline_labels_and_objective_must_agree(tmp_path, config):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
     with pytest.raises(DataError, match="objective=classification"):
-        run(config, tiny_tokenizer(None), SftReading())
-    assert run(config, tiny_tokenizer(None), LabelReading()).label_names == ["x", "y"]
+        run(config, tiny_tokenizer(None), SftDataSpec())
+    assert run(config, tiny_tokenizer(None), LabelDataSpec()).label_names == ["x", "y"]
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
     with pytest.raises(DataError, match="needs rows with a text and a label"):
-        run(config, tiny_tokenizer(None), LabelReading())
+        run(config, tiny_tokenizer(None), LabelDataSpec())
 
 
 def test_pipeline_removes_personal_data_from_everything_written(tmp_path, config, monkeypatch):
@@ -272,7 +272,7 @@ def test_pipeline_balance_repeats_documents_and_reports_it(tmp_path, config):
     rows = [{"text": f"a lazy dog {i}", "label": "many" if i % 5 else "few"} for i in range(50)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     balance = BalanceConfig(by=BalanceBy.label, target=BalanceTarget.uniform, max_repeats=10)
-    prepared = run(replace(config, balance=balance), tiny_tokenizer(None), LabelReading())
+    prepared = run(replace(config, balance=balance), tiny_tokenizer(None), LabelDataSpec())
     assert prepared.label_names == ["few", "many"]
     shares = np.bincount(prepared.train.labels) / len(prepared.train)
     assert shares == pytest.approx([0.5, 0.5], abs=0.03)

@@ -20,14 +20,14 @@ from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import CHATML, chat_rows, tiny_tokenizer, write_chat_data, write_jsonl
 from trainer.data import cache
 from trainer.data.config import DataConfig, OverLength
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import preview, summary
 from trainer.data.store import sequences as dataset
-from trainer.objectives.classification import LabelReading
+from trainer.objectives.classification import LabelDataSpec
 
 
-class OtherReading(Reading):
+class OtherDataSpec(DataSpec):
     def counts(self, sample):
         return {"loss": 1}
 
@@ -36,9 +36,9 @@ def config(tmp_path, **settings):
     return DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
 
 
-def run(settings, tokenizer=None, reading=None, **options):
+def run(settings, tokenizer=None, data_spec=None, **options):
     options = {"seed": 1, **options}
-    return Preparation(settings, tokenizer or tiny_tokenizer(), reading or Reading(), **options).open_or_make()
+    return Preparation(settings, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), **options).open_or_make()
 
 
 def seen(prepared, kind, reason):
@@ -106,7 +106,7 @@ def test_every_input_changes_the_fingerprint(tmp_path, data):
     ]:
         seen.append(run(replace(base, **{name: value})).train.fingerprint)
     seen.append(run(DataConfig(**held), seed=2).train.fingerprint)
-    seen.append(run(base, reading=OtherReading()).train.fingerprint)
+    seen.append(run(base, data_spec=OtherDataSpec()).train.fingerprint)
     seen.append(run(base, tiny_tokenizer(CHATML.replace("assistant", "helper"))).train.fingerprint)
     seen.append(run(base, tiny_tokenizer(vocab_size=300)).train.fingerprint)
     tokenizer.add_tokens(["brown"])
@@ -184,15 +184,15 @@ def test_settings_that_cannot_be_used(tmp_path, data):
 def test_prepare_labels(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": ("up", "down", "flat")[i % 3]} for i in range(9)]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    prepared = run(config(tmp_path), tiny_tokenizer(None), LabelReading())
+    prepared = run(config(tmp_path), tiny_tokenizer(None), LabelDataSpec())
     assert prepared.label_names == ["down", "flat", "up"] and prepared.train.labels[:3].tolist() == [2, 0, 1]
-    given = run(config(tmp_path), tiny_tokenizer(None), LabelReading(["flat", "up", "down"]))
+    given = run(config(tmp_path), tiny_tokenizer(None), LabelDataSpec(["flat", "up", "down"]))
     assert given.label_names == ["flat", "up", "down"] and given.train.labels[:3].tolist() == [1, 2, 0]
     write_jsonl(tmp_path / "eval.jsonl", [{"text": "a", "label": "sideways"}])
     with pytest.raises(DataError, match=r"eval\.jsonl:1: label 'sideways' is none of"):
-        run(config(tmp_path, eval_path=str(tmp_path / "eval.jsonl")), tiny_tokenizer(None), LabelReading())
+        run(config(tmp_path, eval_path=str(tmp_path / "eval.jsonl")), tiny_tokenizer(None), LabelDataSpec())
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": n} for n in (10, 9, 0)])
-    assert run(config(tmp_path), tiny_tokenizer(None), LabelReading()).label_names == ["0", "9", "10"]
+    assert run(config(tmp_path), tiny_tokenizer(None), LabelDataSpec()).label_names == ["0", "9", "10"]
 
 
 def test_prepare_on_a_full_disk_leaves_nothing(tmp_path, data, monkeypatch):
@@ -314,7 +314,7 @@ def test_digest_cache_emptied_by_a_power_cut_is_computed_anew(tmp_path):
 
 def test_prepare_does_not_keep_a_file_that_changes_meanwhile_under_its_old_digest(tmp_path):
     def begun():
-        return Preparation(config(tmp_path), tiny_tokenizer(), Reading(), seed=1)
+        return Preparation(config(tmp_path), tiny_tokenizer(), DataSpec(), seed=1)
 
     write_chat_data(tmp_path / "train.jsonl", 4)
     whole, part = begun(), begun()

@@ -16,7 +16,7 @@ from tests.data.pii.synthetic import synthetic
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
 from trainer.data.document import Document, Tally
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import summary
 from trainer.data.transforms.privacy import context, patterns, rule
@@ -298,7 +298,7 @@ def test_privacy_pseudonyms_need_a_key(monkeypatch, key):
     else:
         monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", key)
     with pytest.raises(ConfigError, match=r"SHARDTUNE_PSEUDONYM_KEY.*openssl"):
-        Preparation(DataConfig(path="x", privacy=config(mode=PrivacyMode.pseudonymise)), None, Reading(), seed=1)
+        Preparation(DataConfig(path="x", privacy=config(mode=PrivacyMode.pseudonymise)), None, DataSpec(), seed=1)
     with pytest.raises(AssertionError):
         PrivacyStage(config(mode=PrivacyMode.pseudonymise))
 
@@ -408,7 +408,7 @@ def test_privacy_report_says_which_types_were_not_searched_for_and_why(tmp_path)
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "I am Jane Doe, jane@example.com", "completion": "Hello Jane."}])
     settings = PrivacyConfig(mode=PrivacyMode.redact, preset=PrivacyPreset.hipaa, regions=["US"])
     data = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=settings)
-    prepared = Preparation(data, tiny_tokenizer(), Reading(), seed=1).open_or_make()
+    prepared = Preparation(data, tiny_tokenizer(), DataSpec(), seed=1).open_or_make()
     told = json.loads((prepared.directory / "audit.json").read_text())["privacy"]
     assert set(told["looked_for"]) | set(told["not_looked_for"]) == set(TYPES)
     assert "EMAIL" in told["looked_for"] and "DATE" in told["looked_for"]
@@ -448,7 +448,7 @@ def test_privacy_settings_that_cannot_be_used_are_named(settings, message):
     (wrong,) = problems(config(**settings))
     assert message in wrong and wrong.startswith("data.privacy.")
     with pytest.raises(ConfigError, match=re.escape(wrong)):  # also where no verb has looked at the settings
-        Preparation(DataConfig(path="x.jsonl", privacy=config(**settings)), None, Reading(), seed=1)
+        Preparation(DataConfig(path="x.jsonl", privacy=config(**settings)), None, DataSpec(), seed=1)
 
 
 def test_privacy_settings_fit_structured_configs_and_the_default_changes_nothing():

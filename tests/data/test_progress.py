@@ -10,7 +10,7 @@ from strategies.errors import Preempted
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data import prepare
 from trainer.data.config import DataConfig
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report import progress
 from trainer.data.report.progress import PreparationProgress, print_on_rank_0
@@ -20,14 +20,14 @@ from trainer.data.worker import ordered_map
 def preparation(tmp_path, num=2000, **options):
     write_chat_data(tmp_path / "train.jsonl", num)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"))
-    return Preparation(config, tiny_tokenizer(), Reading(), seed=1, **options)
+    return Preparation(config, tiny_tokenizer(), DataSpec(), seed=1, **options)
 
 
 def test_preparation_progress_shows_rows_done_of_how_many_and_their_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     lines, said = [], threading.Event()
 
-    def say(line):
+    def print_line(line):
         lines.append(line)
         if " rows," in line and not line.startswith("preparing data: 0 "):
             said.set()
@@ -38,7 +38,7 @@ def test_preparation_progress_shows_rows_done_of_how_many_and_their_rate(tmp_pat
             assert said.wait(60)
         return False
 
-    made = preparation(tmp_path, say=say, stop=wait)
+    made = preparation(tmp_path, print_line=print_line, stop=wait)
     made.open_or_make()
     of_rows = [line for line in lines if " rows," in line]
     done, total, rate = re.search(r"([\d,]+) of about ([\d,]+) rows, ([\d,]+) rows/s, \d+ s$", of_rows[-1]).groups()
@@ -67,14 +67,14 @@ def test_preparation_progress_says_when_it_waits_for_another_process(tmp_path, m
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     lines, waits = [], threading.Event()
 
-    def say(line):
+    def print_line(line):
         lines.append(line)
         if "waiting for another process" in line:
             waits.set()
 
     monkeypatch.setattr(prepare, "build_once", lambda *_, **__: waits.wait(60) or True)
     with pytest.raises(Exception, match=r"manifest\.json"):  # the other process never came to an end
-        preparation(tmp_path, 8, say=say).open_or_make()
+        preparation(tmp_path, 8, print_line=print_line).open_or_make()
     assert "preparing data: waiting for another process that prepares the same data" in lines[-1]
 
 

@@ -13,7 +13,7 @@ from tests.helpers import tokenizers as make
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import ControlTokens, DataConfig
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 
 CHATML_TEXT = "<|im_start|>user\nq{n}<|im_end|>\n<|im_start|>assistant\na{n}<|im_end|>\n"
@@ -23,7 +23,7 @@ LLAMA2_TEXT = "<s>[INST] q{n} [/INST] a{n} </s>"
 def prepare(tmp_path, rows, template=make.CHATML, **settings):
     write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
-    return Preparation(config, tiny_tokenizer(template, adds_bos=True), Reading(), seed=1).open_or_make()
+    return Preparation(config, tiny_tokenizer(template, adds_bos=True), DataSpec(), seed=1).open_or_make()
 
 
 def texts(template, num=8):

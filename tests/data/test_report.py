@@ -32,14 +32,14 @@ from trainer.data.config import (
     PrivacyMode,
     SourceConfig,
 )
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.audit import Audit
 from trainer.data.report.pages import audit_page, datacard
 from trainer.data.report.preview import summary
 from trainer.data.report.wording import Level, known_gaps, overall_level, percent, tiles
-from trainer.objectives.classification import LabelReading
-from trainer.objectives.pairs import PairReading
+from trainer.objectives.classification import LabelDataSpec
+from trainer.objectives.pairs import PairDataSpec
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -55,12 +55,12 @@ HOSTILE = [
 ]
 
 
-def prepare(tmp_path, rows=None, *, tokenizer=None, reading=None, **settings):
+def prepare(tmp_path, rows=None, *, tokenizer=None, data_spec=None, **settings):
     """A real preparation of `rows`: its directory, its report and its audit."""
     if rows is not None:
         settings["path"] = str(write_jsonl(tmp_path / "train.jsonl", rows))
     config = DataConfig(cache_dir=str(tmp_path / "cache"), **settings)
-    made = Preparation(config, tokenizer or tiny_tokenizer(), reading or Reading(), seed=1).open_or_make()
+    made = Preparation(config, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), seed=1).open_or_make()
     return made, Audit.read(made.directory)
 
 
@@ -333,7 +333,7 @@ def test_report_names_unread_columns_once_a_source(tmp_path):
 def test_report_samples_say_which_answer_is_wanted(tmp_path, capsys):
     """A mark alone would make a rejected answer look as if it were taught."""
     rows = [{"prompt": f"a fox {i}", "chosen": f"a dog {i}", "rejected": "quick"} for i in range(9)]
-    made, audit = prepare(tmp_path, rows, reading=PairReading())
+    made, audit = prepare(tmp_path, rows, data_spec=PairDataSpec())
     assert [sample.note for sample in audit.samples] == ["chosen", "rejected"] * 5
     taught = ["".join(piece["text"] for piece in sample.pieces if piece["learned"]) for sample in audit.samples]
     assert all(("quick" in text) == (n % 2 == 1) for n, text in enumerate(taught)), taught
@@ -347,7 +347,7 @@ def test_report_samples_say_which_answer_is_wanted(tmp_path, capsys):
 def test_report_of_labels_and_balance(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": "many" if i % 5 else "few"} for i in range(50)]
     balance = BalanceConfig(by=BalanceBy.label, target=BalanceTarget.uniform, max_repeats=10)
-    made, audit = prepare(tmp_path, rows, tokenizer=tiny_tokenizer(None), balance=balance, reading=LabelReading())
+    made, audit = prepare(tmp_path, rows, tokenizer=tiny_tokenizer(None), balance=balance, data_spec=LabelDataSpec())
     shown, card = read(made.directory)
     after = audit.labels["after"]
     assert f"many 40 {after['many']}" in shown and f"| few | 10 | {after['few']} |" in card

@@ -10,16 +10,16 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers import tokenizers as make
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data.config import ControlTokens, DataConfig, DuplicatePolicy, DuplicatesConfig, FilterConfig, OverLength
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import summary
 from trainer.data.tokens.marking import RESERVED
 from trainer.model.config import ModelConfig
-from trainer.objectives.kto import RatedReading
-from trainer.objectives.pairs import PairReading
+from trainer.objectives.kto import RatedDataSpec
+from trainer.objectives.pairs import PairDataSpec
 from trainer.objectives.registry import FAMILIES
-from trainer.objectives.seq2seq import TwoSidedReading
-from trainer.objectives.sft import SftReading
+from trainer.objectives.seq2seq import TwoSidedDataSpec
+from trainer.objectives.sft import SftDataSpec
 from trainer.tuning.base import FullConfig
 
 AROUND = SimpleNamespace(model=ModelConfig(path="m"), tuning=FullConfig(), strategy=SingleConfig())
@@ -30,10 +30,10 @@ def talk(question, answer, *, system=None):
     return {"messages": [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def prepare(tmp_path, rows, tokenizer=None, reading=None, **settings):
+def prepare(tmp_path, rows, tokenizer=None, data_spec=None, **settings):
     write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
-    return Preparation(config, tokenizer or tiny_tokenizer(), reading or Reading(), seed=1).open_or_make()
+    return Preparation(config, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), seed=1).open_or_make()
 
 
 def quarantined(made):
@@ -98,26 +98,26 @@ def test_lost_rows_with_nothing_left_to_learn_are_an_error_beyond_the_bound(tmp_
 
 
 @pytest.mark.parametrize(
-    "reading", [Reading(), SftReading(), PairReading(), RatedReading()], ids=lambda r: type(r).__name__
+    "reading", [DataSpec(), SftDataSpec(), PairDataSpec(), RatedDataSpec()], ids=lambda r: type(r).__name__
 )
-def test_lost_rows_advice_names_what_the_objective_takes(tmp_path, reading):
+def test_lost_rows_advice_names_what_the_objective_takes(tmp_path, data_spec):
     long = "fox " * 100
     rows = [{"prompt": p, "chosen": "a", "rejected": "b"} for p in ("q", long)]
-    if isinstance(reading, RatedReading):
+    if isinstance(data_spec, RatedDataSpec):
         rows = [
             {"prompt": p, "completion": "a", "label": good} for p, good in (("q", True), ("q", False), (long, True))
         ]
     with pytest.raises(DataError, match="nothing_to_learn 1") as caught:
-        prepare(tmp_path, rows, reading=reading, max_length=100)
-    assert ("set data.over_length=split" in str(caught.value)) is (OverLength.split in reading.over_length)
+        prepare(tmp_path, rows, data_spec=data_spec, max_length=100)
+    assert ("set data.over_length=split" in str(caught.value)) is (OverLength.split in data_spec.over_length)
     assert "; raise data.max_length" in str(caught.value)
     with pytest.raises(DataError, match="nothing_to_learn 1") as caught:
         prepare(tmp_path, rows, max_length=100, over_length=OverLength.split)
     assert "set data.over_length=split" not in str(caught.value), "it is set"
     with pytest.raises(DataError, match=r"more than data\.max_length=100") as caught:
-        prepare(tmp_path, rows, reading=reading, max_length=100, over_length=OverLength.fail)
+        prepare(tmp_path, rows, data_spec=data_spec, max_length=100, over_length=OverLength.fail)
     named = str(caught.value).rpartition("data.over_length to ")[2]
-    assert {*named.replace(" or ", ", ").split(", ")} == {policy.value for policy in reading.over_length} - {"fail"}
+    assert {*named.replace(" or ", ", ").split(", ")} == {policy.value for policy in data_spec.over_length} - {"fail"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -127,7 +127,7 @@ def test_objectives_take_the_policies_that_their_rules_allow(name):
     for policy in OverLength:
         around = SimpleNamespace(**{**vars(AROUND), "data": DataConfig(over_length=policy)})
         refused = any(line.startswith("data.over_length") for line in FAMILIES[name].problems(config, around))
-        assert refused is (policy not in FAMILIES[name].reading(config).over_length), policy
+        assert refused is (policy not in FAMILIES[name].data_spec(config).over_length), policy
 
 
 def test_lost_rows_that_were_asked_for_do_not_count(tmp_path):
@@ -278,7 +278,7 @@ def test_lost_document_that_an_objective_cannot_read_loses_no_other(tmp_path):
     rows = [{"messages": longer}, *(talk(f"q{n}", "a") for n in range(3))]
     write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), max_bad_share=0.25)
-    made = Preparation(config, tiny_tokenizer(), TwoSidedReading(prefix="", max_target=64), seed=1).open_or_make()
+    made = Preparation(config, tiny_tokenizer(), TwoSidedDataSpec(prefix="", max_target=64), seed=1).open_or_make()
     (row,) = [json.loads(line) for line in (made.directory / "quarantine.jsonl").open()]
     assert (
         row["reason"] == "not_two_sided"

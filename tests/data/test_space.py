@@ -17,7 +17,7 @@ from tests.helpers.covering import EVERYTHING
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data import sources
 from trainer.data.config import DataConfig
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.read.opening import expansion
 
@@ -46,7 +46,7 @@ def written_as(path, kind):
 def preparation(path, **settings):
     settings = {"ignore_columns": ["picture"], **settings}
     config = DataConfig(path=str(path), cache_dir=str(path.parent / "cache"), workers=1, **settings)
-    return Preparation(config, tiny_tokenizer(), Reading(), seed=0)
+    return Preparation(config, tiny_tokenizer(), DataSpec(), seed=0)
 
 
 @pytest.fixture

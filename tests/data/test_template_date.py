@@ -19,7 +19,7 @@ from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.config.run import TEMPLATE_DATE, kept_date
 from trainer.data.config import DataConfig
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, keep_or_first_date
 from trainer.data.report.preview import summary
 from trainer.data.tokens.clock import TemplateDate, reads_clock, with_date
@@ -71,7 +71,7 @@ def preparation(tmp_path, template=DATED, **options):
     if not (tmp_path / "train.jsonl").exists():
         write_chat_data(tmp_path / "train.jsonl", 8)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"))
-    return Preparation(config, tiny_tokenizer(template, eos_token="<|im_end|>"), Reading(), seed=1, **options)
+    return Preparation(config, tiny_tokenizer(template, eos_token="<|im_end|>"), DataSpec(), seed=1, **options)
 
 
 def text_of(prepared):

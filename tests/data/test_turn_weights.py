@@ -12,16 +12,16 @@ from tests.helpers.tokenizers import chat_rows, write_jsonl
 from trainer.data.batches.collate import Collator
 from trainer.data.config import ControlTokens, DataConfig, Layout, OverLength
 from trainer.data.document import Document, Tally
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import decode_pieces, preview, summary
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, exact_sum
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.truncation import fit_length
-from trainer.objectives.kto import RatedReading
-from trainer.objectives.pairs import PairReading
-from trainer.objectives.seq2seq import SourceTargetEncoder, TwoSidedReading
+from trainer.objectives.kto import RatedDataSpec
+from trainer.objectives.pairs import PairDataSpec
+from trainer.objectives.seq2seq import SourceTargetEncoder, TwoSidedDataSpec
 
 CHAT = Encoder(make.tiny_tokenizer())
 TALK = [("user", "hello", 1), ("assistant", "the quick", 0.25), ("user", "fox", 1), ("assistant", "a lazy dog", 1)]
@@ -57,10 +57,10 @@ def by_hand(encoder, sample):
     return [(text, pytest.approx(weight)) for text, weight in found if weight]
 
 
-def prepare(tmp_path, rows, reading=None, tokenizer=None, *, cache="cache", **settings):
+def prepare(tmp_path, rows, data_spec=None, tokenizer=None, *, cache="cache", **settings):
     write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / cache), **settings)
-    return Preparation(config, tokenizer or make.tiny_tokenizer(), reading or Reading(), seed=1)
+    return Preparation(config, tokenizer or make.tiny_tokenizer(), data_spec or DataSpec(), seed=1)
 
 
 def weighted_rows(num, weight=0.3):
@@ -228,20 +228,20 @@ def test_objectives_over_whole_answers_refuse_weights(tmp_path):
         {"messages": turns(("user", "q", 1), ("assistant", "a", weight)), "label": good}
         for weight, good in ((1, True), (0.5, False), (1, False))
     ]
-    for reading, rows, place in ((PairReading(), [pair], 1), (RatedReading(), rated, 2)):
+    for data_spec, rows, place in ((PairDataSpec(), [pair], 1), (RatedDataSpec(), rated, 2)):
         with pytest.raises(DataError, match=rf"train.jsonl:{place}: a turn has the weight 0.5, .*data.ignore_columns"):
-            prepare(tmp_path, rows, reading).open_or_make()
-        prepared = prepare(tmp_path, rows, reading, ignore_columns=["weight"]).open_or_make()
+            prepare(tmp_path, rows, data_spec).open_or_make()
+        prepared = prepare(tmp_path, rows, data_spec, ignore_columns=["weight"]).open_or_make()
         assert prepared.train.weights is None and len(prepared.train) >= 2
     assert prepare(tmp_path, [pair]).open_or_make().train.counts["loss"].tolist() == [1.0], "two tokens of a half each"
 
 
 def test_turn_weight_of_an_encoder_decoder_answer():
     encoder = SourceTargetEncoder(make.tiny_tokenizer(None), "", 4)
-    reading = TwoSidedReading(prefix="", max_target=4)
+    data_spec = TwoSidedDataSpec(prefix="", max_target=4)
     config = DataConfig(path="x", max_length=8, over_length=OverLength.truncate)
     documents = [document(("user", "hello " * 9, 1), ("assistant", "the quick brown fox " * n, 0.5)) for n in (1, 5)]
-    for _, (sample,) in reading.sequences(encoder, documents, config, Tally()):
+    for _, (sample,) in data_spec.sequences(encoder, documents, config, Tally()):
         assert sample.answer_begin() <= 8
         assert (sample.weights == np.where(sample.supervised, np.float32(0.5), 0)).all()
         assert sample.learned_weight() == 0.5 * sample.supervised.sum() == 2.0

@@ -8,12 +8,12 @@ from strategies.errors import DataError
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.prepare import Preparation
-from trainer.objectives.classification import LabelReading
-from trainer.objectives.kto import RatedReading
-from trainer.objectives.pairs import PairReading
-from trainer.objectives.pretrain import TextReading
-from trainer.objectives.seq2seq import TwoSidedReading
-from trainer.objectives.sft import SftReading
+from trainer.objectives.classification import LabelDataSpec
+from trainer.objectives.kto import RatedDataSpec
+from trainer.objectives.pairs import PairDataSpec
+from trainer.objectives.pretrain import TextDataSpec
+from trainer.objectives.seq2seq import TwoSidedDataSpec
+from trainer.objectives.sft import SftDataSpec
 
 CHAT = chat_rows(3)
 TEXTS = [{"text": f"number {n}"} for n in range(3)]
@@ -23,19 +23,19 @@ RATED = [{"prompt": f"q{n}", "completion": f"a{n}", "label": bool(n % 2)} for n 
 QA = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(20)]
 CASES = {
     "pretrain": (
-        TextReading(),
+        TextDataSpec(),
         [{"text": f"long {n}"} for n in range(20)],
         PAIRS[:3],
         "is no plain text, which objective=pr",
     ),
-    "pretrain, labels": (TextReading(), TEXTS, LABELS[:3], "has a label, .* set objective=classification"),
-    "pairs": (PairReading(), PAIRS, CHAT, "has no preferred and rejected answer, .*data.format=preference"),
-    "pairs, texts": (PairReading(), PAIRS, TEXTS, "has no preferred and rejected answer"),
-    "kto": (RatedReading(), RATED, CHAT, "has no label that objective=kto can use"),
-    "sft": (SftReading(), QA, LABELS[:3], "has a label, .* set objective=classification"),
-    "classification": (LabelReading(), LABELS, TEXTS, "has no label, .* needs rows with a text and a label"),
+    "pretrain, labels": (TextDataSpec(), TEXTS, LABELS[:3], "has a label, .* set objective=classification"),
+    "pairs": (PairDataSpec(), PAIRS, CHAT, "has no preferred and rejected answer, .*data.format=preference"),
+    "pairs, texts": (PairDataSpec(), PAIRS, TEXTS, "has no preferred and rejected answer"),
+    "kto": (RatedDataSpec(), RATED, CHAT, "has no label that objective=kto can use"),
+    "sft": (SftDataSpec(), QA, LABELS[:3], "has a label, .* set objective=classification"),
+    "classification": (LabelDataSpec(), LABELS, TEXTS, "has no label, .* needs rows with a text and a label"),
     "seq2seq": (
-        TwoSidedReading(prefix="", max_target=9),
+        TwoSidedDataSpec(prefix="", max_target=9),
         QA,
         TEXTS,
         "a text without an answer; objective=seq2seq reads",
@@ -43,19 +43,19 @@ CASES = {
 }
 
 
-def prepare(tmp_path, reading, **settings):
+def prepare(tmp_path, data_spec, **settings):
     config = DataConfig(cache_dir=str(tmp_path / "cache"), **settings)
-    return Preparation(config, tiny_tokenizer(), reading, seed=1).open_or_make()
+    return Preparation(config, tiny_tokenizer(), data_spec, seed=1).open_or_make()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_kind_rows_count_against_the_bound(tmp_path, case):
-    reading, good, bad, said = CASES[case]
+    data_spec, good, bad, said = CASES[case]
     paths = write_jsonl(tmp_path / "good.jsonl", good), write_jsonl(tmp_path / "bad.jsonl", bad)
     sources = {name: SourceConfig(path=str(path)) for name, path in zip(("good", "bad"), paths, strict=True)}
     with pytest.raises(DataError, match=rf"3 of {len(good) + 3} rows cannot be used(.|\n)*bad.jsonl:1: {said}"):
-        prepare(tmp_path, reading, sources=sources, max_bad_share=0.1)
-    made = prepare(tmp_path, reading, sources=sources, max_bad_share=0.6)
+        prepare(tmp_path, data_spec, sources=sources, max_bad_share=0.1)
+    made = prepare(tmp_path, data_spec, sources=sources, max_bad_share=0.6)
     assert made.report["conserved"] == {"rows_in": len(good) + 3, "kept": len(good), "dropped": 3}
     lost = [json.loads(line) for line in (made.directory / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["file"].split("/")[-1], row["line"]) for row in lost] == [("bad.jsonl", n) for n in (1, 2, 3)]
@@ -65,10 +65,10 @@ def test_wrong_kind_rows_count_against_the_bound(tmp_path, case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("bound", [0.0, 1.0])
 def test_wrong_kind_of_all_rows_ends_the_run(tmp_path, case, bound):
-    reading, _, bad, said = CASES[case]
+    data_spec, _, bad, said = CASES[case]
     path = write_jsonl(tmp_path / "bad.jsonl", bad)
     with pytest.raises(DataError) as error:
-        prepare(tmp_path, reading, path=str(path), max_bad_share=bound)
+        prepare(tmp_path, data_spec, path=str(path), max_bad_share=bound)
     error.match(rf"3 of 3 rows cannot be used \(\w+ 3\)(.|\n)*bad.jsonl:1: {said}")
     assert ("more than data.max_bad_share=0 allows" in str(error.value)) is (bound == 0)
     assert "continue without them" not in str(error.value)

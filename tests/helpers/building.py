@@ -36,10 +36,10 @@ from trainer.monitors.config import ChallengesConfig
 from trainer.monitors.detectors import Challenges
 from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.base import ObjectiveConfig
-from trainer.objectives.kto import DESIRABLE, RatedReading
-from trainer.objectives.pairs import REJECTED, PairReading
-from trainer.objectives.registry import reading_of
-from trainer.objectives.sft import SftReading
+from trainer.objectives.kto import DESIRABLE, RatedDataSpec
+from trainer.objectives.pairs import REJECTED, PairDataSpec
+from trainer.objectives.registry import data_spec_of
+from trainer.objectives.sft import SftDataSpec
 from trainer.optim.config import AdamwConfig
 from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.reporting.console import Console
@@ -105,7 +105,7 @@ def data_set(root: Path, *, uneven: bool, num: int = 48, weighted: bool = False)
     directory = root / f"data-{uneven}-{num}-{weighted}"
     if not (directory / "manifest.json").exists():
         made = samples(num, uneven=uneven)
-        write(directory, weighed(made) if weighted else made, SftReading().counts, {"fingerprint": "x"})
+        write(directory, weighed(made) if weighted else made, SftDataSpec().counts, {"fingerprint": "x"})
     opened = TokenDataset.open(directory)
     return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
@@ -129,7 +129,7 @@ def pair_set(root: Path, *, num: int = 48) -> PreparedData:
     """A prepared data set of `pair_samples`, serving as training and evaluation set; opened anew each time."""
     directory = root / f"pairs-{num}"
     if not (directory / "manifest.json").exists():
-        write(directory, pair_samples(num), PairReading().counts, {"fingerprint": "pairs"})
+        write(directory, pair_samples(num), PairDataSpec().counts, {"fingerprint": "pairs"})
     train, held_out = TokenDataset.open(directory), TokenDataset.open(directory)
     return PreparedData(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
 
@@ -166,7 +166,7 @@ def rated_set(root: Path, *, num: int = 48) -> PreparedData:
         made = pair_samples(num // 2)
         for index, sample in enumerate(made):
             sample.marks[DESIRABLE] = int(index % 3 != 0)
-        write(directory, made, RatedReading().counts, {"fingerprint": "rated"})
+        write(directory, made, RatedDataSpec().counts, {"fingerprint": "rated"})
     train, held_out = TokenDataset.open(directory), TokenDataset.open(directory)
     return PreparedData(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
 
@@ -178,7 +178,7 @@ def replay_set(root: Path, *, num: int = 48, weighted: bool = False) -> Prepared
         made = weighed(samples(num, uneven=True)) if weighted else samples(num, uneven=True)
         for index, sample in enumerate(made):
             sample.marks[REPLAY] = int(index % 4 == 0)
-        write(directory, made, SftReading().counts, {"fingerprint": "replay"})
+        write(directory, made, SftDataSpec().counts, {"fingerprint": "replay"})
     opened = TokenDataset.open(directory)
     return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
@@ -253,7 +253,7 @@ def collate(
     samples: list[Sample], layout: Layout, pad_token_id: int = 0, objective: ObjectiveConfig | None = None
 ) -> dict:
     """Samples as one micro-batch on the CPU, with what the objective (sft) adds."""
-    return reading_of(objective or ObjectiveConfig()).collator(layout, pad_token_id)(samples)
+    return data_spec_of(objective or ObjectiveConfig()).collator(layout, pad_token_id)(samples)
 
 
 def take_steps(trainer: Trainer, num: int) -> list[tuple[float, float]]:

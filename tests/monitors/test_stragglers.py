@@ -46,7 +46,7 @@ def watched(rounds):
     watch._changed_factors = [[], [], []]
     for step, given in enumerate(rounds, 1):
         row: dict = {"step": step}
-        watch.look([row], given)
+        watch.judge_interval([row], given)
     return watch, told, row
 
 
@@ -86,7 +86,7 @@ def test_straggler_is_in_the_status_while_it_is_slow(tmp_path):
     said: list[str] = []
     where = SimpleNamespace(why_lost=lambda: None, note=None)
     tell = slow_rank_reporter(
-        SimpleNamespace(run_dir=tmp_path, attempt=where, console=SimpleNamespace(say=said.append))
+        SimpleNamespace(run_dir=tmp_path, attempt=where, console=SimpleNamespace(print_line=said.append))
     )
     slow = SlowRank(rank=3, host="node7", factor=1.84, from_step=120)
     tell(slow, [slow], 120)

@@ -17,13 +17,13 @@ from trainer.evaluation.loss import f1_scores
 from trainer.objectives.classification import (
     Classification,
     ClassificationConfig,
-    LabelReading,
+    LabelDataSpec,
     MultiLabel,
     balanced_weights,
     labels_of,
     settle,
 )
-from trainer.objectives.registry import build_objective, reading_of
+from trainer.objectives.registry import build_objective, data_spec_of
 
 ROWS, LABELS = 40, 5
 
@@ -118,7 +118,7 @@ def test_classification_balanced_weights_are_settled_once_and_lists_are_kept():
     given = ClassificationConfig(class_weights=[1.0, 2.0])
     assert settle(given, None, None) == (given, {})
     assert isinstance(build_objective(ClassificationConfig(multi_label=True)), MultiLabel)
-    assert reading_of(config).counts(None) == {"loss": 1}
+    assert data_spec_of(config).counts(None) == {"loss": 1}
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -187,8 +187,8 @@ def prepared(tmp_path, rows, eval_rows=None, **options):
     if eval_rows is not None:
         write_jsonl(tmp_path / "eval.jsonl", eval_rows)
         settings.eval_path = str(tmp_path / "eval.jsonl")
-    reading = LabelReading(**{"multi_label": True, **options})
-    return Preparation(settings, tiny_tokenizer(None), reading, seed=1).open_or_make()
+    data_spec = LabelDataSpec(**{"multi_label": True, **options})
+    return Preparation(settings, tiny_tokenizer(None), data_spec, seed=1).open_or_make()
 
 
 def test_several_labels_become_bits(tmp_path):
@@ -204,7 +204,7 @@ def test_several_labels_become_bits(tmp_path):
 def test_classification_preview_shows_labels_by_name():
     def said(label, names, several):
         sample = Sample(np.zeros(1, np.int32), np.zeros(1, bool), {"label": label})
-        return LabelReading(multi_label=several).note(sample, names)
+        return LabelDataSpec(multi_label=several).note(sample, names)
 
     assert said(0b101, ["a", "b", "c"], True) == "label: a, c"
     assert said(0, ["a", "b"], True) == "label: none"

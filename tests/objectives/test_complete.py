@@ -13,7 +13,7 @@ from tests.helpers.objectives import OBJECTIVE_TESTS, variants_of
 from trainer.data.store.sequences import REFERENCE
 from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.objectives.preference import DpoConfig, PairLoss
-from trainer.objectives.registry import FAMILIES, build_objective, reading_of
+from trainer.objectives.registry import FAMILIES, build_objective, data_spec_of
 from trainer.optim.schedule import ScheduleName
 from trainer.reporting.trackers import registry as trackers
 
@@ -63,7 +63,7 @@ def test_objective_has_an_oracle_parity_docs_curves_and_importer_words(name):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_objective_reads_a_reference_if_and_only_if_its_loss_uses_it(variant):
     config = VARIANTS[variant]
-    assert (REFERENCE in reading_of(config).marks) is build_objective(config).uses_reference
+    assert (REFERENCE in data_spec_of(config).marks) is build_objective(config).uses_reference
 
 
 @pytest.mark.parametrize("name", list(ScheduleName))

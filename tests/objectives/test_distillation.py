@@ -29,7 +29,7 @@ from trainer.losses.fuse import fuse_head
 from trainer.losses.next_token import LossHead
 from trainer.objectives.base import ReferenceModels, TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
-from trainer.objectives.registry import build_objective, reading_of
+from trainer.objectives.registry import build_objective, data_spec_of
 from trainer.tuning.base import LoraConfig
 
 RECORDED = json.loads(FILE.read_text())["cases"]
@@ -267,8 +267,8 @@ def test_distillation_run_and_its_export(tmp_path, monkeypatch):
     from trainer.data.config import DataConfig
     from trainer.data.prepare import Preparation
 
-    reading = reading_of(DistillationConfig())
-    data = Preparation(DataConfig(path="eval.jsonl", cache_dir="cache"), tiny_tokenizer(), reading, seed=0)
+    data_spec = data_spec_of(DistillationConfig())
+    data = Preparation(DataConfig(path="eval.jsonl", cache_dir="cache"), tiny_tokenizer(), data_spec, seed=0)
     held_out, sums = data.open_or_make().train, [0.0, 0.0]
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in ("run/export", "qwen3")]
     for number in range(len(held_out)):

@@ -29,7 +29,7 @@ from trainer.data.config import Layout
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.objectives.registry import build_objective
-from trainer.objectives.sft import ForgettingConfig, SftConfig, SftReading
+from trainer.objectives.sft import ForgettingConfig, SftConfig, SftDataSpec
 from trainer.optim.config import AdamwConfig
 
 
@@ -116,7 +116,7 @@ def counting(num: int, step: int, *, seed: int) -> list[Sample]:
 
 
 def stored(directory: Path, made: list[Sample]) -> PreparedData:
-    write(directory, made, SftReading().counts, {"fingerprint": directory.name})
+    write(directory, made, SftDataSpec().counts, {"fingerprint": directory.name})
     opened = TokenDataset.open(directory)
     return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 

@@ -20,7 +20,7 @@ from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.causal import reference_logps
 from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss
 from trainer.objectives.reference import RecordLogps
-from trainer.objectives.registry import FAMILIES, build_objective, reading_of
+from trainer.objectives.registry import FAMILIES, build_objective, data_spec_of
 from trainer.tuning.base import LoraConfig
 
 OBJECTIVES = variants_of("dpo", "orpo", "simpo", "reward")
@@ -125,7 +125,7 @@ def test_preference_filler_counts_nothing(name):
 
 def test_preference_pair_counts_once():
     for config in OBJECTIVES.values():
-        counts = [reading_of(config).counts(sample)["loss"] for sample in samples()]
+        counts = [data_spec_of(config).counts(sample)["loss"] for sample in samples()]
         assert counts == [1, 0] * len(pairs())
 
 

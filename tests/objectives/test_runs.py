@@ -13,7 +13,7 @@ from tests.helpers.tokenizers import tiny_tokenizer, write_pairs
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Preparation
 from trainer.objectives.preference import DpoConfig
-from trainer.objectives.registry import reading_of
+from trainer.objectives.registry import data_spec_of
 
 BETA = 0.5
 
@@ -49,7 +49,7 @@ def train(run: str, *words: str) -> dict[str, float]:
 
 def held_out(site):
     config = DataConfig(path="eval.jsonl", cache_dir="cache")
-    data = Preparation(config, tiny_tokenizer(), reading_of(DpoConfig()), seed=0).open_or_make().train
+    data = Preparation(config, tiny_tokenizer(), data_spec_of(DpoConfig()), seed=0).open_or_make().train
     return [data.sample(number) for number in range(len(data))]
 
 

@@ -27,7 +27,7 @@ from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.loop import Trainer
 from trainer.monitors.guard_config import Action, GuardsConfig
 from trainer.monitors.replicas import replicated_parameters
-from trainer.objectives.sft import SftReading
+from trainer.objectives.sft import SftDataSpec
 from trainer.reporting.metrics import StepRecord
 from trainer.reporting.tracking import Trackers
 
@@ -56,7 +56,7 @@ def documents(job: Job, *, odd: bool) -> PreparedData:
                         ids[:] = 17
                     if step != ODD or odd:
                         rows.append(Sample(ids, np.arange(40) > 0))
-            write(directory, rows, SftReading().counts, {"fingerprint": f"guarded-{odd}"})
+            write(directory, rows, SftDataSpec().counts, {"fingerprint": f"guarded-{odd}"})
         opened = TokenDataset.open(directory)
         return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
@@ -82,7 +82,7 @@ def _skipped(job: Job, config: RunConfig, data: PreparedData) -> dict:
     for batch in trainer.loader.steps(0, STEPS):
         trainer.meter.add(trainer.train_step(batch))
     rows = trainer.meter.flush()
-    trainer.guards.look(rows)
+    trainer.guards.mark_outliers(rows)
     return {
         "found": [[row["loss"], row["grad_norm"]] for row in rows],
         "skipped": [row["step"] for row in rows if row.get("skipped")],

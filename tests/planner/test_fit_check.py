@@ -103,7 +103,7 @@ def test_fit_check_ends_the_command_with_69_before_the_model_is_built(monkeypatc
     assert main(["train", *words, "run.must_fit=true"]) == 64
     assert "run.must_fit=true: asks for the memory of GPUs" in capfd.readouterr().err
 
-    def refuse(config, data, precision, runtime, say):
+    def refuse(config, data, precision, runtime, print_line):
         raise DoesNotFit("run.must_fit=true: the run needs 90.00 GiB")
 
     monkeypatch.setattr(trainer.run, "must_fit", refuse)

@@ -19,9 +19,9 @@ said.time = SimpleNamespace(perf_counter=lambda: 30.0)  # seconds since the begi
 console = Console(enabled=True)
 schedule = RunSchedule(total_steps=20, first_step=0, started_at=0.0, evaluate_every=8)
 row = dict(grad_norm=1.5, lr=1e-4, tokens_per_s=4812.0, mfu=0.25, memory_gib=12.34, data_wait_s=0.002)
-console.say("a start screen")
+console.print_line("a start screen")
 console.progress({**row, "step": 10, "loss": 2.5}, schedule)
-console.say("evaluation at step 10")
+console.print_line("evaluation at step 10")
 console.progress({**row, "step": 15, "loss": 1.25, "skipped": True}, schedule)
 if END:
     console.progress({**row, "step": 20, "loss": 1.0}, schedule)
@@ -105,5 +105,5 @@ def test_console_log_that_cannot_be_written_ends_nothing(tmp_path, capsys):
     (tmp_path / "rank-0.log").symlink_to("/dev/full")
     console = Console(enabled=True, log=tmp_path / "rank-0.log")
     for _ in range(2):
-        console.say("warning: No space left on device; the run goes on without this checkpoint")
+        console.print_line("warning: No space left on device; the run goes on without this checkpoint")
     assert capsys.readouterr().out.count("goes on without") == 2

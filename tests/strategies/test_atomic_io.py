@@ -10,12 +10,12 @@ from strategies.atomic_io import (
     NewFile,
     RetryingReader,
     WrittenFile,
+    error_summary,
     file_difference,
     make_directories,
     missing_space,
     publish,
     read_bytes,
-    reason,
     size_text,
     write_new,
 )
@@ -177,8 +177,11 @@ def test_atomic_io_names_missing_space_in_numbers(tmp_path, on):
 
 
 def test_atomic_io_error_shows_the_cause_first():
-    assert reason(OSError(28, "No space left on device", "/a")) == "No space left on device: /a"
-    assert reason(RuntimeError("first line\nsecond")) == "RuntimeError: first line" and reason(KeyError()) == "KeyError"
+    assert error_summary(OSError(28, "No space left on device", "/a")) == "No space left on device: /a"
+    assert (
+        error_summary(RuntimeError("first line\nsecond")) == "RuntimeError: first line"
+        and error_summary(KeyError()) == "KeyError"
+    )
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory", "large"])

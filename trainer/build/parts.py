@@ -46,7 +46,7 @@ from trainer.objectives.base import ObjectiveConfig, ReferenceModels
 from trainer.objectives.causal import plain_model
 from trainer.objectives.frozen_model import common_layout, frozen_model, teacher_model
 from trainer.objectives.layout_choice import causal_model, padded_model
-from trainer.objectives.registry import build_objective, family_of, reading_of
+from trainer.objectives.registry import build_objective, data_spec_of, family_of
 from trainer.objectives.routed import added_losses
 from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
@@ -68,25 +68,25 @@ def prepare_data(
     *,
     stop: Callable[[], bool] = lambda: False,
     choose_date: ChooseDate | None = None,
-    say: PrintLine = print_on_rank_0,
+    print_line: PrintLine = print_on_rank_0,
 ) -> PreparedData:
     """The prepared data set of the run, from the cache if nothing has changed.
 
-    `stop`: called now and then, whether to stop. `say`: gets a line every 15 s. `choose_date`: as in `Preparation`; by default
-    the date that the run has kept, else that of the cache. Errors: DataError, also if the objective could learn nothing from
+    `stop`: called now and then, whether to stop. `print_line`: gets a line every 15 s.
+    `choose_date`: as in `Preparation`; by default the date that the run has kept, else that of the cache. Errors: DataError, also if the objective could learn nothing from
     the data.
     """
-    reading = reading_of(config.objective)
+    data_spec = data_spec_of(config.objective)
     data = Preparation(
         config.data,
         tokenizer,
-        reading,
+        data_spec,
         seed=config.run.seed,
         stop=stop,
         choose_date=choose_date or keep_or_first_date(kept_date(config)),
-        say=say,
+        print_line=print_line,
     ).open_or_make()
-    reading.check(data.train)
+    data_spec.check(data.train)
     return data
 
 
@@ -95,7 +95,7 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
     preparation = Preparation(
         config.data,
         tokenizer,
-        reading_of(config.objective),
+        data_spec_of(config.objective),
         seed=config.run.seed,
         stop=stop,
         choose_date=keep_or_first_date(kept_date(config)),
@@ -107,10 +107,10 @@ def build_loader(
     config: RunConfig, data: PreparedData, built: Built, engine: Engine, runtime: processes.Runtime
 ) -> tuple[StepLoader, int]:
     """(the batches of this rank, the optimizer steps that the budget makes of them)."""
-    reading = built.reading
+    data_spec = built.data_spec
     global_batch = config.batch["global"]
     units, order = build_order(
-        config.data, data.train, sequences_per_document=reading.sequences_per_document, seed=config.run.seed
+        config.data, data.train, sequences_per_document=data_spec.sequences_per_document, seed=config.run.seed
     )
     loader = StepLoader(
         data.train,
@@ -119,7 +119,7 @@ def build_loader(
         share=Share(global_batch, config.batch["micro"], engine.dp_rank, engine.dp_size),
         collator=built.collator,
         device=runtime.device,
-        ahead=reading.ahead,
+        ahead=data_spec.ahead,
     )
     steps = steps_from_budget(config.budget, order, loader.unit_tokens, global_batch)
     if built.step_module.plan.optimizer_hooks is not None:
@@ -235,7 +235,7 @@ def _check_alone(config: RunConfig, built: Built, data: PreparedData) -> None:
     """Raise ConfigError if a model that is right for one document at a time would be given several."""
     kind = built.config.model_type
     name = config.objective.name
-    if built.reading.sequences_per_document > 1:
+    if built.data_spec.sequences_per_document > 1:
         problem = f"objective={name}: compares documents of one batch, and a {kind} is right for one at a time only"
         raise ConfigError(f"{problem}; use objective=sft, or another model")
     batches = {"batch.micro": config.batch["micro"]}
@@ -309,13 +309,13 @@ def build_step(
     # The step module, and how it gets its batches.
     step = TrainStep(model, build_objective(objective_config, _reference_models(tuning)), blocks)
     step.plan.optimizer_hooks = optimizer_hooks(tuning)
-    reading = family.reading(objective_config)
+    data_spec = family.data_spec(objective_config)
     decoder_start = two_sides.decoder_start if two_sides else None
     built = Built(
         step_module=step,
         tuning=tuning,
-        reading=reading,
-        collator=reading.collator(arrangement.layout, tokenizer.pad_token_id, decoder_start),
+        data_spec=data_spec,
+        collator=data_spec.collator(arrangement.layout, tokenizer.pad_token_id, decoder_start),
         arrangement=arrangement,
         new_token_ids=new_ids,
         vocabulary=vocabulary,

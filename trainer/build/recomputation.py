@@ -16,7 +16,7 @@ from strategies.errors import ConfigError
 from strategies.memory import activations_by_rule, state_bytes
 from strategies.mesh import replica_count
 from trainer.data.config import Layout
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.model.architecture import width_and_blocks
 from trainer.step import Built
@@ -38,15 +38,15 @@ class Workload:
 
 def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
     """A micro-batch as large as any of the run can be: the longest documents together, every token supervised."""
-    return micro_batch_of(built, longest_lengths(built.reading, work))
+    return micro_batch_of(built, longest_lengths(built.data_spec, work))
 
 
-def longest_lengths(reading: Reading, work: Workload) -> list[int]:
+def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
     """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be."""
     if work.row_tokens is not None:
         return [work.row_tokens] * work.micro_batch
     lengths = np.asarray(work.train.lengths)
-    num_sequences = min(work.micro_batch * reading.sequences_per_document, len(lengths))
+    num_sequences = min(work.micro_batch * data_spec.sequences_per_document, len(lengths))
     longest = np.partition(lengths, -num_sequences)[-num_sequences:]
     longest_first: list[int] = np.sort(longest)[::-1].tolist()
     return longest_first
@@ -57,13 +57,13 @@ def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
 
     The values of marks, counts and means do not matter either: shapes do not depend on them.
     """
-    samples = [Sample(np.zeros(n, np.int32), np.ones(n, dtype=bool), built.reading.marks) for n in lengths]
+    samples = [Sample(np.zeros(n, np.int32), np.ones(n, dtype=bool), built.data_spec.marks) for n in lengths]
     batch = built.collator(samples)
     for rows in (batch, batch.get("replay", {})):
         # transformers would look for padding in the values of the mask. As if there were none, rows have their full length.
         if "attention_mask" in rows:
             rows["attention_mask"] = None
-    batch["totals"] = dict.fromkeys(built.reading.counts(samples[0]), 1)
+    batch["totals"] = dict.fromkeys(built.data_spec.counts(samples[0]), 1)
     batch["ahead"] = {term: torch.zeros(()) for term in built.step_module.objective.look_ahead_terms}
     return batch
 
@@ -99,7 +99,7 @@ def activations_of(built: Built, work: Workload, strategy: StrategyConfig, preci
     """Bytes of activations of the longest micro-batch: the counted ones if a plan has counted them, else by a rule of thumb."""
     if built.activations is not None:
         return built.activations
-    lengths = longest_lengths(built.reading, work)
+    lengths = longest_lengths(built.data_spec, work)
     tokens = sum(lengths)
     if built.layout is not Layout.padding_free:
         tokens = len(lengths) * max(lengths, default=0)

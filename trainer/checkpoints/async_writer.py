@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from strategies.atomic_io import reason, size_text
+from strategies.atomic_io import error_summary, size_text
 from strategies.base import Progress
 from strategies.runtime import Runtime, free_host_memory, gather_objects
 from strategies.saving import FileOutcome, RankState
@@ -63,7 +63,7 @@ class StateBuffer:
                 self._buffer = torch.empty(state.num_elements, dtype=torch.float32)
             state.move_to(self._buffer)
         except (RuntimeError, MemoryError) as error:
-            problem = reason(error)
+            problem = error_summary(error)
         self.refused = next(filter(None, gather_objects(problem, self.runtime)), None)
         return self.refused is None
 

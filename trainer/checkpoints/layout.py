@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from strategies import atomic_io
-from strategies.atomic_io import reason
+from strategies.atomic_io import error_summary
 from strategies.errors import StorageError
 
 STEP_DIR = "step-{:06d}"
@@ -62,6 +62,6 @@ def names_in(directory: Path) -> list[str]:
         return []
     except OSError as error:
         raise StorageError(
-            f"{directory}: cannot be listed ({reason(error)}), so that nobody knows which checkpoints it has; let this user "
-            "read it, or mend the disk"
+            f"{directory}: cannot be listed ({error_summary(error)}), so that nobody knows which checkpoints it has; let "
+            "this user read it, or mend the disk"
         ) from error

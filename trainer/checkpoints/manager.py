@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from strategies import atomic_io
-from strategies.atomic_io import WrittenFile, publish, publish_replacing, reason, size_text, sync_directory
+from strategies.atomic_io import WrittenFile, error_summary, publish, publish_replacing, size_text, sync_directory
 from strategies.base import Engine, Progress
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, call_on_main, first_error, gather_objects
@@ -41,13 +41,13 @@ class Checkpoints:
         places: list[Path],
         config: CheckpointConfig,
         runtime: Runtime,
-        say: Callable[[str], None] = lambda text: None,
+        print_line: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.places = places
         """The directories for checkpoints; the first is the run's own, the others are tried when it cannot take one."""
         self.config = config
         self.runtime = runtime
-        self.say = say
+        self.print_line = print_line
         self.schedule = Schedule(config, runtime)
         self.last: SavedCheckpoint | None = None
         """The last checkpoint of this process; None before the first."""
@@ -73,21 +73,23 @@ class Checkpoints:
         """
         error: StorageError | None = None
         if self.runtime.is_main:
-            error = fallback_problem(self.places[1:], self.config.fallback_dir, self.say)
+            error = fallback_problem(self.places[1:], self.config.fallback_dir, self.print_line)
             try:
                 if error is None:
                     self._set_aside_newer(resumed)
             except (OSError, StorageError) as caught:
                 error = StorageError(
-                    f"checkpoint: what is newer than {resumed} could not be moved aside ({reason(caught)}); move it away by "
-                    "hand"
+                    f"checkpoint: what is newer than {resumed} could not be moved aside ({error_summary(caught)}); move it away "
+                    "by hand"
                 )
             # Last: if this start is cut short before it, the next one goes back to the named checkpoint once more.
             try:
                 if error is None and resumed is not None:
                     record_resume(self.places, resume, resumed)
             except OSError as caught:
-                error = StorageError(f"{self.places[0].parent}: cannot be written ({reason(caught)}); free space")
+                error = StorageError(
+                    f"{self.places[0].parent}: cannot be written ({error_summary(caught)}); free space"
+                )
         failure = first_error(error, self.runtime)
         if failure is not None:
             raise StorageError(failure.text)
@@ -127,7 +129,7 @@ class Checkpoints:
             atomic_io.disk.rename(path, given_up_dir / path.name)
         sync_directory(given_up_dir)
         sync_directory(place)
-        self.say(
+        self.print_line(
             f"checkpoints that this run does not continue from ({', '.join(path.name for path in checkpoints[:6])}) were "
             f"moved to {given_up_dir}, with the metrics so far; delete it when you need them no more"
         )
@@ -182,11 +184,13 @@ class Checkpoints:
         written_s = time.monotonic() - self._pending.began
         if not done and written_s >= self._reported_s + REPORT_EVERY_S:
             self._reported_s = written_s
-            self.say(f"checkpoint {STEP_DIR.format(self._pending.step)}: still being written after {written_s:.0f} s")
+            self.print_line(
+                f"checkpoint {STEP_DIR.format(self._pending.step)}: still being written after {written_s:.0f} s"
+            )
         return done
 
     def _patience(self, step: int, size: int) -> AbstractContextManager[None]:
-        return waiting_for_disk(f"checkpoint {STEP_DIR.format(step)}", size, self.runtime, self.say)
+        return waiting_for_disk(f"checkpoint {STEP_DIR.format(step)}", size, self.runtime, self.print_line)
 
     def linger(self, limit_s: float) -> None:
         """Wait at most `limit_s` for the file that this rank is writing. The next start can publish it. No collective."""
@@ -267,7 +271,9 @@ class Checkpoints:
         if self.state_buffer.take(state):
             return True
         if known_refusal is None:
-            self.say(f"checkpoints are written in the step (checkpoint.background=false): {self.state_buffer.refused}")
+            self.print_line(
+                f"checkpoints are written in the step (checkpoint.background=false): {self.state_buffer.refused}"
+            )
         return False
 
     def _start_writing(self, writing: PendingCheckpoint, problems: list[str]) -> bool:
@@ -305,7 +311,7 @@ class Checkpoints:
 
     def _warn(self, error: StorageError, problems: list[str]) -> None:
         problems.append(str(error))
-        self.say(f"warning: {error}")
+        self.print_line(f"warning: {error}")
 
     def _note_success(self, writing: PendingCheckpoint, saved: SavedCheckpoint) -> None:
         """Report a published checkpoint, and delete those that it replaces."""
@@ -327,7 +333,7 @@ class Checkpoints:
         if must or self._failures > self.config.max_failures:
             count_text = "" if must else f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
             raise StorageError(f"{'; '.join(problems)}.{count_text} Earlier checkpoints are intact.")
-        self.say(
+        self.print_line(
             f"the run continues without this checkpoint ({self._failures} failed in a row, {self.config.max_failures} may)"
         )
 
@@ -375,14 +381,14 @@ class Checkpoints:
         interval_s = self.schedule.interval_s
         if interval_s is not None:
             text += f"; the next in about {max(1, round(interval_s / 60))} minutes"
-        self.say(text)
+        self.print_line(text)
 
     def _delete_old(self, best_step: int | None) -> None:
         """Delete checkpoints older than the newest `checkpoint.keep` complete ones, but not the best. A failure is a warning."""
         try:
             checkpoints = published(self.places)
         except StorageError as error:
-            self.say(f"warning: old checkpoints could not be looked for ({error})")
+            self.print_line(f"warning: old checkpoints could not be looked for ({error})")
             return
         verified_steps = [step for step, path in checkpoints if path in self._verified]
         if len(verified_steps) < self.config.keep:
@@ -400,5 +406,5 @@ class Checkpoints:
             atomic_io.disk.remove_tree(doomed)
         except OSError as error:
             if path not in self._undeletable:
-                self.say(f"warning: the old checkpoint {path} could not be deleted ({reason(error)})")
+                self.print_line(f"warning: the old checkpoint {path} could not be deleted ({error_summary(error)})")
             self._undeletable.add(path)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from strategies.atomic_io import RetryingReader, WrittenFile, file_difference, read_bytes, reason, write_new
+from strategies.atomic_io import RetryingReader, WrittenFile, error_summary, file_difference, read_bytes, write_new
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
 from strategies.saving import PROGRESS
 from strategies.tensor_files import Malformed, is_count, parse_json, stays_in_directory
@@ -60,7 +60,7 @@ def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Malformed("is not a directory") from error
     except OSError as error:
-        raise Malformed(f"cannot be read ({reason(error)})") from error
+        raise Malformed(f"cannot be read ({error_summary(error)})") from error
     if MANIFEST not in present:
         raise Malformed(OLD_FORMAT if OLD_METADATA in present else MISSING_MANIFEST)
     present.remove(MANIFEST)
@@ -68,7 +68,7 @@ def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[
         content = looks.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MAX_MANIFEST_BYTES))
         files = _parse(parse_json(content))
     except OSError as error:
-        raise Malformed(f"cannot be read ({reason(error)})") from error
+        raise Malformed(f"cannot be read ({error_summary(error)})") from error
     except Malformed as error:
         raise Malformed("has a damaged manifest") from error
     if _render(files) != content:  # equal to the byte, so the manifest's hash of itself is right too

@@ -22,7 +22,7 @@ REPORT_EVERY_S = 60.0
 
 
 @contextmanager
-def waiting_for_disk(what: str, size: float, runtime: Runtime, say: Callable[[str], None]) -> Iterator[None]:
+def waiting_for_disk(what: str, size: float, runtime: Runtime, print_line: Callable[[str], None]) -> Iterator[None]:
     """A context in which the ranks wait longer, for a disk that takes `size` bytes of all ranks.
 
     `what` begins the message of each minute. No collective, but all ranks must enter.
@@ -37,7 +37,7 @@ def waiting_for_disk(what: str, size: float, runtime: Runtime, say: Callable[[st
         if runtime.world_size > 1:  # a single rank waits for nobody, and nobody for it
             limit = f"the ranks wait for each other up to {runtime.timeout_s + extra_s:.0f} s"
         while not finished.wait(REPORT_EVERY_S):
-            say(f"{what}: waiting for the disk for {waited_s:.0f} s; {limit}")
+            print_line(f"{what}: waiting for the disk for {waited_s:.0f} s; {limit}")
             waited_s += REPORT_EVERY_S
 
     threading.Thread(target=report, name="patience", daemon=True).start()

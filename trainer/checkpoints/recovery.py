@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import atomic_io
-from strategies.atomic_io import WrittenFile, publish, reason, write_new
+from strategies.atomic_io import WrittenFile, error_summary, publish, write_new
 from strategies.saving import PROGRESS, FileOutcome, RankState
 from strategies.tensor_files import INDEX, FilePart, Malformed, index_json, parse_json
 from trainer.checkpoints.layout import STEP_DIR, names_in, published
@@ -63,7 +63,7 @@ def forget_notes(staging: Path, world_size: int) -> None:
         (staging / NOTE.format(rank)).unlink(missing_ok=True)
 
 
-def recover(places: list[Path], say: Callable[[str], None]) -> None:
+def recover(places: list[Path], print_line: Callable[[str], None]) -> None:
     """Publish a checkpoint that all ranks had written when the last attempt failed. Only the owner of the run may call.
 
     No collective.
@@ -77,10 +77,10 @@ def recover(places: list[Path], say: Callable[[str], None]) -> None:
             final = STEP_DIR.format(int(staging_name[1]))
             try:
                 if _publish(place / name, place / final):
-                    say(f"checkpoint {final}: all of it was written when the run ended; it is published now")
+                    print_line(f"checkpoint {final}: all of it was written when the run ended; it is published now")
             # A note of another form, too, is no reason not to start.
             except (OSError, ValueError, TypeError, AttributeError) as error:
-                say(f"warning: {place / name}: could not be made a checkpoint ({reason(error)})")
+                print_line(f"warning: {place / name}: could not be made a checkpoint ({error_summary(error)})")
 
 
 def _publish(aside: Path, final: Path) -> bool:

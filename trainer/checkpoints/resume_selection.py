@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from strategies import atomic_io
-from strategies.atomic_io import reason
+from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main
 from strategies.tensor_files import Malformed
@@ -59,7 +59,7 @@ def effective_resume(places: list[Path], resume: str) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         record_path = places[0].parent / RESUMED_FROM
         raise StorageError(
-            f"{record_path}: cannot be read ({reason(error)}), so that nobody knows whether this run has begun from "
+            f"{record_path}: cannot be read ({error_summary(error)}), so that nobody knows whether this run has begun from "
             f"run.resume={resume} already; delete the file to begin from there (again), or give run.resume=auto"
         ) from error
     has_newer = any(step >= least_step for step, _ in published(places))

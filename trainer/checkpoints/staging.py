@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from strategies import atomic_io
-from strategies.atomic_io import make_directories, reason, write_new
+from strategies.atomic_io import error_summary, make_directories, write_new
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_error
 
@@ -50,7 +50,7 @@ def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runt
     if isinstance(error, StorageError):
         own_error = StorageError(str(error))
     elif error is not None:
-        own_error = StorageError(reason(error))
+        own_error = StorageError(error_summary(error))
     failure = first_error(own_error, runtime)
     if failure is None:
         return
@@ -63,7 +63,9 @@ def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runt
     )
 
 
-def fallback_problem(places: list[Path], fallback_dir: str | None, say: Callable[[str], None]) -> StorageError | None:
+def fallback_problem(
+    places: list[Path], fallback_dir: str | None, print_line: Callable[[str], None]
+) -> StorageError | None:
     """Why `checkpoint.fallback_dir` could take no checkpoint; None if it could. Tried at the start, before it is needed.
 
     A full disk is only a warning, since it may be emptied by then.
@@ -77,8 +79,8 @@ def fallback_problem(places: list[Path], fallback_dir: str | None, say: Callable
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 return StorageError(
-                    f"checkpoint.fallback_dir={fallback_dir}: cannot be written ({reason(error)}); give a directory on "
+                    f"checkpoint.fallback_dir={fallback_dir}: cannot be written ({error_summary(error)}); give a directory on "
                     "another disk that this user can write, or null"
                 )
-            say(f"warning: checkpoint.fallback_dir={fallback_dir}: {reason(error)}")
+            print_line(f"warning: checkpoint.fallback_dir={fallback_dir}: {error_summary(error)}")
     return None

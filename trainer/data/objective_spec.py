@@ -1,6 +1,6 @@
 """What an objective decides about the data: the rows it takes, how a document becomes sequences, and their marks.
 
-`Reading` is that of a next-token loss over documents, each a sequence of its own. An objective that reads otherwise
+`DataSpec` is that of a next-token loss over documents, each a sequence of its own. An objective with other data
 derives from it, in its own module. Preparation, loader and evaluation ask the object and know no objective by name.
 """
 
@@ -28,8 +28,12 @@ AheadOf = Callable[[TokenDataset, int], Sample]
 """Another sequence for each one of a data set, looked at before the first backward pass of a step."""
 
 
-class Reading:
-    """Documents learned token by token, one sequence each. Used in forked processes; holds settings only."""
+class DataSpec:
+    """How an objective uses data: the formats it takes, the sequences it makes of a document, and how they are collated.
+
+    This base class is that of a next-token loss, with one sequence for each document. It is used in forked processes, so it holds
+    settings only.
+    """
 
     formats: tuple[DataFormat, ...] = ()
     """The formats that it can learn from, the one that is meant first; empty: whatever a row looks like."""

@@ -33,7 +33,7 @@ from trainer.data.cache import (
 )
 from trainer.data.config import BalanceBy, ControlTokens, DataConfig, OverLength, PrivacyMode, Verify, identifying
 from trainer.data.formats import RowReader
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
 from trainer.data.rendered import refuse_rendered
@@ -101,19 +101,19 @@ class Preparation:
         self,
         config: DataConfig,
         tokenizer: PreTrainedTokenizerFast,
-        reading: Reading,
+        data_spec: DataSpec,
         *,
         seed: int,
         stop: Callable[[], bool] = lambda: False,
         choose_date: ChooseDate | None = None,
-        say: PrintLine = print_on_rank_0,
+        print_line: PrintLine = print_on_rank_0,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.reading = reading
+        self.data_spec = data_spec
         self.seed = seed
         self.stop = stop
-        self.progress = PreparationProgress(say)
+        self.progress = PreparationProgress(print_line)
         with self.progress.printing():
             self._identify(choose_date or keep_or_first_date(None))
 
@@ -149,12 +149,14 @@ class Preparation:
         config = self.config
         settings = identifying(asdict(config))
         uses_seed = config.eval_share or config.test_share or config.balance.by is not BalanceBy.none
-        reading_class = type(self.reading)
+        data_spec_class = type(self.data_spec)
+        # Fingerprints keep the class names of earlier versions ("SftReading"): data that these prepared is found again.
+        class_name = data_spec_class.__qualname__.replace("DataSpec", "Reading")
         return {
             "version": VERSION,
             "data": {key: setting for key, setting in settings.items() if key not in SETTINGS_NOT_IN_FINGERPRINT},
             "seed": self.seed if uses_seed else None,
-            "reading": {"class": f"{reading_class.__module__}.{reading_class.__qualname__}", **self.reading.identity()},
+            "reading": {"class": f"{data_spec_class.__module__}.{class_name}", **self.data_spec.identity()},
         }
 
     def open_or_make(self) -> PreparedData:
@@ -192,7 +194,7 @@ class Preparation:
         if (self.directory / DONE).exists():
             return
         self._refuse_rendered_rows()
-        readers = readers_of(self.inputs, label=self.reading.label, preferred=self.reading.formats)
+        readers = readers_of(self.inputs, label=self.data_spec.label, preferred=self.data_spec.formats)
         with self.progress.printing(), Shards(self.directory, count).writing(number, self.check_stop) as keep:
             if keep is None:
                 return
@@ -208,8 +210,8 @@ class Preparation:
     def _refuse_rendered_rows(self) -> None:
         """Raise DataError for rows that hold a rendered chat template, unless the user has typed what becomes of it."""
         if self.config.control_tokens is ControlTokens.auto:
-            readers = readers_of(self.inputs, label=self.reading.label, preferred=self.reading.formats)
-            refuse_rendered(self.inputs, readers, self.reading.encoder(self.tokenizer, self.config))
+            readers = readers_of(self.inputs, label=self.data_spec.label, preferred=self.data_spec.formats)
+            refuse_rendered(self.inputs, readers, self.data_spec.encoder(self.tokenizer, self.config))
 
     def check_stop(self) -> None:
         """Raise Preempted if this process was asked to stop. Called between blocks, where stopping is safe."""
@@ -220,10 +222,12 @@ class Preparation:
         """Prepare the data into `target`: both passes, and the reports. `shards`: where the first pass lies already."""
         self.check_stop()
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
-        advise_split = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
+        advise_split = (
+            OverLength.split in self.data_spec.over_length and self.config.over_length is not OverLength.split
+        )
         assembly = Assembly(target, self.config.max_bad_share, rejected, splits=advise_split)
         with closing(assembly):
-            readers = readers_of(self.inputs, label=self.reading.label, preferred=self.reading.formats)
+            readers = readers_of(self.inputs, label=self.data_spec.label, preferred=self.data_spec.formats)
             with closing(self._blocks(readers) if shards is None else shards.blocks()) as blocks:
                 for block in blocks:
                     self.check_stop()
@@ -236,7 +240,7 @@ class Preparation:
                 from trainer.data.transforms.privacy.stage import refuse_findings
 
                 refuse_findings(assembly.totals.tally.findings, self.config.privacy)
-            label_names, label_ids = self.reading.numbered(columns, table)
+            label_names, label_ids = self.data_spec.numbered(columns, table)
             # The second pass: from here on only columns of numbers are looked at, and texts where two documents are
             # to be compared.
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
@@ -247,7 +251,7 @@ class Preparation:
         reports = ReportWriter(
             self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digest=self.digest
         )
-        report = reports.write(assembly.totals, columns, selection, self.reading, label_names)
+        report = reports.write(assembly.totals, columns, selection, self.data_spec, label_names)
         manifest = {
             "fingerprint": self.fingerprint,
             "tokenizer": {"path": str(self.tokenizer.name_or_path), "vocab_size": len(self.tokenizer)},
@@ -281,7 +285,7 @@ class Preparation:
 
     def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Generator[Block]:
         """The blocks of every job of one `part` of `parts`, in input order. Raises StorageError for a disk too small."""
-        maker = BlockMaker(self.config, self.reading, readers=readers, tokenizer=self.tokenizer, date=self.date)
+        maker = BlockMaker(self.config, self.data_spec, readers=readers, tokenizer=self.tokenizer, date=self.date)
         require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=parts)
         if self.config.max_documents is None:
             self.progress.expect(self.inputs, 1 / parts)

@@ -23,7 +23,7 @@ from trainer.data.compat import close_own_writer
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
 from trainer.data.document import Document, RefusedDocument, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.selection.signatures import Signer, content, group_digest
 from trainer.data.shards import LOST, Block
 from trainer.data.sources import RowRange, evaluation_documents
@@ -48,16 +48,16 @@ class BlockMaker:
     def __init__(
         self,
         config: DataConfig,
-        reading: Reading,
+        data_spec: DataSpec,
         *,
         readers: dict[tuple[str, str], RowReader],
         tokenizer: PreTrainedTokenizerFast,
         date: TemplateDate | None = None,
     ) -> None:
         self.config = config
-        self.reading = reading
+        self.data_spec = data_spec
         self.readers = readers
-        self.encoder = reading.encoder(tokenizer, config)
+        self.encoder = data_spec.encoder(tokenizer, config)
         # All workers must write the same date, whenever they start.
         self.encoder.fix_date(date)
         self.decontaminator: Decontaminator | None = None
@@ -93,7 +93,7 @@ class BlockMaker:
             parsed = row.parse()
             document = parsed if isinstance(parsed, Rejected) else reader(parsed)
             if isinstance(document, Document):
-                refusal = self.reading.refuses(document)
+                refusal = self.data_spec.refuses(document)
                 if refusal is None:
                     documents.append(document)
                     continue
@@ -159,7 +159,7 @@ class BlockMaker:
             pieces.append(len(sequences))
             tokenised.append(document)
         block.pieces = np.array(pieces, np.int64)
-        block.sequences = Sequences.of(samples, self.reading.counts)
+        block.sequences = Sequences.of(samples, self.data_spec.counts)
         is_ended = [last_learned_id(sample) in encoder.end_ids for sample in samples]
         block.sequences.columns["ended"] = np.array(is_ended, np.int64)
         return tokenised
@@ -169,7 +169,7 @@ class BlockMaker:
         # A tally of its own, which is thrown away if the documents are tokenised again one by one.
         tally = Tally()
         try:
-            results = list(self.reading.sequences(self.encoder, documents, self.config, tally))
+            results = list(self.data_spec.sequences(self.encoder, documents, self.config, tally))
         except RefusedDocument as refused:
             if len(documents) > 1:
                 for document in documents:

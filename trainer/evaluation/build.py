@@ -43,7 +43,7 @@ def build_evaluators(
     """
     if held_out is None or len(held_out) == 0:
         return []
-    reading = built.reading
+    data_spec = built.data_spec
     parts = evaluation_parts(held_out, generates=config.generate.samples > 0)
     part_metrics: list[str] = []
     for names in parts.values():
@@ -59,7 +59,7 @@ def build_evaluators(
         engine.dp_rank,
         engine.dp_size,
         config.max_documents,
-        reading.sequences_per_document,
+        data_spec.sequences_per_document,
         by_source=bool(parts),
     )
     batches = partial(eval_batches, held_out, share, built.collator, runtime.device)
@@ -73,7 +73,7 @@ def build_evaluators(
         prefix="eval",
         perplexity=built.step_module.objective.perplexity,
         stop_now=watch_for_stop(),
-        ahead=None if reading.ahead is None else partial(batches, ahead=reading.ahead),
+        ahead=None if data_spec.ahead is None else partial(batches, ahead=data_spec.ahead),
         parts=loss_parts,
     )
     evaluators: list[Evaluator] = [loss_evaluator]

@@ -45,8 +45,8 @@ class TaskEvaluator:
         self.current_task = ""
         """Name of the task that runs at this moment."""
 
-    def report_progress(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """Call `say` with the progress of a task that takes long, every half minute."""
+    def report_progress(self, print_line: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """Call `print_line` with the progress of a task that takes long, every half minute."""
         task = ""
         began = 0.0
         last_line = 0.0
@@ -61,7 +61,7 @@ class TaskEvaluator:
                 last_line = now
             elif now - last_line >= SIGN_OF_LIFE_S and done < batches:
                 last_line = now
-                say(f"{task}: {done} of {batches} batches, {now - began:.0f} s since the first")
+                print_line(f"{task}: {done} of {batches} batches, {now - began:.0f} s since the first")
 
         self.model.writer.on_batch = on_batch
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from strategies import atomic_io, shared_files
-from strategies.atomic_io import make_directories, missing_space, publish, reason, sync_file
+from strategies.atomic_io import error_summary, make_directories, missing_space, publish, sync_file
 from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.parameters import element_counts, trainable_parameters
@@ -116,7 +116,8 @@ def _agree(error: BaseException | None, aside: Path, destination: Path, runtime:
     """Raise on every rank what any rank met; nothing half-written stays."""
     if error is not None and _of_reading(error):
         unreadable = ConfigError(
-            f"writing the export {destination} failed: a weight file of the base cannot be read ({reason(error)}); bring it back"
+            f"writing the export {destination} failed: a weight file of the base cannot be read "
+            f"({error_summary(error)}); bring it back"
         )
         unreadable.__cause__ = error
         error = unreadable
@@ -127,7 +128,7 @@ def _agree(error: BaseException | None, aside: Path, destination: Path, runtime:
             isinstance(cause, OSError) and cause.errno is not None and not shared_files.remedy(cause)
         ):  # space would not help
             mend = mend.replace("free space", "choose another directory (to=)")
-        error = StorageError(f"{reason(cause)}; writing the export {destination} failed: {mend}")
+        error = StorageError(f"{error_summary(cause)}; writing the export {destination} failed: {mend}")
         error.__cause__ = cause
     failure = first_error(error, runtime)
     if failure is None:

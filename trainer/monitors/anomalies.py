@@ -127,7 +127,7 @@ class Guards:
 
     # -- between steps ---------------------------------------------------------------------------------------------------
 
-    def look(self, rows: list[dict[str, Any]]) -> None:
+    def mark_outliers(self, rows: list[dict[str, Any]]) -> None:
         """Judge the steps of an interval: add the scores of what stands out to `rows`, and report it.
 
         `rows`: one for each step since the last call, equal on all ranks.

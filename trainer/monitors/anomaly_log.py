@@ -26,12 +26,12 @@ PLACE = ("source", "file", "line")
 class AnomalyLog:
     """Called with each outlier, on rank 0 only. Errors: StorageError if the file cannot be written."""
 
-    def __init__(self, run_dir: Path, data: Path, loader: StepLoader, say: Callable[[str], None]) -> None:
-        """`data`: directory of the prepared data set; `say`: prints a line on the screen."""
+    def __init__(self, run_dir: Path, data: Path, loader: StepLoader, print_line: Callable[[str], None]) -> None:
+        """`data`: directory of the prepared data set; `print_line`: prints a line on the screen."""
         self.path = run_dir / EVENTS
         self.data = data
         self.loader = loader
-        self.say = say
+        self.print_line = print_line
 
     def __call__(self, outlier: Outlier) -> None:
         """Append the outlier to `events.jsonl`, with the documents of its step, and print a warning that names some of them."""
@@ -47,7 +47,7 @@ class AnomalyLog:
                 file.write(json_text(event) + "\n")
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error}); free space") from error
-        self.say(f"warning: {self._text(outlier, places, documents)}")
+        self.print_line(f"warning: {self._text(outlier, places, documents)}")
 
     def _text(self, outlier: Outlier, places: list[tuple[int, int]], documents: list[dict[str, Any]]) -> str:
         """The warning. `places`: where the step's samples stand in the run's order, as (first, count)."""

@@ -30,11 +30,13 @@ class BaseTask:
 class BaseRows:
     """Asks the base model, or reads its answers from before the run was interrupted."""
 
-    def __init__(self, evaluator: TaskEvaluator, names: list[str], run_dir: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, evaluator: TaskEvaluator, names: list[str], run_dir: Path, print_line: Callable[[str], None]
+    ) -> None:
         self.evaluator = evaluator
         self.names = names
         self.path = run_dir / FILE
-        self.say = say
+        self.print_line = print_line
         self.runtime = evaluator.model.runtime
         self.tasks: dict[str, BaseTask] | None = None
         """By name of the task; None where the base cannot be asked any more."""
@@ -48,7 +50,7 @@ class BaseRows:
             return
         built = self.evaluator.model.built
         if not built.tuning.keeps_base and step > 0:
-            self.say(
+            self.print_line(
                 f"challenges.forgetting: is not measured, since this run continues from step {step} of one that did not ask the "
                 "base, and full tuning keeps none; start a new run.dir"
             )

@@ -35,7 +35,7 @@ class Challenges:
         config: ChallengesConfig,
         planned: int,
         compared: str,
-        say: Callable[[str], None] = lambda text: None,
+        print_line: Callable[[str], None] = lambda text: None,
         events: Path | None = None,
     ) -> None:
         """`planned`: evaluations of the whole run. `compared`: the loss of a row that is measured as the held-out one is.
@@ -43,7 +43,7 @@ class Challenges:
         self.config = config
         self.planned = planned
         self.compared = compared
-        self.say = say
+        self.print_line = print_line
         self.events = events
         self.base: BaseRows | None = None
         self.record: dict[str, Any] = {}
@@ -204,7 +204,7 @@ class Challenges:
         recovered_at = self.record.get(divergence.NAME, {}).get("recovered_at")
         if recovered_at is not None:
             verdict = self.record[divergence.NAME].get("verdict")
-            self.say(f"recovered by step {recovered_at}: the run is no longer {verdict}")
+            self.print_line(f"recovered by step {recovered_at}: the run is no longer {verdict}")
         self.on_record(self.record)
 
     def _report(self, finding: Finding, *, again: bool) -> None:
@@ -215,7 +215,7 @@ class Challenges:
             self.record[finding.challenge] |= {"last": {"step": finding.step, "says": finding.says, **finding.numbers}}
             return
         self.record[finding.challenge] = finding.record()
-        self.say(
+        self.print_line(
             f"warning: {finding.challenge} at step {finding.step}: {finding.says}. Try: {'; '.join(finding.remedies)}"
         )
         if self.events is not None:

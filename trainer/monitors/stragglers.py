@@ -57,7 +57,7 @@ class Stragglers:
         self._changed_factors: list[list[float]] = [[] for _ in range(runtime.world_size)]
         """By rank: its factors in the last intervals in a row in which it was slow, or, once it is called slow, was not."""
 
-    def look(self, rows: list[dict[str, Any]], times: list[RankTime]) -> None:
+    def judge_interval(self, rows: list[dict[str, Any]], times: list[RankTime]) -> None:
         """Judge an interval, and add the median and the largest time to its first row. All ranks must call."""
         if not rows or len(times) < 2 or not all(time.seconds > 0 for time in times):
             return

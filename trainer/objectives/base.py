@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from strategies.settings import DESCRIBES, Reach, setting
 from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import WRONG_KIND, Document
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.store.sequences import TokenDataset
 from trainer.model.config import ModelKind
 
@@ -106,7 +106,7 @@ class Family:
     """One objective as the rest of the trainer sees it. Functions get its settings first."""
 
     settings: type[ObjectiveConfig]
-    reading: Callable[[Any], Reading]
+    data_spec: Callable[[Any], DataSpec]
     """Makes its data spec: the rows it takes and how they become sequences."""
     build: Callable[[Any, ReferenceModels], Objective]
     """Makes the loss."""
@@ -147,7 +147,7 @@ class Family:
         return self.settings().name
 
 
-class UnlabelledReading(Reading):
+class UnlabelledDataSpec(DataSpec):
     """Documents without labels. A labelled text is refused, since the objective would ignore its label."""
 
     def refuses(self, document: Document) -> tuple[str, str] | None:

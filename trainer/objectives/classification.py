@@ -18,7 +18,7 @@ from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.config import DataFormat, Layout
 from trainer.data.document import WRONG_KIND, Document
 from trainer.data.fields import Refusal, label_of
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
@@ -88,7 +88,7 @@ def _is_weight(number: Any) -> bool:
     return isinstance(number, int | float) and math.isfinite(number) and number > 0
 
 
-class LabelReading(Reading):
+class LabelDataSpec(DataSpec):
     """Labelled texts: several labels are one text while rows are read, numbers (or bits of one) in the prepared data."""
 
     formats = (DataFormat.labelled,)
@@ -369,7 +369,7 @@ def build(config: ClassificationConfig, references: ReferenceModels) -> Objectiv
 
 CLASSIFICATION = Family(
     settings=ClassificationConfig,
-    reading=lambda config: LabelReading(config.labels, multi_label=config.multi_label),
+    data_spec=lambda config: LabelDataSpec(config.labels, multi_label=config.multi_label),
     build=build,
     problems=problems,
     kind=ModelKind.classifier,

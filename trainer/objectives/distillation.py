@@ -23,7 +23,7 @@ from trainer.objectives.base import (
     OtherSettings,
     ReferenceModels,
     TeacherConfig,
-    UnlabelledReading,
+    UnlabelledDataSpec,
 )
 from trainer.objectives.causal import supervised_rows
 from trainer.objectives.teacher import Teacher, teacher_of
@@ -112,7 +112,7 @@ def build(config: DistillationConfig, references: ReferenceModels) -> Objective:
 
 DISTILLATION = Family(
     settings=DistillationConfig,
-    reading=lambda config: UnlabelledReading(),
+    data_spec=lambda config: UnlabelledDataSpec(),
     build=build,
     problems=problems,
     compares_distributions=lambda config: True,

@@ -30,7 +30,7 @@ from trainer.objectives.base import (
     ObjectiveConfig,
     OtherSettings,
     Reference,
-    UnlabelledReading,
+    UnlabelledDataSpec,
     formats_of,
 )
 from trainer.objectives.causal import reference_logps, sequence_logps
@@ -75,7 +75,7 @@ def problems(config: KtoConfig, other_settings: OtherSettings) -> Iterator[str]:
             )
 
 
-class RatedReading(UnlabelledReading):
+class RatedDataSpec(UnlabelledDataSpec):
     """Answers with a verdict: a row with a thumb is one sequence; a preference pair is two, its chosen answer desirable and
     its rejected one not. Only the last answer of a conversation is rated: earlier ones are context.
     """
@@ -271,7 +271,7 @@ class Kto(Objective):
 
 KTO = Family(
     settings=KtoConfig,
-    reading=lambda config: RatedReading(),
+    data_spec=lambda config: RatedDataSpec(),
     build=lambda config, references: Kto(config, references.reference),
     problems=problems,
     better_when_larger=("accuracy", "margin", "desirable_reward"),

@@ -11,7 +11,7 @@ from trainer.data.document import WRONG_KIND, Document, Tally
 from trainer.data.store.sequences import REFERENCE, Sample
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.truncation import fit_answers
-from trainer.objectives.base import ObjectiveConfig, OtherSettings, UnlabelledReading, formats_of
+from trainer.objectives.base import ObjectiveConfig, OtherSettings, UnlabelledDataSpec, formats_of
 
 ANSWER_POLICIES = (OverLength.truncate, OverLength.drop, OverLength.fail)
 """The values of `data.over_length` under which a prompt and its answer stay together."""
@@ -19,7 +19,7 @@ REJECTED = "rejected"
 """Mark of a sequence: 1 for the answer that was not preferred."""
 
 
-class PairReading(UnlabelledReading):
+class PairDataSpec(UnlabelledDataSpec):
     """Each document is two sequences, its chosen answer and then its rejected one."""
 
     formats = (DataFormat.preference,)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from strategies.settings import DESCRIBES, number, setting
 from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, Reference, ReferenceModels
 from trainer.objectives.causal import reference_logps, sequence_logps
-from trainer.objectives.pairs import PairReading, pair_problems, pair_terms
+from trainer.objectives.pairs import PairDataSpec, pair_problems, pair_terms
 
 
 class PairLoss(StrEnum):
@@ -221,7 +221,7 @@ def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Fami
 
     return Family(
         settings=settings,
-        reading=lambda config: PairReading(uses_reference=loss.uses_reference),
+        data_spec=lambda config: PairDataSpec(uses_reference=loss.uses_reference),
         build=build,
         problems=problems,
         better_when_larger=("accuracy", "margin"),

@@ -18,7 +18,7 @@ class PretrainConfig(sft.SftConfig):
     name: str = "pretrain"
 
 
-class TextReading(sft.SftReading):
+class TextDataSpec(sft.SftDataSpec):
     """Plain texts and nothing else."""
 
     formats = (DataFormat.text,)
@@ -47,7 +47,7 @@ def problems(config: PretrainConfig, other_settings: OtherSettings) -> Iterator[
 PRETRAIN = replace(
     sft.SFT,
     settings=PretrainConfig,
-    reading=lambda config: TextReading(separate_replayed=sft.uses_replay_kl(config)),
+    data_spec=lambda config: TextDataSpec(separate_replayed=sft.uses_replay_kl(config)),
     problems=problems,
     generates_answers=False,
 )

@@ -28,7 +28,7 @@ from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.objectives.causal import sequence_logps
 
 REFERENCE_AHEAD = "reference_ahead"
-"""Mark of a sequence: the recorded log-probability of its look-ahead sequence (see `Reading.ahead`)."""
+"""Mark of a sequence: the recorded log-probability of its look-ahead sequence (see `DataSpec.ahead`)."""
 
 
 @dataclass(frozen=True, slots=True)

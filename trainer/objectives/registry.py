@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.data.config import DataFormat
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.model.rules import kind_problems
 from trainer.objectives import classification, distillation, kto, preference, pretrain, reward, seq2seq, sft
 from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels
@@ -33,9 +33,9 @@ def family_of(config: ObjectiveConfig) -> Family:
     return FAMILIES[config.name]
 
 
-def reading_of(config: ObjectiveConfig) -> Reading:
+def data_spec_of(config: ObjectiveConfig) -> DataSpec:
     """How data is read for it."""
-    return family_of(config).reading(config)
+    return family_of(config).data_spec(config)
 
 
 def build_objective(config: ObjectiveConfig, references: ReferenceModels | None = None) -> Objective:
@@ -55,7 +55,7 @@ def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator
             f"data.sources.{replayed_sources[0]}.replay=true: objective={config.name} replays nothing; set it to false, or "
             "take objective=sft or objective=pretrain"
         )
-    reads_labels = DataFormat.labelled in family.reading(config).formats
+    reads_labels = DataFormat.labelled in family.data_spec(config).formats
     if other_settings.data.format is DataFormat.labelled and not reads_labels:
         yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
 

@@ -13,7 +13,7 @@ from strategies.settings import number
 from trainer.data.config import Layout
 from trainer.model.config import ModelKind
 from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings
-from trainer.objectives.pairs import PairReading, pair_problems, pair_terms
+from trainer.objectives.pairs import PairDataSpec, pair_problems, pair_terms
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class Reward(Objective):
 
 REWARD = Family(
     settings=RewardConfig,
-    reading=lambda config: PairReading(),
+    data_spec=lambda config: PairDataSpec(),
     build=lambda config, references: Reward(config),
     problems=problems,
     kind=ModelKind.classifier,

@@ -29,7 +29,7 @@ from trainer.data.tokens.template import RenderedText
 from trainer.data.tokens.truncation import keep_learnable
 from trainer.losses.next_token import computes_loss, logits_loss
 from trainer.model.config import ModelKind
-from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, UnlabelledReading, formats_of
+from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, UnlabelledDataSpec, formats_of
 from trainer.objectives.causal import loss_counting, next_token_terms, plain_model
 from trainer.objectives.pairs import ANSWER_POLICIES
 
@@ -83,7 +83,7 @@ def problems(config: Seq2seqConfig, other_settings: OtherSettings) -> Iterator[s
         )
 
 
-class TwoSidedReading(UnlabelledReading):
+class TwoSidedDataSpec(UnlabelledDataSpec):
     """A prompt for the encoder and its answer for the decoder, tokenised separately."""
 
     over_length = ANSWER_POLICIES
@@ -335,7 +335,7 @@ def answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Ten
 
 SEQ2SEQ = Family(
     settings=Seq2seqConfig,
-    reading=lambda config: TwoSidedReading(prefix=config.prefix, max_target=config.max_target),
+    data_spec=lambda config: TwoSidedDataSpec(prefix=config.prefix, max_target=config.max_target),
     build=lambda config, references: Seq2seq(),
     problems=problems,
     kind=ModelKind.encoder_decoder,

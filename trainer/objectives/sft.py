@@ -22,7 +22,7 @@ from trainer.objectives.base import (
     ObjectiveConfig,
     OtherSettings,
     ReferenceModels,
-    UnlabelledReading,
+    UnlabelledDataSpec,
 )
 from trainer.objectives.causal import next_token_terms, summed_loss, supervised_rows
 from trainer.objectives.teacher import Teacher, teacher_of
@@ -91,7 +91,7 @@ def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator
         )
 
 
-class SftReading(UnlabelledReading):
+class SftDataSpec(UnlabelledDataSpec):
     """Documents as they are. With `separate_replayed`, a micro-batch also holds its replayed documents as a batch of their own,
     which the model before training reads."""
 
@@ -217,7 +217,7 @@ def build(config: ObjectiveConfig, references: ReferenceModels) -> Objective:
 
 SFT = Family(
     settings=SftConfig,
-    reading=lambda config: SftReading(separate_replayed=uses_replay_kl(config)),
+    data_spec=lambda config: SftDataSpec(separate_replayed=uses_replay_kl(config)),
     build=build,
     problems=problems,
     compares_distributions=uses_replay_kl,

@@ -158,7 +158,7 @@ def sizes_for(built: Any, vocabulary: int, length: int, *, straight: bool) -> tu
     Without padding, short sequences say as much as long ones if attention's memory is linear in their length
     (`straight`). Otherwise all sequences are long.
     """
-    per_document = built.reading.sequences_per_document
+    per_document = built.data_spec.sequences_per_document
     chunk_tokens = max(128, CHUNK_LOGITS // max(1, vocabulary))
     fills_chunks = chunk_tokens <= 4 * length  # else no micro-batch of a few rows fills one
     padded = built.layout is not Layout.padding_free

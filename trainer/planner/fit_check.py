@@ -19,7 +19,7 @@ from trainer.build.recomputation import device_gib, longest_lengths
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.model.config import Quantisation
-from trainer.objectives.registry import reading_of
+from trainer.objectives.registry import data_spec_of
 from trainer.planner.hardware import GIB, MemoryFit, fit_in_memory, group_count
 from trainer.reporting.run_record import MemoryCheck
 from trainer.stopping.signals import SIGNALS
@@ -86,7 +86,7 @@ def must_fit(
     if runtime.is_main:
         step = single_step_config(config, runtime.world_size, mode_if_auto=ActivationCheckpointing.full)
         step = replace(step, precision=precision)
-        lengths = longest_lengths(reading_of(config.objective), workload(config, prepared))
+        lengths = longest_lengths(data_spec_of(config.objective), workload(config, prepared))
         ranks = runtime.world_size, runtime.local_world_size
         peak = simulate_in_process(step, lengths, ranks, TIMEOUT_SHARE * config.run.timeout_s)
     peak = broadcast_object(peak, runtime)

@@ -18,7 +18,7 @@ from strategies.errors import DoesNotFit
 from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_objects
 from trainer.config.run import AUTO, MICRO, RunConfig, asked_micro
 from trainer.data.prepare import PreparedData
-from trainer.objectives.registry import reading_of
+from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config, why_not_simulated
 from trainer.planner.hardware import GIB, fit_in_memory, group_count
@@ -124,7 +124,7 @@ def propose_micro(
     """(the largest micro-batch that is planned to fit, why) for (all ranks, those of a host) on (kind, GiB of each device)."""
     world_size = ranks[0]
     kind, available_gib = device
-    sequences = reading_of(config.objective).sequences_per_document
+    sequences = data_spec_of(config.objective).sequences_per_document
     lengths = sampled_lengths(config, prepared.train, sequences).lengths(config.data, sequences)
     longest = int(lengths.longest[0]) // sequences
     micros = divisors(config.batch["global"] // world_size)

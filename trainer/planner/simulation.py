@@ -23,7 +23,7 @@ from trainer.build.recomputation import micro_batch_of
 from trainer.config.run import RunConfig
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
-from trainer.objectives.registry import family_of, reading_of
+from trainer.objectives.registry import data_spec_of, family_of
 from trainer.optim.build import build_optimizer
 from trainer.planner.cost_model import CostModel, MicroBatchSize, fit_cost_model, simulate_sizes, sizes_for
 from trainer.planner.depth_extrapolation import END_BLOCKS, ExtrapolatedStep, near_an_end, step_at_depth
@@ -127,7 +127,7 @@ def simulate_form(
     # The last rank's part of the gradients is reduced first, when everything else is still live.
     rank = world_size - 1 if _reduces_by_bucket(config) else 0
     end_blocks = end_blocks_of(config) if period else END_BLOCKS
-    sequences = reading_of(config.objective).sequences_per_document
+    sequences = data_spec_of(config.objective).sequences_per_document
     details: dict[str, Any] = {}  # of the model as it was built, at whatever depth
     parameters_by_depth: dict[int, tuple[int, int]] = {}
 

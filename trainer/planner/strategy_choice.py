@@ -25,7 +25,7 @@ from trainer.config.run import AUTO, STRATEGY, RunConfig, asked_micro
 from trainer.config.sharding import problems as sharding_problems
 from trainer.config.validate import candidates
 from trainer.data.prepare import PreparedData
-from trainer.objectives.registry import reading_of
+from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config
 from trainer.planner.hardware import GIB, Card, card_named
@@ -225,7 +225,7 @@ class Planner:
         self.devices = devices
         self.precision = precision
         self.timeout_s = timeout_s
-        sequences = reading_of(config.objective).sequences_per_document
+        sequences = data_spec_of(config.objective).sequences_per_document
         samples = sampled_lengths(config, prepared.train, sequences)
         self.lengths: DocumentLengths = samples.lengths(config.data, sequences)
         self.modes = recomputation_modes(config.strategy.activation_checkpointing)

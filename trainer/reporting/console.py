@@ -50,7 +50,7 @@ class Console:
         """Columns a line may take now."""
         return shutil.get_terminal_size((100, 24)).columns
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """A line that stays; a bar is below it."""
         self.note(text)
         if self.enabled:

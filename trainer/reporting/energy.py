@@ -45,12 +45,12 @@ def problems(config: LoggingConfig, *, here: bool) -> Iterator[str]:
 
 
 @contextmanager
-def metering(country: str | None, run_dir: Path, runtime: Runtime, say: Callable[[str], None]) -> Iterator[None]:
+def metering(country: str | None, run_dir: Path, runtime: Runtime, print_line: Callable[[str], None]) -> Iterator[None]:
     """Measure energy within the context, on one rank of each host. If that fails, a line says why; the run trains on. Local."""
     if country is None or runtime.local_rank != 0:
         yield
         return
-    meter = _Meter(country, run_dir / FOLDER / f"{time.time_ns()}-{socket.gethostname()}.json", say)
+    meter = _Meter(country, run_dir / FOLDER / f"{time.time_ns()}-{socket.gethostname()}.json", print_line)
     meter.start()
     try:
         yield
@@ -79,11 +79,11 @@ def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
 class _Meter(threading.Thread):
     """Loads and starts the tracker beside training: both take seconds."""
 
-    def __init__(self, country: str, path: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, country: str, path: Path, print_line: Callable[[str], None]) -> None:
         super().__init__(name="energy", daemon=True)
         self.country = country
         self.path = path
-        self.say = say
+        self.print_line = print_line
         self.tracker: Any = None
 
     def run(self) -> None:
@@ -93,18 +93,22 @@ class _Meter(threading.Thread):
             self.tracker.start()
         except Exception as error:  # noqa: BLE001 - whatever a meter lacks, the run trains on
             self.tracker = None
-            self.say(f"energy is not measured on {socket.gethostname()}: {' '.join(str(error).split())}")
+            self.print_line(f"energy is not measured on {socket.gethostname()}: {' '.join(str(error).split())}")
 
     def stop(self) -> None:
         """Measure once more and write."""
         self.join(PATIENCE_S)
         if self.is_alive():
-            self.say(f"energy is not measured on {socket.gethostname()}: codecarbon did not begin in {PATIENCE_S} s")
+            self.print_line(
+                f"energy is not measured on {socket.gethostname()}: codecarbon did not begin in {PATIENCE_S} s"
+            )
         elif self.tracker is not None:
             try:
                 self.tracker.stop()
             except Exception as error:  # noqa: BLE001
-                self.say(f"energy: the last look failed on {socket.gethostname()}: {' '.join(str(error).split())}")
+                self.print_line(
+                    f"energy: the last look failed on {socket.gethostname()}: {' '.join(str(error).split())}"
+                )
 
     def _tracker(self) -> Any:
         """codecarbon's tracker of this host, which hands its totals to `write` every `EVERY_S * WRITTEN_EVERY` seconds."""

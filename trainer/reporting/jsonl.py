@@ -35,7 +35,7 @@ class JsonlTracker:
             atomic_io.sync_directory(path.parent)
         except OSError as error:
             raise StorageError(
-                f"{path}: cannot be written ({atomic_io.reason(error)}); free space, or set run.dir"
+                f"{path}: cannot be written ({atomic_io.error_summary(error)}); free space, or set run.dir"
             ) from error
 
     def _keep_up_to(self, step: int) -> None:
@@ -111,8 +111,8 @@ class JsonlTracker:
         except OSError as error:
             if not self._warned:
                 print(
-                    f"warning: {self.path} could not be synced ({atomic_io.reason(error)}): a power cut may lose rows that the "
-                    "checkpoints count on; the checkpoints themselves are synced separately",
+                    f"warning: {self.path} could not be synced ({atomic_io.error_summary(error)}): a power cut may lose rows "
+                    "that the checkpoints count on; the checkpoints themselves are synced separately",
                     flush=True,
                 )
             self._warned = True

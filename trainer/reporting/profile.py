@@ -50,14 +50,19 @@ class Profiler:
     """Traces the steps of one rank; a context around training. Communicates nothing."""
 
     def __init__(
-        self, config: ProfileConfig, run_dir: Path, runtime: Runtime, at_step: Callable[[int], None], say: Callable
+        self,
+        config: ProfileConfig,
+        run_dir: Path,
+        runtime: Runtime,
+        at_step: Callable[[int], None],
+        print_line: Callable,
     ) -> None:
-        """`at_step` is called with the number of each step as well; `say` prints a line on the screen."""
+        """`at_step` is called with the number of each step as well; `print_line` prints a line on the screen."""
         self.steps = config.steps
         self.folder = run_dir / FOLDER
         self.runtime = runtime
         self._at_step = at_step
-        self._say = say
+        self._say = print_line
         self._live: Any = None
         self._begun = 0
 

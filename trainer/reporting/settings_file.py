@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
     try:
         return atomic_io.read_bytes(path, most=MOST).decode()
     except (OSError, UnicodeDecodeError) as error:
-        reason = atomic_io.reason(error) if isinstance(error, OSError) else "it is no UTF-8 text"
+        reason = atomic_io.error_summary(error) if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(f"{path}: cannot be read ({reason}); give the config.yaml of a run directory") from error
 
 

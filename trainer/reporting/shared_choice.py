@@ -36,4 +36,6 @@ def shared_choice(run_dir: Path, setting: str, choice: Any) -> Any:
             "start writes it again"
         ) from None
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({atomic_io.reason(error)}); let this user write it") from error
+        raise StorageError(
+            f"{path}: cannot be written ({atomic_io.error_summary(error)}); let this user write it"
+        ) from error

@@ -22,11 +22,14 @@ class Trackers:
     """A run's rows, and its trackers, behind one `log`. Only rank 0 has any."""
 
     def __init__(
-        self, rows: JsonlTracker | None = None, trackers: Sequence[Tracker] = (), say: Callable[[str], None] = print
+        self,
+        rows: JsonlTracker | None = None,
+        trackers: Sequence[Tracker] = (),
+        print_line: Callable[[str], None] = print,
     ) -> None:
         self._rows = rows
         self._trackers = list(trackers)
-        self._say = say
+        self._say = print_line
         self._hints: list[tuple[str, str]] = []
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
@@ -157,5 +160,5 @@ def open_without_rows(about: TrackedRun, environment: dict[str, str] | None = No
         if note := getattr(tracker, "note", None):
             opened.substitutions[f"logging.{kind.setting}"] = redacted(note)
         trackers.append(tracker)
-    opened.trackers = Trackers(None, trackers, about.say)
+    opened.trackers = Trackers(None, trackers, about.print_line)
     return opened

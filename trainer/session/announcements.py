@@ -18,7 +18,7 @@ from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import preview, summary
 from trainer.monitors.stragglers import ReportSlow, SlowRank
-from trainer.objectives.registry import reading_of
+from trainer.objectives.registry import data_spec_of
 from trainer.planner.predicted_vs_measured import measured
 from trainer.reporting.console import Console
 from trainer.reporting.energy import energy_of_run, metering
@@ -62,9 +62,9 @@ def open_console(
     """Open the console of this rank, and show on it the run, the data report and samples of what will be learned."""
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
     headline = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
-    reading = reading_of(config.objective)
-    samples = preview(data.train, tokenizer, reading, data.label_names, width=console.width)
-    console.say("\n".join([headline, summary(data.report), samples]))
+    data_spec = data_spec_of(config.objective)
+    samples = preview(data.train, tokenizer, data_spec, data.label_names, width=console.width)
+    console.print_line("\n".join([headline, summary(data.report), samples]))
     return console
 
 
@@ -73,7 +73,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
 
     All ranks must call.
     """
-    context.console.say(start_text(record))
+    context.console.print_line(start_text(record))
     context.attempt.require_ownership(context.runtime)
     if not context.runtime.is_main:
         return Trackers()
@@ -86,7 +86,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
             resumed_at=progress.step,
             settings=tracker_settings(config, record),
             data=Path(record.data_directory),
-            say=context.console.say,
+            print_line=context.console.print_line,
         )
     )
     context.attempt.on_move.append(opened.trackers.move_to)
@@ -95,9 +95,9 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
     record.substitutions |= opened.substitutions
     record.from_environment = opened.from_environment or None
     for key, value in opened.substitutions.items():
-        context.console.say(f"resolved: {key}: {value}")
+        context.console.print_line(f"resolved: {key}: {value}")
     if opened.passed_over:
-        context.console.say(opened.passed_over)
+        context.console.print_line(opened.passed_over)
     write_run_record(context.run_dir, record)
     write_status(context.run_dir, State.running, step=progress.step)
     return opened.trackers
@@ -109,9 +109,11 @@ def slow_rank_reporter(context: RunContext) -> ReportSlow:
     def report(slow: SlowRank, slow_ranks: list[SlowRank], step: int) -> None:
         """`slow`: the rank that changed; `slow_ranks`: all that are slow now."""
         if slow in slow_ranks:
-            context.console.say(f"warning: step {step}: {slow}")
+            context.console.print_line(f"warning: step {step}: {slow}")
         else:
-            context.console.say(f"step {step}: rank {slow.rank} on {slow.host} is as fast as the other ranks again")
+            context.console.print_line(
+                f"step {step}: rank {slow.rank} on {slow.host} is as fast as the other ranks again"
+            )
         if context.attempt.why_lost() is not None:
             return
         reasons = []
@@ -170,7 +172,7 @@ def record_end(
         trackers.close(replace(ended, exported=export if has_export else None))
         if ended.state is not State.done:
             for name, link in trackers.hints:
-                context.console.say(f"{name + ':':<11} {link}")
+                context.console.print_line(f"{name + ':':<11} {link}")
         record.challenges = outcome.challenges
         record_measured(record, meter, checkpoints, context)
 
@@ -192,7 +194,7 @@ def record_measured(record: RunRecord, meter: Meter, checkpoints: Checkpoints, c
 
 def metering_energy(config: RunConfig, context: RunContext) -> AbstractContextManager[None]:
     """A context in which each host measures its energy, if `logging.energy` asks for it."""
-    return metering(config.logging.energy, context.run_dir, context.runtime, context.console.say)
+    return metering(config.logging.energy, context.run_dir, context.runtime, context.console.print_line)
 
 
 def close_records(
@@ -203,12 +205,16 @@ def close_records(
         record.energy = energy_of_run(context.run_dir)
         record.outcome = outcome_record(outcome)
         write_run_record(context.run_dir, record)
-        context.console.say(end_text(context.run_dir, outcome, exported, trackers.hints))
+        context.console.print_line(end_text(context.run_dir, outcome, exported, trackers.hints))
     processes.barrier(context.runtime)
 
 
 def track_evaluation(
-    config: RunConfig, directory: Path, report: dict[str, Any], tables: dict[str, Table], say: Callable[[str], None]
+    config: RunConfig,
+    directory: Path,
+    report: dict[str, Any],
+    tables: dict[str, Table],
+    print_line: Callable[[str], None],
 ) -> None:
     """Log an evaluation to W&B, if W&B is on, as a run of its own with the numbers and tables of its report. On rank 0 alone.
 
@@ -236,11 +242,11 @@ def track_evaluation(
             name=f"evaluate-{name}",
             resumed_at=0,
             settings={**model, **facts, "against": report.get("against", {}).get("what"), "config": plain(config)},
-            say=say,
+            print_line=print_line,
         )
     )
     for key, value in opened.substitutions.items():
-        say(f"resolved: {key}: {value}")
+        print_line(f"resolved: {key}: {value}")
     metrics: dict[str, float] = {}
     for task, task_report in report["tasks"].items():
         for metric, measured_value in task_report["metrics"].items():
@@ -255,4 +261,4 @@ def track_evaluation(
     opened.trackers.summarise(metrics)
     opened.trackers.close(RunEnding(State.done))
     for tracker, link in opened.trackers.hints:
-        say(f"{tracker}: {link}")
+        print_line(f"{tracker}: {link}")

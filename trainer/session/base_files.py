@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from strategies.atomic_io import reason
+from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.export.tensors import hub_name
@@ -88,7 +88,7 @@ def changed_files(config: RunConfig, recorded: dict[str, str], *, teacher: bool,
     except ConfigError as error:
         return [str(error)]
     except OSError as error:
-        return [f"{error.filename}: cannot be read ({reason(error)})"]
+        return [f"{error.filename}: cannot be read ({error_summary(error)})"]
     left_out = []
     if not teacher:
         left_out.append(f"{TEACHER}/")

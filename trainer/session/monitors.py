@@ -31,7 +31,7 @@ def challenges_of(config: RunConfig, built: Built, total_steps: int, context: Ru
         planned = -(-total_steps // every_steps)  # rounded up
     events = context.run_dir / EVENTS if context.runtime.is_main else None
     challenges = Challenges(
-        config.challenges, planned, built.step_module.objective.comparable_term, context.console.say, events
+        config.challenges, planned, built.step_module.objective.comparable_term, context.console.print_line, events
     )
     challenges.kept_before = KeptHeldOut(context.run_dir, context.runtime)
     challenges.window = divergence.window_of(total_steps)
@@ -63,7 +63,7 @@ def with_tasks(
     if forgetting.data is not None:
         names.insert(0, GENERAL)
     if names and forgetting.action is not Reaction.off:
-        challenges.base = BaseRows(task_evaluator, names, context.run_dir, context.console.say)
+        challenges.base = BaseRows(task_evaluator, names, context.run_dir, context.console.print_line)
     if config.logging.tables and context.runtime.is_main:
         challenges.first = FirstRows(context.run_dir)
     return [*evaluators, WatchedTasks(task_evaluator, challenges, shows=config.logging.tables)]

@@ -18,13 +18,13 @@ import numpy as np
 from strategies.errors import ConfigError, DataError
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.cache import DONE
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, PreparedData, keep_or_first_date, open_prepared
 from trainer.data.report.progress import PrintLine, print_on_rank_0
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter, TokenDataset
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
-from trainer.objectives.registry import reading_of
+from trainer.objectives.registry import data_spec_of
 from trainer.reporting.run_record import readable_run_record
 from trainer.session.base_files import IDENTITY
 
@@ -99,7 +99,7 @@ def data_of_run(
     needed: RowsNeeded | None,
     accept: bool,
     stop: Callable[[], bool] = lambda: False,
-    say: PrintLine = print_on_rank_0,
+    print_line: PrintLine = print_on_rank_0,
 ) -> tuple[ObjectiveConfig, PreparedData, list[str]]:
     """(objective, data, accepted differences) to build the run's model with. No collective.
 
@@ -110,7 +110,9 @@ def data_of_run(
         return *without_rows(config, record), []
     if needed is None:
         needed = RowsNeeded("run.json cannot be read, and the labels' names come from the rows", "Bring run.json back")
-    return config.objective, *run_rows(config, record, tokenizer, needed, accept=accept, stop=stop, say=say)
+    return config.objective, *run_rows(
+        config, record, tokenizer, needed, accept=accept, stop=stop, print_line=print_line
+    )
 
 
 def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig, PreparedData]:
@@ -124,21 +126,21 @@ def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig
         objective = replace(objective, class_weights=None)
     # The data set keeps its files open, so that it can be read after they were deleted.
     with tempfile.TemporaryDirectory(prefix="shardtune-") as directory:
-        train = _one_document(Path(directory), reading_of(config.objective), record.fingerprint)
+        train = _one_document(Path(directory), data_spec_of(config.objective), record.fingerprint)
     return objective, PreparedData(
         train, None, Path(directory), {}, record.label_names, date=kept_date(config), has_rows=False
     )
 
 
-def _one_document(directory: Path, reading: Reading, fingerprint: str) -> TokenDataset:
+def _one_document(directory: Path, data_spec: DataSpec, fingerprint: str) -> TokenDataset:
     """An open data set of one document. Its files in `directory` may be deleted afterwards."""
-    number = reading.sequences_per_document
+    number = data_spec.sequences_per_document
     samples = []
     for _ in range(number):
         input_ids = np.zeros(STAND_IN_TOKENS, np.int32)
         supervised = np.ones(STAND_IN_TOKENS, np.bool_)
-        samples.append(Sample(input_ids, supervised, dict(reading.marks)))
-    sequences = Sequences.of(samples, reading.counts)
+        samples.append(Sample(input_ids, supervised, dict(data_spec.marks)))
+    sequences = Sequences.of(samples, data_spec.counts)
     zeros = np.zeros(number, np.int64)
     sequences.columns |= {"document": zeros, "source": zeros, "ended": zeros}
     store = StoreWriter(directory)
@@ -155,7 +157,7 @@ def run_rows(
     *,
     accept: bool,
     stop: Callable[[], bool] = lambda: False,
-    say: PrintLine = print_on_rank_0,
+    print_line: PrintLine = print_on_rank_0,
 ) -> tuple[PreparedData, list[str]]:
     """(the documents that the run was trained on, accepted differences). No collective.
 
@@ -169,16 +171,16 @@ def run_rows(
             prepared = open_prepared(directory, verify=config.data.verify)
             prepared.date = kept_date(config)
             return _with_names(prepared, record, needed), []
-    reading = reading_of(config.objective)
+    data_spec = data_spec_of(config.objective)
     try:
         preparation = Preparation(
             config.data,
             tokenizer,
-            reading,
+            data_spec,
             seed=config.run.seed,
             stop=stop,
             choose_date=keep_or_first_date(kept_date(config)),
-            say=say,
+            print_line=print_line,
         )
     except (ConfigError, DataError) as error:
         raise DataError(
@@ -194,7 +196,7 @@ def run_rows(
             f"accept=[{DATA}]"
         )
     prepared = preparation.open_or_make()
-    reading.check(prepared.train)
+    data_spec.check(prepared.train)
     accepted = [f"{DATA}: other rows than the run was trained on"] if changed else []
     return _with_names(prepared, record, needed), accepted
 

@@ -16,7 +16,7 @@ from trainer.data.batches.mixing import Mix
 from trainer.data.config import DataConfig, DataFormat, PrivacyMode
 from trainer.data.document import Document, Tally
 from trainer.data.fields import shown_names
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.report import audit as form
 from trainer.data.report.pages import audit_page, datacard
 from trainer.data.report.preview import decode_pieces
@@ -65,14 +65,14 @@ class ReportWriter:
         self.digest = digest
 
     def write(
-        self, totals: Totals, columns: Columns, selection: Selection, reading: Reading, names: list[str] | None
+        self, totals: Totals, columns: Columns, selection: Selection, data_spec: DataSpec, names: list[str] | None
     ) -> dict[str, Any]:
         """Write `audit.json`, `audit.html` and `datacard.md`; returns the run's report.
 
         `reading` says what samples are, `names` are those of the labels in the order of their ids. Raises DataError for data
         that would teach nothing.
         """
-        samples = self._decode_samples(TokenDataset.open(self.directory / "train"), reading, names)
+        samples = self._decode_samples(TokenDataset.open(self.directory / "train"), data_spec, names)
         audit = self.audit(totals, columns, selection)
         audit.samples = samples
         for name, split in audit.splits.items():
@@ -238,20 +238,20 @@ class ReportWriter:
         return (table.document(int(number)) for number in numbers[::stride])
 
     def _decode_samples(
-        self, dataset: TokenDataset, reading: Reading, label_names: list[str] | None
+        self, dataset: TokenDataset, data_spec: DataSpec, label_names: list[str] | None
     ) -> list[form.DecodedSample]:
         """Decoded sequences, spread over the split; of pairs both answers, since one alone would not tell which is wanted."""
         table = DocumentTable(self.directory)
         samples: list[form.DecodedSample] = []
-        per_document = reading.sequences_per_document
+        per_document = data_spec.sequences_per_document
         num_documents = len(dataset) // per_document
         # Spread over the whole split, since files are often sorted.
         shown_documents = np.linspace(0, num_documents - 1, min(NUM_SAMPLES, num_documents)).astype(int)
         for first in (shown_documents * per_document).tolist():
             where = table.document(int(dataset.documents[first])).where
-            for number, heading in enumerate(reading.headings(), first):
+            for number, heading in enumerate(data_spec.headings(), first):
                 sample = dataset.sample(number)
-                notes = (heading.rstrip(":\n"), reading.note(sample, label_names))
+                notes = (heading.rstrip(":\n"), data_spec.note(sample, label_names))
                 samples.append(
                     form.DecodedSample(
                         where=where,

@@ -19,7 +19,7 @@ from trainer.data.transforms.privacy.rule import NOT_ASKED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trainer.data.objective_spec import Reading
+    from trainer.data.objective_spec import DataSpec
 
 GREEN = "\x1b[32m"
 RESET = "\x1b[0m"
@@ -28,7 +28,7 @@ RESET = "\x1b[0m"
 def preview(
     dataset: TokenDataset,
     tokenizer: PreTrainedTokenizerBase,
-    reading: Reading | None = None,
+    data_spec: DataSpec | None = None,
     label_names: list[str] | None = None,
     *,
     width: int,
@@ -40,11 +40,11 @@ def preview(
 
     See `render_pieces`; without a reading, that one sequence alone.
     """
-    headings = reading.headings() if reading is not None else [""]
+    headings = data_spec.headings() if data_spec is not None else [""]
     parts = []
     for number, heading in enumerate(headings, index):
         sample = dataset.sample(number)
-        note = reading.note(sample, label_names) if reading is not None else ""
+        note = data_spec.note(sample, label_names) if data_spec is not None else ""
         text = render_pieces(decode_pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines)
         parts.append(heading + text + (f"\n{note}" if note else ""))
     return "\n".join(parts)

@@ -35,9 +35,9 @@ class PreparationProgress:
     Native code may keep that thread waiting as long as it keeps the interpreter's lock.
     """
 
-    def __init__(self, say: PrintLine = print_on_rank_0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, print_line: PrintLine = print_on_rank_0, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = "looking at the files"
-        self._print_line = say
+        self._print_line = print_line
         self._clock = clock
         self._started_at = clock()
         self._rows_done = 0

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from strategies.errors import ConfigError
 from trainer.data.config import DataConfig, LearnConfig
-from trainer.data.objective_spec import Reading
+from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, PreparedData, keep_or_first_date
 from trainer.data.sources import inputs_of, readers_of
 from trainer.data.store.documents import DocumentTable
@@ -22,7 +22,7 @@ from trainer.evaluation.tasks.held_out import HeldOut
 from trainer.evaluation.tasks.registry import build_tasks
 from trainer.evaluation.tasks.source import read_cases
 from trainer.objectives.base import ObjectiveConfig
-from trainer.objectives.registry import build_objective, family_of, reading_of
+from trainer.objectives.registry import build_objective, data_spec_of, family_of
 
 DataResult = TypeVar("DataResult")
 
@@ -40,7 +40,7 @@ class TaskContext:
     """The settings of a run that decide how the rows of its tasks are read."""
 
     data: DataConfig
-    reading: Reading
+    data_spec: DataSpec
     writes_answers: bool
     """Whether the run's objective trains a model that writes answers."""
     is_language_model: bool
@@ -55,17 +55,17 @@ class TaskContext:
         """The context of these settings."""
         writes_answers = family_of(objective).generates_answers
         is_language_model = build_objective(objective).perplexity
-        return cls(data, reading_of(objective), writes_answers, is_language_model, date)
+        return cls(data, data_spec_of(objective), writes_answers, is_language_model, date)
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """An encoder that tokenises as the run does. Which turns the run learns from does not matter."""
-        reading = self.reading
+        data_spec = self.data_spec
         if self.is_language_model and not self.writes_answers:
-            reading = Reading()
+            data_spec = DataSpec()
         settings = DataConfig(
             learn=LearnConfig(), control_tokens=self.data.control_tokens, max_length=self.data.max_length
         )
-        encoder = reading.encoder(tokenizer, settings)
+        encoder = data_spec.encoder(tokenizer, settings)
         encoder.fix_date(self.date)
         return encoder
 
@@ -107,7 +107,7 @@ def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bo
             read_cases(task, None)
     elif isinstance(task, HeldOut):
         _read_as_training_data(
-            task, lambda data: readers_of(inputs_of(data), preferred=context.reading.formats), context
+            task, lambda data: readers_of(inputs_of(data), preferred=context.data_spec.formats), context
         )
     else:
         read_cases(task, None, remote=context.data.remote)
@@ -155,7 +155,7 @@ def _prepare_held_out(
         choose_date = keep_or_first_date(context.date)
 
         def open_or_make(data: DataConfig) -> PreparedData:
-            preparation = Preparation(data, tokenizer, context.reading, seed=0, stop=stop, choose_date=choose_date)
+            preparation = Preparation(data, tokenizer, context.data_spec, seed=0, stop=stop, choose_date=choose_date)
             return preparation.open_or_make()
 
         own_data = _read_as_training_data(task, open_or_make, context)

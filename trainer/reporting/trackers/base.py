@@ -28,7 +28,7 @@ class TrackedRun:
     """Flat columns of the run table, and under `config` the whole configuration."""
     data: Path | None = None
     """Directory of the prepared data."""
-    say: Callable[[str], None]
+    print_line: Callable[[str], None]
     """Prints a line that the user should see."""
 
     @property

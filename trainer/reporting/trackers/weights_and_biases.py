@@ -102,7 +102,7 @@ class WandbRun:
 
     def _take_data(self, directory: Path, *, online: bool) -> None:
         if not online:
-            self._about.say(
+            self._about.print_line(
                 "logging.artifacts: W&B notes what data a run has used online only; the export is registered"
             )
             return
