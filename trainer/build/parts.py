@@ -73,8 +73,8 @@ def prepare_data(
     """The prepared data set of the run, from the cache if nothing has changed.
 
     `stop`: called now and then, whether to stop. `print_line`: gets a line every 15 s.
-    `choose_date`: as in `Preparation`; by default the date that the run has kept, else that of the cache. Errors: DataError, also if the objective could learn nothing from
-    the data.
+    `choose_date`: as in `Preparation`; by default the date that the run has kept, else that of the cache.
+    Errors: DataError, also if the objective could learn nothing from the data.
     """
     data_spec = data_spec_of(config.objective)
     data = Preparation(
