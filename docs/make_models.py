@@ -45,6 +45,13 @@ def why(found: dict[str, Any]) -> str:
     return "; ".join(said).replace("|", "\\|")
 
 
+def shared_row(found: dict[str, Any]) -> str:
+    """Whether several ranks may share a row of an architecture (`parallel.sequence`), and if not, why."""
+    if found["sequence"] == "proven":
+        return "yes"
+    return "no" if found["sequence"] == "-" else f"no: {found['sequence']}"
+
+
 def outcome(found: dict[str, Any], case: str) -> str:
     """What came of an architecture in a case; of those that do not train in one process nothing else was asked."""
     if found["outcome"] != "made":
@@ -62,10 +69,12 @@ def rows(table: dict[str, Any]) -> list[str]:
         told = ", ".join(f"{number} {name}" for name, number in count.most_common())
         trains = sum(count[name] for name in TRAINS) / len(types)
         lines.append(f"- {CASES[case]}: {trains:.1%} train ({told})")
+    num_shared = sum(found.get("sequence") == "proven" for found in types.values())
+    lines.append(f"- `parallel.sequence`: {num_shared} of the {counts['full']['padding-free']} padding-free ones")
     lines += [
         "",
-        "| model_type | class | full | LoRA | attention | on two ranks | why not |",
-        "|---|---|---|---|---|---|---|",
+        "| model_type | class | full | LoRA | attention | on two ranks | shared row | why not |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in types.items():
         if found["outcome"] != "made":
@@ -79,6 +88,7 @@ def rows(table: dict[str, Any]) -> list[str]:
             word(found["lora"]),
             attention,
             strategies(found),
+            shared_row(found),
             why(found),
         ]
         lines.append(f"| {' | '.join(cells)} |")

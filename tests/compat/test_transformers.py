@@ -34,9 +34,10 @@ def test_transformers_masks_ask_for_documents_before_searching_for_them(monkeypa
     from transformers import masking_utils
 
     # Put back after the test. An earlier test may have told transformers of other documents, of which there are none now.
-    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", masking_utils.find_packed_sequence_indices)
+    for name in ("find_packed_sequence_indices", "remap_positions_for_packed_sequence"):
+        monkeypatch.setattr(masking_utils, name, getattr(masking_utils, name))
     declared = {"documents": None}
-    compat.tell_documents(lambda positions: declared["documents"])
+    compat.tell_documents(lambda positions: declared["documents"], lambda positions: positions)
     config = transformers.LlamaConfig(**SIZES)
     config._attn_implementation = "sdpa"
 

@@ -67,3 +67,19 @@ def test_noise_is_added_in_training_alone():
     assert torch.equal(model.table(batch["input_ids"]), plain)
     with torch.no_grad(), noise(model, batch, ALPHA):
         assert torch.equal(model.table(batch["input_ids"]), plain)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 30), (30, 55), (55, 89), (60, 61)])
+def test_noise_of_a_slice_is_the_slice_of_the_row_s_noise(first, last):
+    """A slice begins and ends within documents, which are known by all their tokens."""
+    row = in_one_row(DOCUMENTS)
+    lengths = torch.tensor([0, *(len(document) for document in DOCUMENTS)])
+    part = {
+        "input_ids": row["input_ids"][:, first:last],
+        "position_ids": row["position_ids"][:, first:last],
+        "row_input_ids": row["input_ids"],
+        "row_span": (first, last),
+        "cu_seq_lens_q": lengths.cumsum(0).int(),
+        "drawn_by": BY,
+    }
+    assert torch.equal(noise_of(part, WIDTH, ALPHA), noise_of(row, WIDTH, ALPHA)[:, first:last])

@@ -37,6 +37,7 @@ from trainer.export.config import ExportConfig
 from trainer.export.verify import DriftError
 from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
+from trainer.model.layout import AttentionLayout
 from trainer.model.loading import load_tokenizer
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.run_record import RunRecord
@@ -50,6 +51,15 @@ ROOMS = ("/trainer/", "/strategies/")
 
 class Tie(AssertionError):
     """A router decides too closely, or gradients cancel too nearly, to compare what follows: another model can tell."""
+
+
+def sequence_word(arrangement: AttentionLayout) -> str:
+    """Whether ranks can share a row of an architecture, for the table: `proven`, `padded`, or the reason without figures."""
+    if arrangement.sequence_problem is None:
+        return "proven"
+    if arrangement.layout is Layout.padded:
+        return "padded"
+    return arrangement.sequence_problem.partition(" (")[0]
 
 
 class Job:
@@ -94,6 +104,7 @@ class Job:
         answer = {"outcome": "made", **what, "notes": oracle.notes}
         for tuning in ("full", "lora"):
             answer[tuning] = outcome_of(partial(self._trained, directory, tuning, oracle))
+        answer["sequence"] = answer["full"].get("sequence", "-")
         return answer
 
     def _config(self, directory: Path, strategy: str, tuning: str) -> Any:
@@ -131,7 +142,8 @@ class Job:
         if not all(map(_is_finite, losses)):
             raise Differs(f"losses {losses}")
         self._export(trainer, built, directory, tuning)
-        return {"layout": str(built.layout), "attention": built.attention, "worst": worst, "losses": losses}
+        answer = {"layout": str(built.layout), "attention": built.attention, "worst": worst, "losses": losses}
+        return answer | {"sequence": sequence_word(built.arrangement)}
 
     def _export(self, trainer: Any, built: Any, directory: Path, tuning: str) -> None:
         """Write the export and compare its logits, reloaded by plain transformers and peft, with the trained model's."""

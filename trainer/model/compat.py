@@ -20,11 +20,14 @@ from torch import Tensor, nn
 # -- attention ---------------------------------------------------------------------------------------------------
 
 
-def tell_documents(document_of: Callable[[Tensor], Tensor | None]) -> None:
+def tell_documents(document_of: Callable[[Tensor], Tensor | None], positions_of: Callable[[Tensor], Tensor]) -> None:
     """Have transformers' masks ask `document_of` which document each position of a row belongs to. Idempotent.
 
     `document_of` takes positions `[B, T]` and returns int64 `[B, T]`, or None where nobody knows: then transformers looks for
-    documents by itself. Replaces `transformers.masking_utils.find_packed_sequence_indices` for the life of the process. That
+    documents by itself. If a model is given a slice of a row, the mask is that of the whole row: `positions_of` then returns
+    the whole row's positions, and `document_of` the whole row's documents. Replaces
+    `transformers.masking_utils.find_packed_sequence_indices` for the life of the process, and makes
+    `remap_positions_for_packed_sequence`, which counts distances by a document's positions, ask `positions_of`. The first
     function compares positions and reads on the host whether there are several documents. So every forward pass would wait for
     the GPU, and a model on the meta device would fail. A mask cannot be handed over instead: `attention_mask` and the
     `or_mask_function` of `create_causal_mask` reach one kind of layer at most, and without a known document transformers does
@@ -41,8 +44,15 @@ def tell_documents(document_of: Callable[[Tensor], Tensor | None]) -> None:
         documents = document_of(position_ids)
         return find(position_ids) if documents is None else documents
 
+    remap = masking_utils.remap_positions_for_packed_sequence
+
+    @wraps(remap)
+    def remap_row_positions(mask_function: Callable[..., Any], position_ids: Tensor) -> Callable[..., Any]:
+        return remap(mask_function, positions_of(position_ids))
+
     known_documents.asks_first = document_of  # type: ignore[attr-defined]
     masking_utils.find_packed_sequence_indices = known_documents
+    masking_utils.remap_positions_for_packed_sequence = remap_row_positions
 
 
 def attention_of(settings: Any) -> str:

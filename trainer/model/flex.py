@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,30 @@ SMALLEST_HEAD = 16
 REQUIREMENTS = "flex attention needs a GPU and precision=bf16 or fp16"
 """What a run must have: torch has no backward pass of it for CPUs, and one in float32 was not tried."""
 
-_BOUNDS: ContextVar[Tensor | None] = ContextVar("bounds", default=None)
-"""Where the documents of the row begin that a model is being called on, and where the last one ends."""
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """The row of documents that a model is being called on."""
+
+    bounds: Tensor
+    """Where each document begins in the row, and where the last one ends, int32 `[documents + 1]`."""
+    length: int | None
+    """Tokens of the row, if the model is given a slice of them; None if it is given all."""
+
+    def length_of(self, given: int) -> int:
+        """Tokens of the row, where the model is `given` so many."""
+        return given if self.length is None else self.length
+
+    def documents(self, given: int) -> Tensor:
+        """The document of each position of the row, int64 `[T]`."""
+        places = torch.arange(self.length_of(given), device=self.bounds.device)
+        return torch.bucketize(places, self.bounds, right=True)
+
+
+_ROW: ContextVar[PackedRow | None] = ContextVar("row", default=None)
+"""The row that a model is being called on; None outside `documents`.
+
+Masks are made before the first block, so that a block which is recomputed needs none."""
 
 
 def register() -> None:
@@ -40,31 +63,40 @@ def register() -> None:
 
     AttentionInterface.register(NAME, flex_attention)
     AttentionMaskInterface.register(NAME, block_mask)
-    tell_documents(_document_of)
+    tell_documents(_document_of, _positions_of)
 
 
 @contextmanager
 def documents(inputs: dict[str, Any]) -> Iterator[None]:
     """Within it the masks that a model makes keep apart the documents of its `inputs`, where these say so.
 
-    transformers would find them by the positions, and read on the host whether there are several.
+    transformers would find them by the positions, and read on the host whether there are several. If the inputs are a slice of
+    a row (`row_slices`), the masks are those of the whole row: attention sees it whole.
     """
-    token = _BOUNDS.set(inputs.get("cu_seq_lens_q"))
+    bounds = inputs.get("cu_seq_lens_q")
+    row_slices = inputs.get("row_slices")
+    length = None if row_slices is None else row_slices[-1]
+    token = _ROW.set(None if bounds is None else PackedRow(bounds, length))
     try:
         yield
     finally:
-        _BOUNDS.reset(token)
+        _ROW.reset(token)
 
 
 def _document_of(positions: Tensor) -> Tensor | None:
-    """The document of each of the `positions [1, T]`, int64 `[1, T]`; None outside `documents`."""
-    bounds = _BOUNDS.get()
-    return None if bounds is None else _document_numbers(bounds, positions.shape[1])[None]
+    """The document of each position of the row that `positions [1, T]` are of, int64 `[1, T]`; None outside `documents`."""
+    row = _ROW.get()
+    return None if row is None else row.documents(positions.shape[1])[None]
 
 
-def _document_numbers(bounds: Tensor, length: int) -> Tensor:
-    """The document of each position, int64 `[T]`."""
-    return torch.bucketize(torch.arange(length, device=bounds.device), bounds, right=True)
+def _positions_of(positions: Tensor) -> Tensor:
+    """The positions of the whole row, of which `positions [1, T]` are a slice, int64 `[1, T]`; themselves if they are all."""
+    row = _ROW.get()
+    if row is None or row.length_of(positions.shape[1]) == positions.shape[1]:
+        return positions
+    documents = row.documents(positions.shape[1])
+    places = torch.arange(len(documents), device=row.bounds.device)
+    return (places - row.bounds[documents - 1])[None]
 
 
 def _has_no_values(device: torch.device) -> bool:
@@ -89,14 +121,16 @@ def block_mask(
 
     from trainer.model import flex_shapes
 
-    bounds = _BOUNDS.get()
-    if bounds is None or attention_mask is not None:
+    row = _ROW.get()
+    if row is None or attention_mask is not None:
         raise ValueError(
             f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
             "switch the model to 'sdpa' with set_attn_implementation"
         )
     device = torch.device(device)
-    document_of_position = _document_numbers(bounds, q_length)
+    document_of_position = row.documents(q_length)
+    q_length = row.length_of(q_length)
+    kv_length = row.length_of(kv_length)
 
     def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask_function(batch, head, query, key) & (document_of_position[query] == document_of_position[key])

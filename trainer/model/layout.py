@@ -28,6 +28,8 @@ class AttentionLayout:
     """transformers' name of the kernel."""
     notes: dict[str, str]
     """Substitutions made, and why."""
+    sequence_problem: str | None = "its rows are padded"
+    """Why several ranks cannot share a row of this model, in words that follow its name; None if they can."""
 
 
 @dataclass(frozen=True, slots=True)

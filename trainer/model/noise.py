@@ -40,14 +40,29 @@ def noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[Non
 
 
 def noise_of(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
-    """The noise of a micro-batch, float32 `[B, T, width]`; rows of padding get some too, which nothing reads."""
+    """The noise of a micro-batch, float32 `[B, T, width]`; rows of padding get some too, which nothing reads.
+
+    If the batch is a slice of a row, `row_input_ids [1, row]` are the ids of the whole row, `cu_seq_lens_q` says where its
+    documents begin, and `row_span` which of its tokens `[first, last)` the slice has.
+    """
     ids = batch["input_ids"]
     rows, columns = ids.shape
+    first = 0
+    last = ids.numel()
     # Of each position: the number of its document, its position in it, and whether it is a token.
     if "attention_mask" in batch and batch["attention_mask"] is not None:
         document = torch.arange(rows, device=ids.device)[:, None].expand(rows, columns).reshape(-1)
         position = torch.arange(columns, device=ids.device).repeat(rows)
         is_token = batch["attention_mask"].reshape(-1).long()
+    elif "row_input_ids" in batch:
+        # A document that began in another slice has the hash and the length of all its tokens.
+        ids = batch["row_input_ids"]
+        first, last = batch["row_span"]
+        bounds = batch["cu_seq_lens_q"].long()
+        place = torch.arange(ids.numel(), device=ids.device)
+        document = torch.bucketize(place, bounds, right=True) - 1
+        position = place - bounds[document]
+        is_token = torch.ones_like(position)
     else:
         position = batch["position_ids"].reshape(-1)
         document = (position == 0).long().cumsum(0) - 1
@@ -59,6 +74,8 @@ def noise_of(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
     document_hashes = torch.zeros_like(lengths).index_add_(0, document, token_hashes)
     seed, step = batch["drawn_by"]
     run_and_step = _signed(seed * 1_000_003 + step)
+    document = document[first:last]
+    position = position[first:last]
     key = _scrambled(document_hashes[document] + run_and_step) + position * _SPLITMIX[1]
     dimensions = torch.arange(width, device=ids.device) * _SPLITMIX[0]
     bits = _scrambled(_scrambled(key)[:, None] + dimensions)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.losses.next_token import RowCounting, computes_loss, logits_loss
-from trainer.model import flex
+from trainer.model import flex, rotary
 from trainer.objectives.base import Reference
 
 MODEL_INPUTS = (
@@ -23,6 +23,7 @@ MODEL_INPUTS = (
     "max_length_q",
     "max_length_k",
     "document_bounds",
+    "row_slices",
 )
 """What of a batch the model itself is given."""
 
@@ -71,7 +72,7 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
     targets = batch["targets"].view(-1)
     if not path.fused:
         return nn.Identity(), _logits_at_rows(causal_lm, inputs, rows), targets[rows]
-    with flex.documents(inputs):
+    with flex.documents(inputs), rotary.whole_row(causal_lm, inputs):
         hidden = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
     head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
     return head, hidden.reshape(-1, hidden.shape[-1])[rows], targets[rows]
@@ -104,7 +105,7 @@ def _logits_at_rows(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Ten
 
     hook = None if head is None else head.register_forward_pre_hook(select)
     try:
-        with flex.documents(inputs):
+        with flex.documents(inputs), rotary.whole_row(causal_lm, inputs):
             logits = causal_lm(**inputs, use_cache=False).logits
     finally:
         if hook is not None:

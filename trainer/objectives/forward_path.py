@@ -29,12 +29,13 @@ from trainer.data.batches.collate import Collator, to_device
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.losses.fuse import fuse_head
+from trainer.model import rotary, sequence_proof
 from trainer.model.architecture import auto_class, set_dropout, text_settings
 from trainer.model.compat import without_kernel_packages
 from trainer.model.config import ModelKind
 from trainer.model.kernels import kernel_versions
 from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
-from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, plain_model, summed_loss
+from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, plain_model, summed_loss, supervised_rows
 
 TOLERANCE = 1e-5
 """Largest relative difference of losses, and of gradients by their norm. Computed in float64 if the model can."""
@@ -47,7 +48,7 @@ HALF_TOLERANCE = 0.1
 """`TOLERANCE` for kernels that exist in half precision only. A mask that is ignored changes gradients by half and more."""
 MAX_COPY_ELEMENTS = 20_000_000
 """Most elements of a small copy. A larger one has sizes in its configuration that shrinking does not know by name."""
-PROOF_VERSION = 5
+PROOF_VERSION = 6
 """Part of the cache key. Raise it when what is proven, or how, changes, so that older proofs are not used."""
 
 
@@ -65,6 +66,8 @@ class ProvenPaths:
     """Whether no token sees what follows it."""
     random: bool = False
     """Whether training draws something at random beside dropout, as some routers draw experts."""
+    sequence_problem: str | None = "nothing was proven of it"
+    """Why a row may not be cut along the sequence over several ranks; None if it may (`trainer/model/sequence_proof.py`)."""
     tried: bool = True
     """Whether a small copy could be made and run at all. If not, nothing is known, and nothing is cached."""
     reason: str = ""
@@ -240,8 +243,50 @@ class _Proof:
             stock=stock,
             causal=self.is_causal,
             random=self.is_random,
+            sequence_problem=self._sequence_problem(padding_free, reason),
             reason=reason or padded_reason,
         )
+
+    def _sequence_problem(self, path: ForwardPath | None, reason: str) -> str | None:
+        """Why rows may not be cut along the sequence; None if they may. Compared on the CPU, in the copy's type.
+
+        `path` is the one that is proven for documents in one row. None: no path is, and `reason` says why.
+        """
+        if path is None:
+            return f"it is not proven padding-free ({reason})"
+        row = Collator(Layout.padding_free, 0)(self.documents)
+        length = row["input_ids"].numel()
+        positions = torch.arange(length)[None]
+        single_document = {"input_ids": row["input_ids"], "position_ids": positions, "max_length_q": length}
+        with without_kernel_packages():
+            try:
+                return self._compare_slices(path, row)
+            except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then it may not be cut
+                failure = _error_line(error).removeprefix(f"{sequence_proof.CannotBeCut.__name__}: ")
+            # Recurrent layers have no code for several documents without packages for GPUs. On one document they run, and
+            # show what a user needs to know: that tokens meet there.
+            try:
+                return self._compare_slices(path, single_document) or failure
+            except Exception:  # noqa: BLE001 - the first failure is the reason
+                return failure
+
+    def _compare_slices(self, path: ForwardPath, row: dict[str, Any]) -> str | None:
+        """Why slices of a row differ from the whole row in token-local attention; None if they do not."""
+        attention = sequence_proof.register()
+        model = self._build(sequence_proof.NAME, self.dtype)
+        model.load_state_dict(self.weights)
+        model.forward_path = path
+        model.train(not self.is_random)
+        if problem := rotary.whole_row_problem(model):
+            return problem
+
+        def forward(inputs: dict[str, Any]) -> Tensor:
+            num_tokens = inputs["input_ids"].numel()
+            targets = torch.zeros(num_tokens, dtype=torch.int64)
+            every_row = {"target_rows": torch.arange(num_tokens), "targets": targets}
+            return supervised_rows(model, inputs | every_row)[1]
+
+        return sequence_proof.sequence_problem(forward, row, attention)
 
     def _fastest_right_path(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[ForwardPath | None, str]:
         """(the fastest path that is right, empty text), or (None, why the fastest path is not right)."""

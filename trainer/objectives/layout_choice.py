@@ -52,6 +52,12 @@ class Proofs:
             return ""
         return proven.reason or "it was not found right"
 
+    def sequence_problem(self, arrangement: AttentionLayout) -> str | None:
+        """Why several ranks cannot share a row of an arrangement; None if they can."""
+        if arrangement.layout is not Layout.padding_free:
+            return arrangement.sequence_problem
+        return self.paths(arrangement.attention).sequence_problem
+
     def eager_model(self) -> Any:
         """The model on meta, with dropout as the run has it, in eager attention."""
         with meta_context():
@@ -157,6 +163,7 @@ def causal_model(
         if arrangement.attention != "sdpa":
             arrangement.notes["model.attention"] = f"{arrangement.attention} (SDPA is not there, or not right)"
     path = proofs.choose_path(arrangement)
+    arrangement = replace(arrangement, sequence_problem=proofs.sequence_problem(arrangement))
     if needs_padding and not path.fused:
         raise ConfigError(
             f"tuning: virtual tokens cannot be put before the inputs of a {settings.model_type}, whose logits are made by its "

@@ -1,0 +1,130 @@
+"""Proves that an architecture may be cut along the sequence: that its tokens meet in attention and nowhere else.
+
+Ranks that share a row (`parallel.sequence`) each hold a slice of its tokens. They exchange slices for heads around
+attention, so attention sees the whole row. Everything else in the model sees the slice alone. A convolution, a
+recurrence, a token shift or a position counted from the slice's first token would be wrong there without an error.
+
+The proof replaces attention by a function in which each token looks at itself alone. Then no token may depend on another, so
+what the model computes of a slice must be the slice of what it computes of the whole row. No list of architectures is needed,
+and models that are not yet published are covered. The proof does not see what only long rows reach (the lengths at which
+LongRoPE and dynamic RoPE change), nor masks and noise that are made of whole rows: `rotary.py`, `flex.py` and `noise.py` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "shardtune_token_local"
+"""transformers' name of the attention in which each token sees itself alone."""
+TOLERANCE = 1e-6
+"""Largest difference of an element, relative to the largest element of the row.
+
+Architectures that may be cut stay below 1e-14 in float64, and below 2e-7 if their routers compute in float32 whatever they
+are told. Those that may not differ by 5e-2 and more."""
+FLOAT32_TOLERANCE = 1e-5
+"""The same for an architecture whose code does not run in float64."""
+CUT_AT = ((0.5,), (0.02, 0.3, 0.8))
+"""Where the row is cut, as shares of its length: in two equal slices, and in four of which one is a single token."""
+MEETS_ELSEWHERE = "its tokens meet outside attention"
+"""How the reason begins if a slice is not the slice of the whole row."""
+ROW_INPUTS = ("input_ids", "position_ids")
+"""What of a model's inputs is cut with the row: `[1, T]`. Everything else describes the whole row."""
+
+
+class CannotBeCut(Exception):
+    """A model that does not give its attention what the exchange needs; says what."""
+
+
+class TokenLocalAttention:
+    """Attention in which each token sees itself alone, and a record of the settings that each call was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        """The numbers among the arguments of each call (scaling, window, whether it is causal), in order."""
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`. Raises CannotBeCut without the row's slices."""
+        if kwargs.get("row_slices") is None:
+            raise CannotBeCut("its attention is not told how the row is cut (it does not hand on unknown arguments)")
+        numbers = {name: number for name, number in kwargs.items() if isinstance(number, bool | int | float)}
+        self.calls.append(numbers)
+        groups = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+        # The product of a query with its own key is the same at every position of a rotary embedding. Fixed weights of each
+        # dimension make the score depend on the position too, so that positions counted from the slice are found out.
+        dimensions = torch.arange(query.shape[-1], device=query.device, dtype=query.dtype).cos()
+        scores = (query * key + (query + key) * dimensions).sum(-1) * 0.1
+        for name in ("s_aux", "sinks"):
+            if kwargs.get(name) is not None:
+                scores = scores + kwargs[name].reshape(1, -1, 1)
+        return (torch.tanh(scores).unsqueeze(-1).to(value.dtype) * value).transpose(1, 2).contiguous(), None
+
+
+def register() -> TokenLocalAttention:
+    """Make a new `TokenLocalAttention` known to transformers under `NAME`, and return it."""
+    from transformers import AttentionInterface
+
+    attention = TokenLocalAttention()
+    AttentionInterface.register(NAME, attention)  # type: ignore[arg-type]
+    return attention
+
+
+def sequence_problem(
+    forward: Callable[[dict[str, Any]], Tensor], row: dict[str, Any], attention: TokenLocalAttention
+) -> str | None:
+    """Why a model may not be cut along the sequence, in words that can follow its name; None if it may.
+
+    `forward` runs a model that was built with the attention `NAME`, and returns what it computes of each token, `[T, width]`.
+    `row` is the inputs of a row of several documents without padding. Raises what the model raises.
+    """
+    length = row["input_ids"].shape[1]
+    whole = _forward_pass(forward, row, 0, length, [0, length])
+    expected_calls = list(attention.calls)
+    if not expected_calls:
+        return "it does not call its attention through transformers' interface"
+    if not whole.isfinite().all():
+        return "a small copy with random weights computes what is no number"
+    tolerance = TOLERANCE if whole.dtype is torch.float64 else FLOAT32_TOLERANCE
+    worst = 0.0
+    for row_slices in _cuts(length):
+        for start, stop in pairwise(row_slices):
+            attention.calls.clear()
+            part = _forward_pass(forward, row, start, stop, row_slices)
+            if attention.calls != expected_calls:
+                return "the settings of its attention depend on the slice's length"
+            difference = float((part - whole[start:stop]).abs().max() / whole.abs().max())
+            worst = max(worst, difference)
+    if worst <= tolerance:
+        return None
+    return f"{MEETS_ELSEWHERE} (a slice of a row differs by {worst:.1e} from the slice of the whole row)"
+
+
+def _cuts(length: int) -> Iterator[list[int]]:
+    """The borders of slices, for each way in which the row is cut."""
+    for shares in CUT_AT:
+        inner_borders = [max(1, int(share * length)) for share in shares]
+        yield [0, *inner_borders, length]
+
+
+def _forward_pass(
+    forward: Callable[[dict[str, Any]], Tensor], row: dict[str, Any], start: int, stop: int, row_slices: list[int]
+) -> Tensor:
+    """What the model computes of the tokens [start, stop) of a row, `[stop - start, width]`."""
+    inputs = dict(row)
+    for name in ROW_INPUTS:
+        if name in row:
+            inputs[name] = row[name][:, start:stop]
+    inputs["row_slices"] = row_slices
+    with torch.no_grad():
+        output = forward(inputs)
+    if len(output) != stop - start:
+        raise CannotBeCut(f"it computes {len(output)} rows of {stop - start} tokens")
+    return output
