@@ -56,6 +56,23 @@ class Runtime:
     """Seconds after which a collective that makes no progress fails."""
     simulated: bool = False
     """Whether the other ranks do not exist. Every collective then answers as if they had said what this one says."""
+    sequence_size: int = 1
+    """Neighbouring ranks that share each row of documents (`parallel.sequence`); set by `strategies.sequence.with_sequence`."""
+
+    @property
+    def reader(self) -> int:
+        """The index of this rank among those that read documents of their own; the same for all ranks that share a row."""
+        return self.rank // self.sequence_size
+
+    @property
+    def readers(self) -> int:
+        """How many ranks, or groups of ranks, read documents of their own."""
+        return self.world_size // self.sequence_size
+
+    @property
+    def sequence_rank(self) -> int:
+        """The index of this rank among those that share its rows, and so of its slice."""
+        return self.rank % self.sequence_size
 
     @property
     def kind(self) -> str:

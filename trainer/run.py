@@ -13,6 +13,7 @@ from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
 from strategies.runtime import call_on_main
+from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.staging import Staged, stage
 from trainer.checkpoints.layout import places_of
@@ -325,7 +326,7 @@ def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
 def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
     """Join the process group of the job; `store`: where the ranks have met before. All ranks must call."""
     run = config.run
-    return processes.start(
+    runtime = processes.start(
         str(run.device),
         timeout_s=run.timeout_s,
         threads=run.threads,
@@ -333,6 +334,7 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
         shared_memory=run.shared_memory,
         store=store,
     )
+    return with_sequence(runtime, config.parallel.sequence)
 
 
 def record_reference(config: RunConfig, data: PreparedData, engine: Engine, built: Built, context: RunContext) -> None:

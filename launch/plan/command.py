@@ -218,6 +218,7 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     from launch.config.compose import compose, ranks_of
     from launch.config.overrides import parse
     from strategies.base import Precision
+    from trainer.config.parallel import readers_of
     from trainer.config.run import AUTO, MICRO, STRATEGY, Device
 
     parsed = parse(words)
@@ -235,7 +236,7 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     config = replace(config, precision=card.precision(precision))
     if MICRO not in typed:
         config.batch["micro"] = 1
-    step = config.batch["micro"] * (ranks_of(config) or 0)
+    step = config.batch["micro"] * readers_of(config, ranks_of(config) or 0)
     if "batch.global" not in typed and step > 0:
         # The next multiple that all ranks can share.
         config.batch["global"] = -(-config.batch["global"] // step) * step

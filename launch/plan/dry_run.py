@@ -13,6 +13,7 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
+from trainer.config.parallel import accumulation_steps, name_of_readers, readers_of
 from trainer.config.run import MICRO, STRATEGY, RunConfig
 from trainer.data.batches.order import steps_from_budget
 from trainer.data.prepare import PreparedData
@@ -63,7 +64,8 @@ def describe(config: RunConfig) -> DryRun:
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
     world = config.launcher.per_node * config.launcher.nodes
-    accumulation = global_batch // (micro * world)
+    readers = name_of_readers(config, readers_of(config, world))
+    accumulation = accumulation_steps(config, world)
     steps = steps_from_budget(config.budget, samples.order, samples.tokens, global_batch)
     epochs = steps * global_batch / samples.order.num_units
     documents = len(data.train) // sequences
@@ -77,7 +79,7 @@ def describe(config: RunConfig) -> DryRun:
         f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world} process(es), layout {built.layout}, "
         f"attention {built.attention}",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
-        f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {world} ranks",
+        f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
         f"tokens per step: about {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
         *repetition_warning(global_batch, epochs, steps),

@@ -265,4 +265,4 @@ def take_steps(trainer: Trainer, num: int) -> list[tuple[float, float]]:
 
 def alone(runtime: processes.Runtime) -> processes.Runtime:
     """The same process as if it were the only one: for the oracle."""
-    return replace(runtime, rank=0, world_size=1, local_rank=0, local_world_size=1)
+    return replace(runtime, rank=0, world_size=1, local_rank=0, local_world_size=1, sequence_size=1)

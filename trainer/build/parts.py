@@ -15,7 +15,9 @@ from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.recomputation import Workload, expect_memory, plan_checkpointing
+from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig, kept_date
+from trainer.data.batches.cutting import Cut, cut_of
 from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import steps_from_budget
@@ -41,6 +43,7 @@ from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, quantise_layers, unquantised_note
 from trainer.model.quantised_experts import quantise_experts
 from trainer.model.rules import check_kind
+from trainer.model.sequence_attention import register_flash
 from trainer.model.weights import WeightSource, fill_buffers
 from trainer.objectives.base import ObjectiveConfig, ReferenceModels
 from trainer.objectives.causal import plain_model
@@ -116,7 +119,13 @@ def build_loader(
         data.train,
         order=order,
         units=units,
-        share=Share(global_batch, config.batch["micro"], engine.dp_rank, engine.dp_size),
+        share=Share(
+            global_batch,
+            config.batch["micro"],
+            runtime.reader,
+            runtime.readers,
+            cut_of(runtime.sequence_rank, runtime.sequence_size),
+        ),
         collator=built.collator,
         device=runtime.device,
         ahead=data_spec.ahead,
@@ -141,8 +150,9 @@ def build_engine(
     built.step_module.plan.ema_decay = config.optim.ema_decay
     built.step_module.neftune_alpha = config.model.neftune_alpha
     built.substitutions.update(lstm.lstm_substitutions(built.step_module, precision, runtime.device))
-    longest_batch = workload(config, data)
-    micro_batches_per_step = config.batch["global"] // (config.batch["micro"] * runtime.world_size)
+    cut = cut_of(runtime.sequence_rank, runtime.sequence_size)
+    longest_batch = workload(config, data, cut)
+    micro_batches_per_step = accumulation_steps(config, runtime.world_size)
     plan_checkpointing(built, longest_batch, config.strategy, precision, runtime)
     plan_reduction(built, longest_batch, config.strategy, precision, runtime, micro_batches=micro_batches_per_step)
     expect_memory(built, longest_batch, config.strategy, precision, runtime)
@@ -158,10 +168,10 @@ def build_engine(
     return engine, built, source
 
 
-def workload(config: RunConfig, data: PreparedData) -> Workload:
-    """The largest forward pass that a rank of this run makes."""
+def workload(config: RunConfig, data: PreparedData, cut: Cut | None = None) -> Workload:
+    """The largest forward pass that a rank of this run makes, of whole rows or of the slice that `cut` takes."""
     row_tokens = config.data.max_length if config.data.packing else None
-    return Workload(data.train, config.batch["micro"], row_tokens)
+    return Workload(data.train, config.batch["micro"], row_tokens, cut)
 
 
 def build_model(
@@ -264,6 +274,7 @@ def build_step(
     """The architecture with added vocabulary and tuning, all on the meta device. Touches no weights. Errors: ConfigError."""
     attention_module.register()
     flex.register()
+    register_flash()
     experts.register()
     family = family_of(objective_config)
     is_classifier = family.kind is ModelKind.classifier

@@ -15,6 +15,7 @@ from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
 from strategies.memory import activations_by_rule, state_bytes
 from strategies.mesh import replica_count
+from trainer.data.batches.cutting import Cut
 from trainer.data.config import Layout
 from trainer.data.objective_spec import DataSpec
 from trainer.data.store.sequences import Sample, TokenDataset
@@ -34,11 +35,13 @@ class Workload:
     """Documents (packs)."""
     row_tokens: int | None = None
     """Tokens of each pack; None if documents are not packed."""
+    cut: Cut | None = None
+    """Which slice of its rows the rank takes; None if it takes them whole."""
 
 
 def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
     """A micro-batch as large as any of the run can be: the longest documents together, every token supervised."""
-    return micro_batch_of(built, longest_lengths(built.data_spec, work))
+    return micro_batch_of(built, longest_lengths(built.data_spec, work), work.cut)
 
 
 def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
@@ -52,13 +55,15 @@ def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
     return longest_first
 
 
-def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
+def micro_batch_of(built: Built, lengths: list[int], cut: Cut | None) -> dict[str, Any]:
     """A micro-batch with sequences of these lengths in tokens, on the CPU. All tokens are supervised; values mean nothing.
+
+    With a `cut`, the slice of a rank.
 
     The values of marks, counts and means do not matter either: shapes do not depend on them.
     """
     samples = [Sample(np.zeros(n, np.int32), np.ones(n, dtype=bool), built.data_spec.marks) for n in lengths]
-    batch = built.collator(samples)
+    batch = built.collator(samples, cut)
     for rows in (batch, batch.get("replay", {})):
         # transformers would look for padding in the values of the mask. As if there were none, rows have their full length.
         if "attention_mask" in rows:
@@ -103,6 +108,9 @@ def activations_of(built: Built, work: Workload, strategy: StrategyConfig, preci
     tokens = sum(lengths)
     if built.layout is not Layout.padding_free:
         tokens = len(lengths) * max(lengths, default=0)
+    if work.cut is not None:
+        start, stop = work.cut.span(tokens)
+        tokens = stop - start
     width, blocks = width_and_blocks(built.plain)
     return activations_by_rule(tokens, width, blocks, strategy.activation_checkpointing, precision)
 

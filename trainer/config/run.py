@@ -20,6 +20,7 @@ from strategies.errors import ConfigError
 from strategies.matmul import Matmul
 from strategies.settings import DESCRIBES, FREE, Reach, group, number, setting
 from trainer.checkpoints.config import CheckpointConfig
+from trainer.config.parallel import ParallelConfig
 from trainer.config.review import ReviewConfig
 from trainer.config.sbatch_options import GpuRequest, gpu_request, ranks_per_node
 from trainer.data.batches.order import BudgetConfig
@@ -272,6 +273,7 @@ class RunConfig:
     tuning: TuningConfig = group(TuningConfig, resume="tuning")
     objective: ObjectiveConfig = group(ObjectiveConfig, resume="objective")
     strategy: StrategyConfig = group(StrategyConfig, resume=FREE)
+    parallel: ParallelConfig = group(ParallelConfig, resume=FREE)
     optim: OptimConfig = group(OptimConfig, resume="optimizer")
     schedule: ScheduleConfig = group(ScheduleConfig, resume="optimizer")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyName, ZeroConfig
+from trainer.config.parallel import problems as parallel_problems
 from trainer.config.run import Device, RunConfig
 
 
@@ -14,6 +15,7 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     strategy = config.strategy
     if strategy.name is StrategyName.single and world_size is not None and world_size > 1:
         yield f"strategy=single: runs in one process, not {world_size}; take strategy=ddp, or launcher.processes=1"
+    yield from parallel_problems(config, world_size, str(strategy.name))
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
         yield "precision=fp16: not supported on CPUs; set precision=bf16 or precision=fp32"

@@ -24,6 +24,7 @@ from trainer.config.evaluation import problems as evaluation_problems
 from trainer.config.gates import paper_words
 from trainer.config.gates import problems as gate_problems
 from trainer.config.launching import problems as launcher_problems
+from trainer.config.parallel import name_of_readers, readers_of
 from trainer.config.ranges import range_problems
 from trainer.config.resuming import KINDS, flat, plain
 from trainer.config.run import AUTO, Device, LauncherName, RunConfig
@@ -136,23 +137,24 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
     if global_batch is None or micro_batch is None:
         yield "batch: needs both batch.global and batch.micro"
         return
-    ranks = world_size or 1
+    # Ranks that share their rows count as one reader. A wrong number of them is reported by itself.
+    readers = max(1, readers_of(config, world_size or 1))
+    named_readers = "the ranks" if world_size is None else name_of_readers(config, readers)
     if micro_batch == AUTO:
-        if global_batch % ranks:
-            legal = _nearest_multiples(global_batch, ranks)
-            yield f"batch.global={global_batch}: must be a multiple of the {ranks} ranks; set {legal}"
+        if global_batch % readers:
+            legal = _nearest_multiples(global_batch, readers)
+            yield f"batch.global={global_batch}: must be a multiple of the {named_readers}; set {legal}"
         return
-    forward_pass = micro_batch * ranks  # documents in one forward pass of all ranks
+    forward_pass = micro_batch * readers  # documents in one forward pass of all ranks
     if global_batch % forward_pass:
         legal = _nearest_multiples(global_batch, forward_pass)
-        largest = min(micro_batch, global_batch // ranks, MOST_TRIED)
-        legal_micros = [str(micro) for micro in range(1, largest + 1) if global_batch % (micro * ranks) == 0]
+        largest = min(micro_batch, global_batch // readers, MOST_TRIED)
+        legal_micros = [str(micro) for micro in range(1, largest + 1) if global_batch % (micro * readers) == 0]
         if legal_micros:
             legal += f", or batch.micro={' or '.join(legal_micros[-4:])}"
-        where = f"{ranks} rank{'s' * (ranks > 1)}" if world_size else "the ranks"
         yield (
-            f"batch.global={global_batch}: must be a multiple of batch.micro={micro_batch} x {where} = {forward_pass}; "
-            f"set {legal}"
+            f"batch.global={global_batch}: must be a multiple of batch.micro={micro_batch} x {named_readers} = "
+            f"{forward_pass}; set {legal}"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.data.batches.collate import IGNORED
+from trainer.data.batches.cutting import IGNORED
 from trainer.evaluation.decoding import stock_attention
 from trainer.losses.row_scores import row_scores
 from trainer.objectives.causal import plain_model, supervised_rows

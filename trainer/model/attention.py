@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from strategies.hardware import MAX_FLASH_HEAD, gpu_of
 from strategies.matmul import LONG_DOCUMENT, as_chosen, in_blas
 from strategies.runtime import device_kind
+from trainer.model.sequence_attention import over_slices
 
 NAME = "shardtune_varlen"
 
@@ -31,7 +32,7 @@ def register() -> None:
     """Make the function known to transformers under `NAME`. Idempotent."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, varlen_attention)
+    AttentionInterface.register(NAME, over_slices(varlen_attention))
 
 
 def varlen_attention(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from strategies.runtime import SIMULATED
 from trainer.model.compat import declares_flex_attention, tell_documents
+from trainer.model.sequence_attention import over_slices
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -61,7 +62,7 @@ def register() -> None:
     """Make the function, and the blocks it needs, known to transformers under `NAME`. Idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, flex_attention)
+    AttentionInterface.register(NAME, over_slices(flex_attention))
     AttentionMaskInterface.register(NAME, block_mask)
     tell_documents(_document_of, _positions_of)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strategies.sequence import sum_over_group
 from trainer.losses.next_token import RowCounting, computes_loss, logits_loss
 from trainer.model import flex, rotary
 from trainer.objectives.base import Reference
@@ -158,7 +159,9 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0)
 def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Log-probability of each sequence's supervised tokens, and their number, both `[S]` float32.
 
-    Sequences lie in the batch one after another; `batch["row_sequence"]` says whose each supervised row is.
+    Sequences lie in the batch one after another; `batch["row_sequence"]` says whose each supervised row is. If ranks share the
+    row, a sequence may lie on several of them: each has the sum of all, so all ranks of the group must call, and only the
+    owner of the row may count it (`counted_here`).
     """
     head, hidden, targets = supervised_rows(model, batch)
     if computes_loss(head):
@@ -169,7 +172,17 @@ def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Ten
     zeros = nll.new_zeros(batch["num_sequences"])
     logps = zeros.index_add(0, row_sequence, -nll)
     num_tokens = zeros.index_add(0, row_sequence, nll.new_ones(len(row_sequence)))
-    return logps, num_tokens
+    row_slices = batch.get("row_slices")
+    return sum_over_group(logps, row_slices), sum_over_group(num_tokens, row_slices)
+
+
+def counted_here(batch: dict[str, Any]) -> float:
+    """1.0 if this rank counts what all ranks of its group have computed alike, else 0.0.
+
+    The step's sums go over all ranks. What belongs to a whole sequence, such as the loss of a pair, is the same on all ranks
+    that share the row, so it counts on the first of them alone.
+    """
+    return float(batch.get("owner", 1.0))
 
 
 def reference_logps(model: nn.Module, batch: dict[str, Any], reference: Reference | None) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError, DataError
 from strategies.settings import DESCRIBES, setting
-from trainer.data.batches.collate import IGNORED, Collator
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.cutting import IGNORED
 from trainer.data.config import DataFormat, Layout
 from trainer.data.document import WRONG_KIND, Document
 from trainer.data.fields import Refusal, label_of

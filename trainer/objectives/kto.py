@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from strategies.errors import DataError
 from strategies.settings import number
 from trainer.data.batches.collate import Collator
+from trainer.data.batches.cutting import AXES, Axis
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.document import WRONG_KIND, Document, Message, Tally
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
@@ -33,7 +34,7 @@ from trainer.objectives.base import (
     UnlabelledDataSpec,
     formats_of,
 )
-from trainer.objectives.causal import reference_logps, sequence_logps
+from trainer.objectives.causal import counted_here, reference_logps, sequence_logps
 from trainer.objectives.pairs import ANSWER_POLICIES, weight_refusal
 from trainer.objectives.reference import REFERENCE_AHEAD
 
@@ -157,6 +158,8 @@ def _count(train: TokenDataset, verdict: str) -> int:
 class RatedCollator(Collator):
     """Adds `desirable`, bool `[S]`."""
 
+    axes = AXES | {DESIRABLE: Axis.sequence}
+
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         if DESIRABLE in samples[0].marks:
             batch[DESIRABLE] = torch.tensor([bool(sample.marks[DESIRABLE]) for sample in samples])
@@ -237,7 +240,7 @@ class Kto(Objective):
         """The terms that the class lists. An answer without supervised tokens (a filler row) adds nothing."""
         reference = reference_logps(model, batch, self.reference)
         logps, tokens = sequence_logps(model, batch)
-        is_counted = (tokens > 0).float()
+        is_counted = (tokens > 0).float() * counted_here(batch)
         log_ratios = (logps - reference) * is_counted
         if "ahead_of" in batch:
             return {"kl": log_ratios.detach().sum()}

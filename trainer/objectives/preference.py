@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from strategies.settings import DESCRIBES, number, setting
 from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, Reference, ReferenceModels
-from trainer.objectives.causal import reference_logps, sequence_logps
+from trainer.objectives.causal import counted_here, reference_logps, sequence_logps
 from trainer.objectives.pairs import PairDataSpec, pair_problems, pair_terms
 
 
@@ -129,7 +129,8 @@ class Preference(Objective):
             *reference.view(-1, 2).unbind(1),
         )
         losses, chosen, rejected = self.losses(pairs)
-        is_counted = ((pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)).float()
+        has_both = (pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)
+        is_counted = has_both.float() * counted_here(batch)
         return pair_terms(losses, chosen, rejected, is_counted)
 
     @abstractmethod

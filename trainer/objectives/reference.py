@@ -22,10 +22,11 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.errors import Preempted, StorageError
 from trainer.data.batches.collate import Collator, to_device
+from trainer.data.batches.cutting import cut_of
 from trainer.data.batches.loader import EvalShare, eval_plan
 from trainer.data.objective_spec import AheadOf
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
-from trainer.objectives.causal import sequence_logps
+from trainer.objectives.causal import counted_here, sequence_logps
 
 REFERENCE_AHEAD = "reference_ahead"
 """Mark of a sequence: the recorded log-probability of its look-ahead sequence (see `DataSpec.ahead`)."""
@@ -97,7 +98,8 @@ def _compute_logps(
     """
     device = runtime.device
     logps_by_sequence = torch.zeros(len(dataset), dtype=torch.float64, device=device)
-    plan = eval_plan(dataset, EvalShare(settings.max_batch, engine.dp_rank, engine.dp_size))
+    plan = eval_plan(dataset, EvalShare(settings.max_batch, runtime.reader, runtime.readers))
+    cut = cut_of(runtime.sequence_rank, runtime.sequence_size)
     with engine.inference() as module:
         # Through the root module's own forward: a sharding engine gathers parameters only there.
         step: Any = module
@@ -108,8 +110,10 @@ def _compute_logps(
                 samples = [sample_of(dataset, index) for index in sequences]
                 if not samples:  # this rank has none left, and must run the model as often as the others
                     samples = settings.collator.fillers(dataset, 1)
-                logps = step(to_device(settings.collator(samples), device))["logps"]
-                if sequences:
+                batch = settings.collator(samples, cut)
+                logps = step(to_device(batch, device))["logps"]
+                # Ranks that share a row all know its sequences. One of them counts, since the sum below goes over all ranks.
+                if sequences and counted_here(batch):
                     logps_by_sequence[torch.tensor(sequences, device=device)] = logps.double()
                 if stop_now():
                     raise Preempted("asked to stop while the reference was computed; start the same run again")

@@ -54,7 +54,7 @@ class AddedLosses:
             return compute()
         ids = batch["input_ids"]
         expert_tokens = self._empty_expert_tokens(ids) if self.experts_by_layer else None
-        with watching(RoutingRecord(batch.get("attention_mask"), expert_tokens)) as record:
+        with watching(RoutingRecord(_token_mask(batch), expert_tokens)) as record:
             terms = compute()
         if expert_tokens is not None:
             terms[EXPERT_TOKENS] = expert_tokens
@@ -96,7 +96,7 @@ class AddedLosses:
 
     def choices(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """How many tokens of a micro-batch chose each expert, in a forward pass of its own without gradients."""
-        with watching(RoutingRecord(batch.get("attention_mask"), without_gradients=True)) as record:
+        with watching(RoutingRecord(_token_mask(batch), without_gradients=True)) as record:
             forward_pass(model, batch)
         return {"choices": self.router_losses.choices(record)}
 
@@ -119,6 +119,12 @@ class AddedLosses:
         if self.num_frozen_biases:
             lines.append("routers: the biases that balance their experts stay as they were loaded")
         return lines
+
+
+def _token_mask(batch: dict[str, Any]) -> Tensor | None:
+    """Which positions of a batch are tokens of documents; None if all are. Routers count no others."""
+    mask: Tensor | None = batch.get("attention_mask", batch.get("is_token"))
+    return mask
 
 
 def added_losses(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError, DataError
 from strategies.settings import DESCRIBES, number, setting
-from trainer.data.batches.collate import IGNORED, Collator
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.cutting import IGNORED
 from trainer.data.config import ControlTokens, DataConfig, DataFormat, Layout, LearnConfig, OverLength
 from trainer.data.document import WRONG_KIND, Document, RefusedDocument, Tally
 from trainer.data.objective_spec import imitable

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import DataError
+from strategies.sequence import move_rows
 from strategies.settings import DESCRIBES, number, setting
 from trainer.data.batches.collate import Collator
+from trainer.data.batches.cutting import AXES, Axis, Cut, moved_rows, rows_before
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.losses.divergence import Divergence, Measure, TeacherComparison
@@ -123,7 +125,17 @@ class SftDataSpec(UnlabelledDataSpec):
 
 class ReplayCollator(Collator):
     """Adds `replay`, a batch of the replayed documents alone, and the indices of supervised rows by kind of document:
-    `replay_rows` and `other_rows` (int64)."""
+    `replay_rows` and `other_rows` (int64).
+
+    A cut micro-batch also has `replay_moves`: numbers of rows that this rank sends to each rank of its group, and receives from
+    each. The replayed documents are a row of their own, which is cut elsewhere than the row they are a part of.
+    """
+
+    axes = AXES | {
+        "replay": Axis.batch,
+        "replay_rows": Axis.supervised_row_index,
+        "other_rows": Axis.supervised_row_index,
+    }
 
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add the replayed documents as a batch of their own; see the class."""
@@ -139,6 +151,16 @@ class ReplayCollator(Collator):
             shortest = min(samples, key=lambda sample: len(sample.input_ids))
             replayed = [Sample(shortest.input_ids, np.zeros_like(shortest.supervised))]
         batch["replay"] = self(replayed)
+
+    def cut(self, batch: dict[str, Any], cut: Cut) -> dict[str, Any]:
+        """This rank's slice, and how rows of the replayed documents get from one cut to the other; see the class."""
+        slices = super().cut(batch, cut)
+        if "replay" in batch:
+            replay_positions = batch["target_rows"][batch["replay_rows"]]
+            in_replay = rows_before(batch["replay"]["target_rows"], slices["replay"]["row_slices"])
+            in_row = rows_before(replay_positions, slices["row_slices"])
+            slices["replay_moves"] = moved_rows(in_replay, in_row, cut.sequence_rank)
+        return slices
 
 
 class Sft(Objective):
@@ -178,6 +200,9 @@ class SftWithReplayKl(Sft):
         if not torch.is_grad_enabled():
             return super().terms(model, batch)
         initial_head, initial_hidden = self.initial_model(model, batch["replay"])
+        if "replay_moves" in batch:
+            sent, received = batch["replay_moves"]
+            initial_hidden = move_rows(initial_hidden, sent, received, batch["row_slices"])
         head, hidden, targets = supervised_rows(model, batch)
         num_learned = batch["totals"]["loss"]
         num_replayed = batch["totals"][REPLAY]

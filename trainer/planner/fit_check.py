@@ -16,6 +16,7 @@ from strategies.parent_death import die_with_parent
 from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.build.parts import workload
 from trainer.build.recomputation import device_gib, longest_lengths
+from trainer.config.parallel import accumulation_steps, readers_of
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.model.config import Quantisation
@@ -64,8 +65,9 @@ def single_step_config(config: RunConfig, world: int, *, mode_if_auto: Activatio
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
         strategy = replace(strategy, activation_checkpointing=mode_if_auto)
     micro = config.batch["micro"]
-    accumulation = min(2, config.batch["global"] // (micro * world))  # more micro-batches hold no more
-    return replace(config, strategy=strategy, batch={"global": micro * world * max(1, accumulation), "micro": micro})
+    accumulation = min(2, accumulation_steps(config, world))  # more micro-batches hold no more
+    global_batch = micro * readers_of(config, world) * max(1, accumulation)
+    return replace(config, strategy=strategy, batch={"global": global_batch, "micro": micro})
 
 
 def must_fit(

@@ -15,7 +15,9 @@ from strategies.errors import DoesNotFit
 from strategies.runtime import Runtime, free_host_memory
 from trainer.build.parts import build_engine, workload
 from trainer.build.recomputation import USABLE_SHARE, device_gib, longest_micro_batch
+from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig
+from trainer.data.batches.cutting import cut_of
 from trainer.data.prepare import PreparedData
 from trainer.planner.fit_check import TIMEOUT_SHARE
 from trainer.planner.hardware import GIB
@@ -86,14 +88,16 @@ def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
     engine, built, _ = build_engine(config, inputs.tokenizer, inputs.data, inputs.precision, inputs.runtime)
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(PROBE_STEPS + 1)
-    micro_batches = min(2, config.batch["global"] // (config.batch["micro"] * inputs.runtime.world_size))
-    longest = longest_micro_batch(built, workload(config, inputs.data))
+    runtime = inputs.runtime
+    micro_batches = min(2, accumulation_steps(config, runtime.world_size))
+    cut = cut_of(runtime.sequence_rank, runtime.sequence_size)
+    longest = longest_micro_batch(built, workload(config, inputs.data, cut))
     trainer = minimal_trainer(engine)
     try:
         for _ in range(PROBE_STEPS):
-            trainer.train_step(step_batch([longest] * micro_batches, inputs.runtime.device))
-        if inputs.runtime.device.type == "cuda":
-            torch.cuda.synchronize(inputs.runtime.device)
+            trainer.train_step(step_batch([longest] * micro_batches, runtime.device))
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
     finally:
         engine.close()
 

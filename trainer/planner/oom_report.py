@@ -118,7 +118,7 @@ def _remedies(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
         return f"lower evaluation.batch (it is {config.evaluation.batch}); the result does not depend on it"
     global_batch, micro = config.batch["global"], config.batch["micro"]
     remedies = []
-    smaller_micros = [divisor for divisor in divisors(global_batch // runtime.world_size) if divisor < micro]
+    smaller_micros = [divisor for divisor in divisors(global_batch // runtime.readers) if divisor < micro]
     if smaller_micros:
         remedies.append(f"batch.micro={smaller_micros[-1]} (or auto), which keeps batch.global={global_batch}")
     if config.strategy.activation_checkpointing is not ActivationCheckpointing.full:

@@ -16,11 +16,14 @@ from torch import nn
 from strategies.base import Precision, ZeroConfig
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED, Runtime
+from strategies.sequence import with_sequence
 from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.parts import attach_frozen, build_step, right_alone
 from trainer.build.recomputation import micro_batch_of
+from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig
+from trainer.data.batches.cutting import cut_of
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.objectives.registry import data_spec_of, family_of
@@ -61,7 +64,8 @@ def simulate_run(
     many their kinds repeat). Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is
     part of a job.
     """
-    with simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime:
+    with simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as all_ranks:
+        runtime = with_sequence(all_ranks, config.parallel.sequence)
         parts = step_parts(config, lengths, runtime)
         return simulate(_with_full_size(parts, *stands_for), runtime)
 
@@ -136,9 +140,10 @@ def simulate_form(
     ) -> tuple[list[SimulatedStep], list[MicroBatchSize], bool]:
         """(steps of two sizes of micro-batch in the model with `depth` blocks, the sizes, whether they are in rows)."""
         with (
-            simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime,
+            simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as all_ranks,
             _truncated_run(config, depth, blocks) as truncated,
         ):
+            runtime = with_sequence(all_ranks, config.parallel.sequence)
             parts = step_parts(truncated, [length] * sequences, runtime)
             parts = _with_full_size(parts, blocks, pattern.period)
             built = parts.built
@@ -149,7 +154,7 @@ def simulate_form(
             batches = []
             sizes = []
             for lengths in lengths_by_size:
-                micro_batch = _micro_batch_of(parts, lengths, accumulation * world_size)
+                micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.readers, runtime)
                 batches.append([micro_batch] * accumulation)
                 units = len(lengths) // sequences if rows else sum(lengths)
                 sizes.append(MicroBatchSize(units, squares=sum(tokens**2 for tokens in lengths)))
@@ -290,13 +295,13 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         batches=[],
         source=source,
     )
-    accumulation = config.batch["global"] // (config.batch["micro"] * runtime.world_size)
-    micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.world_size)
+    accumulation = accumulation_steps(config, runtime.world_size)
+    micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.readers, runtime)
     return replace(parts, batches=[micro_batch] * max(1, accumulation))
 
 
-def _micro_batch_of(parts: StepParts, lengths: list[int], micro_batches: int) -> dict[str, Any]:
-    """One of `micro_batches` alike micro-batches of a step, of sequences of these lengths."""
-    batch = micro_batch_of(parts.built, lengths)
+def _micro_batch_of(parts: StepParts, lengths: list[int], micro_batches: int, runtime: Runtime) -> dict[str, Any]:
+    """One of `micro_batches` alike micro-batches of a step, of sequences of these lengths; of this rank's slice."""
+    batch = micro_batch_of(parts.built, lengths, cut_of(runtime.sequence_rank, runtime.sequence_size))
     batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * micro_batches)
     return batch

@@ -21,6 +21,7 @@ from strategies.errors import DoesNotFit, OutOfMemory
 from strategies.hardware import gpu_of
 from strategies.registry import common_settings
 from strategies.runtime import Runtime, broadcast_object, gather_objects
+from trainer.config.parallel import readers_of
 from trainer.config.run import AUTO, STRATEGY, RunConfig, asked_micro
 from trainer.config.sharding import problems as sharding_problems
 from trainer.config.validate import candidates
@@ -152,7 +153,7 @@ def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
     batch = config.batch
     if batch["micro"] == AUTO or asked_micro(batch, config.substitutions) != AUTO:
         return batch
-    is_divisor = (batch["global"] // ranks) % batch["micro"] == 0
+    is_divisor = (batch["global"] // readers_of(config, ranks)) % batch["micro"] == 0
     return batch if is_divisor else {**batch, "micro": AUTO}
 
 

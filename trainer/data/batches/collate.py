@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from trainer.data.batches.cutting import AXES, IGNORED, Axis, Cut, cut_batch
 from trainer.data.batches.order import deal
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
-
-IGNORED = -100
-"""Target of a position that is not supervised."""
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -37,13 +35,19 @@ def map_tensors(batch: dict[str, Any], change: Callable[[torch.Tensor], torch.Te
 class Collator:
     """Makes micro-batches in one layout, and says which documents lie in one. An objective may derive from it."""
 
+    axes: ClassVar[Mapping[str, Axis]] = AXES
+    """What each entry of a batch goes by, `add`'s included: without it a row is not cut (`parallel.sequence`)."""
+
     def __init__(self, layout: Layout, pad_token_id: int) -> None:
         assert layout is not Layout.auto, "the layout is resolved before batches are made"
         self.layout = layout
         self.pad_token_id = pad_token_id
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Samples as one micro-batch on the CPU.
+    def __call__(self, samples: Sequence[Sample], cut: Cut | None = None) -> dict[str, Any]:
+        """Samples as one micro-batch on the CPU; with a `cut`, this rank's slice of it.
+
+        Only who reads the same documents on all ranks of a sequence-parallel group may cut: otherwise the ranks would exchange
+        heads of different documents. So no batch of answers that are generated or scored by each rank alone is cut.
 
         Beside the rows: `target_rows` (int64, which flattened positions have a target), `row_sequence` (int64, whose each
         of them is), `num_sequences`; `target_weights` (float32, what each of them counts for) where some weigh less than 1;
@@ -65,7 +69,11 @@ class Collator:
             logps = [sample.marks[REFERENCE] for sample in samples]
             batch["reference_logps"] = torch.tensor(logps, dtype=torch.float32)
         self.add(batch, samples)
-        return batch
+        return batch if cut is None else self.cut(batch, cut)
+
+    def cut(self, batch: dict[str, Any], cut: Cut) -> dict[str, Any]:
+        """This rank's slice of a micro-batch; see `cut_batch`. An objective may override it."""
+        return cut_batch(batch, cut, self.axes)
 
     def rows(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Tokens and targets."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from trainer.data.batches.collate import Collator, to_device
+from trainer.data.batches.cutting import Cut
 from trainer.data.batches.order import Order
 from trainer.data.batches.prefetch import pin_batch, prefetch
 from trainer.data.store.sequences import Sample, TokenDataset, concatenated_ranges, exact_sum
@@ -52,20 +53,23 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How a global batch is divided among ranks and micro-batches; `global_batch` and `micro_batch` count units."""
+    """How a global batch is divided among readers and micro-batches; `global_batch` and `micro_batch` count units."""
 
     global_batch: int
     micro_batch: int
-    dp_rank: int
-    dp_size: int
+    reader: int
+    """Index of this rank among those that read documents of their own; the same for ranks that share their rows."""
+    readers: int
+    cut: Cut | None = None
+    """Which slice of its rows this rank takes; None if it takes them whole."""
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each rank in a step."""
-        assert self.global_batch % (self.micro_batch * self.dp_size) == 0, (
+        """Micro-batches of each reader in a step."""
+        assert self.global_batch % (self.micro_batch * self.readers) == 0, (
             "the config layer reports what does not divide"
         )
-        return self.global_batch // (self.micro_batch * self.dp_size)
+        return self.global_batch // (self.micro_batch * self.readers)
 
 
 class StepLoader:
@@ -110,9 +114,9 @@ class StepLoader:
         self._unit_sequences = np.array(sequences, dtype=np.int64)
 
     def plan(self, first_sample: int) -> list[list[list[int]]]:
-        """Documents of the step that begins at `first_sample`, as [rank][micro-batch][document]; no tensors are made."""
+        """Documents of the step that begins at `first_sample`, as [reader][micro-batch][document]; no tensors are made."""
         slots = self._slots(first_sample)
-        return [self._micro_batches_of(slots, rank) for rank in range(self.share.dp_size)]
+        return [self._micro_batches_of(slots, reader) for reader in range(self.share.readers)]
 
     def documents(self, first_sample: int) -> list[int]:
         """Rows of `documents.arrow` of the global batch that begins at `first_sample`, ascending."""
@@ -120,9 +124,9 @@ class StepLoader:
         return [int(row) for row in np.unique(self.dataset.documents[sequences])]
 
     def _slots(self, first_sample: int) -> np.ndarray:
-        """Units of the step, int64 [slots, units a slot]; slot m * ranks + r is the m-th micro-batch of rank r.
+        """Units of the step, int64 [slots, units a slot]; slot m * readers + r is the m-th micro-batch of reader r.
 
-        The slots come sorted by load, so that the ranks' m-th micro-batches weigh about the same and none waits long.
+        The slots come sorted by load, so that the readers' m-th micro-batches weigh about the same and none waits long.
         """
         share = self.share
         units = self.order.units(first_sample, share.global_batch)
@@ -130,9 +134,9 @@ class StepLoader:
         positions = self.collator.deal(self.dataset, units, self.unit_tokens[units], shape)
         return units[np.array(positions, dtype=np.int64)]
 
-    def _micro_batches_of(self, slots: np.ndarray, rank: int) -> list[list[int]]:
-        """Sequences of each micro-batch of one rank."""
-        return [self._sequences(slot).tolist() for slot in slots[rank :: self.share.dp_size]]
+    def _micro_batches_of(self, slots: np.ndarray, reader: int) -> list[list[int]]:
+        """Sequences of each micro-batch of one reader."""
+        return [self._sequences(slot).tolist() for slot in slots[reader :: self.share.readers]]
 
     def _sequences(self, units: np.ndarray) -> np.ndarray:
         """int64: the sequences of `units` (int64 [U]), one unit after another."""
@@ -159,8 +163,7 @@ class StepLoader:
     def _step(self, first_sample: int) -> StepBatch:
         """The batch of the step that begins at `first_sample`, still on the CPU. Runs in the background thread."""
         slots = self._slots(first_sample)
-        micro_batches = self._micro_batches_of(slots, self.share.dp_rank)
-        local_sequences = list(itertools.chain.from_iterable(micro_batches))
+        micro_batches = self._micro_batches_of(slots, self.share.reader)
         global_sequences = self._sequences(slots.ravel())
         dataset = self.dataset
         # Counted over the whole global batch on every rank, so the loss is divided by the same number everywhere
@@ -182,13 +185,22 @@ class StepLoader:
             ahead=ahead,
             totals=totals,
             tokens=int(dataset.lengths[global_sequences].sum()),
-            local_tokens=int(dataset.lengths[local_sequences].sum()),
+            local_tokens=sum(self._local_tokens(sequences) for sequences in micro_batches),
             supervised_tokens=int(dataset.num_supervised[global_sequences].sum()),
             samples=self.share.global_batch,
             source_tokens={name: int(tokens) for name, tokens in source_tokens.items()},
             source_counts=self._sum_by_source(dataset.counts["loss"], global_sequences),
             balance=self._balance(slots),
         )
+
+    def _local_tokens(self, sequences: list[int]) -> int:
+        """Tokens of a micro-batch that this rank computes: all of them, or those of its slice."""
+        num_tokens = int(self.dataset.lengths[sequences].sum())
+        cut = self.share.cut
+        if cut is None:
+            return num_tokens
+        start, stop = cut.span(num_tokens)
+        return stop - start
 
     def _sum_by_source(self, counts: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
         """The sum of `counts` ([N], one a sequence) over the `sequences` of each source, where there are several sources."""
@@ -204,32 +216,38 @@ class StepLoader:
         `sequences`: their numbers, if the batch shall say of which source each supervised row is, where there are several
         sources: `row_source` (int64, a place in `source_names`).
         """
-        batch = self.collator(samples)
+        batch = self.collator(samples, self.share.cut)
         if sequences is not None and len(self.sources) > 1:
             places = np.searchsorted(np.array([*self.sources]), self.dataset.sources[sequences])
-            batch["row_source"] = torch.from_numpy(np.repeat(places, self.dataset.num_supervised[sequences]))
+            # By the rows of this rank: with a cut, others hold the rest of a sequence's rows.
+            batch["row_source"] = torch.from_numpy(places)[batch["row_sequence"]]
             batch["source_names"] = [*self.sources.values()]
         return pin_batch(batch, self.device)
 
     def _balance(self, slots: np.ndarray) -> float:
         """The share of all ranks' time that is work, if time goes with tokens and every micro-batch waits for all."""
-        # Slot m * ranks + r is the m-th micro-batch of rank r, so rows are micro-batches and columns are ranks.
-        tokens = self.unit_tokens[slots].sum(axis=1).reshape(self.accumulation, self.share.dp_size)
+        # Slot m * readers + r is the m-th micro-batch of reader r, so rows are micro-batches and columns are readers.
+        tokens = self.unit_tokens[slots].sum(axis=1).reshape(self.accumulation, self.share.readers)
         return float(tokens.mean(axis=1).sum() / tokens.max(axis=1).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class EvalShare:
-    """How a data set is divided for a pass without learning: documents in one micro-batch, and this rank's part."""
+    """How a data set is divided for a pass without learning: documents in one micro-batch, and this reader's part.
+
+    Where nobody shares rows, as in generation, each rank is a reader.
+    """
 
     batch: int
-    dp_rank: int
-    dp_size: int
+    reader: int
+    readers: int
     max_documents: int | None = None
     """The first ones (of each source, where they are told apart); None for all."""
     sequences_per_document: int = 1
     by_source: bool = False
     """Whether a micro-batch holds documents of one source only."""
+    cut: Cut | None = None
+    """Which slice of its rows this rank takes; None if it takes them whole."""
 
     def groups(self, dataset: TokenDataset) -> np.ndarray:
         """int64 [documents]: the source of each document if `by_source`, else 0."""
@@ -257,7 +275,7 @@ def sources_in(dataset: TokenDataset) -> dict[int, str]:
 
 
 def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
-    """Sequences of each of this rank's micro-batches, as `eval_batches` says; none where the rank has run out."""
+    """Sequences of each of this reader's micro-batches, as `eval_batches` says; none where the reader has run out."""
     per_document = share.sequences_per_document
     documents = share.documents(dataset)
     groups = share.groups(dataset)
@@ -266,9 +284,9 @@ def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     batches: list[list[int]] = []
     for part in np.split(ordered, np.flatnonzero(np.diff(groups[ordered])) + 1):
         batches += [part[start : start + share.batch].tolist() for start in range(0, len(part), share.batch)]
-    # The ranks take batches in turn, and all of them the same number of turns.
-    for turn in range(-(-len(batches) // share.dp_size)):
-        number = turn * share.dp_size + share.dp_rank
+    # The readers take batches in turn, and all of them the same number of turns.
+    for turn in range(-(-len(batches) // share.readers)):
+        number = turn * share.readers + share.reader
         batch = batches[number] if number < len(batches) else []
         sequences: list[int] = []
         for document in batch:
@@ -301,7 +319,7 @@ def eval_batches(
         samples = [sample_of(dataset, sequence) for sequence in sequences]
         if not samples:
             samples = collator.fillers(dataset, share.sequences_per_document)
-        batch = {**collator(samples), "totals": totals}
+        batch = {**collator(samples, share.cut), "totals": totals}
         if share.by_source:
             batch["source"] = int(dataset.sources[sequences[0] if sequences else 0])
         if ahead is not None:

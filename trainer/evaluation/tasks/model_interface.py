@@ -163,13 +163,16 @@ class ModelInterface:
         """(summed loss, number of targets that were the likeliest token) of each sequence, by its number in the data set."""
         self._stop_if_only_checking()
         from strategies.runtime import gather_objects
+        from trainer.data.batches.cutting import cut_of
         from trainer.data.batches.loader import EvalShare, eval_batches, eval_plan
 
         cache_key = (id(dataset), max_rows)
         if cache_key in self.cached_losses:
             return self.cached_losses[cache_key]
         # One sequence in a micro-batch, so that the sums of a batch are those of a sequence.
-        share = EvalShare(1, self.engine.dp_rank, self.engine.dp_size, max_rows)
+        runtime = self.runtime
+        cut = cut_of(runtime.sequence_rank, runtime.sequence_size)
+        share = EvalShare(1, runtime.reader, runtime.readers, max_rows, cut=cut)
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)
         own_losses: dict[int, tuple[float, float]] = {}
         with self.engine.inference() as module:
@@ -179,8 +182,11 @@ class ModelInterface:
                     own_losses[number] = (float(terms["loss"].double()), float(terms["accuracy"].double()))
                 self._check_stop()
         all_losses: dict[int, tuple[float, float]] = {}
-        for rank_losses in gather_objects(own_losses, self.runtime):
-            all_losses |= rank_losses
+        for rank_losses in gather_objects(own_losses, runtime):
+            for number, (loss, correct) in rank_losses.items():
+                # Ranks that share a row (`parallel.sequence`) have a share each of its sums.
+                loss_before, correct_before = all_losses.get(number, (0.0, 0.0))
+                all_losses[number] = (loss_before + loss, correct_before + correct)
         self.cached_losses[cache_key] = all_losses
         return all_losses
 

@@ -1,0 +1,147 @@
+"""Sequence-parallel groups, and the two collectives with which their ranks compute one row together.
+
+`parallel.sequence=n` makes groups of `n` neighbouring ranks. The ranks of a group read the same documents and hold one slice
+of their tokens each. Attention needs all tokens at once, so it exchanges slices for heads (`Exchange`), as in DeepSpeed
+Ulysses (Jacobs et al. 2023, arXiv:2309.14509): each rank then attends over the whole row with some of the heads.
+
+Strategies are not told. They average gradients over all ranks as always, which is right because every rank returns its share
+of each sum, and because the collectives here have their true adjoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from strategies.runtime import Runtime
+from strategies.simulation import real_tensors
+
+_GROUPS: dict[int, tuple[Any, Any]] = {}
+"""For each degree: the group of all ranks for which it was made, and this rank's own group."""
+
+
+def with_sequence(runtime: Runtime, degree: int) -> Runtime:
+    """`runtime` as that of a run with `parallel.sequence=degree`. All ranks must call: the groups are formed.
+
+    A group lives as long as the process group of all ranks. It is made once for each degree.
+    """
+    if degree == 1:
+        return replace(runtime, sequence_size=1)
+    assert runtime.world_size % degree == 0, "the config layer reports what does not divide"
+    runtime = replace(runtime, sequence_size=degree)
+    all_ranks = dist.group.WORLD
+    known = _GROUPS.get(degree)
+    if known is not None and known[0] is all_ranks:
+        return runtime
+    first = runtime.reader * degree
+    with real_tensors():
+        group = dist.new_group(
+            list(range(first, first + degree)),
+            timeout=timedelta(seconds=runtime.timeout_s),
+            backend="nccl" if runtime.device.type == "cuda" else None,  # without a second, unused one for CPUs
+            # Each rank makes its own group only. Otherwise every rank would have to make all of them.
+            use_local_synchronization=True,
+        )
+    _GROUPS[degree] = (all_ranks, group)
+    return runtime
+
+
+def group_of_slices(row_slices: list[int]) -> Any:
+    """The group whose ranks hold the slices of a row. `row_slices` are the slices' borders, one more than there are ranks."""
+    all_ranks, group = _GROUPS[len(row_slices) - 1]
+    assert all_ranks is dist.group.WORLD, "the groups of a job that has ended"
+    return group
+
+
+def group_of_runtime(runtime: Runtime) -> Any:
+    """This rank's sequence-parallel group; None if `parallel.sequence=1`."""
+    return None if runtime.sequence_size == 1 else _GROUPS[runtime.sequence_size][1]
+
+
+class Exchange(torch.autograd.Function):
+    """All-to-all of a flat tensor within a sequence-parallel group. All ranks of the group must call, forward and backward.
+
+    `sent` and `received` are numbers of elements for each rank of the group, in rank order. They may be uneven, and zero. The
+    adjoint is the same exchange with the two swapped: a gradient goes back to the rank that its element came from.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+        """Returns what the other ranks sent to this one, one after another: `[sum(received)]`."""
+        ctx.sent = sent
+        ctx.received = received
+        ctx.group = group
+        return _all_to_all(flat, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        """The gradient of `flat`, and None for what is no tensor."""
+        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _all_to_all(flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    """The elements that this rank is sent, in rank order. On the meta device they have a shape alone."""
+    output = flat.new_empty(sum(received))
+    if not flat.is_meta:
+        # The plain call, which waits in the stream's order. An asynchronous one hands out a tensor that has no memory yet.
+        dist.all_to_all_single(output, flat.contiguous(), received, sent, group=group)
+    return output
+
+
+class SumOverGroup(torch.autograd.Function):
+    """The sum of a tensor over a sequence-parallel group. All ranks of the group must call, forward and backward.
+
+    Every rank goes on to compute with the sum, and each of their terms depends on it. So the adjoint is a sum as well. The
+    identity, which many take, would keep this rank's term alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: Any) -> Tensor:
+        """Returns the sum, of the shape of `local`."""
+        ctx.group = group
+        return _all_reduce(local, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The gradient of `local`, and None for the group."""
+        return _all_reduce(grad, ctx.group), None
+
+
+def _all_reduce(local: Tensor, group: Any) -> Tensor:
+    """The sum over the group, in a new tensor."""
+    total = local.clone(memory_format=torch.contiguous_format)
+    if not total.is_meta:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def sum_over_group(local: Tensor, row_slices: list[int] | None) -> Tensor:
+    """The sum of each rank's `local` over the ranks that share a row, with gradients; `local` itself if nobody shares it.
+
+    All ranks of the group must call.
+    """
+    if row_slices is None:
+        return local
+    total: Tensor = SumOverGroup.apply(local, group_of_slices(row_slices))
+    return total
+
+
+def move_rows(rows: Tensor, sent: list[int], received: list[int], row_slices: list[int]) -> Tensor:
+    """Rows `[N, H]` of this rank sent on to the ranks of its group: `sent[r]` of them to rank r, and `received[r]` from it.
+
+    Carries no gradient. All ranks of the group must call.
+    """
+    width = rows.shape[-1]
+    with torch.no_grad():
+        flat = _all_to_all(
+            rows.reshape(-1),
+            [number * width for number in sent],
+            [number * width for number in received],
+            group_of_slices(row_slices),
+        )
+    return flat.view(-1, width)

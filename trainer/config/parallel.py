@@ -1,0 +1,66 @@
+"""How the ranks share a single row of documents, and what follows for the arithmetic of batches.
+
+Data parallelism (`strategy`) gives each rank documents of its own. With `parallel.sequence=n`, `n` neighbouring ranks form a
+sequence-parallel group: they read the same documents, and each holds a slice of their tokens. Such a group is one *reader*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from strategies.settings import number
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """What the ranks share besides data and parameters."""
+
+    sequence: int = number(1, least=1, advice="1 gives each rank documents of its own; 2, 4 or 8 for long documents")
+    """Ranks that share each row of documents. Each holds a slice of its tokens, and attention exchanges slices for heads. Set
+    it if a document does not fit one GPU. At most the number of query heads; the ranks must be a multiple of it."""
+
+
+class BatchedRun(Protocol):
+    """The part of a configuration that says how a global batch is divided."""
+
+    batch: dict[str, Any]
+    parallel: ParallelConfig
+
+
+def readers_of(config: BatchedRun, world_size: int) -> int:
+    """How many read documents of their own among `world_size` ranks: each rank, or each sequence-parallel group."""
+    return world_size // config.parallel.sequence
+
+
+def name_of_readers(config: BatchedRun, readers: int) -> str:
+    """The readers as a message names them: `4 ranks`, or `2 groups of 4 ranks`."""
+    degree = config.parallel.sequence
+    plural = "s" if readers > 1 else ""
+    return f"{readers} rank{plural}" if degree == 1 else f"{readers} group{plural} of {degree} ranks"
+
+
+def accumulation_steps(config: BatchedRun, world_size: int) -> int:
+    """Micro-batches of each reader in one optimizer step; 0 if `batch.global` is smaller than one of each reader."""
+    documents_per_pass = config.batch["micro"] * readers_of(config, world_size)
+    accumulation: int = config.batch["global"] // documents_per_pass
+    return accumulation
+
+
+def problems(config: BatchedRun, world_size: int | None, strategy_name: str) -> Iterator[str]:
+    """What is wrong with `parallel`, one line each. `world_size` is the number of ranks, None if it is not known."""
+    degree = config.parallel.sequence
+    if degree == 1:
+        return
+    if strategy_name == "single":
+        yield (
+            f"parallel.sequence={degree}: strategy=single is one process, and a row is shared by several; set "
+            "parallel.sequence=1, or use strategy=fsdp2"
+        )
+    elif world_size is not None and world_size % degree:
+        legal = [str(divisor) for divisor in range(1, world_size + 1) if world_size % divisor == 0]
+        yield (
+            f"parallel.sequence={degree}: must divide the number of ranks, {world_size}, so that every group is whole; set "
+            f"one of {', '.join(legal)}"
+        )

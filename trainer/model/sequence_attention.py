@@ -1,0 +1,163 @@
+"""Attention over a row of which each rank holds a slice: slices are exchanged for heads, and back (`parallel.sequence`).
+
+Between the two exchanges a rank has the whole row for some of the heads, so every kernel computes what it always does, with
+the same documents, windows, chunks, soft caps and sinks. Nothing depends on how heads or tokens divide: any degree up to the
+number of query heads, and any number of key-value heads.
+
+What a row is cut into travels with the batch (`row_slices`), as the borders of documents do. Neither a global nor a context
+variable would do: activation recomputation calls the layers again in the backward pass, outside of any context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from strategies.runtime import device_kind
+from strategies.sequence import Exchange, group_of_slices
+
+FLASH_ATTENTION = "flash_attention_2"
+"""What transformers calls its function of FlashAttention 2."""
+SINKS = ("s_aux", "sinks")
+"""What models call the parameters of which each query head has one."""
+IMPOSSIBLE = ("head_mask", "position_bias")
+"""Inputs for each head and position, which no architecture without padding passes today."""
+
+Attention = Callable[..., tuple[Tensor, Any]]
+
+
+def register_flash() -> None:
+    """Let transformers' own FlashAttention 2 take slices, under the name it has: models ask for it by that. Idempotent."""
+    from transformers import AttentionInterface
+    from transformers.integrations.flash_attention import flash_attention_forward
+
+    AttentionInterface.register(FLASH_ATTENTION, over_slices(flash_attention_forward))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShares:
+    """Which heads each rank of a sequence-parallel group attends with."""
+
+    query: list[tuple[int, int]]
+    """For each rank the first of its query heads, and the one after its last."""
+    key_value: list[tuple[int, int]]
+    """The key-value heads that these use, likewise. With fewer of them than ranks, several ranks use the same one."""
+
+
+def head_shares(query_heads: int, key_value_heads: int, ranks: int) -> HeadShares:
+    """Deal the query heads of a layer to `ranks` ranks as evenly as they divide."""
+    queries_per_key = query_heads // key_value_heads
+    query = []
+    key_value = []
+    for rank in range(ranks):
+        first = query_heads * rank // ranks
+        end = query_heads * (rank + 1) // ranks
+        query.append((first, end))
+        key_value.append((first // queries_per_key, -(-end // queries_per_key)))
+    return HeadShares(query, key_value)
+
+
+def over_slices(attend: Attention) -> Attention:
+    """`attend`, an attention function of transformers, for rows of which each rank of a group holds a slice.
+
+    A call without `row_slices` is passed through. With them, q is `[1, H, t, D]`, k and v are `[1, G, t, D]` for the t tokens of
+    this rank's slice, and the result is `[1, t, H, D]`. All ranks of the group must call, forward and backward.
+    """
+
+    @wraps(attend)
+    def attend_over_slices(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        row_slices: list[int] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        if row_slices is None:
+            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        for name in IMPOSSIBLE:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"parallel.sequence: attention with {name} is not exchanged; set parallel.sequence=1")
+        # Rotary embeddings leave queries and keys wider than values under autocast. Kernels of GPUs take them narrow, so
+        # the exchange need not carry what is cast away after it.
+        if device_kind(value.device) == "cuda":
+            query = query.to(value.dtype)
+            key = key.to(value.dtype)
+
+        group = group_of_slices(row_slices)
+        rank = dist.get_rank(group)
+        shares = head_shares(query.shape[1], key.shape[1], len(row_slices) - 1)
+        heads = shares.query[rank]
+        row_query = slices_to_heads(query, shares.query, row_slices, rank, group)
+        row_key = slices_to_heads(key, shares.key_value, row_slices, rank, group)
+        row_value = slices_to_heads(value, shares.key_value, row_slices, rank, group)
+        key_of_query = _uneven_key_heads(heads, shares.key_value[rank], query.shape[1] // key.shape[1])
+        if key_of_query is not None:
+            indices = torch.tensor(key_of_query).to(row_key.device, non_blocking=True)
+            row_key = row_key.index_select(1, indices)
+            row_value = row_value.index_select(1, indices)
+        for name in SINKS:
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][slice(*heads)]
+
+        row_output, _ = attend(module, row_query, row_key, row_value, attention_mask, *args, **kwargs)
+        # Attention weights, which some functions return, are those of this rank's heads: nobody asks for them in training.
+        return heads_to_slices(row_output, shares.query, row_slices, rank, group), None
+
+    return attend_over_slices
+
+
+def _uneven_key_heads(heads: tuple[int, int], key_heads: tuple[int, int], queries_per_key: int) -> list[int] | None:
+    """For each query head of a rank, the place of its key-value head among the rank's own.
+
+    None if kernels find it themselves: they take equally many query heads, in a row, for each key-value head.
+    """
+    first_key = key_heads[0]
+    key_of_query = [head // queries_per_key - first_key for head in range(*heads)]
+    number = key_heads[1] - first_key
+    per_key = len(key_of_query) // number
+    evenly = [place // per_key for place in range(len(key_of_query))]
+    if len(key_of_query) % number == 0 and key_of_query == evenly:
+        return None
+    return key_of_query
+
+
+def slices_to_heads(
+    local: Tensor, shares: list[tuple[int, int]], row_slices: list[int], rank: int, group: Any
+) -> Tensor:
+    """`[1, heads, t, D]` of this rank's slice -> `[1, own heads, T, D]` of the whole row. All ranks of the group must call.
+
+    `shares`: the heads of each rank, first and end.
+    """
+    width = local.shape[-1]
+    # Token by token within what a rank is sent, so that what arrives from all ranks is the row itself.
+    pieces = [local[0, first:end].transpose(0, 1).reshape(-1) for first, end in shares]
+    own_heads = shares[rank][1] - shares[rank][0]
+    received = [(stop - start) * own_heads * width for start, stop in pairwise(row_slices)]
+    sent = [piece.numel() for piece in pieces]
+    row = Exchange.apply(torch.cat(pieces), sent, received, group)
+    return row.view(row_slices[-1], own_heads, width).transpose(0, 1)[None]
+
+
+def heads_to_slices(
+    row_output: Tensor, shares: list[tuple[int, int]], row_slices: list[int], rank: int, group: Any
+) -> Tensor:
+    """`[1, T, own heads, D]` of the whole row -> `[1, t, heads, D]` of this rank's slice. All ranks of the group must call."""
+    own_heads, width = row_output.shape[2:]
+    own_tokens = row_slices[rank + 1] - row_slices[rank]
+    sent = [(stop - start) * own_heads * width for start, stop in pairwise(row_slices)]
+    received = [own_tokens * (end - first) * width for first, end in shares]
+    flat = Exchange.apply(row_output.reshape(-1), sent, received, group)
+    by_rank = []
+    for piece, (first, end) in zip(flat.split(received), shares, strict=True):
+        by_rank.append(piece.view(own_tokens, end - first, width))
+    return torch.cat(by_rank, dim=1)[None]
