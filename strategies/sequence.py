@@ -1,7 +1,7 @@
 """Sequence-parallel groups, and the two collectives with which their ranks compute one row together.
 
 `parallel.sequence=n` makes groups of `n` neighbouring ranks. The ranks of a group read the same documents and hold one slice
-of their tokens each. Attention needs all tokens at once, so it exchanges slices for heads (`Exchange`), as in DeepSpeed
+of their tokens each. Attention needs all tokens at once, so it exchanges slices for heads (`AllToAll`), as in DeepSpeed
 Ulysses (Jacobs et al. 2023, arXiv:2309.14509): each rank then attends over the whole row with some of the heads.
 
 Strategies are not told. They average gradients over all ranks as always, which is right because every rank returns its share
@@ -63,7 +63,7 @@ def group_of_runtime(runtime: Runtime) -> Any:
     return None if runtime.sequence_size == 1 else _GROUPS[runtime.sequence_size][1]
 
 
-class Exchange(torch.autograd.Function):
+class AllToAll(torch.autograd.Function):
     """All-to-all of a flat tensor within a sequence-parallel group. All ranks of the group must call, forward and backward.
 
     `sent` and `received` are numbers of elements for each rank of the group, in rank order. They may be uneven, and zero. The
@@ -137,11 +137,8 @@ def move_rows(rows: Tensor, sent: list[int], received: list[int], row_slices: li
     Carries no gradient. All ranks of the group must call.
     """
     width = rows.shape[-1]
+    sent_elements = [number * width for number in sent]
+    received_elements = [number * width for number in received]
     with torch.no_grad():
-        flat = _all_to_all(
-            rows.reshape(-1),
-            [number * width for number in sent],
-            [number * width for number in received],
-            group_of_slices(row_slices),
-        )
+        flat = _all_to_all(rows.reshape(-1), sent_elements, received_elements, group_of_slices(row_slices))
     return flat.view(-1, width)

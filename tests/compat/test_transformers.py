@@ -308,3 +308,10 @@ def test_conversations_are_rendered_with_the_spans_of_generation_blocks():
     assert texts == ["user: hello assistant: there</s>", "user: hello "]
     assert [[texts[0][slice(*map(int, span))] for span in spans[0]], list(spans[1])] == [["there</s>"], []]
     assert render_conversations([chat[:1]], template)[1] == [[]]
+
+
+def test_flash_attention_is_the_function_that_transformers_registers():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
+    assert compat.flash_attention_function() in (before, getattr(before, "__wrapped__", None))

@@ -211,7 +211,7 @@ def test_loader_collates_evaluation_in_a_thread_into_pinned_memory(dataset, monk
     threads, pinned = set(), []
 
     class Noting(Collator):
-        def __call__(self, samples):
+        def __call__(self, samples, cut=None):
             threads.add(threading.current_thread().name)
             return super().__call__(samples)
 
@@ -228,7 +228,7 @@ def test_loader_collates_evaluation_in_a_thread_into_pinned_memory(dataset, monk
 
 def test_loader_evaluation_errors_reach_the_consumer(dataset):
     class Failing(Collator):
-        def __call__(self, samples):
+        def __call__(self, samples, cut=None):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

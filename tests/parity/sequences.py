@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyName, ZeroConfig
+from strategies.base import ActivationCheckpointing, Precision, StrategyName, ZeroConfig
 from strategies.sequence import with_sequence
 from tests.helpers.building import (
     GLOBAL_BATCH,

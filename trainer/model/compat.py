@@ -310,3 +310,10 @@ def reading_quantizer(settings: Any) -> Any:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     return AutoHfQuantizer.from_config(settings, pre_quantized=True)
+
+
+def flash_attention_function() -> Callable[..., tuple[Tensor, Any]]:
+    """transformers' own attention by FlashAttention 2, as its interface registers it; needs the package only when called."""
+    from transformers.integrations.flash_attention import flash_attention_forward
+
+    return flash_attention_forward

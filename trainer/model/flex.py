@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from strategies.runtime import SIMULATED
 from trainer.model.compat import declares_flex_attention, tell_documents
-from trainer.model.sequence_attention import over_slices
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -61,6 +60,8 @@ Masks are made before the first block, so that a block which is recomputed needs
 def register() -> None:
     """Make the function, and the blocks it needs, known to transformers under `NAME`. Idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    from trainer.model.sequence_attention import over_slices
 
     AttentionInterface.register(NAME, over_slices(flex_attention))
     AttentionMaskInterface.register(NAME, block_mask)

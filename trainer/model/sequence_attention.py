@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from strategies.runtime import device_kind
-from strategies.sequence import Exchange, group_of_slices
+from strategies.sequence import AllToAll, group_of_slices
+from trainer.model.compat import flash_attention_function
 
 FLASH_ATTENTION = "flash_attention_2"
 """What transformers calls its function of FlashAttention 2."""
@@ -36,9 +37,8 @@ Attention = Callable[..., tuple[Tensor, Any]]
 def register_flash() -> None:
     """Let transformers' own FlashAttention 2 take slices, under the name it has: models ask for it by that. Idempotent."""
     from transformers import AttentionInterface
-    from transformers.integrations.flash_attention import flash_attention_forward
 
-    AttentionInterface.register(FLASH_ATTENTION, over_slices(flash_attention_forward))
+    AttentionInterface.register(FLASH_ATTENTION, over_slices(flash_attention_function()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def slices_to_heads(
     own_heads = shares[rank][1] - shares[rank][0]
     received = [(stop - start) * own_heads * width for start, stop in pairwise(row_slices)]
     sent = [piece.numel() for piece in pieces]
-    row = Exchange.apply(torch.cat(pieces), sent, received, group)
+    row = AllToAll.apply(torch.cat(pieces), sent, received, group)
     return row.view(row_slices[-1], own_heads, width).transpose(0, 1)[None]
 
 
@@ -156,7 +156,7 @@ def heads_to_slices(
     own_tokens = row_slices[rank + 1] - row_slices[rank]
     sent = [(stop - start) * own_heads * width for start, stop in pairwise(row_slices)]
     received = [own_tokens * (end - first) * width for first, end in shares]
-    flat = Exchange.apply(row_output.reshape(-1), sent, received, group)
+    flat = AllToAll.apply(row_output.reshape(-1), sent, received, group)
     by_rank = []
     for piece, (first, end) in zip(flat.split(received), shares, strict=True):
         by_rank.append(piece.view(own_tokens, end - first, width))

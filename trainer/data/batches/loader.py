@@ -170,9 +170,11 @@ class StepLoader:
         # without a collective.
         totals = {term: exact_sum(counts[global_sequences]) for term, counts in dataset.counts.items()}
         batches = []
+        local_tokens = 0
         for sequences in micro_batches:
             samples = [dataset.sample(sequence) for sequence in sequences]
             batches.append({**self._collate(samples, sequences), "totals": totals})
+            local_tokens += self._local_tokens(sequences)
         ahead: list[dict[str, Any]] = []
         sample_ahead = self.ahead
         if sample_ahead is not None:
@@ -185,7 +187,7 @@ class StepLoader:
             ahead=ahead,
             totals=totals,
             tokens=int(dataset.lengths[global_sequences].sum()),
-            local_tokens=sum(self._local_tokens(sequences) for sequences in micro_batches),
+            local_tokens=local_tokens,
             supervised_tokens=int(dataset.num_supervised[global_sequences].sum()),
             samples=self.share.global_batch,
             source_tokens={name: int(tokens) for name, tokens in source_tokens.items()},
