@@ -34,7 +34,7 @@ from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
 from trainer.loop import Trainer
 from trainer.objectives.pretrain import PretrainConfig
-from trainer.objectives.sft import SftConfig, SftReading
+from trainer.objectives.sft import SftConfig, SftDataSpec
 
 STEPS = 3
 PREFERENCES = variants_of("dpo", "orpo", "simpo")
@@ -134,7 +134,7 @@ def short_set(root: Path, *, num: int = 48) -> PreparedData:
         for index, sample in enumerate(samples(num, uneven=False)):
             length = 1 + index % 3
             short.append(replace(sample, input_ids=sample.input_ids[:length], supervised=sample.supervised[:length]))
-        write(directory, short, SftReading().counts, {"fingerprint": "short"})
+        write(directory, short, SftDataSpec().counts, {"fingerprint": "short"})
     opened = TokenDataset.open(directory)
     return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
