@@ -15,14 +15,14 @@ from launch.output import Column, TableRow, fold_all, table
 from trainer.reporting.numbers import short
 
 MeasureColumn = tuple[str, Callable[[ComparedRun], str]]
-"""A column's title, and the function that gives a run's cell in it."""
+"""(heading of a column, function that returns a run's cell in it)."""
 UNKNOWN = "-"
 """The cell of a number that is not known."""
 LOSS_DIFFERENCE = "loss diff"
 
 
-def _number(value: float | None, form: str) -> str:
-    return UNKNOWN if value is None else format(value, form)
+def _number(value: float | None, number_format: str) -> str:
+    return UNKNOWN if value is None else format(value, number_format)
 
 
 def _rate(per_second: float | None) -> str:
@@ -44,7 +44,7 @@ def _loss_difference(run: ComparedRun) -> str:
 
 
 def _start_seconds(run: ComparedRun) -> float | None:
-    """Seconds to the first step, without the evaluation before it."""
+    """Seconds from the start of a run to its first step; the evaluation before that step is not counted."""
     measured = run.measured
     if measured.start_s is None:
         return None
@@ -52,8 +52,11 @@ def _start_seconds(run: ComparedRun) -> float | None:
 
 
 def _spread(run: ComparedRun) -> str:
-    spread = run.summary.spread
-    return UNKNOWN if spread is None else f"{_rate(spread[0])}-{_rate(spread[1])}"
+    """The cell `slowest-fastest` of the repeats, in tokens/s."""
+    if run.summary.spread is None:
+        return UNKNOWN
+    slowest, fastest = run.summary.spread
+    return f"{_rate(slowest)}-{_rate(fastest)}"
 
 
 def _part_column(part: str) -> MeasureColumn:
@@ -90,7 +93,10 @@ EXCHANGE_COLUMNS: tuple[MeasureColumn, ...] = (
 
 
 def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
-    """(title, columns) of each table; of those behind the first, columns in which no row has anything are left out."""
+    """(title, columns) of each table of the comparison; the first has no title.
+
+    Of the others, columns that are unknown for every run are left out, and so are tables without a column.
+    """
     begun = [run for run in comparison.runs if run.measured.steps]
     details: list[tuple[str, tuple[MeasureColumn, ...]]] = [("what it took", COST_COLUMNS)]
     if any(run.summary.parts_s for run in begun):
@@ -98,16 +104,15 @@ def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
     if any(run.measured.exchanged_gib for run in begun):
         details.append(("exchanged", EXCHANGE_COLUMNS))
 
-    # A single run has no other whose loss it could differ from.
     main_columns = list(MAIN_COLUMNS)
     if len(comparison.runs) == 1:  # there is no other run that its loss could differ from
         main_columns = [(heading, cell_of) for heading, cell_of in MAIN_COLUMNS if heading != LOSS_DIFFERENCE]
-    shown = [("", main_columns)]
+    titled_columns = [("", main_columns)]
     for title, columns in details:
         known_columns = [column for column in columns if _is_known(column, begun)]
         if known_columns:
-            shown.append((title, known_columns))
-    return shown
+            titled_columns.append((title, known_columns))
+    return titled_columns
 
 
 def _is_known(column: MeasureColumn, runs: list[ComparedRun]) -> bool:
@@ -117,16 +122,19 @@ def _is_known(column: MeasureColumn, runs: list[ComparedRun]) -> bool:
 
 
 def as_text(comparison: Comparison) -> str:
-    """What a person reads in a terminal."""
+    """The comparison as text for a terminal: the tables, then the sections below them."""
     lines: list[str] = []
     for title, measures in tables(comparison):
         columns = [Column(f"{title}:" if title else "")]
         columns += [Column(heading, is_number=True) for heading, _ in measures]
         rows = []
         for run in comparison.runs:
-            if title and not run.measured.steps:
+            is_main_table = not title
+            if not is_main_table and not run.measured.steps:
                 continue  # only the first table has runs that never began
-            notes = fold_all([run.repeated.reason]) if run.repeated.reason and not title else []
+            notes: list[str] = []
+            if is_main_table and run.repeated.reason:
+                notes = fold_all([run.repeated.reason])
             rows.append(TableRow(_row(run, measures), notes))
         if lines:
             lines.append("")
@@ -138,11 +146,12 @@ def as_text(comparison: Comparison) -> str:
 
 
 def _row(run: ComparedRun, columns: Sequence[MeasureColumn]) -> list[str]:
+    """A run's row of a table: its name, then its cell in each column."""
     return [run.name, *(cell_of(run) for _, cell_of in columns)]
 
 
 def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """(title, lines) of each section below the tables."""
+    """(title, lines) of each section below the tables; a section without lines is shown nowhere."""
     differences = []
     for difference in comparison.differences:
         values = ", ".join(short(value) for value in difference.values)
@@ -159,7 +168,7 @@ def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def _curve_lines(comparison: Comparison) -> list[str]:
-    """How far the loss curve of each run is from that of the run it is compared with, or why nothing can be said; a line each."""
+    """A line for each run with a baseline: how far its loss curve is from the baseline's, or why they cannot be compared."""
     lines = []
     for run in comparison.runs:
         difference = run.loss_difference
@@ -179,7 +188,7 @@ def _curve_lines(comparison: Comparison) -> list[str]:
 
 
 def _metric_names(comparison: Comparison) -> list[str]:
-    """Held-out metrics of any run, each once, in the order in which they come up."""
+    """Names of the held-out metrics that any run has, each once, in the order of the runs."""
     names: dict[str, None] = {}
     for run in comparison.runs:
         names |= dict.fromkeys(run.measured.before) | dict.fromkeys(run.measured.after)
@@ -187,6 +196,7 @@ def _metric_names(comparison: Comparison) -> list[str]:
 
 
 def _evaluation_lines(comparison: Comparison) -> list[str]:
+    """A line `metric  run: before -> after` for each held-out metric and each run that has it."""
     lines = []
     for metric in _metric_names(comparison):
         for run in comparison.runs:
@@ -198,22 +208,26 @@ def _evaluation_lines(comparison: Comparison) -> list[str]:
 
 
 def cell_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, headings, cells of each row) of each table; the first one ends with each run's state."""
+    """(title, headings, cells of each row) of each table, for Markdown and HTML; the first one ends with each run's state."""
     tables_of_cells = []
     for title, columns in tables(comparison):
         headings = ["run", *(heading for heading, _ in columns)]
+        rows = []
         if title:
             rows = [_row(run, columns) for run in comparison.runs if run.measured.steps]
         else:
             headings.append("state")
-            rows = [[*_row(run, columns), run.repeated.reason or run.repeated.state] for run in comparison.runs]
+            for run in comparison.runs:
+                state = run.repeated.reason or run.repeated.state
+                rows.append([*_row(run, columns), state])
         tables_of_cells.append((title, headings, rows))
     return tables_of_cells
 
 
 def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()) -> str:
-    """The comparison as a Markdown page; `pictures` are (title, path beside it) of plots."""
-    lines = [f"# Run {comparison.first}" if len(comparison.runs) == 1 else "# Comparison"]
+    """The comparison as a Markdown page; `pictures` are (title, path relative to the page) of plots."""
+    is_single_run = len(comparison.runs) == 1
+    lines = [f"# Run {comparison.first}" if is_single_run else "# Comparison"]
     for title, headings, rows in cell_tables(comparison):
         lines.append("")
         if title:
@@ -227,8 +241,9 @@ def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()
         lines += ["", f"## {title}", "", f"![{title}]({path})"]
     lines += ["", "## Runs", ""]
     for run in comparison.runs:
-        if directories := _directories(run):
-            lines.append(f"- {run.name}: {', '.join(f'`{directory}`' for directory in directories)}")
+        run_dirs = [f"`{run_dir}`" for run_dir in _run_directories(run)]
+        if run_dirs:
+            lines.append(f"- {run.name}: {', '.join(run_dirs)}")
     return "\n".join(lines) + "\n"
 
 
@@ -236,18 +251,21 @@ def _capitalised(title: str) -> str:
     return title[0].upper() + title[1:]
 
 
-def _directories(run: ComparedRun) -> list[str]:
-    """The run directory of each repeat; none for a point that was refused, which was never given one."""
+def _run_directories(run: ComparedRun) -> list[str]:
+    """The run directory of each repeat; empty for a point that was refused, because nothing was ever written for it."""
     if not run.repeated.row.directories:
         return []
-    return [str(point.directory) for point in run.repeated.points]
+    return [str(repeat.directory) for repeat in run.repeated.repeats]
 
 
-def as_html(comparison: Comparison, *, again_s: float | None = None) -> str:
-    """The comparison as one HTML file with plots, which a browser reloads after `again_s` seconds; needs the extra `report`."""
+def as_html(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
+    """The comparison as one HTML file with plots. Needs the extra `report`.
+
+    `reload_after_s`: seconds after which a browser reloads it; None for a page that will not change any more.
+    """
     from launch.compare.page import render_page
 
-    return render_page(comparison, cell_tables(comparison), sections(comparison), again_s=again_s)
+    return render_page(comparison, cell_tables(comparison), sections(comparison), reload_after_s=reload_after_s)
 
 
 def _markdown_row(cells: list[str]) -> str:
@@ -256,7 +274,7 @@ def _markdown_row(cells: list[str]) -> str:
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON values; GiB, seconds, tokens a second of all ranks together."""
+    """The comparison as JSON values, as in `compare.json`. Sizes are GiB, times seconds, speeds those of all ranks together."""
     return {
         "first": comparison.first,
         "runs": [_run_as_dict(comparison, number) for number in range(len(comparison.runs))],
@@ -265,16 +283,16 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def _run_as_dict(comparison: Comparison, number: int) -> dict[str, Any]:
-    """Run `number` as JSON values; `differing` has its own value of each setting in which runs differ."""
+    """Run `number` as JSON values; `differing` holds the settings in which the runs differ, with this run's values."""
     run = comparison.runs[number]
-    directories = _directories(run)
+    run_dirs = _run_directories(run)
     loss_difference = None
     if run.loss_difference is not None:
         loss_difference = {**asdict(run.loss_difference), "same": run.loss_difference.same}
     return {
         "name": run.name,
-        "directory": directories[0] if directories else None,
-        "repeats": directories,
+        "directory": run_dirs[0] if run_dirs else None,
+        "repeats": run_dirs,
         "state": run.repeated.state,
         "reason": run.repeated.reason,
         "measured": asdict(run.measured) | asdict(run.summary),
@@ -287,28 +305,28 @@ def _run_as_dict(comparison: Comparison, number: int) -> dict[str, Any]:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One row a run: what it measured, then the settings in which runs differ."""
+    """The comparison as CSV: a row for each run, with its measurements, then the settings in which the runs differ."""
     metrics = _metric_names(comparison)
     collectives: dict[str, None] = {}
     for run in comparison.runs:
         collectives |= dict.fromkeys(run.measured.exchanged_bytes)
     rows = [_csv_row(comparison, number, metrics, list(collectives)) for number in range(len(comparison.runs))]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    csv_file = io.StringIO()
+    writer = csv.DictWriter(csv_file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return out.getvalue()
+    return csv_file.getvalue()
 
 
 def _csv_row(comparison: Comparison, number: int, metrics: list[str], collectives: list[str]) -> dict[str, Any]:
-    """A run's cells by column; every run has the same columns in the same order."""
+    """The cells of run `number` by column. Every run has the same columns in the same order: the first row makes the header."""
     run = comparison.runs[number]
-    directories = _directories(run)
+    run_dirs = _run_directories(run)
     slowest, fastest = run.summary.spread or (None, None)
     difference = asdict(run.loss_difference) if run.loss_difference is not None else {}
     row = {
         "name": run.name,
-        "directory": directories[0] if directories else None,
+        "directory": run_dirs[0] if run_dirs else None,
         "state": run.repeated.state,
         "reason": run.repeated.reason,
         "verdict": run.verdict,
@@ -330,21 +348,23 @@ def _csv_row(comparison: Comparison, number: int, metrics: list[str], collective
 
 
 def _measured_cells(run: ComparedRun, collectives: list[str]) -> dict[str, Any]:
-    """A run's measurements, one number a column; a measurement of several numbers has a column for each."""
+    """A run's measurements by column of the CSV; `collectives` are those that any run used, a column each."""
     cells = asdict(run.measured)
     # A cell of CSV holds one number: these get columns of their own below, or stand in `before/` and `after/`.
-    for several in ("before", "after", "tokens_per_s_quartiles", "exchanged_bytes"):
-        del cells[several]
-    for name in collectives:
-        cells[f"exchanged_{name}_gib"] = run.measured.exchanged_bytes.get(name, 0) / 2**30
+    for field_of_several in ("before", "after", "tokens_per_s_quartiles", "exchanged_bytes"):
+        del cells[field_of_several]
+    for collective in collectives:
+        cells[f"exchanged_{collective}_gib"] = run.measured.exchanged_bytes.get(collective, 0) / 2**30
     low, high = run.measured.tokens_per_s_quartiles or (None, None)
     return {**cells, "tokens_per_s_low": low, "tokens_per_s_high": high}
 
 
 def _summary_cells(run: ComparedRun) -> dict[str, Any]:
+    """The figures of a run's repeats by column of the CSV; the parts of a step have a column each."""
     cells = asdict(run.summary)
-    for several in ("tokens_per_s_repeats", "parts_s"):
-        del cells[several]
+    # Its slowest and fastest repeat, and `<part>_s`, have columns of one number each.
+    for field_of_several in ("tokens_per_s_repeats", "parts_s"):
+        del cells[field_of_several]
     for part in (*repeats.STEP_PARTS, "rest"):
         cells[f"{part}_s"] = run.summary.parts_s.get(part)
     return cells

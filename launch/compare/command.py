@@ -79,13 +79,15 @@ succeeded. docs/comparing.md explains each number."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, StorageError."""
+    """Run `shardtune compare` with the words typed after it; returns the exit code. Errors: ConfigError, StorageError."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
     words, problems = read_words("compare", CompareWords, argv)
     if words.to is not None and words.to.exists() and not words.to.is_dir():
         problems.append(f"to={words.to}: is a file; name a directory")
+
+    # With settings the command starts new runs; with directories alone it reads runs that exist.
     rows: list[ComparisonRow] = []
     if words.settings:
         for run in words.runs:
@@ -97,86 +99,94 @@ def main(argv: list[str]) -> int:
             problems.append(
                 "--dry-run: lists points of new runs; name an axis, as in strategy=ddp,fsdp2, or leave it out"
             )
-        rows, unusable = rows_of(words.runs)
-        problems += unusable
+        rows, run_problems = rows_from_words(words.runs)
+        problems += run_problems
     if problems:
         raise ConfigError(problems)
+
     if words.settings:
         return _compare_new_points(words)
     if words.follow:
         follow_runs(rows, words.to or _comparison_directory(words.runs), words.as_json)
     else:
-        write_answer(rows, words.to, words.as_json)
+        print_and_write_comparison(rows, words.to, words.as_json)
     return 0
 
 
 def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
-    """Rewrite the page while the runs train, then answer. Errors: ConfigError, StorageError, KeyboardInterrupt."""
+    """Rewrite the HTML page while the runs train; when all have ended, print and write the comparison once.
+
+    Errors: ConfigError, StorageError, KeyboardInterrupt.
+    """
     from launch.compare.follow import PAGE_INTERVAL_S, follow
     from launch.compare.page import missing_packages
-    from launch.compare.wandb_files import is_server, is_wandb
+    from launch.compare.wandb_files import is_wandb_address, is_wandb_directory
 
-    directories: list[Path] = []
+    run_dirs: list[Path] = []
     for row in rows:
-        directories += row.directories
-    for directory in directories:
+        run_dirs += row.directories
+    for run_dir in run_dirs:
         # Reading a run of W&B starts a process of wandb, or asks a server: too much for every few seconds.
-        if is_wandb(directory) or is_server(directory):
-            raise ConfigError(f"--follow: {directory} is of W&B, which is not asked again and again; name its run.dir")
+        if is_wandb_directory(run_dir) or is_wandb_address(run_dir):
+            raise ConfigError(f"--follow: {run_dir} is of W&B, which is not asked again and again; name its run.dir")
     page = _page_path(rows, to)
     if page is None:
         raise ConfigError("--follow: name a directory for the page that is written again; to=reports/now")
     missing = missing_packages(page.name)
     if missing is not None:
         raise ConfigError(f"--follow: {missing}")
+
+    # On stderr: with --json, stdout holds nothing but the JSON of the comparison.
     print(
         f"{page}: written every {PAGE_INTERVAL_S:.0f} s until all runs have ended; Ctrl-C ends it",
         file=sys.stderr,
         flush=True,
     )
-    follow(directories, lambda again_s: _write_page(rows, page, again_s))
-    write_answer(rows, to, as_json)
+    follow(run_dirs, lambda reload_after_s: _write_page(rows, page, reload_after_s))
+    print_and_write_comparison(rows, to, as_json)
 
 
 def _page_path(rows: list[ComparisonRow], to: Path | None) -> Path | None:
-    """Where the page is written: `to`, or the directory of the only run."""
+    """Path of the HTML page: `compare.html` in `to`, or without `to` the `report.html` of the only run; None for several."""
     from launch.compare.run_report import REPORT
-    from launch.compare.wandb_files import is_server, is_wandb
+    from launch.compare.wandb_files import is_wandb_address, is_wandb_directory
 
     if to is not None:
         return to / "compare.html"
     if len(rows) != 1 or len(rows[0].directories) != 1:
         return None
-    (directory,) = rows[0].directories
-    # What W&B keeps is left as it is: it would be uploaded.
-    if is_wandb(directory) or is_server(directory):
+    (run_dir,) = rows[0].directories
+    # No page into W&B's own directory: wandb would upload it with the run.
+    if is_wandb_directory(run_dir) or is_wandb_address(run_dir):
         return None
-    return directory / REPORT
+    return run_dir / REPORT
 
 
-def _write_page(rows: list[ComparisonRow], page: Path, again_s: float | None) -> None:
+def _write_page(rows: list[ComparisonRow], page: Path, reload_after_s: float | None) -> None:
+    """Read the runs as they are now, and write their HTML page, which a browser reloads after `reload_after_s` seconds."""
     from launch.compare.answer import as_html
     from launch.compare.comparison import compare
     from trainer.reporting.status import write_text_atomic
 
-    write_text_atomic(page, as_html(compare(rows, price_of), again_s=again_s))
+    comparison = compare(rows, price_of)
+    write_text_atomic(page, as_html(comparison, reload_after_s=reload_after_s))
 
 
 def _comparison_directory(words: list[str]) -> Path | None:
-    """The directory of the comparison that is the only word; None for runs."""
-    from launch.compare.settings import RECORD
+    """The directory of an earlier comparison (it has a `comparison.json`) if that is the only word; None for runs."""
+    from launch.compare.settings import COMPARISON_FILE
 
     if len(words) != 1:
         return None
     directory = Path(words[0]).expanduser()
-    return directory if (directory / RECORD).is_file() else None
+    return directory if (directory / COMPARISON_FILE).is_file() else None
 
 
 def _compare_new_points(words: CompareWords) -> int:
-    """Run new points, and say how they compare; returns the exit code."""
+    """Run every combination of the settings typed, then print and write how the runs compare; returns the exit code."""
     from launch.compare.follow import PeriodicPage
     from launch.compare.page import missing_packages
-    from launch.compare.points import STOPPED, plan_points, run_points
+    from launch.compare.points import STOP_EXIT_CODES, plan_points, run_points
     from trainer.stopping.signals import hold, release
 
     if not words.dry_run:
@@ -186,67 +196,88 @@ def _compare_new_points(words: CompareWords) -> int:
     if (to / "config.yaml").exists():
         raise ConfigError(f"to={to}: is the directory of a run; name another one")
     if words.dry_run:
-        print(listing(plan, to))
+        print(points_listing(plan, to))
         return 0
-    missing = missing_packages() if words.follow else None
-    if missing is not None:
-        raise ConfigError(f"--follow: {missing}")
-    print(listing(plan, to), file=sys.stderr, flush=True)
+    if words.follow:
+        missing = missing_packages()
+        if missing is not None:
+            raise ConfigError(f"--follow: {missing}")
+
+    print(points_listing(plan, to), file=sys.stderr, flush=True)
     rows = plan.rows(to)
-    pages = PeriodicPage(lambda again_s: _write_page(rows, to / "compare.html", again_s)) if words.follow else None
-    code = run_points(plan, to, pages)
+    pages = None
+    if words.follow:
+        pages = PeriodicPage(lambda reload_after_s: _write_page(rows, to / "compare.html", reload_after_s))
+    exit_code = run_points(plan, to, pages)
     release()
-    if code in STOPPED:
+    if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
-    if words.follow and not code:  # SLURM may still be running the points
+
+    if words.follow and exit_code == 0:  # SLURM may still be running the points
         follow_runs(rows, to, words.as_json)
     else:
-        write_answer(rows, to, words.as_json)
-    return code
+        print_and_write_comparison(rows, to, words.as_json)
+    return exit_code
 
 
-def listing(plan: PointsPlan, to: Path) -> str:
-    """The points, and which of them cannot be run."""
+def points_listing(plan: PointsPlan, to: Path) -> str:
+    """The planned points as lines for the terminal: name and axis values of each, and why a refused one cannot run."""
     settings = plan.settings
-    times = f", each {settings.repeats} times in alternating order" if settings.repeats > 1 else ""
-    lines = [f"{len(plan.points)} points in {to}{times}"]
+    heading = f"{len(plan.points)} points in {to}"
+    if settings.repeats > 1:
+        heading += f", each {settings.repeats} times in alternating order"
     rows = []
     for point in plan.points:
         refusals = fold_all([f"refused: {problem}" for problem in point.refusals], indent=4)
         rows.append(TableRow((point.name, " ".join(point.words)), refusals))
-    lines += table((Column(), Column()), rows, indent=2)
-    lines += plan.partial_settings
+    lines = [heading, *table((Column(), Column()), rows, indent=2), *plan.partial_settings]
     if plan.left_out:
         lines.append(f"left out by compare.skip and compare.where: {plan.left_out}")
     return "\n".join(lines)
 
 
-def write_answer(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
-    """Print what the rows say, and write it: into `to`, else the page of a single run. Errors: ConfigError, StorageError."""
+def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
+    """Compare the rows, print the tables (or JSON), and write the files.
+
+    With `to`, all files go there. Without it, only a single run gets a page: `report.html` in its own directory.
+    Errors: ConfigError, StorageError.
+    """
     from launch.compare.answer import as_dict, as_text
     from launch.compare.comparison import compare
     from launch.compare.page import missing_packages
 
     comparison = compare(rows, price_of)
-    answer_json = as_dict(comparison)
+    comparison_json = as_dict(comparison)
     written: list[str] = []
     run_page = None
     if to is None:
         run_page = _page_path(rows, None)
     else:
-        written = _write_all(comparison, answer_json, to)
+        written = _write_comparison_files(comparison, comparison_json, to)
     missing = missing_packages(run_page.name if run_page else "compare.html")
-    print(json.dumps(answer_json, indent=1, allow_nan=False) if as_json else as_text(comparison), flush=True)
+
+    if as_json:
+        print(json.dumps(comparison_json, indent=1, allow_nan=False), flush=True)
+    else:
+        print(as_text(comparison), flush=True)
+    # The page comes after the tables: somebody else's directory may refuse it, and the tables are there by then.
     if run_page is not None and missing is None:
         written = _write_run_page(comparison, run_page)
     if as_json or not (written or run_page is not None):
         return
-    lines = [f"written: {', '.join(written)}" if written else None, missing]
-    print("\n" + "\n".join(filter(None, lines)), flush=True)
+    last_lines = []
+    if written:
+        last_lines.append(f"written: {', '.join(written)}")
+    if missing:
+        last_lines.append(missing)
+    print("\n" + "\n".join(last_lines), flush=True)
 
 
-def _write_all(comparison: Comparison, answer_json: dict[str, Any], to: Path) -> list[str]:
-    """Every file of the answer into `to`; what was written, for people."""
+def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, Any], to: Path) -> list[str]:
+    """Write every file of the comparison into `to`; returns what was written, as the last line of the command names it.
+
+    Without the extra `report` there are no plots and no HTML page.
+    """
     from launch.compare.answer import as_csv, as_html, as_markdown
     from launch.compare.page import missing_packages, write_plot_images
     from launch.compare.workspace import workspace_script
@@ -254,27 +285,31 @@ def _write_all(comparison: Comparison, answer_json: dict[str, Any], to: Path) ->
     from trainer.reporting.status import write_text_atomic
 
     has_packages = missing_packages() is None
-    script = workspace_script(comparison, to)
-    pictures = write_plot_images(comparison, to) if has_packages else []
-    versioned = {VERSION_KEY: FILE_VERSION, **answer_json}
-    write_text_atomic(to / "compare.md", as_markdown(comparison, pictures))
+    wandb_script = workspace_script(comparison, to)
+    plot_images = write_plot_images(comparison, to) if has_packages else []
+    versioned_json = {VERSION_KEY: FILE_VERSION, **comparison_json}
+    write_text_atomic(to / "compare.md", as_markdown(comparison, plot_images))
     write_text_atomic(to / "compare.csv", as_csv(comparison))
-    write_text_atomic(to / "compare.json", json.dumps(versioned, indent=1, allow_nan=False) + "\n")
+    write_text_atomic(to / "compare.json", json.dumps(versioned_json, indent=1, allow_nan=False) + "\n")
+
     written = [str(to / "compare.md")]
     if has_packages:
         write_text_atomic(to / "compare.html", as_html(comparison))
         written.append("compare.html")
     written += ["compare.csv", "compare.json"]
-    if pictures:
-        written.append(f"plots/*.png ({len(pictures)})")
-    if script is not None:
-        write_text_atomic(to / "workspace.py", script)
+    if plot_images:
+        written.append(f"plots/*.png ({len(plot_images)})")
+    if wandb_script is not None:
+        write_text_atomic(to / "workspace.py", wandb_script)
         written.append("workspace.py (for W&B)")
     return written
 
 
 def _write_run_page(comparison: Comparison, page: Path) -> list[str]:
-    """The page of a single run into its directory, which may be somebody else's."""
+    """Write the page of a single run into its run directory; returns its path, or nothing if it cannot be written.
+
+    The directory may be somebody else's, so a failure is only printed: the comparison itself has succeeded.
+    """
     from launch.compare.run_report import write
 
     try:
@@ -284,50 +319,59 @@ def _write_run_page(comparison: Comparison, page: Path) -> list[str]:
         return []
 
 
-def rows_of(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:
-    """(rows of runs that exist, a line about each word that names none)."""
+def rows_from_words(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:
+    """(rows of the runs that the words name, error messages for words that name no run or name one twice)."""
     problems: list[str] = []
     rows: list[ComparisonRow] = []
     for typed in words:
         try:
-            rows += _rows_named_by(typed)
+            rows += _rows_from_word(typed)
         except ConfigError as error:
             problems += error.problems
-    directories: list[Path] = []
+
+    run_dirs: list[Path] = []
     for row in rows:
-        directories += row.directories
-    times = Counter(directory.resolve() for directory in directories)
-    doubled = {directory for directory in directories if times[directory.resolve()] > 1}
-    problems += [f"{directory}: named twice; name each run once" for directory in sorted(doubled)]
+        run_dirs += row.directories
+    # Resolved, so that a link and its target count as one run.
+    times_named = Counter(run_dir.resolve() for run_dir in run_dirs)
+    named_twice = {run_dir for run_dir in run_dirs if times_named[run_dir.resolve()] > 1}
+    problems += [f"{run_dir}: named twice; name each run once" for run_dir in sorted(named_twice)]
     if not rows and not problems:
         problems.append("no run directory is named; shardtune compare runs/a runs/b")
     return rows, problems
 
 
-def _rows_named_by(typed: str) -> list[ComparisonRow]:
-    """Rows of a run, of a comparison that was run, of runs below a directory. Errors: ConfigError if there are none."""
-    from launch.compare.run_files import is_run
-    from launch.compare.settings import ComparisonRow, read_rows
-    from launch.compare.wandb_files import is_wandb, server_name
+def _rows_from_word(typed: str) -> list[ComparisonRow]:
+    """The rows that one word names: a run, an earlier comparison, or every run below a directory.
 
-    server = server_name(typed)
-    if server is not None:
-        return [ComparisonRow((Path(server),))]
+    Errors: ConfigError if there are none.
+    """
+    from launch.compare.run_files import is_run_directory
+    from launch.compare.settings import ComparisonRow, read_comparison_file
+    from launch.compare.wandb_files import is_wandb_directory, wandb_address
+
+    address = wandb_address(typed)
+    if address is not None:
+        return [ComparisonRow((Path(address),))]
     path = Path(typed).expanduser()
-    if is_run(path) or is_wandb(path):
+    if is_run_directory(path) or is_wandb_directory(path):
         return [ComparisonRow((path,))]
-    if kept_rows := read_rows(path):
-        return kept_rows
-    run_directories = [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]
-    if run_directories:
-        return [ComparisonRow((directory,)) for directory in run_directories]
+    if rows := read_comparison_file(path):
+        return rows
+    children = sorted(path.glob("*"), key=_natural_order)
+    run_dirs = [child for child in children if is_run_directory(child)]
+    if run_dirs:
+        return [ComparisonRow((run_dir,)) for run_dir in run_dirs]
+
     if not path.exists():
         raise ConfigError(f"{typed}: there is no such directory; name run directories")
-    parts = [part.name for part in sorted(path.glob("*run-*")) if is_wandb(part)]
-    more = f"; name a run of W&B in it, such as {path / parts[0]}" if parts else ""
-    raise ConfigError(f"{typed}: not a run directory (there is no config.yaml in it, and no runs below it){more}")
+    # `wandb/` of a run holds W&B's directories of it: somebody who named `wandb/` meant one of these.
+    wandb_dirs = [child for child in sorted(path.glob("*run-*")) if is_wandb_directory(child)]
+    hint = f"; name a run of W&B in it, such as {wandb_dirs[0]}" if wandb_dirs else ""
+    raise ConfigError(f"{typed}: not a run directory (there is no config.yaml in it, and no runs below it){hint}")
 
 
-def _in_order(path: Path) -> tuple[int, str]:
-    """Points of `train -m` are called 0, 1, ... 10."""
-    return (int(path.name) if path.name.isdecimal() else -1, path.name)
+def _natural_order(path: Path) -> tuple[int, str]:
+    """Sort key with 2 before 10: the points of `train -m` are called 0, 1, ... 10. Other names come first."""
+    number = int(path.name) if path.name.isdecimal() else -1
+    return (number, path.name)

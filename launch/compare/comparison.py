@@ -1,4 +1,4 @@
-"""The comparison itself: names of the runs, loss differences from the first one, differing settings, and a verdict."""
+"""Compares runs: their names, loss differences from the first one, settings that differ, and a verdict on each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from launch.compare.curves import (
     FIRST_STEPS,
-    SAME,
+    SAME_LOSS_TOLERANCE,
     LossDifference,
     baseline_index,
     compare_losses,
@@ -15,8 +15,8 @@ from launch.compare.curves import (
     why_not_comparable,
 )
 from launch.compare.names import SettingDifference, run_names, setting_differences
-from launch.compare.repeats import REFUSED, RepeatedRun, RepeatsSummary, read_row
-from launch.compare.run_files import Point, RunMeasurements
+from launch.compare.repeats import REFUSED, RepeatedRun, RepeatsSummary, read_repeats
+from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.settings import ComparisonRow
 from trainer.reporting.run_record import RunRecord
 
@@ -28,81 +28,91 @@ class ComparedRun:
     name: str
     repeated: RepeatedRun
     against: str | None
-    """Name of the run whose loss its own is compared with: the first, or the first one that takes the same steps."""
+    """Name of the baseline, whose loss this run's is compared with: the first run, or the first with the same steps."""
     loss_difference: LossDifference | None
-    """From that run's; None for the first run, and if the curves cannot be compared."""
+    """Of this run's loss curve from the baseline's; None for the first run, and if the curves cannot be compared."""
     not_comparable: tuple[str, ...]
-    """Why not, setting by setting."""
+    """Why the loss curves cannot be compared: `key: value and value` for each setting; empty if they can."""
     verdict: str
 
     @property
-    def point(self) -> Point:
-        """Its first repeat."""
-        return self.repeated.point
+    def first_repeat(self) -> RecordedRun:
+        """The run of the first repeat: its loss curve stands for all repeats."""
+        return self.repeated.first_repeat
 
     @property
     def measured(self) -> RunMeasurements:
-        """Its numbers, over all repeats."""
+        """Speed, memory and losses over all repeats."""
         return self.repeated.measured
 
     @property
     def summary(self) -> RepeatsSummary:
-        """What else it took."""
+        """Spread of the repeats, parts of a step, and the price."""
         return self.repeated.summary
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Rows in the order they were given."""
+    """Compared runs, in the order in which they were named."""
 
     runs: tuple[ComparedRun, ...]
     first: str
-    """What the others are compared with: the first that took a step."""
+    """Name of the run that the others are compared with: the first that took a step."""
     differences: tuple[SettingDifference, ...]
     notes: tuple[str, ...]
-    """What to know before the numbers are used."""
+    """Caveats for the reader, such as speeds of different machines."""
 
 
 def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | None] = lambda name: None) -> Comparison:
-    """Read the rows and compare them with the first. Raises ConfigError where a directory holds no run.
+    """Read the runs of all rows and compare them with the first. Raises ConfigError where a directory holds no run.
 
-    `price_of` a card, by its driver's name: US dollars an hour, or None.
+    `price_of` maps the driver's name of a card to US dollars an hour, or None if its price is not known.
     """
-    read_rows = [read_row(row, price_of) for row in rows]
-    points = [repeated.point for repeated in read_rows]
-    differences = setting_differences(points)
-    generated_names = run_names(points, differences)
-    names = [row.name or name for row, name in zip(rows, generated_names, strict=True)]
-    first = next((number for number, point in enumerate(points) if point.steps), 0)
-    runs = [_compared_run(read_rows, names, number, first) for number in range(len(rows))]
-    return Comparison(tuple(runs), names[first], tuple(differences), tuple(_notes(read_rows, names)))
+    repeated_runs = [read_repeats(row, price_of) for row in rows]
+    first_repeats = [repeated.first_repeat for repeated in repeated_runs]
+    differences = setting_differences(first_repeats)
+    # A name that was typed wins over the one made from the settings that differ.
+    generated_names = run_names(first_repeats, differences)
+    names = [row.name or generated for row, generated in zip(rows, generated_names, strict=True)]
+    first = 0
+    for number, run in enumerate(first_repeats):
+        if run.steps:
+            first = number
+            break
+    runs = [_compared_run(repeated_runs, names, number, first) for number in range(len(rows))]
+    notes = _notes(repeated_runs, names)
+    return Comparison(tuple(runs), names[first], tuple(differences), tuple(notes))
 
 
 def _compared_run(rows: list[RepeatedRun], names: list[str], number: int, first: int) -> ComparedRun:
-    """The row `number` beside the run that its loss is compared with; `first` is the row that all are compared with."""
+    """Row `number` compared with its baseline: the loss difference, and the verdict as one sentence.
+
+    `first` is the index of the run that the others are compared with. The baseline may be a later one: see `baseline_index`.
+    """
     repeated = rows[number]
-    points = [row.point for row in rows]
-    # A refused point has no losses, and the first run is what the others are compared with.
+    # A refused point has no losses, and the first run has nothing to be compared with.
     baseline = None
     if number != first and repeated.state != REFUSED:
-        baseline = baseline_index(points, number, first)
+        baseline = baseline_index([row.first_repeat for row in rows], number, first)
 
     clauses: list[str] = []
-    why_not: tuple[str, ...] = ()
+    why_not: list[str] = []
     difference = None
     if baseline is not None:
-        why_not = tuple(why_not_comparable(points[baseline], repeated.point))
-        difference = None if why_not else compare_losses(points[baseline], repeated.point)
+        baseline_run = rows[baseline].first_repeat
+        why_not = why_not_comparable(baseline_run, repeated.first_repeat)
+        if not why_not:
+            difference = compare_losses(baseline_run, repeated.first_repeat)
         clauses.append(_loss_verdict(names[baseline], difference, why_not))
-        # The sentence has one yardstick: speed and memory are beside the run whose loss is compared.
-        clauses += _ratios(rows[baseline], repeated)
-    broken_step = first_step_not_finite(repeated.point)
+        # Speed and memory are relative to the run whose loss is compared: a sentence has one baseline.
+        clauses += _speed_and_memory_clauses(rows[baseline], repeated)
+    broken_step = first_step_not_finite(repeated.first_repeat)
     if broken_step is not None:
         clauses.append(f"its loss is NaN or infinite from step {broken_step} on")
 
     ended = [repeated.ended] if repeated.ended else []
     if len(rows) == 1:
-        verdict = "; ".join([f"{names[0]}: {_outcome_of_single_run(repeated)}", *clauses])
+        verdict = "; ".join([f"{names[0]}: {_single_run_verdict(repeated)}", *clauses])
     elif number == first:
         verdict = "; ".join([f"{names[number]} is what the others are compared with", *ended, *clauses])
     else:
@@ -112,97 +122,115 @@ def _compared_run(rows: list[RepeatedRun], names: list[str], number: int, first:
         repeated=repeated,
         against=None if baseline is None else names[baseline],
         loss_difference=difference,
-        not_comparable=why_not,
+        not_comparable=tuple(why_not),
         verdict=verdict,
     )
 
 
-def _outcome_of_single_run(run: RepeatedRun) -> str:
-    """How it ended, its losses and its held-out metrics: the verdict on a run that is compared with no other."""
+def _single_run_verdict(run: RepeatedRun) -> str:
+    """The verdict on a run that is compared with no other: how it ended, its losses and its held-out metrics."""
     measured = run.measured
-    losses = [row["loss"] for row in run.point.steps.values() if row["loss"] is not None]
+    losses = [row["loss"] for row in run.first_repeat.steps.values() if row["loss"] is not None]
     clauses = [run.ended or "done"]
-    if measured.steps:
-        clauses.append(f"{measured.steps} step{'s' if measured.steps != 1 else ''}")
+    if measured.steps == 1:
+        clauses.append("1 step")
+    elif measured.steps:
+        clauses.append(f"{measured.steps} steps")
     if len(losses) > 1:
         clauses.append(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
     for metric, after in measured.after.items():
-        # The perplexity follows from the loss.
+        # The perplexity is exp(loss): it would say the same twice.
         if metric in measured.before and metric != "eval/perplexity":
             clauses.append(f"{metric} {measured.before[metric]:.4f} -> {after:.4f}")
     return ", ".join(clauses)
 
 
-def _loss_verdict(baseline: str, difference: LossDifference | None, why_not: tuple[str, ...]) -> str:
-    """The loss beside that of the run named `baseline`, as a clause."""
+def _loss_verdict(baseline_name: str, difference: LossDifference | None, why_not: list[str]) -> str:
+    """A clause on how the run's loss compares with the baseline's, such as `same loss as ddp within 3e-7`.
+
+    `why_not` are the reasons why the curves cannot be compared; `difference` is None if there are some, or if no step has a
+    loss in both runs.
+    """
     if why_not:
         settings = [line.split(":")[0] for line in why_not]
         more = f" and {len(settings) - 3} more" if len(settings) > 3 else ""
-        return f"its losses cannot be compared with those of {baseline} (other {', '.join(settings[:3])}{more})"
+        return f"its losses cannot be compared with those of {baseline_name} (other {', '.join(settings[:3])}{more})"
     if difference is None:
-        return f"no step to compare with {baseline}"
+        return f"no step to compare with {baseline_name}"
     over_steps = ""
     if difference.steps < FIRST_STEPS:
         over_steps = f" over {difference.steps} step{'s' if difference.steps > 1 else ''}"
-    if not difference.early:
-        return f"same loss as {baseline}, to the last digit{over_steps}"
+    if difference.early == 0:
+        return f"same loss as {baseline_name}, to the last digit{over_steps}"
     if difference.same:
-        return f"same loss as {baseline} within {rounded(difference.early)}{over_steps}"
-    return f"not the loss of {baseline}: it differs by {rounded(difference.early)} at step {difference.early_step}"
+        return f"same loss as {baseline_name} within {rounded(difference.early)}{over_steps}"
+    return f"not the loss of {baseline_name}: it differs by {rounded(difference.early)} at step {difference.early_step}"
 
 
 def rounded(difference: float) -> str:
-    """A relative difference, short: 3e-7, or 0 where there is none."""
+    """A relative difference to one digit: `3e-7`, or `0` if there is none."""
     return f"{difference:.1g}".replace("e-0", "e-") if difference else "0"
 
 
-def _ratios(baseline: RepeatedRun, run: RepeatedRun) -> list[str]:
-    """Speed and memory beside those of the baseline, as one clause; none if neither is known of both."""
+def _speed_and_memory_clauses(baseline: RepeatedRun, run: RepeatedRun) -> list[str]:
+    """Speed and memory as multiples of the baseline's, in one clause; an empty list if no figure is known of both runs."""
     ratios = []
     if baseline.measured.tokens_per_s and run.measured.tokens_per_s:
         ratio = _ratio_text(run.measured.tokens_per_s / baseline.measured.tokens_per_s)
-        is_noise = _overlap(baseline.summary.spread, run.summary.spread)
-        ratios.append(f"{ratio} x its tokens/s{' (less than the repeats differ)' if is_noise else ''}")
+        ratios.append(f"{ratio} x its tokens/s")
+        # Repeats of the two runs that overlap in speed cannot tell which of them is the faster.
+        if _spreads_overlap(baseline.summary.spread, run.summary.spread):
+            ratios[-1] += " (less than the repeats differ)"
     if baseline.measured.memory_gib and run.measured.memory_gib:
-        ratios.append(f"{_ratio_text(run.measured.memory_gib / baseline.measured.memory_gib)} x its memory")
+        ratio = _ratio_text(run.measured.memory_gib / baseline.measured.memory_gib)
+        ratios.append(f"{ratio} x its memory")
     return [", ".join(ratios)] if ratios else []
 
 
-def _overlap(spread: tuple[float, float] | None, other_spread: tuple[float, float] | None) -> bool:
+def _spreads_overlap(spread: tuple[float, float] | None, other_spread: tuple[float, float] | None) -> bool:
+    """Whether two (slowest, fastest) ranges overlap; False if either run had no repeats."""
     if spread is None or other_spread is None:
         return False
-    return spread[0] <= other_spread[1] and other_spread[0] <= spread[1]
+    slowest, fastest = spread
+    other_slowest, other_fastest = other_spread
+    return slowest <= other_fastest and other_slowest <= fastest
 
 
 def _ratio_text(ratio: float) -> str:
+    """A ratio with about two digits: 0.07, 1.3, 12."""
     if ratio < 0.1:
         return f"{ratio:.2f}"
-    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+    if ratio < 10:
+        return f"{ratio:.1f}"
+    return f"{ratio:.0f}"
 
 
 def _notes(rows: list[RepeatedRun], names: list[str]) -> list[str]:
-    """What to know before the numbers are used."""
-    points: list[Point] = []
+    """Caveats for the reader: what limits how far speeds, memory and losses of these runs can be trusted."""
+    runs: list[RecordedRun] = []
     for row in rows:
-        points += row.points
-    notes = _notes_on_machines([point.record for point in points if not point.record.is_empty])
+        runs += row.repeats
+    notes = _notes_on_machines([run.record for run in runs if not run.record.is_empty])
     if any(_has_few_steps(row.measured) for row in rows):
         notes.append(
             f"Speeds of runs with less than {FIRST_STEPS} steps behind the first logging interval say little; take "
             "more steps, or a smaller logging.every_steps"
         )
-    if any(point.record.device == "cpu" for point in points):
+
+    if any(run.record.device == "cpu" for run in runs):
         notes.append("Memory on a CPU is the process's resident set, libraries included, and of the whole run")
-    methods = {row.measured.planned_by for row in rows if row.measured.planned_by}
-    notes += [f"Planned memory: {method}" for method in sorted(methods)]
-    if len(points) > 1:
+    planning_methods = {row.measured.planned_by for row in rows if row.measured.planned_by}
+    notes += [f"Planned memory: {method}" for method in sorted(planning_methods)]
+    if len(runs) > 1:
         notes.append(
-            f"Same loss: a relative difference of at most {SAME:g} over the first {FIRST_STEPS} steps that both runs have"
+            f"Same loss: a relative difference of at most {SAME_LOSS_TOLERANCE:g} over the first {FIRST_STEPS} steps "
+            "that both runs have"
         )
-    for point in points:
-        if point.unreadable_lines:
+
+    for run in runs:
+        if run.unreadable_lines:
             notes.append(
-                f"{point.directory}: {point.unreadable_lines} lines of its metrics or events cannot be read and are left out"
+                f"{run.directory}: {run.unreadable_lines} lines of its metrics or events cannot be read and are left out"
             )
     for row, name in zip(rows, names, strict=True):
         if drift := _drift_of_repeats(row):
@@ -211,7 +239,7 @@ def _notes(rows: list[RepeatedRun], names: list[str]) -> list[str]:
 
 
 def _notes_on_machines(records: list[RunRecord]) -> list[str]:
-    """What makes figures of different machines or revisions hard to compare."""
+    """Caveats about runs of different machines or revisions, whose speeds cannot be compared as they are."""
     notes = []
     peaks = [record.reference_tflops for record in records if record.reference_tflops]
     # On CPUs each run measures the peak anew: up to a percent is noise.
@@ -221,27 +249,30 @@ def _notes_on_machines(records: list[RunRecord]) -> list[str]:
             f"MFU is of different peaks ({figures} TFLOP/s a device) and cannot be compared; set "
             "logging.reference_tflops to one figure for all"
         )
-    machines: dict[str, set[str | None]] = {
+    values_by_fact: dict[str, set[str | None]] = {
         "hosts": {record.host for record in records},
         "devices": {record.device for record in records},
         "revisions of shardtune": {record.git_revision for record in records},
     }
-    for what, values in machines.items():
-        known = sorted(filter(None, values))
-        if len(known) > 1:
-            notes.append(f"Speeds are of different {what}: {', '.join(known)}")
+    for fact, values in values_by_fact.items():
+        known_values = sorted(filter(None, values))
+        if len(known_values) > 1:
+            notes.append(f"Speeds are of different {fact}: {', '.join(known_values)}")
     return notes
 
 
 def _has_few_steps(measured: RunMeasurements) -> bool:
-    """Whether its medians are of so few steps that they say little; a run without any step is not meant."""
+    """Whether a run's median speeds are of fewer than `FIRST_STEPS` steps; False for a run that took no step at all."""
     if not measured.steps:
         return False
-    # No warm-up was left out: there was nothing behind it, so the medians are of the first interval itself.
-    return not measured.warmup_steps or 0 < measured.steps - measured.warmup_steps < FIRST_STEPS
+    # No step counts as warm-up if the run ended within its first logging interval: the medians are of that interval.
+    if not measured.warmup_steps:
+        return True
+    measured_steps = measured.steps - measured.warmup_steps
+    return 0 < measured_steps < FIRST_STEPS
 
 
 def _drift_of_repeats(row: RepeatedRun) -> float:
-    """The largest relative loss difference of a repeat from the first one; 0 if there are no others."""
-    differences = [compare_losses(row.point, repeat) for repeat in row.points[1:]]
+    """The largest relative loss difference of any repeat from the first one; 0 without repeats."""
+    differences = [compare_losses(row.first_repeat, repeat) for repeat in row.repeats[1:]]
     return max((difference.drift for difference in differences if difference is not None), default=0.0)

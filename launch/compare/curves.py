@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.compare.run_files import Point
+from launch.compare.run_files import RecordedRun
 
-SAME = 1e-5
+SAME_LOSS_TOLERANCE = 1e-5
 """Losses count as the same up to this relative difference over the first steps: every strategy promises that."""
 FIRST_STEPS = 5
+"""Steps over which the losses of two runs must agree to count as the same; rounding has not grown much by then."""
 IDENTITY_KINDS = ("data", "order", "objective")
 """What must be the same for losses of the same step to be of the same documents and of the same kind."""
 
@@ -47,17 +48,17 @@ class LossDifference:
     @property
     def same(self) -> bool:
         """Whether the first steps agree as strategies are promised to."""
-        return self.early <= SAME
+        return self.early <= SAME_LOSS_TOLERANCE
 
 
-def compare_losses(first: Point, other: Point) -> LossDifference | None:
-    """How far the losses of `other` are from those of `first`; None if no step has a finite loss in both."""
+def compare_losses(baseline: RecordedRun, run: RecordedRun) -> LossDifference | None:
+    """How far the losses of `run` are from the baseline's, step by step; None if no step has a finite loss in both."""
     difference_by_step: dict[int, float] = {}
-    for step in sorted(first.steps.keys() & other.steps.keys()):
-        loss = first.steps[step]["loss"]
-        other_loss = other.steps[step]["loss"]
-        if loss is not None and other_loss is not None:
-            difference_by_step[step] = _relative_difference(loss, other_loss)
+    for step in sorted(baseline.steps.keys() & run.steps.keys()):
+        baseline_loss = baseline.steps[step]["loss"]
+        loss = run.steps[step]["loss"]
+        if baseline_loss is not None and loss is not None:
+            difference_by_step[step] = _relative_difference(baseline_loss, loss)
     if not difference_by_step:
         return None
     # Rounding grows with the steps, so only the first ones can show that strategies compute the same.
@@ -73,72 +74,81 @@ def compare_losses(first: Point, other: Point) -> LossDifference | None:
     )
 
 
-def _relative_difference(a: float, b: float) -> float:
-    """|a - b| relative to `a`, or to `b` if `a` is 0."""
-    scale = abs(a) or abs(b) or 1.0
-    return abs(a - b) / scale
+def _relative_difference(reference: float, value: float) -> float:
+    """|reference - value| relative to the reference, or to the value if the reference is 0; 0 if both are."""
+    scale = abs(reference) or abs(value) or 1.0
+    return abs(reference - value) / scale
 
 
-def baseline_index(points: list[Point], number: int, first: int) -> int | None:
-    """Which point the loss of point `number` is compared with: the earliest that takes the same steps, else `first`.
+def baseline_index(runs: list[RecordedRun], number: int, first: int) -> int | None:
+    """Index of the run whose loss run `number` is compared with: the earliest with the same steps, else `first`.
 
-    None for a point before the first that has steps.
+    So a strategy is compared with the first one of the same method and learning rate, and a method with the first run.
+    `first` is the first run that has steps; None for a run before it.
     """
     if number < first:
         return None
-    # A strategy is compared with the first one of the same method and rate, a method with the first run of all.
-    settings = _step_settings(points[number])
+    settings = _step_settings(runs[number])
     for earlier in range(number):
-        if points[earlier].steps and _step_settings(points[earlier]) == settings:
+        if runs[earlier].steps and _step_settings(runs[earlier]) == settings:
             return earlier
     return first
 
 
-def _step_settings(point: Point) -> dict[str, Any]:
-    """The settings that decide what the steps are."""
-    return {key: value for key, value in point.config.items() if _decides_steps(key)}
+def _step_settings(run: RecordedRun) -> dict[str, Any]:
+    """The settings that decide what is computed in a step: two runs with equal ones must have equal losses."""
+    return {key: value for key, value in run.config.items() if _decides_steps(key)}
 
 
 def _decides_steps(key: str) -> bool:
+    """Whether a setting, by dotted key, can change the loss; of `run.` only the seed can."""
     if key.startswith("run."):
         return key == "run.seed"
     return not any(key == prefix or key.startswith(f"{prefix}.") for prefix in SPEED_SETTINGS)
 
 
-def first_step_not_finite(point: Point) -> int | None:
-    """The first step whose loss was NaN or infinite."""
-    return next((step for step, row in point.steps.items() if row["loss"] is None), None)
+def first_step_not_finite(run: RecordedRun) -> int | None:
+    """The first step whose loss was NaN or infinite (null in its row); None if every loss is a number."""
+    for step, row in run.steps.items():
+        if row["loss"] is None:
+            return step
+    return None
 
 
-def why_not_comparable(first: Point, other: Point) -> list[str]:
-    """Why the curves are not of the same documents in the same order: `key: value and value`; empty where they are."""
-    if not first.identity or not other.identity:
-        return _difference_lines(_identity_from_config(first), _identity_from_config(other))
+def why_not_comparable(baseline: RecordedRun, run: RecordedRun) -> list[str]:
+    """Why the losses of two runs are not of the same documents in the same order: a line `key: value and value` for each.
+
+    Empty if the losses can be compared.
+    """
+    if not baseline.identity or not run.identity:
+        return _difference_lines(_identity_from_config(baseline), _identity_from_config(run))
     lines = []
     for kind in IDENTITY_KINDS:
-        identity = first.identity.get(kind, {})
-        other_identity = other.identity.get(kind, {})
+        baseline_identity = baseline.identity.get(kind, {})
+        identity = run.identity.get(kind, {})
         if kind == "data":
-            if identity.get("fingerprint") == other_identity.get("fingerprint"):
-                continue  # settings that changed nothing of what was prepared
-            identity = {**_data_settings(first), **identity}
-            other_identity = {**_data_settings(other), **other_identity}
-        lines += _difference_lines(identity, other_identity)
+            if baseline_identity.get("fingerprint") == identity.get("fingerprint"):
+                continue  # the prepared data is the same, so settings that differ had no effect on it
+            baseline_identity = {**_data_settings(baseline), **baseline_identity}
+            identity = {**_data_settings(run), **identity}
+        lines += _difference_lines(baseline_identity, identity)
     return lines
 
 
-def _data_settings(point: Point) -> dict[str, Any]:
-    """Where the data came from. The identity itself has only a fingerprint of the data's content."""
+def _data_settings(run: RecordedRun) -> dict[str, Any]:
+    """The settings that say where the data came from: the identity itself has only a fingerprint of its content."""
     keys = ("data.path", "data.eval_path", "data.test_path", "model.path", "model.tokenizer", "model.chat_template")
-    return {key: point.config.get(key) for key in keys}
+    return {key: run.config.get(key) for key in keys}
 
 
-def _identity_from_config(point: Point) -> dict[str, Any]:
-    """The identity of a run that ended before it was recorded: the settings that an identity is made of."""
+def _identity_from_config(run: RecordedRun) -> dict[str, Any]:
+    """The identity of a run that ended before it wrote `identity.json`: the settings that an identity is made of."""
     from trainer.config.tree import kind_of  # loads torch, which a comparison needs for such runs alone
 
-    identity = {key: value for key, value in point.config.items() if key == "data.path"}
-    for key, value in point.config.items():
+    identity = {}
+    if "data.path" in run.config:
+        identity["data.path"] = run.config["data.path"]
+    for key, value in run.config.items():
         try:
             if kind_of(key) in IDENTITY_KINDS:
                 identity[key] = value
@@ -147,18 +157,19 @@ def _identity_from_config(point: Point) -> dict[str, Any]:
     return identity
 
 
-def _difference_lines(identity: dict[str, Any], other_identity: dict[str, Any]) -> list[str]:
-    """A line for each key with different values: `key: value and value`."""
+def _difference_lines(baseline: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """A line `key: value and value` for each key of two identities whose values differ."""
     lines = []
-    for key in sorted(identity.keys() | other_identity.keys()):
-        value = identity.get(key, "-")
-        other_value = other_identity.get(key, "-")
-        if value != other_value:
-            name = "prepared data" if key == "fingerprint" else key
-            lines.append(f"{name}: {_shortened(value)} and {_shortened(other_value)}")
+    for key in sorted(baseline.keys() | other.keys()):
+        baseline_value = baseline.get(key, "-")
+        other_value = other.get(key, "-")
+        if baseline_value != other_value:
+            title = "prepared data" if key == "fingerprint" else key
+            lines.append(f"{title}: {_shortened(baseline_value)} and {_shortened(other_value)}")
     return lines
 
 
 def _shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
+    """A setting's value as text; a long one, such as a fingerprint, is cut after 12 characters."""
+    value_text = str(value)
+    return value_text if len(value_text) <= 40 else f"{value_text[:12]}..."

@@ -6,88 +6,102 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.compare.comparison import ComparedRun, Comparison
-from launch.compare.run_files import Point
+from launch.compare.run_files import RecordedRun
 from trainer.monitors.guard_config import DONE, Action
 
 MAX_STEPS = 20
-"""Steps that are listed of a run, the last ones."""
+"""Notable steps of a run that are listed: the last ones."""
 MAX_DOCUMENTS = 3
-"""Documents that are named of a step."""
+"""Documents of a notable step that are named."""
 
 
 @dataclass(frozen=True, slots=True)
 class NotableStep:
-    """A step that stood out."""
+    """A step of which a guard or detector recorded an event, or whose update was left out."""
 
     step: int
     text: str
     """What stood out, how far, and what was done."""
 
 
-def notable_steps(point: Point) -> list[NotableStep]:
-    """Steps in `events.jsonl`, and those whose update was left out since their gradients were not finite, in order."""
-    notable_steps = [NotableStep(event["step"], _event_text(event)) for event in point.events]
+def notable_steps(run: RecordedRun) -> list[NotableStep]:
+    """The steps of a run that stood out, in order: those with an event in `events.jsonl`, and those without an update.
+
+    An update is left out if the gradients are not finite.
+    """
+    notable_steps = [NotableStep(event["step"], _event_text(event)) for event in run.events]
     # A guard may have left the same update out, and its event says more.
     steps_with_event = {notable.step for notable in notable_steps}
-    for step, row in point.steps.items():
+    for step, row in run.steps.items():
         if row.get("skipped") and step not in steps_with_event:
             notable_steps.append(NotableStep(step, "its update was left out, since its gradients were not finite"))
     return sorted(notable_steps, key=lambda notable: notable.step)
 
 
 def _event_text(event: dict[str, Any]) -> str:
-    """An event of `events.jsonl`: what a detector found, or which numbers stood out, what was done, and in which documents."""
+    """A sentence on an event of `events.jsonl`: which numbers stood out, what was done, and documents of the step."""
     if event.get("event") == "challenge":
         return f"{event.get('challenge')}: {event.get('says')}"
     action = event.get("action")
-    done = DONE[Action(action)] if action in set(Action) else str(action)
-    text = f"{_values_text(event) or 'stood out'}; {done}"
+    done = (
+        DONE[Action(action)] if action in set(Action) else str(action)
+    )  # an action of a later version is shown as it is
+    sentence = f"{_outlier_text(event) or 'stood out'}; {done}"
     documents = [f"{document.get('file')}:{document.get('line')}" for document in event.get("documents") or []]
     if not documents:
-        return text
-    more = f" and {len(documents) - MAX_DOCUMENTS} more" if len(documents) > MAX_DOCUMENTS else ""
-    return f"{text}; {', '.join(documents[:MAX_DOCUMENTS])}{more}"
+        return sentence
+    sentence += f"; {', '.join(documents[:MAX_DOCUMENTS])}"
+    if len(documents) > MAX_DOCUMENTS:
+        sentence += f" and {len(documents) - MAX_DOCUMENTS} more"
+    return sentence
 
 
-def _values_text(event: dict[str, Any]) -> str:
+def _outlier_text(event: dict[str, Any]) -> str:
     """The numbers that stood out, such as `loss 9.5 (7.1 standard deviations above the median)`."""
     scores = event.get("scores") or {}
-    texts = []
-    for name, value in (event.get("values") or {}).items():
-        if not isinstance(value, int | float):
+    clauses = []
+    for name, number in (event.get("values") or {}).items():
+        if not isinstance(number, int | float):
             continue
-        score = f" ({scores[name]:.1f} standard deviations above the median)" if name in scores else ""
-        texts.append(f"{name} {value:.4g}{score}")
-    return " and ".join(texts)
+        clause = f"{name} {number:.4g}"
+        if name in scores:
+            clause += f" ({scores[name]:.1f} standard deviations above the median)"
+        clauses.append(clause)
+    return " and ".join(clauses)
 
 
 def notable_step_lines(comparison: Comparison) -> list[str]:
-    """A line for each such step of each run."""
+    """A line for each notable step of each run, the last `MAX_STEPS` of a run."""
     lines = []
     for run in comparison.runs:
         prefix = _run_prefix(comparison, run)
-        steps = notable_steps(run.point)
+        steps = notable_steps(run.first_repeat)
         if len(steps) > MAX_STEPS:
-            lines.append(f"{prefix}{len(steps) - MAX_STEPS} earlier steps, in {run.point.directory}/events.jsonl")
+            events_file = f"{run.first_repeat.directory}/events.jsonl"
+            lines.append(f"{prefix}{len(steps) - MAX_STEPS} earlier steps, in {events_file}")
         lines += [f"{prefix}step {notable.step}: {notable.text}" for notable in steps[-MAX_STEPS:]]
     return lines
 
 
 def resolved_settings(comparison: Comparison) -> list[str]:
-    """Settings whose values the runs chose themselves: one line for all runs if all say the same."""
-    recorded = [run for run in comparison.runs if not run.point.record.is_empty]
+    """Lines on settings such as `auto` whose values the runs chose themselves: one for all runs if all chose the same."""
+    runs = [run for run in comparison.runs if not run.first_repeat.record.is_empty]
     keys: dict[str, None] = {}
-    for run in recorded:
-        keys |= dict.fromkeys(run.point.record.substitutions)
+    for run in runs:
+        keys |= dict.fromkeys(run.first_repeat.record.substitutions)
     lines = []
     for key in keys:
-        sentences = {run.name: run.point.record.substitutions.get(key) for run in recorded}
-        if len(set(sentences.values())) == 1:
-            lines.append(f"{key}: {next(iter(sentences.values()))}")
-        else:
-            lines += [f"{name}: {key}: {sentence}" for name, sentence in sentences.items() if sentence is not None]
+        choice_by_run = {run.name: run.first_repeat.record.substitutions.get(key) for run in runs}
+        choices = set(choice_by_run.values())
+        if len(choices) == 1:
+            lines.append(f"{key}: {choices.pop()}")
+            continue
+        for name, choice in choice_by_run.items():
+            if choice is not None:
+                lines.append(f"{name}: {key}: {choice}")
     return lines
 
 
 def _run_prefix(comparison: Comparison, run: ComparedRun) -> str:
+    """What a line about one run begins with: its name, or nothing if it is the only run."""
     return f"{run.name}: " if len(comparison.runs) > 1 else ""

@@ -11,40 +11,45 @@ from strategies.errors import ShardtuneError
 from trainer.reporting.status import State
 
 PAGE_INTERVAL_S = 5.0
-"""Seconds between two pages; a browser reads the page anew as often."""
+"""Seconds between two versions of the page; a browser reloads it as often."""
 QUIET_S = 120.0
-"""Seconds after the last sign of life of any run in which those that have not begun may still."""
+"""Seconds without any active run after which runs that have not begun are no longer waited for."""
 WritePage = Callable[[float | None], None]
 """Writes the page. Takes the seconds after which a browser reloads it; None for the last page."""
 
 
-def follow(directories: list[Path], write: WritePage) -> None:
-    """Write the page every few seconds until all runs have ended; the caller writes the last one. Errors: KeyboardInterrupt."""
+def follow(run_dirs: list[Path], write: WritePage) -> None:
+    """Write the page every `PAGE_INTERVAL_S` seconds until all runs have ended; the caller writes the last one.
+
+    Errors: KeyboardInterrupt, after a page that is not reloaded any more.
+    """
     last_active = monotonic()
     try:
         while True:
-            any_active, any_pending = _any_active_or_pending(directories)
+            any_active, any_pending = _any_active_or_pending(run_dirs)
             if any_active:
                 last_active = monotonic()
             is_quiet = monotonic() - last_active > QUIET_S
             if not any_active and (is_quiet or not any_pending):
                 return
-            with suppress(ShardtuneError):  # of a file that is just being written; the answer would say it
+            with suppress(
+                ShardtuneError
+            ):  # a file that is just being written; the comparison at the end reports others
                 write(PAGE_INTERVAL_S)
             sleep(PAGE_INTERVAL_S)
     except KeyboardInterrupt:
         with suppress(ShardtuneError):
-            write(None)  # nobody writes it any more
+            write(None)  # the browser must stop reloading a page that nobody writes any more
         raise
 
 
-def _any_active_or_pending(directories: list[Path]) -> tuple[bool, bool]:
-    """Whether any run works or waits in the queue, and whether any has not begun."""
+def _any_active_or_pending(run_dirs: list[Path]) -> tuple[bool, bool]:
+    """(whether any run trains or waits in SLURM's queue, whether any has not begun)."""
     from launch.runs.queue import read_queue
     from launch.runs.status import NOT_STARTED, QUEUED, read_run_view
 
     queue = read_queue()
-    states = {read_run_view(directory, queue).state for directory in directories}
+    states = {read_run_view(run_dir, queue).state for run_dir in run_dirs}
     return bool(states & {State.running, QUEUED}), NOT_STARTED in states
 
 
@@ -56,7 +61,7 @@ class PeriodicPage:
         self._next_write = monotonic() + PAGE_INTERVAL_S
 
     def write_if_due(self) -> None:
-        """Write the page if it is time to. An error is ignored: the last page, or the answer, will report it."""
+        """Write the page if `PAGE_INTERVAL_S` have passed. Errors are ignored: the comparison at the end reports them."""
         if monotonic() < self._next_write:
             return
         with suppress(ShardtuneError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.compare.run_files import Point
+from launch.compare.run_files import RecordedRun
 from trainer.reporting.numbers import short
 from trainer.reporting.run_record import RunRecord
 
@@ -46,44 +46,49 @@ class SettingDifference:
     values: tuple[Any, ...]
 
 
-def setting_differences(points: list[Point]) -> list[SettingDifference]:
-    """Settings, then facts of `run.json`, in which runs differ.
+def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
+    """The settings in which the runs differ, then the facts of `run.json` (`run.json world_size`) in which they do.
 
-    Settings that only one choice of a group has (`strategy.bucket_mib`) follow from the choice, and are compared between
-    runs that made the same one.
+    Settings that only one choice of a group has (`strategy.bucket_mib`) follow from the choice, so they are compared only
+    between runs that made the same one.
     """
     differences = []
-    keys: dict[str, None] = {}
-    for point in points:
-        keys |= dict.fromkeys(point.config)
-    for key in keys:
-        if not _under(key, PER_RUN_KEYS) and _differs(key, points):
-            values = tuple(point.config.get(key, ABSENT) for point in points)
+    config_keys: dict[str, None] = {}
+    for run in runs:
+        config_keys |= dict.fromkeys(run.config)
+    for key in config_keys:
+        if not _under(key, PER_RUN_KEYS) and _differs(key, runs):
+            values = tuple(run.config.get(key, ABSENT) for run in runs)
             differences.append(SettingDifference(key, values))
+
     for key in RECORD_KEYS:
-        values = tuple(_recorded(point.record, key) for point in points)
-        known = {_comparable(value) for value in values if value != ABSENT}
-        if len(known) > 1:
+        values = tuple(_recorded(run.record, key) for run in runs)
+        known_values = {_comparable(value) for value in values if value != ABSENT}
+        if len(known_values) > 1:
             differences.append(SettingDifference(f"run.json {key}", values))
     return differences
 
 
-def _differs(key: str, points: list[Point]) -> bool:
-    """Whether runs that made the same choice of the setting's group have several values of it."""
-    choice = f"{key.split('.')[0]}.name"
+def _differs(key: str, runs: list[RecordedRun]) -> bool:
+    """Whether a setting has several values among runs that made the same choice of its group.
+
+    So `tuning.rank` differs between two runs of lora, and not between one of lora and one of full tuning.
+    """
+    choice_key = f"{key.split('.')[0]}.name"
     values_by_choice: dict[Any, set[str]] = {}
-    for point in points:
-        name = None if key == choice else point.config.get(choice)
-        values_by_choice.setdefault(name, set()).add(_comparable(point.config.get(key, ABSENT)))
+    for run in runs:
+        choice = None if key == choice_key else run.config.get(choice_key)
+        values_by_choice.setdefault(choice, set()).add(_comparable(run.config.get(key, ABSENT)))
     return any(len(values) > 1 for values in values_by_choice.values())
 
 
 def _recorded(record: RunRecord, key: str) -> Any:
+    """A fact of `run.json`; `ABSENT` if the run did not record it."""
     return getattr(record, key) if key in record.keys else ABSENT
 
 
 def _comparable(value: Any) -> str:
-    """A value as a text that is equal for equal settings: JSON of trackers has 0.0 as 0."""
+    """A text that is the same for equal values of a setting. Trackers write 0.0 as 0, so whole floats count as integers."""
     if isinstance(value, list):
         return f"[{', '.join(map(_comparable, value))}]"
     if isinstance(value, float) and value.is_integer():
@@ -91,52 +96,65 @@ def _comparable(value: Any) -> str:
     return repr(value)
 
 
-def run_names(points: list[Point], differences: list[SettingDifference]) -> list[str]:
-    """A name for each run out of what differs, such as `fsdp2-lora-lr2e-4`; the name of its directory if nothing does."""
-    names = [""] * len(points)
-    for parts in _name_parts(differences):
-        longer_names = [_joined(name, part) for name, part in zip(names, parts, strict=True)]
-        if max(map(len, longer_names)) <= MAX_NAME_LENGTH:  # else the table alone says it
+def run_names(runs: list[RecordedRun], differences: list[SettingDifference]) -> list[str]:
+    """A name for each run made of the settings that differ, such as `fsdp2-lora-lr2e-4`.
+
+    Runs that these do not tell apart also get the name of their directory.
+    """
+    names = [""] * len(runs)
+    for suffixes in _name_suffixes(differences):
+        longer_names = [_joined(name, suffix) for name, suffix in zip(names, suffixes, strict=True)]
+        if max(map(len, longer_names)) <= MAX_NAME_LENGTH:  # else only the table shows this difference
             names = longer_names
-    # Runs that differ in nothing that is named, and runs beyond the length, may have the same name so far.
+    # Two runs still share a name if their difference is no part of a name, or would have made it too long.
     counts = Counter(names)
     unique_names = []
-    for name, point in zip(names, points, strict=True):
+    for name, run in zip(names, runs, strict=True):
         is_unique = name and counts[name] == 1
-        unique_names.append(name if is_unique else _joined(name, point.directory.resolve().name))
+        unique_names.append(name if is_unique else _joined(name, run.directory.resolve().name))
     return unique_names
 
 
-def _joined(name: str, part: str) -> str:
-    return "-".join(filter(None, (name, part)))
+def _joined(name: str, suffix: str) -> str:
+    return "-".join(filter(None, (name, suffix)))
 
 
-def _name_parts(differences: list[SettingDifference]) -> list[list[str]]:
-    """For each difference, the most telling first, the part that it adds to the name of each run."""
+def _name_suffixes(differences: list[SettingDifference]) -> list[list[str]]:
+    """What each difference adds to the name of each run: a list of one suffix a run for each difference.
+
+    The most telling differences come first, because later ones may not fit into the name any more.
+    """
     values_by_key = {difference.key: difference.values for difference in differences}
     settings = []
     for key in values_by_key:
         if not key.startswith("run.json ") and not _under(key, NOT_NAMED):
             settings.append(key)
-    first = [key for key in FIRST_IN_NAME if key in settings]
-    others = [key for key in settings if key not in FIRST_IN_NAME]
-    parts = []
-    for key in (*first, "run.json world_size", *others):
-        if key == "run.json world_size":  # the only fact of `run.json` that is part of a name
-            parts.append([_ranks(world_size) for world_size in values_by_key.get(key, ())])
+    telling_settings = [key for key in FIRST_IN_NAME if key in settings]
+    other_settings = [key for key in settings if key not in FIRST_IN_NAME]
+
+    # The world size is the only fact of `run.json` that is part of a name.
+    world_size_key = "run.json world_size"
+    suffixes = []
+    for key in (*telling_settings, world_size_key, *other_settings):
+        values = values_by_key.get(key)
+        if values is None:  # every run has the same world size
+            continue
+        if key == world_size_key:
+            suffixes.append([_ranks(world_size) for world_size in values])
         else:
-            parts.append([_name_part(key, value) for value in values_by_key[key]])
-    return [part for part in parts if part]
+            suffixes.append([_name_suffix(key, value) for value in values])
+    return suffixes
 
 
 def _ranks(world_size: Any) -> str:
+    """What the world size adds to a name: `1rank`, `4ranks`, nothing if it is not known."""
     if world_size == ABSENT:
         return ""
     return "1rank" if world_size == 1 else f"{world_size}ranks"
 
 
-def _name_part(key: str, value: Any) -> str:
-    """What a setting adds to a name: `lora`, `lr2e-4`, `no_dora`, or the stem of a data file."""
+def _name_suffix(key: str, value: Any) -> str:
+    """What the value of a setting adds to a name: `lora`, `lr2e-4`, `no_dora`, or the stem of a data file."""
     leaf = key.rsplit(".", 1)[-1].strip("_")
     if value == ABSENT:
         return ""
@@ -148,13 +166,16 @@ def _name_part(key: str, value: Any) -> str:
         return f"{leaf}{short(value)}"
     if leaf in ("path", "eval_path") and value:
         path = Path(str(value))
+        # A data file is named without its suffix; a model's directory may have a dot in its name, as in `qwen2.5`.
         return _word_characters(path.stem if leaf == "path" and "data" in key else path.name)
     return f"{leaf}_{_word_characters(short(value))}"
 
 
-def _word_characters(text: str) -> str:
-    return re.sub(r"[^\w.]+", "_", text).strip("_")
+def _word_characters(value_text: str) -> str:
+    """The text with an underscore for each run of characters that are no letter, digit, `_` or `.`."""
+    return re.sub(r"[^\w.]+", "_", value_text).strip("_")
 
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of the prefixes, or below one."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

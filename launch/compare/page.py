@@ -10,37 +10,43 @@ from pathlib import Path
 from typing import Any
 
 from launch.compare.comparison import Comparison
-from launch.compare.run_files import Point
+from launch.compare.run_files import RecordedRun
 from strategies.cache_dir import cache_directory
 from strategies.errors import StorageError
 from strategies.extras import install_command
 from trainer.reporting.status import write_atomic, write_text_atomic
 
-NEEDS = ("altair", "vl_convert")
-"""What draws the page, of the extra `report`."""
+REQUIRED_PACKAGES = ("altair", "vl_convert")
+"""Packages of the extra `report` that draw the plots."""
 Table = tuple[str, list[str], list[list[str]]]
 """(title, headings, cells of each row)."""
 
 
-def missing_packages(what: str = "compare.html") -> str | None:
-    """What to install for a page; None where all is there."""
-    missing = [package for package in NEEDS if find_spec(package) is None]
-    return f"{what} needs {' and '.join(missing)}: {install_command('report')}" if missing else None
+def missing_packages(page_name: str = "compare.html") -> str | None:
+    """A message that says how to install the packages that the page needs; None if all are there."""
+    missing = [package for package in REQUIRED_PACKAGES if find_spec(package) is None]
+    if not missing:
+        return None
+    return f"{page_name} needs {' and '.join(missing)}: {install_command('report')}"
 
 
 @cache
 def vega_script() -> str:
-    """What draws plots in a browser, one text; gathering it takes seconds, so it is kept in the cache directory."""
+    """The JavaScript of Vega, which draws plots in a browser, as one text to embed in the page.
+
+    Bundling it takes seconds, so the text is kept in the cache directory.
+    """
     cached = cache_directory() / "pages" / f"vega-{version('vl-convert-python')}.js"
     try:
         return cached.read_text(encoding="utf-8")
     except OSError:
         from vl_convert import javascript_bundle
 
-        text = javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]  # its stub forgets the default
-    with suppress(StorageError):  # the page does without
-        write_text_atomic(cached, text)
-    return text
+        # `</script` in the code would end the page's script element.
+        script = javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]  # its stub forgets the default
+    with suppress(StorageError):  # without a writable cache directory, the next page bundles it anew
+        write_text_atomic(cached, script)
+    return script
 
 
 def render_page(
@@ -48,60 +54,72 @@ def render_page(
     tables: list[Table],
     sections: list[tuple[str, list[str]]],
     *,
-    again_s: float | None = None,
+    reload_after_s: float | None = None,
 ) -> str:
-    """The text of the page; what comes from runs is escaped. A browser reads it anew after `again_s` seconds."""
+    """The HTML page of a comparison; a browser reloads it after `reload_after_s` seconds.
+
+    `sections` are (title, lines). The page of a single run also has its settings, facts and profile.
+    """
     from jinja2 import Environment, PackageLoader
 
     from launch.compare.plots import comparison_plots
 
     # Texts of runs may hold markup, and so may those of data sets: everything is escaped but the plots' own JSON.
     template = Environment(loader=PackageLoader("launch.compare", "."), autoescape=True).get_template("page.html.j2")
-    single: dict[str, Any] = {"one": None, "settings": [], "facts": [], "profile": None}
+    single_run: dict[str, Any] = {"single_run": None, "settings": [], "facts": [], "profile": None}
     if len(comparison.runs) == 1:
-        point = comparison.runs[0].point
-        settings = [(key, str(value)) for key, value in point.config.items()]
-        single = {"one": point, "settings": settings, "facts": run_facts(point), "profile": profile_of(point)}
+        run = comparison.runs[0].first_repeat
+        single_run = {
+            "single_run": run,
+            "settings": [(key, str(value)) for key, value in run.config.items()],
+            "facts": run_facts(run),
+            "profile": profile_context(run),
+        }
     return template.render(
-        found=comparison,
-        tables=_sortable(tables),
-        sections=[(title, lines) for title, lines in sections if title != "verdict"],
+        comparison=comparison,
+        tables=_with_sort_values(tables),
+        sections=[
+            (title, lines) for title, lines in sections if title != "verdict"
+        ],  # it stands at the head of the page
         plots=comparison_plots(comparison),
-        scripts=vega_script(),
-        again_s=again_s,
-        **single,
+        vega_script=vega_script(),
+        reload_after_s=reload_after_s,
+        **single_run,
     )
 
 
-def _sortable(tables: list[Table]) -> list[tuple[str, list[str], list[list[tuple[str, str]]]]]:
-    """The tables with, beside each cell, what a click on its heading sorts by."""
-    sortable = []
+def _with_sort_values(tables: list[Table]) -> list[tuple[str, list[str], list[list[tuple[str, str]]]]]:
+    """The tables with (cell, sort value) for each cell: a click on a heading sorts the rows by the latter."""
+    sortable_tables = []
     for title, headings, rows in tables:
-        cells = []
+        sortable_rows = []
         for row in rows:
-            cells.append([(cell, sort_value(cell)) for cell in row])
-        sortable.append((title, headings, cells))
-    return sortable
+            sortable_rows.append([(cell, sort_value(cell)) for cell in row])
+        sortable_tables.append((title, headings, sortable_rows))
+    return sortable_tables
 
 
-def profile_of(point: Point) -> dict[str, Any] | None:
-    """The traced steps of a run, and their tables as those of the page."""
+def profile_context(run: RecordedRun) -> dict[str, Any] | None:
+    """What the page's template shows of a run's profiler trace: steps, files and tables; None if it was not profiled."""
     from launch.compare.profiles import OPERATORS, RANKS, read_profile
 
-    profile = read_profile(point.directory)
+    profile = read_profile(run.directory)
     if profile is None:
         return None
     tables = [("", RANKS, profile.ranks), ("Operators, all ranks together", OPERATORS, profile.operators)]
     return {
         "steps": profile.steps,
-        "of": profile.measured_on,
+        "measured_on": profile.measured_on,
         "traces": profile.traces,
-        "tables": _sortable(tables),
+        "tables": _with_sort_values(tables),
     }
 
 
 def write_plot_images(comparison: Comparison, to: Path) -> list[tuple[str, str]]:
-    """Each plot as `plots/<name>.png` in `to`; (title, path from there) of each. Takes seconds. Errors: StorageError."""
+    """Write each plot as `plots/<name>.png` into `to`; returns (title, path relative to `to`) of each.
+
+    Drawing takes seconds. Errors: StorageError.
+    """
     from vl_convert import vegalite_to_png
 
     from launch.compare.plots import comparison_plots
@@ -109,15 +127,17 @@ def write_plot_images(comparison: Comparison, to: Path) -> list[tuple[str, str]]
     written = []
     for plot in comparison_plots(comparison):
         path = to / "plots" / f"{plot.name}.png"
-        write_atomic(path, vegalite_to_png(plot.spec.replace("<\\/", "</"), scale=2))
+        # In the page, `</` is escaped so that it does not end the script element; here it is plain JSON again.
+        spec = plot.spec.replace("<\\/", "</")
+        write_atomic(path, vegalite_to_png(spec, scale=2))
         written.append((plot.title, f"plots/{plot.name}.png"))
     return written
 
 
-def run_facts(point: Point) -> list[tuple[str, str]]:
-    """Rows of the table at the head of a run's page; facts that the run did not record have no row."""
-    record = point.record
-    choices = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
+def run_facts(run: RecordedRun) -> list[tuple[str, str]]:
+    """(title, text) of each row at the head of a single run's page; what the run did not record has no row."""
+    record = run.record
+    methods = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
     batch = ""
     if record.global_batch and record.micro_batch and record.accumulation and record.world_size:
         batch = (
@@ -125,12 +145,12 @@ def run_facts(point: Point) -> list[tuple[str, str]]:
             f"{record.world_size} rank(s)"
         )
     rows = (
-        ("state", point.reason or point.state),
-        ("directory", str(point.directory)),
+        ("state", run.reason or run.state),
+        ("directory", str(run.directory)),
         ("model", record.base_model),
         ("data", record.data_directory),
         ("device", record.device_name or record.device),
-        ("way", ", ".join(filter(None, choices))),
+        ("way", ", ".join(filter(None, methods))),
         ("batch", batch),
         ("host", record.host),
         ("revision", record.git_revision),
@@ -140,11 +160,15 @@ def run_facts(point: Point) -> list[tuple[str, str]]:
 
 
 def sort_value(cell: str) -> str:
-    """What a cell is sorted by: its first number, without separators and units, else its text; nothing where it has none."""
+    """What the browser sorts a cell by: its first number, without separators and units, else the text itself.
+
+    Empty for the dash of an unknown number. Examples: `1,234` -> `1234.0`, `41%` -> `41.0`, `90-110` -> `90.0`.
+    """
     if cell == "-":
         return ""
-    first = cell.replace(",", "").split("%")[0]
-    for candidate in (first, first.split("-")[0]):
+    number = cell.replace(",", "").split("%")[0]
+    lower_bound = number.split("-")[0]
+    for candidate in (number, lower_bound):
         try:
             return repr(float(candidate))
         except ValueError:

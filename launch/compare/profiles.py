@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TOP = 12
+TOP_OPERATORS = 12
 """Operators that are shown."""
 RANKS = ["rank", "window ms", "communication", "exposed", "idle", "peak GiB"]
 OPERATORS = ["operator", "ms", "share", "calls"]
-KEYS = {"rank", "steps", "of", "operators", "memory", "window_s"}
-"""What a summary has; a file without one of them is no summary."""
+SUMMARY_KEYS = {"rank", "steps", "of", "operators", "memory", "window_s"}
+"""Keys of `rank-*.summary.json`; a file that lacks one is ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,26 +22,29 @@ class ProfiledSteps:
 
     steps: tuple[int, int]
     measured_on: str
-    """`device` or `operators`: what was looked at."""
+    """`device` if the trace has the kernels of a GPU; `operators` if it has only those of the CPU."""
     ranks: list[list[str]]
     """A row a rank, as `RANKS` names its cells."""
     operators: list[list[str]]
     """A row an operator, all ranks together, as `OPERATORS` names its cells. Each rank records those that took longest on it."""
     memory: list[dict[str, Any]]
-    """Points of the memory's course: rank, ms, GiB."""
+    """Allocated memory over time, a row for each change: rank, ms, GiB."""
     traces: str
-    """Where they are."""
+    """Glob pattern of the trace files."""
 
 
 def read_profile(directory: Path) -> ProfiledSteps | None:
-    """The traced steps of a run; None if there are none. A summary that is just being written is left out."""
+    """Tables and memory curve of the profiled steps of a run; None if it was not profiled.
+
+    A summary that a rank is just writing is left out.
+    """
     summaries = _read_summaries(directory)
     if not summaries:
         return None
     memory = []
     for summary in summaries:
-        for point in summary["memory"]:
-            memory.append({"rank": str(summary["rank"]), "ms": 1e3 * point["s"], "GiB": point["gib"]})
+        for sample in summary["memory"]:
+            memory.append({"rank": str(summary["rank"]), "ms": 1e3 * sample["s"], "GiB": sample["gib"]})
     first, last = summaries[0]["steps"]
     return ProfiledSteps(
         steps=(first, last),
@@ -54,47 +57,58 @@ def read_profile(directory: Path) -> ProfiledSteps | None:
 
 
 def exposed_s(directory: Path) -> float | None:
-    """Seconds of a traced step of GPUs in which there was exchange and nothing was computed, mean over the ranks; else None."""
+    """Seconds of a profiled step in which GPUs exchanged data and computed nothing, mean over the ranks.
+
+    None if the run was not profiled on GPUs.
+    """
     seconds_per_step = []
     for summary in _read_summaries(directory):
         if summary["of"] == "device":
             first, last = summary["steps"]
             seconds_per_step.append(summary["exposed_s"] / (last - first + 1))
-    return sum(seconds_per_step) / len(seconds_per_step) if seconds_per_step else None
+    if not seconds_per_step:
+        return None
+    return sum(seconds_per_step) / len(seconds_per_step)
 
 
 def _operator_rows(summaries: list[dict[str, Any]]) -> list[list[str]]:
-    """The operators that took longest, all ranks together, as `OPERATORS` names their cells."""
-    seconds = Counter[str]()
-    calls = Counter[str]()
+    """The `TOP_OPERATORS` operators that took longest, all ranks together: a row of cells as `OPERATORS` names them."""
+    self_s_by_operator = Counter[str]()
+    calls_by_operator = Counter[str]()
     for summary in summaries:
         for operator in summary["operators"]:
-            seconds[operator["name"]] += operator["self_s"]
-            calls[operator["name"]] += operator["calls"]
-    total_s = seconds.total() or 1.0
-    return [
-        [name, f"{1e3 * self_s:.2f}", f"{self_s / total_s:.0%}", str(calls[name])]
-        for name, self_s in seconds.most_common(TOP)
-    ]
+            self_s_by_operator[operator["name"]] += operator["self_s"]
+            calls_by_operator[operator["name"]] += operator["calls"]
+    total_s = self_s_by_operator.total() or 1.0
+    rows = []
+    for name, self_s in self_s_by_operator.most_common(TOP_OPERATORS):
+        rows.append([name, f"{1e3 * self_s:.2f}", f"{self_s / total_s:.0%}", str(calls_by_operator[name])])
+    return rows
 
 
 def _rank_row(summary: dict[str, Any]) -> list[str]:
-    window = summary["window_s"] or 1.0
-    shares = [f"{summary[key] / window:.0%}" for key in ("communication_s", "exposed_s", "idle_s")]
-    peak = max((point["gib"] for point in summary["memory"]), default=None)
-    return [str(summary["rank"]), f"{1e3 * summary['window_s']:.1f}", *shares, "-" if peak is None else f"{peak:.3g}"]
+    """The cells of one rank, as `RANKS` names them: shares are of the profiled time."""
+    window_s = summary["window_s"]
+    shares = [f"{summary[key] / (window_s or 1.0):.0%}" for key in ("communication_s", "exposed_s", "idle_s")]
+    peak_gib = max((sample["gib"] for sample in summary["memory"]), default=None)
+    peak_cell = "-" if peak_gib is None else f"{peak_gib:.3g}"
+    return [str(summary["rank"]), f"{1e3 * window_s:.1f}", *shares, peak_cell]
 
 
 def _read_summaries(directory: Path) -> list[dict[str, Any]]:
-    """The ranks' summaries that can be read, by rank."""
-    files = (directory / "profile").glob("rank-*.summary.json")
-    summaries = [summary for file in files if (summary := _read_summary(file)) is not None]
+    """The ranks' profiler summaries that can be read, in the order of the ranks."""
+    summaries = []
+    for path in (directory / "profile").glob("rank-*.summary.json"):
+        summary = _read_summary(path)
+        if summary is not None:
+            summaries.append(summary)
     return sorted(summaries, key=lambda summary: summary["rank"])
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
+    """One rank's summary; None if the file cannot be read, or is not whole yet."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        return summary if summary.keys() >= KEYS else None
+        return summary if summary.keys() >= SUMMARY_KEYS else None
     except (OSError, ValueError, AttributeError):
         return None

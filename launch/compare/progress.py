@@ -23,124 +23,135 @@ if TYPE_CHECKING:
 UPDATE_INTERVAL_S = 1.0
 """Seconds between two looks at a run's files."""
 LINE_INTERVAL_S = 60.0
-"""Seconds between two lines where they cannot be written over."""
+"""Seconds between two progress lines in a log file. In a terminal, each line replaces the one before it."""
+MAX_LINE_LENGTH = 110
+"""Characters of a line that is drawn over: one that wraps could not be erased."""
 
 
 class RunsProgress:
-    """Shows on stderr how far runs are that are started one after another.
+    """Shows on stderr how far a series of runs is, which are started one after another: run, step and time left.
 
-    `of` runs in all, of which `done` were done before; `pages` are rewritten meanwhile.
+    Of `total_runs`, `done` had finished before this command. `pages` are rewritten while the runs train.
     """
 
-    def __init__(self, of: int, done: int, pages: PeriodicPage | None = None) -> None:
-        self.of = of
-        self.number = done
+    def __init__(self, total_runs: int, done: int, pages: PeriodicPage | None = None) -> None:
+        self.total_runs = total_runs
+        self.run_number = done
         self.pages = pages
-        self._out = sys.stderr
-        self._terminal = self._out.isatty()
+        self._stderr = sys.stderr
+        self._is_terminal = self._stderr.isatty()
         self._durations_s: list[float] = []
         self._updated_at = 0.0
         self._printed_at = 0.0
         if done:
-            self._print(f"{done} of {of} runs are done already")
+            self._print(f"{done} of {total_runs} runs are done already")
 
-    def begin(self, name: str, run_dir: Path, steps: int | None) -> None:
-        """A run starts."""
-        self.number += 1
+    def start_run(self, name: str, run_dir: Path, total_steps: int | None) -> None:
+        """The run `name` starts in `run_dir`; `total_steps` is None if its budget is not one of steps."""
+        self.run_number += 1
         self._name = name
         self._run_dir = run_dir
-        self._steps = steps
-        self._step_before = _last_step(run_dir)
-        self._first: tuple[float, int] | None = None
-        """When its first step was seen, and which it was."""
+        self._total_steps = total_steps
+        # A run that continues has steps from before: they say nothing about its pace now.
+        self._step_at_start = _last_step(run_dir)
+        self._first_seen: tuple[float, int] | None = None
+        """(time at which its first new step was seen, that step)."""
         self._started_at = self._printed_at = time.monotonic()
-        if not self._terminal:
+        if not self._is_terminal:
             self._print(f"{self._heading()} -> {run_dir}")
 
     def _heading(self) -> str:
-        return f"[{self.number}/{self.of}] {self._name}"
+        """What each line about the current run begins with, such as `[2/6] ddp`."""
+        return f"[{self.run_number}/{self.total_runs}] {self._name}"
 
-    def passed_over(self) -> None:
-        """A run is not started, since its point failed before."""
-        self.number += 1
+    def skip_run(self) -> None:
+        """Count a run that is not started, because another repeat of its point failed before."""
+        self.run_number += 1
 
     def update(self) -> None:
-        """Print how far the run is, if a second has passed since the last time; called often."""
+        """Print how far the run is, and rewrite the pages, if it is time to; called many times a second."""
         now = time.monotonic()
         if now - self._updated_at < UPDATE_INTERVAL_S:
             return
         self._updated_at = now
         if self.pages is not None:
             self.pages.write_if_due()
-        if self._terminal or now - self._printed_at >= LINE_INTERVAL_S:
+        if self._is_terminal or now - self._printed_at >= LINE_INTERVAL_S:
             self._printed_at = now
-            self._print(self._state_line(now), over=True)
+            self._print(self._state_line(now), replaceable=True)
 
-    def end(self, code: int, output: Path) -> None:
-        """The run has ended with this exit code; what it printed is in `output`."""
-        from launch.compare.run_files import read_point
+    def end_run(self, exit_code: int, output: Path) -> None:
+        """Print how the current run ended; `output` is the file with what it printed."""
+        from launch.compare.run_files import read_recorded_run
 
         duration_s = time.monotonic() - self._started_at
         outcome = None
         reason = None
-        with suppress(ConfigError):  # of a file that cannot be read the answer will say so
-            point = read_point(self._run_dir)
-            outcome = point.record.outcome
-            reason = point.reason
-        if code == 0:
+        with suppress(ConfigError):  # the comparison at the end reports a file that cannot be read
+            run = read_recorded_run(self._run_dir)
+            outcome = run.record.outcome
+            reason = run.reason
+        if exit_code == 0:
             self._durations_s.append(duration_s)
             tokens_per_s = outcome.speed.get("tokens_per_s") if outcome is not None else None
             speed = f", {tokens_per_s:,.0f} tokens/s" if tokens_per_s else ""
             self._print(f"{self._heading()}: done in {duration_text(duration_s)}{speed}")
-        elif code in (75, 130):
+        elif exit_code in (75, 130):  # preempted, or stopped by Ctrl-C: the run can be continued
             self._print(f"{self._heading()}: {reason or 'stopped'}")
         else:
-            self._print(f"{self._heading()}: {reason or f'ended with {code}'}; what it printed: {output}")
+            self._print(f"{self._heading()}: {reason or f'ended with {exit_code}'}; what it printed: {output}")
 
     def _state_line(self, now: float) -> str:
         """The run, its step and the time to the end of all, such as `[2/6] ddp: step 40 of 100, about 9 min left`."""
         step = _last_step(self._run_dir)
-        if self._steps is None:
-            self._steps = readable_run_record(self._run_dir).total_steps or None
-        state = "starting"
-        if step:
-            state = f"step {step} of {self._steps}" if self._steps else f"step {step}"
+        if self._total_steps is None:  # a budget of epochs or tokens: the run itself computes how many steps that is
+            self._total_steps = readable_run_record(self._run_dir).total_steps or None
+        if not step:
+            state = "starting"
+        elif self._total_steps:
+            state = f"step {step} of {self._total_steps}"
+        else:
+            state = f"step {step}"
+        line = f"{self._heading()}: {state}"
         seconds_left = self._seconds_left(now, step)
-        left = "" if seconds_left is None else f", about {duration_text(seconds_left)} left"
-        return f"{self._heading()}: {state}{left}"
+        if seconds_left is not None:
+            line += f", about {duration_text(seconds_left)} left"
+        return line
 
     def _seconds_left(self, now: float, step: int) -> float | None:
-        """Seconds to the end of all runs; None before anything is known.
+        """Estimated seconds to the end of all runs; None as long as nothing is known.
 
-        A run is expected to take as long as those before it. The first one: its start, and its steps at the pace so far.
+        A run is expected to take as long as the mean of those before it. For the first one: its start, and its steps at the
+        pace so far.
         """
-        if self._first is None and step > self._step_before:
-            self._first = (now, step)
+        if self._first_seen is None and step > self._step_at_start:
+            self._first_seen = (now, step)
         if self._durations_s:
             run_s = mean(self._durations_s)
-        elif self._first is not None and self._steps and step > self._first[1]:
-            first_at, first_step = self._first
-            step_s = (now - first_at) / (step - first_step)
-            run_s = first_at - self._started_at + step_s * (self._steps - first_step)
+        elif self._first_seen is not None and self._total_steps and step > self._first_seen[1]:
+            first_seen_at, first_step = self._first_seen
+            step_s = (now - first_seen_at) / (step - first_step)
+            start_s = first_seen_at - self._started_at
+            run_s = start_s + step_s * (self._total_steps - first_step)
         else:
             return None
-        left_of_this_run = max(0.0, run_s - (now - self._started_at))
-        return left_of_this_run + run_s * (self.of - self.number)
+        elapsed_s = now - self._started_at
+        later_runs = self.total_runs - self.run_number
+        return max(0.0, run_s - elapsed_s) + run_s * later_runs
 
-    def _print(self, text: str, *, over: bool = False) -> None:
-        """A line; in a terminal the next one takes its place where it is `over`."""
-        stays_open = over and self._terminal
+    def _print(self, line: str, *, replaceable: bool = False) -> None:
+        """Print a line; in a terminal, the next one replaces it if it is `replaceable`."""
         with suppress(OSError, ValueError):  # a terminal that has gone away is no reason to end the runs
-            if self._terminal:
-                draw(self._out, "\r\033[K")
-            if stays_open:  # cut, so that it stays on one line: the next one is drawn over it
-                print(text[:110], end="", file=self._out, flush=True)
+            if self._is_terminal:
+                draw(self._stderr, "\r\033[K")  # to the start of the line, and erase it
+            if replaceable and self._is_terminal:
+                print(line[:MAX_LINE_LENGTH], end="", file=self._stderr, flush=True)
             else:
-                print(text, file=self._out, flush=True)
+                print(line, file=self._stderr, flush=True)
 
 
 def duration_text(seconds: float) -> str:
-    """A time as people say it."""
+    """A duration in the unit that fits: `45 s`, `12 min`, `3 h 20 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -156,20 +167,22 @@ def _last_step(run_dir: Path) -> int:
 def run_with_progress(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
     """Start the run that is frozen in `run_dir`, and wait for it; returns its exit code.
 
-    It is one of several: its output goes into `logs/output.log` of the run, and the screen shows `progress` alone.
+    Its output is appended to `logs/output.log` in the run directory, and the screen shows `progress` alone. `verb` is the
+    command that started it, for messages.
     """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RedirectedOutput
 
     output = run_dir / "logs" / "output.log"
     output.parent.mkdir(parents=True, exist_ok=True)
-    progress.begin(name, run_dir, composed.config.budget.steps)
+    progress.start_run(name, run_dir, composed.config.budget.steps)
     # The reason of a failure is shown with the others; what led to it stays beside the run.
     with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         try:
-            code = run_supervised(composed.config, run_dir, composed.sha256, RedirectedOutput(output, progress.update))
+            redirected = RedirectedOutput(output, progress.update)
+            exit_code = run_supervised(composed.config, run_dir, composed.sha256, redirected)
         except ShardtuneError as error:
             print(f"shardtune {verb}: {error}", file=sys.stderr)
-            code = error.exit_code
-    progress.end(code, output)
-    return code
+            exit_code = error.exit_code
+    progress.end_run(exit_code, output)
+    return exit_code

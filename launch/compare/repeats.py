@@ -9,16 +9,29 @@ from statistics import median
 from typing import Any
 
 from launch.compare.profiles import exposed_s
-from launch.compare.run_files import RATES, Point, RunMeasurements, is_run, measure, read_point, rows_after_warmup
+from launch.compare.run_files import (
+    RATES,
+    RecordedRun,
+    RunMeasurements,
+    is_run_directory,
+    measure,
+    read_recorded_run,
+    rows_after_warmup,
+)
 from launch.compare.settings import ComparisonRow
-from launch.compare.wandb_files import is_server, is_wandb, read_server, read_wandb
+from launch.compare.wandb_files import (
+    is_wandb_address,
+    is_wandb_directory,
+    read_from_wandb_server,
+    read_wandb_directory,
+)
 from trainer.reporting.run_record import RunRecord
 
 REFUSED = "refused"
-MEDIANS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
-"""What is a median over the repeats; memory is the largest."""
+MEDIAN_FIELDS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
+"""Measurements of which a row has the median over the repeats; of memory it has the largest."""
 STEP_PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s", "optimizer": "optimizer_s"}
-"""Parts of a step, and what rows call them."""
+"""Key in `metrics.jsonl` of each part of a step that is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,91 +56,104 @@ class RepeatsSummary:
 
 @dataclass(frozen=True, slots=True)
 class RepeatedRun:
-    """A row with what its repeats left."""
+    """A row of the comparison with its runs, one for each repeat, and their figures."""
 
     row: ComparisonRow
-    points: tuple[Point, ...]
-    """The repeats that were frozen; of a refused row one without a step."""
+    repeats: tuple[RecordedRun, ...]
+    """The runs that have a directory; for a refused row, one run without steps that holds the reasons."""
     measured: RunMeasurements
     summary: RepeatsSummary
 
     @property
-    def point(self) -> Point:
-        """The first repeat, whose curve is compared."""
-        return self.points[0]
+    def first_repeat(self) -> RecordedRun:
+        """The first repeat, whose loss curve is compared."""
+        return self.repeats[0]
 
     @property
     def state(self) -> str:
-        """That of the first repeat that is not done, else `done`."""
-        return next((point.state for point in self.points if point.ended), "done")
+        """State of the first repeat that is not done; `done` if all are."""
+        for run in self.repeats:
+            if run.ended:
+                return run.state
+        return "done"
 
     @property
     def ended(self) -> str | None:
-        """How far the first repeat came that is not done."""
-        return self._of_first(point.ended for point in self.points)
+        """State and last step of the first repeat that is not done, such as `repeat 2: failed at step 3`; None if all are."""
+        return self._first_known(run.ended for run in self.repeats)
 
     @property
     def reason(self) -> str | None:
-        """How far the first repeat came that is not done, and why it ended."""
-        return self._of_first(point.reason for point in self.points)
+        """State, last step and reason of the first repeat that is not done; None if all are done."""
+        return self._first_known(run.reason for run in self.repeats)
 
-    def _of_first(self, texts: Iterable[str | None]) -> str | None:
-        """The text of the first repeat that has one."""
-        for number, text in enumerate(texts, 1):
-            if text:
-                return f"repeat {number}: {text}" if number > 1 else text
+    def _first_known(self, sentences: Iterable[str | None]) -> str | None:
+        """The first sentence that is not None, of one for each repeat; it names the repeat if it is a later one."""
+        for number, sentence in enumerate(sentences, 1):
+            if sentence:
+                return f"repeat {number}: {sentence}" if number > 1 else sentence
         return None
 
 
-def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> RepeatedRun:
-    """Read a row's directories; `price_of` a card by its driver's name. Raises ConfigError as `read_point` does."""
-    points = _points_of(row)
-    per_repeat = [measure(point, row.warmup) for point in points]
+def read_repeats(row: ComparisonRow, price_of: Callable[[str], float | None]) -> RepeatedRun:
+    """Read the run directories of a row, and summarise its repeats. Raises ConfigError as `read_recorded_run` does.
+
+    `price_of` maps the driver's name of a card to US dollars an hour, or None if its price is not known.
+    """
+    runs = _read_frozen_repeats(row)
+    per_repeat = [measure(run, row.warmup) for run in runs]
     # A repeat that failed before its first step has no numbers; without any other the first one is shown empty.
-    begun = [repeat for repeat in per_repeat if repeat.steps] or per_repeat[:1]
-    exposed = _median([exposed_s(point.directory) for point in points])
-    measured = _over_repeats(per_repeat[0], begun)
-    if exposed is not None:
-        measured = replace(measured, exposed_s=exposed)  # of traced steps: truer than that of the counted step
-    speeds = [repeat.tokens_per_s for repeat in begun if repeat.tokens_per_s is not None]
+    begun = [measured for measured in per_repeat if measured.steps] or per_repeat[:1]
+    combined = _combine_repeats(per_repeat[0], begun)
+    # A profiler trace shows what of the exchange was exposed: truer than the estimate of the counted step.
+    traced_exposed_s = _median([exposed_s(run.directory) for run in runs])
+    if traced_exposed_s is not None:
+        combined = replace(combined, exposed_s=traced_exposed_s)
+    speeds = [measured.tokens_per_s for measured in begun if measured.tokens_per_s is not None]
     summary = RepeatsSummary(
-        repeats=sum(repeat.steps > 0 for repeat in per_repeat),
+        repeats=sum(measured.steps > 0 for measured in per_repeat),
         tokens_per_s_repeats=tuple(speeds),
-        parts_s=_step_parts_s(points, row.warmup, measured.step_s),
-        dollars_per_million=_dollars_per_million(row, points[0].record, measured.tokens_per_s, price_of),
+        parts_s=_step_parts_s(runs, row.warmup, combined.step_s),
+        dollars_per_million=_dollars_per_million(row, runs[0].record, combined.tokens_per_s, price_of),
     )
-    return RepeatedRun(row, points, measured, summary)
+    return RepeatedRun(row, runs, combined, summary)
 
 
-def _points_of(row: ComparisonRow) -> tuple[Point, ...]:
-    """The repeats of a row that were frozen, always with the first."""
+def _read_frozen_repeats(row: ComparisonRow) -> tuple[RecordedRun, ...]:
+    """The runs of a row, one for each repeat that has a run directory; always at least the first."""
     if row.refused:
-        return (_refused_point(row),)
-    # The first is always read, so that its error is shown; a repeat that was not frozen yet is just not there.
+        return (_never_started_run(row),)
+    # The first is always read, so that its error is shown. Later repeats may not have been started yet.
     first, *others = row.directories
-    return tuple(_read(directory) for directory in [first, *filter(is_run, others)])
+    return tuple(_read_run(directory) for directory in [first, *filter(is_run_directory, others)])
 
 
-def _over_repeats(first: RunMeasurements, begun: list[RunMeasurements]) -> RunMeasurements:
-    """The numbers of the first repeat, with medians over the repeats in `MEDIANS`, and the largest of their memory."""
-    over: dict[str, float | None] = {}
-    # A rate is that of a usual repeat. Memory is what a run must have room for: the worst repeat counts.
-    for name in MEDIANS:
-        over[name] = _median([getattr(measured, name) for measured in begun])
+def _combine_repeats(first: RunMeasurements, begun: list[RunMeasurements]) -> RunMeasurements:
+    """The measurements of a row: medians over the repeats for `MEDIAN_FIELDS`, the largest memory, else the first repeat's.
+
+    `begun` are the measurements of the repeats that took a step.
+    """
+    combined: dict[str, float | None] = {}
+    for name in MEDIAN_FIELDS:
+        combined[name] = _median([getattr(measured, name) for measured in begun])
+    # Memory is what a run must have room for: the worst repeat counts.
     for name in ("memory_gib", "memory_reserved_gib"):
-        over[name] = max(_numbers([getattr(measured, name) for measured in begun]), default=None)
-    return replace(first, **over)  # type: ignore[arg-type]  # no other fields are among the names
+        combined[name] = max(_known_numbers([getattr(measured, name) for measured in begun]), default=None)
+    return replace(first, **combined)  # type: ignore[arg-type]  # no other fields are among the names
 
 
-def _read(path: Path) -> Point:
-    if is_server(path):
-        return read_server(path)
-    return read_wandb(path) if is_wandb(path) else read_point(path)
+def _read_run(path: Path) -> RecordedRun:
+    """Read a run from W&B's server, from W&B's own directory, or from its run directory, as `path` names it."""
+    if is_wandb_address(path):
+        return read_from_wandb_server(path)
+    if is_wandb_directory(path):
+        return read_wandb_directory(path)
+    return read_recorded_run(path)
 
 
-def _refused_point(row: ComparisonRow) -> Point:
-    """The point of a row that was never run: it has a configuration and the reasons, and neither steps nor a record."""
-    return Point(
+def _never_started_run(row: ComparisonRow) -> RecordedRun:
+    """Stands for a refused point, which was never run: it has a configuration and the reasons, but no steps and no record."""
+    return RecordedRun(
         directory=row.directories[0] if row.directories else Path(row.name or REFUSED),
         config=row.config,
         identity={},
@@ -139,11 +165,14 @@ def _refused_point(row: ComparisonRow) -> Point:
     )
 
 
-def _step_parts_s(points: tuple[Point, ...], warmup: int, step_s: float | None) -> dict[str, float]:
-    """Seconds of each part of a step, medians over all repeats; empty where parts were not timed."""
+def _step_parts_s(runs: tuple[RecordedRun, ...], warmup_steps: int, step_s: float | None) -> dict[str, float]:
+    """Seconds of each part of a step (`data`, `forward` ... `rest`), medians over the steps of all repeats.
+
+    Empty if the runs did not time the parts. `step_s` is the median of whole steps.
+    """
     timed_rows = []
-    for point in points:
-        rows = rows_after_warmup(point, warmup) or point.steps.values()
+    for run in runs:
+        rows = rows_after_warmup(run, warmup_steps) or run.steps.values()
         timed_rows += [row for row in rows if "forward_s" in row]
     parts: dict[str, float] = {}
     for name, key in STEP_PARTS.items():
@@ -160,20 +189,25 @@ def _step_parts_s(points: tuple[Point, ...], warmup: int, step_s: float | None) 
 def _dollars_per_million(
     row: ComparisonRow, record: RunRecord, tokens_per_s: float | None, price_of: Callable[[str], float | None]
 ) -> float | None:
-    """US dollars for a million tokens; None if the card's price, the speed or the number of devices is not known."""
+    """US dollars for a million tokens; None if the card's price, the speed or the number of devices is not known.
+
+    `row.price_per_hour` wins over the price of the card in the price list. `tokens_per_s` is that of all ranks together.
+    """
     price_per_hour = row.price_per_hour
     if price_per_hour is None and record.device_name:
         price_per_hour = price_of(record.device_name)
     if price_per_hour is None or not tokens_per_s or not record.world_size:
         return None
-    return price_per_hour * record.world_size / 3600 / tokens_per_s * 1e6
+    dollars_per_second = price_per_hour * record.world_size / 3600
+    return dollars_per_second / tokens_per_s * 1e6
 
 
 def _median(values: list[Any]) -> float | None:
-    numbers = _numbers(values)
+    """The median of the numbers that are known; None if none is."""
+    numbers = _known_numbers(values)
     return median(numbers) if numbers else None
 
 
-def _numbers(values: list[Any]) -> list[float]:
+def _known_numbers(values: list[Any]) -> list[float]:
     """The known numbers. None is left out, also that of a number that is not finite."""
     return [value for value in values if isinstance(value, int | float)]

@@ -1,8 +1,9 @@
-"""Reads the files of a run directory, and the numbers that are compared."""
+"""Reads the files of a run directory, and computes the numbers that are compared."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,14 +32,14 @@ RATES = ("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s")
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One run as its directory has it; what it never wrote is empty."""
+class RecordedRun:
+    """One run, read from the files of its directory (or from a tracker); what it never wrote is empty."""
 
     directory: Path
     config: dict[str, Any]
     """Leaves of `config.yaml` by dotted key."""
     identity: dict[str, dict[str, Any]]
-    """`identity.json`."""
+    """`identity.json`: what the run was computed from, by kind (`data`, `order`, `objective` ...)."""
     record: RunRecord
     """`run.json`; an empty record if there is none."""
     status: dict[str, Any]
@@ -59,20 +60,23 @@ class Point:
 
     @property
     def ended(self) -> str | None:
-        """How far a run came that is not done, such as `failed at step 3`; None for one that is."""
+        """State and last step of a run that is not done, such as `failed at step 3`; None for one that is done."""
         if self.state == State.done:
             return None
-        step = self.status.get("step") or self.failure.get("step") or max(self.steps, default=None)
-        return f"{self.state} at step {step}" if step else self.state
+        last_step = self.status.get("step") or self.failure.get("step") or max(self.steps, default=None)
+        return f"{self.state} at step {last_step}" if last_step else self.state
 
     @property
     def reason(self) -> str | None:
-        """How far the run came and why it ended, on one line; None for one that is done."""
+        """State, last step and the reason why the run ended, on one line; None for a run that is done."""
         if self.state == State.running:
             last_seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
             return f"{self.ended}, last seen at {last_seen}"
-        why = self.status.get("reason") or self.failure.get("message")
-        return f"{self.ended}: {' '.join(str(why).split())}" if self.ended and why else self.ended
+        message = self.status.get("reason") or self.failure.get("message")
+        if not self.ended or not message:
+            return self.ended
+        one_line = " ".join(str(message).split())
+        return f"{self.ended}: {one_line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class RunMeasurements:
     mfu: float | None
     step_s: float | None
     tokens_per_s_quartiles: tuple[float, float] | None
-    """Between these lie half of the steps."""
+    """The lower and the upper quartile: half of the steps lie between them."""
     warmup_steps: int
     """Steps left out of the medians, the first logging interval's as a rule; 0 where there are no others."""
     memory_gib: float | None
@@ -102,9 +106,9 @@ class RunMeasurements:
     start_s: float | None
     """From the start of the last attempt to its first step."""
     evaluation_before_s: float | None
-    """Of these the evaluation before it."""
+    """Seconds of `start_s` that the evaluation before the first step took."""
     planned_gib: float | None
-    """What a rank was expected to take."""
+    """Memory that the plan expected a rank to take."""
     planned_by: str | None
     """How `planned_gib` was computed, in words."""
     exchanged_gib: float | None = None
@@ -112,30 +116,32 @@ class RunMeasurements:
     planned_exchanged_gib: float | None = None
     """What the plan at the start predicted for `exchanged_gib`."""
     exchanged_bytes: dict[str, float] = field(default_factory=dict)
-    """The first of these by collective."""
+    """`exchanged_gib` by collective, in bytes."""
     exposed_s: float | None = None
-    """Seconds of that step in which it waited for exchange; where that is known, see docs/comparing.md."""
+    """Seconds of that step in which it waited for exchange. docs/comparing.md says on which devices that is known."""
     before: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics before the first step."""
     after: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics of the last evaluation."""
 
 
-def is_run(directory: Path) -> bool:
-    """Whether a run was frozen here."""
+def is_run_directory(directory: Path) -> bool:
+    """Whether the directory is that of a run: every run writes its `config.yaml` before it starts."""
     return (directory / "config.yaml").is_file()
 
 
-def read_point(directory: Path) -> Point:
-    """Read one run directory. Raises ConfigError where it is none, or one of its files is damaged."""
-    if not is_run(directory):
+def read_recorded_run(directory: Path) -> RecordedRun:
+    """Read all files of one run directory. Raises ConfigError where it is none, or one of its files is damaged."""
+    if not is_run_directory(directory):
         raise ConfigError(f"{directory}: not a run directory (there is no config.yaml in it)")
-    metrics = _rows(directory / METRICS)
-    events = _rows(directory / "events.jsonl")
-    steps, evaluations = _by_step(metrics.rows)
-    return Point(
+    metrics = _read_metric_rows(directory / METRICS)
+    events = _read_metric_rows(directory / "events.jsonl")
+    steps, evaluations = _split_by_step(metrics.rows)
+    return RecordedRun(
         directory=directory,
-        config=_config(directory / "config.yaml"),
-        identity=_identity(directory / "identity.json"),
-        record=_record(directory),
+        config=_read_config(directory / "config.yaml"),
+        identity=_read_identity(directory / "identity.json"),
+        record=_read_record(directory),
         status=read_status(directory),
         failure=read_failure(directory),
         steps=steps,
@@ -145,25 +151,27 @@ def read_point(directory: Path) -> Point:
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
+    """The settings in `config.yaml` by dotted key. Errors: ConfigError if it is another program's file."""
     tree = read_tree(path)
     if "strategy" not in tree:
         raise ConfigError(f"{path}: not the configuration of a run of shardtune")
     return flat(tree)
 
 
-def _record(run_dir: Path) -> RunRecord:
-    if not (run_dir / RUN_RECORD).exists():  # it failed before its model was built, or has not started
+def _read_record(run_dir: Path) -> RunRecord:
+    """The run's `run.json`; an empty record if it failed before its model was built, or has not started."""
+    if not (run_dir / RUN_RECORD).exists():
         return RunRecord()
     try:
         return read_run_record(run_dir)
     except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(run_dir / RUN_RECORD, error) from error
+        raise _unreadable_file_error(run_dir / RUN_RECORD, error) from error
 
 
-def _identity(path: Path) -> dict[str, dict[str, Any]]:
-    """`identity.json`: an object for each kind of difference; empty if there is no file."""
-    if not path.exists():  # it ended before its data was prepared
+def _read_identity(path: Path) -> dict[str, dict[str, Any]]:
+    """`identity.json`, an object for each kind of difference; empty if the run ended before its data was prepared."""
+    if not path.exists():
         return {}
     try:
         identity = json.loads(atomic_io.read_bytes(path, most=MOST_BYTES))
@@ -173,32 +181,32 @@ def _identity(path: Path) -> dict[str, dict[str, Any]]:
             if not isinstance(identity.get(kind) or {}, dict):
                 raise ValueError(f"{kind} is not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_file_error(path, error) from error
     return identity
 
 
-def _unreadable(path: Path, error: Exception) -> ConfigError:
+def _unreadable_file_error(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison")
 
 
-def _by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
-    """(rows of steps, metrics of evaluations), each by step."""
+def _split_by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
+    """Split the rows of `metrics.jsonl` into (rows of training steps, held-out metrics of evaluations), each by step."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, float]] = {}
     for row in rows:
-        if "loss" in row:
+        if "loss" in row:  # only a row of training has it: an evaluation's is called `eval/loss`
             steps[row["step"]] = row
-        else:
-            metrics: dict[str, float] = {}
-            for name, number in row.items():
-                if name not in ("step", "tokens") and isinstance(number, int | float):
-                    metrics[name] = number
-            evaluations[row["step"]] = metrics
+            continue
+        metrics: dict[str, float] = {}
+        for name, number in row.items():
+            if name not in ("step", "tokens") and isinstance(number, int | float):
+                metrics[name] = number
+        evaluations[row["step"]] = metrics
     return steps, evaluations
 
 
-def _rows(path: Path) -> MetricRows:
-    """What a file of rows has, of metrics or of events; lines that are no rows are counted. Errors: ConfigError."""
+def _read_metric_rows(path: Path) -> MetricRows:
+    """The rows of `metrics.jsonl` or `events.jsonl`; lines that are no rows are listed apart. Errors: ConfigError."""
     try:
         return read_rows(path)
     except OSError as error:
@@ -207,36 +215,42 @@ def _rows(path: Path) -> MetricRows:
         ) from error
 
 
-def rows_after_warmup(point: Point, warmup: int) -> list[dict[str, Any]]:
-    """The steps behind the first `warmup` ones and the rest of their logging interval; empty where there are no others."""
-    every = int(point.config.get("logging.every_steps") or 1)
-    first = min(point.steps, default=0)
+def rows_after_warmup(run: RecordedRun, warmup_steps: int) -> list[dict[str, Any]]:
+    """Rows of the steps that count for speeds: those behind the first `warmup_steps` and the rest of their logging interval.
+
+    Empty if the run ended within that interval.
+    """
+    interval = int(run.config.get("logging.every_steps") or 1)
+    first_step = min(run.steps, default=0)
     # As in the run's own medians: the first interval has caches to fill and kernels to choose.
-    ends = (first - 1 + warmup + every - 1) // every * every
-    return [row for step, row in point.steps.items() if step > ends]
+    last_warmup_step = first_step - 1 + warmup_steps
+    interval_end = math.ceil(last_warmup_step / interval) * interval
+    return [row for step, row in run.steps.items() if step > interval_end]
 
 
-def measure(point: Point, warmup: int = 1) -> RunMeasurements:
-    """The numbers that are compared; of speeds those of `rows_after_warmup`."""
-    rows = list(point.steps.values())
-    counted_rows = rows_after_warmup(point, warmup)
-    rates = {key: _finite(counted_rows or rows, key) for key in RATES}
+def measure(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
+    """The numbers of a run that are compared. Speeds are medians over `rows_after_warmup`, or over all rows if it is empty."""
+    rows = list(run.steps.values())
+    counted_rows = rows_after_warmup(run, warmup_steps)
+    rates = {key: _finite_numbers(counted_rows or rows, key) for key in RATES}
     medians: dict[str, float | None] = dict.fromkeys(RATES)
     for key, values in rates.items():
         if values:
             medians[key] = median(values)
-    receipt = point.record.receipt or Receipt()
+    last_loss = _finite_numbers(rows[-1:], "loss")  # empty before the first step, and for a loss that is not finite
+
+    receipt = run.record.receipt or Receipt()
     predicted = receipt.predicted or PredictedCost()
     measured = receipt.measured or MeasuredCost()
     return RunMeasurements(
         steps=len(rows),
-        loss=next(iter(_finite(rows[-1:], "loss")), None),
+        loss=last_loss[0] if last_loss else None,
         **medians,
         tokens_per_s_quartiles=_quartiles(rates["tokens_per_s"]),
         warmup_steps=len(rows) - len(counted_rows) if counted_rows else 0,
-        memory_gib=max(_finite(rows, "memory_gib"), default=None),
-        memory_reserved_gib=max(_finite(rows, "memory_reserved_gib"), default=None),
-        checkpoint_gib=_checkpoint_gib(point),
+        memory_gib=max(_finite_numbers(rows, "memory_gib"), default=None),
+        memory_reserved_gib=max(_finite_numbers(rows, "memory_reserved_gib"), default=None),
+        checkpoint_gib=_checkpoint_gib(run),
         checkpoint_s=measured.checkpoint_s,
         start_s=measured.start_s,
         evaluation_before_s=measured.evaluation_before_s,
@@ -244,10 +258,10 @@ def measure(point: Point, warmup: int = 1) -> RunMeasurements:
         planned_by=predicted.memory_by,
         exchanged_gib=_total_gib(measured.exchanged_bytes),
         planned_exchanged_gib=_total_gib(predicted.exchanged_bytes),
-        exchanged_bytes=_without_null(measured.exchanged_bytes or {}),
+        exchanged_bytes=_null_as_zero(measured.exchanged_bytes or {}),
         exposed_s=measured.exposed_s,
-        before=point.evaluations.get(0, {}),
-        after=_last_evaluation(point),
+        before=run.evaluations.get(0, {}),
+        after=_last_held_out_metrics(run),
     )
 
 
@@ -258,30 +272,33 @@ def _quartiles(values: list[float]) -> tuple[float, float] | None:
     return low, high
 
 
-def _last_evaluation(point: Point) -> dict[str, float]:
-    """Held-out metrics at the last evaluation after the first step; empty if there was none."""
-    last_step = max(point.evaluations, default=0)
-    return point.evaluations[last_step] if last_step > 0 else {}
+def _last_held_out_metrics(run: RecordedRun) -> dict[str, float]:
+    """Held-out metrics of the last evaluation after the first step; empty if there was none."""
+    last_step = max(run.evaluations, default=0)
+    return run.evaluations[last_step] if last_step > 0 else {}
 
 
-def _finite(rows: list[dict[str, Any]], key: str) -> list[float]:
-    """Numbers that are not finite are null in the rows."""
+def _finite_numbers(rows: list[dict[str, Any]], key: str) -> list[float]:
+    """The numbers under `key`, of the rows that have one. NaN and infinity stand as null in the file, and are left out."""
     return [row[key] for row in rows if isinstance(row.get(key), int | float)]
 
 
-def _without_null(bytes_by_collective: dict[str, float]) -> dict[str, float]:
+def _null_as_zero(bytes_by_collective: dict[str, float]) -> dict[str, float]:
     """The sizes with 0 for null, which a record has for a number that is not finite."""
     return {collective: size_bytes or 0.0 for collective, size_bytes in bytes_by_collective.items()}
 
 
 def _total_gib(bytes_by_collective: dict[str, float] | None) -> float | None:
-    return None if bytes_by_collective is None else sum(_without_null(bytes_by_collective).values()) / GIB
+    """What all collectives together exchanged, in GiB; None if it was not recorded."""
+    if bytes_by_collective is None:
+        return None
+    return sum(_null_as_zero(bytes_by_collective).values()) / GIB
 
 
-def _checkpoint_gib(point: Point) -> float | None:
+def _checkpoint_gib(run: RecordedRun) -> float | None:
     """Size of the newest checkpoint; None where there is none, or a running run has just deleted it."""
     try:
-        checkpoints = published(places_of(point.directory, point.config.get("checkpoint.fallback_dir")))
+        checkpoints = published(places_of(run.directory, run.config.get("checkpoint.fallback_dir")))
         if not checkpoints:
             return None
         _, newest = checkpoints[-1]

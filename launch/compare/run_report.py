@@ -15,28 +15,31 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 NO_PAGE = (State.running, None)
-"""States in which another attempt has the directory, or nothing was begun there."""
+"""States without a page: another attempt writes in the directory, or nothing was begun there."""
 
 
-def write(run_dir: Path, comparison: Comparison, *, again_s: float | None = None) -> Path:
-    """The page of a comparison that is of this run alone, into its directory. Errors: StorageError."""
+def write(run_dir: Path, comparison: Comparison, *, reload_after_s: float | None = None) -> Path:
+    """Write `report.html` of a run into its directory; returns the path. Errors: StorageError.
+
+    `comparison` is of this run alone. A browser reloads the page after `reload_after_s` seconds.
+    """
     from launch.compare.answer import as_html
 
     path = run_dir / REPORT
-    write_text_atomic(path, as_html(comparison, again_s=again_s))
+    write_text_atomic(path, as_html(comparison, reload_after_s=reload_after_s))
     return path
 
 
 def at_end(config: RunConfig, run_dir: Path | None) -> None:
-    """Write the page of a run that has ended, if `logging.report` is on, and print where it is. A failed page fails no run."""
+    """Write the page of a run that has ended, if `logging.report` is on, and print where it is.
+
+    No error of the page is an error of the run: it is only printed. `run_dir` is None for a run without a directory.
+    """
     from launch.compare.page import missing_packages
 
-    if (
-        run_dir is None
-        or not run_dir.is_dir()
-        or not config.logging.report
-        or read_status(run_dir).get("state") in NO_PAGE
-    ):
+    if run_dir is None or not run_dir.is_dir() or not config.logging.report:
+        return
+    if read_status(run_dir).get("state") in NO_PAGE:
         return
     if not (run_dir / "run.json").is_file():
         return  # it failed before its first step, and the page would have nothing to show
@@ -49,7 +52,8 @@ def at_end(config: RunConfig, run_dir: Path | None) -> None:
     from launch.config.prices import price_of
 
     try:
-        print(f"report:     {write(run_dir, compare([ComparisonRow((run_dir,))], price_of))}", flush=True)
+        comparison = compare([ComparisonRow((run_dir,))], price_of)
+        print(f"report:     {write(run_dir, comparison)}", flush=True)
     except ShardtuneError as error:
         print(f"no {REPORT}: {error}", file=sys.stderr, flush=True)
     except Exception as error:  # noqa: BLE001 - the run is what was asked for: it does not fail for its page

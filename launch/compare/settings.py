@@ -13,9 +13,9 @@ from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY, version_of
 from trainer.reporting.shared_choice import COMPARISON
 from trainer.reporting.status import write_text_atomic
 
-RECORD = COMPARISON
-MOST_BYTES = 2**26
-"""Bytes of a record that are read at most: somebody else may have written the file."""
+COMPARISON_FILE = COMPARISON
+MAX_FILE_BYTES = 2**26
+"""A longer `comparison.json` is refused: somebody else may have written it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,41 +42,46 @@ class ComparisonRow:
 
     directories: tuple[Path, ...]
     name: str | None = None
-    """None takes the settings in which it differs."""
+    """None makes a name of the settings in which the run differs from the others."""
     refused: tuple[str, ...] = ()
+    """Why the point cannot be run; empty if it can."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Of a refused point, by dotted key; others have theirs in their directories."""
+    """The settings of a refused point, by dotted key; other points have theirs in their run directories."""
     warmup: int = 1
     price_per_hour: float | None = None
 
 
-def write_rows(to: Path, rows: list[ComparisonRow], words: list[str]) -> None:
-    """Write `comparison.json` into `to`. Errors: StorageError."""
+def write_comparison_file(to: Path, rows: list[ComparisonRow], words: list[str]) -> None:
+    """Write `comparison.json` into `to`: the words of the command, and its points. Errors: StorageError."""
     points = []
     for row in rows:
         # Relative, so that a comparison can be moved or mounted elsewhere.
         directories = [str(path.relative_to(to)) for path in row.directories]
         points.append({**asdict(row), "directories": directories})
     record = {VERSION_KEY: FILE_VERSION, "words": words, "points": points}
-    write_text_atomic(to / RECORD, json.dumps(record, indent=1) + "\n")
+    write_text_atomic(to / COMPARISON_FILE, json.dumps(record, indent=1) + "\n")
 
 
-def read_rows(to: Path) -> list[ComparisonRow]:
-    """The rows of the comparison that was run in `to`; empty where none was. Raises ConfigError where its record is damaged."""
-    path = to / RECORD
+def read_comparison_file(to: Path) -> list[ComparisonRow]:
+    """The rows of the comparison that was run in `to`; empty if `to` has no `comparison.json`.
+
+    Raises ConfigError where the file is damaged.
+    """
+    path = to / COMPARISON_FILE
     if not path.is_file():
         return []
     try:
-        record = json.loads(atomic_io.read_bytes(path, most=MOST_BYTES))
-        version_of(record)
-        return [_row_of(point, to) for point in record["points"]]
+        record = json.loads(atomic_io.read_bytes(path, most=MAX_FILE_BYTES))
+        version_of(record)  # refuses the file of a later version
+        return [_row_from_json(point, to) for point in record["points"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); name the run directories below {to} instead, or repeat the command that made it"
         ) from error
 
 
-def _row_of(point: dict[str, Any], to: Path) -> ComparisonRow:
-    """A row out of its JSON values: directories are relative to that of the comparison."""
+def _row_from_json(point: dict[str, Any], to: Path) -> ComparisonRow:
+    """A row from its JSON values; the directories in the file are relative to `to`."""
     directories = tuple(to / name for name in point["directories"])
-    return ComparisonRow(**{**point, "directories": directories, "refused": tuple(point["refused"])})
+    refused = tuple(point["refused"])
+    return ComparisonRow(**{**point, "directories": directories, "refused": refused})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import accumulate
 from typing import Any
@@ -9,101 +10,114 @@ from typing import Any
 from launch.compare.comparison import ComparedRun
 from launch.compare.events import notable_steps
 
-USUAL_COLORS = 10
-"""Colours of the usual scheme."""
-MOST_POINTS = 400
+DEFAULT_SCHEME_COLORS = 10
+"""Colours in Vega's default scheme."""
+MAX_CURVE_POINTS = 400
 """Steps of one curve that are drawn; of a longer run evenly spread ones, and those that stand out."""
 HEIGHT = 320
 WIDTH = 860
-"""Pixels of a plot."""
+"""Size of a plot in pixels."""
 STRIP_HEIGHT = 110
-"""Pixels of one of several plots beneath each other."""
+"""Height in pixels of each of several plots below each other."""
 WIDEST_NAME = 280
 """Pixels of a run's name. Vega cuts names at 160 by default, and two runs may differ in the end of their names alone."""
-OVER = ("step", "tokens", "seconds")
+X_CHOICES = ("step", "tokens", "seconds")
+"""What the reader can choose for the x axis of every curve."""
 COURSE_METRICS = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
-"""What is drawn below the loss, of rows that have it."""
+"""Metrics that are drawn below the loss, and their titles; only those that the rows have."""
 
 
 def curve_rows(run: ComparedRun) -> list[dict[str, Any]]:
-    """Steps of a run with what is drawn of them: step, tokens and seconds until then, the loss, and the rest.
+    """The points of a run's curves, one for each drawn step: step, tokens and seconds until then, loss and course metrics.
 
-    Of a long run: evenly spread steps, the last one, and those that stood out.
+    Of a run with more than `MAX_CURVE_POINTS` steps: evenly spread ones, the last, and those that stood out.
     """
-    rows = list(run.point.steps.values())
-    notable = {step.step for step in notable_steps(run.point)}
-    stride = max(1, -(-len(rows) // MOST_POINTS))  # rounded up
+    rows = list(run.first_repeat.steps.values())
+    notable = {step.step for step in notable_steps(run.first_repeat)}
+    stride = max(1, math.ceil(len(rows) / MAX_CURVE_POINTS))
     last = len(rows) - 1
     elapsed_s = 0.0
-    drawn = []
+    curve_points = []
     for number, row in enumerate(rows):
         elapsed_s += row.get("step_s") or 0.0
         if number % stride != 0 and number != last and row["step"] not in notable:
             continue
-        point = {
+        curve_point = {
             "run": run.name,
             "step": row["step"],
             "tokens": row.get("tokens"),
             "seconds": elapsed_s,
             "loss": row["loss"],
         }
-        point |= {key: row[key] for key in COURSE_METRICS if isinstance(row.get(key), int | float)}
-        drawn.append(point)
-    return drawn
+        for metric in COURSE_METRICS:
+            if isinstance(row.get(metric), int | float):
+                curve_point[metric] = row[metric]
+        curve_points.append(curve_point)
+    return curve_points
 
 
 def _curves(runs: list[ComparedRun]) -> list[dict[str, Any]]:
+    """The curve points of all runs, one run after the other: Vega tells them apart by `run`."""
     rows: list[dict[str, Any]] = []
     for run in runs:
         rows += curve_rows(run)
     return rows
 
 
-def color(runs: list[ComparedRun]) -> Any:
-    """A colour for each run, in their order; named where there are several. Of 20 runs no two share one."""
+def run_color(runs: list[ComparedRun]) -> Any:
+    """The colour encoding of all charts: a colour for each run, with a legend if there are several.
+
+    Up to 20 runs have different colours.
+    """
     import altair as alt
 
-    several: dict[str, Any] = {"legend": alt.Legend(labelLimit=WIDEST_NAME) if len(runs) > 1 else None}
-    if len(runs) > USUAL_COLORS:
-        several["scale"] = alt.Scale(scheme="tableau20")
-    return alt.Color("run:N", sort=[run.name for run in runs], title=None, **several)
+    options: dict[str, Any] = {"legend": None}
+    if len(runs) > 1:
+        options["legend"] = alt.Legend(labelLimit=WIDEST_NAME)
+    if len(runs) > DEFAULT_SCHEME_COLORS:
+        options["scale"] = alt.Scale(scheme="tableau20")
+    return alt.Color("run:N", sort=[run.name for run in runs], title=None, **options)
 
 
 def _x_choice() -> Any:
+    """The menu by which the reader chooses what the x axis shows: steps, tokens or seconds."""
     import altair as alt
 
-    return alt.param(name="over", value=OVER[0], bind=alt.binding_select(options=list(OVER), name="over"))
+    return alt.param(name="over", value=X_CHOICES[0], bind=alt.binding_select(options=list(X_CHOICES), name="over"))
 
 
 def _x_axis(title: str | None = "steps, tokens or seconds of steps") -> Any:
+    """The x axis of a chart whose `x` is calculated from the reader's choice."""
     import altair as alt
 
+    # Steps and tokens are whole: no ticks between them.
     axis = alt.Axis(tickMinStep=alt.ExprRef("over == 'seconds' ? 0.001 : 1"))  # type: ignore[arg-type]
     return alt.X("x:Q", title=title, scale=alt.Scale(zero=False), axis=axis)
 
 
 def _tooltip(*more: Any) -> list[Any]:
+    """The fields shown when the pointer is on a point of a curve: run, step, tokens and seconds, then `more`."""
     import altair as alt
 
     return ["run:N", "step:Q", "tokens:Q", alt.Tooltip("seconds:Q", format=".1f"), *more]
 
 
 def loss_chart(runs: list[ComparedRun]) -> tuple[Any, str] | None:
-    """(the chart of the losses, with a line where a step stood out; what is to be seen), None without a loss."""
+    """(chart of the loss curves, with a dashed line at each step that stood out; its caption). None without any loss."""
     import altair as alt
 
     rows = [row for row in _curves(runs) if row["loss"] is not None]
     if not rows:
         return None
     chosen_run = alt.selection_point(name="chosen", fields=["run"], bind="legend")
-    lines = (
+    curves = (
         alt.Chart(alt.Data(values=rows), width=WIDTH, height=HEIGHT)
         .transform_calculate(x="datum[over]")
         .mark_line(point={"size": 18})
         .encode(
             x=_x_axis(),
             y=alt.Y("loss:Q", scale=alt.Scale(zero=False)),
-            color=color(runs),
+            color=run_color(runs),
             opacity=alt.condition(chosen_run, alt.value(1), alt.value(0.12)),
             tooltip=_tooltip(alt.Tooltip("loss:Q", format=".6f")),
         )
@@ -113,22 +127,22 @@ def loss_chart(runs: list[ComparedRun]) -> tuple[Any, str] | None:
     caption += "; a click in the legend shows one run alone." if len(runs) > 1 else "."
     notable_rows = _notable_step_rows(runs)
     if not notable_rows:
-        return lines, caption
-    rules = (
+        return curves, caption
+    dashed_lines = (
         alt.Chart(alt.Data(values=notable_rows))
         .transform_calculate(x="datum[over]")
         .mark_rule(strokeDash=[4, 3], strokeWidth=1.5)
         .encode(x="x:Q", color=alt.value("#c0392b"), tooltip=["run:N", "step:Q", "what:N"])
     )
-    return lines + rules, f"{caption} Dashed: steps that stood out; the pointer says what was done."
+    return curves + dashed_lines, f"{caption} Dashed: steps that stood out; the pointer says what was done."
 
 
 def _notable_step_rows(runs: list[ComparedRun]) -> list[dict[str, Any]]:
-    """Steps that stand out, placed as the curves are."""
+    """A row for each step that stood out: its step, tokens and seconds, and what a guard or detector found there."""
     notable_rows = []
     for run in runs:
         row_by_step = {row["step"]: row for row in curve_rows(run)}
-        for notable in notable_steps(run.point):
+        for notable in notable_steps(run.first_repeat):
             row = row_by_step.get(notable.step, {})
             notable_rows.append(
                 {
@@ -143,21 +157,25 @@ def _notable_step_rows(runs: list[ComparedRun]) -> list[dict[str, Any]]:
 
 
 def _evaluation_rows(run: ComparedRun) -> list[dict[str, Any]]:
-    """A row for each held-out metric of each evaluation, with the tokens and seconds until then."""
-    elapsed_s = accumulate(row.get("step_s") or 0.0 for row in run.point.steps.values())
+    """A row for each held-out metric of each evaluation of a run, with the tokens and seconds of training until then."""
+    steps = run.first_repeat.steps
+    elapsed_s = accumulate(row.get("step_s") or 0.0 for row in steps.values())
     # The evaluation before the first step is at 0.
-    place_by_step: dict[int, dict[str, Any]] = {0: {"tokens": 0, "seconds": 0.0}}
-    for (step, row), seconds in zip(run.point.steps.items(), elapsed_s, strict=True):
-        place_by_step[step] = {"tokens": row.get("tokens"), "seconds": seconds}
+    position_by_step: dict[int, dict[str, Any]] = {0: {"tokens": 0, "seconds": 0.0}}
+    for (step, row), seconds in zip(steps.items(), elapsed_s, strict=True):
+        position_by_step[step] = {"tokens": row.get("tokens"), "seconds": seconds}
+    unknown = {"tokens": None, "seconds": None}
+
     rows: list[dict[str, Any]] = []
-    for step, metrics in run.point.evaluations.items():
-        place = {"step": step, **place_by_step.get(step, {"tokens": None, "seconds": None})}
-        rows += [{"run": run.name, **place, "metric": metric, "value": value} for metric, value in metrics.items()]
+    for step, metrics in run.first_repeat.evaluations.items():
+        position = {"step": step, **position_by_step.get(step, unknown)}
+        for metric, value in metrics.items():
+            rows.append({"run": run.name, **position, "metric": metric, "value": value})
     return rows
 
 
 def held_out_chart(runs: list[ComparedRun]) -> Any | None:
-    """The chart of each held-out metric over the run, one at a time."""
+    """A chart of one held-out metric over the run, which the reader chooses; None if no run was evaluated."""
     import altair as alt
 
     rows: list[dict[str, Any]] = []
@@ -175,7 +193,7 @@ def held_out_chart(runs: list[ComparedRun]) -> Any | None:
         .encode(
             x=_x_axis(),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-            color=color(runs),
+            color=run_color(runs),
             tooltip=_tooltip("metric:N", alt.Tooltip("value:Q", format=".6g")),
         )
         .add_params(_x_choice(), metric, alt.selection_interval(name="zoom", bind="scales"))
@@ -189,8 +207,9 @@ def course_chart(runs: list[ComparedRun]) -> Any | None:
     rows = _curves(runs)
     rows_by_metric = {}
     for metric in COURSE_METRICS:
-        if known := [row for row in rows if row.get(metric) is not None]:
-            rows_by_metric[metric] = known
+        rows_with_metric = [row for row in rows if row.get(metric) is not None]
+        if rows_with_metric:
+            rows_by_metric[metric] = rows_with_metric
     if not rows_by_metric:
         return None
     shared_zoom = alt.selection_interval(name="along", bind="scales", encodings=["x"])
@@ -205,11 +224,12 @@ def course_chart(runs: list[ComparedRun]) -> Any | None:
             .encode(
                 x=x_axis,
                 y=alt.Y(f"{metric}:Q", title=COURSE_METRICS[metric], scale=alt.Scale(zero=False)),
-                color=color(runs),
+                color=run_color(runs),
                 tooltip=_tooltip(alt.Tooltip(f"{metric}:Q", format=".6g")),
             )
             .add_params(shared_zoom)
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Automatically deduplicated")  # one selection of all three is meant
+        # Altair warns that the charts share a selection, and that is what is wanted here.
+        warnings.filterwarnings("ignore", "Automatically deduplicated")
         return alt.vconcat(*charts, spacing=6).add_params(_x_choice())

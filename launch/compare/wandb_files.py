@@ -14,114 +14,130 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from launch.compare.run_files import Point
+from launch.compare.run_files import RecordedRun
 from strategies.errors import ConfigError
 from trainer.config.resuming import flat
 from trainer.reporting.run_record import record_of
 from trainer.reporting.status import State
 from trainer.reporting.trackers.wandb_server import fetch
 
-PART = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
-"""How W&B calls the directory of a part of a run: one for each start."""
+RUN_DIRECTORY_NAME = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
+"""Name of a directory that W&B writes: one for each start of a run."""
 NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
+"""What W&B writes for a number that is not finite, since JSON has none."""
 SERVER_PREFIX = "wandb:"
 """How a run on a server is named: wandb:<entity>/<project>/<run id>."""
 RUN_PAGE_URL = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+)/runs/(?P<run>[^/?#]+).*")
-"""The page of a run."""
+"""Address of a run's page in W&B."""
 
 
-def is_wandb(directory: Path) -> bool:
-    """Whether W&B wrote a run, or a part of one, here."""
-    return PART.fullmatch(directory.name) is not None and any(directory.glob("*.wandb"))
+def is_wandb_directory(directory: Path) -> bool:
+    """Whether the directory is one that W&B wrote for a start of a run, such as `offline-run-20250131_120000-ab12`."""
+    return RUN_DIRECTORY_NAME.fullmatch(directory.name) is not None and any(directory.glob("*.wandb"))
 
 
-def parts_of(directory: Path) -> list[Path]:
-    """All parts of a run that lie beside the one that is named, in the order of their starts."""
-    match = PART.fullmatch(directory.name)
+def part_directories(directory: Path) -> list[Path]:
+    """W&B's directories of all starts of the run that `directory` belongs to, in the order of the starts."""
+    match = RUN_DIRECTORY_NAME.fullmatch(directory.name)
     assert match is not None
     siblings = directory.parent.glob(f"*run-*-{match['id']}")
-    parts = [sibling for sibling in siblings if is_wandb(sibling)]
+    parts = [sibling for sibling in siblings if is_wandb_directory(sibling)]
+    # The names begin with the time of the start; that of an offline run has a prefix before it.
     return sorted(parts, key=lambda part: part.name.removeprefix("offline-"))
 
 
-def read_wandb(directory: Path) -> Point:
-    """Read the run of which `directory` is a part, with its other parts.
+def read_wandb_directory(directory: Path) -> RecordedRun:
+    """Read a run from W&B's directories, of which there is one for each start; `directory` is any of them.
 
-    What W&B does not get stays empty: identity, receipt, checkpoints, events. Raises ConfigError where the run is no run of
-    shardtune, its files cannot be read, or wandb is not installed.
+    What a run does not log to W&B stays empty: identity, receipt, checkpoints, events. Raises ConfigError where the run is
+    not one of shardtune, its files cannot be read, or wandb is not installed.
     """
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     exit_record: dict[str, Any] = {}
-    history = _History()
+    history = _LoggedSteps()
     host: str | None = None
     started_at = 0.0
-    for part in parts_of(directory):
-        exit_record = {}  # what ended an earlier part did not end the run
-        for record in _records(part):
-            kind = record["type"]
-            if kind == "run":
+    for part in part_directories(directory):
+        exit_record = {}  # what ended an earlier start did not end the run
+        # Later records complete or replace earlier ones, as they do on W&B's server.
+        for record in _read_wandb_records(part):
+            record_type = record["type"]
+            if record_type == "run":
                 run = record["run"]
                 config |= run.get("config", {}).get("update", {})
                 host = run.get("host") or host
-                started_at = _seconds(run.get("start_time")) or started_at
-            elif kind == "summary":
+                started_at = _unix_time(run.get("start_time")) or started_at
+            elif record_type == "summary":
                 summary |= record["summary"].get("update", {})
-            elif kind == "exit":
+            elif record_type == "exit":
                 exit_record = record["exit"]
-            elif kind == "history":
+            elif record_type == "history":
                 history.add(record["history"].get("item", {}))
     if host is not None:
         config["host"] = host
-    return _point_from_config(directory, config, _status(exit_record, summary, started_at), history)
+    status = _status_from_wandb(exit_record, summary, started_at)
+    return _recorded_run(directory, config, status, history)
 
 
-def is_server(directory: Path) -> bool:
-    """Whether this names a run on W&B's server."""
+def is_wandb_address(directory: Path) -> bool:
+    """Whether this is no directory, but names a run on W&B's server: `wandb:<entity>/<project>/<run id>`."""
     return str(directory).startswith(SERVER_PREFIX)
 
 
-def server_name(word: str) -> str | None:
-    """The run on a server that a word names, as `wandb:<entity>/<project>/<run id>`; None if it names none.
+def wandb_address(word: str) -> str | None:
+    """`wandb:<entity>/<project>/<run id>` of the run that a word names, by this form or by the address of its page in W&B.
 
-    Errors: ConfigError if the word names a part of one.
+    None if the word is neither. Errors: ConfigError for a `wandb:` that is not complete.
     """
     if match := RUN_PAGE_URL.fullmatch(word):
         return f"{SERVER_PREFIX}{match['entity']}/{match['project']}/{match['run']}"
     if not word.startswith(SERVER_PREFIX):
         return None
-    parts = word.removeprefix(SERVER_PREFIX).split("/")
-    if len(parts) != 3 or not all(parts):
+    names = word.removeprefix(SERVER_PREFIX).split("/")
+    if len(names) != 3 or not all(names):
         raise ConfigError(f"{word}: names no run; write wandb:<entity>/<project>/<run id>, or the address of its page")
     return word
 
 
-def read_server(directory: Path) -> Point:
-    """Read a run that W&B's server has; what W&B does not get stays empty. Raises ConfigError where it cannot be had."""
-    entity, project, run = str(directory).removeprefix(SERVER_PREFIX).split("/")
-    fetched = fetch(entity, project, run)
-    history = _History()
+def read_from_wandb_server(address: Path) -> RecordedRun:
+    """Read a run from W&B's server; `address` is `wandb:<entity>/<project>/<run id>`.
+
+    What a run does not log to W&B stays empty. Raises ConfigError where the run cannot be fetched.
+    """
+    entity, project, run_id = str(address).removeprefix(SERVER_PREFIX).split("/")
+    fetched = fetch(entity, project, run_id)
+    history = _LoggedSteps()
     for row in fetched.rows:
         history.add(row)
-    exit_record = {} if fetched.state == "running" else {"exit_code": int(fetched.state != "finished")}
-    status = _status(exit_record, fetched.summary, _seconds(fetched.created) or 0.0)
-    return _point_from_config(directory, fetched.config, status, history)
+    # The server knows a state and no exit code.
+    exit_record: dict[str, Any] = {}
+    if fetched.state != "running":
+        exit_record = {"exit_code": 0 if fetched.state == "finished" else 1}
+    status = _status_from_wandb(exit_record, fetched.summary, _unix_time(fetched.created) or 0.0)
+    return _recorded_run(address, fetched.config, status, history)
 
 
-def _point_from_config(
-    directory: Path, wandb_config: dict[str, Any], status: dict[str, Any], history: _History
-) -> Point:
-    """A run out of W&B's config: the run's configuration, and beside it columns of the run table and keys of `run.json`."""
+def _recorded_run(
+    directory: Path, wandb_config: dict[str, Any], status: dict[str, Any], history: _LoggedSteps
+) -> RecordedRun:
+    """A run from what W&B has of it. Raises ConfigError where it is not one of shardtune.
+
+    `wandb_config` has the run's configuration under `config`, and beside it keys of `run.json` and columns of the run table.
+    """
     config = wandb_config.get("config")
     if not isinstance(config, dict) or "strategy" not in config:
         raise ConfigError(f"{directory}: not a run of shardtune (W&B holds no configuration of one)")
-    recorded = {key: value for key, value in wandb_config.items() if key != "config" and not key.startswith("_")}
-    return Point(
+    run_json = {}
+    for key, value in wandb_config.items():
+        if key != "config" and not key.startswith("_"):  # W&B's own keys begin with _
+            run_json[key] = value
+    return RecordedRun(
         directory=directory,
         config=flat(config),
         identity={},
         # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
-        record=record_of(recorded, wrong=[]),
+        record=record_of(run_json, wrong=[]),
         status=status,
         failure={},
         steps=history.steps,
@@ -129,51 +145,54 @@ def _point_from_config(
     )
 
 
-def _records(part: Path) -> Iterator[dict[str, Any]]:
-    """The records of one directory of W&B, read by a process of wandb. Errors: ConfigError if it is not there, or fails."""
+def _read_wandb_records(part: Path) -> Iterator[dict[str, Any]]:
+    """The records in one directory of W&B, in order, read by a process of wandb.
+
+    Errors: ConfigError if wandb is not installed, or cannot read the files.
+    """
     if find_spec("wandb") is None:
         raise ConfigError(f"{part}: its files are read by wandb, which is not installed: pip install wandb")
     # The command of wandb that reads its files without a server.
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    completed = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in completed.stdout.splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
         except ValueError:
             if number < len(lines):  # the last one may be torn, as in the file of a run that is still training
                 raise ConfigError(f"{part}: record {number} cannot be read; leave this run out") from None
-    if done.returncode and not lines:
-        why = (done.stderr.strip() or "it gives no reason").splitlines()[-1]
-        raise ConfigError(f"{part}: wandb cannot read its files ({why}); leave this run out")
+    if completed.returncode and not lines:
+        last_error_line = (completed.stderr.strip() or "it gives no reason").splitlines()[-1]
+        raise ConfigError(f"{part}: wandb cannot read its files ({last_error_line}); leave this run out")
 
 
 @dataclass(slots=True)
-class _History:
-    """Rows of a run's steps and evaluations, out of W&B's, which have all that was logged at a step in one."""
+class _LoggedSteps:
+    """Rows of training steps and of evaluations, by step. W&B has one row for all that was logged at a step."""
 
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add(self, logged: dict[str, Any]) -> None:
-        """Take a row of W&B; one without a step is of nothing that is compared."""
-        step = logged.get("train_step")
-        if not isinstance(step, int | float):
+        """Split a row of W&B into the row of its training step and its held-out metrics; a row without a step is ignored."""
+        train_step = logged.get("train_step")
+        if not isinstance(train_step, int | float):
             return
-        step = int(step)
+        step = int(train_step)
         row = {}
-        for name, number in logged.items():
+        for name, logged_value in logged.items():
             # W&B's own names begin with _. A row from a server has null where another row has a number.
-            if not name.startswith("_") and name != "train_step" and number is not None:
-                row[name] = _finite_or_none(number)
+            if not name.startswith("_") and name != "train_step" and logged_value is not None:
+                row[name] = _finite_or_none(logged_value)
         step_row: dict[str, Any] = {"step": step}
         held_out: dict[str, float] = {}
-        for name, number in row.items():
+        for name, value in row.items():
             # `blocks_s/worst` and `loss/a` are of the step, as `blocks_s` and `loss` are; `eval/loss` is not, without `eval`.
             if "/" not in name or name.partition("/")[0] in row:
-                step_row[name] = number
-            elif isinstance(number, int | float):
-                held_out[name] = number
+                step_row[name] = value
+            elif isinstance(value, int | float):
+                held_out[name] = value
         if "loss" in row:
             self.steps[step] = step_row
         if held_out:
@@ -189,20 +208,25 @@ def _finite_or_none(logged: Any) -> Any:
     return logged
 
 
-def _status(exit_record: dict[str, Any], summary: dict[str, Any], started_at: float) -> dict[str, Any]:
-    """What `status.json` would say: running as long as W&B knows of no exit."""
-    last_seen = {"step": summary.get("train_step"), "time": started_at + float(summary.get("_runtime") or 0.0)}
+def _status_from_wandb(exit_record: dict[str, Any], summary: dict[str, Any], started_at: float) -> dict[str, Any]:
+    """What `status.json` of the run would say: state, step, and the time of its last sign of life.
+
+    `exit_record` is empty as long as W&B knows of no exit: the run counts as running. `started_at` is a Unix time.
+    """
+    last_seen_at = started_at + float(summary.get("_runtime") or 0.0)
     if not exit_record:
         state = State.running
     elif summary.get("state") in (State.preempted, State.done):
         state = State(summary["state"])
     else:
-        state = State.done if exit_record.get("exit_code", 0) == 0 else State.failed
-    return {**last_seen, "state": state}
+        exit_code = exit_record.get("exit_code", 0)
+        state = State.done if exit_code == 0 else State.failed
+    return {"step": summary.get("train_step"), "time": last_seen_at, "state": state}
 
 
-def _seconds(text: object) -> float | None:
+def _unix_time(iso_time: object) -> float | None:
+    """Seconds since 1970 of a time in ISO format; None if it is not one."""
     try:
-        return datetime.fromisoformat(str(text)).timestamp()
+        return datetime.fromisoformat(str(iso_time)).timestamp()
     except ValueError:
         return None

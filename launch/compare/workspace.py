@@ -7,15 +7,15 @@ from string import Template
 
 from launch.compare.comparison import Comparison
 from launch.compare.repeats import REFUSED
-from launch.compare.run_files import Point
+from launch.compare.run_files import RecordedRun
 from strategies.extras import install_command
 from trainer.reporting.config import COLUMNS
 
-SUMMARY = (
+SUMMARY_COLUMNS = (
     *("final/loss", "final/eval/loss", "final/tokens_per_s", "final/step_s", "final/mfu"),
     *("final/memory_gib", "state"),
 )
-"""What a run's summary has for the table; of held-out metrics the loss."""
+"""Columns of the run table that come from a run's summary; of the held-out metrics only the loss."""
 SCRIPT = Template('''"""$title in W&B: a saved view of the project's workspace, and a report. Made by shardtune compare.
 
     $install && wandb login
@@ -87,58 +87,64 @@ if __name__ == "__main__":
 
 
 def workspace_script(comparison: Comparison, to: Path) -> str | None:
-    """The script for a comparison that is written into `to`; None where none of its runs is in W&B."""
-    points = _points_in_wandb(comparison)
-    if not points:
+    """The Python script that shows a comparison in W&B; None if none of its runs is there.
+
+    The views are called after the directory `to`, into which the comparison is written.
+    """
+    runs = _runs_in_wandb(comparison)
+    if not runs:
         return None
-    groups = {_logging_setting(point, "group") for point in points}
+    # The filter must find these runs and no others of the project.
+    groups = {_logging_setting(run, "group") for run in runs}
     if None in groups:  # runs without a group are found by their directories
-        directories = sorted({str(point.config.get("run.dir")) for point in points})
-        filters = f'ws.Config("run_dir").isin({directories!r})'
+        run_dirs = sorted({str(run.config.get("run.dir")) for run in runs})
+        filters = f'ws.Config("run_dir").isin({run_dirs!r})'
     else:
         filters = f'ws.Metric("Group").isin({sorted(map(str, groups))!r})'
     return SCRIPT.substitute(
         install=install_command("workspace"),
         title=repr(to.resolve().name),
-        entity=repr(_logging_setting(points[0], "entity")),
-        project=repr(_logging_setting(points[0], "project") or "shardtune"),
+        entity=repr(_logging_setting(runs[0], "entity")),
+        project=repr(_logging_setting(runs[0], "project") or "shardtune"),
         filters=filters,
-        columns=repr(_columns(comparison, points)),
-        summary=repr(SUMMARY),
+        columns=repr(_table_columns(comparison, runs)),
+        summary=repr(SUMMARY_COLUMNS),
         verdict=repr([run.verdict for run in comparison.runs]),
     )
 
 
-def _points_in_wandb(comparison: Comparison) -> list[Point]:
-    points: list[Point] = []
-    for run in comparison.runs:
-        if run.repeated.state != REFUSED:
-            points += run.repeated.points
-    return [point for point in points if point.config.get("logging.wandb", "disabled") != "disabled"]
+def _runs_in_wandb(comparison: Comparison) -> list[RecordedRun]:
+    """The runs of the comparison, with all repeats, that log to W&B."""
+    runs: list[RecordedRun] = []
+    for compared in comparison.runs:
+        if compared.repeated.state != REFUSED:
+            runs += compared.repeated.repeats
+    return [run for run in runs if run.config.get("logging.wandb", "disabled") != "disabled"]
 
 
-def _columns(comparison: Comparison, points: list[Point]) -> list[str]:
-    """Columns of the run table: those of the settings that differ, then those that `logging.columns` names."""
+def _table_columns(comparison: Comparison, runs: list[RecordedRun]) -> list[str]:
+    """Columns of W&B's run table: those of the settings that differ, then those that `logging.columns` of the runs names."""
     columns = [COLUMNS[difference.key] for difference in comparison.differences if difference.key in COLUMNS]
-    named: set[str] = set()
-    for point in points:
-        named |= {word.partition("=")[0] for word in point.config.get("logging.columns") or []}
-    for name in sorted(named):
+    user_columns: set[str] = set()
+    for run in runs:
+        user_columns |= {word.partition("=")[0] for word in run.config.get("logging.columns") or []}
+    for name in sorted(user_columns):
         if name not in COLUMNS and f"{name}.name" not in COLUMNS:
             columns.append(name.replace(".", "_"))
     return list(dict.fromkeys(columns))  # each once: a setting may both differ and be named
 
 
-def _logging_setting(point: Point, name: str) -> str | None:
+def _logging_setting(run: RecordedRun, name: str) -> str | None:
     """A setting of `logging`: as configured, or as a variable such as WANDB_ENTITY decided when the run started."""
     key = f"logging.{name}"
-    from_environment = point.record.from_environment
-    setting = point.config.get(key) or (from_environment or {}).get(key)
+    from_environment = run.record.from_environment
+    setting = run.config.get(key) or (from_environment or {}).get(key)
+    # Records of early versions do not have `from_environment`, but the sentence that was printed.
     if not setting and from_environment is None:
-        setting = _from_sentence(point.record.substitutions.get(key))
+        setting = _value_in_sentence(run.record.substitutions.get(key))
     return str(setting) if setting else None
 
 
-def _from_sentence(sentence: str | None) -> str | None:
-    """The value in `a team (WANDB_ENTITY)`: an early run's record has the sentence alone."""
+def _value_in_sentence(sentence: str | None) -> str | None:
+    """The value `a team` in the sentence `a team (WANDB_ENTITY)`."""
     return sentence.rpartition(" (")[0] if sentence else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.compare.run_files import Point, measure, read_point
+from launch.compare.run_files import RecordedRun, measure, read_recorded_run
 from launch.output import Column, TableRow, fold_all
 from launch.output import table as draw_table
 from strategies.errors import ConfigError
@@ -31,7 +31,7 @@ def table(labels: list[str], run_dirs: list[Path], codes: list[int]) -> str:
         reason = None
         if code is not None:
             try:
-                point = read_point(run_dir)
+                point = read_recorded_run(run_dir)
                 reason = point.reason
             except ConfigError as error:
                 reason = " ".join(error.problems)
@@ -40,7 +40,7 @@ def table(labels: list[str], run_dirs: list[Path], codes: list[int]) -> str:
     return "\n".join([*draw_table(COLUMNS, rows), "", f"side by side: shardtune compare {run_dirs[0].parent}"])
 
 
-def _state(code: int | None, point: Point | None) -> str:
+def _state(code: int | None, point: RecordedRun | None) -> str:
     if code is None:
         return "not run"
     if code == 0:
@@ -50,7 +50,7 @@ def _state(code: int | None, point: Point | None) -> str:
     return f"exit {code}"
 
 
-def _metric_cells(point: Point | None) -> tuple[str, ...]:
+def _metric_cells(point: RecordedRun | None) -> tuple[str, ...]:
     """Steps, loss, held-out metric, tokens/s and GiB of a point; dashes if it has no step."""
     if point is None or not point.steps:
         return ("-",) * 5

@@ -43,7 +43,7 @@ class SearchProgress(RunsProgress):
 
     def __init__(self, of: int, trial: Trial, directory: Path, metric: str, *, prune: bool) -> None:
         super().__init__(of, 0)
-        self.number = trial.number
+        self.run_number = trial.number
         self.pruned = False
         self._trial = trial
         self._directory = directory
@@ -270,7 +270,7 @@ def _run_trial(trial: Trial, search: Search, base: Path, run: RunTrial) -> int:
 
     Raises ConfigError if its evaluations have no such metric: those of the other trials would not have it either.
     """
-    from launch.compare.run_files import read_point
+    from launch.compare.run_files import read_recorded_run
     from launch.config.axes import label, name_in_trackers
     from launch.config.compose import compose
 
@@ -292,7 +292,7 @@ def _run_trial(trial: Trial, search: Search, base: Path, run: RunTrial) -> int:
         name_in_trackers(composed.config.logging, base, name, words)
         code = run(name, composed, run_dir, progress)
         if code and code not in STOPPED_CODES:
-            reason = read_point(run_dir).reason
+            reason = read_recorded_run(run_dir).reason
     except NotOurs as error:  # started by somebody else: theirs to end
         print(f"trial {trial.number} is left: {error}", file=sys.stderr, flush=True)
         return 0

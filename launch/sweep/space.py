@@ -126,7 +126,7 @@ def _read_function(word: str, key: str, text: str) -> SearchedSetting | None:
         choices = [choice.partition("=")[2] for choice in read_axes([word]).words[0]]
         return SearchedSetting(key, text, tuple(dict.fromkeys(choices)))
     if isinstance(distribution, IntervalSweep):
-        return _interval(word, SearchedSetting(key, text, log="log" in tags), distribution.start, distribution.end)
+        return _interval(word, SearchedSetting(key, text, log="log" in tags), distribution.start, distribution.end_run)
     assert isinstance(distribution, RangeSweep)
     if tags:
         raise ConfigError(

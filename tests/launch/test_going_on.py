@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.compare.settings import write_rows
+from launch.compare.settings import write_comparison_file
 from launch.config.frozen import load_frozen
 from strategies import matmul
 from strategies import runtime as processes
@@ -150,7 +150,7 @@ def test_matmul_library_is_one_for_the_points_of_a_comparison(root, tmp_path, mo
     """The first point to start decides for those that other hosts start later."""
     points = tmp_path / "points"
     points.mkdir()
-    write_rows(points, [], [])
+    write_comparison_file(points, [], [])
     for name, processor in (("first", ZEN5), ("second", UNKNOWN)):
         on(monkeypatch, processor)
         assert train(root, points / name, "budget.steps=1") == 0

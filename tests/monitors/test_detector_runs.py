@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.compare.events import notable_steps
-from launch.compare.run_files import read_point
+from launch.compare.run_files import read_recorded_run
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 
@@ -78,7 +78,7 @@ def test_detectors_of_forgetting_and_output_report_everywhere(whole):
         assert f"warning: {name} at step {record[name]['step']}" in log
         assert [e["step"] for e in events if e.get("challenge") == name] == [record[name]["step"]]
         assert f"{name}: {record[name]['says']}" in [
-            mark.text for mark in notable_steps(read_point(whole))
+            mark.text for mark in notable_steps(read_recorded_run(whole))
         ]  # on its page
     first, last = evaluations[0], evaluations[-1]
     assert first["step"] == 0 and first["forgetting"] == 0

@@ -9,10 +9,10 @@ import pytest
 
 from launch.compare import page as page_module
 from launch.compare.answer import as_html
-from launch.compare.command import write_answer
+from launch.compare.command import print_and_write_comparison
 from launch.compare.comparison import compare
 from launch.compare.page import sort_value
-from launch.compare.settings import ComparisonRow, read_rows, write_rows
+from launch.compare.settings import ComparisonRow, read_comparison_file, write_comparison_file
 from launch.compare.workspace import workspace_script
 from launch.config.prices import price_of
 from strategies.errors import ConfigError
@@ -162,15 +162,15 @@ def test_compare_page_sorts_a_cell_by_its_number():
 def test_compare_page_without_its_plotting_package_leaves_the_rest(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page_module, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "altair", None)
-    write_answer(rows, tmp_path / "to", as_json=False)
+    print_and_write_comparison(rows, tmp_path / "to", as_json=False)
     assert "pip install -e '.[report]'" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "to").iterdir()} == {"compare.md", "compare.csv", "compare.json"}
 
 
 def test_rows_are_read_back_and_a_damaged_record_is_named(rows, tmp_path):
-    write_rows(tmp_path, rows, ["strategy=a,b"])
-    assert read_rows(tmp_path) == rows
+    write_comparison_file(tmp_path, rows, ["strategy=a,b"])
+    assert read_comparison_file(tmp_path) == rows
     for text in ('{"points": [{"directories": 3}]}', "[" * 100_000):
         (tmp_path / "comparison.json").write_text(text)
         with pytest.raises(ConfigError, match=r"comparison\.json: cannot be read"):
-            read_rows(tmp_path)
+            read_comparison_file(tmp_path)

@@ -328,13 +328,13 @@ def test_compare_points_remaining_time_is_from_the_steps_and_then_from_earlier_r
         (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, step + 1)))
         return told._state_line(seconds)
 
-    told.begin("a", tmp_path, 10)
+    told.start_run("a", tmp_path, 10)
     assert at(5, 0) == "[1/3] a: starting"
     assert at(12, 1) == "[1/3] a: step 1 of 10"
     assert at(20, 5) == f"[1/3] a: step 5 of 10, about {10 + 2 * 30} s left"
     clock[0] = 30
-    told.end(0, tmp_path / "output.log")
-    told.passed_over()
-    told.begin("c", tmp_path, 10)
+    told.end_run(0, tmp_path / "output.log")
+    told.skip_run()
+    told.start_run("c", tmp_path, 10)
     assert at(35, 10) == "[3/3] c: step 10 of 10, about 25 s left"
     assert "[1/3] a: done in 30 s" in capsys.readouterr().err

@@ -9,8 +9,8 @@ import wandb
 
 from launch.compare import wandb_files
 from launch.compare.names import setting_differences
-from launch.compare.run_files import measure, read_point
-from launch.compare.wandb_files import is_wandb, read_server, read_wandb, server_name
+from launch.compare.run_files import measure, read_recorded_run
+from launch.compare.wandb_files import is_wandb_directory, read_from_wandb_server, read_wandb_directory, wandb_address
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
 
 
 def test_wandb_files_hold_what_the_run_directory_has(run):
-    ours, theirs = read_point(run[0]), read_wandb(run[1])
+    ours, theirs = read_recorded_run(run[0]), read_wandb_directory(run[1])
     assert theirs.steps == ours.steps and len(ours.steps) == 4
     assert theirs.evaluations == ours.evaluations and list(ours.evaluations) == [0, 2, 4]
     assert setting_differences([ours, theirs]) == []  # also where JSON has 0.0 as 0
@@ -57,7 +57,7 @@ def test_wandb_file_that_is_torn_is_read_up_to_the_damage(run, tmp_path):
     shutil.copytree(run[1], torn)
     (file,) = torn.glob("*.wandb")
     file.write_bytes(file.read_bytes()[:-300])
-    point = read_wandb(torn)
+    point = read_wandb_directory(torn)
     assert point.state == "running" and 1 in point.steps
 
 
@@ -78,16 +78,16 @@ def test_wandb_files_of_all_starts_are_one_run(monkeypatch, tmp_path):
         yield {"type": "summary", "summary": {"update": {"state": ["failed", "preempted"][number], "train_step": 3}}}
         yield {"type": "exit", "exit": {"exit_code": 1}}
 
-    monkeypatch.setattr(wandb_files, "_records", records)
-    assert [each.name[-8:] for each in wandb_files.parts_of(parts[0])] == ["00000-x1"] * 2
-    point = read_wandb(parts[1])
+    monkeypatch.setattr(wandb_files, "_read_wandb_records", records)
+    assert [each.name[-8:] for each in wandb_files.part_directories(parts[0])] == ["00000-x1"] * 2
+    point = read_wandb_directory(parts[1])
     assert {step: row["loss"] for step, row in point.steps.items()} == {1: 3.0, 2: 2.0, 3: None}
     assert "blocks_s/worst" in point.steps[1] and not point.evaluations
     assert point.ended == "failed at step 3"
 
 
 def test_wandb_directory_of_another_program_is_refused(run, monkeypatch, tmp_path, capsys):
-    assert not is_wandb(run[0]) and not is_wandb(run[0] / "wandb")
+    assert not is_wandb_directory(run[0]) and not is_wandb_directory(run[0] / "wandb")
     assert command_here(["compare", str(run[0] / "wandb")]) == 64
     assert f"name a run of W&B in it, such as {run[1]}" in capsys.readouterr().err
     assert command_here(["compare", str(run[1]), "--follow", f"to={tmp_path}"]) == 64
@@ -96,16 +96,16 @@ def test_wandb_directory_of_another_program_is_refused(run, monkeypatch, tmp_pat
     foreign.mkdir()
     (foreign / "run-x3.wandb").write_bytes(b"no such file")
     with pytest.raises(ConfigError, match=r"leave this run out|not a run of shardtune"):
-        read_wandb(foreign)
+        read_wandb_directory(foreign)
     monkeypatch.setattr(wandb_files, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install"):
-        read_wandb(run[1])
+        read_wandb_directory(run[1])
 
 
 @pytest.fixture
 def server(run, monkeypatch):
     """Stands for W&B's public API, with a run as its offline files have it, and a key."""
-    records = list(wandb_files._records(run[1]))
+    records = list(wandb_files._read_wandb_records(run[1]))
     config = next(each["run"]["config"]["update"] for each in records if each["type"] == "run")
     summary = {}
     for each in records:
@@ -133,7 +133,7 @@ def server(run, monkeypatch):
 
 
 def test_wandb_server_has_what_the_run_directory_has(run, server, tmp_path, capsys):
-    ours, theirs = read_point(run[0]), read_server(Path("wandb:team/project/x1"))
+    ours, theirs = read_recorded_run(run[0]), read_from_wandb_server(Path("wandb:team/project/x1"))
     assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations
     assert setting_differences([ours, theirs]) == [] and theirs.ended is None
     page = "https://wandb.ai/team/project/runs/x1?nw=nwuser"
@@ -152,7 +152,7 @@ def test_wandb_server_has_what_the_run_directory_has(run, server, tmp_path, caps
 def test_how_a_run_on_the_server_ended(server, state, ended):
     server.state = state
     server.summary_metrics = server.summary_metrics | {"state": "failed" if state == "crashed" else ""}
-    assert read_server(Path("wandb:team/project/x1")).ended == ended
+    assert read_from_wandb_server(Path("wandb:team/project/x1")).ended == ended
 
 
 def test_wandb_server_errors_are_reported(server, monkeypatch, capsys):
@@ -162,7 +162,7 @@ def test_wandb_server_errors_are_reported(server, monkeypatch, capsys):
 
     assert "does not give it (Could not find run" in said("wandb:team/project/x2")
     assert "names no run; write wandb:<entity>/<project>/<run id>" in said("wandb:team/x1")
-    assert server_name("runs/wandb") is None
+    assert wandb_address("runs/wandb") is None
     server.config = {"lr": 1}
     assert "wandb:team/project/x1: not a run of shardtune" in said("wandb:team/project/x1")
     monkeypatch.undo()

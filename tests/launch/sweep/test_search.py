@@ -184,7 +184,7 @@ def test_pruning_and_words_that_came_before(site, monkeypatch, capsys):
 
     def told(name, composed, run_dir, progress):
         run_dir.mkdir(parents=True)
-        progress.begin(name, run_dir, 4)
+        progress.start_run(name, run_dir, 4)
         value = {"5": 8.0, "6": 9.0}.get(run_dir.name) or 2.0 - int(run_dir.name) / 10
         for step in (0, 2, 4):
             with (run_dir / "metrics.jsonl").open("a") as file:
