@@ -85,7 +85,7 @@ def _submit_one(words: SubmitWords) -> int:
         run_dir = Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
         finished = not words.print_only and is_finished(run_dir)
         if not words.print_only:
-            run_dir = freeze(composed, run_dir, another_way=True)
+            run_dir = freeze(composed, run_dir, may_change_strategy=True)
         # The later parts of a pipeline may be open although the training is done.
         if finished and not getattr(composed.config.launcher, "pipeline", []):
             print(f"{run_dir}: already finished with this configuration; nothing to do")

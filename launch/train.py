@@ -215,7 +215,7 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     config = composed.config
     # Looked up before `freeze`, which writes. Said after it, once the directory is known to be this run's.
     finished = is_finished(run_dir)
-    freeze(composed, run_dir, another_way=not isolate)
+    freeze(composed, run_dir, may_change_strategy=not isolate)
     if finished:
         print(f"{run_dir}: already finished with this configuration; nothing to do")
         return 0
@@ -297,7 +297,7 @@ def _run_of_rank(words: list[str], rank: int) -> RankRun:
     run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
     finished = run_dir is not None and is_finished(run_dir)
     if rank == 0:
-        run_dir = freeze(composed, run_dir or run_dir_of(composed), another_way=True)
+        run_dir = freeze(composed, run_dir or run_dir_of(composed), may_change_strategy=True)
     elif run_dir is not None:
         keep_earlier_defaults(composed, run_dir)
     return RankRun(config, run_dir, composed.sha256, finished)

@@ -21,7 +21,7 @@ from typing import Any
 from launch.cluster import containers, pipeline_part, snapshot
 from launch.cluster.job_end import JobStart, count_lost_start, end, job_name
 from launch.config.process_role import port
-from launch.runs.job_record import note_begun, note_ended
+from launch.runs.job_record import record_job_end, record_job_start
 from launch.runs.queue import note_submitted
 from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageError
 from trainer.config.sbatch_options import ranks_per_node
@@ -101,7 +101,7 @@ def begin(words: list[str]) -> dict[str, Any]:
     if read_status(run.directory).get("state") == State.done:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
         pipeline_part.record_part_end("train", run.directory, 0)
-        note_ended(run.directory, job.name, job.restart, 0, reason="already finished", will_restart=False)
+        record_job_end(run.directory, job.name, job.restart, 0, reason="already finished", will_restart=False)
         return {**shell_variables, "finished": 1}
     logs.mkdir(parents=True, exist_ok=True)
     if words:  # `shardtune submit` has copied the code, and its scripts start from the copy
@@ -113,7 +113,7 @@ def begin(words: list[str]) -> dict[str, Any]:
     refuse_in_use(run.directory, run.tree["run"]["lease_s"])
     if words:  # the script for people; `submit` has left it for its own
         note_submitted([run.directory], job.name)
-    note_begun(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
+    record_job_start(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
     report_idle_gpus(run.processes, os.environ)
     for cause, times in launcher["retry"].items():
         shell_variables[f"retry_{cause}"] = times
@@ -213,7 +213,7 @@ def frozen_run(words: list[str], job: JobStart) -> FrozenRun:
         raise ConfigError(
             f"launcher.nodes={composed.config.launcher.nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out"
         )
-    return FrozenRun.read(freeze(composed, Path(composed.config.run.dir or ""), another_way=True))
+    return FrozenRun.read(freeze(composed, Path(composed.config.run.dir or ""), may_change_strategy=True))
 
 
 def misplaced_words(words: list[str]) -> list[str]:
@@ -323,4 +323,4 @@ def record_refusal(error: ShardtuneError) -> None:
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     reason = " ".join(str(error).split())
     with contextlib.suppress(StorageError):
-        note_ended(Path(config).parent, name, restart, error.exit_code, reason=reason, will_restart=False)
+        record_job_end(Path(config).parent, name, restart, error.exit_code, reason=reason, will_restart=False)

@@ -14,7 +14,7 @@ from launch.cluster import pipeline_part
 from launch.cluster.requeue import ENDED_BY_SLURM, TermSignal, ended_by_slurm, killed_for_memory, lead_s, requeue
 from launch.config.process_role import expand_hosts
 from launch.runs import efficiency
-from launch.runs.job_record import note_ended, read_job_record
+from launch.runs.job_record import read_job_record, record_job_end
 from strategies.errors import ConfigError, OutOfMemory, StorageError
 from trainer.reporting.status import State, read_failure, read_status, record_failure, restart_count
 
@@ -142,7 +142,7 @@ def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
         "idle_starts": outcome.idle_starts,
     }
     try:
-        note_ended(run_dir, job.name, job.restart, outcome.code, **facts)
+        record_job_end(run_dir, job.name, job.restart, outcome.code, **facts)
     except StorageError as error:
         print(f"job {job.name}: {error}", flush=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch.output import Column, TableRow
 from launch.output import table as draw_table
-from launch.runs.pipeline_jobs import RECORD
+from launch.runs.pipeline_jobs import PIPELINE_FILE
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.sbatch_options import without_gpus
@@ -100,12 +100,12 @@ def submit_chain(
             raise ConfigError([f"{part}: {problem}; nothing was submitted" for problem in error.problems]) from error
     try:
         if len(jobs) == 1:  # a record would be of an earlier submission that was a chain
-            (run_dir / RECORD).unlink(missing_ok=True)
+            (run_dir / PIPELINE_FILE).unlink(missing_ok=True)
             return jobs
         rows = [{"part": part, "job": job} for part, job in jobs]
-        write_text_atomic(run_dir / RECORD, json.dumps(rows) + "\n")
+        write_text_atomic(run_dir / PIPELINE_FILE, json.dumps(rows) + "\n")
     except OSError as error:
-        raise StorageError(f"{run_dir / RECORD}: cannot be written ({error.strerror or error})") from error
+        raise StorageError(f"{run_dir / PIPELINE_FILE}: cannot be written ({error.strerror or error})") from error
     return jobs
 
 

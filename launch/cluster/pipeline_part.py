@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from launch.cluster import containers
-from launch.runs.pipeline_jobs import DIRECTORY, RECORD
+from launch.runs.pipeline_jobs import PART_RESULTS_DIRECTORY, PIPELINE_FILE
 from trainer.reporting.code_revision import ROOT
 from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import write_text_atomic
@@ -36,11 +36,11 @@ def run_part(part: str, run_dir: Path, processes: int) -> int:
 
 def record_part_end(part: str, run_dir: Path, code: int) -> None:
     """Record how a part ended, where the run has a chain. Errors: StorageError."""
-    if not (run_dir / RECORD).exists():
+    if not (run_dir / PIPELINE_FILE).exists():
         return
-    (run_dir / DIRECTORY).mkdir(exist_ok=True)
+    (run_dir / PART_RESULTS_DIRECTORY).mkdir(exist_ok=True)
     record = {"job": os.environ.get("SLURM_JOB_ID"), "code": code}
-    write_text_atomic(run_dir / DIRECTORY / f"{part}.json", json.dumps(record) + "\n")
+    write_text_atomic(run_dir / PART_RESULTS_DIRECTORY / f"{part}.json", json.dumps(record) + "\n")
 
 
 def _python(run_dir: Path) -> list[str]:

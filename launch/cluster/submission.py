@@ -217,14 +217,14 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
     """
     from launch.cluster.array_size import refuse_large_array
     from launch.config.frozen import is_finished
-    from launch.runs.freeze import freeze, queued_as_asked
+    from launch.runs.freeze import freeze, job_with_same_config
 
     if not getattr(composed[0].config.launcher, "pipeline", []):
         arrays = group_by_request(list(zip(composed, run_dirs, strict=True)))
         refuse_large_array(max(len(array) for array in arrays))
     remaining = []
     for run, run_dir in zip(composed, run_dirs, strict=True):
-        job = queued_as_asked(run, run_dir)
+        job = job_with_same_config(run, run_dir)
         if job is not None:
             print(f"{run_dir}: {job.description}; not submitted again")
             continue

@@ -249,7 +249,7 @@ def run_points(plan: PointsPlan, to: Path, pages: PeriodicPage | None = None) ->
     from launch.cluster.submission import submit_array
     from launch.compare.progress import RunsProgress
     from launch.config.frozen import is_finished
-    from launch.runs.freeze import freeze, queued_as_asked
+    from launch.runs.freeze import freeze, job_with_same_config
     from trainer.config.run import LauncherName
     from trainer.stopping.signals import release
 
@@ -261,7 +261,7 @@ def run_points(plan: PointsPlan, to: Path, pages: PeriodicPage | None = None) ->
     # All runs are frozen before the first starts: a directory that holds another run ends the command here.
     try:
         for point, run_dir in runs:
-            is_queued = by_slurm and queued_as_asked(point.composed, run_dir)  # with these very settings
+            is_queued = by_slurm and job_with_same_config(point.composed, run_dir)  # with these very settings
             if not is_queued:
                 freeze(point.composed, run_dir)
     except NotOurs:

@@ -14,26 +14,26 @@ from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import STEP_NAME, places_of, published
 from trainer.reporting.settings_file import read_tree
 
-MOST_BYTES = 2**22
-"""Bytes of the configuration, and of a checkpoint's progress; more is not read."""
+MAX_FILE_BYTES = 2**22
+"""A longer `progress.json` is not read: somebody else may have written the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredCheckpoint:
-    """One checkpoint."""
+    """One checkpoint of a run, without its contents. The field names are keys of `status --json`."""
 
     path: Path
     step: int
     age_s: float
     """Seconds since it was written."""
     size: int
-    """Bytes."""
+    """Bytes of its files."""
     best: float | None = None
     """The held-out metric that evaluation watches, if this is the run's best checkpoint."""
     elsewhere: bool = False
     """Whether it lies in `checkpoint.fallback_dir`."""
     given_up: bool = False
-    """Whether it is of a branch that the run does not continue: a rollback went back behind it."""
+    """Whether a rollback went back to a checkpoint before it, so that the run does not continue from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class CheckpointList:
 
     checkpoints: tuple[StoredCheckpoint, ...]
     watch: str | None
-    """The held-out metric by which the best is chosen."""
+    """The held-out metric by which the best one is chosen."""
     problem: str | None = None
-    """Why they could not all be listed."""
+    """Why not all could be listed; None if they were."""
 
     @property
     def newest(self) -> StoredCheckpoint | None:
@@ -56,8 +56,11 @@ class CheckpointList:
 
 
 def list_checkpoints(run_dir: Path) -> CheckpointList:
-    """The checkpoints of a run, by step; those given up last. Nothing here raises."""
-    checkpoint_settings, evaluation_settings = _settings(run_dir)
+    """The checkpoints of a run in the order of their steps, then those given up by a rollback. Never raises.
+
+    Only names, sizes and the best step are read: for their contents, see `find_damage`.
+    """
+    checkpoint_settings, evaluation_settings = _read_settings(run_dir)
     fallback = checkpoint_settings.get("fallback_dir")
     watch = evaluation_settings.get("watch")
     directories = places_of(run_dir, fallback if isinstance(fallback, str) else None)
@@ -72,12 +75,14 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
         return CheckpointList((), None, str(error))
     except OSError as error:
         return CheckpointList((), None, f"cannot be listed: {atomic_io.error_summary(error)}")
-    best_step, best_metric = _best(published_checkpoints)
+
+    best_step, best_metric = _best_step_and_metric(published_checkpoints)
     problem = None
     checkpoints: list[StoredCheckpoint] = []
     entries = [(step, path, False) for step, path in published_checkpoints]
     entries += [(_step(path), path, True) for path in given_up_paths]
     for step, path, given_up in entries:
+        is_best = step == best_step and not given_up
         try:
             checkpoints.append(
                 StoredCheckpoint(
@@ -85,7 +90,7 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
                     step=step,
                     age_s=max(0.0, time.time() - path.stat().st_mtime),
                     size=sum(file.stat().st_size for file in path.iterdir()),
-                    best=best_metric if step == best_step and not given_up else None,
+                    best=best_metric if is_best else None,
                     elsewhere=len(directories) > 1 and directories[1] in path.parents,
                     given_up=given_up,
                 )
@@ -97,10 +102,10 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
     return CheckpointList(tuple(checkpoints), watch if isinstance(watch, str) else None, problem)
 
 
-def _best(published_checkpoints: list[tuple[int, Path]]) -> tuple[int | None, float | None]:
-    """(step, metric) of the best checkpoint, as the newest one whose progress can be read has it."""
+def _best_step_and_metric(published_checkpoints: list[tuple[int, Path]]) -> tuple[int | None, float | None]:
+    """(step, watched metric) of the best checkpoint, by the newest checkpoint whose progress can be read; None if unknown."""
     for _, path in reversed(published_checkpoints):
-        progress = _progress(path)
+        progress = _read_progress(path)
         if progress:
             metric = progress.get("best_metric")
             return progress.get("best_step"), metric if isinstance(metric, int | float) else None
@@ -108,37 +113,45 @@ def _best(published_checkpoints: list[tuple[int, Path]]) -> tuple[int | None, fl
 
 
 def find_damage(store: CheckpointList, report: Callable[[str], None]) -> dict[Path, str]:
-    """What is wrong with each damaged checkpoint. Reads all of their bytes; `report` is called with the one that is read."""
+    """Compare all files of every checkpoint with their checksums; returns what is wrong with each damaged checkpoint.
+
+    `report` is called with the name and size of the checkpoint that is read next.
+    """
     from trainer.checkpoints.manifest import verify
 
-    damage = {}
+    damage_by_checkpoint = {}
     for checkpoint in store.checkpoints:
         report(f"{checkpoint.path.name}, {atomic_io.size_text(checkpoint.size)}")
-        problem = verify(checkpoint.path)
-        if problem is not None and checkpoint.path.is_dir():  # else deleted meanwhile
-            damage[checkpoint.path] = problem
-    return damage
+        damage = verify(checkpoint.path)
+        if damage is not None and checkpoint.path.is_dir():  # else deleted meanwhile, beyond checkpoint.keep
+            damage_by_checkpoint[checkpoint.path] = damage
+    return damage_by_checkpoint
 
 
 def _step(path: Path) -> int:
+    """The step in a checkpoint's directory name, `step-00000040`."""
     return int(path.name.removeprefix("step-"))
 
 
-def _progress(path: Path) -> dict[str, Any]:
-    """The progress that a checkpoint holds; empty if it cannot be read."""
+def _read_progress(checkpoint: Path) -> dict[str, Any]:
+    """`progress` in the `progress.json` of a checkpoint; empty if it cannot be read."""
     try:
-        progress = json.loads(atomic_io.read_bytes(path / "progress.json", most=MOST_BYTES))["progress"]
+        contents = json.loads(atomic_io.read_bytes(checkpoint / "progress.json", most=MAX_FILE_BYTES))
+        progress = contents["progress"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return progress if isinstance(progress, dict) else {}
 
 
-def _settings(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(`checkpoint`, `evaluation`) of the run's configuration, empty where they cannot be read."""
+def _read_settings(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the group `checkpoint`, the group `evaluation`) of the run's configuration; empty if they cannot be read."""
     try:
         tree = read_tree(run_dir / "config.yaml")
     except ConfigError:
         return {}, {}
-    parts = [tree.get(key) for key in ("checkpoint", "evaluation")]
-    checkpoint, evaluation = (part if isinstance(part, dict) else {} for part in parts)
-    return checkpoint, evaluation
+    checkpoint_settings = tree.get("checkpoint")
+    evaluation_settings = tree.get("evaluation")
+    return (
+        checkpoint_settings if isinstance(checkpoint_settings, dict) else {},
+        evaluation_settings if isinstance(evaluation_settings, dict) else {},
+    )

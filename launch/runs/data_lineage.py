@@ -20,52 +20,56 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
 SPLITS = ("train", "eval", "test")
-SHOWN_PLACES = 5
-"""Places that are named of one run."""
+SHOWN_DOCUMENTS = 5
+"""Documents of one run that are named by file and line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentQuery:
-    """A document by its place, or all that have a piece of text in them, as it was prepared."""
+    """The documents that are searched: one by its file and line, or all that contain a piece of text."""
 
     file: str | None = None
+    """As in the settings of the run, or the end of that path; None to search for `text`."""
     line: int = 0
     text: str | None = None
+    """Compared with the documents as they were prepared, after filters and redaction."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.file is not None else f'"{self.text}"'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sighting:
-    """What one run has of it."""
+class DocumentExposure:
+    """Whether and how often one run was trained on the documents."""
 
     run: Path
     documents: dict[str, int] = field(default_factory=dict)
-    """By split, how many documents."""
+    """How many of them are in the run's data, by split."""
     where: tuple[str, ...] = ()
     """The first of them, as file:line."""
     times: int = 0
-    """How often training took one of them; of an epoch that was not finished, those whose turn had come."""
+    """How often training drew one of them, up to `step`."""
     step: int = 0
+    """The last optimizer step of the run."""
     through: Path | None = None
-    """The run whose weights it began with, which was trained on it."""
+    """An earlier run that was trained on them, and whose weights this one began with."""
     unknown: str | None = None
-    """Why it cannot be told."""
+    """Why the exposure cannot be determined; None if it can."""
 
     @property
     def trained(self) -> bool:
-        """Whether its weights come from the document."""
+        """Whether the run's weights have seen one of the documents, in its own training or in that of an earlier run."""
         return self.times > 0 or self.through is not None
 
 
-def sightings(runs: Iterable[tuple[Path, RunConfig | str]], query: DocumentQuery) -> list[Sighting]:
-    """What each run has of the document; `runs`: with the frozen configuration, or why it cannot be read.
+def document_exposures(runs: Iterable[tuple[Path, RunConfig | str]], query: DocumentQuery) -> list[DocumentExposure]:
+    """The exposure of each run to the documents of the query.
 
-    A run that began with the weights of another one has seen what that one saw.
+    `runs` are (run directory, its frozen configuration or why that cannot be read). A run that began with the weights of
+    another one has seen what that one saw.
     """
     configs = dict(runs)
-    sighting_by_run = {run: _sighting(run, config, query) for run, config in configs.items()}
+    exposures = {run: _exposure(run, config, query) for run, config in configs.items()}
     predecessors = {run: _predecessors(run, config, configs) for run, config in configs.items()}
     for run in configs:
         # Breadth first, so that the nearest predecessor is named.
@@ -75,45 +79,47 @@ def sightings(runs: Iterable[tuple[Path, RunConfig | str]], query: DocumentQuery
             predecessor = to_visit.pop(0)
             if predecessor in visited:
                 continue
-            if sighting_by_run[predecessor].times:
-                sighting_by_run[run] = replace(sighting_by_run[run], through=predecessor)
+            if exposures[predecessor].times:
+                exposures[run] = replace(exposures[run], through=predecessor)
                 break
             visited.add(predecessor)
             to_visit += predecessors[predecessor]
-    return list(sighting_by_run.values())
+    return list(exposures.values())
 
 
 def _predecessors(run: Path, config: RunConfig | str, runs: Iterable[Path]) -> list[Path]:
-    """The runs whose exports this one loaded: as its base, as an adapter merged into the base, or as its first adapter."""
+    """The runs (of `runs`) whose exports this one loaded: as base model, as adapters merged into it, or as first adapter."""
     record = readable_run_record(run)
     loaded = [record.tuning_from.path if record.tuning_from else None, record.base_model]
     if not isinstance(config, str):
         loaded += config.model.adapters
     predecessors = []
     for path in filter(None, loaded):
-        place = Path(str(path)).expanduser().resolve()
+        export_dir = Path(str(path)).expanduser().resolve()
         # An export lies in the directory of its run; among runs within runs the innermost one made it.
-        enclosing = [other for other in runs if other != run and place.is_relative_to(other.resolve())]
+        enclosing = [other for other in runs if other != run and export_dir.is_relative_to(other.resolve())]
         if enclosing:
             predecessors.append(max(enclosing, key=lambda other: len(other.parts)))
     return predecessors
 
 
-def _sighting(run: Path, config: RunConfig | str, query: DocumentQuery) -> Sighting:
-    """What a run has of the document; `unknown` says why, if that cannot be found out."""
+def _exposure(run: Path, config: RunConfig | str, query: DocumentQuery) -> DocumentExposure:
+    """The exposure of one run by its own training alone; if it cannot be determined, `unknown` says why."""
     record = readable_run_record(run)
     if isinstance(config, str):
-        return Sighting(run=run, unknown=config)
+        return DocumentExposure(run=run, unknown=config)
     if not record.data_fingerprint or not record.data_directory:
-        return Sighting(run=run, unknown="has no run.json: it never began to train, or was copied without it")
+        return DocumentExposure(run=run, unknown="has no run.json: it never began to train, or was copied without it")
     try:
-        return _read_sighting(run, config, record, query)
+        return _exposure_from_prepared_data(run, config, record, query)
     except (ConfigError, DataError, OSError) as error:
-        return Sighting(run=run, unknown=" ".join(str(error).split()))
+        return DocumentExposure(run=run, unknown=" ".join(str(error).split()))
 
 
-def _read_sighting(run: Path, config: RunConfig, record: RunRecord, query: DocumentQuery) -> Sighting:
-    """What a run has of the document, by its prepared data. Errors: DataError, ConfigError, OSError."""
+def _exposure_from_prepared_data(
+    run: Path, config: RunConfig, record: RunRecord, query: DocumentQuery
+) -> DocumentExposure:
+    """The exposure of one run, by its prepared data and its progress. Errors: DataError, ConfigError, OSError."""
     from trainer.data.store.documents import DocumentTable
     from trainer.data.store.sequences import TokenDataset
 
@@ -127,43 +133,52 @@ def _read_sighting(run: Path, config: RunConfig, record: RunRecord, query: Docum
     for name in SPLITS[1:]:
         if (directory / name).is_dir():
             splits[name] = TokenDataset.open(directory / name)
-    table = DocumentTable(directory)
-    wanted_rows = rows_of(table, query)
+
+    # The document table has all splits; `documents` of a split has the row in the table of each of its sequences.
+    document_table = DocumentTable(directory)
+    wanted_rows = matching_rows(document_table, query)
     rows_by_split = {name: np.intersect1d(split.documents, wanted_rows) for name, split in splits.items()}
-    all_rows = np.unique(np.concatenate(list(rows_by_split.values())))
-    places = [table.row(int(row)) for row in all_rows[:SHOWN_PLACES]]
+    rows_in_any_split = np.unique(np.concatenate(list(rows_by_split.values())))
+    shown_documents = [document_table.row(int(row)) for row in rows_in_any_split[:SHOWN_DOCUMENTS]]
 
     progress = record.outcome.progress if record.outcome else {}
     step = int(progress.get("step") or _last_step(run))
     samples = int(progress.get("samples") or step * int(config.batch["global"]))
     times = 0
     if len(rows_by_split["train"]):
-        times = _times(train, config, samples, progress.get("passed") or [], rows_by_split["train"])
-    return Sighting(
+        skipped_ranges = progress.get("passed") or []
+        times = _times_trained(train, config, samples, skipped_ranges, rows_by_split["train"])
+    return DocumentExposure(
         run=run,
         documents={name: len(rows) for name, rows in rows_by_split.items() if len(rows)},
-        where=tuple(f"{row['file']}:{row['line']}" for row in places),
+        where=tuple(f"{document['file']}:{document['line']}" for document in shown_documents),
         times=times,
         step=step,
     )
 
 
 def _last_step(run: Path) -> int:
-    """The step that a run had reached which recorded no outcome, as one that was killed."""
+    """The last optimizer step of a run without a recorded outcome, for example one that was killed."""
     steps = [int(read_status(run).get("step") or 0)]
     for row in last_rows(run / "metrics.jsonl"):
         steps.append(int(finite_number(row, "step") or 0))
     return max(steps)
 
 
-def _times(train: Any, config: RunConfig, samples: int, passed: list[dict[str, int]], rows: np.ndarray) -> int:
-    """How many of the first `samples` that the run drew are of the documents in `rows`; `passed`: ranges that it skipped."""
+def _times_trained(
+    train: Any, config: RunConfig, samples: int, skipped_ranges: list[dict[str, int]], rows: np.ndarray
+) -> int:
+    """How often the run trained on one of the documents in `rows`, among the first `samples` that it drew.
+
+    The run's sample order is built anew: it follows from the data, the settings and the seed. `skipped_ranges` are ranges
+    (`first`, `count`) of samples that a rollback left out.
+    """
     from trainer.data.batches.mixing import build_order
     from trainer.objectives.registry import data_spec_of
 
     sequences_per_document = data_spec_of(config.objective).sequences_per_document
     units, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
-    order.set_skipped((skipped["first"], skipped["count"]) for skipped in passed)
+    order.set_skipped((skipped["first"], skipped["count"]) for skipped in skipped_ranges)
     is_wanted = np.isin(train.documents, rows)  # of each sequence
     # Wanted documents of each unit that the order draws: a sequence, or several that are packed together.
     if units is None:
@@ -173,29 +188,37 @@ def _times(train: Any, config: RunConfig, samples: int, passed: list[dict[str, i
     return int(wanted_in_unit[order.units(0, samples)].sum())
 
 
-def rows_of(table: Any, query: DocumentQuery) -> np.ndarray:
-    """Rows of the prepared documents that match, int64, in order."""
+def matching_rows(document_table: Any, query: DocumentQuery) -> np.ndarray:
+    """Rows of the table of prepared documents that match the query: int64, in increasing order."""
     rows = []
     first_row = 0
-    for batch in table.batches:
-        matches = _by_place(batch, query) if query.file is not None else _by_text(batch, str(query.text))
+    for batch in document_table.batches:
+        if query.file is not None:
+            matches = _matches_file_and_line(batch, query)
+        else:
+            matches = _contains_text(batch, str(query.text))
         rows.append(first_row + np.flatnonzero(matches))
         first_row += batch.num_rows
     return np.concatenate(rows) if rows else np.zeros(0, np.int64)
 
 
-def _by_place(batch: pa.RecordBatch, query: DocumentQuery) -> np.ndarray:
+def _matches_file_and_line(batch: pa.RecordBatch, query: DocumentQuery) -> np.ndarray:
+    """Which documents of a batch come from the file and line of the query, as a boolean for each row.
+
+    The file may be named as in the run's settings, by the end of its path, or by a path from here.
+    """
     import pyarrow.compute as pc
 
     name = str(query.file)
     files = batch.column("file")
-    matches = pc.or_(pc.equal(files, name), pc.ends_with(files, "/" + name.removeprefix("./")))
-    matches = pc.or_(matches, pc.equal(files, str(Path(name).expanduser().resolve())))
-    return np.asarray(pc.fill_null(pc.and_(matches, pc.equal(batch.column("line"), query.line)), False))
+    is_file = pc.or_(pc.equal(files, name), pc.ends_with(files, "/" + name.removeprefix("./")))
+    is_file = pc.or_(is_file, pc.equal(files, str(Path(name).expanduser().resolve())))
+    is_document = pc.and_(is_file, pc.equal(batch.column("line"), query.line))
+    return np.asarray(pc.fill_null(is_document, False))
 
 
-def _by_text(batch: pa.RecordBatch, text: str) -> np.ndarray:
-    """Which rows have the text in one of their columns, or in a turn of a conversation."""
+def _contains_text(batch: pa.RecordBatch, text: str) -> np.ndarray:
+    """Which documents of a batch contain the text in a column or in a turn of a conversation, as a boolean for each row."""
     import pyarrow.compute as pc
 
     from trainer.data.store.documents import TURNS
@@ -208,8 +231,9 @@ def _by_text(batch: pa.RecordBatch, text: str) -> np.ndarray:
         matches |= has_text(batch.column(name))
     for name in TURNS:
         turns = batch.column(name)
-        messages = pc.list_flatten(turns)
+        messages = pc.list_flatten(turns)  # the messages of all rows, one after another
         row_of_message = np.asarray(pc.list_parent_indices(turns))
-        for part in ("content", "reasoning_content", "tool_calls"):
-            matches[row_of_message[has_text(pc.struct_field(messages, part))]] = True
+        for key in ("content", "reasoning_content", "tool_calls"):
+            rows_with_text = row_of_message[has_text(pc.struct_field(messages, key))]
+            matches[rows_with_text] = True
     return matches

@@ -1,7 +1,7 @@
-"""What one start of a job used of its allocation, and what that cost: time, CPUs, memory, GPUs. Needs no torch.
+"""Measures what one start of a SLURM job used of its allocation, and what that cost: time, CPUs, memory, GPUs.
 
 The numbers come from SLURM's `sacct`; what it does not know is reported as unknown. Each start is a line of
-`<run>/jobs.jsonl`, and `run.json` has all of them.
+`<run>/jobs.jsonl`, and `run.json` has all of them. Needs no torch.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import readable_run_record
 
 STARTS_FILE = "jobs.jsonl"
-FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "MaxRSS", "TRESUsageInAve")
-PATIENCE_S = 10.0
+SACCT_FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "MaxRSS", "TRESUsageInAve")
+SACCT_TIMEOUT_S = 10.0
 """Seconds that sacct may take."""
-AGAIN_S = 1.0
+SACCT_ATTEMPTS = 3
+"""Calls of sacct: the end of a job's step reaches SLURM's data base a moment later."""
+SACCT_RETRY_S = 1.0
 """Seconds between two calls of sacct."""
 CPU_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 SIZE = re.compile(r"([\d.]+)([KMGT]?)")
@@ -35,7 +37,7 @@ GPU_BUSY = re.compile(r"gres/gpuutil=(\d+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartUsage:
-    """One start of a job; what is not known is None."""
+    """What one start of a job used; what is not known is None. The field names are the keys of `jobs.jsonl`."""
 
     job: str
     start: int
@@ -45,29 +47,30 @@ class StartUsage:
     limit_s: float | None = None
     nodes: int | None = None
     cpus: int | None = None
-    """Of all nodes."""
+    """CPUs that were allocated on all nodes together."""
     cpu_share: float | None = None
-    """CPU time over the time of all CPUs that it had."""
+    """CPU time that was used, over elapsed time times allocated CPUs; 1 if all were busy all the time."""
     memory_gib: float | None = None
-    """The most that a node's processes held together."""
+    """Peak memory of the processes of a node, of the node with the most."""
     memory_asked_gib: float | None = None
-    """Of a node."""
+    """Memory that was requested for each node."""
     gpus: int | None = None
     gpu_share: float | None = None
-    """How busy the GPUs were, as SLURM sampled them."""
+    """Mean utilisation of the GPUs, from 0 to 1, as SLURM sampled it."""
     dollars: float | None = None
+    """What all GPUs cost for the elapsed time, in US dollars."""
     price_per_hour: float | None = None
-    """Of one GPU."""
+    """US dollars an hour for one GPU."""
     unknown: str | None = None
-    """Why SLURM's figures are not here."""
+    """Why SLURM's figures are missing."""
 
 
-def record_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str] = os.environ) -> str:
-    """Measure the start that ends now, and record it with the run; returns a line for people.
+def record_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str] = os.environ) -> str:
+    """Measure the start of a job that ends now, add it to `jobs.jsonl` and `run.json`, and return a line on it for people.
 
     Never raises: a missing figure must not end the job script.
     """
-    usage = measure_start(run_dir, job, start, code, env)
+    usage = measure_start(run_dir, job, start, exit_code, env)
     line = describe_start(asdict(usage))
     try:
         with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
@@ -78,24 +81,23 @@ def record_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[st
     return line
 
 
-def measure_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[str, str]) -> StartUsage:
-    """What is known of the start that this process is the end of."""
+def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str]) -> StartUsage:
+    """What the start of a job used that ends now, from SLURM's variables in `env`, from sacct and from `run.json`."""
     began = _number(env.get("SLURM_JOB_START_TIME"))
     ends = _number(env.get("SLURM_JOB_END_TIME"))
     # Taken before sacct is asked, which may take half a minute.
     elapsed_s = time.time() - began if began else None
     rows, unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
-    # Step 0 is the srun that runs the ranks; other rows are of the job and of its script.
-    step = next((row for row in rows if row["JobIDRaw"].endswith(".0")), {})
-    if not unknown and not step:
+    ranks_row = next((row for row in rows if _is_ranks_step(row)), {})
+    if not unknown and not ranks_row:
         unknown = "sacct knows no step of the job"
-    step_elapsed_s = _number(step.get("ElapsedRaw"))
+    step_elapsed_s = _number(ranks_row.get("ElapsedRaw"))
     if elapsed_s is None:
         elapsed_s = step_elapsed_s
     memory_asked_mib = _number(env.get("SLURM_MEM_PER_NODE"))
 
-    cpus = int(step.get("AllocCPUS") or 0) or None
-    cpu_s = _cpu_s(step.get("TotalCPU", ""))
+    cpus = int(ranks_row.get("AllocCPUS") or 0) or None
+    cpu_s = _cpu_s(ranks_row.get("TotalCPU", ""))
     cpu_share = None
     if cpu_s is not None and step_elapsed_s and cpus:
         cpu_share = cpu_s / (step_elapsed_s * cpus)
@@ -106,21 +108,23 @@ def measure_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[s
     price = None
     dollars = None
     if gpus:
-        busy = GPU_BUSY.search(step.get("TRESUsageInAve", ""))  # per cent, summed over the GPUs
-        gpu_share = min(1.0, int(busy[1]) / 100 / gpus) if busy else None
-        price = price_of(run_record.device_name) if run_record.device_name else None
+        busy = GPU_BUSY.search(ranks_row.get("TRESUsageInAve", ""))  # per cent, summed over the GPUs
+        if busy:
+            gpu_share = min(1.0, int(busy[1]) / 100 / gpus)
+        if run_record.device_name:
+            price = price_of(run_record.device_name)
         if price is not None and elapsed_s:
             dollars = price * gpus * elapsed_s / 3600
     return StartUsage(
         job=job,
         start=start,
-        code=code,
+        code=exit_code,
         elapsed_s=elapsed_s,
         limit_s=ends - began if began and ends else None,
         nodes=int(env.get("SLURM_JOB_NUM_NODES") or 0) or None,
         cpus=cpus,
         cpu_share=cpu_share,
-        memory_gib=_gib(step.get("MaxRSS", "")),
+        memory_gib=_size_gib(ranks_row.get("MaxRSS", "")),
         memory_asked_gib=memory_asked_mib / 1024 if memory_asked_mib else None,
         gpus=gpus or None,
         gpu_share=gpu_share,
@@ -130,95 +134,111 @@ def measure_start(run_dir: Path, job: str, start: int, code: int, env: Mapping[s
     )
 
 
+def _is_ranks_step(row: Mapping[str, str]) -> bool:
+    """Whether a row of sacct is of the srun that runs the ranks: step 0. Others are of the whole job and of its script."""
+    return row["JobIDRaw"].endswith(".0")
+
+
 def describe_start(start: Mapping[str, Any]) -> str:
-    """A start, as `recorded_starts` has it, in a line for people."""
-    parts = [*_time_and_cpu_parts(start), *_gpu_parts(start)]
+    """A line for people on what a start used; `start` has the keys of `StartUsage`, as `recorded_starts` returns them."""
+    clauses = [*_time_and_cpu_clauses(start), *_gpu_clauses(start)]
     if start.get("unknown"):
-        parts.append(str(start["unknown"]))
-    return f"job {start.get('job')}, start {start.get('start')}: {', '.join(parts) or 'nothing is known'}"
+        clauses.append(str(start["unknown"]))
+    return f"job {start.get('job')}, start {start.get('start')}: {', '.join(clauses) or 'nothing is known'}"
 
 
-def _time_and_cpu_parts(start: Mapping[str, Any]) -> list[str]:
-    """Time, CPU and memory of a start, as far as they are known."""
-    parts = []
+def _time_and_cpu_clauses(start: Mapping[str, Any]) -> list[str]:
+    """Clauses on the time, CPUs and memory that a start used; what is not known has none."""
+    clauses = []
     elapsed_s = start.get("elapsed_s")
     if elapsed_s is not None:
         limit_s = start.get("limit_s")
         of_limit = f" of {clock(limit_s)} ({elapsed_s / limit_s:.0%})" if limit_s else ""
-        parts.append(f"{clock(elapsed_s)}{of_limit}")
+        clauses.append(f"{clock(elapsed_s)}{of_limit}")
     if start.get("cpu_share") is not None:
-        parts.append(f"{start['cpu_share']:.0%} of {start['cpus']} CPUs")
+        clauses.append(f"{start['cpu_share']:.0%} of {start['cpus']} CPUs")
     memory_gib = start.get("memory_gib")
     if memory_gib is not None:
         asked_gib = start.get("memory_asked_gib")
         of_asked = f" of {asked_gib:.3g}" if asked_gib else ""
-        parts.append(f"{memory_gib:.3g}{of_asked} GiB of a node")
-    return parts
+        clauses.append(f"{memory_gib:.3g}{of_asked} GiB of a node")
+    return clauses
 
 
-def _gpu_parts(start: Mapping[str, Any]) -> list[str]:
+def _gpu_clauses(start: Mapping[str, Any]) -> list[str]:
+    """Clauses on how busy the GPUs of a start were, and what they cost; none for a start without GPUs."""
     if not start.get("gpus"):
         return []
-    busy = start.get("gpu_share")
-    use = f" {busy:.0%} busy" if busy is not None else ", how busy is not known"
-    dollars = start.get("dollars")
-    price = f"${dollars:,.2f}" if dollars is not None else "price not known"
-    return [f"{start['gpus']} GPUs{use}", price]
+    gpus = f"{start['gpus']} GPUs, how busy is not known"
+    if start.get("gpu_share") is not None:
+        gpus = f"{start['gpus']} GPUs {start['gpu_share']:.0%} busy"
+    price = "price not known"
+    if start.get("dollars") is not None:
+        price = f"${start['dollars']:,.2f}"
+    return [gpus, price]
 
 
 def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """All starts that were recorded, in their order; torn lines are left out."""
+    """All starts in the run's `jobs.jsonl`, in order, with the keys of `StartUsage`; torn lines are left out."""
     starts = []
     with contextlib.suppress(OSError):
         for line in (run_dir / STARTS_FILE).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
-                if isinstance(start := json.loads(line), dict):
+                start = json.loads(line)
+                if isinstance(start, dict):
                     starts.append(start)
     return starts
 
 
 def _sacct_rows(job: str) -> tuple[list[dict[str, str]], str | None]:
-    """(rows of sacct by `FIELDS`, why there are none)."""
-    command = ["sacct", "--jobs", job, "--noheader", "--parsable2", f"--format={','.join(FIELDS)}"]
+    """(rows that sacct has of a job, by `SACCT_FIELDS`; why there are none, or None).
+
+    Calls sacct up to `SACCT_ATTEMPTS` times, until it knows how the ranks' step ended.
+    """
+    command = ["sacct", "--jobs", job, "--noheader", "--parsable2", f"--format={','.join(SACCT_FIELDS)}"]
     rows: list[dict[str, str]] = []
-    for attempt in range(3):  # the end of a step reaches SLURM's data base a moment later
+    for attempt in range(SACCT_ATTEMPTS):
+        if attempt:
+            time.sleep(SACCT_RETRY_S)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S)
+            completed = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=SACCT_TIMEOUT_S
+            )
         except FileNotFoundError:
             return [], "no sacct on this node: CPU, memory and GPUs are not known"
         except (OSError, subprocess.SubprocessError) as error:
             return [], f"sacct gave no answer ({type(error).__name__}): CPU, memory and GPUs are not known"
-        if done.returncode:
-            why = ((done.stderr or done.stdout).strip().splitlines() or ["without a message"])[-1]
-            return [], f"sacct knows nothing ({why.removeprefix('sacct: ')}): CPU, memory and GPUs are not known"
-        rows = [dict(zip(FIELDS, line.split("|"), strict=False)) for line in done.stdout.splitlines()]
+        if completed.returncode:
+            message_lines = (completed.stderr or completed.stdout).strip().splitlines() or ["without a message"]
+            reason = message_lines[-1].removeprefix("sacct: ")
+            return [], f"sacct knows nothing ({reason}): CPU, memory and GPUs are not known"
+        rows = [dict(zip(SACCT_FIELDS, line.split("|"), strict=False)) for line in completed.stdout.splitlines()]
         for row in rows:
-            if row["JobIDRaw"].endswith(".0") and not row.get("State", "").startswith("RUNNING"):
+            if _is_ranks_step(row) and not row.get("State", "").startswith("RUNNING"):
                 return rows, None
-        if attempt < 2:
-            time.sleep(AGAIN_S)
     return rows, None
 
 
-def _number(text: str | None) -> float | None:
+def _number(variable: str | None) -> float | None:
+    """The number in a variable or a field; None if it is not set or no number."""
     try:
-        return float(text) if text else None
+        return float(variable) if variable else None
     except ValueError:
         return None
 
 
-def _cpu_s(text: str) -> float | None:
-    """Seconds of sacct's `[days-][hours:]minutes:seconds`."""
-    match = CPU_TIME.fullmatch(text)
+def _cpu_s(cpu_time: str) -> float | None:
+    """Seconds of CPU time in sacct's format `[days-][hours:]minutes:seconds`; None for another text."""
+    match = CPU_TIME.fullmatch(cpu_time)
     if match is None:
         return None
     days, hours, minutes, seconds = match.groups(default="0")
     return int(days) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
-def _gib(text: str) -> float | None:
-    """GiB of sacct's `676416K`; a number without a unit is bytes."""
-    match = SIZE.fullmatch(text)
+def _size_gib(size: str) -> float | None:
+    """GiB of a size in sacct's format, such as `676416K`; a number without a unit is bytes. None for another text."""
+    match = SIZE.fullmatch(size)
     if match is None:
         return None
     exponent = "KMGT".index(match[2]) - 2 if match[2] else -3  # powers of 1024, relative to GiB

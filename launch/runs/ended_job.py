@@ -1,4 +1,4 @@
-"""How a job ended that has left the queue, by its script's record and SLURM: for runs whose ranks wrote nothing."""
+"""Finds out how a job ended that has left the queue, from its script's record and SLURM, if its ranks wrote nothing."""
 
 from __future__ import annotations
 
@@ -12,69 +12,79 @@ from pathlib import Path
 from launch.runs.job_record import JobRecord, read_job_record
 from launch.runs.queue import Queue, submitted_as
 
-CALL_S = 5.0
+SLURM_TIMEOUT_S = 5.0
 """Seconds that sacct and scontrol may take."""
-ANSWER_S = 60.0
-"""Seconds for which their answer is taken."""
+SLURM_CACHE_S = 60.0
+"""Seconds for which an answer of SLURM's is kept: `status --watch` would ask every two seconds for each run."""
 JOB_FIELDS = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
 
 
 def describe_end(run_dir: Path, queue: Queue) -> str | None:
-    """How the last job of a run ended, on one line; None if it has none, or its job may still wait or run."""
-    submitted = submitted_as(run_dir)
+    """A line on how the last SLURM job of a run ended; None if it had none, or the job may still wait or run."""
+    submitted_job = submitted_as(run_dir)
     record = read_job_record(run_dir)
-    if record is not None and submitted in (None, record.job):
+    # The record is of an earlier job if the run was submitted again since.
+    if record is not None and submitted_job in (None, record.job):
         return _describe_record(record, queue)
-    if submitted is None or queue.has_no_squeue or queue.problem is not None:
+    if submitted_job is None or queue.has_no_squeue or queue.problem is not None:
         return None
-    slurm_words = slurm_end(submitted)
-    if slurm_words is None:
+    end = end_by_slurm(submitted_job)
+    if end is None:
         return (
-            f"job {submitted} is not in the queue any more, and its script never started: it was cancelled (perhaps because a "
-            "job that it waited for failed), or it failed before"
+            f"job {submitted_job} is not in the queue any more, and its script never started: it was cancelled (perhaps "
+            "because a job that it waited for failed), or it failed before"
         )
-    return f"job {submitted} ended before its script began; SLURM says: {slurm_words}"
+    return f"job {submitted_job} ended before its script began; SLURM says: {end}"
 
 
 def _describe_record(record: JobRecord, queue: Queue) -> str | None:
-    """Why the start of a job ended by its record; None if it ended well, restarts, or may still run."""
+    """A line on how the start of a job ended, by its `job.json`; None if it succeeded, restarts, or may still run."""
     start = f"job {record.job}, start {record.start}"
     if record.ended is not None:
         if record.code == 0 or record.will_restart:
             return None
         return f"{start}: {record.reason or 'ended'} (exit code {record.code})"
+    # No end is recorded: the script was killed, or it still runs, and only the queue could tell.
     if queue.has_no_squeue or queue.problem is not None:
         return None
-    slurm_words = slurm_end(record.job)
-    why = f"SLURM says: {slurm_words}" if slurm_words else "it was killed or cancelled, or its node was lost"
-    return f"{start}, on {record.nodes}: ended, and its script wrote no reason; {why}"
+    end = end_by_slurm(record.job)
+    reason = f"SLURM says: {end}" if end else "it was killed or cancelled, or its node was lost"
+    return f"{start}, on {record.nodes}: ended, and its script wrote no reason; {reason}"
 
 
-def slurm_end(job: str) -> str | None:
-    """How SLURM says that a job ended; None if it does not know."""
-    return _slurm_end(job, int(time.monotonic() // ANSWER_S))
+def end_by_slurm(job: str) -> str | None:
+    """State, reason and exit code of an ended job, as SLURM has them; None if it does not know the job."""
+    return _cached_end_by_slurm(job, int(time.monotonic() // SLURM_CACHE_S))
 
 
 @lru_cache(maxsize=4096)
-def _slurm_end(job: str, minute: int) -> str | None:
-    """The same, asked again in another `minute`: the argument only makes the cache forget."""
-    rows = _call(["sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"])
+def _cached_end_by_slurm(job: str, cache_period: int) -> str | None:
+    """`end_by_slurm`, cached; `cache_period` is not used: it changes with time, and so makes the cache forget."""
+    # sacct needs SLURM's accounting, which not every cluster has; scontrol forgets a job after some minutes.
+    rows = _call_slurm(
+        ["sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"]
+    )
     if rows:
-        state, _sep, code = rows.splitlines()[-1].partition("|")
-        return f"{state}, exit code {code}" if state else None
-    fields = dict(JOB_FIELDS.findall(_call(["scontrol", "--oneliner", "show", "job", job])))
+        state, _, exit_code = rows.splitlines()[-1].partition("|")
+        return f"{state}, exit code {exit_code}" if state else None
+    fields = dict(JOB_FIELDS.findall(_call_slurm(["scontrol", "--oneliner", "show", "job", job])))
     if "JobState" not in fields:
         return None
+    state = fields["JobState"]
     reason = fields.get("Reason", "None")
-    words = [fields["JobState"]] + ([reason] if reason != "None" else [])
-    return f"{' '.join(words)}, exit code {fields.get('ExitCode', '-')}"
+    if reason != "None":
+        state += f" {reason}"
+    return f"{state}, exit code {fields.get('ExitCode', '-')}"
 
 
-def _call(command: list[str]) -> str:
-    """The output of a command of SLURM's; empty if it fails."""
+def _call_slurm(command: list[str]) -> str:
+    """What a command of SLURM's prints; empty if it fails."""
+    # The user's SACCT_FORMAT and the like would change what is printed.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SACCT_")}
     try:
-        answer = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=CALL_S)
+        completed = subprocess.run(
+            command, env=env, capture_output=True, text=True, errors="replace", timeout=SLURM_TIMEOUT_S
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return "" if answer.returncode else answer.stdout.strip()
+    return "" if completed.returncode else completed.stdout.strip()

@@ -10,58 +10,63 @@ from pathlib import Path
 
 from launch.config.frozen import Composed, is_finished, same_or_refuse, to_yaml
 from launch.config.trusted_values import remember_config
-from launch.runs.queue import SUBMITTED, Queue, QueuedJob, read_queue, unfinished_job
+from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfinished_job
 from strategies.errors import ConfigError
 from trainer.checkpoints.layout import places_of, published
 from trainer.reporting.status import FROZEN, write_text_atomic
 from trainer.session.lease import InUse, refuse_in_use
 from trainer.stopping.signals import pending
 
-QUEUE_S = 10.0
-"""Seconds for which an answer of SLURM's queue is taken."""
+QUEUE_CACHE_S = 10.0
+"""Seconds for which a reading of SLURM's queue is used again: hundreds of points are frozen one after another."""
 
 
-def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> Path:
-    """Write `config.yaml` (with its hash) atomically and return the directory.
+def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = False) -> Path:
+    """Write the run's `config.yaml`, with its hash, atomically into its directory, and return the directory.
 
-    With `another_way` a run that is not done may continue under another strategy or micro-batch, and a message says so.
-    Errors: ConfigError if the directory holds another run, one that is still running or that SLURM will start, or checkpoints
-    that `run.resume=never` refuses; StorageError.
+    With `may_change_strategy`, a run that is not done may continue under another strategy or micro-batch, and a message
+    says so. Errors: ConfigError if the directory holds another run, one that is still running or that SLURM will start, or
+    checkpoints that `run.resume=never` refuses; StorageError.
     """
     run_dir = Path(run_dir).expanduser()
-    path = run_dir / "config.yaml"
+    config_file = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir}: is a file; name a directory")
-    for place in (run_dir / "logs", run_dir / "checkpoints", run_dir / "lease"):
-        if place.exists() and not place.is_dir():
+    for directory in (run_dir / "logs", run_dir / "checkpoints", run_dir / "lease"):
+        if directory.exists() and not directory.is_dir():
             raise ConfigError(
-                f"{place}: is a file, where the run needs a directory; move it away, or choose another run.dir"
+                f"{directory}: is a file, where the run needs a directory; move it away, or choose another run.dir"
             )
-    checkpoints = published(places_of(run_dir, composed.config.checkpoint.fallback_dir))
-    if composed.config.run.resume == "never" and (checkpoints or any((run_dir / "checkpoints").glob("*"))):
+    config = composed.config
+    checkpoints = published(places_of(run_dir, config.checkpoint.fallback_dir))
+    # Also a checkpoint that is not whole yet: it may be another attempt's that is just being written.
+    if config.run.resume == "never" and (checkpoints or any((run_dir / "checkpoints").glob("*"))):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
-    if path.exists():
+    if config_file.exists():
         is_done = is_finished(run_dir)
         same_or_refuse(
-            composed, path, has_progress=bool(checkpoints) or is_done, may_compute_otherwise=another_way and not is_done
+            composed,
+            config_file,
+            has_progress=bool(checkpoints) or is_done,
+            may_compute_otherwise=may_change_strategy and not is_done,
         )
     refuse_queued(run_dir)
-    refuse_in_use(run_dir, composed.config.run.lease_s, pending)
-    config = composed.config
+    refuse_in_use(run_dir, config.run.lease_s, pending)
+
     config.run.dir = str(run_dir)
     words = " ".join(json.dumps(word) for word in composed.overrides)
     header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {words}\n"
-    write_text_atomic(path, header + to_yaml(config))
+    write_text_atomic(config_file, header + to_yaml(config))
     remember_config(config)
     return run_dir
 
 
 def refuse_queued(run_dir: Path) -> None:
-    """Refuse a directory that a job in SLURM's queue, other than this process's, is for: it would start in it.
+    """Refuse a run directory that another job in SLURM's queue is for: it would start with what is frozen now.
 
-    A directory that was submitted before is also refused while the queue cannot be asked. Errors: InUse.
+    A directory that was submitted before is also refused as long as squeue fails. Errors: InUse.
     """
-    job = _queued(run_dir)
+    job = _job_in_queue(run_dir)
     if job is None:
         return
     state = f"it is pending: {job.why}" if job.is_pending else f"it is {job.state}"
@@ -71,49 +76,55 @@ def refuse_queued(run_dir: Path) -> None:
     )
 
 
-def queued_as_asked(composed: Composed, run_dir: Path) -> QueuedJob | None:
-    """The job by which SLURM will run, or runs, this very configuration in this directory; None if there is none."""
+def job_with_same_config(composed: Composed, run_dir: Path) -> QueuedJob | None:
+    """The job in SLURM's queue that runs, or will run, this very configuration in this directory; None if there is none."""
     try:
-        seal = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        frozen_hash = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
         return None
-    if seal is None or seal[1] != composed.sha256:
+    if frozen_hash is None or frozen_hash[1] != composed.sha256:
         return None
-    return _queued(run_dir)
+    return _job_in_queue(run_dir)
 
 
-def _queued(run_dir: Path) -> QueuedJob | None:
-    """The job in SLURM's queue that is for this run; None if there is none, or it is this process's.
+def _job_in_queue(run_dir: Path) -> QueuedJob | None:
+    """The job in SLURM's queue that is for a run; None if there is none, or it is the job that this process is part of.
 
-    Errors: InUse if the queue cannot be asked and the run was submitted before.
+    Errors: InUse if squeue fails and the run was submitted before.
     """
-    own_job = _own_job()
-    now = int(time.monotonic() // QUEUE_S)
-    queue = _queue(now)
+    own_job_ids = _own_job_ids()
+    cache_period = int(time.monotonic() // QUEUE_CACHE_S)
+    queue = _cached_queue(cache_period)
     if queue.problem is not None:
-        submitted = unfinished_job(run_dir)
+        submitted_job = unfinished_job(run_dir)
         # A job that still waits for a run that is done would find nothing to do.
-        if submitted is None or submitted in own_job or is_finished(run_dir):
+        if submitted_job is None or submitted_job in own_job_ids or is_finished(run_dir):
             return None
-        queue = _queue(now, again=True)
+        queue = _cached_queue(cache_period, again=True)
         if queue.problem is not None:
             raise InUse(
-                f"run.dir={run_dir}: was submitted as job {submitted}; whether it still waits or runs is not known "
-                f"({queue.problem}). Try again when squeue answers; if job {submitted} is over, remove "
-                f"{run_dir / SUBMITTED}; or choose another run.dir"
+                f"run.dir={run_dir}: was submitted as job {submitted_job}; whether it still waits or runs is not known "
+                f"({queue.problem}). Try again when squeue answers; if job {submitted_job} is over, remove "
+                f"{run_dir / SUBMITTED_FILE}; or choose another run.dir"
             )
     job = queue.find_job(run_dir, None)
-    return None if job is None or job.raw_id in own_job or job.state == "COMPLETING" else job
+    if job is None or job.raw_id in own_job_ids or job.state == "COMPLETING":
+        return None
+    return job
 
 
-def _own_job() -> set[str]:
-    """The names of the job that this process is part of; empty outside of a job."""
+def _own_job_ids() -> set[str]:
+    """The ids of the SLURM job that this process is part of, also as a task of an array (`17_3`)."""
     env = os.environ
-    names = {env.get("SLURM_JOB_ID"), f"{env.get('SLURM_ARRAY_JOB_ID')}_{env.get('SLURM_ARRAY_TASK_ID')}"}
-    return {name for name in names if name is not None}
+    array_task_id = f"{env.get('SLURM_ARRAY_JOB_ID')}_{env.get('SLURM_ARRAY_TASK_ID')}"  # None_None outside of an array
+    job_ids = {env.get("SLURM_JOB_ID"), array_task_id}
+    return {job_id for job_id in job_ids if job_id is not None}
 
 
 @lru_cache(maxsize=2)
-def _queue(_: int, again: bool = False) -> Queue:
-    """SLURM's queue, asked once for many runs, and once more if that failed; the first argument changes with time."""
+def _cached_queue(cache_period: int, again: bool = False) -> Queue:
+    """SLURM's queue, cached: squeue is called once in each `cache_period`, and once more with `again`.
+
+    Neither argument is used: they only distinguish entries of the cache.
+    """
     return read_queue()

@@ -14,10 +14,10 @@ from pathlib import Path
 from strategies import atomic_io
 from trainer.reporting.status import write_text_atomic
 
-FILE = "job.json"
-MOST_BYTES = 2**16
+JOB_RECORD_FILE = "job.json"
+MAX_FILE_BYTES = 2**16
 FILE_KEYS = {"will_restart": "goes_on"}
-"""Keys of the file for fields that are called otherwise."""
+"""Keys of the file that differ from the names of the fields: the file keeps the keys of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class JobRecord:
     step: int | None = None
     """The optimizer step that was saved at its end."""
     idle_starts: int = 0
-    """How many starts in a row, this one included, were told to save before they had made a step."""
+    """How many starts in a row, this one included, were preempted before they had made a step."""
 
     @property
     def is_over(self) -> bool:
@@ -50,37 +50,38 @@ class JobRecord:
 
 
 def read_job_record(run_dir: Path) -> JobRecord | None:
-    """The record of a run; None if there is none that can be read."""
+    """The `job.json` of a run; None if there is none that can be read."""
     try:
-        contents = json.loads(atomic_io.read_bytes(run_dir / FILE, most=MOST_BYTES))
-        known = {}
+        contents = json.loads(atomic_io.read_bytes(run_dir / JOB_RECORD_FILE, most=MAX_FILE_BYTES))
+        known_fields = {}
         for field in fields(JobRecord):
             key = FILE_KEYS.get(field.name, field.name)
-            if key in contents:  # another version may have other fields
-                known[field.name] = contents[key]
-        record = JobRecord(**known)
+            if key in contents:  # a file of another version may lack some, or have others
+                known_fields[field.name] = contents[key]
+        record = JobRecord(**known_fields)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return record if isinstance(record.job, str) and isinstance(record.start, int) else None
 
 
-def note_begun(run_dir: Path, job: str, start: int, nodes: str) -> None:
-    """Record that a start of a job works on the run. Errors: StorageError."""
+def record_job_start(run_dir: Path, job: str, start: int, nodes: str) -> None:
+    """Write into `job.json` that a start of a job now works on the run. Errors: StorageError."""
     earlier = read_job_record(run_dir)
     record = JobRecord(job=job, start=start, nodes=nodes, began=time.time())
+    # A requeue of the same job goes on counting; a job that was submitted anew begins at 0.
     if earlier is not None and earlier.job == job:
         record = replace(record, step=earlier.step, idle_starts=earlier.idle_starts)
     _write(run_dir, record)
 
 
-def note_ended(run_dir: Path, job: str, start: int, code: int, **facts: object) -> None:
-    """Record how a start of a job ended; `facts` are further fields of the record. Errors: StorageError."""
+def record_job_end(run_dir: Path, job: str, start: int, exit_code: int, **facts: object) -> None:
+    """Write into `job.json` how a start of a job ended; `facts` are further fields of `JobRecord`. Errors: StorageError."""
     record = read_job_record(run_dir)
-    if record is None or (record.job, record.start) != (job, start):
+    if record is None or (record.job, record.start) != (job, start):  # its beginning could not be written
         record = JobRecord(job=job, start=start)
-    _write(run_dir, replace(record, ended=time.time(), code=code, **facts))  # type: ignore[arg-type]
+    _write(run_dir, replace(record, ended=time.time(), code=exit_code, **facts))  # type: ignore[arg-type]
 
 
 def _write(run_dir: Path, record: JobRecord) -> None:
     contents = {FILE_KEYS.get(name, name): fact for name, fact in asdict(record).items()}
-    write_text_atomic(run_dir / FILE, json.dumps(contents) + "\n")
+    write_text_atomic(run_dir / JOB_RECORD_FILE, json.dumps(contents) + "\n")

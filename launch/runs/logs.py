@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.runs.queue import runs_of
+from launch.runs.queue import runs_of_script
 from strategies import atomic_io
 from strategies.errors import ConfigError
 
-RANK = re.compile(r"rank-(\d+)\.log")
-JOB = re.compile(r".+-(?:(?P<script>\d+(?:_\d+)?)\.out|(?P<node>\d+)-\d+\.log)")
+RANK_LOG = re.compile(r"rank-(\d+)\.log")
+JOB_OUTPUT = re.compile(r".+-(?:(?P<script>\d+(?:_\d+)?)\.out|(?P<node>\d+)-\d+\.log)")
 """`<name>-<job>.out` of the script, `<name>-<job>-<node>.log` of torchrun and its ranks on a node."""
-TASK = re.compile(r"-\d+_\d+\.out$")
+ARRAY_TASK_OUTPUT = re.compile(r"-\d+_\d+\.out$")
+"""`<name>-<job>_<task>.out` of the script of one task of a job array."""
 TAIL_BYTES = 2**18
-"""Bytes at the end of a file in which its last lines are looked for."""
-MOST_BYTES = 2**20
-"""Bytes taken at a time of what was added."""
+"""Bytes at the end of a file that are read for its last lines."""
+MAX_READ_BYTES = 2**20
+"""Bytes that are read at a time of what was added to a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogsRequest:
-    """What of a run was asked for."""
+    """Which log files of a run the user wants to see: those of a rank, of a job, or the default."""
 
     rank: int | None = None
     job: str | None = None
@@ -31,47 +33,62 @@ class LogsRequest:
 
 
 def choose_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -> list[Path]:
-    """The files to show, the most important one last; none if the run has written none.
+    """The log files to show, the most important one last; empty if the run has written none.
 
-    Raises ConfigError for a rank or job that has none.
-    `failed_rank`: the rank that failed, of a run that did. Its log is shown, and the output of its job, where libraries
-    print their errors.
+    With `failed_rank`, the default is the log of that rank after the output of its job, where libraries print their
+    errors. Raises ConfigError for a requested rank or job that has no file.
     """
-    files = [path for path in _list_directory(run_dir / "logs") if not TASK.search(path.name)]
+    # Tasks of an array write into the directory of its first run: most of these files are of other runs.
+    files = [path for path in _list_directory(run_dir / "logs") if not ARRAY_TASK_OUTPUT.search(path.name)]
     files += _array_outputs(run_dir)
-    ranks = {}
-    jobs = []
+    log_by_rank = {}
+    job_files = []
     for path in files:
-        if match := RANK.fullmatch(path.name):
-            ranks[int(match[1])] = path
-        if match := JOB.fullmatch(path.name):
-            jobs.append((match["script"] or match["node"], path))
-    newest = _newest_job_files(jobs)
+        if match := RANK_LOG.fullmatch(path.name):
+            log_by_rank[int(match[1])] = path
+        if match := JOB_OUTPUT.fullmatch(path.name):
+            job_files.append((match["script"] or match["node"], path))
+    newest_job_files = _newest_job_files(job_files)
+
+    if request.job == "last":
+        return newest_job_files
     if request.job is not None:
-        job_files = newest if request.job == "last" else [path for job, path in jobs if job == request.job]
-        if jobs and not job_files:
-            known = ", ".join(sorted({job for job, _ in jobs})) or "none"
-            raise ConfigError(f"job={request.job}: has no output in {run_dir / 'logs'}; jobs with output: {known}")
-        return job_files
+        requested = [path for job, path in job_files if job == request.job]
+        if job_files and not requested:
+            known_jobs = ", ".join(sorted({job for job, _ in job_files}))
+            raise ConfigError(f"job={request.job}: has no output in {run_dir / 'logs'}; jobs with output: {known_jobs}")
+        return requested
     if request.rank is not None:
-        if ranks and request.rank not in ranks:
-            known = f"0 to {max(ranks)}" if len(ranks) == max(ranks) + 1 else ", ".join(map(str, sorted(ranks)))
-            raise ConfigError(f"rank={request.rank}: has no log in {run_dir / 'logs'}; ranks with a log: {known}")
-        return [ranks[request.rank]] if ranks else []
-    rank_log = ranks.get(failed_rank or 0)
+        if log_by_rank and request.rank not in log_by_rank:
+            raise ConfigError(
+                f"rank={request.rank}: has no log in {run_dir / 'logs'}; ranks with a log: {_rank_list(log_by_rank)}"
+            )
+        return [log_by_rank[request.rank]] if log_by_rank else []
+
+    rank_log = log_by_rank.get(failed_rank or 0)
     if rank_log is None:
-        return newest
-    return [rank_log] if failed_rank is None else [*newest, rank_log]
+        return newest_job_files
+    return [rank_log] if failed_rank is None else [*newest_job_files, rank_log]
+
+
+def _rank_list(ranks: Collection[int]) -> str:
+    """Rank numbers for a message: `0 to 7` if there are no gaps, else each of them."""
+    if len(ranks) == max(ranks) + 1:
+        return f"0 to {max(ranks)}"
+    return ", ".join(map(str, sorted(ranks)))
 
 
 def last_lines(path: Path, count: int) -> tuple[list[str], int]:
-    """(the last whole lines of a file, the offset behind them); a torn last line is left for later. Errors: OSError."""
+    """(the last `count` whole lines of a file, the byte offset behind them). Errors: OSError.
+
+    A last line that has no line break yet is left for later, when it is whole.
+    """
     with atomic_io.open_regular(path) as (descriptor, size):
         start = max(0, size - TAIL_BYTES)
         tail = os.pread(descriptor, size - start, start)
-    whole, end, _ = tail.rpartition(b"\n")
-    offset = start + len(whole) + len(end)
-    lines = whole.split(b"\n") if end else []
+    whole, line_break, _ = tail.rpartition(b"\n")
+    offset = start + len(whole) + len(line_break)
+    lines = whole.split(b"\n") if line_break else []
     if start:
         lines = lines[1:]  # the tail begins within a line
     if count == 0:
@@ -81,63 +98,64 @@ def last_lines(path: Path, count: int) -> tuple[list[str], int]:
 
 @dataclass(slots=True)
 class AddedText:
-    """Reads what is added to files. A file that became shorter is read from its beginning."""
+    """Reads what is added to log files. A file that became shorter was replaced, and is read from its beginning."""
 
     offsets: dict[Path, int] = field(default_factory=dict)
-    """Bytes of each file that were shown; a file that is not here is read from its beginning."""
+    """Byte offset in each file up to which it was read; a file that is not here is read from its beginning."""
 
     def lines(self, path: Path) -> list[str]:
-        """Whole lines that were added; none if the file cannot be read now."""
+        """The whole lines that were added since the last call; empty if there are none, or the file cannot be read now."""
         try:
             with atomic_io.open_regular(path) as (descriptor, size):
                 start = self.offsets.get(path, 0)
                 if start > size:
                     start = 0
-                added = os.pread(descriptor, MOST_BYTES, start)
+                added = os.pread(descriptor, MAX_READ_BYTES, start)
         except OSError:
             return []
-        whole, end, _ = added.rpartition(b"\n")
-        if not end and len(added) == MOST_BYTES:  # a line of a million characters
+        whole, line_break, _ = added.rpartition(b"\n")
+        if not line_break and len(added) == MAX_READ_BYTES:  # a line of a million characters: shown in pieces
             whole = added
-        self.offsets[path] = start + len(whole) + len(end)
-        if not whole and not end:
+        self.offsets[path] = start + len(whole) + len(line_break)
+        if not whole and not line_break:
             return []
         return [_as_terminal_shows(line) for line in whole.split(b"\n")]
 
 
 def _as_terminal_shows(line: bytes) -> str:
-    """A line as a terminal leaves it: what a progress bar drew over is gone."""
+    """A line as a terminal would show it: only what follows the last carriage return, by which progress bars redraw."""
     return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
 
 
-def _newest_job_files(jobs: list[tuple[str, Path]]) -> list[Path]:
-    """Files of the job that wrote last; `jobs`: (job id, file).
+def _newest_job_files(job_files: list[tuple[str, Path]]) -> list[Path]:
+    """The output files of the job that wrote last; `job_files` are (job id, file) of all jobs.
 
-    The script of an array's task names it `17_3`, but its nodes name it by another number.
+    A task of an array has two ids: its script's file is named by `17_3`, and those of its nodes by another number. The
+    files of both are returned.
     """
-    if not jobs:
+    if not job_files:
         return []
 
-    def last_writer(jobs: list[tuple[str, Path]]) -> str:
-        job, _ = max(jobs, key=lambda job_and_path: _modified_at(job_and_path[1]))
+    def last_writer(candidates: list[tuple[str, Path]]) -> str:
+        job, _ = max(candidates, key=lambda job_and_path: _modified_at(job_and_path[1]))
         return job
 
-    newest = last_writer(jobs)
-    files = [path for job, path in jobs if job == newest]
-    if "_" in newest:
-        node_logs = [(job, path) for job, path in jobs if path.suffix == ".log"]
+    newest_job = last_writer(job_files)
+    files = [path for job, path in job_files if job == newest_job]
+    if "_" in newest_job:
+        node_logs = [(job, path) for job, path in job_files if path.suffix == ".log"]
         if node_logs:
             newest_on_nodes = last_writer(node_logs)
             return [path for job, path in node_logs if job == newest_on_nodes] + files
-    tasks = [path for job, path in jobs if "_" in job]
-    if tasks and not any(path.suffix == ".out" for path in files):
-        files.append(max(tasks, key=_modified_at))
+    task_outputs = [path for job, path in job_files if "_" in job]
+    if task_outputs and not any(path.suffix == ".out" for path in files):
+        files.append(max(task_outputs, key=_modified_at))
     return files
 
 
 def _array_outputs(run_dir: Path) -> list[Path]:
-    """Output of the scripts of arrays in which this run was a task. It lies with the array's first run."""
-    runs = runs_of(run_dir / "train.sbatch")
+    """Output files of this run's task of a job array. They lie in the directory of the array's first run."""
+    runs = runs_of_script(run_dir / "train.sbatch")
     if len(runs) < 2:
         return []
     task = next((number for number, run in enumerate(runs) if run.resolve() == run_dir.resolve()), None)
@@ -145,6 +163,7 @@ def _array_outputs(run_dir: Path) -> list[Path]:
 
 
 def _list_directory(directory: Path) -> list[Path]:
+    """The files of a directory, sorted; empty if there is no such directory. Errors: ConfigError if it cannot be listed."""
     try:
         return sorted(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -154,6 +173,7 @@ def _list_directory(directory: Path) -> list[Path]:
 
 
 def _modified_at(path: Path) -> float:
+    """When a file was last written to, as a Unix time; 0 if it cannot be told."""
     try:
         return path.stat().st_mtime
     except OSError:

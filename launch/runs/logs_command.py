@@ -51,18 +51,18 @@ yet, it shows the output of the job.
 {help_rows(LogsWords)}
 
 exit codes: 64 there is no such run, rank or job, 130 Ctrl-C"""
-EVERY_S = 0.5
-"""Seconds between reads of the files."""
-LOOK_EVERY_S = 2.0
-"""Seconds between looks at the state of the run."""
-QUEUE_EVERY_S = 15.0
-"""Seconds between questions to SLURM's controller, which many users share."""
+READ_INTERVAL_S = 0.5
+"""Seconds between two readings of the log files with --follow."""
+STATE_INTERVAL_S = 2.0
+"""Seconds between two readings of the run's state."""
+QUEUE_INTERVAL_S = 15.0
+"""Seconds between two calls of squeue: many users share SLURM's controller."""
 RESTART_WAIT_S = 5.0
-"""Seconds after its end in which a run may be started again by what started it."""
+"""Seconds after the end of a run in which a launcher or job script may still start it again."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError."""
+    """Run `shardtune logs` with the words typed after it; returns the exit code. Errors: ConfigError."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
@@ -71,15 +71,17 @@ def main(argv: list[str]) -> int:
     from trainer.reporting.status import State, read_failure, read_status
 
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # a log may hold characters that the terminal's encoding lacks
     run_dir = words.run
     request = LogsRequest(words.rank, words.job)
+    # Of a run that was started again after a failure, failure.json is out of date.
     failure: dict[str, Any] = {}
     if read_status(run_dir).get("state") in (None, State.failed):
         failure = read_failure(run_dir)
-    rank = failure.get("rank")
-    files = choose_files(run_dir, request, rank if isinstance(rank, int) else None)
-    shows_failure = bool(failure) and request.rank in (None, rank) and request.job is None
+    failed_rank = failure.get("rank")
+    files = choose_files(run_dir, request, failed_rank if isinstance(failed_rank, int) else None)
+    shows_failure = bool(failure) and request.rank in (None, failed_rank) and request.job is None
+
     if words.as_json:
         printer: Printer = JsonPrinter(at_once=words.follow)
     else:
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 
 def logs_words(argv: list[str]) -> LogsWords:
-    """What was typed. Errors: ConfigError with every problem."""
+    """Read the words typed after `shardtune logs`. Raises ConfigError with every problem at once."""
     words, problems = read_words("logs", LogsWords, argv)
     if words.rank is not None and words.job is not None:
         problems.append("rank= and job= name different files; give one of the two")
@@ -110,7 +112,7 @@ def logs_words(argv: list[str]) -> LogsWords:
 
 
 class Printer:
-    """Prints lines; `headed`: below the name of their file."""
+    """Prints lines of log files; if `headed`, with the file's name above them whenever the file changes."""
 
     def __init__(self, *, headed: bool) -> None:
         self.headed = headed
@@ -118,6 +120,7 @@ class Printer:
         """The file of the last line that was printed."""
 
     def __call__(self, path: Path, lines: list[str]) -> None:
+        """Print lines of the file `path`."""
         if not lines:
             return
         if self.headed and path != self._file:
@@ -127,7 +130,7 @@ class Printer:
 
 
 class JsonPrinter(Printer):
-    """Keeps lines by file for a script, or (`at_once`) prints each as a JSON object when it comes."""
+    """For --json: keeps the lines of each file in `files` or, if `at_once`, prints each line as a JSON object."""
 
     def __init__(self, *, at_once: bool) -> None:
         super().__init__(headed=False)
@@ -135,6 +138,7 @@ class JsonPrinter(Printer):
         self.files: list[dict[str, Any]] = []
 
     def __call__(self, path: Path, lines: list[str]) -> None:
+        """Keep or print lines of the file `path`."""
         if not self.at_once:
             self.files.append({"file": str(path), "lines": lines})
             return
@@ -143,7 +147,7 @@ class JsonPrinter(Printer):
 
 
 def show_last_lines(files: list[Path], count: int, printer: Printer) -> dict[Path, int]:
-    """Print the last lines of each file; returns how many bytes of each were shown."""
+    """Print the last `count` lines of each file; returns the byte offset in each file behind what was shown."""
     from launch.runs.logs import last_lines
 
     offsets = {}
@@ -157,45 +161,49 @@ def show_last_lines(files: list[Path], count: int, printer: Printer) -> dict[Pat
 
 
 def failure_text(run_dir: Path) -> str:
-    """Why the run failed, with the traceback unless the error is the user's."""
+    """Where and why a run failed, for the end of its logs: rank, phase, message; a traceback unless the error is the user's."""
     from trainer.reporting.status import read_failure
 
     failure = read_failure(run_dir)
     step = f", step {failure['step']}" if failure.get("step") is not None else ""
-    place = f"rank {failure.get('rank')} on {failure.get('host')} failed ({failure.get('phase')}{step}):"
+    heading = f"rank {failure.get('rank')} on {failure.get('host')} failed ({failure.get('phase')}{step}):"
     if failure.get("user_error"):
-        return f"\n{place}\n  " + str(failure.get("message")).replace("\n", "\n  ")
-    return f"\n{place}\n{str(failure.get('traceback') or failure.get('message')).rstrip()}"
+        indented_message = str(failure.get("message")).replace("\n", "\n  ")
+        return f"\n{heading}\n  {indented_message}"
+    traceback = str(failure.get("traceback") or failure.get("message")).rstrip()
+    return f"\n{heading}\n{traceback}"
 
 
 @dataclass(slots=True)
 class FollowedRun:
-    """A run that is followed, from one attempt at it to the next."""
+    """Prints what is added to the logs of a run, across restarts and requeues, for --follow."""
 
     run_dir: Path
     request: LogsRequest
     printer: Printer
     offsets: dict[Path, int]
     _launcher: tuple[int, str] | None = None
-    """The process of this host that starts its ranks again."""
+    """(process id, identity) of the process on this host that would start the ranks again; None if there is none."""
     _last_notice: str = ""
+    """What the run was last reported to wait for."""
 
     def until_done(self) -> None:
-        """Print what is added until the run is done, or has ended and nothing will start it again."""
+        """Print what is added to the logs until the run is done, or has ended and nothing will start it again."""
         from launch.runs.logs import AddedText, choose_files
         from launch.runs.queue import Queue, read_queue
 
         added = AddedText(self.offsets)
         queue = Queue()
         queue_read_at = float("-inf")
-        looked_at = float("-inf")
+        state_read_at = float("-inf")
         ended_at: float | None = None
         while True:
             now = time.monotonic()
-            if now - looked_at >= LOOK_EVERY_S:
-                looked_at = now
+            if now - state_read_at >= STATE_INTERVAL_S:
+                state_read_at = now
                 run = self._read_view(queue)
-                if run.state != "running" and now - queue_read_at >= QUEUE_EVERY_S:
+                # While the run trains, nothing depends on the queue.
+                if run.state != "running" and now - queue_read_at >= QUEUE_INTERVAL_S:
                     queue = read_queue()
                     queue_read_at = now
                     run = self._read_view(queue)
@@ -212,24 +220,23 @@ class FollowedRun:
             if ended_at is not None and (run.state == "done" or now - ended_at > RESTART_WAIT_S):
                 self._report_end(run)
                 return
-            time.sleep(EVERY_S)
+            time.sleep(READ_INTERVAL_S)
 
     def _read_view(self, queue: Queue) -> RunView:
-        """The run now; also remembers the process that may start its ranks again."""
-        from launch.runs.owner import holder, launcher_of
+        """The state of the run now. Also remembers its launcher: once the run has ended, its lease does not lead there."""
+        from launch.runs.owner import launcher_process, read_lease_holder
         from launch.runs.status import read_run_view
 
         try:
-            owner = holder(self.run_dir).owner
+            owner = read_lease_holder(self.run_dir).owner
         except OSError:
             owner = None
-        launcher = launcher_of(owner) if owner is not None else None
-        if launcher is not None:
-            self._launcher = launcher
+        if owner is not None:
+            self._launcher = launcher_process(owner) or self._launcher
         return read_run_view(self.run_dir, queue)
 
     def _is_over(self, run: RunView, queue: Queue) -> bool:
-        """Whether nothing is known that would continue the run."""
+        """Whether the run has ended, and neither a job nor a launcher is known that would start it again."""
         from trainer.session.lease import process_identity
 
         if run.state == "done":
@@ -244,7 +251,7 @@ class FollowedRun:
         return process_identity(launcher_pid) != identity  # it has ended
 
     def _report_waiting(self, run: RunView) -> None:
-        """Say once what the run waits for."""
+        """Print on stderr what the run waits for, if that has changed: a job in the queue, or its first sign of life."""
         notice = ""
         if run.state == "queued":
             notice = run.why or ""
@@ -255,6 +262,7 @@ class FollowedRun:
         self._last_notice = notice
 
     def _report_end(self, run: RunView) -> None:
+        """Print how the run ended: with --json as a last object, else as a line on stderr after a failure's message."""
         if isinstance(self.printer, JsonPrinter):
             summary = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.why or None}
             print(json.dumps(summary, ensure_ascii=False), flush=True)

@@ -1,4 +1,4 @@
-"""The chain of jobs that a run was submitted as, and the state of each job."""
+"""Reads the pipeline of jobs that a run was submitted as (prepare, train, evaluate ...), and the state of each job."""
 
 from __future__ import annotations
 
@@ -9,52 +9,56 @@ from pathlib import Path
 from launch.runs.queue import Queue
 from strategies import atomic_io
 
-RECORD = "pipeline.json"
-"""The file in a run's directory that lists the jobs of its chain."""
-DIRECTORY = "pipeline"
-"""Holds a file for each part that has ended."""
-MOST_BYTES = 2**16
+PIPELINE_FILE = "pipeline.json"
+"""The file in a run's directory that lists the jobs of its pipeline."""
+PART_RESULTS_DIRECTORY = "pipeline"
+"""The directory in a run's directory with a file for each part that has ended."""
+MAX_FILE_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
 class PipelinePart:
-    """One job of a chain."""
+    """One job of a pipeline."""
 
     part: str
     job: str
     state: str
     """`queued`, `running`, `done`, `failed`, `cancelled` (one before it failed), or `unknown`."""
     description: str
-    """The same for people."""
+    """The state as a clause for people, such as `failed with exit code 65`."""
 
 
 def pipeline_parts(run_dir: Path, queue: Queue) -> list[PipelinePart]:
-    """The parts in their order; none if the run is no chain. Never raises."""
+    """The jobs of a run's pipeline, in order, with their states; empty if it was not submitted as one. Never raises."""
     parts: list[PipelinePart] = []
-    if not (run_dir / RECORD).exists():
+    if not (run_dir / PIPELINE_FILE).exists():
         return parts
-    entries = _read(run_dir / RECORD)
-    for entry in entries if isinstance(entries, list) else []:
+    entries = _read_json(run_dir / PIPELINE_FILE)
+    if not isinstance(entries, list):
+        return parts
+    for entry in entries:
         if isinstance(entry, dict) and {"part", "job"} <= entry.keys():
-            part = str(entry["part"])
+            name = str(entry["part"])
             job_id = str(entry["job"])
-            state, description = _part_state(run_dir, queue, part, job_id, parts[-1].state if parts else None)
-            parts.append(PipelinePart(part, job_id, state, description))
+            state_before = parts[-1].state if parts else None
+            state, description = _part_state(run_dir, queue, name, job_id, state_before)
+            parts.append(PipelinePart(name, job_id, state, description))
     return parts
 
 
-def _part_state(run_dir: Path, queue: Queue, part: str, job_id: str, state_before: str | None) -> tuple[str, str]:
-    """(state, the same for people) of one part; `state_before`: that of the part before it."""
-    end = _read(run_dir / DIRECTORY / f"{part}.json")
-    if isinstance(end, dict) and end.get("job") == job_id:  # else of an earlier submission
-        code = end.get("code")
-        if code:
-            return "failed", f"failed with exit code {code}"
-        if code is not None:
+def _part_state(run_dir: Path, queue: Queue, part_name: str, job_id: str, state_before: str | None) -> tuple[str, str]:
+    """(state, description) of one part of a pipeline, by the file it left, the queue, and the state of the part before it."""
+    end = _read_json(run_dir / PART_RESULTS_DIRECTORY / f"{part_name}.json")
+    if isinstance(end, dict) and end.get("job") == job_id:  # else the file is of an earlier submission
+        exit_code = end.get("code")
+        if exit_code:
+            return "failed", f"failed with exit code {exit_code}"
+        if exit_code is not None:
             return "done", "done"
     for job in queue.jobs:
         if job_id in (job.id, job.raw_id):
             return "queued" if job.is_pending else "running", job.description
+    # It left neither a file nor a job in the queue. SLURM cancels a job whose predecessor failed.
     if state_before in ("failed", "cancelled"):
         return "cancelled", "cancelled, since one before it failed"
     if queue.problem:
@@ -63,12 +67,13 @@ def _part_state(run_dir: Path, queue: Queue, part: str, job_id: str, state_befor
 
 
 def failed_part(parts: list[PipelinePart]) -> PipelinePart | None:
-    """The part at which a chain ended."""
+    """The part at which a pipeline failed; None if none has. The parts after it are cancelled."""
     return next((part for part in parts if part.state == "failed"), None)
 
 
-def _read(path: Path) -> object:
+def _read_json(path: Path) -> object:
+    """The JSON value in a file; None if it cannot be read."""
     try:
-        return json.loads(atomic_io.read_bytes(path, most=MOST_BYTES))
+        return json.loads(atomic_io.read_bytes(path, most=MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError):
         return None

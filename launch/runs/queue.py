@@ -1,4 +1,4 @@
-"""The user's jobs in SLURM's queue, and the run that each is for."""
+"""Reads the user's jobs in SLURM's queue, and finds out which run each of them is for."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from launch.runs.job_record import read_job_record
 from trainer.reporting.status import write_text_atomic
 
 SEPARATOR = "\x1f"
-FIELDS = ("%i", "%A", "%T", "%r", "%S", "%L", "%N", "%Z", "%j", "%o")
-PATIENCE_S = 5.0
+"""Between the fields of squeue's rows: a character that no job name has."""
+SQUEUE_FIELDS = ("%i", "%A", "%T", "%r", "%S", "%L", "%N", "%Z", "%j", "%o")
+SQUEUE_TIMEOUT_S = 5.0
 """Seconds that squeue may take; a controller that is down lets it wait for minutes."""
-RUNS = re.compile(r"^runs=\((.*)\)$", re.MULTILINE)
-MOST_SCRIPT_BYTES = 2**20
+RUNS_IN_SCRIPT = re.compile(r"^runs=\((.*)\)$", re.MULTILINE)
+"""The line of a job script of `shardtune submit` that lists its runs, quoted for a shell."""
+MAX_SCRIPT_BYTES = 2**20
 JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
-SUBMITTED = "submitted"
+SUBMITTED_FILE = "submitted"
 """The file in a run's directory with the id of its job."""
 WAITING_STATES = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
-"""States of a job that has no node, and nothing to save."""
+"""States of a job that waits in the queue: it has no node, and nothing to save."""
 HELD_STATES = {"REQUEUE_HOLD", "SPECIAL_EXIT"}
 HELD_REASONS = {"job requeued in held state", "job_requeued_in_held_state", "launch failed requeued held"}
-HELD = "held by SLURM after a requeue, and does not start by itself; `scontrol release {id}` lets it start"
-REASONS = {
+HELD_TEXT = "held by SLURM after a requeue, and does not start by itself; `scontrol release {id}` lets it start"
+"""What `REQUEUE_HOLD` and its reasons mean."""
+REASON_TEXTS = {
     "Priority": "jobs of higher priority come first",
     "Resources": "waits for nodes to become free",
     "Dependency": "waits for another job",
@@ -46,35 +49,35 @@ REASONS = {
     "InvalidAccount": "its account is not known: it never starts; set launcher.account",
     "InvalidQOS": "its QOS is not known: it never starts; set launcher.qos",
 }
-TOO_MUCH = re.compile(r"(QOS|Assoc)Max(?P<what>\w+?)Per(Job|Node)(Limit)?|(QOS|Assoc)Max(?P<time>Wall\w*)")
-"""Reasons of a job that alone asks for more than a limit allows."""
-USED_UP = re.compile(r"(?P<whose>QOS|Assoc)(Grp|Max)\w+|MaxCpuPerAccount")
-"""Reasons of a job that waits until others have left a limit."""
+OVER_LIMIT_REASON = re.compile(r"(QOS|Assoc)Max(?P<what>\w+?)Per(Job|Node)(Limit)?|(QOS|Assoc)Max(?P<time>Wall\w*)")
+"""squeue's reasons for a job that alone asks for more than a limit allows."""
+LIMIT_USED_UP_REASON = re.compile(r"(?P<whose>QOS|Assoc)(Grp|Max)\w+|MaxCpuPerAccount")
+"""squeue's reasons for a job that waits until other jobs within the same limit have ended."""
 
 
 def reason_text(reason: str, job_id: str) -> str:
-    """Why a job waits, for people; `reason` as squeue has it, which is given back if it is not known."""
-    name = reason.split(",")[0].strip("()")
+    """A sentence on why a job waits, from squeue's word for it such as `Priority`; a word that is not known is returned."""
+    name = reason.split(",")[0].strip("()")  # squeue may give several, and put them in parentheses
     if name in HELD_REASONS:
-        return HELD.format(id=job_id)
-    if name in REASONS:
-        return REASONS[name].format(id=job_id)
-    if TOO_MUCH.fullmatch(name):
+        return HELD_TEXT.format(id=job_id)
+    if name in REASON_TEXTS:
+        return REASON_TEXTS[name].format(id=job_id)
+    if OVER_LIMIT_REASON.fullmatch(name):
         setting = "launcher.time" if "Wall" in name else "what is asked for"
         return f"asks for more than a limit of its QOS or account ({name}): it never starts; lower {setting}, or set launcher.qos"
-    if USED_UP.fullmatch(name):
+    if LIMIT_USED_UP_REASON.fullmatch(name):
         return f"a limit of its QOS or account is used up ({name}): it starts when other jobs have ended"
     return reason
 
 
 @dataclass(frozen=True, slots=True)
 class QueuedJob:
-    """A job, or one task of an array, in squeue's words."""
+    """A job, or one task of a job array, with squeue's fields in the order of `SQUEUE_FIELDS`."""
 
     id: str
-    """As scancel takes it: `17`, or `17_3` for a task of an array."""
+    """The id that scancel takes: `17`, or `17_3` for a task of an array."""
     raw_id: str
-    """As the job itself knows it (SLURM_JOB_ID)."""
+    """The id that the job itself has in SLURM_JOB_ID; of a task of an array, another number."""
     state: str
     reason: str
     start: str
@@ -83,26 +86,30 @@ class QueuedJob:
     """Time until its limit."""
     nodes: str
     directory: str
-    """Where it was submitted."""
+    """The working directory in which it was submitted."""
     name: str
     command: str
+    """The path of its script."""
 
     @property
     def is_pending(self) -> bool:
-        """Whether it waits to be started."""
+        """Whether it waits in the queue to be started."""
         return self.state in WAITING_STATES
 
     @property
     def why(self) -> str:
-        """Why it waits, for people."""
+        """A sentence on why it waits, with the time at which SLURM expects to start it."""
         if self.state in HELD_STATES:
-            return HELD.format(id=self.id)
-        when = f"; expected at {self.start.replace('T', ' ')[:16]}" if self.start[:1].isdigit() else ""
-        return reason_text(self.reason, self.id) + when
+            return HELD_TEXT.format(id=self.id)
+        sentence = reason_text(self.reason, self.id)
+        if self.start[:1].isdigit():  # else N/A
+            minute = self.start.replace("T", " ")[:16]  # 2025-01-31T12:00:00
+            sentence += f"; expected at {minute}"
+        return sentence
 
     @property
     def description(self) -> str:
-        """State and why, for people."""
+        """A clause on its state, such as `job 17 RUNNING` or `job 17 pending: <reason>`."""
         if not self.is_pending:
             return f"job {self.id} {self.state}"
         return f"job {self.id} pending: {self.why}"
@@ -110,18 +117,22 @@ class QueuedJob:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The jobs of this user, by squeue."""
+    """The jobs of this user in SLURM's queue, as squeue listed them."""
 
     jobs: tuple[QueuedJob, ...] = ()
     by_run: dict[Path, QueuedJob] = field(default_factory=dict)
-    """Jobs by the directory of the run that they were submitted for."""
+    """The job that was submitted for a run, by the resolved run directory."""
     problem: str | None = None
-    """Why it could not be asked; None also if there is no SLURM here. Then nobody knows which jobs there are."""
+    """Why squeue failed, so that nobody knows which jobs there are; None also on a host without squeue."""
     has_no_squeue: bool = False
-    """Whether this host has no squeue."""
+    """Whether this host has no squeue: it has no SLURM, or is a compute node without SLURM's commands."""
 
     def find_job(self, run_dir: Path, job_id: str | None) -> QueuedJob | None:
-        """The job of a run: by the id that its records name or that it was submitted as, or by the script in its directory."""
+        """The job of a run; None if it has none in the queue.
+
+        It is found by `job_id`, which the run's own records name, by the id that `shardtune submit` noted in the run
+        directory, or by the job's script, which lies there.
+        """
         if not self.jobs:
             return None
         submitted = submitted_as(run_dir)
@@ -138,89 +149,98 @@ class Queue:
 
 
 def note_submitted(run_dirs: list[Path], job: str) -> None:
-    """Leave in each run's directory which job it was submitted as, or which task of an array. Errors: StorageError."""
+    """Write into each run's directory the id of the job (or task of an array) as which it was submitted.
+
+    Errors: StorageError.
+    """
     for task, run_dir in enumerate(run_dirs):
         job_id = f"{job}_{task}" if len(run_dirs) > 1 else job
-        write_text_atomic(run_dir / SUBMITTED, f"{job_id}\n")
+        write_text_atomic(run_dir / SUBMITTED_FILE, f"{job_id}\n")
 
 
 def submitted_as(run_dir: Path) -> str | None:
-    """The job that a run was submitted as last, as scancel takes it; None where it never was, or the file names none."""
+    """Id of the job as which a run was last submitted, as scancel takes it; None if it never was, or the file names none."""
     try:
-        job = (run_dir / SUBMITTED).read_text(encoding="utf-8").strip()
+        job_id = (run_dir / SUBMITTED_FILE).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
     # It stands in commands that are to be pasted, and in somebody else's run it can be any text.
-    return job if JOB_ID.fullmatch(job) else None
+    return job_id if JOB_ID.fullmatch(job_id) else None
 
 
 def unfinished_job(run_dir: Path) -> str | None:
-    """The job that a run was submitted as, unless its script has recorded that it will not start again."""
-    submitted = submitted_as(run_dir)
+    """Id of the job as which a run was last submitted; None if its script has recorded that it will not start again."""
+    submitted_job = submitted_as(run_dir)
     record = read_job_record(run_dir)
-    if record is not None and record.job == submitted and record.is_over:
+    if record is not None and record.job == submitted_job and record.is_over:
         return None
-    return submitted
+    return submitted_job
 
 
 def read_queue_twice() -> Queue:
-    """The queue now, asked once more if it cannot be asked: a controller may be busy for a moment. Never raises."""
+    """The queue now; if squeue fails, it is called once more, because a controller may be busy for a moment. Never raises."""
     queue = read_queue()
     return read_queue() if queue.problem is not None else queue
 
 
 def read_queue() -> Queue:
-    """The queue now. Never raises: `problem` says what was wrong."""
+    """The user's jobs in SLURM's queue now. Never raises: if squeue fails, `problem` of the queue says why."""
     if shutil.which("squeue") is None:
         return Queue(has_no_squeue=True)
-    command = ["squeue", "--me", "--noheader", "--array", f"--format={SEPARATOR.join(FIELDS)}"]
+    command = ["squeue", "--me", "--noheader", "--array", f"--format={SEPARATOR.join(SQUEUE_FIELDS)}"]
     # The user's SQUEUE_STATES and the like would leave jobs out.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        answer = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S)
+        completed = subprocess.run(
+            command, env=env, capture_output=True, text=True, errors="replace", timeout=SQUEUE_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
-        return Queue(problem=f"squeue gave no answer within {PATIENCE_S:.0f} s")
+        return Queue(problem=f"squeue gave no answer within {SQUEUE_TIMEOUT_S:.0f} s")
     except OSError as error:
         return Queue(problem=f"squeue cannot be called ({error.strerror})")
-    if answer.returncode:
-        error_lines = (answer.stderr or answer.stdout).strip().splitlines() or ["without a message"]
+    if completed.returncode:
+        error_lines = (completed.stderr or completed.stdout).strip().splitlines() or ["without a message"]
         return Queue(problem=f"squeue failed: {error_lines[-1].removeprefix('squeue: ')}")
+
     jobs = []
-    by_run = {}
-    for line in answer.stdout.splitlines():
-        cells = line.split(SEPARATOR)
-        if len(cells) != len(FIELDS):
+    job_by_run = {}
+    for row in completed.stdout.splitlines():
+        cells = row.split(SEPARATOR)
+        if len(cells) != len(SQUEUE_FIELDS):
             continue
         job = QueuedJob(*cells)
         jobs.append(job)
-        run = _run_of_job(job)
-        if run is not None:
-            by_run[run] = job
-    return Queue(tuple(jobs), by_run)
+        run_dir = _run_of_job(job)
+        if run_dir is not None:
+            job_by_run[run_dir] = job
+    return Queue(tuple(jobs), job_by_run)
 
 
 def _run_of_job(job: QueuedJob) -> Path | None:
-    """The run that a job was submitted for: the directory of its script, or by the scripts' own rule."""
+    """The run directory that a job was submitted for, resolved; None if its script is none of shardtune's."""
     script = Path(job.command)
     if script.name != "train.sbatch":
         return None
-    task = job.id.partition("_")[2]
-    if not task.isdigit() or not (script.parent / "config.yaml").exists():
-        by_hand = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"  # slurm/train.sbatch without `shardtune submit`
+    array_task = job.id.partition("_")[2]
+    if not array_task.isdigit() or not (script.parent / "config.yaml").exists():
+        # slurm/train.sbatch, submitted by hand without `shardtune submit`, makes a run directory of this name.
+        by_hand = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"
         return (by_hand if by_hand.is_dir() else script.parent).resolve()
-    runs = runs_of(script)
-    return runs[int(task)].resolve() if int(task) < len(runs) else None
+    # The script of an array lies in the directory of its first run, and lists the runs by task.
+    runs = runs_of_script(script)
+    return runs[int(array_task)].resolve() if int(array_task) < len(runs) else None
 
 
 def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
-    """Whether the script of a job shows that it was submitted for another run than `run_dir`."""
+    """Whether the script of a job shows that it was submitted for another run than `run_dir`; False if it does not tell."""
     script = Path(job.command)
-    task = job.id.partition("_")[2]
-    if script.name == "train.sbatch" and task.isdigit():
-        # The script may have been written anew since, for other runs of the same directory.
-        runs = {run.resolve() for run in runs_of(script)}
+    array_task = job.id.partition("_")[2]
+    if script.name == "train.sbatch" and array_task.isdigit():
+        # A later submission may have overwritten the script, for other runs below the same directory.
+        runs = {run.resolve() for run in runs_of_script(script)}
         run = run_dir.resolve()
-        return bool(runs) and run not in runs and not run.is_relative_to(script.parent.resolve().parent)
+        is_sibling = run.is_relative_to(script.parent.resolve().parent)
+        return bool(runs) and run not in runs and not is_sibling
     job_run = _run_of_job(job)
     try:
         return job_run is not None and (job_run / "config.yaml").is_file() and not job_run.samefile(run_dir)
@@ -228,11 +248,11 @@ def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
         return False
 
 
-def runs_of(script: Path) -> list[Path]:
-    """The runs that a script of `shardtune submit` is for, in the order of an array's tasks; none if it cannot be read."""
+def runs_of_script(script: Path) -> list[Path]:
+    """The run directories in a job script of `shardtune submit`, in the order of an array's tasks; empty if it has none."""
     try:
         with script.open(encoding="utf-8", errors="replace") as file:
-            match = RUNS.search(file.read(MOST_SCRIPT_BYTES))
+            match = RUNS_IN_SCRIPT.search(file.read(MAX_SCRIPT_BYTES))
         if match is None:
             return []
         return [Path(run) for run in shlex.split(match[1])]

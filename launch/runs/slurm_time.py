@@ -8,27 +8,28 @@ import re
 CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
 
-def seconds(text: str) -> float:
-    """SLURM's `[days-]hours:minutes:seconds`, `minutes:seconds` or minutes, in seconds.
+def seconds(slurm_time: str) -> float:
+    """Seconds of a time limit in SLURM's format: minutes, `minutes:seconds`, or `[days-]hours:minutes:seconds`.
 
-    `infinite`, and a text that is no time, are endless.
+    `infinite`, and a text that is no time, give infinity.
     """
-    match = CLOCK.fullmatch(text.strip())
+    match = CLOCK.fullmatch(slurm_time.strip())
     if match is None:
         return math.inf
-    parts = [int(part) for part in match["clock"].split(":")]
+    numbers = [int(number) for number in match["clock"].split(":")]
     if match["days"] is not None:  # days-hours[:minutes[:seconds]]
-        hours, minutes, rest = (*parts, 0, 0)[:3]
-        return int(match["days"]) * 86400 + hours * 3600 + minutes * 60 + rest
-    if len(parts) == 1:  # minutes alone
-        return parts[0] * 60
-    return sum(part * 60**power for power, part in enumerate(reversed(parts)))
+        hours, minutes, rest_s = (*numbers, 0, 0)[:3]
+        return int(match["days"]) * 86400 + hours * 3600 + minutes * 60 + rest_s
+    if len(numbers) == 1:  # minutes alone
+        return numbers[0] * 60
+    # The last number is seconds; each one before it is worth 60 times as much.
+    return sum(number * 60**power for power, number in enumerate(reversed(numbers)))
 
 
 def clock(duration_s: float) -> str:
-    """Hours, minutes and seconds, with days if there are any: `1-02:03:04`."""
+    """A duration as SLURM writes it: `h:mm:ss`, with days if there are any (`1-2:03:04`); `any time` for infinity."""
     if math.isinf(duration_s):
         return "any time"
-    total = round(duration_s)
-    days = f"{total // 86400}-" if total >= 86400 else ""
-    return f"{days}{total % 86400 // 3600}:{total % 3600 // 60:02d}:{total % 60:02d}"
+    total_s = round(duration_s)
+    days = f"{total_s // 86400}-" if total_s >= 86400 else ""
+    return f"{days}{total_s % 86400 // 3600}:{total_s % 3600 // 60:02d}:{total_s % 60:02d}"

@@ -11,10 +11,14 @@ MOST_POINTS = 60
 
 
 def sparkline(points: list[float]) -> str:
-    """A curve of at most `MOST_POINTS` points in a line of characters, low to high."""
+    """A curve as one line of block characters, lowest to highest; only the first `MOST_POINTS` points are drawn."""
     if not points:
         return ""
     bars = BARS if is_utf8() else ASCII_BARS
-    low, high = min(points), max(points)
-    span = (high - low) or 1
-    return "".join(bars[int((point - low) / span * (len(bars) - 1))] for point in points[:MOST_POINTS])
+    low = min(points)
+    span = (max(points) - low) or 1  # a flat curve
+    characters = []
+    for point in points[:MOST_POINTS]:
+        height = int((point - low) / span * (len(bars) - 1))
+        characters.append(bars[height])
+    return "".join(characters)

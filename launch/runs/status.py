@@ -1,4 +1,4 @@
-"""The state of runs, from a few small files per directory: fast enough for hundreds of runs on a slow file system.
+"""Finds runs and reads their state from a few small files each: fast enough for hundreds on a slow file system.
 
 Files may be incomplete, torn, empty or unreadable: the run still gets a row, with what is known. Only a missing root
 directory raises.
@@ -15,32 +15,33 @@ from typing import Any
 
 from launch.runs import job_record, metrics_tail
 from launch.runs.ended_job import describe_end
-from launch.runs.owner import Holder, holder
+from launch.runs.owner import LeaseHolder, read_lease_holder
 from launch.runs.pipeline_jobs import PipelinePart, failed_part, pipeline_parts
-from launch.runs.queue import SUBMITTED, Queue, QueuedJob, unfinished_job
+from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, unfinished_job
 from strategies import atomic_io
 from trainer.reporting.run_record import RunRecord, readable_run_record
 from trainer.reporting.status import State, read_failure, read_status
 
-DEPTH = 4
-"""Directories below the one that is named in which runs are looked for."""
-MOST_DIRECTORIES = 5000
-READ_AT_ONCE = 16
-"""Runs that are read at a time: what a slow file system takes is waiting."""
+MAX_DEPTH = 4
+"""Levels of directories below the named one in which runs are searched."""
+MAX_DIRECTORIES = 5000
+"""The search ends after so many directories, and says so: somebody may have named a home directory."""
+PARALLEL_READS = 16
+"""Runs that are read at the same time: on a slow file system, most of the time is waiting."""
 SEAL = b"# sha256: "
-"""How the configuration of a run begins."""
+"""A line at the head of every `config.yaml` that shardtune froze."""
 LOST = "lost"
 QUEUED = "queued"
 UNKNOWN = "unknown"
 NOT_STARTED = "not started"
 ENDED = (State.done, State.failed, State.preempted)
-HANGS = "it was stopped, or hangs"
-"""Why a run is lost whose process lives. It must be stopped before it can continue."""
+STOPPED_OR_HANGS = "it was stopped, or hangs"
+"""Reason of a run that is lost although its process lives. It must be stopped before it can continue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunView:
-    """One run as it stands; what is not known is None."""
+    """The state of one run now; what is not known is None."""
 
     directory: Path
     state: str
@@ -49,8 +50,9 @@ class RunView:
     why: str | None = None
     """Why it is in this state, on one line."""
     step: int | None = None
+    """The last optimizer step."""
     total: int | None = None
-    """Steps of the whole run."""
+    """Optimizer steps of the whole run."""
     loss: float | None = None
     tokens_per_s: float | None = None
     """This and the next: medians over the last steps, all ranks together."""
@@ -65,105 +67,119 @@ class RunView:
     pid: int | None = None
     job_id: str | None = None
     since: str | None = None
-    """When the attempt at work began, by its host's clock."""
+    """When the present attempt began, by its host's clock."""
     last_seen_s: float | None = None
     """Seconds since the last sign of life; of a run that has ended, since its end."""
     job: QueuedJob | None = None
     """Its job in the queue."""
     parts: tuple[PipelinePart, ...] = ()
-    """The jobs of its chain, where it was submitted as one."""
+    """The jobs of its pipeline, if it was submitted as one (`prepare`, `train`, `evaluate` ...)."""
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the last step, at the pace of the last ones; None where it is not running."""
-        if self.state != State.running or None in (self.step, self.total, self.step_s):
+        """Seconds until the last step, at the pace of recent steps; None if the run is not running, or this is not known."""
+        if self.state != State.running or self.step is None or self.total is None or self.step_s is None:
             return None
-        assert self.step is not None and self.total is not None and self.step_s is not None
         return max(0, self.total - self.step) * self.step_s
 
 
 @dataclass(slots=True)
-class FoundRuns:
-    """What a walk below a directory came across."""
+class RunSearch:
+    """The outcome of a search for runs below a directory."""
 
     runs: list[Path] = field(default_factory=list)
     unreadable: dict[Path, str] = field(default_factory=dict)
+    """Directories that cannot be listed, and why not; any of them may hold runs."""
     is_cut: bool = False
-    """Whether there were too many directories to look into all."""
+    """Whether the search ended early, after `MAX_DIRECTORIES`."""
 
 
-def find_runs(root: Path) -> FoundRuns:
-    """Runs below a directory, itself included, in the order of their names. Errors: OSError if it cannot be listed."""
-    runs_found = FoundRuns()
+def find_runs(root: Path) -> RunSearch:
+    """Search runs below a directory, itself included; `runs` of the outcome is in the order of their names.
+
+    Errors: OSError if `root` itself cannot be listed.
+    """
+    search = RunSearch()
     directories_read = 0
+    # Level by level, so that a search that is cut has found the runs nearest to the root.
     level = [root]
-    for depth in range(DEPTH + 1):
-        deeper: list[Path] = []
+    for depth in range(MAX_DEPTH + 1):
+        next_level: list[Path] = []
         for directory in level:
             directories_read += 1
-            if directories_read > MOST_DIRECTORIES:
-                runs_found.is_cut = True
+            if directories_read > MAX_DIRECTORIES:
+                search.is_cut = True
                 break
             try:
-                with os.scandir(directory) as listed:
-                    entries = {entry.name: entry for entry in listed}
+                with os.scandir(directory) as scan:
+                    entries = {entry.name: entry for entry in scan}
             except OSError as error:
                 if directory == root:
                     raise
-                runs_found.unreadable[directory] = error.strerror or str(error)
+                search.unreadable[directory] = error.strerror or str(error)
                 continue
             if "config.yaml" in entries:  # a run: nothing below it is one
-                runs_found.runs.append(directory)
-            elif depth < DEPTH:
-                deeper += [directory / name for name, entry in entries.items() if _is_searched(entry, root)]
-        level = sorted(deeper, key=lambda path: name_order(path.name))
-    runs_found.runs.sort(key=lambda path: [name_order(part) for part in path.parts])
-    return runs_found
+                search.runs.append(directory)
+            elif depth < MAX_DEPTH:
+                next_level += [directory / name for name, entry in entries.items() if _is_searched(entry, root)]
+        level = sorted(next_level, key=lambda path: name_order(path.name))
+    search.runs.sort(key=lambda path: [name_order(part) for part in path.parts])
+    return search
 
 
 def name_order(name: str) -> tuple[int, str]:
-    """Sort key of names: points of `train -m` are called 0, 1, ... 10."""
-    return (int(name) if name.isdecimal() else -1, name)
+    """Sort key of file names with 2 before 10: the points of `train -m` are called 0, 1, ... 10. Other names come first."""
+    number = int(name) if name.isdecimal() else -1
+    return (number, name)
 
 
 def _is_searched(entry: os.DirEntry[str], root: Path) -> bool:
-    """Whether runs are looked for in it: a directory that is not hidden, and no link to one below `root`, which is met anyway."""
+    """Whether runs are searched in a directory entry: in directories that are not hidden.
+
+    A link to a directory below `root` is left out, because the search meets that directory anyway.
+    """
     if entry.name.startswith("."):
         return False
     try:
         if entry.is_symlink() and Path(entry.path).resolve().is_relative_to(root.resolve()):
             return False
         return entry.is_dir()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError):  # RuntimeError: a link that leads to itself
         return False
 
 
-def read_run_views(runs_found: FoundRuns, queue: Queue) -> list[RunView]:
-    """Each of the runs, and directories that cannot be read and may hold one."""
-    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        views = list(pool.map(lambda run: read_run_view(run, queue), runs_found.runs))
+def read_run_views(search: RunSearch, queue: Queue) -> list[RunView]:
+    """The state of each run of the search, then a row of state `unknown` for each directory that cannot be read."""
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        views = list(pool.map(lambda run: read_run_view(run, queue), search.runs))
     # A file config.yaml alone makes no run: another program may have written it.
     views = [view for view in views if view.state != NOT_STARTED or is_frozen(view.directory)]
-    for path, why in runs_found.unreadable.items():
-        views.append(RunView(directory=path, state=UNKNOWN, why=f"cannot be read: {why}"))
+    for path, reason in search.unreadable.items():
+        views.append(RunView(directory=path, state=UNKNOWN, why=f"cannot be read: {reason}"))
     return views
 
 
 def read_run_view(run_dir: Path, queue: Queue) -> RunView:
-    """One run. Reads its status, its lease, a record of how many steps there are, and the end of its metrics."""
+    """The state of one run, from its status, its lease, its job in the queue, `run.json`, and the end of its metrics.
+
+    Never raises: what cannot be read is left out, or is the reason of the state `unknown`.
+    """
     status = read_status(run_dir)
     lease_problem = None
     try:
-        lease_holder = holder(run_dir)
+        lease_holder = read_lease_holder(run_dir)
     except (OSError, ValueError) as error:
-        lease_holder = Holder(0, None, None, None)
+        lease_holder = LeaseHolder(0, None, None, None)
         lease_problem = f"its lease cannot be read: {atomic_io.error_summary(error)}"
     owner = lease_holder.owner
+    # A run that never started has no run.json: one file less to look for on a slow file system.
     has_started = status.get("state") is not None or lease_holder.starts > 0
     record = readable_run_record(run_dir) if has_started else RunRecord()
     job_id = owner.job if owner is not None else record.slurm_job_id
     job = queue.find_job(run_dir, None if job_id is None else str(job_id))
     parts = pipeline_parts(run_dir, queue)
+
+    # Each source may correct the state by the one before: files of the run, its last job, the other jobs of its pipeline.
     state, why = _state(run_dir, status, lease_holder, job)
     if job is None and state in (LOST, NOT_STARTED):
         state, why = _state_from_job(run_dir, queue, state, why)
@@ -174,8 +190,9 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
     last_seen_s = _seconds_since(status)
     if owner is not None and state in (State.running, LOST):
         last_seen_s = lease_holder.silent_s
+
     rows = metrics_tail.last_rows(run_dir / "metrics.jsonl")
-    step_rows = [row for row in rows if "loss" in row]
+    step_rows = [row for row in rows if "loss" in row]  # the others are of evaluations
     steps_reached = [status.get("step")]
     loss = None
     if step_rows:
@@ -192,7 +209,7 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
         tokens_per_s=metrics_tail.recent_median(step_rows, "tokens_per_s"),
         step_s=metrics_tail.recent_median(step_rows, "step_s"),
         memory_gib=max((peak for peak in memory_peaks if peak is not None), default=None),
-        evaluated=_evaluated(rows),
+        evaluated=_last_held_out_metrics(rows),
         restarts=max(_as_int(status.get("restart")) or 0, lease_holder.starts - 1),
         host=owner.host if owner is not None else _as_text(status.get("host")),
         pid=owner.pid if owner is not None else _as_int(status.get("pid")),
@@ -205,12 +222,13 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
 
 
 def _state(
-    run_dir: Path, status: dict[str, Any], lease_holder: Holder, job: QueuedJob | None
+    run_dir: Path, status: dict[str, Any], lease_holder: LeaseHolder, job: QueuedJob | None
 ) -> tuple[str, str | None]:
-    """(state, why) of a run, by its status, its lease and its job in the queue."""
+    """(state, reason) of a run, by `status.json`, its lease, `failure.json`, and its job in the queue."""
     status_state = status.get("state")
     if job is not None and job.is_pending and status_state != State.done:
         return QUEUED, job.description
+    # A run that holds its lease but has written no status yet is starting.
     if status_state == State.running or (status_state not in ENDED and lease_holder.owner is not None):
         if lease_holder.is_working:
             return State.running, _as_text(status.get("reason"))
@@ -226,8 +244,9 @@ def _state(
 
 
 def _state_from_job(run_dir: Path, queue: Queue, state: str, why: str | None) -> tuple[str, str | None]:
-    """(state, why) of a run that wrote nothing about its end and has no job in the queue, by what is known of its last job."""
-    if not any((run_dir / name).exists() for name in (job_record.FILE, SUBMITTED)):
+    """(state, reason) of a run that is lost or not started, and whose job has left the queue, by what is known of that job."""
+    was_submitted = (run_dir / job_record.JOB_RECORD_FILE).exists() or (run_dir / SUBMITTED_FILE).exists()
+    if not was_submitted:
         return state, why
     end = describe_end(run_dir, queue)
     if end is not None and state == NOT_STARTED:
@@ -242,20 +261,20 @@ def _state_from_job(run_dir: Path, queue: Queue, state: str, why: str | None) ->
 
 
 def _state_from_pipeline(parts: list[PipelinePart], state: str, why: str | None) -> tuple[str, str | None]:
-    """(state, why) of a run, changed if a part of its chain other than training has failed."""
+    """(state, reason) of a run whose pipeline has failed in a part other than training; else the two as they were."""
     broken_part = failed_part(parts)
     if broken_part is None or broken_part.part == "train":
         return state, why
-    part_why = f"{broken_part.part} (job {broken_part.job}) {broken_part.description}"
+    reason = f"{broken_part.part} (job {broken_part.job}) {broken_part.description}"
     if why and state != NOT_STARTED:
-        part_why += f"; {why}"
+        reason += f"; {why}"
     if state in (NOT_STARTED, QUEUED):
         state = State.failed
-    return state, part_why
+    return state, reason
 
 
-def _why_lost(lease_holder: Holder) -> str:
-    """Why a run counts as lost whose status says that it runs."""
+def _why_lost(lease_holder: LeaseHolder) -> str:
+    """Why a run counts as lost whose status says that it runs: its process ended, hangs, or gives no sign of life."""
     owner = lease_holder.owner
     if owner is None:
         return "ended without a message: its status says running, but no process runs it"
@@ -266,12 +285,12 @@ def _why_lost(lease_holder: Holder) -> str:
     if lease_holder.is_alive is False:
         return f"{process} ended without a message (killed, or its host went down)"
     if lease_holder.is_alive:
-        return f"{process} lives, but {silence}: {HANGS}"
+        return f"{process} lives, but {silence}: {STOPPED_OR_HANGS}"
     return f"{silence} from {process}"
 
 
 def is_frozen(run_dir: Path) -> bool:
-    """Whether a run was composed for this directory; also where that cannot be read."""
+    """Whether shardtune wrote the `config.yaml` of a directory; True also if the file cannot be read."""
     try:
         with atomic_io.open_regular(run_dir / "config.yaml") as (descriptor, _):
             return SEAL in os.pread(descriptor, 4096, 0)
@@ -279,8 +298,8 @@ def is_frozen(run_dir: Path) -> bool:
         return True
 
 
-def _evaluated(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The metrics of the last evaluation among the rows; evaluations have no `loss`."""
+def _last_held_out_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The metrics of the last evaluation among the rows of `metrics.jsonl`, with its `step`; empty if there is none."""
     evaluations = [row for row in rows if "loss" not in row]
     if not evaluations:
         return {}
@@ -293,8 +312,11 @@ def _evaluated(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _seconds_since(status: dict[str, Any]) -> float | None:
+    """Seconds since `status.json` was written; None if it does not say when."""
     written_at = status.get("time")
-    return max(0.0, time.time() - written_at) if isinstance(written_at, int | float) else None
+    if not isinstance(written_at, int | float):
+        return None
+    return max(0.0, time.time() - written_at)
 
 
 def _as_int(value: Any) -> int | None:
@@ -311,7 +333,7 @@ def one_line(value: Any) -> str | None:
 
 
 def age(seconds: float) -> str:
-    """A time in its largest unit: `119 s`, `89 min`, `47 h`, `3 d`."""
+    """A duration rounded to one unit: `119 s`, `89 min`, `47 h`, `3 d`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
 from launch.runs import status_lineage
-from launch.runs.status_lineage import DOCUMENT_PLACE
+from launch.runs.status_lineage import FILE_AND_LINE
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.runs.queue import Queue
-    from launch.runs.status_tables import StatusAnswer
+    from launch.runs.status_tables import RunsStatus
 
 
 @dataclass(kw_only=True)
@@ -49,39 +49,41 @@ the time since the last sign of life, or since the end.
 {help_rows(StatusWords)}
 
 The exit code is 64 if there is no such directory. docs/following.md explains each state."""
-HOME = Path("runs")
-"""Where runs without a `run.dir` are."""
-EVERY_S = 2.0
-"""Seconds between two looks at the runs."""
-QUEUE_EVERY_S = 15.0
-"""Seconds between two questions to SLURM's controller, which many users share."""
-DAMAGED = 69
+DEFAULT_RUNS_DIRECTORY = Path("runs")
+"""The directory of runs that have no `run.dir`."""
+WATCH_INTERVAL_S = 2.0
+"""Seconds between two readings of the runs with --watch."""
+QUEUE_INTERVAL_S = 15.0
+"""Seconds between two calls of squeue: many users share SLURM's controller."""
+DAMAGED_EXIT_CODE = 69
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError."""
+    """Run `shardtune status` with the words typed after it; returns the exit code. Errors: ConfigError."""
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
     words = status_words(argv)
-    root = words.root or HOME
+    root = words.root or DEFAULT_RUNS_DIRECTORY
     if words.document is not None or words.text is not None:
         return status_lineage.main(root, words.document, words.text, as_json=words.as_json)
     if words.watch:
         watch(root, as_json=words.as_json)
-    from launch.runs.status_tables import as_dict, text
+    from launch.runs.status_tables import as_dict, status_text
 
-    answer = read_answer(root)
-    damaged = _verify(answer, quiet=words.as_json) if words.verify else None
+    runs_status = read_runs_status(root)
+    damage = None  # not verified
+    if words.verify:
+        damage = _verify_checkpoints(runs_status, quiet=words.as_json)
     if words.as_json:
-        print(json.dumps(as_dict(answer, damaged), indent=1, allow_nan=False))
+        print(json.dumps(as_dict(runs_status, damage), indent=1, allow_nan=False))
     else:
-        print(text(answer, damaged))
-    return DAMAGED if damaged else 0
+        print(status_text(runs_status, damage))
+    return DAMAGED_EXIT_CODE if damage else 0
 
 
 def status_words(argv: list[str]) -> StatusWords:
-    """What was typed. Errors: ConfigError with every problem."""
+    """Read the words typed after `shardtune status`. Raises ConfigError with every problem at once."""
     words, problems = read_words("status", StatusWords, argv)
     if words.root is not None and not words.root.is_dir():
         problems.append(f"{words.root}: there is no such directory; name a run, or the directory of your runs")
@@ -92,7 +94,7 @@ def status_words(argv: list[str]) -> StatusWords:
         problems.append(f"{lineage_words[0]}: is looked for once; leave --watch and --verify out")
     if words.watch and words.verify:
         problems.append("--watch --verify: every look would read all checkpoints; give one of the two")
-    if words.document is not None and DOCUMENT_PLACE.fullmatch(words.document) is None:
+    if words.document is not None and FILE_AND_LINE.fullmatch(words.document) is None:
         problems.append(
             f"document={words.document}: must be a file and a line, as in document=train.jsonl:12; text= looks for a text"
         )
@@ -101,28 +103,28 @@ def status_words(argv: list[str]) -> StatusWords:
     return words
 
 
-def read_answer(root: Path, queue_before: Queue | None = None) -> StatusAnswer:
-    """What is known now of the runs below `root`, and of the queue. The queue is asked only without a `queue_before`.
+def read_runs_status(root: Path, known_queue: Queue | None = None) -> RunsStatus:
+    """Read the state of the runs below `root` and of SLURM's queue; if `root` is a run, also its details.
 
-    Raises ConfigError if the directory cannot be listed.
+    With a `known_queue` from an earlier call, squeue is not called. Raises ConfigError if the directory cannot be listed.
     """
     from launch.runs import checkpoints, queue
     from launch.runs.metrics_tail import loss_curve
-    from launch.runs.status import FoundRuns, find_runs, read_run_views
-    from launch.runs.status_tables import RunDetails, StatusAnswer
+    from launch.runs.status import RunSearch, find_runs, read_run_views
+    from launch.runs.status_tables import RunDetails, RunsStatus
 
-    with ThreadPoolExecutor(1) as pool:  # SLURM is asked while the directories are searched
-        queue_read = pool.submit(lambda: queue_before or queue.read_queue())
+    with ThreadPoolExecutor(1) as pool:  # squeue runs while the directories are searched
+        queue_future = pool.submit(lambda: known_queue or queue.read_queue())
         try:
-            runs_found = find_runs(root)
-        except FileNotFoundError:  # the home of runs, before the first
-            runs_found = FoundRuns()
+            search = find_runs(root)
+        except FileNotFoundError:  # runs/ does not exist before the first run
+            search = RunSearch()
         except OSError as error:
             raise ConfigError(f"{root}: cannot be listed ({error.strerror})") from error
-        queue_now = queue_read.result()
-    runs = read_run_views(runs_found, queue_now)
+        queue_now = queue_future.result()
+    runs = read_run_views(search, queue_now)
     details = None
-    if runs_found.runs == [root] and runs:
+    if search.runs == [root] and runs:
         from launch.runs.efficiency import recorded_starts
         from trainer.reporting.status import read_failure
 
@@ -133,52 +135,58 @@ def read_answer(root: Path, queue_before: Queue | None = None) -> StatusAnswer:
             logs=root / "logs",
             starts=recorded_starts(root),
         )
-    return StatusAnswer(root=root, runs=runs, queue=queue_now, is_cut=runs_found.is_cut, details=details)
+    return RunsStatus(root=root, runs=runs, queue=queue_now, is_cut=search.is_cut, details=details)
 
 
 def watch(root: Path, *, as_json: bool) -> None:
-    """Show the runs again and again; ends with KeyboardInterrupt."""
-    from launch.runs.status_tables import as_dict, text
+    """Show the state of the runs every `WATCH_INTERVAL_S` seconds; ends with KeyboardInterrupt only."""
+    from launch.runs.status_tables import as_dict, status_text
 
     if as_json or not sys.stdout.isatty():
-        for answer in answers(root):
-            print(json.dumps(as_dict(answer, None)) if as_json else text(answer, None) + "\n", flush=True)
+        for runs_status in repeat_runs_status(root):
+            if as_json:
+                print(json.dumps(as_dict(runs_status, None)), flush=True)
+            else:
+                print(status_text(runs_status, None) + "\n", flush=True)
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
     from launch.streams import printable, raw
 
-    # Not the alternate screen: what was seen last stays where it was seen.
+    # Not the alternate screen: after Ctrl-C, the last table stays in the terminal.
     with Live(console=Console(file=raw(sys.stdout), highlight=False), auto_refresh=False) as live:
-        for answer in answers(root):
-            live.update(Text(printable(text(answer, None, live=True))), refresh=True)
+        for runs_status in repeat_runs_status(root):
+            live.update(Text(printable(status_text(runs_status, None, live=True))), refresh=True)
 
 
-def answers(root: Path) -> Iterator[StatusAnswer]:
-    """One answer after another, without end. The queue, whose controller many share, is asked less often."""
+def repeat_runs_status(root: Path) -> Iterator[RunsStatus]:
+    """The state of the runs again and again, without end. squeue is called less often: many users share its controller."""
     queue = None
     queue_read_at = float("-inf")
     while True:
-        if time.monotonic() - queue_read_at >= QUEUE_EVERY_S:
+        if time.monotonic() - queue_read_at >= QUEUE_INTERVAL_S:
             queue = None
             queue_read_at = time.monotonic()
-        answer = read_answer(root, queue)
-        queue = answer.queue
-        yield answer
-        time.sleep(EVERY_S)
+        runs_status = read_runs_status(root, queue)
+        queue = runs_status.queue
+        yield runs_status
+        time.sleep(WATCH_INTERVAL_S)
 
 
-def _verify(answer: StatusAnswer, *, quiet: bool) -> dict[Path, str]:
-    """What is wrong with each damaged checkpoint of the runs; prints on stderr which checkpoint is read."""
+def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, str]:
+    """Read every checkpoint of the runs, and return what is wrong with each damaged one.
+
+    Prints on stderr which checkpoint is being read, unless `quiet`: that takes minutes for a large model.
+    """
     from launch.runs.checkpoints import find_damage, list_checkpoints
 
     def report(checkpoint: str) -> None:
         if not quiet:
             print(f"reading {checkpoint}", file=sys.stderr, flush=True)
 
-    damaged: dict[Path, str] = {}
-    for run in answer.runs:
-        store = answer.details.store if answer.details is not None else list_checkpoints(run.directory)
-        damaged |= find_damage(store, report)
-    return damaged
+    damage: dict[Path, str] = {}
+    for run in runs_status.runs:
+        store = runs_status.details.store if runs_status.details is not None else list_checkpoints(run.directory)
+        damage |= find_damage(store, report)
+    return damage

@@ -11,34 +11,39 @@ from launch.output import fold, fold_all
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.runs.data_lineage import DocumentQuery, Sighting
+    from launch.runs.data_lineage import DocumentExposure, DocumentQuery
     from trainer.config.run import RunConfig
 
-DOCUMENT_PLACE = re.compile(r"(?P<file>.+):(?P<line>[0-9]+)")
-"""`<file>:<line>`, what `document=` takes."""
+FILE_AND_LINE = re.compile(r"(?P<file>.+):(?P<line>[0-9]+)")
+"""The form `<file>:<line>` of `document=`."""
 
 
 def main(root: Path, document: str | None, piece: str | None, *, as_json: bool) -> int:
-    """Look for a document by its `DOCUMENT_PLACE`, or for a piece of text, and print what each run has of it; returns 0.
+    """Print which runs below `root` were trained on a document; returns the exit code, 0. Errors: ConfigError.
 
-    Errors: ConfigError.
+    The document is named by `document` in the form `FILE_AND_LINE`, or by `piece`, a piece of its text.
     """
-    from launch.runs.data_lineage import DocumentQuery, sightings
+    from launch.runs.data_lineage import DocumentQuery, document_exposures
     from launch.runs.status import find_runs
 
     query = DocumentQuery(text=piece)
-    if document is not None and (place := DOCUMENT_PLACE.fullmatch(document)) is not None:
-        query = DocumentQuery(file=place["file"], line=int(place["line"]))
+    match = FILE_AND_LINE.fullmatch(document) if document is not None else None
+    if match is not None:
+        query = DocumentQuery(file=match["file"], line=int(match["line"]))
     try:
         runs = find_runs(root).runs
     except OSError as error:
         raise ConfigError(f"{root}: cannot be listed ({error.strerror})") from error
-    results = sightings([(run, _config(run)) for run in runs], query)
-    print(json.dumps(as_dict(query, results), indent=1) if as_json else text(root, query, results))
+    exposures = document_exposures([(run, _load_config(run)) for run in runs], query)
+    if as_json:
+        print(json.dumps(as_dict(query, exposures), indent=1))
+    else:
+        print(lineage_text(root, query, exposures))
     return 0
 
 
-def _config(run: Path) -> RunConfig | str:
+def _load_config(run: Path) -> RunConfig | str:
+    """The frozen configuration of a run, or a line that says why it cannot be read."""
     from launch.config.frozen import load_frozen
 
     try:
@@ -47,63 +52,65 @@ def _config(run: Path) -> RunConfig | str:
         return " ".join(str(error).split())
 
 
-def text(root: Path, query: DocumentQuery, sightings: list[Sighting]) -> str:
-    """The page for people."""
-    saw = [sighting for sighting in sightings if sighting.trained or sighting.documents]
-    unknown = [sighting for sighting in sightings if sighting.unknown is not None and not sighting.trained]
-    if saw:
-        lines = [f"{query}: in {len(saw)} of {len(sightings)} runs below {root}"]
-        lines += fold_all([f"{sighting.run}: {_what_it_saw(sighting)}" for sighting in saw])
+def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExposure]) -> str:
+    """What `status document=` prints: each run that has the document, those of which it is not known, and what to do."""
+    exposed = [exposure for exposure in exposures if exposure.trained or exposure.documents]
+    unknown = [exposure for exposure in exposures if exposure.unknown is not None and not exposure.trained]
+    if exposed:
+        lines = [f"{query}: in {len(exposed)} of {len(exposures)} runs below {root}"]
+        lines += fold_all([f"{exposure.run}: {_exposure_sentence(exposure)}" for exposure in exposed])
     else:
         lines = [f"{query}: in no run below {root}"]
     if unknown:
         lines.append(f"not known for {len(unknown)}:")
-        lines += fold_all([f"{sighting.run}: {sighting.unknown}" for sighting in unknown])
-    if any(sighting.trained for sighting in saw):
+        lines += fold_all([f"{exposure.run}: {exposure.unknown}" for exposure in unknown])
+    if any(exposure.trained for exposure in exposed):
         lines += fold(
             "weights that were trained on it, and copies of them elsewhere, keep what they learned: train anew without it"
         )
     return "\n".join(lines)
 
 
-def _what_it_saw(sighting: Sighting) -> str:
+def _exposure_sentence(exposure: DocumentExposure) -> str:
     """How often a run trained on the document, whether it holds it out, and which run's weights brought it."""
-    trained_on = sighting.documents.get("train", 0)
-    held_out = sum(number for split, number in sighting.documents.items() if split != "train")
-    several = f"{trained_on} documents of its training data" if trained_on > 1 else "in its training data"
-    parts = []
-    if sighting.times:
-        often = "once" if sighting.times == 1 else f"{sighting.times} times"
-        parts.append(f"{several}, trained on {often} by step {sighting.step}")
+    trained_on = exposure.documents.get("train", 0)
+    held_out = sum(count for split, count in exposure.documents.items() if split != "train")
+    in_training_data = f"{trained_on} documents of its training data" if trained_on > 1 else "in its training data"
+    clauses = []
+    if exposure.times:
+        how_often = "once" if exposure.times == 1 else f"{exposure.times} times"
+        clauses.append(f"{in_training_data}, trained on {how_often} by step {exposure.step}")
     elif trained_on:
-        parts.append(f"{several}, but not trained on by step {sighting.step}")
-    if held_out:
-        parts.append(f"{held_out} held out, evaluated on alone" if held_out > 1 else "held out, evaluated on alone")
-    if sighting.through is not None:
-        parts.append(f"began with the weights of {sighting.through}")
-    if sighting.where and (trained_on > 1 or held_out > 1):
-        more = " ..." if trained_on + held_out > len(sighting.where) else ""
-        parts.append(f"{', '.join(sighting.where)}{more}")
-    return "; ".join(parts)
+        clauses.append(f"{in_training_data}, but not trained on by step {exposure.step}")
+    if held_out == 1:
+        clauses.append("held out, evaluated on alone")
+    elif held_out:
+        clauses.append(f"{held_out} held out, evaluated on alone")
+    if exposure.through is not None:
+        clauses.append(f"began with the weights of {exposure.through}")
+    if exposure.where and (trained_on > 1 or held_out > 1):
+        more = " ..." if trained_on + held_out > len(exposure.where) else ""
+        clauses.append(f"{', '.join(exposure.where)}{more}")
+    return "; ".join(clauses)
 
 
-def as_dict(query: DocumentQuery, sightings: list[Sighting]) -> dict[str, Any]:
-    """For scripts: every run that was looked at."""
+def as_dict(query: DocumentQuery, exposures: list[DocumentExposure]) -> dict[str, Any]:
+    """What `status document= --json` prints: every run that was searched; `trained` is null if it cannot be told."""
     runs = []
-    for sighting in sightings:
-        trained: bool | None = sighting.trained
-        if sighting.unknown is not None and not sighting.trained:
-            trained = None  # not known
+    for exposure in exposures:
+        trained: bool | None = exposure.trained
+        if exposure.unknown is not None and not exposure.trained:
+            trained = None
         runs.append(
             {
-                "run": str(sighting.run),
+                "run": str(exposure.run),
                 "trained": trained,
-                "times": sighting.times,
-                "step": sighting.step,
-                "documents": sighting.documents,
-                "where": list(sighting.where),
-                "through": None if sighting.through is None else str(sighting.through),
-                "unknown": sighting.unknown,
+                "times": exposure.times,
+                "step": exposure.step,
+                "documents": exposure.documents,
+                "where": list(exposure.where),
+                "through": None if exposure.through is None else str(exposure.through),
+                "unknown": exposure.unknown,
             }
         )
     return {"document": str(query), "runs": runs}

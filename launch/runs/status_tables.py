@@ -16,17 +16,18 @@ from launch.runs.checkpoints import CheckpointList, StoredCheckpoint
 from launch.runs.metrics_tail import loss_curve
 from launch.runs.queue import Queue, QueuedJob
 from launch.runs.sparkline import sparkline
-from launch.runs.status import HANGS, LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age, one_line
+from launch.runs.status import LOST, NOT_STARTED, QUEUED, STOPPED_OR_HANGS, UNKNOWN, RunView, age, one_line
 from strategies.atomic_io import size_text
 from trainer.reporting.status import State
 
-MOST_JOBS = 20
-"""Other jobs of the user that are listed; the rest is counted."""
-MOST_STARTS = 5
-"""Starts of a run whose usage is shown, the newest."""
+MAX_LISTED_JOBS = 20
+"""Jobs of the user without a run that are listed; the rest is only counted."""
+MAX_LISTED_STARTS = 5
+"""Starts of a run whose resource usage is shown: the newest ones."""
 LINES_BELOW = 8
-"""Lines of a watched terminal that are kept free of the table."""
+"""Terminal lines that --watch keeps free for what stands below the table."""
 CURVE_POINTS = 60
+"""Points of the loss curve below a run's row."""
 SAME_COMMAND = "the same command continues it from the newest intact checkpoint"
 COLUMNS = (
     Column(),
@@ -42,75 +43,80 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunDetails:
-    """What is shown of a run if `status` is asked for it alone."""
+    """What `status` shows only for a single run."""
 
     store: CheckpointList
     failure: dict[str, Any]
     curve: list[float]
-    """The loss at some places of the run."""
+    """The loss at evenly spread places of `metrics.jsonl`, in order."""
     logs: Path
     starts: list[dict[str, Any]]
-    """What each start of its jobs used, as `launch/runs/efficiency.py` has recorded it."""
+    """What each start of its SLURM jobs used of its allocation: the lines of `jobs.jsonl`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StatusAnswer:
-    """The runs below a directory, and the queue."""
+class RunsStatus:
+    """The state of the runs below a directory, and of the user's jobs in SLURM's queue."""
 
     root: Path
     runs: list[RunView]
     queue: Queue
     is_cut: bool
-    """Whether there were too many directories to search all."""
+    """Whether the search for runs ended early, because there were too many directories."""
     details: RunDetails | None = None
-    """More about the only run, if `root` is a run."""
+    """Details of the run, if `root` is one."""
 
 
-def text(answer: StatusAnswer, damaged: Mapping[Path, str] | None, *, live: bool = False) -> str:
-    """The page for people.
+def status_text(status: RunsStatus, damaged: Mapping[Path, str] | None, *, live: bool = False) -> str:
+    """What `status` prints: a table of the runs, or the details of a single run.
 
-    `damaged` says by checkpoint what is wrong with it; None if none was verified. `live` adds curves to runs that train, and
-    leaves out the runs that do not fit on the terminal.
+    `damaged` maps damaged checkpoints to what is wrong with them; None if none was verified. `live` (for --watch) adds loss
+    curves to runs that train, and leaves out runs that do not fit on the terminal.
     """
-    if answer.details is not None:
-        lines = _run_in_full(answer.runs[0], answer.details, damaged)
-        if answer.queue.problem:
-            lines += ["", *fold(f"queue: {answer.queue.problem}")]
+    if status.details is not None:
+        lines = _single_run_lines(status.runs[0], status.details, damaged)
+        if status.queue.problem:
+            lines += ["", *fold(f"queue: {status.queue.problem}")]
         return "\n".join(lines)
-    lines = _table_of_runs(answer, live=live) if answer.runs else [f"no runs below {answer.root}"]
+
+    if status.runs:
+        lines = _runs_table(status, live=live)
+    else:
+        lines = [f"no runs below {status.root}"]
     if damaged:
-        lines += ["", *(f"damaged: {path}: {why}" for path, why in damaged.items())]
+        lines += ["", *(f"damaged: {path}: {damage}" for path, damage in damaged.items())]
     elif damaged is not None:
         lines += ["", "all checkpoints are intact"]
-    lines += _other_jobs(answer)
-    if answer.queue.problem:
-        lines += ["", cut(f"queue: {answer.queue.problem}")]
+    lines += _other_job_lines(status)
+    if status.queue.problem:
+        lines += ["", cut(f"queue: {status.queue.problem}")]
     return "\n".join(lines)
 
 
-def _table_of_runs(answer: StatusAnswer, *, live: bool) -> list[str]:
-    """A row for each run, and how many there are of each state."""
+def _runs_table(status: RunsStatus, *, live: bool) -> list[str]:
+    """The table with a row for each run, and below it the number of runs in each state."""
     if live:
-        lines = _most_urgent_runs(answer)
+        lines = _most_urgent_runs(status)
     else:
-        lines = table(COLUMNS, [_row(run, answer.root, live=False) for run in answer.runs])
-    counts = Counter(run.state for run in answer.runs)
+        lines = table(COLUMNS, [_row(run, status.root, live=False) for run in status.runs])
+    counts = Counter(run.state for run in status.runs)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    lines += ["", f"{len(answer.runs)} run{'s' * (len(answer.runs) != 1)}: {states}"]
-    if answer.is_cut:
+    runs = "1 run" if len(status.runs) == 1 else f"{len(status.runs)} runs"
+    lines += ["", f"{runs}: {states}"]
+    if status.is_cut:
         lines.append(
-            f"not all directories below {answer.root} were searched: there are too many; name one further down"
+            f"not all directories below {status.root} were searched: there are too many; name one further down"
         )
     return lines
 
 
-def _most_urgent_runs(answer: StatusAnswer) -> list[str]:
-    """A table of the runs that fit on the terminal. Runs that do not fit are neither read nor drawn."""
-    room = max(1, shutil.get_terminal_size((80, 24)).lines - LINES_BELOW)
-    runs = sorted(answer.runs, key=_urgency)
-    rows = [_row(run, answer.root, live=True) for run in runs[:room]]
+def _most_urgent_runs(status: RunsStatus) -> list[str]:
+    """The table of as many runs as fit on the terminal, the most urgent first; a last line counts the others."""
+    max_lines = max(1, shutil.get_terminal_size((80, 24)).lines - LINES_BELOW)
+    runs = sorted(status.runs, key=_urgency)
+    rows = [_row(run, status.root, live=True) for run in runs[:max_lines]]  # a run takes a line at least
     lines = table(COLUMNS, rows)
-    while len(lines) > room and len(rows) > 1:
+    while len(lines) > max_lines and len(rows) > 1:
         rows.pop()
         lines = table(COLUMNS, rows)
     hidden = len(runs) - len(rows)
@@ -118,7 +124,7 @@ def _most_urgent_runs(answer: StatusAnswer) -> list[str]:
 
 
 def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
-    """The table's row of a run, with where it runs and why it is in its state below it; `live`: also its loss curve."""
+    """A run's row of the table, with notes below it: where it runs, why it is in its state and, if `live`, its loss curve."""
     is_below_root = run.directory.is_relative_to(root) and run.directory != root
     name = run.directory.relative_to(root) if is_below_root else run.directory
     cells = (
@@ -132,9 +138,9 @@ def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
         "-" if run.last_seen_s is None else age(run.last_seen_s),
     )
     notes = []
-    where_and_why = _where_and_why(run)
-    if where_and_why:
-        notes.append(cut(f"  {where_and_why}"))
+    location_and_reason = _location_and_reason(run)
+    if location_and_reason:
+        notes.append(cut(f"  {location_and_reason}"))
     if live and run.state == State.running:
         losses = loss_curve(run.directory / "metrics.jsonl", CURVE_POINTS)
         if losses:
@@ -143,120 +149,135 @@ def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
 
 
 def _urgency(run: RunView) -> tuple[int, float]:
-    """Sort key if not all runs may fit: those that train, wait, or need somebody; then those that ended last."""
+    """Sort key: runs that train, that wait and that are lost, in this order; then the others, those that ended last first."""
     order = (State.running, QUEUED, LOST)
     rank = order.index(run.state) if run.state in order else len(order)
-    return rank, run.last_seen_s if run.last_seen_s is not None else math.inf
+    last_seen_s = run.last_seen_s if run.last_seen_s is not None else math.inf
+    return rank, last_seen_s
 
 
-def _where_and_why(run: RunView) -> str:
-    """The line below a run's row: where it runs, and why it does not."""
+def _location_and_reason(run: RunView) -> str:
+    """The note below a run's row, such as `on node7, job 17: <reason>`; empty if there is nothing to say."""
     if run.state in (State.done, NOT_STARTED) and not run.why:
         return ""
-    where = []
+    location = []
     if run.state == State.running and run.host:
-        where.append(f"on {run.host}")
+        location.append(f"on {run.host}")
     if run.state in (State.running, LOST) and run.job_id:
+        job = f"job {run.job_id}"
         # A job that is not RUNNING although its run is: suspended, or about to be ended.
-        state = "" if run.job is None or run.job.state == "RUNNING" else f" {run.job.state}"
-        where.append(f"job {run.job_id}{state}")
+        if run.job is not None and run.job.state != "RUNNING":
+            job += f" {run.job.state}"
+        location.append(job)
     if run.restarts and run.state != State.done:
-        where.append(f"{run.restarts} restart{'s' if run.restarts > 1 else ''}")
-    return ": ".join(part for part in (", ".join(where), run.why) if part)
+        location.append(f"{run.restarts} restart{'s' if run.restarts > 1 else ''}")
+    return ": ".join(filter(None, (", ".join(location), run.why)))
 
 
-def _other_jobs(answer: StatusAnswer) -> list[str]:
-    """The user's jobs in the queue that belong to none of the runs."""
-    run_jobs = _jobs_of_runs(answer)
-    others = [job for job in answer.queue.jobs if job.id not in run_jobs]
-    if not others:
+def _other_job_lines(status: RunsStatus) -> list[str]:
+    """A section with the user's jobs in the queue that belong to none of the runs; no lines if there are none."""
+    run_jobs = _jobs_of_runs(status)
+    other_jobs = [job for job in status.queue.jobs if job.id not in run_jobs]
+    if not other_jobs:
         return []
     lines = ["", "other jobs of yours in the queue:"]
-    lines += [cut(f"  {job.description}  ({job.name})") for job in others[:MOST_JOBS]]
-    lines += [f"  and {len(others) - MOST_JOBS} more"] if len(others) > MOST_JOBS else []
+    lines += [cut(f"  {job.description}  ({job.name})") for job in other_jobs[:MAX_LISTED_JOBS]]
+    if len(other_jobs) > MAX_LISTED_JOBS:
+        lines.append(f"  and {len(other_jobs) - MAX_LISTED_JOBS} more")
     return lines
 
 
-def _jobs_of_runs(answer: StatusAnswer) -> set[str]:
-    """Jobs of the queue that are shown with their runs."""
+def _jobs_of_runs(status: RunsStatus) -> set[str]:
+    """Ids of the jobs that are shown with their runs: the run's own job, and the jobs of its pipeline."""
     jobs = set()
-    for run in answer.runs:
+    for run in status.runs:
         if run.job is not None:
             jobs.add(run.job.id)
         jobs.update(part.job for part in run.parts)
     return jobs
 
 
-def _run_in_full(run: RunView, details: RunDetails, damaged: Mapping[Path, str] | None) -> list[str]:
-    """The page of one run: facts, what to do next, checkpoints, logs."""
-    share = f" ({run.step / run.total:.1%})" if run.step and run.total else ""
-    lines = [f"{run.directory}: {run.state}, step {_step(run)}{share}"]
-    lines += fold(f"  {run.why}") if run.why and run.state != State.failed else []
+def _single_run_lines(run: RunView, details: RunDetails, damaged: Mapping[Path, str] | None) -> list[str]:
+    """What `status <run>` prints: state and step, a table of facts, what to do next, checkpoints, and where the logs are."""
+    heading = f"{run.directory}: {run.state}, step {_step(run)}"
+    if run.step and run.total:
+        heading += f" ({run.step / run.total:.1%})"
+    lines = [heading]
+    if run.why and run.state != State.failed:  # of a failed run, the advice below repeats the reason
+        lines += fold(f"  {run.why}")
     facts = [*_training_facts(run, details), *_job_facts(run, details)]
     lines += table((Column(), Column()), [TableRow(fact) for fact in facts], indent=2)
-    lines += _next_steps(run, details.failure)
-    lines += _checkpoints(details.store, damaged)
+    lines += _advice_lines(run, details.failure)
+    lines += _checkpoint_lines(details.store, damaged)
     if details.logs.is_dir():
         lines += ["", f"logs: {details.logs}"]
     return lines
 
 
 def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
-    """(name, text) of loss, held-out metrics, speed and memory, as far as the run has written them."""
+    """(name, text) of a run's loss, held-out metrics, speed and memory; what it has not written yet has no row."""
     facts = []
     if run.loss is not None:
         facts.append(("loss", f"{run.loss:.4f}  {sparkline(details.curve)}"))
     if run.evaluated:
+        metrics = ", ".join(f"{name} {metric:.4f}" for name, metric in run.evaluated.items() if name != "step")
         step = run.evaluated.get("step")
-        metrics = ", ".join(f"{key} {metric:.4f}" for key, metric in run.evaluated.items() if key != "step")
         facts.append(("held out", metrics if step is None else f"{metrics} (step {step:.0f})"))
     if run.tokens_per_s is not None:
-        pace = f", {run.step_s:.3g} s a step" if run.step_s is not None else ""
-        left = f", {clock(run.left_s)} left" if run.left_s is not None else ""
-        facts.append(("rate", f"{_rate(run.tokens_per_s)} tokens/s{pace}{left}"))
+        rate = f"{_rate(run.tokens_per_s)} tokens/s"
+        if run.step_s is not None:
+            rate += f", {run.step_s:.3g} s a step"
+        if run.left_s is not None:
+            rate += f", {clock(run.left_s)} left"
+        facts.append(("rate", rate))
     if run.memory_gib is not None:
         facts.append(("memory", f"{run.memory_gib:.3g} GiB, the largest peak of a rank"))
     return facts
 
 
 def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
-    """Who runs it or did, its job in the queue, what its starts took, and the jobs of its chain."""
+    """(name, text) of who runs a run, its job in the queue, what its starts used, and the jobs of its pipeline."""
     facts = []
-    if runner := ", ".join(_runner(run)):
+    runner = ", ".join(_runner(run))
+    if runner:
         facts.append(("run by", runner))
     if run.restarts:
         facts.append(("restarts", str(run.restarts)))
     if run.job is not None and run.state != QUEUED:
         # squeue says INVALID of a job that is past its limit, and is about to be ended for it.
-        left = "past its time limit" if run.job.time_left == "INVALID" else f"{run.job.time_left} left"
-        facts.append(("queue", f"{run.job.description}, {left} on {run.job.nodes}"))
-    facts += [("used", efficiency.describe_start(start)) for start in details.starts[-MOST_STARTS:]]
+        time_left = "past its time limit" if run.job.time_left == "INVALID" else f"{run.job.time_left} left"
+        facts.append(("queue", f"{run.job.description}, {time_left} on {run.job.nodes}"))
+    facts += [("used", efficiency.describe_start(start)) for start in details.starts[-MAX_LISTED_STARTS:]]
     for part in run.parts:
-        facts.append((part.part, f"job {part.job}: {part.description.removeprefix(f'job {part.job} ')}"))
+        description = part.description.removeprefix(f"job {part.job} ")
+        facts.append((part.part, f"job {part.job}: {description}"))
     return facts
 
 
 def _runner(run: RunView) -> list[str]:
-    """Which process or job runs the run or did, and when it was last seen."""
-    words = []
+    """Clauses on which process and job run the run, or did, since when, and when it was last seen."""
+    clauses = []
     if run.host:
-        words.append(f"process {run.pid} on {run.host}")
+        clauses.append(f"process {run.pid} on {run.host}")
     if run.job_id:
-        words.append(f"job {run.job_id}")
+        clauses.append(f"job {run.job_id}")
     if run.since:
-        words.append(f"since {run.since}")
+        clauses.append(f"since {run.since}")
     if run.last_seen_s is not None:
         event = "last seen" if run.state in (State.running, LOST, UNKNOWN) else "ended"
-        words.append(f"{event} {age(run.last_seen_s)} ago")
-    return words
+        clauses.append(f"{event} {age(run.last_seen_s)} ago")
+    return clauses
 
 
-def _next_steps(run: RunView, failure: Mapping[str, Any]) -> list[str]:
-    """Why the run does not train, and what its user can do."""
+def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
+    """What the user can do about a run that failed, is lost or was preempted; no lines for other states.
+
+    `failure` is the run's `failure.json`; empty if it has none.
+    """
     if run.state == State.failed:
-        return ["", *_failure_and_way_out(run, failure)]
+        return ["", *_failure_advice(run, failure)]
     if run.state == LOST:
-        stop_first = "stop it, then " if run.why and HANGS in run.why else ""
+        stop_first = "stop it, then " if run.why and STOPPED_OR_HANGS in run.why else ""
         return ["", *fold(f"to do: {stop_first}{SAME_COMMAND}")]
     if run.state != State.preempted:
         return []
@@ -265,31 +286,34 @@ def _next_steps(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     return ["", *fold(f"to do: {SAME_COMMAND}")]
 
 
-def _failure_and_way_out(run: RunView, failure: Mapping[str, Any]) -> list[str]:
-    """Why a run failed, and what to do so that it continues."""
+def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
+    """Lines `failed: <reason>` and `to do: <advice>` for a failed run; `failure` is its `failure.json`, empty if it has none."""
     broken_part = pipeline_jobs.failed_part(list(run.parts))
     if broken_part is not None and not failure:
-        way_out = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same words again"
-        return [*fold(f"failed: {run.why}"), *fold(f"to do: {way_out}")]
-    where = ""
+        advice = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same words again"
+        return [*fold(f"failed: {run.why}"), *fold(f"to do: {advice}")]
+
+    origin = ""
     if failure:
         step = f", step {failure['step']}" if failure.get("step") is not None else ""
-        where = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('phase')}{step}: "
-        where += "" if failure.get("user_error") else f"{failure.get('error')}: "
+        origin = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('phase')}{step}: "
+        if not failure.get("user_error"):  # the message of a user's error says all; another needs its type
+            origin += f"{failure.get('error')}: "
     # Any other word of `retry` means that the same command may succeed.
     fails_again = failure.get("retry") in (None, "out_of_memory")
     if failure.get("user_error") and fails_again:
-        way_out = "change what the message says; the same command then continues it"
+        advice = "change what the message says; the same command then continues it"
     elif failure and fails_again:
-        way_out = f"the traceback is in {run.directory / 'failure.json'}"
+        advice = f"the traceback is in {run.directory / 'failure.json'}"
     elif run.step:
-        way_out = SAME_COMMAND
+        advice = SAME_COMMAND
     else:
-        way_out = f"shardtune logs {run.directory} shows its output; submit the same words again"
-    return [*fold(f"failed: {where}{run.why or 'no reason was recorded'}"), *fold(f"to do: {way_out}")]
+        advice = f"shardtune logs {run.directory} shows its output; submit the same words again"
+    return [*fold(f"failed: {origin}{run.why or 'no reason was recorded'}"), *fold(f"to do: {advice}")]
 
 
-def _checkpoints(store: CheckpointList, damaged: Mapping[Path, str] | None) -> list[str]:
+def _checkpoint_lines(store: CheckpointList, damaged: Mapping[Path, str] | None) -> list[str]:
+    """A section with the table of a run's checkpoints, or why they cannot be listed."""
     if store.problem:
         return ["", *fold(f"checkpoints: {store.problem}")]
     if not store.checkpoints:
@@ -302,7 +326,10 @@ def _checkpoints(store: CheckpointList, damaged: Mapping[Path, str] | None) -> l
 def _checkpoint_row(
     checkpoint: StoredCheckpoint, watched_metric: str | None, damaged: Mapping[Path, str] | None
 ) -> TableRow:
-    """The table's row of a checkpoint. `damaged`: what is wrong with each damaged one; None if that was not checked."""
+    """A checkpoint's row of the table: name, age, size and remarks.
+
+    `damaged` maps damaged checkpoints to what is wrong with them; None if none was verified.
+    """
     remarks = []
     if damaged is not None:
         damage = damaged.get(checkpoint.path)
@@ -311,21 +338,26 @@ def _checkpoint_row(
         remarks.append(f"best: {watched_metric or 'held out'} {checkpoint.best:.4f}")
     if checkpoint.given_up:
         remarks.append(f"given up, in {checkpoint.path.parent.name}")
-    # A directory stands on a line of its own, so that it can be pasted.
-    place = fold(f"    in {checkpoint.path.parent}") if checkpoint.elsewhere else []
+    notes = []
+    if checkpoint.elsewhere:  # on a line of its own, so that the directory can be pasted
+        notes = fold(f"    in {checkpoint.path.parent}")
     size = size_text(checkpoint.size)
-    return TableRow((checkpoint.path.name, f"{age(checkpoint.age_s)} old", size, "; ".join(remarks)), place)
+    return TableRow((checkpoint.path.name, f"{age(checkpoint.age_s)} old", size, "; ".join(remarks)), notes)
 
 
-def _number(number: float | None, form: str) -> str:
-    return "-" if number is None else format(number, form)
+def _number(number: float | None, number_format: str) -> str:
+    return "-" if number is None else format(number, number_format)
 
 
 def _loss(loss: float | None) -> str:
-    return _number(loss, ".4f" if loss is not None and loss < 1000 else ".4g")
+    """A loss with four decimals; one of 1000 or more, as at the start of a broken run, with four digits."""
+    if loss is None:
+        return "-"
+    return _number(loss, ".4f" if loss < 1000 else ".4g")
 
 
 def _rate(per_second: float | None) -> str:
+    """Tokens per second: `3.45M`, `12,345`, `98.7`."""
     if per_second is None:
         return "-"
     if per_second >= 1e6:
@@ -334,7 +366,7 @@ def _rate(per_second: float | None) -> str:
 
 
 def _step(run: RunView) -> str:
-    """Steps that were taken, and all: `300/1000`."""
+    """The last step and the total number of steps: `300/1000`."""
     if not run.step and not run.total:
         return "-"
     return f"{_steps(run.step)}/{_steps(run.total)}"
@@ -347,32 +379,32 @@ def _steps(steps: int | None) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """Hours, minutes and seconds; days and hours from 100 hours on."""
+    """A duration as `h:mm:ss`; from 100 hours on, as days and hours."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
-    total = int(seconds)
-    if total >= 100 * 3600:
-        return f"{total // 86400} d {total % 86400 // 3600} h"
-    return f"{total // 3600}:{total % 3600 // 60:02d}:{total % 60:02d}"
+    total_s = int(seconds)
+    if total_s >= 100 * 3600:
+        return f"{total_s // 86400} d {total_s % 86400 // 3600} h"
+    return f"{total_s // 3600}:{total_s % 3600 // 60:02d}:{total_s % 60:02d}"
 
 
-def as_dict(answer: StatusAnswer, damaged: Mapping[Path, str] | None) -> dict[str, Any]:
-    """The same as JSON values: seconds, GiB, bytes, tokens a second of all ranks together."""
-    run_jobs = _jobs_of_runs(answer)
-    runs = [_run_as_dict(run) for run in answer.runs]
-    if answer.details is not None:
-        runs[0] |= _details_as_dict(answer.details, damaged or {})
-    fields: dict[str, Any] = {"directory": str(answer.root), "runs": runs}
+def as_dict(status: RunsStatus, damaged: Mapping[Path, str] | None) -> dict[str, Any]:
+    """What `status --json` prints, as JSON values. Times are seconds, memory GiB, sizes bytes, speeds of all ranks together."""
+    run_jobs = _jobs_of_runs(status)
+    runs = [_run_as_dict(run) for run in status.runs]
+    if status.details is not None:
+        runs[0] |= _details_as_dict(status.details, damaged or {})
+    fields: dict[str, Any] = {"directory": str(status.root), "runs": runs}
     if damaged is not None:
-        fields["damaged"] = {str(path): why for path, why in damaged.items()}
-    fields["other_jobs"] = [_job_as_dict(job) for job in answer.queue.jobs if job.id not in run_jobs]
-    fields["queue_problem"] = answer.queue.problem
-    fields["all_searched"] = not answer.is_cut
+        fields["damaged"] = {str(path): damage for path, damage in damaged.items()}
+    fields["other_jobs"] = [_job_as_dict(job) for job in status.queue.jobs if job.id not in run_jobs]
+    fields["queue_problem"] = status.queue.problem
+    fields["all_searched"] = not status.is_cut
     return fields
 
 
 def _details_as_dict(details: RunDetails, damaged: Mapping[Path, str]) -> dict[str, Any]:
-    """What `status --json` has of a run beyond its row, if the run alone was asked for."""
+    """The keys that `status --json <run>` has beyond those of a run in the list."""
     checkpoints = []
     for checkpoint in details.store.checkpoints:
         row = asdict(checkpoint) | {"path": str(checkpoint.path), "damage": damaged.get(checkpoint.path)}

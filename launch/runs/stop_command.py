@@ -42,31 +42,31 @@ exit codes:
   64  there is no such run
   69  it cannot be stopped from here, has not ended in time, or SLURM's queue does not answer
   70  it failed instead"""
-LOOK_EVERY_S = 0.5
-"""Seconds between looks at the run."""
-QUEUE_EVERY_S = 5.0
-"""Seconds between questions to SLURM, whose controller many users share."""
-REPORT_EVERY_S = 15.0
-"""Seconds between lines on the screen."""
-NOT_IN_TIME = 69
-FAILED = 70
+POLL_INTERVAL_S = 0.5
+"""Seconds between two checks whether the run has ended."""
+QUEUE_INTERVAL_S = 5.0
+"""Seconds between two calls of squeue: many users share SLURM's controller."""
+REPORT_INTERVAL_S = 15.0
+"""Seconds between two lines on the screen while the run saves."""
+NOT_IN_TIME_EXIT_CODE = 69
+FAILED_EXIT_CODE = 70
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, CannotStop."""
+    """Run `shardtune stop` with the words typed after it; returns the exit code. Errors: ConfigError, CannotStop."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
     words = stop_words(argv)
     with said_to_stderr(words.as_json):
-        code, method = stop(words.run, words.wait_s, dry=words.dry_run)
+        exit_code, method = stop(words.run, words.wait_s, dry_run=words.dry_run)
     if words.as_json:
         print_json(run_summary(words.run, method))
-    return code
+    return exit_code
 
 
 def stop_words(argv: list[str]) -> StopWords:
-    """What was typed. Errors: ConfigError with every problem."""
+    """Read the words typed after `shardtune stop`. Raises ConfigError with every problem at once."""
     from launch.runs.status import is_frozen
 
     words, problems = read_words("stop", StopWords, argv)
@@ -78,21 +78,24 @@ def stop_words(argv: list[str]) -> StopWords:
     return words
 
 
-def stop(run_dir: Path, wait_s: float, *, dry: bool) -> tuple[int, str | None]:
-    """(exit code, how the run was stopped or would be; None if nothing ran). Errors: CannotStop."""
+def stop(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | None]:
+    """Ask a run to save and to end, and wait up to `wait_s` seconds until it has; with `dry_run`, only say how.
+
+    Returns (exit code, the command that stops it; None if nothing was running). Errors: CannotStop.
+    """
     from launch.runs.queue import read_queue_twice
     from launch.runs.status import read_run_view
-    from launch.runs.stop import NotRunning, refuse_unknown, stop_method
+    from launch.runs.stop import NotRunning, refuse_unknown_job_state, stop_method
 
     queue = read_queue_twice()
     run = read_run_view(run_dir, queue)
     method = stop_method(run_dir, queue, run.job)
     if isinstance(method, NotRunning):
-        refuse_unknown(run_dir, queue, run.state)
-        why = f" ({run.why})" if run.why else ""
-        print(f"{run_dir}: is not running: {run.state}{why}; {saved_text(run_dir, run.step)}")
+        refuse_unknown_job_state(run_dir, queue, run.state)
+        reason = f" ({run.why})" if run.why else ""
+        print(f"{run_dir}: is not running: {run.state}{reason}; {saved_text(run_dir, run.step)}")
         return 0, None
-    if dry:
+    if dry_run:
         print(f"{run_dir}: {run.state} at step {run.step or 0}; would be stopped by: {method}")
         return 0, str(method)
     if method.send() is False:
@@ -103,7 +106,10 @@ def stop(run_dir: Path, wait_s: float, *, dry: bool) -> tuple[int, str | None]:
 
 
 def run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
-    """The state of the run, for a script; `by`: what ended it, or would."""
+    """What `stop --json` prints: the state of the run now, and its newest checkpoint.
+
+    `method` is the command that stopped the run or, with --dry-run, would; None if nothing was running.
+    """
     from launch.runs.checkpoints import list_checkpoints
     from launch.runs.queue import read_queue
     from launch.runs.status import read_run_view
@@ -121,29 +127,32 @@ def run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
     }
 
 
-def saved_text(run_dir: Path, step: int | None) -> str:
-    """The checkpoint from which the run can continue, for people; `step`: the last step that it made."""
+def saved_text(run_dir: Path, last_step: int | None) -> str:
+    """A clause on the checkpoint from which a run can continue, such as `saved at step 40: <path>`.
+
+    `last_step` is None or 0 for a run that made no step: then a missing checkpoint is no loss.
+    """
     from launch.runs.checkpoints import list_checkpoints
 
     newest = list_checkpoints(run_dir).newest
     if newest is not None:
         return f"saved at step {newest.step}: {newest.path}"
-    return "no checkpoint" if step else "no step was made, so nothing is lost"
+    return "no checkpoint" if last_step else "no step was made, so nothing is lost"
 
 
 @dataclass(slots=True)
 class StopWait:
-    """Waits for a run that was asked to end."""
+    """Waits until a run that was asked to end has ended, and reports what it saved."""
 
     run_dir: Path
     method: SignalProcess | SignalJob | CancelJob
     wait_s: float
     _queue_read_at: float = float("-inf")
     _queue_problem: str | None = None
-    """Why SLURM's queue could not be asked when it was asked last."""
+    """Why the last call of squeue failed; None if it succeeded."""
 
     def until_ended(self) -> int:
-        """Wait, and report what was saved; returns the exit code."""
+        """Wait up to `wait_s` seconds, print what was saved, and return the exit code of `shardtune stop`."""
         from trainer.reporting.status import read_status
 
         began_at = reported_at = time.monotonic()
@@ -152,35 +161,37 @@ class StopWait:
                 now = time.monotonic()
                 if now - began_at > self.wait_s:
                     return self._report_late()
-                if now - reported_at > REPORT_EVERY_S:
+                if now - reported_at > REPORT_INTERVAL_S:
                     reported_at = now
                     step = read_status(self.run_dir).get("step")
                     print(f"  {now - began_at:.0f} s: not yet ended (step {step})", flush=True)
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(POLL_INTERVAL_S)
         except KeyboardInterrupt:
             print(f"\n{self.run_dir}: was asked to end; it continues saving", file=sys.stderr)
             raise
         return self._report_end()
 
     def _ended(self) -> bool:
-        """Whether the run has ended, and nothing will start it again."""
+        """Whether the run has ended and nothing will start it again: its process ended, or its job left the queue."""
         from launch.runs.queue import read_queue
         from launch.runs.stop import CancelJob, SignalProcess
 
         if isinstance(self.method, SignalProcess):
             return self.method.has_ended
-        if time.monotonic() - self._queue_read_at < QUEUE_EVERY_S:
+        if time.monotonic() - self._queue_read_at < QUEUE_INTERVAL_S:
             return False
         queue = read_queue()
         self._queue_read_at = time.monotonic()
         self._queue_problem = queue.problem
-        job = next((job for job in queue.jobs if job.id == self.method.job.id), None)
-        if job is not None and job.is_pending:
-            CancelJob(job).send()  # it may have been requeued all the same, for example by an administrator
-        return job is None and queue.problem is None
+        for job in queue.jobs:
+            if job.id == self.method.job.id:
+                if job.is_pending:  # it was requeued all the same, for example by an administrator
+                    CancelJob(job).send()
+                return False
+        return queue.problem is None
 
     def _report_end(self) -> int:
-        """Print what was saved; returns the exit code."""
+        """Print how the run ended and what was saved; returns the exit code."""
         from launch.runs.status import one_line
         from launch.runs.stop import CancelJob
         from trainer.reporting.status import State, read_failure, read_status
@@ -198,24 +209,27 @@ class StopWait:
         elif state in (State.preempted, None):
             print(f"{self.run_dir}: stopped before training began; nothing is lost")
         else:
-            why = read_failure(self.run_dir).get("message") or status.get("reason")
-            why = one_line(why) if why and state == State.failed else "it ended without a message"
-            print(f"{self.run_dir}: has not saved: {why}; {saved}", file=sys.stderr)
-            return FAILED
+            message = read_failure(self.run_dir).get("message") or status.get("reason")
+            if message and state == State.failed:
+                reason = one_line(message)
+            else:
+                reason = "it ended without a message"
+            print(f"{self.run_dir}: has not saved: {reason}; {saved}", file=sys.stderr)
+            return FAILED_EXIT_CODE
         return 0
 
     def _report_late(self) -> int:
-        """Say that the run has not ended within `wait_s`, or that nobody knows; returns the exit code."""
+        """Print that the run has not ended within `wait_s` seconds, or that this cannot be told; returns the exit code."""
         saved = saved_text(self.run_dir, None)
         if self._queue_problem is not None:
             print(
                 f"{self.run_dir}: was asked to end; whether it has ended is not known ({self._queue_problem}); {saved}",
                 file=sys.stderr,
             )
-            return NOT_IN_TIME
+            return NOT_IN_TIME_EXIT_CODE
         print(
             f"{self.run_dir}: has not ended within {self.wait_s:.0f} s: it is still saving, or hangs. `shardtune status "
             f"{self.run_dir}` shows when it was last seen, and wait_s= waits longer; {saved}",
             file=sys.stderr,
         )
-        return NOT_IN_TIME
+        return NOT_IN_TIME_EXIT_CODE

@@ -61,7 +61,7 @@ def test_strategy_auto_choice_is_replaced_by_a_strategy_typed_later(runs):
     words = runs.words("typed", "strategy=auto", *WORDS)[4:]
     run_dir = freeze(compose(words), runs.root / "typed")
     told = compose([*(word for word in words if word != "strategy=auto"), "strategy=fsdp2"])
-    assert load_frozen(freeze(told, run_dir, another_way=True) / "config.yaml").strategy.name == "fsdp2"
+    assert load_frozen(freeze(told, run_dir, may_change_strategy=True) / "config.yaml").strategy.name == "fsdp2"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def sacct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tool.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\ncat {tmp_path}/answer\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
-    monkeypatch.setattr(efficiency, "AGAIN_S", 0)
+    monkeypatch.setattr(efficiency, "SACCT_RETRY_S", 0)
     monkeypatch.setattr(efficiency.time, "time", lambda: 1000.0 + 3600)
     return tool
 

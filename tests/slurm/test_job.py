@@ -16,7 +16,7 @@ from launch.config.frozen import to_yaml
 from launch.config.process_role import expand_hosts, port
 from launch.main import main
 from launch.runs import freeze
-from launch.runs.job_record import note_begun, note_ended, read_job_record
+from launch.runs.job_record import read_job_record, record_job_end, record_job_start
 from launch.runs.queue import note_submitted
 from strategies.errors import ConfigError, OutOfMemory
 from tests.helpers.launching import ROOT
@@ -140,7 +140,7 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     (run / "train.sbatch").write_text(f"runs=('{run}')\n")
     row = ["17", "17", "PENDING", "Resources", "N/A", "1:00", "", str(tmp_path), "run", f"{run}/train.sbatch"]
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [row])}:{os.environ['PATH']}")
-    freeze._queue.cache_clear()
+    freeze._cached_queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(InUse, match=r"job 17 is for this run, .* \(it is pending: waits for nodes to become free\)"):
         freeze.refuse_queued(run)
@@ -156,14 +156,14 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     assert f"`shardtune stop {run}` ends it" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
     freeze.refuse_queued(run)
-    freeze._queue.cache_clear()
+    freeze._cached_queue.cache_clear()
 
 
 def test_submitted_directory_is_refused_while_the_queue_gives_no_answer(run, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [])}:{os.environ['PATH']}")
     squeue = tmp_path / "tools" / "squeue"
     squeue.write_text(f"#!/bin/sh\necho asked >>{tmp_path}/asked\necho 'squeue: error: timed out' >&2; exit 1\n")
-    freeze._queue.cache_clear()
+    freeze._cached_queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
     freeze.refuse_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 1, "at once: nobody submitted this directory"
@@ -177,9 +177,9 @@ def test_submitted_directory_is_refused_while_the_queue_gives_no_answer(run, mon
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
     freeze.refuse_queued(run)
     monkeypatch.delenv("SLURM_JOB_ID")
-    note_ended(run, "17", 0, 70, reason="failed", will_restart=False)
+    record_job_end(run, "17", 0, 70, reason="failed", will_restart=False)
     freeze.refuse_queued(run)
-    freeze._queue.cache_clear()
+    freeze._cached_queue.cache_clear()
 
 
 def test_job_script_hosts_are_from_the_slurm_variable_and_unlike_parts_are_refused(run, capfd, monkeypatch):
@@ -207,7 +207,7 @@ def test_starts_that_make_no_step_end_with_75(run, capfd, monkeypatch):
     codes = []
     for start, step in enumerate((4, 9, 9, 9, 9)):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
-        note_begun(run, "7", start, "n[9-10]")
+        record_job_start(run, "7", start, "n[9-10]")
         write_status(run, "preempted", step=step)
         # The third is told before it has a step.
         codes.append(job.main(["end", "75", "", "1" if start == 3 else ""]))

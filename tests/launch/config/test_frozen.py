@@ -204,16 +204,16 @@ def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path
     way = composed("strategy=fsdp2", "batch.micro=2", "launcher.processes=2")
     with pytest.raises(ConfigError, match="different settings"):
         freeze(way, tmp_path)  # as a point of a comparison
-    freeze(way, tmp_path, another_way=True)
+    freeze(way, tmp_path, may_change_strategy=True)
     assert "resumes in another way: batch.micro: 4 there, 2 here; " in (said := capsys.readouterr().err)
     assert "strategy.name: single there, fsdp2 here" in said
     assert load_frozen(tmp_path / "config.yaml") == way.config
     for words in (["strategy=fsdp2", "batch.micro=2", "optim.lr=1e-6"], ["batch.micro=2", "run.seed=1"]):
         with pytest.raises(ConfigError, match="different settings"):
-            freeze(composed(*words), tmp_path, another_way=True)
+            freeze(composed(*words), tmp_path, may_change_strategy=True)
     write_status(tmp_path, "done")
     with pytest.raises(ConfigError, match="different settings"):
-        freeze(composed("strategy=single", "batch.micro=4"), tmp_path, another_way=True)
+        freeze(composed("strategy=single", "batch.micro=4"), tmp_path, may_change_strategy=True)
 
 
 def test_run_directory_without_any_progress_takes_a_corrected_command(tmp_path):

@@ -127,7 +127,7 @@ def test_logs_names_a_run_rank_or_job_that_does_not_exist(tmp_path, capsys, word
 
 
 def test_logs_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
-    for name in ("EVERY_S", "LOOK_EVERY_S", "QUEUE_EVERY_S"):
+    for name in ("READ_INTERVAL_S", "STATE_INTERVAL_S", "QUEUE_INTERVAL_S"):
         monkeypatch.setattr(logs_command, name, 0.02)
     monkeypatch.setattr(logs_command, "RESTART_WAIT_S", 0.3)
     run = made(tmp_path, "run", state=None, steps=0)
@@ -187,7 +187,7 @@ def test_logs_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
 
 def test_logs_following_ends_where_nothing_will_resume_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logs_command, "RESTART_WAIT_S", 0.1)
-    monkeypatch.setattr(logs_command, "EVERY_S", 0.05)
+    monkeypatch.setattr(logs_command, "READ_INTERVAL_S", 0.05)
     run = made(tmp_path, "run", state="failed")
     said(run, "rank-0.log", "x\n")
     failed(run)
@@ -204,7 +204,7 @@ def test_logs_following_ends_where_nothing_will_resume_the_run(tmp_path, capsys,
 
 def test_where_the_queue_gives_no_answer_a_job_that_pends_is_waited_for(tmp_path, capsys, monkeypatch):
     """A controller that was busy for a moment used to end it, though the job was about to go on."""
-    for name in ("EVERY_S", "LOOK_EVERY_S", "QUEUE_EVERY_S", "RESTART_WAIT_S"):
+    for name in ("READ_INTERVAL_S", "STATE_INTERVAL_S", "QUEUE_INTERVAL_S", "RESTART_WAIT_S"):
         monkeypatch.setattr(logs_command, name, 0.0)
     run = made(tmp_path, "run", state="preempted")
     owned(run, job="17")

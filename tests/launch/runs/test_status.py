@@ -9,10 +9,10 @@ import pytest
 
 from launch.main import main
 from launch.runs import status_command
-from launch.runs.job_record import note_begun, note_ended
+from launch.runs.job_record import record_job_end, record_job_start
 from launch.runs.queue import Queue, QueuedJob, note_submitted, submitted_as
 from launch.runs.status import RunView, find_runs, read_run_view
-from launch.runs.status_tables import text
+from launch.runs.status_tables import status_text
 from strategies import atomic_io
 from strategies.errors import StorageError
 from tests.launch.runs.made import here, made, owned, stand_in_for_squeue, without_torch
@@ -192,7 +192,7 @@ def test_status_shows_which_runs_pend_in_the_queue_and_why(tmp_path, capsys, mon
     monkeypatch.setenv("STANDIN_CODE", "1")
     assert main(["status", str(tmp_path)]) == 0
     assert "queue: squeue failed" in capsys.readouterr().out
-    monkeypatch.setattr("launch.runs.queue.PATIENCE_S", 0.2)
+    monkeypatch.setattr("launch.runs.queue.SQUEUE_TIMEOUT_S", 0.2)
     monkeypatch.setenv("STANDIN_WAITS", "60")
     assert main(["status", str(tmp_path)]) == 0
     assert "queue: squeue gave no answer" in capsys.readouterr().out
@@ -214,8 +214,8 @@ def test_status_of_a_job_that_ended_before_its_ranks_wrote_is_ended(tmp_path, ca
     runs = {name: made(tmp_path, name, state=None, steps=0) for name in (*words, "fresh")}
     for number, name in enumerate(words):
         note_submitted([runs[name]], str(41 + number))
-    note_ended(runs["refused"], "41", 0, 69, reason="n10: does not see /data", will_restart=False)
-    note_begun(runs["killed"], "42", 1, "n[1-2]")
+    record_job_end(runs["refused"], "41", 0, 69, reason="n10: does not see /data", will_restart=False)
+    record_job_start(runs["killed"], "42", 1, "n[1-2]")
     assert main(["status", str(tmp_path), "--json"]) == 0
     rows = {Path(row["directory"]).name: row for row in json.loads(capsys.readouterr().out)["runs"]}
     assert {name: rows[name]["state"] for name in rows} == dict.fromkeys(words, "failed") | {"fresh": "not started"}
@@ -270,14 +270,14 @@ def test_status_watch_fits_the_terminal_and_begins_with_running_runs(tmp_path, m
         made(tmp_path, f"{number}", state="done", time=number)
     owned(made(tmp_path, "works"))
     owned(made(tmp_path, "lost"), silent_s=10**6)
-    found = status_command.read_answer(tmp_path)
+    found = status_command.read_runs_status(tmp_path)
     monkeypatch.setenv("LINES", "24")
-    lines = text(found, None, live=True).splitlines()
+    lines = status_text(found, None, live=True).splitlines()
     assert len(lines) <= 24
     shown = [line.split()[0] for line in lines if " done " in line or line.startswith(("works", "lost"))]
     assert shown[:3] == ["works", "lost", "39"] and f"... and {42 - len(shown)} more" in lines
     assert "▁" in lines[3] and lines[-1].startswith("42 runs: 40 done, 1 ")
-    assert len(text(found, None).splitlines()) > 42
+    assert len(status_text(found, None).splitlines()) > 42
 
 
 def test_status_shows_links_out_of_the_directory_and_inner_links_once(tmp_path):

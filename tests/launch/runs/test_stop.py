@@ -12,7 +12,7 @@ from launch.cluster.slurm import BODY
 from launch.main import main
 from launch.runs import stop as ways
 from launch.runs import stop_command
-from launch.runs.job_record import note_ended
+from launch.runs.job_record import record_job_end
 from launch.runs.queue import note_submitted
 from tests.launch.runs.made import here, made, owned, stand_in_for_squeue, without_torch
 from trainer.session.lease import process_identity
@@ -31,7 +31,7 @@ esac
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    for name in ("LOOK_EVERY_S", "QUEUE_EVERY_S"):
+    for name in ("POLL_INTERVAL_S", "QUEUE_INTERVAL_S"):
         monkeypatch.setattr(stop_command, name, 0.02)
 
 
@@ -222,7 +222,7 @@ def test_stop_does_not_take_a_queue_that_gives_no_answer_for_an_empty_one(tmp_pa
     main(["stop", str(run)])
     assert "pasted" not in "".join(capsys.readouterr())
     note_submitted([run], "20")
-    note_ended(run, "20", 0, 75, reason="state saved", will_restart=False)
+    record_job_end(run, "20", 0, 75, reason="state saved", will_restart=False)
     assert main(["stop", str(run)]) == 0, "the job's own script has said that it is over"
     assert main(["stop", str(made(tmp_path, "other", state="preempted"))]) == 0, "never submitted"
 
