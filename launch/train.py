@@ -172,14 +172,14 @@ def ended(run_dir: Path, code: int) -> dict[str, Any]:
 def _search(words: list[str], print_point: Callable[[Composed], None] | None) -> int:
     """Search by Optuna or W&B; with `print_point`, print the plan and the first point instead. Returns the exit code."""
     from launch.sweep.search import run_search, start_trial
-    from launch.sweep.sweeper import listing, plan_search, sweeper_of
+    from launch.sweep.sweeper import chosen_sweeper, plan_search, search_listing
     from launch.sweep.wandb_sweep_file import write_sweep
 
-    if sweeper_of(words) == "wandb":
+    if chosen_sweeper(words) == "wandb":
         return write_sweep(words, print_only=print_point is not None)
     search = plan_search(words)
     if print_point is not None:
-        print(f"# {listing(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
+        print(f"# {search_listing(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
         print_point(search.first_job)
         return 0
     return run_search(search, search.directory, start_trial)

@@ -20,17 +20,17 @@ def score_text(score: dict[str, Any]) -> str:
     lines = [
         f"{model['run']}, {model['checkpoint']}: {score['num_prompts']} prompts, {len(score['reviewers'])} reviewers"
     ]
-    lines += table(COLUMNS, _win_rates(score))
-    lines += ["", *fold(score["method"]), "", *_agreement(score)]
+    lines += table(COLUMNS, _win_rate_rows(score))
+    lines += ["", *fold(score["method"]), "", *_agreement_lines(score)]
     for reviewer in score["reviewers"]:
-        lines += _reviewer(reviewer)
+        lines += _reviewer_lines(reviewer)
     if (without := score["without_flagged"]) is not None:
         interval = f"[{_number(without['low'])}, {_number(without['high'])}]"
         lines.append(f"without reviewers that stand out: win rate {_number(without['value'])} {interval}")
-    return "\n".join([*lines, *_disagreements(score["disagreements"])])
+    return "\n".join([*lines, *_disagreement_lines(score["disagreements"])])
 
 
-def _win_rates(score: dict[str, Any]) -> list[TableRow]:
+def _win_rate_rows(score: dict[str, Any]) -> list[TableRow]:
     """A row for each `win_rate/<arm>` and `win_rate/<arm>/<question>`."""
     rows = []
     for name, metric in score["metrics"].items():
@@ -44,7 +44,7 @@ def _win_rates(score: dict[str, Any]) -> list[TableRow]:
     return rows
 
 
-def _agreement(score: dict[str, Any]) -> list[str]:
+def _agreement_lines(score: dict[str, Any]) -> list[str]:
     """Krippendorff's alpha of each question on one line, then Cohen's kappa of each two reviewers."""
     alphas = []
     for name, metric in score["metrics"].items():
@@ -58,14 +58,14 @@ def _agreement(score: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _reviewer(reviewer: dict[str, Any]) -> list[str]:
+def _reviewer_lines(reviewer: dict[str, Any]) -> list[str]:
     minutes = "" if reviewer["minutes"] is None else f", {reviewer['minutes']:.0f} min"
     dropped = " (dropped)" if reviewer["dropped"] else ""
     counts = f"{reviewer['judged']} judged, {reviewer['open']} open, left side {reviewer['left']:.0%}{minutes}"
     return [f"{reviewer['name']}{dropped}: {counts}", *(f"  stands out: {flag}" for flag in reviewer["flags"])]
 
 
-def _disagreements(disagreements: list[dict[str, Any]]) -> list[str]:
+def _disagreement_lines(disagreements: list[dict[str, Any]]) -> list[str]:
     if not disagreements:
         return []
     lines = [f"{len(disagreements)} items on which reviewers took opposite sides; the most even ones:"]

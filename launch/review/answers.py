@@ -13,7 +13,7 @@ from launch.review.sheet import CHOICES, VERSION
 from strategies.errors import DataError
 from trainer.config.review import OVERALL
 
-SPELLINGS = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie", "": None}
+CHOICE_BY_SPELLING = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie", "": None}
 """What people write in a table, in lower case."""
 
 
@@ -44,8 +44,8 @@ def read_reviewers(paths: list[Path], review: str, key: dict[str, Any]) -> list[
     problems = []
     for path in paths:
         try:
-            reviewer = _read_one(path, review)
-            _check(reviewer, item_ids, questions)
+            reviewer = _read_reviewer(path, review)
+            _check_answers(reviewer, item_ids, questions)
         except (DataError, OSError, UnicodeDecodeError) as error:
             problems.append(str(error) if isinstance(error, DataError) else f"{path}: cannot be read ({error})")
             continue
@@ -60,14 +60,14 @@ def read_reviewers(paths: list[Path], review: str, key: dict[str, Any]) -> list[
     return [*reviewer_by_name.values()]
 
 
-def _read_one(path: Path, review: str) -> Reviewer:
+def _read_reviewer(path: Path, review: str) -> Reviewer:
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise DataError(f"{path}: is empty; ask for the file again")
-    return _from_table(path, text, review) if path.suffix.lower() == ".csv" else _from_page(path, text, review)
+    return _parse_csv(path, text, review) if path.suffix.lower() == ".csv" else _parse_page_file(path, text, review)
 
 
-def _from_page(path: Path, text: str, review: str) -> Reviewer:
+def _parse_page_file(path: Path, text: str, review: str) -> Reviewer:
     """The file that the page saved."""
     try:
         content = json.loads(text)
@@ -77,7 +77,7 @@ def _from_page(path: Path, text: str, review: str) -> Reviewer:
     items = content.get("items") if isinstance(content, dict) else None
     if not isinstance(items, dict) or not content.get("reviewer"):
         raise DataError(f"{path}: is no file of answers; it must be the one that the page saved")
-    _of_this_review(path, content.get("review"), review)
+    _check_review_id(path, content.get("review"), review)
     if content.get("version") != VERSION:
         raise DataError(f"{path}: is of version {content.get('version')} of reviews, and this one reads {VERSION}")
     answers = {}
@@ -94,7 +94,7 @@ def _seconds(value: Any) -> float | None:
     return value if is_number and value >= 0 else None
 
 
-def _from_table(path: Path, text: str, review: str) -> Reviewer:
+def _parse_csv(path: Path, text: str, review: str) -> Reviewer:
     """The filled-in CSV, with the separator that its spreadsheet uses."""
     header = text.splitlines()[0]
     rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
@@ -108,7 +108,7 @@ def _from_table(path: Path, text: str, review: str) -> Reviewer:
     answers: dict[str, ReviewerAnswer] = {}
     for row in rows:
         where = f"{path}:{rows.line_num}"
-        _of_this_review(Path(where), row["review"], review)
+        _check_review_id(Path(where), row["review"], review)
         if name := (row["reviewer"] or "").strip():
             names.add(name)
         choices = _choices(row, questions, where)
@@ -126,23 +126,23 @@ def _choices(row: dict[str, Any], questions: list[str], where: str) -> dict[str,
     choices = {}
     for question in questions:
         spelling = (row[question] or "").strip().lower()
-        if spelling not in SPELLINGS:
+        if spelling not in CHOICE_BY_SPELLING:
             raise DataError(
                 f"{where}: {question} is {row[question]!r}; it must be one of {', '.join(CHOICES)}, or empty"
             )
-        choice = SPELLINGS[spelling]
+        choice = CHOICE_BY_SPELLING[spelling]
         if choice is not None:
             choices[question] = choice
     return choices
 
 
-def _of_this_review(path: Path, named_review: Any, review: str) -> None:
+def _check_review_id(path: Path, named_review: Any, review: str) -> None:
     if named_review != review:
         other = f"of the review {str(named_review)[:12]}" if named_review else "of no review that it names"
         raise DataError(f"{path}: is {other}, and this one is {review[:12]}; give the answers of this review")
 
 
-def _check(reviewer: Reviewer, item_ids: set[str], questions: set[str]) -> None:
+def _check_answers(reviewer: Reviewer, item_ids: set[str], questions: set[str]) -> None:
     """Raises DataError for an item, question or choice that this review does not have, and if nothing was judged."""
     for item_id, answer in reviewer.items.items():
         if item_id not in item_ids:

@@ -17,18 +17,18 @@ MIN_ITEMS = 20
 """Fewer repeated items, or items, than these are too few for a rule."""
 OTHER_SIDE = {"a": "b", "b": "a", "tie": "tie"}
 """What the same judgement is called once sides are exchanged."""
-SAME_SIDE = 0.9
-WORDS_A_SECOND = 15.0
+MAX_SAME_SIDE_SHARE = 0.9
+MAX_WORDS_PER_SECOND = 15.0
 """900 words a minute: nearly four times as fast as people read."""
 RULES = {
     "repeats": f"agrees with itself in half of the repeated items or fewer, of {MIN_REPEATS} at least",
-    "side": f"says the same side, or tie, in more than {SAME_SIDE:.0%} of {MIN_ITEMS} items or more",
-    "time": f"reads more than {WORDS_A_SECOND:g} words a second in the middle one of its items, of {MIN_ITEMS} at least",
+    "side": f"says the same side, or tie, in more than {MAX_SAME_SIDE_SHARE:.0%} of {MIN_ITEMS} items or more",
+    "time": f"reads more than {MAX_WORDS_PER_SECOND:g} words a second in the middle one of its items, of {MIN_ITEMS} at least",
     "others": f"agrees with the majority of the others no better than by chance (kappa 0 or below), on {MIN_ITEMS} items or more",
 }
 
 
-def flags(reviewer: Reviewer, key: dict[str, Any], majority: dict[str, str]) -> list[str]:
+def carelessness_flags(reviewer: Reviewer, key: dict[str, Any], majority: dict[str, str]) -> list[str]:
     """Rules that one reviewer's answers break, in words. `majority`: who won for most of the other reviewers, by item."""
     items = {item["id"]: item for item in key["items"]}
     choices = {}
@@ -63,7 +63,7 @@ def _always_same_side(choices: dict[str, str]) -> str | None:
     if len(choices) < MIN_ITEMS:
         return None
     choice, count = Counter(choices.values()).most_common(1)[0]
-    if count <= SAME_SIDE * len(choices):
+    if count <= MAX_SAME_SIDE_SHARE * len(choices):
         return None
     return f"side: says {choice} in {count} of {len(choices)} items"
 
@@ -74,7 +74,7 @@ def _reads_too_fast(reviewer: Reviewer, items: dict[str, dict[str, Any]]) -> str
     for item_id, answer in reviewer.items.items():
         if answer.seconds is not None and OVERALL in answer.answers:
             words_per_s.append(items[item_id]["words"] / max(answer.seconds, 1e-3))  # a click may take 0 s
-    if len(words_per_s) < MIN_ITEMS or median(words_per_s) <= WORDS_A_SECOND:
+    if len(words_per_s) < MIN_ITEMS or median(words_per_s) <= MAX_WORDS_PER_SECOND:
         return None
     return f"time: {median(words_per_s):.0f} words a second in the middle one of {len(words_per_s)} items"
 

@@ -43,16 +43,16 @@ def main(argv: list[str]) -> int:
     if not argv or asks_for_help(argv):
         show_help(USAGE)
         return 0 if argv else 64
-    do = {"make": make, "score": score}.get(argv[0])
+    do = {"make": make_review, "score": score_answers}.get(argv[0])
     if do is None:
         raise ConfigError(f"review {argv[0]}: must be review make or review score")
     return do(argv[1:])
 
 
-def make(argv: list[str]) -> int:
+def make_review(argv: list[str]) -> int:
     """`review make`: draw prompts, let every model answer, and write the page, the table and the key. Returns the exit code."""
     from launch.review.prompts import draw_prompts
-    from launch.review.sheet import KEY, PAGE, TABLE, make_sheet, page, table, write_key
+    from launch.review.sheet import KEY_FILE, PAGE_FILE, TABLE_FILE, make_sheet, review_csv, review_page, write_key
     from launch.review.words import read_make_words
     from trainer.reporting.status import write_text_atomic
 
@@ -63,30 +63,30 @@ def make(argv: list[str]) -> int:
             f"{request.prompts} has {len(prompts)} prompts that differ, and not {request.review.n}: all are taken",
             flush=True,
         )
-    answers = _answers(request, prompts)
+    answers = _generate_answers(request, prompts)
     if answers is None:
         return 75
     sheet = make_sheet(prompts, answers, {"run": str(request.run), "model": request.model}, request.review)
     write_key(request.to, sheet)
-    write_text_atomic(request.to / PAGE, page(sheet, request.review))
-    write_text_atomic(request.to / TABLE, "\ufeff" + table(sheet, request.review))
-    print(_summary(sheet, request))
+    write_text_atomic(request.to / PAGE_FILE, review_page(sheet, request.review))
+    write_text_atomic(request.to / TABLE_FILE, "\ufeff" + review_csv(sheet, request.review))
+    print(_sheet_summary(sheet, request))
     print(
-        f"send to reviewers: {request.to / PAGE}, or {request.to / TABLE}\nkeep, and send to nobody: {request.to / KEY}"
+        f"send to reviewers: {request.to / PAGE_FILE}, or {request.to / TABLE_FILE}\nkeep, and send to nobody: {request.to / KEY_FILE}"
     )
     print(f"then: shardtune review score {request.run} <answers>")
     return 0
 
 
-def _answers(request: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
+def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
     """What every arm answers, by its name; None where it was asked to stop."""
     from launch.evaluate.command import start
-    from launch.review.prompts import write_rows
+    from launch.review.prompts import write_task_rows
     from launch.review.sheet import BASE, TUNED
     from launch.review.words import arm_plan
     from trainer.evaluation.report.record import ROWS
 
-    write_rows(request.to / "answers" / "prompts.jsonl", prompts)
+    write_task_rows(request.to / "answers" / "prompts.jsonl", prompts)
     answers: dict[str, list[str]] = {}
     for name, where in request.arms.items():
         if where is None and name == BASE:
@@ -102,7 +102,7 @@ def _answers(request: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] |
     return {arm: answers[arm] for arm in (TUNED, *others)}
 
 
-def _summary(sheet: Sheet, request: MakeRequest) -> str:
+def _sheet_summary(sheet: Sheet, request: MakeRequest) -> str:
     repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
     lines = [f"accepted: {line}" for line in request.model["accepted"]]
     lines += [
@@ -113,12 +113,12 @@ def _summary(sheet: Sheet, request: MakeRequest) -> str:
     return "\n".join(lines)
 
 
-def score(argv: list[str]) -> int:
+def score_answers(argv: list[str]) -> int:
     """`review score`: read the reviewers' files and add the win rates to the run's records. Returns the exit code."""
     from launch.review.answer import score_text
     from launch.review.answers import read_reviewers
     from launch.review.score import score_review
-    from launch.review.sheet import RESULT, read_key
+    from launch.review.sheet import RESULT_FILE, read_key
     from launch.review.words import read_score_words
     from trainer.reporting.jsonl import json_text
     from trainer.reporting.results import REVIEW, add_to_run_record, keep_report
@@ -135,10 +135,10 @@ def score(argv: list[str]) -> int:
         raise ConfigError("drop: leaves nobody; name fewer")
     scores = score_review(review, key, reviewers, words.drop)
     text = json_text(scores, indent=1, ensure_ascii=False)
-    write_text_atomic(words.review / RESULT, text + "\n")
+    write_text_atomic(words.review / RESULT_FILE, text + "\n")
     where = keep_report(words.run, REVIEW, scores)
     add_to_run_record(words.run, "review", {"record": str(where.relative_to(words.run)), "metrics": scores["metrics"]})
     print(text if words.as_json else score_text(scores))
     if not words.as_json:
-        print(f"\nwritten: {words.review / RESULT}, {where}")
+        print(f"\nwritten: {words.review / RESULT_FILE}, {where}")
     return 0

@@ -23,7 +23,7 @@ NO_ANSWER = "-"
 class Prompt:
     """What models are asked."""
 
-    where: str
+    location: str
     """`file:line`."""
     text: str
     """As people read it."""
@@ -42,7 +42,7 @@ def draw_prompts(path: str, n: int, seed: int) -> list[Prompt]:
         parsed = row.parse()
         if isinstance(parsed, Rejected):
             raise DataError(str(parsed))
-        prompt = _prompt(parsed)
+        prompt = _prompt_of_row(parsed)
         prompt_by_text.setdefault(prompt.text, prompt)  # the same one twice is asked once
     if not prompt_by_text:
         raise DataError(f"prompts={path}: holds no rows; fill it, or name another file")
@@ -50,7 +50,7 @@ def draw_prompts(path: str, n: int, seed: int) -> list[Prompt]:
     return random.Random(f"prompts {seed}").sample(prompts, min(n, len(prompts)))
 
 
-def write_rows(path: Path, prompts: list[Prompt]) -> None:
+def write_task_rows(path: Path, prompts: list[Prompt]) -> None:
     """The rows of a task that asks them. Errors: StorageError."""
     # A file has one form of rows: plain texts alone, or conversations throughout.
     plain = all(prompt.turns is None for prompt in prompts)
@@ -62,7 +62,7 @@ def write_rows(path: Path, prompts: list[Prompt]) -> None:
     write_text_atomic(path, "".join(f"{json_text(row, ensure_ascii=False)}\n" for row in rows))
 
 
-def _prompt(row: Row) -> Prompt:
+def _prompt_of_row(row: Row) -> Prompt:
     """The prompt of a row, from the first of `COLUMNS` that it has. Raises DataError if it has none."""
     where = f"{row.file}:{row.line}"
     fields = row.fields
@@ -73,7 +73,7 @@ def _prompt(row: Row) -> Prompt:
         )
     content = fields[column]
     if column == "messages":
-        return _conversation(where, content)
+        return _prompt_of_conversation(where, content)
     if not isinstance(content, str) or not content.strip():
         raise DataError(f"{where}: {column} is {str(content)[:40]!r}; it must be a text")
     if column != "instruction":
@@ -83,7 +83,7 @@ def _prompt(row: Row) -> Prompt:
     return Prompt(where, text, [{"role": "user", "content": text}])
 
 
-def _conversation(where: str, content: Any) -> Prompt:
+def _prompt_of_conversation(where: str, content: Any) -> Prompt:
     """The turns up to the last one of the user."""
     turns = content if isinstance(content, list) else []
     last_user = None

@@ -11,13 +11,13 @@ import numpy as np
 
 from launch.review.agreement import TIE, TUNED_WINS, Votes, alpha, pairwise_kappas, winner
 from launch.review.answers import Reviewer
-from launch.review.careless_reviewers import RULES, flags
+from launch.review.careless_reviewers import RULES, carelessness_flags
 from launch.review.sheet import BASE, TUNED
 from trainer.config.review import OVERALL
 
 RESAMPLES = 10_000
 MAX_LISTED = 50
-WORTH = {TUNED_WINS: 1.0, TIE: 0.5}
+WIN_VALUE = {TUNED_WINS: 1.0, TIE: 0.5}
 METHOD = (
     "share of prompts that the tuned model wins, ties and equal answers as halves, reviewers of a prompt as their mean; "
     f"bootstrap over prompts, {RESAMPLES} resamples, seed 0, 95 % percentile interval"
@@ -31,7 +31,7 @@ def score_review(review: str, key: dict[str, Any], reviewers: list[Reviewer], dr
     # Also those of dropped reviewers: the record shows why they were dropped.
     flags_by_name = {}
     for reviewer in reviewers:
-        flags_by_name[reviewer.name] = flags(reviewer, key, _majority(reviewer, reviewers, key))
+        flags_by_name[reviewer.name] = carelessness_flags(reviewer, key, _majority(reviewer, reviewers, key))
     arms = [arm for arm in key["arms"] if arm != TUNED]
     unflagged = [reviewer for reviewer in counted if not flags_by_name[reviewer.name]]
     without_flagged = None
@@ -100,7 +100,7 @@ def _win_rate(votes: Votes, key: dict[str, Any], arm: str) -> dict[str, Any]:
     counts = Counter[str]()
     for (_, item_id), vote in votes.items():
         if item_id in items:
-            worth_by_prompt.setdefault(items[item_id]["prompt"], []).append(WORTH.get(vote, 0.0))
+            worth_by_prompt.setdefault(items[item_id]["prompt"], []).append(WIN_VALUE.get(vote, 0.0))
             counts[vote] += 1
     outcomes = {
         "wins": counts[TUNED_WINS],
@@ -111,7 +111,7 @@ def _win_rate(votes: Votes, key: dict[str, Any], arm: str) -> dict[str, Any]:
         return {"value": None, "low": None, "high": None, "num_prompts": 0, **outcomes}
     num_equal = sum(pair["other"] == arm for pair in key["same"])
     # Equal answers were not shown: they are ties.
-    means = np.array([np.mean(worth) for worth in worth_by_prompt.values()] + [WORTH[TIE]] * num_equal)
+    means = np.array([np.mean(worth) for worth in worth_by_prompt.values()] + [WIN_VALUE[TIE]] * num_equal)
     resampled = np.random.default_rng([0, len(means)]).integers(0, len(means), (RESAMPLES, len(means)))
     # Prompts are resampled, not votes: several votes on one prompt are not independent.
     low, high = np.percentile(means[resampled].mean(axis=1), [2.5, 97.5])

@@ -23,15 +23,15 @@ from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
 VERSION = 1
-KEY = "key.json"
-PAGE = "review.html"
-TABLE = "review.csv"
-RESULT = "result.json"
+KEY_FILE = "key.json"
+PAGE_FILE = "review.html"
+TABLE_FILE = "review.csv"
+RESULT_FILE = "result.json"
 TUNED = "tuned"
 BASE = "base"
 SIDES = ("a", "b")
 CHOICES = (*SIDES, "tie")
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 """First characters that spreadsheets take for a formula."""
 
 
@@ -64,7 +64,7 @@ def make_sheet(
     salt = salt or secrets.token_hex(16)
     rng = random.Random(f"sides {config.seed} {salt}")
     # The order of the draws from `rng` is part of the format: the same seed and salt give the same review.
-    pairs, same = _pairs(prompts, answers, rng)
+    pairs, same = _pair_answers(prompts, answers, rng)
     order = [*range(len(pairs))]
     rng.shuffle(order)
     num_repeated = min(len(order), round(config.repeats * len(order)))
@@ -81,16 +81,16 @@ def make_sheet(
         row["id"] = hashlib.sha256(f"{salt} {place}".encode()).hexdigest()[:12]
         a, b = (pair.tuned, pair.other) if row[TUNED] == "a" else (pair.other, pair.tuned)
         item = SheetItem(row["id"], pair.prompt, a, b)
-        row["sha256"] = _hash_of(item)
+        row["sha256"] = _item_hash(item)
         items.append(item)
         rows.append(row)
     key = {"version": VERSION, **about, "rubric": config.rubric, "seed": config.seed, "salt": salt, "arms": [*answers]}
     key |= {"num_prompts": len(prompts), "same": same, "items": rows}
-    return Sheet(id_of(key), items, key)
+    return Sheet(review_id(key), items, key)
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class _AnswerPair:
     """Two answers to one prompt, and what the key says of them."""
 
     prompt: str
@@ -99,9 +99,9 @@ class _Pair:
     row: dict[str, Any]
 
 
-def _pairs(
+def _pair_answers(
     prompts: list[Prompt], answers: dict[str, list[str]], rng: random.Random
-) -> tuple[list[_Pair], list[dict[str, Any]]]:
+) -> tuple[list[_AnswerPair], list[dict[str, Any]]]:
     """(pairs whose answers differ, rows of those whose are equal). A side is drawn for each of both."""
     pairs = []
     same = []
@@ -117,15 +117,15 @@ def _pairs(
                 continue
             words = sum(len(text.split()) for text in (prompt.text, tuned, other))
             row = {"prompt": number, "other": arm, TUNED: side, "repeats": None, "words": words}
-            pairs.append(_Pair(prompt.text, tuned, other, row))
+            pairs.append(_AnswerPair(prompt.text, tuned, other, row))
     return pairs, same
 
 
-def _hash_of(item: SheetItem) -> str:
+def _item_hash(item: SheetItem) -> str:
     return hashlib.sha256(json.dumps([item.prompt, item.a, item.b]).encode()).hexdigest()
 
 
-def id_of(key: dict[str, Any]) -> str:
+def review_id(key: dict[str, Any]) -> str:
     """The id of the review that has this key."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
@@ -133,12 +133,12 @@ def id_of(key: dict[str, Any]) -> str:
 def write_key(directory: Path, sheet: Sheet) -> None:
     """`key.json`. Errors: StorageError."""
     text = json_text({"review": sheet.review, "key": sheet.key}, indent=1, ensure_ascii=False)
-    write_text_atomic(directory / KEY, text + "\n")
+    write_text_atomic(directory / KEY_FILE, text + "\n")
 
 
 def read_key(directory: Path) -> tuple[str, dict[str, Any]]:
     """(id, key). Errors: ConfigError where there is none, DataError where it was changed."""
-    path = directory / KEY
+    path = directory / KEY_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         review = content["review"]
@@ -146,20 +146,20 @@ def read_key(directory: Path) -> tuple[str, dict[str, Any]]:
         version = key["version"]
     except OSError as error:
         raise ConfigError(
-            f"review={directory}: has no {KEY} that can be read ({error.strerror}); name the directory that review make wrote"
+            f"review={directory}: has no {KEY_FILE} that can be read ({error.strerror}); name the directory that review make wrote"
         ) from error
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: is no key of a review; restore the file that review make wrote") from None
-    if id_of(key) != review:
+    if review_id(key) != review:
         raise DataError(
-            f"{path}: was changed since review make wrote it: its hash is {id_of(key)[:12]}, and not {review[:12]}; restore it"
+            f"{path}: was changed since review make wrote it: its hash is {review_id(key)[:12]}, and not {review[:12]}; restore it"
         )
     if version != VERSION:
         raise DataError(f"{path}: is of version {version} of reviews, and this one reads {VERSION}")
     return review, key
 
 
-def table(sheet: Sheet, config: ReviewConfig) -> str:
+def review_csv(sheet: Sheet, config: ReviewConfig) -> str:
     """The review as CSV, to be filled in with a spreadsheet: a, b or tie in the columns of questions."""
     out = io.StringIO()
     writer = csv.writer(out)
@@ -167,17 +167,17 @@ def table(sheet: Sheet, config: ReviewConfig) -> str:
         ["review", "reviewer", "item", "prompt", "answer_a", "answer_b", OVERALL, *config.rubric, "comment"]
     )
     for item in sheet.items:
-        texts = [_no_formula(text) for text in (item.prompt, item.a, item.b)]
+        texts = [_escaped_formula(text) for text in (item.prompt, item.a, item.b)]
         writer.writerow([sheet.review, "", item.id, *texts, "", *[""] * len(config.rubric), ""])
     return out.getvalue()
 
 
-def _no_formula(text: str) -> str:
+def _escaped_formula(text: str) -> str:
     """A text as a spreadsheet shows it and never computes it."""
-    return f"'{text}" if text.startswith(FORMULA) else text
+    return f"'{text}" if text.startswith(FORMULA_PREFIXES) else text
 
 
-def page(sheet: Sheet, config: ReviewConfig) -> str:
+def review_page(sheet: Sheet, config: ReviewConfig) -> str:
     """`review.html`: one file that needs no network; texts are data in it, never markup."""
     from jinja2 import Environment, PackageLoader
 

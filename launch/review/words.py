@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from trainer.config.review import ReviewConfig
     from trainer.config.run import RunConfig
 
-ARMS = "arms."
+ARMS_PREFIX = "arms."
 """Before a setting: it allows what the runs of `arms=` reach out to."""
-ALLOWED = frozenset({"review", "evaluation", "strategy", "launcher", "run", "precision"})
+SETTABLE_GROUPS = frozenset({"review", "evaluation", "strategy", "launcher", "run", "precision"})
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ def read_make_words(argv: list[str]) -> MakeRequest:
     from trainer.session.base_files import use_recorded_base
 
     command = ["review", "make", *argv]
-    allowing, argv = take_words(argv, ARMS)
+    allowing, argv = take_words(argv, ARMS_PREFIX)
     words, problems = read_words("review make", MakeWords, argv)
     if problems:
         raise ConfigError(problems)
@@ -107,15 +107,17 @@ def read_make_words(argv: list[str]) -> MakeRequest:
     def with_own_words(frozen: RunConfig, words: list[str]) -> RunConfig:
         frozen.run.dir = None
         frozen.run.resume = "auto"
-        return recompose(frozen, words, ALLOWED)
+        return recompose(frozen, words, SETTABLE_GROUPS)
 
-    config = read_run(run, ReadingVerb(command, _needs, own_groups=ALLOWED), settings, with_own_words)
+    config = read_run(
+        run, ReadingVerb(command, _uses_outside_value, own_groups=SETTABLE_GROUPS), settings, with_own_words
+    )
     checkpoint = find_checkpoint(run, words.checkpoint, config.checkpoint)
     accepted = use_recorded_base(config, run, words.accept, teacher=True, start=True)
     review = config.review
     problems += range_problems(review, "review")
     problems += review.problems()
-    arms, wrong = _arms(words.arms)
+    arms, wrong = _read_arms(words.arms)
     to = words.to or run / "review"
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         wrong.append(f"to={to}: exists and is not empty; a review is never written over: name a new directory")
@@ -130,7 +132,7 @@ def read_make_words(argv: list[str]) -> MakeRequest:
 
 def read_score_words(argv: list[str]) -> ScoreWords:
     """The words of `review score`. Errors: ConfigError with every problem."""
-    from launch.review.sheet import KEY
+    from launch.review.sheet import KEY_FILE
 
     words, problems = read_words("review score", ScoreWords, argv)
     if words.run is not None and not words.answers:
@@ -144,28 +146,28 @@ def read_score_words(argv: list[str]) -> ScoreWords:
     if missing := [str(path) for path in words.answers if not path.is_file()]:
         raise ConfigError(f"{', '.join(missing)}: there is no such file")
     words.review = words.review or words.run / "review"
-    if not (words.review / KEY).is_file():
+    if not (words.review / KEY_FILE).is_file():
         raise ConfigError(
             f"review={words.review}: holds no review; name the directory that review make wrote, as review=<directory>"
         )
     return words
 
 
-def _needs(value: OutsideValue, config: RunConfig) -> bool:
+def _uses_outside_value(value: OutsideValue, config: RunConfig) -> bool:
     """Whether having a run's model answer prompts uses a value of the run that reaches out of it."""
     from launch.config.read_run import uses_model_alone
 
     return uses_model_alone(value, config)
 
 
-def _computing(settings: list[str]) -> list[str]:
+def _without_allowing_words(settings: list[str]) -> list[str]:
     """The words for how answers are computed, without those that allow what one run reaches out to."""
     from launch.config.read_run import is_allowing_word
 
     return [word for word in settings if not is_allowing_word(word)]
 
 
-def _arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
+def _read_arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
     """(arms by name, problems)."""
     from launch.review.sheet import BASE, TUNED
 
@@ -208,7 +210,7 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
     if directory is None:
         words += request.settings
     else:
-        words += [*_computing(request.settings), *request.allowing]
+        words += [*_without_allowing_words(request.settings), *request.allowing]
     if request.accept and is_run:
         words.append(request.accept)
     if directory is None:
@@ -219,7 +221,7 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
         words.append(directory if is_run else f"model.path={directory}")
     sorted_words = parse_words(words)
     sorted_words.command = request.command
-    sorted_words.prefix = "" if directory is None else ARMS
+    sorted_words.prefix = "" if directory is None else ARMS_PREFIX
     evaluation = make_plan(sorted_words)
     evaluation.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review.write)
     evaluation.job = replace(evaluation.job, kept=False)

@@ -129,7 +129,7 @@ def find_damage(store: CheckpointList, report: Callable[[str], None]) -> dict[Pa
 
 
 def _step(path: Path) -> int:
-    """The step in a checkpoint's directory name, `step-00000040`."""
+    """The step in a checkpoint's directory name, `step-000040`."""
     return int(path.name.removeprefix("step-"))
 
 

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from launch.config.frozen import Composed
 
 
-class Launch(Protocol):
-    """Runs one point to its end; returns its exit code."""
+class RunPoint(Protocol):
+    """Runs one point to its end in `run_dir`, with `isolate` in processes of its own; returns its exit code."""
 
     def __call__(self, composed: Composed, run_dir: Path, *, isolate: bool) -> int: ...
 
 
-def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], None] | None, check: bool) -> int:
-    """Run all points by `launch`, or only `show` them; returns the first exit code that is not 0.
+def multirun(words: list[str], *, launch: RunPoint, show: Callable[[Composed], None] | None, check: bool) -> int:
+    """Run every combination of the words' values by `launch`, or only `show` it; returns the first exit code that is not 0.
 
-    `check`: whether each point is validated, as running one needs.
+    `check`: whether each point is validated, as running one needs. Raises ConfigError with the problems of all points.
     """
     from launch.cluster.array_size import refuse_large_arrays
     from launch.config.axes import label, name_in_trackers, read_axes
@@ -55,37 +55,41 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
             print(f"# point {number}: {labels[number]}")
             show(job)
         return 0
+
     if jobs[0].config.run.dir:
-        base = Path(jobs[0].config.run.dir).expanduser()
+        base_dir = Path(jobs[0].config.run.dir).expanduser()
     else:
-        # Named by all jobs together: a requeued SLURM job finds the directory again.
-        digests = json.dumps([job.sha256 for job in jobs])
-        base = default_run_dir(hashlib.sha256(digests.encode()).hexdigest())
-    run_dirs = [base / str(number) for number in range(len(points))]
+        # Named by the hash of all jobs together: a requeued SLURM job finds the directory again.
+        hashes = json.dumps([job.sha256 for job in jobs])
+        base_dir = default_run_dir(hashlib.sha256(hashes.encode()).hexdigest())
+    run_dirs = [base_dir / str(number) for number in range(len(points))]
     for point, job in zip(points, jobs, strict=True):
         settings = axes.values_on_axes(point)
         setting_words = [f"{key}={setting}" for key, setting in settings.items()]
-        name_in_trackers(job.config.logging, base, label(settings), setting_words)
+        name_in_trackers(job.config.logging, base_dir, label(settings), setting_words)
     if jobs[0].config.launcher.name.value == "slurm":
         from launch.cluster.submission import submit_array
 
         return submit_array(jobs, run_dirs)
-    return _one_by_one(jobs, run_dirs, labels, launch)
+    return _run_one_by_one(jobs, run_dirs, labels, launch)
 
 
-def _one_by_one(jobs: list[Composed], run_dirs: list[Path], labels: list[str], launch: Launch) -> int:
-    """Run the points in turn and print their table; the first exit code that is not 0. A stopped point ends it."""
-    codes: list[int] = []
+def _run_one_by_one(jobs: list[Composed], run_dirs: list[Path], labels: list[str], launch: RunPoint) -> int:
+    """Run the points one after another, print their table, and return the first exit code that is not 0.
+
+    A point that fails does not keep the later ones from running; a point that is asked to stop does.
+    """
+    exit_codes: list[int] = []
     for job, run_dir, label in zip(jobs, run_dirs, labels, strict=True):
-        print(f"[{len(codes) + 1}/{len(jobs)}] {label} -> {run_dir}", flush=True)
+        print(f"[{len(exit_codes) + 1}/{len(jobs)}] {label} -> {run_dir}", flush=True)
         try:
-            codes.append(launch(job, run_dir, isolate=True))
+            exit_codes.append(launch(job, run_dir, isolate=True))
         except ShardtuneError as error:
             print(f"shardtune train: {error}", file=sys.stderr)
-            codes.append(error.exit_code)
-        if codes[-1] in (75, 130):  # asked to stop: the points after this one are not wanted now
+            exit_codes.append(error.exit_code)
+        if exit_codes[-1] in (75, 130):  # asked to stop: the points after this one are not wanted now
             break
-    from launch.sweep.multirun_answer import table
+    from launch.sweep.multirun_answer import points_table
 
-    print(f"\n{table(labels, run_dirs, codes)}")
-    return next((code for code in codes if code), 0)
+    print(f"\n{points_table(labels, run_dirs, exit_codes)}")
+    return next((exit_code for exit_code in exit_codes if exit_code), 0)

@@ -22,42 +22,46 @@ REASON_INDENT = 10
 SHORT_STATES = {"failed": "failed", "preempted": "stopped", "not started": "not run"}
 
 
-def table(labels: list[str], run_dirs: list[Path], codes: list[int]) -> str:
-    """What a person reads when the points have ended; `codes` are those of the points that were started, in their order."""
+def points_table(labels: list[str], run_dirs: list[Path], exit_codes: list[int]) -> str:
+    """What `train -m` prints at its end: a row for each point, with its reason below if it is not done.
+
+    `exit_codes` are those of the points that were started, in their order; it is shorter if the command was stopped.
+    """
     rows = []
     for number, (label, run_dir) in enumerate(zip(labels, run_dirs, strict=True)):
-        code = codes[number] if number < len(codes) else None
-        point = None
+        exit_code = exit_codes[number] if number < len(exit_codes) else None
+        run = None
         reason = None
-        if code is not None:
+        if exit_code is not None:
             try:
-                point = read_recorded_run(run_dir)
-                reason = point.reason
+                run = read_recorded_run(run_dir)
+                reason = run.reason
             except ConfigError as error:
                 reason = " ".join(error.problems)
         notes = fold_all([reason], indent=REASON_INDENT) if reason else []
-        rows.append(TableRow((_state(code, point), *_metric_cells(point), label), notes))
+        rows.append(TableRow((_state(exit_code, run), *_metric_cells(run), label), notes))
     return "\n".join([*draw_table(COLUMNS, rows), "", f"side by side: shardtune compare {run_dirs[0].parent}"])
 
 
-def _state(code: int | None, point: RecordedRun | None) -> str:
-    if code is None:
+def _state(exit_code: int | None, run: RecordedRun | None) -> str:
+    """The state of a point: `done`, `failed`, `stopped`, `not run`, or `exit <code>` if its run left no status."""
+    if exit_code is None:
         return "not run"
-    if code == 0:
+    if exit_code == 0:
         return "done"
-    if point is not None and point.state in SHORT_STATES:
-        return SHORT_STATES[point.state]
-    return f"exit {code}"
+    if run is not None and run.state in SHORT_STATES:
+        return SHORT_STATES[run.state]
+    return f"exit {exit_code}"
 
 
-def _metric_cells(point: RecordedRun | None) -> tuple[str, ...]:
-    """Steps, loss, held-out metric, tokens/s and GiB of a point; dashes if it has no step."""
-    if point is None or not point.steps:
+def _metric_cells(run: RecordedRun | None) -> tuple[str, ...]:
+    """Steps, loss, held-out metric, tokens/s and GiB of a point; dashes if it took no step."""
+    if run is None or not run.steps:
         return ("-",) * 5
-    metrics = measure(point)
-    watched_metric = str(point.config.get("evaluation.watch") or "eval/loss")
+    metrics = measure(run)
+    watched_metric = str(run.config.get("evaluation.watch") or "eval/loss")
     return (
-        str(max(point.steps)),
+        str(max(run.steps)),
         _number(metrics.loss, ".4f"),
         _number(metrics.after.get(watched_metric), ".4f"),
         _number(metrics.tokens_per_s, ",.0f"),
@@ -65,5 +69,5 @@ def _metric_cells(point: RecordedRun | None) -> tuple[str, ...]:
     )
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, number_format: str) -> str:
+    return "-" if value is None else format(value, number_format)

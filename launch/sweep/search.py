@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.compare.progress import RunsProgress, run_with_progress
-from launch.sweep.sweeper import Prune, Search, listing
+from launch.sweep.sweeper import Prune, Search, search_listing
 from strategies.errors import ConfigError, NotOurs, ShardtuneError, StorageError
 from trainer.reporting.results import rows
 from trainer.session.lease import InUse, Lease
@@ -31,49 +31,57 @@ if TYPE_CHECKING:
     from launch.config.frozen import Composed
 
 RunTrial = Callable[[str, "Composed", Path, RunsProgress], int]
-STOPPED_CODES = (75, 130)
+"""Runs a trial to its end. Takes its name, its job, its run directory and the progress to report to; returns its exit code."""
+STOP_EXIT_CODES = (75, 130)
 """Exit codes of a run that was asked to stop: it can be resumed."""
-HOPELESS_CODES = (65, 74)
+FATAL_EXIT_CODES = (65, 74)
 """Exit codes for data that no run could use and for a full disk: the next trial would end in the same way."""
-JOURNAL = "search.journal"
+JOURNAL_FILE = "search.journal"
+"""Optuna's record of all trials, in the directory of the search."""
+SEED_STRIDE = 1_000_003
+"""Distance of the samplers' seeds of neighbouring `sweeper.seed`: a prime beyond any number of trials, so that none coincide."""
 
 
 class SearchProgress(RunsProgress):
-    """Tells the search of a trial's evaluations as they come, and ends it if it is behind."""
+    """Shows how far a trial is, reports its evaluations to Optuna as they come, and ends a trial that is to be pruned."""
 
-    def __init__(self, of: int, trial: Trial, directory: Path, metric: str, *, prune: bool) -> None:
-        super().__init__(of, 0)
+    def __init__(self, total_trials: int, trial: Trial, run_dir: Path, metric: str, *, prune: bool) -> None:
+        super().__init__(total_trials, 0)
         self.run_number = trial.number
         self.pruned = False
+        """Whether the trial was asked to end because it is behind the median of the others."""
         self._trial = trial
-        self._directory = directory
+        self._trial_dir = run_dir
         self._metric = metric
         self._prune = prune
-        self._metrics_size = -1
+        self._metrics_bytes = -1
         # A trial that is resumed has reported some steps before.
         self._reported_steps = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
         self._asked_to_end = False
 
     def update(self) -> None:
-        """Read the metrics if there are more of them; ask a run that is behind or has no metric to end, as `stop` does."""
+        """Print how far the trial is, and report new evaluations; called many times a second.
+
+        A trial that is to be pruned, or whose evaluations lack the metric, is asked to end, as `stop` asks a run.
+        """
         super().update()
-        file = self._directory / "metrics.jsonl"
-        with suppress(OSError):
-            size = file.stat().st_size
-            if size == self._metrics_size:
+        metrics_file = self._trial_dir / "metrics.jsonl"
+        with suppress(OSError):  # the trial has not written it yet
+            size_bytes = metrics_file.stat().st_size
+            if size_bytes == self._metrics_bytes:
                 return
-            self._metrics_size = size
+            self._metrics_bytes = size_bytes
             self.report()
             if self._asked_to_end:
                 return
             self.pruned = self._prune and self._trial.should_prune()
-            if self.pruned or missing_metric(self._directory, self._metric):
+            if self.pruned or missing_metric(self._trial_dir, self._metric):
                 self._asked_to_end = True
                 os.kill(os.getpid(), signal.SIGTERM)  # this process passes it on to the run, and starts nothing again
 
     def report(self) -> None:
-        """Tell of evaluations behind the first step, each once."""
-        for step, metric in evaluations(self._directory, self._metric).items():
+        """Report evaluations to Optuna, each once. The one before the first step is the same for all trials, and left out."""
+        for step, metric in evaluations(self._trial_dir, self._metric).items():
             if step < 1 or step in self._reported_steps:
                 continue
             self._reported_steps.add(step)
@@ -81,259 +89,294 @@ class SearchProgress(RunsProgress):
 
 
 def start_trial(name: str, composed: Composed, run_dir: Path, progress: RunsProgress) -> int:
-    """Run a trial in processes of its own to the end; the exit code. Raises ConfigError where the directory is another's."""
+    """Run a trial to its end in processes of its own; returns its exit code.
+
+    Raises ConfigError where `run_dir` holds another run.
+    """
     from launch.config.frozen import is_finished
     from launch.runs.freeze import freeze
 
     freeze(composed, run_dir)
-    if is_finished(run_dir):  # its command was killed before it could tell
+    if is_finished(run_dir):  # the command that ran it was killed before it could report the result
         return 0
     return run_with_progress(name, composed, run_dir, progress, verb="train")
 
 
 def evaluations(run_dir: Path, metric: str) -> dict[int, float]:
-    """The values of a metric by step; 0 is before the first. Empty if there are none yet."""
+    """The values of a held-out metric by step; step 0 is the evaluation before training. Empty if there are none yet."""
     metric_by_step = {}
-    for row in _rows(run_dir):
+    for row in _evaluation_rows(run_dir):
         if metric in row:
             # A value that is not finite is null in the file.
-            is_number = isinstance(row[metric], int | float)
-            metric_by_step[int(row["step"])] = float(row[metric]) if is_number else math.nan
+            is_finite = isinstance(row[metric], int | float)
+            metric_by_step[int(row["step"])] = float(row[metric]) if is_finite else math.nan
     return metric_by_step
 
 
 def missing_metric(run_dir: Path, metric: str) -> str | None:
-    """Why no trial can be judged by the metric: evaluations do not have it. None if one has, or if there was none yet."""
-    evaluated = _rows(run_dir)
-    if not evaluated or any(metric in row for row in evaluated):
+    """A message if the run's evaluations lack the metric by which trials are judged; None if not, or before the first one."""
+    evaluation_rows = _evaluation_rows(run_dir)
+    if not evaluation_rows or any(metric in row for row in evaluation_rows):
         return None
-    available = ", ".join(key for key in evaluated[0] if key.startswith("eval/"))
+    available = ", ".join(key for key in evaluation_rows[0] if key.startswith("eval/"))
     return f"sweeper.metric={metric}: the evaluations yield {available}; name one of them, and another run.dir"
 
 
-def _rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that evaluations wrote."""
-    evaluated = []
+def _evaluation_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` that are of evaluations."""
+    evaluation_rows = []
     for row in rows(run_dir):
         if any(key.startswith("eval/") for key in row):
-            evaluated.append(row)
-    return evaluated
+            evaluation_rows.append(row)
+    return evaluation_rows
 
 
-def _storage(base: Path) -> JournalStorage:
-    """The journal of the search in the directory `base`, read from its beginning. Raises OSError."""
+def _open_journal(search_dir: Path) -> JournalStorage:
+    """Optuna's storage of a search, read from the beginning of its journal. Raises OSError."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    return JournalStorage(JournalFileBackend(str(base / JOURNAL)))
+    return JournalStorage(JournalFileBackend(str(search_dir / JOURNAL_FILE)))
 
 
-def open_study(search: Search, base: Path) -> Study:
-    """The study of the directory, created if there is none. Raises ConfigError if it is of another search, StorageError."""
+def open_study(search: Search, search_dir: Path) -> Study:
+    """Optuna's study in the directory of a search, created if there is none.
+
+    Raises ConfigError if the directory holds another search or a damaged journal, StorageError if it cannot be written.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if (base / "config.yaml").exists():
-        raise ConfigError(f"run.dir={base}: is the directory of a run; name another one for the search")
+    if (search_dir / "config.yaml").exists():
+        raise ConfigError(f"run.dir={search_dir}: is the directory of a run; name another one for the search")
     prunes = search.settings.prune is Prune.median
     try:
-        base.mkdir(parents=True, exist_ok=True)
+        search_dir.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of parts that Optuna calls experimental
             study = optuna.create_study(
                 study_name="search",
-                storage=_storage(base),
+                storage=_open_journal(search_dir),
                 direction="maximize" if search.greater_is_better else "minimize",
                 pruner=optuna.pruners.MedianPruner() if prunes else optuna.pruners.NopPruner(),
                 load_if_exists=True,
             )
     except OSError as error:
         raise StorageError(
-            f"run.dir={base}: cannot be written ({error.strerror or error}); name another one"
+            f"run.dir={search_dir}: cannot be written ({error.strerror or error}); name another one"
         ) from error
     except (ValueError, KeyError) as error:  # a line that is no JSON, or of another version
-        raise ConfigError(f"{base / JOURNAL}: is damaged ({error}); choose another run.dir, or move it away") from error
-    _refuse_another_search(study, search.identity(), base)
+        raise ConfigError(
+            f"{search_dir / JOURNAL_FILE}: is damaged ({error}); choose another run.dir, or move it away"
+        ) from error
+    _refuse_another_search(study, search.identity(), search_dir)
     return study
 
 
-def _refuse_another_search(study: Study, identity: dict[str, str], base: Path) -> None:
-    """Raise ConfigError if the study is of another search; note the identity of this one in a new study."""
+def _refuse_another_search(study: Study, identity: dict[str, str], search_dir: Path) -> None:
+    """Raise ConfigError, with every difference, if the study is of another search; write `identity` into a new study."""
     recorded = study.user_attrs.get("asked")
     if recorded is None:
         study.set_user_attr("asked", identity)
         return
     if recorded == identity:
         return
-    lines = [f"run.dir={base}: holds another search; choose another run.dir, or undo:"]
+    lines = [f"run.dir={search_dir}: holds another search; choose another run.dir, or undo:"]
     for key in {**recorded, **identity}:
         if recorded.get(key) != identity.get(key):
             lines.append(f"{key}: {recorded.get(key, '-')} there, {identity.get(key, '-')} here")
     raise ConfigError("\n    ".join(lines))
 
 
-def run_search(search: Search, base: Path, run: RunTrial) -> int:
-    """Run what is left of the trials by `run`, and show them; the exit code. Raises ConfigError, StorageError."""
-    from launch.sweep.search_answer import table
+def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
+    """Run the trials that are left, each by `run_trial`, print the table of all, and return the exit code.
 
-    study = open_study(search, base)
-    print(listing(search), file=sys.stderr, flush=True)
+    Raises ConfigError, StorageError.
+    """
+    from launch.sweep.search_answer import search_table
+
+    study = open_study(search, search_dir)
+    print(search_listing(search), file=sys.stderr, flush=True)
     try:
-        code = _run_trials(study, search, base, run)
-    except OSError as error:  # of the journal: those of runs are told by them
+        exit_code = _run_trials(study, search, search_dir, run_trial)
+    except OSError as error:  # of the journal: an OSError of a run is printed by the run
         raise StorageError(
-            f"run.dir={base}: the search cannot continue ({error}); free space, and repeat the command"
+            f"run.dir={search_dir}: the search cannot continue ({error}); free space, and repeat the command"
         ) from error
-    if code in STOPPED_CODES:
+    if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
-    print(table(study, search, base), flush=True)
+    print(search_table(study, search, search_dir), flush=True)
     trials = study.get_trials(deepcopy=False)
-    if code or any(trial.state.name == "COMPLETE" for trial in trials):
-        return code
+    if exit_code or any(trial.state.name == "COMPLETE" for trial in trials):
+        return exit_code
     # Without a single result the search failed, with the code of its first failure.
-    return next((trial.user_attrs["code"] for trial in trials if trial.user_attrs.get("code")), 0)
+    for trial in trials:
+        if trial.user_attrs.get("code"):
+            return trial.user_attrs["code"]
+    return 0
 
 
-def _run_trials(study: Study, search: Search, base: Path, run: RunTrial) -> int:
-    """Run trials until there are enough; 75 if this command was asked to stop, or the code of a trial that ends all."""
+def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTrial) -> int:
+    """Run trials until the search has enough, first those that another command left unfinished.
+
+    Returns 0, 75 if this command was asked to stop, or the exit code of a trial that ends the whole search.
+    """
     unfinished = [trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
     while not pending():
-        claimed = _take_over(study, search, base, unfinished)
+        claimed = _take_over_trial(study, search, search_dir, unfinished)
         if claimed is None:
-            claimed = _new_trial(study, search, base)
+            claimed = _draw_trial(study, search, search_dir)
         if claimed is None:
             return 0
         trial, lease = claimed
         with lease:
             try:
-                code = _run_trial(trial, search, base, run)
+                exit_code = _run_trial(trial, search, search_dir, run_trial)
             except KeyboardInterrupt:  # between two runs
-                code = 130
-        if code in (*STOPPED_CODES, *HOPELESS_CODES):
-            return code
+                exit_code = 130
+        if exit_code in (*STOP_EXIT_CODES, *FATAL_EXIT_CODES):
+            return exit_code
     return 75
 
 
-def _take_over(study: Study, search: Search, base: Path, unfinished: list[int]) -> tuple[Trial, Lease] | None:
-    """A trial that was running when this command began, and that no other command runs any more."""
+def _take_over_trial(
+    study: Study, search: Search, search_dir: Path, unfinished: list[int]
+) -> tuple[Trial, Lease] | None:
+    """(trial, its lease) of the first trial in `unfinished` that no other command runs any more; None if there is none.
+
+    Trials that were looked at are removed from `unfinished`.
+    """
     from optuna.trial import Trial
 
     while unfinished:
         number = unfinished.pop(0)
-        lease = _claim_trial(search, base, number)
+        lease = _claim_trial(search, search_dir, number)
         if lease is None:
             continue
         trial = study.get_trials(deepcopy=False)[number]
         if trial.state.name == "RUNNING" and len(trial.params) == len(search.space):
-            storage = _storage(base)
+            # Optuna has no call that continues a trial: this is how it makes one from its own records.
+            storage = _open_journal(search_dir)
             study_id = storage.get_study_id_from_name(study.study_name)
             trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
             return Trial(study, trial_id), lease  # its run is resumed in its directory
-        if trial.state.name == "RUNNING":  # killed while it was drawn
+        if trial.state.name == "RUNNING":  # its command was killed while the values were drawn
             study.tell(number, state=_trial_state("FAIL"))
         lease.release()
     return None
 
 
-def _new_trial(study: Study, search: Search, base: Path) -> tuple[Trial, Lease] | None:
-    """A new trial; None if there are enough. One command at a time: the number of trials is that of all together."""
+def _draw_trial(study: Study, search: Search, search_dir: Path) -> tuple[Trial, Lease] | None:
+    """(a new trial with its values, its lease); None if the search has enough trials.
+
+    A lock lets one command draw at a time: all commands that work on the search share the number of trials.
+    """
     from optuna.samplers import TPESampler
     from optuna.storages.journal import JournalFileSymlinkLock
 
-    lock = JournalFileSymlinkLock(str(base / "asking"))
+    lock = JournalFileSymlinkLock(str(search_dir / "asking"))
     while True:
         lock.acquire()
         try:
             number = len(study.get_trials(deepcopy=False))
             if number >= search.settings.trials:
                 return None
-            # Of the trial's number: a command that goes on draws what the first one would have drawn.
-            study.sampler = TPESampler(seed=(search.settings.seed * 1_000_003 + number) % 2**32)
+            # The seed depends on the trial's number: a command that continues draws what the first one would have drawn.
+            sampler_seed = (search.settings.seed * SEED_STRIDE + number) % 2**32
+            study.sampler = TPESampler(seed=sampler_seed)
             trial = study.ask({setting.key: setting.distribution() for setting in search.space})
         finally:
             lock.release()
-        lease = _claim_trial(search, base, trial.number)
+        lease = _claim_trial(search, search_dir, trial.number)
         if lease is not None:
             return trial, lease
 
 
-def _claim_trial(search: Search, base: Path, number: int) -> Lease | None:
-    """The lease that allows this command to run a trial; None if another command has it."""
+def _claim_trial(search: Search, search_dir: Path, number: int) -> Lease | None:
+    """The lease that allows this command to run trial `number`; None if another command holds it."""
+    lease_dir = search_dir / "commands" / str(number)
     try:
-        return Lease.acquire(base / "commands" / str(number), search.first_job.config.run.lease_s, stop=pending)
+        return Lease.acquire(lease_dir, search.first_job.config.run.lease_s, stop=pending)
     except InUse:
         return None
 
 
-def _run_trial(trial: Trial, search: Search, base: Path, run: RunTrial) -> int:
-    """Run one trial and tell the study; the exit code of its run. One that was asked to stop stays as it is.
+def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTrial) -> int:
+    """Run one trial and report its result to the study; returns the exit code of its run, 0 for a pruned trial.
 
-    Raises ConfigError if its evaluations have no such metric: those of the other trials would not have it either.
+    A trial that was asked to stop stays unfinished, so that a later command resumes it. Raises ConfigError if its
+    evaluations lack the metric: those of the other trials would lack it too.
     """
     from launch.compare.run_files import read_recorded_run
     from launch.config.axes import label, name_in_trackers
     from launch.config.compose import compose
 
     study = trial.study
-    words = search.words_of(trial.params)
-    same_trial = _same_trial(study, trial, words, search)
+    words = search.trial_words(trial.params)
     # Rounded values and choices may be drawn twice: the first result counts for both.
-    if same_trial is not None:
-        trial.set_user_attr("twin", same_trial.number)
-        study.tell(trial.number, same_trial.value)
+    twin = _earlier_trial_with_same_words(study, words, search)
+    if twin is not None:
+        trial.set_user_attr("twin", twin.number)
+        study.tell(trial.number, twin.value)
         return 0
-    run_dir = base / str(trial.number)
+
+    run_dir = search_dir / str(trial.number)
     prunes = search.settings.prune is Prune.median
     progress = SearchProgress(search.settings.trials, trial, run_dir, search.metric, prune=prunes)
     name = label(dict(word.split("=", 1) for word in words))  # type: ignore[arg-type]
     reason = None
     try:
         composed = compose([*search.fixed, *words])
-        name_in_trackers(composed.config.logging, base, name, words)
-        code = run(name, composed, run_dir, progress)
-        if code and code not in STOPPED_CODES:
+        name_in_trackers(composed.config.logging, search_dir, name, words)
+        exit_code = run_trial(name, composed, run_dir, progress)
+        if exit_code and exit_code not in STOP_EXIT_CODES:
             reason = read_recorded_run(run_dir).reason
     except NotOurs as error:  # started by somebody else: theirs to end
         print(f"trial {trial.number} is left: {error}", file=sys.stderr, flush=True)
         return 0
     except ShardtuneError as error:
-        code = error.exit_code
+        exit_code = error.exit_code
         reason = str(error)
         print(f"{run_dir}: {reason}", file=sys.stderr, flush=True)
-    refusal = missing_metric(run_dir, search.metric)
-    if refusal:
-        raise ConfigError(refusal)
+
+    lacks_metric = missing_metric(run_dir, search.metric)
+    if lacks_metric:
+        raise ConfigError(lacks_metric)
     progress.report()
-    if code in STOPPED_CODES and progress.pruned:
+    if exit_code in STOP_EXIT_CODES and progress.pruned:
         study.tell(trial.number, state=_trial_state("PRUNED"))
         print(f"trial {trial.number}: pruned, it is behind the median of the others", file=sys.stderr, flush=True)
         return 0
-    if code in STOPPED_CODES:
-        return code
-    return _tell_result(trial, search, run_dir, code, reason)
+    if exit_code in STOP_EXIT_CODES:
+        return exit_code
+    return _tell_result(trial, search, run_dir, exit_code, reason)
 
 
-def _tell_result(trial: Trial, search: Search, run_dir: Path, code: int, reason: str | None) -> int:
-    """Tell the study of a trial that ended by itself with `code`; a result that is no number counts as failed."""
+def _tell_result(trial: Trial, search: Search, run_dir: Path, exit_code: int, reason: str | None) -> int:
+    """Report to the study how a trial ended that was not asked to stop; returns its exit code, or 70 without a finite metric.
+
+    The result is the metric of its last evaluation. `reason` says why the run failed, if it did.
+    """
     metrics = list(evaluations(run_dir, search.metric).values())
     last_metric = metrics[-1] if metrics else math.nan
-    if not code and not math.isfinite(last_metric):
-        code = 70
+    if exit_code == 0 and not math.isfinite(last_metric):
+        exit_code = 70
         reason = f"{search.metric} is not a number" if metrics else "it was never evaluated"
-    if code:
-        trial.set_user_attr("code", code)
-        trial.set_user_attr("reason", " ".join(str(reason or f"ended with {code}").split()))
+    if exit_code:
+        trial.set_user_attr("code", exit_code)
+        reason_line = " ".join(str(reason or f"ended with {exit_code}").split())
+        trial.set_user_attr("reason", reason_line)
         trial.study.tell(trial.number, state=_trial_state("FAIL"))
-        return code
+        return exit_code
     trial.study.tell(trial.number, last_metric)
     print(f"trial {trial.number}: {search.metric} {last_metric:.6g}", file=sys.stderr, flush=True)
     return 0
 
 
-def _same_trial(study: Study, trial: Trial, words: list[str], search: Search) -> FrozenTrial | None:
-    """A trial that is done and had the same words: this one would end likewise."""
+def _earlier_trial_with_same_words(study: Study, words: list[str], search: Search) -> FrozenTrial | None:
+    """A trial that is done and had the same words, so that running them again would give the same result; None without one."""
     for earlier in study.get_trials(deepcopy=False):
-        if earlier.state.name == "COMPLETE" and search.words_of(earlier.params) == words:
+        if earlier.state.name == "COMPLETE" and search.trial_words(earlier.params) == words:
             return earlier
     return None
 

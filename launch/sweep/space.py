@@ -1,10 +1,10 @@
-"""The search space: words with ranges or lists, as Optuna distributions."""
+"""Reads the search space of a hyperparameter search: words with ranges or lists of values, as Optuna distributions."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from launch.config.axes import FUNCTION, read_axes
@@ -15,25 +15,27 @@ if TYPE_CHECKING:
 
 EXAMPLES = "interval(1e-5,1e-3), tag(log,interval(1e-5,1e-3)), range(1,9,2), choice(a,b), or a,b"
 DIGITS = 6
-"""Significant digits of a value that is drawn: the run has what is shown, and what can be pasted."""
+"""Significant digits to which a drawn value is rounded, so that the run has the very value that is shown and can be pasted."""
+RANGE_TOLERANCE = 1e-9
+"""Share of a step by which rounding may miss a whole number of steps: (0.3 - 0) / 0.1 is 2.9999999999999996."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchedSetting:
-    """A setting of which values are tried: choices, or numbers from `low` to `high` with both."""
+    """A setting whose values a search tries: one of `choices`, or a number from `low` to `high`, both included."""
 
     key: str
     text: str
-    """What was typed behind the equals sign."""
+    """What was typed behind the equals sign, such as `interval(1e-5,1e-3)`."""
     choices: tuple[str, ...] = ()
-    """Values as they would be typed; empty for numbers."""
+    """Values as they would be typed; empty for a setting of numbers."""
     low: float = 0.0
     high: float = 0.0
     step: float | None = None
-    """Between numbers of a range; None: all between `low` and `high`."""
+    """Distance between the numbers of a range; None for an interval, of which any number may be drawn."""
     is_integer: bool = False
     log: bool = False
-    """Whether the logarithm is drawn evenly."""
+    """Whether values are drawn evenly on a logarithmic scale."""
 
     def distribution(self) -> BaseDistribution:
         """The setting as an Optuna distribution."""
@@ -46,29 +48,35 @@ class SearchedSetting:
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
     def word(self, value: Any) -> str:
-        """A value that was drawn, as a word."""
+        """The word, such as `optim.lr=2e-4`, that gives the setting a value that was drawn."""
         if self.choices:
             text = value
         elif self.is_integer:
             text = int(value)
-        else:  # rounding to the digits shown must not leave the interval
-            text = _with_digits(min(max(value, self.low), self.high))
+        else:
+            in_interval = min(
+                max(value, self.low), self.high
+            )  # rounding, as in logarithms, must not leave the interval
+            text = f"{in_interval:.{DIGITS}g}"
         return f"{self.key}={text}"
 
     def extreme_words(self) -> list[str]:
-        """Words that must all be legal: the choices, or both ends."""
+        """A word for each choice, or for both ends of the numbers: if these are legal, so is every value between."""
         values = self.choices or dict.fromkeys((self.low, self.high))
         return [self.word(value) for value in values]
 
 
 def read_space(words: list[str]) -> tuple[list[SearchedSetting], list[str]]:
-    """(the settings that are searched, the words that are the same for all). Raises ConfigError with every problem."""
+    """(the settings that are searched, the words with one value, which all trials share).
+
+    Raises ConfigError with every problem at once.
+    """
     problems: list[str] = []
     space: list[SearchedSetting] = []
     fixed: list[str] = []
     for word in words:
         try:
-            setting = _read(word)
+            setting = _read_setting(word)
         except ConfigError as error:
             problems += error.problems
             continue
@@ -76,103 +84,121 @@ def read_space(words: list[str]) -> tuple[list[SearchedSetting], list[str]]:
             fixed.append(word)
         else:
             space.append(setting)
-    keys = [searched.key for searched in space]
+
+    keys = [setting.key for setting in space]
     keys += [word.partition("=")[0] for word in fixed]
-    for searched in space:
-        if keys.count(searched.key) > 1:
-            problems.append(f"{searched.key}={searched.text}: {searched.key} is given twice")
+    for setting in space:
+        if keys.count(setting.key) > 1:
+            problems.append(f"{setting.key}={setting.text}: {setting.key} is given twice")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return space, fixed
 
 
-def _read(word: str) -> SearchedSetting | None:
-    """None where the word has one value."""
-    key, assigned, text = word.partition("=")
-    if assigned and FUNCTION.fullmatch(text.strip()) and not text.startswith("glob("):
-        return _read_function(word, key, text.strip())
+def _read_setting(word: str) -> SearchedSetting | None:
+    """The searched setting of a word with several values; None for a word with one value. Errors: ConfigError."""
+    key, equals_sign, values_text = word.partition("=")
+    if equals_sign and FUNCTION.fullmatch(values_text.strip()) and not values_text.startswith("glob("):
+        return _read_sweep_function(word, key, values_text.strip())
     points = read_axes([word]).words[0]  # `a,b` is a list of choices
     if len(points) == 1:
         return None
-    return SearchedSetting(key, text, tuple(dict.fromkeys(point.partition("=")[2] for point in points)))
+    choices = [point.partition("=")[2] for point in points]
+    return SearchedSetting(key, values_text, _unique(choices))
 
 
-def _read_function(word: str, key: str, text: str) -> SearchedSetting | None:
-    """The setting of a word in Hydra's sweep syntax; None if it has one value, or is a text."""
+def _unique(choices: list[str]) -> tuple[str, ...]:
+    """The choices in their order, each once."""
+    return tuple(dict.fromkeys(choices))
+
+
+def _read_sweep_function(word: str, key: str, values_text: str) -> SearchedSetting | None:
+    """The searched setting of a word in Hydra's sweep syntax, such as `optim.lr=interval(1e-5,1e-3)`.
+
+    None if it has one value, as `int(3)`, or is a text that only looks like a function. Errors: ConfigError.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
     from hydra.errors import HydraException
 
     try:
         override = OverridesParser.create().parse_override(word)
-        distribution: Any = override.value() if override.is_sweep_override() else None
+        sweep: Any = override.value() if override.is_sweep_override() else None
     except (HydraException, NotImplementedError) as error:
-        if _is_text(key):
-            return None  # a path or a text that looks like one
+        if _takes_text(key):
+            return None  # a path or a text that looks like a function
+        # Hydra's message names its grammar rule first and the functions that it has last: keep what is between.
         reason = re.sub(r"^\w+ while evaluating .*?': ", "", str(error).splitlines()[0]).split(" Available")[0]
         raise ConfigError(f"{word}: is no distribution ({reason}); write {EXAMPLES}") from error
-    if distribution is None:
-        return None  # such as int(3), one value
-    tags = distribution.tags
+    if sweep is None:
+        return None
+    tags = sweep.tags
     if unknown_tags := tags - {"log"}:
         raise ConfigError(
             f"{word}: there is no tag {', '.join(sorted(unknown_tags))}; tag(log,interval(1e-5,1e-3)) is the one there is"
         )
-    if getattr(distribution, "shuffle", False):
+    if getattr(sweep, "shuffle", False):
         raise ConfigError(f"{word}: a search draws in an order of its own; leave shuffle out")
-    if isinstance(distribution, ChoiceSweep):
+
+    if isinstance(sweep, ChoiceSweep):
         if tags:
             raise ConfigError(f"{word}: log is of numbers between two ends; write tag(log,interval(1e-5,1e-3))")
-        choices = [choice.partition("=")[2] for choice in read_axes([word]).words[0]]
-        return SearchedSetting(key, text, tuple(dict.fromkeys(choices)))
-    if isinstance(distribution, IntervalSweep):
-        return _interval(word, SearchedSetting(key, text, log="log" in tags), distribution.start, distribution.end_run)
-    assert isinstance(distribution, RangeSweep)
+        choices = [point.partition("=")[2] for point in read_axes([word]).words[0]]
+        return SearchedSetting(key, values_text, _unique(choices))
+    if isinstance(sweep, IntervalSweep):
+        return _interval(word, SearchedSetting(key, values_text, log="log" in tags), sweep.start, sweep.end)
+    assert isinstance(sweep, RangeSweep)
     if tags:
         raise ConfigError(
             f"{word}: a range has steps, which a logarithm has not; write tag(log,interval(...)), or choice(...)"
         )
-    return _range(word, SearchedSetting(key, text), distribution.start, distribution.stop, distribution.step)
+    return _range(word, SearchedSetting(key, values_text), sweep.start, sweep.stop, sweep.step)
 
 
 def _interval(word: str, setting: SearchedSetting, low: Any, high: Any) -> SearchedSetting:
-    """The setting with both ends of an interval. Raises ConfigError for ends that are no interval."""
-    is_integer = _is_whole(setting.key) or (isinstance(low, int) and isinstance(high, int))
+    """The setting with the ends of its interval. Raises ConfigError if these are not the ends of one.
+
+    Only whole numbers are drawn if the setting takes no others, or if both ends were typed as whole numbers.
+    """
+    is_integer = _takes_integers(setting.key) or (isinstance(low, int) and isinstance(high, int))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ConfigError(f"{word}: goes from {low:g} to {high:g}; write the smaller end first, both of them numbers")
     if setting.log and low <= 0:
         raise ConfigError(f"{word}: a logarithm needs ends above 0; raise {low:g}, or leave tag(log,...) out")
     if is_integer and (low != int(low) or high != int(high)):
         raise ConfigError(f"{word}: {setting.key} is a whole number; give whole ends")
-    return SearchedSetting(setting.key, setting.text, low=low, high=high, is_integer=is_integer, log=setting.log)
+    return replace(setting, low=low, high=high, is_integer=is_integer)
 
 
 def _range(word: str, setting: SearchedSetting, start: Any, stop: Any, step: Any) -> SearchedSetting:
-    """The setting with the numbers of a range, its end left out. Raises ConfigError for a range without one."""
+    """The setting with the numbers of a range; `stop` is not one of them, as in Python and Hydra.
+
+    Raises ConfigError for a range without a number.
+    """
     if not (step > 0 and start < stop):
         raise ConfigError(
             f"{word}: goes from {start:g} up to {stop:g} by {step:g}, which has no number; write range(1,9,2)"
         )
     is_integer = all(isinstance(number, int) for number in (start, stop, step))
-    # The end is not of the range, as in Hydra.
-    high = start + (math.ceil((stop - start) / step - 1e-9) - 1) * step
-    return SearchedSetting(setting.key, setting.text, low=start, high=high, step=step, is_integer=is_integer)
+    count = math.ceil((stop - start) / step - RANGE_TOLERANCE)
+    last = start + (count - 1) * step
+    return replace(setting, low=start, high=last, step=step, is_integer=is_integer)
 
 
-def _with_digits(value: float) -> str:
-    return f"{value:.{DIGITS}g}"
-
-
-def _types(key: str) -> set[Any]:
+def _setting_types(key: str) -> set[Any]:
+    """The types that a setting of the configuration takes, None left out; empty if there is no such setting."""
     from launch.config.overrides import setting_of, settings
 
     setting = setting_of(settings(), key)
-    return set() if setting is None else set(get_args(setting.type) or (setting.type,)) - {type(None)}
+    if setting is None:
+        return set()
+    union_members = get_args(setting.type) or (setting.type,)
+    return set(union_members) - {type(None)}
 
 
-def _is_whole(key: str) -> bool:
-    return _types(key) == {int}
+def _takes_integers(key: str) -> bool:
+    return _setting_types(key) == {int}
 
 
-def _is_text(key: str) -> bool:
-    return bool(_types(key) & {str, Any})
+def _takes_text(key: str) -> bool:
+    return bool(_setting_types(key) & {str, Any})

@@ -1,4 +1,4 @@
-"""A search before it starts: its settings, its space and the job that all trials share, all checked."""
+"""Plans a hyperparameter search: reads and checks its settings, its search space, and the job that all trials share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SWEEPERS = ("optuna", "wandb")
 
 
 class Prune(Enum):
-    """Which trials are ended early."""
+    """Which trials of a search are ended early."""
 
     none = "none"
     median = "median"
@@ -30,7 +30,7 @@ class Prune(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class SweeperConfig:
-    """Settings of a search."""
+    """Settings of a hyperparameter search, `sweeper.*`."""
 
     trials: int = 20
     """Runs of the search in its directory, those of all commands that work on it together."""
@@ -44,18 +44,18 @@ class SweeperConfig:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A search that can be begun."""
+    """A hyperparameter search that has been checked and can be started."""
 
     settings: SweeperConfig
     space: tuple[SearchedSetting, ...]
     fixed: tuple[str, ...]
     """The words that all trials share."""
     first_job: Composed
-    """The job with one value of each setting that is searched."""
+    """The job with the first value of each searched setting: what it has in other settings, all trials have."""
 
     @property
     def metric(self) -> str:
-        """The metric that the search improves."""
+        """The held-out metric that the search improves."""
         return self.first_job.config.evaluation.watch
 
     @property
@@ -66,9 +66,9 @@ class Search:
         return more_is_better(self.first_job.config)
 
     def identity(self) -> dict[str, str]:
-        """What tells this search from others: another one does not go on in its directory."""
+        """What must be the same for a command to continue this search in its directory; keys and values are for messages."""
         identity = {}
-        for setting in sorted(self.space, key=lambda setting: setting.key):
+        for setting in sorted(self.space, key=lambda setting: setting.key):  # the order of the words does not matter
             identity[f"{setting.key}="] = setting.text
         better = "larger" if self.greater_is_better else "smaller"
         identity["metric"] = f"{self.metric}, {better} is better"
@@ -76,13 +76,13 @@ class Search:
         identity["the words that all trials share"] = self.first_job.sha256[:8]
         return identity
 
-    def words_of(self, params: dict[str, Any]) -> list[str]:
-        """The own words of a trial for which these values were drawn."""
+    def trial_words(self, params: dict[str, Any]) -> list[str]:
+        """The words of a trial, such as `optim.lr=2e-4`, from the values that were drawn for it by setting."""
         return [setting.word(params[setting.key]) for setting in self.space if setting.key in params]
 
     @property
     def directory(self) -> Path:
-        """`run.dir`, or one below runs/ that is the same for the same search."""
+        """The directory of the search: `run.dir`, or a directory below runs/ whose name is a hash of the search."""
         typed_dir = self.first_job.config.run.dir
         if typed_dir:
             return Path(typed_dir).expanduser()
@@ -91,24 +91,30 @@ class Search:
 
 
 def is_search(words: list[str]) -> bool:
-    """Whether the words ask for a search, well or badly."""
+    """Whether a search is meant: whether any word is `sweeper=...` or `sweeper.<setting>=...`, right or wrong."""
     return any(word.partition("=")[0].split(".")[0] == "sweeper" for word in words)
 
 
-def sweeper_of(words: list[str]) -> str:
-    """What draws the trials: `optuna` or `wandb`."""
-    return next((word.partition("=")[2] for word in reversed(words) if word.startswith("sweeper=")), SWEEPERS[0])
+def chosen_sweeper(words: list[str]) -> str:
+    """What draws the trials, as the last word `sweeper=` names it; `optuna` if there is none."""
+    for word in reversed(words):
+        if word.startswith("sweeper="):
+            return word.partition("=")[2]
+    return SWEEPERS[0]
 
 
 def plan_search(words: list[str]) -> Search:
-    """Read and check everything. Raises ConfigError with every problem."""
+    """Read the words of a search, and compose its jobs as far as needed to know that every trial is legal.
+
+    Raises ConfigError with every problem at once.
+    """
     from launch.config.compose import compose
 
     settings, run_words = read_sweeper_words(words)
     space, fixed = read_space(run_words)
     if not space:
         raise ConfigError(
-            f"sweeper={sweeper_of(words)}: no word has several values to search; write one as <setting>={EXAMPLES}"
+            f"sweeper={chosen_sweeper(words)}: no word has several values to search; write one as <setting>={EXAMPLES}"
         )
     typed = {word.partition("=")[0]: word for word in run_words}
     if settings.metric is not None:
@@ -123,26 +129,30 @@ def plan_search(words: list[str]) -> Search:
     for key in ("run.dir", "evaluation.watch", "evaluation.greater_is_better", "launcher"):
         if key in searched_keys:
             raise ConfigError(f"{typed[key]}: is the same for all trials; give one value")
-    extremes = [setting.extreme_words() for setting in space]
-    first_words = [setting_words[0] for setting_words in extremes]
-    # Not every combination: settings are assumed not to depend on each other.
-    first = compose([*fixed, *first_words])
-    problems = _problems(first, settings, sweeper_of(words))
-    # Every end of every setting must be legal, beside the first of the others.
-    for number, setting_words in enumerate(extremes):
-        others = first_words[:number] + first_words[number + 1 :]
-        for word in setting_words[1:]:
+
+    # Not every combination: settings are assumed not to depend on each other. Compose the first value of all settings,
+    # then each other end or choice of one setting beside the first values of the others.
+    extreme_words = [setting.extreme_words() for setting in space]
+    first_words = [words_of_setting[0] for words_of_setting in extreme_words]
+    first_job = compose([*fixed, *first_words])
+    problems = _search_problems(first_job, settings, chosen_sweeper(words))
+    for number, words_of_setting in enumerate(extreme_words):
+        other_words = first_words[:number] + first_words[number + 1 :]
+        for word in words_of_setting[1:]:
             try:
-                compose([*fixed, *others, word])
+                compose([*fixed, *other_words, word])
             except ConfigError as error:
                 problems += [f"with {word}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    return Search(settings, tuple(space), tuple(fixed), first)
+    return Search(settings, tuple(space), tuple(fixed), first_job)
 
 
 def read_sweeper_words(words: list[str]) -> tuple[SweeperConfig, list[str]]:
-    """The settings of the search, and the words of its runs. Raises ConfigError with every problem."""
+    """(the settings of the search, `sweeper.*`; the other words, which are of its runs).
+
+    Raises ConfigError with every problem at once.
+    """
     settings, other_words, problems = read_group("sweeper", SweeperConfig(), words)
     sweeper_words: list[str] = []
     run_words: list[str] = []
@@ -165,19 +175,19 @@ def read_sweeper_words(words: list[str]) -> tuple[SweeperConfig, list[str]]:
     if not sweeper_words:
         setting_word = next(word for word in words if word.startswith("sweeper"))
         problems.append(f"{setting_word}: is of a search; add sweeper=optuna")
-    if sweeper_of(words) == "optuna" and find_spec("optuna") is None:
+    if chosen_sweeper(words) == "optuna" and find_spec("optuna") is None:
         problems.append(f"sweeper=optuna: needs the package optuna; {install_command('search')}")
     if problems:
         raise ConfigError(problems)
     return settings, run_words
 
 
-def _problems(first: Composed, settings: SweeperConfig, sweeper: str) -> list[str]:
-    """What keeps a job that could run from being searched."""
+def _search_problems(first_job: Composed, settings: SweeperConfig, sweeper: str) -> list[str]:
+    """Why a job that could run alone cannot be a trial of a search: no metric to judge it by, or SLURM as its launcher."""
     from trainer.config.run import LauncherName
     from trainer.evaluation.tasks.registry import metric_directions
 
-    config = first.config
+    config = first_job.config
     problems = []
     has_evaluation_data = config.data.eval_path is not None or config.data.eval_share
     if not has_evaluation_data and config.evaluation.watch not in metric_directions(config.evaluation.tasks):
@@ -198,8 +208,8 @@ def _problems(first: Composed, settings: SweeperConfig, sweeper: str) -> list[st
     return problems
 
 
-def listing(search: Search) -> str:
-    """The lines that tell what is searched."""
+def search_listing(search: Search) -> str:
+    """What is printed before a search starts: number of trials, directory, metric, and the searched settings."""
     better = "larger" if search.greater_is_better else "smaller"
     trials = search.settings.trials
     lines = [f"sweeper.trials={trials} in {search.directory}, {search.metric} ({better} is better), of"]

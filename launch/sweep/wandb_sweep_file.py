@@ -5,35 +5,41 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from launch.sweep.space import SearchedSetting
+from launch.sweep.space import RANGE_TOLERANCE, SearchedSetting
 from launch.sweep.sweeper import Prune, Search, plan_search
 from strategies.errors import ConfigError
 
-LARGEST_LIST = 1000
-"""Values of a range that a file lists."""
+MAX_LISTED_VALUES = 1000
+"""Values of a range that are listed in a sweep file at most."""
 
 
 def write_sweep(words: list[str], *, print_only: bool = False) -> int:
-    """Write `sweep.yaml` and say how it is begun; the exit code. Errors: ConfigError with every problem, StorageError."""
+    """Write `sweep.yaml` into the directory of the search, and print how the sweep is started; returns the exit code.
+
+    With `print_only`, the file is printed instead. Errors: ConfigError with every problem, StorageError.
+    """
     import yaml
 
     from trainer.reporting.status import write_text_atomic
 
     search = plan_search(words)
-    text = yaml.safe_dump(sweep_of(search), sort_keys=False, width=1000)
+    sweep_yaml = yaml.safe_dump(sweep_config(search), sort_keys=False, width=1000)
     if print_only:
-        print(text, end="")
+        print(sweep_yaml, end="")
         return 0
     path = search.directory / "sweep.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, text)
+    write_text_atomic(path, sweep_yaml)
     print(f"written: {path}\nbegin it:   wandb sweep {shlex.quote(str(path))}")
     print("work on it: wandb agent <the name it tells>   (as often as you like, where the model and the data are)")
     return 0
 
 
-def sweep_of(search: Search) -> dict[str, Any]:
-    """The sweep as W&B has it: the space, what is made better, and the command of a trial. Raises ConfigError."""
+def sweep_config(search: Search) -> dict[str, Any]:
+    """The search as W&B's sweep configuration: parameters, metric, and the command that runs a trial.
+
+    Raises ConfigError for settings that W&B's agent does not have.
+    """
     settings = search.settings
     logging = search.first_job.config.logging
     problems = []
@@ -46,7 +52,7 @@ def sweep_of(search: Search) -> dict[str, Any]:
         problems.append(f"sweeper.seed={settings.seed}: W&B draws by a seed of its own; leave it out")
     if problems:
         raise ConfigError(problems)
-    agent_words = ("run.dir=", "logging.wandb=")  # W&B names the directory of a trial, and must hear of it
+    agent_words = ("run.dir=", "logging.wandb=")  # W&B names the directory of a trial, and must receive its metrics
     fixed = [word for word in search.fixed if not word.startswith(agent_words)]
     sweep: dict[str, Any] = {"project": logging.project or "shardtune"}
     if logging.entity is not None:
@@ -54,15 +60,15 @@ def sweep_of(search: Search) -> dict[str, Any]:
     sweep["method"] = "bayes"
     sweep["metric"] = {"name": search.metric, "goal": "maximize" if search.greater_is_better else "minimize"}
     sweep["run_cap"] = settings.trials
-    sweep["parameters"] = {setting.key: parameter_of(setting) for setting in search.space}
+    sweep["parameters"] = {setting.key: sweep_parameter(setting) for setting in search.space}
     sweep["command"] = ["${env}", "shardtune", "train", *fixed, "logging.wandb=online", "${args_no_hyphens}"]
     return sweep
 
 
-def parameter_of(setting: SearchedSetting) -> dict[str, Any]:
-    """A setting's values as W&B has them. Raises ConfigError for a range of too many."""
+def sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
+    """A searched setting as a parameter of W&B's sweep configuration. Raises ConfigError for a range of too many values."""
     if setting.choices:
-        return {"values": [_number(text) for text in setting.choices]}
+        return {"values": [_number_or_text(choice) for choice in setting.choices]}
     low: float = setting.low
     high: float = setting.high
     if setting.is_integer:
@@ -70,11 +76,14 @@ def parameter_of(setting: SearchedSetting) -> dict[str, Any]:
         high = int(high)
     if setting.step is not None and not (setting.is_integer and setting.step == 1):
         # W&B's steps are multiples of the step, ours count from the lower end: list all values.
-        count = int((setting.high - setting.low) / setting.step + 1e-9) + 1
-        if count > LARGEST_LIST:
+        count = int((setting.high - setting.low) / setting.step + RANGE_TOLERANCE) + 1
+        if count > MAX_LISTED_VALUES:
             raise ConfigError(f"{setting.key}={setting.text}: has {count:,} values; write interval({low},{high})")
-        words = [setting.word(setting.low + index * setting.step) for index in range(count)]
-        return {"values": [_number(word.partition("=")[2]) for word in words]}
+        values = []
+        for index in range(count):
+            word = setting.word(setting.low + index * setting.step)
+            values.append(_number_or_text(word.partition("=")[2]))
+        return {"values": values}
     bounds = {"min": low, "max": high}
     if setting.log and setting.is_integer:
         return {"distribution": "q_log_uniform_values", **bounds, "q": 1}
@@ -83,12 +92,13 @@ def parameter_of(setting: SearchedSetting) -> dict[str, Any]:
     return {"distribution": "int_uniform" if setting.is_integer else "uniform", **bounds}
 
 
-def _number(text: str) -> Any:
-    """A number where it is written as W&B will write it again, else the text."""
-    for kind in (int, float):
+def _number_or_text(value_text: str) -> Any:
+    """A value as a number if W&B will write that number as it was typed (1e-5 becomes 1e-05, and stays a text)."""
+    for number_type in (int, float):
         try:
-            if str(kind(text)) == text:
-                return kind(text)
+            number = number_type(value_text)
         except ValueError:
             continue
-    return text
+        if str(number) == value_text:
+            return number
+    return value_text

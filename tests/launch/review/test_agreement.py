@@ -7,7 +7,7 @@ import pytest
 
 from launch.review.agreement import alpha, kappa
 from launch.review.answers import Reviewer, ReviewerAnswer
-from launch.review.careless_reviewers import flags
+from launch.review.careless_reviewers import carelessness_flags
 
 
 def test_alpha_is_that_of_the_published_example():
@@ -72,8 +72,8 @@ def test_agreement_finds_a_reviewer_who_ticks_at_random_and_no_careful_one():
         key = sheet(drawn, 50, 10)
         truth = {item["id"]: drawn.choice(["tuned", "other", "tie"]) for item in key["items"]}
         others = {name: said for name, said in truth.items() if drawn.random() < 0.9}
-        found["careful"] += bool(flags(judged(drawn, key, truth, 0.85, 40), key, others))
-        found["random"] += bool(flags(judged(drawn, key, truth, 0.0, 40), key, others))
-        found["hasty"] += bool(flags(judged(drawn, key, truth, 0.85, 3), key, others))
+        found["careful"] += bool(carelessness_flags(judged(drawn, key, truth, 0.85, 40), key, others))
+        found["random"] += bool(carelessness_flags(judged(drawn, key, truth, 0.0, 40), key, others))
+        found["hasty"] += bool(carelessness_flags(judged(drawn, key, truth, 0.85, 3), key, others))
     rates = {name: count / 400 for name, count in found.items()}
     assert rates["careful"] <= 0.05 and rates["random"] >= 0.9 and rates["hasty"] >= 0.9, rates
