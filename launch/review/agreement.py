@@ -9,18 +9,18 @@ TUNED_WINS = "tuned"
 OTHER_WINS = "other"
 TIE = "tie"
 Votes = dict[tuple[str, str], str]
-"""Who won, by (reviewer, id of the item)."""
+"""Who won: `TUNED_WINS`, `OTHER_WINS` or `TIE`, by (reviewer, item id)."""
 
 
 def winner(choice: str, item: dict[str, Any]) -> str:
-    """Whose answer was chosen; `item` says on which side that of the tuned model was."""
+    """Whose answer a reviewer preferred, from the side `a` or `b` that was chosen; `item` is the item's entry in the key."""
     if choice == TIE:
         return TIE
     return TUNED_WINS if choice == item["tuned"] else OTHER_WINS
 
 
 def alpha(votes: Votes) -> float | None:
-    """Krippendorff's alpha of nominal votes, items that one alone judged left out; None where nobody could have disagreed."""
+    """Krippendorff's nominal alpha over the items that several reviewers judged; None if nobody could have disagreed."""
     votes_by_item: dict[str, list[tuple[str, str]]] = {}
     for (reviewer, item_id), vote in votes.items():
         votes_by_item.setdefault(item_id, []).append((reviewer, vote))
@@ -37,7 +37,10 @@ def alpha(votes: Votes) -> float | None:
 
 
 def kappa(votes: list[str], other_votes: list[str]) -> float | None:
-    """Cohen's kappa of two reviewers' votes on the same items; None if both always gave one and the same vote."""
+    """Cohen's kappa of two reviewers; `votes[i]` and `other_votes[i]` are on the same item.
+
+    None without votes, or if all votes of both are the same: then chance would agree as well.
+    """
     if not votes or len({*votes, *other_votes}) < 2:
         return None
     from nltk.metrics.agreement import AnnotationTask
@@ -48,7 +51,7 @@ def kappa(votes: list[str], other_votes: list[str]) -> float | None:
 
 
 def pairwise_kappas(votes: Votes) -> list[dict[str, Any]]:
-    """Cohen's kappa of each two reviewers on the items that both judged."""
+    """Cohen's kappa of every two reviewers, on the items that both judged: names, number of items, kappa."""
     kappas = []
     for first, second in combinations(sorted({reviewer for reviewer, _ in votes}), 2):
         shared = [item_id for reviewer, item_id in votes if reviewer == first and (second, item_id) in votes]

@@ -7,6 +7,7 @@ from typing import Any
 from launch.output import Column, TableRow, fold, table
 
 MAX_DISAGREEMENTS = 10
+"""Disputed items that are printed; the record has more."""
 COLUMNS = (
     Column("tuned against"),
     Column("question"),
@@ -15,7 +16,10 @@ COLUMNS = (
 
 
 def score_text(score: dict[str, Any]) -> str:
-    """The win rates, how far reviewers agree, and the flags of each reviewer."""
+    """What `review score` prints: win rates, agreement of the reviewers, a line on each reviewer, and disputed items.
+
+    `score` is the record that `score_review` returns.
+    """
     model = score["model"]
     lines = [
         f"{model['run']}, {model['checkpoint']}: {score['num_prompts']} prompts, {len(score['reviewers'])} reviewers"
@@ -24,18 +28,20 @@ def score_text(score: dict[str, Any]) -> str:
     lines += ["", *fold(score["method"]), "", *_agreement_lines(score)]
     for reviewer in score["reviewers"]:
         lines += _reviewer_lines(reviewer)
-    if (without := score["without_flagged"]) is not None:
-        interval = f"[{_number(without['low'])}, {_number(without['high'])}]"
-        lines.append(f"without reviewers that stand out: win rate {_number(without['value'])} {interval}")
+    without_flagged = score["without_flagged"]
+    if without_flagged is not None:
+        interval = f"[{_number(without_flagged['low'])}, {_number(without_flagged['high'])}]"
+        lines.append(f"without reviewers that stand out: win rate {_number(without_flagged['value'])} {interval}")
     return "\n".join([*lines, *_disagreement_lines(score["disagreements"])])
 
 
 def _win_rate_rows(score: dict[str, Any]) -> list[TableRow]:
-    """A row for each `win_rate/<arm>` and `win_rate/<arm>/<question>`."""
+    """A table row for each metric `win_rate/<arm>` and `win_rate/<arm>/<question>`; an arm is a model that was compared."""
     rows = []
     for name, metric in score["metrics"].items():
-        kind, *parts = name.split("/")
-        if kind != "win_rate" or not parts or parts[0] not in score["arms"]:
+        metric_kind, *parts = name.split("/")
+        # `win_rate` and `win_rate/<question>` repeat the numbers of one arm.
+        if metric_kind != "win_rate" or not parts or parts[0] not in score["arms"]:
             continue
         question = parts[1] if len(parts) > 1 else "overall"
         interval = "" if metric["value"] is None else f"{_number(metric['low'])} to {_number(metric['high'])}"
@@ -45,13 +51,17 @@ def _win_rate_rows(score: dict[str, Any]) -> list[TableRow]:
 
 
 def _agreement_lines(score: dict[str, Any]) -> list[str]:
-    """Krippendorff's alpha of each question on one line, then Cohen's kappa of each two reviewers."""
+    """Krippendorff's alpha of each question on one line, then a line with Cohen's kappa of every two reviewers."""
     alphas = []
+    any_undefined = False
     for name, metric in score["metrics"].items():
         if name.startswith("alpha"):
             alphas.append(f"{name} {_number(metric['value'])}")
-    without_a_value = " (- : nobody could have disagreed)" if "-" in str(alphas) else ""
-    lines = [f"Krippendorff's nominal {', '.join(alphas)}{without_a_value}"]
+            any_undefined = any_undefined or metric["value"] is None
+    line = f"Krippendorff's nominal {', '.join(alphas)}"
+    if any_undefined:
+        line += " (- : nobody could have disagreed)"
+    lines = [line]
     for pair in score["kappa"]:
         reviewers = " and ".join(pair["reviewers"])
         lines.append(f"Cohen's kappa of {reviewers}: {_number(pair['kappa'])} on {pair['items']} items")
@@ -59,13 +69,18 @@ def _agreement_lines(score: dict[str, Any]) -> list[str]:
 
 
 def _reviewer_lines(reviewer: dict[str, Any]) -> list[str]:
-    minutes = "" if reviewer["minutes"] is None else f", {reviewer['minutes']:.0f} min"
-    dropped = " (dropped)" if reviewer["dropped"] else ""
-    counts = f"{reviewer['judged']} judged, {reviewer['open']} open, left side {reviewer['left']:.0%}{minutes}"
-    return [f"{reviewer['name']}{dropped}: {counts}", *(f"  stands out: {flag}" for flag in reviewer["flags"])]
+    """A line on how much one reviewer judged, then a line for each sign of careless answers."""
+    line = reviewer["name"]
+    if reviewer["dropped"]:
+        line += " (dropped)"
+    line += f": {reviewer['judged']} judged, {reviewer['open']} open, left side {reviewer['left']:.0%}"
+    if reviewer["minutes"] is not None:
+        line += f", {reviewer['minutes']:.0f} min"
+    return [line, *(f"  stands out: {flag}" for flag in reviewer["flags"])]
 
 
 def _disagreement_lines(disagreements: list[dict[str, Any]]) -> list[str]:
+    """A line on each item that reviewers dispute, with everybody's vote; at most `MAX_DISAGREEMENTS`."""
     if not disagreements:
         return []
     lines = [f"{len(disagreements)} items on which reviewers took opposite sides; the most even ones:"]

@@ -14,7 +14,7 @@ from strategies.errors import DataError
 from trainer.config.review import OVERALL
 
 CHOICE_BY_SPELLING = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie", "": None}
-"""What people write in a table, in lower case."""
+"""The choice that a cell of the table means, by what people write, in lower case; None for no answer."""
 
 
 @dataclass(slots=True)
@@ -22,32 +22,40 @@ class ReviewerAnswer:
     """One reviewer's judgement of one item."""
 
     answers: dict[str, str] = field(default_factory=dict)
-    """a, b or tie, by question."""
+    """`a`, `b` or `tie`, by question."""
     comment: str = ""
     seconds: float | None = None
+    """Seconds until the choice; None in a table, which does not measure them."""
 
 
 @dataclass(slots=True)
 class Reviewer:
-    """One reviewer's answers, by item."""
+    """One reviewer, and the file of answers that they sent back."""
 
     name: str
     path: Path
     items: dict[str, ReviewerAnswer]
+    """The judgements by item id."""
 
 
-def read_reviewers(paths: list[Path], review: str, key: dict[str, Any]) -> list[Reviewer]:
-    """Everybody's answers. Errors: DataError with every file that cannot be used, and why."""
+def read_reviewers(paths: list[Path], review_id: str, key: dict[str, Any]) -> list[Reviewer]:
+    """Read the files that reviewers sent back, and check them against the key of the review.
+
+    Errors: DataError with every file that cannot be used, and why.
+    """
     item_ids = {item["id"] for item in key["items"]}
     questions = {OVERALL, *key["rubric"]}
     reviewer_by_name: dict[str, Reviewer] = {}
     problems = []
     for path in paths:
         try:
-            reviewer = _read_reviewer(path, review)
+            reviewer = _read_reviewer(path, review_id)
             _check_answers(reviewer, item_ids, questions)
-        except (DataError, OSError, UnicodeDecodeError) as error:
-            problems.append(str(error) if isinstance(error, DataError) else f"{path}: cannot be read ({error})")
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{path}: cannot be read ({error})")
             continue
         earlier = reviewer_by_name.setdefault(reviewer.name.casefold(), reviewer)
         if earlier is not reviewer:
@@ -57,78 +65,84 @@ def read_reviewers(paths: list[Path], review: str, key: dict[str, Any]) -> list[
             )
     if problems:
         raise DataError("\n  ".join([f"{len(problems)} of {len(paths)} files of answers cannot be used", *problems]))
-    return [*reviewer_by_name.values()]
+    return list(reviewer_by_name.values())
 
 
-def _read_reviewer(path: Path, review: str) -> Reviewer:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
+def _read_reviewer(path: Path, review_id: str) -> Reviewer:
+    """Read one file of answers: a filled-in CSV, or else the JSON that the page saved. Errors: DataError, OSError."""
+    contents = path.read_text(encoding="utf-8-sig")  # a spreadsheet may write a byte order mark first
+    if not contents.strip():
         raise DataError(f"{path}: is empty; ask for the file again")
-    return _parse_csv(path, text, review) if path.suffix.lower() == ".csv" else _parse_page_file(path, text, review)
+    if path.suffix.lower() == ".csv":
+        return _parse_csv(path, contents, review_id)
+    return _parse_page_file(path, contents, review_id)
 
 
-def _parse_page_file(path: Path, text: str, review: str) -> Reviewer:
-    """The file that the page saved."""
+def _parse_page_file(path: Path, contents: str, review_id: str) -> Reviewer:
+    """A reviewer's answers from the JSON that the page saved; `path` is for messages. Errors: DataError."""
     try:
-        content = json.loads(text)
+        saved = json.loads(contents)
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise DataError(f"{path}:{line}: is no whole JSON ({error}); it was cut on its way: ask for it again") from None
-    items = content.get("items") if isinstance(content, dict) else None
-    if not isinstance(items, dict) or not content.get("reviewer"):
+    items = saved.get("items") if isinstance(saved, dict) else None
+    if not isinstance(items, dict) or not saved.get("reviewer"):
         raise DataError(f"{path}: is no file of answers; it must be the one that the page saved")
-    _check_review_id(path, content.get("review"), review)
-    if content.get("version") != VERSION:
-        raise DataError(f"{path}: is of version {content.get('version')} of reviews, and this one reads {VERSION}")
+    _check_review_id(str(path), saved.get("review"), review_id)
+    if saved.get("version") != VERSION:
+        raise DataError(f"{path}: is of version {saved.get('version')} of reviews, and this one reads {VERSION}")
     answers = {}
     for item_id, item in items.items():
         if not isinstance(item, dict) or not isinstance(item.get("answers"), dict):
             raise DataError(f"{path}: item {item_id} has no answers; it must be the file that the page saved")
         comment = str(item.get("comment") or "")
         answers[item_id] = ReviewerAnswer(dict(item["answers"]), comment, _seconds(item.get("seconds")))
-    return Reviewer(str(content["reviewer"]).strip(), path, answers)
+    return Reviewer(str(saved["reviewer"]).strip(), path, answers)
 
 
 def _seconds(value: Any) -> float | None:
+    """The seconds that a page measured; None for a value that is no duration."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and value >= 0 else None
 
 
-def _parse_csv(path: Path, text: str, review: str) -> Reviewer:
-    """The filled-in CSV, with the separator that its spreadsheet uses."""
-    header = text.splitlines()[0]
-    rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
-    columns = [*(rows.fieldnames or ())]
-    if missing := {"review", "reviewer", "item", OVERALL} - {*columns}:
+def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
+    """A reviewer's answers from the filled-in CSV, with the separator that its spreadsheet uses. Errors: DataError."""
+    header = contents.splitlines()[0]
+    rows = csv.DictReader(io.StringIO(contents), delimiter=max(",;\t", key=header.count))
+    columns = list(rows.fieldnames or ())
+    missing_columns = {"review", "reviewer", "item", OVERALL} - set(columns)
+    if missing_columns:
         raise DataError(
-            f"{path}:1: has no column {', '.join(sorted(missing))}; keep the columns of the table that was sent"
+            f"{path}:1: has no column {', '.join(sorted(missing_columns))}; keep the columns of the table that was sent"
         )
     questions = columns[columns.index(OVERALL) : -1]  # the last column is the comment
     names = set()
     answers: dict[str, ReviewerAnswer] = {}
     for row in rows:
-        where = f"{path}:{rows.line_num}"
-        _check_review_id(Path(where), row["review"], review)
-        if name := (row["reviewer"] or "").strip():
+        location = f"{path}:{rows.line_num}"
+        _check_review_id(location, row["review"], review_id)
+        name = (row["reviewer"] or "").strip()
+        if name:
             names.add(name)
-        choices = _choices(row, questions, where)
+        choices = _parse_choices(row, questions, location)
         if row["item"] in answers:
-            raise DataError(f"{where}: item {row['item']} is there twice; keep one row of it")
+            raise DataError(f"{location}: item {row['item']} is there twice; keep one row of it")
         answers[row["item"]] = ReviewerAnswer(choices, (row.get("comment") or "").strip())
     if len(names) != 1:
-        named = " and ".join(sorted(names)) or "nobody"
-        raise DataError(f"{path}: the column reviewer names {named}; write one name in it, once at least")
+        written_names = " and ".join(sorted(names)) or "nobody"
+        raise DataError(f"{path}: the column reviewer names {written_names}; write one name in it, once at least")
     return Reviewer(names.pop(), path, answers)
 
 
-def _choices(row: dict[str, Any], questions: list[str], where: str) -> dict[str, str]:
-    """a, b or tie by question; a question whose cell is empty is not answered."""
+def _parse_choices(row: dict[str, Any], questions: list[str], location: str) -> dict[str, str]:
+    """`a`, `b` or `tie` by question, from a row of the CSV; a question with an empty cell is left out. Errors: DataError."""
     choices = {}
     for question in questions:
         spelling = (row[question] or "").strip().lower()
         if spelling not in CHOICE_BY_SPELLING:
             raise DataError(
-                f"{where}: {question} is {row[question]!r}; it must be one of {', '.join(CHOICES)}, or empty"
+                f"{location}: {question} is {row[question]!r}; it must be one of {', '.join(CHOICES)}, or empty"
             )
         choice = CHOICE_BY_SPELLING[spelling]
         if choice is not None:
@@ -136,14 +150,15 @@ def _choices(row: dict[str, Any], questions: list[str], where: str) -> dict[str,
     return choices
 
 
-def _check_review_id(path: Path, named_review: Any, review: str) -> None:
-    if named_review != review:
-        other = f"of the review {str(named_review)[:12]}" if named_review else "of no review that it names"
-        raise DataError(f"{path}: is {other}, and this one is {review[:12]}; give the answers of this review")
+def _check_review_id(location: str, named_id: Any, review_id: str) -> None:
+    """Raise DataError if answers are of another review; `named_id` is the id that stands with them at `location`."""
+    if named_id != review_id:
+        other = f"of the review {str(named_id)[:12]}" if named_id else "of no review that it names"
+        raise DataError(f"{location}: is {other}, and this one is {review_id[:12]}; give the answers of this review")
 
 
 def _check_answers(reviewer: Reviewer, item_ids: set[str], questions: set[str]) -> None:
-    """Raises DataError for an item, question or choice that this review does not have, and if nothing was judged."""
+    """Raise DataError for an item, question or choice that the review does not have, and if nothing was judged."""
     for item_id, answer in reviewer.items.items():
         if item_id not in item_ids:
             raise DataError(f"{reviewer.path}: item {item_id} is none of this review; was the file changed?")

@@ -14,7 +14,7 @@ from trainer.config.review import OVERALL
 
 MIN_REPEATS = 4
 MIN_ITEMS = 20
-"""Fewer repeated items, or items, than these are too few for a rule."""
+"""With fewer repeated items, or fewer items, a rule says nothing: an honest reviewer might break it by chance."""
 OTHER_SIDE = {"a": "b", "b": "a", "tie": "tie"}
 """What the same judgement is called once sides are exchanged."""
 MAX_SAME_SIDE_SHARE = 0.9
@@ -29,37 +29,46 @@ RULES = {
 
 
 def carelessness_flags(reviewer: Reviewer, key: dict[str, Any], majority: dict[str, str]) -> list[str]:
-    """Rules that one reviewer's answers break, in words. `majority`: who won for most of the other reviewers, by item."""
+    """A sentence for each of the `RULES` that a reviewer's answers break; empty for a careful reviewer.
+
+    `majority` is who won for most of the other reviewers, by item id.
+    """
     items = {item["id"]: item for item in key["items"]}
     choices = {}
     for item_id, answer in reviewer.items.items():
         if OVERALL in answer.answers:
             choices[item_id] = answer.answers[OVERALL]
-    rules = (
+    flags = (
         _disagrees_with_itself(choices, items),
         _always_same_side(choices),
         _reads_too_fast(reviewer, items),
         _agrees_by_chance(choices, items, majority),
     )
-    return [flag for flag in rules if flag is not None]
+    return [flag for flag in flags if flag is not None]
 
 
 def _disagrees_with_itself(choices: dict[str, str], items: dict[str, dict[str, Any]]) -> str | None:
-    """Some items come twice, the second time with sides exchanged."""
+    """The flag of a reviewer who judges repeated items otherwise the second time; None if the rule is kept.
+
+    Some items come twice, the second time with sides exchanged. `choices` are `a`, `b` or `tie` by item id.
+    """
     repeated = 0
     agreed = 0
     for item_id, choice in choices.items():
-        first = items[item_id]["repeats"]
-        if first in choices:
+        first_id = items[item_id]["repeats"]
+        if first_id in choices:
             repeated += 1
-            agreed += choice == OTHER_SIDE[choices[first]]
+            agreed += choice == OTHER_SIDE[choices[first_id]]
     if repeated < MIN_REPEATS or agreed > repeated / 2:
         return None
     return f"repeats: agrees with itself in {agreed} of {repeated} repeated items"
 
 
 def _always_same_side(choices: dict[str, str]) -> str | None:
-    """Sides are drawn at random, so that a careful reviewer has no reason to prefer one."""
+    """The flag of a reviewer who nearly always chooses the same side, or a tie; None if the rule is kept.
+
+    Sides are drawn at random, so a careful reviewer has no reason to prefer one.
+    """
     if len(choices) < MIN_ITEMS:
         return None
     choice, count = Counter(choices.values()).most_common(1)[0]
@@ -69,7 +78,10 @@ def _always_same_side(choices: dict[str, str]) -> str | None:
 
 
 def _reads_too_fast(reviewer: Reviewer, items: dict[str, dict[str, Any]]) -> str | None:
-    """Words of the prompt and both answers, over the seconds until the choice; only the page measures them."""
+    """The flag of a reviewer who chooses faster than anybody can read; None if the rule is kept.
+
+    The speed is the words of prompt and answers over the seconds until the choice, which only the page measures.
+    """
     words_per_s = []
     for item_id, answer in reviewer.items.items():
         if answer.seconds is not None and OVERALL in answer.answers:
@@ -82,14 +94,18 @@ def _reads_too_fast(reviewer: Reviewer, items: dict[str, dict[str, Any]]) -> str
 def _agrees_by_chance(
     choices: dict[str, str], items: dict[str, dict[str, Any]], majority: dict[str, str]
 ) -> str | None:
-    """Compares the reviewer's winners with the majority's: a kappa of 0 is what somebody reaches who does not read."""
+    """The flag of a reviewer who agrees with the majority of the others no better than by chance; None if the rule is kept.
+
+    Cohen's kappa is about 0 for somebody who answers without reading.
+    """
     shared = [item_id for item_id in choices if item_id in majority]
     if len(shared) < MIN_ITEMS:
         return None
     from launch.review.agreement import kappa, winner
 
     own_votes = [winner(choices[item_id], items[item_id]) for item_id in shared]
-    agreement = kappa(own_votes, [majority[item_id] for item_id in shared])
+    majority_votes = [majority[item_id] for item_id in shared]
+    agreement = kappa(own_votes, majority_votes)
     if agreement is None or agreement > 0:
         return None
     return f"others: kappa {agreement:.2f} with the majority of the others on {len(shared)} items"

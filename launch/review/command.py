@@ -39,18 +39,24 @@ docs/review.md explains how the votes are counted."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError and what writing answers raises."""
+    """Run `shardtune review` with the words typed after it; returns the exit code.
+
+    Errors: ConfigError, DataError, StorageError and what generating answers raises.
+    """
     if not argv or asks_for_help(argv):
         show_help(USAGE)
         return 0 if argv else 64
-    do = {"make": make_review, "score": score_answers}.get(argv[0])
-    if do is None:
+    subcommand = {"make": make_review, "score": score_answers}.get(argv[0])
+    if subcommand is None:
         raise ConfigError(f"review {argv[0]}: must be review make or review score")
-    return do(argv[1:])
+    return subcommand(argv[1:])
 
 
 def make_review(argv: list[str]) -> int:
-    """`review make`: draw prompts, let every model answer, and write the page, the table and the key. Returns the exit code."""
+    """`review make`: draw prompts, let every model answer, and write the page, the table and the key.
+
+    Returns the exit code, 75 if it was asked to stop.
+    """
     from launch.review.prompts import draw_prompts
     from launch.review.sheet import KEY_FILE, PAGE_FILE, TABLE_FILE, make_sheet, review_csv, review_page, write_key
     from launch.review.words import read_make_words
@@ -67,19 +73,22 @@ def make_review(argv: list[str]) -> int:
     if answers is None:
         return 75
     sheet = make_sheet(prompts, answers, {"run": str(request.run), "model": request.model}, request.review)
+
+    page_file = request.to / PAGE_FILE
+    table_file = request.to / TABLE_FILE
     write_key(request.to, sheet)
-    write_text_atomic(request.to / PAGE_FILE, review_page(sheet, request.review))
-    write_text_atomic(request.to / TABLE_FILE, "\ufeff" + review_csv(sheet, request.review))
+    write_text_atomic(page_file, review_page(sheet, request.review))
+    # With a byte order mark, by which spreadsheets recognise UTF-8.
+    write_text_atomic(table_file, "\ufeff" + review_csv(sheet, request.review))
     print(_sheet_summary(sheet, request))
-    print(
-        f"send to reviewers: {request.to / PAGE_FILE}, or {request.to / TABLE_FILE}\nkeep, and send to nobody: {request.to / KEY_FILE}"
-    )
+    print(f"send to reviewers: {page_file}, or {table_file}")
+    print(f"keep, and send to nobody: {request.to / KEY_FILE}")
     print(f"then: shardtune review score {request.run} <answers>")
     return 0
 
 
 def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
-    """What every arm answers, by its name; None where it was asked to stop."""
+    """Let every model answer the prompts: answers by arm, in the order of the prompts; None if it was asked to stop."""
     from launch.evaluate.command import start
     from launch.review.prompts import write_task_rows
     from launch.review.sheet import BASE, TUNED
@@ -88,33 +97,39 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
 
     write_task_rows(request.to / "answers" / "prompts.jsonl", prompts)
     answers: dict[str, list[str]] = {}
-    for name, where in request.arms.items():
-        if where is None and name == BASE:
-            continue  # in one go with the tuned model
-        plan = arm_plan(request, name, where)
+    for name, directory in request.arms.items():
+        if directory is None and name == BASE:
+            continue  # the evaluation of the tuned model answers as the base too
+        plan = arm_plan(request, name, directory)
         if start(plan, quiet=False):
             return None
         for line in (Path(plan.job.to) / ROWS).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            arm = row["arm"] if where is None else name
+            arm = row["arm"] if directory is None else name
             answers.setdefault(arm, []).append(row["answer"])
-    others = [arm for arm in request.arms if arm != TUNED]
-    return {arm: answers[arm] for arm in (TUNED, *others)}
+    # The tuned model first, then the others as they were named.
+    other_arms = [arm for arm in request.arms if arm != TUNED]
+    return {arm: answers[arm] for arm in (TUNED, *other_arms)}
 
 
 def _sheet_summary(sheet: Sheet, request: MakeRequest) -> str:
-    repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
+    """Lines on what reviewers will judge: number of items, models, repeated items, and pairs that were left out."""
+    num_repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
+    num_same = len(sheet.key["same"])
     lines = [f"accepted: {line}" for line in request.model["accepted"]]
-    lines += [
-        f"{len(sheet.items)} items: {', '.join(request.arms)}; {sheet.key['num_prompts']} prompts, {repeated} items again"
-    ]
-    if same := len(sheet.key["same"]):
-        lines.append(f"{same} pairs of equal answers are not shown, and count as ties")
+    lines.append(
+        f"{len(sheet.items)} items: {', '.join(request.arms)}; {sheet.key['num_prompts']} prompts, {num_repeated} items again"
+    )
+    if num_same:
+        lines.append(f"{num_same} pairs of equal answers are not shown, and count as ties")
     return "\n".join(lines)
 
 
 def score_answers(argv: list[str]) -> int:
-    """`review score`: read the reviewers' files and add the win rates to the run's records. Returns the exit code."""
+    """`review score`: read the reviewers' files, print the scores, and add them to the run's records.
+
+    Returns the exit code. Errors: ConfigError, DataError, StorageError.
+    """
     from launch.review.answer import score_text
     from launch.review.answers import read_reviewers
     from launch.review.score import score_review
@@ -126,19 +141,22 @@ def score_answers(argv: list[str]) -> int:
 
     words = read_score_words(argv)
     assert words.review is not None
-    review, key = read_key(words.review)
-    reviewers = read_reviewers(words.answers, review, key)
+    review_id, key = read_key(words.review)
+    reviewers = read_reviewers(words.answers, review_id, key)
     names = [reviewer.name for reviewer in reviewers]
-    if unknown := [name for name in words.drop if name not in names]:
-        raise ConfigError(f"drop=[{','.join(unknown)}]: no such reviewer; there are {', '.join(names)}")
-    if not {*names} - {*words.drop}:
+    unknown_names = [name for name in words.drop if name not in names]
+    if unknown_names:
+        raise ConfigError(f"drop=[{','.join(unknown_names)}]: no such reviewer; there are {', '.join(names)}")
+    if not set(names) - set(words.drop):
         raise ConfigError("drop: leaves nobody; name fewer")
-    scores = score_review(review, key, reviewers, words.drop)
-    text = json_text(scores, indent=1, ensure_ascii=False)
-    write_text_atomic(words.review / RESULT_FILE, text + "\n")
-    where = keep_report(words.run, REVIEW, scores)
-    add_to_run_record(words.run, "review", {"record": str(where.relative_to(words.run)), "metrics": scores["metrics"]})
-    print(text if words.as_json else score_text(scores))
+
+    scores = score_review(review_id, key, reviewers, words.drop)
+    scores_json = json_text(scores, indent=1, ensure_ascii=False)
+    write_text_atomic(words.review / RESULT_FILE, scores_json + "\n")
+    record = keep_report(words.run, REVIEW, scores)
+    run_json_entry = {"record": str(record.relative_to(words.run)), "metrics": scores["metrics"]}
+    add_to_run_record(words.run, "review", run_json_entry)
+    print(scores_json if words.as_json else score_text(scores))
     if not words.as_json:
-        print(f"\nwritten: {words.review / RESULT_FILE}, {where}")
+        print(f"\nwritten: {words.review / RESULT_FILE}, {record}")
     return 0

@@ -1,4 +1,4 @@
-"""Prompts of a review, read from a file of any format and sampled by a seed."""
+"""Draws the prompts of a review from a file of any format that training data may have."""
 
 from __future__ import annotations
 
@@ -15,86 +15,98 @@ from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
 COLUMNS = ("messages", "prompt", "instruction", "question")
+"""Columns that may hold the prompt, in the order in which they are tried."""
 NO_ANSWER = "-"
-"""Stands where a row of a task has its answer, which is not asked about."""
+"""The expected answer in the rows of the evaluation task: reviewers judge, so there is none, but the format needs one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What models are asked."""
+    """One prompt that every model answers."""
 
     location: str
     """`file:line`."""
     text: str
-    """As people read it."""
+    """What reviewers read."""
     turns: list[dict[str, Any]] | None
-    """The conversation so far; None for a plain text."""
+    """The conversation that the model continues, each turn with `role` and `content`; None for a plain text."""
 
 
 def draw_prompts(path: str, n: int, seed: int) -> list[Prompt]:
-    """`n` prompts of a file in an order of the seed. Errors: ConfigError, DataError with file and line."""
+    """Draw `n` different prompts from the files at `path` at random by `seed`; all of them if there are fewer.
+
+    Errors: ConfigError, DataError with file and line.
+    """
     files = expand(path, "prompts")
-    hub = next((file for file in files if is_hub(file)), None)
-    if hub is not None:
-        raise ConfigError(f"prompts={hub}: would be fetched from a hub; download its files and give their path")
+    for file in files:
+        if is_hub(file):
+            raise ConfigError(f"prompts={file}: would be fetched from a hub; download its files and give their path")
     prompt_by_text: dict[str, Prompt] = {}
     for row in Origin("prompts", files).rows():
         parsed = row.parse()
         if isinstance(parsed, Rejected):
             raise DataError(str(parsed))
         prompt = _prompt_of_row(parsed)
-        prompt_by_text.setdefault(prompt.text, prompt)  # the same one twice is asked once
+        prompt_by_text.setdefault(prompt.text, prompt)  # a repeated prompt is judged once
     if not prompt_by_text:
         raise DataError(f"prompts={path}: holds no rows; fill it, or name another file")
-    prompts = [*prompt_by_text.values()]
+    prompts = list(prompt_by_text.values())
     return random.Random(f"prompts {seed}").sample(prompts, min(n, len(prompts)))
 
 
 def write_task_rows(path: Path, prompts: list[Prompt]) -> None:
-    """The rows of a task that asks them. Errors: StorageError."""
+    """Write the prompts as rows of an evaluation task, by which the models answer them. Errors: StorageError."""
     # A file has one form of rows: plain texts alone, or conversations throughout.
-    plain = all(prompt.turns is None for prompt in prompts)
-    rows = []
+    all_plain = all(prompt.turns is None for prompt in prompts)
+    lines = []
     for prompt in prompts:
-        turns = prompt.turns or [{"role": "user", "content": prompt.text}]
-        answered = {"messages": [*turns, {"role": "assistant", "content": NO_ANSWER}]}
-        rows.append({"prompt": prompt.text, "completion": NO_ANSWER} if plain else answered)
-    write_text_atomic(path, "".join(f"{json_text(row, ensure_ascii=False)}\n" for row in rows))
+        if all_plain:
+            row: dict[str, Any] = {"prompt": prompt.text, "completion": NO_ANSWER}
+        else:
+            turns = prompt.turns or [{"role": "user", "content": prompt.text}]
+            row = {"messages": [*turns, {"role": "assistant", "content": NO_ANSWER}]}
+        lines.append(f"{json_text(row, ensure_ascii=False)}\n")
+    write_text_atomic(path, "".join(lines))
 
 
 def _prompt_of_row(row: Row) -> Prompt:
-    """The prompt of a row, from the first of `COLUMNS` that it has. Raises DataError if it has none."""
-    where = f"{row.file}:{row.line}"
+    """The prompt in a row of data, from the first of `COLUMNS` that it has. Raises DataError if it has none."""
+    location = f"{row.file}:{row.line}"
     fields = row.fields
     column = next((name for name in COLUMNS if fields.get(name)), None)
     if column is None:
         raise DataError(
-            f"{where}: has no prompt; it needs one of {', '.join(COLUMNS)}, and has {', '.join(sorted(fields))}"
+            f"{location}: has no prompt; it needs one of {', '.join(COLUMNS)}, and has {', '.join(sorted(fields))}"
         )
     content = fields[column]
     if column == "messages":
-        return _prompt_of_conversation(where, content)
+        return _prompt_of_conversation(location, content)
     if not isinstance(content, str) or not content.strip():
-        raise DataError(f"{where}: {column} is {str(content)[:40]!r}; it must be a text")
+        raise DataError(f"{location}: {column} is {str(content)[:40]!r}; it must be a text")
     if column != "instruction":
-        return Prompt(where, content, None)
+        return Prompt(location, content, None)
+    # Data in the style of Alpaca has what an instruction is about in a column of its own.
     context = fields.get("input")
-    text = f"{content}\n\n{context}" if isinstance(context, str) and context.strip() else content
-    return Prompt(where, text, [{"role": "user", "content": text}])
+    has_context = isinstance(context, str) and bool(context.strip())
+    text = f"{content}\n\n{context}" if has_context else content
+    return Prompt(location, text, [{"role": "user", "content": text}])
 
 
-def _prompt_of_conversation(where: str, content: Any) -> Prompt:
-    """The turns up to the last one of the user."""
-    turns = content if isinstance(content, list) else []
-    last_user = None
+def _prompt_of_conversation(location: str, messages: Any) -> Prompt:
+    """The prompt of a conversation: its turns up to the last one of the user. Raises DataError if it is no conversation."""
+    turns = messages if isinstance(messages, list) else []
+    last_user_turn = None
     if all(map(_is_turn, turns)):
-        last_user = max((place for place, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-    if last_user is None:
-        raise DataError(f"{where}: messages must be turns with a role and a text, one of the user's at least")
-    asked = [{"role": turn["role"], "content": turn["content"]} for turn in turns[: last_user + 1]]
-    if len(asked) == 1:
-        return Prompt(where, asked[0]["content"], asked)
-    return Prompt(where, "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked), asked)
+        for number, turn in enumerate(turns):
+            if turn["role"] == "user":
+                last_user_turn = number
+    if last_user_turn is None:
+        raise DataError(f"{location}: messages must be turns with a role and a text, one of the user's at least")
+    prompt_turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns[: last_user_turn + 1]]
+    if len(prompt_turns) == 1:
+        return Prompt(location, prompt_turns[0]["content"], prompt_turns)
+    text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt_turns)
+    return Prompt(location, text, prompt_turns)
 
 
 def _is_turn(turn: Any) -> bool:

@@ -17,22 +17,28 @@ from trainer.config.review import OVERALL
 
 RESAMPLES = 10_000
 MAX_LISTED = 50
+"""Disputed items in the record."""
 WIN_VALUE = {TUNED_WINS: 1.0, TIE: 0.5}
+"""What a vote adds to the win rate; a loss adds 0."""
 METHOD = (
     "share of prompts that the tuned model wins, ties and equal answers as halves, reviewers of a prompt as their mean; "
     f"bootstrap over prompts, {RESAMPLES} resamples, seed 0, 95 % percentile interval"
 )
 
 
-def score_review(review: str, key: dict[str, Any], reviewers: list[Reviewer], dropped: list[str]) -> dict[str, Any]:
-    """The record of a review, JSON values; `dropped` are reviewers of these whose votes do not count."""
+def score_review(review_id: str, key: dict[str, Any], reviewers: list[Reviewer], dropped: list[str]) -> dict[str, Any]:
+    """The record of a review as JSON values: win rates with intervals, agreement, disputed items, and the reviewers.
+
+    Votes of the reviewers named in `dropped` do not count.
+    """
     counted = [reviewer for reviewer in reviewers if reviewer.name not in dropped]
     votes = {question: _votes(counted, key, question) for question in [OVERALL, *key["rubric"]]}
-    # Also those of dropped reviewers: the record shows why they were dropped.
+    arms = [arm for arm in key["arms"] if arm != TUNED]
+
+    # Also of dropped reviewers: the record shows why they were dropped.
     flags_by_name = {}
     for reviewer in reviewers:
         flags_by_name[reviewer.name] = carelessness_flags(reviewer, key, _majority(reviewer, reviewers, key))
-    arms = [arm for arm in key["arms"] if arm != TUNED]
     unflagged = [reviewer for reviewer in counted if not flags_by_name[reviewer.name]]
     without_flagged = None
     if 0 < len(unflagged) < len(counted):
@@ -43,7 +49,7 @@ def score_review(review: str, key: dict[str, Any], reviewers: list[Reviewer], dr
         summaries.append(_reviewer_summary(reviewer, key, flags_by_name[reviewer.name], is_dropped))
     return {
         "version": 1,
-        "review": review,
+        "review": review_id,
         "time": time.time(),
         "model": key["model"],
         "arms": key["arms"],
@@ -61,7 +67,10 @@ def score_review(review: str, key: dict[str, Any], reviewers: list[Reviewer], dr
 
 
 def _votes(reviewers: Iterable[Reviewer], key: dict[str, Any], question: str) -> Votes:
-    """Who won, by (reviewer, item); repeated items are for the reviewer's own consistency alone."""
+    """Who won by one question, for every (reviewer, item id).
+
+    Repeated items are left out: they only show whether a reviewer is consistent.
+    """
     items = {item["id"]: item for item in key["items"] if item["repeats"] is None}
     votes = {}
     for reviewer in reviewers:
@@ -71,56 +80,70 @@ def _votes(reviewers: Iterable[Reviewer], key: dict[str, Any], question: str) ->
     return votes
 
 
-def _metrics(votes: dict[str, Votes], key: dict[str, Any], arms: list[str]) -> dict[str, dict[str, Any]]:
-    """Win rates and agreement by the names that gates use; `arms`: those that the tuned model is compared with."""
+def _metrics(votes_by_question: dict[str, Votes], key: dict[str, Any], arms: list[str]) -> dict[str, dict[str, Any]]:
+    """Win rates and agreement by the metric names that gates use; `arms` are those that the tuned model is compared with.
+
+    `win_rate/<arm>/<question>` and `alpha/<question>`, the question left out for the overall one. `win_rate` without an arm
+    is that against the base or, if the base was not compared, against the arm with which the tuned model does worst.
+    """
     metrics: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        for question, votes_on_question in votes.items():
-            metrics[f"win_rate/{arm}{_suffix(question)}"] = _win_rate(votes_on_question, key, arm)
-    # Without a name of an arm: the base, or else the arm against which the tuned model does worst (one without votes last).
-    values = {arm: metrics[f"win_rate/{arm}"]["value"] for arm in arms}
-    main_arm = BASE if BASE in arms else min(arms, key=lambda arm: (values[arm] is None, values[arm] or 0))
-    for question, votes_on_question in votes.items():
+        for question, votes in votes_by_question.items():
+            metrics[f"win_rate/{arm}{_suffix(question)}"] = _win_rate(votes, key, arm)
+
+    def rate_or_last(arm: str) -> tuple[bool, float]:
+        win_rate = metrics[f"win_rate/{arm}"]["value"]
+        return win_rate is None, win_rate or 0  # an arm that nobody judged comes last
+
+    main_arm = BASE if BASE in arms else min(arms, key=rate_or_last)
+    for question, votes in votes_by_question.items():
         suffix = _suffix(question)
         metrics[f"win_rate{suffix}"] = metrics[f"win_rate/{main_arm}{suffix}"]
-        metrics[f"alpha{suffix}"] = {"value": alpha(votes_on_question)}
-    metrics["num_reviewers"] = {"value": float(len({reviewer for reviewer, _ in votes[OVERALL]}))}
+        metrics[f"alpha{suffix}"] = {"value": alpha(votes)}
+    num_reviewers = len({reviewer for reviewer, _ in votes_by_question[OVERALL]})
+    metrics["num_reviewers"] = {"value": float(num_reviewers)}
     in_order = sorted(metrics, key=lambda name: (name.count("/"), name != "win_rate", name))
     return {name: metrics[name] for name in in_order}
 
 
 def _suffix(question: str) -> str:
+    """What a question adds to the name of a metric: nothing for the overall question."""
     return "" if question == OVERALL else f"/{question}"
 
 
 def _win_rate(votes: Votes, key: dict[str, Any], arm: str) -> dict[str, Any]:
-    """The win rate against one arm, with its interval; None for both where nobody judged."""
+    """The win rate against one arm with its 95 % interval, and the counts behind it; None for the rate if nobody judged.
+
+    `METHOD` says how it is computed.
+    """
     items = {item["id"]: item for item in key["items"] if item["other"] == arm}
-    worth_by_prompt: dict[int, list[float]] = {}
+    values_by_prompt: dict[int, list[float]] = {}
     counts = Counter[str]()
     for (_, item_id), vote in votes.items():
         if item_id in items:
-            worth_by_prompt.setdefault(items[item_id]["prompt"], []).append(WIN_VALUE.get(vote, 0.0))
+            values_by_prompt.setdefault(items[item_id]["prompt"], []).append(WIN_VALUE.get(vote, 0.0))
             counts[vote] += 1
     outcomes = {
         "wins": counts[TUNED_WINS],
         "ties": counts[TIE],
         "losses": counts.total() - counts[TUNED_WINS] - counts[TIE],
     }
-    if not worth_by_prompt:
+    if not values_by_prompt:
         return {"value": None, "low": None, "high": None, "num_prompts": 0, **outcomes}
+
+    # Equal answers were not shown to reviewers: each is a tie.
     num_equal = sum(pair["other"] == arm for pair in key["same"])
-    # Equal answers were not shown: they are ties.
-    means = np.array([np.mean(worth) for worth in worth_by_prompt.values()] + [WIN_VALUE[TIE]] * num_equal)
+    prompt_means = [np.mean(values) for values in values_by_prompt.values()]
+    means = np.array(prompt_means + [WIN_VALUE[TIE]] * num_equal)
+    # Prompts are resampled, not votes: several votes on one prompt are not independent. Seed 0, as METHOD says.
     resampled = np.random.default_rng([0, len(means)]).integers(0, len(means), (RESAMPLES, len(means)))
-    # Prompts are resampled, not votes: several votes on one prompt are not independent.
     low, high = np.percentile(means[resampled].mean(axis=1), [2.5, 97.5])
     rate = {"value": float(means.mean()), "low": float(low), "high": float(high), "greater_is_better": True}
     return {**rate, "num_prompts": len(means), "num_equal": num_equal, **outcomes}
 
 
 def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: dict[str, Any]) -> dict[str, str]:
-    """Who won for most of the other reviewers, by item; of items that at least two of them judged."""
+    """Who won for most of the reviewers other than `reviewer`, by item id; only items that at least two of them judged."""
     votes = _votes([other for other in reviewers if other is not reviewer], key, OVERALL)
     counts_by_item: dict[str, Counter[str]] = {}
     for (_, item_id), vote in votes.items():
@@ -128,13 +151,12 @@ def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: dict[str, Any]
     majority = {}
     for item_id, counts in counts_by_item.items():
         if counts.total() > 1:
-            majority[item_id] = counts.most_common(1)[0][0]
+            most_common_vote, _ = counts.most_common(1)[0]
+            majority[item_id] = most_common_vote
     return majority
 
 
-def _reviewer_summary(
-    reviewer: Reviewer, key: dict[str, Any], reviewer_flags: list[str], is_dropped: bool
-) -> dict[str, Any]:
+def _reviewer_summary(reviewer: Reviewer, key: dict[str, Any], flags: list[str], is_dropped: bool) -> dict[str, Any]:
     """One entry of the record's `reviewers`; `left` is the share of items in which the answer on the left won."""
     judgements = [answer for answer in reviewer.items.values() if OVERALL in answer.answers]
     seconds = [answer.seconds for answer in judgements if answer.seconds is not None]
@@ -146,20 +168,21 @@ def _reviewer_summary(
         "left": left_side / max(1, len(judgements)),
         "minutes": sum(seconds) / 60 if seconds else None,
         "comments": sum(bool(answer.comment) for answer in reviewer.items.values()),
-        "flags": reviewer_flags,
+        "flags": flags,
         "dropped": is_dropped,
     }
 
 
 def _disagreements(votes: Votes, reviewers: list[Reviewer], key: dict[str, Any]) -> list[dict[str, Any]]:
-    """Items on which both models were called the better one, the most even ones first."""
-    disagreements = []
+    """Items on which reviewers prefer opposite answers, with votes and comments; the most even ones first."""
+    imbalances_and_rows = []
     for item in key["items"]:
         vote_by_reviewer = {reviewer: vote for (reviewer, item_id), vote in votes.items() if item_id == item["id"]}
-        wins = [vote for vote in vote_by_reviewer.values() if vote != TIE]
-        if len({*wins}) < 2:
+        decided_votes = [vote for vote in vote_by_reviewer.values() if vote != TIE]
+        if len(set(decided_votes)) < 2:
             continue
-        imbalance = abs(2 * wins.count(TUNED_WINS) - len(wins))
+        # |wins - losses|: 0 if as many reviewers prefer the one answer as the other.
+        imbalance = abs(2 * decided_votes.count(TUNED_WINS) - len(decided_votes))
         row = {
             "item": item["id"],
             "prompt": item["prompt"],
@@ -167,12 +190,13 @@ def _disagreements(votes: Votes, reviewers: list[Reviewer], key: dict[str, Any])
             "votes": vote_by_reviewer,
             "comments": _comments(item["id"], reviewers),
         }
-        disagreements.append((imbalance, row))
-    disagreements.sort(key=lambda imbalance_and_row: imbalance_and_row[0])
-    return [row for _, row in disagreements[:MAX_LISTED]]
+        imbalances_and_rows.append((imbalance, row))
+    imbalances_and_rows.sort(key=lambda imbalance_and_row: imbalance_and_row[0])
+    return [row for _, row in imbalances_and_rows[:MAX_LISTED]]
 
 
 def _comments(item_id: str, reviewers: list[Reviewer]) -> dict[str, str]:
+    """The comments on one item by reviewer; reviewers without a comment are left out."""
     comments = {}
     for reviewer in reviewers:
         answer = reviewer.items.get(item_id)

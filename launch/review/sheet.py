@@ -37,7 +37,7 @@ FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
 @dataclass(frozen=True, slots=True)
 class SheetItem:
-    """One pair of answers as it is shown."""
+    """One pair of answers as reviewers see it: prompt, answer on side a, answer on side b."""
 
     id: str
     prompt: str
@@ -47,138 +47,151 @@ class SheetItem:
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """What goes to reviewers, and its key."""
+    """The items that reviewers judge, and the key that says which model wrote which answer."""
 
     review: str
+    """Id of the review: the hash of its key."""
     items: list[SheetItem]
     key: dict[str, Any]
+    """Contents of `key.json`: for each item its prompt, the other arm, the side of the tuned model, and a hash."""
 
 
 def make_sheet(
     prompts: list[Prompt], answers: dict[str, list[str]], about: dict[str, Any], config: ReviewConfig, salt: str = ""
 ) -> Sheet:
-    """Pair the tuned model's answers with those of each other arm. `answers`: by arm, in the order of the prompts.
+    """Pair the tuned model's answers with those of each other arm, in random order and on random sides.
 
-    Pairs of equal answers are not shown: they are ties.
+    `answers` are by arm, in the order of the prompts. `about` goes into the key. `salt` is random but in tests. Pairs of
+    equal answers are not shown: they are ties. A share of the items, `review.repeats`, comes again with sides exchanged.
     """
     salt = salt or secrets.token_hex(16)
     rng = random.Random(f"sides {config.seed} {salt}")
     # The order of the draws from `rng` is part of the format: the same seed and salt give the same review.
     pairs, same = _pair_answers(prompts, answers, rng)
-    order = [*range(len(pairs))]
-    rng.shuffle(order)
-    num_repeated = min(len(order), round(config.repeats * len(order)))
-    repeated = sorted(rng.sample(order, num_repeated), key=order.index)
+    pair_order = list(range(len(pairs)))
+    rng.shuffle(pair_order)
+    num_repeated = min(len(pair_order), round(config.repeats * len(pair_order)))
+    repeated = sorted(rng.sample(pair_order, num_repeated), key=pair_order.index)
 
     items: list[SheetItem] = []
-    rows: list[dict[str, Any]] = []
-    for place, number in enumerate([*order, *repeated]):
-        pair = pairs[number]
-        row = dict(pair.row)
-        if place >= len(order):  # an item that comes again, with sides exchanged
-            row["repeats"] = rows[order.index(number)]["id"]
+    key_rows: list[dict[str, Any]] = []
+    for item_number, pair_number in enumerate([*pair_order, *repeated]):
+        pair = pairs[pair_number]
+        row = dict(pair.key_row)
+        if item_number >= len(pair_order):  # an item that comes again, with sides exchanged
+            row["repeats"] = key_rows[pair_order.index(pair_number)]["id"]
             row[TUNED] = "b" if row[TUNED] == "a" else "a"
-        row["id"] = hashlib.sha256(f"{salt} {place}".encode()).hexdigest()[:12]
-        a, b = (pair.tuned, pair.other) if row[TUNED] == "a" else (pair.other, pair.tuned)
-        item = SheetItem(row["id"], pair.prompt, a, b)
+        row["id"] = hashlib.sha256(f"{salt} {item_number}".encode()).hexdigest()[:12]
+        if row[TUNED] == "a":
+            item = SheetItem(row["id"], pair.prompt, a=pair.tuned, b=pair.other)
+        else:
+            item = SheetItem(row["id"], pair.prompt, a=pair.other, b=pair.tuned)
         row["sha256"] = _item_hash(item)
         items.append(item)
-        rows.append(row)
+        key_rows.append(row)
     key = {"version": VERSION, **about, "rubric": config.rubric, "seed": config.seed, "salt": salt, "arms": [*answers]}
-    key |= {"num_prompts": len(prompts), "same": same, "items": rows}
+    key |= {"num_prompts": len(prompts), "same": same, "items": key_rows}
     return Sheet(review_id(key), items, key)
 
 
 @dataclass(frozen=True, slots=True)
 class _AnswerPair:
-    """Two answers to one prompt, and what the key says of them."""
+    """Two different answers to one prompt, and their row of the key."""
 
     prompt: str
     tuned: str
     other: str
-    row: dict[str, Any]
+    key_row: dict[str, Any]
 
 
 def _pair_answers(
     prompts: list[Prompt], answers: dict[str, list[str]], rng: random.Random
 ) -> tuple[list[_AnswerPair], list[dict[str, Any]]]:
-    """(pairs whose answers differ, rows of those whose are equal). A side is drawn for each of both."""
+    """(pairs whose answers differ, key rows of the pairs whose answers are equal), with a random side for the tuned model.
+
+    `rng` draws a side for every pair, also for equal ones: one equal pair more does not move the sides of the others.
+    """
     pairs = []
     same = []
     for arm in answers:
         if arm == TUNED:
             continue
-        for number, prompt in enumerate(prompts):
-            tuned = answers[TUNED][number]
-            other = answers[arm][number]
+        for prompt_number, prompt in enumerate(prompts):
+            tuned = answers[TUNED][prompt_number]
+            other = answers[arm][prompt_number]
             side = rng.choice(SIDES)
             if tuned.strip() == other.strip():
-                same.append({"prompt": number, "other": arm})
+                same.append({"prompt": prompt_number, "other": arm})
                 continue
             words = sum(len(text.split()) for text in (prompt.text, tuned, other))
-            row = {"prompt": number, "other": arm, TUNED: side, "repeats": None, "words": words}
-            pairs.append(_AnswerPair(prompt.text, tuned, other, row))
+            key_row = {"prompt": prompt_number, "other": arm, TUNED: side, "repeats": None, "words": words}
+            pairs.append(_AnswerPair(prompt.text, tuned, other, key_row))
     return pairs, same
 
 
 def _item_hash(item: SheetItem) -> str:
+    """The SHA-256 of what an item shows, by which the key proves which texts were judged."""
     return hashlib.sha256(json.dumps([item.prompt, item.a, item.b]).encode()).hexdigest()
 
 
 def review_id(key: dict[str, Any]) -> str:
-    """The id of the review that has this key."""
+    """The id of the review with this key: the SHA-256 of the key, so that a key changed later has another id."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def write_key(directory: Path, sheet: Sheet) -> None:
-    """`key.json`. Errors: StorageError."""
-    text = json_text({"review": sheet.review, "key": sheet.key}, indent=1, ensure_ascii=False)
-    write_text_atomic(directory / KEY_FILE, text + "\n")
+    """Write `key.json`, the review's id and its key, into the directory. Errors: StorageError."""
+    key_json = json_text({"review": sheet.review, "key": sheet.key}, indent=1, ensure_ascii=False)
+    write_text_atomic(directory / KEY_FILE, key_json + "\n")
 
 
 def read_key(directory: Path) -> tuple[str, dict[str, Any]]:
-    """(id, key). Errors: ConfigError where there is none, DataError where it was changed."""
+    """(id of the review, its key) from `key.json`. Errors: ConfigError if there is none, DataError if it was changed."""
     path = directory / KEY_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        review = content["review"]
-        key = content["key"]
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        recorded_id = contents["review"]
+        key = contents["key"]
         version = key["version"]
     except OSError as error:
         raise ConfigError(
-            f"review={directory}: has no {KEY_FILE} that can be read ({error.strerror}); name the directory that review make wrote"
+            f"review={directory}: has no {KEY_FILE} that can be read ({error.strerror}); name the directory that review "
+            "make wrote"
         ) from error
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: is no key of a review; restore the file that review make wrote") from None
-    if review_id(key) != review:
+    actual_id = review_id(key)
+    if actual_id != recorded_id:
         raise DataError(
-            f"{path}: was changed since review make wrote it: its hash is {review_id(key)[:12]}, and not {review[:12]}; restore it"
+            f"{path}: was changed since review make wrote it: its hash is {actual_id[:12]}, and not {recorded_id[:12]}; "
+            "restore it"
         )
     if version != VERSION:
         raise DataError(f"{path}: is of version {version} of reviews, and this one reads {VERSION}")
-    return review, key
+    return recorded_id, key
 
 
 def review_csv(sheet: Sheet, config: ReviewConfig) -> str:
-    """The review as CSV, to be filled in with a spreadsheet: a, b or tie in the columns of questions."""
-    out = io.StringIO()
-    writer = csv.writer(out)
+    """The review as CSV, which reviewers fill in with a spreadsheet: a, b or tie in the column of each question."""
+    csv_file = io.StringIO()
+    writer = csv.writer(csv_file)
     writer.writerow(
         ["review", "reviewer", "item", "prompt", "answer_a", "answer_b", OVERALL, *config.rubric, "comment"]
     )
+    empty_answers = [""] * (1 + len(config.rubric))
     for item in sheet.items:
-        texts = [_escaped_formula(text) for text in (item.prompt, item.a, item.b)]
-        writer.writerow([sheet.review, "", item.id, *texts, "", *[""] * len(config.rubric), ""])
-    return out.getvalue()
+        shown_texts = [_escaped_formula(text) for text in (item.prompt, item.a, item.b)]
+        writer.writerow([sheet.review, "", item.id, *shown_texts, *empty_answers, ""])
+    return csv_file.getvalue()
 
 
 def _escaped_formula(text: str) -> str:
-    """A text as a spreadsheet shows it and never computes it."""
+    """The text with an apostrophe before it if a spreadsheet would compute it as a formula."""
     return f"'{text}" if text.startswith(FORMULA_PREFIXES) else text
 
 
 def review_page(sheet: Sheet, config: ReviewConfig) -> str:
-    """`review.html`: one file that needs no network; texts are data in it, never markup."""
+    """The review as one HTML file that needs no network; prompts and answers are data in it, never markup."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
@@ -187,10 +200,10 @@ def review_page(sheet: Sheet, config: ReviewConfig) -> str:
     questions = {OVERALL: "Which answer is better, all in all?", **config.rubric}
     # Only what the page shows: the key, which says whose answers these are, stays out of it.
     items = [{"id": item.id, "prompt": item.prompt, "a": item.a, "b": item.b} for item in sheet.items]
-    data = {
+    page_data = {
         "version": VERSION,
         "review": sheet.review,
         "questions": [{"name": name, "text": text} for name, text in questions.items()],
         "items": items,
     }
-    return environment.get_template("review.html.j2").render(data=data)
+    return environment.get_template("review.html.j2").render(data=page_data)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
 ARMS_PREFIX = "arms."
-"""Before a setting: it allows what the runs of `arms=` reach out to."""
+"""Prefix of words that allow the runs among the arms to use files or hosts outside of their directories."""
 SETTABLE_GROUPS = frozenset({"review", "evaluation", "strategy", "launcher", "run", "precision"})
 
 
@@ -63,29 +63,29 @@ class ScoreWords(VerbWords):
 
 @dataclass(slots=True)
 class MakeRequest:
-    """What `review make` is asked for."""
+    """The words of `review make`, checked and resolved."""
 
     run: Path
     prompts: str
     arms: dict[str, str | None]
-    """By name: the run or model directory, None for the run itself and its base."""
+    """The models to compare, by name: the run or model directory; None for the run under review and its base model."""
     to: Path
     checkpoint: Path
     model: dict[str, Any]
-    """What is judged, as reports say it."""
+    """What is judged, for the key and the reports: run, checkpoint, its fingerprint, and what was accepted."""
     review: ReviewConfig
     settings: list[str]
-    """Words for how it is computed, and those that allow what the run reaches out to."""
+    """Setting words for the evaluation of the run, without those of `review.`."""
     allowing: list[str]
-    """Words that allow what the runs among the arms reach out to."""
+    """Words that allow the runs among the arms to use files or hosts outside of their directories."""
     command: list[str]
     """All words as they were typed, the verb first, for messages."""
     accept: str = ""
-    """The word that takes another base than the runs were trained on, empty where it was not typed."""
+    """The word `accept=[...]` for another base model than the runs were trained on; empty if it was not typed."""
 
 
 def read_make_words(argv: list[str]) -> MakeRequest:
-    """The words of `review make`. Errors: ConfigError with every problem."""
+    """Read the words of `review make`, find the checkpoint, and check the arms. Errors: ConfigError with every problem."""
     from launch.config.compose import recompose
     from launch.config.read_run import ReadingVerb, read_run, take_words
     from launch.export.command import find_checkpoint
@@ -101,37 +101,51 @@ def read_make_words(argv: list[str]) -> MakeRequest:
     run = words.run
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: is no run directory (it has no config.yaml); name a run")
-    own_settings = [f"review.{key}={words.typed[key]}" for key in ("n", "seed") if key in words.typed]
-    settings = [*words.settings, *own_settings]
+    # n= and seed= are short for settings of the group `review`.
+    review_settings = [f"review.{key}={words.typed[key]}" for key in ("n", "seed") if key in words.typed]
+    settings = [*words.settings, *review_settings]
 
-    def with_own_words(frozen: RunConfig, words: list[str]) -> RunConfig:
+    def compose_for_review(frozen: RunConfig, setting_words: list[str]) -> RunConfig:
         frozen.run.dir = None
         frozen.run.resume = "auto"
-        return recompose(frozen, words, SETTABLE_GROUPS)
+        return recompose(frozen, setting_words, SETTABLE_GROUPS)
 
-    config = read_run(
-        run, ReadingVerb(command, _uses_outside_value, own_groups=SETTABLE_GROUPS), settings, with_own_words
-    )
+    reading_verb = ReadingVerb(command, _uses_outside_value, own_groups=SETTABLE_GROUPS)
+    config = read_run(run, reading_verb, settings, compose_for_review)
     checkpoint = find_checkpoint(run, words.checkpoint, config.checkpoint)
     accepted = use_recorded_base(config, run, words.accept, teacher=True, start=True)
     review = config.review
-    problems += range_problems(review, "review")
-    problems += review.problems()
-    arms, wrong = _read_arms(words.arms)
+    arms, arm_problems = _read_arms(words.arms)
+    problems = [*range_problems(review, "review"), *review.problems(), *arm_problems]
     to = words.to or run / "review"
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        wrong.append(f"to={to}: exists and is not empty; a review is never written over: name a new directory")
-    if problems := [*problems, *wrong]:
+        problems.append(f"to={to}: exists and is not empty; a review is never written over: name a new directory")
+    if problems:
         raise ConfigError(problems)
-    artefact = None if accepted else fingerprint(checkpoint)  # on another base these are other weights
-    model = {"run": str(run), "checkpoint": checkpoint.name, "artefact": artefact, "accepted": accepted}
-    plain = [word for word in settings if not word.startswith("review.")]
-    accept = f"accept=[{','.join(words.accept)}]" if words.accept else ""
-    return MakeRequest(run, words.prompts, arms, to, checkpoint, model, review, plain, allowing, command, accept)
+
+    model = {
+        "run": str(run),
+        "checkpoint": checkpoint.name,
+        "artefact": None if accepted else fingerprint(checkpoint),  # on another base these are other weights
+        "accepted": accepted,
+    }
+    return MakeRequest(
+        run=run,
+        prompts=words.prompts,
+        arms=arms,
+        to=to,
+        checkpoint=checkpoint,
+        model=model,
+        review=review,
+        settings=[word for word in settings if not word.startswith("review.")],
+        allowing=allowing,
+        command=command,
+        accept=f"accept=[{','.join(words.accept)}]" if words.accept else "",
+    )
 
 
 def read_score_words(argv: list[str]) -> ScoreWords:
-    """The words of `review score`. Errors: ConfigError with every problem."""
+    """Read the words of `review score`, with the default of `review=` filled in. Errors: ConfigError with every problem."""
     from launch.review.sheet import KEY_FILE
 
     words, problems = read_words("review score", ScoreWords, argv)
@@ -143,8 +157,9 @@ def read_score_words(argv: list[str]) -> ScoreWords:
         raise ConfigError(problems)
     if not words.run.is_dir():
         raise ConfigError(f"{words.run}: there is no such run")
-    if missing := [str(path) for path in words.answers if not path.is_file()]:
-        raise ConfigError(f"{', '.join(missing)}: there is no such file")
+    missing_files = [str(path) for path in words.answers if not path.is_file()]
+    if missing_files:
+        raise ConfigError(f"{', '.join(missing_files)}: there is no such file")
     words.review = words.review or words.run / "review"
     if not (words.review / KEY_FILE).is_file():
         raise ConfigError(
@@ -154,50 +169,54 @@ def read_score_words(argv: list[str]) -> ScoreWords:
 
 
 def _uses_outside_value(value: OutsideValue, config: RunConfig) -> bool:
-    """Whether having a run's model answer prompts uses a value of the run that reaches out of it."""
+    """Whether letting a run's model answer prompts uses a value of its config that points outside of its directory."""
     from launch.config.read_run import uses_model_alone
 
     return uses_model_alone(value, config)
 
 
 def _without_allowing_words(settings: list[str]) -> list[str]:
-    """The words for how answers are computed, without those that allow what one run reaches out to."""
+    """The setting words without those that allow one run to use something outside: another run needs its own permission."""
     from launch.config.read_run import is_allowing_word
 
     return [word for word in settings if not is_allowing_word(word)]
 
 
 def _read_arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
-    """(arms by name, problems)."""
+    """(the directory of each arm by its name, error messages); the directory is None for the run under review and its base.
+
+    Directories of the same name get an apostrophe to tell them apart.
+    """
     from launch.review.sheet import BASE, TUNED
 
-    typed_arms = f"arms=[{','.join(typed)}]"
-    arms: dict[str, str | None] = {}
+    typed_word = f"arms=[{','.join(typed)}]"
+    directory_by_arm: dict[str, str | None] = {}
     problems = []
     for arm in typed:
         path = Path(arm).expanduser()
         if arm in (BASE, TUNED):
-            arms[arm] = None
+            directory_by_arm[arm] = None
         elif (path / "config.yaml").is_file() or (path / "config.json").is_file():
             name = path.name
-            while name in arms:
+            while name in directory_by_arm:
                 name += "'"
-            arms[name] = str(path)
+            directory_by_arm[name] = str(path)
         else:
-            problems.append(f"{typed_arms}: {arm} is neither {BASE}, {TUNED}, a run nor a model directory")
-    if not problems and (TUNED not in arms or len(arms) < 2):
-        problems.append(f"{typed_arms}: needs {TUNED}, and something to compare it with, as in arms=[{BASE},{TUNED}]")
-    return arms, problems
+            problems.append(f"{typed_word}: {arm} is neither {BASE}, {TUNED}, a run nor a model directory")
+    if not problems and (TUNED not in directory_by_arm or len(directory_by_arm) < 2):
+        problems.append(f"{typed_word}: needs {TUNED}, and something to compare it with, as in arms=[{BASE},{TUNED}]")
+    return directory_by_arm, problems
 
 
 def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> EvaluationPlan:
-    """An evaluation that has one model (and the run's base, where that is an arm) answer the prompts.
+    """The plan of an evaluation in which one arm answers the prompts; that of the tuned model lets its base answer too.
 
-    `directory`: the run or model of the arm; None for the run under review itself.
+    `directory` is the arm's run or model; None for the run under review itself.
     """
     from launch.evaluate.words import make_plan, parse_words
     from launch.review.sheet import BASE
 
+    # The answers are what is wanted: the task scores them against a placeholder, and nobody reads the score.
     task = "evaluation.tasks.answers"
     is_run = directory is None or (Path(directory) / "config.yaml").is_file()
     words = [
@@ -214,15 +233,19 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
     if request.accept and is_run:
         words.append(request.accept)
     if directory is None:
-        words += [str(request.run), f"checkpoint={int(request.checkpoint.name.rpartition('-')[2])}"]
+        step = int(request.checkpoint.name.rpartition("-")[2])  # step-000040
+        words += [str(request.run), f"checkpoint={step}"]
         if BASE in request.arms:
             words.append(f"against={BASE}")
+    elif is_run:
+        words.append(directory)
     else:
-        words.append(directory if is_run else f"model.path={directory}")
-    sorted_words = parse_words(words)
-    sorted_words.command = request.command
-    sorted_words.prefix = "" if directory is None else ARMS_PREFIX
-    evaluation = make_plan(sorted_words)
-    evaluation.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review.write)
-    evaluation.job = replace(evaluation.job, kept=False)
-    return evaluation
+        words.append(f"model.path={directory}")
+
+    evaluate_words = parse_words(words)
+    evaluate_words.command = request.command
+    evaluate_words.prefix = "" if directory is None else ARMS_PREFIX
+    plan = make_plan(evaluate_words)
+    plan.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review.write)
+    plan.job = replace(plan.job, kept=False)
+    return plan
