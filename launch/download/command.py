@@ -14,9 +14,9 @@ from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, 
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.download.pieces import FetchedPiece, Piece
+    from launch.download.pieces import FetchedPiece, HubPiece
 
-DAMAGED = 69
+DAMAGED_EXIT_CODE = 69
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,10 @@ itself does not contact the hub. It takes what is in the cache.
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
+    """Run `shardtune download` with the words typed after it; returns the exit code.
+
+    Errors: ConfigError, DataError, StorageError.
+    """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
@@ -61,74 +64,79 @@ def main(argv: list[str]) -> int:
         raise ConfigError(problems)
     if words.verify:
         return _verify(words.settings, words.as_json)
-    return _download(words.settings, words.to, words.dry_run, words.as_json)
+    return _download(words.settings, words.to, dry_run=words.dry_run, as_json=words.as_json)
 
 
-def _download(words: list[str], target: Path, dry: bool, as_json: bool) -> int:
-    """Fetch what the words name and write `target`, or show what that would be (`dry`); returns the exit code."""
+def _download(words: list[str], target: Path, *, dry_run: bool, as_json: bool) -> int:
+    """Fetch the models and data sets that a run with these words takes, and write the settings file `target`.
+
+    With `dry_run`, only print what would be fetched. Returns the exit code.
+    """
     from launch.config.compose import compose
-    from launch.download.pieces import check_room, fetch, pieces_of, resolve
+    from launch.download.pieces import check_free_space, fetch_piece, hub_pieces, resolve
 
-    pieces = [resolve(piece) for piece in pieces_of(compose(words, check=False).config)]
-    missing_bytes = sum(piece.lacking_bytes for piece in pieces)
-    if dry:
+    config = compose(words, check=False).config
+    pieces = [resolve(piece) for piece in hub_pieces(config)]
+    missing_bytes = sum(piece.missing_bytes for piece in pieces)
+    if dry_run:
         if as_json:
-            print(json.dumps({"pieces": [piece.about() for piece in pieces], "lacking_bytes": missing_bytes}))
+            entries = [piece.manifest_entry() for piece in pieces]
+            print(json.dumps({"pieces": entries, "lacking_bytes": missing_bytes}))
         else:
-            print("\n".join([*(_planned(piece) for piece in pieces), f"to fetch: {_size(missing_bytes)}"]))
+            print("\n".join([*map(_plan_line, pieces), f"to fetch: {_size_text(missing_bytes)}"]))
         return 0
-    check_room(missing_bytes)
+    check_free_space(missing_bytes)
     fetched_pieces = []
     for piece in pieces:
-        print(_planned(piece), file=sys.stderr, flush=True)
-        fetched_pieces.append(fetch(piece))
-    settings, manifest = _write(target, fetched_pieces)
+        print(_plan_line(piece), file=sys.stderr, flush=True)
+        fetched_pieces.append(fetch_piece(piece))
+    settings, manifest = _write_pinned_files(target, fetched_pieces)
     if as_json:
         print(json.dumps({"settings": str(settings), "manifest": str(manifest), **_as_dict(fetched_pieces)}))
         return 0
     for fetched in fetched_pieces:
         total_bytes = sum(file["bytes"] for file in fetched.files)
-        print(f"{fetched.piece.key}: {len(fetched.files)} files, {_size(total_bytes)}, in {fetched.directory}")
+        print(f"{fetched.piece.key}: {len(fetched.files)} files, {_size_text(total_bytes)}, in {fetched.directory}")
     print(f"settings: {settings}  (shardtune train {settings} ...)\nmanifest: {manifest}")
     return 0
 
 
-def _planned(piece: Piece) -> str:
-    """A line about a piece: its commit, its size, and how much of it must be fetched."""
-    to_fetch = f"{_size(piece.lacking_bytes)} to fetch" if piece.lacking_bytes else "all of it is here"
-    size = _size(piece.total_bytes) if piece.total_bytes else "a size that the server does not give"
+def _plan_line(piece: HubPiece) -> str:
+    """A line about a model or data set: its commit, its size, and how much of it is not in the cache."""
+    size = _size_text(piece.total_bytes) if piece.total_bytes else "a size that the server does not give"
+    to_fetch = f"{_size_text(piece.missing_bytes)} to fetch" if piece.missing_bytes else "all of it is here"
     return f"{piece.key}: {piece.kind} {piece.name} at {piece.commit[:12]}: {size}, {to_fetch}"
 
 
-def _size(size_bytes: int) -> str:
-    """A number of bytes for people."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.3g} {unit}"
+def _size_text(size_bytes: int) -> str:
+    """A size with its unit, such as `1.07 GiB`."""
+    for unit, unit_bytes in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.3g} {unit}"
     return f"{size_bytes} bytes"
 
 
 def _as_dict(fetched_pieces: list[FetchedPiece]) -> dict[str, Any]:
-    """What the manifest holds: each piece with its files."""
+    """The contents of the manifest: each fetched model and data set, its directory, and its files with sizes and hashes."""
     entries = []
     for fetched in fetched_pieces:
-        entries.append({**fetched.piece.about(), "directory": str(fetched.directory), "files": fetched.files})
+        entries.append({**fetched.piece.manifest_entry(), "directory": str(fetched.directory), "files": fetched.files})
     return {"pieces": entries}
 
 
-def _write(target: Path, fetched_pieces: list[FetchedPiece]) -> tuple[Path, Path]:
-    """Write the settings file and the manifest beside it; returns their paths. Errors: StorageError."""
+def _write_pinned_files(target: Path, fetched_pieces: list[FetchedPiece]) -> tuple[Path, Path]:
+    """Write the settings file with the pinned commits, and the manifest beside it; returns both paths. Errors: StorageError."""
     import yaml
 
     from strategies.errors import StorageError
 
     settings: dict[str, Any] = {}
     for fetched in fetched_pieces:
-        for key, value in fetched.piece.settings():
+        for key_path, value in fetched.piece.pinned_settings():
             block = settings
-            for part in key[:-1]:
-                block = block.setdefault(part, {})
-            block[key[-1]] = value
+            for name in key_path[:-1]:
+                block = block.setdefault(name, {})
+            block[key_path[-1]] = value
     manifest = target.with_suffix(".json")
     head = f"# Pinned by `shardtune download`; {manifest.name} has the files. A bare word of every verb.\n"
     try:
@@ -141,26 +149,29 @@ def _write(target: Path, fetched_pieces: list[FetchedPiece]) -> tuple[Path, Path
 
 
 def _verify(words: list[str], as_json: bool) -> int:
-    """Compare the fetched files with their manifest; returns the exit code. Errors: ConfigError."""
-    from launch.download.pieces import damage
+    """Read all fetched files again, and compare them with their manifest; returns the exit code. Errors: ConfigError.
+
+    `words` must be the path of one settings file that download wrote.
+    """
+    from launch.download.pieces import file_damage
 
     if len(words) != 1:
         raise ConfigError(f"--verify: name one file, not {len(words)}: shardtune download --verify pinned.yaml")
-    path = Path(words[0]).expanduser().with_suffix(".json")
-    number_of_files = 0
+    manifest = Path(words[0]).expanduser().with_suffix(".json")
+    file_count = 0
     damaged = []
     try:
-        for piece in json.loads(path.read_text(encoding="utf-8"))["pieces"]:
+        for piece in json.loads(manifest.read_text(encoding="utf-8"))["pieces"]:
             for file in piece["files"]:
-                number_of_files += 1
-                problem = damage(Path(piece["directory"]), file)
-                if problem:
-                    damaged.append(f"{piece['key']}: {problem}")
+                file_count += 1
+                damage = file_damage(Path(piece["directory"]), file)
+                if damage:
+                    damaged.append(f"{piece['key']}: {damage}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: is no list that download wrote ({type(error).__name__}: {error})") from error
+        raise ConfigError(f"{manifest}: is no list that download wrote ({type(error).__name__}: {error})") from error
     if as_json:
-        print(json.dumps({"files": number_of_files, "damaged": damaged}))
+        print(json.dumps({"files": file_count, "damaged": damaged}))
     else:
         verdict = f"{len(damaged)} missing or not as fetched" if damaged else "as fetched"
-        print("\n".join([*damaged, f"{number_of_files} files: {verdict}"]))
-    return DAMAGED if damaged else 0
+        print("\n".join([*damaged, f"{file_count} files: {verdict}"]))
+    return DAMAGED_EXIT_CODE if damaged else 0

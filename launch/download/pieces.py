@@ -17,11 +17,11 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One model, tokenizer or data set of the hub."""
+class HubPiece:
+    """A model, tokenizer or data set of the hub that a run takes."""
 
     key: str
-    """The setting that names it."""
+    """The setting that names it, such as `model.path`."""
     kind: str
     """`model` or `dataset`."""
     name: str
@@ -30,39 +30,46 @@ class Piece:
     subset: str | None = None
     split: str | None = None
     commit: str = ""
+    """The commit to which the revision points; empty before `resolve`."""
     total_bytes: int = 0
     """Size of what a run takes of it; 0 if the hub does not say before it is fetched."""
-    lacking_bytes: int = 0
-    """How much of that is not in the cache."""
+    missing_bytes: int = 0
+    """Bytes of it that are not in the cache."""
 
-    def about(self) -> dict[str, Any]:
-        """The piece as the manifest has it."""
+    def manifest_entry(self) -> dict[str, Any]:
+        """The keys of the manifest that say what this is and which commit was taken."""
         return {"key": self.key, "kind": self.kind, "name": self.name, "asked": self.revision, "commit": self.commit}
 
-    def settings(self) -> list[tuple[tuple[str, ...], Any]]:
-        """(key in parts, value) of the settings with which a run takes this commit."""
+    def pinned_settings(self) -> list[tuple[tuple[str, ...], Any]]:
+        """(dotted key split at its dots, value) of each setting with which a run takes this very commit.
+
+        A data set named by `data.path` becomes a source of its own, because only a source can have a revision.
+        """
         if self.kind == "model":
             return [(tuple(self.key.split(".")), self.name), (("model", "revision"), self.commit)]
         if ".sources." in self.key:
-            source = tuple(self.key.split(".")[:-1])
+            source_key = tuple(self.key.split(".")[:-1])
         else:
-            source = ("data", "sources", _source_name(self.name))
+            source_key = ("data", "sources", _source_name(self.name))
         values = {"path": f"hub:{self.name}", "subset": self.subset, "split": self.split, "revision": self.commit}
-        return [((*source, name), value) for name, value in values.items() if value is not None]
+        return [((*source_key, name), value) for name, value in values.items() if value is not None]
 
 
 @dataclass(frozen=True, slots=True)
 class FetchedPiece:
-    """A piece that is in the cache."""
+    """A model or data set of the hub that is in the cache now."""
 
-    piece: Piece
+    piece: HubPiece
     directory: Path
     files: list[dict[str, Any]]
-    """`path` in the directory, `bytes` and `sha256` of each."""
+    """Entries of the manifest: `path` in the directory, `bytes` and `sha256` of each file."""
 
 
-def pieces_of(config: RunConfig) -> list[Piece]:
-    """Everything that the configuration names by hub ids. Errors: ConfigError if that is nothing, or cannot be pinned."""
+def hub_pieces(config: RunConfig) -> list[HubPiece]:
+    """The models and data sets that the configuration names by hub ids.
+
+    Errors: ConfigError if there are none, or if one cannot be pinned to a commit.
+    """
     from trainer.data.read.paths import is_hub
 
     pieces = [*_models(config), *_training_data(config)]
@@ -75,6 +82,7 @@ def pieces_of(config: RunConfig) -> list[Piece]:
                     f"data.{split}={path}: only training data can be pinned to a commit; hold a share out of it "
                     f"(data.{split.removesuffix('_path')}_share=0.05), or give files"
                 )
+    # model.revision is one setting: it cannot be the commit of two repositories.
     model_names = {piece.name for piece in pieces if piece.kind == "model"}
     if config.model.tokenizer and len(model_names) > 1 and config.model.revision:
         problems.append(
@@ -91,47 +99,50 @@ def pieces_of(config: RunConfig) -> list[Piece]:
     return pieces
 
 
-def _models(config: RunConfig) -> list[Piece]:
-    """The model and the tokenizer, if they are no directories here."""
+def _models(config: RunConfig) -> list[HubPiece]:
+    """The model and the tokenizer, unless they are directories on this machine."""
     pieces = []
     for key in ("path", "tokenizer"):
         name = getattr(config.model, key)
         if name and not Path(name).expanduser().exists():
-            pieces.append(Piece(f"model.{key}", "model", name, config.model.revision))
+            pieces.append(HubPiece(f"model.{key}", "model", name, config.model.revision))
     return pieces
 
 
-def _training_data(config: RunConfig) -> list[Piece]:
-    """The data sets of `data.sources` and `data.path`. Errors: ConfigError for what is no name of the hub."""
+def _training_data(config: RunConfig) -> list[HubPiece]:
+    """The hub data sets in `data.sources` and `data.path`. Errors: ConfigError for a `hub:` that names none."""
     from trainer.data.read.paths import check_name, is_hub
 
     pieces = []
-    for name, source in config.data.sources.items():
-        key = f"data.sources.{name}.path"
+    for source_name, source in config.data.sources.items():
+        key = f"data.sources.{source_name}.path"
         for path in _as_paths(source.path):
             if is_hub(path):
                 dataset = check_name(path, key)
-                pieces.append(Piece(key, "dataset", dataset, source.revision, source.subset, source.split))
+                pieces.append(HubPiece(key, "dataset", dataset, source.revision, source.subset, source.split))
     for path in _as_paths(config.data.path):
         if is_hub(path):
-            pieces.append(Piece("data.path", "dataset", check_name(path, "data.path"), None))
+            pieces.append(HubPiece("data.path", "dataset", check_name(path, "data.path"), None))
     return pieces
 
 
 def _as_paths(path_or_list: Any) -> list[str]:
-    """The paths of a setting that takes one or a list."""
+    """The paths in a setting that takes one path or a list; empty for None."""
     paths = path_or_list if isinstance(path_or_list, list | tuple) else [path_or_list]
     return [str(path) for path in paths if path is not None]
 
 
 def _source_name(dataset: str) -> str:
-    """A data set's name as the name of a source."""
+    """A data set's name as a key of `data.sources`: `org/My-Data` becomes `my_data`."""
     name = dataset.rpartition("/")[2]
-    return "".join(letter if letter.isalnum() else "_" for letter in name).strip("_").lower()
+    return "".join(character if character.isalnum() else "_" for character in name).strip("_").lower()
 
 
-def resolve(piece: Piece) -> Piece:
-    """The piece with the commit that its revision points to now, and how much of it the cache lacks. Errors: ConfigError."""
+def resolve(piece: HubPiece) -> HubPiece:
+    """The piece with the commit that its revision points to now and, for a model, the bytes that the cache lacks.
+
+    Asks the hub. Errors: ConfigError.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
     from trainer.model.loading import HUB_PATTERNS
@@ -144,14 +155,14 @@ def resolve(piece: Piece) -> Piece:
             return replace(piece, commit=commit)
         files = snapshot_download(piece.name, revision=commit, allow_patterns=[*HUB_PATTERNS], dry_run=True)
     except Exception as error:  # the hub client has a dozen error types; all mean that it is not to be had
-        raise _not_available(piece, error) from error
+        raise _not_available_error(piece, error) from error
     total_bytes = sum(file.file_size or 0 for file in files)
-    lacking_bytes = sum(file.file_size or 0 for file in files if file.will_download)
-    return replace(piece, commit=commit, total_bytes=total_bytes, lacking_bytes=lacking_bytes)
+    missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
+    return replace(piece, commit=commit, total_bytes=total_bytes, missing_bytes=missing_bytes)
 
 
-def _not_available(piece: Piece, error: Exception) -> ConfigError:
-    """What to raise if the hub does not give a piece."""
+def _not_available_error(piece: HubPiece, error: Exception) -> ConfigError:
+    """The error to raise if the hub does not give a piece, with the first line of the client's message."""
     revision = f" (revision {piece.revision})" if piece.revision else ""
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
@@ -161,12 +172,12 @@ def _not_available(piece: Piece, error: Exception) -> ConfigError:
     )
 
 
-def check_room(missing_bytes: int) -> None:
-    """Raise StorageError if the disk of the cache has less free space than what is to be fetched."""
+def check_free_space(missing_bytes: int) -> None:
+    """Raise StorageError if the disk of the hub's cache has less free space than `missing_bytes`, which are to be fetched."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     directory = Path(HF_HUB_CACHE)
-    while not directory.exists():
+    while not directory.exists():  # before the first download: its disk is that of a parent directory
         directory = directory.parent
     free_bytes = shutil.disk_usage(directory).free
     if missing_bytes > free_bytes:
@@ -176,8 +187,8 @@ def check_room(missing_bytes: int) -> None:
         )
 
 
-def fetch(piece: Piece) -> FetchedPiece:
-    """Bring the piece into the cache; returns its files there, with their hashes. Errors: ConfigError, DataError."""
+def fetch_piece(piece: HubPiece) -> FetchedPiece:
+    """Fetch a resolved piece into the hub's cache; returns its files there, with their hashes. Errors: ConfigError, DataError."""
     from huggingface_hub import snapshot_download
 
     from trainer.model.loading import HUB_PATTERNS
@@ -186,9 +197,10 @@ def fetch(piece: Piece) -> FetchedPiece:
         try:
             directory = Path(snapshot_download(piece.name, revision=piece.commit, allow_patterns=[*HUB_PATTERNS]))
         except Exception as error:
-            raise _not_available(piece, error) from error
+            raise _not_available_error(piece, error) from error
         paths = sorted(path for path in directory.rglob("*") if path.is_file())
     else:
+        # Through the reader that training uses, so that the very files are fetched that a run will open.
         from trainer.data.read.origin import Origin
 
         origin = Origin(piece.key, [Path(f"hub:{piece.name}")], piece.subset, piece.split, piece.commit)
@@ -197,8 +209,8 @@ def fetch(piece: Piece) -> FetchedPiece:
         directory = paths[0].parent if paths else Path()
     files: list[dict[str, Any]] = []
     for path in paths:
-        name = str(path.relative_to(directory))
-        files.append({"path": name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
+        relative_path = str(path.relative_to(directory))
+        files.append({"path": relative_path, "bytes": path.stat().st_size, "sha256": _sha256(path)})
     return FetchedPiece(piece, directory, files)
 
 
@@ -207,8 +219,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(directory: Path, file: dict[str, Any]) -> str | None:
-    """What is wrong with a file of the manifest; None if it is as it was fetched."""
+def file_damage(directory: Path, file: dict[str, Any]) -> str | None:
+    """What is wrong with a fetched file, by its entry in the manifest; None if it is as it was fetched."""
     path = directory / file["path"]
     if not path.is_file():
         return f"{path}: is missing"

@@ -52,7 +52,10 @@ datacard.md. quarantine.jsonl lists the rows that cannot be used, and dropped.js
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
+    """Run `shardtune prepare` with the words typed after it; returns the exit code.
+
+    Errors: ConfigError, DataError, StorageError.
+    """
     if "--print" in argv:
         from launch.prepare import print_documents
 
@@ -69,29 +72,39 @@ def main(argv: list[str]) -> int:
 
         shard = parse_shard(words.shard)
         _prepare(words.settings, shard)
-        print(f"shard {shard[0]} of {shard[1]}: done; when all are, the same words without --shard merge them")
+        shard_number, shard_count = shard
+        print(f"shard {shard_number} of {shard_count}: done; when all are, the same words without --shard merge them")
         return 0
     report, directory, cached = prepared_data(words.settings)
     if words.as_json:
         print(json.dumps({"directory": str(directory), "cached": cached, "report": report}, ensure_ascii=False))
-        return 0
-    return show(report, directory, cached=cached)
+    else:
+        print_report(report, directory, cached=cached)
+    return 0
 
 
 def prepared_data(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
-    """(the report, the directory, whether it was in the cache) of the data of a run's words, prepared if need be."""
+    """(audit report, directory, whether it was in the cache) of the data that a run with these words takes.
+
+    The data is prepared if it is not in the cache.
+    """
     data = _prepare(words, None)
     assert data is not None
     return data.report, data.directory, data.report["cached"]
 
 
 def _prepare(words: list[str], shard: tuple[int, int] | None) -> PreparedData | None:
-    """The prepared data; None after preparing one shard of it, which leaves its part for the others."""
+    """Prepare the data that a run with these words takes, or take it from the cache.
+
+    With `shard`, (number, count), only that part is prepared, and None returned: a later call merges the parts.
+    """
     from launch.config.compose import compose
     from trainer.config.validate import problems_of
 
     config = compose(words, check=False).config
-    problems = [p for p in problems_of(config) if key_of_problem(p).startswith(("data.", "model.", "objective"))]
+    # Preparing needs no budget or batch, so what is wrong with other settings does not matter here.
+    relevant_keys = ("data.", "model.", "objective")
+    problems = [problem for problem in problems_of(config) if key_of_problem(problem).startswith(relevant_keys)]
     if problems:
         raise ConfigError(problems)
     from trainer.build.parts import prepare_data, prepare_shard
@@ -99,7 +112,7 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> PreparedData | 
     from trainer.stopping.signals import StopRequest
 
     with StopRequest() as request:
-        request.leave_when_stuck(_leave)
+        request.leave_when_stuck(_end_stuck_process)
         tokenizer = load_tokenizer(config.model)
 
         def stop() -> bool:
@@ -111,26 +124,29 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> PreparedData | 
         return prepare_data(config, tokenizer, stop=stop)
 
 
-def _leave(signal_name: str) -> None:
-    """End this process, which was asked to stop and is stuck: what is half prepared has no name in the cache."""
-    with suppress(OSError):  # nobody reads it any more
+def _end_stuck_process(signal_name: str) -> None:
+    """End this process, which was asked to stop and is stuck, for example in a library call.
+
+    Nothing is lost but time: half prepared data has no name in the cache.
+    """
+    with suppress(OSError):  # nobody reads stderr any more
         os.write(2, f"shardtune prepare: stopped ({signal_name}); run the same command to start again\n".encode())
     end_process(Preempted.exit_code)
 
 
-def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
-    """Print what a person wants to know first; returns the exit code."""
+def print_report(report: dict[str, Any], directory: Path, *, cached: bool) -> None:
+    """Print the summary of the audit, the first document with what is learned of it, and where the prepared data is."""
     from trainer.data.report.preview import render_pieces, summary
     from trainer.data.report.wording import visible
 
     print(summary(report))
-    for sample in report["samples"]:
-        if sample["where"] != report["samples"][0]["where"]:
+    samples = report["samples"]
+    for sample in samples:
+        if sample["where"] != samples[0]["where"]:
             break  # only the first document is shown
-        runs = [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
+        pieces = [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
         note = sample.get("note")  # data prepared by an earlier version has none
         note_text = f" · {visible(note)}" if note else ""
-        print(f"{sample['where']}{note_text}:\n{render_pieces(runs, width=100)}")
+        print(f"{sample['where']}{note_text}:\n{render_pieces(pieces, width=100)}")
     print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
     print(f"look at:  {directory / 'audit.html'}", flush=True)
-    return 0

