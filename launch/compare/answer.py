@@ -277,14 +277,14 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values, as in `compare.json`. Sizes are GiB, times seconds, speeds those of all ranks together."""
     return {
         "first": comparison.first,
-        "runs": [_run_as_dict(comparison, number) for number in range(len(comparison.runs))],
+        "runs": [_run_as_dict(comparison, run_index) for run_index in range(len(comparison.runs))],
         "notes": list(comparison.notes),
     }
 
 
-def _run_as_dict(comparison: Comparison, number: int) -> dict[str, Any]:
-    """Run `number` as JSON values; `differing` holds the settings in which the runs differ, with this run's values."""
-    run = comparison.runs[number]
+def _run_as_dict(comparison: Comparison, run_index: int) -> dict[str, Any]:
+    """Run `run_index` as JSON values; `differing` holds the settings in which the runs differ, with this run's values."""
+    run = comparison.runs[run_index]
     run_dirs = _run_directories(run)
     loss_difference = None
     if run.loss_difference is not None:
@@ -300,7 +300,7 @@ def _run_as_dict(comparison: Comparison, number: int) -> dict[str, Any]:
         "loss_difference": loss_difference,
         "not_comparable": list(run.not_comparable),
         "verdict": run.verdict,
-        "differing": {difference.key: difference.values[number] for difference in comparison.differences},
+        "differing": {setting.key: setting.values[run_index] for setting in comparison.differences},
     }
 
 
@@ -310,7 +310,9 @@ def as_csv(comparison: Comparison) -> str:
     collectives: dict[str, None] = {}
     for run in comparison.runs:
         collectives |= dict.fromkeys(run.measured.exchanged_bytes)
-    rows = [_csv_row(comparison, number, metrics, list(collectives)) for number in range(len(comparison.runs))]
+    rows = []
+    for run_index in range(len(comparison.runs)):
+        rows.append(_csv_row(comparison, run_index, metrics, list(collectives)))
     csv_file = io.StringIO()
     writer = csv.DictWriter(csv_file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -318,9 +320,13 @@ def as_csv(comparison: Comparison) -> str:
     return csv_file.getvalue()
 
 
-def _csv_row(comparison: Comparison, number: int, metrics: list[str], collectives: list[str]) -> dict[str, Any]:
-    """The cells of run `number` by column. Every run has the same columns in the same order: the first row makes the header."""
-    run = comparison.runs[number]
+def _csv_row(comparison: Comparison, run_index: int, metrics: list[str], collectives: list[str]) -> dict[str, Any]:
+    """The cells of run `run_index` by column of the CSV.
+
+    Every run has the same columns in the same order, because the first row makes the header: `metrics` and `collectives`
+    are those of any run, and a run without one has an empty cell.
+    """
+    run = comparison.runs[run_index]
     run_dirs = _run_directories(run)
     slowest, fastest = run.summary.spread or (None, None)
     difference = asdict(run.loss_difference) if run.loss_difference is not None else {}
@@ -341,9 +347,12 @@ def _csv_row(comparison: Comparison, number: int, metrics: list[str], collective
         "loss_difference_drift_step": difference.get("drift_step"),
         "not_comparable": "; ".join(run.not_comparable),
     }
-    row |= {f"before/{metric}": run.measured.before.get(metric) for metric in metrics}
-    row |= {f"after/{metric}": run.measured.after.get(metric) for metric in metrics}
-    row |= {setting.key: setting.values[number] for setting in comparison.differences}
+    for metric in metrics:
+        row[f"before/{metric}"] = run.measured.before.get(metric)
+    for metric in metrics:
+        row[f"after/{metric}"] = run.measured.after.get(metric)
+    for setting in comparison.differences:
+        row[setting.key] = setting.values[run_index]
     return row
 
 

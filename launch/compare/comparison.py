@@ -79,21 +79,21 @@ def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | Non
         if run.steps:
             first = number
             break
-    runs = [_compared_run(repeated_runs, names, number, first) for number in range(len(rows))]
+    runs = [_compared_run(repeated_runs, names, row_index, first) for row_index in range(len(rows))]
     notes = _notes(repeated_runs, names)
     return Comparison(tuple(runs), names[first], tuple(differences), tuple(notes))
 
 
-def _compared_run(rows: list[RepeatedRun], names: list[str], number: int, first: int) -> ComparedRun:
-    """Row `number` compared with its baseline: the loss difference, and the verdict as one sentence.
+def _compared_run(rows: list[RepeatedRun], names: list[str], row_index: int, first: int) -> ComparedRun:
+    """Row `row_index` compared with its baseline: the loss difference, and the verdict as one sentence.
 
     `first` is the index of the run that the others are compared with. The baseline may be a later one: see `baseline_index`.
     """
-    repeated = rows[number]
+    repeated = rows[row_index]
     # A refused point has no losses, and the first run has nothing to be compared with.
     baseline = None
-    if number != first and repeated.state != REFUSED:
-        baseline = baseline_index([row.first_repeat for row in rows], number, first)
+    if row_index != first and repeated.state != REFUSED:
+        baseline = baseline_index([row.first_repeat for row in rows], row_index, first)
 
     clauses: list[str] = []
     why_not: list[str] = []
@@ -113,12 +113,12 @@ def _compared_run(rows: list[RepeatedRun], names: list[str], number: int, first:
     ended = [repeated.ended] if repeated.ended else []
     if len(rows) == 1:
         verdict = "; ".join([f"{names[0]}: {_single_run_verdict(repeated)}", *clauses])
-    elif number == first:
-        verdict = "; ".join([f"{names[number]} is what the others are compared with", *ended, *clauses])
+    elif row_index == first:
+        verdict = "; ".join([f"{names[row_index]} is what the others are compared with", *ended, *clauses])
     else:
-        verdict = f"{names[number]}: {'; '.join([*ended, *clauses])}"
+        verdict = f"{names[row_index]}: {'; '.join([*ended, *clauses])}"
     return ComparedRun(
-        name=names[number],
+        name=names[row_index],
         repeated=repeated,
         against=None if baseline is None else names[baseline],
         loss_difference=difference,

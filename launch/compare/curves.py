@@ -80,16 +80,16 @@ def _relative_difference(reference: float, value: float) -> float:
     return abs(reference - value) / scale
 
 
-def baseline_index(runs: list[RecordedRun], number: int, first: int) -> int | None:
-    """Index of the run whose loss run `number` is compared with: the earliest with the same steps, else `first`.
+def baseline_index(runs: list[RecordedRun], run_index: int, first: int) -> int | None:
+    """Index of the run whose loss run `run_index` is compared with: the earliest with the same steps, else `first`.
 
     So a strategy is compared with the first one of the same method and learning rate, and a method with the first run.
     `first` is the first run that has steps; None for a run before it.
     """
-    if number < first:
+    if run_index < first:
         return None
-    settings = _step_settings(runs[number])
-    for earlier in range(number):
+    settings = _step_settings(runs[run_index])
+    for earlier in range(run_index):
         if runs[earlier].steps and _step_settings(runs[earlier]) == settings:
             return earlier
     return first

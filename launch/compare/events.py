@@ -43,9 +43,8 @@ def _event_text(event: dict[str, Any]) -> str:
     if event.get("event") == "challenge":
         return f"{event.get('challenge')}: {event.get('says')}"
     action = event.get("action")
-    done = (
-        DONE[Action(action)] if action in set(Action) else str(action)
-    )  # an action of a later version is shown as it is
+    # An action of a later version is shown as it is.
+    done = DONE[Action(action)] if action in set(Action) else str(action)
     sentence = f"{_outlier_text(event) or 'stood out'}; {done}"
     documents = [f"{document.get('file')}:{document.get('line')}" for document in event.get("documents") or []]
     if not documents:

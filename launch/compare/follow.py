@@ -32,9 +32,8 @@ def follow(run_dirs: list[Path], write: WritePage) -> None:
             is_quiet = monotonic() - last_active > QUIET_S
             if not any_active and (is_quiet or not any_pending):
                 return
-            with suppress(
-                ShardtuneError
-            ):  # a file that is just being written; the comparison at the end reports others
+            # A file may just be being written. Whatever is wrong for good, the comparison at the end reports.
+            with suppress(ShardtuneError):
                 write(PAGE_INTERVAL_S)
             sleep(PAGE_INTERVAL_S)
     except KeyboardInterrupt:

@@ -149,9 +149,9 @@ def _read_settings(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         tree = read_tree(run_dir / "config.yaml")
     except ConfigError:
         return {}, {}
-    checkpoint_settings = tree.get("checkpoint")
-    evaluation_settings = tree.get("evaluation")
-    return (
-        checkpoint_settings if isinstance(checkpoint_settings, dict) else {},
-        evaluation_settings if isinstance(evaluation_settings, dict) else {},
-    )
+    groups = []
+    for name in ("checkpoint", "evaluation"):
+        group = tree.get(name)
+        groups.append(group if isinstance(group, dict) else {})
+    checkpoint_settings, evaluation_settings = groups
+    return checkpoint_settings, evaluation_settings

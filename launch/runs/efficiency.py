@@ -95,6 +95,9 @@ def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapp
     if elapsed_s is None:
         elapsed_s = step_elapsed_s
     memory_asked_mib = _number(env.get("SLURM_MEM_PER_NODE"))
+    limit_s = None
+    if began and ends:
+        limit_s = ends - began
 
     cpus = int(ranks_row.get("AllocCPUS") or 0) or None
     cpu_s = _cpu_s(ranks_row.get("TotalCPU", ""))
@@ -120,7 +123,7 @@ def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapp
         start=start,
         code=exit_code,
         elapsed_s=elapsed_s,
-        limit_s=ends - began if began and ends else None,
+        limit_s=limit_s,
         nodes=int(env.get("SLURM_JOB_NUM_NODES") or 0) or None,
         cpus=cpus,
         cpu_share=cpu_share,

@@ -180,7 +180,9 @@ def unfinished_job(run_dir: Path) -> str | None:
 def read_queue_twice() -> Queue:
     """The queue now; if squeue fails, it is called once more, because a controller may be busy for a moment. Never raises."""
     queue = read_queue()
-    return read_queue() if queue.problem is not None else queue
+    if queue.problem is not None:
+        queue = read_queue()
+    return queue
 
 
 def read_queue() -> Queue:
@@ -225,10 +227,13 @@ def _run_of_job(job: QueuedJob) -> Path | None:
     if not array_task.isdigit() or not (script.parent / "config.yaml").exists():
         # slurm/train.sbatch, submitted by hand without `shardtune submit`, makes a run directory of this name.
         by_hand = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"
-        return (by_hand if by_hand.is_dir() else script.parent).resolve()
+        if by_hand.is_dir():
+            return by_hand.resolve()
+        return script.parent.resolve()
     # The script of an array lies in the directory of its first run, and lists the runs by task.
     runs = runs_of_script(script)
-    return runs[int(array_task)].resolve() if int(array_task) < len(runs) else None
+    task_number = int(array_task)
+    return runs[task_number].resolve() if task_number < len(runs) else None
 
 
 def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:

@@ -175,8 +175,8 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
     # A run that never started has no run.json: one file less to look for on a slow file system.
     has_started = status.get("state") is not None or lease_holder.starts > 0
     record = readable_run_record(run_dir) if has_started else RunRecord()
-    job_id = owner.job if owner is not None else record.slurm_job_id
-    job = queue.find_job(run_dir, None if job_id is None else str(job_id))
+    job_id = _as_text(owner.job if owner is not None else record.slurm_job_id)
+    job = queue.find_job(run_dir, job_id)
     parts = pipeline_parts(run_dir, queue)
 
     # Each source may correct the state by the one before: files of the run, its last job, the other jobs of its pipeline.
@@ -190,6 +190,15 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
     last_seen_s = _seconds_since(status)
     if owner is not None and state in (State.running, LOST):
         last_seen_s = lease_holder.silent_s
+
+    # While an attempt holds the lease, that says who runs it; afterwards the status does.
+    host = _as_text(status.get("host"))
+    pid = _as_int(status.get("pid"))
+    since = None
+    if owner is not None:
+        host = owner.host
+        pid = owner.pid
+        since = owner.since
 
     rows = metrics_tail.last_rows(run_dir / "metrics.jsonl")
     step_rows = [row for row in rows if "loss" in row]  # the others are of evaluations
@@ -211,10 +220,10 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
         memory_gib=max((peak for peak in memory_peaks if peak is not None), default=None),
         evaluated=_last_held_out_metrics(rows),
         restarts=max(_as_int(status.get("restart")) or 0, lease_holder.starts - 1),
-        host=owner.host if owner is not None else _as_text(status.get("host")),
-        pid=owner.pid if owner is not None else _as_int(status.get("pid")),
-        job_id=job.id if job is not None else _as_text(job_id),
-        since=owner.since if owner is not None else None,
+        host=host,
+        pid=pid,
+        job_id=job.id if job is not None else job_id,
+        since=since,
         last_seen_s=last_seen_s,
         job=job,
         parts=tuple(parts),
@@ -327,9 +336,9 @@ def _as_text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def one_line(value: Any) -> str | None:
+def one_line(message: Any) -> str | None:
     """A message without line breaks; None if it is empty."""
-    return " ".join(str(value).split()) if value else None
+    return " ".join(str(message).split()) if message else None
 
 
 def age(seconds: float) -> str:

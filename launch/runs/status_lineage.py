@@ -27,8 +27,9 @@ def main(root: Path, document: str | None, piece: str | None, *, as_json: bool) 
     from launch.runs.status import find_runs
 
     query = DocumentQuery(text=piece)
-    match = FILE_AND_LINE.fullmatch(document) if document is not None else None
-    if match is not None:
+    if document is not None:
+        match = FILE_AND_LINE.fullmatch(document)
+        assert match is not None  # the words were checked for it
         query = DocumentQuery(file=match["file"], line=int(match["line"]))
     try:
         runs = find_runs(root).runs

@@ -54,9 +54,8 @@ class SearchedSetting:
         elif self.is_integer:
             text = int(value)
         else:
-            in_interval = min(
-                max(value, self.low), self.high
-            )  # rounding, as in logarithms, must not leave the interval
+            # Rounding, as that of a logarithm, must not leave the interval.
+            in_interval = min(max(value, self.low), self.high)
             text = f"{in_interval:.{DIGITS}g}"
         return f"{self.key}={text}"
 
