@@ -1,4 +1,4 @@
-"""Prints a plan, for people and as JSON."""
+"""Prints a plan as text and as JSON: every way to run, the best one's command, memory, time and price."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ COLUMNS = (Column("strategy"), Column("recompute"), Column("stored"), Column("mi
 
 
 def text(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> str:
-    """What a person reads; `words` are those that were typed, `calibrated` says what was measured by which run."""
+    """What `shardtune plan` prints: the job, a table of the ways to run it, the best one in detail, and the limits.
+
+    `words` are those that were typed. `calibrated` are lines on what a run of `from=` has measured; empty without one.
+    """
     job = answer.job
     cost_model = answer.cost_model
     cards = f"{job.ranks} x {job.card.name}"
     nodes = f"{job.nodes} {_plural('node', job.nodes)}"
     gpus = f"{job.ranks_per_node} {_plural('GPU', job.ranks_per_node)}"
     billions = cost_model.parameters / 1e9
-    trained = cost_model.trained / 1e9
+    trained_billions = cost_model.trained / 1e9
     lines = [
-        f"{billions:.2f} billion parameters, {trained:.3f} trained; {job.precision} on {cards}",
+        f"{billions:.2f} billion parameters, {trained_billions:.3f} trained; {job.precision} on {cards}",
         f"({nodes} x {gpus}); a step is {job.global_batch} x {job.lengths.mean:,.0f} tokens; {cost_model.layout} rows",
         "",
         *_table_of_ways(answer),
@@ -77,7 +80,7 @@ def _table_of_ways(answer: PlanAnswer) -> list[str]:
 
 
 def _name_of(choice: Choice) -> tuple[str, str, str, str]:
-    """The cells of `COLUMNS`."""
+    """The cells of a choice in the columns `COLUMNS`: strategy, recomputation, storage, micro-batch."""
     recompute = str(choice.variant.config.strategy.activation_checkpointing)
     return choice.variant.name, recompute, stored(choice.variant), str(choice.micro)
 
@@ -104,7 +107,8 @@ def stored(variant: RunVariant) -> str:
 
 
 def _peer_table(answer: PlanAnswer) -> list[str]:
-    """What another trainer would hold, variant by variant; nothing if that was not asked for."""
+    """A section on the memory that another trainer would need for each choice; no lines without `plan.theirs`."""
+    smallest_part = 0.05 * GIB  # smaller ones would be shown as 0.0
     rows = []
     for choice in answer.best_choices:
         peer = choice.peer_memory
@@ -113,8 +117,8 @@ def _peer_table(answer: PlanAnswer) -> list[str]:
         our_gib = f"{choice.peak.total / GIB:.1f}"
         peer_gib = f"{peer.total / GIB:.1f}"
         fits = "yes" if fit_theirs(choice, answer.job) <= answer.job.card.memory_gib else "no"
-        parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in peer.parts.items() if size >= 0.05 * GIB)
-        peak = f"{peer.phase}: {parts}" if parts else peer.phase
+        parts = [f"{part} {size / GIB:.1f}" for part, size in peer.parts.items() if size >= smallest_part]
+        peak = f"{peer.phase}: {', '.join(parts)}" if parts else peer.phase
         rows.append(TableRow((*_name_of(choice), our_gib, peer_gib, fits, peak)))
     if not rows:
         return []
@@ -128,22 +132,24 @@ def _peer_table(answer: PlanAnswer) -> list[str]:
 
 
 def fit_theirs(choice: Choice, job: PlannedRun) -> float:
-    """GiB that the choice takes on the card in another trainer, with what is beside tensors."""
+    """GiB that a choice takes on the card in another trainer: its tensors, and what a process holds beside them."""
     assert choice.peer_memory is not None
-    live = round(job.card.tensors * choice.peer_memory.total)
-    return (fit_in_memory(live, 0, job.card.memory_gib, job.card.allocator).total + choice.fit.exchange) / GIB
+    tensor_bytes = round(job.card.tensors * choice.peer_memory.total)  # `tensors`: measured over simulated, usually 1
+    fit = fit_in_memory(tensor_bytes, 0, job.card.memory_gib, job.card.allocator)
+    return (fit.total + choice.fit.exchange) / GIB
 
 
 def why(choice: Choice, answer: PlanAnswer) -> str:
-    """Why a choice was taken, or not."""
+    """Why a choice is or is not the best one: `fastest`, `too large`, `as fast`, or its speed relative to the best."""
     best = answer.best
     if choice is best:
         return "fastest"
     if not choice.fits:
         return "too large"
     assert best is not None
-    share = choice.tokens_per_s / best.tokens_per_s
-    return "as fast" if share > 0.995 else f"{share:.2f} x"
+    relative_speed = choice.tokens_per_s / best.tokens_per_s
+    # Two digits are shown: 1.00 x would look like a difference.
+    return "as fast" if relative_speed > 0.995 else f"{relative_speed:.2f} x"
 
 
 def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
@@ -177,10 +183,11 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
 
 
 def _memory(best: Choice) -> list[str]:
-    """The parts of the peak: tensors by kind, largest first, and what the process holds beside them."""
+    """Tables of what makes the peak: tensors by kind, largest first, and what the process holds beside them."""
     columns = (Column(), Column(is_number=True), Column())
     kinds = sorted(best.peak.kinds.items(), key=lambda kind_and_size: -kind_and_size[1])
-    tensors = [TableRow((str(kind), _gib(size), "")) for kind, size in kinds if size >= 0.005 * GIB]
+    smallest_size = 0.005 * GIB  # smaller ones would be shown as 0.00
+    tensors = [TableRow((str(kind), _gib(size), "")) for kind, size in kinds if size >= smallest_size]
     beside = [
         TableRow(("process", _gib(best.fit.context), "context and libraries")),
         TableRow(("allocator", _gib(best.fit.allocator), "reserved beyond what is allocated")),
@@ -199,38 +206,44 @@ def _gib(size: float) -> str:
 
 
 def costs(best: Choice, job: PlannedRun) -> list[str]:
-    """Hours and price of the budget, as far as they are known, and what would make them known."""
+    """Lines on the hours and the price of the budget or, if these are not known, on what to give for them."""
     epochs = best.variant.config.budget.epochs
-    rate = job.card.price_per_hour
+    price_per_hour = job.card.price_per_hour  # of one card
     lines = []
     if best.hours is not None:
         price = "" if best.price is None else f": ${best.price:,.2f}"
         lines.append(f"the budget takes {best.hours:,.2f} hours on {job.ranks} cards{price}")
     elif epochs is not None:
         lines.append(f"how long budget.epochs={epochs:g} takes depends on the data: give data.path")
-    if rate is None:
+    if price_per_hour is None:
         lines.append(
             f"what it costs is not known: no price was found for {job.card.name}; give hardware.price_per_hour"
         )
     elif best.hours is None:
-        per_million = job.ranks * rate / best.tokens_per_s / 3600 * 1e6
-        hint = "" if epochs is not None else "; with a budget (budget.tokens=...) the price of the whole run is shown"
-        lines.append(f"a million tokens cost ${per_million:.3f}{hint}")
+        dollars_per_second = job.ranks * price_per_hour / 3600
+        line = f"a million tokens cost ${dollars_per_second / best.tokens_per_s * 1e6:.3f}"
+        if epochs is None:
+            line += "; with a budget (budget.tokens=...) the price of the whole run is shown"
+        lines.append(line)
     return lines
 
 
 def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
-    """The command for a shell, in lines of 80 columns where its words allow."""
+    """The command that runs the best choice, quoted for a shell, in lines of at most 80 columns where its words allow.
+
+    A last line names what is still missing from it, such as a budget.
+    """
     typed_keys = {word.split("=")[0] for word in words}
     chosen_keys = {word.split("=")[0] for word in best.words}
-    cluster = _on_a_cluster(words, job)
+    is_for_cluster = _on_a_cluster(words, job)
     command_words = [word for word in words if word.split("=")[0] not in chosen_keys]
-    # A command that can be pasted names the ranks: without a number of them a run takes all GPUs there are, and under SLURM none.
-    ranks_key = "launcher.gpus_per_node" if cluster else "launcher.processes"
+    # Without a number of ranks, a run takes all GPUs there are, and under SLURM none.
+    ranks_key = "launcher.gpus_per_node" if is_for_cluster else "launcher.processes"
     if ranks_key not in typed_keys:
         command_words.append(f"{ranks_key}={job.ranks_per_node}")
+
     lines = []
-    line = f"shardtune {'submit' if cluster else 'train'}"
+    line = "shardtune submit" if is_for_cluster else "shardtune train"
     for word in [*command_words, *best.words]:
         quoted = shlex.quote(word)
         if len(line) + len(quoted) + 3 > 80:
@@ -238,6 +251,7 @@ def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
             line = "   "
         line += f" {quoted}"
     lines.append(line)
+
     missing = []
     budget = best.variant.config.budget
     if not any((budget.steps, budget.epochs, budget.tokens)):
@@ -251,9 +265,9 @@ def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
 
 
 def _on_a_cluster(words: list[str], job: PlannedRun) -> bool:
-    """Whether the command is for SLURM.
+    """Whether the command of the plan is for SLURM (`submit`) and not for this machine (`train`).
 
-    What was typed decides. Without `launcher=...` it is for several nodes, or for settings that SLURM's launcher alone has.
+    A typed `launcher=` decides. Without it, SLURM is meant by several nodes, and by settings that only its launcher has.
     """
     if "launcher=local" in words or "launcher=slurm" in words:
         return "launcher=slurm" in words
@@ -263,18 +277,18 @@ def _on_a_cluster(words: list[str], job: PlannedRun) -> bool:
 
 
 def checkpoint_gib(answer: PlanAnswer, best: Choice) -> float:
-    """GiB of a checkpoint: of what trains, its weights in fp32 and the optimizer's state."""
+    """GiB of a checkpoint: of the trained parameters, their weights in fp32 and the optimizer's state."""
     return checkpoint_bytes(answer.cost_model.trained, str(best.variant.config.optim.name)) / GIB
 
 
 def checkpoint_s(answer: PlanAnswer, best: Choice) -> float:
-    """Seconds to write one, at the rate that the card's file assumes of a node's disk."""
-    rate = answer.job.card.disk_gb_s * 1e9 * answer.job.nodes
-    return checkpoint_gib(answer, best) * GIB / rate
+    """Seconds to write a checkpoint, all nodes at once, at the rate that the card's file assumes of a node's disk."""
+    bytes_per_s = answer.job.card.disk_gb_s * 1e9 * answer.job.nodes
+    return checkpoint_gib(answer, best) * GIB / bytes_per_s
 
 
 def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The answer as JSON values; GiB, seconds, US dollars."""
+    """What `plan --json` prints, as JSON values. Sizes are GiB, times seconds or hours, prices US dollars."""
     job = answer.job
     cost_model = answer.cost_model
     best = answer.best
@@ -319,6 +333,7 @@ def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = 
 
 
 def _in_gib(sizes: Mapping[Any, int]) -> dict[str, float]:
+    """The sizes, which are in bytes, as GiB under the same names."""
     return {str(key): size / GIB for key, size in sizes.items()}
 
 

@@ -50,13 +50,13 @@ class PlanWords(VerbWords):
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What is to be planned."""
+    """The words of `shardtune plan`, sorted into those of the card, of the plan and of the run."""
 
     words: PlanWords
     card: Card
     settings: PlanConfig
     of_run: list[str]
-    """The words of the run that is planned."""
+    """The words of the run that is planned, as `train` would take them."""
 
 
 OF_GROUPS = {
@@ -85,7 +85,10 @@ runs."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
+    """Run `shardtune plan` with the words typed after it; returns the exit code, 69 if nothing fits.
+
+    Errors: ConfigError, DataError, StorageError.
+    """
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -98,7 +101,7 @@ def main(argv: list[str]) -> int:
     from trainer.planner.sweep import plan_variants
 
     config, typed = composed(request.of_run, request.card)
-    # What can be known to be wrong is said before data is prepared, which may take an hour.
+    # Whatever can be known to be wrong is reported before the data is prepared, which may take an hour.
     variants, refused = run_variants(config, request.settings, typed, ranks_of(config))
     load_model_config(config.model)
     measured = measured_by(request, ["plan", *argv])
@@ -113,7 +116,10 @@ def main(argv: list[str]) -> int:
 
 
 def measured_by(request: PlanRequest, command: list[str]) -> Calibrated:
-    """The card as the run of `from=` found it, or as its file says. Errors: ConfigError."""
+    """The card with the figures that the run of `from=` measured; without `from=`, as its file says. Errors: ConfigError.
+
+    `command` is the command as it was typed, for messages.
+    """
     from launch.config.read_run import take_words
     from launch.plan.from_run import ALLOWING, Calibrated, calibrated
 
@@ -131,7 +137,7 @@ def measured_by(request: PlanRequest, command: list[str]) -> Calibrated:
 
 
 def read_plan(argv: list[str]) -> PlanRequest:
-    """What was typed, read. Raises ConfigError with every problem."""
+    """Read the words typed after `shardtune plan`, and the file of the card. Raises ConfigError with every problem at once."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -141,49 +147,57 @@ def read_plan(argv: list[str]) -> PlanRequest:
     from trainer.planner.plan import PlanConfig
 
     words, problems = read_words("plan", PlanWords, argv)
-    tree = OmegaConf.structured(Card)
+    card_settings = OmegaConf.structured(Card)
     if words.hardware is not None:
         try:
-            tree = OmegaConf.merge(tree, _keys_of(_card_file(words.hardware)))
+            card_settings = OmegaConf.merge(card_settings, _load_card_file(_card_file(words.hardware)))
         except OSError as error:
             problems.append(f"hardware={words.hardware}: {str(error).splitlines()[0]}; one of {', '.join(CARDS)}")
         except (OmegaConfBaseException, ValueError, YAMLError) as error:
-            why = " ".join(str(error).split("\n    full_key")[0].split())
-            problems.append(f"hardware={words.hardware}: {why}; write it as those of conf/hardware/ are")
-    card_of_file = OmegaConf.to_object(tree)
+            # OmegaConf appends lines with the full key and type: the first sentence says it all.
+            reason = " ".join(str(error).split("\n    full_key")[0].split())
+            problems.append(f"hardware={words.hardware}: {reason}; write it as those of conf/hardware/ are")
+    card_of_file = OmegaConf.to_object(card_settings)
     assert isinstance(card_of_file, Card)
     card, other_words, hardware_problems = read_group("hardware", card_of_file, words.settings)
     settings, run_words, plan_problems = read_group("plan", PlanConfig(), other_words)
     problems += hardware_problems + plan_problems
     if settings.workers < 0:
         problems.append(f"plan.workers={settings.workers}: must be at least 0; 0 takes one a core")
-    problems = problems or _lacking(card)
+    # A card that could not be read lacks everything: only its first problem is worth a line.
+    problems = problems or _card_problems(card)
     if problems:
         raise ConfigError(problems)
-    return PlanRequest(words, card, settings, [word for word in run_words if not word.startswith(ALLOWING)])
+    of_run = [word for word in run_words if not word.startswith(ALLOWING)]
+    return PlanRequest(words, card, settings, of_run)
 
 
 def _card_file(name: str) -> Path:
-    file = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else CONF_DIR / "hardware" / f"{name}.yaml"
+    """The YAML file of a card: the path that was typed, or the file of that name in conf/hardware/. Errors: OSError."""
+    if name.endswith((".yaml", ".yml")):
+        file = Path(name).expanduser()
+    else:
+        file = CONF_DIR / "hardware" / f"{name}.yaml"
     if not file.is_file():
         raise OSError("there is no such card")
     return file
 
 
-def _keys_of(file: Path) -> Any:
+def _load_card_file(file: Path) -> Any:
+    """The keys of a card's YAML file. Errors: ValueError if it holds something else, OSError, YAMLError."""
     from omegaconf import DictConfig, OmegaConf
 
-    read = OmegaConf.load(file)
-    if not isinstance(read, DictConfig):
+    contents = OmegaConf.load(file)
+    if not isinstance(contents, DictConfig):
         raise ValueError("the file must hold keys, as in memory_gib: 80")
-    return read
+    return contents
 
 
-def _lacking(card: Card) -> list[str]:
-    """What a card must say to be planned for."""
+def _card_problems(card: Card) -> list[str]:
+    """Error messages for figures of a card that are missing or impossible, without which nothing can be planned."""
     from strategies.base import Precision
 
-    rates = (
+    positive_figures = (
         "memory_gib",
         "fp32_tflops",
         "memory_gb_s",
@@ -195,9 +209,11 @@ def _lacking(card: Card) -> list[str]:
         "pace",
         "tensors",
     )
-    problems = [
-        f"hardware.{name}={getattr(card, name):g}: must be above 0" for name in rates if getattr(card, name) <= 0
-    ]
+    problems = []
+    for name in positive_figures:
+        figure = getattr(card, name)
+        if figure <= 0:
+            problems.append(f"hardware.{name}={figure:g}: must be above 0")
     if card.allocator < 0:
         problems.append(f"hardware.allocator={card.allocator:g}: must be at least 0; 0.05 is the allowance")
     if len(card.capability) != 2:
@@ -210,10 +226,10 @@ def _lacking(card: Card) -> list[str]:
 
 
 def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
-    """The configuration of a run on GPUs that need not be here, and the keys and groups that were typed. Raises ConfigError.
+    """(configuration of a run on GPUs that need not be here, the keys and groups that were typed). Raises ConfigError.
 
-    If they are not typed, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. What is wrong
-    with the settings is looked for by `trainer.planner.plan.run_variants`.
+    If they are not typed, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. The settings
+    are not validated here: `trainer.planner.plan.run_variants` does that for each way to run.
     """
     from launch.config.compose import compose, ranks_of
     from launch.config.overrides import parse
@@ -222,12 +238,12 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     from trainer.config.run import AUTO, MICRO, STRATEGY, Device
 
     parsed = parse(words)
-    # What `auto` leaves open for the run is what a plan looks at in all its values: it does not count as typed.
+    # `auto` does not count as typed: the plan tries all values that it could become.
     typed = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY, AUTO)}
     typed |= {key for key, setting, _ in parsed.values if (key, setting) != (MICRO, AUTO)}
-    # The launcher of a cluster settles nothing by this machine, and knows gpus_per_node.
-    launcher = [] if "launcher" in typed else ["launcher=slurm"]
-    config = compose([*words, *launcher], check=False).config
+    # SLURM's launcher takes nothing from this machine, and knows gpus_per_node.
+    default_launcher = [] if "launcher" in typed else ["launcher=slurm"]
+    config = compose([*words, *default_launcher], check=False).config
     if "launcher.gpus_per_node" in typed and getattr(config.launcher, "gpus_per_node", 1) == 0:
         raise ConfigError("launcher.gpus_per_node=0: asks for nodes without GPUs; give the cards of a node to plan for")
     config.run.device = Device.cuda
@@ -236,21 +252,25 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     config = replace(config, precision=card.precision(precision))
     if MICRO not in typed:
         config.batch["micro"] = 1
-    step = config.batch["micro"] * readers_of(config, ranks_of(config) or 0)
-    if "batch.global" not in typed and step > 0:
-        # The next multiple that all ranks can share.
-        config.batch["global"] = -(-config.batch["global"] // step) * step
+    smallest_batch = config.batch["micro"] * readers_of(config, ranks_of(config) or 0)
+    if "batch.global" not in typed and smallest_batch > 0:
+        # Rounded up to a multiple that all ranks can share.
+        accumulation = -(-config.batch["global"] // smallest_batch)
+        config.batch["global"] = accumulation * smallest_batch
     return config, typed
 
 
 def _progress() -> Any:
-    """Tells on stderr what was done: one line that is written over in a terminal, else a line at the end."""
+    """A function that prints on stderr how many ways to run are simulated: (done, total, name of the last one).
+
+    In a terminal it writes over one line; in a log file it prints a single line at the end.
+    """
     is_terminal = sys.stderr.isatty()
 
     def on_progress(done: int, total: int, variant: str) -> None:
         if is_terminal:
             draw(sys.stderr, "\r\033[K")
-            line = f"simulated {done} of {total}: {variant}"[:96]
+            line = f"simulated {done} of {total}: {variant}"[:96]  # a line that wraps could not be written over
             print(line, end="" if done < total else "\n", file=sys.stderr, flush=True)
         elif done == total:
             print(f"simulated {total} ways to run", file=sys.stderr, flush=True)

@@ -33,27 +33,33 @@ DEFECTS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a run would do."""
+    """What a run would do, computed without training."""
 
     text: str
-    """For a person."""
+    """What `--dry-run` prints."""
     facts: dict[str, Any]
-    """For a script: JSON-compatible, sizes in bytes."""
+    """What `--dry-run --json` prints: JSON-compatible, sizes in bytes."""
     exit_code: int
     """0, or 70 if a defect keeps the step from being simulated."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedMemory:
-    """Bytes that a rank holds at the peak of the longest micro-batch, or why they are not known."""
+    """Memory that a rank holds at the peak of the longest micro-batch, or why it is not known."""
 
     lines: list[str]
+    """For the text of the dry run."""
     facts: dict[str, Any]
+    """For its JSON: bytes in all and by kind, or the reason."""
     defect: bool = False
+    """Whether the step could not be simulated because of a fault of the code."""
 
 
 def describe(config: RunConfig) -> DryRun:
-    """What `--dry-run` answers. Prepares the data (cached for the run itself) and reads headers of the weights."""
+    """Compute sizes, batch arithmetic, steps and memory of a run, without training it.
+
+    Prepares the data, which the run itself then finds in the cache, and reads only the headers of the weights.
+    """
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
@@ -84,7 +90,7 @@ def describe(config: RunConfig) -> DryRun:
         f"{epochs:,.2f} of {documents:,} documents",
         *repetition_warning(global_batch, epochs, steps),
         *memory.lines,
-        *_waiting(config.strategy, trained, world, accumulation=accumulation),
+        *_deferred_gradient_lines(config.strategy, trained, world, accumulation=accumulation),
     ]
     precision_advice = advice(config.precision, str(config.run.device))
     if precision_advice:
@@ -111,16 +117,20 @@ def describe(config: RunConfig) -> DryRun:
     return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
 
 
-def _waiting(strategy: StrategyConfig, trained: int, world: int, *, accumulation: int) -> list[str]:
-    """What gradients that wait for the last micro-batch would add to the estimate."""
+def _deferred_gradient_lines(strategy: StrategyConfig, trained: int, world: int, *, accumulation: int) -> list[str]:
+    """A line on the memory of whole gradients, if FSDP2 reduces them only after the last micro-batch of a step.
+
+    The simulation is of a single micro-batch, so its estimate does not have them.
+    """
     if not isinstance(strategy, Fsdp2Config) or accumulation == 1 or strategy.defer_sync is False:
         return []
     when = "wait" if strategy.defer_sync else "wait only where they fit"
-    return [f"  gradients, whole until the last micro-batch: {4 * trained / 2**30:.2f} GiB more at most; they {when}"]
+    gradients_gib = 4 * trained / 2**30  # in fp32
+    return [f"  gradients, whole until the last micro-batch: {gradients_gib:.2f} GiB more at most; they {when}"]
 
 
 def _memory(config: RunConfig, built: Built, data: PreparedData, world: int) -> SimulatedMemory:
-    """The memory of the run's own step, simulated with its longest micro-batch; or why that cannot be told."""
+    """The memory of a step of the run with its longest micro-batch, simulated; or why it cannot be simulated."""
     on_gpu = str(config.run.device) == "cuda"
     try:
         step = simulate_depth(
@@ -140,9 +150,12 @@ def _memory(config: RunConfig, built: Built, data: PreparedData, world: int) -> 
                 "or of the model's code, and training may fail likewise; exit code 70"
             )
         return SimulatedMemory([f"memory per rank: {reason}"], {"unknown": reason}, defect=is_defect)
-    unit, unit_name = 2**20, "MiB"
+    unit_bytes = 2**20
+    unit = "MiB"
     if step.total >= 2**30:
-        unit, unit_name = 2**30, "GiB"
+        unit_bytes = 2**30
+        unit = "GiB"
+    # The run itself chooses, by its free memory, which activations are recomputed.
     mode = config.strategy.activation_checkpointing
     note = ", with nothing recomputed yet" if mode is ActivationCheckpointing.auto else ""
     lines = [
@@ -150,8 +163,8 @@ def _memory(config: RunConfig, built: Built, data: PreparedData, world: int) -> 
         "reserves come on top"
     ]
     kinds = dict(sorted(step.kinds.items(), key=lambda kind_and_size: -kind_and_size[1]))
-    for kind, size in kinds.items():
-        if size >= 0.005 * unit:
-            lines.append(f"  {kind:<14}{size / unit:8.2f} {unit_name}")
-    lines.append(f"  {'total':<14}{step.total / unit:8.2f} {unit_name}")
+    for kind, size_bytes in kinds.items():
+        if size_bytes >= 0.005 * unit_bytes:  # smaller ones would be shown as 0.00
+            lines.append(f"  {kind:<14}{size_bytes / unit_bytes:8.2f} {unit}")
+    lines.append(f"  {'total':<14}{step.total / unit_bytes:8.2f} {unit}")
     return SimulatedMemory(lines, {"bytes": step.total, "peak": str(step.peak), "kinds": kinds})

@@ -20,29 +20,31 @@ if TYPE_CHECKING:
 
 
 ALLOWING = "from."
-"""Before a setting: it allows what the run of `from=` reaches out to."""
+"""Prefix of words that allow the run of `from=` to use files or hosts outside of its directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """A card, and in words what of it was measured by which run."""
+    """A card with figures that a run has measured."""
 
     card: Card
     lines: tuple[str, ...] = ()
+    """What was measured by which run, and what could not be; empty for a card as its file says."""
 
 
 def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[str], command: list[str]) -> Calibrated:
-    """`card` with the figures of the run in `run_dir`, which is simulated. Raises ConfigError if it tells nothing of GPUs.
+    """The card with the figures that the run in `run_dir` measured, relative to a simulation of that run.
 
-    `allowing`: words that allow what the run reaches out to. `command`: all words that were typed, for messages.
+    `allowing` are words that allow the run to use something outside of its directory. `command` is the command as it was
+    typed, for messages. Raises ConfigError if the run was not on this card, or measured nothing.
     """
-    config, record, measured = _read(Path(run_dir).expanduser(), allowing, command)
+    config, record, measured = _read_measured_run(Path(run_dir).expanduser(), allowing, command)
     gpu = measured.device_name
     if gpu != card.name:
         raise ConfigError(f"from={run_dir}: it ran on {gpu or 'an unnamed GPU'}, and hardware names {card.name}")
     lines = []
     missing = []
-    choice = _as_planned(config, record, card, settings)
+    choice = _plan_as_it_ran(config, record, card, settings)
     if isinstance(choice, str):
         missing.append(f"steps and tensors are reckoned as without it: {choice}")
     else:
@@ -56,10 +58,11 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
         peak_gib = _positive(measured.memory_gib)
         if peak_gib is not None:
             simulated_gib = choice.peak.total / 2**30
-            # Its longest documents need not have come together: less is no proof that less is needed.
+            # Its longest documents need not have met in one micro-batch: a smaller peak is no proof that less is needed.
             card = replace(card, tensors=max(1.0, peak_gib / simulated_gib))
             peaks = f"{peak_gib:.2f} GiB at most, {simulated_gib:.2f} simulated"
             lines.append(f"tensors take {card.tensors:.2f} x what is simulated ({peaks})")
+
     allocator = _measured_allocator(measured)
     if allocator is None:
         missing.append("it tells no memory that the allocator reserved")
@@ -72,41 +75,40 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
     else:
         card = replace(card, disk_gb_s=disk_gb_s)
         lines.append(f"a node writes checkpoints at {disk_gb_s:.3g} GB/s")
-    return Calibrated(
-        card,
-        (
-            f"from {run_dir} ({record.strategy}, {record.world_size} x {gpu}):",
-            *(f"  {line}" for line in lines),
-            *(f"  not calibrated: {reason}" for reason in missing),
-        ),
-    )
+
+    heading = f"from {run_dir} ({record.strategy}, {record.world_size} x {gpu}):"
+    calibrated_lines = [f"  {line}" for line in lines]
+    missing_lines = [f"  not calibrated: {reason}" for reason in missing]
+    return Calibrated(card, (heading, *calibrated_lines, *missing_lines))
 
 
 def _measured_allocator(measured: MeasuredCost) -> float | None:
-    """Share of what was allocated that the allocator reserved beyond it."""
-    peak = _positive(measured.memory_gib)
-    reserved = _positive(measured.memory_reserved_gib)
-    if peak is None or reserved is None:
+    """What the allocator reserved beyond what was allocated, as a share of the latter; None if it was not measured."""
+    peak_gib = _positive(measured.memory_gib)
+    reserved_gib = _positive(measured.memory_reserved_gib)
+    if peak_gib is None or reserved_gib is None:
         return None
-    return max(0.0, reserved / peak - 1)
+    return max(0.0, reserved_gib / peak_gib - 1)
 
 
 def _measured_disk_gb_s(measured: MeasuredCost, nodes: int) -> float | None:
-    """Rate at which a node wrote the checkpoint."""
-    size_bytes = _positive(measured.checkpoint_bytes)
-    seconds = _positive(measured.checkpoint_s)
-    if size_bytes is None or seconds is None:
+    """GB/s at which one of the nodes wrote its part of the last checkpoint; None if none was written."""
+    checkpoint_bytes = _positive(measured.checkpoint_bytes)
+    checkpoint_s = _positive(measured.checkpoint_s)
+    if checkpoint_bytes is None or checkpoint_s is None:
         return None
-    return size_bytes / seconds / 1e9 / nodes
+    return checkpoint_bytes / checkpoint_s / 1e9 / nodes
 
 
 def _positive(measured: float | None) -> float | None:
-    """What was measured; None if it was not, or is no amount."""
+    """A measured figure; None if it was not measured, or is not above 0 and so cannot be one."""
     return float(measured) if measured and measured > 0 else None
 
 
-def _read(run_dir: Path, allowing: list[str], command: list[str]) -> tuple[RunConfig, RunRecord, MeasuredCost]:
-    """(configuration, record, what was measured) of a run on GPUs."""
+def _read_measured_run(
+    run_dir: Path, allowing: list[str], command: list[str]
+) -> tuple[RunConfig, RunRecord, MeasuredCost]:
+    """(configuration, `run.json`, its measured costs) of a run on GPUs. Raises ConfigError if it is not one, or has none."""
     from launch.config.read_run import ReadingVerb, read_run, uses_model_alone
 
     if not (run_dir / "config.yaml").is_file():
@@ -129,8 +131,8 @@ def _read(run_dir: Path, allowing: list[str], command: list[str]) -> tuple[RunCo
     return config, record, record.receipt.measured
 
 
-def _as_planned(config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig) -> Choice | str:
-    """What would be planned for the run as it ran, or why that cannot be told."""
+def _plan_as_it_ran(config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig) -> Choice | str:
+    """What a plan predicts for a run with the very settings that it had; or why that cannot be simulated, as a clause."""
     from launch.plan.job import job_of
     from strategies.base import ActivationCheckpointing, Precision
     from trainer.config.run import Device
@@ -140,14 +142,15 @@ def _as_planned(config: RunConfig, record: RunRecord, card: Card, settings: Plan
     if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
         return "its recomputation was chosen by its free memory (strategy.activation_checkpointing=auto); name a run that set it"
     # A foreign or damaged record may lack what the run was computed with.
-    is_known = {
-        "world_size": record.world_size > 0,
-        "micro_batch": record.micro_batch > 0,
-        "precision": record.precision in [*Precision],
-    }
-    missing = [key for key, known in is_known.items() if not known]
-    if missing:
-        return f"its {RUN_RECORD} does not say {', '.join(missing)}"
+    missing_keys = []
+    if record.world_size <= 0:
+        missing_keys.append("world_size")
+    if record.micro_batch <= 0:
+        missing_keys.append("micro_batch")
+    if record.precision not in [*Precision]:
+        missing_keys.append("precision")
+    if missing_keys:
+        return f"its {RUN_RECORD} does not say {', '.join(missing_keys)}"
     launcher = replace(config.launcher, processes=record.world_size // config.launcher.nodes)
     config = replace(config, launcher=launcher, precision=Precision(record.precision))
     config.run.device = Device.cuda

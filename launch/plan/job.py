@@ -12,19 +12,27 @@ from trainer.planner.plan import PlannedRun
 
 
 def job_of(config: RunConfig, card: Card) -> PlannedRun:
-    """The ranks, and how long what they are given is. Prepares data where data.path says some."""
-    per = data_spec_of(config.objective).sequences_per_document
-    given = config.data.path or config.data.sources
+    """What a plan needs to know of a run: card, ranks, batch, and the lengths of its documents.
+
+    With `data.path` or `data.sources`, the data is prepared and its lengths are measured. Without, all documents are
+    taken to be as long as `data.max_length` allows.
+    """
+    sequences_per_document = data_spec_of(config.objective).sequences_per_document
+    if config.data.path or config.data.sources:
+        lengths = _measured_lengths(config, sequences_per_document)
+    else:
+        lengths = DocumentLengths.uniform(config.data.max_length, sequences_per_document)
     return PlannedRun(
         card=card,
         precision=config.precision,
         nodes=config.launcher.nodes,
         ranks_per_node=config.launcher.per_node,
         global_batch=config.batch["global"],
-        lengths=_measured(config, per) if given else DocumentLengths.uniform(config.data.max_length, per),
+        lengths=lengths,
     )
 
 
-def _measured(config: RunConfig, per: int) -> DocumentLengths:
+def _measured_lengths(config: RunConfig, sequences_per_document: int) -> DocumentLengths:
+    """The lengths of the run's training documents, from its prepared data."""
     data = prepare_data(config, load_tokenizer(config.model))
-    return sampled_lengths(config, data.train, per).lengths(config.data, per)
+    return sampled_lengths(config, data.train, sequences_per_document).lengths(config.data, sequences_per_document)
