@@ -18,8 +18,9 @@ from strategies.compat.dispatch import (
     FLASH_ATTENTION_ON_CPU,
     TorchDispatchMode,
 )
-from strategies.compat.transformers import checkpoint_block
+from strategies.compat.transformers import checkpoint_block, wrap_checkpoints
 from strategies.errors import ConfigError
+from strategies.host_inputs import HostInputs
 
 # Matrix products and attention are costly to recompute and cheap to keep. Everything else is recomputed.
 KEPT_OPS = (
@@ -125,12 +126,30 @@ def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
         _checkpoint_as_planned(step_module, blocks, modes)
     elif config.activation_checkpointing is not ActivationCheckpointing.auto:
         _checkpoint(step_module, config.activation_checkpointing)
+    recomputes = set(modes or [config.activation_checkpointing]) - {
+        ActivationCheckpointing.none,
+        ActivationCheckpointing.auto,
+    }
+    if config.offload_activations and recomputes:
+        _keep_inputs_on_host(step_module)
     if not config.compile:
         return
     if not blocks:
         raise ConfigError("strategy.compile=true: this architecture names no repeated blocks to compile; set it false")
     for block in blocks:
         block.compile(dynamic=True)
+
+
+def _keep_inputs_on_host(step_module: nn.Module) -> None:
+    """Let the blocks that recompute keep their inputs in the host's memory."""
+    plan = plan_of(step_module)
+    host_inputs = HostInputs()
+    if not wrap_checkpoints(step_module.model, host_inputs.wrap):  # type: ignore[arg-type]
+        raise ConfigError(
+            f"strategy.offload_activations=true: {type(step_module.model).__name__} recomputes in a way of its own, which "
+            "keeps inputs on the device; set strategy.offload_activations=false"
+        )
+    plan.host_inputs = host_inputs
 
 
 def _checkpoint_as_planned(

@@ -7,7 +7,7 @@ but no memory, and autograd's own hooks report what it saves.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ class Activations:
     """Kept outside the blocks: embeddings, head, loss."""
     transient: float
     """The largest tensors that are made outside the blocks and not kept (the logits of a chunk, twice)."""
+
+    def with_inputs_on_host(self) -> Activations:
+        """The same if inputs of blocks that recompute wait on the host (`strategy.offload_activations`)."""
+        selective = [kept - inputs for kept, inputs in zip(self.selective, self.full, strict=True)]
+        return replace(self, selective=[max(0.0, kept) for kept in selective], full=[0.0] * len(self.full))
 
     def total(self, modes: list[ActivationCheckpointing]) -> float:
         """Bytes at the peak, if each block does what `modes` says."""

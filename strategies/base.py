@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from strategies.host_inputs import HostInputs
     from strategies.host_memory import HostMemory
     from strategies.saving import RankState
 
@@ -74,6 +75,12 @@ class StrategyConfig:
     """Memory of one rank in GiB that `activation_checkpointing=auto` and `defer_sync=null` plan for; default: the device's."""
     compile: bool = setting(False, reach=DESCRIBES)
     """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
+    mlp_tokens: int | None = number(
+        None, least=1, advice="8192 keeps the products large; null takes all tokens at once"
+    )
+    """Tokens that the MLP of a block takes at a time, recomputed tile by tile; null: all at once. For very long rows."""
+    offload_activations: bool = setting(False, reach=DESCRIBES)
+    """Keep the inputs of recomputed blocks in pinned host memory until the backward pass, in place of the GPU's."""
     defer_sync: bool | None = setting(None, reach=DESCRIBES)
     """Reduce gradients on the last micro-batch alone; null: where whole gradients fit (fsdp2, hsdp). ZeRO goes by its stage."""
 
@@ -160,6 +167,8 @@ class ParameterSource(Protocol):
 class StepPlan:
     """What the run decides about its training step beyond the settings of the strategy. Engines read it in `prepare`."""
 
+    host_inputs: HostInputs | None = None
+    """Keeps the inputs of recomputed blocks on the host; None: they stay on the device. Set when blocks are prepared."""
     recomputation: list[ActivationCheckpointing] | None = None
     """What the backward pass recomputes, for each block in the order of `shard_units`.
 

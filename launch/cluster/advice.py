@@ -171,7 +171,7 @@ def _impossible(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
             f"launcher.cpus_per_task={cpus}: the nodes of partition {names} have {most_cpus or 'none'}: "
             "it would never start"
         )
-    memory_mib = _mebibytes(slurm.mem)
+    memory_mib = mebibytes(slurm.mem)
     most_mib = max(part.memory_mb for part in candidates)
     if memory_mib > most_mib:
         problems.append(
@@ -186,7 +186,7 @@ def _impossible(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     return problems
 
 
-def _mebibytes(memory: str | None) -> float:
+def mebibytes(memory: str | None) -> float:
     """`launcher.mem` (SLURM's memory of a node, `64G`) in MiB.
 
     0, which is all of a node's for SLURM, if nothing is asked for, or in a form that is not read here.

@@ -156,13 +156,7 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
     """The command of the best choice, and where its memory and its time go."""
     best, job = answer.best, answer.job
     if best is None:
-        least = answer.best_choices[0]
-        return fold(
-            f"Nothing fits: the smallest, {' '.join(least.words)}, is {-least.fit.margin / GIB:.1f} GiB too much. Take more "
-            "cards (launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, "
-            "or look at plan.offload=true.",
-            0,
-        )
+        return _nothing_fits(answer.best_choices[0])
     step = best.step
     return [
         *command_of(words, best, job),
@@ -180,6 +174,24 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
         ),
         *fold_all(costs(best, job), indent=0),
     ]
+
+
+def _nothing_fits(least: Choice) -> list[str]:
+    """What the smallest choice lacks, and what would help."""
+    words = " ".join(least.words)
+    if least.node_gib is not None and not least.fits_host:
+        return fold(
+            f"Nothing fits: the smallest, {words}, takes {least.host_gib:,.0f} GiB of a node's {least.node_gib:,.0f} GiB of "
+            "host memory. Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out; "
+            "launcher.mem and hardware.node_memory_gib say what a node has.",
+            0,
+        )
+    return fold(
+        f"Nothing fits: the smallest, {words}, is {-least.fit.margin / GIB:.1f} GiB too much. Take more cards "
+        "(launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, or look "
+        "at plan.offload=true.",
+        0,
+    )
 
 
 def _memory(best: Choice) -> list[str]:

@@ -167,4 +167,7 @@ def _memory(config: RunConfig, built: Built, data: PreparedData, world: int) -> 
         if size_bytes >= 0.005 * unit_bytes:  # smaller ones would be shown as 0.00
             lines.append(f"  {kind:<14}{size_bytes / unit_bytes:8.2f} {unit}")
     lines.append(f"  {'total':<14}{step.total / unit_bytes:8.2f} {unit}")
+    if step.host_inputs.tensors:
+        pinned_gib = step.host_inputs.pinned() / 2**30
+        lines.append(f"  beside it {pinned_gib:.2f} GiB of pinned host memory a rank, for inputs of recomputed blocks")
     return SimulatedMemory(lines, {"bytes": step.total, "peak": str(step.peak), "kinds": kinds})

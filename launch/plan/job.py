@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launch.cluster.advice import mebibytes
 from trainer.build.parts import prepare_data
 from trainer.config.run import RunConfig
 from trainer.model.loading import load_tokenizer
@@ -28,8 +29,15 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
         nodes=config.launcher.nodes,
         ranks_per_node=config.launcher.per_node,
         global_batch=config.batch["global"],
+        node_gib=_node_gib(config, card),
         lengths=lengths,
     )
+
+
+def _node_gib(config: RunConfig, card: Card) -> float | None:
+    """Memory that a job has of a node: what it asks SLURM for, else what the card's hosts have; None if neither is known."""
+    requested_mib = mebibytes(getattr(config.launcher, "mem", None))
+    return requested_mib / 1024 if requested_mib else card.node_memory_gib
 
 
 def _measured_lengths(config: RunConfig, sequences_per_document: int) -> DocumentLengths:

@@ -1,5 +1,6 @@
 """Planning what is recomputed: what is counted on meta is what real tensors take, and the least that fits is chosen."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ from strategies import activation_plan, runtime
 from strategies.activation import is_kept
 from strategies.activation_plan import Activations, plan_blocks
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
+from strategies.errors import ConfigError
 from strategies.parameters import meta_context
+from strategies.pinned_memory import pinned_bytes
 from strategies.single import load_in_full
 from tests.helpers.building import (
     GLOBAL_BATCH,
@@ -25,7 +28,12 @@ from tests.helpers.building import (
 )
 from tests.helpers.stores import write
 from trainer.build.parts import build_engine, build_model, workload
-from trainer.build.recomputation import longest_micro_batch, measured_activations
+from trainer.build.recomputation import (
+    check_host_memory,
+    longest_micro_batch,
+    measured_activations,
+    tokens_of_longest,
+)
 from trainer.config.validate import problems_of
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import Sample, TokenDataset
@@ -127,6 +135,49 @@ def test_recomputation_plan_is_recorded_and_autograd_keeps_what_it_says(tmp_path
     batch = longest_micro_batch(built, workload(config, data))
     # Checkpointing also keeps what all blocks share: rotary tables and positions.
     assert saved_bytes(engine.step_module, batch) < found.outside + sum(found.full) + 0.25 * sum(found.none)
+
+
+def test_a_plan_by_block_keeps_inputs_on_the_host(tmp_path, here, monkeypatch):
+    """Of the blocks that recompute, and of no other."""
+    monkeypatch.setattr("strategies.host_inputs.is_on_host", lambda _: False)
+    data = data_set(tmp_path, uneven=True)
+    config = run_config(model_dir(tmp_path), "single", "full", micro=GLOBAL_BATCH, steps=3)
+    plain = take_steps(trainer_for(config, data, here), 3)
+    auto = SingleConfig(activation_checkpointing=ActivationCheckpointing.auto, memory_gib=1.0, offload_activations=True)
+    for plan, kept in (([NONE, FULL], 1), ([SELECTIVE, FULL], 2), ([NONE, NONE], None)):
+        monkeypatch.setattr("trainer.build.recomputation.plan_blocks", lambda *_, plan=plan: (plan, True))
+        trainer = trainer_for(replace(config, strategy=auto), data, here)
+        for (loss, norm), (right_loss, right_norm) in zip(take_steps(trainer, 3), plain, strict=True):
+            assert loss == pytest.approx(right_loss, rel=1e-6) and norm == pytest.approx(right_norm, rel=1e-6)
+        host_inputs = trainer.engine.step_module.plan.host_inputs
+        assert (host_inputs and host_inputs.peak.tensors) == kept
+        assert host_inputs is None or host_inputs.live == host_inputs.live_bytes == 0
+
+
+def test_inputs_on_the_host_are_no_activations_of_the_device():
+    found = Activations(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside=50.0, transient=5.0)
+    assert found.with_inputs_on_host() == replace(found, selective=[30.0] * 3, full=[0.0] * 3)
+
+
+def test_inputs_that_do_not_fit_the_host_are_refused(tmp_path, monkeypatch):
+    """Two blocks, each input rounded up to a power of two: on a GPU, before weights are read."""
+    data = data_set(tmp_path, uneven=False)
+    strategy = SingleConfig(activation_checkpointing=FULL, offload_activations=True)
+    config = run_config(model_dir(tmp_path), strategy, "full", micro=4)
+    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    work = workload(config, data)
+    on_gpu = runtime.Runtime(0, 8, 0, 8, torch.device("cuda"), None)
+    one = pinned_bytes(tokens_of_longest(built, work) * 32 * 2)
+    least = 8 * (2 * one + 3 * 2**30)
+    for memory, fits in ((least, True), (least - 1, False)):
+        monkeypatch.setattr("trainer.build.recomputation.host_memory", lambda memory=memory: memory)
+        with nullcontext() if fits else pytest.raises(ConfigError, match="2 blocks keep"):
+            check_host_memory(built, work, strategy, Precision.bf16, on_gpu)
+
+
+@pytest.mark.parametrize(("size", "pinned"), [(0, 0), (1, 1), (4096, 4096), (4097, 8192), (2**30 + 1, 2**31)])
+def test_pinned_memory_is_rounded_up_to_a_power_of_two(size, pinned):
+    assert pinned_bytes(size) == pinned
 
 
 def test_a_budget_without_a_plan_is_a_problem(tmp_path):

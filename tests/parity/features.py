@@ -45,6 +45,19 @@ VARIANTS = {
 }
 
 
+ZERO3_APART = ZeroConfig(name=StrategyName.zero3, stage=3, persistence_threshold=0)
+LONG_ROWS: dict[str, dict[str, Any]] = {
+    "tiles": {"mlp_tokens": 16},
+    "tiles, recomputed": {"mlp_tokens": 16, "activation_checkpointing": ActivationCheckpointing.full},
+    "on the host": {"offload_activations": True, "activation_checkpointing": ActivationCheckpointing.full},
+    "on the host, selective": {
+        "offload_activations": True,
+        "activation_checkpointing": ActivationCheckpointing.selective,
+    },
+    "both": {"mlp_tokens": 7, "offload_activations": True, "activation_checkpointing": ActivationCheckpointing.full},
+}
+
+
 def _owners(*args: Any, **kwargs: Any) -> dict[str, Any]:
     settings = deepspeed_config(*args, **kwargs)
     settings["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
@@ -80,6 +93,14 @@ def against_lone(
 def variant(job: Job, name: str) -> dict:
     """A setting that must not change the result."""
     return against_lone(job, plain(job, VARIANTS[name], "full"), "full")
+
+
+def long_rows(job: Job, strategy: str, tuning: str, settings: str) -> dict:
+    """Tiles of the MLP, and inputs of blocks that are copied away and back, as from a GPU to the host."""
+    base = ZERO3_APART if strategy == "zero3" else STRATEGIES[strategy]
+    config = plain(job, replace(base, **LONG_ROWS[settings]), tuning)
+    with mock.patch("strategies.host_inputs.is_on_host", lambda _: False):
+        return against_lone(job, config, tuning)
 
 
 def reduced_to_owners(job: Job) -> dict:

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.covering import chosen, takes, values
 from tests.helpers.learning import LEAST_LEARNED
 from tests.parity import teachers
-from tests.parity.features import TUNINGS, VARIANTS
+from tests.parity.features import LONG_ROWS, TUNINGS, VARIANTS
 from tests.parity.methods import FEWER
 from tests.parity.pairs import CASES as PAIRS
 from tests.parity.two_sides import CASES as TWO_SIDED
@@ -38,6 +38,13 @@ def assert_close(curves, rel=EXACT, least=3):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_setting_does_not_change_the_result(ask, name):
     assert_close(ask("features", "variant", name))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tuning", "settings"), chosen(product(STRATEGIES, ("full", "lora"), LONG_ROWS), values, takes)
+)
+def test_tiles_and_inputs_on_the_host_do_not_change_the_result(ask, strategy, tuning, settings):
+    assert_close(ask("features", "long_rows", strategy, tuning, settings))
 
 
 def test_gradients_reduced_to_their_owners_train_alike(ask):

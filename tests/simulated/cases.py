@@ -77,6 +77,22 @@ class Case:
         return config
 
 
+@dataclass(frozen=True)
+class LongRows(Case):
+    """A case with what very long rows need."""
+
+    mlp_tokens: int | None = 16
+    on_host: bool = False
+
+    def strategy_config(self, world: int) -> StrategyConfig:
+        config = replace(
+            Case.strategy_config(self, world), mlp_tokens=self.mlp_tokens, offload_activations=self.on_host
+        )
+        if isinstance(config, ZeroConfig) and config.stage == 3:
+            config = replace(config, persistence_threshold=0)  # a tiny model would stay gathered
+        return config
+
+
 def simulated(
     case: Case, model: Path, world: int, rank: int = 0, device: torch.device = SIMULATED, repeat: int = 1
 ) -> SimulatedStep:

@@ -15,7 +15,7 @@ from strategies.tensor_inventory import MemoryKind
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.helpers.ranks import Ranks
-from tests.simulated.cases import CHECKPOINTING, LENGTHS, NATIVE, Case, comparable, real_alone, simulated
+from tests.simulated.cases import CHECKPOINTING, LENGTHS, NATIVE, Case, LongRows, comparable, real_alone, simulated
 from trainer.planner.simulate import simulate
 from trainer.planner.simulation import step_parts
 
@@ -41,6 +41,7 @@ TOGETHER = [
     Case("zero2", "lora", "bf16", "none", False, 2),
     Case("zero2", "full", "bf16", "selective"),
     Case("zero3", "lora", "fp32", "full"),
+    LongRows("fsdp2", "lora", "fp32", "full"),
 ]
 
 
@@ -60,7 +61,7 @@ def ranks(place):
 
 def kept(case):
     """Each way in which a strategy keeps and reduces, with adapters and without; stages 1 and 2 of ZeRO reduce alike."""
-    return {"zero2" if case.strategy == "zero1" else case.strategy, case.tuning, case.checkpointing}
+    return {"zero2" if case.strategy == "zero1" else case.strategy, case.tuning, case.checkpointing, type(case)}
 
 
 def as_json(found):
@@ -77,6 +78,15 @@ def test_simulation_equals_real_tensors_of_one_rank(place, case, world, architec
     model = model_dir(place, architecture)
     found = as_json(simulated(case, model, world, world - 1, device=CPU))
     assert found == as_json(real_alone(case, model, world, world - 1))
+
+
+@pytest.mark.parametrize(
+    "case", [LongRows("fsdp2", "lora", "bf16", "full"), LongRows("ddp", "full", "fp32", "none")], ids=str
+)
+def test_simulation_of_tiles_equals_real_tensors(place, case):
+    """Tiles that do not divide the row, in a block that is recomputed and in one that is not."""
+    found = as_json(simulated(case, place / "llama", 8, 7, device=CPU))
+    assert found == as_json(real_alone(case, place / "llama", 8, 7))
 
 
 @pytest.mark.parametrize("case", chosen(TOGETHER, kept), ids=str)

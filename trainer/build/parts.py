@@ -14,7 +14,7 @@ from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.build.gradient_sync import plan_reduction
-from trainer.build.recomputation import Workload, expect_memory, plan_checkpointing
+from trainer.build.recomputation import Workload, check_host_memory, expect_memory, plan_checkpointing
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.batches.cutting import Cut, cut_of
@@ -44,6 +44,7 @@ from trainer.model.quantisation import Scheme, quantise_layers, unquantised_note
 from trainer.model.quantised_experts import quantise_experts
 from trainer.model.rules import check_kind
 from trainer.model.sequence_attention import register_flash
+from trainer.model.tiles import tile_mlps
 from trainer.model.weights import WeightSource, fill_buffers
 from trainer.objectives.base import ObjectiveConfig, ReferenceModels
 from trainer.objectives.causal import plain_model
@@ -156,6 +157,7 @@ def build_engine(
     plan_checkpointing(built, longest_batch, config.strategy, precision, runtime)
     plan_reduction(built, longest_batch, config.strategy, precision, runtime, micro_batches=micro_batches_per_step)
     expect_memory(built, longest_batch, config.strategy, precision, runtime)
+    check_host_memory(built, longest_batch, config.strategy, precision, runtime)
 
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
@@ -211,7 +213,14 @@ def build_model(
     shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(built.step_module)}
     source.check(shapes, head_prefixes=built.head_prefixes)
     attach_frozen(built, config.model, objective, config.tuning, source, tokenizer)
+    tile(built, config)
     return built, source
+
+
+def tile(built: Built, config: RunConfig) -> None:
+    """Let the MLPs of a model take the tokens of `strategy.mlp_tokens` at a time. Raises ConfigError if they cannot."""
+    kind = family_of(config.objective).kind
+    tile_mlps(built.step_module, built.config, built.plain, kind, config.strategy.mlp_tokens)
 
 
 def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
 from strategies.memory import activations_by_rule, state_bytes
 from strategies.mesh import replica_count
+from strategies.pinned_memory import GIB, expected_on_host, host_bytes, node_bytes
 from trainer.data.batches.cutting import Cut
 from trainer.data.config import Layout
 from trainer.data.objective_spec import DataSpec
@@ -53,6 +53,18 @@ def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
     longest = np.partition(lengths, -num_sequences)[-num_sequences:]
     longest_first: list[int] = np.sort(longest)[::-1].tolist()
     return longest_first
+
+
+def tokens_of_longest(built: Built, work: Workload) -> int:
+    """Tokens that a rank holds of the longest micro-batch, padding included."""
+    lengths = longest_lengths(built.data_spec, work)
+    tokens = sum(lengths)
+    if built.layout is not Layout.padding_free:
+        tokens = len(lengths) * max(lengths, default=0)
+    if work.cut is None:
+        return tokens
+    start, stop = work.cut.span(tokens)
+    return stop - start
 
 
 def micro_batch_of(built: Built, lengths: list[int], cut: Cut | None) -> dict[str, Any]:
@@ -104,14 +116,10 @@ def activations_of(built: Built, work: Workload, strategy: StrategyConfig, preci
     """Bytes of activations of the longest micro-batch: the counted ones if a plan has counted them, else by a rule of thumb."""
     if built.activations is not None:
         return built.activations
-    lengths = longest_lengths(built.data_spec, work)
-    tokens = sum(lengths)
-    if built.layout is not Layout.padding_free:
-        tokens = len(lengths) * max(lengths, default=0)
-    if work.cut is not None:
-        start, stop = work.cut.span(tokens)
-        tokens = stop - start
+    tokens = tokens_of_longest(built, work)
     width, blocks = width_and_blocks(built.plain)
+    if strategy.offload_activations and strategy.activation_checkpointing is ActivationCheckpointing.full:
+        blocks = 0  # what they keep waits on the host
     return activations_by_rule(tokens, width, blocks, strategy.activation_checkpointing, precision)
 
 
@@ -125,6 +133,8 @@ def plan_checkpointing(
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
         return
     activations = measured_activations(built, work, precision)
+    if strategy.offload_activations:
+        activations = activations.with_inputs_on_host()
     state_size = model_state(built, strategy, precision, runtime)
     budget = strategy.memory_gib or device_gib(runtime) * USABLE_SHARE
     modes, fits = plan_blocks(activations, budget * 2**30 - state_size)
@@ -155,9 +165,41 @@ def device_gib(runtime: processes.Runtime) -> float:
     """Memory of this rank's device in GiB. On a CPU an equal part of the memory of the host, or of the job's cgroup."""
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_properties(runtime.device).total_memory / 2**30
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    usable_bytes = min(host_bytes, processes.cgroup_memory() or host_bytes)
-    return usable_bytes / runtime.local_world_size / 2**30
+    return host_memory() / runtime.local_world_size / 2**30
+
+
+def host_memory() -> int:
+    """Bytes of this host's memory that the job may use: all of it, or what its cgroup allows."""
+    return min(host_bytes(), processes.cgroup_memory() or host_bytes())
+
+
+def check_host_memory(
+    built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+) -> None:
+    """Raise ConfigError if the inputs of blocks that `strategy.offload_activations` keeps do not fit this host. No collective.
+
+    Nothing is moved on a CPU.
+    """
+    if not strategy.offload_activations or runtime.kind == "cpu":
+        return
+    modes = built.step_module.plan.recomputation
+    blocks = len(built.step_module.shard_units())
+    if modes is not None:
+        blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
+    width, _ = width_and_blocks(built.plain)
+    itemsize = 4 if precision is Precision.fp32 else 2
+    tokens = tokens_of_longest(built, work)
+    on_host = expected_on_host(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
+    needed = node_bytes(on_host, runtime.local_world_size)
+    if needed <= host_memory():
+        return
+    raise ConfigError(
+        f"strategy.offload_activations=true: {blocks} blocks keep {tokens:,} x {width} values each on the host: "
+        f"{on_host.pinned() / GIB:.1f} GiB of pinned memory a rank (rounded up to a power of two a block), and "
+        f"{needed / GIB:.1f} GiB for the {runtime.local_world_size} ranks of this host with their processes, which has "
+        f"{host_memory() / GIB:.1f} GiB; lower data.max_length or batch.micro, use fewer ranks a host, or set "
+        "strategy.offload_activations=false"
+    )
 
 
 def expect_memory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyName, ZeroConfig
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, StrategyName, ZeroConfig
 from trainer.config.parallel import problems as parallel_problems
 from trainer.config.run import Device, RunConfig
 
@@ -26,10 +26,40 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"strategy.memory_gib={strategy.memory_gib:g}: is what strategy.activation_checkpointing=auto, and "
             "strategy.defer_sync=null under fsdp2 and hsdp, plan for; set one of them, or strategy.memory_gib=null"
         )
+    yield from _long_rows(strategy)
     if isinstance(strategy, Fsdp2Config):
         yield from _replicas(strategy, config, world_size)
     if isinstance(strategy, ZeroConfig):
         yield from _zero(strategy)
+
+
+def _long_rows(strategy: StrategyConfig) -> Iterator[str]:
+    """What tiles of the MLP, and inputs of blocks on the host, do not go with."""
+    mode = strategy.activation_checkpointing
+    recomputation = f"strategy.activation_checkpointing={mode}"
+    if strategy.mlp_tokens is not None:
+        setting = f"strategy.mlp_tokens={strategy.mlp_tokens}"
+        if mode is ActivationCheckpointing.selective:
+            yield (
+                f"{setting} with {recomputation}: selective recomputation keeps the MLP's products, which tiles are there to "
+                "let go of; set strategy.activation_checkpointing=full, or strategy.mlp_tokens=null"
+            )
+        if mode is ActivationCheckpointing.auto:
+            yield (
+                f"{setting} with {recomputation}: auto counts what blocks keep without tiles, and may choose selective; set "
+                "strategy.activation_checkpointing=full, or strategy.mlp_tokens=null"
+            )
+    if strategy.offload_activations and mode is ActivationCheckpointing.none:
+        yield (
+            f"strategy.offload_activations=true with {recomputation}: the inputs of recomputed blocks wait on the host, and "
+            "no block is recomputed; set strategy.activation_checkpointing=full, or strategy.offload_activations=false"
+        )
+    for key, is_set in (("mlp_tokens", strategy.mlp_tokens), ("offload_activations", strategy.offload_activations)):
+        if strategy.compile and is_set:
+            yield (
+                f"strategy.{key} with strategy.compile=true: it is not proven to take the same steps compiled; set "
+                "strategy.compile=false"
+            )
 
 
 def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:

@@ -6,11 +6,13 @@ four corners give any depth and any size. `tests/planner/test_cost_model.py` com
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from strategies.pinned_memory import OnHost
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from strategies.tensor_inventory import MemoryKind
@@ -21,6 +23,7 @@ from trainer.planner.depth_extrapolation import (
     extrapolate_by_key,
     extrapolate_pairs,
     extrapolation_to,
+    host_inputs_at_depth,
     phases_at_depth,
     phases_of_deeper_model,
     shallow_depths,
@@ -83,6 +86,8 @@ class CostModel:
     """(calls, bytes of all calls) in a step."""
     host_bytes: int
     """Bytes that the engine keeps on the host."""
+    host_inputs: tuple[OnHost, OnHost]
+    """Inputs of recomputed blocks that wait on the host, of one micro-batch of either size."""
     parameters: int = 0
     """Of the whole model."""
     trained: int = 0
@@ -143,6 +148,24 @@ class CostModel:
             square = (small.units * large_flops - large.units * small_flops) / determinant
             flops = linear * units + square * squares
         return flops, self._at_units(*self.moved_bytes, units), self._at_units(*self.host_copy_bytes, units)
+
+    def pinned_bytes(self, units: float) -> int:
+        """Bytes of pinned host memory for the inputs of blocks, in micro-batches of so many units."""
+        small, large = self.host_inputs
+        return large.pinned(self._at_units(small.size, large.size, units))
+
+    def units_in_host_memory(self, limit: float) -> float:
+        """The most units whose inputs of blocks fit in `limit` bytes of pinned host memory."""
+        small, large = self.host_inputs
+        if not large.tensors:
+            return math.inf
+        # Each tensor takes a power of two: the largest one of which all fit is the room for one.
+        room_for_one = int(limit // large.tensors)
+        if room_for_one < 1:
+            return 0.0
+        size = large.tensors * (1 << (room_for_one.bit_length() - 1))
+        bytes_per_unit = (large.size - small.size) / (self.sizes[1].units - self.sizes[0].units)
+        return self.sizes[1].units + (size - large.size) / bytes_per_unit
 
     def _at_units(self, small: float, large: float, units: float) -> float:
         """The value at `units`, on the line through the values at the two simulated sizes."""
@@ -282,6 +305,10 @@ def fit_cost_model(
             extrapolate,
         ),
         host_bytes=extrapolate(shallow[1].host, deep[1].host),
+        host_inputs=(
+            host_inputs_at_depth(shallow[0], deep[0], extrapolate),
+            host_inputs_at_depth(shallow[1], deep[1], extrapolate),
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from strategies.pinned_memory import OnHost
 from strategies.tensor_inventory import MemoryKind
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.simulate import SimulatedStep
@@ -39,6 +40,8 @@ class ExtrapolatedStep:
     flops: float
     host: int
     """Bytes that the engine keeps on the host."""
+    host_inputs: OnHost
+    """Inputs of recomputed blocks that wait on the host."""
 
 
 def shallow_depths(
@@ -146,6 +149,15 @@ def extrapolate_step(
         host_reads=extrapolate(sum(shallow.host_reads.values()), sum(deep.host_reads.values())),
         flops=deep.flops + (deep.flops - shallow.flops) * (blocks - depths[1]) / (depths[1] - depths[0]),
         host=extrapolate(shallow.host, deep.host),
+        host_inputs=host_inputs_at_depth(shallow, deep, extrapolate),
+    )
+
+
+def host_inputs_at_depth(shallow: SimulatedStep, deep: SimulatedStep, extrapolate: Callable[[int, int], int]) -> OnHost:
+    """What waits on the host in the whole model."""
+    return OnHost(
+        tensors=extrapolate(shallow.host_inputs.tensors, deep.host_inputs.tensors),
+        size=extrapolate(shallow.host_inputs.size, deep.host_inputs.size),
     )
 
 
@@ -162,6 +174,7 @@ def full_depth_step(step: SimulatedStep, blocks: int) -> ExtrapolatedStep:
         host_reads=sum(step.host_reads.values()),
         flops=step.flops,
         host=step.host,
+        host_inputs=step.host_inputs,
     )
 
 

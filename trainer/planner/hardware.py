@@ -8,6 +8,7 @@ from typing import Any
 
 from strategies.base import Precision
 from strategies.hardware import Gpu, best_precision
+from strategies.pinned_memory import PROCESS_GIB
 from trainer.planner.cost_model import CostModel, MemoryPeak
 from trainer.planner.depth_extrapolation import ExtrapolatedStep
 from trainer.reporting.gpu_peaks import peak_tflops
@@ -20,8 +21,6 @@ NCCL_GROUP_GIB = 0.4
 """GiB that NCCL takes for each group of ranks with its channels of a few MiB (NCCL_BUFFSIZE is 4 MiB). An allowance."""
 ALLOCATOR_OVERHEAD = 0.05
 """Share of what is allocated that torch's allocator reserves beyond it, its blocks being pieces of segments. An allowance."""
-HOST_PROCESS_GIB = 3.0
-"""GiB of host memory of a rank with its libraries. An allowance."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +53,8 @@ class Card:
     """Seconds that a step takes for each that is reckoned; 1 where nothing was measured."""
     tensors: float = 1.0
     """Bytes that tensors take for each that is simulated; 1 where nothing was measured."""
+    node_memory_gib: float | None = None
+    """Memory in GiB of a host with these cards; null where it is not known, and nothing is refused for it."""
     gpus_per_node: int = 8
     """Cards of a node as it is usually built."""
     price_per_hour: float | None = None
@@ -147,6 +148,12 @@ def group_count(cost_model: CostModel | ExtrapolatedStep) -> int:
     return len({key[1] for key in cost_model.exchanged if key[1] > 1})
 
 
-def host_gib(cost_model: CostModel, ranks: int) -> float:
-    """GiB of a node's memory with so many ranks: what is offloaded, and the processes."""
-    return ranks * (cost_model.host_bytes / GIB + HOST_PROCESS_GIB)
+def host_gib(cost_model: CostModel, ranks: int, units: float) -> float:
+    """GiB of a node's memory with so many ranks: what is offloaded in micro-batches of `units`, and the processes."""
+    offloaded_bytes = cost_model.host_bytes + cost_model.pinned_bytes(units)
+    return ranks * (offloaded_bytes / GIB + PROCESS_GIB)
+
+
+def room_for_inputs(cost_model: CostModel, ranks: int, node_gib: float) -> float:
+    """Bytes of pinned memory that each of `ranks` ranks may take for inputs of blocks, on a host of `node_gib` GiB."""
+    return max(0.0, (node_gib / ranks - PROCESS_GIB) * GIB - cost_model.host_bytes)

@@ -28,7 +28,7 @@ from trainer.model.config import ModelKind as ModelKind
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import family_of
 from trainer.planner.cost_model import CostModel, MemoryPeak
-from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_tensors
+from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_inputs, room_for_tensors
 from trainer.planner.lengths import LARGEST_MICRO, DocumentLengths, divisors
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerMemory, PeerSetting, ShardCounts, peer_memory
@@ -89,6 +89,8 @@ class Choice:
     """Of all ranks."""
     host_gib: float
     """Of one node."""
+    node_gib: float | None
+    """Memory of a node; None if it is not known."""
     hours: float | None
     """For the budget."""
     price: float | None
@@ -98,8 +100,13 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        """Whether the card holds it."""
-        return self.fit.margin >= 0
+        """Whether the card holds it, and the host what waits there."""
+        return self.fit.margin >= 0 and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether a node's memory is enough, as far as it is known."""
+        return self.node_gib is None or self.host_gib <= self.node_gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,8 @@ class PlannedRun:
     ranks_per_node: int
     global_batch: int
     lengths: DocumentLengths
+    node_gib: float | None = None
+    """Memory of a node in GiB; None if it is not known."""
 
     @property
     def ranks(self) -> int:
@@ -261,7 +270,8 @@ def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: 
         fit=memory_fit(cost_model, peak, card),
         step=step,
         tokens_per_s=tokens / step.total_s,
-        host_gib=host_gib(cost_model, job.ranks_per_node),
+        host_gib=host_gib(cost_model, job.ranks_per_node, units),
+        node_gib=job.node_gib,
         hours=hours,
         price=price,
     )
@@ -362,6 +372,10 @@ def _average_load(cost_model: CostModel, job: PlannedRun, micro: int, accumulati
 
 def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
     units = cost_model.largest_units(room_for_tensors(cost_model, job.card))
+    if job.node_gib is not None:
+        units = min(
+            units, cost_model.units_in_host_memory(room_for_inputs(cost_model, job.ranks_per_node, job.node_gib))
+        )
     return int(min(units, LARGEST_MICRO)) if cost_model.rows else job.lengths.units_within(units)
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strategies.base import OptimizerFactory, Precision, StepResult, StrategyConfig, UpdateFilter
+from strategies.base import OptimizerFactory, Precision, StepResult, StrategyConfig, UpdateFilter, plan_of
 from strategies.build import build_strategy
 from strategies.compat.deepspeed import restore_linear
 from strategies.compat.dispatch import storage_key
+from strategies.pinned_memory import OnHost
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from strategies.tensor_inventory import MemoryKind, engine_tensors
@@ -74,6 +75,8 @@ class SimulatedStep:
     to_device: int
     host: int
     """Bytes that the engine keeps on the host."""
+    host_inputs: OnHost
+    """Inputs of recomputed blocks that wait on the host (`strategy.offload_activations`)."""
 
     @property
     def peak(self) -> tuple[StepPhase, PhasePeak]:
@@ -187,8 +190,13 @@ class WatchedEngine:
         else:
             self.recorder.begin_tallied_step(tally_after, lambda: engine_tensors(self.engine))
         self.start()
+        host_inputs = plan_of(self.step_module).host_inputs
+        if host_inputs is not None:
+            host_inputs.begin_step()
         batch = step_batch(batches, self.recorder.device)
         self._trainer.train_step(batch)
+        if host_inputs is not None:
+            self.recorder.record.host_inputs = host_inputs.peak
         del batch  # its tensors do not count between steps
         self.at("between")
         self.recorder.note_live_bytes()
@@ -219,6 +227,7 @@ class WatchedEngine:
             to_host=record.to_host,
             to_device=record.to_device,
             host=sum(host_bytes_by_storage.values()),
+            host_inputs=record.host_inputs,
         )
 
     def start(self) -> None:

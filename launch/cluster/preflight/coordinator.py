@@ -23,6 +23,7 @@ from launch.cluster.preflight.node import MARK
 from launch.cluster.preflight.node_facts import REQUEST_VARIABLE, VISIBLE_S, PreflightRequest
 from launch.cluster.preflight.verdict import NodeReports, PreflightVerdict, judge
 from strategies.errors import StorageError
+from trainer.config.host_memory import node_gib
 from trainer.config.sbatch_options import gpu_request, ranks_per_node
 from trainer.data.read.paths import is_address, is_hub
 
@@ -57,6 +58,7 @@ def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
         nodes=nodes,
         processes=processes,
         gpus=gpus,
+        memory_gib=node_gib(tree, processes) if gpus else 0.0,
         run_dir=str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None,
         model=None if downloads else model["path"],
         tokenizer=None if downloads else model["tokenizer"],

@@ -67,6 +67,8 @@ class PreflightRequest:
     """Ranks of each node."""
     gpus: int = 0
     """GPUs that each node must show."""
+    memory_gib: float = 0.0
+    """GiB of each node that the run takes for what it keeps in host memory; 0 if it keeps nothing there."""
     token: str = ""
     """Names this preflight in the run directory."""
     run_dir: str | None = None

@@ -90,6 +90,12 @@ def _node_problems(request: PreflightRequest, reports: NodeReports) -> Iterable[
                 yield f"{host}: does not have the model {model}; put it where all nodes see it, or into each node's cache"
             elif missing:
                 yield f"{host}: {model} is incomplete: {', '.join(missing[:3])} is missing; download it again"
+        free_gib = facts["memory_free_gib"]
+        if free_gib is not None and free_gib < request.memory_gib:
+            yield (
+                f"{host}: has {free_gib:.0f} GiB of memory free, and strategy.offload_activations=true takes "
+                f"{request.memory_gib:.0f} GiB of a node; lower data.max_length or batch.micro, or set it to false"
+            )
         if facts["gpu_count"] < request.gpus:
             yield (
                 f"{host}: has {facts['gpu_count']} GPUs, but {request.gpus} are needed "

@@ -99,6 +99,14 @@ def test_preflight_names_the_node_that_differs_from_the_others(other, said):
     assert not any(problem.startswith(("n0", "n2")) for problem in problems)
 
 
+def test_preflight_refuses_a_node_with_too_little_memory_for_what_waits_there():
+    problems, _ = judged(seen(0), seen(1, memory_free_gib=40.0), memory_gib=50.0)
+    assert len(problems) == 1 and problems[0].startswith(
+        "n1: has 40 GiB of memory free, and strategy.offload_activations"
+    )
+    assert judged(seen(0), seen(1, memory_free_gib=None), memory_gib=50.0)[0] == []
+
+
 def test_preflight_notes_what_is_worth_knowing_and_no_problem():
     card = {"index": 0, "name": "H100", "ecc_errors": 2, "slowed": True, "used_mib": 30000, "clock_mhz": 1400}
     fast = {**card, "ecc_errors": 0, "slowed": False, "used_mib": 5, "clock_mhz": 1980}
@@ -286,5 +294,12 @@ def test_preflight_request_of_a_run(tmp_path):
         "org/tokens",
         str(Path("~/runs/a").expanduser()),
     )
+    assert asked.memory_gib == 0.0
+    (tmp_path / "config.json").write_text('{"hidden_size": 4096, "num_hidden_layers": 32}')
+    config.model.path = str(tmp_path)
+    config.strategy.offload_activations = True
+    config.data.max_length = config.batch["micro"] = 1024
+    # A block of a rank: 2^20 tokens x 4096 x 2 bytes = 8 GiB; four ranks of 32 blocks, and 3 GiB a process.
+    assert preflight_request(plain(config), 2).memory_gib == 4 * (32 * 8 + 3)
     config.model.download = True  # then nodes fetch it
     assert preflight_request(plain(config), 2).model is None

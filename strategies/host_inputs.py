@@ -1,0 +1,96 @@
+"""Keeps the inputs of recomputed blocks in pinned host memory between the forward and the backward pass.
+
+With full recomputation, a block's input is what its backward pass needs to begin with. Over all blocks these inputs are
+`blocks x tokens x width` values: at a million tokens the largest part of a rank's memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from strategies.errors import ConfigError
+from strategies.pinned_memory import OnHost
+
+
+class HostInputs:
+    """Wraps the checkpoint function of blocks, so that a block's hidden states wait on the host.
+
+    The copies run on the compute stream: they are in order with what writes and reads the tensors, and the host waits for
+    none of them.
+    """
+
+    def __init__(self) -> None:
+        self.live = 0
+        """Tensors that are on the host now."""
+        self.live_bytes = 0
+        self.peak = OnHost()
+        """Since `begin_step`."""
+
+    def begin_step(self) -> None:
+        """Forget the peak of earlier steps."""
+        self.peak = OnHost(self.live, self.live_bytes)
+
+    def wrap(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """`checkpoint(function, *inputs)`, with the hidden states among the inputs kept on the host."""
+
+        def checkpoint_from_host(function: Callable[..., Any], *inputs: Any) -> Any:
+            hidden = next((each for each in inputs if _is_float(each)), None)
+            if hidden is None:
+                raise ConfigError(
+                    "strategy.offload_activations=true: this model hands its blocks their hidden states by name, where "
+                    "they cannot be told from what all blocks share; set strategy.offload_activations=false"
+                )
+            if is_on_host(hidden):
+                return checkpoint(function, *inputs)
+
+            hidden_shape = hidden.shape  # a hook that knew the tensor itself would keep it on the device
+
+            def pack(saved: Tensor) -> Any:
+                # Masks and positions are the same for all blocks: copies of them would only take time.
+                is_hidden = saved.shape == hidden_shape and _is_float(saved)
+                return (saved.device, self._to_host(saved)) if is_hidden else saved
+
+            with saved_tensors_hooks(pack, _unpack):
+                return checkpoint(function, *inputs)
+
+        return checkpoint_from_host
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` on the host, which is counted as long as it lives."""
+        on_gpu = tensor.device.type == "cuda"  # a simulated GPU has no pinned memory
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
+        copy.copy_(tensor, non_blocking=on_gpu)
+        size = tensor.numel() * tensor.element_size()
+        self.live += 1
+        self.live_bytes += size
+        if self.live_bytes > self.peak.size:
+            self.peak = OnHost(self.live, self.live_bytes)
+        weakref.finalize(copy, self._forget, size).atexit = False
+        return copy
+
+    def _forget(self, size: int) -> None:
+        self.live -= 1
+        self.live_bytes -= size
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether a tensor is in the host's memory already. A simulated GPU is `cpu:0`, the host is `cpu`."""
+    return tensor.device.type == "cpu" and tensor.device.index is None
+
+
+def _unpack(packed: Any) -> Tensor:
+    """The tensor on its own device."""
+    if isinstance(packed, Tensor):
+        return packed
+    device, copy = packed
+    return copy.to(device, non_blocking=True)  # type: ignore[no-any-return]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,47 @@
+"""How much of a host's memory the inputs of recomputed blocks take while they wait there. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+GIB = 2**30
+PROCESS_GIB = 3.0
+"""GiB of host memory of a rank with its libraries. An allowance."""
+
+
+def pinned_bytes(size: int) -> int:
+    """Bytes of host memory that pinning `size` bytes takes: torch's allocator rounds up to a power of two."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class OnHost:
+    """Tensors that a rank keeps on the host, at the moment in a step when they are most."""
+
+    tensors: int = 0
+    size: int = 0
+    """Their bytes together, without the rounding of pinned memory."""
+
+    def pinned(self, size: float | None = None) -> int:
+        """Bytes of pinned memory that as many tensors of one size take; `size`: bytes together, if not their own."""
+        if not self.tensors:
+            return 0
+        together = self.size if size is None else size
+        return self.tensors * pinned_bytes(math.ceil(together / self.tensors))
+
+
+def expected_on_host(*, blocks: int, tokens: int, width: int, itemsize: int) -> OnHost:
+    """What one rank keeps on the host: an input of `tokens x width` values for each block that recomputes."""
+    return OnHost(tensors=blocks, size=blocks * tokens * width * itemsize)
+
+
+def node_bytes(on_host: OnHost, ranks: int) -> float:
+    """Bytes that `ranks` ranks take of a node's memory: what is pinned, and their processes."""
+    return ranks * (on_host.pinned() + PROCESS_GIB * GIB)
+
+
+def host_bytes() -> int:
+    """Bytes of this host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,154 @@
+"""Tiles of the MLP: the MLP of each block takes a few tokens at a time, and recomputes them tile by tile.
+
+An MLP widens each token three to four times, twice or three times over. In a row of a million tokens this is the largest thing
+that a block holds. No token of an MLP knows another one, so the row can be cut into tiles: each is a checkpoint of its own, and
+only one is there at a time. Sums over tokens (gradients of weights) are added up in another order, nothing else changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from strategies.base import plan_of
+from strategies.errors import ConfigError
+from trainer.model.architecture import auto_class, set_dropout, text_settings
+from trainer.model.compat import without_kernel_packages
+from trainer.model.config import ModelKind
+from trainer.model.shrink import VOCABULARY, small_copies
+from trainer.tuning.compat.transformers import block_class_names
+
+NAMES = ("mlp", "feed_forward")
+"""Names under which a block has its MLP."""
+TOLERANCE = 1e-6
+"""Largest difference between a pass with tiles and one without, relative to the largest output."""
+PROOF_TOKENS = 23
+PROOF_TILE = 5
+"""Tokens of a row, and of a tile, with which tiles are proven: the last tile is shorter."""
+
+_proofs: dict[str, str] = {}
+"""What the proof found, by architecture: a reason against tiles, or nothing. A plan asks for each of its simulations."""
+
+
+def tile_mlps(step_module: nn.Module, model_config: Any, plain: nn.Module, kind: ModelKind, tokens: int | None) -> None:
+    """Let the MLPs of a step module take `tokens` tokens at a time; None leaves them as they are. Call it before sharding.
+
+    `model_config`: transformers' configuration. `plain`: the untouched model on meta. Raises ConfigError for a model
+    without MLPs that could be tiled, or for which tiles are not proven.
+    """
+    if tokens is None:
+        return
+    setting = f"strategy.mlp_tokens={tokens}"
+    classes = block_class_names(plain)
+    reason = _why_not(plain, classes) or _proven_reason(model_config, plain, kind)
+    if reason:
+        raise ConfigError(f"{setting}: {reason}; set strategy.mlp_tokens=null")
+    # A teacher of the same architecture is tiled too: it makes no gradients, but widens its tokens likewise.
+    mlps = [mlp for block in _blocks(step_module, classes) if (mlp := _mlp_of(block)) is not None]
+    for mlp in mlps:
+        mlp.forward = partial(_in_tiles, mlp.forward, tokens)  # type: ignore[method-assign]
+    # ZeRO-3 gathers where a module is called. If the MLP is called as one, its tiles find its weights gathered.
+    plan = plan_of(step_module)
+    plan.gathered_as_one |= {type(mlp).__name__ for mlp in mlps}
+
+
+def _in_tiles(compute: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor) -> Tensor:
+    """`compute(hidden)` of `hidden [rows, length, width]`, at most `tokens` tokens at a time. No collective."""
+    positions = max(1, tokens // hidden.shape[0])  # of each row
+    if not torch.is_grad_enabled():
+        return torch.cat([compute(tile) for tile in hidden.split(positions, dim=1)], dim=1)
+    # The last tile needs its checkpoint as well, even if it is the only one: ranks may have different numbers of tiles.
+    tiles = [checkpoint(compute, tile, use_reentrant=False) for tile in hidden.split(positions, dim=1)]
+    return torch.cat(tiles, dim=1)
+
+
+def _blocks(model: nn.Module, classes: set[str]) -> Iterator[nn.Module]:
+    """The repeated blocks of a model, by the names of their classes."""
+    for module in model.modules():
+        if type(module).__name__ in classes:
+            yield module
+
+
+def _mlp_of(block: nn.Module) -> nn.Module | None:
+    """A block's MLP; None if it has none by one of `NAMES`."""
+    children = dict(block.named_children())
+    return next((children[name] for name in NAMES if name in children), None)
+
+
+def _why_not(plain: nn.Module, classes: set[str]) -> str:
+    """Why the MLPs of a model cannot be tiled, by the names of their modules; empty if they may be."""
+    blocks = list(_blocks(plain, classes))
+    if not blocks:
+        return "this architecture names no repeated blocks, in which MLPs could be found"
+    for block in blocks:
+        name = type(block).__name__
+        if any("experts" in part for part, _ in block.named_modules()):
+            return (
+                f"{name} is a mixture of experts. Tokens choose their experts, and the rows of an expert are no tile of the "
+                "row of tokens; only dense MLPs are tiled"
+            )
+        if _mlp_of(block) is None:
+            return f"{name} has no MLP by the name of {' or '.join(NAMES)}"
+    return ""
+
+
+def _proven_reason(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
+    """Why tiles would change what a model computes, or cannot be tried; empty if they are proven on a small copy."""
+    key = json.dumps([kind, model_config.to_dict()], sort_keys=True, default=str)
+    if key not in _proofs:
+        _proofs[key] = _prove(model_config, plain, kind)
+    return _proofs[key]
+
+
+def _prove(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
+    """Compare a small random copy of the model with itself in tiles. Leaves the random state as it was."""
+    with torch.random.fork_rng(devices=[]), without_kernel_packages():
+        torch.default_generator.manual_seed(0)  # of the CPU alone
+        try:
+            return _difference_in_tiles(_small_model(model_config, plain, kind))
+        except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then tiles are not proven
+            message = (str(error).strip() or "no message").splitlines()[0]
+            return f"tiles cannot be proven, since a small copy of the model fails ({type(error).__name__}: {message[:120]})"
+
+
+def _small_model(model_config: Any, plain: nn.Module, kind: ModelKind) -> Any:
+    """The first small copy that can be built, with random weights. Raises the error of the first one if none can."""
+    first_error: Exception | None = None
+    for small_config in small_copies(model_config, plain):
+        set_dropout(small_config, 0.0)
+        try:
+            model = auto_class(kind, model_config).from_config(
+                small_config, attn_implementation="eager", dtype=torch.float64
+            )
+            return model.eval()
+        except Exception as error:  # noqa: BLE001 - an architecture may fail in any way
+            first_error = first_error or error
+    assert first_error is not None  # `small_copies` raises if it has none
+    raise first_error
+
+
+@torch.no_grad()
+def _difference_in_tiles(small: Any) -> str:
+    """How the outputs of a small model change when its MLPs take tiles; empty if they do not."""
+    vocabulary = min(text_settings(small.config).vocab_size, VOCABULARY)
+    ids = torch.arange(PROOF_TOKENS)[None] * 7 % vocabulary
+    whole = small(input_ids=ids, use_cache=False)[0]
+    tiled = 0
+    for block in _blocks(small, block_class_names(small)):
+        mlp = _mlp_of(block)
+        if mlp is not None:
+            mlp.forward = partial(_in_tiles, mlp.forward, PROOF_TILE)  # type: ignore[method-assign]
+            tiled += 1
+    if not tiled:
+        return "its small copy has no MLP that could be tiled"
+    in_tiles = small(input_ids=ids, use_cache=False)[0]
+    difference = float((in_tiles - whole).abs().max() / whole.abs().max())
+    if difference <= TOLERANCE:  # a NaN is no agreement
+        return ""
+    return f"its MLP looks at more than one token: with tiles, outputs of a small copy change by {difference:.1e}"
