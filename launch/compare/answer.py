@@ -26,12 +26,14 @@ def _number(value: float | None, number_format: str) -> str:
 
 
 def _rate(per_second: float | None) -> str:
+    """The cell of a speed in tokens/s: `12,345`, or `98.7` for a slow one."""
     if per_second is None:
         return UNKNOWN
     return format(per_second, ",.0f" if per_second >= 100 else ".1f")
 
 
 def _milliseconds(seconds: float | None) -> str:
+    """The cell of a time in ms: three digits below a second, whole milliseconds above."""
     if seconds is None:
         return UNKNOWN
     if seconds < 1:
@@ -97,7 +99,7 @@ def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
 
     Of the others, columns that are unknown for every run are left out, and so are tables without a column.
     """
-    begun = [run for run in comparison.runs if run.measured.steps]
+    begun = comparison.begun_runs
     details: list[tuple[str, tuple[MeasureColumn, ...]]] = [("what it took", COST_COLUMNS)]
     if any(run.summary.parts_s for run in begun):
         details.append(("a step in ms", STEP_PART_COLUMNS))
@@ -214,7 +216,7 @@ def cell_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[
         headings = ["run", *(heading for heading, _ in columns)]
         rows = []
         if title:
-            rows = [_row(run, columns) for run in comparison.runs if run.measured.steps]
+            rows = [_row(run, columns) for run in comparison.begun_runs]
         else:
             headings.append("state")
             for run in comparison.runs:

@@ -286,6 +286,7 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
 
     has_packages = missing_packages() is None
     wandb_script = workspace_script(comparison, to)
+    # The plots first: the Markdown page links to them.
     plot_images = write_plot_images(comparison, to) if has_packages else []
     versioned_json = {VERSION_KEY: FILE_VERSION, **comparison_json}
     write_text_atomic(to / "compare.md", as_markdown(comparison, plot_images))

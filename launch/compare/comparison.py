@@ -62,6 +62,11 @@ class Comparison:
     notes: tuple[str, ...]
     """Caveats for the reader, such as speeds of different machines."""
 
+    @property
+    def begun_runs(self) -> list[ComparedRun]:
+        """The runs that took at least one step: the others have no numbers to show."""
+        return [run for run in self.runs if run.measured.steps]
+
 
 def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | None] = lambda name: None) -> Comparison:
     """Read the runs of all rows and compare them with the first. Raises ConfigError where a directory holds no run.

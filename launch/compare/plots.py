@@ -29,7 +29,7 @@ class Plot:
 
 def comparison_plots(comparison: Comparison) -> list[Plot]:
     """The plots of a comparison, in the order of the page; those for which no run has numbers are left out."""
-    begun = [run for run in comparison.runs if run.measured.steps]
+    begun = comparison.begun_runs
     plots = [
         _loss_plot(begun),
         _plot_from_chart(

@@ -109,6 +109,7 @@ def loss_chart(runs: list[ComparedRun]) -> tuple[Any, str] | None:
     rows = [row for row in _curves(runs) if row["loss"] is not None]
     if not rows:
         return None
+    # A click on a run in the legend fades the others.
     chosen_run = alt.selection_point(name="chosen", fields=["run"], bind="legend")
     curves = (
         alt.Chart(alt.Data(values=rows), width=WIDTH, height=HEIGHT)

@@ -85,6 +85,7 @@ def _download(words: list[str], target: Path, *, dry_run: bool, as_json: bool) -
         else:
             print("\n".join([*map(_plan_line, pieces), f"to fetch: {_size_text(missing_bytes)}"]))
         return 0
+    # Before the first byte: a disk that fills up after an hour would leave half a model.
     check_free_space(missing_bytes)
     fetched_pieces = []
     for piece in pieces:

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
     Errors: ConfigError, DataError, StorageError.
     """
-    if "--print" in argv:
+    if "--print" in argv:  # has words of its own, which read_words would refuse
         from launch.prepare import print_documents
 
         other_words = [word for word in argv if word != "--print"]

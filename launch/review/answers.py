@@ -57,6 +57,7 @@ def read_reviewers(paths: list[Path], review_id: str, key: dict[str, Any]) -> li
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{path}: cannot be read ({error})")
             continue
+        # Upper and lower case do not tell reviewers apart: somebody may write the own name in two ways.
         earlier = reviewer_by_name.setdefault(reviewer.name.casefold(), reviewer)
         if earlier is not reviewer:
             problems.append(

@@ -150,6 +150,7 @@ def score_answers(argv: list[str]) -> int:
     if not set(names) - set(words.drop):
         raise ConfigError("drop: leaves nobody; name fewer")
 
+    # Twice on the disk: beside the key for whoever holds the review, and in the run's records for its card and gates.
     scores = score_review(review_id, key, reviewers, words.drop)
     scores_json = json_text(scores, indent=1, ensure_ascii=False)
     write_text_atomic(words.review / RESULT_FILE, scores_json + "\n")

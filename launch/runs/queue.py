@@ -135,15 +135,15 @@ class Queue:
         """
         if not self.jobs:
             return None
-        submitted = submitted_as(run_dir)
-        for known_id in filter(None, (job_id, submitted)):
+        submitted_job = submitted_as(run_dir)
+        for known_id in filter(None, (job_id, submitted_job)):
             for job in self.jobs:
                 # A copied run names the job of the other one, and somebody else's run could name any job.
                 if known_id in (job.raw_id, job.id) and not _is_of_another_run(job, run_dir):
                     return job
         job_by_script = self.by_run.get(run_dir.resolve())
-        if job_by_script is not None and submitted and "_" in job_by_script.id:
-            # The script of an array that was submitted before may have been written anew, for other runs.
+        if job_by_script is not None and submitted_job and "_" in job_by_script.id:
+            # The run was submitted as another job. This array is an earlier one whose script has been written anew since.
             return None
         return job_by_script
 

@@ -419,6 +419,7 @@ def _details_as_dict(details: RunDetails, damaged: Mapping[Path, str]) -> dict[s
 
 
 def _run_as_dict(run: RunView) -> dict[str, Any]:
+    """A run of the list as JSON values; the keys are the fields of `RunView`, and `left_s`."""
     fields = asdict(run)
     fields |= {"directory": str(run.directory), "why": one_line(run.why), "left_s": run.left_s}
     fields["job"] = None if run.job is None else _job_as_dict(run.job)
@@ -426,6 +427,7 @@ def _run_as_dict(run: RunView) -> dict[str, Any]:
 
 
 def _job_as_dict(job: QueuedJob) -> dict[str, str]:
+    """A job of SLURM's queue as JSON values, in squeue's words."""
     return {
         "id": job.id,
         "state": job.state,

@@ -38,7 +38,7 @@ class SearchedSetting:
     """Whether values are drawn evenly on a logarithmic scale."""
 
     def distribution(self) -> BaseDistribution:
-        """The setting as an Optuna distribution."""
+        """The Optuna distribution from which values of the setting are drawn."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choices:

@@ -172,7 +172,7 @@ def read_sweeper_words(words: list[str]) -> tuple[SweeperConfig, list[str]]:
         problems.append(f"sweeper.trials={settings.trials}: must be at least 1")
     if settings.seed < 0:
         problems.append(f"sweeper.seed={settings.seed}: must be at least 0")
-    if not sweeper_words:
+    if not sweeper_words:  # sweeper.trials=20 alone would start no search
         setting_word = next(word for word in words if word.startswith("sweeper"))
         problems.append(f"{setting_word}: is of a search; add sweeper=optuna")
     if chosen_sweeper(words) == "optuna" and find_spec("optuna") is None:
