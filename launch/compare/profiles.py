@@ -11,7 +11,14 @@ from typing import Any
 TOP_OPERATORS = 12
 """Operators that are shown."""
 RANKS = ["rank", "window ms", "communication", "exposed", "idle", "peak GiB"]
+"""Headings of the table with a row for each rank."""
 OPERATORS = ["operator", "ms", "share", "calls"]
+"""Headings of the table with a row for each operator."""
+RankSummary = dict[str, Any]
+"""One rank's `rank-*.summary.json`: `rank`, `steps` (first and last), `of` (`device` or `operators`), `window_s` (profiled time),
+`operators` (`name`, `self_s`, `calls`), `memory` (`s`, `gib`), and seconds of the window: `communication_s`, `exposed_s`
+(communication during which nothing was computed), `idle_s` (neither).
+"""
 SUMMARY_KEYS = {"rank", "steps", "of", "operators", "memory", "window_s"}
 """Keys of `rank-*.summary.json`; a file that lacks one is ignored."""
 
@@ -71,7 +78,7 @@ def exposed_s(directory: Path) -> float | None:
     return sum(seconds_per_step) / len(seconds_per_step)
 
 
-def _operator_rows(summaries: list[dict[str, Any]]) -> list[list[str]]:
+def _operator_rows(summaries: list[RankSummary]) -> list[list[str]]:
     """The `TOP_OPERATORS` operators that took longest, all ranks together: a row of cells as `OPERATORS` names them."""
     self_s_by_operator = Counter[str]()
     calls_by_operator = Counter[str]()
@@ -86,7 +93,7 @@ def _operator_rows(summaries: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _rank_row(summary: dict[str, Any]) -> list[str]:
+def _rank_row(summary: RankSummary) -> list[str]:
     """The cells of one rank, as `RANKS` names them: shares are of the profiled time."""
     window_s = summary["window_s"]
     shares = [f"{summary[key] / (window_s or 1.0):.0%}" for key in ("communication_s", "exposed_s", "idle_s")]
@@ -95,7 +102,7 @@ def _rank_row(summary: dict[str, Any]) -> list[str]:
     return [str(summary["rank"]), f"{1e3 * window_s:.1f}", *shares, peak_cell]
 
 
-def _read_summaries(directory: Path) -> list[dict[str, Any]]:
+def _read_summaries(directory: Path) -> list[RankSummary]:
     """The ranks' profiler summaries that can be read, in the order of the ranks."""
     summaries = []
     for path in (directory / "profile").glob("rank-*.summary.json"):
@@ -105,7 +112,7 @@ def _read_summaries(directory: Path) -> list[dict[str, Any]]:
     return sorted(summaries, key=lambda summary: summary["rank"])
 
 
-def _read_summary(path: Path) -> dict[str, Any] | None:
+def _read_summary(path: Path) -> RankSummary | None:
     """One rank's summary; None if the file cannot be read, or is not whole yet."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.review.sheet import KeyItem
 
 TUNED_WINS = "tuned"
 OTHER_WINS = "other"
@@ -12,7 +15,7 @@ Votes = dict[tuple[str, str], str]
 """Who won: `TUNED_WINS`, `OTHER_WINS` or `TIE`, by (reviewer, item id)."""
 
 
-def winner(choice: str, item: dict[str, Any]) -> str:
+def winner(choice: str, item: KeyItem) -> str:
     """Whose answer a reviewer preferred, from the side `a` or `b` that was chosen; `item` is the item's entry in the key."""
     if choice == TIE:
         return TIE

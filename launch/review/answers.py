@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.review.sheet import CHOICES, VERSION
+from launch.review.sheet import CHOICES, VERSION, ReviewKey
 from strategies.errors import DataError
 from trainer.config.review import OVERALL
 
@@ -38,7 +38,7 @@ class Reviewer:
     """The judgements by item id."""
 
 
-def read_reviewers(paths: list[Path], review_id: str, key: dict[str, Any]) -> list[Reviewer]:
+def read_reviewers(paths: list[Path], review_id: str, key: ReviewKey) -> list[Reviewer]:
     """Read the files that reviewers sent back, and check them against the key of the review.
 
     Errors: DataError with every file that cannot be used, and why.

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from statistics import median
-from typing import Any
 
 from launch.review.answers import Reviewer
+from launch.review.sheet import KeyItem, ReviewKey
 from trainer.config.review import OVERALL
 
 MIN_REPEATS = 4
@@ -28,7 +28,7 @@ RULES = {
 }
 
 
-def carelessness_flags(reviewer: Reviewer, key: dict[str, Any], majority: dict[str, str]) -> list[str]:
+def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority: dict[str, str]) -> list[str]:
     """A sentence for each of the `RULES` that a reviewer's answers break; empty for a careful reviewer.
 
     `majority` is who won for most of the other reviewers, by item id.
@@ -47,7 +47,7 @@ def carelessness_flags(reviewer: Reviewer, key: dict[str, Any], majority: dict[s
     return [flag for flag in flags if flag is not None]
 
 
-def _disagrees_with_itself(choices: dict[str, str], items: dict[str, dict[str, Any]]) -> str | None:
+def _disagrees_with_itself(choices: dict[str, str], items: dict[str, KeyItem]) -> str | None:
     """The flag of a reviewer who judges repeated items otherwise the second time; None if the rule is kept.
 
     Some items come twice, the second time with sides exchanged. `choices` are `a`, `b` or `tie` by item id.
@@ -77,7 +77,7 @@ def _always_same_side(choices: dict[str, str]) -> str | None:
     return f"side: says {choice} in {count} of {len(choices)} items"
 
 
-def _reads_too_fast(reviewer: Reviewer, items: dict[str, dict[str, Any]]) -> str | None:
+def _reads_too_fast(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None:
     """The flag of a reviewer who chooses faster than anybody can read; None if the rule is kept.
 
     The speed is the words of prompt and answers over the seconds until the choice, which only the page measures.
@@ -91,9 +91,7 @@ def _reads_too_fast(reviewer: Reviewer, items: dict[str, dict[str, Any]]) -> str
     return f"time: {median(words_per_s):.0f} words a second in the middle one of {len(words_per_s)} items"
 
 
-def _agrees_by_chance(
-    choices: dict[str, str], items: dict[str, dict[str, Any]], majority: dict[str, str]
-) -> str | None:
+def _agrees_by_chance(choices: dict[str, str], items: dict[str, KeyItem], majority: dict[str, str]) -> str | None:
     """The flag of a reviewer who agrees with the majority of the others no better than by chance; None if the rule is kept.
 
     Cohen's kappa is about 0 for somebody who answers without reading.

@@ -12,7 +12,7 @@ import numpy as np
 from launch.review.agreement import TIE, TUNED_WINS, Votes, alpha, pairwise_kappas, winner
 from launch.review.answers import Reviewer
 from launch.review.careless_reviewers import RULES, carelessness_flags
-from launch.review.sheet import BASE, TUNED
+from launch.review.sheet import BASE, TUNED, ReviewKey
 from trainer.config.review import OVERALL
 
 RESAMPLES = 10_000
@@ -26,7 +26,7 @@ METHOD = (
 )
 
 
-def score_review(review_id: str, key: dict[str, Any], reviewers: list[Reviewer], dropped: list[str]) -> dict[str, Any]:
+def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], dropped: list[str]) -> dict[str, Any]:
     """The record of a review as JSON values: win rates with intervals, agreement, disputed items, and the reviewers.
 
     Votes of the reviewers named in `dropped` do not count.
@@ -66,7 +66,7 @@ def score_review(review_id: str, key: dict[str, Any], reviewers: list[Reviewer],
     }
 
 
-def _votes(reviewers: Iterable[Reviewer], key: dict[str, Any], question: str) -> Votes:
+def _votes(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> Votes:
     """Who won by one question, for every (reviewer, item id).
 
     Repeated items are left out: they only show whether a reviewer is consistent.
@@ -80,7 +80,7 @@ def _votes(reviewers: Iterable[Reviewer], key: dict[str, Any], question: str) ->
     return votes
 
 
-def _metrics(votes_by_question: dict[str, Votes], key: dict[str, Any], arms: list[str]) -> dict[str, dict[str, Any]]:
+def _metrics(votes_by_question: dict[str, Votes], key: ReviewKey, arms: list[str]) -> dict[str, dict[str, Any]]:
     """Win rates and agreement by the metric names that gates use; `arms` are those that the tuned model is compared with.
 
     `win_rate/<arm>/<question>` and `alpha/<question>`, the question left out for the overall one. `win_rate` without an arm
@@ -111,7 +111,7 @@ def _suffix(question: str) -> str:
     return "" if question == OVERALL else f"/{question}"
 
 
-def _win_rate(votes: Votes, key: dict[str, Any], arm: str) -> dict[str, Any]:
+def _win_rate(votes: Votes, key: ReviewKey, arm: str) -> dict[str, Any]:
     """The win rate against one arm with its 95 % interval, and the counts behind it; None for the rate if nobody judged.
 
     `METHOD` says how it is computed.
@@ -142,7 +142,7 @@ def _win_rate(votes: Votes, key: dict[str, Any], arm: str) -> dict[str, Any]:
     return {**rate, "num_prompts": len(means), "num_equal": num_equal, **outcomes}
 
 
-def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: dict[str, Any]) -> dict[str, str]:
+def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
     """Who won for most of the reviewers other than `reviewer`, by item id; only items that at least two of them judged."""
     votes = _votes([other for other in reviewers if other is not reviewer], key, OVERALL)
     counts_by_item: dict[str, Counter[str]] = {}
@@ -156,7 +156,7 @@ def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: dict[str, Any]
     return majority
 
 
-def _reviewer_summary(reviewer: Reviewer, key: dict[str, Any], flags: list[str], is_dropped: bool) -> dict[str, Any]:
+def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_dropped: bool) -> dict[str, Any]:
     """One entry of the record's `reviewers`; `left` is the share of items in which the answer on the left won."""
     judgements = [answer for answer in reviewer.items.values() if OVERALL in answer.answers]
     seconds = [answer.seconds for answer in judgements if answer.seconds is not None]
@@ -173,7 +173,7 @@ def _reviewer_summary(reviewer: Reviewer, key: dict[str, Any], flags: list[str],
     }
 
 
-def _disagreements(votes: Votes, reviewers: list[Reviewer], key: dict[str, Any]) -> list[dict[str, Any]]:
+def _disagreements(votes: Votes, reviewers: list[Reviewer], key: ReviewKey) -> list[dict[str, Any]]:
     """Items on which reviewers prefer opposite answers, with votes and comments; the most even ones first."""
     imbalances_and_rows = []
     for item in key["items"]:

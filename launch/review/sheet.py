@@ -33,6 +33,14 @@ SIDES = ("a", "b")
 CHOICES = (*SIDES, "tie")
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 """First characters that spreadsheets take for a formula."""
+KeyItem = dict[str, Any]
+"""What the key says of one item: `id`, `prompt` (its number), `other` (the arm beside the tuned model), `tuned` (the side `a`
+or `b` of the tuned model), `repeats` (id of the item that it repeats, else None), `words` (of prompt and answers), `sha256`.
+"""
+ReviewKey = dict[str, Any]
+"""Contents of `key.json`: `items` (each a `KeyItem`), `same` (pairs of equal answers, by `prompt` and `other`), `arms`,
+`rubric` (questions by name), `num_prompts`, `model`, `run`, `seed`, `salt`, `version`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +60,7 @@ class Sheet:
     review: str
     """Id of the review: the hash of its key."""
     items: list[SheetItem]
-    key: dict[str, Any]
-    """Contents of `key.json`: for each item its prompt, the other arm, the side of the tuned model, and a hash."""
+    key: ReviewKey
 
 
 def make_sheet(
@@ -74,7 +81,7 @@ def make_sheet(
     repeated = sorted(rng.sample(pair_order, num_repeated), key=pair_order.index)
 
     items: list[SheetItem] = []
-    key_rows: list[dict[str, Any]] = []
+    key_rows: list[KeyItem] = []
     for item_number, pair_number in enumerate([*pair_order, *repeated]):
         pair = pairs[pair_number]
         row = dict(pair.key_row)
@@ -101,7 +108,7 @@ class _AnswerPair:
     prompt: str
     tuned: str
     other: str
-    key_row: dict[str, Any]
+    key_row: KeyItem
 
 
 def _pair_answers(
@@ -134,7 +141,7 @@ def _item_hash(item: SheetItem) -> str:
     return hashlib.sha256(json.dumps([item.prompt, item.a, item.b]).encode()).hexdigest()
 
 
-def review_id(key: dict[str, Any]) -> str:
+def review_id(key: ReviewKey) -> str:
     """The id of the review with this key: the SHA-256 of the key, so that a key changed later has another id."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
@@ -145,7 +152,7 @@ def write_key(directory: Path, sheet: Sheet) -> None:
     write_text_atomic(directory / KEY_FILE, key_json + "\n")
 
 
-def read_key(directory: Path) -> tuple[str, dict[str, Any]]:
+def read_key(directory: Path) -> tuple[str, ReviewKey]:
     """(id of the review, its key) from `key.json`. Errors: ConfigError if there is none, DataError if it was changed."""
     path = directory / KEY_FILE
     try:
