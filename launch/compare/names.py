@@ -57,7 +57,7 @@ def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
     for run in runs:
         config_keys |= dict.fromkeys(run.config)
     for key in config_keys:
-        if not _under(key, PER_RUN_KEYS) and _differs(key, runs):
+        if not _is_below(key, PER_RUN_KEYS) and _differs(key, runs):
             values = tuple(run.config.get(key, ABSENT) for run in runs)
             differences.append(SettingDifference(key, values))
 
@@ -120,14 +120,14 @@ def _joined(name: str, suffix: str) -> str:
 
 
 def _name_suffixes(differences: list[SettingDifference]) -> list[list[str]]:
-    """What each difference adds to the name of each run: a list of one suffix a run for each difference.
+    """What each difference adds to the runs' names: `result[i][j]` is the suffix of difference `i` for run `j`.
 
     The most telling differences come first, because later ones may not fit into the name any more.
     """
     values_by_key = {difference.key: difference.values for difference in differences}
     settings = []
     for key in values_by_key:
-        if not key.startswith("run.json ") and not _under(key, NOT_NAMED):
+        if not key.startswith("run.json ") and not _is_below(key, NOT_NAMED):
             settings.append(key)
     telling_settings = [key for key in FIRST_IN_NAME if key in settings]
     other_settings = [key for key in settings if key not in FIRST_IN_NAME]
@@ -176,6 +176,6 @@ def _word_characters(value_text: str) -> str:
     return re.sub(r"[^\w.]+", "_", value_text).strip("_")
 
 
-def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+def _is_below(key: str, prefixes: tuple[str, ...]) -> bool:
     """Whether a dotted key is one of the prefixes, or below one."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

@@ -218,7 +218,7 @@ def _read_metric_rows(path: Path) -> MetricRows:
 def rows_after_warmup(run: RecordedRun, warmup_steps: int) -> list[dict[str, Any]]:
     """Rows of the steps that count for speeds: those behind the first `warmup_steps` and the rest of their logging interval.
 
-    Empty if the run ended within that interval.
+    With one warm-up step and `logging.every_steps=10`, these are the steps from 11 on. Empty if the run ended before.
     """
     interval = int(run.config.get("logging.every_steps") or 1)
     first_step = min(run.steps, default=0)

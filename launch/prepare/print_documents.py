@@ -74,7 +74,11 @@ def print_words(argv: list[str]) -> PrintWords:
 
 def named_directory(words: list[str]) -> Path | None:
     """The directory if `words` are one; None if they are the words of a run. Errors: ConfigError for a mixture."""
-    bare_words = [word for word in words if not word.endswith(".yaml") and ("=" not in word or Path(word).is_dir())]
+    bare_words = []
+    for argument in words:
+        is_setting = "=" in argument and not Path(argument).is_dir()  # a directory may have an equals sign in its name
+        if not is_setting and not argument.endswith(".yaml"):  # a settings file is a word of a run
+            bare_words.append(argument)
     if len(bare_words) == len(words) == 1 and not bare_words[0].startswith("-"):
         return Path(bare_words[0]).expanduser()
     if not bare_words:
