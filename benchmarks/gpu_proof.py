@@ -133,7 +133,7 @@ def kernels(device: torch.device) -> dict[str, Any]:
 class Drawn(ShapesOnly):
     """Small random values, so that every step is finite."""
 
-    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
         return torch.randn(stop - start) * 0.02
 
 

@@ -22,7 +22,7 @@ class SubmitWords(VerbWords):
     settings: list[str] = setting_words(and_flags=True)
     print_only: bool = flag("print the script of each job and stop", key="--print", also=("--dry-run",))
     as_json: bool = flag("print job ids, run directories and scripts as JSON", key="--json")
-    cfg: str | None = word(
+    shown_config: str | None = word(
         "print the whole configuration and stop", key="--cfg", also=("-c",), like="[job|hydra|all]", choices=CFG_KINDS
     )
     multirun: bool = flag(
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0
     words, problems = read_words("submit", SubmitWords, argv)
-    if words.as_json and (words.print_only or words.multirun or words.cfg is not None):
+    if words.as_json and (words.print_only or words.multirun or words.shown_config is not None):
         problems.append(
             "--json: tells what was submitted of one run; leave --print, --dry-run, --cfg and -m out, or it"
         )
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         from launch import train
 
         show_only = ["--dry-run"] if words.print_only else []
-        cfg_words = [] if words.cfg is None else ["--cfg", words.cfg]
+        cfg_words = [] if words.shown_config is None else ["--cfg", words.shown_config]
         return train.main(["-m", *words.settings, *show_only, *cfg_words])
     return _submit_one(words)
 
@@ -77,9 +77,9 @@ def _submit_one(words: SubmitWords) -> int:
 
     submitted: list[Submission] = []
     with said_to_stderr(words.as_json):
-        composed = compose(words.settings, check=words.cfg is None)
-        if words.cfg is not None:
-            print_config(composed, words.cfg)
+        composed = compose(words.settings, check=words.shown_config is None)
+        if words.shown_config is not None:
+            print_config(composed, words.shown_config)
             return 0
         typed_directory = composed.config.run.dir
         run_dir = Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)

@@ -35,7 +35,7 @@ class TrainWords(VerbWords):
     """What `shardtune train` takes beside settings."""
 
     settings: list[str] = setting_words(and_flags=True)
-    cfg: str | None = word(
+    shown_config: str | None = word(
         "print the whole configuration (hydra: Hydra's own) and stop",
         key="--cfg",
         also=("-c",),
@@ -60,7 +60,7 @@ class TrainWords(VerbWords):
     @property
     def only_shows(self) -> bool:
         """Whether the words ask to print something instead of training."""
-        return self.cfg is not None or self.info is not None or self.dry_run
+        return self.shown_config is not None or self.info is not None or self.dry_run
 
 
 COMMON_SETTINGS = {
@@ -89,8 +89,8 @@ def main(argv: list[str]) -> int:
     if needs_help:
         show_help(usage())
         return 0
-    if words.as_json and (words.multirun or words.cfg is not None):
-        other = "-m" if words.cfg is None else "--cfg"
+    if words.as_json and (words.multirun or words.shown_config is not None):
+        other = "-m" if words.shown_config is None else "--cfg"
         problems.append(
             f"--json: works for a single run; leave {other} out (runs by -m: shardtune compare <their directory> --json)"
         )
@@ -114,8 +114,8 @@ def _train_or_show(words: TrainWords) -> int:
         return _multirun(words)
     if is_search(settings):
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
-    if words.cfg is not None:
-        show_config.print_config(compose(settings, check=False), words.cfg)
+    if words.shown_config is not None:
+        show_config.print_config(compose(settings, check=False), words.shown_config)
         return 0
     if words.dry_run:
         return _dry_run(settings, as_json=words.as_json)
@@ -134,11 +134,11 @@ def _multirun(words: TrainWords) -> int:
     from launch.sweep.sweeper import is_search
 
     print_point = None
-    if words.cfg is not None or words.dry_run:
-        print_point = partial(show, cfg=words.cfg)
+    if words.shown_config is not None or words.dry_run:
+        print_point = partial(show, shown_config=words.shown_config)
     if is_search(words.settings):
         return _search(words.settings, print_point)
-    return multirun(words.settings, launch=launch, show=print_point, check=words.cfg is None)
+    return multirun(words.settings, launch=launch, show=print_point, check=words.shown_config is None)
 
 
 def _dry_run(words: list[str], *, as_json: bool) -> int:
@@ -185,10 +185,10 @@ def _search(words: list[str], print_point: Callable[[Composed], None] | None) ->
     return run_search(search, search.directory, start_trial)
 
 
-def show(composed: Composed, *, cfg: str | None) -> None:
-    """Print the configuration (`cfg`: which), or what the run would do."""
-    if cfg:
-        show_config.print_config(composed, cfg)
+def show(composed: Composed, *, shown_config: str | None) -> None:
+    """Print the run's whole configuration if `--cfg` asks for one (`shown_config`: job, hydra or all), else its dry run."""
+    if shown_config:
+        show_config.print_config(composed, shown_config)
         return
     from launch.plan.dry_run import describe
 

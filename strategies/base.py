@@ -159,7 +159,7 @@ class StepResult:
 class ParameterSource(Protocol):
     """Where initial parameter values come from. No call communicates: each rank may read other elements."""
 
-    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+    def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
 
 

@@ -247,5 +247,5 @@ class Fsdp2Strategy:
             local = parameter.to_local()
             if local.numel():
                 start = dtensor_start(parameter)
-                values = source.run(name, parameter.shape, start, start + local.numel())
+                values = source.read_slice(name, parameter.shape, start, start + local.numel())
                 local.view(-1).copy_(values)

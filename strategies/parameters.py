@@ -155,5 +155,5 @@ def materialize(step_module: nn.Module, device: torch.device) -> None:
 def fill_in_full(step_module: nn.Module, source: ParameterSource) -> None:
     """Load every parameter in full, for strategies that do not shard parameters."""
     for name, parameter in named_parameters(step_module, teacher=True):
-        values = source.run(name, parameter.shape, 0, parameter.numel())
+        values = source.read_slice(name, parameter.shape, 0, parameter.numel())
         parameter.view(-1).copy_(values)

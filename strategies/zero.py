@@ -246,7 +246,7 @@ class ZeroEngine:
                 name = flat_range.name
                 shape = shapes.get(name, torch.Size([flat_range.numel]))
                 start = flat_range.start
-                master.copy_(source.run(name, shape, start, start + master.numel()))
+                master.copy_(source.read_slice(name, shape, start, start + master.numel()))
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """(plain name, full parameter on the CPU), one by one: fp32 masters for those that train. See `Engine.gather`."""

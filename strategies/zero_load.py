@@ -40,7 +40,7 @@ def load_partitioned(
                 full = nn.Parameter(torch.empty_like(meta.data, device=runtime.device), meta.requires_grad)
                 allocated[id(meta)] = full
                 if to_drive and runtime.is_main:
-                    full.data.view(-1).copy_(source.run(names[id(meta)], meta.shape, 0, meta.numel()))
+                    full.data.view(-1).copy_(source.read_slice(names[id(meta)], meta.shape, 0, meta.numel()))
             own_parameters(owner)[key] = allocated[id(meta)]
         if allocated:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
@@ -77,5 +77,5 @@ def _fill(parameter: Any, name: str, source: ParameterSource, rank: int) -> None
     start = part.ds_numel * rank
     stop = min(start + part.ds_numel, parameter.ds_numel)
     if start < stop:
-        values = source.run(name, parameter.ds_shape, start, stop)
+        values = source.read_slice(name, parameter.ds_shape, start, stop)
         part.data.view(-1)[: stop - start].copy_(values)

@@ -159,11 +159,11 @@ def differences(ours: RunConfig, theirs: RunConfig) -> list[DifferingSetting]:
     return found
 
 
-def same_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_compute_otherwise: bool) -> None:
+def same_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_change_strategy: bool) -> None:
     """Refuse another run than the one in the `config.yaml` at `path`; of the same run, take over what it chose itself.
 
     `has_progress`: the directory has a checkpoint or is finished. If not, another command may take its place.
-    `may_compute_otherwise`: the run may go on with another strategy or micro-batch. Errors: ConfigError.
+    `may_change_strategy`: the run may go on with another strategy or micro-batch. Errors: ConfigError.
     """
     config = composed.config
     try:
@@ -182,7 +182,7 @@ def same_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_co
         print(f"{path.parent}: keeps the defaults that it began with: {_listed(changed)}", file=sys.stderr)
         changed = []
     # What the run settled at its first start decides results, so it holds whatever else may change.
-    if not changed or may_compute_otherwise:
+    if not changed or may_change_strategy:
         _keep_matmul(config, before)
         _keep_template_date(config, before, path.parent, has_progress=has_progress)
     if not changed:
@@ -192,7 +192,7 @@ def same_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_co
         return
     if not has_progress:
         return
-    if may_compute_otherwise and all(difference.is_about_computation for difference in changed):
+    if may_change_strategy and all(difference.is_about_computation for difference in changed):
         print(f"{path.parent}: resumes in another way: {_listed(changed)}", file=sys.stderr)
         return
     raise ConfigError(_other_run(path.parent, changed))

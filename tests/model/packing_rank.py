@@ -20,7 +20,7 @@ def main(directory: str, index: str, count: str, pause: str) -> None:
         return made(name)
 
     weights = packed_cache.PackedWeights(Path(directory), SIZES, pack, share=(int(index), int(count)))
-    same = all(weights.run(name, 16, size - 3).equal(made(name)[16 : size - 3]) for name, size in SIZES.items())
+    same = all(weights.read_slice(name, 16, size - 3).equal(made(name)[16 : size - 3]) for name, size in SIZES.items())
     print(json.dumps({"packed": log, "same": same, "reason": weights.reason}))
 
 

@@ -67,7 +67,7 @@ def test_conversion_gives_every_parameter_that_transformers_loads(tmp_path, kind
         assert checkpoint.shape(name) == tuple(parameter.shape)
         assert torch.equal(checkpoint.full_tensor(name), parameter.data)
         low, high = parameter.numel() // 3, parameter.numel() // 2 + 1
-        assert torch.equal(checkpoint.run(name, low, high), parameter.data.reshape(-1)[low:high])
+        assert torch.equal(checkpoint.read_slice(name, low, high), parameter.data.reshape(-1)[low:high])
     assert not checkpoint.conversions.left_out()
 
 
@@ -77,7 +77,7 @@ def test_conversion_reads_only_the_experts_of_a_rank(tmp_path, kind):
     checkpoint = read(tmp_path)
     shape = checkpoint.shape(EXPERTS[kind])
     checkpoint.conversions.files.bytes_read = 0
-    checkpoint.run(EXPERTS[kind], 0, math.prod(shape) // 4)
+    checkpoint.read_slice(EXPERTS[kind], 0, math.prod(shape) // 4)
     assert checkpoint.conversions.files.bytes_read == 4 * math.prod(shape) // 4
 
 

@@ -71,19 +71,19 @@ def weights(directory, pack=made):
 def test_ranks_begin_with_different_weights(tmp_path):
     order = []
     second = PackedWeights(tmp_path, SIZES, lambda name: (order.append(name), made(name))[1], share=(1, 2))
-    second.run("layers.0.weight", 0, 9)
+    second.read_slice("layers.0.weight", 0, 9)
     assert order == [f"layers.{index}.weight" for index in (3, 4, 5, 0, 1, 2)] and second.packed == 6
 
 
 def test_packed_cache_file_that_was_cut_off_is_packed_again(tmp_path):
     name = next(iter(SIZES))
-    assert weights(tmp_path).run(name, 0, 9).equal(made(name)[:9])
+    assert weights(tmp_path).read_slice(name, 0, 9).equal(made(name)[:9])
     file = tmp_path / f"{name}.safetensors"
     whole = file.read_bytes()
     for broken in (whole[:40], b"\0" * len(whole)):
         file.write_bytes(broken)
         again = weights(tmp_path)
-        assert again.run(name, 5, 90).equal(made(name)[5:90])
+        assert again.read_slice(name, 5, 90).equal(made(name)[5:90])
         assert (again.packed, again.reason) == (1, "") and file.read_bytes() == whole
 
 
@@ -91,13 +91,13 @@ def test_packed_cache_without_room_or_permission_is_reported_and_every_rank_pack
     name = next(iter(SIZES))
     (tmp_path / "file").write_text("")
     hindered = weights(tmp_path / "file" / "below")
-    assert hindered.run(name, 0, 9).equal(made(name)[:9]) and "Not a directory" in hindered.reason
+    assert hindered.read_slice(name, 0, 9).equal(made(name)[:9]) and "Not a directory" in hindered.reason
     monkeypatch.setattr(packed_cache.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 2**10}))
     full = weights(tmp_path / "full")
-    assert full.run(name, 0, 9).equal(made(name)[:9]) and "GiB free in" in full.reason
+    assert full.read_slice(name, 0, 9).equal(made(name)[:9]) and "GiB free in" in full.reason
     monkeypatch.setattr(packed_cache, "SMALLEST_BYTES", 2**30)
     small = weights(tmp_path / "small")
-    assert small.run(name, 0, 9).equal(made(name)[:9]) and "as fast as they are read" in small.reason
+    assert small.read_slice(name, 0, 9).equal(made(name)[:9]) and "as fast as they are read" in small.reason
     assert not (tmp_path / "small").exists()
 
 

@@ -110,7 +110,7 @@ def real_alone(case: Case, model: Path, world: int, rank: int = 0) -> SimulatedS
 class Zeros(ShapesOnly):
     """Values with which every step is finite."""
 
-    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
         return torch.zeros(stop - start, dtype=torch.bfloat16)
 
 

@@ -233,7 +233,7 @@ def _base_or(base: BaseWeights, name: str, live: Tensor) -> Tensor:
         return base.full_tensor(name)
     if base.resolve(name) is None or base.shape(name) != tuple(live.shape):
         return live
-    return base.run(name, 0, math.prod(live.shape)).view(live.shape)
+    return base.read_slice(name, 0, math.prod(live.shape)).view(live.shape)
 
 
 def _check_mergeable(built: Built) -> None:

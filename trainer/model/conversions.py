@@ -161,11 +161,11 @@ class Conversions:
         _, converted = self._last_converted
         return converted[name][first:last]
 
-    def run(self, name: str, start: int, stop: int) -> Tensor:
+    def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of a flattened parameter."""
         group = self.groups[name]
         if group.row_source == "direct":
-            return self.files.run(_only_source(group), start, stop)
+            return self.files.read_slice(_only_source(group), start, stop)
         row_size = math.prod(group.shapes[name][1:])
         first, last = start // row_size, -(-stop // row_size)
         rows = self.rows(name, first, last).reshape(-1)

@@ -89,7 +89,7 @@ class PackedWeights:
         """Bytes of all weights."""
         return sum(self.sizes.values())
 
-    def run(self, name: str, start: int, stop: int) -> Tensor:
+    def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes `[start, stop)` of a packed weight, out of its file; where it has none yet, it is packed first."""
         try:
             if not self._started:

@@ -53,7 +53,7 @@ def _values_differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
     # In pieces, so that two vocabulary matrices are never in memory at once.
     for start in range(0, size, CHUNK):
         stop = min(start + CHUNK, size)
-        if not torch.equal(checkpoint.run(first, start, stop), checkpoint.run(second, start, stop)):
+        if not torch.equal(checkpoint.read_slice(first, start, stop), checkpoint.read_slice(second, start, stop)):
             return True
     return False
 

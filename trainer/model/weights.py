@@ -60,19 +60,19 @@ class Checkpoint:
         stored_name = self._stored_name(name)
         return self.conversions.groups[stored_name].shapes[stored_name]
 
-    def run(self, name: str, start: int, stop: int) -> Tensor:
+    def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened parameter; reads only the rows they lie in, where that can be."""
-        return self.conversions.run(self._stored_name(name), start, stop)
+        return self.conversions.read_slice(self._stored_name(name), start, stop)
 
     def full_tensor(self, name: str) -> Tensor:
         """A full parameter; raises ConfigError where the checkpoint does not have it."""
         shape = self.shape(name)
-        return self.run(name, 0, math.prod(shape)).view(shape)
+        return self.read_slice(name, 0, math.prod(shape)).view(shape)
 
     def rows(self, name: str, indices: list[int]) -> Tensor:
         """Rows of a matrix, float32; raises ConfigError where the checkpoint does not have it."""
         columns = self.shape(name)[1]
-        return torch.stack([self.run(name, i * columns, (i + 1) * columns).float() for i in indices])
+        return torch.stack([self.read_slice(name, i * columns, (i + 1) * columns).float() for i in indices])
 
 
 def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, list[str]]:
@@ -88,7 +88,7 @@ def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[
     for plain_name, buffer in persistent_buffers(model):
         name = base_name(plain_name)
         if checkpoint.resolve(name) is not None:
-            values = checkpoint.run(name, 0, math.prod(checkpoint.shape(name)))
+            values = checkpoint.read_slice(name, 0, math.prod(checkpoint.shape(name)))
             buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
 
 
@@ -121,11 +121,11 @@ class BaseWeights(Checkpoint):
         self.packed_cache: PackedWeights | None = None
         """Where packed weights are kept on this host, if they are."""
 
-    def run(self, name: str, start: int, stop: int) -> Tensor:
+    def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened parameter, adapters folded in, not rounded."""
         stored_name = self._stored_name(name)
         if stored_name not in self._adapted:
-            return super().run(stored_name, start, stop)
+            return super().read_slice(stored_name, start, stop)
         assert self.folded is not None
         return self.folded.full_tensor(self._adapted[stored_name], _WithoutAdapters(self)).reshape(-1)[start:stop]
 
@@ -148,7 +148,7 @@ class BaseWeights(Checkpoint):
             size = shape[1] * shape[2]
 
             def expert(number: int) -> Tensor:
-                return self.run(name, number * size, (number + 1) * size).view(shape[1:])
+                return self.read_slice(name, number * size, (number + 1) * size).view(shape[1:])
 
             return pack_run(self.scheme, shape, start, stop, expert)
         return self.packed_whole(name)[start:stop]
@@ -170,7 +170,7 @@ class BaseWeights(Checkpoint):
         """As `packed`, of matrices read from what this host keeps; experts are packed by those who hold them."""
         if self.packed_cache is None or name not in self.packed_cache.sizes:
             return self.packed(name, start, stop)
-        return self.packed_cache.run(name, start, stop)
+        return self.packed_cache.read_slice(name, start, stop)
 
 
 class _WithoutAdapters:
@@ -181,7 +181,7 @@ class _WithoutAdapters:
 
     def full_tensor(self, name: str) -> Tensor:
         shape = self.checkpoint.shape(name)
-        return Checkpoint.run(self.checkpoint, name, 0, math.prod(shape)).view(shape)
+        return Checkpoint.read_slice(self.checkpoint, name, 0, math.prod(shape)).view(shape)
 
     def rows(self, name: str, indices: list[int]) -> Tensor:
         return torch.stack([self.full_tensor(name)[i].float() for i in indices])
@@ -199,14 +199,14 @@ class StartingWeights:
         self.folded = folded
         self.adapted = set[str]() if folded is None else folded.changed_names()
 
-    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+    def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
         checkpoint = self.source.checkpoint
         if self.folded is not None and name in self.adapted:
             return self.folded.full_tensor(name, checkpoint).reshape(-1)[start:stop]
         if name in checkpoint.quantised:  # the tuned model has its bytes, and this one its values
             return checkpoint.full_tensor(name).reshape(-1)[start:stop]
-        return self.source.run(name, shape, start, stop)
+        return self.source.read_slice(name, shape, start, stop)
 
     def close(self) -> None:
         """Close the base's files."""
@@ -275,10 +275,10 @@ class WeightSource:
                 f"{'; '.join(problems[:5])}{more}"
             )
 
-    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+    def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
         if self.teacher is not None and name.startswith(TEACHER):
-            return self.teacher.run(name.removeprefix(TEACHER), shape, start, stop)
+            return self.teacher.read_slice(name.removeprefix(TEACHER), shape, start, stop)
         if self.tuning.owns(name) or self.tuning.rewrites(name):
             return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
         base = self.tuning.base_name(name)
@@ -291,7 +291,7 @@ class WeightSource:
         if self.new_ids and base in self.vocabulary:
             values = self._with_new_rows(stored, tuple(shape), start, stop)
         else:
-            values = self.checkpoint.run(stored, start, stop)
+            values = self.checkpoint.read_slice(stored, start, stop)
         if base in self.zeroed:
             columns = math.prod(shape[1:])
             first = self.zeroed[base] * columns
@@ -327,17 +327,17 @@ class WeightSource:
         row_size = math.prod(shape[1:])
         known_rows = self.new_ids[0]
         if stored not in self._mean_rows:
-            known = self.checkpoint.run(stored, 0, known_rows * row_size).view(known_rows, row_size)
+            known = self.checkpoint.read_slice(stored, 0, known_rows * row_size).view(known_rows, row_size)
             self._mean_rows[stored] = known.float().mean(dim=0)
         # Elements [first_new, end_new) are new rows. Behind them lie rows that no token uses.
         first_new = known_rows * row_size
         end_new = (self.new_ids[-1] + 1) * row_size
         pieces = []
         if start < first_new:
-            pieces.append(self.checkpoint.run(stored, start, min(stop, first_new)).float())
+            pieces.append(self.checkpoint.read_slice(stored, start, min(stop, first_new)).float())
         if stop > first_new and start < end_new:
             columns = torch.arange(max(start, first_new), min(stop, end_new)) % row_size
             pieces.append(self._mean_rows[stored][columns])
         if stop > end_new:
-            pieces.append(self.checkpoint.run(stored, max(start, end_new), stop).float())
+            pieces.append(self.checkpoint.read_slice(stored, max(start, end_new), stop).float())
         return torch.cat(pieces)

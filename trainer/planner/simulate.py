@@ -33,7 +33,7 @@ from trainer.step import Built
 class ShapesOnly:
     """A `ParameterSource` without values."""
 
-    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+    def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """As many elements as the run has, without values, on the host."""
         return torch.empty(stop - start, dtype=torch.bfloat16)
 
