@@ -163,7 +163,9 @@ def build_engine(
     engine = strategy.prepare(
         built.step_module,
         source=source,
-        make_optimizer=partial(build_optimizer, config.optim, model_names=model_names, rate_of=built.tuning.rate_of),
+        make_optimizer=partial(
+            build_optimizer, config.optim, model_names=model_names, lr_factor=built.tuning.lr_factor
+        ),
         max_grad_norm=config.optim.max_grad_norm,
     )
     source.close()

@@ -349,7 +349,7 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         data=config.data,
         merge=bool(config.export.merge),
         new_head=kind is ModelKind.classifier,
-        two_sides=kind is ModelKind.encoder_decoder,
+        is_encoder_decoder=kind is ModelKind.encoder_decoder,
         new_tokens=bool(config.model.add_tokens),
         quantisation=str(config.model.quantisation),
     )

@@ -118,7 +118,7 @@ class SafetensorsFiles:
         self.bytes_read += tensor.nbytes
         return tensor
 
-    def run(self, stored: str, start: int, stop: int) -> Tensor:
+    def read_slice(self, stored: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened tensor; reads only the rows they lie in."""
         shape = self.shape(stored)
         if not shape:

@@ -28,16 +28,16 @@ def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     model_names: Sequence[str] = (),
-    rate_of: Callable[[str], float] = lambda _: 1.0,
+    lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over its parameter groups. Called after sharding, alike on all ranks.
 
-    `model_names`: plain names of all parameters, also of frozen ones. `rate_of(name)`: a factor on the rate of a parameter, from
+    `model_names`: plain names of all parameters, also of frozen ones. `lr_factor(name)`: a factor on the rate of a parameter, from
     the tuning method. AdamW uses torch's fused kernel; SGD does not, because its fused kernel knows no distributed tensors.
     Raises ConfigError for groups that match no parameter, and for a package that is not installed.
     """
     trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    groups = group_parameters(config, trainable, model_names, rate_of)
+    groups = group_parameters(config, trainable, model_names, lr_factor)
     dicts = [group.as_dict() for group in groups]
     if type(config) is OptimConfig:
         # Only the common settings, without a choice of an optimizer: AdamW is the default.

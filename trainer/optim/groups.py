@@ -45,13 +45,13 @@ def group_parameters(
     config: OptimConfig,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     model_names: Sequence[str],
-    rate_of: Callable[[str], float] = lambda _: 1.0,
+    lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> list[ParameterGroup]:
     """Sort parameters into groups of one rate and decay, in the order in which the first parameter of each group comes.
 
     Goes by full names and shapes, so that groups are the same under every strategy. Matrices decay, vectors (norms, biases) do
     not, and `config.groups` overrides that. `layer_decay` counts the blocks in `model_names` (all parameters, also frozen ones).
-    `rate_of`: the tuning method's own factors. Raises ConfigError for a rule that matches nothing, or for two rules that match
+    `lr_factor`: the tuning method's own factors. Raises ConfigError for a rule that matches nothing, or for two rules that match
     one parameter.
     """
     pairs = list(named_parameters)
@@ -62,7 +62,7 @@ def group_parameters(
     for name, parameter in pairs:
         dimensions = len(shape_of(parameter))
         decay = config.weight_decay if dimensions >= 2 else 0.0
-        factor = factors[name] * rate_of(name)
+        factor = factors[name] * lr_factor(name)
         if name in rules:
             rule = config.groups[rules[name]]
             factor *= rule.lr_factor

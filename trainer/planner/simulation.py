@@ -291,7 +291,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         built=built,
         strategy=config.strategy,
         precision=precision,
-        make_optimizer=partial(build_optimizer, config.optim, model_names=names, rate_of=built.tuning.rate_of),
+        make_optimizer=partial(build_optimizer, config.optim, model_names=names, lr_factor=built.tuning.lr_factor),
         max_grad_norm=config.optim.max_grad_norm,
         batches=[],
         source=source,

@@ -53,23 +53,27 @@ class RankAllocation:
         """The entries of each E that are left: `[init_rank, 1]` float32 of zeros and ones, by name in the base model."""
         self._settled = False
         """Whether the ranks are final."""
-        self._total = 0
-        """Steps of the run."""
+        self._total_steps = 0
+        """Optimizer steps of the run; 0 before `begin`."""
 
     def begin(self, total_steps: int) -> None:
-        """Set the phases for a run of `total_steps`. The two shares sum to less than 1, so at least one step lies between."""
-        self._total = self.settings.total_step = total_steps
+        """Set AdaLoRA's phases for a run of `total_steps`: `tinit` steps before the first rank is taken, `tfinal` after the last.
+
+        The two shares sum to less than 1, so at least one step lies between.
+        """
+        self._total_steps = self.settings.total_step = total_steps
         self.settings.tinit = int(self.config.initial_share * total_steps)
         self.settings.tfinal = int(self.config.final_share * total_steps)
 
     def before_clip(self, scale: Tensor | None) -> None:
-        """Add the gradient of the orthogonality penalty, times the loss scale if there is one.
+        """Add the gradient of the orthogonality penalty to the gradients of A and B, times the loss scale if there is one.
 
         A parameter without a gradient gets one of zeros first, since peft's allocator reads them all.
         """
-        num_matrices = sum(_is_matrix(name) for name, _ in self._parameters())
-        weight = self.config.orth_reg_weight / max(1, num_matrices)
-        for name, parameter in self._parameters():
+        parameters = self._adapter_parameters()
+        num_matrices = sum(_is_matrix(name) for name, _ in parameters)
+        weight = self.config.orth_reg_weight / max(1, num_matrices)  # the penalty is a mean over all A and B
+        for name, parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if weight <= 0 or not _is_matrix(name):
@@ -84,36 +88,44 @@ class RankAllocation:
             parameter.grad.add_(gradient)
 
     def after_update(self, step: int, *, finite: bool) -> None:
-        """Update the importance from the gradients that were applied, and allocate ranks. `step` counts from 1."""
-        assert self._total > 0, "begin was not called"
-        self._prepare()
-        last_allocation = self._total - self.settings.tfinal
+        """Update the importance of entries from the gradients that were applied, and take ranks by it.
+
+        `step` counts from 1. `finite`: whether the optimizer took the step; it skips one whose gradients are not finite.
+        """
+        assert self._total_steps > 0, "begin was not called"
+        self._create_missing_state()
+        last_allocation = self._total_steps - self.settings.tfinal
         if step > last_allocation and self._settled:
             # The optimizer may have moved entries that were taken: back to zero.
-            for name, parameter in self._parameters():
+            for name, parameter in self._adapter_parameters():
                 if name in self._masks:
                     parameter.masked_fill_(self._masks[name] == 0, 0.0)
             return
         if step < last_allocation and not finite:  # the step was skipped, and its gradients are worth nothing
             return
-        if step >= last_allocation and not self._has_importance():
+
+        has_importance = any(bool(importance.any()) for importance in self.allocator.exp_avg_ipt.values())
+        if step >= last_allocation and not has_importance:
+            # No step has measured importance yet (all were skipped), and without it every entry would tie.
             if not finite:  # the next step has to settle the ranks
                 return
             self.allocator.update_ipt(self.tuner.model)
+
+        # peft leaves `rank_pattern` at None if this step takes no rank.
         self.settings.rank_pattern = None
         self.tuner.update_and_allocate(min(step, last_allocation))
         for name, is_left in (self.settings.rank_pattern or {}).items():
             self._masks[name].copy_(torch.tensor(is_left, dtype=torch.float32)[:, None])
         if step >= last_allocation:
             self._settled = True
-            self._prepare()
+            self._create_missing_state()
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """The allocation's state of a parameter, which checkpoints hold beside the optimizer's: live tensors of its shape.
 
         `name` is the parameter's plain name.
         """
-        self._prepare()
+        self._create_missing_state()
         key = name.removeprefix(PREFIX)
         if key not in self.allocator.exp_avg_ipt:
             return {}
@@ -123,13 +135,16 @@ class RankAllocation:
         return state
 
     def restored(self) -> None:
-        """Go on from the values of `state_of`, which were read from a checkpoint."""
+        """Called after a checkpoint filled the tensors of `state_of`: the ranks are final if no more are left than the target."""
         entries_left = sum(int(mask.sum()) for mask in self._masks.values())
         self._settled = entries_left <= self.allocator.target_bgt
 
     def pattern_of(self, trained: dict[str, Tensor]) -> dict[str, list[bool]] | None:
-        """peft's rank pattern for gathered values; None if no rank was taken, or if an entry that was taken is not zero."""
-        self._prepare()
+        """peft's rank pattern: for each E which entries are left, by name in the base model.
+
+        `trained`: gathered values by plain name. None if no rank was taken, or if an entry that was taken is not zero.
+        """
+        self._create_missing_state()
         masks = {name: mask.cpu() > 0 for name, mask in self._masks.items()}
         for name, mask in masks.items():
             if bool((trained[PREFIX + name][~mask] != 0).any()):
@@ -138,21 +153,21 @@ class RankAllocation:
             return None
         return {name: mask.view(-1).tolist() for name, mask in masks.items()}
 
-    def _has_importance(self) -> bool:
-        """Whether any step has measured the importance of entries. Waits for the device."""
-        return any(bool(importance.any()) for importance in self.allocator.exp_avg_ipt.values())
-
-    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+    def _adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The current parameters A, E and B, by the names that peft's allocator uses."""
-        named_parameters = self.tuner.model.named_parameters()
-        return [(name, parameter) for name, parameter in named_parameters if ".lora_" in name and f".{ADAPTER}" in name]
+        parameters = []
+        for name, parameter in self.tuner.model.named_parameters():
+            if ".lora_" in name and f".{ADAPTER}" in name:
+                parameters.append((name, parameter))
+        return parameters
 
-    def _prepare(self) -> None:
+    def _create_missing_state(self) -> None:
         """Make the state that peft would make in its first step, as zeros: a checkpoint always has the same tensors."""
-        for name, parameter in self._parameters():
-            if name not in self.allocator.ipt:
-                for table in (self.allocator.ipt, self.allocator.exp_avg_ipt, self.allocator.exp_avg_unc):
-                    table[name] = torch.zeros_like(parameter)
+        allocator = self.allocator
+        for name, parameter in self._adapter_parameters():
+            if name not in allocator.ipt:
+                for state_by_name in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
+                    state_by_name[name] = torch.zeros_like(parameter)
             if "lora_E" in name and name not in self._masks:
                 self._masks[name] = torch.ones_like(parameter)
 

@@ -63,7 +63,7 @@ class Adapter:
         """Wrap in a PeftModel. Raises ConfigError, with what exists, if a target matches nothing."""
         if self.config.targets != []:  # empty: experts or routers alone
             check_targets(model, self.config.targets)
-        settings = self._settings(model)
+        settings = self._peft_settings(model)
         with targets_as_named():
             tuned = self.wrap(model, settings)
         if self.config.from_ is not None:
@@ -74,12 +74,16 @@ class Adapter:
         return tuned
 
     def wrap(self, model: nn.Module, settings: Any) -> nn.Module:
-        """Let peft add what its `settings` say, and record what it added."""
+        """Wrap a model, which is on meta, in a PeftModel with the adapters that peft's `settings` describe.
+
+        Records which parameters and buffers peft added. Errors: ConfigError if peft refuses.
+        """
         from peft import get_peft_model
 
-        known_buffers = {name for name, _ in model.named_buffers()}
-        initial_values = getattr(settings, "init_lora_weights", None)
-        if self.needs_conversion:  # that start reads weights, which meta does not have; the replicas make it later
+        base_buffers = {name for name, _ in model.named_buffers()}
+        lora_init = getattr(settings, "init_lora_weights", None)
+        if self.needs_conversion:
+            # PiSSA and OLoRA read base weights, which meta does not have. The replicas make these initial values later.
             settings.init_lora_weights = True
         try:
             with warnings.catch_warnings():
@@ -92,15 +96,19 @@ class Adapter:
             ) from error
         replica_settings = copy.deepcopy(tuned.peft_config[ADAPTER])
         if self.needs_conversion:
-            replica_settings.init_lora_weights = initial_values
+            replica_settings.init_lora_weights = lora_init
         self._record_adapters(tuned, replica_settings)
+
         for name, _ in tuned.named_buffers(remove_duplicate=False):
-            if self.base_name(name) not in known_buffers:
+            if self.base_name(name) not in base_buffers:
                 self._buffers.add(name)
         return tuned
 
-    def _settings(self, model: Any) -> Any:
-        """peft's config with targets, task, and what trains in full."""
+    def _peft_settings(self, model: Any) -> Any:
+        """peft's config for this run: the method's options, which modules get adapters, which train in full, and the task.
+
+        Errors: ConfigError.
+        """
         settings = peft_config(self.config)
         targets = self.config.targets
         feedforward = getattr(settings, "feedforward_modules", None)
@@ -110,7 +118,7 @@ class Adapter:
             )
         if targets != "auto":  # with auto peft chooses by the architecture
             settings.target_modules = targets if isinstance(targets, str) else set(targets)
-        settings.modules_to_save = self._fully_trained(model, settings) or None
+        settings.modules_to_save = self._fully_trained_modules(model, settings) or None
         if hasattr(settings, "exclude_modules"):
             settings.exclude_modules, self.note = excluded_modules(
                 model, settings, every_linear=targets == "all-linear"
@@ -120,8 +128,11 @@ class Adapter:
             choose_expert_targets(settings, model, self.config)
         return settings
 
-    def _fully_trained(self, model: Any, settings: Any) -> list[str]:
-        """Names of the modules that train in full; tells peft's `settings` to keep tied embeddings tied. Errors: ConfigError."""
+    def _fully_trained_modules(self, model: Any, settings: Any) -> list[str]:
+        """Names of the modules that train in full beside the adapters: those of the settings, new heads, grown embeddings.
+
+        If grown embeddings are tied to the head, this also tells peft's `settings` to keep them tied. Errors: ConfigError.
+        """
         names = list(dict.fromkeys([*self.config.modules_to_save, *self.new_heads]))
         if not self.train_embeddings:
             return names
@@ -139,11 +150,15 @@ class Adapter:
         return names
 
     def _record_adapters(self, tuned: nn.Module, settings: Any) -> None:
-        """Record what peft added, layer by layer; move its parameters to meta and give its buffers their values."""
+        """Record the parameters that peft added to each layer, and make `self.replicas`, which give them their initial values.
+
+        Parameters that peft left on the CPU move to meta; buffers that are on meta get their values, since no rank draws these
+        later. `settings`: peft's config with the initial values that the run asks for.
+        """
         from peft.tuners.lora import ParamWrapper
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        bases: dict[str, nn.Module] = {}
+        base_layers: dict[str, nn.Module] = {}
         for name, module in tuned.named_modules():
             if not isinstance(module, BaseTunerLayer):
                 continue
@@ -153,24 +168,27 @@ class Adapter:
             if isinstance(module, ParamWrapper):  # one parameter; of several in a module, the wrappers are nested
                 layer = f"{self.base_name(name)}.{module.parameter_name}"
                 is_transposed = getattr(base, "is_transposed", False)
-                bases[layer] = LoneParameter(module.parameter_name, module.get_param(), is_transposed=is_transposed)
+                base_layers[layer] = LoneParameter(
+                    module.parameter_name, module.get_param(), is_transposed=is_transposed
+                )
             else:
-                bases[layer] = copy.deepcopy(base)
+                base_layers[layer] = copy.deepcopy(base)
             for key, _ in module.named_parameters():
                 if not key.startswith("base_layer."):
                     self._owned[f"{name}.{key}"] = layer, key
-                    _to_meta(module, key)
+                    _move_to_meta(module, key)
+
         if self.needs_conversion:
-            _refuse_shared(tuned, bases)
-        self.replicas = AdapterReplicas(
-            settings, bases, reads_base=method_of(self.config).reads_base or _is_dora(self.config)
-        )
-        on_meta = {name for name, buffer in tuned.named_buffers() if buffer.is_meta}
-        if not on_meta:
+            _refuse_shared_weights(tuned, base_layers)
+        reads_base = method_of(self.config).reads_base or _lora_init_reads_base(self.config)
+        self.replicas = AdapterReplicas(settings, base_layers, reads_base=reads_base)
+
+        meta_buffers = {name for name, buffer in tuned.named_buffers() if buffer.is_meta}
+        if not meta_buffers:
             return
         for name, buffer in self.replicas.buffers():
             full_name = f"base_model.{name}"
-            if full_name in on_meta:
+            if full_name in meta_buffers:
                 owner, _, key = full_name.rpartition(".")
                 own_buffers(tuned.get_submodule(owner))[key] = buffer
 
@@ -207,8 +225,8 @@ class Adapter:
             return True
         return self.needs_conversion and name.endswith(".base_layer.weight")
 
-    def rate_of(self, name: str) -> float:
-        """LoRA+: the B matrices of linear layers learn faster."""
+    def lr_factor(self, name: str) -> float:
+        """The learning rate of a parameter as a multiple of the run's. LoRA+: the B matrices of linear layers learn faster."""
         if isinstance(self.config, LoraConfig) and f".lora_B.{ADAPTER}." in name:
             return self.config.lr_ratio
         return 1.0
@@ -216,11 +234,11 @@ class Adapter:
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """The full initial tensor of a parameter that peft added or changed, float32, drawn from (seed, layer name)."""
         self.seed = seed
-        if self._stored is not None and name in self._stored.names:
+        if self._stored is not None and name in self._stored.names:  # continues from another adapter
             return self._stored.tensor(name).view(shape)
         if name in self._owned:
             layer, key = self._owned[name]
-        else:
+        else:  # a base weight that PiSSA or OLoRA split a part off
             layer, _, key = name.removeprefix(PREFIX).rpartition(".base_layer.")
             key = f"base_layer.{key}"
         tensor = self.replicas.initial_layer(layer, base, seed).get_parameter(key).detach()
@@ -244,20 +262,23 @@ class Adapter:
             layer = name
         return layer, key
 
-    def names_of(self, layer: str) -> list[str]:
-        """What peft added for an adapted layer, by full name."""
+    def added_names(self, layer: str) -> list[str]:
+        """Full names of the parameters that peft added for an adapted layer."""
         return [name for name, (owner, _) in self._owned.items() if owner == layer]
 
     def merged(self, name: str, base: BaseReader, trained: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The base parameters of the adapted layer `name` with its part of `trained` folded in; see `AdapterReplicas.merged`."""
+        """The base parameters of the adapted layer `name` with its adapter merged in, float32, by their name in the layer.
+
+        `trained`: full tensors of adapters by full name, also those of other layers. `model`: the tuned model, for buffers.
+        """
         trained_in_layer = {}
         for full_name, (layer, key) in self._owned.items():
             if layer == name and full_name in trained:
                 trained_in_layer[key] = trained[full_name]
-        live = model
+        live_layer = model
         if not isinstance(self.replicas.base_layers[name], LoneParameter):
-            live = model.get_submodule(PREFIX + name)
-        return self.replicas.merged(name, base, self.seed, trained_in_layer, live)
+            live_layer = model.get_submodule(PREFIX + name)
+        return self.replicas.merged(name, base, self.seed, trained_in_layer, live_layer)
 
     def initial_values(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
         """The initial values of the parameters in `trained` that peft added."""
@@ -269,31 +290,37 @@ class Adapter:
 
 
 def check_targets(model: nn.Module, targets: Any) -> None:
-    """Raise ConfigError, with what exists, if a target matches no module."""
-    names = [name for name, _ in model.named_modules() if name]
-    linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
+    """Raise ConfigError if a target of `tuning.targets` matches no module of a plain model; it lists the linear layers.
+
+    `targets`: a regular expression on whole module names, `all-linear`, `auto`, or a list of names or their last parts.
+    """
+    module_names = []
+    linear_names = set()
+    for name, module in model.named_modules():
+        if name:
+            module_names.append(name)
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # GPT-2's linear layer
+            linear_names.add(name.rsplit(".", 1)[-1])
+    advice = f"linear layers here are: {', '.join(sorted(linear_names))}; or use tuning.targets=all-linear"
+
     if isinstance(targets, str):
         # peft matches a text against whole names, and knows two words of its own.
-        if targets not in ("all-linear", "auto") and not any(re.fullmatch(targets, name) for name in names):
-            raise ConfigError(
-                f"tuning.targets={targets!r}: no module name matches this expression; linear layers here are: "
-                f"{', '.join(linear)}; or use tuning.targets=all-linear"
-            )
+        if targets in ("all-linear", "auto"):
+            return
+        if not any(re.fullmatch(targets, name) for name in module_names):
+            raise ConfigError(f"tuning.targets={targets!r}: no module name matches this expression; {advice}")
         return
-    unmatched = [target for target in targets if not _names_a_module(target, names)]
+    unmatched = []
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in module_names):
+            unmatched.append(target)
     if unmatched or not targets:
         raise ConfigError(
-            f"tuning.targets={list(targets)}: {', '.join(unmatched) or 'nothing'} matches no module; linear layers "
-            f"here are: {', '.join(linear)}; or use tuning.targets=all-linear"
+            f"tuning.targets={list(targets)}: {', '.join(unmatched) or 'nothing'} matches no module; {advice}"
         )
 
 
-def _names_a_module(target: str, names: list[str]) -> bool:
-    """Whether a target is the whole name, or the last parts of the name, of one of the modules."""
-    return any(name == target or name.endswith(f".{target}") for name in names)
-
-
-def _to_meta(layer: nn.Module, key: str) -> None:
+def _move_to_meta(layer: nn.Module, key: str) -> None:
     """Drop the values of a parameter that peft left on the CPU: replicas draw them again, the same on every rank."""
     owner, _, last = key.rpartition(".")
     parameters = own_parameters(layer.get_submodule(owner))
@@ -302,7 +329,7 @@ def _to_meta(layer: nn.Module, key: str) -> None:
         parameters[last] = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
 
 
-def _refuse_shared(tuned: nn.Module, bases: dict[str, nn.Module]) -> None:
+def _refuse_shared_weights(tuned: nn.Module, base_layers: dict[str, nn.Module]) -> None:
     """Raise ConfigError if an adapted layer shares its weight: splitting a part off it would change the other module too."""
     # A shared parameter is one object that comes under several names.
     first_names: dict[int, str] = {}
@@ -310,7 +337,7 @@ def _refuse_shared(tuned: nn.Module, bases: dict[str, nn.Module]) -> None:
         first_name = first_names.setdefault(id(parameter), name)
         if first_name == name:
             continue
-        for layer in bases:
+        for layer in base_layers:
             prefix = f"{PREFIX}{layer}.base_layer."
             if first_name.startswith(prefix) or name.startswith(prefix):
                 raise ConfigError(
@@ -319,13 +346,9 @@ def _refuse_shared(tuned: nn.Module, bases: dict[str, nn.Module]) -> None:
                 )
 
 
-def _is_dora(config: AdapterConfig) -> bool:
+def _lora_init_reads_base(config: AdapterConfig) -> bool:
     """Whether LoRA's initial values depend on base weights: DoRA's norms, or the split of PiSSA and OLoRA."""
     return isinstance(config, LoraConfig) and (config.dora or rewrites_base(config.init))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _task_type(model: nn.Module) -> str:
@@ -338,4 +361,5 @@ def _task_type(model: nn.Module) -> str:
 
 
 def _name_of(model: nn.Module, target: Any) -> str:
+    """The name of the submodule `target` in `model`."""
     return next(name for name, module in model.named_modules() if module is target)

@@ -19,22 +19,22 @@ _WRAPPING_FIELDS = ("ensure_weight_tying", "task_type", "trainable_token_indices
 """Fields that say how a model is wrapped, not what an adapter computes."""
 
 
-def file_names(tuned: nn.Module) -> dict[str, str]:
+def file_keys(tuned: nn.Module) -> dict[str, str]:
     """The key in the adapter file of each parameter and buffer of a PeftModel, by plain name. Only those that peft stores."""
     from peft import get_peft_model_state_dict
 
-    named: dict[str, Any] = dict(tuned.named_parameters(remove_duplicate=False))
-    named |= dict(tuned.named_buffers(remove_duplicate=False))
+    tensors: dict[str, Any] = dict(tuned.named_parameters(remove_duplicate=False))
+    tensors |= dict(tuned.named_buffers(remove_duplicate=False))
     # An empty tensor for each name, to follow it through peft. Not the parameters: tied ones are a single object.
-    markers = {name: torch.empty(0, device="meta") for name in named}
+    markers = {name: torch.empty(0, device="meta") for name in tensors}
+    name_of_marker = {id(marker): name for name, marker in markers.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        stored = get_peft_model_state_dict(tuned, state_dict=dict(markers), save_embedding_layers=False)
-    names = {id(marker): name for name, marker in markers.items()}
-    other_keys = keys_in_file(tuned, tuned.peft_config[ADAPTER], stored)  # type: ignore[index,union-attr]
+        stored_markers = get_peft_model_state_dict(tuned, state_dict=dict(markers), save_embedding_layers=False)
+    replaced_keys = keys_in_file(tuned, tuned.peft_config[ADAPTER], stored_markers)  # type: ignore[index,union-attr]
     keys_by_name = {}
-    for key, marker in stored.items():
-        keys_by_name[names[id(marker)]] = other_keys.get(key) or key
+    for key, marker in stored_markers.items():
+        keys_by_name[name_of_marker[id(marker)]] = replaced_keys.get(key) or key
     return keys_by_name
 
 
@@ -69,10 +69,14 @@ class StoredAdapter:
             raise ConfigError(f"{key}={directory}: {path} cannot be read ({error}); write the adapter again") from error
         self._keys = set(self._file.keys())
         self.names: dict[str, str] = {}
+        """The key in the file of each stored parameter and buffer, by plain name; filled by `match_names`."""
 
     def match_names(self, tuned: nn.Module) -> None:
-        """Find every trained parameter of `tuned` in the file. Raises ConfigError if the file has others, or other shapes."""
-        keys_by_name = file_names(tuned)
+        """Find every trained parameter of the PeftModel `tuned` in the file, and fill `names`.
+
+        Raises ConfigError if the file lacks one, or has other tensors or shapes.
+        """
+        keys_by_name = file_keys(tuned)
         shapes = {}
         missing = []
         for name, parameter in tuned.named_parameters(remove_duplicate=False):
@@ -81,10 +85,10 @@ class StoredAdapter:
                 missing.append(name)
         missing.sort()
         unknown = sorted(self._keys - set(keys_by_name.values()))
-        advice = "set tuning.targets and tuning.modules_to_save to those it was made with"
-        if self.key != "tuning.from":
-            advice = "give the base model and the objective that it was made with"
         if missing or unknown:
+            advice = "set tuning.targets and tuning.modules_to_save to those it was made with"
+            if self.key != "tuning.from":  # `model.adapters`: the file decides the targets
+                advice = "give the base model and the objective that it was made with"
             differences = []
             if missing:
                 differences.append(f"missing in the file: {', '.join(missing[:3])}")
@@ -94,6 +98,7 @@ class StoredAdapter:
                 f"{self.key}={self.directory}: its adapter does not fit this model and these settings: "
                 f"{'; '.join(differences)}; {advice}"
             )
+
         self.names = {name: key for name, key in keys_by_name.items() if key in self._keys}
         # Buffers have no shape to compare with: peft makes them anew from the file.
         for name, key in self.names.items():
@@ -105,9 +110,9 @@ class StoredAdapter:
                 )
 
     def tensor(self, name: str) -> Tensor:
-        """The stored value of a parameter or buffer, float32 where it is a number at all."""
-        value = self._file.get_tensor(self.names[name])
-        return value.float() if value.is_floating_point() else value
+        """The stored value of a parameter or buffer: float32 if it is floating-point, else as it is in the file."""
+        tensor = self._file.get_tensor(self.names[name])
+        return tensor.float() if tensor.is_floating_point() else tensor
 
     def fill_buffers(self, tuned: nn.Module) -> None:
         """Give buffers that peft stores (shared projections) the values in the file."""

@@ -30,6 +30,7 @@ def wrong_field(settings: dict[str, Any]) -> str | None:
 
 
 def _are_names(value: Any) -> bool:
+    """Whether a field's value is a list of names, or one regular expression."""
     if isinstance(value, str):
         return True
     return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -22,8 +22,6 @@ from trainer.tuning.expert_lora import name_targets_for_peft
 from trainer.tuning.key_mapping import keys_in_file
 from trainer.tuning.replica import ADAPTER
 
-_BASE_WEIGHT = ".base_layer.weight"
-
 
 def write_adapter(
     model: nn.Module,
@@ -43,16 +41,18 @@ def write_adapter(
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    state = {**trained, **_tied_copies(model, trained), **_added_buffers(model)}
+    buffers = persistent_buffers(model, remove_duplicate=False)  # peft's own selection drops those of the base
+    state = {**trained, **_tied_copies(model, trained)}
+    state |= {name: buffer.detach().cpu() for name, buffer in buffers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     settings: Any = copy.deepcopy(model.peft_config[ADAPTER])  # type: ignore[index,union-attr]
-    other_keys = keys_in_file(model, settings, state)
+    # The checkpoint's key of a layer replaces peft's own if plain peft would not load that one back.
+    replaced_keys = keys_in_file(model, settings, state)
     stored = {}
     for key, tensor in state.items():
-        # The checkpoint's key of a layer, if plain peft would not load peft's own key back.
-        stored[other_keys.get(key) or key] = tensor.contiguous()
+        stored[replaced_keys.get(key) or key] = tensor.contiguous()
     save_file(stored, directory / "adapter_model.safetensors", {"format": "pt"})
     if double_rank:
         _double_rank(settings)
@@ -84,12 +84,6 @@ def _double_rank(settings: Any) -> None:
     settings.alpha_pattern = {key: factor * value for key, value in settings.alpha_pattern.items()}
 
 
-def _added_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Persistent buffers on the CPU. peft's own selection drops those of the base."""
-    buffers = persistent_buffers(model, remove_duplicate=False)
-    return {name: buffer.detach().cpu() for name, buffer in buffers}
-
-
 def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tied parameters under their other names: gathering gives each once, peft's files have each name."""
     first_names: dict[int, str] = {}
@@ -109,14 +103,15 @@ class AdapterMerger:
         self.model = model
         self.trained = trained
         self.base = base
-        self._merged_layer = ""
-        self._merged: dict[str, Tensor] = {}
-        """The parameters of `_merged_layer`, the layer that was merged last: they are asked for one by one."""
+        self._cached_layer = ""
+        self._cached_parameters: dict[str, Tensor] = {}
+        """The merged parameters of `_cached_layer`, the layer that was merged last: they are asked for one by one."""
 
-    def tensor(self, name: str, value: Tensor) -> Tensor | None:
-        """The merged tensor, float32 if the adapter changes it. None for one that a fully trained copy replaces.
+    def tensor(self, name: str, base_tensor: Tensor) -> Tensor | None:
+        """A parameter of the base with the adapter merged in, float32 if the adapter changes it.
 
-        `name` is the parameter's plain name, `value` its value in the base.
+        `name`: its plain name in the tuned model. `base_tensor`: its value in the base. None for the original of a module that
+        trained in full: the trained copy replaces it.
         """
         if ".original_module." in name:
             return None
@@ -126,21 +121,25 @@ class AdapterMerger:
         if base_name in adapted:  # a parameter adapted by itself
             layer = base_name
         if not wrapped or layer not in adapted:
-            return value
-        if self._merged_layer != layer:
-            self._merged = self.tuning.merged(layer, self.base, self.trained, self.model)
-            self._merged_layer = layer
-        return self._merged[key]
+            return base_tensor
+        if self._cached_layer != layer:
+            self._cached_parameters = self.tuning.merged(layer, self.base, self.trained, self.model)
+            self._cached_layer = layer
+        return self._cached_parameters[key]
 
 
 def check_mergeable(model: nn.Module, trained_names: set[str]) -> None:
-    """Raise ConfigError if merging would change more than the adapted layers, or is not supported."""
+    """Raise ConfigError if merging the LoRA adapters of a tuned model would change other layers too, or is not supported.
+
+    `trained_names`: plain names of the parameters that train.
+    """
+    # Without duplicates: a weight that two modules share has its first name alone.
     names = {name for name, _ in model.named_parameters()}
     for name in trained_names:
         layer = name.split(".lora_")[0]
         if ".lora_" not in name or hasattr(model.get_submodule(layer), "parameter_name"):
             continue  # adapters of experts and routers share no weights
-        if layer + _BASE_WEIGHT not in names:
+        if f"{layer}.base_layer.weight" not in names:
             raise ConfigError(
                 f"export.merge=true: {layer} shares its weight with the embeddings, and folding the adapter into one would "
                 "change the other; leave the head out of tuning.targets, or use export.merge=false"

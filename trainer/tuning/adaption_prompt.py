@@ -23,7 +23,7 @@ from trainer.tuning.compat.peft import is_adapted_attention
 from trainer.tuning.config import AdaptionPromptConfig
 from trainer.tuning.own_adapters import AddedParameters
 
-KINDS = ("llama", "mistral", "gpt2")
+MODEL_TYPES = ("llama", "mistral", "gpt2")
 """Architectures whose attention peft knows how to adapt."""
 
 
@@ -38,25 +38,26 @@ class AdaptionPrompt(AddedParameters):
         from peft import AdaptionPromptConfig as PeftSettings
         from peft import get_peft_model
 
-        settings: Any = model.config
-        kind = settings.model_type
-        layers = settings.num_hidden_layers
-        head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-        if kind not in KINDS or head_dim * settings.num_attention_heads != settings.hidden_size:
+        model_config: Any = model.config
+        model_type = model_config.model_type
+        num_layers = model_config.num_hidden_layers
+        num_heads = model_config.num_attention_heads
+        head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // num_heads
+        if model_type not in MODEL_TYPES or head_dim * num_heads != model_config.hidden_size:
             raise ConfigError(
-                f"tuning=adaption_prompt: peft adapts the attention of {', '.join(KINDS)} with heads that divide the "
-                f"model's width, not of this {kind}; use tuning=prefix"
+                f"tuning=adaption_prompt: peft adapts the attention of {', '.join(MODEL_TYPES)} with heads that divide the "
+                f"model's width, not of this {model_type}; use tuning=prefix"
             )
-        if self.config.adapter_layers > layers:
+        if self.config.adapter_layers > num_layers:
             raise ConfigError(
-                f"tuning.adapter_layers={self.config.adapter_layers}: this model has {layers} layers; use at most "
-                f"{layers}, or 0 for all"
+                f"tuning.adapter_layers={self.config.adapter_layers}: this model has {num_layers} layers; use at most "
+                f"{num_layers}, or 0 for all"
             )
-        classifier = "SequenceClass" in type(model).__name__
+        is_classifier = "SequenceClass" in type(model).__name__
         peft_settings = PeftSettings(
             adapter_len=self.config.adapter_len,
-            adapter_layers=self.config.adapter_layers or layers,
-            task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
+            adapter_layers=self.config.adapter_layers or num_layers,
+            task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -65,7 +66,7 @@ class AdaptionPrompt(AddedParameters):
             model.get_submodule(name).requires_grad_(True)
         for name, module in tuned.named_modules():
             if is_adapted_attention(module):
-                module.forward = partial(_adapted, self, module, module.forward)  # type: ignore[method-assign]
+                module.forward = partial(_adapted_forward, self, module, module.forward)  # type: ignore[method-assign]
                 self._owned |= {f"{name}.adaption_prompt", f"{name}.adaption_gate"}
         for name, parameter in tuned.named_parameters():
             assert name not in self._owned or parameter.is_meta, "values are drawn when the run asks for them"
@@ -91,5 +92,8 @@ class AdaptionPrompt(AddedParameters):
         write_adapter(model, trained, directory, base_name, revision)
 
 
-def _adapted(tuning: AdaptionPrompt, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs) if tuning.active else module.model(*args, **kwargs)
+def _adapted_forward(tuning: AdaptionPrompt, module: Any, peft_forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of an attention that peft wrapped: with the trained tokens, or of the attention inside alone."""
+    if tuning.active:
+        return peft_forward(*args, **kwargs)
+    return module.model(*args, **kwargs)

@@ -126,8 +126,8 @@ class Tuning(Protocol):
     def rewrites(self, name: str) -> bool:
         """Whether this frozen base parameter starts at another value than the checkpoint's."""
 
-    def rate_of(self, name: str) -> float:
-        """The learning rate of a parameter as a multiple of the run's."""
+    def lr_factor(self, name: str) -> float:
+        """The learning rate of a parameter as a multiple of the run's; 1 for most."""
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """The full initial tensor of a parameter that the method owns or rewrites, float32.

@@ -30,8 +30,9 @@ from trainer.tuning.own_adapters import AddedParameters
 NAME = "bottleneck"
 CONFIG_FILE = "bottleneck_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-ATTENTION = ("self_attn", "attn", "self_attention", "attention")
-FEEDFORWARD = ("mlp", "ffn", "feed_forward")
+ATTENTION_NAMES = ("self_attn", "attn", "self_attention", "attention")
+FEEDFORWARD_NAMES = ("mlp", "ffn", "feed_forward")
+"""The usual names, within a block, of the modules behind whose outputs adapters stand."""
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     Activation.gelu: partial(F.gelu, approximate="none"),
     Activation.relu: F.relu,
@@ -56,8 +57,8 @@ class BottleneckLayer(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterPlaces:
-    """The modules behind whose outputs adapters stand, by name within a block."""
+class BlockParts:
+    """The names, within a block, of the two modules behind whose outputs adapters stand."""
 
     attention: str
     feedforward: str
@@ -82,8 +83,8 @@ class Bottleneck(AddedParameters):
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """`down` starts as torch starts a linear layer, drawn from (seed, layer name); `up` starts at zero."""
-        layer, part, key = name.rsplit(".", 2)
-        if part == "up":
+        layer, projection, key = name.rsplit(".", 2)
+        if projection == "up":
             return torch.zeros(shape)
         size = shape[0]
         width = shape[1] if key == "weight" else self._width
@@ -145,31 +146,32 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
 def insert(
     model: Any, config: BottleneckConfig, *, is_active: Callable[[], bool] = lambda: True, device: str | None = None
 ) -> dict[str, BottleneckLayer]:
-    """Add an adapter behind each place of every block. Returns the adapters by name. Errors: ConfigError.
+    """Add a bottleneck adapter behind the parts that `config` chooses in every block. Returns the adapters by name.
 
-    With `device` they are float32 there (meta, for training); without it they follow the module that they stand behind.
+    With `device` they are float32 there (meta, for training); without it they have the device and the type of the module that
+    they stand behind. Errors: ConfigError if the model has no block with such parts.
     """
-    places_by_block = {}
+    parts_by_block = {}
     for name, module in model.named_modules():
-        places = _places(module, config)
-        if places is not None:
-            places_by_block[name] = places
-    if not places_by_block:
-        raise ConfigError(_no_places_message(model, config))
+        parts = _block_parts(module, config)
+        if parts is not None:
+            parts_by_block[name] = parts
+    if not parts_by_block:
+        raise ConfigError(_no_parts_message(model, config))
     added = {}
-    for block, places in places_by_block.items():
-        parts = [places.attention, places.feedforward]
+    for block, parts in parts_by_block.items():
+        adapted_names = [parts.attention, parts.feedforward]
         if config.placement is Placement.pfeiffer:
-            parts = [places.feedforward]
-        for part in parts:
-            owner = model.get_submodule(f"{block}.{part}")
-            weight = next(owner.parameters())
+            adapted_names = [parts.feedforward]
+        for adapted_name in adapted_names:
+            adapted = model.get_submodule(f"{block}.{adapted_name}")
+            weight = next(adapted.parameters())
             layer = BottleneckLayer(model.config.hidden_size, config.size, config.activation, config.dropout)
             layer.to(device=device or weight.device, dtype=torch.float32 if device else weight.dtype)
             # As a child of the module that it follows, so that a sharding engine gathers both together.
-            owner.add_module(NAME, layer)
-            owner.register_forward_hook(partial(_apply_adapter, is_active))
-            added[f"{block}.{part}.{NAME}"] = layer
+            adapted.add_module(NAME, layer)
+            adapted.register_forward_hook(partial(_apply_adapter, is_active))
+            added[f"{block}.{adapted_name}.{NAME}"] = layer
     return added
 
 
@@ -183,27 +185,31 @@ def _apply_adapter(is_active: Callable[[], bool], owner: nn.Module, _args: Any, 
     return layer(output)
 
 
-def _places(module: nn.Module, config: BottleneckConfig) -> AdapterPlaces | None:
-    """The places of adapters in a block; None if the module is not a block."""
+def _block_parts(module: nn.Module, config: BottleneckConfig) -> BlockParts | None:
+    """The attention and the feed-forward part of a block; None if the module is not a block.
+
+    `tuning.attention` and `tuning.feedforward` name them; the usual names are tried for one that is not set.
+    """
     descendants = {name for name, _ in module.named_modules()}
     children = dict(module.named_children())
     attention = config.attention
     feedforward = config.feedforward
     if attention is None:
-        attention = next((name for name in ATTENTION if name in children), None)
+        attention = next((name for name in ATTENTION_NAMES if name in children), None)
         # BERT's kind adds the input inside its attention module: the adapter stands before that, behind the dense layer.
         if attention is not None and f"{attention}.output.dense" in descendants:
             attention = f"{attention}.output.dense"
     if feedforward is None:
-        feedforward = next((name for name in FEEDFORWARD if name in children), None)
+        feedforward = next((name for name in FEEDFORWARD_NAMES if name in children), None)
+        # BERT's kind has no module around the two layers of its feed-forward part.
         if feedforward is None and "intermediate" in children and "output.dense" in descendants:
             feedforward = "output.dense"
     if attention is None or feedforward is None or not {attention, feedforward} <= descendants:
         return None
-    return AdapterPlaces(attention, feedforward)
+    return BlockParts(attention, feedforward)
 
 
-def _no_places_message(model: nn.Module, config: BottleneckConfig) -> str:
+def _no_parts_message(model: nn.Module, config: BottleneckConfig) -> str:
     """The error for a model without fitting blocks, with the module names that its blocks have."""
     set_options = []
     for key in ("attention", "feedforward"):

@@ -68,23 +68,25 @@ def merge_initial_adapter(model: nn.Module, tuning: TuningConfig) -> MergedAdapt
 
     Raises ConfigError for an adapter that cannot be merged.
     """
-    first_adapter = tuning.from_ if isinstance(tuning, AdapterConfig) else None
-    if first_adapter is None:
+    directory = tuning.from_ if isinstance(tuning, AdapterConfig) else None
+    if directory is None:
         return None
     from trainer.tuning.merged_adapters import MergedAdapters
 
     reason = method_of(tuning).no_merge
     if reason:
         raise ConfigError(
-            f"tuning.from={first_adapter}: the objective compares with the model that this run begins with, and that "
+            f"tuning.from={directory}: the objective compares with the model that this run begins with, and that "
             f"cannot be built: {reason}; set objective.forgetting.kl_weight=0"
         )
-    return MergedAdapters(model, [first_adapter], "tuning.from")
+    return MergedAdapters(model, [directory], "tuning.from")
 
 
 def merge_adapters(model: nn.Module, directories: list[str]) -> MergedAdapters | None:
-    """The base weights with the adapters of `directories` merged in as they are read, for this architecture on meta; None
-    without directories."""
+    """The base weights with the adapters of `directories` merged in as they are read, for this architecture on meta.
+
+    None without directories.
+    """
     if not directories:
         return None
     from trainer.tuning.merged_adapters import MergedAdapters

@@ -48,9 +48,9 @@ class RunFacts:
     """Whether the objective has a head of its own."""
     new_tokens: bool = False
     """Whether the vocabulary grows."""
-    two_sides: bool = False
-    """Whether the model is an encoder-decoder."""
+    is_encoder_decoder: bool = False
     quantisation: str = "none"
+    """`model.quantisation`."""
 
 
 def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
@@ -67,7 +67,7 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
     yield from _model_problems(method, method_setting, run)
     if run.quantisation != "none":
         yield from _quantisation_problems(tuning, method, method_setting, run.quantisation)
-    if run.two_sides and method.no_seq2seq:
+    if run.is_encoder_decoder and method.no_seq2seq:
         yield (
             f"{method_setting} with objective=seq2seq: {method.no_seq2seq}; use tuning=lora, or objective=sft with a causal model"
         )
@@ -76,7 +76,7 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
 
 
 def _problems_alone(tuning: TuningConfig) -> Iterator[str]:
-    """What is wrong with the method's own settings."""
+    """What is wrong with the method's own settings, whatever the rest of the run."""
     if isinstance(tuning, AdapterConfig):
         yield from _target_problems(tuning)
         yield from start_problems(tuning)
@@ -99,8 +99,8 @@ def _strategy_problems(method: Method, method_setting: str, run: RunFacts) -> It
     checkpointing = run.strategy.activation_checkpointing
     if checkpointing is ActivationCheckpointing.selective and (reason := method.refused.get("selective")):
         yield f"strategy.activation_checkpointing=selective with {method_setting}: {reason}; use full or none"
-    half = run.precision in (Precision.bf16, Precision.fp16) and run.strategy.name in SHARDED
-    if half and (reason := method.refused.get("half")):
+    converts_to_half = run.precision in (Precision.bf16, Precision.fp16) and run.strategy.name in SHARDED
+    if converts_to_half and (reason := method.refused.get("half")):
         yield (
             f"precision={run.precision} with {method_setting} and strategy={run.strategy.name}: {reason}; use fp32 or "
             "strategy=ddp"
@@ -126,31 +126,35 @@ def _model_problems(method: Method, method_setting: str, run: RunFacts) -> Itera
         yield f"model.add_tokens with {method_setting}: {method.no_new_tokens}; use tuning=lora or tuning=full"
 
 
-def check_positions(tuning: TuningConfig, longest: int, positions: int | None) -> None:
-    """Raise ConfigError if documents of `longest` tokens, with virtual tokens before them, exceed the model's `positions`."""
-    if positions is None or positions < 1:  # XLNet has -1, which means any number
+def check_positions(tuning: TuningConfig, longest_tokens: int, max_positions: int | None) -> None:
+    """Raise ConfigError if the longest document, with virtual tokens before it, has more tokens than the model has positions.
+
+    `max_positions` of None: the model has no limit.
+    """
+    if max_positions is None or max_positions < 1:  # XLNet has -1, which means any number
         return
-    if longest > positions:
+    if longest_tokens > max_positions:
         raise ConfigError(
-            f"data: the longest document takes {longest} tokens, and the model has {positions} positions "
-            f"(max_position_embeddings): what lies beyond was never learned, or is not there. Set data.max_length={positions}; "
-            "for a longer context, set rope scaling and max_position_embeddings in the model's config.json"
+            f"data: the longest document takes {longest_tokens} tokens, and the model has {max_positions} positions "
+            "(max_position_embeddings): what lies beyond was never learned, or is not there. Set "
+            f"data.max_length={max_positions}; for a longer context, set rope scaling and max_position_embeddings in the "
+            "model's config.json"
         )
     if not isinstance(tuning, VirtualConfig):
         return
-    if longest + tuning.num_virtual_tokens > positions:
+    if longest_tokens + tuning.num_virtual_tokens > max_positions:
         raise ConfigError(
-            f"tuning.num_virtual_tokens={tuning.num_virtual_tokens}: the model has {positions} positions, and the longest "
-            f"document takes {longest}; set data.max_length={positions - tuning.num_virtual_tokens}"
+            f"tuning.num_virtual_tokens={tuning.num_virtual_tokens}: the model has {max_positions} positions, and the longest "
+            f"document takes {longest_tokens}; set data.max_length={max_positions - tuning.num_virtual_tokens}"
         )
 
 
 def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
-    """Whether `tuning.init` and `tuning.init_text` go together."""
-    text = tuning.init_text
-    if tuning.init is PromptInit.text and not (text or "").strip():
+    """What is wrong if `tuning.init` and `tuning.init_text` do not go together."""
+    has_text = bool((tuning.init_text or "").strip())
+    if tuning.init is PromptInit.text and not has_text:
         yield "tuning.init=text: needs tuning.init_text, such as the instruction of the task; or use tuning.init=sampled"
-    if tuning.init is not PromptInit.text and text is not None:
+    if tuning.init is not PromptInit.text and tuning.init_text is not None:
         yield f"tuning.init_text: is not used with tuning.init={tuning.init}; set tuning.init=text, or leave it out"
 
 
@@ -186,16 +190,16 @@ def _target_problems(tuning: AdapterConfig) -> Iterator[str]:
     yield from _regex_problems("tuning.targets", targets, f"{default} is the default")
 
 
-def _regex_problems(key: str, text: str, advice: str) -> Iterator[str]:
-    """The problem, if `text` is not a regular expression."""
+def _regex_problems(key: str, pattern: str, advice: str) -> Iterator[str]:
+    """The problem of the setting `key` if its value is not a regular expression. `advice`: what to give instead."""
     try:
-        re.compile(text)
+        re.compile(pattern)
     except re.error as error:
-        yield f"{key}={text}: not a regular expression ({error}); {advice}"
+        yield f"{key}={pattern}: not a regular expression ({error}); {advice}"
 
 
 def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
-    """What is wrong with the choice of the part that trains."""
+    """What is wrong with the choice of the layers, modules or kinds of parameters that train."""
     choices = (tuning.layers, tuning.modules, tuning.embeddings, tuning.bias_only, tuning.norm_only)
     if not any(choices):
         yield (
@@ -211,9 +215,8 @@ def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
 def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
     """What is wrong with LoRA's start, its patterns, and its adapters of experts."""
     if not INITS.fullmatch(tuning.init):
-        close_matches = difflib.get_close_matches(
-            tuning.init, ["default", "gaussian", "pissa", "pissa_niter_4", "olora"], n=1
-        )
+        examples = ["default", "gaussian", "pissa", "pissa_niter_4", "olora"]
+        close_matches = difflib.get_close_matches(tuning.init, examples, n=1)
         hint = f"; did you mean {close_matches[0]}?" if close_matches else ""
         yield f"tuning.init={tuning.init}: must be default, gaussian, pissa, pissa_niter_<n> or olora{hint}"
     elif rewrites_base(tuning.init) and tuning.dora:
@@ -276,20 +279,21 @@ def _ia3_problems(tuning: Ia3Config) -> Iterator[str]:
 
 def _peft_problems(tuning: PeftConfig) -> Iterator[str]:
     """What is wrong with the method of peft that `tuning.type` names, and with its options."""
-    kind = tuning.type
+    peft_type = tuning.type
     proven = ", ".join(PEFT_METHODS)
-    if kind is None:
+    if peft_type is None:
         yield f"tuning.type: not set; name a method of peft, one of {proven}"
-    elif kind in METHODS or kind in CHOICE_BY_PEFT_NAME:
-        yield f"tuning.type={kind}: has settings of its own here; use tuning={CHOICE_BY_PEFT_NAME.get(kind, kind)}"
-    elif kind in UNSUPPORTED_TYPES:
-        yield f"tuning.type={kind}: {UNSUPPORTED_TYPES[kind]}; use one of {proven}, or another tuning="
-    elif kind not in PEFT_METHODS:
-        close_matches = difflib.get_close_matches(kind, PEFT_METHODS, n=1)
+    elif peft_type in METHODS or peft_type in CHOICE_BY_PEFT_NAME:
+        choice = CHOICE_BY_PEFT_NAME.get(peft_type, peft_type)
+        yield f"tuning.type={peft_type}: has settings of its own here; use tuning={choice}"
+    elif peft_type in UNSUPPORTED_TYPES:
+        yield f"tuning.type={peft_type}: {UNSUPPORTED_TYPES[peft_type]}; use one of {proven}, or another tuning="
+    elif peft_type not in PEFT_METHODS:
+        close_matches = difflib.get_close_matches(peft_type, PEFT_METHODS, n=1)
         hint = f"did you mean {close_matches[0]}?" if close_matches else f"use one of {proven}"
-        yield f"tuning.type={kind}: not proven to train alike under every strategy; {hint}"
+        yield f"tuning.type={peft_type}: not proven to train alike under every strategy; {hint}"
     else:
         # The only settings that composing asks peft about; importing it takes seconds.
         from trainer.tuning.peft_configs import option_problems
 
-        yield from option_problems(kind, tuning.options)
+        yield from option_problems(peft_type, tuning.options)

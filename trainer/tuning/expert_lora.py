@@ -32,7 +32,7 @@ def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     targets: list[str] = []
     if config.experts:
         modules = expert_modules(model)
-        unsupported = unsupported_experts(model)
+        unsupported = unsupported_experts(model)  # names
         if unsupported:
             raise ConfigError(
                 f"tuning.experts=true: {unsupported[0]} ({type(model).__name__}) computes its experts in a way of its own, which "
@@ -56,17 +56,22 @@ def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -> None:
-    """Write into peft's `settings` which experts and routers get adapters, and which must not. Errors: ConfigError."""
+    """Write into peft's `settings` which experts and routers get LoRA, and which routers `all-linear` must leave out.
+
+    Errors: ConfigError if the settings ask for experts or routers and the model has none that can be adapted.
+    """
     settings.target_parameters = parameter_targets(model, config) or None
-    linear = linear_routers(model)
+    router_names = linear_routers(model)
+    router_patterns = [re.escape(name) for name in router_names]
     if not config.router:
-        if linear and config.targets == "all-linear":
+        # Routers that are plain linear layers: all-linear would adapt them too.
+        if router_names and config.targets == "all-linear":
             excluded = [settings.exclude_modules] if settings.exclude_modules else []
-            settings.exclude_modules = "|".join([*excluded, *map(re.escape, linear)])
+            settings.exclude_modules = "|".join([*excluded, *router_patterns])
     elif isinstance(settings.target_modules, set):
-        settings.target_modules |= set(linear)
-    elif linear and settings.target_modules != "all-linear":
-        settings.target_modules = "|".join([f"({settings.target_modules})", *map(re.escape, linear)])
+        settings.target_modules |= set(router_names)
+    elif router_names and settings.target_modules != "all-linear":  # a regular expression, in brackets as a whole
+        settings.target_modules = "|".join([f"({settings.target_modules})", *router_patterns])
 
 
 def name_targets_for_peft(settings: Any, model: Any) -> None:
@@ -101,19 +106,19 @@ class _Matrix(nn.Linear):
 
 def _low_rank(wrapper: Any) -> LowRank:
     """The low-rank update of one adapted parameter. peft's layout is A `[E * r, in]`, B `[out, r * E]`."""
-    count = wrapper.num_experts
+    num_experts = wrapper.num_experts
     down = wrapper.lora_A[ADAPTER]()
     up = wrapper.lora_B[ADAPTER]()
-    down = down.view(count, -1, down.shape[-1])
-    up = up.view(up.shape[0], -1, count).permute(2, 0, 1)
+    down = down.view(num_experts, -1, down.shape[-1])  # [E, r, in]
+    up = up.view(up.shape[0], -1, num_experts).permute(2, 0, 1)  # [E, out, r]
     return LowRank(down, up, wrapper.scaling[ADAPTER])
 
 
 @cache
-def _with_update(kind: Any) -> type[nn.Module]:
+def _router_with_update(router_class: Any) -> type[nn.Module]:
     """A subclass of a router's class whose forward pass takes an update of one of its matrices."""
 
-    class Router(kind):  # type: ignore[misc]
+    class Router(router_class):  # type: ignore[misc]
         def forward(self, *args: Any, update: tuple[str, Tensor] | None = None, **kwargs: Any) -> Any:
             """The router's output with `update` = (parameter's name, matrix to add to it); without it, as it was."""
             if update is None:
@@ -127,7 +132,7 @@ def _with_update(kind: Any) -> type[nn.Module]:
             finally:
                 del self.__dict__[name]
 
-    Router.__name__ = kind.__name__
+    Router.__name__ = router_class.__name__
     return Router
 
 
@@ -149,11 +154,13 @@ def _wrapper_class() -> type:
             while isinstance(base, ParamWrapper):
                 wrappers.append(base)
                 base = base.base_layer
-            if weight_names(base):
-                parts = {wrapper.parameter_name: _low_rank(wrapper) for wrapper in wrappers}
-                return base(x, *args, low_rank=parts, **kwargs)
-            part = _low_rank(self)
-            return base(x, *args, update=(self.parameter_name, part.scaling * (part.up @ part.down)[0]), **kwargs)
+            if weight_names(base):  # experts
+                low_rank_by_name = {wrapper.parameter_name: _low_rank(wrapper) for wrapper in wrappers}
+                return base(x, *args, low_rank=low_rank_by_name, **kwargs)
+            # A router: one small matrix, so its whole update is multiplied out. peft counts it as one expert.
+            low_rank = _low_rank(self)
+            update_matrix = low_rank.scaling * (low_rank.up @ low_rank.down)[0]
+            return base(x, *args, update=(self.parameter_name, update_matrix), **kwargs)
 
         def __getattr__(self, name: str) -> Any:
             # Some models read the buffers of a router from outside.
@@ -179,6 +186,6 @@ def use_low_rank(model: nn.Module) -> int:
             matrix.__class__ = _Matrix
         base = wrapper.get_base_layer()
         if not weight_names(base):  # a router
-            kind: Any = type(base)
-            base.__class__ = _with_update(kind)
+            router_class: Any = type(base)
+            base.__class__ = _router_with_update(router_class)
     return len(wrappers)

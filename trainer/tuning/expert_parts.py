@@ -22,12 +22,12 @@ def weight_names(module: Any) -> tuple[str, ...]:
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of experts that such a function computes with, by name."""
+    """The modules of a mixture's experts that transformers' experts functions compute with, by name."""
     return {name: module for name, module in model.named_modules() if weight_names(module)}
 
 
 def unsupported_experts(model: nn.Module) -> list[str]:
-    """Names of modules that hold experts as weights of three dimensions, but compute with them by code of their own."""
+    """Names of modules that hold experts as weights `[E, ., .]`, but compute with them by code of their own."""
     names = []
     for name, module in model.named_modules():
         if weight_names(module) or "experts" not in name.rsplit(".", 1)[-1]:

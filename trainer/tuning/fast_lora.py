@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from strategies.compat.dispatch import RESHAPED_IN_PLACE
 
 ADAPTER = "default"
-SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of layers that one parent module calls on the same input."""
 
 
@@ -38,57 +38,68 @@ class _LowRankLinears(torch.autograd.Function):
         weights, biases, downs, ups = _split_in_four(tensors)
         rows = x.reshape(-1, x.shape[-1])
         ctx.ranks = [down.shape[0] for down in downs]
-        # One product with all A's.
-        low = rows @ _concatenate(downs).to(x.dtype).T
-        outs = []
-        for weight, bias, up, part, scaling in zip(
-            weights, biases, ups, low.split(ctx.ranks, dim=1), scalings, strict=True
+        # One product with the A's of all layers, [rows, sum of ranks]; each layer takes its columns.
+        projected = rows @ _concatenate(downs).to(x.dtype).T
+        projected_by_layer = projected.split(ctx.ranks, dim=1)
+        outputs = []
+        for weight, bias, up, layer_projected, scaling in zip(
+            weights, biases, ups, projected_by_layer, scalings, strict=True
         ):
-            out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-            typed = up.to(x.dtype).T
+            output = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+            up_transposed = up.to(x.dtype).T
             if in_place:
-                out.addmm_(part, typed, alpha=scaling)
+                output.addmm_(layer_projected, up_transposed, alpha=scaling)
             else:
-                out = torch.addmm(out, part, typed, alpha=scaling)
+                output = torch.addmm(output, layer_projected, up_transposed, alpha=scaling)
             # Not a view: the model may change an output in place, and autograd refuses that for views of several outputs.
-            outs.append(RESHAPED_IN_PLACE(out, [*x.shape[:-1], out.shape[-1]]))
-        ctx.save_for_backward(rows, low, *weights, *downs, *ups)
+            outputs.append(RESHAPED_IN_PLACE(output, [*x.shape[:-1], output.shape[-1]]))
+        ctx.save_for_backward(rows, projected, *weights, *downs, *ups)
         ctx.scalings = scalings
-        return tuple(outs)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         """The gradients of x, of each A and of each B, as far as they are needed; the base weights are frozen."""
-        rows, low, *layer_tensors = ctx.saved_tensors
+        rows, projected, *layer_tensors = ctx.saved_tensors
         n = len(grads)
         scalings = ctx.scalings
         weights = layer_tensors[:n]
         downs = layer_tensors[n : 2 * n]
         ups = layer_tensors[2 * n :]
-        needs = ctx.needs_input_grad
-        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_lows = []
-        for grad, up, scaling in zip(flat, ups, scalings, strict=True):
-            grad_lows.append((grad @ up.to(grad.dtype)).mul_(scaling))
-        grad_low = _concatenate(grad_lows, dim=1)
+        # `needs_input_grad` follows the arguments of forward: x first, n A and n B at the end.
+        x_needs_grad = ctx.needs_input_grad[0]
+        downs_need_grad = ctx.needs_input_grad[-2 * n : -n]
+        ups_need_grad = ctx.needs_input_grad[-n:]
+
+        row_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grads_projected = []
+        for grad, up, scaling in zip(row_grads, ups, scalings, strict=True):
+            grads_projected.append((grad @ up.to(grad.dtype)).mul_(scaling))
+        grad_projected = _concatenate(grads_projected, dim=1)
+
         grad_x = None
-        if needs[0]:
-            grad_x = grad_low @ _concatenate(downs).to(grad_low.dtype)
-            for grad, weight in zip(flat, weights, strict=True):
+        if x_needs_grad:
+            grad_x = grad_projected @ _concatenate(downs).to(grad_projected.dtype)
+            for grad, weight in zip(row_grads, weights, strict=True):
                 grad_x.addmm_(grad, weight)
             grad_x = grad_x.view(*grads[0].shape[:-1], rows.shape[-1])
+
         grad_downs: Sequence[Tensor | None] = [None] * n
-        if any(needs[-2 * n : -n]):
-            grad_downs = (grad_low.T @ rows).to(downs[0].dtype).split(ctx.ranks)
-        grad_ups: list[Tensor | None] = []
-        for grad, part, scaling, needed in zip(flat, low.split(ctx.ranks, dim=1), scalings, needs[-n:], strict=True):
-            grad_ups.append((grad.T @ part).mul_(scaling).to(ups[0].dtype) if needed else None)
+        if any(downs_need_grad):  # one product for all A's
+            grad_downs = (grad_projected.T @ rows).to(downs[0].dtype).split(ctx.ranks)
+
+        grad_ups: list[Tensor | None] = [None] * n
+        projected_by_layer = projected.split(ctx.ranks, dim=1)
+        for i, needs_grad in enumerate(ups_need_grad):
+            if needs_grad:
+                grad_up = (row_grads[i].T @ projected_by_layer[i]).mul_(scalings[i])
+                grad_ups[i] = grad_up.to(ups[0].dtype)
         # The gradients of x, scalings, in_place, n weights, n biases, n A and n B.
         return grad_x, None, None, *[None] * (2 * n), *grad_downs, *grad_ups
 
 
 def _split_in_four(tensors: Sequence[Any]) -> list[Sequence[Any]]:
-    """Four parts of equal length."""
+    """The sequence in four of equal length."""
     n = len(tensors) // 4
     return [tensors[start : start + n] for start in range(0, 4 * n, n)]
 
@@ -98,14 +109,21 @@ def _concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def _lora_outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The output of each of the layers for x, computed in `dtype`."""
-    bases = [layer.get_base_layer() for layer in layers]
-    tensors = [base.weight.to(dtype) for base in bases]
-    tensors += [None if base.bias is None else base.bias.to(dtype) for base in bases]
-    tensors += [layer.lora_A[ADAPTER].weight for layer in layers]
-    tensors += [layer.lora_B[ADAPTER].weight for layer in layers]
-    scalings = [layer.scaling[ADAPTER] for layer in layers]
-    return _LowRankLinears.apply(x.to(dtype), scalings, layers[0].overwrites_output, *tensors)  # type: ignore[no-any-return]
+    """The output of each of peft's LoRA layers for the same input x, computed in `dtype`."""
+    weights = []
+    biases = []
+    downs = []
+    ups = []
+    scalings = []
+    for layer in layers:
+        base = layer.get_base_layer()
+        weights.append(base.weight.to(dtype))
+        biases.append(None if base.bias is None else base.bias.to(dtype))
+        downs.append(layer.lora_A[ADAPTER].weight)
+        ups.append(layer.lora_B[ADAPTER].weight)
+        scalings.append(layer.scaling[ADAPTER])
+    in_place = layers[0].overwrites_output
+    return _LowRankLinears.apply(x.to(dtype), scalings, in_place, *weights, *biases, *downs, *ups)  # type: ignore[no-any-return]
 
 
 class _SharedInput:
@@ -118,18 +136,20 @@ class _SharedInput:
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
         self._input: Tensor | None = None
+        """The input that the waiting outputs belong to."""
         self._waiting: dict[int, Tensor] = {}
+        """Outputs that were computed and not asked for yet, by the id of their layer."""
 
     def output(self, layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The output of one of the layers for x."""
+        """The output of one of the layers for x, computed in `dtype`, with those of the other layers if it is the first."""
         if self._input is not x or id(layer) not in self._waiting:
             outputs = _lora_outputs(self.layers, x, dtype)
             self._input = x
-            self._waiting = {id(member): out for member, out in zip(self.layers, outputs, strict=True)}
-        out = self._waiting.pop(id(layer))
+            self._waiting = {id(member): output for member, output in zip(self.layers, outputs, strict=True)}
+        output = self._waiting.pop(id(layer))
         if not self._waiting:  # do not keep the input alive
             self._input = None
-        return out
+        return output
 
 
 @cache
@@ -155,7 +175,7 @@ def _fused_class() -> type:
             dtype = x.dtype
             if not x.is_meta and torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
-            elif self.get_base_layer().weight.dtype != dtype:
+            elif self.get_base_layer().weight.dtype != dtype:  # mixed types without autocast: peft casts them
                 return super().forward(x)
             # Under compilation the identity of an input is not known.
             if self.shared_input is None or torch.compiler.is_compiling():
@@ -171,19 +191,19 @@ def fuse_lora(model: nn.Module) -> int:
         return 0
     from peft.tuners.lora import Linear
 
-    plain = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
-    for layer in plain:
+    layers = [module for module in model.modules() if type(module) is Linear and _is_plain_lora(module)]
+    for layer in layers:
         layer.__class__ = _fused_class()
-    two_sides = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if plain and not two_sides:  # in cross-attention, keys and values read the encoder's output
-        share_inputs(model)
-    return len(plain)
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if layers and not is_encoder_decoder:  # in cross-attention, keys and values read the encoder's output
+        _share_inputs(model)
+    return len(layers)
 
 
-def share_inputs(model: nn.Module) -> None:
-    """Let fused layers that are called on the same input compute together, in place."""
+def _share_inputs(model: nn.Module) -> None:
+    """Let fused layers that are called on the same input (q, k and v; gate and up) compute together, in place."""
     for parent in model.modules():
-        for names in SHARE_INPUT:
+        for names in SHARED_INPUT_NAMES:
             children: list[Any] = [getattr(parent, name, None) for name in names]
             layers: list[Any] = [child for child in children if isinstance(child, _fused_class())]
             if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
@@ -192,7 +212,7 @@ def share_inputs(model: nn.Module) -> None:
                     layer.shared_input = shared_input
 
 
-def _is_plain(layer: Any) -> bool:
+def _is_plain_lora(layer: Any) -> bool:
     """Whether peft's layer computes `base(x) + B(A(x)) * scaling` and nothing else, on a frozen linear layer."""
     base = layer.get_base_layer()
     return (

@@ -14,6 +14,7 @@ from trainer.tuning.config import FreezeConfig
 from trainer.tuning.full import Full
 
 LAYERS = re.compile(r"last-(\d+)|(\d+)-(\d+)")
+"""A value of `tuning.layers`: `last-<n>` or `<first>-<last>`."""
 
 
 class Freeze(Full):
@@ -27,26 +28,30 @@ class Freeze(Full):
         self.new_heads = new_heads
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Freeze all but what was chosen. Raises ConfigError if nothing is left to train."""
+        """Freeze every parameter of the model but the chosen ones. Raises ConfigError if nothing is left to train."""
         config = self.config
-        chosen = _parameter_ids(self._chosen_modules(model))
+        trained_ids = _parameter_ids(self._chosen_modules(model))
         if config.bias_only or config.norm_only:
-            chosen &= self._biases_and_norms(model)
+            trained_ids &= self._bias_and_norm_ids(model)
         # These train whole, whatever kind of parameter was chosen: heads are drawn anew, and so may embeddings be.
-        always: list[nn.Module] = [model.get_submodule(name) for name in self.new_heads]
+        always_trained: list[nn.Module] = [model.get_submodule(name) for name in self.new_heads]
         if config.embeddings or self.train_embeddings:
-            always += _vocabulary_modules(model)
-        chosen |= _parameter_ids(always)
+            always_trained += _vocabulary_modules(model)
+        trained_ids |= _parameter_ids(always_trained)
+
+        has_trained = False
         for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in chosen and parameter.is_floating_point())
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+            trains = id(parameter) in trained_ids and parameter.is_floating_point()
+            parameter.requires_grad_(trains)
+            has_trained = has_trained or trains
+        if not has_trained:
             kinds = []
             if config.bias_only:
                 kinds.append("bias")
             if config.norm_only:
                 kinds.append("normalisation")
-            kind = " or ".join(kinds) or "trainable"
-            raise ConfigError(f"tuning=freeze: the chosen part has no {kind} parameter; choose another")
+            parameter_kind = " or ".join(kinds) or "trainable"
+            raise ConfigError(f"tuning=freeze: the chosen part has no {parameter_kind} parameter; choose another")
         return model
 
     def _chosen_modules(self, model: nn.Module) -> list[nn.Module]:
@@ -56,9 +61,11 @@ class Freeze(Full):
         if config.layers is not None:
             modules += _blocks(model, config.layers)
         if config.modules is not None:
-            matching = [m for name, m in model.named_modules() if name and re.fullmatch(config.modules, name)]
+            named_modules = [(name, module) for name, module in model.named_modules() if name]
+            matching = [module for name, module in named_modules if re.fullmatch(config.modules, name)]
             if not matching:
-                name_patterns = sorted({re.sub(r"\d+", "<n>", name) for name, _ in model.named_modules() if name})
+                # One line for all blocks: layers.<n>.mlp.
+                name_patterns = sorted({re.sub(r"\d+", "<n>", name) for name, _ in named_modules})
                 raise ConfigError(
                     f"tuning.modules={config.modules}: no module name matches this expression; here are "
                     f"{', '.join(name_patterns)}"
@@ -68,19 +75,20 @@ class Freeze(Full):
             return [model]
         return modules
 
-    def _biases_and_norms(self, model: nn.Module) -> set[int]:
-        """Ids of the parameters that are biases, or belong to normalisation layers, as the settings choose."""
-        chosen = set()
+    def _bias_and_norm_ids(self, model: nn.Module) -> set[int]:
+        """`id()` of the parameters that are biases (`bias_only`) or belong to normalisation layers (`norm_only`)."""
+        ids = set()
         for module in model.modules():
             is_norm = "norm" in type(module).__name__.lower()
             for key, parameter in own_parameters(module).items():
                 is_chosen_kind = (self.config.norm_only and is_norm) or (self.config.bias_only and key == "bias")
                 if parameter is not None and is_chosen_kind:
-                    chosen.add(id(parameter))
-        return chosen
+                    ids.add(id(parameter))
+        return ids
 
 
 def _parameter_ids(modules: list[nn.Module]) -> set[int]:
+    """`id()` of every parameter of these modules: a shared parameter is one object."""
     ids: set[int] = set()
     for module in modules:
         ids.update(id(parameter) for parameter in module.parameters())
@@ -88,23 +96,26 @@ def _parameter_ids(modules: list[nn.Module]) -> set[int]:
 
 
 def _blocks(model: Any, layers: str) -> list[nn.Module]:
-    """The blocks that `last-n` or `first-last` names. Raises ConfigError, with how many there are, if it names others."""
-    classes = block_class_names(model)
-    blocks = [m for m in model.modules() if type(m).__name__ in classes]
+    """The blocks of the model that `tuning.layers` names, as `last-2` or `4-7`, in forward order.
+
+    Raises ConfigError, with how many blocks there are, if it names others.
+    """
+    class_names = block_class_names(model)
+    blocks = [module for module in model.modules() if type(module).__name__ in class_names]
     match = LAYERS.fullmatch(layers)
     assert match is not None, layers
-    count = len(blocks)
-    if count == 0:
+    num_blocks = len(blocks)
+    if num_blocks == 0:
         raise ConfigError(f"tuning.layers={layers}: this architecture names no repeated blocks; use tuning.modules")
     if match[1]:  # last-n
-        first = count - int(match[1])
-        last = count - 1
+        first = num_blocks - int(match[1])
+        last = num_blocks - 1
     else:
         first = int(match[2])
         last = int(match[3])
-    if not 0 <= first <= last < count:
+    if not 0 <= first <= last < num_blocks:
         raise ConfigError(
-            f"tuning.layers={layers}: this model has {count} blocks, numbered from 0; the last two are last-2"
+            f"tuning.layers={layers}: this model has {num_blocks} blocks, numbered from 0; the last two are last-2"
         )
     return blocks[first : last + 1]
 

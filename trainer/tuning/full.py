@@ -16,7 +16,7 @@ class Full:
     keeps_base = False
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Every floating-point parameter trains."""
+        """Let every floating-point parameter train. Others, such as packed weights, have no gradient."""
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return model
@@ -34,15 +34,15 @@ class Full:
         return name
 
     def owns(self, name: str) -> bool:
-        """Nothing is added."""
+        """False: every parameter is the base's."""
         return False
 
     def rewrites(self, name: str) -> bool:
-        """Nothing starts elsewhere."""
+        """False: every parameter starts at the checkpoint's value."""
         return False
 
-    def rate_of(self, name: str) -> float:
-        """One rate for all."""
+    def lr_factor(self, name: str) -> float:
+        """1: every parameter has the run's learning rate."""
         return 1.0
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from trainer.tuning.table import METHODS, PEFT_METHODS, method_of
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-KEYS: dict[type, dict[str, str]] = {
+PEFT_KEYS: dict[type, dict[str, str]] = {
     LoraConfig: {
         "rank": "r",
         "alpha": "lora_alpha",
@@ -37,16 +37,26 @@ KEYS: dict[type, dict[str, str]] = {
 """Settings that decide what an adapter computes: peft's key of each field of ours, by method. All other fields are compared
 when the model is built."""
 
-_IRRELEVANT_FIELDS = (
-    *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "target_modules"),
-    *("modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "corda_config", "eva_config"),
+_IRRELEVANT_FIELDS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "peft_version",
+    "revision",
+    "target_modules",
     "target_parameters",
-)
+}
 """Fields of peft's settings that do not decide what the same tensors compute."""
 
 
 def differing_fields(expected: dict[str, Any], stored: dict[str, Any]) -> list[str]:
-    """Names of the fields that differ between two of peft's settings, and make the same tensors compute something else."""
+    """Names of the fields that differ between two of peft's configs, and make the same tensors compute something else."""
     differing = []
     for name in sorted(expected.keys() & stored.keys()):
         # Dropout and the start concern training; the tensors compute the same.
@@ -78,33 +88,34 @@ def adapter_hash(directory: str | Path) -> str:
 
 
 def adopt_adapter_settings(tuning: TuningConfig, typed: set[str]) -> dict[str, str]:
-    """Take settings that the user left at their defaults from the adapter that `tuning.from` names.
+    """Take settings that the user left at their defaults from the adapter that `tuning.from` names. Changes `tuning`.
 
-    `typed`: keys that the user gave. Changes `tuning`; returns what was taken, by key. A directory that cannot be read is
-    reported by `problems`.
+    `typed`: keys that the user gave, such as `tuning.rank`. Returns what was taken: `<default> -> <adapter's> (of tuning.from)`
+    by key. A directory that cannot be read is reported by `problems`.
     """
     if not isinstance(tuning, AdapterConfig) or tuning.from_ is None:
         return {}
-    file = read_settings(tuning.from_)
-    if isinstance(file, str) or not _same_method(tuning, file):
+    stored = read_settings(tuning.from_)
+    if isinstance(stored, str) or not _same_method(tuning, stored):
         return {}
     if isinstance(tuning, LoraConfig):
-        file = _with_expert_settings(file)
+        stored = _with_expert_settings(stored)
     adopted = {}
     defaults = type(tuning)()
-    file_keys = {**KEYS.get(type(tuning), {}), "targets": "target_modules", "modules_to_save": "modules_to_save"}
-    for field, file_key in file_keys.items():
+    peft_keys = {**PEFT_KEYS.get(type(tuning), {}), "targets": "target_modules", "modules_to_save": "modules_to_save"}
+    for field, peft_key in peft_keys.items():
         current = getattr(tuning, field)
-        file_value: Any = file.get(file_key)
+        stored_value: Any = stored.get(peft_key)
         if f"tuning.{field}" in typed or current != getattr(defaults, field):
             continue  # the user chose it
-        if file_value is None or _comparable(file_value) == _comparable(current):
+        if stored_value is None or _comparable(stored_value) == _comparable(current):
             continue
-        if isinstance(file_value, list):
-            file_value = sorted(file_value)
+        if isinstance(stored_value, list):
+            stored_value = sorted(stored_value)
         # JSON knows no difference between 16 and 16.0, and a bool field may hold 1.
-        setattr(tuning, field, type(current)(file_value) if isinstance(current, int | float) else file_value)
-        adopted[f"tuning.{field}"] = f"{current} -> {file_value} (of tuning.from)"
+        new_value = type(current)(stored_value) if isinstance(current, int | float) else stored_value
+        setattr(tuning, field, new_value)
+        adopted[f"tuning.{field}"] = f"{current} -> {stored_value} (of tuning.from)"
     return adopted
 
 
@@ -116,71 +127,78 @@ def problems(tuning: AdapterConfig) -> Iterator[str]:
     if not isinstance(tuning, PeftConfig) and (reason := method_of(tuning).no_start):
         yield f"{setting} with tuning={tuning.name}: {reason}; fold that adapter with export.merge=true, and give model.path"
         return
-    file = read_settings(tuning.from_)
-    if isinstance(file, str):
-        yield f"{setting}: {file}"
+    stored = read_settings(tuning.from_)
+    if isinstance(stored, str):
+        yield f"{setting}: {stored}"
         return
-    if not _same_method(tuning, file):
-        kind = str(file.get("peft_type")).lower()
-        own_kind = tuning.type if isinstance(tuning, PeftConfig) else tuning.name
-        yield f"{setting}: was made by {kind}, not by {own_kind}; choose the same method"
+    if not _same_method(tuning, stored):
+        stored_type = str(stored.get("peft_type")).lower()
+        own_type = tuning.type if isinstance(tuning, PeftConfig) else tuning.name
+        yield f"{setting}: was made by {stored_type}, not by {own_type}; choose the same method"
         return
     if isinstance(tuning, LoraConfig):
-        file = _with_expert_settings(file)
-    for field, file_key in KEYS.get(type(tuning), {}).items():
+        stored = _with_expert_settings(stored)
+    for field, peft_key in PEFT_KEYS.get(type(tuning), {}).items():
         current = getattr(tuning, field)
-        file_value = file.get(file_key)
-        if file_value is not None and _comparable(file_value) != _comparable(current):
-            yield f"{setting}: was made with tuning.{field}={file_value}, not {current}; set it so, or leave it out"
+        stored_value = stored.get(peft_key)
+        if stored_value is not None and _comparable(stored_value) != _comparable(current):
+            yield f"{setting}: was made with tuning.{field}={stored_value}, not {current}; set it so, or leave it out"
     if isinstance(tuning, LoraConfig) and tuning.init != "default":
         yield f"tuning.init={tuning.init}: the values come from tuning.from; use tuning.init=default"
 
 
 def merge_problems(directory: str) -> Iterator[str]:
-    """What keeps an adapter from being merged into the base, one line each."""
+    """What keeps an adapter directory of `model.adapters` from being merged into the base, one line each."""
     setting = f"model.adapters={directory}"
-    file = read_settings(directory)
-    if isinstance(file, str):
-        yield f"{setting}: {file}"
+    stored = read_settings(directory)
+    if isinstance(stored, str):
+        yield f"{setting}: {stored}"
         return
-    kind = str(file.get("peft_type")).lower()
-    kind = {"ln_tuning": "ln"}.get(kind, kind)
-    method = METHODS.get(kind) or PEFT_METHODS.get(kind)
+    method_name = str(stored.get("peft_type")).lower()
+    if method_name == "ln_tuning":  # peft's name for it
+        method_name = "ln"
+    method = METHODS.get(method_name) or PEFT_METHODS.get(method_name)
     if method is None or method.no_merge or method.no_start:
         reason = "which is not proven here"
         if method is not None:
             reason = f"which cannot be folded: {method.no_merge or method.no_start}"
-        yield f"{setting}: was made by {kind}, {reason}; leave it out, or merge it with peft and give that as model.path"
+        yield (
+            f"{setting}: was made by {method_name}, {reason}; leave it out, or merge it with peft and give that as model.path"
+        )
 
 
-def _with_expert_settings(file: dict[str, Any]) -> dict[str, Any]:
-    """LoRA's settings in a file with the fields `experts` and `router`, as settings here have them.
+def _with_expert_settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """A LoRA adapter's stored settings with the fields `experts` and `router`, as `LoraConfig` has them.
 
     peft has one list, `target_parameters`. Parameters that do not end in `.weight` are experts'. Among the others, those of
     `gate` and `router` are routers', and all else are linear layers, which belong to the modules.
     """
-    parameters = file.get("target_parameters") or []
-    modules = file.get("target_modules")
-    owners = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
-    linear_owners = [name for name in owners if name.rsplit(".", 1)[-1] not in ("gate", "router")]
-    if parameters and not isinstance(modules, str):  # a text is one regular expression
-        modules = [*(modules or ()), *linear_owners]
-    return {
-        **file,
-        "target_modules": modules,
-        "experts": len(owners) < len(parameters),
-        "router": len(linear_owners) < len(owners),
-    }
+    has_experts = False
+    has_router = False
+    linear_layers = []
+    target_parameters = stored.get("target_parameters") or []
+    for name in target_parameters:
+        layer = name.removesuffix(".weight")
+        if layer == name:
+            has_experts = True
+        elif layer.rsplit(".", 1)[-1] in ("gate", "router"):
+            has_router = True
+        else:
+            linear_layers.append(layer)
+    target_modules = stored.get("target_modules")
+    if target_parameters and not isinstance(target_modules, str):  # a text is one regular expression
+        target_modules = [*(target_modules or ()), *linear_layers]
+    return {**stored, "target_modules": target_modules, "experts": has_experts, "router": has_router}
 
 
-def _same_method(tuning: AdapterConfig, file: dict[str, Any]) -> bool:
-    """Whether the file's method is the run's."""
-    kind = str(tuning.name)
+def _same_method(tuning: AdapterConfig, stored: dict[str, Any]) -> bool:
+    """Whether an adapter's stored settings are of the run's method."""
+    peft_type = str(tuning.name)
     if isinstance(tuning, PeftConfig) and tuning.type:
-        kind = tuning.type
-    if kind == "ln":  # peft has another name for it
-        kind = "ln_tuning"
-    return str(file.get("peft_type", "")).lower() == kind
+        peft_type = tuning.type
+    if peft_type == "ln":  # peft has another name for it
+        peft_type = "ln_tuning"
+    return str(stored.get("peft_type", "")).lower() == peft_type
 
 
 def _comparable(value: Any) -> Any:

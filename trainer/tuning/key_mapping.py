@@ -34,10 +34,10 @@ def keys_in_file(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[s
     # Try the checkpoint's name of the layer: peft may rename that one to the model's.
     checkpoint_keys = {key: _checkpoint_key(model, key) for key in lost}
     loaded_keys = keys_after_loading(model, settings, checkpoint_keys.values(), ADAPTER)
-    other_keys: dict[str, str | None] = {}
+    replaced_keys: dict[str, str | None] = {}
     for key, checkpoint_key in checkpoint_keys.items():
-        other_keys[key] = checkpoint_key if loaded_keys[checkpoint_key] == key else None
-    return other_keys
+        replaced_keys[key] = checkpoint_key if loaded_keys[checkpoint_key] == key else None
+    return replaced_keys
 
 
 def unloadable_layers(model: nn.Module, settings: Any) -> list[str]:
@@ -46,8 +46,8 @@ def unloadable_layers(model: nn.Module, settings: Any) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             layer_of_key[f"{_PREFIX}{name}.lora_A.weight"] = name
-    other_keys = keys_in_file(model, settings, layer_of_key)
-    return [layer_of_key[key] for key, other_key in other_keys.items() if other_key is None]
+    replaced_keys = keys_in_file(model, settings, layer_of_key)
+    return [layer_of_key[key] for key, replacement in replaced_keys.items() if replacement is None]
 
 
 def check_loadable(model: Any) -> None:
@@ -59,7 +59,8 @@ def check_loadable(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name and parameter.requires_grad:
             keys.append(name.replace(f".{ADAPTER}", ""))  # files do not have the adapter's name
-    lost = [key for key, other_key in keys_in_file(model, settings, keys).items() if other_key is None]
+    replaced_keys = keys_in_file(model, settings, keys)
+    lost = [key for key, replacement in replaced_keys.items() if replacement is None]
     if lost:
         layer = lost[0].removeprefix(_PREFIX).split(".lora_")[0]
         raise ConfigError(
@@ -71,5 +72,5 @@ def check_loadable(model: Any) -> None:
 
 def _checkpoint_key(model: Any, key: str) -> str:
     """The key with the checkpoint's name of the layer in place of the model's."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return _PREFIX + checkpoint_name(plain, key.removeprefix(_PREFIX))
+    plain_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return _PREFIX + checkpoint_name(plain_model, key.removeprefix(_PREFIX))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from trainer.tuning.compat.transformers import gated, grouped_product, has_grouped_kernel, is_expert_parallel
 
-ALIGNMENT = 16
-"""Bytes of which the rows of grouped products must be a multiple."""
+ALIGNMENT_BYTES = 16
+"""Rows of the matrices in a grouped product must be a multiple of this long."""
 
 
 class UnpacksExperts(Protocol):
@@ -38,29 +38,30 @@ class LowRank:
     scaling: float
 
     def aligned(self, dtype: torch.dtype) -> LowRank:
-        """The same update in `dtype`, with a rank (filled with zeros) that grouped products take."""
+        """The same update in `dtype`, with the rank rounded up (filled with zeros) to one that grouped products take."""
         rank = self.down.shape[1]
-        step = ALIGNMENT // dtype.itemsize
-        missing = -rank % step
-        down = torch.nn.functional.pad(self.down.to(dtype), (0, 0, 0, missing))
-        up = torch.nn.functional.pad(self.up.to(dtype), (0, missing))
+        rank_multiple = ALIGNMENT_BYTES // dtype.itemsize
+        missing_ranks = -rank % rank_multiple
+        down = torch.nn.functional.pad(self.down.to(dtype), (0, 0, 0, missing_ranks))
+        up = torch.nn.functional.pad(self.up.to(dtype), (0, missing_ranks))
         return LowRank(down.contiguous(), up.contiguous(), self.scaling)
 
 
 def frozen_experts(
-    module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None
+    module: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None
 ) -> Tensor:
     """The output of transformers' grouped experts `module`, with `low_rank` updates of its frozen weights, by parameter name.
 
-    `hidden` is `[T, H]`; `chosen` (expert ids) and `weights` are `[T, k]`. Returns `[T, H]` in the type of `hidden`. Weights
+    `hidden` is `[T, H]`; `expert_ids` and their `weights` are `[T, k]`. Returns `[T, H]` in the type of `hidden`. Weights
     may be stored packed (`module.packed_experts`): they are then unpacked to the type of `hidden` for each product.
     """
     assert not is_expert_parallel(module), "experts are not split over ranks here"
-    experts_per_token = chosen.shape[-1]
-    # One row for each pair of token and expert; rows of one expert stand together.
-    ids, order = torch.sort(chosen.reshape(-1))
+    experts_per_token = expert_ids.shape[-1]
+    # One row for each pair of token and expert; rows of one expert stand together, and end at its offset.
+    row_experts, order = torch.sort(expert_ids.reshape(-1))
     rows = hidden[order // experts_per_token]
-    offsets = torch.searchsorted(ids, torch.arange(module.num_experts, device=ids.device), right=True).to(torch.int32)
+    all_experts = torch.arange(module.num_experts, device=row_experts.device)
+    offsets = torch.searchsorted(row_experts, all_experts, right=True).to(torch.int32)
 
     packed: UnpacksExperts | None = getattr(module, "packed_experts", None)
 
@@ -77,21 +78,22 @@ def frozen_experts(
             update = low_rank[name].aligned(dtype)
             output = _GroupedLowRank.apply(rows.to(dtype), weight, update.down, update.up, update.scaling, frozen)
         if module.has_bias:
-            output = output + getattr(module, f"{name}_bias")[ids].to(dtype)
+            output = output + getattr(module, f"{name}_bias")[row_experts].to(dtype)
         return output
 
     if module.has_gate:
         inner = gated(module, product(rows, "gate_up_proj"))
     else:
         inner = module.act_fn(product(rows, "up_proj"))
-    expert_out = product(inner, "down_proj")
+    row_outputs = product(inner, "down_proj")
     if getattr(module, "has_post_expert_norm", False):
-        expert_out = module.post_expert_norm(expert_out)
-    expert_out = expert_out * weights.reshape(-1)[order, None]
+        row_outputs = module.post_expert_norm(row_outputs)
+    row_outputs = row_outputs * weights.reshape(-1)[order, None]
+
     # Back to the order of tokens, where the k experts of a token are added up.
     inverse_order = torch.empty_like(order)
     inverse_order[order] = torch.arange(order.numel(), device=order.device)
-    return expert_out[inverse_order].view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
+    return row_outputs[inverse_order].view(*expert_ids.shape, -1).sum(dim=1).to(hidden.dtype)
 
 
 def _unpacked(weight: Tensor) -> Tensor:
@@ -146,31 +148,34 @@ class _GroupedLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, parameter: Tensor, down: Tensor, up: Tensor, scaling: float, frozen: FrozenWeights
     ) -> Tensor:
-        low = grouped_product(x, down.mT, frozen.offsets)
-        out = frozen.product(x, parameter)
-        ctx.save_for_backward(x, parameter, down, up, low)
+        projected = grouped_product(x, down.mT, frozen.offsets)
+        frozen_output = frozen.product(x, parameter)
+        ctx.save_for_backward(x, parameter, down, up, projected)
         ctx.scaling = scaling
         ctx.frozen = frozen
-        return torch.add(out, grouped_product(low, up.mT, frozen.offsets), alpha=scaling)
+        return torch.add(frozen_output, grouped_product(projected, up.mT, frozen.offsets), alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         """The gradients of x, A and B; the frozen weight has none."""
-        x, parameter, down, up, low = ctx.saved_tensors
+        x, parameter, down, up, projected = ctx.saved_tensors
         offsets = ctx.frozen.offsets
         grad = grad.contiguous()
-        grad_low = grouped_product(grad, up, offsets) * ctx.scaling
+        grad_projected = grouped_product(grad, up, offsets) * ctx.scaling
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.frozen.gradient(grad, parameter)
-            grad_x = torch.add(grad_x, grouped_product(grad_low, down, offsets))
-        grad_down = _grouped_outer(grad_low, x, offsets)
-        grad_up = _grouped_outer(grad, low, offsets) * ctx.scaling
+            grad_x = torch.add(grad_x, grouped_product(grad_projected, down, offsets))
+        grad_down = _grouped_outer(grad_projected, x, offsets)
+        grad_up = _grouped_outer(grad, projected, offsets) * ctx.scaling
         return grad_x, None, grad_down, grad_up, None, None
 
 
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """`left[group].T @ right[group]` for each group of rows: `[E, a, b]` of `[S, a]` and `[S, b]`."""
+    """`left[rows of e].T @ right[rows of e]` for each expert e: `[E, a, b]` of `[S, a]` and `[S, b]`.
+
+    `offsets [E]`: where each expert's rows end. An expert without rows gets zeros.
+    """
     if has_grouped_kernel(left, right, offsets):
         return torch.nn.functional.grouped_mm(left.mT, right, offs=offsets)
     products = left.new_zeros(offsets.numel(), left.shape[1], right.shape[1])

@@ -68,30 +68,34 @@ class _MergedAdapter:
                 self.replaced[self.tuning.base_name(name)] = name
         self.changed_names = self.tuning.changed_names() | set(self.replaced)
         self._refuse_unmergeable(f"{key}={directory}")
-        self._merged_layer = ""
-        self._merged: dict[str, Tensor] = {}
-        """The parameters of `_merged_layer`, the layer that was merged last: they are asked for one by one."""
+        self._cached_layer = ""
+        self._cached_parameters: dict[str, Tensor] = {}
+        """The merged parameters of `_cached_layer`, the layer that was merged last: they are asked for one by one."""
 
     def _refuse_unmergeable(self, setting: str) -> None:
-        """Raise ConfigError for tensors that cannot be merged, or that would change another module too.
+        """Raise ConfigError for stored tensors that cannot be merged, or that would change another module too.
 
-        `setting` begins the message.
+        `setting`: key and directory, which begin the message.
         """
-        mergeable = set(self.replaced.values())
-        extra = sorted(name for name in self.stored.names if not self.tuning.owns(name) and name not in mergeable)
-        if extra:
+        fully_trained = set(self.replaced.values())
+        unmergeable = []
+        for name in self.stored.names:
+            if not self.tuning.owns(name) and name not in fully_trained:
+                unmergeable.append(name)
+        if unmergeable:
+            base_name = self.tuning.base_name(min(unmergeable))
             raise ConfigError(
-                f"{setting}: holds {self.tuning.base_name(extra[0])}, which is no part of an adapter (bias=all or lora_only); "
+                f"{setting}: holds {base_name}, which is no part of an adapter (bias=all or lora_only); "
                 "merge it with peft, and give the merged model as model.path"
             )
         # Parameters that are one object under several names, such as tied embeddings, change together.
         first_names: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            base = self.tuning.base_name(name)
-            first_name = first_names.setdefault(id(parameter), base)
-            if first_name != base and {first_name, base} & self.changed_names:
+            base_name = self.tuning.base_name(name)
+            first_name = first_names.setdefault(id(parameter), base_name)
+            if first_name != base_name and {first_name, base_name} & self.changed_names:
                 raise ConfigError(
-                    f"{setting}: changes {base}, which {first_name} shares; the other would change too. Merge it with "
+                    f"{setting}: changes {base_name}, which {first_name} shares; the other would change too. Merge it with "
                     "peft, and give the merged model as model.path"
                 )
 
@@ -102,11 +106,11 @@ class _MergedAdapter:
         if name not in self.changed_names:
             return base.full_tensor(name)
         layer, key = self.tuning.layer_of(name)
-        if self._merged_layer != layer:
+        if self._cached_layer != layer:
             trained = {}
-            for full_name in self.tuning.names_of(layer):
+            for full_name in self.tuning.added_names(layer):
                 if full_name in self.stored.names:
                     trained[full_name] = self.stored.tensor(full_name)
-            self._merged = self.tuning.merged(layer, base, trained, self.model)
-            self._merged_layer = layer
-        return self._merged[key]
+            self._cached_parameters = self.tuning.merged(layer, base, trained, self.model)
+            self._cached_layer = layer
+        return self._cached_parameters[key]

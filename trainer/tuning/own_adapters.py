@@ -21,8 +21,7 @@ class AddedParameters:
 
     adapter = True
     keeps_base = True
-    converts = False
-    """Whether the files differ from what trained; see `trainer.tuning.adapter.Adapter`."""
+
     wrapper = ""
     """Prefix that the method's wrapper puts before the names of the base."""
 
@@ -67,15 +66,16 @@ class AddedParameters:
         return name in self._owned
 
     def rewrites(self, name: str) -> bool:
-        """Nothing of the base starts elsewhere."""
+        """False: every base weight starts at the checkpoint's value."""
         return False
 
-    def rate_of(self, name: str) -> float:
-        """One rate for all."""
+    def lr_factor(self, name: str) -> float:
+        """1: every parameter has the run's learning rate."""
         return 1.0
 
 
 def is_causal(model: nn.Module) -> bool:
     """Whether the attention of a model looks back only, as in a decoder; BERT's kind looks both ways."""
-    flags: list[Any] = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
+    # transformers' attention modules have this flag.
+    flags: list[Any] = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     return bool(flags) and all(flags)

@@ -37,8 +37,12 @@ _RESERVED_FIELDS = (
 def peft_config(config: AdapterConfig) -> Any:
     """peft's config with the method's own options; targets and the task are the caller's. Errors: ConfigError."""
     peft = load_peft()
-    kind = config.type if isinstance(config, PeftConfig) and config.type else str(config.name)
-    settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType({"ln": "ln_tuning"}.get(kind, kind).upper())]
+    peft_type = str(config.name)
+    if isinstance(config, PeftConfig) and config.type:
+        peft_type = config.type
+    if peft_type == "ln":  # peft has another name for it
+        peft_type = "ln_tuning"
+    settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type.upper())]
     try:
         return settings_class(**_options(config))
     except (TypeError, ValueError, ImportError) as error:
@@ -119,13 +123,16 @@ def _adalora(config: AdaLoraConfig) -> dict[str, Any]:
 def virtual_config(config: VirtualConfig, task: str) -> Any:
     """peft's config of a method with virtual tokens; widths follow when it meets the model.
 
-    The start of prompt tuning is `random` for peft, which would read a tokenizer or weights: `Virtual` gives the values.
+    `task`: peft's task type, such as `CAUSAL_LM`.
     """
     peft = load_peft()
     common = {"task_type": task, "num_virtual_tokens": config.num_virtual_tokens}
     if isinstance(config, PrefixConfig):
-        hidden = config.encoder_hidden_size or None
-        return peft.PrefixTuningConfig(**common, prefix_projection=config.projection, encoder_hidden_size=hidden)
+        return peft.PrefixTuningConfig(
+            **common,
+            prefix_projection=config.projection,
+            encoder_hidden_size=config.encoder_hidden_size or None,
+        )
     if isinstance(config, PTuningConfig):
         return peft.PromptEncoderConfig(
             **common,
@@ -134,15 +141,16 @@ def virtual_config(config: VirtualConfig, task: str) -> Any:
             encoder_num_layers=config.encoder_layers,
             encoder_dropout=config.dropout,
         )
-    # Whatever the start: `Virtual` gives the values.
+    # Random for every `tuning.init`: peft would read a tokenizer or weights, and `Virtual` gives the values itself.
     return peft.PromptTuningConfig(**common, prompt_tuning_init="RANDOM")
 
 
-def option_problems(kind: str, options: dict[str, Any]) -> list[str]:
-    """What is wrong with the options of `tuning=peft tuning.type=<kind>`; imports peft, which knows them."""
+def option_problems(peft_type: str, options: dict[str, Any]) -> list[str]:
+    """What is wrong with the options of `tuning=peft tuning.type=<peft_type>`; imports peft, which knows them."""
     peft = load_peft()
-    settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.upper())]
-    known_options = sorted({f.name for f in fields(settings_class)} - set(_RESERVED_FIELDS))
+    settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type.upper())]
+    field_names = {field.name for field in fields(settings_class)}
+    known_options = sorted(field_names - set(_RESERVED_FIELDS))
     problems = []
     for name in options:
         key = f"tuning.options.{name}={options[name]}"
@@ -151,12 +159,12 @@ def option_problems(kind: str, options: dict[str, Any]) -> list[str]:
         elif name not in known_options:
             close_matches = difflib.get_close_matches(name, known_options, n=1)
             hint = f"did you mean {close_matches[0]}?" if close_matches else f"it has {', '.join(known_options)}"
-            problems.append(f"{key}: peft's {kind} has no such option; {hint}")
+            problems.append(f"{key}: peft's {peft_type} has no such option; {hint}")
     if not problems:
         try:
             settings_class(**options)
         except (TypeError, ValueError, ImportError) as error:
             problems.append(
-                f"tuning.options: peft's {kind} refuses them ({' '.join(str(error).split())}); correct them"
+                f"tuning.options: peft's {peft_type} refuses them ({' '.join(str(error).split())}); correct them"
             )
     return problems

@@ -28,7 +28,8 @@ class PrefixShape:
 class Prepend:
     """Hooks on one decoder that prepend virtual tokens to its inputs and strip their rows from its output.
 
-    `active()` is asked at the beginning of each forward pass: if it is false, the pass is left as it is.
+    `encoder`: makes the virtual tokens from their numbers. `prefix`: how its output is cut into keys and values; None if it
+    gives embeddings. `is_active()` is asked at the beginning of each forward pass: if it is false, the pass is left as it is.
     """
 
     def __init__(
@@ -36,15 +37,15 @@ class Prepend:
         decoder: nn.Module,
         encoder: nn.Module,
         embeddings: nn.Module,
-        tokens: int,
+        num_tokens: int,
         prefix: PrefixShape | None,
-        active: Callable[[], bool] = lambda: True,
+        is_active: Callable[[], bool] = lambda: True,
     ) -> None:
         self.encoder = encoder
         self.embeddings = embeddings
-        self.tokens = tokens
+        self.num_tokens = num_tokens
         self.prefix = prefix
-        self.active = active
+        self.is_active = is_active
         self.argument_names = list(inspect.signature(decoder.forward).parameters)
         self.cache_argument = cache_argument(decoder)
         self.strips_rows = is_causal(decoder)
@@ -63,7 +64,7 @@ class Prepend:
         """The hook before the decoder: its inputs, all as keywords, with the virtual tokens before them."""
         inputs = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         self.added_rows = 0
-        if not self.active():
+        if not self.is_active():
             return (), inputs
         if inputs.get("cu_seq_lens_q") is not None:
             raise ValueError("virtual tokens need a row for each document; a padding-free row holds several")
@@ -87,37 +88,39 @@ class Prepend:
         return output
 
     def _extend_mask_and_positions(self, inputs: dict[str, Any]) -> None:
-        """Let the mask cover the virtual tokens, and shift the positions of what follows them."""
+        """Let the attention mask cover the virtual tokens, and shift the positions of the caller's tokens behind them."""
         mask = inputs.get("attention_mask")
         positions = inputs.get("position_ids")
         if mask is not None:
             if mask.dim() != 2:
                 raise ValueError("virtual tokens need a mask of two dimensions; switch static caches off")
-            inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.tokens), mask], dim=1)
+            inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.num_tokens), mask], dim=1)
         if positions is not None:
-            inputs["position_ids"] = positions + self.tokens
+            inputs["position_ids"] = positions + self.num_tokens
 
     def _prepend_prompt(self, inputs: dict[str, Any]) -> None:
-        """Replace the inputs by embeddings that begin with the virtual tokens'."""
+        """Replace the input ids by embeddings `[B, P + T, H]` that begin with those of the P virtual tokens."""
         ids = inputs.pop("input_ids", None)
         embedded = self.embeddings(ids) if ids is not None else inputs["inputs_embeds"]
-        tokens = torch.arange(self.tokens, device=embedded.device)[None]
-        prompt = self.encoder(tokens).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
+        batch_size = embedded.shape[0]
+        token_numbers = torch.arange(self.num_tokens, device=embedded.device)[None]
+        prompt = self.encoder(token_numbers).to(embedded.dtype).expand(batch_size, -1, -1)
         inputs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
         positions = inputs.get("position_ids")
-        if positions is not None:
-            inputs["position_ids"] = torch.cat([tokens.expand(positions.shape[0], -1), positions], dim=1)
-        self.added_rows = self.tokens
+        if positions is not None:  # shifted already; the virtual tokens have the positions before them
+            inputs["position_ids"] = torch.cat([token_numbers.expand(positions.shape[0], -1), positions], dim=1)
+        self.added_rows = self.num_tokens
 
     def _prepend_prefix(self, inputs: dict[str, Any], cache: Any, shape: PrefixShape) -> None:
         """Give every layer the prefix's keys and values: in the caller's cache, or in one that only reads."""
         model_input = inputs.get("input_ids")
         if model_input is None:
             model_input = inputs["inputs_embeds"]
-        encoded = self.encoder(torch.arange(self.tokens, device=model_input.device)[None])
-        # [layers, 2, B, heads, tokens, width of a head]
-        by_layer = encoded.view(1, self.tokens, shape.layers, 2, shape.heads, -1).permute(2, 3, 0, 4, 1, 5)
-        by_layer = by_layer.expand(-1, -1, model_input.shape[0], -1, -1, -1)
+        batch_size = model_input.shape[0]
+        encoded = self.encoder(torch.arange(self.num_tokens, device=model_input.device)[None])
+        # [layers, 2 (keys, values), B, heads, tokens, width of a head]
+        by_layer = encoded.view(1, self.num_tokens, shape.layers, 2, shape.heads, -1).permute(2, 3, 0, 4, 1, 5)
+        by_layer = by_layer.expand(-1, -1, batch_size, -1, -1, -1)
         assert self.cache_argument is not None, "checked when the method was applied"
         if cache is None and not inputs.get("use_cache"):
             inputs[self.cache_argument] = prefix_cache(by_layer)

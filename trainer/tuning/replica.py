@@ -20,6 +20,7 @@ from strategies.runtime import derive_seed
 from trainer.tuning.base import BaseReader
 
 ADAPTER = "default"
+"""peft's name of the one adapter that a model has here; it stands in parameter names."""
 
 
 class LoneParameter(nn.Module):
@@ -42,22 +43,25 @@ class AdapterReplicas:
         """A `LoneParameter` is under its full name, `<module>.<parameter>`."""
         self.reads_base = reads_base
         """Whether initial values depend on the base weights."""
-        self._cached: tuple[tuple[str, int], nn.Module] | None = None
+        self._initial_layer: nn.Module | None = None
+        """The layer that was built last, with initial values: its parameters are asked for one by one."""
+        self._initial_layer_key: tuple[str, int] | None = None
+        """The (name, seed) of `_initial_layer`."""
 
     def initial_layer(self, name: str, base: BaseReader, seed: int) -> nn.Module:
         """The adapted layer `name` before training. Its base weights have values only if the method reads them."""
-        if self._cached is None or self._cached[0] != (name, seed):
-            layer = self._build_layer(name, base if self.reads_base else None, seed)
-            self._cached = (name, seed), layer
-        return self._cached[1]
+        if self._initial_layer is None or self._initial_layer_key != (name, seed):
+            self._initial_layer = self._build_layer(name, base if self.reads_base else None, seed)
+            self._initial_layer_key = (name, seed)
+        return self._initial_layer
 
     def merged(
-        self, name: str, base: BaseReader, seed: int, trained: dict[str, Tensor], live: nn.Module
+        self, name: str, base: BaseReader, seed: int, trained: dict[str, Tensor], live_layer: nn.Module
     ) -> dict[str, Tensor]:
         """The base parameters of layer `name` with the adapter merged in, float32, by their name in the layer.
 
-        `trained`: the adapter's full tensors, by their name in the layer. `live`: the layer in the model, from which buffers
-        are copied, such as a projection that layers share.
+        `trained`: the adapter's full tensors, by their name in the layer. `live_layer`: the layer in the model, from which
+        buffers are copied, such as a projection that layers share.
         """
         layer: Any = self._build_layer(name, base, seed)
         parameters = dict(layer.named_parameters())
@@ -68,11 +72,12 @@ class AdapterReplicas:
                 if f"{path}.".startswith("base_layer."):
                     continue
                 buffers = own_buffers(owner)
+                live_buffers = own_buffers(live_layer.get_submodule(path)) if buffers else {}
                 for key in buffers:
-                    buffers[key] = own_buffers(live.get_submodule(path))[key].cpu()  # type: ignore[union-attr]
+                    buffers[key] = live_buffers[key].cpu()  # type: ignore[union-attr]
             layer.eval()
             layer.merge(safe_merge=True)
-        return {key: p.detach() for key, p in layer.get_base_layer().named_parameters()}
+        return {key: parameter.detach() for key, parameter in layer.get_base_layer().named_parameters()}
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers that peft adds, with their values, by name in peft's wrapper of the whole model."""
@@ -85,53 +90,72 @@ class AdapterReplicas:
                 yield name, buffer
 
     def _build_layer(self, name: str, base: BaseReader | None, seed: int) -> nn.Module:
-        return self._wrap([name], base, seed).model.get_submodule(self._path_of(name))  # type: ignore[union-attr]
+        """peft's wrapper of the layer `name` alone, on the CPU. `base` of None: its base weights have no values."""
+        wrapper: Any = self._wrap([name], base, seed)
+        return wrapper.model.get_submodule(self._module_name(name))  # type: ignore[no-any-return]
 
-    def _path_of(self, name: str) -> str:
-        return name.rpartition(".")[0] if isinstance(self.base_layers[name], LoneParameter) else name
+    def _module_name(self, name: str) -> str:
+        """The name of the module that holds an adapted layer: for a parameter adapted by itself, the module around it."""
+        if isinstance(self.base_layers[name], LoneParameter):
+            return name.rpartition(".")[0]
+        return name
 
     def _wrap(self, names: list[str], base: BaseReader | None, seed: int) -> nn.Module:
-        """peft's wrapper of a model that has only the layers `names`, under their own names. `base` of None: no values."""
+        """peft's wrapper of a model on the CPU that has only the layers `names`, under their own names.
+
+        `base` of None: the base weights have no values. `seed`: that of the run.
+        """
         from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
-        holder = nn.Module()
+        model = nn.Module()
+        modules = []
+        parameters = []
         for name in names:
-            path = self._path_of(name)
-            _add_at_path(holder, path, _copy_with_values(self.base_layers[name], path, base))
+            module_name = self._module_name(name)
+            _add_at_path(model, module_name, _copy_with_values(self.base_layers[name], module_name, base))
+            if isinstance(self.base_layers[name], LoneParameter):
+                parameters.append(name)
+            else:
+                modules.append(name)
+
         settings = copy.deepcopy(self.settings)
-        lone = [name for name in names if isinstance(self.base_layers[name], LoneParameter)]
-        settings.target_modules = [name for name in names if name not in lone]
+        settings.target_modules = modules
+        if hasattr(settings, "target_parameters"):
+            settings.target_parameters = parameters or None
+        # The names are those that were chosen already, and nothing else is here to be chosen, tied or trained in full.
         settings.exclude_modules = None
         settings.modules_to_save = None
-        if hasattr(settings, "target_parameters"):
-            settings.target_parameters = lone or None
-        # The names are those that were chosen already, and nothing else is here to be chosen, tied or trained in full.
         for key in ("layers_to_transform", "layers_pattern", "modules_to_tie", "trainable_token_indices"):
             if hasattr(settings, key):
                 setattr(settings, key, None)
         if hasattr(settings, "ensure_weight_tying"):
             settings.ensure_weight_tying = False
+
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # The values of one layer depend on its name; those of buffers, which layers share, do not.
             seed_name = names[0] if len(names) == 1 else ""
             torch.default_generator.manual_seed(derive_seed(seed, seed_name))
-            return PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](holder, settings, ADAPTER)
+            return PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](model, settings, ADAPTER)
 
 
-def _add_at_path(holder: nn.Module, name: str, layer: nn.Module) -> None:
-    """Add `layer` under the dotted `name`, with empty modules as parents."""
-    *parents, last = name.split(".")
-    for part in parents:
-        if part not in own_modules(holder):
-            holder.add_module(part, nn.Module())
-        holder = own_modules(holder)[part]  # type: ignore[assignment]
-    holder.add_module(last, layer)
+def _add_at_path(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Add `layer` to a model under the dotted `name`, with empty modules as parents where there are none yet."""
+    *parent_names, last = name.split(".")
+    parent = model
+    for parent_name in parent_names:
+        if parent_name not in own_modules(parent):
+            parent.add_module(parent_name, nn.Module())
+        parent = own_modules(parent)[parent_name]  # type: ignore[assignment]
+    parent.add_module(last, layer)
 
 
-def _copy_with_values(template: nn.Module, name: str, base: BaseReader | None) -> nn.Module:
-    """A copy of a layer on meta: with values from `base` in float32, or without `base` with zeros that take no memory."""
-    layer = copy.deepcopy(template)
+def _copy_with_values(meta_layer: nn.Module, name: str, base: BaseReader | None) -> nn.Module:
+    """A copy of the layer `name`, which is on meta, on the CPU.
+
+    Its parameters have their values in `base`, in float32; without `base`, zeros that take no memory.
+    """
+    layer = copy.deepcopy(meta_layer)
     for path, owner in layer.named_modules():
         parameters = own_parameters(owner)
         for key, parameter in parameters.items():
@@ -140,7 +164,7 @@ def _copy_with_values(template: nn.Module, name: str, base: BaseReader | None) -
             if base is None:
                 tensor = torch.zeros(()).expand(parameter.shape)
             else:
-                full_name = ".".join(part for part in (name, path, key) if part)
+                full_name = ".".join(filter(None, (name, path, key)))
                 # A copy, since what is read may be the file's own memory, and peft subtracts in place.
                 tensor = base.full_tensor(full_name).to(torch.float32, copy=True)
             parameters[key] = nn.Parameter(tensor, requires_grad=False)

@@ -9,6 +9,7 @@ from trainer.tuning.base import TuningConfig
 from trainer.tuning.config import PeftConfig
 
 SHARDED = ("fsdp2", "hsdp", "zero1", "zero2", "zero3")
+"""Strategies whose engines split parameters, gradients or optimizer state, and convert parameters to half precision."""
 PROPERTIES = {
     "checkpointing": "full activation checkpointing",
     "selective": "selective activation checkpointing",
@@ -136,15 +137,17 @@ UNSUPPORTED_TYPES: dict[str, str] = {
 
 
 def method_of(config: TuningConfig) -> Method:
-    """The row of a method whose settings were checked."""
-    return PEFT_METHODS[str(config.type)] if isinstance(config, PeftConfig) else METHODS[config.name]
+    """The table's row of the method that checked settings name."""
+    if isinstance(config, PeftConfig):
+        return PEFT_METHODS[str(config.type)]
+    return METHODS[config.name]
 
 
 def rewrites_base(init: str) -> bool:
-    """Whether an `init` of LoRA splits a part off the base weight."""
+    """Whether a `tuning.init` of LoRA trains a part split off each base weight, so that the base changes."""
     return init.startswith("pissa") or init == "olora"
 
 
 def needs_padded_rows(config: TuningConfig) -> bool:
-    """Whether a method needs a padded row for each document."""
+    """Whether a method needs a padded row for each document, so that packing and padding-free rows are refused."""
     return "padding_free" in method_of(config).refused

@@ -24,30 +24,36 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
     kernels read the other weights without calling the layers; other layers whose weight the model reads directly; and
     layers whose adapter plain peft would not load back. `settings`: peft's config.
     """
+    # `beside_text`: the names of a multimodal model's towers.
     tower_names = tuple(getattr(model, "beside_text", ()))
     patterns = [rf"{re.escape(name)}(\..*)?" for name in tower_names]
     if not every_linear:
         return "|".join(patterns) or None, ""
+
     special, bypassed = _unsuitable_layers(model)
     unloadable = [name for name in unloadable_layers(model, settings) if not name.startswith(tower_names)]
-    reasons = []
+    exceptions = []
     if bypassed:
-        reasons.append(f"{_last_parts(bypassed)} (the model takes the weight past the layer)")
+        exceptions.append(f"{_last_name_parts(bypassed)} (the model takes the weight past the layer)")
     if unloadable:
-        reasons.append(f"{_last_parts(unloadable)} (peft would not read its adapter back)")
+        exceptions.append(f"{_last_name_parts(unloadable)} (peft would not read its adapter back)")
+    note = f"all-linear but for {' and '.join(exceptions)}" if exceptions else ""
     # One pattern for all layers of the model, so that the expression stays short.
     patterns += [_pattern_for_all_layers(name) for name in (*special, *bypassed, *unloadable)]
-    note = f"all-linear but for {' and '.join(reasons)}" if reasons else ""
     return "|".join(dict.fromkeys(patterns)) or None, note
 
 
 def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
-    """(linear layers that compute more than a product or lie in a mixer, those whose weight is read directly), by name."""
+    """Names of the linear layers that all-linear must leave out: (special, bypassed).
+
+    Special ones compute more than a product, or lie in a state-space mixer. The model reads the weight of bypassed ones without
+    calling them.
+    """
     special = []
     bypassed = []
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for owner_name, owner in model.named_modules():
-        kind: Any = type(owner)
+        owner_class: Any = type(owner)
         # The parameters of every Mamba-like mixer.
         is_mixer = hasattr(owner, "A_log") and hasattr(owner, "D")
         for name, child in owner.named_children():
@@ -56,14 +62,14 @@ def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
             full_name = f"{owner_name}.{name}".lstrip(".")
             if ROUTING_CLASSES.search(type(child).__name__) or (is_mixer and name != "in_proj"):
                 special.append(full_name)
-            elif name in _weights_used_directly(kind):
+            elif name in _weights_used_directly(owner_class):
                 bypassed.append(full_name)
     return special, bypassed
 
 
 @cache
 def _weights_used_directly(owner: type[nn.Module]) -> frozenset[str]:
-    """Names of the children whose weight a class reads itself (`self.child.weight`), without calling the child."""
+    """Names of the children whose weight a class reads itself (`self.child.weight`), as its source code shows."""
     try:
         source = inspect.getsource(owner)
     except (OSError, TypeError):  # code without a file
@@ -77,5 +83,6 @@ def _pattern_for_all_layers(name: str) -> str:
     return re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
 
 
-def _last_parts(names: Iterable[str]) -> str:
+def _last_name_parts(names: Iterable[str]) -> str:
+    """The last parts of module names, each once, as a list for a message."""
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))

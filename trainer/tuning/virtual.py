@@ -32,6 +32,7 @@ from trainer.tuning.prepend import PrefixShape, Prepend, cache_argument
 from trainer.tuning.replica import ADAPTER
 
 ENCODER = f"prompt_encoder.{ADAPTER}"
+"""Where peft's wrapper holds the module that makes the virtual tokens."""
 
 
 class Virtual(AddedParameters):
@@ -49,16 +50,19 @@ class Virtual(AddedParameters):
         new_heads: tuple[str, ...] = (),
     ) -> None:
         super().__init__(config, train_embeddings=train_embeddings, new_heads=new_heads)
-        self.tokens = config.num_virtual_tokens
-        self.prefix = isinstance(config, PrefixConfig)
+        self.num_tokens = config.num_virtual_tokens
+        self.is_prefix = isinstance(config, PrefixConfig)
         self.tokenizer = tokenizer
-        self._embedding = ""
-        self._vocabulary = 0
+        # What `apply` finds out about the model:
+        self._embedding_weight = ""
+        """Name of the base's token embeddings."""
+        self._vocabulary_size = 0
         self._settings: Any = None
-        self._encoder: Callable[..., nn.Module] = nn.Module
-        self._replica_seed: int | None = None
+        """peft's config."""
+        self._encoder_class: Callable[..., nn.Module] = nn.Module
         self._initial_encoder: nn.Module | None = None
-        """The encoder with its initial values for `_replica_seed`; its parameters are asked for one by one."""
+        """The encoder with its initial values; its parameters are asked for one by one."""
+        self._initial_encoder_seed: int | None = None
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel and hook the decoder. Raises ConfigError for architectures that cannot read a prefix."""
@@ -68,10 +72,11 @@ class Virtual(AddedParameters):
         decoder = _decoder_of(model)
         self._check_prefix(model, decoder)
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        self._embedding = next(name for name, module in model.named_modules() if module is embeddings) + ".weight"
-        self._vocabulary = embeddings.num_embeddings
+        embeddings_name = next(name for name, module in model.named_modules() if module is embeddings)
+        self._embedding_weight = f"{embeddings_name}.weight"
+        self._vocabulary_size = embeddings.num_embeddings
         settings = virtual_config(self.config, "SEQ_CLS" if is_classifier else "CAUSAL_LM")
-        if not self.prefix:  # peft would look for attribute names that DistilBERT does not have
+        if not self.is_prefix:  # peft would look for attribute names that DistilBERT does not have
             settings.token_dim = embeddings.embedding_dim
             settings.num_layers = model.config.num_hidden_layers  # type: ignore[union-attr]
             settings.num_attention_heads = model.config.num_attention_heads  # type: ignore[union-attr]
@@ -84,75 +89,83 @@ class Virtual(AddedParameters):
         tuned.forward = model.__call__
         if not is_classifier:
             tuned.generate = model.generate
+
         encoder = tuned.prompt_encoder[ADAPTER]
         self._owned = {f"{ENCODER}.{name}" for name, _ in encoder.named_parameters()}
         self._settings = copy.deepcopy(tuned.peft_config[ADAPTER])
-        self._encoder = PEFT_TYPE_TO_TUNER_MAPPING[self._settings.peft_type]
+        self._encoder_class = PEFT_TYPE_TO_TUNER_MAPPING[self._settings.peft_type]
         for module in encoder.modules():
             if isinstance(module, nn.LSTM):
                 module.__class__ = EncoderLstm
-        Prepend(decoder, encoder, embeddings, self.tokens, _shape_of(self._settings), lambda: self.active)
+        prefix = None
+        if self.is_prefix:
+            prefix = PrefixShape(self._settings.num_layers, self._settings.num_attention_heads)
+        Prepend(decoder, encoder, embeddings, self.num_tokens, prefix, is_active=lambda: self.active)
         return tuned
 
     def _check_prefix(self, model: Any, decoder: nn.Module) -> None:
         """Raise ConfigError if prefix tuning does not go with the model's attention."""
-        if not self.prefix:
+        if not self.is_prefix:
             return
-        kind = model.config.model_type
+        model_type = model.config.model_type
         if not is_causal(decoder) or cache_argument(decoder) is None:
             raise ConfigError(
-                f"tuning=prefix: {kind} takes no keys and values from outside; use tuning=prompt or tuning=p_tuning"
+                f"tuning=prefix: {model_type} takes no keys and values from outside; use tuning=prompt or tuning=p_tuning"
             )
-        if kind == "falcon":
+        if model_type == "falcon":
             raise ConfigError(
                 "tuning=prefix: peft makes a prefix for every attention head, and falcon's heads share one set of keys; "
                 "use tuning=prompt or tuning=p_tuning"
             )
         # A prefix stands in the window like other keys: the first tokens would fall out of it.
-        window = getattr(model.config, "sliding_window", None)
-        if window is not None and self.tokens >= window:
+        window_tokens = getattr(model.config, "sliding_window", None)
+        if window_tokens is not None and self.num_tokens >= window_tokens:
             raise ConfigError(
-                f"tuning.num_virtual_tokens={self.tokens}: the attention window of this model is {window} tokens wide; "
-                f"use at most {window - 1}, a few dozen as a rule"
+                f"tuning.num_virtual_tokens={self.num_tokens}: the attention window of this model is {window_tokens} tokens "
+                f"wide; use at most {window_tokens - 1}, a few dozen as a rule"
             )
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """The full initial tensor of a parameter of the encoder, float32: peft's own value, drawn from (seed, encoder's name)."""
-        if self._initial_encoder is None or self._replica_seed != seed:
-            self._initial_encoder = self._replica(base, seed)
-            self._replica_seed = seed
+        if self._initial_encoder is None or self._initial_encoder_seed != seed:
+            self._initial_encoder = self._draw_encoder(base, seed)
+            self._initial_encoder_seed = seed
         tensor = self._initial_encoder.get_parameter(name.removeprefix(f"{ENCODER}.")).detach()
         assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
         return tensor
 
-    def _replica(self, base: BaseReader, seed: int) -> nn.Module:
+    def _draw_encoder(self, base: BaseReader, seed: int) -> nn.Module:
         """The encoder with its initial values, on the CPU, the same on every rank."""
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(derive_seed(seed, ENCODER))
             encoder = self._new_encoder()
             if isinstance(self.config, PromptConfig) and self.config.init is not PromptInit.random:
-                ids = self._start_ids(self.config)
-                encoder.embedding.weight = nn.Parameter(base.rows(self._embedding, ids))  # type: ignore[union-attr]
+                token_ids = self._initial_token_ids(self.config)
+                start_values = base.rows(self._embedding_weight, token_ids)
+                encoder.embedding.weight = nn.Parameter(start_values)  # type: ignore[union-attr]
         return encoder
 
     def _new_encoder(self) -> nn.Module:
-        if isinstance(
-            self.config, PromptConfig
-        ):  # peft's class takes word embeddings too, which only a text start reads
-            return self._encoder(self._settings, None)
-        return self._encoder(self._settings)
+        """peft's encoder for these settings, with values from the default generator."""
+        if isinstance(self.config, PromptConfig):
+            # peft's class takes word embeddings too, which only a start at a text reads.
+            return self._encoder_class(self._settings, None)
+        return self._encoder_class(self._settings)
 
-    def _start_ids(self, config: PromptConfig) -> list[int]:
-        """Tokens of the vocabulary at which the virtual ones start, as peft chooses them."""
+    def _initial_token_ids(self, config: PromptConfig) -> list[int]:
+        """The token of the vocabulary at whose embedding each virtual token starts, chosen as peft does.
+
+        Errors: ConfigError if the tokenizer makes no token of `tuning.init_text`.
+        """
         if config.init is PromptInit.sampled:
-            return torch.randint(0, self._vocabulary, (self.tokens,)).tolist()
+            return torch.randint(0, self._vocabulary_size, (self.num_tokens,)).tolist()
         assert config.init_text is not None, "checked when the run was composed"
         ids = self.tokenizer(config.init_text)["input_ids"]
         if not ids:
             raise ConfigError(f"tuning.init_text={config.init_text!r}: the tokenizer makes no token of it; use another")
-        repeats = -(-self.tokens // len(ids))  # rounded up
-        return (ids * repeats)[: self.tokens]
+        repeats = -(-self.num_tokens // len(ids))  # rounded up
+        return (ids * repeats)[: self.num_tokens]
 
     def write(
         self, model: Any, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
@@ -171,7 +184,7 @@ class Virtual(AddedParameters):
         encoder.load_state_dict(encoder_state)
         # peft's files have the encoder's output, not its weights: loaders need no encoder.
         with torch.no_grad():
-            state = {"prompt_embeddings": encoder(torch.arange(self.tokens)[None])[0]}
+            state = {"prompt_embeddings": encoder(torch.arange(self.num_tokens)[None])[0]}
         state |= fully_trained_tensors(model, trained, ADAPTER)
         contiguous = {name: value.contiguous() for name, value in state.items()}
         save_file(contiguous, directory / "adapter_model.safetensors", {"format": "pt"})
@@ -183,7 +196,7 @@ class Virtual(AddedParameters):
 
 
 class _LoadedTokens(nn.Embedding):
-    """Virtual tokens beside a model that does not own them: they follow its inputs to their device."""
+    """Virtual tokens of an export beside a model that does not own them: they follow its inputs to their device."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.weight.device != tokens.device:
@@ -210,10 +223,10 @@ def load(model: Any, directory: str | Path) -> Any:
     unknown = model.load_state_dict(heads, strict=False).unexpected_keys
     if unknown:
         raise ConfigError(f"{directory}: was trained for another kind of model: this one has no {unknown[0]}")
-    shape = None
+    prefix = None
     if settings["peft_type"] == "PREFIX_TUNING":
-        shape = PrefixShape(settings["num_layers"], settings["num_attention_heads"])
-    Prepend(_decoder_of(model), encoder, model.get_input_embeddings(), settings["num_virtual_tokens"], shape)
+        prefix = PrefixShape(settings["num_layers"], settings["num_attention_heads"])
+    Prepend(_decoder_of(model), encoder, model.get_input_embeddings(), settings["num_virtual_tokens"], prefix)
     return model
 
 
@@ -222,10 +235,3 @@ def _decoder_of(model: Any) -> nn.Module:
     if "SequenceClass" in type(model).__name__:
         return getattr(model, model.base_model_prefix)
     return model.get_decoder()
-
-
-def _shape_of(settings: Any) -> PrefixShape | None:
-    """The shape of a prefix; None for virtual tokens that are embeddings."""
-    if settings.peft_type != "PREFIX_TUNING":
-        return None
-    return PrefixShape(settings.num_layers, settings.num_attention_heads)

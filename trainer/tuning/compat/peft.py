@@ -89,8 +89,8 @@ def keys_after_loading(model: nn.Module, settings: Any, keys: Iterable[str], ada
     # peft gets an empty tensor for each key, so that a tensor can be recognised by its identity.
     markers = {key: torch.empty(0, device="meta") for key in keys}
     converted = convert_peft_adapter_state_dict_for_transformers(model, settings, dict(markers), adapter)
-    new_keys = {id(marker): key for key, marker in converted.items()}
-    return {key: new_keys.get(id(marker)) for key, marker in markers.items()}
+    key_of_marker = {id(marker): key for key, marker in converted.items()}
+    return {key: key_of_marker.get(id(marker)) for key, marker in markers.items()}
 
 
 @contextmanager
@@ -103,7 +103,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    layers: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            layers.append(module)
     flags = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
@@ -125,13 +128,16 @@ def fully_trained_tensors(model: nn.Module, trained: dict[str, Tensor], adapter:
 
     stored: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            own = {
-                key.removeprefix(f"{name}."): tensor for key, tensor in trained.items() if key.startswith(f"{name}.")
-            }
-            # The base class declares no state dict; each of its subclasses takes one.
-            for key, tensor in module.adapter_state_dict(adapter, own).items():  # type: ignore[call-arg]
-                stored[f"{name}.{key}"] = tensor
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        prefix = f"{name}."
+        module_state = {}
+        for full_name, tensor in trained.items():
+            if full_name.startswith(prefix):
+                module_state[full_name.removeprefix(prefix)] = tensor
+        # The base class declares no state dict; each of its subclasses takes one.
+        for key, tensor in module.adapter_state_dict(adapter, module_state).items():  # type: ignore[call-arg]
+            stored[f"{prefix}{key}"] = tensor
     return stored
 
 
