@@ -171,7 +171,7 @@ def test_format_of_conversations():
     assert good({"conversations": [USER, REPLY], "system": "s"}).messages[0] == {"role": "system", "content": "s"}
     told = {"messages": [{"role": "developer", "content": "s"}, USER, REPLY], "system": "s"}
     assert [turn["role"] for turn in good(told).messages] == ["system", "user", "assistant"]
-    assert (good(told).where, good(told).source) == ("f.jsonl:7", "data")
+    assert (good(told).location, good(told).source) == ("f.jsonl:7", "data")
 
 
 def test_a_user_turn_may_be_learned():

@@ -84,7 +84,7 @@ def test_leakage_of_near_duplicates_is_found_only_where_asked(planted):
 def test_leakage_policies(planted):
     train, held_out, truth = planted
     leaks, both = leaks_of(train, held_out), [*train, *held_out]
-    where = lambda number: both[number].where  # noqa: E731
+    where = lambda number: both[number].location  # noqa: E731
     taken, report = apply_policy(leaks, LeakagePolicy.report, len(train), where)
     assert not len(taken) and report["train"] == report["held_out"] == dict.fromkeys(LEAKS, 5)
     assert report["examples"]["exact"][0] == "train.jsonl:8 = eval.jsonl:1"

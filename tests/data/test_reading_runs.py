@@ -367,7 +367,7 @@ def test_remote_address_is_read_only_where_the_configuration_says_so(prepare, se
     assert not server.asked
     prepare("data.remote=true", path=f"{server.url}/train.jsonl")
     assert server.asked
-    assert prepare.documents()[0].where == f"{server.url}/train.jsonl:1"
+    assert prepare.documents()[0].location == f"{server.url}/train.jsonl:1"
     first = prepare.directory
     assert "(from the cache)" in prepare("data.remote=true", path=f"{server.url}/train.jsonl")
     write_jsonl(Path("served/train.jsonl"), QA[:3])  # other content under the same address is other data

@@ -40,7 +40,7 @@ class Asking:
 
     def encode_questions(self, documents):
         self.asked = [document.prompt or document.text for document in documents]
-        return [Question(document.where, [1], [2]) for document in documents]
+        return [Question(document.location, [1], [2]) for document in documents]
 
     def answers(self, questions, how, key):
         return [WrittenAnswer(n, text, [], True, d) for n, some in enumerate(self.texts) for d, text in enumerate(some)]

@@ -164,7 +164,7 @@ def test_personal_data_task_finds_and_masks_it_except_where_the_prompt_has_it():
         def encode_questions(self, documents):
             from trainer.evaluation.tasks.model_interface import Question
 
-            return [Question(d.where, [*map(ord, d.prompt)], []) for d in documents]
+            return [Question(d.location, [*map(ord, d.prompt)], []) for d in documents]
 
         def answers(self, questions, *_):
             from trainer.evaluation.generate import WrittenAnswer
@@ -299,7 +299,7 @@ def test_memorisation_rows_too_short_to_continue_are_an_error():
         def encode_questions(self, documents):
             from trainer.evaluation.tasks.model_interface import Question
 
-            return [Question(d.where, [1], [2, 3]) for d in documents]
+            return [Question(d.location, [1], [2, 3]) for d in documents]
 
     with pytest.raises(DataError, match=r"none of 1 rows leaves 8 tokens to continue"):
         task("memorisation").run([Case("a:1", Document("a", 1, text="b"))], Asking())

@@ -64,7 +64,7 @@ class Document:
     """What the row belongs to (`data.group_by`). It may name a person, so that only a digest of it leaves the process."""
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """`file:line`, as every message about a row begins."""
         return f"{self.file}:{self.line}"
 
@@ -211,14 +211,14 @@ class Rejected:
 class RefusedDocument(DataError):
     """Raised for one document that cannot become tokens; the others of its batch can. `reason` is a short code."""
 
-    def __init__(self, where: str, reason: str, message: str) -> None:
-        super().__init__(where, reason, message)
-        self.where = where
+    def __init__(self, location: str, reason: str, message: str) -> None:
+        super().__init__(location, reason, message)
+        self.location = location
         self.reason = reason
         self.message = message
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return f"{self.location}: {self.message}"
 
 
 @dataclass(slots=True)
@@ -262,16 +262,16 @@ class Tally:
     """First places, by "stage/reason"."""
     findings: Findings = field(default_factory=Findings)
     drops: list[tuple[str, str, str]] = field(default_factory=list)
-    """Every drop since the tally was made, as (stage, reason, where); `merge` leaves them to who writes them down."""
+    """Every drop since the tally was made, as (stage, reason, location); `merge` leaves them to who writes them down."""
 
-    def drop(self, stage: str, reason: str, where: str) -> None:
-        """Count one dropped document; `where` is its file:line, perhaps with a word on it."""
-        self._add(self.dropped, stage, reason, where)
-        self.drops.append((stage, reason, where))
+    def drop(self, stage: str, reason: str, location: str) -> None:
+        """Count one dropped document; `location` is its `file:line`, perhaps with a word on it."""
+        self._add(self.dropped, stage, reason, location)
+        self.drops.append((stage, reason, location))
 
-    def note(self, stage: str, what: str, where: str) -> None:
+    def note(self, stage: str, what: str, location: str) -> None:
         """Count something seen in (or done to) a document that stays."""
-        self._add(self.noted, stage, what, where)
+        self._add(self.noted, stage, what, location)
 
     def merge(self, other: Tally) -> None:
         """Add a later block's tally."""
@@ -282,10 +282,10 @@ class Tally:
             keep_first(self.examples, key, places)
         self.findings.merge(other.findings)
 
-    def _add(self, table: dict[str, Counter[str]], stage: str, reason: str, where: str) -> None:
+    def _add(self, table: dict[str, Counter[str]], stage: str, reason: str, location: str) -> None:
         table.setdefault(stage, Counter())[reason] += 1
         # Counts are exact; of the places only the first few are kept.
-        keep_first(self.examples, f"{stage}/{reason}", [where])
+        keep_first(self.examples, f"{stage}/{reason}", [location])
 
 
 class Stage(Protocol):

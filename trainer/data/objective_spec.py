@@ -103,6 +103,6 @@ class DataSpec:
 def imitable(document: Document, tally: Tally) -> bool:
     """Answers marked as undesirable are no text to imitate."""
     if document.desirable is False:
-        tally.drop("tokenise", "thumbs_down", document.where)
+        tally.drop("tokenise", "thumbs_down", document.location)
         return False
     return True

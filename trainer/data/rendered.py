@@ -97,19 +97,19 @@ def _explained(document: Document, token: str, tokens: TurnTokens) -> str:
     """The second half of the message: what such rows would teach, and the words that decide."""
     if document.prompt is not None:
         return (
-            f"prompts spell the chat template's own tokens, such as {token} ({document.where}), and the template would be "
+            f"prompts spell the chat template's own tokens, such as {token} ({document.location}), and the template would be "
             "written around them once more. Give such rows as messages, without the tokens. To learn these tokens as "
             "ordinary characters, set data.control_tokens=text"
         )
     if token not in tokens.inside:
         return (
-            f"texts begin or end with {token} ({document.where}), which would be learned as ordinary characters. To read it as "
+            f"texts begin or end with {token} ({document.location}), which would be learned as ordinary characters. To read it as "
             "the special token, set data.control_tokens=keep, or take it out: preparation adds it to each sample. Of "
             "conversations the questions are learned too; rows of messages would mask the questions. To learn the token as "
             "ordinary characters, set data.control_tokens=text"
         )
     return (
-        f"texts spell the chat template's own tokens, such as {token} ({document.where}), and would be learned as ordinary "
+        f"texts spell the chat template's own tokens, such as {token} ({document.location}), and would be learned as ordinary "
         "characters. To read them as special tokens, set data.control_tokens=keep: the questions in a text are then learned "
         "too. Rows of messages would mask the questions. To learn the tokens as ordinary characters, set "
         "data.control_tokens=text"

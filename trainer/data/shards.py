@@ -176,9 +176,9 @@ class Assembly:
         totals.bad_reasons.update(bad.reason for bad in block.bad)
         totals.bad += block.bad[: EXAMPLES - len(totals.bad)]
 
-    def log_drop(self, stage: str, reason: str, where: str) -> None:
+    def log_drop(self, stage: str, reason: str, location: str) -> None:
         """Write one dropped document down."""
-        self._dropped.write(json.dumps({"where": where, "stage": stage, "reason": reason}) + "\n")
+        self._dropped.write(json.dumps({"where": location, "stage": stage, "reason": reason}) + "\n")
 
     def refuse(self) -> None:
         """Raise DataError where there are too many bad rows; their list survives the refused data set.

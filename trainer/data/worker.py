@@ -181,12 +181,12 @@ class BlockMaker:
             return
         block.tally.merge(tally)
         block.tally.drops += tally.drops
-        reasons = {where: reason for _, reason, where in tally.drops}
+        reasons = {location: reason for _, reason, location in tally.drops}
         for document, sequences in results:
             if sequences:
                 yield document, sequences
                 continue
-            reason = reasons[document.where]
+            reason = reasons[document.location]
             if reason in LOST:
                 message = LOST[reason].format(self.config.max_length)
                 excerpt = content(document)[:200]

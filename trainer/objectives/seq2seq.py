@@ -178,7 +178,7 @@ class SourceTargetEncoder(Encoder):
             return []
         if policy is OverLength.fail:
             raise DataError(
-                f"{document.where}: {prompt_length} tokens of prompt and {len(answer)} of answer are more than data.max_length="
+                f"{document.location}: {prompt_length} tokens of prompt and {len(answer)} of answer are more than data.max_length="
                 f"{max_source} and objective.max_target={max_answer}; raise them, or set data.over_length to truncate or drop"
             )
         if policy is not OverLength.truncate:
@@ -212,14 +212,14 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
     if (user["role"], assistant["role"]) != ("user", "assistant") or roles[:-2] not in ([], ["system"]):
         kind = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
         raise RefusedDocument(
-            document.where,
+            document.location,
             "not_two_sided" if turns else WRONG_KIND,
             f"{kind}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
             "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model",
         )
     if document.tools or "tool_calls" in assistant or "reasoning_content" in assistant:
         raise RefusedDocument(
-            document.where,
+            document.location,
             "not_two_sided",
             "tools, calls and thoughts are written by chat templates, and objective=seq2seq has none; name them in "
             "data.ignore_columns to train without them, or use objective=sft with a causal model",
@@ -229,7 +229,7 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
         problem = (
             "a turn before the answer has a weight, and objective=seq2seq learns the answer alone; leave the weight out"
         )
-        raise RefusedDocument(document.where, "bad_weight", f"{problem}, or name weight in data.ignore_columns")
+        raise RefusedDocument(document.location, "bad_weight", f"{problem}, or name weight in data.ignore_columns")
     # A turn may have a weight, or `train: false`, which is the weight 0.
     weight = float(assistant.get("weight", assistant.get("train", True)))
     return prompt, str(assistant["content"]), weight

@@ -208,8 +208,8 @@ def decode_line(raw: bytes) -> dict[str, Any]:
         row = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
-        where = f"{line}column {error.colno}"
-        raise Refusal("not_json", f"not valid JSON: {error.msg} ({where}){_hint(text, error)}") from None
+        location = f"{line}column {error.colno}"
+        raise Refusal("not_json", f"not valid JSON: {error.msg} ({location}){_hint(text, error)}") from None
     except RecursionError:
         raise Refusal(_TOO_DEEP.reason, _TOO_DEEP.message) from None
     if not isinstance(row, dict):

@@ -248,13 +248,13 @@ class ReportWriter:
         # Spread over the whole split, since files are often sorted.
         shown_documents = np.linspace(0, num_documents - 1, min(NUM_SAMPLES, num_documents)).astype(int)
         for first in (shown_documents * per_document).tolist():
-            where = table.document(int(dataset.documents[first])).where
+            location = table.document(int(dataset.documents[first])).location
             for number, heading in enumerate(data_spec.headings(), first):
                 sample = dataset.sample(number)
                 notes = (heading.rstrip(":\n"), data_spec.note(sample, label_names))
                 samples.append(
                     form.DecodedSample(
-                        where=where,
+                        where=location,
                         note=" ".join(filter(None, notes)),
                         pieces=[_piece(text, weight) for text, weight in decode_pieces(sample, self.tokenizer)],
                     )

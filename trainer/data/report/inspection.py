@@ -135,21 +135,23 @@ def load_tokenizer(prepared: PreparedEntry, path: str | None) -> PreTrainedToken
     Raises ConfigError where there is none, or where its vocabulary has another size than the data was prepared with.
     """
     about = prepared.manifest.get("tokenizer") or {}
-    where = path or about.get("path") or about.get("name")
-    if not where:
+    location = path or about.get("path") or about.get("name")
+    if not location:
         raise ConfigError("tokenizer=: the data set does not name its tokenizer; give the directory of the model")
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(where), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(location), local_files_only=True)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"tokenizer={where}: cannot be loaded ({reason}); give the directory of the model") from error
+        raise ConfigError(
+            f"tokenizer={location}: cannot be loaded ({reason}); give the directory of the model"
+        ) from error
     size = len(tokenizer)
     size_when_prepared = about.get("vocab_size")
     if size_when_prepared is not None and size_when_prepared not in (size, tokenizer.vocab_size):
         raise ConfigError(
-            f"tokenizer={where}: has {size} tokens, the data was prepared with one of {size_when_prepared}; give that one"
+            f"tokenizer={location}: has {size} tokens, the data was prepared with one of {size_when_prepared}; give that one"
         )
     return tokenizer
 

@@ -286,15 +286,15 @@ def _personal_data_tile(audit: Audit) -> Tile:
         advice = "set data.privacy.mode=report"
         return Tile("Personal data", NOT_MEASURED, "not looked for", Level.none, "privacy", advice)
     limits = "" if privacy.people_and_places else "; people and places were not looked for"
-    where = f"in {plural(privacy.scanned, 'document')} searched"
+    location = f"in {plural(privacy.scanned, 'document')} searched"
     if not privacy.documents:
-        return Tile("Personal data", "0", f"none found {where}{limits}", Level.good, "privacy")
+        return Tile("Personal data", "0", f"none found {location}{limits}", Level.good, "privacy")
     number = f"{privacy.documents:,}"
     treatment = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(privacy.mode)
     if treatment:
         return Tile("Personal data", number, f"documents with findings, {treatment}{limits}", Level.good, "privacy")
     harmful = [name for name in privacy.types if HARMFUL_TYPES.search(name)]
-    words = f"left in, with {', '.join(harmful[:3])}" if harmful else f"with findings {where}"
+    words = f"left in, with {', '.join(harmful[:3])}" if harmful else f"with findings {location}"
     level = Level.act if harmful else Level.look
     advice = "data.privacy.mode=redact replaces what was found"
     return Tile("Personal data", number, f"documents {words}{limits}", level, "privacy", advice)

@@ -37,7 +37,7 @@ class LeakedDocuments:
         """The documents that leak by more than their prompt: a task's instruction is the prompt of every document."""
         return self.train[self.kind != LEAKS.index("prompt")]
 
-    def report(self, where: Callable[[int], str]) -> dict[str, Any]:
+    def report(self, location: Callable[[int], str]) -> dict[str, Any]:
         """Counts by kind on both sides, and the first places of each kind as "file:line = file:line"."""
         train_counts: dict[str, int] = {}
         held_out_counts: dict[str, int] = {}
@@ -48,7 +48,7 @@ class LeakedDocuments:
             train_counts[kind] = len(train)
             held_out_counts[kind] = len(np.unique(held_out))
             pairs = zip(train[:EXAMPLES].tolist(), held_out[:EXAMPLES].tolist(), strict=True)
-            examples[kind] = [f"{where(train_row)} = {where(held_out_row)}" for train_row, held_out_row in pairs]
+            examples[kind] = [f"{location(train_row)} = {location(held_out_row)}" for train_row, held_out_row in pairs]
         return {
             "train": train_counts,
             "held_out": held_out_counts,
@@ -114,13 +114,13 @@ def first_equal(digests: np.ndarray, other_digests: np.ndarray, names: np.ndarra
 
 
 def apply_policy(
-    leaks: LeakedDocuments, policy: LeakagePolicy, num_train: int, where: Callable[[int], str]
+    leaks: LeakedDocuments, policy: LeakagePolicy, num_train: int, location: Callable[[int], str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Carry out the policy for `num_train` training documents: (those that are taken out, report).
 
     Raises DataError where the policy is `fail` and there are leaks, with the counts and the first places.
     """
-    report = leaks.report(where)
+    report = leaks.report(location)
     leaked = leaks.beyond_prompts()
     if len(leaked) and policy is LeakagePolicy.fail:
         counts = ", ".join(f"{kind} {count}" for kind, count in report["train"].items() if count)

@@ -143,12 +143,12 @@ class _SplitChooser:
         """Take documents out, each counted and written down."""
         # A document is dropped once, under the first reason.
         for number in documents[self.alive[documents]].tolist():
-            where = self.where(number)
-            self.selection.tally.drop(stage, reason, where)
-            self.log(stage, reason, where)
+            location = self.location(number)
+            self.selection.tally.drop(stage, reason, location)
+            self.log(stage, reason, location)
         self.alive[documents] = False
 
-    def where(self, number: int) -> str:
+    def location(self, number: int) -> str:
         row = self.table.row(number)
         return f"{row['file']}:{row['line']}"
 
@@ -171,7 +171,7 @@ class _SplitChooser:
             copies = np.flatnonzero(duplicates.kind == 1 + KINDS.index(kind))
             examples = []
             for copy in copies[:EXAMPLES].tolist():
-                examples.append({"a": self.where(int(representatives[copy])), "b": self.where(int(train[copy]))})
+                examples.append({"a": self.location(int(representatives[copy])), "b": self.location(int(train[copy]))})
             report[kind] = {
                 "policy": str(policy),
                 "documents": len(copies),
@@ -244,7 +244,7 @@ class _SplitChooser:
             if not len(train) or not len(held_out):
                 continue
             leaks = find_leaks(self.columns.signatures, train, held_out, self.config, self.text)
-            dropped, leak_report = apply_policy(leaks, policy, len(train), self.where)
+            dropped, leak_report = apply_policy(leaks, policy, len(train), self.location)
             report[split] = {"policy": str(policy), **leak_report}
             self.drop(dropped, "leakage", f"in_{split}")
             # Later held-out splits are compared with what is left.
@@ -267,7 +267,7 @@ class _SplitChooser:
             if policy is LeakagePolicy.fail and is_shared.any():
                 raise DataError(
                     f"{int(is_shared.sum())} of {len(train)} training documents are of groups (data.group_by="
-                    f"{self.config.group_by}) that the {split} split has too: {self.where(int(train[is_shared][0]))} and "
+                    f"{self.config.group_by}) that the {split} split has too: {self.location(int(train[is_shared][0]))} and "
                     "others; take them out of one of the two, or set data.leakage.policy=drop_train, or report to continue"
                 )
             if policy is LeakagePolicy.drop_train:

@@ -128,7 +128,7 @@ class Encoder:
             return None
         rendered = self._render_all([(document, _messages(document))], fast=True)[0]
         turns = self._escape_messages(document, document.messages or [])
-        content_begin = self.template.first_content_begin(turns, document.where, document.tools)
+        content_begin = self.template.first_content_begin(turns, document.location, document.tools)
         if content_begin is None:
             return None
         before = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
@@ -143,10 +143,10 @@ class Encoder:
             return text
         if self.control_tokens is ControlTokens.refuse:
             message = "a text spells control tokens of the tokenizer, which data.control_tokens=refuse does not allow"
-            raise RefusedDocument(document.where, "control_tokens", message)
+            raise RefusedDocument(document.location, "control_tokens", message)
         if any(ESCAPE in document_text for document_text in document.texts()):
             message = "the text has the private-use character U+10FB06 beside a spelled control token; remove it"
-            raise RefusedDocument(document.where, "reserved_character", message)
+            raise RefusedDocument(document.location, "reserved_character", message)
         return self.escaper.escape(text)
 
     def tokenize(self, texts: list[RenderedText]) -> tuple[list[Encoding], list[RenderedText]]:
@@ -190,7 +190,7 @@ class Encoder:
                 continue
             escaped_messages = self._escape_messages(document, messages)
             chats.append((messages, escaped_messages))
-            conversations.append((escaped_messages, document.where, document.tools))
+            conversations.append((escaped_messages, document.location, document.tools))
         template = self.template
         if template is None and conversations:
             template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
@@ -215,14 +215,14 @@ class Encoder:
         """Set the weights of the turns, and refuse a document whose template reads the control tokens that were escaped."""
         if any("weight" in message for message in escaped_messages):
             learned = template.learned_turns(escaped_messages)
-            rendered.weights = span_weights(learned, escaped_messages, rendered, document.where)
+            rendered.weights = span_weights(learned, escaped_messages, rendered, document.location)
         if escaped_messages is messages:
             return
         rendered.escaped = True
-        plain = template.render_text(messages, document.where, document.tools).rstrip()
+        plain = template.render_text(messages, document.location, document.tools).rstrip()
         if not rendered.text.replace(ESCAPE, "").startswith(plain):
             reason = "the chat template looks for a control token that a text spells; remove it from the text"
-            raise RefusedDocument(document.where, "refused_by_template", reason)
+            raise RefusedDocument(document.location, "refused_by_template", reason)
 
     def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
         """Messages with spelled control tokens escaped, except in answers and learned turns; the same list if none is."""
@@ -280,7 +280,7 @@ class Encoder:
                     f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
                     "template in model.chat_template"
                 )
-                raise RefusedDocument(document.where, "doubled_bos", message)
+                raise RefusedDocument(document.location, "doubled_bos", message)
             # Nothing predicts the first token.
             supervised[:1] = False
             samples.append(Sample(input_ids, supervised, marks, weights))
@@ -289,7 +289,7 @@ class Encoder:
     def _label(self, document: Document) -> int:
         if document.label not in self.label_ids:
             raise DataError(
-                f"{document.where}: label {document.label!r} is none of {list(self.label_ids)} (objective.labels, or "
+                f"{document.location}: label {document.label!r} is none of {list(self.label_ids)} (objective.labels, or "
                 "the labels of the training data)"
             )
         return self.label_ids[document.label]
@@ -330,7 +330,9 @@ def _tokens_of_span(encoding: Encoding, begin: int, end: int) -> slice:
     return slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
 
 
-def span_weights(learned: list[int], messages: list[Message], rendered: RenderedText, where: str) -> list[float] | None:
+def span_weights(
+    learned: list[int], messages: list[Message], rendered: RenderedText, location: str
+) -> list[float] | None:
     """The weight of each learned span of a conversation; None if each is 1. `learned`: the turns that are learned."""
     weights = [messages[number].get("weight", 1.0) for number in learned]
     if all(weight == 1 for weight in weights):
@@ -340,7 +342,7 @@ def span_weights(learned: list[int], messages: list[Message], rendered: Rendered
             f"the chat template has {len(rendered.spans)} {{% generation %}} blocks for {len(weights)} turns with weights "
             "of their own; give another in model.chat_template, or leave the weights out with data.ignore_columns=[weight]"
         )
-        raise RefusedDocument(where, "refused_by_template", message)
+        raise RefusedDocument(location, "refused_by_template", message)
     return weights
 
 
@@ -357,12 +359,12 @@ def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
     for name, sample in (("chosen", chosen), ("rejected", rejected)):
         if not sample.supervised.any():
             message = f"nothing of the {name} answer is learned; see data.learn"
-            raise RefusedDocument(document.where, "nothing_to_learn", message)
+            raise RefusedDocument(document.location, "nothing_to_learn", message)
         starts.append(int(sample.supervised.argmax()))
     shared = min(starts)
     if not np.array_equal(chosen.input_ids[:shared], rejected.input_ids[:shared]):
         raise RefusedDocument(
-            document.where,
+            document.location,
             "differing_prompts",
             "the chat template writes the prompt differently before the chosen and the rejected answer, so that they "
             "cannot be compared; give another template in model.chat_template",

@@ -89,12 +89,12 @@ class SpanFinder:
         self._misses: dict[Shape, int] = {}
 
     def find_spans(
-        self, messages: list[Message], learned: list[int], text: str, where: str, *, fast: bool = True
+        self, messages: list[Message], learned: list[int], text: str, location: str, *, fast: bool = True
     ) -> tuple[str, Spans]:
         """(closed text, spans) of a conversation that is rendered as `text`. Errors: DataError, RefusedDocument."""
         text_and_spans = self._spans_by_skeleton(messages, learned, text) if fast else None
         if text_and_spans is None:
-            return self._spans_by_marking(messages, learned, text, where)
+            return self._spans_by_marking(messages, learned, text, location)
         return text_and_spans
 
     def _spans_by_skeleton(self, messages: list[Message], learned: list[int], text: str) -> tuple[str, Spans] | None:
@@ -163,20 +163,20 @@ class SpanFinder:
         return self._skeletons[shape]
 
     def _spans_by_marking(
-        self, messages: list[Message], learned: list[int], text: str, where: str
+        self, messages: list[Message], learned: list[int], text: str, location: str
     ) -> tuple[str, Spans]:
         """Closed text and spans by rendering the conversation a second time, with marks around the learned contents."""
         try:
-            spans = self._content_spans(messages, learned, text, where)
+            spans = self._content_spans(messages, learned, text, location)
         except DataError:
             fresh_text = self._apply(messages)
             if fresh_text == text:
                 raise
             text = fresh_text  # the template writes the date, and a day ended between the two renderings
-            spans = self._content_spans(messages, learned, text, where)
+            spans = self._content_spans(messages, learned, text, location)
         return self.close_turns(text, spans, [messages[i]["role"] for i in learned])
 
-    def _content_spans(self, messages: list[Message], learned: list[int], text: str, where: str) -> Spans:
+    def _content_spans(self, messages: list[Message], learned: list[int], text: str, location: str) -> Spans:
         """Spans of the learned contents in `text`, by the first way of marking that leaves the text unchanged."""
         for mark in (mark_whole, mark_trimmed, mark_thought):
             turns = render_marked(self._apply, messages, learned, text, [mark] * len(messages))
@@ -186,12 +186,12 @@ class SpanFinder:
                 self._include_kept_whitespace(messages, learned, text, turns)
             spans = []
             for number, turn in enumerate(turns):
-                begin = self._learning_begin(messages, learned, text, number, turn, where)
+                begin = self._learning_begin(messages, learned, text, number, turn, location)
                 spans.append((begin, turn.end))
             return spans
         role = messages[learned[-1]]["role"]
         raise DataError(
-            f"{where}: the chat template changes the text of {'an' if role == 'assistant' else 'a'} {role} turn (more than "
+            f"{location}: the chat template changes the text of {'an' if role == 'assistant' else 'a'} {role} turn (more than "
             "trimming it), so that what is to be learned cannot be told; give a template with {% generation %} blocks in "
             "model.chat_template"
         )
@@ -223,7 +223,7 @@ class SpanFinder:
             last -= bisect_left(range(last - core_end), True, key=lambda left_out: try_marks(first, last - left_out))
 
     def _learning_begin(
-        self, messages: list[Message], learned: list[int], text: str, number: int, turn: _MarkedTurn, where: str
+        self, messages: list[Message], learned: list[int], text: str, number: int, turn: _MarkedTurn, location: str
     ) -> int:
         """Where learning begins: at the content; with a thought, where generation would have begun.
 
@@ -235,7 +235,7 @@ class SpanFinder:
             # Templates drop thoughts of earlier turns on purpose; without that of the last one there is nothing to learn.
             if has_thought and is_last and "</think>" not in text[turn.begin : turn.end]:
                 raise RefusedDocument(
-                    where,
+                    location,
                     "thought_lost",
                     "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
                     "or give another template in model.chat_template",
@@ -244,7 +244,7 @@ class SpanFinder:
         prompt = self._apply(messages[: learned[number]], prompt=True)
         if not text.startswith(prompt) or len(prompt) > turn.thought_begin:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
-            raise RefusedDocument(where, "thought_lost", message)
+            raise RefusedDocument(location, "thought_lost", message)
         return len(prompt)
 
     def close_turns(

@@ -59,7 +59,7 @@ class RenderJob:
     """As the template gets them, up to the last learned one."""
     learned: list[int]
     """Which of them are learned."""
-    where: str
+    location: str
     """`file:line` of the row."""
     chat: Chat | None
     """Set for conversations with tools, calls or thoughts, which are marked turn by turn."""
@@ -132,7 +132,7 @@ class ChatTemplate:
         A template that closes the last turn with nothing gets the eos token appended. Where nothing is learned there
         are no spans. `fast=False` renders every conversation twice. Raises RefusedDocument for one that cannot be used.
         """
-        jobs = [self._make_job(messages, where, tools) for messages, where, tools in conversations]
+        jobs = [self._make_job(messages, location, tools) for messages, location, tools in conversations]
         # Plain conversations are rendered in two batches, without and with the spans of generation blocks.
         without_blocks: list[RenderJob] = []
         with_blocks: list[RenderJob] = []
@@ -146,34 +146,34 @@ class ChatTemplate:
         for job in jobs:
             messages = job.messages
             learned = job.learned
-            where = job.where
+            location = job.location
             if job.chat is not None:
-                rendered.append(self._guard(self._render_with_tools, job.chat, learned, where=where))
+                rendered.append(self._guard(self._render_with_tools, job.chat, learned, location=location))
             elif self._uses_blocks(messages, learned):
                 text_and_blocks = next(block_texts)
                 rendered.append(
-                    self._guard(self._spans_of_blocks, messages, learned, where, text_and_blocks, where=where)
+                    self._guard(self._spans_of_blocks, messages, learned, location, text_and_blocks, location=location)
                 )
             elif not learned:
                 text, _ = next(plain_texts)
                 rendered.append(RenderedText(text, []))
             else:
                 text, _ = next(plain_texts)
-                closed_text, spans = self._guard(find_spans, messages, learned, text, where, where=where)
+                closed_text, spans = self._guard(find_spans, messages, learned, text, location, location=location)
                 rendered.append(RenderedText(closed_text, spans))
         return rendered
 
-    def render_text(self, messages: Sequence[Message], where: str, tools: Tools = None) -> str:
+    def render_text(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
         """A conversation as the template writes it, its last turn not closed. Raises RefusedDocument."""
-        job = self._make_job(messages, where, tools)
+        job = self._make_job(messages, location, tools)
         if job.chat is not None:
-            return self._guard(job.chat.apply, job.chat.messages, where=where)
+            return self._guard(job.chat.apply, job.chat.messages, location=location)
         text, _ = self._apply_all([job])[0]
         return text
 
-    def first_content_begin(self, messages: Sequence[Message], where: str, tools: Tools = None) -> int | None:
+    def first_content_begin(self, messages: Sequence[Message], location: str, tools: Tools = None) -> int | None:
         """Where the content of the first message after the system turns begins in the text; None if that cannot be found out."""
-        job = self._make_job(messages, where, tools)
+        job = self._make_job(messages, location, tools)
         index = next((i for i, message in enumerate(job.messages) if message["role"] != "system"), None)
         if index is None:
             return None
@@ -188,9 +188,9 @@ class ChatTemplate:
                     return turns[0].begin
             return None
 
-        return self._guard(find, where=where)
+        return self._guard(find, location=location)
 
-    def _make_job(self, messages: Sequence[Message], where: str, tools: Tools) -> RenderJob:
+    def _make_job(self, messages: Sequence[Message], location: str, tools: Tools) -> RenderJob:
         """Make a conversation ready for the template. Raises RefusedDocument if it has reserved characters."""
         learned = self.learned_turns(messages)
         if learned:
@@ -199,22 +199,22 @@ class ChatTemplate:
             for text in texts_in(message):
                 if not text.isascii() and _RESERVED.search(text):
                     raise RefusedDocument(
-                        where,
+                        location,
                         "reserved_character",
                         "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it",
                     )
         turns = [_without_training_fields(message) if "train" in message else message for message in messages]
         # Thoughts that are dropped must go before the template sees them.
         if self.learn.reasoning is Reasoning.drop:
-            turns = [_without_thought(message, where) for message in turns]
+            turns = [_without_thought(message, location) for message in turns]
         has_unlearned_thought = self.learn.reasoning is not Reasoning.learn and any(
             "</think>" in message["content"] for message in turns
         )
         has_calls_or_results = any(len(message) > 2 or message["role"] == "tool" for message in turns)
         if not (tools or has_unlearned_thought or has_calls_or_results):
-            return RenderJob(turns, learned, where, None)
-        chat = self._guard(self._turn_span_finder.prepare_chat, turns, tools, where, where=where)
-        return RenderJob(chat.messages, learned, where, chat)
+            return RenderJob(turns, learned, location, None)
+        chat = self._guard(self._turn_span_finder.prepare_chat, turns, tools, location, location=location)
+        return RenderJob(chat.messages, learned, location, chat)
 
     def _apply_all(self, jobs: list[RenderJob], **options: Any) -> list[tuple[str, Spans]]:
         """Render a batch; if the template refuses it, render one by one to tell which conversation it refuses."""
@@ -223,14 +223,14 @@ class ChatTemplate:
         try:
             return self._render_batch([job.messages for job in jobs], **options)
         except TemplateLimitExceeded as error:
-            raise self._limit_error(error, jobs[0].where, len(jobs)) from error
+            raise self._limit_error(error, jobs[0].location, len(jobs)) from error
         except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
-            return [self._guard(self._render_one, job, options, where=job.where) for job in jobs]
+            return [self._guard(self._render_one, job, options, location=job.location) for job in jobs]
 
     def _render_one(self, job: RenderJob, options: dict[str, Any]) -> tuple[str, Spans]:
         return self._render_batch([job.messages], **options)[0]
 
-    def _guard(self, work: Callable[..., Any], *args: Any, where: str) -> Any:
+    def _guard(self, work: Callable[..., Any], *args: Any, location: str) -> Any:
         """Call `work`, and turn what the template raises into errors about the document at `where` or about the settings."""
         from jinja2 import TemplateSyntaxError
 
@@ -239,12 +239,12 @@ class ChatTemplate:
         except DataError:
             raise
         except TemplateLimitExceeded as error:
-            raise self._limit_error(error, where, 1) from error
+            raise self._limit_error(error, location, 1) from error
         except TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
             raise template_refusal(
-                where,
+                location,
                 f"the chat template refuses the conversation: {error}; change the row, or give another in "
                 "model.chat_template",
             ) from error
@@ -258,7 +258,7 @@ class ChatTemplate:
             return RenderedText(*self._turn_span_finder.find_spans(chat, learned, text, str(self.tokenizer.eos_token)))
         self._turn_span_finder.check_thought(chat, learned[-1], text)
         (text_and_blocks,) = self._render_batch([chat.messages], tools=chat.tools, return_assistant_tokens_mask=True)
-        rendered = self._spans_of_blocks(chat.messages, learned, chat.where, text_and_blocks)
+        rendered = self._spans_of_blocks(chat.messages, learned, chat.location, text_and_blocks)
         if self.learn.reasoning is Reasoning.context:
             # Thoughts inside the blocks are shown, not learned.
             spans = []
@@ -268,10 +268,10 @@ class ChatTemplate:
         return rendered
 
     @staticmethod
-    def _limit_error(error: TemplateLimitExceeded, where: str, conversations: int) -> ConfigError:
+    def _limit_error(error: TemplateLimitExceeded, location: str, conversations: int) -> ConfigError:
         count = "a conversation" if conversations == 1 else f"{conversations} conversations"
         return ConfigError(
-            f"the chat template {error} for {count} ({where}{' on' if conversations > 1 else ''}): it loops, or multiplies; "
+            f"the chat template {error} for {count} ({location}{' on' if conversations > 1 else ''}): it loops, or multiplies; "
             "give another in model.chat_template"
         )
 
@@ -290,18 +290,18 @@ class ChatTemplate:
         return self.marks_generation and bool(learned) and all(messages[i]["role"] == "assistant" for i in learned)
 
     def _spans_of_blocks(
-        self, messages: list[Message], learned: list[int], where: str, text_and_blocks: tuple[str, Spans]
+        self, messages: list[Message], learned: list[int], location: str, text_and_blocks: tuple[str, Spans]
     ) -> RenderedText:
         """Text and spans of a conversation from the template's own `{% generation %}` blocks."""
         text, blocks = text_and_blocks
         spans = [(int(begin), int(end)) for begin, end in blocks]
         if not spans or any(begin >= end for begin, end in spans):
-            raise template_refusal(where, "the {% generation %} blocks of the chat template are empty here")
+            raise template_refusal(location, "the {% generation %} blocks of the chat template are empty here")
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if assistants != learned:
             if len(spans) != len(assistants):
                 raise template_refusal(
-                    where,
+                    location,
                     f"only some assistant turns are to be learned, but the chat template has {len(spans)} "
                     f"{{% generation %}} blocks for {len(assistants)} turns; learn all turns or give another template "
                     "in model.chat_template",
@@ -357,7 +357,7 @@ class ChatTemplate:
             return None
 
 
-def _without_thought(message: Message, where: str) -> Message:
+def _without_thought(message: Message, location: str) -> Message:
     """An assistant turn without its thought. Raises RefusedDocument where nothing is left."""
     if message["role"] != "assistant" or thought_of(message) is None:
         return message
@@ -366,7 +366,7 @@ def _without_thought(message: Message, where: str) -> Message:
         content = THINK.sub("", content, count=1)
     if not content.strip() and "tool_calls" not in message:
         raise template_refusal(
-            where, "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing"
+            location, "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing"
         )
     turn = {**message, "content": content}
     turn.pop("reasoning_content", None)

@@ -32,9 +32,9 @@ _THOUGHT_OPENED_AT_END = re.compile(r"<think>\s*\Z")
 _THOUGHT_CLOSED = re.compile(r"\s*</think>\s*")
 
 
-def template_refusal(where: str, message: str) -> RefusedDocument:
+def template_refusal(location: str, message: str) -> RefusedDocument:
     """The error of a conversation that its template cannot render."""
-    return RefusedDocument(where, "refused_by_template", message)
+    return RefusedDocument(location, "refused_by_template", message)
 
 
 @dataclass(slots=True)
@@ -152,7 +152,7 @@ class Chat:
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
-    where: str
+    location: str
     apply: Callable[..., str]
     """Renders messages with the conversation's tools."""
 
@@ -173,20 +173,20 @@ class TurnSpanFinder:
         self._dialect: ToolCallDialect | None = None
         """Found out with the first conversation that has calls."""
 
-    def prepare_chat(self, messages: list[Message], tools: list[dict[str, Any]] | None, where: str) -> Chat:
+    def prepare_chat(self, messages: list[Message], tools: list[dict[str, Any]] | None, location: str) -> Chat:
         """The conversation in the template's dialect; calls without an id get one, and results answer them in order."""
         if any("tool_calls" in message or message["role"] == "tool" for message in messages):
             if self._dialect is None:
                 self._dialect = probe_dialect(self._apply, self._added_tokens)
             messages = list(to_dialect(messages, self._dialect))
-        return Chat(messages, tools, where, partial(self._apply, tools=tools))
+        return Chat(messages, tools, location, partial(self._apply, tools=tools))
 
     def render_checked(self, chat: Chat) -> str:
         """The text of a conversation. Raises RefusedDocument for tools, calls or results that the template leaves out."""
         text = chat.apply(chat.messages)
         if chat.tools and not self._writes_tools(chat, text):
             raise template_refusal(
-                chat.where,
+                chat.location,
                 "this chat template ignores the column tools; set model.chat_template to one that writes it, or drop "
                 "the column with data.ignore_columns=[tools]",
             )
@@ -213,13 +213,13 @@ class TurnSpanFinder:
         labelled_text = chat.apply(labelled_messages)
         if any(label not in labelled_text for label in labels[CALL]):
             raise template_refusal(
-                chat.where,
+                chat.location,
                 "this chat template cannot write tool calls; set model.chat_template to one that can, or, if calls are a key, "
                 "drop them with data.ignore_columns=[tool_calls]",
             )
         if any(label not in labelled_text for label in labels[EDGE]):
             raise template_refusal(
-                chat.where,
+                chat.location,
                 "the chat template leaves out the results of tools (role tool); give another in model.chat_template",
             )
         return text
@@ -246,7 +246,7 @@ class TurnSpanFinder:
                 end = len(text)
             elif has_calls:
                 raise template_refusal(
-                    chat.where, f"cannot tell where the call of turn {index + 1} ends in the chat template"
+                    chat.location, f"cannot tell where the call of turn {index + 1} ends in the chat template"
                 )
             spans.append((begin, end))
         return text, spans
@@ -277,7 +277,7 @@ class TurnSpanFinder:
                 continue  # with these marks the template writes something else: try the next way
             if THINK.sub("", message["content"] or "", count=1).strip() and not marks.content:
                 raise template_refusal(
-                    chat.where,
+                    chat.location,
                     f"the chat template leaves out what turn {index + 1} says beside its calls; "
                     "remove it from the data or give another template in model.chat_template",
                 )
@@ -295,7 +295,7 @@ class TurnSpanFinder:
             begin = self._learning_begin(chat, index, text, marks.content, thoughts, own_text[0], edge_before)
             return begin, turn_end, bound
         raise template_refusal(
-            chat.where,
+            chat.location,
             f"the chat template changes the text of turn {index + 1} (more than trimming it), so that what is to be "
             "learned cannot be told; give a template with {% generation %} blocks in model.chat_template",
         )
@@ -351,7 +351,9 @@ class TurnSpanFinder:
         for header in _with_and_without_thought(prompt):
             if text.startswith(header) and len(header) <= own_begin:
                 return len(header)
-        raise template_refusal(chat.where, f"cannot tell where assistant turn {index + 1} begins in the chat template")
+        raise template_refusal(
+            chat.location, f"cannot tell where assistant turn {index + 1} begins in the chat template"
+        )
 
     def _find_marks(
         self, chat: Chat, index: int, text: str, mark: Callable[[str], str], level: int
@@ -402,7 +404,7 @@ class TurnSpanFinder:
         thought = thought_of(chat.messages[index])
         if thought and thought.strip() not in text:
             raise template_refusal(
-                chat.where,
+                chat.location,
                 "the chat template throws away the thought (<think> or reasoning_content) of the last "
                 "assistant turn; set data.learn.reasoning=drop or give another template in model.chat_template",
             )

@@ -25,15 +25,15 @@ def keep_learnable(
     `pieces`: what a length policy made of `sample` (see `fit_length`); None or empty if it dropped it.
     """
     if not pieces:
-        tally.drop("tokenise", "too_long", document.where)
+        tally.drop("tokenise", "too_long", document.location)
         return []
     changed = len(pieces) > 1 or len(pieces[0].input_ids) < len(sample.input_ids)
     learnable = [piece for piece in pieces if LABEL in piece.marks or piece.supervised.any()]
     if not learnable:
-        tally.drop("tokenise", "nothing_to_learn", document.where)
+        tally.drop("tokenise", "nothing_to_learn", document.location)
         return []
     if changed:
-        tally.note("tokenise", "split" if len(learnable) > 1 else "truncated", document.where)
+        tally.note("tokenise", "split" if len(learnable) > 1 else "truncated", document.location)
     note_oddities(encoder, document, sample, tally, uncut=not changed)
     return learnable
 
@@ -53,20 +53,20 @@ def fit_answers(
         if config.over_length is OverLength.fail:
             raise _too_long(document, length, max_length, "truncate or drop")
         if config.over_length is OverLength.drop:
-            tally.drop("tokenise", "too_long", document.where)
+            tally.drop("tokenise", "too_long", document.location)
             return []
         assert config.over_length is OverLength.truncate, (
             "the other policies separate an answer from its prompt: the config layer refuses them"
         )
     fitted = [truncate(answer, max_length, 0) if len(answer.input_ids) > max_length else answer for answer in answers]
     if not all(sample.supervised.any() for sample in fitted):
-        tally.drop("tokenise", "nothing_to_learn", document.where)
+        tally.drop("tokenise", "nothing_to_learn", document.location)
         return []
     if len(fitted) == 2 and np.array_equal(fitted[0].input_ids, fitted[1].input_ids):
-        tally.drop("tokenise", "same_answers", document.where)
+        tally.drop("tokenise", "same_answers", document.location)
         return []
     if is_too_long:
-        tally.note("tokenise", "truncated", document.where)
+        tally.note("tokenise", "truncated", document.location)
     note_oddities(encoder, document, answers[0], tally, uncut=not is_too_long)
     return fitted
 
@@ -75,7 +75,7 @@ def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: T
     """Count what is odd about a sample, see `oddities`; of a sample that was cut, only control tokens in its texts."""
     for code in oddities(encoder, document, sample):
         if uncut or code.startswith("control_tokens"):
-            tally.note("tokenise", code, document.where)
+            tally.note("tokenise", code, document.location)
 
 
 def last_learned_id(sample: Sample) -> int:
@@ -137,7 +137,7 @@ def fit_length(
 
 def _too_long(document: Document, length: int, max_length: int, other_policies: str) -> DataError:
     return DataError(
-        f"{document.where}: {length} tokens are more than data.max_length={max_length}; raise it, or set "
+        f"{document.location}: {length} tokens are more than data.max_length={max_length}; raise it, or set "
         f"data.over_length to {other_policies}"
     )
 

@@ -57,10 +57,10 @@ class Checks:
         first_places = self._first_places(document)
         for kind, place in first_places.items():
             if kind in self.config.quarantine:
-                tally.drop(self.name, kind, f"{document.where} ({place})")
+                tally.drop(self.name, kind, f"{document.location} ({place})")
                 return None
         for kind, place in first_places.items():
-            tally.note(self.name, kind, f"{document.where} ({place})")
+            tally.note(self.name, kind, f"{document.location} ({place})")
         return document
 
     def _first_places(self, document: Document) -> dict[str, str]:
@@ -108,15 +108,15 @@ def _turn_troubles(turns: list[Message], suffix: str) -> Iterator[tuple[str, str
     roles = [turn["role"] for turn in turns]
     previous_turns: set[tuple[str, str]] = set()
     for number, (turn, role) in enumerate(zip(turns, roles, strict=True), 1):
-        where = f"turn {number}{suffix}"
+        location = f"turn {number}{suffix}"
         if role == "system" and number > 1:
-            yield "system_late", where
+            yield "system_late", location
         if role == "assistant" and "user" not in roles[: number - 1]:
-            yield "assistant_before_user", where
+            yield "assistant_before_user", location
         if number > 1 and role == roles[number - 2] and role not in ("system", "tool"):
-            yield "same_role_twice", where
+            yield "same_role_twice", location
         if len(turn["content"]) >= MIN_REPEATED_CHARACTERS and (role, turn["content"]) in previous_turns:
-            yield "repeated_turn", where
+            yield "repeated_turn", location
         previous_turns.add((role, turn["content"]))
     if roles and roles[-1] != "assistant":
         yield "trailing_turns", f"turn {len(turns)}{suffix}"
@@ -204,10 +204,10 @@ class Cleaner:
 
         document.map_texts(clean_text)
         if emptied:
-            tally.drop(self.name, "empty_after_cleaning", document.where)
+            tally.drop(self.name, "empty_after_cleaning", document.location)
             return None
         for switch in sorted(switches):
-            tally.note(self.name, switch, document.where)
+            tally.note(self.name, switch, document.location)
         return document
 
     def clean(self, text: str) -> tuple[str, set[str]]:

@@ -50,7 +50,7 @@ def evaluation_texts(document: Document) -> Iterator[tuple[str, str]]:
     if document.text is not None:
         texts.append(document.text)
     texts += [text for text in answers if len(normalize(text).split()) >= NGRAM]
-    return ((document.where, text) for text in texts)
+    return ((document.location, text) for text in texts)
 
 
 class Decontaminator:
@@ -70,7 +70,7 @@ class Decontaminator:
         ngrams_of_texts: list[np.ndarray] = []
         lengths: list[int] = []
         seen_texts: set[bytes] = set()
-        for where, text in texts:
+        for location, text in texts:
             words = _hash_words(text)
             if len(words) < MIN_WORDS:
                 self.skipped["too_short"] += 1
@@ -81,7 +81,7 @@ class Decontaminator:
             seen_texts.add(words.tobytes())
             lengths.append(min(NGRAM, len(words)))
             ngrams_of_texts.append(_hash_ngrams(words, lengths[-1]))
-            self._places.append(where)
+            self._places.append(location)
         self._lengths = sorted({*lengths})
         """Words of a run: 13, and those of the shorter texts."""
         ngrams = np.concatenate([np.zeros(0, np.uint64), *ngrams_of_texts])
@@ -126,9 +126,9 @@ class Decontaminator:
         if match is None:
             return document
         place, share = match
-        where = f"{document.where} ({share:.0%} of {place})"
+        location = f"{document.location} ({share:.0%} of {place})"
         if self.policy is DecontaminationPolicy.drop:
-            tally.drop(self.name, "holds evaluation text", where)
+            tally.drop(self.name, "holds evaluation text", location)
             return None
-        tally.note(self.name, "holds evaluation text", where)
+        tally.note(self.name, "holds evaluation text", location)
         return document

@@ -115,14 +115,14 @@ class Filters:
         if reason is None and self.config.languages:
             detected = detect_language(document)
             if detected is None:
-                tally.note(self.name, "language_not_judged", document.where)
+                tally.note(self.name, "language_not_judged", document.location)
             elif detected[0] not in self.config.languages:
                 code, probability = detected
                 reason = "other_language"
                 remark = f" ({code} {probability:.2f})"
         if reason is None:
             return document
-        tally.drop(self.name, reason, document.where + remark)
+        tally.drop(self.name, reason, document.location + remark)
         return None
 
     def _reason_in_length(self, document: Document) -> str | None:

@@ -82,9 +82,9 @@ class ModelInterface:
                 answer.pop()
             if answer_start == 0 or not answer:
                 empty_part = "before its answer" if answer else "in its answer"
-                raise DataError(f"{document.where}: has no tokens {empty_part}, so that there is nothing to ask")
+                raise DataError(f"{document.location}: has no tokens {empty_part}, so that there is nothing to ask")
             context = sample.input_ids[:answer_start].tolist()
-            questions.append(Question(document.where, context, answer))
+            questions.append(Question(document.location, context, answer))
         return questions
 
     def text_ids(self, document: Document) -> TokenIds:

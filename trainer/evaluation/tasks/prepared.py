@@ -246,4 +246,4 @@ def _sequence_cases(dataset: TokenDataset | None, directory: Any) -> list[Case]:
     """One case for each sequence of a data set."""
     assert dataset is not None
     table = DocumentTable(directory)
-    return [Case(table.document(int(number)).where) for number in dataset.documents.tolist()]
+    return [Case(table.document(int(number)).location) for number in dataset.documents.tolist()]

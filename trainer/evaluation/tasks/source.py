@@ -39,7 +39,7 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
                 f"{task.key}.path: not set, and there are no evaluation documents; give it a file, or the run "
                 "data.eval_path or data.eval_share"
             )
-        cases = [Case(document.where, document) for document in held_out]
+        cases = [Case(document.location, document) for document in held_out]
     else:
         cases = list(_file_cases(task, remote=remote))
     cases = cases[: config.max_rows]
@@ -131,6 +131,6 @@ def _document_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
         document = reader(row)
         if isinstance(document, Rejected):
             raise DataError(with_task_keys(str(document)))
-        return Case(document.where, document, row.fields)
+        return Case(document.location, document, row.fields)
 
     return make_case

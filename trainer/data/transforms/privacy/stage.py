@@ -198,10 +198,10 @@ class PrivacyStage:
         self._count(tally.findings, document, masked)
         # The tally has the findings already: a dropped document counts as searched.
         if self.config.mode == PrivacyMode.drop:
-            tally.drop(self.name, masked[0][0], document.where)
+            tally.drop(self.name, masked[0][0], document.location)
             return None
         for type_, masked_text in masked:
-            tally.note(self.name, type_, f"{document.where} {masked_text}")
+            tally.note(self.name, type_, f"{document.location} {masked_text}")
         if self.config.mode in (PrivacyMode.redact, PrivacyMode.pseudonymise):
             document.map_texts(lambda text: self._rewrite(text, findings_by_text[text]))
         return document
@@ -214,7 +214,7 @@ class PrivacyStage:
         findings.counts.update(types)
         findings.documents_by_type.update(set(types))
         for type_, masked_text in masked:
-            keep_first(findings.examples, type_, [f"{document.where} {masked_text}"])
+            keep_first(findings.examples, type_, [f"{document.location} {masked_text}"])
 
     def _rewrite(self, text: str, findings: list[PrivacyFinding]) -> str:
         """The text with every finding replaced by its placeholder."""
