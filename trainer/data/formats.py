@@ -1,6 +1,6 @@
-"""What a row means: nine formats, how each is recognised by its columns, and a document out of every row that fits.
+"""Recognises which of nine formats a row has, by its columns, and makes a document of every row that fits.
 
-A row that cannot be one is `Rejected` with a reason and a message, never changed to fit. Columns that fit several
+A row that cannot be a document is `Rejected` with a reason and a message, never changed to fit. Columns that fit several
 formats, and columns that fit none, are errors: a guess here would train on the wrong text.
 """
 
@@ -30,7 +30,7 @@ from trainer.data.fields import (
     value_at,
     verdict_of,
 )
-from trainer.data.messages import history_of, require_learnable, split_pair, tells_tools, tools_of, turns_of
+from trainer.data.messages import history_of, names_all_tools, require_learnable, split_pair, tools_of, turns_of
 from trainer.data.suggested import suggested_columns
 
 NEEDS = {
@@ -45,6 +45,7 @@ NEEDS = {
     DataFormat.thumbs: '"prompt" and "completion", or "messages"; and "label": true/false, or "thumbs": up/down',
 }
 Spelling = tuple[str, ...]
+"""Columns that make a format, such as ("prompt", "completion") and ("question", "answer")."""
 _SPELLINGS_AS_TEXT = {  # the columns that make a format, likeliest spelling first
     DataFormat.messages: "messages | conversation",
     DataFormat.sharegpt: "conversations",
@@ -83,13 +84,15 @@ def recognise(
     ignored: Collection[str] = (),
     preferred: tuple[DataFormat, ...] = (),
 ) -> DataFormat:
-    """The format whose columns the row has; a null, or an `ignored` column, counts as one that is not there.
+    """The format whose columns the row has. A null, or an `ignored` column, counts as one that is not there.
 
-    Renamed columns decide: a format that does not use all of them is not considered. Where several fit, the first of those
-    that are `preferred` does, and where none of these fits but for a null, which the first row may hold, that one. Raises
-    DataError, with the row, where no format or more than one fits; ConfigError where `columns` names a column of no format.
+    `columns`: `data.columns` of the `source`, the row's name of a column by the expected name. Renamed columns decide: a format
+    that does not use all of them is not considered. If several formats fit, the first of the `preferred` ones is taken. If none
+    of these fits but for a null, which the first row may hold, that one is taken.
+
+    Raises DataError, with the row, if no format fits or more than one; ConfigError if `columns` names a column of no format.
     """
-    setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
+    setting = _columns_setting(source)
     _check_columns(columns, [*SPELLINGS], setting)
     row_fields = {name: field for name, field in row.fields.items() if name not in ignored}
     try:
@@ -97,47 +100,56 @@ def recognise(
     except Refusal as refusal:
         raise DataError(f"{row.file}:{row.line}: {refusal.message}") from None
     filled_fields = {name: field for name, field in fields.items() if field is not None}
-    verdicts = DataFormat.thumbs in preferred
-    fitting = _fitting_formats(filled_fields, columns, verdicts=verdicts)
-    fitting_with_nulls = _fitting_formats(fields, columns, verdicts=verdicts)
-    is_preferred_only_with_nulls = not {*preferred} & {*fitting} and bool({*preferred} & {*fitting_with_nulls})
-    if not fitting or is_preferred_only_with_nulls:
+    expects_verdicts = DataFormat.thumbs in preferred
+    fitting = _fitting_formats(filled_fields, columns, expects_verdicts=expects_verdicts)
+    fitting_with_nulls = _fitting_formats(fields, columns, expects_verdicts=expects_verdicts)
+    has_preferred = not fitting.keys().isdisjoint(preferred)
+    has_preferred_with_nulls = not fitting_with_nulls.keys().isdisjoint(preferred)
+    if not fitting or (has_preferred_with_nulls and not has_preferred):
         fitting = fitting_with_nulls
     if len(fitting) == 1:
         return next(iter(fitting))
     for format in preferred:
         if format in fitting:
             return format
-    place = f"{row.file}:{row.line}: columns {_column_names(fields)} fit"
+    fault = f"{row.file}:{row.line}: columns {_column_names(fields)} fit"
     if fitting:
-        raise DataError(f"{place} several formats; {_several_formats(fitting, setting)}\nthe row: {show_value(fields)}")
-    raise DataError(f"{place} {_no_format(fields, columns, setting, preferred)}{_about_columns(row)}")
+        advice = _advice_for_several_formats(fitting, setting)
+        raise DataError(f"{fault} several formats; {advice}\nthe row: {show_value(fields)}")
+    advice = _advice_for_no_format(fields, columns, setting, preferred)
+    raise DataError(f"{fault} no format; {advice}\nthe row: {show_value(fields)}{_hint_for_no_format(row)}")
 
 
-def _several_formats(fitting: dict[DataFormat, Spelling], setting: str) -> str:
-    """Part of an error message: how to choose between several formats that fit."""
-    readings = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in fitting.items())
+def _columns_setting(source: str) -> str:
+    """The setting that renames columns of a source."""
+    return "data.columns" if source == "data" else f"data.sources.{source}.columns"
+
+
+def _advice_for_several_formats(fitting: dict[DataFormat, Spelling], setting: str) -> str:
+    """Part of an error message: how to choose between several formats that fit, and which columns each would read."""
+    columns_by_format = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in fitting.items())
     choice = f"{setting.removesuffix('columns')}format={'|'.join(fitting)}"
-    return f"choose with {choice}, or leave columns out with data.ignore_columns\n{readings}"
+    return f"choose with {choice}, or leave columns out with data.ignore_columns\n{columns_by_format}"
 
 
-def _no_format(fields: dict[str, Any], columns: dict[str, str], setting: str, preferred: tuple[DataFormat, ...]) -> str:
-    """Part of an error message where no format fits: columns that may be meant, and what each format needs."""
+def _advice_for_no_format(
+    fields: dict[str, Any], columns: dict[str, str], setting: str, preferred: tuple[DataFormat, ...]
+) -> str:
+    """Part of an error message: how to rename columns so that a format fits, and what each format needs."""
     suggested = {} if columns else suggested_columns(fields)
-    if suggested:
-        mapping = suggested
-    else:
-        likeliest_spelling = SPELLINGS[preferred[0] if preferred else DataFormat.prompt_completion][0]
-        mapping = dict.fromkeys(likeliest_spelling, "NAME")
-    pairs = ",".join(f"{expected}:{name}" for expected, name in mapping.items())
+    example_columns = suggested
+    if not suggested:
+        likeliest_format = preferred[0] if preferred else DataFormat.prompt_completion
+        example_columns = dict.fromkeys(SPELLINGS[likeliest_format][0], "NAME")
+    pairs = ",".join(f"{expected}:{name}" for expected, name in example_columns.items())
     example = f"{setting}='{{{pairs}}}'"
-    way_out = f"try {example}, or rename them" if suggested else f"rename them with {setting}, as in {example},"
+    remedy = f"try {example}, or rename them" if suggested else f"rename them with {setting}, as in {example},"
     needs = "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items())
-    return f"no format; {way_out} to one of\n{needs}\nthe row: {show_value(fields)}"
+    return f"{remedy} to one of\n{needs}"
 
 
-def _about_columns(row: Row) -> str:
-    """Part of an error message where no format fits: what a file with such columns often is."""
+def _hint_for_no_format(row: Row) -> str:
+    """Part of an error message: what a file with such columns often is; empty if that is not known."""
     if "segments" in row.fields:
         return (
             '\nsegments (axolotl\'s input_output): write them as messages, each with "train": true or false, as '
@@ -148,30 +160,36 @@ def _about_columns(row: Row) -> str:
     return ""
 
 
-def _fitting_formats(fields: dict[str, Any], columns: dict[str, str], *, verdicts: bool) -> dict[DataFormat, Spelling]:
-    """Formats that fit, with the spelling that does; those left out that another one extends.
+def _fitting_formats(
+    fields: dict[str, Any], columns: dict[str, str], *, expects_verdicts: bool
+) -> dict[DataFormat, Spelling]:
+    """The formats that a row's renamed `fields` fit, each with the columns that make it. Ones that another extends are left out.
 
-    `verdicts`: the objective learns from verdicts, so that a column `label` holds one, whatever its value.
+    `columns`: the renamed columns, all of which a format must use. `expects_verdicts`: the objective learns from verdicts, so
+    that a column `label` holds one, whatever its value.
     """
     fitting: dict[DataFormat, Spelling] = {}
     for format, spellings in SPELLINGS.items():
         for spelling in spellings:
-            uses_renamed_columns = columns.keys() <= {*_read_with(spelling, format)}
+            uses_renamed_columns = columns.keys() <= {*_readable_columns(spelling, format)}
             if uses_renamed_columns and all(name in fields for name in spelling):
                 fitting.setdefault(format, spelling)
+
     # A label that was not renamed to `label` may be a verdict or a class.
     is_surely_thumbs = True
-    if fitting.get(DataFormat.thumbs, ("",))[-1] == "label" and "label" not in columns:
+    thumbs_columns = fitting.get(DataFormat.thumbs, ())
+    if "label" in thumbs_columns and "label" not in columns:
         label = fields["label"]
         is_surely_thumbs = str(label) not in ("0", "1")  # which may be classes of another kind
-        if label is not None and not verdicts and not is_surely_verdict(label):
+        if label is not None and not expects_verdicts and not is_surely_verdict(label):
             del fitting[DataFormat.thumbs]
     if "conversations" in fitting.get(DataFormat.preference, ()):  # which are the prompt then
         fitting.pop(DataFormat.sharegpt, None)
+
+    # The richer format reads all that the poorer one does.
     extended: set[DataFormat] = set()
     for format in fitting:
         if is_surely_thumbs or format is not DataFormat.thumbs:
-            # The richer format reads all that the poorer one does.
             extended |= _EXTENDS.get(format, set())
     fitting = {format: spelling for format, spelling in fitting.items() if format not in extended}
     if len(fitting) > 1 and "content" not in columns and "content" in fitting.get(DataFormat.text, ()):
@@ -180,15 +198,15 @@ def _fitting_formats(fields: dict[str, Any], columns: dict[str, str], *, verdict
 
 
 def _check_columns(columns: dict[str, str], formats: list[DataFormat], setting: str) -> None:
-    """Raise ConfigError for a renamed column that none of the formats reads."""
-    known: dict[str, None] = {}
+    """Raise ConfigError if `setting` renames a column to a name that none of the formats reads."""
+    readable: dict[str, None] = {}  # in order, each once
     for format in formats:
         for spelling in (*SPELLINGS[format], *_ALSO_READS.get(format, ())):
-            known.update(dict.fromkeys(_read_with(spelling, format)))
+            readable.update(dict.fromkeys(_readable_columns(spelling, format)))
     for name in columns:
-        if name not in known:
-            close_names = difflib.get_close_matches(name, list(known), n=1)
-            hint = f"did you mean {close_names[0]}?" if close_names else f"known are {', '.join(known)}"
+        if name not in readable:
+            close_names = difflib.get_close_matches(name, list(readable), n=1)
+            hint = f"did you mean {close_names[0]}?" if close_names else f"known are {', '.join(readable)}"
             reader = f"format={formats[0].value}" if len(formats) == 1 else "any format"
             raise ConfigError(f"{setting}.{name}: no column that {reader} reads; {hint}")
 
@@ -205,7 +223,7 @@ def _column_names(fields: dict[str, Any]) -> list[str]:
 
 
 def _rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str) -> dict[str, Any]:
-    """The fields with those that `columns` names under their expected names. Raises Refusal: missing_column."""
+    """A row's fields, with the columns that `columns` names under their expected names. Raises Refusal: missing_column."""
     if not columns:
         return fields
     renamed = {}
@@ -216,16 +234,16 @@ def _rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: st
             message = f"no column {name!r} ({setting}.{expected}); the row has {_column_names(fields)}"
             raise Refusal("missing_column", message) from None
     old_names = set(columns.values())
-    others = {name: field for name, field in fields.items() if name not in old_names}
-    return {**others, **renamed}
+    unchanged = {name: field for name, field in fields.items() if name not in old_names}
+    return {**unchanged, **renamed}
 
 
 class RowReader:
-    """Reads the rows of one source in one format. Raises ConfigError where `columns` cannot belong to it.
+    """Reads the rows of one source in one format. Raises ConfigError if `columns` cannot belong to it.
 
-    `ignored` columns (`data.ignore_columns`) count as not there. Other columns that are not read are listed by `unread`, and with
-    `refuses` a row with a column that carries meaning is rejected. `label` reads a label; `group` names the column that every
-    row must have a group in.
+    `columns`: the source's name of each renamed column, by the expected name. `label`: reads a label. `ignored` columns
+    (`data.ignore_columns`) count as not there. Other columns that are not read are listed by `unread`; with `refuses`, a row with
+    a column that carries meaning is rejected. `group`: the column in which every row must have a group.
     """
 
     def __init__(
@@ -245,25 +263,26 @@ class RowReader:
         self.ignored = frozenset(ignored)
         self.label_of = label
         self.group = group
-        self._setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
+        self._setting = _columns_setting(source)
         _check_columns(columns, [format], self._setting)
-        first, *others = SPELLINGS[format]
+        likeliest, *other_spellings = SPELLINGS[format]
         # Instructions come before input and output, which they have too.
-        spellings = [first, *_ALSO_READS.get(format, ()), *others]
+        spellings = [likeliest, *_ALSO_READS.get(format, ()), *other_spellings]
         optional = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS}
-        # Those that use all renamed columns.
-        self._spellings = [spelling for spelling in spellings if columns.keys() <= {*spelling, *optional}] or spellings
-        named_in_settings = [*columns.values()]
+        using_all_renamed = [spelling for spelling in spellings if columns.keys() <= {*spelling, *optional}]
+        self._spellings = using_all_renamed or spellings
+
+        columns_in_settings = [*columns.values()]
         if group:
-            named_in_settings.append(group)
+            columns_in_settings.append(group)
         # `a.b` may be a column of that name, or b inside the column a.
-        also_read = {*named_in_settings, *(name.split(".")[0] for name in named_in_settings)}
-        self._reads: dict[Spelling, tuple[str, ...]] = {}
-        """The columns that are read, by spelling."""
+        also_read = {*columns_in_settings, *(name.split(".")[0] for name in columns_in_settings)}
+        self._read_columns: dict[Spelling, tuple[str, ...]] = {}
+        """The columns that are read, by the spelling that a row has."""
         needed_columns = {*CARRIERS[format]}
         for spelling in self._spellings:
-            self._reads[spelling] = (*_read_with(spelling, format), *also_read)
-            needed_columns.update(self._reads[spelling])
+            self._read_columns[spelling] = (*_readable_columns(spelling, format), *also_read)
+            needed_columns.update(self._read_columns[spelling])
         self.needed_columns = frozenset(needed_columns)
         """Columns that decide over a document: of a table no others need be read."""
         self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
@@ -271,13 +290,13 @@ class RowReader:
     def __call__(self, row: Row) -> Document | Rejected:
         """The document of a row, or why there is none. Never raises for what a row holds."""
         try:
-            return self._document(row)
+            return self._make_document(row)
         except Refusal as refusal:
             excerpt = json.dumps(row.fields, ensure_ascii=False, default=str)
             return Rejected(row.file, row.line, refusal.reason, refusal.message, excerpt)
 
-    def _document(self, row: Row) -> Document:
-        """The document of a row. Raises Refusal."""
+    def _make_document(self, row: Row) -> Document:
+        """The document that a row makes in this format. Raises Refusal."""
         fields = row.fields
         if self.ignored:
             fields = {name: field for name, field in fields.items() if name not in self.ignored}
@@ -285,27 +304,31 @@ class RowReader:
         document.group = group_of(fields, self.group) if self.group else None
         fields = _rename_columns(fields, self.columns, self._setting)
         spelling = self._spelling(fields, row.unread_columns)
-        read_columns = self._reads[spelling]
+        read_columns = self._read_columns[spelling]
         for name in read_columns:
             field = fields.get(name)
             if isinstance(field, Fault):
                 raise Refusal(field.reason, f'column "{name}": {field.message}')
-        self._read(document, fields, spelling)
+        self._fill(document, fields, spelling)
         if self.format not in _WITHOUT_SYSTEM:
             if fields.get("system") not in (None, ""):
                 _add_system(document, text_of(fields, "system"))
             tools = tools_of(fields.get("tools"))
             if tools:
                 document.messages = document.messages or document.take_turns()
-                # A template must not write tools once more that the system turn tells already.
-                document.tools = None if tells_tools(document.messages[0]["content"], tools) else tools
+                # A template must not write tools once more that the system turn lists already.
+                if not names_all_tools(document.messages[0]["content"], tools):
+                    document.tools = tools
         if row.made_columns:
             read_columns = (*read_columns, *row.made_columns)
         self.unread.note(fields, row.unread_columns, read_columns)
         return document
 
     def _spelling(self, fields: dict[str, Any], unread_columns: tuple[str, ...]) -> Spelling:
-        """The first spelling whose columns the row has, if possible with values. Raises Refusal: wrong_format."""
+        """The first of the format's spellings whose columns the row has, if possible with values. Raises Refusal: wrong_format.
+
+        `unread_columns`: further columns of the row, for the message.
+        """
         filled_columns = {name for name, field in fields.items() if field is not None}
         # A table with columns of two spellings leaves one of them empty in each row.
         for names in (filled_columns, fields.keys()):
@@ -315,8 +338,8 @@ class RowReader:
         needs = f"{self._setting.removesuffix('columns')}format={self.format.value} needs {NEEDS[self.format]}"
         raise Refusal("wrong_format", f"columns {sorted([*_column_names(fields), *unread_columns])}, but {needs}")
 
-    def _read(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
-        """Fill the document from the columns of a spelling. Raises Refusal."""
+    def _fill(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
+        """Fill the document from the columns of `spelling`. Raises Refusal."""
         last_column = spelling[-1]
         if last_column in ("thumbs", "label") and self.format is DataFormat.thumbs:
             document.desirable = verdict_of(fields[last_column])
@@ -337,8 +360,8 @@ class RowReader:
             _read_prompt(document, fields, spelling, self.ignored)
 
 
-def _read_with(spelling: Spelling, format: DataFormat) -> Spelling:
-    """The columns that a spelling reads, those that may be missing included."""
+def _readable_columns(spelling: Spelling, format: DataFormat) -> Spelling:
+    """The columns that a row of this spelling is read from, those that may be missing included."""
     columns = spelling
     if format not in _WITHOUT_SYSTEM:
         columns += _CONVERSATION_COLUMNS
@@ -348,11 +371,14 @@ def _read_with(spelling: Spelling, format: DataFormat) -> Spelling:
 
 
 def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
-    """A prompt and its completion, each a text or a list of turns. Raises Refusal."""
+    """Fill a document with a prompt and its completion, each a text or a list of turns. Raises Refusal.
+
+    If one of the two columns of `spelling` holds turns, the document becomes a conversation.
+    """
     prompt_column, completion_column = spelling
     if _is_turns(fields[prompt_column]) or _is_turns(fields[completion_column]):
-        prompt_turns = _side(fields, prompt_column, "user", ignored)
-        completion_turns = _side(fields, completion_column, "assistant", ignored)
+        prompt_turns = _turns_or_text(fields, prompt_column, "user", ignored)
+        completion_turns = _turns_or_text(fields, completion_column, "assistant", ignored)
         for turn in prompt_turns:  # earlier answers are context: what is learned is the completion
             if turn["role"] == "assistant":
                 turn.setdefault("train", False)
@@ -379,8 +405,8 @@ def _is_turns(field: Any) -> bool:
     return isinstance(field, list | dict) and not is_texts(field)
 
 
-def _side(fields: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> list[Message]:
-    """Turns of a column that holds a text, one message, or a list of messages. A text is a turn of `role`."""
+def _turns_or_text(fields: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> list[Message]:
+    """The turns of a column that holds a text, one message, or a list of messages. A text is a turn of `role`."""
     field = fields[name]
     if _is_turns(field):
         turns = [field] if isinstance(field, dict) else field
@@ -389,20 +415,23 @@ def _side(fields: dict[str, Any], name: str, role: str, ignored: Collection[str]
 
 
 def _read_preference(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
-    """A pair of answers, with its prompt in a column or at the beginning of both. Raises Refusal."""
+    """Fill a document with a pair of answers; their prompt is in a column, or at the beginning of both. Raises Refusal."""
     has_prompt_column = len(spelling) > 2
-    prompt = _side(fields, spelling[0], "user", ignored) if has_prompt_column else []
+    prompt = _turns_or_text(fields, spelling[0], "user", ignored) if has_prompt_column else []
     answers = []
     for name in ("chosen", "rejected"):
         if not has_prompt_column and isinstance(fields[name], str):
             answers.append(turns_of(fields[name], name, ""))  # a transcript
         else:
-            answers.append(_side(fields, name, "assistant", ignored))
+            answers.append(_turns_or_text(fields, name, "assistant", ignored))
     document.messages, document.chosen, document.rejected = split_pair(prompt, *answers)
 
 
 def _add_system(document: Document, system: str) -> None:
-    """Put the text of a "system" column before the conversation; a prompt and its completion become one."""
+    """Put the text of a "system" column before the conversation; a prompt and its completion become one.
+
+    Raises Refusal if the conversation has a system turn that differs.
+    """
     if document.prompt is not None:
         document.messages = document.take_turns()
     messages = document.messages or []

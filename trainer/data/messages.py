@@ -1,4 +1,4 @@
-"""Turns of conversations as rows have them: roles and keys of either convention, pairs, transcripts, earlier turns, tools.
+"""Reads the turns of conversations from columns of rows: roles and keys of either convention, pairs, transcripts, tools.
 
 A tool becomes `{"type": "function", "function": {"name", "description", "parameters"}}`, a call `{"type": "function",
 "function": {"name", "arguments"}}`, perhaps with an `id`, as chat templates read them. Arguments that are a JSON text of an
@@ -15,7 +15,7 @@ from typing import Any
 from trainer.data.document import Message
 from trainer.data.fields import MEDIA, Refusal, is_nothing, is_texts, show_value, text_of
 
-ROLES = {  # what rows may say -> what chat templates know
+ROLE_NAMES = {  # what rows may say -> what chat templates know
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -35,7 +35,7 @@ _MASK_KEYS = ("loss_mask", "loss", "mask")
 MIN_WEIGHT = 1e-6
 """Smallest weight of a turn that is learned."""
 _THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-_CARRIERS = frozenset((*MEDIA, *_MASK_KEYS))
+_UNREAD_KEYS = frozenset((*MEDIA, *_MASK_KEYS))
 """Keys of turns that nothing reads, and without which a turn means something else."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _CALL_FORM = '{"name": ..., "arguments": {...}}, perhaps below "function"'
@@ -43,35 +43,37 @@ _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
 def turns_of(column: Any, name: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
-    """The messages of a column, with the roles and keys of either convention; `ignored` keys of turns are left out.
+    """The messages in the column `name` of a row, with the roles and keys of either convention.
 
-    `needs` says in messages what the column must be. If it is empty, a text is read as a transcript, as in the HH-RLHF data
-    (Bai et al. 2022, arXiv:2204.05862): "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." in turn. Raises Refusal.
+    `ignored`: keys of turns that are left out. `needs` says in error messages what the column must be. If it is empty, a text is
+    read as a transcript, as in the HH-RLHF data (Bai et al. 2022, arXiv:2204.05862): "\\n\\nHuman: ..." and
+    "\\n\\nAssistant: ..." in turn. Raises Refusal.
     """
     if isinstance(column, str) and not needs:
         column = _transcript_turns(column, name)
     if isinstance(column, str) and column.lstrip().startswith(("[", "{")):
-        what = f'"{name}" is a JSON text, {show_value(column)}; parse it first: it must be a list of messages'
-        raise Refusal("bad_messages", f"{what}, not a text of one")
+        fault = f'"{name}" is a JSON text, {show_value(column)}; parse it first: it must be a list of messages'
+        raise Refusal("bad_messages", f"{fault}, not a text of one")
     if not isinstance(column, list) or not column:
         raise Refusal("bad_messages", f'"{name}" is {show_value(column)}; it must be {needs or "a list of messages"}')
-    return [_turn(turn, f"{name}[{number}]", ignored) for number, turn in enumerate(column, 1)]
+    return [_read_turn(turn, f"{name}[{number}]", ignored) for number, turn in enumerate(column, 1)]
 
 
 def _transcript_turns(transcript: str, name: str) -> list[dict[str, str]]:
-    """The turns of a text in which every one begins with its speaker. Raises Refusal."""
-    parts = _SPEAKER.split(text_of({name: transcript}, name))
-    if parts[0].strip() or len(parts) == 1:
+    """The turns of a text in which every one begins with its speaker, "Human:" or "Assistant:". Raises Refusal."""
+    # What stands before the first speaker, then speakers and what they say in turn.
+    before_first, *speakers_and_texts = _SPEAKER.split(text_of({name: transcript}, name))
+    if before_first.strip() or not speakers_and_texts:
         raise Refusal("no_prompt", f'"{name}" is a text; add its "prompt", or give it as a list of messages')
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = []
-    for speaker, text in zip(parts[1::2], parts[2::2], strict=True):
+    for speaker, text in zip(speakers_and_texts[::2], speakers_and_texts[1::2], strict=True):
         turns.append({"role": roles[speaker], "content": text.strip()})
     return turns
 
 
-def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
-    """A message in normal form. `name` is what messages call the turn, such as `messages[2]`. Raises Refusal."""
+def _read_turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
+    """A turn of a row as a `Message`. `name` is what error messages call it, such as `messages[2]`. Raises Refusal."""
     if not isinstance(turn, dict):
         raise Refusal("bad_messages", f'{name} is {show_value(turn)}; it must be {{"role": ..., "content": ...}}')
     # OpenAI's convention is role and content, that of ShareGPT is from and value.
@@ -80,16 +82,17 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     if "content" not in turn and ("value" in turn or role_key == "from"):
         text_key = "value"
     row_role = turn.get(role_key)
-    role = _role(row_role, f"{name}.{role_key}")
+    role = _template_role(row_role, f"{name}.{role_key}")
     is_call = row_role == "function_call"
     text = turn.get(text_key)
     # Most turns have a text and nothing else.
     if len(turn) == 2 and not is_call and isinstance(text, str) and text.strip():
         return {"role": role, "content": text}
-    if not _CARRIERS.isdisjoint(turn):
-        _refuse_carriers(turn, name, ignored)
+    if not _UNREAD_KEYS.isdisjoint(turn):
+        _refuse_unread_keys(turn, name, ignored)
+
     message: Message = {"role": role}
-    other_fields = _other_fields(turn, name, role, ignored)
+    other_fields = _thought_and_calls(turn, name, role, ignored)
     # ShareGPT's function_call turn holds the call as its text.
     if is_call:
         other_fields["tool_calls"] = calls_of(text, f"{name}.{text_key}")
@@ -98,7 +101,8 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
         message["content"] = ""
     else:
         message["content"] = _content(turn, text_key, f"{name}.{text_key}")
-    weight = _weight(turn, name, ignored)
+
+    weight = _loss_weight(turn, name, ignored)
     if weight is not None:
         # A weight of 1 is the usual case, and not written down.
         message["train"] = weight > 0
@@ -109,17 +113,20 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     return {**message, **other_fields}
 
 
-def _role(row_role: Any, name: str) -> str:
-    """The role as chat templates know it. Raises Refusal: unknown_role."""
-    if isinstance(row_role, str) and row_role in ROLES:
-        return ROLES[row_role]
+def _template_role(row_role: Any, name: str) -> str:
+    """The role that chat templates know for a role in a row. Raises Refusal: unknown_role."""
+    if isinstance(row_role, str) and row_role in ROLE_NAMES:
+        return ROLE_NAMES[row_role]
     spelling = row_role.strip().lower() if isinstance(row_role, str) else ""
-    remedy = f"write {spelling!r}" if spelling in ROLES else f"known roles are {', '.join(ROLES)}"
+    remedy = f"write {spelling!r}" if spelling in ROLE_NAMES else f"known roles are {', '.join(ROLE_NAMES)}"
     raise Refusal("unknown_role", f"{name} is {show_value(row_role)}; {remedy}")
 
 
-def _other_fields(turn: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> Message:
-    """The fields of a turn besides its content: an assistant's thought and calls, and which call a tool's result answers."""
+def _thought_and_calls(turn: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> Message:
+    """The fields of a turn besides its content: an assistant's thought and tool calls, and which call a tool's result answers.
+
+    `name` is what error messages call the turn. Raises Refusal.
+    """
     fields: Message = {}
     for key in (*_THOUGHT_KEYS, *_CALL_KEYS):
         field_value = turn.get(key)
@@ -144,22 +151,26 @@ def _other_fields(turn: dict[str, Any], name: str, role: str, ignored: Collectio
     return fields
 
 
-def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) -> None:
-    """Raise Refusal for a key that carries meaning and that nothing reads."""
-    for key in sorted(_CARRIERS.intersection(turn) - {*ignored}):
+def _refuse_unread_keys(turn: dict[str, Any], name: str, ignored: Collection[str]) -> None:
+    """Raise Refusal if a turn has a key that carries meaning and that nothing reads: images and sound, or a mask."""
+    for key in sorted(_UNREAD_KEYS.intersection(turn) - {*ignored}):
         field_value = turn[key]
         is_mask = key in _MASK_KEYS
+        # An empty image is none; a mask of 0 says something.
         if field_value is None or (not is_mask and is_nothing(field_value)):
             continue
         remedy = "write what counts into its content"
         if is_mask:
             remedy = 'use "train": false to exclude the turn, or "weight": 0 to 1'
-        what = f"{name} has {key} ({show_value(field_value)}), which shardtune does not know"
-        raise Refusal(f"turn_{key}", f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
+        fault = f"{name} has {key} ({show_value(field_value)}), which shardtune does not know"
+        raise Refusal(f"turn_{key}", f"{fault}: {remedy}, or name {key} in data.ignore_columns to train without it")
 
 
 def _content(turn: dict[str, Any], key: str, name: str) -> str:
-    """The text of a turn; one that is given in parts is joined. Raises Refusal."""
+    """The text of a turn, which stands under `key`; a text in parts (OpenAI's `{"type": "text", ...}`) is joined.
+
+    `name` is what error messages call the text. Raises Refusal.
+    """
     content = turn.get(key)
     if not isinstance(content, list) or is_texts(content):
         return text_of(turn, key, name)
@@ -176,11 +187,15 @@ def _content(turn: dict[str, Any], key: str, name: str) -> str:
     return text_of({key: "".join(texts)}, key, name)
 
 
-def _weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> float | None:
-    """How much the turn is learned, from 0 (not at all) to 1, by `weight`, `train` or `masked`; None where none is given."""
-    settings = {key: turn[key] for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None}
+def _loss_weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> float | None:
+    """How much a turn counts in the loss, from 0 (not learned) to 1, by its `weight`, `train` or `masked`.
+
+    None if it has none of these. Raises Refusal if one has a wrong value, or if they contradict each other.
+    """
+    keys = [key for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None]
     weights: set[float] = set()
-    for key, setting in settings.items():
+    for key in keys:
+        setting = turn[key]
         if key in ignored:
             continue
         if key in _WEIGHT_KEYS and isinstance(setting, int | float):
@@ -192,21 +207,22 @@ def _weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> float 
             raise Refusal("bad_weight", f"{name}.{key} is {show_value(setting)}; it must be a number from 0 to 1")
         elif not isinstance(setting, bool):
             raise Refusal("bad_train", f"{name}.{key} is {show_value(setting)}; it must be true or false")
-        elif key == "masked":
-            weights.add(0.0 if setting else 1.0)
         else:
-            weights.add(1.0 if setting else 0.0)
+            is_learned = not setting if key == "masked" else setting
+            weights.add(1.0 if is_learned else 0.0)
     if not weights:
         return None
     least = min(weights)
-    agreeing = {least, 1.0} if least > 0 else {least}  # "train": true beside a weight takes nothing from it
+    agreeing = {least}
+    if least > 0:  # "train": true beside a weight takes nothing from it
+        agreeing.add(1.0)
     if weights - agreeing:
-        raise Refusal("bad_train", f"{name}: {', '.join(settings)} contradict each other")
+        raise Refusal("bad_train", f"{name}: {', '.join(keys)} contradict each other")
     return least
 
 
 def require_learnable(turns: list[Message]) -> list[Message]:
-    """The turns, if something can be learned from them. Raises Refusal."""
+    """The turns of a conversation, if it begins as it must and something can be learned from it. Raises Refusal."""
     roles = [turn["role"] for turn in turns]
     if roles[0] in ("assistant", "tool"):
         message = f"the conversation begins with a turn of the {roles[0]}; it must begin with a system or a user turn"
@@ -222,7 +238,7 @@ def require_learnable(turns: list[Message]) -> list[Message]:
 def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
     """A preference pair as (shared prompt, chosen turns, rejected turns).
 
-    Where chosen and rejected are whole conversations, what both begin with becomes the prompt, which must contain
+    If chosen and rejected are whole conversations, the turns that both begin with become the prompt, which must contain
     `prompt`. Raises Refusal: identical_pair, no_prompt, no_answer, differing_prompts, assistant_first.
     """
     if chosen == rejected:
@@ -232,8 +248,8 @@ def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
         shared = chosen[:num_shared]
         chosen = chosen[num_shared:]
         rejected = rejected[num_shared:]
-        contents = {turn["content"].strip() for turn in shared}
-        if any(turn["content"].strip() not in contents for turn in prompt):
+        shared_contents = {turn["content"].strip() for turn in shared}
+        if any(turn["content"].strip() not in shared_contents for turn in prompt):
             message = '"chosen" and "rejected" are conversations that do not both begin with the prompt of the row'
             raise Refusal("differing_prompts", message)
         # From here on the prompt is what both conversations begin with.
@@ -259,7 +275,7 @@ def _num_shared_turns(first: list[Message], second: list[Message]) -> int:
 
 
 def history_of(column: Any) -> list[Message]:
-    """Earlier turns from pairs of a question and its answer. Raises Refusal."""
+    """Earlier turns of a conversation from a column of pairs [question, answer], or of one pair. Raises Refusal."""
     pairs = column if isinstance(column, list) else [column]
     turns = []
     for number, pair in enumerate(pairs, 1):
@@ -271,7 +287,7 @@ def history_of(column: Any) -> list[Message]:
 
 
 def tools_of(column: Any) -> list[dict[str, Any]] | None:
-    """The tools of a column: a list, or a JSON text of one; None where there are none. Raises Refusal: bad_tools."""
+    """The tools of a column: a list, or a JSON text of one; None if there are none. Raises Refusal: bad_tools."""
     if column is None or is_nothing(column):
         return None
     row_tools = _parse_json(column) if isinstance(column, str) else column
@@ -282,27 +298,30 @@ def tools_of(column: Any) -> list[dict[str, Any]] | None:
             "bad_tools", f'"tools" is {show_value(column)}; it must be a list of JSON schemas, or a JSON text of it'
         )
     tools = []
-    for number, row_tool in enumerate(row_tools, 1):
-        tool = row_tool
-        if isinstance(row_tool, dict) and "function" not in row_tool:
+    for number, tool in enumerate(row_tools, 1):
+        if isinstance(tool, dict) and "function" not in tool:
             # OpenAI's older form has the function without its wrapping.
-            tool = {"type": "function", "function": row_tool}
+            tool = {"type": "function", "function": tool}
         function = tool.get("function") if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name.strip():
             needs = '{"name": ..., "description": ..., "parameters": {...}}, perhaps below "function"'
             raise Refusal("bad_tools", f"tools[{number}] is {show_value(tool)}; it must be {needs}")
         tools.append(tool)
-    return _as_json(tools, "tools")
+    return _require_json(tools, "tools")
 
 
-def tells_tools(system: str, tools: list[dict[str, Any]]) -> bool:
-    """Whether a system turn tells the tools already, as in Hermes' data, so that a template must not tell them again."""
-    return "<tools>" in system and all(json.dumps(tool["function"]["name"])[1:-1] in system for tool in tools)
+def names_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
+    """Whether a system turn lists the tools already, as in Hermes' data, so that a template must not list them again."""
+    if "<tools>" not in system:
+        return False
+    # As the names stand in JSON, without its quotes.
+    names = [json.dumps(tool["function"]["name"])[1:-1] for tool in tools]
+    return all(name in system for name in names)
 
 
 def calls_of(column: Any, name: str) -> list[dict[str, Any]]:
-    """The calls of a turn: one or a list, or a JSON text of it. Raises Refusal: bad_tool_calls."""
+    """The tool calls of a turn, from one call, a list, or a JSON text of it. Raises Refusal: bad_tool_calls."""
     row_calls = _parse_json(column) if isinstance(column, str) else column
     if isinstance(row_calls, dict):
         row_calls = [row_calls]
@@ -310,20 +329,23 @@ def calls_of(column: Any, name: str) -> list[dict[str, Any]]:
         raise Refusal(
             "bad_tool_calls", f"{name} is {show_value(column)}; it must be a call or a list of calls, each {_CALL_FORM}"
         )
-    calls = [_call(call, f"{name}[{number}]") for number, call in enumerate(row_calls, 1)]
-    return _as_json(calls, name)
+    calls = [_read_call(call, f"{name}[{number}]") for number, call in enumerate(row_calls, 1)]
+    return _require_json(calls, name)
 
 
-def _call(row_call: Any, name: str) -> dict[str, Any]:
-    """A call in normal form. Raises Refusal: bad_tool_calls."""
+def _read_call(row_call: Any, name: str) -> dict[str, Any]:
+    """A tool call of a row as `{"type": "function", "function": {"name", "arguments"}}`, perhaps with its `id`.
+
+    `name` is what error messages call it. Raises Refusal.
+    """
     function = row_call.get("function", row_call) if isinstance(row_call, dict) else None
     if not isinstance(function, dict):
         function = {}
     function_name = function.get("name")
     arguments: Any = function.get("arguments", function.get("parameters"))
-    parsed = _parse_json(arguments) if isinstance(arguments, str) else arguments
-    if isinstance(parsed, dict):
-        arguments = parsed
+    parsed_arguments = _parse_json(arguments) if isinstance(arguments, str) else arguments
+    if isinstance(parsed_arguments, dict):
+        arguments = parsed_arguments
     elif arguments in (None, ""):
         arguments = {}
     is_named = isinstance(function_name, str) and bool(function_name.strip())
@@ -335,8 +357,8 @@ def _call(row_call: Any, name: str) -> dict[str, Any]:
     return {**call, "type": "function", "function": {"name": function_name, "arguments": arguments}}
 
 
-def _as_json(calls_or_tools: Any, name: str) -> Any:
-    """Return the calls or tools if they can be written as JSON in UTF-8. Raises Refusal."""
+def _require_json(calls_or_tools: Any, name: str) -> Any:
+    """The calls or tools themselves, if they can be written as JSON in UTF-8. Raises Refusal."""
     try:
         json.dumps(calls_or_tools, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
@@ -345,19 +367,21 @@ def _as_json(calls_or_tools: Any, name: str) -> Any:
 
 
 def _parse_json(text: str) -> Any:
-    """The value of a JSON text; the text itself where it is none, or where reading it would lose a key."""
+    """What a JSON text holds; the text itself if it is not JSON, or if reading it would lose a key or make NaN."""
     try:
-        return json.loads(text, object_pairs_hook=_refuse_doubled_keys, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_refuse_doubled_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return text
 
 
 def _refuse_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. Raises ValueError for a key that is there twice, of which json would keep the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError("a key is there twice")
     return fields
 
 
-def _no_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
+    """Raise ValueError for NaN and Infinity, which Python's json reads although they are not JSON."""
     raise ValueError(name)

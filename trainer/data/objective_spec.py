@@ -57,8 +57,10 @@ class DataSpec:
         return label_of(value)
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
-        """(reason, message) where a document that was read cannot be used, `WRONG_KIND` where its whole kind cannot; it then
-        goes to quarantine."""
+        """(reason, message) if the objective cannot use a document, which then goes to quarantine; None if it can.
+
+        The reason is `WRONG_KIND` if it can use no document of this kind, whatever it says.
+        """
         return None
 
     def encoder(self, tokenizer: PreTrainedTokenizerFast, config: DataConfig) -> Encoder:
@@ -68,14 +70,20 @@ class DataSpec:
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """Each document that teaches something with its sequences; none, with a reason counted, where nothing is left."""
+        """(document, its training sequences) for each document; a document of which nothing is left has none.
+
+        Drops are counted in `tally`, with their reason. A document may be missing altogether if it is no text to imitate.
+        """
         imitable_documents = [document for document in documents if imitable(document, tally)]
         for document, sample in encoder.encode(imitable_documents):
             pieces = fit_length(encoder, document, sample, config.max_length, config.over_length)
             yield document, keep_learnable(encoder, document, sample, pieces, tally)
 
     def counts(self, sample: Sample) -> dict[str, float]:
-        """Denominators that a sequence adds, by term; stored, after the shift: a first token has no target."""
+        """What a sequence adds to the denominator of each loss term. Stored with the prepared data.
+
+        Counted after the shift: a first token has no target.
+        """
         return {"loss": sample.learned_weight()}
 
     def numbered(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
@@ -101,7 +109,7 @@ class DataSpec:
 
 
 def imitable(document: Document, tally: Tally) -> bool:
-    """Answers marked as undesirable are no text to imitate."""
+    """Whether a document is text to imitate. An answer marked as undesirable is not; it is dropped and counted in `tally`."""
     if document.desirable is False:
         tally.drop("tokenise", "thumbs_down", document.location)
         return False

@@ -18,8 +18,8 @@ from trainer.data.sources import Input
 from trainer.data.tokens.encode import Encoder
 
 FIRST_ROWS = 100
-"""Documents of each input that are looked at."""
-_TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+"""Rows of each input that are looked at."""
+_EXCHANGE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +37,25 @@ class TurnTokens:
     def of(cls, encoder: Encoder) -> TurnTokens:
         """The turn tokens of an encoder's tokenizer and its chat template."""
         tokenizer = encoder.tokenizer
-        affixes = {tokenizer.bos_token, tokenizer.eos_token}
         rendered = ""
         if encoder.template is not None:
             try:
-                rendered = encoder.template.render_text(_TURNS * 2, "the chat template")
+                rendered = encoder.template.render_text(_EXCHANGE * 2, "the chat template")
             except DataError:  # a template that refuses this conversation is known by its ends of turns alone
                 rendered = "".join(encoder.template.all_end_tokens)
-        inside = tuple(name for name in encoder.escaper.tokens if name in rendered and name not in affixes)
-        return cls(inside, tokenizer.bos_token, tokenizer.eos_token)
+        inside = []
+        for token in encoder.escaper.tokens:
+            if token in rendered and token not in (tokenizer.bos_token, tokenizer.eos_token):
+                inside.append(token)
+        return cls(tuple(inside), tokenizer.bos_token, tokenizer.eos_token)
 
     def find_token(self, document: Document) -> str | None:
         """The token that makes a document's prompt or text look rendered; None if there is none."""
         text = document.prompt or document.text or ""
-        for name in self.inside:
-            if name in text:
-                return name
-        if document.prompt is not None:
+        for token in self.inside:
+            if token in text:
+                return token
+        if document.prompt is not None:  # BOS and EOS at its ends tell of a text alone
             return None
         stripped = text.strip()
         if self.first is not None and stripped.startswith(self.first):
@@ -65,7 +67,7 @@ class TurnTokens:
 
 def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReader], encoder: Encoder) -> None:
     """Raise DataError if most of an input's first texts or prompts already hold a rendered chat template."""
-    tokens = TurnTokens.of(encoder)
+    turn_tokens = TurnTokens.of(encoder)
     for source_input in inputs:
         num_texts = 0
         num_rendered = 0
@@ -74,14 +76,13 @@ def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReade
             if document.prompt is None and (document.text is None or document.label is not None):
                 continue  # a conversation, or a text that is only read to tell its label
             num_texts += 1
-            token = tokens.find_token(document)
+            token = turn_tokens.find_token(document)
             if token is not None:
                 num_rendered += 1
                 example = example or (document, token)
         if example is not None and num_rendered > num_texts / 2:
-            raise DataError(
-                f"{source_input.key}: {num_rendered} of the first {num_texts} {_explained(*example, tokens)}"
-            )
+            explanation = _explain_rendered(*example, turn_tokens)
+            raise DataError(f"{source_input.key}: {num_rendered} of the first {num_texts} {explanation}")
 
 
 def _first_documents(source_input: Input, reader: RowReader) -> Iterator[Document]:
@@ -93,18 +94,18 @@ def _first_documents(source_input: Input, reader: RowReader) -> Iterator[Documen
             yield document
 
 
-def _explained(document: Document, token: str, tokens: TurnTokens) -> str:
-    """The second half of the message: what such rows would teach, and the words that decide."""
+def _explain_rendered(document: Document, token: str, turn_tokens: TurnTokens) -> str:
+    """The end of the error message: what rows such as `document`, which spells `token`, would teach, and what to set instead."""
     if document.prompt is not None:
         return (
             f"prompts spell the chat template's own tokens, such as {token} ({document.location}), and the template would be "
             "written around them once more. Give such rows as messages, without the tokens. To learn these tokens as "
             "ordinary characters, set data.control_tokens=text"
         )
-    if token not in tokens.inside:
+    if token not in turn_tokens.inside:
         return (
-            f"texts begin or end with {token} ({document.location}), which would be learned as ordinary characters. To read it as "
-            "the special token, set data.control_tokens=keep, or take it out: preparation adds it to each sample. Of "
+            f"texts begin or end with {token} ({document.location}), which would be learned as ordinary characters. To read it "
+            "as the special token, set data.control_tokens=keep, or take it out: preparation adds it to each sample. Of "
             "conversations the questions are learned too; rows of messages would mask the questions. To learn the token as "
             "ordinary characters, set data.control_tokens=text"
         )

@@ -178,8 +178,9 @@ class SourceTargetEncoder(Encoder):
             return []
         if policy is OverLength.fail:
             raise DataError(
-                f"{document.location}: {prompt_length} tokens of prompt and {len(answer)} of answer are more than data.max_length="
-                f"{max_source} and objective.max_target={max_answer}; raise them, or set data.over_length to truncate or drop"
+                f"{document.location}: {prompt_length} tokens of prompt and {len(answer)} of answer are more than "
+                f"data.max_length={max_source} and objective.max_target={max_answer}; raise them, or set "
+                "data.over_length to truncate or drop"
             )
         if policy is not OverLength.truncate:
             raise AssertionError(f"the config layer refuses data.over_length={policy.value} here")

@@ -32,9 +32,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over its parameter groups. Called after sharding, alike on all ranks.
 
-    `model_names`: plain names of all parameters, also of frozen ones. `lr_factor(name)`: a factor on the rate of a parameter, from
-    the tuning method. AdamW uses torch's fused kernel; SGD does not, because its fused kernel knows no distributed tensors.
-    Raises ConfigError for groups that match no parameter, and for a package that is not installed.
+    `model_names`: plain names of all parameters, also of frozen ones. `lr_factor(name)`: the learning rate of a parameter as a
+    multiple of the run's, from the tuning method. AdamW uses torch's fused kernel; SGD does not, because its fused kernel knows
+    no distributed tensors. Raises ConfigError for groups that match no parameter, and for a package that is not installed.
     """
     trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     groups = group_parameters(config, trainable, model_names, lr_factor)

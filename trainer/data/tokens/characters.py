@@ -34,18 +34,18 @@ class ControlTokenEscaper:
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, backend: Tokenizer, end_tokens: Iterable[str | None]
     ) -> None:
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        # No mark fits into a token of a single character. The longest come first, so that the pattern prefers them.
-        self.tokens = sorted(
-            {name for name in (*special, *end_tokens) if name and len(name) > 1}, key=len, reverse=True
-        )
+        special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        # No mark fits into a token of a single character.
+        tokens = {token for token in (*special_tokens, *end_tokens) if token and len(token) > 1}
+        # The longest come first, so that the pattern prefers them.
+        self.tokens = sorted(tokens, key=len, reverse=True)
         self._backend = backend
         pattern = "|".join(map(re.escape, self.tokens))
         self._token_pattern = re.compile(pattern) if pattern else None
         self._escape_or_token = re.compile(f"{ESCAPE}|{pattern}")
 
     def spelled_in(self, text: str) -> bool:
-        """Whether a text spells one of them."""
+        """Whether a text spells one of the control tokens."""
         return self._token_pattern is not None and self._token_pattern.search(text) is not None
 
     def escape(self, text: str) -> str:
@@ -58,36 +58,42 @@ class ControlTokenEscaper:
     def to_backend(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
         """(the text that `backend` encodes, the spans in it), for a rendered text with escaped control tokens.
 
-        Escape marks disappear, and each control token that is meant gets one in front.
+        `spans`: character spans of `text`. Escape marks disappear, and each control token that is meant gets one in front.
         """
         # (position, by how many characters everything behind it moves)
         shifts: list[tuple[int, int]] = []
-        for match in self._escape_or_token.finditer(text):
+
+        def replace_match(match: re.Match[str]) -> str:
             is_escape = match.group() == ESCAPE
             shifts.append((match.start(), -1 if is_escape else 1))
+            return "" if is_escape else ESCAPE + match.group()
+
+        backend_text = self._escape_or_token.sub(replace_match, text)
 
         def moved(position: int) -> int:
-            return position + sum(shift for at, shift in shifts if at < position)
+            return position + sum(shift for start, shift in shifts if start < position)
 
-        def replacement(match: re.Match[str]) -> str:
-            return "" if match.group() == ESCAPE else ESCAPE + match.group()
-
-        backend_spans = [(moved(begin), moved(end)) for begin, end in spans]
-        return self._escape_or_token.sub(replacement, text), backend_spans
+        return backend_text, [(moved(begin), moved(end)) for begin, end in spans]
 
     @cached_property
     def backend(self) -> Tokenizer:
-        """The copy of the tokenizer, made when a first text needs it."""
+        """The copy of the tokenizer that knows control tokens with the mark in front; made when a first text needs it.
+
+        Errors: ConfigError for a tokenizer whose control tokens cannot be told from their spelling.
+        """
         from tokenizers import Tokenizer
 
+        # What a tokenizer.json holds.
         settings = json.loads(self._backend.to_str())
         model = settings["model"]
-        escaped = {name: ESCAPE + name for name in self.tokens}
-        for token in settings["added_tokens"]:
-            token["content"] = escaped.get(token["content"], token["content"])
+        escaped = {token: ESCAPE + token for token in self.tokens}
+        for added_token in settings["added_tokens"]:
+            content = added_token["content"]
+            added_token["content"] = escaped.get(content, content)
         # The model itself may hold them too, and would find them by their spelling (a Unigram model does).
-        if isinstance(vocab := model.get("vocab"), dict):
-            model["vocab"] = {escaped.get(piece, piece): number for piece, number in vocab.items()}
+        vocab = model.get("vocab")
+        if isinstance(vocab, dict):
+            model["vocab"] = {escaped.get(piece, piece): token_id for piece, token_id in vocab.items()}
         elif vocab is not None:
             model["vocab"] = [[escaped.get(piece, piece), score] for piece, score in vocab]
         if model.get("unk_token") in escaped:
@@ -96,14 +102,15 @@ class ControlTokenEscaper:
             backend = Tokenizer.from_str(json.dumps(settings))
         except Exception as error:  # the library raises no other; merges may be made of such tokens
             raise _not_distinguishable(self.tokens[0]) from error
-        for name in self.tokens:
-            if backend.token_to_id(ESCAPE + name) != self._backend.token_to_id(name):
-                raise _not_distinguishable(name)
+        for token in self.tokens:
+            if backend.token_to_id(ESCAPE + token) != self._backend.token_to_id(token):
+                raise _not_distinguishable(token)
         return backend
 
 
-def _not_distinguishable(name: str) -> ConfigError:
+def _not_distinguishable(token: str) -> ConfigError:
+    """The error for a tokenizer that has no way to read a control token as ordinary characters."""
     return ConfigError(
-        f"data.control_tokens=text: {name!r} cannot be told from its spelling with this tokenizer; set "
+        f"data.control_tokens=text: {token!r} cannot be told from its spelling with this tokenizer; set "
         "data.control_tokens=refuse or keep"
     )

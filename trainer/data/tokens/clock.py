@@ -14,9 +14,11 @@ from datetime import date, datetime
 CLOCK = "strftime_now"
 """How a template asks for the time."""
 _LITERAL_CALL = re.compile(rf"""{CLOCK}\(\s*(?:format\s*=\s*)?(["'])([^"'\\]*)\1\s*\)""")
+"""A call whose format is written into the template."""
 _CLOCK_CALL = re.compile(rf"{CLOCK}(?!\s+is\b)")
+"""Any call; `strftime_now is defined` is none."""
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
-_UNDATED = " (not in the fingerprint)"
+_NOT_IN_FINGERPRINT = " (not in the fingerprint)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +30,17 @@ class TemplateDate:
     """False for data of an earlier version, whose fingerprint did not know of the date."""
 
     def __str__(self) -> str:
-        return self.day.isoformat() + ("" if self.in_fingerprint else _UNDATED)
+        if self.in_fingerprint:
+            return self.day.isoformat()
+        return self.day.isoformat() + _NOT_IN_FINGERPRINT
 
     @classmethod
     def parse(cls, text: str) -> TemplateDate:
         """The date that `str` wrote. Raises ValueError."""
-        day, undated, trailing = text.partition(_UNDATED)
+        day, suffix, trailing = text.partition(_NOT_IN_FINGERPRINT)
         if trailing:
             raise ValueError(f"{text!r} is no date of a chat template")
-        return cls(date.fromisoformat(day), not undated)
+        return cls(date.fromisoformat(day), in_fingerprint=not suffix)
 
 
 def reads_clock(template: str | None) -> bool:
@@ -45,22 +49,29 @@ def reads_clock(template: str | None) -> bool:
 
 
 def with_date(template: str, day: date) -> str:
-    """The template with its calls of the clock replaced by the date `day`, at midnight."""
+    """The chat template with its calls of the clock replaced by the date `day`, at midnight."""
     midnight = datetime(day.year, day.month, day.day)
-    fixed = _LITERAL_CALL.sub(lambda match: json.dumps(midnight.strftime(match[2]), ensure_ascii=False), template)
+
+    def written_date(call: re.Match[str]) -> str:
+        return json.dumps(midnight.strftime(call[2]), ensure_ascii=False)
+
+    fixed = _LITERAL_CALL.sub(written_date, template)
     if not _CLOCK_CALL.search(fixed):
         return fixed
     # A format that is computed is filled in by the template itself: its own macro takes the place of the function.
-    replaced = "".join(
-        f" | replace({json.dumps(code)}, {json.dumps(value)})" for code, value in _directive_values(midnight)
-    )
+    replace_filters = ""
+    for directive, formatted in _directive_values(midnight):
+        replace_filters += f" | replace({json.dumps(directive)}, {json.dumps(formatted)})"
     # Jinja (with trim_blocks) removes the newline after a tag, so the template still begins at the start of a line.
-    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{fixed}"
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{replace_filters} }}}}{{%- endmacro %}}\n{fixed}"
 
 
 def _directive_values(moment: datetime) -> list[tuple[str, str]]:
     """(directive, value) of each strftime directive at `moment`, such as (`%-d`, "3") and (`%d`, "03")."""
-    codes = [f"%-{letter}" for letter in _DIRECTIVES] + [f"%{letter}" for letter in _DIRECTIVES]
-    directives = [(code, moment.strftime(code)) for code in codes]
-    # A directive that this system does not know comes back unchanged.
-    return [(code, text) for code, text in directives if text != code]
+    directives = [f"%-{letter}" for letter in _DIRECTIVES] + [f"%{letter}" for letter in _DIRECTIVES]
+    directive_values = []
+    for directive in directives:
+        formatted = moment.strftime(directive)
+        if formatted != directive:  # a directive that this system does not know comes back unchanged
+            directive_values.append((directive, formatted))
+    return directive_values

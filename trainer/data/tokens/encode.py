@@ -1,7 +1,7 @@
-"""Documents become samples: token ids and which of them are learned, in batches of the tokenizer's own Rust encoder.
+"""Tokenises documents: makes samples of token ids and label masks, in batches of the tokenizer's own Rust encoder.
 
-Which characters are learned comes from `trainer/data/tokens/template.py`; here they become tokens. Refuses samples that begin
-with two BOS tokens, and tokenizers without character offsets.
+`trainer/data/tokens/template.py` says which characters are learned; here they become tokens. Samples that begin with two BOS
+tokens are refused, and so are tokenizers without character offsets.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Encoder:
         self.opening, self.closing = self._natural_affixes()
         self._drop_post_processor()
         self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
-        ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
+        end_tokens = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
         # By these a sample is known to teach where a turn ends.
-        self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
-        self.escaper = ControlTokenEscaper(tokenizer, self._backend, ends)
+        self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in end_tokens if token}
+        self.escaper = ControlTokenEscaper(tokenizer, self._backend, end_tokens)
         self.control_tokens = ControlTokens.text if control_tokens is ControlTokens.auto else control_tokens
 
     def fix_date(self, date: TemplateDate | None) -> None:
@@ -71,14 +71,16 @@ class Encoder:
             self.template.fix_date(date.day)
 
     def _natural_affixes(self) -> tuple[list[int], list[int]]:
-        """Ids the tokenizer puts before and after a text by itself, such as BOS, or [CLS] and [SEP]."""
-        bare = self._backend.encode("a", add_special_tokens=False).ids
-        full = self._backend.encode("a", add_special_tokens=True).ids
+        """(ids the tokenizer puts before a text by itself, ids it puts behind it), such as BOS, or [CLS] and [SEP]."""
+        text_ids = self._backend.encode("a", add_special_tokens=False).ids
+        all_ids = self._backend.encode("a", add_special_tokens=True).ids
         # The text's own tokens stand somewhere between the affixes; a tokenizer that changes them has none that we
         # could add.
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :]
+        length = len(text_ids)
+        for begin in range(len(all_ids) - length + 1):
+            end = begin + length
+            if all_ids[begin:end] == text_ids:
+                return all_ids[:begin], all_ids[end:]
         return [], []
 
     def _drop_post_processor(self) -> None:
@@ -92,14 +94,15 @@ class Encoder:
 
         `fast=False` takes no short cuts: the same samples, found the long way. Raises DataError with file and line.
         """
-        source = iter(documents)
-        while batch := list(islice(source, DOCUMENTS_PER_BATCH)):
+        remaining = iter(documents)
+        while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
             answers = [(document, _messages(document)) for document in batch]
             yield from zip(batch, self.encode_answers(answers, fast=fast), strict=True)
 
     def encode_answers(self, answers: list[DocumentTurns], *, fast: bool = True) -> list[Sample]:
         """A sample of each document, made of the messages beside it; see `DocumentTurns`."""
-        return self._to_samples([document for document, _ in answers], self._render_all(answers, fast=fast))
+        rendered = self._render_all(answers, fast=fast)
+        return self._to_samples([document for document, _ in answers], rendered)
 
     def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
         """Preference pairs as (document, chosen, rejected); both begin with the same prompt tokens, which are not learned.
@@ -107,8 +110,8 @@ class Encoder:
         From the first token that is learned in one of them on, both are learned. Raises DataError with file and line,
         also where the template writes the prompt of the two differently.
         """
-        source = iter(documents)
-        while batch := list(islice(source, DOCUMENTS_PER_BATCH)):
+        remaining = iter(documents)
+        while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
             answers: list[DocumentTurns] = []
             for document in batch:
                 prompt = [{**message, "train": False} for message in document.messages or []]
@@ -131,14 +134,17 @@ class Encoder:
         content_begin = self.template.first_content_begin(turns, document.location, document.tools)
         if content_begin is None:
             return None
-        before = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
-        (encoding,), (rendered,) = self.tokenize([before])
-        _, last_character = rendered.spans[0]
+        before_content = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
+        (encoding,), (encoded_text,) = self.tokenize([before_content])
+        _, characters_before = encoded_text.spans[0]
         token_ends = np.array(encoding.offsets, dtype=np.int64)[:, 1]
-        return int(np.count_nonzero(token_ends <= last_character))
+        return int(np.count_nonzero(token_ends <= characters_before))
 
     def escape_text(self, document: Document, text: str) -> str:
-        """A text of a document with the control tokens that it spells escaped; the same object if it spells none."""
+        """A text of a document with the control tokens that it spells escaped; the same object if it spells none.
+
+        Raises RefusedDocument as `data.control_tokens` says, or for a text that cannot be escaped.
+        """
         if self.control_tokens is ControlTokens.keep or not self.escaper.spelled_in(text):
             return text
         if self.control_tokens is ControlTokens.refuse:
@@ -150,11 +156,10 @@ class Encoder:
         return self.escaper.escape(text)
 
     def tokenize(self, texts: list[RenderedText]) -> tuple[list[Encoding], list[RenderedText]]:
-        """(tokens of texts, the texts to which the tokens' offsets refer, which differ where control tokens are escaped)."""
-        # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
-        plain_texts = [text.text for text in texts]
+        """(tokens of each text, the texts to which the tokens' offsets refer, which differ if control tokens are escaped)."""
+        # add_special_tokens=False: templates write their own BOS, and the other formats get theirs in `_to_samples`.
         try:
-            encodings = self._backend.encode_batch(plain_texts, add_special_tokens=False)
+            encodings = self._backend.encode_batch([text.text for text in texts], add_special_tokens=False)
         except BaseException as error:
             if is_panic(error):  # a pattern without end, for example
                 raise tokenizer_panic(error, self.tokenizer.name_or_path) from error
@@ -180,28 +185,32 @@ class Encoder:
     def _render_all(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
         """Text and learned characters of each document, rendered by the chat template if it is a conversation."""
         # (messages, messages with escaped control tokens); None for a document that is no conversation.
-        chats: list[tuple[list[Message], list[Message]] | None] = []
+        turns_of_documents: list[tuple[list[Message], list[Message]] | None] = []
         conversations = []
         for document, messages in batch:
             if messages is None and document.prompt is not None and self.template is not None:
                 messages = document.conversation()
             if messages is None:
-                chats.append(None)
+                turns_of_documents.append(None)
                 continue
             escaped_messages = self._escape_messages(document, messages)
-            chats.append((messages, escaped_messages))
+            turns_of_documents.append((messages, escaped_messages))
             conversations.append((escaped_messages, document.location, document.tools))
+
         template = self.template
         if template is None and conversations:
             template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
-        rendered_chats = iter(template.render_all(conversations, fast=fast) if template else [])
+        rendered_conversations = iter(template.render_all(conversations, fast=fast) if template else [])
+
         rendered = []
-        for chat, (document, _) in zip(chats, batch, strict=True):
-            if chat is None or template is None:
+        for turns, (document, _) in zip(turns_of_documents, batch, strict=True):
+            if turns is None or template is None:
                 rendered.append(self._render_plain(document))
                 continue
-            rendered.append(next(rendered_chats))
-            self._weigh_and_check(template, document, *chat, rendered[-1])
+            conversation = next(rendered_conversations)
+            messages, escaped_messages = turns
+            self._weigh_and_check(template, document, messages, escaped_messages, conversation)
+            rendered.append(conversation)
         return rendered
 
     def _weigh_and_check(
@@ -212,36 +221,45 @@ class Encoder:
         escaped_messages: list[Message],
         rendered: RenderedText,
     ) -> None:
-        """Set the weights of the turns, and refuse a document whose template reads the control tokens that were escaped."""
+        """Set the weights of a rendered conversation's spans, and refuse it if escaping control tokens changed the rendering.
+
+        `escaped_messages` is what was rendered; it is `messages` itself if no control token had to be escaped. Errors:
+        RefusedDocument.
+        """
         if any("weight" in message for message in escaped_messages):
             learned = template.learned_turns(escaped_messages)
             rendered.weights = span_weights(learned, escaped_messages, rendered, document.location)
         if escaped_messages is messages:
             return
         rendered.escaped = True
-        plain = template.render_text(messages, document.location, document.tools).rstrip()
-        if not rendered.text.replace(ESCAPE, "").startswith(plain):
+        # A template may look for a control token in a content, and then write something else than it does for the escaped one.
+        unescaped_text = template.render_text(messages, document.location, document.tools).rstrip()
+        if not rendered.text.replace(ESCAPE, "").startswith(unescaped_text):
             reason = "the chat template looks for a control token that a text spells; remove it from the text"
             raise RefusedDocument(document.location, "refused_by_template", reason)
 
     def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
         """Messages with spelled control tokens escaped, except in answers and learned turns; the same list if none is."""
-        context = (message["content"] for message in messages if message["role"] != "assistant")
-        if not any(self.escaper.spelled_in(content) for content in context):
+        other_contents = (message["content"] for message in messages if message["role"] != "assistant")
+        if not any(self.escaper.spelled_in(content) for content in other_contents):
             return messages
         escaped = list(messages)
-        for number in self._context_turns(messages):
-            content = self.escape_text(document, messages[number]["content"])
-            escaped[number] = {**messages[number], "content": content}
+        for index in self._context_turns(messages):
+            content = self.escape_text(document, messages[index]["content"])
+            escaped[index] = {**messages[index], "content": content}
         return messages if escaped == messages else escaped
 
     def _context_turns(self, messages: list[Message]) -> list[int]:
-        """Which messages are neither answers nor learned."""
+        """Indices of the messages that are neither answers nor learned."""
         learned = self.template.learned_turns(messages) if self.template else ()
-        return [n for n, message in enumerate(messages) if message["role"] != "assistant" and n not in learned]
+        context_turns = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" and index not in learned:
+                context_turns.append(index)
+        return context_turns
 
     def _render_plain(self, document: Document) -> RenderedText:
-        """Text without a template: a completion is learned, an unlabelled text is learned whole."""
+        """A document's text and learned characters without a template: a completion is learned, an unlabelled text whole."""
         if document.prompt is not None:
             escaped_prompt = self.escape_text(document, document.prompt)
             prompt = escaped_prompt + document.separator
@@ -253,7 +271,11 @@ class Encoder:
         return RenderedText(text, spans, escaped=text != original)
 
     def _to_samples(self, documents: list[Document], rendered: list[RenderedText]) -> list[Sample]:
-        """Tokens, targets and marks of rendered texts, with the special tokens that belong around them."""
+        """The sample of each document: tokens of its rendered text, and the special tokens that belong around them.
+
+        Labelled texts get the tokenizer's own affixes, such as [CLS] and [SEP]. Other texts, and prompts with completions that no
+        template renders, get BOS (if the tokenizer has it) and a learned EOS. Conversations have what their template wrote.
+        """
         samples = []
         bos = self.bos_id
         encodings, texts = self.tokenize(rendered)
@@ -261,20 +283,21 @@ class Encoder:
             input_ids, supervised, weights = learned_tokens(encoding, text)
             marks: dict[str, float] = {}
             # A text with control tokens of its own may begin with the BOS that would be put before it.
-            begins_with_bos = (
-                self.control_tokens is ControlTokens.keep and bos is not None and input_ids[:1].tolist() == [bos]
-            )
+            begins_with_bos = False
+            if self.control_tokens is ControlTokens.keep and bos is not None:
+                begins_with_bos = input_ids[:1].tolist() == [bos]
             if document.label is not None:
-                marks[LABEL] = self._label(document)
+                marks[LABEL] = self._label_id(document)
                 opening = [] if begins_with_bos and self.opening == [bos] else self.opening
-                input_ids, supervised = _add_affixes(input_ids, supervised, opening, self.closing, learn=False)
+                input_ids, supervised = _add_affixes(input_ids, supervised, opening, self.closing, learn_closing=False)
             elif document.text is not None or (document.prompt is not None and self.template is None):
                 eos = self.eos_id
                 if eos is None:
                     raise ConfigError("the tokenizer has no eos_token, so no text would end; set one in its config")
-                opening = self.opening[:1] if self.opening[:1] == [bos] and not begins_with_bos else []
+                adds_bos = self.opening[:1] == [bos] and not begins_with_bos
+                opening = [bos] if adds_bos else []
                 closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
-                input_ids, supervised = _add_affixes(input_ids, supervised, opening, closing, learn=True)
+                input_ids, supervised = _add_affixes(input_ids, supervised, opening, closing, learn_closing=True)
             if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
                 message = (
                     f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
@@ -286,7 +309,8 @@ class Encoder:
             samples.append(Sample(input_ids, supervised, marks, weights))
         return samples
 
-    def _label(self, document: Document) -> int:
+    def _label_id(self, document: Document) -> int:
+        """The number of a document's label. Raises DataError for a label that is not known."""
         if document.label not in self.label_ids:
             raise DataError(
                 f"{document.location}: label {document.label!r} is none of {list(self.label_ids)} (objective.labels, or "
@@ -296,10 +320,10 @@ class Encoder:
 
 
 def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(ids of a text, which of its tokens are learned, the tokens' weights if the spans have weights).
+    """(ids of a text, which of its tokens are learned, the tokens' weights in the loss if the spans have weights).
 
-    A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
-    their own between two that have some.
+    `encoding`: the tokens of `rendered`. A token that straddles an edge of a span belongs to it, since generation would make it;
+    so do tokens without characters of their own between two that have some.
     """
     input_ids = np.array(encoding.ids, dtype=np.int32)
     supervised = np.zeros(len(input_ids), dtype=np.bool_)
@@ -315,26 +339,35 @@ def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarr
 
 
 def _tokens_of_span(encoding: Encoding, begin: int, end: int) -> slice:
-    """The tokens of the characters [begin, end)."""
+    """The tokens that the characters [begin, end) of a text became; empty if they became none."""
     if begin < end:
         first = encoding.char_to_token(begin)
         last = encoding.char_to_token(end - 1)
         if first is not None and last is not None:
             # A character may be several tokens: the span ends with the last of them.
-            while (after := encoding.token_to_chars(last + 1)) is not None and after[0] < end <= after[1]:
+            while (characters := encoding.token_to_chars(last + 1)) is not None:
+                token_begin, token_end = characters
+                if not token_begin < end <= token_end:
+                    break
                 last += 1
             return slice(first, last + 1)
     # The first or the last character is in no token (whitespace that the tokenizer drops): look at all offsets.
-    begins, ends = np.array(encoding.offsets, dtype=np.int64).T
-    inside = np.flatnonzero((begins < ends) & (ends > begin) & (begins < end))
-    return slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
+    token_begins, token_ends = np.array(encoding.offsets, dtype=np.int64).T
+    overlapping = np.flatnonzero((token_begins < token_ends) & (token_ends > begin) & (token_begins < end))
+    if not len(overlapping):
+        return slice(0)
+    return slice(overlapping[0], overlapping[-1] + 1)
 
 
 def span_weights(
     learned: list[int], messages: list[Message], rendered: RenderedText, location: str
 ) -> list[float] | None:
-    """The weight of each learned span of a conversation; None if each is 1. `learned`: the turns that are learned."""
-    weights = [messages[number].get("weight", 1.0) for number in learned]
+    """The weight in the loss of each learned span of a conversation; None if each is 1.
+
+    `learned`: indices of the learned turns. Raises RefusedDocument, with the row's `location`, if the template's blocks do not
+    match the turns.
+    """
+    weights = [messages[index].get("weight", 1.0) for index in learned]
     if all(weight == 1 for weight in weights):
         return None
     if len(rendered.spans) != len(weights):
@@ -354,15 +387,18 @@ def _messages(document: Document) -> list[Message] | None:
 
 
 def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
-    """Make both answers begin at the same token, after the same ones."""
-    starts = []
+    """Let the learned tokens of both answers of a preference pair begin at the same position, after the same prompt tokens.
+
+    Changes the samples. Raises RefusedDocument if an answer is not learned, or if the prompts differ.
+    """
     for name, sample in (("chosen", chosen), ("rejected", rejected)):
         if not sample.supervised.any():
             message = f"nothing of the {name} answer is learned; see data.learn"
             raise RefusedDocument(document.location, "nothing_to_learn", message)
-        starts.append(int(sample.supervised.argmax()))
-    shared = min(starts)
-    if not np.array_equal(chosen.input_ids[:shared], rejected.input_ids[:shared]):
+    chosen_begin = int(chosen.supervised.argmax())
+    rejected_begin = int(rejected.supervised.argmax())
+    prompt_length = min(chosen_begin, rejected_begin)
+    if not np.array_equal(chosen.input_ids[:prompt_length], rejected.input_ids[:prompt_length]):
         raise RefusedDocument(
             document.location,
             "differing_prompts",
@@ -370,20 +406,20 @@ def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
             "cannot be compared; give another template in model.chat_template",
         )
     # If one answer merges with the end of the prompt into one token, the other learns the token it has there.
-    chosen.supervised[shared : starts[0]] = True
-    rejected.supervised[shared : starts[1]] = True
+    chosen.supervised[prompt_length:chosen_begin] = True
+    rejected.supervised[prompt_length:rejected_begin] = True
 
 
 def _add_affixes(
-    ids: np.ndarray, supervised: np.ndarray, opening: list[int], closing: list[int], *, learn: bool
+    ids: np.ndarray, supervised: np.ndarray, opening: list[int], closing: list[int], *, learn_closing: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put special ids around a sample; the closing ones are learned if `learn`."""
+    """(ids, which are learned) of a sample with the special ids `opening` before it and `closing` behind it."""
     ids = np.concatenate([np.array(opening, np.int32), ids, np.array(closing, np.int32)])
     opening_mask = np.zeros(len(opening), np.bool_)
-    closing_mask = np.full(len(closing), learn, np.bool_)
+    closing_mask = np.full(len(closing), learn_closing, np.bool_)
     return ids, np.concatenate([opening_mask, supervised, closing_mask])
 
 
 def truncate(sample: Sample, max_length: int, tail: int) -> Sample:
-    """The first `max_length` tokens, of which the last `tail` are the sample's own last ones."""
+    """The first tokens of a sample, followed by its last `tail` tokens: `max_length` together."""
     return sample.cut(slice(max_length - tail), slice(len(sample.input_ids) - tail, None))

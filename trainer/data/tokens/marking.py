@@ -1,9 +1,11 @@
-"""Which characters of a rendered conversation are learned, found by rendering it again with marks around the learned contents.
+"""Finds which characters of a rendered conversation are learned, by rendering it again with marks around the learned contents.
 
-A way of marking counts only if the marked text without its marks is the plain text, character by character, and every
-learned turn shows its marks once, in order. What a template puts around contents, its skeleton, is remembered for each
-shape of conversation: its roles, which turns are learned, and the whitespace around each content. A later one of the shape has
-its spans read off only if skeleton and contents put together are its own rendering, character by character.
+A way of marking counts only if the marked text without its marks is the plain text, character by character, and every learned
+turn shows its marks once, in order.
+
+Rendering everything twice is slow. So the text that a template puts around contents, its skeleton, is remembered for each shape
+of conversation: the roles, which turns are learned, and the whitespace around each content. The spans of a later conversation
+of the same shape are read off the skeleton, but only if skeleton and contents together are exactly its rendering.
 """
 
 from __future__ import annotations
@@ -19,18 +21,28 @@ from trainer.data.document import Message, RefusedDocument
 
 RESERVED = "\U0010fb01\U0010fb02\U0010fb03\U0010fb04\U0010fb05"
 """Private-use characters of the last plane, which no font uses and no template looks for; data must not have them."""
-BEGIN, END, THOUGHT = RESERVED[0], RESERVED[1], RESERVED[2]
+BEGIN = RESERVED[0]
+END = RESERVED[1]
+"""Stand around the content of a turn."""
+THOUGHT = RESERVED[2]
+"""Stands where a thought begins."""
 _MARKS = re.compile(f"([{BEGIN}{END}{THOUGHT}])")
-_THOUGHT = re.compile(r"(\s*<think>\s*)?(.*</think>\s*)(.*)", re.DOTALL)
+_THOUGHT_AND_ANSWER = re.compile(r"(\s*<think>\s*)?(.*</think>\s*)(.*)", re.DOTALL)
 _MAX_SHAPES = 4096
+"""Shapes of conversations that are remembered; more are forgotten all at once, so that memory stays bounded."""
 _MAX_MISSES = 8
-_SKELETON_AT_USE = 2  # a skeleton costs a few renderings, which a shape that comes only once does not pay back
+"""After so many conversations that their shape's skeleton does not fit, the shape is always rendered twice."""
+_SKELETON_AT_USE = 2
+"""A skeleton is made when its shape comes for the second time: it costs a few renderings, which one use does not pay back."""
 
 Apply = Callable[..., str]
 """Renders messages, with the header of the turn to come if `prompt`."""
 Spans = list[tuple[int, int]]
 """[begin, end) of each learned turn, ascending."""
 Shape = tuple[object, ...]
+"""Roles, indices of learned turns, and the whitespace around each content."""
+ContentWhitespace = dict[int, tuple[str, str]]
+"""Whitespace (before, after) the content of each turn that has some, by the turn's index."""
 
 
 @dataclass(slots=True)
@@ -53,19 +65,26 @@ class _Skeleton:
     edges: list[tuple[int, int, int, int]]
     """Per span: how many contents are before its begin, how many characters of literals; the same two for its end."""
 
-    def fit(self, cores: list[str], text: str) -> tuple[str, Spans] | None:
-        """The closed text and its spans, if `text` is the skeleton with these contents."""
+    def fit(self, contents: list[str], text: str) -> tuple[str, Spans] | None:
+        """(closed text, its learned spans) of a conversation with these contents; None if `text` is not this skeleton's.
+
+        `contents`: without outer whitespace. `text`: the conversation as the template wrote it.
+        """
         pieces = [self.literals[0]]
+        # lengths_before[n]: how many characters the first n contents have together.
         lengths_before = [0]
-        for core, literal in zip(cores, self.literals[1:], strict=True):
-            pieces += (core, literal)
-            lengths_before.append(lengths_before[-1] + len(core))
+        for content, literal in zip(contents, self.literals[1:], strict=True):
+            pieces += (content, literal)
+            lengths_before.append(lengths_before[-1] + len(content))
         if "".join(pieces) != text:
             return None
         last_literal = self.literals[-1]
         if self.ending != last_literal:
             text = text[: len(text) - len(last_literal)] + self.ending
-        return text, [(lengths_before[i] + begin, lengths_before[j] + end) for i, begin, j, end in self.edges]
+        spans = []
+        for contents_before_begin, begin, contents_before_end, end in self.edges:
+            spans.append((lengths_before[contents_before_begin] + begin, lengths_before[contents_before_end] + end))
+        return text, spans
 
 
 class SpanFinder:
@@ -86,57 +105,64 @@ class SpanFinder:
         self._skeletons: dict[Shape, _Skeleton | None] = {}
         """None for a shape that has no skeleton: its conversations are always rendered twice."""
         self._times_seen: dict[Shape, int] = {}
+        """How often a shape without a skeleton came."""
         self._misses: dict[Shape, int] = {}
+        """How often the skeleton of a shape did not fit."""
 
     def find_spans(
         self, messages: list[Message], learned: list[int], text: str, location: str, *, fast: bool = True
     ) -> tuple[str, Spans]:
-        """(closed text, spans) of a conversation that is rendered as `text`. Errors: DataError, RefusedDocument."""
+        """(closed text, spans of the learned turns) of a conversation that is rendered as `text`.
+
+        `learned`: indices of the learned turns. `fast=False` renders it a second time in any case. Errors: DataError,
+        RefusedDocument.
+        """
         text_and_spans = self._spans_by_skeleton(messages, learned, text) if fast else None
         if text_and_spans is None:
             return self._spans_by_marking(messages, learned, text, location)
         return text_and_spans
 
     def _spans_by_skeleton(self, messages: list[Message], learned: list[int], text: str) -> tuple[str, Spans] | None:
-        """Closed text and spans by the skeleton of the conversation's shape; None if it must be rendered with marks."""
+        """(closed text, spans) by the skeleton of the conversation's shape; None if it must be rendered with marks."""
         roles: list[str] = []
-        cores: list[str] = []
-        spaces: list[tuple[int, str, str]] = []
-        for number, message in enumerate(messages):
+        contents: list[str] = []
+        whitespace: ContentWhitespace = {}
+        for index, message in enumerate(messages):
             content = message["content"]
-            core = content.strip()
+            trimmed = content.strip()
             # empty contents may be left out by a template, thoughts moved or hidden, other fields written as well
-            if not core or "</think>" in core or len(message) > 2:
+            if not trimmed or "</think>" in trimmed or len(message) > 2:
                 return None
-            if len(core) != len(content):
-                at = content.index(core)
-                spaces.append((number, content[:at], content[at + len(core) :]))
+            if len(trimmed) != len(content):
+                before, _, after = content.partition(trimmed)
+                whitespace[index] = (before, after)
             roles.append(message["role"])
-            cores.append(core)
-        shape = (*roles, tuple(learned), *spaces)
+            contents.append(trimmed)
+        shape = (*roles, tuple(learned), *whitespace.items())
         if shape in self._skeletons:
             skeleton = self._skeletons[shape]
         else:
-            skeleton = self._learn_skeleton(shape, roles, learned, spaces)
+            skeleton = self._learn_skeleton(shape, roles, learned, whitespace)
         if skeleton is None:
             return None
-        text_and_spans = skeleton.fit(cores, text)
+        text_and_spans = skeleton.fit(contents, text)
         if text_and_spans is not None:
             return text_and_spans
         # Either the template writes the time, and a skeleton learned anew will fit; or it looks into contents, and none
         # ever does. After `_MAX_MISSES` we assume the latter.
         self._misses[shape] = self._misses.get(shape, 0) + 1
-        self._skeletons[shape] = None
         if self._misses[shape] < _MAX_MISSES:
             del self._skeletons[shape]
+        else:
+            self._skeletons[shape] = None
         return None
 
     def _learn_skeleton(
-        self, shape: Shape, roles: list[str], learned: list[int], spaces: list[tuple[int, str, str]]
+        self, shape: Shape, roles: list[str], learned: list[int], whitespace: ContentWhitespace
     ) -> _Skeleton | None:
-        """Make the skeleton of a shape that comes again, by marking a conversation of placeholders.
+        """Make the skeleton of a shape that comes again, by marking a conversation whose contents are placeholders.
 
-        `spaces`: (turn, whitespace before its content, whitespace after it).
+        None for a shape that is new, or that has no skeleton.
         """
         self._times_seen[shape] = self._times_seen.get(shape, 0) + 1
         if self._times_seen[shape] < _SKELETON_AT_USE:
@@ -145,19 +171,18 @@ class SpanFinder:
             return None
         if len(self._skeletons) >= _MAX_SHAPES:
             self._skeletons.clear()
-        whitespace = {number: (before, after) for number, before, after in spaces}
         placeholders: list[str] = []
         messages: list[Message] = []
-        for number, role in enumerate(roles):
-            placeholder = f"{RESERVED[3]}{number}{RESERVED[4]}"
-            before, after = whitespace.get(number, ("", ""))
+        for index, role in enumerate(roles):
+            placeholder = f"{RESERVED[3]}{index}{RESERVED[4]}"
+            before, after = whitespace.get(index, ("", ""))
             placeholders.append(placeholder)
             messages.append({"role": role, "content": before + placeholder + after})
         self._skeletons[shape] = None
         try:
             text = self._apply(messages)
-            closed, spans = self._spans_by_marking(messages, learned, text, "")
-            self._skeletons[shape] = self._cut_skeleton(placeholders, text, closed, spans)
+            closed_text, spans = self._spans_by_marking(messages, learned, text, "")
+            self._skeletons[shape] = self._cut_skeleton(placeholders, text, closed_text, spans)
         except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
             return None
         return self._skeletons[shape]
@@ -165,7 +190,7 @@ class SpanFinder:
     def _spans_by_marking(
         self, messages: list[Message], learned: list[int], text: str, location: str
     ) -> tuple[str, Spans]:
-        """Closed text and spans by rendering the conversation a second time, with marks around the learned contents."""
+        """(closed text, spans) by rendering the conversation a second time, with marks around the learned contents."""
         try:
             spans = self._content_spans(messages, learned, text, location)
         except DataError:
@@ -177,12 +202,15 @@ class SpanFinder:
         return self.close_turns(text, spans, [messages[i]["role"] for i in learned])
 
     def _content_spans(self, messages: list[Message], learned: list[int], text: str, location: str) -> Spans:
-        """Spans of the learned contents in `text`, by the first way of marking that leaves the text unchanged."""
-        for mark in (mark_whole, mark_trimmed, mark_thought):
-            turns = render_marked(self._apply, messages, learned, text, [mark] * len(messages))
+        """Spans of the learned contents in `text`, by the first way of marking that leaves the text unchanged.
+
+        Errors: DataError if none does; RefusedDocument if a thought is lost.
+        """
+        for mark_content in (mark_whole, mark_trimmed, mark_thought):
+            turns = render_marked(self._apply, messages, learned, text, [mark_content] * len(messages))
             if turns is None:
                 continue
-            if mark is mark_trimmed:
+            if mark_content is mark_trimmed:
                 self._include_kept_whitespace(messages, learned, text, turns)
             spans = []
             for number, turn in enumerate(turns):
@@ -199,35 +227,40 @@ class SpanFinder:
     def _include_kept_whitespace(
         self, messages: list[Message], learned: list[int], text: str, turns: list[_MarkedTurn]
     ) -> None:
-        """Widen each turn by the outer whitespace that the template keeps: it may trim some turns only, or line ends only."""
+        """Widen each of the learned `turns` by the outer whitespace of its content that the template keeps.
+
+        A template may trim some turns only, or line ends only.
+        """
         for number, index in enumerate(learned):
             content = messages[index]["content"]
-            core_begin = len(content) - len(content.lstrip())
-            core_end = core_begin + len(content.strip())
+            trimmed_begin = len(content) - len(content.lstrip())
+            trimmed_end = trimmed_begin + len(content.strip())
 
-            def try_marks(first: int, last: int, number: int = number, index: int = index) -> bool:
-                """Whether marks around content[first:last] leave the text unchanged; if so, the turn takes this span."""
-                marks: list[Callable[[str], str]] = [mark_trimmed] * len(messages)
-                marks[index] = partial(mark_between, first=first, last=last)
-                wider = render_marked(self._apply, messages, learned, text, marks)
-                if wider is not None:
-                    turns[number] = wider[number]
-                return wider is not None
+            def try_marks(begin: int, end: int, number: int = number, index: int = index) -> bool:
+                """Whether marks around content[begin:end] leave the text unchanged; if so, the turn takes this span."""
+                markers: list[Callable[[str], str]] = [mark_trimmed] * len(messages)
+                markers[index] = partial(mark_between, begin=begin, end=end)
+                wider_turns = render_marked(self._apply, messages, learned, text, markers)
+                if wider_turns is not None:
+                    turns[number] = wider_turns[number]
+                return wider_turns is not None
 
             if content == content.strip() or try_marks(0, len(content)):
                 continue
             # A template trims a beginning or an end of the whitespace. A mark inside that part would keep it from being
             # trimmed, and the text would differ. So the outermost mark that works is found by bisection.
-            first = bisect_left(range(core_begin), True, key=lambda at: try_marks(at, core_end))
-            last = len(content)
-            last -= bisect_left(range(last - core_end), True, key=lambda left_out: try_marks(first, last - left_out))
+            begin = bisect_left(range(trimmed_begin), True, key=lambda position: try_marks(position, trimmed_end))
+            length = len(content)
+            bisect_left(
+                range(length - trimmed_end), True, key=lambda num_trimmed: try_marks(begin, length - num_trimmed)
+            )
 
     def _learning_begin(
         self, messages: list[Message], learned: list[int], text: str, number: int, turn: _MarkedTurn, location: str
     ) -> int:
-        """Where learning begins: at the content; with a thought, where generation would have begun.
+        """Where learning of the turn `learned[number]` begins in `text`: at its content; with a thought, where generation would.
 
-        `turn` is the `number`th learned turn.
+        Errors: RefusedDocument if the template throws the thought of the last turn away, or has no such place.
         """
         has_thought = "</think>" in messages[learned[number]]["content"]
         is_last = number == len(learned) - 1
@@ -250,7 +283,11 @@ class SpanFinder:
     def close_turns(
         self, text: str, spans: Spans, roles: list[str], already_closed: tuple[str, ...] = ()
     ) -> tuple[str, Spans]:
-        """Extend every span by its end-of-turn token, unless it ends with one of `already_closed`; append EOS if needed."""
+        """(closed text, spans that include the end-of-turn tokens) of a rendered conversation with learned `spans`.
+
+        `roles`: of the turns that the spans belong to. A span that ends with one of the tokens `already_closed` stays as it is.
+        EOS is appended if nothing closes the last turn.
+        """
         closed_spans = []
         for number, ((begin, end), role) in enumerate(zip(spans, roles, strict=True)):
             is_final = number == len(spans) - 1
@@ -265,28 +302,33 @@ class SpanFinder:
             closed_spans.append((begin, end))
         return text, closed_spans
 
-    def _cut_skeleton(self, placeholders: list[str], text: str, closed: str, spans: Spans) -> _Skeleton | None:
-        """Take the placeholders out of a text; None unless it has each of them once, in order."""
+    def _cut_skeleton(self, placeholders: list[str], text: str, closed_text: str, spans: Spans) -> _Skeleton | None:
+        """The skeleton of a conversation of placeholders: its `text` without them, and where its `spans` lie between them.
+
+        `spans` are positions in `closed_text`. None unless the text has each placeholder once, in order.
+        """
         literals: list[str] = []
-        starts: list[int] = []
+        placeholder_begins: list[int] = []
         position = 0
         for placeholder in placeholders:
-            at = text.find(placeholder, position)
-            if at < 0 or text.count(placeholder) != 1:
+            begin = text.find(placeholder, position)
+            if begin < 0 or text.count(placeholder) != 1:
                 return None
-            literals.append(text[position:at])
-            starts.append(at)
-            position = at + len(placeholder)
-        if closed[:position] != text[:position]:
+            literals.append(text[position:begin])
+            placeholder_begins.append(begin)
+            position = begin + len(placeholder)
+        if closed_text[:position] != text[:position]:
             return None
         literals.append(text[position:])
 
-        def split_position(at: int) -> tuple[int, int] | None:
+        def split_position(position: int) -> tuple[int, int] | None:
             """(placeholders before a position, characters of literals before it); None inside a placeholder."""
-            count = bisect_left(starts, at)
-            if count and at < starts[count - 1] + len(placeholders[count - 1]):
-                return None
-            return count, at - sum(map(len, placeholders[:count]))
+            num_before = bisect_left(placeholder_begins, position)
+            if num_before:
+                last = num_before - 1
+                if position < placeholder_begins[last] + len(placeholders[last]):
+                    return None
+            return num_before, position - sum(map(len, placeholders[:num_before]))
 
         edges = []
         for begin, end in spans:
@@ -301,68 +343,74 @@ class SpanFinder:
                 if any(len(token) > len(literal) and token.startswith(literal) for token in self._added_tokens):
                     return None
             edges.append((*begin_edge, *end_edge))
-        return _Skeleton(literals, closed[position:], edges)
+        return _Skeleton(literals, closed_text[position:], edges)
 
 
 def render_marked(
-    apply: Apply, messages: list[Message], learned: list[int], text: str, marks: list[Callable[[str], str]]
+    apply: Apply, messages: list[Message], learned: list[int], text: str, markers: list[Callable[[str], str]]
 ) -> list[_MarkedTurn] | None:
-    """Render with marks; None unless every learned turn shows them once, in order, and the text is the same."""
+    """Render a conversation with marks in the learned contents, and return where they stand in `text`, one a learned turn.
+
+    `text`: the rendering without marks. `markers[index]` puts the marks into the content of message `index`. None unless every
+    learned turn shows its marks once, in order, and the text is otherwise the same.
+    """
     marked_messages = list(messages)
-    for i in learned:
-        marked_messages[i] = {**messages[i], "content": marks[i](messages[i]["content"])}
+    for index in learned:
+        message = messages[index]
+        marked_messages[index] = {**message, "content": markers[index](message["content"])}
     # Text and marks alternate: pieces[0::2] is text, pieces[1::2] are marks.
     pieces = _MARKS.split(apply(marked_messages))
     if "".join(pieces[::2]) != text:
         return None
     turns: list[_MarkedTurn] = []
     position = 0
-    thought = None
-    begin = None
+    thought_begin = None
+    content_begin = None
     for piece, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
         position += len(piece)
-        if mark == THOUGHT and thought is None and begin is None:
-            thought = position
-        elif mark == BEGIN and begin is None:
-            begin = position
-        elif mark == END and begin is not None:
-            turns.append(_MarkedTurn(thought, begin, position))
-            thought = begin = None
-        elif mark:
+        if mark == THOUGHT and thought_begin is None and content_begin is None:
+            thought_begin = position
+        elif mark == BEGIN and content_begin is None:
+            content_begin = position
+        elif mark == END and content_begin is not None:
+            turns.append(_MarkedTurn(thought_begin, content_begin, position))
+            thought_begin = None
+            content_begin = None
+        elif mark:  # out of order, or twice
             return None
-    if begin is not None or thought is not None or len(turns) != len(learned):
-        return None
-    return turns
+    is_complete = content_begin is None and thought_begin is None and len(turns) == len(learned)
+    return turns if is_complete else None
 
 
 def leading_token_pattern(tokens: list[str]) -> re.Pattern[str]:
-    """Matches one of the tokens, the longest first, after whitespace."""
+    """A pattern that matches one of the tokens, the longest that fits, after any whitespace."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
 def mark_whole(content: str) -> str:
-    """Marks around everything."""
+    """A message's content with marks around all of it."""
     return f"{BEGIN}{content}{END}"
 
 
-def mark_between(content: str, first: int, last: int) -> str:
-    """Marks around a part."""
-    return f"{content[:first]}{BEGIN}{content[first:last]}{END}{content[last:]}"
+def mark_between(content: str, begin: int, end: int) -> str:
+    """A message's content with marks around content[begin:end]."""
+    return f"{content[:begin]}{BEGIN}{content[begin:end]}{END}{content[end:]}"
 
 
 def mark_trimmed(content: str) -> str:
-    """Marks inside the outer whitespace, so that the template still trims it, if it trims."""
-    at = len(content) - len(content.lstrip())
-    return mark_between(content, at, at + len(content.strip()))
+    """A message's content with marks inside its outer whitespace, so that a template that trims still does."""
+    begin = len(content) - len(content.lstrip())
+    return mark_between(content, begin, begin + len(content.strip()))
 
 
 def mark_thought(content: str) -> str:
-    """Marks for templates that take a <think> part out of the content and put it elsewhere, or nowhere."""
-    match = _THOUGHT.fullmatch(content)
+    """A message's content with marks for templates that take a <think> part out and put it elsewhere, or nowhere."""
+    match = _THOUGHT_AND_ANSWER.fullmatch(content)
     if match is None:
         return mark_trimmed(content)
-    return f"{match.group(1) or ''}{THOUGHT}{match.group(2)}{mark_trimmed(match.group(3))}"
+    opening, thought, answer = match.groups()
+    return f"{opening or ''}{THOUGHT}{thought}{mark_trimmed(answer)}"
 
 
 def mark_thought_alone(content: str) -> str:

@@ -1,8 +1,8 @@
-"""What of a rendered conversation is learned: the character spans of the learned turns, found in its own output.
+"""Renders conversations with a chat template, and finds the character spans of the turns that are learned.
 
-Stock chat templates do not say which text the assistant wrote. A conversation is therefore rendered twice: as it is,
-and with marks around every learned content (`trainer/data/tokens/marking.py`); a template that rewrites what it is given ends in
-a DataError, never in a wrong mask. Templates with `{% generation %}` blocks are taken at their word. Conversations with tools,
+Stock chat templates do not say which text the assistant wrote. A conversation is therefore rendered twice: as it is, and with
+marks around every learned content (`trainer/data/tokens/marking.py`). A template that rewrites what it is given ends in a
+DataError, never in a wrong mask. Templates with `{% generation %}` blocks are taken at their word. Conversations with tools,
 calls or thoughts are marked turn by turn (`trainer/data/tokens/tool_call_masks.py`).
 """
 
@@ -41,8 +41,8 @@ from trainer.data.tokens.tool_call_masks import Chat, TurnSpanFinder, template_r
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_RESERVED = re.compile(f"[{RESERVED}]")
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_RESERVED_CHARACTER = re.compile(f"[{RESERVED}]")
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = ("system", "user", "assistant")
 MAX_CPU_SECONDS = 30
 """Processor seconds for one call of a template: thousands of times what a batch of conversations takes."""
@@ -96,15 +96,17 @@ class ChatTemplate:
             raise ConfigError(f"data.learn.roles={list(self.learn.roles)} must name one or more of {', '.join(ROLES)}")
         self.tokenizer = tokenizer
         self.source: str = tokenizer.get_chat_template()
-        self.marks_generation = _GENERATION.search(self.source) is not None
+        self.has_generation_blocks = _GENERATION_BLOCK.search(self.source) is not None
         self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self.end_tokens, user_end_tokens = self._probe_end_tokens()
         """Tokens that close assistant turns."""
         self.all_end_tokens = self.end_tokens | user_end_tokens
         """Tokens that close a turn of any role."""
         self._end_tokens_by_role = dict.fromkeys(ROLES, self.all_end_tokens) | {"assistant": self.end_tokens}
-        patterns = {role: leading_token_pattern([*ends]) for role, ends in self._end_tokens_by_role.items()}
-        self._span_finder = SpanFinder(self._apply, self._added_tokens, patterns, str(tokenizer.eos_token))
+        end_patterns = {}
+        for role, end_tokens in self._end_tokens_by_role.items():
+            end_patterns[role] = leading_token_pattern([*end_tokens])
+        self._span_finder = SpanFinder(self._apply, self._added_tokens, end_patterns, str(tokenizer.eos_token))
 
     def fix_date(self, day: date) -> None:
         """Make the template write `day` as today's date."""
@@ -115,32 +117,40 @@ class ChatTemplate:
         return TurnSpanFinder(self._apply, self.learn.reasoning, self._added_tokens, self._end_tokens_by_role)
 
     def learned_turns(self, messages: Sequence[Message]) -> list[int]:
-        """Which messages are learned, ascending."""
+        """Indices of the messages that are learned, ascending: by their own `train` field, else by `data.learn`."""
         learned = []
-        for number, message in enumerate(messages):
+        for index, message in enumerate(messages):
             own_setting = message.get("train")  # goes before data.learn.roles
             if own_setting or (own_setting is None and message["role"] in self.learn.roles):
-                learned.append(number)
-        return learned[-1:] if self.learn.turns is LearnTurns.last else learned
+                learned.append(index)
+        if self.learn.turns is LearnTurns.last:
+            return learned[-1:]
+        return learned
 
     def render_all(
         self, conversations: Sequence[tuple[Sequence[Message], str, Tools]], *, fast: bool = True
     ) -> list[RenderedText]:
-        """Texts and spans of conversations, each with its `file:line` and tools. Turns after the last learned one are left out.
+        """The text of each conversation, and the character spans of it that are learned.
 
+        `conversations`: (messages, `file:line` of the row, tools) of each. Turns after the last learned one are left out.
         Learned are the content of a learned turn and the end-of-turn token after it, whitespace between them included.
-        A template that closes the last turn with nothing gets the eos token appended. Where nothing is learned there
-        are no spans. `fast=False` renders every conversation twice. Raises RefusedDocument for one that cannot be used.
+        If the template does not close the last turn, the eos token is appended. `fast=False` renders every conversation twice.
+        Raises RefusedDocument for one that cannot be used.
         """
         jobs = [self._make_job(messages, location, tools) for messages, location, tools in conversations]
         # Plain conversations are rendered in two batches, without and with the spans of generation blocks.
         without_blocks: list[RenderJob] = []
         with_blocks: list[RenderJob] = []
         for job in jobs:
-            if job.chat is None:
-                (with_blocks if self._uses_blocks(job.messages, job.learned) else without_blocks).append(job)
+            if job.chat is not None:
+                continue
+            if self._uses_blocks(job.messages, job.learned):
+                with_blocks.append(job)
+            else:
+                without_blocks.append(job)
         plain_texts = iter(self._apply_all(without_blocks))
         block_texts = iter(self._apply_all(with_blocks, return_assistant_tokens_mask=True))
+
         find_spans = partial(self._span_finder.find_spans, fast=fast)
         rendered = []
         for job in jobs:
@@ -172,32 +182,38 @@ class ChatTemplate:
         return text
 
     def first_content_begin(self, messages: Sequence[Message], location: str, tools: Tools = None) -> int | None:
-        """Where the content of the first message after the system turns begins in the text; None if that cannot be found out."""
+        """The character of the rendered text at which the first message after the system turns begins.
+
+        None if there is no such message, or if the template does not let us find out.
+        """
         job = self._make_job(messages, location, tools)
-        index = next((i for i, message in enumerate(job.messages) if message["role"] != "system"), None)
-        if index is None:
+        first = next((index for index, message in enumerate(job.messages) if message["role"] != "system"), None)
+        if first is None:
             return None
 
-        def find() -> int | None:
-            """Render with marks around that content."""
+        def find_begin() -> int | None:
+            """Render with marks around that message's content."""
             apply = self._apply if job.chat is None else job.chat.apply
             text = apply(job.messages)
-            for mark in (mark_whole, mark_trimmed):
-                turns = render_marked(apply, job.messages, [index], text, [mark] * len(job.messages))
+            for mark_content in (mark_whole, mark_trimmed):
+                turns = render_marked(apply, job.messages, [first], text, [mark_content] * len(job.messages))
                 if turns is not None:
                     return turns[0].begin
             return None
 
-        return self._guard(find, location=location)
+        return self._guard(find_begin, location=location)
 
     def _make_job(self, messages: Sequence[Message], location: str, tools: Tools) -> RenderJob:
-        """Make a conversation ready for the template. Raises RefusedDocument if it has reserved characters."""
+        """Make a conversation ready for the template: its turns up to the last learned one, as the template gets them.
+
+        Raises RefusedDocument if it has reserved characters.
+        """
         learned = self.learned_turns(messages)
         if learned:
             messages = messages[: learned[-1] + 1]
         for message in messages:
             for text in texts_in(message):
-                if not text.isascii() and _RESERVED.search(text):
+                if not text.isascii() and _RESERVED_CHARACTER.search(text):
                     raise RefusedDocument(
                         location,
                         "reserved_character",
@@ -207,9 +223,11 @@ class ChatTemplate:
         # Thoughts that are dropped must go before the template sees them.
         if self.learn.reasoning is Reasoning.drop:
             turns = [_without_thought(message, location) for message in turns]
-        has_unlearned_thought = self.learn.reasoning is not Reasoning.learn and any(
-            "</think>" in message["content"] for message in turns
-        )
+
+        has_unlearned_thought = False
+        if self.learn.reasoning is not Reasoning.learn:
+            has_unlearned_thought = any("</think>" in message["content"] for message in turns)
+        # More fields than role and content: calls, or a thought of its own.
         has_calls_or_results = any(len(message) > 2 or message["role"] == "tool" for message in turns)
         if not (tools or has_unlearned_thought or has_calls_or_results):
             return RenderJob(turns, learned, location, None)
@@ -217,7 +235,10 @@ class ChatTemplate:
         return RenderJob(chat.messages, learned, location, chat)
 
     def _apply_all(self, jobs: list[RenderJob], **options: Any) -> list[tuple[str, Spans]]:
-        """Render a batch; if the template refuses it, render one by one to tell which conversation it refuses."""
+        """(text, spans of its generation blocks) of each conversation. `options`: see `_render_batch`.
+
+        If the template refuses the batch, they are rendered one by one, to tell which conversation it refuses.
+        """
         if not jobs:
             return []
         try:
@@ -225,17 +246,18 @@ class ChatTemplate:
         except TemplateLimitExceeded as error:
             raise self._limit_error(error, jobs[0].location, len(jobs)) from error
         except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
-            return [self._guard(self._render_one, job, options, location=job.location) for job in jobs]
+            render_batch = partial(self._render_batch, **options)
+            rendered = []
+            for job in jobs:
+                rendered += self._guard(render_batch, [job.messages], location=job.location)
+            return rendered
 
-    def _render_one(self, job: RenderJob, options: dict[str, Any]) -> tuple[str, Spans]:
-        return self._render_batch([job.messages], **options)[0]
-
-    def _guard(self, work: Callable[..., Any], *args: Any, location: str) -> Any:
-        """Call `work`, and turn what the template raises into errors about the document at `where` or about the settings."""
+    def _guard(self, render: Callable[..., Any], *args: Any, location: str) -> Any:
+        """Call `render(*args)`, and turn what the template raises into errors about the row at `location` or the settings."""
         from jinja2 import TemplateSyntaxError
 
         try:
-            return work(*args)
+            return render(*args)
         except DataError:
             raise
         except TemplateLimitExceeded as error:
@@ -268,45 +290,58 @@ class ChatTemplate:
         return rendered
 
     @staticmethod
-    def _limit_error(error: TemplateLimitExceeded, location: str, conversations: int) -> ConfigError:
-        count = "a conversation" if conversations == 1 else f"{conversations} conversations"
+    def _limit_error(error: TemplateLimitExceeded, location: str, num_conversations: int) -> ConfigError:
+        """The error about the settings for a template that took too much time or memory. `location`: the first conversation."""
+        what = f"a conversation ({location})"
+        if num_conversations > 1:
+            what = f"{num_conversations} conversations ({location} on)"
         return ConfigError(
-            f"the chat template {error} for {count} ({location}{' on' if conversations > 1 else ''}): it loops, or multiplies; "
-            "give another in model.chat_template"
+            f"the chat template {error} for {what}: it loops, or multiplies; give another in model.chat_template"
         )
 
     def _render_batch(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
-        """(text, spans of its generation blocks) of each conversation; no spans unless `options` ask for a mask."""
-        special = self.tokenizer.special_tokens_map
+        """(text, spans of its generation blocks) of each conversation; no spans unless `options` ask for a mask.
+
+        `options`: those of `render_conversations`, such as `add_generation_prompt`, `tools`, `return_assistant_tokens_mask`.
+        """
+        special_tokens = self.tokenizer.special_tokens_map
         with resource_limits():
-            texts, blocks = render_conversations(conversations, self.source, **options, **special)
+            texts, blocks = render_conversations(conversations, self.source, **options, **special_tokens)
         return list(zip(texts, blocks, strict=True))
 
     def _apply(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
-        return self._render_batch([messages], add_generation_prompt=prompt, tools=tools)[0][0]
+        """The text of one conversation, with the header of the assistant turn to come if `prompt`."""
+        ((text, _),) = self._render_batch([messages], add_generation_prompt=prompt, tools=tools)
+        return text
 
     def _uses_blocks(self, messages: list[Message], learned: list[int]) -> bool:
         """Whether the template's generation blocks tell the learned turns: they are about assistant turns alone."""
-        return self.marks_generation and bool(learned) and all(messages[i]["role"] == "assistant" for i in learned)
+        if not self.has_generation_blocks or not learned:
+            return False
+        return all(messages[index]["role"] == "assistant" for index in learned)
 
     def _spans_of_blocks(
         self, messages: list[Message], learned: list[int], location: str, text_and_blocks: tuple[str, Spans]
     ) -> RenderedText:
-        """Text and spans of a conversation from the template's own `{% generation %}` blocks."""
+        """Text and learned spans of a conversation from the template's own `{% generation %}` blocks.
+
+        `learned`: indices of the learned turns. `text_and_blocks`: what `_render_batch` gives for the conversation. Errors:
+        RefusedDocument if the blocks are empty, or do not tell the learned turns.
+        """
         text, blocks = text_and_blocks
         spans = [(int(begin), int(end)) for begin, end in blocks]
         if not spans or any(begin >= end for begin, end in spans):
             raise template_refusal(location, "the {% generation %} blocks of the chat template are empty here")
-        assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if assistants != learned:
-            if len(spans) != len(assistants):
+        assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if assistant_turns != learned:  # some are not learned: one block must belong to each turn
+            if len(spans) != len(assistant_turns):
                 raise template_refusal(
                     location,
                     f"only some assistant turns are to be learned, but the chat template has {len(spans)} "
-                    f"{{% generation %}} blocks for {len(assistants)} turns; learn all turns or give another template "
+                    f"{{% generation %}} blocks for {len(assistant_turns)} turns; learn all turns or give another template "
                     "in model.chat_template",
                 )
-            spans = [spans[assistants.index(i)] for i in learned]
+            spans = [spans[assistant_turns.index(index)] for index in learned]
         roles = ["assistant"] * len(spans)
         # A block may or may not hold the end-of-turn token.
         closed_text, closed_spans = self._span_finder.close_turns(text, spans, roles, tuple(self.end_tokens))
@@ -323,27 +358,33 @@ class ChatTemplate:
         if text is None:
             return end_tokens, set()
         any_token = leading_token_pattern(self._added_tokens)
-        parts = re.split(f"{BEGIN}[^{END}]*{END}", text)
-        if len(parts) != 5:
+        around_contents = re.split(f"{BEGIN}[^{END}]*{END}", text)
+        if len(around_contents) != 5:  # the template left a content out, or wrote one twice
             return end_tokens, set()
-        header, after_user, middle, _, tail = parts
-        # `middle` closes an assistant turn and opens a user turn. What it has in common with the end of `header`, which
+        header, after_user, after_assistant, _, after_last = around_contents
+
+        # `after_assistant` closes an assistant turn and opens a user turn. What it has in common with the end of `header`, which
         # opens the first user turn, is the opening.
         shared = 0
-        while shared < min(len(header), len(middle)) and header[-shared - 1] == middle[-shared - 1]:
+        shortest = min(len(header), len(after_assistant))
+        while shared < shortest and header[-shared - 1] == after_assistant[-shared - 1]:
             shared += 1
-        for closing in (middle[: len(middle) - shared], tail):
+        closing_in_middle = after_assistant[: len(after_assistant) - shared]
+        # A template may close the last turn with another token than those in the middle.
+        for closing in (closing_in_middle, after_last):
             match = any_token.match(closing)
             if match:
-                # A template may close the last turn with another token than those in the middle.
                 end_tokens.add(match.group(1))
+
+        # What a prompt adds opens the assistant turn: the rest of `after_user` closes the user turn.
         turn = [{"role": "user", "content": BEGIN}]
         text_without_prompt = self._render_probe(turn)
         prompt = self._render_probe(turn, prompt=True)
         if text_without_prompt is None or prompt is None:
             return end_tokens, set()
-        # What a prompt adds opens the assistant turn: the rest of `after_user` closes the user turn.
-        opening = prompt[len(text_without_prompt) :] if prompt.startswith(text_without_prompt) else ""
+        opening = ""
+        if prompt.startswith(text_without_prompt):
+            opening = prompt[len(text_without_prompt) :]
         user_end = any_token.match(after_user.removesuffix(opening))
         return end_tokens, {user_end.group(1)} if user_end else set()
 
@@ -358,7 +399,7 @@ class ChatTemplate:
 
 
 def _without_thought(message: Message, location: str) -> Message:
-    """An assistant turn without its thought. Raises RefusedDocument where nothing is left."""
+    """A turn without its thought, `<think>` or `reasoning_content`. Raises RefusedDocument if nothing is left of it."""
     if message["role"] != "assistant" or thought_of(message) is None:
         return message
     content = message["content"]
@@ -375,7 +416,10 @@ def _without_thought(message: Message, location: str) -> Message:
 
 def _without_training_fields(message: Message) -> Message:
     """A message without `train` and `weight`, which are not for the template."""
-    return {name: field for name, field in message.items() if name not in ("train", "weight")}
+    turn = {**message}
+    turn.pop("train", None)
+    turn.pop("weight", None)
+    return turn
 
 
 class TemplateLimitExceeded(BaseException):
@@ -393,13 +437,15 @@ def resource_limits() -> Iterator[None]:
     """
     limits_time = threading.current_thread() is threading.main_thread()
     soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
-    process_bytes = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
-    limits = [limit for limit in (soft_limit, process_bytes + MAX_EXTRA_BYTES) if limit != resource.RLIM_INFINITY]
+    address_space_pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+    max_bytes = address_space_pages * resource.getpagesize() + MAX_EXTRA_BYTES
+    if soft_limit != resource.RLIM_INFINITY:
+        max_bytes = min(max_bytes, soft_limit)
     if limits_time:
         handler = signal.signal(signal.SIGVTALRM, _on_time_limit)
         signal.setitimer(signal.ITIMER_VIRTUAL, MAX_CPU_SECONDS)
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard_limit))
+        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, hard_limit))
         yield
     except MemoryError as error:
         raise TemplateLimitExceeded(f"wanted more than {MAX_EXTRA_BYTES / 2**30:.3g} GiB of memory") from error
@@ -412,4 +458,5 @@ def resource_limits() -> Iterator[None]:
 
 
 def _on_time_limit(*_: Any) -> None:
+    """The handler of SIGVTALRM, which comes when the processor time is used up."""
     raise TemplateLimitExceeded(f"took more than {MAX_CPU_SECONDS:g} seconds")

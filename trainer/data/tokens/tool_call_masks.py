@@ -1,9 +1,9 @@
-"""What is learned of conversations with calls of tools, their results, and thoughts: each learned turn marked by itself.
+"""Label masks of conversations with tool calls, their results, and thoughts: each learned turn is marked by itself.
 
-Templates write calls in a syntax of their own around names and arguments, and thoughts where they like. A learned turn is
-therefore found by marks in all that it consists of, and reaches from where generation would have begun (what the template
-writes after the turn before, with the header of the turn to come) to the token that closes it. As in `marking.py`, marks
-count only if the text without them is the plain one. What the template leaves out of what a row has is an error.
+Templates write calls in a syntax of their own around names and arguments, and thoughts wherever they like. So a learned turn
+is found by marks in its content, its thought and its calls. It reaches from the point where generation would have begun (behind
+the header of the turn) to the token that closes it. As in `marking.py`, marks count only if the text without them is the plain
+one. It is an error if the template leaves out something that the row has.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _THOUGHT_CLOSED = re.compile(r"\s*</think>\s*")
 
 
 def template_refusal(location: str, message: str) -> RefusedDocument:
-    """The error of a conversation that its template cannot render."""
+    """The error of a conversation, at `location` (`file:line`), that its template cannot render."""
     return RefusedDocument(location, "refused_by_template", message)
 
 
@@ -64,17 +64,50 @@ class _TurnMarks:
 
     @property
     def content(self) -> list[int]:
-        """Begin and end of the message's own text; empty if the template did not write it."""
+        """Begin and end of the message's content; empty if the template did not write it."""
         return self.of(BEGIN, END)
 
     @property
+    def thoughts(self) -> list[int]:
+        """Begin and end of the message's thought; empty if the template did not write it."""
+        return self.of(THOUGHT)
+
+    @property
+    def content_and_calls(self) -> list[int]:
+        """Begins and ends of the content, and of the names, arguments and keys of calls."""
+        return self.of(BEGIN, END, CALL)
+
+    @property
+    def begin(self) -> int:
+        """Where the turn's first thought, content or call begins."""
+        return min([*self.thoughts, *self.content_and_calls])
+
+    @property
+    def end(self) -> int:
+        """Where the turn's content or last call ends."""
+        return self.content_and_calls[-1]
+
+    @property
     def content_is_one_span(self) -> bool:
-        """Whether the template wrote the message's text once, in one piece, or not at all."""
+        """Whether the template wrote the message's content once, in one piece, or not at all."""
         return [kind for kind, _ in self.marks if kind in (BEGIN, END)] in ([], [BEGIN, END])
+
+    def edge_before(self) -> int | None:
+        """Where the turn before this one ends; None if that was not marked."""
+        return next((edge for edge in reversed(self.of(EDGE)) if edge <= self.begin), None)
+
+    def edge_after(self) -> int | None:
+        """Where the next turn begins; None if that was not marked."""
+        return next((edge for edge in self.of(EDGE) if edge > self.end), None)
 
 
 def probe_dialect(apply: Apply, added_tokens: list[str]) -> ToolCallDialect:
-    """The first way to give calls in which the template writes their name and their arguments as JSON or text."""
+    """How a chat template wants tool calls: the first way to give one in which it writes name and arguments whole.
+
+    Renders a small conversation with one call in each way. `apply` renders messages; `added_tokens`: those of the tokenizer,
+    among which the token that closes the call is looked for. If no way works, the dialect is the default one.
+    """
+    # Marks in them, so that no text of the template itself is taken for them.
     name = f"{CALL}name"
     argument = f"{EDGE}value"
     for arguments_as_text, null_content in ((False, False), (False, True), (True, False), (True, True)):
@@ -91,11 +124,16 @@ def probe_dialect(apply: Apply, added_tokens: list[str]) -> ToolCallDialect:
         # Python's notation of a dictionary instead of JSON: the template printed an object it expected as text.
         if name not in text or argument not in text or f"{{'key': '{argument}" in text:
             continue
+        # The token that closes the turn is the one that ends last behind the arguments.
         after_arguments = text[text.rindex(argument) + len(argument) :]
         candidates = [token for token in added_tokens if token in after_arguments]
-        end_token = max(candidates, key=lambda token: after_arguments.rindex(token) + len(token), default="")
-        wraps_results = _wraps_tool_results(apply, messages)
-        return ToolCallDialect(arguments_as_text, null_content, wraps_results, frozenset({end_token} - {""}))
+        end_token = max(candidates, key=lambda token: after_arguments.rindex(token) + len(token), default=None)
+        return ToolCallDialect(
+            arguments_as_text=arguments_as_text,
+            null_content=null_content,
+            wraps_results=_wraps_tool_results(apply, messages),
+            end_tokens=frozenset() if end_token is None else frozenset({end_token}),
+        )
     return ToolCallDialect()
 
 
@@ -110,7 +148,10 @@ def _wraps_tool_results(apply: Apply, messages: list[Message]) -> bool:
 
 
 def to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Iterator[Message]:
-    """The messages as the template wants them; calls without an id get one, and results answer calls in order."""
+    """The messages of a conversation with tool calls as its template wants them.
+
+    Calls without an id get one. Results without the id of a call answer the calls before them in order.
+    """
     unanswered_ids: list[str] = []
     for turn_index, message in enumerate(messages):
         if "tool_calls" in message:
@@ -125,24 +166,30 @@ def to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Iterator[Me
             answered_id = unanswered_ids.pop(0) if unanswered_ids else None
             if answered_id and "tool_call_id" not in message:
                 message = {**message, "tool_call_id": answered_id}
-            # The template would wrap a result once more.
-            wrapped = _TOOL_RESPONSE.fullmatch(message["content"]) if dialect.wraps_results else None
-            if wrapped and "<tool_response>" not in wrapped.group(1):
-                message = {**message, "content": wrapped.group(1)}
+            if dialect.wraps_results:
+                # The template would wrap a result that is wrapped already once more.
+                wrapped = _TOOL_RESPONSE.fullmatch(message["content"])
+                if wrapped and "<tool_response>" not in wrapped.group(1):
+                    message = {**message, "content": wrapped.group(1)}
         yield message
 
 
 def _call_in_dialect(
     call: dict[str, Any], dialect: ToolCallDialect, turn_index: int, call_index: int
 ) -> dict[str, Any]:
-    """A call with an id; one that is missing is made from its content and place, so that it is the same in every run."""
+    """A tool call as the template wants it, with an id.
+
+    A missing id is a hash of the call's position and content, so that it is the same in every run.
+    """
     function = call["function"]
     arguments = function["arguments"]
     if dialect.arguments_as_text and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    seed = f"{turn_index} {call_index} {json.dumps(function, ensure_ascii=False)}".encode()
-    # Nine characters, because Mistral's templates refuse ids of another length.
-    call_id = call.get("id") or hashlib.blake2b(seed, digest_size=8).hexdigest()[:9]
+    call_id = call.get("id")
+    if not call_id:
+        position_and_content = f"{turn_index} {call_index} {json.dumps(function, ensure_ascii=False)}"
+        digest = hashlib.blake2b(position_and_content.encode(), digest_size=8).hexdigest()
+        call_id = digest[:9]  # Mistral's templates refuse ids of another length
     return {**call, "id": call_id, "function": {**function, "arguments": arguments}}
 
 
@@ -153,14 +200,15 @@ class Chat:
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     location: str
+    """`file:line` of the row."""
     apply: Callable[..., str]
     """Renders messages with the conversation's tools."""
 
 
 class TurnSpanFinder:
-    """Finds the spans of learned turns one by one, in conversations with tools, calls or thoughts.
+    """Finds the character spans of learned turns one by one, in conversations with tools, calls or thoughts.
 
-    `added_tokens`: the tokenizer's added tokens. `end_tokens_by_role`: the tokens that close a turn.
+    `apply` renders messages. `added_tokens`: the tokenizer's added tokens. `end_tokens_by_role`: those that close a turn.
     """
 
     def __init__(
@@ -182,7 +230,7 @@ class TurnSpanFinder:
         return Chat(messages, tools, location, partial(self._apply, tools=tools))
 
     def render_checked(self, chat: Chat) -> str:
-        """The text of a conversation. Raises RefusedDocument for tools, calls or results that the template leaves out."""
+        """A conversation as its template writes it. Raises RefusedDocument for tools, calls or results that it leaves out."""
         text = chat.apply(chat.messages)
         if chat.tools and not self._writes_tools(chat, text):
             raise template_refusal(
@@ -191,33 +239,34 @@ class TurnSpanFinder:
                 "the column with data.ignore_columns=[tools]",
             )
         # A label of its own behind the name of every call and behind every result: the template must print them all.
-        labels: dict[str, list[str]] = {CALL: [], EDGE: []}
-
-        def add_label(text: str, kind: str) -> str:
-            labels[kind].append(f"{kind}{len(labels[kind])}{kind}")
-            return text + labels[kind][-1]
-
+        call_labels: list[str] = []
+        result_labels: list[str] = []
         labelled_messages: list[Message] = []
         for message in chat.messages:
             if message["role"] == "tool" and (message["content"] or "").strip():
-                message = {**message, "content": add_label(message["content"], EDGE)}
+                label = f"{EDGE}{len(result_labels)}{EDGE}"
+                result_labels.append(label)
+                message = {**message, "content": message["content"] + label}
             calls = []
             for call in message.get("tool_calls", ()):
+                label = f"{CALL}{len(call_labels)}{CALL}"
+                call_labels.append(label)
                 function = call["function"]
-                calls.append({**call, "function": {**function, "name": add_label(function["name"], CALL)}})
+                calls.append({**call, "function": {**function, "name": function["name"] + label}})
             if calls:
                 message = {**message, "tool_calls": calls}
             labelled_messages.append(message)
-        if not (labels[CALL] or labels[EDGE]):
+        if not (call_labels or result_labels):
             return text
+
         labelled_text = chat.apply(labelled_messages)
-        if any(label not in labelled_text for label in labels[CALL]):
+        if any(label not in labelled_text for label in call_labels):
             raise template_refusal(
                 chat.location,
                 "this chat template cannot write tool calls; set model.chat_template to one that can, or, if calls are a key, "
                 "drop them with data.ignore_columns=[tool_calls]",
             )
-        if any(label not in labelled_text for label in labels[EDGE]):
+        if any(label not in labelled_text for label in result_labels):
             raise template_refusal(
                 chat.location,
                 "the chat template leaves out the results of tools (role tool); give another in model.chat_template",
@@ -232,15 +281,18 @@ class TurnSpanFinder:
             return True
 
     def find_spans(self, chat: Chat, learned: list[int], text: str, eos: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text, closed where the template does not close it, and the [begin, end) of each learned turn, ascending."""
+        """(closed text, the [begin, end) of each learned turn in it, ascending) of a conversation that is rendered as `text`.
+
+        `learned`: indices of the learned turns. `eos` is appended if the template does not close the last turn.
+        """
         spans: list[tuple[int, int]] = []
         for index in learned:
             is_final = index == learned[-1]
             has_calls = "tool_calls" in chat.messages[index]
-            begin, end, bound = self._locate_turn(chat, index, text, final=is_final)
-            match = self._match_end(text, end, bound, chat.messages[index], is_final=is_final)
-            if match:
-                end = match.end()
+            begin, end, limit = self._locate_turn(chat, index, text, is_final=is_final)
+            end_token = self._match_end_token(text, end, limit, chat.messages[index], is_final=is_final)
+            if end_token:
+                end = end_token.end()
             elif is_final:
                 text = text[:end] + text[end:].rstrip() + eos
                 end = len(text)
@@ -251,10 +303,10 @@ class TurnSpanFinder:
             spans.append((begin, end))
         return text, spans
 
-    def _match_end(
-        self, text: str, position: int, bound: int, message: Message, *, is_final: bool
+    def _match_end_token(
+        self, text: str, position: int, limit: int, message: Message, *, is_final: bool
     ) -> re.Match[str] | None:
-        """The token that closes a turn whose own text ends at `position`, before `bound`."""
+        """The token that closes a turn whose content or last call ends at `position`; it must end before `limit`."""
         has_calls = "tool_calls" in message
         if is_final and not has_calls:
             end_tokens = set(self._added_tokens)
@@ -265,35 +317,33 @@ class TurnSpanFinder:
         longest_first = sorted(end_tokens, key=len)[::-1]
         alternatives = f"({'|'.join(map(re.escape, longest_first))})"
         if has_calls:  # the template's own syntax may stand between the last argument and the token
-            return re.compile(alternatives).search(text, position, bound)
-        return re.compile(r"\s*" + alternatives).match(text, position, bound)
+            return re.compile(alternatives).search(text, position, limit)
+        return re.compile(r"\s*" + alternatives).match(text, position, limit)
 
-    def _locate_turn(self, chat: Chat, index: int, text: str, *, final: bool) -> tuple[int, int, int]:
-        """(begin of a learned turn, end of its own text, limit for its closing token), as positions in `text`."""
+    def _locate_turn(self, chat: Chat, index: int, text: str, *, is_final: bool) -> tuple[int, int, int]:
+        """(where learning of a turn begins, where its content or last call ends, limit for its closing token), in `text`.
+
+        Errors: RefusedDocument if no way of marking leaves the text unchanged, or if the template leaves something out.
+        """
         message = chat.messages[index]
-        for mark, level in self._marking_attempts(message):
-            marks = self._find_marks(chat, index, text, mark, level)
+        for mark_content, call_level in self._marking_attempts(message):
+            marks = self._find_marks(chat, index, text, mark_content, call_level)
             if marks is None or not marks.content_is_one_span:
                 continue  # with these marks the template writes something else: try the next way
-            if THINK.sub("", message["content"] or "", count=1).strip() and not marks.content:
+            content_beside_thought = THINK.sub("", message["content"] or "", count=1)
+            if content_beside_thought.strip() and not marks.content:
                 raise template_refusal(
                     chat.location,
                     f"the chat template leaves out what turn {index + 1} says beside its calls; "
                     "remove it from the data or give another template in model.chat_template",
                 )
-            own_text = marks.of(BEGIN, END, CALL)
-            thoughts = marks.of(THOUGHT)
-            edges = marks.of(EDGE)
-            if not own_text:
+            if not marks.content_and_calls:
                 continue
-            if final and not thoughts:
+            if is_final and not marks.thoughts:
                 self.check_thought(chat, index, text)
-            turn_begin = min([*thoughts, *own_text])
-            turn_end = own_text[-1]
-            bound = next((edge for edge in edges if edge > turn_end), len(text))
-            edge_before = next((edge for edge in reversed(edges) if edge <= turn_begin), None)
-            begin = self._learning_begin(chat, index, text, marks.content, thoughts, own_text[0], edge_before)
-            return begin, turn_end, bound
+            next_turn_begin = marks.edge_after()
+            limit = len(text) if next_turn_begin is None else next_turn_begin
+            return self._learning_begin(chat, index, text, marks), marks.end, limit
         raise template_refusal(
             chat.location,
             f"the chat template changes the text of turn {index + 1} (more than trimming it), so that what is to be "
@@ -302,86 +352,95 @@ class TurnSpanFinder:
 
     @staticmethod
     def _marking_attempts(message: Message) -> Iterator[tuple[Callable[[str], str], int]]:
-        """(how to mark the content, how little of the calls to mark), from the most exact way to the most cautious."""
-        levels = range(3 if "tool_calls" in message else 1)
-        for mark in (marking.mark_whole, marking.mark_trimmed, marking.mark_thought_alone, marking.mark_thought):
-            for level in levels:
-                yield mark, level
+        """(how to mark the content, level of `_mark_call` for the calls), from the most exact way to the most cautious."""
+        call_levels = range(3 if "tool_calls" in message else 1)
+        for mark_content in (
+            marking.mark_whole,
+            marking.mark_trimmed,
+            marking.mark_thought_alone,
+            marking.mark_thought,
+        ):
+            for call_level in call_levels:
+                yield mark_content, call_level
 
-    def _learning_begin(
-        self,
-        chat: Chat,
-        index: int,
-        text: str,
-        content: list[int],
-        thoughts: list[int],
-        own_begin: int,
-        edge_before: int | None,
-    ) -> int:
-        """Where learning begins: at the content; with calls alone or a learned thought where generation would begin.
+    def _learning_begin(self, chat: Chat, index: int, text: str, marks: _TurnMarks) -> int:
+        """Where in `text` learning of a turn begins.
 
-        `own_begin`: where the turn's content or its first call begins. `edge_before`: where the turn before it ends.
+        That is its content. It is where generation would begin if the turn has no content (calls alone), or a learned thought.
         """
-        if self._reasoning is Reasoning.context:
+        content = marks.content
+        thoughts = marks.thoughts
+        content_or_call_begin = marks.content_and_calls[0]
+        if self._reasoning is Reasoning.context:  # thoughts are shown, not learned
+            if thoughts and content:
+                return content[0]
             if thoughts:
-                return content[0] if content else thought_end(chat, index, text, thoughts[0], own_begin)
+                return thought_end(chat, index, text, thoughts[0], content_or_call_begin)
             if content:
                 return thought_end(chat, index, text, content[0], content[-1])
         if content and not thoughts:
             return content[0]
-        begin = self._header_end(chat, index, text, min([*thoughts, own_begin]), edge_before)
+        begin = self._header_end(chat, index, text, marks)
         if thoughts:
             return begin
         # Some templates write an empty thought before a turn that has none. It is not learned.
-        empty_thought = _EMPTY_THOUGHT.match(text, begin, own_begin)
+        empty_thought = _EMPTY_THOUGHT.match(text, begin, content_or_call_begin)
         return empty_thought.end() if empty_thought else begin
 
-    def _header_end(self, chat: Chat, index: int, text: str, own_begin: int, edge_before: int | None) -> int:
-        """Where generation of a turn begins: behind the header that the template also writes at the end of a prompt."""
-        earlier = chat.messages[:index]
-        if edge_before is not None:
+    def _header_end(self, chat: Chat, index: int, text: str, marks: _TurnMarks) -> int:
+        """Where in `text` generation of a turn begins: behind the header that the template also writes at the end of a prompt.
+
+        Errors: RefusedDocument if the text has no such header before the turn.
+        """
+        previous_end = marks.edge_before()
+        if previous_end is not None:
+            # What the prompt has behind the turn before is the header, whatever the template does to earlier turns.
+            earlier = chat.messages[:index]
             earlier[-1] = {**earlier[-1], "content": _mark_end(earlier[-1]["content"])}
             prompt = chat.apply(earlier, prompt=True)
             if EDGE in prompt:
-                tail = prompt[prompt.rindex(EDGE) + 1 :]
-                for header in _with_and_without_thought(tail):
-                    if text.startswith(header, edge_before) and edge_before + len(header) <= own_begin:
-                        return edge_before + len(header)
+                after_edge = prompt[prompt.rindex(EDGE) + 1 :]
+                for header in _with_and_without_thought(after_edge):
+                    if text.startswith(header, previous_end) and previous_end + len(header) <= marks.begin:
+                        return previous_end + len(header)
         prompt = chat.apply(chat.messages[:index], prompt=True)
         for header in _with_and_without_thought(prompt):
-            if text.startswith(header) and len(header) <= own_begin:
+            if text.startswith(header) and len(header) <= marks.begin:
                 return len(header)
         raise template_refusal(
             chat.location, f"cannot tell where assistant turn {index + 1} begins in the chat template"
         )
 
     def _find_marks(
-        self, chat: Chat, index: int, text: str, mark: Callable[[str], str], level: int
+        self, chat: Chat, index: int, text: str, mark_content: Callable[[str], str], call_level: int
     ) -> _TurnMarks | None:
-        """Render with marks in one turn, and EDGE at the end of the turn before and at the start of the next.
+        """Render the conversation with marks in turn `index`, and EDGE at the end of the turn before and the start of the next.
 
-        None if the marks change the text. `level`: see `_mark_call`.
+        Returns the positions of the marks in `text`, the rendering without marks; None if the marks change the text.
+        `call_level`: see `_mark_call`.
         """
         messages = list(chat.messages)
         turn = {**messages[index]}
         if (turn["content"] or "").strip():
-            turn["content"] = mark(turn["content"])
+            turn["content"] = mark_content(turn["content"])
         if "reasoning_content" in turn:
             marked_thought = marking.mark_trimmed(turn["reasoning_content"])
             turn["reasoning_content"] = marked_thought.translate({ord(BEGIN): THOUGHT, ord(END): THOUGHT})
         if "tool_calls" in turn:
-            turn["tool_calls"] = [_mark_call(call, level) for call in turn["tool_calls"]]
+            turn["tool_calls"] = [_mark_call(call, call_level) for call in turn["tool_calls"]]
         messages[index] = turn
         if index > 0:
-            before = messages[index - 1]
-            if (before["content"] or "").strip() and "tool_calls" not in before:
-                messages[index - 1] = {**before, "content": _mark_end(before["content"])}
+            previous = messages[index - 1]
+            if (previous["content"] or "").strip() and "tool_calls" not in previous:
+                messages[index - 1] = {**previous, "content": _mark_end(previous["content"])}
         if index + 1 < len(messages):
-            after = messages[index + 1]
-            content = after["content"] or ""
-            core = content.lstrip()
-            if core:
-                messages[index + 1] = {**after, "content": content[: len(content) - len(core)] + EDGE + core}
+            following = messages[index + 1]
+            content = following["content"] or ""
+            trimmed = content.lstrip()
+            if trimmed:  # the mark stands behind outer whitespace, which a template may trim
+                whitespace = content[: len(content) - len(trimmed)]
+                messages[index + 1] = {**following, "content": whitespace + EDGE + trimmed}
+
         # Text and marks alternate: pieces[0::2] is text, pieces[1::2] are marks.
         pieces = _MARKS.split(chat.apply(messages))
         if "".join(pieces[::2]) != text:
@@ -400,7 +459,7 @@ class TurnSpanFinder:
         return _TurnMarks(marks)
 
     def check_thought(self, chat: Chat, index: int, text: str) -> None:
-        """Raise RefusedDocument where the template has thrown away the thought of a turn, the last one."""
+        """Raise RefusedDocument if the template threw away the thought of turn `index`, the last one."""
         thought = thought_of(chat.messages[index])
         if thought and thought.strip() not in text:
             raise template_refusal(
@@ -411,24 +470,25 @@ class TurnSpanFinder:
 
 
 def thought_end(chat: Chat, index: int, text: str, begin: int, end: int) -> int:
-    """Where the thought of a turn ends in text[begin:end], its `</think>` included; `begin` if there is no thought."""
+    """Where the thought of turn `index` ends in text[begin:end], its `</think>` included; `begin` if there is no thought."""
     thought = (thought_of(chat.messages[index]) or "").strip()
     if not thought:
         return begin
-    at = text.find(thought, begin, end)
-    if at < 0:
+    thought_begin = text.find(thought, begin, end)
+    if thought_begin < 0:
         return begin
-    closing = _THOUGHT_CLOSED.match(text, at + len(thought), end)
-    return closing.end() if closing else at + len(thought)
+    without_closing = thought_begin + len(thought)
+    closing = _THOUGHT_CLOSED.match(text, without_closing, end)
+    return closing.end() if closing else without_closing
 
 
 def _with_and_without_thought(header: str) -> tuple[str, str]:
-    """A header, and the same without the `<think>` at its end: a prompt may open a thought that the text does not have."""
+    """A turn's header, and the same without a `<think>` at its end: a prompt may open a thought that the text does not have."""
     return header, _THOUGHT_OPENED_AT_END.sub("", header)
 
 
 def _mark_call(call: dict[str, Any], level: int) -> dict[str, Any]:
-    """A call with marks around its name; below level 2 around the texts of its arguments; at level 0 around their keys.
+    """A tool call with CALL marks around its name; below level 2 around the texts of its arguments; at level 0 around their keys.
 
     Templates may look up keys, so that fewer and fewer marks are tried.
     """
@@ -446,6 +506,6 @@ def _enclose(text: str) -> str:
 
 
 def _mark_end(content: str) -> str:
-    """A content with a mark at its end, before outer whitespace."""
-    core = content.rstrip()
-    return core + EDGE + content[len(core) :]
+    """A message's content with EDGE at its end, before outer whitespace, which a template may trim."""
+    trimmed = content.rstrip()
+    return trimmed + EDGE + content[len(trimmed) :]

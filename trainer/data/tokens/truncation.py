@@ -20,21 +20,21 @@ from trainer.data.tokens.encode import Encoder, truncate
 def keep_learnable(
     encoder: Encoder, document: Document, sample: Sample, pieces: list[Sample] | None, tally: Tally
 ) -> list[Sample]:
-    """Those of the pieces of a sample that have something to learn; drops, cuts and oddities are counted.
+    """Those of the pieces of a sample that have something to learn. Drops, cuts and oddities are counted in `tally`.
 
     `pieces`: what a length policy made of `sample` (see `fit_length`); None or empty if it dropped it.
     """
     if not pieces:
         tally.drop("tokenise", "too_long", document.location)
         return []
-    changed = len(pieces) > 1 or len(pieces[0].input_ids) < len(sample.input_ids)
+    was_cut = len(pieces) > 1 or len(pieces[0].input_ids) < len(sample.input_ids)
     learnable = [piece for piece in pieces if LABEL in piece.marks or piece.supervised.any()]
     if not learnable:
         tally.drop("tokenise", "nothing_to_learn", document.location)
         return []
-    if changed:
+    if was_cut:
         tally.note("tokenise", "split" if len(learnable) > 1 else "truncated", document.location)
-    note_oddities(encoder, document, sample, tally, uncut=not changed)
+    note_oddities(encoder, document, sample, tally, was_cut=was_cut)
     return learnable
 
 
@@ -58,7 +58,10 @@ def fit_answers(
         assert config.over_length is OverLength.truncate, (
             "the other policies separate an answer from its prompt: the config layer refuses them"
         )
-    fitted = [truncate(answer, max_length, 0) if len(answer.input_ids) > max_length else answer for answer in answers]
+    fitted = []
+    for answer in answers:
+        is_longer = len(answer.input_ids) > max_length
+        fitted.append(truncate(answer, max_length, tail=0) if is_longer else answer)
     if not all(sample.supervised.any() for sample in fitted):
         tally.drop("tokenise", "nothing_to_learn", document.location)
         return []
@@ -67,23 +70,23 @@ def fit_answers(
         return []
     if is_too_long:
         tally.note("tokenise", "truncated", document.location)
-    note_oddities(encoder, document, answers[0], tally, uncut=not is_too_long)
+    note_oddities(encoder, document, answers[0], tally, was_cut=is_too_long)
     return fitted
 
 
-def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally, *, uncut: bool) -> None:
-    """Count what is odd about a sample, see `oddities`; of a sample that was cut, only control tokens in its texts."""
+def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally, *, was_cut: bool) -> None:
+    """Count in `tally` what is odd about a sample, see `oddities`; of one that was cut, only control tokens in its texts."""
     for code in oddities(encoder, document, sample):
-        if uncut or code.startswith("control_tokens"):
+        if not was_cut or code.startswith("control_tokens"):
             tally.note("tokenise", code, document.location)
 
 
 def last_learned_id(sample: Sample) -> int:
-    """Id of the last token that is learned; -1 if none is."""
-    if not sample.supervised.any():
+    """Id of the last token of a sample that is learned; -1 if none is."""
+    learned_positions = np.flatnonzero(sample.supervised)
+    if not len(learned_positions):
         return -1
-    from_the_end = int(sample.supervised[::-1].argmax())
-    return int(sample.input_ids[~from_the_end])
+    return int(sample.input_ids[learned_positions[-1]])
 
 
 def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
@@ -132,10 +135,11 @@ def fit_length(
         return _exchange_windows(encoder, document, sample, max_length)
     if policy is OverLength.split and document.text is not None and document.label is None:
         return _text_pieces(encoder, sample, max_length)
-    return [truncate(sample, max_length, encoder.num_closing_tokens(document))]
+    return [truncate(sample, max_length, tail=encoder.num_closing_tokens(document))]
 
 
 def _too_long(document: Document, length: int, max_length: int, other_policies: str) -> DataError:
+    """The error of the policy `fail`. `other_policies`: what `data.over_length` may be instead."""
     return DataError(
         f"{document.location}: {length} tokens are more than data.max_length={max_length}; raise it, or set "
         f"data.over_length to {other_policies}"
@@ -143,87 +147,92 @@ def _too_long(document: Document, length: int, max_length: int, other_policies: 
 
 
 def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:
-    """The last `max_length` tokens, of which the first `head` are the sample's own first ones, as far as they fit."""
+    """The first `head` tokens of a sample, as far as they fit, followed by its last ones: `max_length` together."""
     head = min(head, max_length - 1)
-    begin = len(sample.input_ids) - (max_length - head)
-    return sample.cut(slice(head), slice(begin, None))
+    tail = max_length - head
+    tail_begin = len(sample.input_ids) - tail
+    return sample.cut(slice(head), slice(tail_begin, None))
 
 
 def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:
-    """The policy `truncate_left`, see `fit_length`."""
+    """The policy `truncate_left` (see `fit_length`): the last `max_length` tokens, with BOS or the system turn before them."""
     if document.label is not None:
         head = min(len(encoder.opening), max_length - len(encoder.closing))
         return truncate_left(sample, max_length, head)
     num_bos = _num_bos(encoder, sample)
     if document.turns():
-        system, exchanges = _split_exchanges(encoder, document)
-        shorter = _last_exchanges_that_fit(encoder, document, system, exchanges, max_length)
-        if isinstance(shorter, Sample):
-            return shorter
-        document, sample = shorter
+        document, sample = _last_exchanges_that_fit(encoder, document, max_length)
         if len(sample.input_ids) <= max_length:
             return sample
+        # The last exchange alone is too long: its first turn loses its beginning, what stands before it stays.
         head_tokens = encoder.num_tokens_before_first(document)
         if head_tokens is not None and head_tokens < max_length:
             return truncate_left(sample, max_length, head_tokens)
     return truncate_left(sample, max_length, num_bos)
 
 
-def _last_exchanges_that_fit(
-    encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]], max_length: int
-) -> Sample | tuple[Document, Sample]:
-    """As many of the last exchanges as fit; if none does, the last exchange alone, as a document and its sample."""
+def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: int) -> tuple[Document, Sample]:
+    """(the document with its system turn and as many of its last exchanges as fit, its sample).
+
+    If none fits, the last exchange alone, which is too long. The document is too long with all its exchanges.
+    """
+    system, exchanges = _split_exchanges(encoder, document)
     # By how many exchanges are left out.
-    samples: dict[int, Sample] = {}
+    candidates: dict[int, tuple[Document, Sample]] = {}
 
     def fits(left_out: int) -> bool:
-        _, samples[left_out] = _encode_exchanges(encoder, document, system, exchanges[left_out:])
-        return len(samples[left_out].input_ids) <= max_length
+        candidates[left_out] = _encode_exchanges(encoder, document, system, exchanges[left_out:])
+        _, sample = candidates[left_out]
+        return len(sample.input_ids) <= max_length
 
     # by bisection: fewer exchanges never make it longer
     left_out = 1 + bisect_left(range(1, len(exchanges)), True, key=fits)
     if left_out < len(exchanges):
-        return samples[left_out]
+        return candidates[left_out]
     return _encode_exchanges(encoder, document, system, exchanges[-1:])
 
 
 def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> list[Sample]:
-    """The policy `split` for conversations, see `fit_length`: windows of whole exchanges, as many in each as fit."""
+    """The policy `split` for conversations, see `fit_length`: windows of whole exchanges, as many in each as fit.
+
+    Each window has the system turns before it. Windows that teach nothing are left out; if all are, the sample is truncated.
+    """
     system, exchanges = _split_exchanges(encoder, document)
     samples: list[Sample] = []
     begin = 0
     while begin < len(exchanges):
+        # The window is exchanges[begin:end], encoded.
         end = begin + 1
         _, window = _encode_exchanges(encoder, document, system, exchanges[begin:end])
-        low = begin + 2
-        high = len(exchanges)
+        shortest_end = begin + 2
+        longest_end = len(exchanges)
         if len(window.input_ids) > max_length:
-            window = truncate(window, max_length, 0)
-            high = begin  # nothing more fits: skip the search
+            window = truncate(window, max_length, tail=0)
+            longest_end = begin  # nothing more fits: skip the search
         # Doubling steps, then halving ones, find the last exchange that still fits.
         step = 1
-        while low <= high:
-            probe = min(low + step - 1, high)
-            _, longer = _encode_exchanges(encoder, document, system, exchanges[begin:probe])
-            if len(longer.input_ids) <= max_length:
-                end = probe
-                window = longer
-                low = probe + 1
+        while shortest_end <= longest_end:
+            tried_end = min(shortest_end + step - 1, longest_end)
+            _, longer_window = _encode_exchanges(encoder, document, system, exchanges[begin:tried_end])
+            if len(longer_window.input_ids) <= max_length:
+                end = tried_end
+                window = longer_window
+                shortest_end = tried_end + 1
                 step *= 2
             else:
-                high = probe - 1
+                longest_end = tried_end - 1
                 step = max(1, step // 2)
         if window.supervised.any():
             samples.append(window)
         begin = end
-    return samples or [truncate(sample, max_length, 0)]
+    return samples or [truncate(sample, max_length, tail=0)]
 
 
 def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message], list[list[Message]]]:
-    """(leading system turns, exchanges); an exchange reaches from one user turn up to the next.
+    """(leading system turns, exchanges) of a conversation; an exchange reaches from one user turn up to the next.
 
-    Which turns are learned is decided by the whole conversation and written into each turn, because a window of exchanges
-    would decide otherwise. Turns after the last learned one are left out.
+    Which turns are learned is decided by the whole conversation and written into each turn (`train`), because a window of
+    exchanges would decide otherwise. Turns after the last learned one are left out.
     """
     if encoder.template is None:
         raise AssertionError("a conversation was encoded without a chat template")
@@ -231,8 +240,8 @@ def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message
     learned = encoder.template.learned_turns(turns)
     if learned:
         turns = turns[: learned[-1] + 1]
-    turns = [{**turn, "train": number in learned} for number, turn in enumerate(turns)]
-    num_system = next((number for number, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    turns = [{**turn, "train": index in learned} for index, turn in enumerate(turns)]
+    num_system = next((index for index, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
     exchanges: list[list[Message]] = []
     previous_role = None
     for turn in turns[num_system:]:
@@ -246,28 +255,30 @@ def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message
 def _encode_exchanges(
     encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]]
 ) -> tuple[Document, Sample]:
-    """(the document with only these turns, its sample)."""
+    """(the document with only these system turns and exchanges, its sample)."""
     turns = list(system)
     for exchange in exchanges:
         turns += exchange
-    return next(encoder.encode([replace(document, messages=turns, chosen=None, rejected=None)]))
+    window = replace(document, messages=turns, chosen=None, rejected=None)
+    return next(encoder.encode([window]))
 
 
 def _text_pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:
-    """The policy `split` for texts, see `fit_length`."""
+    """The policy `split` for texts, see `fit_length`: consecutive pieces of a sample, each with BOS if the sample has it."""
     num_bos = _num_bos(encoder, sample)
-    room = max_length - num_bos
-    if room < 2:
-        return [truncate(sample, max_length, 0)]
+    piece_length = max_length - num_bos
+    if piece_length < 2:
+        return [truncate(sample, max_length, tail=0)]
     length = len(sample.input_ids)
-    begins = list(range(num_bos, length, room))
+    begins = list(range(num_bos, length, piece_length))
     if length - begins[-1] == 1:  # EOS alone would teach that texts are empty
         begins[-1] -= 1
     ends = [*begins[1:], length]
-    return [sample.cut(slice(num_bos), slice(begin, end)) for begin, end in zip(begins, ends, strict=True)]
+    bos = slice(num_bos)
+    return [sample.cut(bos, slice(begin, end)) for begin, end in zip(begins, ends, strict=True)]
 
 
 def _num_bos(encoder: Encoder, sample: Sample) -> int:
-    """1 if the sample begins with BOS, else 0."""
-    bos = encoder.bos_id
-    return int(bos is not None and len(sample.input_ids) > 0 and int(sample.input_ids[0]) == bos)
+    """How many BOS tokens a sample begins with: 1 or 0."""
+    begins_with_bos = encoder.bos_id is not None and sample.input_ids[:1].tolist() == [encoder.bos_id]
+    return int(begins_with_bos)
