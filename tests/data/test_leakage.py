@@ -19,7 +19,7 @@ from trainer.data.config import (
     LeakagePolicy,
 )
 from trainer.data.document import Document, Tally
-from trainer.data.selection.leakage import LEAKS, apply_policy, find_leaks, first_equal
+from trainer.data.selection.leakage import LEAK_KINDS, apply_policy, find_leaks, first_equal
 from trainer.data.selection.signatures import Signer, compared_text
 from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
 
@@ -52,7 +52,7 @@ def planted():
     held_out = [row(prose(draw, 30), prose(draw, 50), "eval.jsonl") for _ in range(60)]
     truth = {}
     for number in range(20):
-        place, kind = 7 + 13 * number, LEAKS[number // 5]
+        place, kind = 7 + 13 * number, LEAK_KINDS[number // 5]
         other = held_out[number]
         texts = {
             "exact": (other.prompt, other.completion),
@@ -72,7 +72,7 @@ def test_leakage_of_every_kind_is_found_and_nothing_else(planted):
     train, held_out, truth = planted
     leaks = leaks_of(train, held_out)
     found = zip(leaks.train.tolist(), leaks.held_out.tolist(), leaks.kind.tolist(), strict=True)
-    assert {place: (other - len(train), LEAKS[kind]) for place, other, kind in found} == truth
+    assert {place: (other - len(train), LEAK_KINDS[kind]) for place, other, kind in found} == truth
     assert leaks.incomplete == 0
 
 
@@ -86,7 +86,7 @@ def test_leakage_policies(planted):
     leaks, both = leaks_of(train, held_out), [*train, *held_out]
     where = lambda number: both[number].location  # noqa: E731
     taken, report = apply_policy(leaks, LeakagePolicy.report, len(train), where)
-    assert not len(taken) and report["train"] == report["held_out"] == dict.fromkeys(LEAKS, 5)
+    assert not len(taken) and report["train"] == report["held_out"] == dict.fromkeys(LEAK_KINDS, 5)
     assert report["examples"]["exact"][0] == "train.jsonl:8 = eval.jsonl:1"
     taken, _ = apply_policy(leaks, LeakagePolicy.drop_train, len(train), where)
     leaking = {place for place, (_, kind) in truth.items() if kind != "prompt"}  # a shared prompt is only reported
@@ -125,7 +125,7 @@ def test_leakage_of_a_prompt_is_not_hidden_by_system_turns():
         return Document(file="a", line=1, messages=[{"role": role, "content": text} for role, text in turns])
 
     leaks = leaks_of([chat("Be brief.", "Nobody.")], [chat("Be kind.", "Somebody did.")])
-    assert leaks.kind.tolist() == [LEAKS.index("prompt")]
+    assert leaks.kind.tolist() == [LEAK_KINDS.index("prompt")]
 
 
 # Decontamination

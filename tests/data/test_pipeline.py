@@ -96,7 +96,7 @@ def test_pipeline_makes_the_same_data_set_for_any_workers_and_shards(tmp_path, c
     with pytest.raises(DataError, match=r"shards 1 of 3 are missing; run them"):
         run(sharded)
     preparation(sharded).make_shard(1, 3)
-    monkeypatch.setattr(module, "jobs", None)  # nothing is read again
+    monkeypatch.setattr(module, "row_ranges", None)  # nothing is read again
     merged = run(sharded)
     assert content(merged.directory) == expected
     assert not list((tmp_path / "sharded").glob(".*.shards"))

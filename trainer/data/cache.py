@@ -1,8 +1,8 @@
 """The cache of prepared data: the fingerprint that names an entry, the lock of its writer, its hashes, its shards.
 
-Shards are parts of a preparation made by the jobs of an array, one file a block, until a last call merges them. A
-block is stored as a `.npz` without pickles. Merging reads what a worker would have returned, so a merged data set
-equals, byte for byte, one that was prepared in one go.
+Shards are parts of a preparation made by the jobs of an array, one file a block, until a last call merges them. A block is
+stored as a `.npz` without pickles. Merging reads exactly what a worker would have returned, so a merged data set equals, byte
+for byte, one that was prepared in one go.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ ARRAY_SUFFIXES = (".bin", ".npy", ".npz", ".arrow")
 """Suffixes of what training reads of an entry."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+BIG_FILE_BYTES = 64 << 20
+"""Files from this size on have their digest remembered: reading them again takes longer than a look into the cache."""
+POLL_S = 0.05
+"""Seconds between two looks whether a lock is free."""
 
 log = logging.getLogger(__name__)
 
@@ -55,22 +59,22 @@ def file_digest(path: Path) -> str:
 
 
 def file_state(path: Path) -> tuple[str | int, ...]:
-    """Path, size, inode, and the times of the last change of a file. Raises DataError."""
+    """(path, size in bytes, inode, time of the last write, time of the last change) of a file. Raises DataError.
+
+    A file with the same state has the same bytes: the inode's change time moves with every write, and no program can set it back.
+    """
     try:
-        about = path.stat()
+        status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return str(path.resolve()), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns
+    return str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
-def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
-    """SHA-256 of a file, remembered for big ones: by path, size, inode, and the times of the last change.
-
-    The inode's change time moves with every write and cannot be set back by a program. Raises DataError.
-    """
+def remembered_digest(path: Path, cache_dir: Path, big_bytes: int = BIG_FILE_BYTES) -> str:
+    """SHA-256 of a file. That of a file of at least `big_bytes` is remembered in `cache_dir` by its state. Raises DataError."""
     state = file_state(path)
-    _, size, *_ = state
-    if int(size) < big:
+    _, size_bytes, *_ = state
+    if int(size_bytes) < big_bytes:
         return file_digest(path)
     entry = cache_dir / "digests" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:40]
     with suppress(OSError):
@@ -88,21 +92,22 @@ def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
 
 @dataclass(slots=True)
 class Digests:
-    """SHA-256 of files, computed once each; `check` tells whether a file has changed since."""
+    """SHA-256 of files, computed once each. `check` tells whether a file has changed since."""
 
     cache_dir: Path
-    known: dict[Path, tuple[tuple[str | int, ...], str]] = field(default_factory=dict)
-    """How each was found, and its digest."""
+    state_and_digest: dict[Path, tuple[tuple[str | int, ...], str]] = field(default_factory=dict)
+    """The `file_state` of each file when it was first asked for, and its digest."""
 
     def __call__(self, path: Path) -> str:
-        """Raises DataError."""
-        if path not in self.known:
-            self.known[path] = file_state(path), remembered_digest(path, self.cache_dir)
-        return self.known[path][1]
+        """SHA-256 of a file, in hexadecimal. Raises DataError."""
+        if path not in self.state_and_digest:
+            self.state_and_digest[path] = file_state(path), remembered_digest(path, self.cache_dir)
+        _, digest = self.state_and_digest[path]
+        return digest
 
     def check(self) -> None:
-        """Raise DataError where a file is not what it was: rows would be kept under the name of others."""
-        for path, (state, digest) in self.known.items():
+        """Raise DataError if a file has changed: prepared rows would stand under the fingerprint of others."""
+        for path, (state, digest) in self.state_and_digest.items():
             if file_state(path) != state and remembered_digest(path, self.cache_dir) != digest:
                 raise DataError(
                     f"{path}: changed while it was prepared; start again when nothing writes it, or prepare a copy"
@@ -110,7 +115,7 @@ class Digests:
 
 
 def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> str:
-    """SHA-256 over the inputs' identities (bytes, not names), the tokenizer with its template, and the options."""
+    """Names an entry of the cache: SHA-256 over the inputs' bytes (not names), the tokenizer with its template, the options."""
     identity = {
         "inputs": inputs,
         # The content of the tokenizer, not its name: the same files in another directory are the same tokenizer.
@@ -135,10 +140,11 @@ def first_date(cache_dir: Path, fingerprint: str) -> TemplateDate:
     Today is written down, so that everybody who prepares the same data from now on has the same date. Errors: StorageError.
     """
     name = fingerprint[:32]
-    for made_before in (cache_dir / name / DONE, Shards(cache_dir / name, 0).home):
-        # Such data was prepared without a date in its fingerprint, and is used on under the day it was made.
-        with suppress(OSError):  # an entry of an earlier version, or shards of one
-            return TemplateDate(date.fromtimestamp(made_before.stat().st_mtime), in_fingerprint=False)
+    for earlier_entry in (cache_dir / name / DONE, Shards(cache_dir / name, 0).home):
+        # Data of an earlier version, or shards of it, has no date in its fingerprint. It is used with the day it was made.
+        with suppress(OSError):
+            made_at = earlier_entry.stat().st_mtime
+            return TemplateDate(date.fromtimestamp(made_at), in_fingerprint=False)
     path = cache_dir / "dates" / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,16 +168,17 @@ def build_once(
     """Make `directory` by `build(temporary directory)` unless it is there; True if this process made it.
 
     One process builds, others wait for it. The result appears under its name by one rename; whatever a dead or failed
-    builder left is removed. `stop` is called while waiting, and may raise. Another that comes within `head_start_s` seconds (by
-    default, those that rank 0 may take) goes first. Raises StorageError where the cache cannot be written or locked.
+    builder left is removed. `stop` is called while waiting, and may raise. A process that comes within `head_start_s` seconds (by
+    default, those that rank 0 may take) goes first. Raises StorageError if the cache cannot be written or locked.
     """
     if (directory / DONE).exists():
         return False
+    if head_start_s is None:
+        head_start_s = _head_start_of_rank_0_s()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        wait_s = _head_start_s() if head_start_s is None else head_start_s
-        with _lock(directory.parent / f".{directory.name}.lock", directory, stop, wait_s):
-            if (directory / DONE).exists():
+        with _lock(directory.parent / f".{directory.name}.lock", directory, stop, head_start_s):
+            if (directory / DONE).exists():  # the process that had the lock made it
                 return False
             with _publish_when_filled(directory) as temporary:
                 build(temporary)
@@ -184,9 +191,9 @@ def build_once(
 
 @contextmanager
 def _publish_when_filled(directory: Path) -> Iterator[Path]:
-    """A directory to fill, which takes the name and the place of `directory` by one rename, or is removed.
+    """A directory to fill. It is renamed to `directory` when the body ends, and removed if the body raises.
 
-    All of it is on the disk before its name is.
+    All of it is on the disk before it has its name.
     """
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -203,47 +210,50 @@ def _publish_when_filled(directory: Path) -> Iterator[Path]:
         raise
 
 
-def _head_start_s() -> float:
-    """Seconds in which rank 0, whose lines a user sees, may come and prepare; a host with a cache of its own begins soon."""
+def _head_start_of_rank_0_s() -> float:
+    """Seconds for which this process lets rank 0, whose lines a user sees, go first.
+
+    The first process of another host waits only briefly: if the host has a cache of its own, rank 0 does not come.
+    """
     if os.environ.get("RANK", "0") == "0":
         return 0
     return 2 if os.environ.get("LOCAL_RANK") == "0" else 30
 
 
 def hashes_of(directory: Path) -> dict[str, dict[str, str]]:
-    """By relative path: the sampled and the whole SHA-256 of everything that training reads. Errors: OSError."""
+    """{"sampled", "sha256"} of every file that training reads, by its path in `directory`. Errors: OSError.
+
+    "sampled" is a hash of some blocks of the file, "sha256" one of all its bytes.
+    """
     hashes = {}
-    for path in sorted(path for path in directory.rglob("*") if path.suffix in ARRAY_SUFFIXES):
+    array_files = [path for path in directory.rglob("*") if path.suffix in ARRAY_SUFFIXES]
+    for path in sorted(array_files):
         name = path.relative_to(directory).as_posix()
         hashes[name] = {"sampled": sampled_digest(path), "sha256": file_digest(path)}
     return hashes
 
 
-def compare_hashes(directory: Path, hashes: dict[str, dict[str, str]], how: Verify) -> None:
-    """Compare what lies in `directory` with its hashes. Raises DataError naming the first file that differs."""
-    for name, written in hashes.items():
+def compare_hashes(directory: Path, hashes: dict[str, dict[str, str]], verify: Verify) -> None:
+    """Raise DataError for the first file in `directory` that differs from its hashes, which `hashes_of` made."""
+    remedy = f"look after the disk, delete {directory} and start again: it is prepared anew"
+    for name, expected in hashes.items():
         path = directory / name
         try:
-            same = sampled_digest(path) == written["sampled"]
-            if same and how is Verify.all:
-                same = file_digest(path) == written["sha256"]
+            is_same = sampled_digest(path) == expected["sampled"]
+            if is_same and verify is Verify.all:
+                is_same = file_digest(path) == expected["sha256"]
         except (OSError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: cannot be compared with what was prepared ({error}); {_remedy(directory)}"
-            ) from error
-        if not same:
-            raise DataError(f"{path}: does not have the bytes that were prepared; {_remedy(directory)}")
-
-
-def _remedy(directory: Path) -> str:
-    return f"look after the disk, delete {directory} and start again: it is prepared anew"
+            raise DataError(f"{path}: cannot be compared with what was prepared ({error}); {remedy}") from error
+        if not is_same:
+            raise DataError(f"{path}: does not have the bytes that were prepared; {remedy}")
 
 
 @contextmanager
 def _lock(path: Path, directory: Path, stop: Callable[[], None], head_start_s: float) -> Iterator[None]:
-    """An exclusive lock between processes; the kernel releases it when its holder dies.
+    """An exclusive lock between processes, on the file `path`; the kernel releases it when its holder dies.
 
-    For `head_start_s` seconds this process does not ask for it, so that another one may take it first.
+    For `head_start_s` seconds this process does not ask for it, so that another one may take it first. It stops waiting if the
+    entry `directory` is done. `stop` is called while waiting, and may raise.
     """
     with path.open("a+", encoding="utf-8") as file:  # NFS gives no shared lock of what is open for writing alone
         started_at = time.monotonic()
@@ -251,7 +261,8 @@ def _lock(path: Path, directory: Path, stop: Callable[[], None], head_start_s: f
             if (directory / DONE).exists() or _is_locked(file):
                 break
             stop()
-            time.sleep(0.05)
+            time.sleep(POLL_S)
+
         has_warned = False
         while True:
             with suppress(BlockingIOError):
@@ -261,12 +272,15 @@ def _lock(path: Path, directory: Path, stop: Callable[[], None], head_start_s: f
                 log.warning("waiting for another process that prepares the data in %s", directory)
                 has_warned = True
             stop()
-            time.sleep(0.05)
+            time.sleep(POLL_S)
         yield
 
 
 def _is_locked(file: IO[str]) -> bool:
-    """Whether another process has the lock; one that asks at this moment asks again."""
+    """Whether another process has the lock of a file.
+
+    To find out, this process takes a shared lock for a moment. One that asks for the lock just then has to ask again.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -288,14 +302,15 @@ class Shards:
 
     @contextmanager
     def writing(self, number: int, stop: Callable[[], None]) -> Iterator[Callable[[Block], None] | None]:
-        """Gives a function that keeps a block, None where the shard is there; it appears under its name when all are kept.
+        """Gives a function that keeps a block in shard `number`; None if the shard is there already.
 
-        One process writes a shard, others wait for it and call `stop`, which may raise. Errors: StorageError.
+        The shard appears under its name when the body ends. One process writes a shard, others wait for it and call `stop`, which
+        may raise. Errors: StorageError.
         """
         path = self.path(number)
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            with _lock(self.home / f".{path.name}.lock", path, stop, 0):
+            with _lock(self.home / f".{path.name}.lock", path, stop, head_start_s=0):
                 if path.exists():
                     yield None
                     return
@@ -308,7 +323,7 @@ class Shards:
 
     @classmethod
     def finished(cls, directory: Path) -> Shards | None:
-        """The shards of an entry if there are any; raises DataError where some are missing."""
+        """The shards of an entry; None if there are none. Raises DataError if only some of them are there."""
         home = directory.parent / f".{directory.name}.shards"
         counts = sorted({int(path.name.split("-of-")[1]) for path in home.glob("[0-9]*-of-*")})
         if not counts:
@@ -333,12 +348,12 @@ class Shards:
             yield load(path)
 
     def remove(self) -> None:
-        """Delete them, once merged."""
+        """Delete the shards, which were merged."""
         shutil.rmtree(self.home, ignore_errors=True)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """`i/n` as numbers. Raises ConfigError."""
+    """(i, n) of `--shard i/n`. Raises ConfigError."""
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ConfigError(f"--shard {text}: must be i/n with i from 0 to n-1, as in --shard 0/8")

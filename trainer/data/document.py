@@ -1,4 +1,4 @@
-"""The normal form of a row of any format, for checks, cleaning, privacy and tokenisation; and the tally of rows.
+"""`Document`, the form that a row of any format takes for checks, cleaning, privacy and tokens; and `Tally`, which counts drops.
 
 Every transform takes a document and returns it, perhaps changed, or drops it. Each drop is counted under one reason,
 so that rows in = documents kept + rows dropped by reason.
@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Protocol
 
 from strategies.errors import DataError
@@ -38,11 +37,11 @@ THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 @dataclass(slots=True)
 class Document:
-    """One row in normal form. What is set depends on its format.
+    """One row, in the same form for every format. Which fields are set depends on the format.
 
-    Conversations: `messages`, and perhaps `tools`. Prompt and completion: both, with `separator` between them where no
-    chat template is. Text: `text`, and `label` where it is labelled. Preference pairs: `messages` is the shared prompt,
-    `chosen` and `rejected` the turns that follow it. Thumbs up or down: `messages` or prompt and completion, and
+    Conversations: `messages`, and perhaps `tools`. Prompt and completion: both, with `separator` between them if there is no
+    chat template. Text: `text`, and `label` if it is labelled. Preference pairs: `messages` is the shared prompt,
+    `chosen` and `rejected` are the turns that follow it. Thumbs up or down: `messages` or prompt and completion, and
     `desirable`.
     """
 
@@ -69,7 +68,7 @@ class Document:
         return f"{self.file}:{self.line}"
 
     def conversation(self) -> list[Message]:
-        """The turns, without rejected answers; prompt and completion as two turns. None of a text."""
+        """The turns, without rejected answers; prompt and completion as two turns. Empty for a text."""
         if self.prompt is not None:
             return [
                 {"role": "user", "content": self.prompt},
@@ -78,7 +77,7 @@ class Document:
         return [*(self.messages or []), *(self.chosen or [])]
 
     def take_turns(self) -> list[Message]:
-        """Prompt and completion, taken from the document, as two turns."""
+        """Prompt and completion as two turns. Clears both, so that the caller can set `messages` instead."""
         turns = self.conversation()
         self.prompt = None
         self.completion = None
@@ -91,19 +90,22 @@ class Document:
 
     def texts(self) -> list[str]:
         """All texts that came from the row, in reading order: thoughts and arguments of calls too; no labels, no tools."""
-        plain = [text for text in (self.prompt, self.completion, self.text) if text is not None]
-        return [*chain.from_iterable(map(texts_in, self.turns())), *plain]
+        texts: list[str] = []
+        for message in self.turns():
+            texts += texts_in(message)
+        texts += [text for text in (self.prompt, self.completion, self.text) if text is not None]
+        return texts
 
     def map_texts(self, change: Callable[[str], str]) -> None:
-        """Replace every text by `change(text)`, in place."""
+        """Replace every text of `texts` by `change(text)`, in place."""
         for message in self.turns():
             for name in ("reasoning_content", "content"):
                 if message.get(name):
                     message[name] = change(message[name])
-            for number, call in enumerate(message.get("tool_calls", ())):
+            for index, call in enumerate(message.get("tool_calls", ())):
                 function = call["function"]
                 arguments = with_texts(function["arguments"], change)
-                message["tool_calls"][number] = {**call, "function": {**function, "arguments": arguments}}
+                message["tool_calls"][index] = {**call, "function": {**function, "arguments": arguments}}
         for name in ("prompt", "completion", "text"):
             text = getattr(self, name)
             if text is not None:
@@ -111,7 +113,7 @@ class Document:
 
 
 def texts_of(node: Any) -> Iterator[str]:
-    """The texts in the arguments of calls (a list of calls, or anything inside), without names and keys."""
+    """The texts in the arguments of tool calls, without names and keys. `node`: a list of calls, or anything inside of one."""
     if isinstance(node, str):
         if node.strip():
             yield node
@@ -126,7 +128,7 @@ def texts_of(node: Any) -> Iterator[str]:
 
 
 def with_texts(node: Any, change: Callable[[str], str], change_key: Callable[[str], str] = str) -> Any:
-    """Arguments of a call with every text changed, and every key by `change_key`."""
+    """Arguments of a tool call with every text changed by `change`, and every key by `change_key`. `node`: anything in them."""
     if isinstance(node, str):
         return change(node) if node.strip() else node
     if isinstance(node, dict):
@@ -240,29 +242,30 @@ class Findings:
         """Add a later block's findings."""
         for name in ("scanned", "documents", "counts", "documents_by_type"):
             getattr(self, name).update(getattr(other, name))
-        for type_, places in other.examples.items():
-            keep_first(self.examples, type_, places)
+        for type_, new_examples in other.examples.items():
+            keep_first(self.examples, type_, new_examples)
 
 
-def keep_first(examples: dict[str, list[str]], key: str, places: list[str]) -> None:
-    """Add places to those of a key, as far as `EXAMPLES` allows."""
-    places_of_key = examples.setdefault(key, [])
-    places_of_key.extend(places[: EXAMPLES - len(places_of_key)])
+def keep_first(examples: dict[str, list[str]], key: str, new_examples: list[str]) -> None:
+    """Add examples to those of a key, as far as `EXAMPLES` allows."""
+    examples_of_key = examples.setdefault(key, [])
+    num_missing = EXAMPLES - len(examples_of_key)
+    examples_of_key.extend(new_examples[:num_missing])
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of what the stages did to documents, by stage and reason, with the first few places. Blocks add theirs up."""
+    """Counts of what the stages did to documents, by stage and reason, with the first few examples. Blocks add theirs up."""
 
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     """Documents dropped: stage -> reason -> number. A document is dropped once, under one reason."""
     noted: dict[str, Counter[str]] = field(default_factory=dict)
     """Things seen or changed in documents that stay: stage -> what -> number."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """First places, by "stage/reason"."""
+    """`file:line` of the first few, by "stage/reason"."""
     findings: Findings = field(default_factory=Findings)
     drops: list[tuple[str, str, str]] = field(default_factory=list)
-    """Every drop since the tally was made, as (stage, reason, location); `merge` leaves them to who writes them down."""
+    """Every drop since the tally was made, as (stage, reason, location). `merge` does not add them up: they are written down."""
 
     def drop(self, stage: str, reason: str, location: str) -> None:
         """Count one dropped document; `location` is its `file:line`, perhaps with a word on it."""
@@ -270,21 +273,21 @@ class Tally:
         self.drops.append((stage, reason, location))
 
     def note(self, stage: str, what: str, location: str) -> None:
-        """Count something seen in (or done to) a document that stays."""
+        """Count something, `what`, that was seen in (or done to) a document that stays."""
         self._add(self.noted, stage, what, location)
 
     def merge(self, other: Tally) -> None:
         """Add a later block's tally."""
-        for table, other_table in ((self.dropped, other.dropped), (self.noted, other.noted)):
-            for stage, counts in other_table.items():
-                table.setdefault(stage, Counter()).update(counts)
-        for key, places in other.examples.items():
-            keep_first(self.examples, key, places)
+        for counts_by_stage, other_counts in ((self.dropped, other.dropped), (self.noted, other.noted)):
+            for stage, counts in other_counts.items():
+                counts_by_stage.setdefault(stage, Counter()).update(counts)
+        for key, locations in other.examples.items():
+            keep_first(self.examples, key, locations)
         self.findings.merge(other.findings)
 
-    def _add(self, table: dict[str, Counter[str]], stage: str, reason: str, location: str) -> None:
-        table.setdefault(stage, Counter())[reason] += 1
-        # Counts are exact; of the places only the first few are kept.
+    def _add(self, counts_by_stage: dict[str, Counter[str]], stage: str, reason: str, location: str) -> None:
+        """Count one document in `dropped` or `noted`, and keep its location if it is one of the first."""
+        counts_by_stage.setdefault(stage, Counter())[reason] += 1
         keep_first(self.examples, f"{stage}/{reason}", [location])
 
 

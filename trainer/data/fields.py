@@ -1,8 +1,8 @@
-"""Values of a row: what is a text, a label, a verdict, and which columns nothing reads; a value that is none refuses the row.
+"""Reads single values of a row (a text, a label, a verdict, a group), and notes the columns that nothing reads.
 
-A picture, an earlier turn or a thought that the model would never see changes what its answers mean. A column with such a
-value that the format does not read is refused: it is read under another name (`data.columns`) or knowingly left out
-(`data.ignore_columns`), which is for a person to say. Any other unread column is named once a source.
+A value of another type refuses the row. A picture, an earlier turn or a thought that the model would never see changes what its
+answers mean. So a column with such a value is refused if the format does not read it: a person has to say whether it is read
+under another name (`data.columns`) or left out (`data.ignore_columns`). Any other unread column is named once a source.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _VERDICTS = {"up": True, "true": True, "1": True, "down": False, "false": False,
 _MORE_VERDICTS = {"yes": True, "desirable": True, "1.0": True, "no": False, "undesirable": False, "0.0": False}
 VERDICTS = "true or false, 1 or 0, yes or no, up or down, desirable or undesirable"
 """The values of a verdict, for messages."""
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SHORT.maxlevel = 3
-_SHORT.maxdict = 8
-_SHORT.maxlist = 4
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = _SHORT_REPR.maxlong = 60  # characters
+_SHORT_REPR.maxlevel = 3
+_SHORT_REPR.maxdict = 8
+_SHORT_REPR.maxlist = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +46,29 @@ class Refusal(Exception):
 
 
 def show_value(value: Any) -> str:
-    """A value as messages show it, shortened."""
-    return value.message if isinstance(value, Fault) else _SHORT.repr(value)
+    """A value of a row as error messages show it, shortened."""
+    return value.message if isinstance(value, Fault) else _SHORT_REPR.repr(value)
 
 
 def value_at(fields: dict[str, Any], name: str) -> Any:
-    """The value of a column, or of `b` inside `a` for `a.b`. Raises KeyError where there is none, Refusal for a fault."""
+    """The value of a column, or of `b` inside `a` for `a.b`; `a.0` is the first of a list.
+
+    Raises KeyError if there is none, Refusal for a value that could not be read.
+    """
     # A column that is itself called `a.b` goes first.
     path = [name] if name in fields else name.split(".")
-    value: Any = fields
-    for part in path:
-        if isinstance(value, list) and part.isdecimal() and part.isascii() and int(part) < len(value):
-            value = value[int(part)]
-        elif isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, Fault):
-            raise Refusal(value.reason, f'column "{name}": {value.message}')
+    node: Any = fields
+    for key in path:
+        is_index = key.isdecimal() and key.isascii()
+        if isinstance(node, list) and is_index and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict) and key in node:
+            node = node[key]
+        elif isinstance(node, Fault):
+            raise Refusal(node.reason, f'column "{name}": {node.message}')
         else:
             raise KeyError(name)
-    return value
+    return node
 
 
 def group_of(fields: dict[str, Any], name: str) -> str:
@@ -75,7 +79,7 @@ def group_of(fields: dict[str, Any], name: str) -> str:
         raise Refusal("missing_group", f"no column {name!r} (data.group_by); the row has {sorted(fields)}") from None
     if isinstance(group, str) and group.strip():
         return group.strip()
-    # Tables turn whole numbers into floats where a cell is empty.
+    # Tables turn whole numbers into floats if a cell of the column is empty.
     is_whole = isinstance(group, int) and not isinstance(group, bool)
     if is_whole or (isinstance(group, float) and group.is_integer()):
         return str(int(group))
@@ -101,22 +105,22 @@ def is_texts(value: Any) -> bool:
 
 
 def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
-    """The text in a column, or the one in its list. Raises Refusal: not_text, empty_text.
+    """The text in the column `key`, or the only one in its list. Raises Refusal: not_text, empty_text.
 
-    What is no character is refused where files are read. `name`: what messages call the column.
+    `name`: what error messages call it; by default the column. Bytes that are no characters were refused when the file was read.
     """
     text: Any = fields.get(key)
     advice = "" if name else f", or choose one with data.columns.{key}={key}.0"
     name = name or f'"{key}"'
     if is_texts(text):
         if len(text) > 1:
-            what = f"{name} is a list of {len(text)} texts, {show_value(text)}"
-            raise Refusal("not_text", f"{what}, but must be one text: join them{advice}")
+            fault = f"{name} is a list of {len(text)} texts, {show_value(text)}"
+            raise Refusal("not_text", f"{fault}, but must be one text: join them{advice}")
         text = text[0]
     if not isinstance(text, str):
-        what = show_value(text) if key in fields else "missing"
+        shown_value = show_value(text) if key in fields else "missing"
         as_text = f', as "{text}"' if type(text) in (int, float) else ""
-        raise Refusal("not_text", f"{name} is {what}; it must be a text{as_text}")
+        raise Refusal("not_text", f"{name} is {shown_value}; it must be a text{as_text}")
     if not text or text.isspace():
         raise Refusal("empty_text", f"{name} is an empty text")
     return text
@@ -150,7 +154,7 @@ def is_surely_verdict(value: Any) -> bool:
 
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns, and keys of turns, that hold what is no text."""
+"""Columns, and keys of turns, that hold something else than text."""
 _CONVERSATION_PARTS = ("history", "tool_calls", "reasoning_content", "thinking")
 _PASSAGES = ("passage", "context")
 CARRIERS: dict[DataFormat, tuple[str, ...]] = {
@@ -160,14 +164,14 @@ CARRIERS: dict[DataFormat, tuple[str, ...]] = {
 }
 """Columns that carry meaning beside what a format reads."""
 MAX_NAMES = 1000
-"""Names that are remembered for a source: data whose columns are values of their own must not fill the memory."""
+"""Names that are remembered for a source: data that uses values as names of columns must not fill the memory."""
 MAX_SHOWN_NAMES = 20
 """Names that are shown."""
 
 
 @dataclass(slots=True)
-class Unread:
-    """Columns that a reader does not read. `names` grows in order of appearance; the caller may clear it."""
+class UnreadColumns:
+    """Notes columns that a reader does not read. `names` grows in order of appearance; the caller may clear it."""
 
     refused: Collection[str]
     """Columns that are refused unless they are read or ignored."""
@@ -175,24 +179,28 @@ class Unread:
     setting: str
     """The setting that renames columns, for messages."""
     names: dict[str, None] = field(default_factory=dict)
-    _known_shapes: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
+    _by_shape: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
+    """(unread columns, those of them that are refused unless they are empty) of rows with the same columns."""
 
-    def note(self, fields: Mapping[str, Any], unread_columns: tuple[str, ...], read: tuple[str, ...]) -> None:
-        """Take in a row of which the columns `read` are read. Raises Refusal for a column that carries meaning.
+    def note(self, fields: Mapping[str, Any], unread_columns: tuple[str, ...], read_columns: tuple[str, ...]) -> None:
+        """Note the unread columns of a row. Raises Refusal for one that carries meaning and is not empty.
 
-        `unread_columns`: further columns of the file, whose values are not in `fields`.
+        `unread_columns`: further columns of the file, whose values are not in `fields`. `read_columns`: those that are read.
         """
         # Most rows of a source have the same columns, so the answer for these is kept.
-        shape = (read, unread_columns, *fields)
-        unread_and_carriers = self._known_shapes.get(shape)
-        if unread_and_carriers is None:
-            unread = [name for name in (*fields, *unread_columns) if name not in read and name not in self.ignored]
-            carriers = [name for name in self.refused if name in unread and name in fields]
-            unread_and_carriers = unread, carriers
-            if len(self._known_shapes) < MAX_NAMES:
-                self._known_shapes[shape] = unread_and_carriers
-        unread, carriers = unread_and_carriers
-        for name in carriers:
+        shape = (read_columns, unread_columns, *fields)
+        unread_and_refused = self._by_shape.get(shape)
+        if unread_and_refused is None:
+            unread = []
+            for name in (*fields, *unread_columns):
+                if name not in read_columns and name not in self.ignored:
+                    unread.append(name)
+            refused = [name for name in self.refused if name in unread and name in fields]
+            unread_and_refused = unread, refused
+            if len(self._by_shape) < MAX_NAMES:
+                self._by_shape[shape] = unread_and_refused
+        unread, refused = unread_and_refused
+        for name in refused:
             if not is_nothing(fields[name]):
                 raise Refusal(
                     f"unread_{name}",

@@ -19,7 +19,7 @@ from trainer.data.fields import (
     VERDICTS,
     Fault,
     Refusal,
-    Unread,
+    UnreadColumns,
     group_of,
     is_nothing,
     is_surely_verdict,
@@ -285,7 +285,7 @@ class RowReader:
             needed_columns.update(self._read_columns[spelling])
         self.needed_columns = frozenset(needed_columns)
         """Columns that decide over a document: of a table no others need be read."""
-        self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
+        self.unread = UnreadColumns(CARRIERS[format] if refuses else (), self.ignored, self._setting)
 
     def __call__(self, row: Row) -> Document | Rejected:
         """The document of a row, or why there is none. Never raises for what a row holds."""

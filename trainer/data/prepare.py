@@ -1,8 +1,8 @@
-"""Preparation: raw data in, a prepared data set with its audit out, once for every distinct input.
+"""Prepares data: makes a data set of tokens, with its audit, from raw files, once for every distinct input.
 
-Two passes. The first takes blocks of rows through everything that looks at one document at a time (read, check, clean,
-filter, privacy, tokens), in as many processes as there are cores. The second decides from columns of numbers alone what
-needs the whole: copies, held-out splits, leakage, balance. Tokens are written once; a split is a list of numbers.
+There are two passes. The first takes blocks of rows through everything that looks at one document at a time (read, check,
+clean, filter, privacy, tokens), in as many processes as there are cores. The second decides what needs the whole data set
+(copies, held-out splits, leakage, balance) from columns of numbers alone. Tokens are written once; a split is a list of numbers.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from trainer.data.read.paths import expand
 from trainer.data.rendered import refuse_rendered
 from trainer.data.report.describe import ReportWriter
 from trainer.data.report.progress import PreparationProgress, PrintLine, print_on_rank_0
-from trainer.data.selection.splits import Columns, Selection, choose
+from trainer.data.selection.splits import Columns, Selection, choose_splits
 from trainer.data.shards import Assembly, Block
-from trainer.data.sources import inputs_of, jobs, readers_of, require_room, rows_of
+from trainer.data.sources import inputs_of, readers_of, require_room, row_ranges, rows_of
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequences_of
 from trainer.data.tokens.clock import TemplateDate, reads_clock
@@ -56,11 +56,23 @@ TEMPLATE_DATE = "template_date"
 """Where a report has the date that the chat template wrote."""
 SMALL_INPUT_BYTES = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
-SETTINGS_NOT_IN_FINGERPRINT = (
-    *("path", "eval_path", "test_path", "cache_dir", "remote", "streaming", "workers", "verify"),
-    *("packing", "layout", "shuffle"),
-)
-"""Settings that change no prepared byte, or stand for files whose bytes are hashed."""
+SETTINGS_NOT_IN_FINGERPRINT = {
+    # Stand for files whose bytes are hashed, or say how these are reached.
+    "path",
+    "eval_path",
+    "test_path",
+    "remote",
+    "streaming",
+    # Say where and how preparation works.
+    "cache_dir",
+    "workers",
+    "verify",
+    # Say what is made of prepared data.
+    "packing",
+    "layout",
+    "shuffle",
+}
+"""Settings that change no prepared byte."""
 
 
 @dataclass(slots=True)
@@ -75,7 +87,7 @@ class PreparedData:
     date: TemplateDate | None = None
     """The date that the chat template wrote; None if the template writes none."""
     has_rows: bool = True
-    """False where one document without meaning stands in for data that is not read."""
+    """False if one document without meaning stands in for data that is not read."""
 
 
 ChooseDate = Callable[[Callable[[], TemplateDate]], TemplateDate]
@@ -88,13 +100,15 @@ def keep_or_first_date(kept: TemplateDate | None) -> ChooseDate:
 
 
 class Preparation:
-    """The preparation of one configuration's data: its identity, and the work where the cache does not have it.
+    """The preparation of one configuration's data: its fingerprint, and the work if the cache does not have it.
 
     The entry in `config.cache_dir` is named by a fingerprint over the bytes of the inputs, the tokenizer with its chat
-    template, the options and how the objective reads. `seed` decides held-out shares and resampling.
-    If the template writes today's date, `choose_date` decides which one, by default the day of the first preparation into this
-    cache. No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted where
-    `stop`, asked between blocks, says so.
+    template, the options and how the objective reads. `seed` decides held-out shares and resampling. If the template writes
+    today's date, `choose_date` decides which one, by default the day of the first preparation into this cache. `stop` is asked
+    between blocks. `say` prints a line.
+
+    No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted if `stop` says
+    so.
     """
 
     def __init__(
@@ -122,39 +136,44 @@ class Preparation:
         config = self.config
         self.inputs = inputs_of(config)
         cache = Path(config.cache_dir).expanduser()
-        self.digest = Digests(cache)
-        self.small = sum(source_input.origin.size() for source_input in self.inputs) <= SMALL_INPUT_BYTES
+        self.digests = Digests(cache)
+        self.is_small = sum(source_input.origin.size() for source_input in self.inputs) <= SMALL_INPUT_BYTES
+
+        # What the bytes of prepared data depend on beside options and tokenizer.
         identities: list[Any] = []
         for source_input in self.inputs:
-            identities.append((source_input.split, source_input.source, source_input.origin.identity(self.digest)))
+            identities.append((source_input.split, source_input.source, source_input.origin.identity(self.digests)))
         if config.decontamination.paths is not None:
             key = "data.decontamination.paths"
             evaluation_files = Origin(key, expand(config.decontamination.paths, key, remote=config.remote))
-            identities.append(("decontamination", evaluation_files.identity(self.digest)))
+            identities.append(("decontamination", evaluation_files.identity(self.digests)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
             # Imported here, because it compiles seventy regular expressions.
             from trainer.data.transforms.privacy.stage import key_identity
 
             identities.append(("key of the pseudonyms", key_identity()))
+
         # Settled before the date: the first date is remembered under the fingerprint without one.
-        undated = fingerprint(identities, self.tokenizer, self._options())
+        undated_fingerprint = fingerprint(identities, self.tokenizer, self._options())
         self.date: TemplateDate | None = None
         if self.tokenizer.chat_template and reads_clock(self.tokenizer.get_chat_template()):
-            self.date = choose_date(partial(first_date, cache, undated))
-        self.fingerprint = fingerprint_with_date(undated, self.date)
+            self.date = choose_date(partial(first_date, cache, undated_fingerprint))
+        self.fingerprint = fingerprint_with_date(undated_fingerprint, self.date)
         self.directory = cache / self.fingerprint[:32]
 
     def _options(self) -> dict[str, Any]:
         """Settings that change prepared bytes. They are part of the fingerprint, so a new key here outdates all caches."""
         config = self.config
         settings = identifying(asdict(config))
+        for key in SETTINGS_NOT_IN_FINGERPRINT:
+            del settings[key]
         uses_seed = config.eval_share or config.test_share or config.balance.by is not BalanceBy.none
         data_spec_class = type(self.data_spec)
         # Fingerprints keep the class names of earlier versions ("SftReading"): data that these prepared is found again.
         class_name = data_spec_class.__qualname__.replace("DataSpec", "Reading")
         return {
             "version": VERSION,
-            "data": {key: setting for key, setting in settings.items() if key not in SETTINGS_NOT_IN_FINGERPRINT},
+            "data": settings,
             "seed": self.seed if uses_seed else None,
             "reading": {"class": f"{data_spec_class.__module__}.{class_name}", **self.data_spec.identity()},
         }
@@ -165,23 +184,23 @@ class Preparation:
             return self._open_or_make()
 
     def _open_or_make(self) -> PreparedData:
-        """See `open_or_make`."""
+        """As `open_or_make`, while progress is printed."""
         started_at = time.perf_counter()
-        is_done = (self.directory / DONE).exists()
-        if not is_done:
+        if not (self.directory / DONE).exists():
             self._refuse_rendered_rows()
         self.progress.phase = "waiting for another process that prepares the same data"
         # Jobs of an array may have done the first pass already.
         shards = None if (self.directory / DONE).exists() else Shards.finished(self.directory)
         was_made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
+
         # Data that this process has just written need not be compared with its own hashes.
         self.progress.phase = "comparing the prepared data with its hashes"
         verify = None if was_made else self.config.verify
         # All bytes are read once a host; the other processes of the host look at samples.
         if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:
             verify = Verify.sampled
-        seconds = time.perf_counter() - started_at
-        prepared = open_prepared(self.directory, cached=not was_made, seconds=seconds, verify=verify)
+        elapsed_s = time.perf_counter() - started_at
+        prepared = open_prepared(self.directory, cached=not was_made, seconds=elapsed_s, verify=verify)
         prepared.date = self.date
         if self.date is not None:
             prepared.report.setdefault(TEMPLATE_DATE, self.date.day.isoformat())  # an earlier version did not write it
@@ -190,28 +209,33 @@ class Preparation:
         return prepared
 
     def make_shard(self, number: int, count: int) -> None:
-        """Part `number` of `count` of the first pass, kept until a call of `open_or_make` finds all of them."""
+        """Do part `number` of `count` of the first pass, as one job of an array.
+
+        Its blocks are kept until a call of `open_or_make` finds the parts of all jobs. Does nothing if the data is prepared, or
+        another process makes this part.
+        """
         if (self.directory / DONE).exists():
             return
         self._refuse_rendered_rows()
-        readers = readers_of(self.inputs, label=self.data_spec.label, preferred=self.data_spec.formats)
-        with self.progress.printing(), Shards(self.directory, count).writing(number, self.check_stop) as keep:
-            if keep is None:
+        readers = self._readers()
+        with self.progress.printing(), Shards(self.directory, count).writing(number, self.check_stop) as keep_block:
+            if keep_block is None:
                 return
             with closing(self._blocks(readers, number, count)) as blocks:
                 for block in blocks:
                     self.check_stop()
-                    keep(block)
-            self.digest.check()
+                    keep_block(block)
+            self.digests.check()
 
-    def _date_for_report(self) -> dict[str, str]:
-        return {} if self.date is None else {TEMPLATE_DATE: self.date.day.isoformat()}
+    def _readers(self) -> dict[tuple[str, str], RowReader]:
+        """A reader for each input, by (split, source), in the format that its first row has."""
+        return readers_of(self.inputs, label=self.data_spec.label, preferred=self.data_spec.formats)
 
     def _refuse_rendered_rows(self) -> None:
         """Raise DataError for rows that hold a rendered chat template, unless the user has typed what becomes of it."""
         if self.config.control_tokens is ControlTokens.auto:
-            readers = readers_of(self.inputs, label=self.data_spec.label, preferred=self.data_spec.formats)
-            refuse_rendered(self.inputs, readers, self.data_spec.encoder(self.tokenizer, self.config))
+            encoder = self.data_spec.encoder(self.tokenizer, self.config)
+            refuse_rendered(self.inputs, self._readers(), encoder)
 
     def check_stop(self) -> None:
         """Raise Preempted if this process was asked to stop. Called between blocks, where stopping is safe."""
@@ -219,20 +243,26 @@ class Preparation:
             raise Preempted("interrupted while preparing data; the preparation will start over")
 
     def run(self, target: Path, shards: Shards | None = None) -> None:
-        """Prepare the data into `target`: both passes, and the reports. `shards`: where the first pass lies already."""
+        """Prepare the data into the directory `target`: both passes, and the reports.
+
+        `shards`: the blocks of the first pass, if the jobs of an array have made them already.
+        """
         self.check_stop()
-        rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
-        advise_split = (
-            OverLength.split in self.data_spec.over_length and self.config.over_length is not OverLength.split
-        )
-        assembly = Assembly(target, self.config.max_bad_share, rejected, splits=advise_split)
+        rejected_file = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
+        may_split = OverLength.split in self.data_spec.over_length
+        advise_split = may_split and self.config.over_length is not OverLength.split
+        assembly = Assembly(target, self.config.max_bad_share, rejected_file, advise_split=advise_split)
         with closing(assembly):
-            readers = readers_of(self.inputs, label=self.data_spec.label, preferred=self.data_spec.formats)
+            # The first pass: blocks of documents that were read, checked, cleaned and tokenised.
+            readers = self._readers()
             with closing(self._blocks(readers) if shards is None else shards.blocks()) as blocks:
                 for block in blocks:
                     self.check_stop()
                     assembly.append(block)
                     self.progress.count_done(block.rows)
+
+            # The second pass: from here on only columns of numbers are looked at, and the texts of two documents that are
+            # to be compared.
             self.progress.phase = "choosing documents (copies, held-out shares, balance)"
             columns = assembly.columns()
             table = DocumentTable(target)
@@ -241,34 +271,35 @@ class Preparation:
 
                 refuse_findings(assembly.totals.tally.findings, self.config.privacy)
             label_names, label_ids = self.data_spec.numbered(columns, table)
-            # The second pass: from here on only columns of numbers are looked at, and texts where two documents are
-            # to be compared.
-            selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
+            selection = choose_splits(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
+
         self.progress.phase = "writing the reports"
         self._write_splits(target, columns, selection)
-        formats = {key: reader.format for key, reader in readers.items()}
+        formats = {input_id: reader.format for input_id, reader in readers.items()}
         reports = ReportWriter(
-            self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digest=self.digest
+            self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digests=self.digests
         )
         report = reports.write(assembly.totals, columns, selection, self.data_spec, label_names)
+        if self.date is not None:
+            report[TEMPLATE_DATE] = self.date.day.isoformat()
         manifest = {
             "fingerprint": self.fingerprint,
             "tokenizer": {"path": str(self.tokenizer.name_or_path), "vocab_size": len(self.tokenizer)},
             "sources": columns.sources,
             "splits": {split: len(documents) for split, documents in selection.splits.items()},
             "label_names": label_names,
-            "report": report | self._date_for_report(),
+            "report": report,
             "hashes": hashes_of(target),
         }
-        self.digest.check()
+        self.digests.check()
         # Written last: an entry without this file is unfinished.
         (target / DONE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if shards is not None:
             shards.remove()
 
     def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
-        """A directory for each split: which sequences it has, and its manifest."""
+        """Write a directory for each split, with the numbers of its sequences and its manifest."""
         evaluation_sets = []
         for source_input in self.inputs:
             if source_input.split == "eval" and source_input.source != "eval":  # a set with a name of its own
@@ -284,34 +315,42 @@ class Preparation:
             (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Generator[Block]:
-        """The blocks of every job of one `part` of `parts`, in input order. Raises StorageError for a disk too small."""
-        maker = BlockMaker(self.config, self.data_spec, readers=readers, tokenizer=self.tokenizer, date=self.date)
-        require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=parts)
+        """The first pass over one `part` of `parts` of the rows: blocks of documents and tokens, in input order.
+
+        Raises StorageError if the disk is too small.
+        """
+        make_block = BlockMaker(self.config, self.data_spec, readers=readers, tokenizer=self.tokenizer, date=self.date)
+        require_room(self.directory.parent, self.inputs, make_block, self.config.max_documents, parts=parts)
         if self.config.max_documents is None:
             self.progress.expect(self.inputs, 1 / parts)
-        part_jobs = jobs(rows_of(self.inputs, self.config.max_documents))
+        ranges = row_ranges(rows_of(self.inputs, self.config.max_documents))
         if parts > 1:
-            part_jobs = (job for job in part_jobs if job.number % parts == part)
-        # Forking workers takes longer than small data.
-        workers = 1 if self.small else self.config.workers or usable_cores()
+            ranges = (row_range for row_range in ranges if row_range.number % parts == part)
+        workers = self.config.workers or usable_cores()
+        if self.is_small:  # forking workers takes longer than small data
+            workers = 1
         self.progress.begin_rows()
-        part_jobs = self.progress.count_text_rows(part_jobs)
+        ranges = self.progress.count_text_rows(ranges)
         if workers > 1:
-            yield from ordered_map(maker, part_jobs, workers=workers, check=self.check_stop)
+            yield from ordered_map(make_block, ranges, workers=workers, check=self.check_stop)
         else:
-            yield from map(maker, part_jobs)
+            yield from map(make_block, ranges)
 
 
 def _spells_control_tokens(report: dict[str, Any]) -> bool:
-    """Whether control tokens were encoded as ordinary characters in any document of prepared data."""
-    noted = [stage["noted"] for stage in report["flow"] if stage["stage"] == "tokenise"]
-    return any("control_tokens_as_text" in counts for counts in noted)
+    """Whether control tokens were encoded as ordinary characters in any document, by the report of prepared data."""
+    counts_of_tokenise = [stage["noted"] for stage in report["flow"] if stage["stage"] == "tokenise"]
+    return any("control_tokens_as_text" in counts for counts in counts_of_tokenise)
 
 
 def open_prepared(
     directory: Path, *, cached: bool = True, seconds: float = 0.0, verify: Verify | None = Verify.sampled
 ) -> PreparedData:
-    """Open a finished entry of the cache, compared with its hashes. Raises DataError for one that is torn or changed."""
+    """Open a finished entry of the cache. Raises DataError for one that is torn, or that differs from its hashes.
+
+    `verify` of None: it is not compared with its hashes. `cached` and `seconds` stand in the report: whether it was there
+    already, and how long preparation or waiting for it took.
+    """
     try:
         manifest = json.loads((directory / DONE).read_text(encoding="utf-8"))
         hashes = manifest["hashes"]

@@ -1,8 +1,8 @@
-"""Blocks of prepared rows, and how they are joined into the data set.
+"""Blocks of prepared rows, and `Assembly`, which joins them into the data set.
 
-The result for a block depends on its rows and the settings alone, so any number of workers makes the same data set.
-Blocks arrive in input order. Documents and their origins are written to disk once. Memory holds only columns of
-numbers, so the data may be larger than memory.
+The result for a block depends on its rows and the settings alone, so any number of workers makes the same data set. Blocks
+arrive in input order. Documents and their origins are written to disk once. Memory holds only columns of numbers, so the data
+may be larger than memory.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Block:
-    """The result of one job: its documents, their sequences, and counts of what was dropped."""
+    """What became of one `RowRange`: its documents, their sequences, and counts of what was dropped."""
 
     number: int
     split: str
     source: str
     rows: int
+    """Rows read."""
     rows_of_file: dict[str, int] = field(default_factory=dict)
+    """Rows read, by file."""
     bad: list[Rejected] = field(default_factory=list)
     """Rows in quarantine, lost although no setting asked for it (but a check's `quarantine`): unreadable, refused by the chat
     template, or with nothing left to learn."""
@@ -50,26 +52,26 @@ class Block:
     labels: list[str] = field(default_factory=list)
     """Label names in the block's own numbering."""
     signatures: dict[str, np.ndarray] = field(default_factory=dict)
-    """Per document, see `choose.copies.Signer`."""
+    """Columns by document, see `trainer.data.selection.signatures.Signer`."""
 
 
-LABELS = MARK_PREFIX + LABEL
+LABEL_COLUMN = MARK_PREFIX + LABEL
 QUARANTINE = "quarantine.jsonl"
 DROPPED = "dropped.jsonl"
-GIVE_UP = 1000
+GIVE_UP_ROWS = 1000
 """Bad rows after which a run that allows none (or fewer) stops reading."""
-LOST = {
+LOST_REASONS = {
     "nothing_to_learn": "no supervised token is within data.max_length={}: the answer starts later",
     "same_answers": "both answers are the same within data.max_length={}",
 }
-"""Reasons for which tokenising drops a document although nobody asked for it."""
+"""Reasons for which tokenising drops a document although nobody asked for it, each with its message."""
 REMEDIES = {
     "nothing_to_learn": "raise data.max_length or set data.over_length=split",
     "same_answers": "raise data.max_length",
     "control_tokens": "set data.control_tokens=text",
     "wrong_format": "give rows of each format as a source of its own (data.sources.one.path=... data.sources.two.path=...)",
 }
-"""What keeps rows that were lost for a reason, where a setting does."""
+"""The setting that keeps rows which were lost for a reason."""
 
 
 @dataclass(slots=True)
@@ -80,39 +82,42 @@ class Totals:
     rows: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Rows read, by (split, source)."""
     kept: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Documents kept, by (split, source)."""
     rows_of_file: Counter[str] = field(default_factory=Counter)
     bad: list[Rejected] = field(default_factory=list)
-    """The first few."""
+    """The first few bad rows."""
     bad_reasons: Counter[str] = field(default_factory=Counter)
-    """All of them, by reason."""
+    """How many rows were bad, by reason."""
     unread: dict[str, dict[str, None]] = field(default_factory=dict)
     """Columns that nothing read, by source, in order of appearance."""
 
 
 class Assembly:
-    """Writes blocks into a directory. `columns` gives what was kept; no more blocks after it.
+    """Writes blocks into a directory, in input order. `columns` gives what was kept; no more blocks after it.
 
-    `splits`: long documents may be split, and are not. `rejected`: where the quarantine file is kept when the run is refused.
+    `rejected_file`: where the list of bad rows is kept if the data is refused. `advise_split`: whether an error may advise
+    `data.over_length=split`.
     """
 
-    def __init__(self, directory: Path, max_bad_share: float, rejected: Path, *, splits: bool) -> None:
+    def __init__(self, directory: Path, max_bad_share: float, rejected_file: Path, *, advise_split: bool) -> None:
         self.directory = directory
         self.max_bad_share = max_bad_share
-        self.rejected = rejected
-        self.splits = splits
+        self.rejected_file = rejected_file
+        self.advise_split = advise_split
         self.totals = Totals()
         import pyarrow as pa
 
         self.store = StoreWriter(directory)
-        self._table = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), schema())
+        self._documents = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), schema())
         # Written as rows are found, so that memory does not grow with bad rows.
         self._quarantine = (directory / QUARANTINE).open("w", encoding="utf-8")
         self._dropped = (directory / DROPPED).open("w", encoding="utf-8")
-        self._splits: dict[str, int] = {}
-        self._sources: dict[str, int] = {}
-        self._labels: dict[str, int] = {}
+        self._split_numbers: dict[str, int] = {}
+        self._source_numbers: dict[str, int] = {}
+        self._label_numbers: dict[str, int] = {}
         """Numbers by name, in order of appearance, as those of splits and sources are."""
         self._columns: dict[str, list[np.ndarray]] = {}
+        """Columns of documents by name, in one array a block."""
         self._num_documents = 0
         """Documents so far."""
 
@@ -125,45 +130,53 @@ class Assembly:
             self.log_drop(*drop)
         num_bad = self.totals.bad_reasons.total()
         # Shares of the first rows say little: a run that allows some bad rows reads on for a while.
-        if num_bad > GIVE_UP and num_bad > self.max_bad_share * max(self.totals.rows.total(), 10 * GIVE_UP):
-            self.refuse()
+        judged_rows = max(self.totals.rows.total(), 10 * GIVE_UP_ROWS)
+        if num_bad > GIVE_UP_ROWS and num_bad > self.max_bad_share * judged_rows:
+            self.refuse_bad_rows()
+
         assert block.sequences is not None and block.documents is not None
         num_documents = len(block.pieces)
-        columns = block.sequences.columns
-        source = self._sources.setdefault(block.source, len(self._sources))
+        split = self._split_numbers.setdefault(block.split, len(self._split_numbers))
+        source = self._source_numbers.setdefault(block.source, len(self._source_numbers))
+
+        # Columns of sequences, in the numbers of the whole data set.
+        sequence_columns = block.sequences.columns
         labels = np.full(num_documents, -1, np.int64)
-        if LABELS in columns:
-            # From the block's own numbers to those of the whole data set.
-            numbers = [self._labels.setdefault(name, len(self._labels)) for name in block.labels]
-            columns[LABELS] = np.array(numbers, np.int64)[columns[LABELS]]
+        if LABEL_COLUMN in sequence_columns:
+            label_numbers = []
+            for name in block.labels:
+                label_numbers.append(self._label_numbers.setdefault(name, len(self._label_numbers)))
+            sequence_columns[LABEL_COLUMN] = np.array(label_numbers, np.int64)[sequence_columns[LABEL_COLUMN]]
             first_sequences = np.cumsum(block.pieces) - block.pieces
-            labels = columns[LABELS][first_sequences]
+            labels = sequence_columns[LABEL_COLUMN][first_sequences]
         document_numbers = np.arange(self._num_documents, self._num_documents + num_documents)
-        columns["document"] = np.repeat(document_numbers, block.pieces)
-        columns["source"] = np.full(len(block.sequences.lengths), source, np.int64)
+        sequence_columns["document"] = np.repeat(document_numbers, block.pieces)
+        sequence_columns["source"] = np.full(len(block.sequences.lengths), source, np.int64)
         self._num_documents += num_documents
-        split = self._splits.setdefault(block.split, len(self._splits))
+
         document_columns = {
             "split": np.full(num_documents, split, np.int16),
             "source": np.full(num_documents, source, np.int16),
             "pieces": block.pieces,
             "label": labels,
-            **{f"signature.{name}": column for name, column in block.signatures.items()},
         }
+        for name, column in block.signatures.items():
+            document_columns[f"signature.{name}"] = column
         for name, column in document_columns.items():
             self._columns.setdefault(name, []).append(column)
+
         # Tokens are written once, here; splits refer to them by number.
         self.store.append(block.sequences)
         if num_documents:
-            self._table.write_batch(block.documents)
+            self._documents.write_batch(block.documents)
 
     def _count(self, block: Block) -> None:
-        """Add a block to the totals."""
+        """Add a block's counts to the totals. Raises AssertionError if a row was neither kept nor dropped."""
         totals = self.totals
-        key = (block.split, block.source)
+        input_id = (block.split, block.source)
         num_documents = len(block.pieces)
-        totals.rows[key] += block.rows
-        totals.kept[key] += num_documents
+        totals.rows[input_id] += block.rows
+        totals.kept[input_id] += num_documents
         if block.rows != num_documents + len(block.tally.drops):
             raise AssertionError(
                 f"block {block.number}: {block.rows} rows in, {num_documents} kept, the rest unaccounted for"
@@ -174,16 +187,17 @@ class Assembly:
         if len(unread_names) < MAX_NAMES:
             unread_names.update(dict.fromkeys(block.unread))
         totals.bad_reasons.update(bad.reason for bad in block.bad)
-        totals.bad += block.bad[: EXAMPLES - len(totals.bad)]
+        num_missing_examples = EXAMPLES - len(totals.bad)
+        totals.bad += block.bad[:num_missing_examples]
 
     def log_drop(self, stage: str, reason: str, location: str) -> None:
-        """Write one dropped document down."""
+        """Write one dropped document down in `dropped.jsonl`."""
         self._dropped.write(json.dumps({"where": location, "stage": stage, "reason": reason}) + "\n")
 
-    def refuse(self) -> None:
-        """Raise DataError where there are too many bad rows; their list survives the refused data set.
+    def refuse_bad_rows(self) -> None:
+        """Raise DataError if too many rows are bad, or all are of a kind that the objective cannot learn from.
 
-        Whatever `max_bad_share`, also where all rows are of a kind that the objective cannot learn from.
+        The list of bad rows is kept although the data set is refused.
         """
         reasons = self.totals.bad_reasons
         num_rows = self.totals.rows.total()
@@ -195,8 +209,8 @@ class Assembly:
             return
         # The data set's directory is about to be removed, the list of its bad rows is not.
         self._quarantine.flush()
-        self.rejected.parent.mkdir(parents=True, exist_ok=True)
-        self.rejected.write_bytes((self.directory / QUARANTINE).read_bytes())
+        self.rejected_file.parent.mkdir(parents=True, exist_ok=True)
+        self.rejected_file.write_bytes((self.directory / QUARANTINE).read_bytes())
         counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
         allowed = f", more than data.max_bad_share={self.max_bad_share:g} allows" if is_above_limit else ""
         lines = "\n".join([*self._example_lines(num_bad), self._advice(num_bad, num_rows)])
@@ -209,28 +223,29 @@ class Assembly:
         for bad in self.totals.bad:
             first_by_message.setdefault(bad.message, bad)
         lines = [f"  {bad}" for bad in first_by_message.values()]
-        if num_bad > len(lines):
+        num_more = num_bad - len(lines)
+        if num_more > 0:
             like_it = " like it" if len(lines) == len(reasons) == 1 else ""
-            lines.append(f"  ... and {num_bad - len(lines):,} more{like_it}")
+            lines.append(f"  ... and {num_more:,} more{like_it}")
         return lines
 
     def _advice(self, num_bad: int, num_rows: int) -> str:
         """The last line of the error: where all bad rows are listed, and what can be done about them."""
         remedies = [remedy for reason, remedy in REMEDIES.items() if reason in self.totals.bad_reasons]
-        if not self.splits:
+        if not self.advise_split:
             remedies = [remedy.removesuffix(" or set data.over_length=split") for remedy in remedies]
         steps = ", ".join([*dict.fromkeys(remedies), "fix the data"])
-        advice = f"full list: {self.rejected}; {steps}"
+        advice = f"full list: {self.rejected_file}; {steps}"
         if num_bad < num_rows:
-            bearable_share = math.ceil(100 * num_bad / num_rows) / 100
-            advice += f", or continue without them with data.max_bad_share={bearable_share:g}"
+            sufficient_share = math.ceil(100 * num_bad / num_rows) / 100
+            advice += f", or continue without them with data.max_bad_share={sufficient_share:g}"
         return advice
 
     def columns(self) -> Columns:
-        """Everything known of the documents; raises DataError where too many rows were bad. Call once, after the last block."""
-        self.refuse()
-        self._table.close()
-        joined = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        """Everything known of the documents. Call once, after the last block. Raises DataError if too many rows were bad."""
+        self.refuse_bad_rows()
+        self._documents.close()
+        joined = {name: np.concatenate(arrays) for name, arrays in self._columns.items()}
         if not joined:
             raise DataError("data.path: holds no rows")
         return Columns(
@@ -239,16 +254,21 @@ class Assembly:
             pieces=joined["pieces"],
             label=joined["label"],
             signatures=columns_with_prefix(joined, "signature."),
-            splits=list(self._splits),
-            sources=list(self._sources),
-            labels=list(self._labels),
+            splits=list(self._split_numbers),
+            sources=list(self._source_numbers),
+            labels=list(self._label_numbers),
         )
 
     def finish(self, label_ids: np.ndarray | None) -> None:
-        """Write the tables of the store; `label_ids` (int64 [L]) renumbers the labels. Empty logs are removed."""
-        renumbered = {} if label_ids is None else {LABELS: label_ids[self.store.column(LABELS)]}
+        """Write the tables of the store. Empty logs are removed.
+
+        `label_ids` (int64 [L]): the final number of each label, by the number that it has so far; None without labels.
+        """
+        renumbered_columns = {}
+        if label_ids is not None:
+            renumbered_columns[LABEL_COLUMN] = label_ids[self.store.column(LABEL_COLUMN)]
         self.close()
-        self.store.finish(**renumbered)
+        self.store.finish(**renumbered_columns)
         for name in (QUARANTINE, DROPPED):
             if not (self.directory / name).stat().st_size:
                 (self.directory / name).unlink()
@@ -259,16 +279,16 @@ class Assembly:
         self._dropped.close()
 
 
-PLAIN = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
-"""What JSON can have of a block as it is."""
+JSON_FIELDS = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
+"""Fields of a block that JSON can hold as they are."""
 
 
 def save(block: Block, path: Path) -> None:
-    """Write a block to a file. Raises OSError."""
+    """Write a block to an `.npz` file. Raises OSError."""
     assert block.sequences is not None and block.documents is not None
-    about = {name: getattr(block, name) for name in (*PLAIN, "bad", "tally")}
+    json_fields = {name: getattr(block, name) for name in (*JSON_FIELDS, "bad", "tally")}
     arrays: dict[str, Any] = {
-        "about": np.frombuffer(orjson.dumps(about), np.uint8),
+        "about": np.frombuffer(orjson.dumps(json_fields), np.uint8),
         "documents": np.frombuffer(block.documents.serialize(), np.uint8),
         "pieces": block.pieces,
         "tokens": block.sequences.tokens,
@@ -290,8 +310,9 @@ def load(path: Path) -> Block:
 
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    about = orjson.loads(arrays["about"].tobytes())
-    tally = {**about["tally"], "findings": Findings(**about["tally"]["findings"])}
+    json_fields = orjson.loads(arrays["about"].tobytes())
+    tally_fields = json_fields["tally"]
+    tally_fields["findings"] = Findings(**tally_fields["findings"])
     sequences = Sequences(
         tokens=arrays["tokens"],
         supervised=arrays["supervised"],
@@ -300,9 +321,9 @@ def load(path: Path) -> Block:
         weights=arrays.get("weights"),
     )
     return Block(
-        **{name: about[name] for name in PLAIN},
-        bad=[Rejected(**bad) for bad in about["bad"]],
-        tally=Tally(**tally),
+        **{name: json_fields[name] for name in JSON_FIELDS},
+        bad=[Rejected(**bad) for bad in json_fields["bad"]],
+        tally=Tally(**tally_fields),
         documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),
         pieces=arrays["pieces"],
         sequences=sequences,

@@ -1,4 +1,4 @@
-"""The inputs that a data configuration names, by split and source; their rows; and whether the disk has room."""
+"""Finds the inputs that a data configuration names, by split and source; reads their rows; checks that the disk has room."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from trainer.data.read.paths import expand, is_hub, sets_of
 from trainer.data.selection import balance
 from trainer.data.shards import Block
 from trainer.data.transforms import filters
-from trainer.data.transforms.checks import KINDS
+from trainer.data.transforms.checks import CHECK_KINDS
 
 
 @dataclass(slots=True)
 class RowRange:
-    """Rows of one source and one split, in input order."""
+    """Rows of one source and one split, in input order: what one call of a worker prepares."""
 
     number: int
+    """Counts the ranges of all inputs from 0."""
     split: str
     source: str
     offset: int
-    """Number of rows of the same split and source before this job."""
+    """Number of rows of the same split and source before this range."""
     rows: list[Row | Rejected]
 
 
@@ -58,11 +59,12 @@ class Input:
 
     @property
     def id(self) -> tuple[str, str]:
-        """(split, source): what a job says about its rows."""
+        """(split, source), by which readers are found."""
         return self.split, self.source
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A whole commit of the hub; shorter ones and names of branches may move."""
 
 
 def problems(config: DataConfig) -> Iterator[str]:
@@ -74,8 +76,8 @@ def problems(config: DataConfig) -> Iterator[str]:
     yield from _held_out_problems(config)
     yield from _weight_problems(config)
     for kind in config.checks.quarantine:
-        if kind not in KINDS:
-            yield f"data.checks.quarantine: {kind!r} is not looked for; known are {', '.join(KINDS)}"
+        if kind not in CHECK_KINDS:
+            yield f"data.checks.quarantine: {kind!r} is not looked for; known are {', '.join(CHECK_KINDS)}"
     # Most settings are the defaults, and their checks need not be imported for these.
     if config.filters != FilterConfig():
         yield from filters.problems(config.filters)
@@ -112,9 +114,8 @@ def _held_out_problems(config: DataConfig) -> Iterator[str]:
         share = getattr(config, f"{split}_share")
         if getattr(config, f"{split}_path") is not None and share:
             yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
-    if config.group_by is not None and not any(
-        (config.eval_share, config.test_share, config.eval_path, config.test_path)
-    ):
+    holds_out = (config.eval_share, config.test_share, config.eval_path, config.test_path)
+    if config.group_by is not None and not any(holds_out):
         yield f"data.group_by={config.group_by}: nothing is held out; give data.eval_share=0.05 as well, or set it to null"
 
 
@@ -129,10 +130,13 @@ def _weight_problems(config: DataConfig) -> Iterator[str]:
 
 
 def _streaming_problems(config: DataConfig) -> Iterator[str]:
-    """Hub data sets whose commit is not given: what they hold later could not be told from what was prepared."""
+    """Problems of `data.streaming`: hub data sets without a commit, or none of the hub.
+
+    Without a commit, what such a set holds later could not be told from what was prepared.
+    """
     names_hub_data = False
     for name, source in config.sources.items():
-        hub_paths = [path for path in _path_texts(source.path) if is_hub(path)]
+        hub_paths = [path for path in _paths_in(source.path) if is_hub(path)]
         names_hub_data |= bool(hub_paths)
         if hub_paths and not COMMIT.fullmatch(source.revision or ""):
             yield (
@@ -140,7 +144,7 @@ def _streaming_problems(config: DataConfig) -> Iterator[str]:
                 "its 40 characters, which the hub shows beside the files"
             )
     for key in ("path", "eval_path", "test_path"):
-        hub_paths = [path for path in _path_texts(getattr(config, key)) if is_hub(path)]
+        hub_paths = [path for path in _paths_in(getattr(config, key)) if is_hub(path)]
         names_hub_data |= bool(hub_paths)
         if hub_paths:
             yield (
@@ -151,7 +155,7 @@ def _streaming_problems(config: DataConfig) -> Iterator[str]:
         yield "data.streaming=true: no data set of the hub is named (hub:<name>), and files are always streamed; leave it out"
 
 
-def _path_texts(path_setting: Any) -> list[str]:
+def _paths_in(path_setting: Any) -> list[str]:
     """The paths of a setting, which holds one, a list of them, or sets by name."""
     if isinstance(path_setting, dict):
         paths = list(path_setting.values())
@@ -163,10 +167,13 @@ def _path_texts(path_setting: Any) -> list[str]:
 
 
 def inputs_of(config: DataConfig) -> list[Input]:
-    """The inputs in the order in which they are read. Raises ConfigError, and DataError for files that do not exist."""
-    found_problems = [*problems(config)]
-    if found_problems:
-        raise ConfigError(found_problems)
+    """The inputs that `data` names, in the order in which they are read: training sources, then held-out sets.
+
+    Raises ConfigError, and DataError for files that do not exist.
+    """
+    config_problems = [*problems(config)]
+    if config_problems:
+        raise ConfigError(config_problems)
     inputs = []
     if config.sources:
         for name, source in config.sources.items():
@@ -183,6 +190,7 @@ def inputs_of(config: DataConfig) -> list[Input]:
         for name, (key, paths) in sets_of(getattr(config, f"{split}_path"), split).items():
             origin = Origin(key, expand(paths, key, remote=config.remote))
             inputs.append(Input(split, name, key, origin, config.format, dict(config.columns)))
+
     for source_input in inputs:
         source_input.ignored = frozenset(config.ignore_columns)
         source_input.group = config.group_by
@@ -202,87 +210,108 @@ def readers_of(
     preferred: tuple[DataFormat, ...] = (),
     refuses: bool = True,
 ) -> dict[tuple[str, str], RowReader]:
-    """Make a reader for each input, its format recognised from the first row that can be read.
+    """A reader for each input, by its id. Its format is that of the settings, or recognised from the first row that can be read.
 
-    `label` reads a label; `preferred` are the formats that decide where several fit; `refuses` as in `RowReader`.
+    `label` reads a label; `preferred`: the formats that decide if several fit; `refuses`: see `RowReader`. Also tells each input
+    which columns its reader needs. Raises ConfigError and DataError.
     """
     readers = {}
     for source_input in inputs:
-        format = source_input.format
-        options: Any = {"source": source_input.source, "ignored": source_input.ignored}
-        first_row: Any
-        if format is DataFormat.auto:
-            first_row = _first_row(source_input)
-            format = recognise(first_row, source_input.columns, preferred=preferred, **options)
+        first_row: Row | Rejected
+        if source_input.format is DataFormat.auto:
+            first_row = _first_readable_row(source_input)
+            format = recognise(
+                first_row,
+                source_input.columns,
+                source=source_input.source,
+                ignored=source_input.ignored,
+                preferred=preferred,
+            )
         else:
             first_row = next(source_input.origin.rows()).parse()
+            format = source_input.format
+
         # Files of held-out rows need not say what these belong to.
         group_column = (source_input.group or "").split(".")[0]
-        if source_input.split == "train" or not isinstance(first_row, Row) or group_column in first_row.fields:
-            options["group"] = source_input.group
+        needs_group = source_input.split == "train"
+        if isinstance(first_row, Rejected) or group_column in first_row.fields:
+            needs_group = True
+
         # One format for all rows of an input: a row that does not fit is a bad row.
-        reader = RowReader(format, source_input.columns, label=label, refuses=refuses, **options)
-        readers[source_input.split, source_input.source] = reader
+        reader = RowReader(
+            format,
+            source_input.columns,
+            source=source_input.source,
+            label=label,
+            ignored=source_input.ignored,
+            refuses=refuses,
+            group=source_input.group if needs_group else None,
+        )
+        readers[source_input.id] = reader
         source_input.needed_columns = reader.needed_columns
+
         document = first_row if isinstance(first_row, Rejected) else reader(first_row)
         if isinstance(document, Rejected) and document.reason.startswith("unread_"):
             raise DataError(str(document))  # every row has the column that the first one has: stop before any work
     return readers
 
 
-def _first_row(source_input: Input) -> Row:
-    """The first row that can be read. Raises DataError where there is none among the first 1000."""
+def _first_readable_row(source_input: Input) -> Row:
+    """The first row of an input that can be read. Raises DataError if there is none among the first ones."""
     first_rejected: Rejected | None = None
-    for row in islice(source_input.origin.rows(), 1000):
+    for row in islice(source_input.origin.rows(), MAX_UNREADABLE_ROWS):
         parsed = row.parse()
         if isinstance(parsed, Row):
             return parsed
         first_rejected = first_rejected or parsed
-    raise DataError(f"{first_rejected}; no row of the first 1000 can be read")
+    raise DataError(f"{first_rejected}; no row of the first {MAX_UNREADABLE_ROWS} can be read")
 
 
 def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tuple[str, str], Row | Rejected]]:
-    """All rows, each with its input's id; of the training split the first `max_documents`."""
-    rows_left = max_documents
+    """((split, source), row) of all inputs in order; of the training split only the first `max_documents` rows."""
+    train_rows_left = max_documents
     for source_input in inputs:
         rows: Iterator[Row | Rejected] = source_input.origin.rows(source_input.needed_columns)
-        is_limited = source_input.split == "train" and rows_left is not None
+        is_limited = source_input.split == "train" and train_rows_left is not None
         if is_limited:
             # So that no file is opened beyond the last row that is used.
-            rows = islice(rows, rows_left)
+            rows = islice(rows, train_rows_left)
         for row in rows:
-            if is_limited and rows_left is not None:
-                rows_left -= 1
+            if is_limited and train_rows_left is not None:
+                train_rows_left -= 1
             yield source_input.id, row
 
 
-def jobs(
-    rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, most_rows: int = 512, most_bytes: int = 4 << 20
+def row_ranges(
+    rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, max_rows: int = 512, max_bytes: int = 4 << 20
 ) -> Iterator[RowRange]:
-    """Group ((split, source), row) into jobs of at most `most_rows` rows and about `most_bytes` bytes.
+    """Group the rows of `rows_of` into ranges of one input, of at most `max_rows` rows and about `max_bytes` bytes each.
 
-    Where a job ends depends on the input alone, so that any number of workers makes the same data set.
+    Where a range ends depends on the input alone, so that any number of workers makes the same data set.
     """
     number = 0
     num_bytes = 0
-    job = RowRange(0, "", "", 0, [])
+    current = RowRange(0, "", "", 0, [])
     for (split, source), row in rows:
-        is_same_input = (split, source) == (job.split, job.source)
-        if not is_same_input or len(job.rows) >= most_rows or num_bytes >= most_bytes:
-            if job.rows:
-                yield job
+        is_same_input = (split, source) == (current.split, current.source)
+        if not is_same_input or len(current.rows) >= max_rows or num_bytes >= max_bytes:
+            if current.rows:
+                yield current
                 number += 1
-            offset = job.offset + len(job.rows) if is_same_input else 0
-            job = RowRange(number, split, source, offset, [])
+            offset = current.offset + len(current.rows) if is_same_input else 0
+            current = RowRange(number, split, source, offset, [])
             num_bytes = 0
-        job.rows.append(row)
-        num_bytes += len(row.raw) if isinstance(row, Line) else 1024
-    if job.rows:
-        yield job
+        current.rows.append(row)
+        num_bytes += len(row.raw) if isinstance(row, Line) else TABLE_ROW_BYTES
+    if current.rows:
+        yield current
 
 
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
-    """Documents of the files against which training data is decontaminated. Raises DataError for a row that is none."""
+    """The documents of `data.decontamination.paths`, evaluation sets whose text training data must not hold.
+
+    Raises DataError for a row that is no document.
+    """
     key = "data.decontamination.paths"
     ignored = frozenset(config.ignore_columns)
     for path in expand(paths, key, remote=config.remote):  # each file in its own format
@@ -297,8 +326,12 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
             yield document
 
 
+MAX_UNREADABLE_ROWS = 1000
+"""Rows at the beginning of an input among which one must be readable, so that its format can be recognised."""
+TABLE_ROW_BYTES = 1024
+"""What a row of a table counts for where ranges are measured in bytes of text."""
 PLENTY_FACTOR = 64
-"""Bytes of room for each byte of input with which nothing is estimated; compressed text in single bytes may need so much."""
+"""With so many free bytes for each byte of input, nothing is estimated; compressed text in single bytes may need that much."""
 NUMBER_BYTES = 8
 """Bytes of a number in a column of the store."""
 
@@ -311,10 +344,10 @@ def require_room(
     *,
     parts: int = 1,
 ) -> None:
-    """Raise StorageError where the disk of `directory` has less room than 1/`parts` of the data is going to take.
+    """Raise StorageError if the disk of `directory` has less room than 1/`parts` of the prepared data is going to take.
 
     What is written for each byte (of tables: each row) is measured on the first block of every input, made by `make`.
-    Nothing is measured where there is plenty of room.
+    Nothing is measured if there is plenty of room.
     """
     # The cache may not exist yet: its disk is that of the nearest parent that does.
     existing = directory
@@ -328,14 +361,17 @@ def require_room(
     train_bytes = 0.0
     for source_input in inputs:
         bytes_read, rows_read, bytes_written = _measure_first_block(source_input, make)
+        # The size of text files is known in bytes, that of tables in rows.
         text_bytes, table_rows = source_input.origin.extent()
-        needed = bytes_written * (text_bytes / max(bytes_read, 1) + table_rows / max(rows_read, 1))
+        written_per_byte = bytes_written / max(bytes_read, 1)
+        written_per_row = bytes_written / max(rows_read, 1)
+        needed_bytes = text_bytes * written_per_byte + table_rows * written_per_row
         is_train = source_input.split == "train"
         if is_train and max_documents is not None:
-            needed = min(needed, bytes_written / max(rows_read, 1) * max_documents)
-        total_bytes += needed
+            needed_bytes = min(needed_bytes, written_per_row * max_documents)
+        total_bytes += needed_bytes
         if is_train:
-            train_bytes += needed
+            train_bytes += needed_bytes
     if total_bytes > free_bytes * parts:
         by_shard = " by this shard" if parts > 1 else ""
         raise StorageError(
@@ -347,24 +383,26 @@ def require_room(
 
 
 def _measure_first_block(source_input: Input, make: Callable[[RowRange], Block]) -> tuple[int, int, int]:
-    """(bytes read, rows read, bytes that are written of them), of an input's first block."""
+    """(bytes read, rows read, bytes that are written for them), of an input's first block."""
     rows = source_input.origin.rows(source_input.needed_columns)
-    first_job = next(jobs((source_input.id, row) for row in rows))
-    bytes_read = sum(_size(row) for row in first_job.rows if isinstance(row, Row))
-    block = make(first_job)
+    first_range = next(row_ranges((source_input.id, row) for row in rows))
+    bytes_read = sum(_row_bytes(row) for row in first_range.rows if isinstance(row, Row))
+    block = make(first_range)
     assert block.sequences is not None and block.documents is not None
     sequences = block.sequences
     column_bytes = len(sequences.lengths) * (len(sequences.columns) + 3) * NUMBER_BYTES
     bytes_per_token = 5 if sequences.weights is None else 9  # the id, the mask, and perhaps the weight
     token_bytes = bytes_per_token * len(sequences.tokens)
-    return bytes_read, len(first_job.rows), block.documents.nbytes + token_bytes + column_bytes
+    return bytes_read, len(first_range.rows), block.documents.nbytes + token_bytes + column_bytes
 
 
-def _size(row: Row) -> int:
+def _row_bytes(row: Row) -> int:
+    """Bytes of a row in its text file; of a row of a table, those it would have as JSON."""
     if isinstance(row, Line):
-        return len(row.raw) + 1
+        return len(row.raw) + 1  # and its line break
     return len(json.dumps(row.fields, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass"))
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:,.3g}"
+def _gib(size_bytes: float) -> str:
+    """A size as a number of GiB, for a message."""
+    return f"{size_bytes / 2**30:,.3g}"

@@ -1,4 +1,4 @@
-"""Which `data.columns` fit columns that no format knows: names that other projects and well-known data sets use."""
+"""Suggests `data.columns` for columns that no format knows: names that other projects and well-known data sets use."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from trainer.data.fields import Refusal, value_at
 
 _PROMPTS = ("prompt", "question", "query", "instruction", "problem", "input")
 _COMPLETIONS = ("completion", "response", "answer", "output", "solution", "answers.text.0")
-_ROLES: dict[str, tuple[str, ...]] = {
-    "system": ("system", "system_prompt"),
-    "chosen": ("chosen", "chosen_messages"),
-    "rejected": ("rejected", "rejected_messages"),
-}
+_CHOSEN = ("chosen", "chosen_messages")
+_REJECTED = ("rejected", "rejected_messages")
+_SYSTEM = ("system", "system_prompt")
+_PASSAGES = ("context", "passage")
 
 
 def suggested_columns(fields: dict[str, Any]) -> dict[str, str]:
-    """Expected name by the name in the row, of columns that seem to be meant; empty if nothing is."""
+    """A value for `data.columns` that seems to be meant: the row's column by the expected name. Empty if nothing is."""
     prompt = _first_with_value(fields, _PROMPTS)
-    chosen = _first_with_value(fields, _ROLES["chosen"])
-    rejected = _first_with_value(fields, _ROLES["rejected"])
+    chosen = _first_with_value(fields, _CHOSEN)
+    rejected = _first_with_value(fields, _REJECTED)
     if chosen and rejected:
         columns = {"chosen": chosen, "rejected": rejected}
         if prompt:
@@ -28,11 +27,11 @@ def suggested_columns(fields: dict[str, Any]) -> dict[str, str]:
     completion = _first_with_value(fields, _COMPLETIONS)
     if not prompt or not completion:
         return {}
-    passage = _first_with_value(fields, ("context", "passage"))
+    passage = _first_with_value(fields, _PASSAGES)
     if passage:
         return {"instruction": prompt, "input": passage, "output": completion}
     columns = {"prompt": prompt, "completion": completion}
-    system = _first_with_value(fields, _ROLES["system"])
+    system = _first_with_value(fields, _SYSTEM)
     if system:
         columns["system"] = system
     return columns

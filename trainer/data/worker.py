@@ -21,11 +21,11 @@ from strategies.errors import ShardtuneError
 from strategies.parent_death import die_with_parent
 from trainer.data.compat import close_own_writer
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
-from trainer.data.document import Document, RefusedDocument, Rejected, Stage, Tally
+from trainer.data.document import EXCERPT, Document, RefusedDocument, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.selection.signatures import Signer, content, group_digest
-from trainer.data.shards import LOST, Block
+from trainer.data.shards import LOST_REASONS, Block
 from trainer.data.sources import RowRange, evaluation_documents
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class BlockMaker:
-    """Turns jobs into blocks. Built once, before worker processes are forked from this one.
+    """Takes ranges of rows through the first pass, and makes a block of each. Built before worker processes are forked.
 
     Raises DataError for evaluation files to decontaminate against that do not exist or hold a row that cannot be read.
     """
@@ -65,16 +65,22 @@ class BlockMaker:
             documents = evaluation_documents(config.decontamination.paths, config)
             texts = itertools.chain.from_iterable(map(evaluation_texts, documents))
             self.decontaminator = Decontaminator(texts, config.decontamination)
-        self.replays = any(source.replay for source in config.sources.values())
-        splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
-        self.signer = Signer(config.duplicates, near=config.leakage.near, held_out=any(splits))
+        self.has_replay = any(source.replay for source in config.sources.values())
+        held_out = (config.eval_path, config.test_path, config.eval_share, config.test_share)
+        self.signer = Signer(config.duplicates, near=config.leakage.near, held_out=any(held_out))
 
-    def __call__(self, job: RowRange) -> Block:
-        """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
-        rows_of_file = Counter(row.file for row in job.rows)
-        block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(rows_of_file))
-        documents = self._read(job, block)
-        for stage in self._stages(job):
+    def __call__(self, row_range: RowRange) -> Block:
+        """Read, check, clean and tokenise rows. Raises DataError and ConfigError."""
+        rows_of_file = Counter(row.file for row in row_range.rows)
+        block = Block(
+            row_range.number,
+            row_range.split,
+            row_range.source,
+            rows=len(row_range.rows),
+            rows_of_file=dict(rows_of_file),
+        )
+        documents = self._read(row_range, block)
+        for stage in self._stages(row_range):
             documents = self._run_stage(stage, documents, block)
         documents = self._tokenise(documents, block)
         block.documents = to_batch(documents)
@@ -84,12 +90,12 @@ class BlockMaker:
             block.signatures["group"] = np.array(groups, np.uint64)
         return block
 
-    def _read(self, job: RowRange, block: Block) -> list[Document]:
-        """The documents among the rows of a job; the other rows go to quarantine."""
-        reader = self.readers[job.split, job.source]
+    def _read(self, row_range: RowRange, block: Block) -> list[Document]:
+        """The documents among the rows; rows that cannot be read, or that the objective cannot use, go to quarantine."""
+        reader = self.readers[row_range.split, row_range.source]
         reader.unread.names.clear()
         documents: list[Document] = []
-        for row in job.rows:
+        for row in row_range.rows:
             parsed = row.parse()
             document = parsed if isinstance(parsed, Rejected) else reader(parsed)
             if isinstance(document, Document):
@@ -105,22 +111,23 @@ class BlockMaker:
         return documents
 
     def _run_stage(self, stage: Stage, documents: list[Document], block: Block) -> list[Document]:
-        """The documents that a stage keeps."""
+        """The documents that a stage keeps. Drops are counted in the block's tally; those of checks go to quarantine."""
         drops_before = len(block.tally.drops)
-        kept: list[Document] = []
+        remaining: list[Document] = []
         for document in documents:
             changed = stage(document, block.tally)
             if changed is not None:
-                kept.append(changed)
+                remaining.append(changed)
             elif stage.name == "checks":
                 _, reason, _ = block.tally.drops[-1]
-                excerpt = content(document)[:200]
+                excerpt = content(document)[:EXCERPT]
                 block.bad.append(Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt))
-        if len(documents) - len(kept) != len(block.tally.drops) - drops_before:
+        num_dropped = len(documents) - len(remaining)
+        if num_dropped != len(block.tally.drops) - drops_before:
             raise AssertionError(f"{block.source}: stage {stage.name} lost count of a document")
-        return kept
+        return remaining
 
-    def _stages(self, job: RowRange) -> Iterator[Stage]:
+    def _stages(self, row_range: RowRange) -> Iterator[Stage]:
         """The stages of the configuration, in order; each is built only when the documents come to it."""
         config = self.config
         yield Checks(config.checks)
@@ -132,13 +139,14 @@ class BlockMaker:
             # Imported here, because it compiles seventy regular expressions.
             from trainer.data.transforms.privacy.stage import PrivacyStage
 
-            yield PrivacyStage(config.privacy, documents_before=job.offset)
-        if self.decontaminator is not None and job.split == "train":
+            yield PrivacyStage(config.privacy, documents_before=row_range.offset)
+        if self.decontaminator is not None and row_range.split == "train":
             yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
 
     def _quarantine(self, block: Block, row: Rejected, stage: str) -> None:
+        """Put a row among the block's bad ones, and count it as dropped by `stage`."""
         block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
-        row.excerpt = row.excerpt[:200]
+        row.excerpt = row.excerpt[:EXCERPT]
         block.bad.append(row)
 
     def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
@@ -150,9 +158,11 @@ class BlockMaker:
         # Labels get numbers of the block's own, because no worker knows those of the others; `Assembly` renumbers them.
         block.labels = sorted({document.label for document in documents if document.label is not None})
         encoder.label_ids = {name: number for number, name in enumerate(block.labels)}
-        for document, sequences in self._sequences(documents, block):
-            if self.replays:
-                is_replay = block.split == "train" and self.config.sources[block.source].replay
+        is_replay = False
+        if self.has_replay and block.split == "train":
+            is_replay = self.config.sources[block.source].replay
+        for document, sequences in self._make_sequences(documents, block):
+            if self.has_replay:
                 for sample in sequences:
                     sample.marks[REPLAY] = is_replay
             samples += sequences
@@ -164,16 +174,19 @@ class BlockMaker:
         block.sequences.columns["ended"] = np.array(is_ended, np.int64)
         return tokenised
 
-    def _sequences(self, documents: list[Document], block: Block) -> Iterator[tuple[Document, list[Sample]]]:
-        """(document, its sequences). If the objective refuses a document, each is tried alone; lost rows are quarantined."""
+    def _make_sequences(self, documents: list[Document], block: Block) -> Iterator[tuple[Document, list[Sample]]]:
+        """(document, its sequences) of each document that has any. Drops go to the block's tally, lost rows to its bad ones.
+
+        If the objective refuses one of the documents, each is tried alone.
+        """
         # A tally of its own, which is thrown away if the documents are tokenised again one by one.
         tally = Tally()
         try:
-            results = list(self.data_spec.sequences(self.encoder, documents, self.config, tally))
+            documents_and_sequences = list(self.data_spec.sequences(self.encoder, documents, self.config, tally))
         except RefusedDocument as refused:
             if len(documents) > 1:
                 for document in documents:
-                    yield from self._sequences([document], block)
+                    yield from self._make_sequences([document], block)
                 return
             (document,) = documents
             row = Rejected(document.file, document.line, refused.reason, refused.message, content(document))
@@ -181,15 +194,15 @@ class BlockMaker:
             return
         block.tally.merge(tally)
         block.tally.drops += tally.drops
-        reasons = {location: reason for _, reason, location in tally.drops}
-        for document, sequences in results:
+        reason_by_location = {location: reason for _, reason, location in tally.drops}
+        for document, sequences in documents_and_sequences:
             if sequences:
                 yield document, sequences
                 continue
-            reason = reasons[document.location]
-            if reason in LOST:
-                message = LOST[reason].format(self.config.max_length)
-                excerpt = content(document)[:200]
+            reason = reason_by_location[document.location]
+            if reason in LOST_REASONS:
+                message = LOST_REASONS[reason].format(self.config.max_length)
+                excerpt = content(document)[:EXCERPT]
                 block.bad.append(Rejected(document.file, document.line, reason, message, excerpt))
 
 
@@ -197,10 +210,11 @@ Argument = TypeVar("Argument")
 Returned = TypeVar("Returned")
 
 _function: Callable[[Any], Any] | None = None
+"""What workers call. Set before they are forked, so that it need not be pickled."""
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -215,8 +229,8 @@ class Worker(ForkProcess):
         self.kill()
 
 
-class Workers(ForkContext):
-    """The way in which a pool forks its workers."""
+class WorkerContext(ForkContext):
+    """Lets a pool fork its workers as `Worker`."""
 
     Process = Worker
 
@@ -238,49 +252,52 @@ def ordered_map(
     _function = function
     # Forked, not spawned: the tokenizer and the evaluation texts are inherited instead of being pickled for each
     # worker.
-    pool = ProcessPoolExecutor(workers, mp_context=Workers(), initializer=_start_worker, initargs=(os.getpid(),))
-    waiting: deque[Future[Returned]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=WorkerContext(), initializer=_start_worker, initargs=(os.getpid(),))
+    pending: deque[Future[Returned]] = deque()
     processes: list[Worker] = []
     try:
         for argument in arguments:
-            waiting.append(pool.submit(_call, argument))
-            if not processes:  # the pool forks all of them with the first job
+            pending.append(pool.submit(_call_function, argument))
+            if not processes:  # the pool forks all of them with the first call
                 processes = [child for child in active_children() if isinstance(child, Worker)]
-            # Two jobs for each worker keep all of them busy; more would only fill the memory with rows.
-            if len(waiting) > 2 * workers:
-                yield _wait_for(waiting.popleft(), pool, processes, check)
-        while waiting:
-            yield _wait_for(waiting.popleft(), pool, processes, check)
+            # Two calls for each worker keep all of them busy; more would only fill the memory with rows.
+            if len(pending) > 2 * workers:
+                yield _wait_for(pending.popleft(), pool, processes, check)
+        while pending:
+            yield _wait_for(pending.popleft(), pool, processes, check)
     except BrokenProcessPool as error:
         raise ShardtuneError(
             "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
             "set data.workers lower"
         ) from error
     except BaseException:
-        _kill(pool, processes)  # native code in a worker may take long to come to an end
+        _kill_workers(pool, processes)  # native code in a worker may take long to come to an end
         raise
     finally:
         _function = None
-        with _uninterrupted():
+        with _ignore_ctrl_c():
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _wait_for(
     future: Future[Returned], pool: ProcessPoolExecutor, workers: list[Worker], check: Callable[[], None]
 ) -> Returned:
-    """Wait for the result of a job. If any worker has died, all are killed, and the pool raises BrokenProcessPool."""
+    """The result of a call, once a worker has it. If any worker has died, all are killed, and the pool raises BrokenProcessPool.
+
+    `check` is called about once a second, and may raise.
+    """
     while not wait([future], LIVENESS_CHECK_S).done:
         check()
         if not all(worker.is_alive() for worker in workers):
-            _kill(pool, workers)
+            _kill_workers(pool, workers)
     return future.result()
 
 
-def _kill(pool: ProcessPoolExecutor, workers: list[Worker]) -> None:
-    """Kill all workers, whatever they do.
+def _kill_workers(pool: ProcessPoolExecutor, workers: list[Worker]) -> None:
+    """Kill all workers of a pool, whatever they do.
 
-    A worker that dies amid a result leaves half of it in the pipe, and the pool would wait for ever for the rest. Once this
-    process has closed its own end to write at, too, the reading ends.
+    A worker that dies amid a result leaves half of it in the pipe, and the pool would wait for ever for the rest. Reading ends
+    once nobody can write: so this process closes its own end as well.
     """
     close_own_writer(pool)
     for worker in workers:
@@ -288,8 +305,8 @@ def _kill(pool: ProcessPoolExecutor, workers: list[Worker]) -> None:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C does nothing for these seconds: a pool interrupted while it ends waits for its workers for ever."""
+def _ignore_ctrl_c() -> Iterator[None]:
+    """Ignore Ctrl-C while the body runs: a pool that is interrupted while it ends waits for its workers for ever."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -300,14 +317,16 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _start_worker(parent: int) -> None:
-    """In a new worker: end with the parent, who alone is interrupted, and leave the cores to the other workers."""
+def _start_worker(parent_pid: int) -> None:
+    """Prepare a new worker process: it uses one core, ignores Ctrl-C, and ends when its parent does."""
     # Otherwise each worker would start as many threads as there are cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # A terminal interrupts the whole process group; the parent alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(parent)
+    die_with_parent(parent_pid)
 
 
-def _call(argument: Any) -> Any:
+def _call_function(argument: Any) -> Any:
+    """In a worker: the result of the function that `ordered_map` was given."""
     assert _function is not None, "set before the workers were forked"
     return _function(argument)

@@ -7,6 +7,7 @@ so that no page can say 0 of something that stands elsewhere in the file.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 4
 AUDIT = "audit.json"
-LEAK_KINDS = ("exact", "normalized", "near")
+DOCUMENT_LEAK_KINDS = ("exact", "normalized", "near")
 """Kinds of leakage that are a document seen in training; a shared prompt with another answer is none by itself."""
 
 
@@ -129,7 +130,7 @@ class Leaks(_Strict):
     @property
     def documents(self) -> int:
         """Training documents that are in the held-out split."""
-        return sum(self.train[kind] for kind in LEAK_KINDS)
+        return sum(self.train[kind] for kind in DOCUMENT_LEAK_KINDS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -173,7 +174,7 @@ class PersonalData(_Strict):
     @property
     def unsought(self) -> dict[str, str]:
         """Types that were asked for and could not be looked for, with the reason."""
-        return {kind: why for kind, why in self.not_looked_for.items() if why != NOT_ASKED}
+        return {type_: reason for type_, reason in self.not_looked_for.items() if reason != NOT_ASKED}
 
     @property
     def scanned(self) -> int:
@@ -221,7 +222,7 @@ class Audit(_Strict):
     labels: dict[str, dict[str, int]]
     """{"before", "after"}: training documents of each label."""
     balance: dict[str, dict[str, float | str | None]]
-    """Of each group what `choose.balance.resample` says."""
+    """Of each group what `selection.balance.resample` says."""
     duplicates: dict[str, Copies]
     leakage: dict[str, Leaks]
     """By held-out split."""
@@ -248,29 +249,32 @@ class Audit(_Strict):
 
     @classmethod
     def read(cls, directory: Path) -> Audit:
-        """The audit in a prepared data set. Raises DataError where the file is not exactly of this form."""
+        """The audit of a prepared data set, from its file. Raises DataError if the file is not exactly of this form."""
         from pydantic import ValidationError
 
         try:
             return _audit_adapter().validate_json((directory / AUDIT).read_bytes())
         except ValidationError as error:
             # Without the input: it may be personal data.
-            first = error.errors(include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
+            first_error = error.errors(include_input=False)[0]
+            key = ".".join(map(str, first_error["loc"]))
             raise DataError(
-                f"{directory / AUDIT}: {place}: {first['msg']}; it is no audit of schema {SCHEMA}: prepare the data again"
+                f"{directory / AUDIT}: {key}: {first_error['msg']}; it is no audit of schema {SCHEMA}: prepare the data again"
             ) from error
 
     def report(self) -> dict[str, Any]:
-        """What a run records and the terminal tells: without settings, files and distributions."""
+        """What a run records and prints of the audit: each split under its name, and those parts that are not empty.
+
+        Settings, files and histograms are left out.
+        """
         fields = asdict(self)
         report: dict[str, Any] = {}
-        for name, split in fields["splits"].items():
-            report[name] = {key: field for key, field in split.items() if not key.endswith("_histogram")}
-        names = ("conserved", "flow", "duplicates", "leakage", "groups", "privacy", "unread_columns", "samples")
-        for name in names:
-            if fields[name]:
-                report[name] = fields[name]
+        for split_name, split in fields["splits"].items():
+            report[split_name] = {key: field for key, field in split.items() if not key.endswith("_histogram")}
+        parts = ("conserved", "flow", "duplicates", "leakage", "groups", "privacy", "unread_columns", "samples")
+        for part in parts:
+            if fields[part]:
+                report[part] = fields[part]
         return report
 
 
@@ -285,9 +289,11 @@ def _audit_adapter() -> TypeAdapter[Audit]:
 def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
     """Sizes and lengths of a split, counted from its arrays: the first fields of `Split`."""
     lengths = dataset.lengths
-    tokens = int(lengths.sum())
-    supervised = int(dataset.num_supervised.sum())
-    weighted = supervised if dataset.weights is None else exact_sum(dataset.counts["loss"])
+    num_tokens = int(lengths.sum())
+    num_supervised = int(dataset.num_supervised.sum())
+    weight_sum: float = num_supervised
+    if dataset.weights is not None:
+        weight_sum = exact_sum(dataset.counts["loss"])
     median = percentile_90 = longest = 0
     if len(dataset):
         median, percentile_90 = np.quantile(lengths, (0.5, 0.9)).round().astype(int).tolist()
@@ -295,10 +301,10 @@ def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
     return {
         "documents": len(np.unique(dataset.documents)),
         "sequences": len(dataset),
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "supervised_share": supervised / max(tokens, 1),
-        "weighted_tokens": None if weighted == supervised else weighted,
+        "tokens": num_tokens,
+        "supervised_tokens": num_supervised,
+        "supervised_share": num_supervised / max(num_tokens, 1),
+        "weighted_tokens": None if weight_sum == num_supervised else weight_sum,
         "labelled": LABEL in dataset.marks,
         "length_p50": median,
         "length_p90": percentile_90,
@@ -307,19 +313,20 @@ def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
 
 
 def make_histogram(numbers: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
-    """Whole numbers in equal bins, but for a few far out, which share the last one; `shares` lie between 0 and 1."""
-    low = percentile_98 = high = 0
+    """A histogram of whole numbers in at most `bins` equal bins, and one more for outliers; `shares`: of numbers from 0 to 1."""
+    lowest = percentile_98 = highest = 0
     if len(numbers):
-        low, percentile_98, high = map(int, np.quantile(numbers, (0, 0.98, 1)))
-    has_outliers = high > 2 * percentile_98
-    end = (percentile_98 if has_outliers else high) + 1
+        lowest, percentile_98, highest = map(int, np.quantile(numbers, (0, 0.98, 1)))
+    # A few very long documents would otherwise push all others into the first bin.
+    has_outliers = highest > 2 * percentile_98
+    end = (percentile_98 if has_outliers else highest) + 1
     # Whole numbers wide, so that every bin covers as many lengths as the others.
-    width = max(1, -(-(end - low) // bins))  # rounded up
-    edges: np.ndarray = np.arange(low, end + width, width)
+    width = max(1, math.ceil((end - lowest) / bins))
+    edges: np.ndarray = np.arange(lowest, end + width, width)
     if shares:
         # Shares get the same bins in every report, so that reports can be compared.
         edges = np.linspace(0, 1, bins + 1).round(4)
     elif has_outliers:
-        edges = np.append(edges, high + 1)
+        edges = np.append(edges, highest + 1)
     counts, _ = np.histogram(numbers, bins=edges)
     return Histogram(edges=edges.astype(float).tolist(), counts=counts.tolist())

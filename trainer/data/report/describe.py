@@ -17,7 +17,7 @@ from trainer.data.config import DataConfig, DataFormat, PrivacyMode
 from trainer.data.document import Document, Tally
 from trainer.data.fields import shown_names
 from trainer.data.objective_spec import DataSpec
-from trainer.data.report import audit as form
+from trainer.data.report import audit as audit_schema
 from trainer.data.report.pages import audit_page, datacard
 from trainer.data.report.preview import decode_pieces
 from trainer.data.report.wording import STAGE_SETTINGS
@@ -42,7 +42,7 @@ NUM_SAMPLES = 5
 
 
 class ReportWriter:
-    """Looks at a finished store and writes its reports."""
+    """Counts what is in a finished store, and writes its reports."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ReportWriter:
         fingerprint: str,
         directory: Path,
         *,
-        digest: Callable[[Path], str],
+        digests: Callable[[Path], str],
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -62,17 +62,18 @@ class ReportWriter:
         """How the rows of each input were read, by its id."""
         self.fingerprint = fingerprint
         self.directory = directory
-        self.digest = digest
+        self.digests = digests
+        """Gives the SHA-256 of a file."""
 
     def write(
-        self, totals: Totals, columns: Columns, selection: Selection, data_spec: DataSpec, names: list[str] | None
+        self, totals: Totals, columns: Columns, selection: Selection, data_spec: DataSpec, label_names: list[str] | None
     ) -> dict[str, Any]:
-        """Write `audit.json`, `audit.html` and `datacard.md`; returns the run's report.
+        """Write `audit.json`, `audit.html` and `datacard.md`; returns what a run records of the audit.
 
-        `reading` says what samples are, `names` are those of the labels in the order of their ids. Raises DataError for data
-        that would teach nothing.
+        `data_spec` says what samples are; `label_names` are in the order of their ids. Raises DataError for data that would teach
+        nothing.
         """
-        samples = self._decode_samples(TokenDataset.open(self.directory / "train"), data_spec, names)
+        samples = self._decode_samples(TokenDataset.open(self.directory / "train"), data_spec, label_names)
         audit = self.audit(totals, columns, selection)
         audit.samples = samples
         for name, split in audit.splits.items():
@@ -86,88 +87,103 @@ class ReportWriter:
                 )
         audit.write(self.directory)
         # Page and card are made of what the file says, so that the three cannot differ.
-        audit = form.Audit.read(self.directory)
+        audit = audit_schema.Audit.read(self.directory)
         (self.directory / "audit.html").write_text(audit_page(audit, self.config.card), encoding="utf-8")
         (self.directory / "datacard.md").write_text(datacard(audit, self.config.card), encoding="utf-8")
         return audit.report()
 
-    def audit(self, totals: Totals, columns: Columns, selection: Selection) -> form.Audit:
-        """The audit of the store, without samples. Raises AssertionError where a row is unaccounted for."""
-        rows = totals.rows.total()
-        dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
+    def audit(self, totals: Totals, columns: Columns, selection: Selection) -> audit_schema.Audit:
+        """The audit of the store, without samples. Raises AssertionError if a row was neither kept nor dropped."""
+        num_rows = totals.rows.total()
+        num_dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
         # Balance may repeat documents, which are kept once all the same.
-        kept = len(np.unique(np.concatenate(list(selection.splits.values()))))
-        if rows != kept + dropped:
-            raise AssertionError(f"{rows} rows in, {kept} kept and {dropped} dropped: some are unaccounted for")
+        num_kept = len(np.unique(np.concatenate(list(selection.splits.values()))))
+        if num_rows != num_kept + num_dropped:
+            raise AssertionError(
+                f"{num_rows} rows in, {num_kept} kept and {num_dropped} dropped: some are unaccounted for"
+            )
+
         datasets = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
-        parts = selection.report
+        splits = {}
+        for split, dataset in datasets.items():
+            splits[split] = self._split(dataset, selection.splits[split])
         languages = {}
         if self.config.languages:
-            languages = count_languages(self._documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS))
-        return form.Audit(
-            schema=form.SCHEMA,
+            languages = count_languages(self._some_documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS))
+        selection_report = selection.report
+        duplicates = selection_report.get("duplicates", {})
+        leakage = selection_report.get("leakage", {})
+        groups = selection_report.get("groups", {})
+        return audit_schema.Audit(
+            schema=audit_schema.SCHEMA,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             shardtune=_version(),
             fingerprint=self.fingerprint,
             words=_dotted_settings(asdict(self.config), "data"),
-            conserved={"rows_in": rows, "kept": kept, "dropped": dropped},
-            flow=_flow(rows, totals.tally, selection.tally),
+            conserved={"rows_in": num_rows, "kept": num_kept, "dropped": num_dropped},
+            flow=_flow(num_rows, totals.tally, selection.tally),
             quarantine={"rows": totals.bad_reasons.total(), "file": QUARANTINE},
-            splits={split: self._split(dataset, selection.splits[split]) for split, dataset in datasets.items()},
+            splits=splits,
             sources=[self._source(source, totals, columns, datasets.get(source.split)) for source in self.inputs],
             unread_columns={source: shown_names(names) for source, names in totals.unread.items() if names},
             mixing=self._mixing(datasets["train"]),
-            labels=parts.get("labels", {}),
-            balance=parts.get("balance", {}),
-            duplicates={kind: form.Copies(**copies) for kind, copies in parts.get("duplicates", {}).items()},
-            leakage={split: form.Leaks(**leaks) for split, leaks in parts.get("leakage", {}).items()},
-            groups={split: form.Groups(**groups) for split, groups in parts.get("groups", {}).items()},
+            labels=selection_report.get("labels", {}),
+            balance=selection_report.get("balance", {}),
+            duplicates={kind: audit_schema.Copies(**counts) for kind, counts in duplicates.items()},
+            leakage={split: audit_schema.Leaks(**counts) for split, counts in leakage.items()},
+            groups={split: audit_schema.Groups(**counts) for split, counts in groups.items()},
             privacy=self._privacy(totals),
             languages=languages,
             samples=[],
         )
 
-    def _split(self, dataset: TokenDataset, documents: np.ndarray) -> form.Split:
-        """Sizes, end tokens and distributions of one split."""
+    def _split(self, dataset: TokenDataset, documents: np.ndarray) -> audit_schema.Split:
+        """Sizes, end tokens and distributions of one split. `documents`: the numbers of its documents."""
         lengths = dataset.lengths
         bos = self.tokenizer.bos_token_id
-        doubled_bos = 0
+        num_doubled_bos = 0
         if bos is not None and len(dataset):
-            starts = dataset.starts[lengths > 1]
+            begins = dataset.starts[lengths > 1]
             # A template that writes BOS and a tokenizer that adds another: the model would see what it never saw in
             # pretraining.
-            is_doubled = (dataset.tokens[starts] == bos) & (dataset.tokens[starts + 1] == bos)
-            doubled_bos = int(is_doubled.sum())
-        counted_documents = self._documents(documents, MAX_COUNTED_DOCUMENTS)
-        turns = np.array([len(document.turns()) for document in counted_documents], np.int64)
-        return form.Split(
-            **form.split_sizes(dataset),
+            is_doubled = (dataset.tokens[begins] == bos) & (dataset.tokens[begins + 1] == bos)
+            num_doubled_bos = int(is_doubled.sum())
+        counted_documents = self._some_documents(documents, MAX_COUNTED_DOCUMENTS)
+        num_turns = np.array([len(document.turns()) for document in counted_documents], np.int64)
+        supervised_shares = dataset.num_supervised / np.maximum(lengths, 1)
+        return audit_schema.Split(
+            **audit_schema.split_sizes(dataset),
             ends_supervised=dataset.num_ended,
-            doubled_bos=doubled_bos,
-            length_histogram=form.make_histogram(lengths),
-            supervised_histogram=form.make_histogram(dataset.num_supervised / np.maximum(lengths, 1), shares=True),
-            turns_histogram=form.make_histogram(turns) if turns.any() else None,
+            doubled_bos=num_doubled_bos,
+            length_histogram=audit_schema.make_histogram(lengths),
+            supervised_histogram=audit_schema.make_histogram(supervised_shares, shares=True),
+            turns_histogram=audit_schema.make_histogram(num_turns) if num_turns.any() else None,
         )
 
-    def _refuse_useless_split(self, name: str, split: form.Split, flow: list[form.StageReport]) -> None:
-        """Raise DataError for a split that would teach nothing, with the setting that took its documents."""
+    def _refuse_useless_split(self, name: str, split: audit_schema.Split, flow: list[audit_schema.StageReport]) -> None:
+        """Raise DataError if a split would teach nothing: no document is left, or too few tokens are supervised.
+
+        `flow` tells which stage took most documents, so that the error can name its setting.
+        """
         has_own_files = getattr(self.config, f"{name}_path", None) is not None
         key = f"data.{name}_path" if has_own_files else "data.path"
         if not split.documents:
-            drops: list[tuple[str, str, int]] = []
+            drop_counts = []
+            reasons = set()
             for stage in flow:
-                drops += [(stage.stage, code, number) for code, number in stage.dropped.items()]
-            reasons = ", ".join(f"{name_of_stage}/{code} {number}" for name_of_stage, code, number in drops)
+                for reason, count in stage.dropped.items():
+                    drop_counts.append(f"{stage.stage}/{reason} {count}")
+                    reasons.add(reason)
             worst_stage = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
             setting = STAGE_SETTINGS.get(worst_stage)
             advice = ""
             if setting:
                 advice = f"loosen {setting} or "
-            elif any(code in ("nothing_to_learn", "same_answers", "too_long") for _, code, _ in drops):
+            elif reasons & {"nothing_to_learn", "same_answers", "too_long"}:
                 advice = f"raise data.max_length={self.config.max_length} or "
             raise DataError(
-                f"{key}: no document of the {name} split has a supervised token to learn (dropped: {reasons or 'none'}); "
-                f"{advice}fix the data"
+                f"{key}: no document of the {name} split has a supervised token to learn "
+                f"(dropped: {', '.join(drop_counts) or 'none'}); {advice}fix the data"
             )
         if not split.labelled and split.supervised_share < self.config.min_supervised_share:
             raise DataError(
@@ -177,36 +193,42 @@ class ReportWriter:
 
     def _source(
         self, source_input: Input, totals: Totals, columns: Columns, dataset: TokenDataset | None
-    ) -> form.Source:
-        """Rows and tokens that one input gave, with sizes and digests of its files."""
-        files = source_input.origin.files(self.digest)
-        tokens = supervised = 0
+    ) -> audit_schema.Source:
+        """Rows and tokens that one input gave, with sizes and digests of its files. `dataset`: its split; None if it is empty."""
+        files = []
+        for file in source_input.origin.files(self.digests):
+            num_rows = totals.rows_of_file.get(file["path"])
+            files.append(audit_schema.SourceFile(**file, rows=num_rows))
+        num_tokens = num_supervised = 0
         if source_input.source in columns.sources and dataset is not None:
-            of_source = dataset.sources == columns.sources.index(source_input.source)
-            tokens = int(dataset.lengths[of_source].sum())
-            supervised = int(dataset.num_supervised[of_source].sum())
-        return form.Source(
+            is_of_source = dataset.sources == columns.sources.index(source_input.source)
+            num_tokens = int(dataset.lengths[is_of_source].sum())
+            num_supervised = int(dataset.num_supervised[is_of_source].sum())
+        return audit_schema.Source(
             name=source_input.source,
             split=source_input.split,
             format=str(self.formats[source_input.id]),
-            files=[form.SourceFile(**file, rows=totals.rows_of_file.get(file["path"])) for file in files],
+            files=files,
             rows=totals.rows[source_input.id],
             kept=totals.kept[source_input.id],
-            tokens=tokens,
-            supervised_tokens=supervised,
+            tokens=num_tokens,
+            supervised_tokens=num_supervised,
             weight=source_input.weight,
             licence=source_input.licence or self.config.card.licence,
         )
 
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
-        """Shares that the weights of sources ask for beside those of an epoch of unpacked documents; empty without weights."""
+        """The share of an epoch that each weighted source is to have, and the share it has; empty without weights.
+
+        An epoch of unpacked documents: packs change the shares a little.
+        """
         if all(source.weight is None for source in self.config.sources.values()):
             return {}
         mix = Mix.of(self.config, train.source_names, train.sources, train.lengths)
         realised = mix.realised(mix.quotas(self.config.mixing))
         return {name: shares for name, shares in realised.items() if name in self.config.sources}
 
-    def _privacy(self, totals: Totals) -> form.PersonalData | None:
+    def _privacy(self, totals: Totals) -> audit_schema.PersonalData | None:
         """What the search for personal data found; None if it was switched off."""
         config = self.config.privacy
         if config.mode is PrivacyMode.none:
@@ -215,13 +237,16 @@ class ReportWriter:
         from trainer.data.transforms.privacy.stage import coverage
 
         findings = totals.tally.findings
-        types: dict[str, form.PersonalType] = {}
-        for name, count in sorted(findings.counts.items(), key=lambda entry: (-entry[1], entry[0])):
-            types[name] = form.PersonalType(
-                findings=count, documents=findings.documents_by_type[name], examples=findings.examples.get(name, [])
+        types: dict[str, audit_schema.PersonalType] = {}
+        most_frequent_first = sorted(findings.counts.items(), key=lambda entry: (-entry[1], entry[0]))
+        for type_, count in most_frequent_first:
+            types[type_] = audit_schema.PersonalType(
+                findings=count,
+                documents=findings.documents_by_type[type_],
+                examples=findings.examples.get(type_, []),
             )
         with_findings = {source: number for source, number in sorted(findings.documents.items()) if number}
-        return form.PersonalData(
+        return audit_schema.PersonalData(
             mode=str(config.mode),
             preset=str(config.preset),
             engine=str(config.engine),
@@ -231,57 +256,59 @@ class ReportWriter:
             types=types,
         )
 
-    def _documents(self, numbers: np.ndarray, at_most: int) -> Iterator[Document]:
-        """About `at_most` of the documents with these numbers, spread over all of them."""
+    def _some_documents(self, numbers: np.ndarray, about: int) -> Iterator[Document]:
+        """About so many of the documents with these numbers, spread evenly over all of them."""
         table = DocumentTable(self.directory)
-        stride = max(1, len(numbers) // at_most)
-        return (table.document(int(number)) for number in numbers[::stride])
+        stride = max(1, len(numbers) // about)
+        for number in numbers[::stride]:
+            yield table.document(int(number))
 
     def _decode_samples(
         self, dataset: TokenDataset, data_spec: DataSpec, label_names: list[str] | None
-    ) -> list[form.DecodedSample]:
-        """Decoded sequences, spread over the split; of pairs both answers, since one alone would not tell which is wanted."""
+    ) -> list[audit_schema.DecodedSample]:
+        """A few sequences as text; of pairs both answers, since one alone would not tell which is wanted.
+
+        They are spread over the whole split, since files are often sorted.
+        """
         table = DocumentTable(self.directory)
-        samples: list[form.DecodedSample] = []
+        samples: list[audit_schema.DecodedSample] = []
         per_document = data_spec.sequences_per_document
         num_documents = len(dataset) // per_document
-        # Spread over the whole split, since files are often sorted.
         shown_documents = np.linspace(0, num_documents - 1, min(NUM_SAMPLES, num_documents)).astype(int)
-        for first in (shown_documents * per_document).tolist():
+        first_sequences = (shown_documents * per_document).tolist()
+        for first in first_sequences:
             location = table.document(int(dataset.documents[first])).location
-            for number, heading in enumerate(data_spec.headings(), first):
-                sample = dataset.sample(number)
+            for index, heading in enumerate(data_spec.headings(), start=first):
+                sample = dataset.sample(index)
                 notes = (heading.rstrip(":\n"), data_spec.note(sample, label_names))
+                pieces = [_piece(text, weight) for text, weight in decode_pieces(sample, self.tokenizer)]
                 samples.append(
-                    form.DecodedSample(
-                        where=location,
-                        note=" ".join(filter(None, notes)),
-                        pieces=[_piece(text, weight) for text, weight in decode_pieces(sample, self.tokenizer)],
-                    )
+                    audit_schema.DecodedSample(where=location, note=" ".join(filter(None, notes)), pieces=pieces)
                 )
         return samples
 
 
 def _num_dropped(tally: Tally) -> int:
+    """Documents that all stages dropped."""
     return sum(reasons.total() for reasons in tally.dropped.values())
 
 
-def _flow(rows: int, first_pass: Tally, second_pass: Tally) -> list[form.StageReport]:
-    """Every stage that did something, with what went in and came out."""
-    unknown = {*first_pass.dropped, *second_pass.dropped} - {*FIRST_PASS, *SECOND_PASS}
-    assert not unknown, f"stages without a place in the flow: {unknown}"
-    flow: list[form.StageReport] = []
-    rows_in = rows
+def _flow(num_rows: int, first_pass: Tally, second_pass: Tally) -> list[audit_schema.StageReport]:
+    """How many of the rows went into and came out of each stage that dropped or noted any, in order."""
+    unknown_stages = {*first_pass.dropped, *second_pass.dropped} - {*FIRST_PASS, *SECOND_PASS}
+    assert not unknown_stages, f"stages without a place in the flow: {unknown_stages}"
+    flow: list[audit_schema.StageReport] = []
+    rows_in = num_rows
     for stage in (*FIRST_PASS, *SECOND_PASS):
         # The passes keep tallies of their own.
         tally = second_pass if stage in SECOND_PASS else first_pass
         dropped = dict(tally.dropped.get(stage, {}))
         noted = dict(tally.noted.get(stage, {}))
-        examples = {code: tally.examples.get(f"{stage}/{code}", []) for code in (*dropped, *noted)}
+        examples = {reason: tally.examples.get(f"{stage}/{reason}", []) for reason in (*dropped, *noted)}
         rows_out = rows_in - sum(dropped.values())
         if dropped or noted or stage == "read":
             flow.append(
-                form.StageReport(
+                audit_schema.StageReport(
                     stage=stage, rows_in=rows_in, rows_out=rows_out, dropped=dropped, noted=noted, examples=examples
                 )
             )
@@ -290,7 +317,7 @@ def _flow(rows: int, first_pass: Tally, second_pass: Tally) -> list[form.StageRe
 
 
 def _piece(text: str, weight: float) -> dict[str, Any]:
-    """A piece as `form.DecodedSample` has it."""
+    """A piece of a decoded sample, as `DecodedSample` of the audit has it."""
     piece: dict[str, Any] = {"text": text, "learned": weight > 0}
     if 0 < weight < 1:
         piece["weight"] = weight
@@ -298,7 +325,7 @@ def _piece(text: str, weight: float) -> dict[str, Any]:
 
 
 def _dotted_settings(setting: Any, key: str) -> dict[str, Any]:
-    """Settings by dotted name, enumerations as their words."""
+    """Nested settings by dotted name below `key`, members of enumerations as their values."""
     if not isinstance(setting, dict) or not setting:
         return {key: getattr(setting, "value", setting)}
     settings: dict[str, Any] = {}
@@ -308,6 +335,7 @@ def _dotted_settings(setting: Any, key: str) -> dict[str, Any]:
 
 
 def _version() -> str:
+    """The installed version of shardtune."""
     try:
         return version("shardtune")
     except PackageNotFoundError:  # run from a clone that is not installed

@@ -60,7 +60,7 @@ class PreparedEntry:
 def locate(path: Path) -> PreparedEntry:
     """The data set at `path`: its directory, or one of its splits.
 
-    Raises ConfigError where there is none, DataError where a file of it cannot be read.
+    Raises ConfigError if there is none, DataError if a file of it cannot be read.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -84,9 +84,9 @@ def locate(path: Path) -> PreparedEntry:
 
 
 def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray:
-    """Sequences of a split whose document holds `text`, whatever its case: int64, in order.
+    """Sequences of a split whose document contains `text`, whatever its case: int64, in order.
 
-    Searches the texts and labels of `documents.arrow`, batch by batch. Raises DataError where the data set has none.
+    Searches the texts and labels of `documents.arrow`, batch by batch. Raises DataError if the data set has no such file.
     """
     path = prepared.directory / DOCUMENTS_FILE
     dataset = prepared.split(split)
@@ -98,7 +98,7 @@ def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray
     first_row = 0
     try:
         for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
-            matching_documents.append(np.flatnonzero(_rows_with(batch, text)) + first_row)
+            matching_documents.append(np.flatnonzero(_contains_anywhere(batch, text)) + first_row)
             first_row += batch.num_rows
     except pa.ArrowException as error:
         raise DataError(f"{path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
@@ -107,8 +107,8 @@ def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray
     return np.flatnonzero(is_match).astype(np.int64)
 
 
-def _rows_with(batch: Any, text: str) -> np.ndarray:
-    """bool [rows of the batch]: whether a document holds `text`."""
+def _contains_anywhere(batch: Any, text: str) -> np.ndarray:
+    """bool [rows of the Arrow batch]: whether a document contains `text` in any of its columns."""
     import pyarrow.compute as pc
 
     matches = np.zeros(batch.num_rows, bool)
@@ -125,54 +125,55 @@ def _rows_with(batch: Any, text: str) -> np.ndarray:
 
 
 def _contains(pc: Any, column: Any, text: str) -> np.ndarray:
-    """bool [n]: whether each text holds `text`; nothing is held by null."""
+    """bool [n]: whether each text of an Arrow column contains `text`; null does not. `pc`: `pyarrow.compute`."""
     return np.asarray(pc.fill_null(pc.match_substring(column, text, ignore_case=True), False))
 
 
 def load_tokenizer(prepared: PreparedEntry, path: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of the data set, or the one at `path`. Local files only.
 
-    Raises ConfigError where there is none, or where its vocabulary has another size than the data was prepared with.
+    Raises ConfigError if there is none, or if its vocabulary has another size than the data was prepared with.
     """
-    about = prepared.manifest.get("tokenizer") or {}
-    location = path or about.get("path") or about.get("name")
-    if not location:
+    recorded = prepared.manifest.get("tokenizer") or {}
+    directory = path or recorded.get("path") or recorded.get("name")
+    if not directory:
         raise ConfigError("tokenizer=: the data set does not name its tokenizer; give the directory of the model")
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(location), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        cause = str(error).strip().split("\n")[0]
         raise ConfigError(
-            f"tokenizer={location}: cannot be loaded ({reason}); give the directory of the model"
+            f"tokenizer={directory}: cannot be loaded ({cause}); give the directory of the model"
         ) from error
-    size = len(tokenizer)
-    size_when_prepared = about.get("vocab_size")
-    if size_when_prepared is not None and size_when_prepared not in (size, tokenizer.vocab_size):
+    vocab_size = len(tokenizer)
+    recorded_size = recorded.get("vocab_size")
+    if recorded_size is not None and recorded_size not in (vocab_size, tokenizer.vocab_size):
         raise ConfigError(
-            f"tokenizer={location}: has {size} tokens, the data was prepared with one of {size_when_prepared}; give that one"
+            f"tokenizer={directory}: has {vocab_size} tokens, the data was prepared with one of {recorded_size}; give that one"
         )
     return tokenizer
 
 
-BINS = 16
+HISTOGRAM_BINS = 16
 MAX_GROUPS = 50
+"""Sources and labels that a table lists."""
 
 
 def splits_table(prepared: PreparedEntry) -> RenderableType:
-    """Sizes of every split, counted from the arrays."""
-    table = _table("split", "documents", "sequences", "tokens", "learned", "share", "p50", "p90", "longest")
+    """A table of the sizes of every split, counted from the arrays."""
+    table = _empty_table("split", "documents", "sequences", "tokens", "learned", "share", "p50", "p90", "longest")
     for name in prepared.splits:
         sizes = split_sizes(prepared.split(name))
         numbers = [f"{sizes[key]:,}" for key in ("documents", "sequences", "tokens", "supervised_tokens")]
         lengths = [f"{sizes[key]:,}" for key in ("length_p50", "length_p90", "length_max")]
-        table.add_row(_text(name), *numbers, percent(sizes["supervised_share"]), *lengths)
+        table.add_row(_plain_text(name), *numbers, percent(sizes["supervised_share"]), *lengths)
     return table
 
 
 def groups_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
-    """Sequences and tokens of a split by source and by label; None where there is one source and no label."""
+    """A table of a split's sequences and tokens by source and by label; None if there is one source and no label."""
     dataset = prepared.split(split)
     # (kind, name, bool [N]: which sequences are of it)
     groups: list[tuple[str, str, np.ndarray]] = []
@@ -187,35 +188,37 @@ def groups_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
             groups.append(("label", str(name), dataset.labels == number))
     if not groups:
         return None
-    table = _table("", "name", "sequences", "share", "tokens", title=f"{split}: by source and label")
+    table = _empty_table("", "name", "sequences", "share", "tokens", title=f"{split}: by source and label")
     for kind, name, is_member in groups[:MAX_GROUPS]:
-        sequences = int(is_member.sum())
-        tokens = int(dataset.lengths[is_member].sum())
-        table.add_row(kind, _text(name), f"{sequences:,}", percent(sequences / len(dataset)), f"{tokens:,}")
+        num_sequences = int(is_member.sum())
+        num_tokens = int(dataset.lengths[is_member].sum())
+        share = percent(num_sequences / len(dataset))
+        table.add_row(kind, _plain_text(name), f"{num_sequences:,}", share, f"{num_tokens:,}")
     if len(groups) > MAX_GROUPS:
         table.add_row("", f"... and {len(groups) - MAX_GROUPS} more", "", "", "")
     return table
 
 
 def length_histogram(prepared: PreparedEntry, split: str, width: int) -> RenderableType:
-    """Lengths of the sequences of a split in tokens, as bars within `width` columns."""
+    """A histogram of the lengths of a split's sequences in tokens, as bars within `width` columns of the terminal."""
     title = Text(f"{split}: length of sequences in tokens", style="bold")
-    histogram = make_histogram(prepared.split(split).lengths, BINS)
+    histogram = make_histogram(prepared.split(split).lengths, HISTOGRAM_BINS)
     ranges = []
     for begin, end in pairwise(histogram.edges):
-        first, last = int(begin), int(end) - 1
+        first = int(begin)
+        last = int(end) - 1
         ranges.append(f"{first:,}-{last:,}" if last > first else f"{first:,}")
-    numbers = [f"{count:,}" for count in histogram.counts]
-    highest = max(histogram.counts)
+    counts = [f"{count:,}" for count in histogram.counts]
+    largest_count = max(histogram.counts)
     # What the two columns of numbers and the space between leave.
-    bar_width = max(width - max(map(len, ranges)) - max(map(len, numbers)) - 4, 10)
+    bar_width = max(width - max(map(len, ranges)) - max(map(len, counts)) - 4, 10)
     grid = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "right"):
         grid.add_column(justify=justify, no_wrap=True)
-    for name, count, number in zip(ranges, histogram.counts, numbers, strict=True):
-        # At least one column wide where there is a sequence, so that it can be seen.
-        bar_end = max(count, highest / bar_width) if count else 0
-        grid.add_row(name, Bar(highest, 0, bar_end, width=bar_width, color="cyan"), number)
+    for length_range, count, shown_count in zip(ranges, histogram.counts, counts, strict=True):
+        # A bar is at least one column wide, so that it can be seen.
+        bar_end = max(count, largest_count / bar_width) if count else 0
+        grid.add_row(length_range, Bar(largest_count, 0, bar_end, width=bar_width, color="cyan"), shown_count)
     return Group(title, grid)
 
 
@@ -229,7 +232,10 @@ def render_sample(
     document: bool = False,
     max_lines: int = 40,
 ) -> RenderableType:
-    """Sequence `index` decoded, what is learned in green on a terminal or between ⟦ and ⟧; `document`: and its row."""
+    """Sequence `index` as text, with what is learned in green on a terminal or between ⟦ and ⟧.
+
+    `document`: show the row that it was made of, too. `max_lines`: of a longer text, the middle is left out.
+    """
     from trainer.data.report.preview import preview  # needs torch and pyarrow, and the sizes of a data set do not
 
     dataset = prepared.split(split)
@@ -244,13 +250,18 @@ def render_sample(
     if not document:
         return Group(title, decoded_text)
     if row is None:
-        return Group(title, decoded_text, _text("(no documents.arrow in this data set: its rows cannot be shown)"))
-    source = Padding(_document_text(row, max_lines), (0, 0, 0, 2))
-    return Group(title, decoded_text, Text("document:", style="bold"), source)
+        return Group(
+            title, decoded_text, _plain_text("(no documents.arrow in this data set: its rows cannot be shown)")
+        )
+    document_text = Padding(_document_text(row, max_lines), (0, 0, 0, 2))
+    return Group(title, decoded_text, Text("document:", style="bold"), document_text)
 
 
 def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[str, Any] | None) -> str:
-    """Size, place, label and marks of a sequence, on one line."""
+    """The heading of a shown sequence, on one line: its size, the location of its row, its label and its marks.
+
+    `row`: its row in `documents.arrow`; None without that file.
+    """
     dataset = prepared.split(split)
     sample = dataset.sample(index)
     heading = f"{split} {index} · {dataset.lengths[index]:,} tokens, {int(dataset.num_supervised[index]):,} learned"
@@ -260,9 +271,10 @@ def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[s
     if row is not None:
         heading += f" · {visible(row['file'])}:{row['line']}"
     if dataset.labels is not None:
-        names = prepared.manifest.get("label_names") or []
-        number = int(dataset.labels[index])
-        heading += f" · label {visible(names[number]) if 0 <= number < len(names) else number}"
+        label_names = prepared.manifest.get("label_names") or []
+        label = int(dataset.labels[index])
+        shown_label = visible(label_names[label]) if 0 <= label < len(label_names) else label
+        heading += f" · label {shown_label}"
     for name, mark in sample.marks.items():
         if name != LABEL:
             heading += f" · {name} {mark:g}"
@@ -273,7 +285,7 @@ def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
     """A row as text: turns with their roles, other fields by name; the middle of a long one is left out."""
     # (line, its style)
     lines: list[tuple[str, str]] = []
-    for heading, body in _document_parts(row):
+    for heading, body in _headings_and_texts(row):
         lines.append((heading, "bold"))
         lines += [(line, "") for line in visible(body).split("\n")]
     if len(lines) > max_lines:
@@ -284,34 +296,35 @@ def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
     return Text("\n", overflow="fold").join(Text(visible(line), style=style) for line, style in lines)
 
 
-def _document_parts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(heading, text) of all that a row says, in reading order."""
-    parts: list[tuple[str, str]] = []
+def _headings_and_texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(heading, text) of every field of a row that has one, in reading order; a turn is a field of its own."""
+    headings_and_texts: list[tuple[str, str]] = []
     if row.get("tools"):
-        parts.append(("tools", row["tools"]))
+        headings_and_texts.append(("tools", row["tools"]))
     for name in ("messages", "chosen", "rejected"):
         for turn in row.get(name) or ():
             heading = str(turn.get("role")) if name == "messages" else f"{name}: {turn.get('role')}"
             if turn.get("train") is not None:
                 heading += " (learned)" if turn["train"] else " (not learned)"
-            parts.append((heading, turn["content"]))
+            headings_and_texts.append((heading, turn["content"]))
             for key in ("reasoning_content", "tool_calls"):
                 if turn.get(key):
-                    parts.append((f"{heading} {key}", turn[key]))
+                    headings_and_texts.append((f"{heading} {key}", turn[key]))
     for name in ("prompt", "completion", "text", "label", "desirable"):
         if row.get(name) is not None:
-            parts.append((name, str(row[name])))
-    return parts
+            headings_and_texts.append((name, str(row[name])))
+    return headings_and_texts
 
 
-def _table(*heads: str, **options: Any) -> Table:
+def _empty_table(*column_names: str, **options: Any) -> Table:
     """An empty table; columns of names are aligned left, columns of numbers right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", **options)
-    for name in heads:
-        table.add_column(name, justify="left" if name in ("split", "", "name") else "right", overflow="fold")
+    for name in column_names:
+        justify: Any = "left" if name in ("split", "", "name") else "right"
+        table.add_column(name, justify=justify, overflow="fold")
     return table
 
 
-def _text(words: object) -> RenderableType:
-    """Words of the data set, never read as markup."""
-    return Text(visible(words).replace("\n", "\\n"), overflow="fold")
+def _plain_text(shown: object) -> RenderableType:
+    """Text of the data set on one line, never read as markup."""
+    return Text(visible(shown).replace("\n", "\\n"), overflow="fold")

@@ -22,47 +22,53 @@ MAX_SAMPLE_CHARACTERS = 3000
 
 
 def audit_page(audit: Audit, stated: CardConfig) -> str:
-    """The text of `audit.html`. Whatever comes from the data is escaped; long lists are cut, with the number left out."""
+    """The text of `audit.html`. Whatever comes from the data is escaped; long lists are cut, with the number left out.
+
+    `stated`: what the owner of the data states about it (`data.card`).
+    """
     all_tiles = tiles(audit)
-    level, words = overall_level(all_tiles)
+    level, verdict = overall_level(all_tiles)
     environment = templates(_shorten, autoescape=True)
     # Only the page needs it; the environment of the card is another one.
     environment.filters["runs"] = sample_runs
     return environment.get_template("page.html.j2").render(
-        audit=audit, tiles=all_tiles, level=level, words=words, gaps=known_gaps(audit, stated), card=stated
+        audit=audit, tiles=all_tiles, level=level, words=verdict, gaps=known_gaps(audit, stated), card=stated
     )
 
 
 def _shorten(text: str) -> str:
-    """Any text of the page: nothing invisible, nothing endless."""
+    """A text as the page shows it: without invisible characters, and cut if it is long."""
     if len(text) > MAX_TEXT_CHARACTERS:
         text = f"{text[:MAX_TEXT_CHARACTERS]}… ({len(text):,} characters)"
     return visible(text)
 
 
-def sample_runs(sample: DecodedSample, room: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
-    """The sample's runs as (escaped text, "learned", "context" or "cut"), at most `room` characters: its head and tail."""
+def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
+    """A decoded sample as runs for the page: (escaped text, its CSS class "learned", "context" or "cut").
+
+    Of a sample with more than `max_characters`, two thirds are its beginning and one third its end.
+    """
     from markupsafe import escape
 
-    total = sum(len(piece["text"]) for piece in sample.pieces)
+    num_characters = sum(len(piece["text"]) for piece in sample.pieces)
     # Characters [head_end, tail_begin) of the sample are left out.
-    head_end = tail_begin = total
-    if total > room:
-        head_end = room * 2 // 3
-        tail_begin = total - room // 3
+    head_end = tail_begin = num_characters
+    if num_characters > max_characters:
+        head_end = max_characters * 2 // 3
+        tail_begin = num_characters - max_characters // 3
     page_runs: list[tuple[Any, str]] = []
-    position = 0
+    position = 0  # of the piece in the sample
     for piece in sample.pieces:
         text = piece["text"]
-        kind = "learned" if piece["learned"] else "context"
+        css_class = "learned" if piece["learned"] else "context"
         head = text[: max(head_end - position, 0)]
         if head:
-            page_runs.append((escape(visible(head)), kind))
+            page_runs.append((escape(visible(head)), css_class))
         if position <= head_end < position + len(text) and head_end < tail_begin:
             page_runs.append((f"… {tail_begin - head_end:,} characters …", "cut"))
         tail = text[max(tail_begin - position, 0) :]
         if tail:
-            page_runs.append((escape(visible(tail)), kind))
+            page_runs.append((escape(visible(tail)), css_class))
         if "weight" in piece and page_runs[-1][1] == "learned":
             page_runs.append((f"*{piece['weight']:g}", "cut"))
         position += len(text)
@@ -80,7 +86,7 @@ SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"
 
 
 def hub_licence(licence: str | None) -> tuple[str | None, str | None]:
-    """(`license`, `license_name`) of a card's metadata: a licence that the hub has no identifier for is `other` by name."""
+    """(`license`, `license_name`) of a card; a licence that the hub has no identifier for is `other` with its name."""
     if not licence:
         return None, None
     if HUB_LICENCES.fullmatch(licence.lower()):
@@ -96,20 +102,20 @@ def datacard(audit: Audit, config: CardConfig) -> str:
     source_names = ", ".join(dict.fromkeys(source.name for source in audit.sources[:5]))
     title = " ".join(visible(config.title or f"Fine-tuning data: {source_names}").split())
     languages = list(config.languages) or _common_languages(audit.languages)
-    documents = sum(split.documents for split in audit.splits.values())
+    num_documents = sum(split.documents for split in audit.splits.values())
     licence, licence_name = hub_licence(visible(config.licence or "").strip())
-    labelled = any(split.labelled for split in audit.splits.values())
-    size_category = bisect_right([10**power for power in range(3, 10)], documents)
+    is_labelled = any(split.labelled for split in audit.splits.values())
+    size_category = bisect_right([10**power for power in range(3, 10)], num_documents)
     metadata = DatasetCardData(
         pretty_name=title,
         license=licence,
         license_name=licence_name,
         language=languages or None,
         size_categories=[SIZES[size_category]],
-        task_categories=["text-classification" if labelled else "text-generation"],
+        task_categories=["text-classification" if is_labelled else "text-generation"],
         tags=["shardtune", "fine-tuning"],
     )
-    environment = templates(escape, autoescape=False)
+    environment = templates(escape_markdown, autoescape=False)
     environment.globals["stated"] = lambda words: Markup(visible(words or "").strip() or "Not stated.")
     body = environment.get_template("card.md.j2").render(
         audit=audit, card=config, title=title, languages=languages, gaps=known_gaps(audit, config)
@@ -117,11 +123,15 @@ def datacard(audit: Audit, config: CardConfig) -> str:
     return str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
 
 
-def escape(words: str) -> str:
-    """`words` on one line, at most 300 characters, with nothing that Markdown or HTML would act on."""
-    line = " ".join(visible(words).split())
-    if len(line) > 300:
-        line = f"{line[:300]}…"
+MAX_CARD_CHARACTERS = 300
+"""Characters of any text of the data in the card."""
+
+
+def escape_markdown(text: str) -> str:
+    """A text on one line, cut if it is long, with nothing that Markdown or HTML would act on."""
+    line = " ".join(visible(text).split())
+    if len(line) > MAX_CARD_CHARACTERS:
+        line = f"{line[:MAX_CARD_CHARACTERS]}…"
     line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line)
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # A heading or the item of a list at the beginning.
@@ -129,7 +139,11 @@ def escape(words: str) -> str:
 
 
 def _common_languages(languages: dict[str, int]) -> list[str]:
-    """Codes of the languages of at least one judged document in a hundred, the commonest first."""
-    ranked = sorted(languages.items(), key=lambda entry: -entry[1])
-    least = sum(languages.values()) / 100
-    return [code for code, number in ranked if re.fullmatch("[a-z]{2,3}", code) and number >= least]
+    """Codes of the languages of at least one judged document in a hundred, the most frequent first."""
+    most_frequent_first = sorted(languages.items(), key=lambda entry: -entry[1])
+    min_documents = sum(languages.values()) / 100
+    codes = []
+    for code, num_documents in most_frequent_first:
+        if re.fullmatch("[a-z]{2,3}", code) and num_documents >= min_documents:
+            codes.append(code)
+    return codes

@@ -1,4 +1,4 @@
-"""What a run shows before its first step: which tokens are learned, and what preparation did to the data."""
+"""Shows, before the first step of a run, which tokens are learned, and what preparation did to the data."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GREEN = "\x1b[32m"
 RESET = "\x1b[0m"
+Cell = tuple[str, bool]
+"""A character, and whether it is learned."""
 
 
 def preview(
@@ -36,69 +38,80 @@ def preview(
     colour: bool | None = None,
     max_lines: int = 40,
 ) -> str:
-    """The document that begins at sequence `index` as text, under the headings and above the notes of `reading`.
+    """The document that begins at sequence `index` as text, under the headings and above the notes of `data_spec`.
 
-    See `render_pieces`; without a reading, that one sequence alone.
+    See `render_pieces`; without one, that one sequence alone.
     """
     headings = data_spec.headings() if data_spec is not None else [""]
-    parts = []
-    for number, heading in enumerate(headings, index):
+    texts = []
+    for number, heading in enumerate(headings, start=index):
         sample = dataset.sample(number)
+        pieces = decode_pieces(sample, tokenizer)
+        text = heading + render_pieces(pieces, width=width, colour=colour, max_lines=max_lines)
         note = data_spec.note(sample, label_names) if data_spec is not None else ""
-        text = render_pieces(decode_pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines)
-        parts.append(heading + text + (f"\n{note}" if note else ""))
-    return "\n".join(parts)
+        if note:
+            text += f"\n{note}"
+        texts.append(text)
+    return "\n".join(texts)
 
 
-def render_pieces(runs: list[tuple[str, float]], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
-    """Text of `decode_pieces`, the learned part in green on a terminal, else between ⟦ and ⟧; then its weight, if not 1.
+def render_pieces(
+    pieces: list[tuple[str, float]], *, width: int, colour: bool | None = None, max_lines: int = 40
+) -> str:
+    """A decoded sample for the terminal: what is learned is green, or between ⟦ and ⟧, with its weight behind it if not 1.
 
-    `width` is the longest line in characters; of a long document the middle is left out.
+    `pieces`: those of `decode_pieces`. `width`: the longest line in characters. `colour` of None: as the terminal allows. Of a
+    text with more than `max_lines` lines, the middle is left out.
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    # (character, whether it is learned)
-    cells: list[tuple[str, bool]] = []
-    for text, weight in runs:
+    cells: list[Cell] = []
+    for text, weight in pieces:
         is_learned = weight > 0
-        marked_text = text if colour or not weight else f"⟦{text}⟧"
+        marked_text = text if colour or not is_learned else f"⟦{text}⟧"
         if 0 < weight < 1:
             marked_text += f"*{weight:g}"
         cells += [(character, is_learned) for character in marked_text]
     lines = _wrap(cells, max(width, 1))
     if len(lines) > max_lines:
         num_tail = max_lines // 2
+        num_head = max_lines - num_tail
         note = [(character, False) for character in f"[... {len(lines) - max_lines} lines ...]"]
-        lines = [*lines[: max_lines - num_tail], note, *lines[len(lines) - num_tail :]]
-    to_text = _paint if colour else _join
-    return "\n".join(map(to_text, lines))
+        lines = [*lines[:num_head], note, *lines[len(lines) - num_tail :]]
+    line_to_text = _in_colour if colour else _without_colour
+    return "\n".join(map(line_to_text, lines))
 
 
 def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
-    """The decoded text of a sample in runs of tokens that are all context (0) or all learned, with the same weight.
+    """A sample as text, in pieces (text, weight) of tokens that are all context (weight 0) or all learned with one weight.
 
     Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.
     """
-    # 0 where a token is context, so one array tells context, learned and weighted tokens apart.
+    # A token of context has weight 0, so one array tells context, learned and weighted tokens apart.
     weights = sample.supervised * (np.float32(1) if sample.weights is None else sample.weights)
     edges = np.flatnonzero(np.diff(weights)) + 1
     pieces = []
-    for ids, run_weights in zip(np.split(sample.input_ids, edges), np.split(weights, edges), strict=True):
+    for ids, piece_weights in zip(np.split(sample.input_ids, edges), np.split(weights, edges), strict=True):
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        weight = float(f"{run_weights[0]:.6g}") if len(run_weights) else 0.0
-        pieces.append(("".join(map(_without_escape_codes, text)), weight))
+        # Rounded to what a float32 distinguishes, so that 0.1 is not shown as 0.10000000149.
+        weight = float(f"{piece_weights[0]:.6g}") if len(piece_weights) else 0.0
+        pieces.append(("".join(map(_printable, text)), weight))
     return pieces
 
 
-def _without_escape_codes(character: str) -> str:
-    return character if character == "\n" or character.isprintable() else f"\\x{ord(character):02x}"
+def _printable(character: str) -> str:
+    """A character, spelled as \\xNN if a terminal would act on it; line breaks stay."""
+    if character == "\n" or character.isprintable():
+        return character
+    return f"\\x{ord(character):02x}"
 
 
-def _wrap(cells: list[tuple[str, bool]], width: int) -> list[list[tuple[str, bool]]]:
+def _wrap(cells: list[Cell], width: int) -> list[list[Cell]]:
     """Cells in lines of at most `width`; a newline begins a line and is in none."""
-    lines: list[list[tuple[str, bool]]] = [[]]
+    lines: list[list[Cell]] = [[]]
     for cell in cells:
-        is_newline = cell[0] == "\n"
+        character, _ = cell
+        is_newline = character == "\n"
         if is_newline or len(lines[-1]) == width:
             lines.append([])
         if not is_newline:
@@ -106,21 +119,25 @@ def _wrap(cells: list[tuple[str, bool]], width: int) -> list[list[tuple[str, boo
     return lines
 
 
-def _join(line: Iterable[tuple[str, bool]]) -> str:
+def _without_colour(line: Iterable[Cell]) -> str:
+    """The text of a line."""
     return "".join(character for character, _ in line)
 
 
-def _paint(line: list[tuple[str, bool]]) -> str:
-    """A line with terminal codes around what is learned."""
-    painted = ""
+def _in_colour(line: list[Cell]) -> str:
+    """The text of a line with terminal codes around what is learned."""
+    coloured = ""
     for is_learned, run in groupby(line, key=itemgetter(1)):
-        text = _join(run)
-        painted += f"{GREEN}{text}{RESET}" if is_learned else text
-    return painted
+        text = _without_colour(run)
+        coloured += f"{GREEN}{text}{RESET}" if is_learned else text
+    return coloured
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A few lines: rows lost, every split, what was dropped or changed and why. Raises DataError where one has two BOS."""
+    """A few lines on prepared data: rows lost, every split, what was dropped or changed and why. `report`: `Audit.report`.
+
+    Raises DataError if documents of a split begin with two BOS.
+    """
     for split in ("train", "eval", "test"):
         doubled_bos = report.get(split, {}).get("doubled_bos")
         if doubled_bos:

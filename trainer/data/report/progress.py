@@ -20,7 +20,7 @@ LINE_EVERY_S = 15.0
 MAX_FILES_FOR_ESTIMATE = 1000
 """Files whose heads are looked at for an estimate."""
 PrintLine = Callable[[str], None]
-"""Prints a line."""
+"""Shows one line of text to the user."""
 
 
 def print_on_rank_0(line: str) -> None:
@@ -42,26 +42,31 @@ class PreparationProgress:
         self._started_at = clock()
         self._rows_done = 0
         self._rows_started_at = self._started_at
+        # Of what was read so far: how long a line of text is.
         self._text_rows = 0
         self._text_bytes = 0
-        self._total_bytes = 0.0
+        # Of all inputs; None while that is not known.
+        self._total_text_bytes = 0.0
         self._total_table_rows: int | None = None
 
     @contextmanager
     def printing(self) -> Iterator[None]:
-        """Say a line every `LINE_EVERY_S` seconds as long as this is entered."""
-        over = threading.Event()
+        """Print a line every `LINE_EVERY_S` seconds while the body runs."""
+        is_over = threading.Event()
         # A daemon, so that it never keeps a process alive that ends by an error.
-        thread = threading.Thread(target=self._print_lines, args=(over,), name="preparation-progress", daemon=True)
+        thread = threading.Thread(target=self._print_lines, args=(is_over,), name="preparation-progress", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            is_over.set()
             thread.join()
 
     def expect(self, inputs: list[Input], share: float) -> None:
-        """Estimate how many rows there are, for `share` of the `inputs`; unknown for hub data sets and for very many files."""
+        """Estimate how many rows there are, for `share` (0 to 1) of the `inputs`.
+
+        No estimate is made for hub data sets, and for very many files.
+        """
         paths: list[object] = []
         for source_input in inputs:
             paths += source_input.origin.paths
@@ -73,8 +78,8 @@ class PreparationProgress:
             extents = [source_input.origin.extent() for source_input in inputs]
         except (DataError, OSError):  # whoever reads the file says what is wrong with it
             return
-        self._total_bytes = share * sum(size for size, _ in extents)
-        self._total_table_rows = round(share * sum(rows for _, rows in extents))
+        self._total_text_bytes = share * sum(text_bytes for text_bytes, _ in extents)
+        self._total_table_rows = round(share * sum(table_rows for _, table_rows in extents))
 
     def begin_rows(self) -> None:
         """Start counting rows."""
@@ -82,39 +87,43 @@ class PreparationProgress:
         self._rows_done = 0
         self._rows_started_at = self._clock()
 
-    def count_text_rows(self, jobs: Iterable[RowRange]) -> Iterator[RowRange]:
-        """The jobs, as they are; lines of text files among them tell how long such a line is."""
-        for job in jobs:
-            line_bytes = [len(row.raw) + 1 for row in job.rows if isinstance(row, Line)]
+    def count_text_rows(self, row_ranges: Iterable[RowRange]) -> Iterator[RowRange]:
+        """Hand on the ranges as they are. The lines of text files in them tell how long such a line is."""
+        for row_range in row_ranges:
+            line_bytes = [len(row.raw) + 1 for row in row_range.rows if isinstance(row, Line)]
             self._text_rows += len(line_bytes)
             self._text_bytes += sum(line_bytes)
-            yield job
+            yield row_range
 
-    def count_done(self, rows: int) -> None:
+    def count_done(self, num_rows: int) -> None:
         """Count rows that are done."""
-        self._rows_done += rows
+        self._rows_done += num_rows
 
     def line(self) -> str:
         """One line on how far the preparation is."""
         now = self._clock()
+        elapsed_s = now - self._started_at
         if self.phase != "rows":
-            return f"preparing data: {self.phase}, {now - self._started_at:.0f} s"
-        rate = self._rows_done / max(now - self._rows_started_at, 1e-9)
-        total = self._total_rows()
-        of_total = f" of about {total:,}" if total is not None and total >= self._rows_done else ""
-        return f"preparing data: {self._rows_done:,}{of_total} rows, {rate:,.0f} rows/s, {now - self._started_at:.0f} s"
+            return f"preparing data: {self.phase}, {elapsed_s:.0f} s"
+        rows_per_s = self._rows_done / max(now - self._rows_started_at, 1e-9)
+        total = self._estimated_rows()
+        of_total = ""
+        if total is not None and total >= self._rows_done:  # an estimate that was passed is worth nothing
+            of_total = f" of about {total:,}"
+        return f"preparing data: {self._rows_done:,}{of_total} rows, {rows_per_s:,.0f} rows/s, {elapsed_s:.0f} s"
 
-    def _total_rows(self) -> int | None:
-        """The estimate; None while nothing is known of the length of a line."""
+    def _estimated_rows(self) -> int | None:
+        """About how many rows there are; None while nothing is known of the length of a line."""
         if self._total_table_rows is None:
             return None
-        if self._total_bytes == 0:
+        if self._total_text_bytes == 0:
             return self._total_table_rows
         if self._text_rows == 0:
             return None
-        return self._total_table_rows + round(self._total_bytes * self._text_rows / self._text_bytes)
+        return self._total_table_rows + round(self._total_text_bytes * self._text_rows / self._text_bytes)
 
-    def _print_lines(self, over: threading.Event) -> None:
-        while not over.wait(LINE_EVERY_S):
+    def _print_lines(self, is_over: threading.Event) -> None:
+        """The body of the thread that prints."""
+        while not is_over.wait(LINE_EVERY_S):
             with suppress(OSError, ValueError):  # nobody reads what is printed
                 self._print_line(self.line())

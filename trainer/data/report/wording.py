@@ -1,7 +1,7 @@
-"""In which words the terminal, the page and the card tell what was counted: numbers, reasons, the verdict, the gaps.
+"""Puts into words, for the terminal, the page and the card, what was counted: numbers, reasons, the verdict, the known gaps.
 
-The verdict's rules are thresholds on what preparation counted. They point a reader to what to look at first; they are no gate.
-Text that comes from the data is made visible before it is shown.
+The rules of the verdict are thresholds on what preparation counted. They point a reader to what to look at first; they are no
+gate. Invisible characters of the data are made visible before text is shown.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def visible(text: object) -> str:
 
 
 def _visible_character(character: str) -> str:
+    """A character as it is shown, see `visible`."""
     if character.isprintable() or character == "\n" or character in JOINERS:
         return character
     if character == "\t":
@@ -73,9 +74,9 @@ REASON_TEXTS = {
 
 @cache
 def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
-    """Jinja for the templates of this package: every text of an expression goes through `shown`, but for Markup.
+    """Jinja's environment for the templates of this package: every text goes through `shown` before it is inserted, but Markup.
 
-    One for each `shown`, since to compile the templates takes longer than to fill them.
+    Cached by `shown`, since to compile the templates takes longer than to fill them.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -137,7 +138,7 @@ class Level(StrEnum):
 
 @dataclass(slots=True)
 class Tile:
-    """One finding in a few words; `anchor` is the section that has more, `advice` what can be done about it."""
+    """One finding in a few words. `anchor`: the section of the page with more, `advice`: what can be done about it."""
 
     what: str
     value: str
@@ -161,10 +162,10 @@ def tiles(audit: Audit) -> list[Tile]:
 
 def overall_level(all_tiles: list[Tile]) -> tuple[Level, str]:
     """(level of the whole data set, a sentence that names the tiles that made it so)."""
-    for level, words in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
+    for level, verdict in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
         names = [tile.what.lower() for tile in all_tiles if tile.level is level]
         if names:
-            return level, f"{words}: {', '.join(names)}"
+            return level, f"{verdict}: {', '.join(names)}"
     return Level.good, "Nothing stands out"
 
 
@@ -178,33 +179,36 @@ def _level(share: float, look_above: float, act_above: float) -> Level:
 
 
 def _rows_lost_tile(audit: Audit) -> Tile:
-    """How many rows are lost, and the commonest reason."""
-    rows = audit.conserved["rows_in"]
-    dropped = audit.conserved["dropped"]
-    unrequested = sum(sum(stage.dropped.values()) for stage in audit.flow if stage.stage in UNREQUESTED_STAGES)
-    level = _level(unrequested / max(rows, 1), look_above=0.01, act_above=0.1)
+    """The tile for rows that are not in the data set: how many, and the most frequent reason."""
+    num_rows = audit.conserved["rows_in"]
+    num_dropped = audit.conserved["dropped"]
+    num_unrequested = 0
+    for stage in audit.flow:
+        if stage.stage in UNREQUESTED_STAGES:
+            num_unrequested += sum(stage.dropped.values())
+    level = _level(num_unrequested / max(num_rows, 1), look_above=0.01, act_above=0.1)
     # Rows that settings asked to drop are no fault, but half of them gone may be a surprise.
     if level is Level.good and audit.lost_share > 0.5:
         level = Level.look
-    note = f"{dropped:,} of {plural(rows, 'row')}"
+    note = f"{num_dropped:,} of {plural(num_rows, 'row')}"
     advice = ""
-    if dropped:
+    if num_dropped:
         # If rows are lost that no setting asked to drop, only their stages are named: these have to be looked at.
         drops: list[tuple[int, str, str]] = []
         for stage in audit.flow:
-            if stage.stage in UNREQUESTED_STAGES or not unrequested:
-                drops += [(number, code, stage.stage) for code, number in stage.dropped.items()]
-        number, code, name = max(drops)
-        cause = reason_text(code) if name in UNREQUESTED_STAGES else f"{name}, {reason_text(code)}"
-        note += f"; most: {cause} ({number:,})"
-        advice = f"see the places below, and {STAGE_SETTINGS.get(name, 'quarantine.jsonl and dropped.jsonl')}"
-        if code == "too_long":
+            if stage.stage in UNREQUESTED_STAGES or not num_unrequested:
+                drops += [(count, reason, stage.stage) for reason, count in stage.dropped.items()]
+        count, reason, stage_name = max(drops)
+        cause = reason_text(reason) if stage_name in UNREQUESTED_STAGES else f"{stage_name}, {reason_text(reason)}"
+        note += f"; most: {cause} ({count:,})"
+        advice = f"see the places below, and {STAGE_SETTINGS.get(stage_name, 'quarantine.jsonl and dropped.jsonl')}"
+        if reason == "too_long":
             advice = "raise data.max_length, or set data.over_length=truncate or split"
     return Tile("Rows lost", percent(audit.lost_share), note, level, "rows", advice)
 
 
 def _learned_tile(audit: Audit) -> Tile:
-    """Which share of the training tokens is learned."""
+    """The tile for the share of the training tokens that is learned."""
     train = audit.splits["train"]
     if train.labelled:
         return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, "splits")
@@ -223,7 +227,7 @@ def _learned_tile(audit: Audit) -> Tile:
 
 
 def _truncated_tile(audit: Audit) -> Tile:
-    """How many documents lost something to `data.max_length`."""
+    """The tile for documents that lost something to `data.max_length`."""
     if not audit.truncated:
         return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
     share = audit.truncated / max(audit.conserved["kept"], 1)
@@ -234,70 +238,77 @@ def _truncated_tile(audit: Audit) -> Tile:
 
 
 def _leakage_tile(audit: Audit) -> Tile:
-    """Training documents that are in a held-out split too, or of a group that is."""
+    """The tile for training documents that are in a held-out split too, or of a group that is."""
     if not audit.leakage:
         return Tile("Leakage", NOT_MEASURED, "no held-out split to compare with", Level.none, "leakage")
     all_leaks = audit.leakage.values()
-    documents = sum(leaks.documents for leaks in all_leaks)
-    prompts = sum(leaks.train["prompt"] for leaks in all_leaks)
-    in_held_out_groups = sum(groups.in_training for groups in audit.groups.values())
+    num_documents = sum(leaks.documents for leaks in all_leaks)
+    num_prompts = sum(leaks.train["prompt"] for leaks in all_leaks)
+    num_of_held_out_groups = sum(groups.in_training for groups in audit.groups.values())
     stay_in_training = all(leaks.policy in KEEPING_POLICIES for leaks in all_leaks)
-    if in_held_out_groups and stay_in_training:
+    if num_of_held_out_groups and stay_in_training:
         note = f"training documents of a {audit.words['data.group_by']} that is held out too"
         advice = "data.leakage.policy=drop_train takes them out"
-        return Tile("Leakage", f"{in_held_out_groups:,}", note, Level.act, "leakage", advice)
-    if documents and stay_in_training:
+        return Tile("Leakage", f"{num_of_held_out_groups:,}", note, Level.act, "leakage", advice)
+    if num_documents and stay_in_training:
         advice = "data.leakage.policy=drop_train takes them out; until then the evaluation measures memory"
         note = f"training documents are in {' and '.join(audit.leakage)} too"
-        return Tile("Leakage", f"{documents:,}", note, Level.act, "leakage", advice)
-    if prompts:
-        if documents:
-            note = f"taken out; {plural(prompts, 'shared prompt')} left"
+        return Tile("Leakage", f"{num_documents:,}", note, Level.act, "leakage", advice)
+    if num_prompts:
+        if num_documents:
+            note = f"taken out; {plural(num_prompts, 'shared prompt')} left"
         else:
-            note = f"no shared document; {plural(prompts, 'prompt')} shared"
-        return Tile("Leakage", f"{documents:,}", note, Level.look, "leakage", "read them: is it a fixed instruction?")
-    note = "taken out of training" if documents else "no held-out document in training"
-    return Tile("Leakage", f"{documents:,}", note, Level.good, "leakage")
+            note = f"no shared document; {plural(num_prompts, 'prompt')} shared"
+        advice = "read them: is it a fixed instruction?"
+        return Tile("Leakage", f"{num_documents:,}", note, Level.look, "leakage", advice)
+    note = "taken out of training" if num_documents else "no held-out document in training"
+    return Tile("Leakage", f"{num_documents:,}", note, Level.good, "leakage")
 
 
 def _duplicates_tile(audit: Audit) -> Tile:
-    """Copies within the training data, and whether they are still there."""
+    """The tile for copies within the training data: how many, and whether they are still there."""
     if not audit.duplicates:
         return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, "duplicates")
-    documents = sum(copies.documents for copies in audit.duplicates.values())
+    num_found = sum(copies.documents for copies in audit.duplicates.values())
+    # Documents still in the data, by kind.
     left_in = {}
     for kind, copies in audit.duplicates.items():
         if copies.policy in KEEPING_POLICIES and copies.documents:
             left_in[kind] = copies.documents
+    num_left_in = sum(left_in.values())
     if not left_in:
-        note = "taken out" if documents else "none found"
-        return Tile("Duplicates", f"{documents:,}", note, Level.good, "duplicates")
-    share = sum(left_in.values()) / max(audit.conserved["rows_in"], 1)
+        note = "taken out" if num_found else "none found"
+        return Tile("Duplicates", f"{num_found:,}", note, Level.good, "duplicates")
+    share = num_left_in / max(audit.conserved["rows_in"], 1)
     advice = ", ".join(f"data.duplicates.{kind}=drop" for kind in left_in) + " takes them out"
     note = f"still in the data, {percent(share)} of the rows"
     level = _level(share, look_above=0.01, act_above=0.1)
-    return Tile("Duplicates", f"{sum(left_in.values()):,}", note, level, "duplicates", advice)
+    return Tile("Duplicates", f"{num_left_in:,}", note, level, "duplicates", advice)
 
 
 def _personal_data_tile(audit: Audit) -> Tile:
-    """Documents with personal data, and what was done about it."""
+    """The tile for documents with personal data: how many, and what was done about it."""
     privacy = audit.privacy
     if privacy is None or not privacy.scanned:
         advice = "set data.privacy.mode=report"
         return Tile("Personal data", NOT_MEASURED, "not looked for", Level.none, "privacy", advice)
     limits = "" if privacy.people_and_places else "; people and places were not looked for"
-    location = f"in {plural(privacy.scanned, 'document')} searched"
+    scope = f"in {plural(privacy.scanned, 'document')} searched"
     if not privacy.documents:
-        return Tile("Personal data", "0", f"none found {location}{limits}", Level.good, "privacy")
-    number = f"{privacy.documents:,}"
+        return Tile("Personal data", "0", f"none found {scope}{limits}", Level.good, "privacy")
+    num_documents = f"{privacy.documents:,}"
     treatment = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(privacy.mode)
     if treatment:
-        return Tile("Personal data", number, f"documents with findings, {treatment}{limits}", Level.good, "privacy")
-    harmful = [name for name in privacy.types if HARMFUL_TYPES.search(name)]
-    words = f"left in, with {', '.join(harmful[:3])}" if harmful else f"with findings {location}"
-    level = Level.act if harmful else Level.look
+        note = f"documents with findings, {treatment}{limits}"
+        return Tile("Personal data", num_documents, note, Level.good, "privacy")
+    harmful_types = [type_ for type_ in privacy.types if HARMFUL_TYPES.search(type_)]
+    level = Level.look
+    note = f"documents with findings {scope}{limits}"
+    if harmful_types:
+        level = Level.act
+        note = f"documents left in, with {', '.join(harmful_types[:3])}{limits}"
     advice = "data.privacy.mode=redact replaces what was found"
-    return Tile("Personal data", number, f"documents {words}{limits}", level, "privacy", advice)
+    return Tile("Personal data", num_documents, note, level, "privacy", advice)
 
 
 def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
@@ -305,14 +316,14 @@ def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
     gaps = _unstated_gaps(audit, stated)
     if "eval" not in audit.splits:
         gaps.append("there is no evaluation split")
-    unusable = audit.quarantine["rows"]
-    if unusable:
-        gaps.append(f"{plural(unusable, 'row')} could not be used, listed in {audit.quarantine['file']}")
+    num_unusable = audit.quarantine["rows"]
+    if num_unusable:
+        gaps.append(f"{plural(num_unusable, 'row')} could not be used, listed in {audit.quarantine['file']}")
     gaps += _privacy_gaps(audit)
     for tile in (_leakage_tile(audit), _duplicates_tile(audit), _truncated_tile(audit)):
         if tile.level is not Level.good:
-            number = "" if tile.level is Level.none else tile.value
-            gaps.append(f"{tile.what.lower()}: {number} {tile.note}")
+            shown_value = "" if tile.level is Level.none else tile.value
+            gaps.append(f"{tile.what.lower()}: {shown_value} {tile.note}")
     if audit.leakage and audit.words["data.leakage.near"] in (False, "none"):
         gaps.append("near leaks were not looked for (data.leakage.near)")
     if audit.duplicates and audit.words["data.duplicates.near"] in (False, "none"):

@@ -1,6 +1,6 @@
-"""Balance of groups (labels or sources): which documents are repeated or left out so that groups have wanted shares.
+"""Balances groups of documents (labels or sources): repeats some and leaves others out, so that groups have the wanted shares.
 
-Nothing but numbers is looked at: the plan is a function of the groups, the settings and the seed.
+It looks at numbers alone: the plan is a function of the groups, the settings and the seed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from strategies.errors import ConfigError
 from trainer.data.config import BalanceConfig, BalanceTarget
 
-_STREAM = 3  # keeps these draws apart from those of the training order, which uses the same seed
+_RANDOM_STREAM = 3
+"""Keeps these draws apart from those of the training order, which uses the same seed."""
 
 
 Shares = dict[str, float | str | None]
@@ -28,52 +29,56 @@ def resample(
     """The documents to use, int64 numbers in the order of the input with repeats side by side, and a report by group.
 
     `group_of` is int64 [n], numbers into `groups`, n at least 1. Which documents are left out or repeated once more depends
-    on the seed and on their numbers alone. The largest group relative to its share stays whole and the others follow; where
-    nothing may be repeated, the smallest. `cap` bounds the sizes that the shares are computed from, as in Raffel et al. 2020
-    (arXiv:1910.10683, section 3.5.2), and the result. A group with a
-    share above 0 keeps at least one document. Raises ConfigError for settings that cannot be met; a target missed because
-    of `cap` or `max_repeats` is stated in the report.
+    on the seed and on their numbers alone.
+
+    The largest group relative to its share stays whole, and the others are repeated to match it. If nothing may be repeated, the
+    smallest one does, and the others shrink. `cap` bounds the sizes that the shares are computed from, as in Raffel et al. 2020
+    (arXiv:1910.10683, section 3.5.2), and the result. A group with a share above 0 keeps at least one document. Raises
+    ConfigError for settings that cannot be met; a target missed because of `cap` or `max_repeats` is stated in the report.
     """
-    before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
-    capped = before if config.cap is None else np.minimum(before, config.cap)
-    target = _targets(groups, capped, config)
-    after = _sizes(capped, target, config)
+    sizes_before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
+    capped_sizes = sizes_before if config.cap is None else np.minimum(sizes_before, config.cap)
+    target_shares = _target_shares(groups, capped_sizes, config)
+    sizes = _target_sizes(capped_sizes, target_shares, config)
     limited_by: list[str | None] = [None] * len(groups)
-    for setting, bound in (("cap", config.cap), ("max_repeats", before * config.max_repeats)):
-        if bound is None:
+    for setting, largest in (("cap", config.cap), ("max_repeats", sizes_before * config.max_repeats)):
+        if largest is None:
             continue
-        for group in np.flatnonzero(after > bound).tolist():
+        for group in np.flatnonzero(sizes > largest).tolist():
             limited_by[group] = setting
-        after = np.minimum(after, bound)
-    times = _times(group_of, before, after, seed)
-    return np.repeat(np.arange(len(group_of)), times), _report(groups, group_of, times, target, limited_by)
+        sizes = np.minimum(sizes, largest)
+    uses = _uses_of_documents(group_of, sizes_before, sizes, seed)
+    chosen = np.repeat(np.arange(len(group_of)), uses)
+    return chosen, _report(groups, group_of, uses, target_shares, limited_by)
 
 
-def _targets(groups: list[str], base: np.ndarray, config: BalanceConfig) -> np.ndarray:
-    """Share wanted of each group, float64 [groups], sum 1; a group without documents has none."""
+def _target_shares(groups: list[str], sizes: np.ndarray, config: BalanceConfig) -> np.ndarray:
+    """The share that each group of these sizes shall have, float64 [groups], sum 1; 0 for a group without documents."""
     if config.target is BalanceTarget.shares:
-        return _share(_requested_shares(groups, base, config.shares))
+        return _normalised(_requested_shares(groups, sizes, config.shares))
     if config.target is BalanceTarget.uniform:
-        return _share((base > 0).astype(np.float64))
+        return _normalised((sizes > 0).astype(np.float64))
     if config.target is BalanceTarget.temperature:
-        return _share(base ** (1.0 / config.temperature))
-    return _share(base)
+        return _normalised(sizes ** (1.0 / config.temperature))
+    return _normalised(sizes)
 
 
-def _requested_shares(groups: list[str], base: np.ndarray, shares: dict[str, float]) -> np.ndarray:
+def _requested_shares(groups: list[str], sizes: np.ndarray, shares: dict[str, float]) -> np.ndarray:
     """`data.balance.shares` in the order of `groups`. Raises ConfigError with all that is wrong with them."""
     problems = []
     for name, share in shares.items():
-        if share > 0 and (name not in groups or not base[groups.index(name)]):
+        if share > 0 and (name not in groups or not sizes[groups.index(name)]):
             close_names = difflib.get_close_matches(name, groups, 1)
             if close_names and close_names[0] != name:
                 hint = f"did you mean {close_names[0]}?"
             else:
-                hint = f"groups found: {_listed(groups)}"
+                hint = f"groups found: {_join_names(groups)}"
             problems.append(f"data.balance.shares.{name}={share:g}: no document is in that group; {hint}")
-    unnamed = [name for name, size in zip(groups, base, strict=True) if size and name not in shares]
+    unnamed = [name for name, size in zip(groups, sizes, strict=True) if size and name not in shares]
     if unnamed:
-        problems.append(f"data.balance.shares: no share for {_listed(unnamed)}; name every group, 0 leaves a group out")
+        problems.append(
+            f"data.balance.shares: no share for {_join_names(unnamed)}; name every group, 0 leaves a group out"
+        )
     if not problems and not any(shares.values()):
         problems.append("data.balance.shares: every share is 0, so nothing is left; give a group more than 0")
     if problems:
@@ -81,69 +86,75 @@ def _requested_shares(groups: list[str], base: np.ndarray, shares: dict[str, flo
     return np.array([shares.get(name, 0.0) for name in groups], dtype=np.float64)
 
 
-def _listed(names: Sequence[str], at_most: int = 10) -> str:
-    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more
+def _join_names(names: Sequence[str], max_names: int = 10) -> str:
+    """Names as a list for a message, and how many more there are."""
+    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more
 
 
-def _sizes(base: np.ndarray, target: np.ndarray, config: BalanceConfig) -> np.ndarray:
-    """Documents wanted of each group, int64 [groups], before `cap` and `max_repeats` bound them."""
+def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceConfig) -> np.ndarray:
+    """Documents wanted of each group, int64 [groups], before `cap` and `max_repeats` bound them. `sizes`: those it has."""
     if config.target is BalanceTarget.natural:
-        return base
+        return sizes
     only_shrinks = config.max_repeats == 1
-    has_share = target > 0
-    # The total at which a group would keep all its documents: the smallest where groups only shrink, else the largest.
-    totals = base[has_share] / target[has_share]
+    has_share = target_shares > 0
+    # The total at which a group would keep all its documents: the smallest if groups only shrink, else the largest.
+    totals = sizes[has_share] / target_shares[has_share]
     total = totals.min() if only_shrinks else totals.max()
-    sizes = np.rint(np.minimum(target * total, 2.0**53)).astype(np.int64)  # a tiny share asks for no more than that
+    # A tiny share would ask for more documents than a float counts exactly.
+    target_sizes = np.rint(np.minimum(target_shares * total, 2.0**53)).astype(np.int64)
     # Rounding must not take from a group that is only to grow, nor add to one that is only to shrink.
-    sizes = np.minimum(sizes, base) if only_shrinks else np.maximum(sizes, base)
-    return np.where(has_share, np.maximum(sizes, 1), 0)
+    target_sizes = np.minimum(target_sizes, sizes) if only_shrinks else np.maximum(target_sizes, sizes)
+    return np.where(has_share, np.maximum(target_sizes, 1), 0)
 
 
-def _times(group_of: np.ndarray, before: np.ndarray, after: np.ndarray, seed: int) -> np.ndarray:
-    """How often each document is used, int64 [n]: within a group all equally often, but for one more by the draw."""
+def _uses_of_documents(group_of: np.ndarray, sizes_before: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
+    """How often each document is used, int64 [n], so that groups of `sizes_before` documents have `sizes`.
+
+    Within a group, all are used equally often; a random draw decides which are used once more.
+    """
     # Raw bits, because their stream is promised never to change between versions of numpy.
-    keys = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_STREAM,))).random_raw(len(group_of))
+    random = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_RANDOM_STREAM,)))
+    draws = random.random_raw(len(group_of))
     # Sorted by group, and within a group by the draw.
-    by_group = np.lexsort((keys, group_of))
-    starts = np.cumsum(before) - before
-    rank = np.empty(len(group_of), dtype=np.int64)  # place of a document in the draw of its group
-    rank[by_group] = np.arange(len(group_of)) - np.repeat(starts, before)
+    by_group = np.lexsort((draws, group_of))
+    group_begins = np.cumsum(sizes_before) - sizes_before
+    rank_in_group = np.empty(len(group_of), dtype=np.int64)
+    rank_in_group[by_group] = np.arange(len(group_of)) - np.repeat(group_begins, sizes_before)
     # Each document `passes` times, and the `extra` first of the draw once more.
-    passes, extra = np.divmod(after, np.maximum(before, 1))
-    return passes[group_of] + (rank < extra[group_of])
+    passes, extra = np.divmod(sizes, np.maximum(sizes_before, 1))
+    return passes[group_of] + (rank_in_group < extra[group_of])
 
 
-def _share(amounts: np.ndarray) -> np.ndarray:
+def _normalised(amounts: np.ndarray) -> np.ndarray:
+    """Amounts as shares of their sum."""
     return amounts / amounts.sum()
 
 
 def _report(
-    groups: list[str], group_of: np.ndarray, times: np.ndarray, target: np.ndarray, limited_by: list[str | None]
+    groups: list[str], group_of: np.ndarray, uses: np.ndarray, target_shares: np.ndarray, limited_by: list[str | None]
 ) -> dict[str, Shares]:
-    """What balancing did to each group, see `Shares`."""
+    """What balancing did to each group, see `Shares`. `uses`: how often each document is used."""
     before = np.bincount(group_of, minlength=len(groups))
-    after = np.bincount(group_of, weights=times, minlength=len(groups)).astype(np.int64)
-    dropped = np.bincount(group_of[times == 0], minlength=len(groups))
-    repeats = np.zeros(len(groups), dtype=np.int64)
-    # The most uses of one document in each group.
-    np.maximum.at(repeats, group_of, times)
-    share_before = _share(before)
-    share_after = _share(after)
-    return {
-        name: {
+    after = np.bincount(group_of, weights=uses, minlength=len(groups)).astype(np.int64)
+    dropped = np.bincount(group_of[uses == 0], minlength=len(groups))
+    most_uses = np.zeros(len(groups), dtype=np.int64)
+    np.maximum.at(most_uses, group_of, uses)
+    shares_before = _normalised(before)
+    shares_after = _normalised(after)
+    report: dict[str, Shares] = {}
+    for group, name in enumerate(groups):
+        report[name] = {
             "before": int(before[group]),
             "after": int(after[group]),
-            "share_before": float(share_before[group]),
-            "share_after": float(share_after[group]),
-            "share_target": float(target[group]),
+            "share_before": float(shares_before[group]),
+            "share_after": float(shares_after[group]),
+            "share_target": float(target_shares[group]),
             "dropped": int(dropped[group]),
-            "repeats": int(repeats[group]),
+            "repeats": int(most_uses[group]),
             "limited_by": limited_by[group],
         }
-        for group, name in enumerate(groups)
-    }
+    return report
 
 
 def problems(config: BalanceConfig) -> Iterator[str]:

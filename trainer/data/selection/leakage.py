@@ -1,7 +1,7 @@
-"""Leakage: training documents that are in a held-out split too, or of a group that is.
+"""Finds leaks: training documents that are in a held-out split too.
 
-Four kinds, from the strictest: the same row; the same words in the same order (normal form); nearly the same words (Jaccard
-similarity of word n-grams); and the same prompt with another answer or system turn, which is told only.
+There are four kinds, from the strictest: the same row; the same words in the same order (normal form); nearly the same words
+(Jaccard similarity of word n-grams); and the same prompt with another answer or system turn, which is only reported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from trainer.data.config import DataConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES
 from trainer.data.selection.near_duplicates import NearIndex
 
-LEAKS = ("exact", "normalized", "near", "prompt")
+LEAK_KINDS = ("exact", "normalized", "near", "prompt")
+"""From the strictest on."""
+_DIGEST_COLUMNS = {"exact": "digest", "normalized": "normal", "prompt": "prompt"}
+"""The column of `Signer.sign` in which documents are equal that leak; near ones are found by their texts."""
 
 
 @dataclass(slots=True)
@@ -27,28 +30,33 @@ class LeakedDocuments:
     train: np.ndarray
     """int64[k]: training document."""
     held_out: np.ndarray
-    """int64[k]: the first held-out document it agrees with (for near ones: the likest found)."""
+    """int64[k]: the first held-out document it agrees with (for near ones: the most similar one found)."""
     kind: np.ndarray
-    """uint8[k]: place in `LEAKS`, the strictest that holds."""
+    """uint8[k]: index into `LEAK_KINDS`, the strictest that holds."""
     incomplete: int = 0
     """Training documents whose comparisons for near leaks were cut short: among them, leaks may be unseen."""
 
     def beyond_prompts(self) -> np.ndarray:
         """The documents that leak by more than their prompt: a task's instruction is the prompt of every document."""
-        return self.train[self.kind != LEAKS.index("prompt")]
+        return self.train[self.kind != LEAK_KINDS.index("prompt")]
 
-    def report(self, location: Callable[[int], str]) -> dict[str, Any]:
-        """Counts by kind on both sides, and the first places of each kind as "file:line = file:line"."""
+    def report(self, location_of: Callable[[int], str]) -> dict[str, Any]:
+        """Counts by kind on both sides, and the first pairs of each kind as "file:line = file:line".
+
+        `location_of`: gives the `file:line` of a document.
+        """
         train_counts: dict[str, int] = {}
         held_out_counts: dict[str, int] = {}
         examples: dict[str, list[str]] = {}
-        for number, kind in enumerate(LEAKS):
-            train = self.train[self.kind == number]
-            held_out = self.held_out[self.kind == number]
+        for kind_index, kind in enumerate(LEAK_KINDS):
+            is_kind = self.kind == kind_index
+            train = self.train[is_kind]
+            held_out = self.held_out[is_kind]
             train_counts[kind] = len(train)
             held_out_counts[kind] = len(np.unique(held_out))
-            pairs = zip(train[:EXAMPLES].tolist(), held_out[:EXAMPLES].tolist(), strict=True)
-            examples[kind] = [f"{location(train_row)} = {location(held_out_row)}" for train_row, held_out_row in pairs]
+            examples[kind] = []
+            for train_row, held_out_row in zip(train[:EXAMPLES].tolist(), held_out[:EXAMPLES].tolist(), strict=True):
+                examples[kind].append(f"{location_of(train_row)} = {location_of(held_out_row)}")
         return {
             "train": train_counts,
             "held_out": held_out_counts,
@@ -64,72 +72,77 @@ def find_leaks(
     config: DataConfig,
     text_of: Callable[[int], str],
 ) -> LeakedDocuments:
-    """Find the documents of `train` (int64[n]) that `held_out` (int64[m]) has too, by the columns of `Signer.sign`.
+    """Find the training documents that are in held-out data too, by the columns of `Signer.sign`.
 
-    `text_of` is called only if near leaks are looked for. That takes the threshold of the search for duplicates and needs the
-    column "verdict". Sources do not matter. Memory: some numbers a training document, and for near leaks 1.6 kB for each
-    held-out one.
+    `train` (int64[n]) and `held_out` (int64[m]) are numbers of documents, rows of `signatures`. `text_of` is called only if near
+    leaks are looked for. That takes the threshold of the search for duplicates and needs the column "verdict". Sources do not
+    matter. Memory: some numbers a training document, and for near leaks 1.6 kB for each held-out one.
     """
     # The held-out document that each training document agrees with; -1 for none yet.
     partner = np.full(len(train), -1, np.int64)
     kind = np.zeros(len(train), np.uint8)
     incomplete = 0
     # From the strictest kind on: a document that was found by one is not looked for by the next.
-    for number, name in enumerate(LEAKS):
+    for kind_index, kind_name in enumerate(LEAK_KINDS):
         rows = np.flatnonzero(partner < 0)
-        if name == "near":
+        documents = train[rows]
+        if kind_name == "near":
             if not config.leakage.near:
                 continue
+            verdicts = signatures["verdict"]
             index = NearIndex(text_of, config.duplicates.threshold)
             for document in held_out.tolist():
-                index.add(document, text_of(document), int(signatures["verdict"][document]))
+                index.add(document, text_of(document), int(verdicts[document]))
             partners = np.full(len(rows), -1, np.int64)
-            for place, document in enumerate(train[rows].tolist()):
-                likest = index.find(text_of(document), int(signatures["verdict"][document]))
-                if likest is not None:
-                    partners[place] = likest
+            for i, document in enumerate(documents.tolist()):
+                most_similar = index.find(text_of(document), int(verdicts[document]))
+                if most_similar is not None:
+                    partners[i] = most_similar
             incomplete = index.report["incomplete"]
         else:
-            column = signatures[{"exact": "digest", "normalized": "normal"}.get(name, name)]
-            partners = first_equal(column[train[rows]], column[held_out], held_out)
-            if name == "prompt":  # 0 stands for no prompt
-                partners[column[train[rows]] == 0] = -1
+            digests = signatures[_DIGEST_COLUMNS[kind_name]]
+            partners = first_equal(digests[documents], digests[held_out], held_out)
+            if kind_name == "prompt":  # 0 stands for no prompt
+                partners[digests[documents] == 0] = -1
         partner[rows] = partners
-        kind[rows[partners >= 0]] = number
+        kind[rows[partners >= 0]] = kind_index
     leaking = np.flatnonzero(partner >= 0)
     return LeakedDocuments(train[leaking], partner[leaking], kind[leaking], incomplete)
 
 
-def first_equal(digests: np.ndarray, other_digests: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """int64: for each digest the name of the first equal one among `other_digests`; -1 if there is none.
+def first_equal(digests: np.ndarray, other_digests: np.ndarray, other_documents: np.ndarray) -> np.ndarray:
+    """int64[n]: for each digest the document with the first equal one of `other_digests`; -1 if there is none.
 
-    `names` are those of `other_digests`.
+    `other_documents`: the document of each of the other digests.
     """
     if not len(other_digests):
         return np.full(len(digests), -1, dtype=np.int64)
-    order = np.argsort(other_digests, kind="stable")
-    ordered = other_digests[order]
-    place = np.minimum(np.searchsorted(ordered, digests), len(other_digests) - 1)
-    return np.where(ordered[place] == digests, names[order[place]], -1)
+    order = np.argsort(other_digests, kind="stable")  # stable, so that the first of equal ones stays the first
+    sorted_digests = other_digests[order]
+    positions = np.searchsorted(sorted_digests, digests)
+    positions = np.minimum(positions, len(other_digests) - 1)  # one behind the end, for a digest larger than all
+    return np.where(sorted_digests[positions] == digests, other_documents[order[positions]], -1)
 
 
 def apply_policy(
-    leaks: LeakedDocuments, policy: LeakagePolicy, num_train: int, location: Callable[[int], str]
+    leaks: LeakedDocuments, policy: LeakagePolicy, num_train: int, location_of: Callable[[int], str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Carry out the policy for `num_train` training documents: (those that are taken out, report).
+    """Carry out `data.leakage.policy` for `num_train` training documents: (the documents that are taken out, report).
 
-    Raises DataError where the policy is `fail` and there are leaks, with the counts and the first places.
+    Raises DataError if the policy is `fail` and there are leaks, with the counts and the first examples.
     """
-    report = leaks.report(location)
+    report = leaks.report(location_of)
     leaked = leaks.beyond_prompts()
     if len(leaked) and policy is LeakagePolicy.fail:
         counts = ", ".join(f"{kind} {count}" for kind, count in report["train"].items() if count)
-        places: list[str] = []
-        for kind in LEAKS[:-1]:  # all but shared prompts
-            places += report["examples"][kind]
+        examples: list[str] = []
+        for kind in LEAK_KINDS[:-1]:  # all but shared prompts
+            examples += report["examples"][kind]
         raise DataError(
             f"{len(leaked)} of {num_train} training documents are in the held-out data too ({counts}): "
-            f"{'; '.join(places[:EXAMPLES])}. Take them out of one of the two, or set data.leakage.policy=drop_train, "
+            f"{'; '.join(examples[:EXAMPLES])}. Take them out of one of the two, or set data.leakage.policy=drop_train, "
             "or data.leakage.policy=report to train nevertheless"
         )
-    return leaked if policy is LeakagePolicy.drop_train else leaked[:0], report
+    if policy is LeakagePolicy.drop_train:
+        return leaked, report
+    return leaked[:0], report

@@ -18,7 +18,7 @@ NGRAM = 5
 
 
 def ngrams(normalized: bytes, partition: int = 0) -> list[bytes]:
-    """The runs of 5 words of a normalised text, in order; of fewer words, but at least one, a single run of all.
+    """The runs of 5 words of a normalised text, in order; a text of fewer words is a single run.
 
     Short texts are therefore similar only when their words are the same. Texts of different partitions share no run.
     """
@@ -27,7 +27,10 @@ def ngrams(normalized: bytes, partition: int = 0) -> list[bytes]:
         return []
     prefix = b"%d " % partition if partition else b""
     num_runs = max(1, len(words) - NGRAM + 1)
-    return [prefix + b" ".join(words[start : start + NGRAM]) for start in range(num_runs)]
+    runs = []
+    for begin in range(num_runs):
+        runs.append(prefix + b" ".join(words[begin : begin + NGRAM]))
+    return runs
 
 
 MINHASH_SEED = 1
@@ -38,7 +41,7 @@ MIN_RECALL = 0.97
 ESTIMATE_MARGIN = 0.15
 """How far below the threshold an estimate may lie for a candidate to be verified: four standard deviations of it."""
 MAX_CHECKED = 64
-"""Documents that one document is truly compared with at most, the likest by estimate first."""
+"""Documents that one document is truly compared with at most, the most similar by estimate first."""
 MAX_SKETCHES = 4096
 """Sketches kept in memory, 0.6 kB each; others are made anew of their text where they are compared."""
 MAX_CANDIDATES = 512
@@ -46,9 +49,9 @@ MAX_CANDIDATES = 512
 
 
 class NearIndex:
-    """Documents that others may be near copies of. `text_of(row)` gives the text of one that was added.
+    """A MinHash index of documents that others may be near copies of. `text_of(row)` gives the text of one that was added.
 
-    A document takes about 1.6 kB, most of it for its place in each band.
+    A document takes about 1.6 kB, most of it for its entry in each band.
     """
 
     def __init__(self, text_of: Callable[[int], str], threshold: float) -> None:
@@ -57,7 +60,7 @@ class NearIndex:
         bands, rows = choose_bands(threshold)
         self._threshold = threshold
         self._text_of = text_of
-        self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, MINHASH_SEED)
+        self._empty_sketch: Callable[[], Any] = lambda: RMinHash(bands * rows, MINHASH_SEED)
         self._index = RMinHashLSH(threshold, bands * rows, bands)
         # The index keeps bands only, so a candidate's sketch is made again from its text; common candidates come
         # often.
@@ -66,7 +69,7 @@ class NearIndex:
         """True comparisons, and documents whose comparisons were cut short: among them, copies may be left."""
 
     def find(self, text: str, partition: int = 0) -> int | None:
-        """The likest document with a Jaccard similarity of `threshold` or more over word n-grams; None where there is none.
+        """The most similar document with a Jaccard similarity of `threshold` or more over word n-grams; None if there is none.
 
         Documents of another `partition` (a label, a source) are never near copies, nor are those without words.
         """
@@ -74,7 +77,10 @@ class NearIndex:
         return self._find(runs, sketch, partition)
 
     def add(self, row: int, text: str, partition: int = 0, *, unless_found: bool = False) -> int | None:
-        """Keep a document for later ones; with `unless_found` only if no near copy of it is kept, which is returned else."""
+        """Keep the document `row` for later ones. With `unless_found`, only if no near copy of it is kept: that one is returned.
+
+        `partition`: see `find`.
+        """
         runs, sketch = self._sketch(text, partition)
         near_copy = self._find(runs, sketch, partition) if unless_found else None
         if near_copy is None and runs:
@@ -89,36 +95,40 @@ class NearIndex:
     def _sketch(self, text: str, partition: int) -> tuple[list[bytes], Any]:
         """(runs of words, their MinHash sketch)."""
         runs = ngrams(normalize(text), partition)
-        sketch = self._empty()
+        sketch = self._empty_sketch()
         sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
         return runs, sketch
 
     def _find(self, runs: list[bytes], sketch: Any, partition: int) -> int | None:
-        """Compare with the candidates that share a band, the likest by estimate first."""
+        """The kept document that a text with these runs is a near copy of; None if there is none.
+
+        Compares the text with the candidates that share a band, the most similar by estimate first.
+        """
         if not runs:
             return None
-        # (minus the estimated similarity, row), so that the likest comes first.
-        likely: list[tuple[float, int]] = []
+        # (minus the estimated similarity, row), so that the most similar comes first.
+        candidates: list[tuple[float, int]] = []
         for row in self._index.query(sketch):
             estimate = sketch.jaccard(self._sketch_of(row, partition))
             if estimate >= self._threshold - ESTIMATE_MARGIN:
-                likely.append((-estimate, row))
-        for _, row in sorted(likely)[:MAX_CHECKED]:
+                candidates.append((-estimate, row))
+        for _, row in sorted(candidates)[:MAX_CHECKED]:
             candidate_runs = ngrams(normalize(self._text_of(row)), partition)
             self.report["comparisons"] += 1
             if jaccard(set(runs), set(candidate_runs)) >= self._threshold:
                 return row
-        self.report["incomplete"] += len(likely) > MAX_CHECKED
+        if len(candidates) > MAX_CHECKED:
+            self.report["incomplete"] += 1
         return None
 
 
 def near_copies(
     alive: np.ndarray, text_of: Callable[[int], str], partition: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """(int64[n]: the document that represents each, report): itself, or the earlier document that it is a near copy of.
+    """(int64[n]: the document that stands for each, report): itself, or the earlier document that it is a near copy of.
 
-    A document that is itself a copy represents none. Only rows that are `alive` (bool[n]) and equal in `partition` (uint64[n])
-    are compared.
+    A document that is itself a copy stands for no other. Only rows that are `alive` (bool[n]) and equal in `partition`
+    (uint64[n]) are compared.
     """
     index = NearIndex(text_of, threshold)
     representative = np.arange(len(alive), dtype=np.int64)
@@ -130,9 +140,10 @@ def near_copies(
 
 
 def jaccard(first: set[bytes], second: set[bytes]) -> float:
-    """Shared elements over all elements; 0 where both sets are empty."""
-    shared = len(first & second)
-    return shared / (len(first) + len(second) - shared or 1)
+    """Jaccard similarity of two sets: shared elements over all elements; 0 if both are empty."""
+    num_shared = len(first & second)
+    num_all = len(first) + len(second) - num_shared
+    return num_shared / max(num_all, 1)
 
 
 def recall(similarity: float, bands: int, rows: int) -> float:

@@ -1,4 +1,4 @@
-"""What documents are compared by: their texts, the normal form of these, and digests, as columns, block by block.
+"""Signatures by which documents are compared: digests of their texts and of the normal form of these, as columns.
 
 Each is a pure function of the document: the same in every process and for every division into blocks.
 """
@@ -32,30 +32,35 @@ def mix(numbers: np.ndarray) -> np.ndarray:
     return numbers ^ (numbers >> np.uint64(31))
 
 
-def digest64(data: bytes) -> int:
+def digest64(content_bytes: bytes) -> int:
     """64 bits of BLAKE2b."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(content_bytes, digest_size=8).digest(), "big")
 
 
 def group_digest(name: str | None) -> int:
-    """64 bits that stand for a group; 0 for none."""
-    return 0 if name is None else digest64(name.encode("utf-8", "surrogatepass")) or 1
+    """64 bits that stand for a group (`data.group_by`); 0 for none."""
+    if name is None:
+        return 0
+    return digest64(name.encode("utf-8", "surrogatepass")) or 1  # 0 is taken
 
 
 @functools.cache
 def _ascii_table() -> bytes:
+    """A table for `bytes.translate` that lowers letters and makes spaces of punctuation and control characters."""
+    space = ord(" ")
     table = bytearray(range(256))
     for code in range(128):
         character = chr(code)
-        plain = code >= 32 and code != 127 and character not in _PUNCTUATION
-        table[code] = ord(character.lower()) if plain else 32
+        is_part_of_word = code >= 32 and code != 127 and character not in _PUNCTUATION
+        table[code] = ord(character.lower()) if is_part_of_word else space
     return bytes(table)
 
 
 @functools.cache
 def _separators() -> re.Pattern[str]:
     """Runs of what separates words, other than the plain space: punctuation, control characters, other spaces."""
-    separators = [chr(code) for code in range(128) if _ascii_table()[code] == 32 and code != 32]
+    space = ord(" ")
+    separators = [chr(code) for code in range(128) if _ascii_table()[code] == space and code != space]
     for code in (*range(0x80, 0x3100), *range(0xA000, 0xB000), *range(0xFE00, 0x10000)):
         category = unicodedata.category(chr(code))
         is_space_or_control = category[0] == "Z" or category == "Cc"
@@ -81,11 +86,12 @@ def normalize(text: str) -> bytes:
         text = _separators().sub(" ", unicodedata.normalize("NFC", text.casefold()))
         text = _UNSPACED.sub(lambda run: f" {' '.join(run[0])} ", text)
         words = text.encode("utf-8", "surrogatepass")
+    # Bold text of Markdown; a single * is a sign of formulas.
     return words.replace(b"**", b"  ") if b"**" in words else words
 
 
 def normal_digest(normalized: bytes) -> int | None:
-    """64 bits of the normal form, whatever stood between the words; None where no word is left."""
+    """64 bits of the normal form, whatever stood between the words; None if no word is left."""
     words = normalized.split()
     return digest64(b" ".join(words)) if words else None
 
@@ -94,54 +100,70 @@ _as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps
 
 
 def content(document: Document) -> str:
-    """Everything that makes the row what it is, as canonical text; its place and its source are no part of it."""
-    parts: list[Any] = [document.messages, document.prompt, document.completion, document.text, document.label]
-    # Left out where there are none, so that digests of other documents stay what they were before there were these.
+    """A document's content as canonical text: everything but where the row stands, its source and its group."""
+    content_fields: list[Any] = [
+        document.messages,
+        document.prompt,
+        document.completion,
+        document.text,
+        document.label,
+    ]
+    # Left out if there are none, so that digests of other documents stay what they were before there were these.
     answers = [document.chosen, document.rejected, document.desirable]
     if answers != [None, None, None]:
-        parts += answers
+        content_fields += answers
     if document.tools is not None:
-        parts.append(document.tools)
-    return _as_json(parts)
+        content_fields.append(document.tools)
+    return _as_json(content_fields)
 
 
 def compared_text(document: Document, which: ComparedText) -> str:
-    """The text `which` asks for; the whole document where it has no such text, or an empty one.
+    """The text of a document that `data.duplicates.text` (`which`) asks for; the whole document if that is missing or empty.
 
     The whole document is its texts in reading order. The words of a rejected answer are marked, because two preference
     pairs with the answers the other way round teach opposite things.
     """
-    if which is not ComparedText.document:
-        part = prompt_of(document) if which is ComparedText.prompt else "\n".join(_texts(_split_answer(document)[1]))
-        if part is not None and part.strip():
-            return part
+    requested_text = None
+    if which is ComparedText.prompt:
+        requested_text = prompt_of(document)
+    elif which is ComparedText.completion:
+        _, answer = _split_answer(document)
+        requested_text = "\n".join(_texts_of_turns(answer))
+    if requested_text is not None and requested_text.strip():
+        return requested_text
+
     texts = document.texts()
-    rejected = _texts(document.rejected or [])  # these are the last of `texts`
-    marked = []
-    for text in rejected:
-        marked.append(" ".join("~" + word for word in text.split()))
-    return "\n".join([*texts[: len(texts) - len(rejected)], *marked])
+    rejected_texts = _texts_of_turns(document.rejected or [])  # these are the last of `texts`
+    marked_texts = []
+    for text in rejected_texts:
+        marked_texts.append(" ".join("~" + word for word in text.split()))
+    num_others = len(texts) - len(rejected_texts)
+    return "\n".join([*texts[:num_others], *marked_texts])
 
 
 def prompt_of(document: Document) -> str | None:
-    """What an answer is given to: the turns before the last answer without system turns; None for plain text."""
+    """What an answer is given to: the turns before the last answer without system turns, or a labelled text.
+
+    None for a text without a label.
+    """
     if document.text is not None:
         return document.text if document.label is not None else None
     turns, _ = _split_answer(document)
-    return "\n".join(_texts([turn for turn in turns if turn["role"] != "system"]))
+    return "\n".join(_texts_of_turns([turn for turn in turns if turn["role"] != "system"]))
 
 
 def _split_answer(document: Document) -> tuple[list[Message], list[Message]]:
-    """The turns before an answer, and the answer: the preferred one of a pair, else the last turn of the assistant."""
+    """(the turns before an answer, the answer): the preferred one of a pair, else the last turn of the assistant."""
     if document.chosen is not None:
         return document.messages or [], document.chosen
     turns = document.conversation()
-    answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     last = answers[-1] if answers else len(turns)
     return turns[:last], turns[last : last + 1]
 
 
-def _texts(turns: list[Message]) -> list[str]:
+def _texts_of_turns(turns: list[Message]) -> list[str]:
+    """The texts of turns, in reading order."""
     texts: list[str] = []
     for turn in turns:
         texts += texts_in(turn)
@@ -156,14 +178,14 @@ class Signer:
     near: bool = False
     """Whether near leaks are looked for, too."""
     held_out: bool = True
-    """Whether there may be held-out data to compare with. Without, "prompt" is 0 for all, and where only exact copies are looked
+    """Whether there may be held-out data to compare with. Without, "prompt" is 0 for all, and if only exact copies are looked
     for, "normal" is "digest"."""
 
     def sign(self, documents: list[Document]) -> dict[str, np.ndarray]:
-        """Columns of n documents, uint64[n] each.
+        """Columns of n documents, uint64[n] each, in which documents are equal that are copies of a kind.
 
         "digest" stands for the text itself, "normal" for its words, "prompt" for the words of its prompt (0: none),
-        and "verdict", where near copies are looked for, for its label (0: none).
+        and "verdict", if near copies are looked for, for its label (0: none).
         Whole documents differ in "normal" when their label does.
         """
         digests: list[int] = []
@@ -174,17 +196,24 @@ class Signer:
         looks_for_near = self.near or self.config.near is not DuplicatePolicy.none
         needs_words = self.held_out or looks_for_near or self.config.normalized is not DuplicatePolicy.none
         for row, document in enumerate(documents):
-            text = compared_text(document, self.config.text) if needs_words or not compares_whole else ""
+            text = ""  # making it takes time, and is left out if nobody looks
+            if needs_words or not compares_whole:
+                text = compared_text(document, self.config.text)
             identity = content(document) if compares_whole else text
-            digests.append(digest64(identity.encode("utf-8", "surrogatepass")))
+            digest = digest64(identity.encode("utf-8", "surrogatepass"))
+            digests.append(digest)
+
             # Equal texts with different labels are no copies of each other.
             verdict = (document.label, document.desirable)
             if compares_whole and verdict != (None, None):
                 verdict_digests[row] = digest64(json.dumps(verdict).encode())
-            normal = normal_digest(normalize(text)) if needs_words else None
-            normal_digests.append(digests[-1] if normal is None else normal)
+
+            words_digest = normal_digest(normalize(text)) if needs_words else None
+            normal_digests.append(digest if words_digest is None else words_digest)
+
             prompt = prompt_of(document) if self.held_out else None
-            prompt_digests.append(0 if prompt is None else normal_digest(normalize(prompt)) or 0)
+            prompt_digest = None if prompt is None else normal_digest(normalize(prompt))
+            prompt_digests.append(prompt_digest or 0)
         columns = {
             "digest": np.array(digests, dtype=np.uint64),
             "normal": np.array(normal_digests, dtype=np.uint64) ^ verdict_digests,

@@ -1,9 +1,9 @@
-"""Which documents make up each split: copies dropped, held-out shares drawn, leaks taken out, groups balanced.
+"""Decides which documents make up each split: drops copies, draws held-out shares, takes out leaks, balances groups.
 
 Decisions are made from columns of numbers; a text is read again only to verify that two documents are nearly the same. Copies
 are of three kinds, each including the stricter ones: exact, the same words in the same order (normal form), and near copies
-(Jaccard similarity of word n-grams). Of each group the first document in the order of input is kept, and every near copy was
-compared with the very document that stands for it: likeness is not passed on along chains.
+(Jaccard similarity of word n-grams). Of each group of copies the first document in the order of input is kept. Every near copy
+was compared with the very document that stands for it: similarity is not passed on along chains.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from trainer.data.selection.signatures import compared_text, mix
 from trainer.data.store.documents import DocumentTable
 
 Log = Callable[[str, str, str], None]
+"""Writes a dropped document down: (stage, reason, `file:line`)."""
 SEED_FACTOR = 0x9E3779B97F4A7C15
 SEED_OFFSET = 0x632BE59BD9B4E019
-"""What the seed is multiplied with and added to, so that draws of different seeds have nothing in common."""
+"""The seed is multiplied with the one, and the other is added, so that draws of different seeds have nothing in common."""
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class Columns:
     label: np.ndarray
     """int64 [D], into `labels`; -1 where there is none."""
     signatures: dict[str, np.ndarray]
+    """The columns of `Signer.sign`, and "group" if rows have groups."""
     splits: list[str]
     sources: list[str]
     labels: list[str]
@@ -50,8 +52,10 @@ class Columns:
         return len(self.split)
 
     def of_split(self, name: str) -> np.ndarray:
-        """int64: the documents that were read for a split."""
-        return np.flatnonzero(self.split == self.splits.index(name)) if name in self.splits else np.zeros(0, np.int64)
+        """int64: the documents that were read for a split; none for a split without rows."""
+        if name not in self.splits:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(self.split == self.splits.index(name))
 
 
 @dataclass(slots=True)
@@ -65,66 +69,67 @@ class Selection:
     """Parts of the audit: duplicates, leakage, groups, labels, balance."""
 
 
-KINDS = ("exact", "normalized", "near")
+COPY_KINDS = ("exact", "normalized", "near")
+"""From the strictest on."""
 
 
 @dataclass(slots=True)
 class Duplicates:
-    """The decision over n documents."""
+    """Which of n documents are copies, and of what."""
 
     representative: np.ndarray
-    """int64[n]: the earlier document it duplicates; its own index where it is none."""
+    """int64[n]: the earlier document that a copy duplicates; a document's own index if it is no copy."""
     kind: np.ndarray
-    """uint8[n]: 0 none, else 1 + the place in `KINDS`, the strictest that holds."""
+    """uint8[n]: 0 for no copy, else 1 + the index into `COPY_KINDS`, the strictest that holds."""
     search: dict[str, int] = field(default_factory=dict)
     """What the search for near duplicates did."""
 
 
 def policies_of(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
-    """What is done about each kind that is looked for: at least what is done about the kinds after it.
+    """The policy for each kind of copy that is looked for: at least as severe as those for the kinds after it.
 
-    A near copy includes the exact copies, so that a policy for near ones holds for all.
+    Near copies include the exact ones, so that a policy for near ones holds for all.
     """
-    severities = list(DuplicatePolicy)  # from `none` on
-    settings = [severities.index(policy) for policy in (config.exact, config.normalized, config.near)]
+    by_severity = list(DuplicatePolicy)  # from `none` on
+    severities = [by_severity.index(policy) for policy in (config.exact, config.normalized, config.near)]
     policies = {}
-    for place, kind in enumerate(KINDS):
-        severity = max(settings[place:])
+    for index, kind in enumerate(COPY_KINDS):
+        severity = max(severities[index:])
         if severity:
-            policies[kind] = severities[severity]
+            policies[kind] = by_severity[severity]
     return policies
 
 
 def find_duplicates(
     config: DuplicatesConfig, columns: Mapping[str, np.ndarray], text_of: Callable[[int], str]
 ) -> Duplicates:
-    """Decide over the joined columns of all blocks (see `Signer.sign`), in input order.
+    """Which of the documents, in input order, are copies of an earlier one.
 
-    `text_of(row)` gives `compared_text(document, config.text)`.
+    `columns`: those of `Signer.sign`, of all blocks joined. `text_of(row)` gives `compared_text(document, config.text)`.
     """
     rows = np.arange(len(columns["digest"]), dtype=np.int64)
-    duplicates = Duplicates(rows.copy(), np.zeros(len(rows), np.uint8))
+    duplicates = Duplicates(representative=rows.copy(), kind=np.zeros(len(rows), np.uint8))
     for kind in policies_of(config):
-        alive = duplicates.kind == 0
+        is_original = duplicates.kind == 0  # so far
         if kind == "near":
-            representative, duplicates.search = near_copies(alive, text_of, columns["verdict"], config.threshold)
+            representative, duplicates.search = near_copies(is_original, text_of, columns["verdict"], config.threshold)
         else:
             representative = rows.copy()
-            digests = columns["digest" if kind == "exact" else "normal"][alive]
+            digests = columns["digest" if kind == "exact" else "normal"][is_original]
             _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
             # `first` is the first document of each digest, so copies point to the earliest one.
-            representative[alive] = rows[alive][first[inverse]]
+            representative[is_original] = rows[is_original][first[inverse]]
         is_copy = representative != rows
         duplicates.representative[is_copy] = representative[is_copy]
-        duplicates.kind[is_copy] = 1 + KINDS.index(kind)
-    # A copy was compared with its first exemplar only; where that one turned out a duplicate, so is the copy.
-    for _ in KINDS[1:]:
+        duplicates.kind[is_copy] = 1 + COPY_KINDS.index(kind)
+    # A copy points to the document that it was found to equal. If a later kind found that one to be a copy itself, follow it.
+    for _ in COPY_KINDS[1:]:
         duplicates.representative = duplicates.representative[duplicates.representative]
     return duplicates
 
 
 class _SplitChooser:
-    """The documents still in, and what happened to the others."""
+    """Takes documents out step by step, and makes the splits: keeps which are still in, and what happened to the others."""
 
     def __init__(self, config: DataConfig, columns: Columns, table: DocumentTable, seed: int, log: Log) -> None:
         self.config = config
@@ -132,23 +137,25 @@ class _SplitChooser:
         self.table = table
         self.seed = seed
         self.log = log
-        self.alive = np.ones(len(columns), bool)
+        self.is_kept = np.ones(len(columns), bool)
+        """bool [D]: whether a document is still in."""
         self.content = columns.signatures["digest"].copy()
-        """What draws go by: near copies take the digest of the one they copy."""
+        """uint64 [D]: what draws go by. Copies take the digest of the document that they copy."""
         self.groups = columns.signatures.get("group")
-        """uint64 [D]: digest of each document's group; 0 where it has none."""
+        """uint64 [D]: digest of each document's group, 0 for none; None if no setting asks for groups."""
         self.selection = Selection({})
 
     def drop(self, documents: np.ndarray, stage: str, reason: str) -> None:
         """Take documents out, each counted and written down."""
         # A document is dropped once, under the first reason.
-        for number in documents[self.alive[documents]].tolist():
-            location = self.location(number)
+        for number in documents[self.is_kept[documents]].tolist():
+            location = self.location_of(number)
             self.selection.tally.drop(stage, reason, location)
             self.log(stage, reason, location)
-        self.alive[documents] = False
+        self.is_kept[documents] = False
 
-    def location(self, number: int) -> str:
+    def location_of(self, number: int) -> str:
+        """`file:line` of a document."""
         row = self.table.row(number)
         return f"{row['file']}:{row['line']}"
 
@@ -162,16 +169,19 @@ class _SplitChooser:
         train = self.columns.of_split("train")
         if not len(train):
             return
+        # `duplicates` counts from the first training document; `train` gives the document's number.
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
-        duplicates = find_duplicates(config, signatures, lambda number: self.text(int(train[number])))
+        duplicates = find_duplicates(config, signatures, lambda row: self.text(int(train[row])))
         representatives = train[duplicates.representative]
         self.content[train] = self.content[representatives]
         report: dict[str, Any] = {}
         for kind, policy in policies_of(config).items():
-            copies = np.flatnonzero(duplicates.kind == 1 + KINDS.index(kind))
+            copies = np.flatnonzero(duplicates.kind == 1 + COPY_KINDS.index(kind))
             examples = []
             for copy in copies[:EXAMPLES].tolist():
-                examples.append({"a": self.location(int(representatives[copy])), "b": self.location(int(train[copy]))})
+                examples.append(
+                    {"a": self.location_of(int(representatives[copy])), "b": self.location_of(int(train[copy]))}
+                )
             report[kind] = {
                 "policy": str(policy),
                 "documents": len(copies),
@@ -185,9 +195,10 @@ class _SplitChooser:
         self.selection.report["duplicates"] = report
 
     def hold_out(self) -> None:
-        """Draw the held-out shares from the training documents by their content, so that copies fall on the same side.
+        """Make the splits: draw the held-out shares from the training documents.
 
-        With groups it goes by group, and copies in two groups may fall apart, which the search for leaks then tells.
+        Draws are a hash of the content, so that copies fall on the same side. If rows have groups, draws are a hash of the group;
+        copies in two groups may then fall apart, and the search for leaks reports them.
         """
         columns = self.columns
         splits = self.selection.splits
@@ -195,11 +206,12 @@ class _SplitChooser:
             if split in columns.splits:
                 splits[split] = columns.of_split(split)
         train = columns.of_split("train")
-        train = splits["train"] = train[self.alive[train]]
+        train = splits["train"] = train[self.is_kept[train]]
         if not (self.config.eval_share or self.config.test_share):
             return
-        drawn_by = self.content if self.groups is None else self.groups
-        draws = mix(drawn_by[train] + np.uint64((self.seed * SEED_FACTOR + SEED_OFFSET) % 2**64))
+        hashed = self.content if self.groups is None else self.groups
+        seed_term = np.uint64((self.seed * SEED_FACTOR + SEED_OFFSET) % 2**64)
+        draws = mix(hashed[train] + seed_term)
         is_held_out = np.zeros(len(train), bool)
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
@@ -208,13 +220,13 @@ class _SplitChooser:
             free = np.flatnonzero(~is_held_out)
             if not len(free):
                 break
-            number = min(len(free), max(1, round(share * len(train))))
+            num_wanted = min(len(free), max(1, round(share * len(train))))
             if self.groups is None:
                 # The documents with the smallest draws; copies have equal draws, so they come together.
-                largest_draw = np.partition(draws[free], number - 1)[number - 1]
+                largest_draw = np.partition(draws[free], num_wanted - 1)[num_wanted - 1]
                 held_out = free[draws[free] <= largest_draw]
             else:
-                held_out = free[take_whole_groups(draws[free], number)]
+                held_out = free[take_whole_groups(draws[free], num_wanted)]
             is_held_out[held_out] = True
             splits[split] = train[held_out]
         if len(train) and is_held_out.all():
@@ -222,7 +234,10 @@ class _SplitChooser:
         splits["train"] = train[~is_held_out]
 
     def _refuse_empty_training(self, num_documents: int, num_draws: int) -> None:
-        """Raise DataError where the held-out shares leave nothing: copies, or members of a group, are never parted."""
+        """Raise DataError: the held-out shares leave no training document, since copies and members of a group stay together.
+
+        `num_draws`: how many of the documents differ, or how many groups there are.
+        """
         settings = []
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
@@ -244,7 +259,7 @@ class _SplitChooser:
             if not len(train) or not len(held_out):
                 continue
             leaks = find_leaks(self.columns.signatures, train, held_out, self.config, self.text)
-            dropped, leak_report = apply_policy(leaks, policy, len(train), self.location)
+            dropped, leak_report = apply_policy(leaks, policy, len(train), self.location_of)
             report[split] = {"policy": str(policy), **leak_report}
             self.drop(dropped, "leakage", f"in_{split}")
             # Later held-out splits are compared with what is left.
@@ -253,7 +268,10 @@ class _SplitChooser:
             self.selection.report["leakage"] = report
 
     def drop_shared_groups(self) -> None:
-        """Training documents whose group is in a held-out split too, which only files of held-out rows can bring about."""
+        """Report, and by policy drop, training documents whose group (`data.group_by`) is in a held-out split too.
+
+        That can only be so if the held-out split has files of its own: drawn shares never part a group.
+        """
         if self.groups is None:
             return
         splits = self.selection.splits
@@ -262,12 +280,13 @@ class _SplitChooser:
         held_out_sets = dict(self._held_out_sets())
         for split, held_out in held_out_sets.items():
             train = splits["train"]
-            is_shared = np.isin(self.groups[train], self.groups[held_out]) & (self.groups[train] != 0)
+            train_groups = self.groups[train]
+            is_shared = np.isin(train_groups, self.groups[held_out]) & (train_groups != 0)
             report[split] = {"in_training": int(is_shared.sum())}
             if policy is LeakagePolicy.fail and is_shared.any():
                 raise DataError(
                     f"{int(is_shared.sum())} of {len(train)} training documents are of groups (data.group_by="
-                    f"{self.config.group_by}) that the {split} split has too: {self.location(int(train[is_shared][0]))} and "
+                    f"{self.config.group_by}) that the {split} split has too: {self.location_of(int(train[is_shared][0]))} and "
                     "others; take them out of one of the two, or set data.leakage.policy=drop_train, or report to continue"
                 )
             if policy is LeakagePolicy.drop_train:
@@ -280,7 +299,7 @@ class _SplitChooser:
         self.selection.report["groups"] = report
 
     def _held_out_sets(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The held-out splits with their documents, that of evaluation by its sets where these have names."""
+        """(name, documents) of each held-out split; evaluation is `eval/<set>` for each of its sets if these have names."""
         columns = self.columns
         splits = self.selection.splits
         evaluation_sets = self.config.eval_path
@@ -296,7 +315,7 @@ class _SplitChooser:
                     yield f"{split}/{name}", splits[split][sources == columns.sources.index(name)]
 
     def balance(self) -> None:
-        """Resample the training documents; label counts before and after."""
+        """Resample the training documents to `data.balance`, and report label counts before and after."""
         columns = self.columns
         splits = self.selection.splits
         config = self.config.balance
@@ -311,23 +330,27 @@ class _SplitChooser:
                 group_of = columns.source[train]
             if not names or (group_of < 0).any():
                 raise DataError(f"data.balance.by={config.by}: not every training document has a label")
-            kept, report = resample(names, group_of.astype(np.int64), config, self.seed)
-            left_out = np.setdiff1d(np.arange(len(train)), kept)
+            used, report = resample(names, group_of.astype(np.int64), config, self.seed)
+            left_out = np.setdiff1d(np.arange(len(train)), used)
             self.drop(train[left_out], "balance", "left_out")
-            splits["train"] = train[kept]
+            splits["train"] = train[used]
             self.selection.report["balance"] = report
         if labels_before:
             self.selection.report["labels"] = {"before": labels_before, "after": self._count_labels(splits["train"])}
 
     def _count_labels(self, documents: np.ndarray) -> dict[str, int]:
+        """Documents by label; empty for data without labels."""
         if not self.columns.labels:
             return {}
         counts = np.bincount(self.columns.label[documents], minlength=len(self.columns.labels))
         return dict(zip(self.columns.labels, counts.tolist(), strict=True))
 
 
-def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: int, log: Log) -> Selection:
-    """The splits. A function of the columns, the texts, the settings and the seed. Raises DataError, ConfigError."""
+def choose_splits(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: int, log: Log) -> Selection:
+    """The documents of each split: a function of the columns, the texts, the settings and the seed.
+
+    `log` is called for every document that is dropped. Raises DataError, ConfigError.
+    """
     chooser = _SplitChooser(config, columns, table, seed, log)
     chooser.drop_copies()
     chooser.hold_out()
@@ -341,19 +364,20 @@ def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: 
 
 
 def take_whole_groups(draws: np.ndarray, number: int) -> np.ndarray:
-    """bool [n]: which documents to take so that about `number` are; those of one draw (uint64 [n]) all or none.
+    """bool [n]: which of n documents to take, so that about `number` are taken, and the members of a group all or none.
 
-    Groups are taken in the order of their draws, one that would be too much passed over; at least one is taken.
+    `draws` (uint64 [n]): documents with the same draw are a group. Groups are taken in the order of their draws; one that would
+    be too much is passed over, and at least one is taken.
     """
-    _, group, sizes = np.unique(draws, return_inverse=True, return_counts=True)
+    _, group_of, sizes = np.unique(draws, return_inverse=True, return_counts=True)
     is_taken = np.zeros(len(sizes), bool)
-    missing = number
-    for place, size in enumerate(sizes.tolist()):
-        if size <= missing:
-            is_taken[place] = True
-            missing -= size
-        if not missing:
+    num_missing = number
+    for group, size in enumerate(sizes.tolist()):
+        if size <= num_missing:
+            is_taken[group] = True
+            num_missing -= size
+        if not num_missing:
             break
     if not is_taken.any():
         is_taken[sizes.argmin()] = True
-    return is_taken[group]
+    return is_taken[group_of]

@@ -17,7 +17,7 @@ from typing import Any
 from trainer.data.config import ChecksConfig, CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Message, Tally
 
-KINDS = {
+CHECK_KINDS = {
     "system_late": "a system turn that is not the first turn",
     "assistant_before_user": "the assistant speaks before any user does",
     "same_role_twice": "two user turns, or two assistant turns, in a row",
@@ -64,13 +64,13 @@ class Checks:
         return document
 
     def _first_places(self, document: Document) -> dict[str, str]:
-        """Kinds of trouble, in the order of `KINDS`, each with its first place in the document."""
+        """Kinds of trouble, in the order of `CHECK_KINDS`, each with its first place in the document."""
         places: dict[str, str] = {}
         for kind, place in self._troubles(document):
             places.setdefault(kind, place)
         if not places:
             return places
-        return {kind: places[kind] for kind in KINDS if kind in places}
+        return {kind: places[kind] for kind in CHECK_KINDS if kind in places}
 
     def _troubles(self, document: Document) -> Iterator[tuple[str, str]]:
         """(kind of trouble, its place in the document)."""
