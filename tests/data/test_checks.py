@@ -8,7 +8,7 @@ from trainer.data.config import ChecksConfig, DataConfig
 from trainer.data.document import Document, Tally
 from trainer.data.selection.signatures import content
 from trainer.data.sources import problems
-from trainer.data.transforms.checks import KINDS, MIN_REPEATED_CHARACTERS, Checks
+from trainer.data.transforms.checks import CHECK_KINDS, MIN_REPEATED_CHARACTERS, Checks
 
 LONG = "a sentence that is long enough to count as said twice"
 SENTENCES = [
@@ -146,12 +146,12 @@ def test_checks_policies_count_or_quarantine_under_the_first_reason():
     assert Checks(strict)(turns("ua"), dropped) is not None and len(dropped.drops) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CHECK_KINDS)
 def test_checks_of_every_kind_can_be_found_and_quarantined(kind):
     document = chat(("assistant", LONG), ("system", ""), ("user", "\0\ufffd"), ("assistant", LONG), ("assistant", "a"))
     document.messages.append({"role": "user", "content": "b" * 90})
     config = ChecksConfig(quarantine=[kind])
-    assert verdicts(document) == list(KINDS)
+    assert verdicts(document) == list(CHECK_KINDS)
     tally = Tally()
     assert Checks(config)(document, tally) is None
     assert tally.dropped == {"checks": {kind: 1}}
@@ -166,7 +166,7 @@ def test_checks_leave_any_conversation_as_it_is_and_note_known_kinds(said):
     assert Checks(ChecksConfig())(document, tally) is document
     assert content(document) == before
     found = verdicts(document)
-    assert found == [kind for kind in KINDS if kind in found]
+    assert found == [kind for kind in CHECK_KINDS if kind in found]
     assert tally.noted.get("checks", {}) == dict.fromkeys(found, 1)
 
 
