@@ -66,15 +66,15 @@ def redacted(text: str, mode: str = "redact", **settings) -> str:
 # Check digits: numbers printed by their issuers or standards as samples, and what one changed digit does to them.
 
 PUBLISHED = {
-    patterns.luhn: ["79927398713", "49-015420-323751-8"],
-    patterns.card: [
+    patterns.has_luhn_digit: ["79927398713", "49-015420-323751-8"],
+    patterns.is_card: [
         "4111 1111 1111 1111",
         "5555555555554444",
         "378282246310005",
         "6011111111111117",
         "3530111333300000",
     ],
-    patterns.iban: [
+    patterns.is_iban: [
         "GB29 NWBK 6016 1331 9268 19",
         "DE89370400440532013000",
         "FR1420041010050500013M02606",
@@ -83,13 +83,13 @@ PUBLISHED = {
     patterns.stdnum_check("gb.nhs"): ["943 476 5919"],
     patterns.stdnum_check("fr.nir"): ["2 95 10 99 126 111 93"],
     patterns.stdnum_check("de.idnr"): ["86095742719", "47036892816", "65929970489"],
-    patterns.nif_es: ["12345678Z", "X1234567L", "Y1234567X"],
+    patterns.is_spanish_nif: ["12345678Z", "X1234567L", "Y1234567X"],
     patterns.stdnum_check("nl.bsn"): ["111222333", "123456782"],
     patterns.stdnum_check("pl.pesel"): ["44051401359"],
     patterns.stdnum_check("in_.aadhaar"): ["234123412346"],
     patterns.stdnum_check("br.cpf"): ["111.444.777-35", "529.982.247-25"],
-    context.vin: ["1M8GDM9AXKP042788"],
-    patterns.npi: ["1234567893"],
+    context.is_vin: ["1M8GDM9AXKP042788"],
+    patterns.is_npi: ["1234567893"],
 }
 
 

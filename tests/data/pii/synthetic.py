@@ -47,7 +47,7 @@ def iban(rng: random.Random) -> str:
     country, length = rng.choice((("DE", 22), ("FR", 27), ("NL", 18), ("GB", 22)))
     rest = {"NL": "ABNA", "GB": "WEST"}.get(country, "")
     rest += "".join(rng.choice(string.digits) for _ in range(length - 4 - len(rest)))
-    value = next(v for k in range(2, 99) if patterns.iban(v := f"{country}{k:02d}{rest}"))
+    value = next(v for k in range(2, 99) if patterns.is_iban(v := f"{country}{k:02d}{rest}"))
     return " ".join(value[i : i + 4] for i in range(0, length, 4)) if rng.random() < 0.5 else value
 
 
@@ -67,12 +67,12 @@ def nir(rng: random.Random) -> str:
 
 def nif(rng: random.Random) -> str:
     shape = digits(rng, rng.choice(("########", "X#######", "Y#######")))
-    return next(v for c in string.ascii_uppercase if patterns.nif_es(v := shape + c))
+    return next(v for c in string.ascii_uppercase if patterns.is_spanish_nif(v := shape + c))
 
 
 def vin(rng: random.Random) -> str:
     head, tail = digits(rng, "1@@@@##@"), digits(rng, "@@######")
-    return next(v for c in "0123456789X" if context.vin(v := head + c + tail))
+    return next(v for c in "0123456789X" if context.is_vin(v := head + c + tail))
 
 
 def name(rng: random.Random) -> str:
@@ -167,7 +167,7 @@ def mac(rng: random.Random) -> str:
 VALUES: dict[str, Callable[[random.Random], str]] = {
     "SECRET": secret,
     "US_SSN": valid(patterns.stdnum_check("us.ssn"), "###-##-####"),
-    "US_ITIN": valid(patterns.itin, "9##-##-####"),
+    "US_ITIN": valid(patterns.is_itin, "9##-##-####"),
     "UK_NHS": valid(patterns.stdnum_check("gb.nhs"), "### ### ####", "##########"),
     "UK_NINO": lambda rng: digits(rng, rng.choice(("AB ## ## ## C", "JG######A", "SE ## ## ## D"))),
     "DE_TAX_ID": valid(patterns.stdnum_check("de.idnr"), "###########", "## ### ### ###"),
@@ -178,7 +178,7 @@ VALUES: dict[str, Callable[[random.Random], str]] = {
     "PL_PESEL": valid(patterns.stdnum_check("pl.pesel"), "###########"),
     "IN_AADHAAR": valid(patterns.stdnum_check("in_.aadhaar"), "3### #### ####", "7### #### ####"),
     "BR_CPF": valid(patterns.stdnum_check("br.cpf"), "###.###.###-##"),
-    "CREDIT_CARD": valid(patterns.card, "4### #### #### ####", "51##############", "37## ###### #####"),
+    "CREDIT_CARD": valid(patterns.is_card, "4### #### #### ####", "51##############", "37## ###### #####"),
     "IBAN": iban,
     "MEDICAL_RECORD": lambda rng: digits(rng, rng.choice(("########", "C-######", "@@#####"))),
     "HEALTH_PLAN": lambda rng: digits(rng, rng.choice(("@@@#########", "HX-#######-0#", "########"))),

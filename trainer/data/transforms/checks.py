@@ -1,7 +1,7 @@
-"""What looks wrong in a document: counted, or put into quarantine where the settings say so; and what of it can be mended.
+"""Checks documents for what looks wrong, which is counted or put into quarantine; and cleans texts of what can be mended.
 
-Looked for are turns out of order or said twice, trailing turns, empty texts, damaged encoding, control characters. Cleaning
-(encoding damage, invisible characters, Unicode form) owns every change of wording; each kind is a switch of its own. It is
+Checks look for turns out of order or said twice, trailing turns, empty texts, damaged encoding, control characters. Cleaning
+(encoding damage, invisible characters, Unicode form) makes all changes of wording; each kind is a switch of its own. It is
 idempotent: a text goes through the steps until none of them changes it any more, and one that does not come to rest is left
 exactly as it was.
 """
@@ -32,13 +32,16 @@ MIN_REPEATED_CHARACTERS = 40
 """Shortest text in characters that counts as said twice; people do say yes twice."""
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufdd0-\ufdef\ufffe\uffff]")
 # The first and a further byte of a UTF-8 character, read in another encoding. Cyrillic has such pairs of its own.
-_LEADS = bytes(range(0xC2, 0xF5))
-_FOLLOWERS = bytes(range(0x80, 0xC0))
-_LATIN_LEADS = _LEADS.decode("cp1252") + _LEADS.decode("cp1250")
-_LATIN = "".join(_FOLLOWERS.decode(name, "ignore") for name in ("latin-1", "cp1252", "cp1250"))
-_CYRILLIC_LEADS = b"\xd0\xd1\xe2".decode("cp1251")
-_CYRILLIC = _FOLLOWERS.decode("cp1251", "ignore")
-_SUSPECT = re.compile(f"[{_LATIN_LEADS}][{_LATIN}]|(?:[{_CYRILLIC_LEADS}][{_CYRILLIC}]){{2}}|\u0432\u0402")
+_FIRST_BYTES = bytes(range(0xC2, 0xF5))
+_FURTHER_BYTES = bytes(range(0x80, 0xC0))
+_LATIN_FIRST = _FIRST_BYTES.decode("cp1252") + _FIRST_BYTES.decode("cp1250")
+_LATIN_FURTHER = "".join(_FURTHER_BYTES.decode(encoding, "ignore") for encoding in ("latin-1", "cp1252", "cp1250"))
+_CYRILLIC_FIRST = b"\xd0\xd1\xe2".decode("cp1251")
+_CYRILLIC_FURTHER = _FURTHER_BYTES.decode("cp1251", "ignore")
+_MOJIBAKE = re.compile(
+    f"[{_LATIN_FIRST}][{_LATIN_FURTHER}]|(?:[{_CYRILLIC_FIRST}][{_CYRILLIC_FURTHER}]){{2}}|\u0432\u0402"
+)
+"""What UTF-8 that was read in another encoding looks like; some right texts look so, too."""
 
 
 class Checks:
@@ -53,71 +56,73 @@ class Checks:
         self._is_bad: Callable[[str], bool] = is_bad
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """The document, each trouble noted; None, under its first trouble, where one of them means quarantine."""
-        first_places = self._first_places(document)
-        for kind, place in first_places.items():
+        """The document, with each problem noted; None, dropped under its first problem that means quarantine."""
+        problems = self._first_problems(document)
+        for kind, position in problems.items():
             if kind in self.config.quarantine:
-                tally.drop(self.name, kind, f"{document.location} ({place})")
+                tally.drop(self.name, kind, f"{document.location} ({position})")
                 return None
-        for kind, place in first_places.items():
-            tally.note(self.name, kind, f"{document.location} ({place})")
+        for kind, position in problems.items():
+            tally.note(self.name, kind, f"{document.location} ({position})")
         return document
 
-    def _first_places(self, document: Document) -> dict[str, str]:
-        """Kinds of trouble, in the order of `CHECK_KINDS`, each with its first place in the document."""
-        places: dict[str, str] = {}
-        for kind, place in self._troubles(document):
-            places.setdefault(kind, place)
-        if not places:
-            return places
-        return {kind: places[kind] for kind in CHECK_KINDS if kind in places}
+    def _first_problems(self, document: Document) -> dict[str, str]:
+        """Kinds of problems, in the order of `CHECK_KINDS`, each with its first position in the document."""
+        positions: dict[str, str] = {}
+        for kind, position in self._all_problems(document):
+            positions.setdefault(kind, position)
+        if not positions:
+            return positions
+        return {kind: positions[kind] for kind in CHECK_KINDS if kind in positions}
 
-    def _troubles(self, document: Document) -> Iterator[tuple[str, str]]:
-        """(kind of trouble, its place in the document)."""
+    def _all_problems(self, document: Document) -> Iterator[tuple[str, str]]:
+        """(kind of problem, its position in the document, such as `turn 2 of chosen`)."""
         prompt = document.messages or []
         if document.chosen is not None or document.rejected is not None:
-            yield from _turn_troubles([*prompt, *(document.chosen or [])], " of chosen")
-            yield from _turn_troubles([*prompt, *(document.rejected or [])], " of rejected")
+            yield from _turn_problems([*prompt, *(document.chosen or [])], " of chosen")
+            yield from _turn_problems([*prompt, *(document.rejected or [])], " of rejected")
         elif document.messages is not None:
-            yield from _turn_troubles(prompt, "")
+            yield from _turn_problems(prompt, "")
         for number, text in enumerate(document.texts(), 1):
-            yield from self._text_troubles(text, f"text {number}")
+            yield from self._text_problems(text, f"text {number}")
 
-    def _text_troubles(self, text: str, place: str) -> Iterator[tuple[str, str]]:
-        """What is wrong with one text."""
+    def _text_problems(self, text: str, text_name: str) -> Iterator[tuple[str, str]]:
+        """(kind of problem, its position) of one text, which `text_name` names in the document."""
         if not text or text.isspace():
-            yield "empty_text", place
+            yield "empty_text", text_name
         control = _CONTROL.search(text)
         if control:
-            yield "control_characters", f"{place}, U+{ord(control.group()):04X} at character {control.start() + 1}"
+            code_point = f"U+{ord(control.group()):04X}"
+            yield "control_characters", f"{text_name}, {code_point} at character {control.start() + 1}"
         # Damaged encoding always leaves characters beyond ASCII.
         if text.isascii():
             return
-        at = text.find("\ufffd")
-        if at >= 0:
-            yield "encoding_damage", f"{place}, U+FFFD at character {at + 1}"
+        replacement = text.find("\ufffd")
+        if replacement >= 0:
+            yield "encoding_damage", f"{text_name}, U+FFFD at character {replacement + 1}"
             return
         # The expression is a cheap first look: only what it finds is worth ftfy's own heuristic.
-        suspect = _SUSPECT.search(text)
-        if suspect and self._is_bad(text):
-            yield "encoding_damage", f"{place}, {suspect.group()!r} at character {suspect.start() + 1}"
+        mojibake = _MOJIBAKE.search(text)
+        if mojibake and self._is_bad(text):
+            yield "encoding_damage", f"{text_name}, {mojibake.group()!r} at character {mojibake.start() + 1}"
 
 
-def _turn_troubles(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
-    """(kind of trouble, its place) in the order of the turns. `suffix` names the conversation, such as " of chosen"."""
+def _turn_problems(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
+    """(kind of problem, its position) in the order of the turns. `suffix` names the conversation, such as " of chosen"."""
     roles = [turn["role"] for turn in turns]
-    previous_turns: set[tuple[str, str]] = set()
-    for number, (turn, role) in enumerate(zip(turns, roles, strict=True), 1):
-        location = f"turn {number}{suffix}"
-        if role == "system" and number > 1:
-            yield "system_late", location
-        if role == "assistant" and "user" not in roles[: number - 1]:
-            yield "assistant_before_user", location
-        if number > 1 and role == roles[number - 2] and role not in ("system", "tool"):
-            yield "same_role_twice", location
-        if len(turn["content"]) >= MIN_REPEATED_CHARACTERS and (role, turn["content"]) in previous_turns:
-            yield "repeated_turn", location
-        previous_turns.add((role, turn["content"]))
+    earlier_turns: set[tuple[str, str]] = set()
+    for index, (turn, role) in enumerate(zip(turns, roles, strict=True)):
+        position = f"turn {index + 1}{suffix}"
+        content = turn["content"]
+        if role == "system" and index > 0:
+            yield "system_late", position
+        if role == "assistant" and "user" not in roles[:index]:
+            yield "assistant_before_user", position
+        if index > 0 and role == roles[index - 1] and role not in ("system", "tool"):
+            yield "same_role_twice", position
+        if len(content) >= MIN_REPEATED_CHARACTERS and (role, content) in earlier_turns:
+            yield "repeated_turn", position
+        earlier_turns.add((role, content))
     if roles and roles[-1] != "assistant":
         yield "trailing_turns", f"turn {len(turns)}{suffix}"
 
@@ -127,18 +132,28 @@ MAX_PASSES = 8
 
 
 FTFY_STEPS_OFF = (
-    *("unescape_html", "remove_terminal_escapes", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes"),
-    *("fix_line_breaks", "fix_surrogates", "remove_control_chars"),
+    "fix_character_width",
+    "fix_latin_ligatures",
+    "fix_line_breaks",
+    "fix_surrogates",
+    "remove_control_chars",
+    "remove_terminal_escapes",
+    "uncurl_quotes",
+    "unescape_html",
 )
-"""What ftfy would do besides."""
+"""What ftfy would do besides the repair of encodings."""
 
 
 def encoding_fixer() -> Callable[[str], str]:
-    """ftfy (R. Speer, 2019) with nothing switched on but the repair of mojibake."""
+    """A function that repairs mojibake in a text by ftfy (R. Speer, 2019), and does nothing else."""
     import ftfy
 
     config = ftfy.TextFixerConfig(normalization=None, **dict.fromkeys(FTFY_STEPS_OFF, False))  # type: ignore[arg-type]  # OFF names fields
-    return lambda text: text if text.isascii() else ftfy.fix_text(text, config)
+
+    def fix_encoding(text: str) -> str:
+        return text if text.isascii() else ftfy.fix_text(text, config)
+
+    return fix_encoding
 
 
 # Joiners shape words in Arabic, Syriac, N'Ko, Mongolian and the Indic scripts; a zero-width space parts words in Thai,
@@ -147,7 +162,8 @@ JOINED = "\u0600-\u08ff\ufb50-\ufdff\ufe70-\ufefc\u0900-\u0dff\u1000-\u109f\u178
 UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1980-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaa7f"
 PICTURES = "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2190-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
 HAN = "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-BREAKS = re.compile("[\x0b\x0c\x85]")
+ODD_LINE_BREAKS = re.compile("[\x0b\x0c\x85]")
+"""Vertical tab, form feed and NEL."""
 ALWAYS = (
     "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
     "\ufff9-\ufffb\ufffe\uffff\ud800-\udfff"
@@ -170,7 +186,7 @@ def remove_control_characters(text: str) -> str:
     """
     if CANDIDATE.search(text) is None:
         return text
-    return INVISIBLE.sub("", BREAKS.sub("\n", text))
+    return INVISIBLE.sub("", ODD_LINE_BREAKS.sub("\n", text))
 
 
 class Cleaner:
@@ -186,24 +202,24 @@ class Cleaner:
             self.steps.append(("control_characters", remove_control_characters))
         if config.unicode is not UnicodeForm.none:
             # Last, because the steps before may make characters that it joins.
-            form: Any = config.unicode.value
-            self.steps.append(("unicode", partial(unicodedata.normalize, form)))
+            unicode_form: Any = config.unicode.value
+            self.steps.append(("unicode", partial(unicodedata.normalize, unicode_form)))
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """Clean every text of a document; drop a document of which a text is left empty."""
         switches: set[str] = set()
-        emptied = False
+        has_emptied_text = False
 
         def clean_text(text: str) -> str:
-            nonlocal emptied
+            nonlocal has_emptied_text
             cleaned, switches_of_text = self.clean(text)
             switches.update(switches_of_text)
             if text and not cleaned.strip():
-                emptied = True
+                has_emptied_text = True
             return cleaned
 
         document.map_texts(clean_text)
-        if emptied:
+        if has_emptied_text:
             tally.drop(self.name, "empty_after_cleaning", document.location)
             return None
         for switch in sorted(switches):

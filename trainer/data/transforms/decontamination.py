@@ -1,4 +1,4 @@
-"""Decontamination: training documents that hold text of given evaluation sets, found by runs of 13 words.
+"""Decontamination: finds training documents that contain text of given evaluation sets, by runs of 13 words.
 
 The rule is that of Brown et al. (2020, Language Models are Few-Shot Learners, appendix C): one run of 13 words in
 common, compared without case and punctuation. Evaluation texts of fewer words are looked for as a whole.
@@ -22,20 +22,27 @@ MIN_WORDS = 5
 """Evaluation texts of fewer words are not looked for: many documents hold them by chance."""
 MAX_SHARED = 10
 """Runs in more evaluation texts than this are the set's own wording, and ignored."""
+_HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+"""Odd, with bits all over: 2^64 divided by the golden ratio."""
 
 
 def _hash_words(text: str) -> np.ndarray:
-    """uint64: a hash for each word, the same in this process and those forked from it."""
-    return mix(np.array([hash(word) for word in normalize(text).split()], np.int64).view(np.uint64))
+    """uint64 [words]: a hash for each word of a text, the same in this process and those forked from it.
+
+    Python's own hash is fast; it differs between processes that are started anew.
+    """
+    words = normalize(text).split()
+    hashes = np.array([hash(word) for word in words], np.int64)
+    return mix(hashes.view(np.uint64))
 
 
-def _hash_ngrams(words: np.ndarray, length: int) -> np.ndarray:
+def _hash_ngrams(word_hashes: np.ndarray, length: int) -> np.ndarray:
     """uint64: a hash for each distinct run of `length` words; runs of different lengths have different hashes."""
-    num_runs = max(len(words) - length + 1, 0)
+    num_runs = max(len(word_hashes) - length + 1, 0)
     hashes = np.full(num_runs, length, np.uint64)
-    for step in range(length):
+    for offset in range(length):
         # A polynomial rolling hash; uint64 wraps around on overflow.
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + words[step : step + num_runs]
+        hashes = hashes * _HASH_FACTOR + word_hashes[offset : offset + num_runs]
     return np.unique(hashes)
 
 
@@ -54,9 +61,9 @@ def evaluation_texts(document: Document) -> Iterator[tuple[str, str]]:
 
 
 class Decontaminator:
-    """A stage that counts or drops documents that hold one of `texts`, (place, text) each; equal texts count once.
+    """A stage that counts or drops documents that contain one of the evaluation `texts`, given as (`file:line`, text).
 
-    Raises DataError where no text has the words to be looked for.
+    Equal texts count once. Raises DataError if none of the texts can be looked for.
     """
 
     name = "decontamination"
@@ -65,41 +72,46 @@ class Decontaminator:
         self.policy = config.policy
         self.skipped: Counter[str] = Counter()
         """Evaluation texts that are not looked for, by reason."""
-        self._places: list[str] = []
+        self._locations: list[str] = []
         """`file:line` of each evaluation text that is looked for."""
         ngrams_of_texts: list[np.ndarray] = []
-        lengths: list[int] = []
-        seen_texts: set[bytes] = set()
+        ngram_lengths: list[int] = []
+        earlier_texts: set[bytes] = set()
         for location, text in texts:
-            words = _hash_words(text)
-            if len(words) < MIN_WORDS:
+            word_hashes = _hash_words(text)
+            if len(word_hashes) < MIN_WORDS:
                 self.skipped["too_short"] += 1
                 continue
-            if words.tobytes() in seen_texts:
+            if word_hashes.tobytes() in earlier_texts:
                 self.skipped["repeated"] += 1
                 continue
-            seen_texts.add(words.tobytes())
-            lengths.append(min(NGRAM, len(words)))
-            ngrams_of_texts.append(_hash_ngrams(words, lengths[-1]))
-            self._places.append(location)
-        self._lengths = sorted({*lengths})
+            earlier_texts.add(word_hashes.tobytes())
+            ngram_length = min(NGRAM, len(word_hashes))
+            ngram_lengths.append(ngram_length)
+            ngrams_of_texts.append(_hash_ngrams(word_hashes, ngram_length))
+            self._locations.append(location)
+        self._ngram_lengths = sorted({*ngram_lengths})
         """Words of a run: 13, and those of the shorter texts."""
+
+        # One row for each run of each text.
         ngrams = np.concatenate([np.zeros(0, np.uint64), *ngrams_of_texts])
-        ngram_counts = np.array([len(part) for part in ngrams_of_texts], np.int64)
-        owners = np.repeat(np.arange(len(ngrams_of_texts)), ngram_counts)
+        ngrams_per_text = np.array([len(text_ngrams) for text_ngrams in ngrams_of_texts], np.int64)
+        text_of_ngram = np.repeat(np.arange(len(ngrams_of_texts)), ngrams_per_text)
         _, inverse, counts = np.unique(ngrams, return_inverse=True, return_counts=True)
         # Runs that many texts share are the set's own wording. A text shorter than 13 words is kept as it is.
-        is_telling = (counts[inverse] <= MAX_SHARED) | (np.array(lengths, np.int64)[owners] < NGRAM)
-        # Sorted by hash, so that `match` finds the owners of a run by bisection.
-        order = np.argsort(ngrams[is_telling], kind="stable")
-        self._ngrams = ngrams[is_telling][order]
+        is_rare = counts[inverse] <= MAX_SHARED
+        is_whole_text = np.array(ngram_lengths, np.int64)[text_of_ngram] < NGRAM
+        is_used = is_rare | is_whole_text
+        # Sorted by hash, so that `match` finds the texts of a run by bisection.
+        order = np.argsort(ngrams[is_used], kind="stable")
+        self._ngrams = ngrams[is_used][order]
         """Sorted, for `np.searchsorted`."""
-        self._owners = owners[is_telling][order]
+        self._text_of_ngram = text_of_ngram[is_used][order]
         """Number of the evaluation text that each run is of."""
-        self._ngrams_per_text = np.bincount(self._owners, minlength=len(ngrams_of_texts))
+        self._ngrams_per_text = np.bincount(self._text_of_ngram, minlength=len(ngrams_of_texts))
         self.skipped["only_shared_wording"] = int((self._ngrams_per_text == 0).sum())
         if not self._ngrams_per_text.any():
-            num_texts = len(self._places) + self.skipped["too_short"] + self.skipped["repeated"]
+            num_texts = len(self._locations) + self.skipped["too_short"] + self.skipped["repeated"]
             raise DataError(
                 f"none of the {num_texts} evaluation texts for "
                 f"decontamination can be looked for: {self.skipped['too_short']} have fewer than {MIN_WORDS} words and "
@@ -107,28 +119,31 @@ class Decontaminator:
             )
 
     def match(self, text: str) -> tuple[str, float] | None:
-        """(place of the evaluation text of which `text` holds the largest share, that share); None if it holds none."""
-        words = _hash_words(text)
-        ngrams = np.concatenate([_hash_ngrams(words, length) for length in self._lengths])
+        """(`file:line` of the evaluation text of which `text` contains the largest share, that share); None if it has none."""
+        word_hashes = _hash_words(text)
+        ngrams = np.concatenate([_hash_ngrams(word_hashes, length) for length in self._ngram_lengths])
+        # The rows [begin, end) of each run; none if it is in no evaluation text.
         begins = np.searchsorted(self._ngrams, ngrams, "left")
         ends = np.searchsorted(self._ngrams, ngrams, "right")
         is_shared = begins < ends
         shared_counts = np.zeros(len(self._ngrams_per_text), np.int64)
         for begin, end in zip(begins[is_shared].tolist(), ends[is_shared].tolist(), strict=True):
-            shared_counts[self._owners[begin:end]] += 1
+            shared_counts[self._text_of_ngram[begin:end]] += 1
         shares = shared_counts / np.maximum(self._ngrams_per_text, 1)
-        best = int(np.argmax(shares))
-        return (self._places[best], float(shares[best])) if shares[best] > 0 else None
+        largest = int(np.argmax(shares))
+        if shares[largest] == 0:
+            return None
+        return self._locations[largest], float(shares[largest])
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """Count, and by policy drop, a document that holds evaluation text; its texts are looked at as one."""
         match = self.match("\n".join(document.texts()))
         if match is None:
             return document
-        place, share = match
-        location = f"{document.location} ({share:.0%} of {place})"
+        evaluation_location, share = match
+        location_and_match = f"{document.location} ({share:.0%} of {evaluation_location})"
         if self.policy is DecontaminationPolicy.drop:
-            tally.drop(self.name, "holds evaluation text", location)
+            tally.drop(self.name, "holds evaluation text", location_and_match)
             return None
-        tally.note(self.name, "holds evaluation text", location)
+        tally.note(self.name, "holds evaluation text", location_and_match)
         return document

@@ -1,4 +1,7 @@
-"""Filters that drop whole rows: by length, phrases, echoes and language, as py3langid sees it; and languages over a sample."""
+"""Filters that drop whole rows: by length, phrases, echoes and language; and the count of languages in a sample.
+
+Languages are told by py3langid.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ UNJUDGED = "unjudged"
 
 @functools.cache
 def _identifier() -> Any:
-    """The model, 0.5 s to load, once a process: naive Bayes over byte n-grams (Lui and Baldwin, langid.py, ACL 2012)."""
+    """The language model, loaded once a process (0.5 s): naive Bayes over byte n-grams (Lui and Baldwin, langid.py, ACL 2012)."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
@@ -38,28 +41,33 @@ def _identifier() -> Any:
 def detect_language(document: Document) -> tuple[str, float] | None:
     """(ISO 639 code, probability 0 to 1) of a document without its code, system prompts and rejected answers.
 
-    None where it has too little text to judge, or none in a language.
+    None if it has too little text to judge, or none in a language.
     """
     texts = [turn["content"] for turn in document.conversation() if turn["role"] != "system"]
     return detect_text_language("\n".join([*texts, document.text or ""]))
 
 
 def detect_text_language(text: str) -> tuple[str, float] | None:
-    """(ISO 639 code, probability 0 to 1) of a text without its code; None where it is too short, or in no language."""
+    """(ISO 639 code, probability 0 to 1) of a text without its code; None if it is too short, or in no language."""
     # Code looks like English to the detector.
     text = FENCED.sub("", text)[:JUDGED_CHARACTERS].strip()
     if len(text) < MIN_JUDGED_CHARACTERS:
         return None
-    code, probability = _identifier().classify(text)
-    return None if code == NO_LANGUAGE else (str(code), float(probability))
+    language, probability = _identifier().classify(text)
+    if language == NO_LANGUAGE:
+        return None
+    return str(language), float(probability)
 
 
 def count_languages(documents: Iterable[Document]) -> dict[str, int]:
-    """Documents by language, commonest first; `unjudged` are those with too little text."""
+    """Documents by language, the most frequent first; `unjudged` are those with too little text."""
     counts: Counter[str] = Counter()
     for document in documents:
         detected = detect_language(document)
-        counts[detected[0] if detected else UNJUDGED] += 1
+        language = UNJUDGED
+        if detected is not None:
+            language, _ = detected
+        counts[language] += 1
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
@@ -108,36 +116,38 @@ class Filters:
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document, or None if one of the filters drops it."""
-        reason = self._reason_in_length(document)
+        reason = self._drop_reason_by_length(document)
         remark = ""
         if reason is None and document.desirable is not False:
-            reason = self._reason_in_learned_text(document)
+            reason = self._drop_reason_by_learned_text(document)
         if reason is None and self.config.languages:
             detected = detect_language(document)
             if detected is None:
                 tally.note(self.name, "language_not_judged", document.location)
-            elif detected[0] not in self.config.languages:
-                code, probability = detected
-                reason = "other_language"
-                remark = f" ({code} {probability:.2f})"
+            else:
+                language, probability = detected
+                if language not in self.config.languages:
+                    reason = "other_language"
+                    remark = f" ({language} {probability:.2f})"
         if reason is None:
             return document
         tally.drop(self.name, reason, document.location + remark)
         return None
 
-    def _reason_in_length(self, document: Document) -> str | None:
+    def _drop_reason_by_length(self, document: Document) -> str | None:
         """Why the length of all texts together drops a row; None if it does not."""
-        size = sum(map(len, document.texts()))
-        if size < self.config.min_characters:
+        num_characters = sum(map(len, document.texts()))
+        if num_characters < self.config.min_characters:
             return "too_few_characters"
-        if self.config.max_characters is not None and size > self.config.max_characters:
+        if self.config.max_characters is not None and num_characters > self.config.max_characters:
             return "too_many_characters"
         return None
 
-    def _reason_in_learned_text(self, document: Document) -> str | None:
-        """Why what is learned of a row drops it; None if it does not."""
+    def _drop_reason_by_learned_text(self, document: Document) -> str | None:
+        """Why the text that is learned of a row drops it; None if it does not."""
         answers = learned_answers(document)
-        if answers and sum(len(text.strip()) for text in answers) < self.config.min_completion_characters:
+        num_characters = sum(len(text.strip()) for text in answers)
+        if answers and num_characters < self.config.min_completion_characters:
             return "completion_too_short"
         if self.config.drop_echoes and has_echo(document):
             return "echoes_prompt"

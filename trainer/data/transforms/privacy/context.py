@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from trainer.data.transforms.privacy.patterns import npi
+from trainer.data.transforms.privacy.patterns import is_npi
 from trainer.data.transforms.privacy.rule import (
     CHARACTERS_AFTER,
     CHARACTERS_BEFORE,
@@ -26,27 +26,30 @@ from trainer.data.transforms.privacy.rule import (
 )
 
 CODE = r"(?=[\w./-]*\d)[A-Za-z0-9](?:[\w./-]{1,28}[A-Za-z0-9])(?![\w-])"
-"""A number of an office: a digit in it, three characters or more."""
-SPACED = r"(?=[\w ./-]*\d)[A-Za-z0-9]{1,12}(?:[ ./-]?(?=[\w.-]*\d)[A-Za-z0-9]{2,12}){0,4}(?![\w-])"
+"""A number as offices give it: a digit in it, three characters or more."""
+SPACED_CODE = r"(?=[\w ./-]*\d)[A-Za-z0-9]{1,12}(?:[ ./-]?(?=[\w.-]*\d)[A-Za-z0-9]{2,12}){0,4}(?![\w-])"
 """The same, perhaps written in groups, each with a digit."""
-IS = (
+BETWEEN_NAME_AND_CODE = (
     r"(?:[\"')\]]*[ \t]*(?:[:#=]|n[o°º]\.?:?|num(?:ber|éro)?\b:?|nr\.?:?|id\b:?|code\b:?|is\b:?|was\b:?|"
     r"\([A-Z]{2,5}\)){0,3}[ \t]*[\"']?){1,2}"
 )
-"""What may stand between the word and the number."""
+"""What may stand between the word and the number, such as `no.:` or ` is `."""
 
 
 VIN_DIGITS = str.maketrans("ABCDEFGHJKLMNPRSTUVWXYZ", "12345678123457923456789")
 VIN_WEIGHTS = (8, 7, 6, 5, 4, 3, 2, 10, 0, 9, 8, 7, 6, 5, 4, 3, 2)
+"""What each letter counts for, and the weight of each of the 17 places (49 CFR 565)."""
 
 
-def vin(text: str) -> bool:
+def is_vin(text: str) -> bool:
     """Whether the 17 characters of a vehicle identification number have the check digit of 49 CFR 565 (ninth place)."""
-    total = sum(w * int(c) for c, w in zip(text.translate(VIN_DIGITS), VIN_WEIGHTS, strict=True))
-    return len(set(text)) > 4 and text[8] == "0123456789X"[total % 11]
+    digits = text.translate(VIN_DIGITS)
+    weighted_sum = sum(weight * int(digit) for digit, weight in zip(digits, VIN_WEIGHTS, strict=True))
+    has_check_digit = text[8] == "0123456789X"[weighted_sum % 11]
+    return has_check_digit and len(set(text)) > 4  # few different characters are an example, not a vehicle
 
 
-ANNOUNCED = {  # (type, shape of the value, score): words before it, and pieces of these one of which has to be there
+NAMED_CODES = {  # (type, shape of the value, score): words before it, and pieces of these one of which has to be there
     ("MEDICAL_RECORD", CODE, 0.9): (
         r"mrn|mr ?#|med(?:ical)? rec(?:ord)?s?|patient(?:[ -]?id(?:entifier)?| number| no\.?| #)|chart (?:number|no\.?|#|id)|"
         r"hospital (?:number|no\.?)|encounter (?:number|id|no\.?|#)|patientennummer|"
@@ -59,7 +62,7 @@ ANNOUNCED = {  # (type, shape of the value, score): words before it, and pieces 
         r"versicherten ?(?:nummer|nr\.?)|krankenkasse(?:nnummer)?",
         "plan|insurance|medica|member|subscriber|beneficiary|policy|group n|group #|versicherten|krankenkasse",
     ),
-    ("ACCOUNT", SPACED, 0.8): (
+    ("ACCOUNT", SPACED_CODE, 0.8): (
         r"(?:bank |checking |savings |customer |client )?(?:account|acct)\.?(?: (?:number|no\.?|id|#)|#|[ \t]*:|(?= [*\d]))|"
         r"a/c(?: no\.?)?|routing (?:number|no\.?|#)|sort code|customer (?:id|number|no\.?|#)|konto(?:nummer|-?nr\.?)|"
         r"kunden(?:nummer|-?nr\.?)|numéro de (?:compte|client)|bank ?leitzahl|blz",
@@ -96,11 +99,18 @@ HANDLE = (
 )
 OFFICES = [
     *(
-        rule(type_, rf"(?i)(?<!\w)(?:{names}){IS}({value})", score, hints=hints, needs="digit")
-        for (type_, value, score), (names, hints) in ANNOUNCED.items()
+        rule(type_, rf"(?i)(?<!\w)(?:{names}){BETWEEN_NAME_AND_CODE}({shape})", score, hints=hints, needs="digit")
+        for (type_, shape, score), (names, hints) in NAMED_CODES.items()
     ),
-    rule("LICENSE", rf"(?i)(?<!\w)npi{IS}(\d{{10}})(?!\d)", 0.95, check=npi, hints="npi", needs="digit"),
-    rule("VEHICLE", VIN, 0.85, check=lambda text: vin(text) and not text.isdecimal(), needs="digit"),
+    rule(
+        "LICENSE",
+        rf"(?i)(?<!\w)npi{BETWEEN_NAME_AND_CODE}(\d{{10}})(?!\d)",
+        0.95,
+        check=is_npi,
+        hints="npi",
+        needs="digit",
+    ),
+    rule("VEHICLE", VIN, 0.85, check=lambda text: is_vin(text) and not text.isdecimal(), needs="digit"),
     rule("USERNAME", NAMED_USER, 0.75, hints=NAMING_WORDS),
     rule("USERNAME", HANDLE, 0.6, against=re.compile(r"(?:^|\n)[ \t*]*@$"), needs="at"),
 ]
@@ -163,87 +173,106 @@ POSTCODES = [
 RULES: tuple[PrivacyRule, ...] = (*OFFICES, *DATES, *POSTCODES)
 
 
-CANDIDATE = re.compile(
+PHONE_CANDIDATE = re.compile(
     r"(?<![\w.,/$£€=#])(?<!\w-)((?:\+|00)?\(?[0-9][0-9 ()./\u00a0\u2010-\u2013-]{5,24}[0-9])(?![\w%]|"
     r"-[A-Za-z]|[.,]\d)"
     r"(?:[ ,]{0,2}(?:x|ext\.?|extension) ?[0-9]{1,6}\b)?"
 )
+"""A run of digits that may be a telephone number (group 1), and its extension."""
 DATE = re.compile(r"(?:\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./]\d{2,4})(?:\s+\d{1,2}.*)?$")
-PHONE = words(
+PHONE_WORDS = words(
     r"tel|tel\.|telephone|phones?|phone number|calls?|called|mobile|cell|cellphone|dial|ring|text|whatsapp|sms|contact|"
     r"reach(?: me| us| him| her)?|telefon|handy|rufnummer|téléphone|portable|móvil|teléfono|cellulare|telefono|telefoon|pager|"
     "hotline|ph|t:|m:|voicemail"
 )
-FAX = re.compile(
+FAX_WORDS = re.compile(
     r"(?<!\w)(?:tele)?(?:fax(?:ed)?|facsimile|telecopie|télécopie)(?:[ -]?(?:number|no|nr|nummer)\.?)?"
     r"(?: (?:it|them|this|that|the \w+))?(?: is| to| at| on)?[ \t]*[:.#]?[ \t(]*$",
     re.IGNORECASE,
 )
-PLACE = re.compile(r"[ \t]*\(?(?:mobile|cell|home|work|office|fax)\b", re.IGNORECASE)
+KIND_OF_PHONE = re.compile(r"[ \t]*\(?(?:mobile|cell|home|work|office|fax)\b", re.IGNORECASE)
+"""Stands behind a telephone number, as in `555-0123 (home)`."""
 THOUSANDS = re.compile(r"\d{1,3}(?:\.\d{3})+$")
+"""A large number as it is written in Germany: 1.000.000."""
+
+INTERNATIONAL_CERTAINTY = 0.95
+USUAL_GROUPS_CERTAINTY = 0.75
+NATIONAL_PREFIX_CERTAINTY = 0.55
+BARE_CERTAINTY = 0.4
+"""How certain a telephone number is by the way it is written."""
+FAX_CERTAINTY = 0.85
+"""Least certainty of a number behind the word fax."""
 
 
 def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
-    """Telephone numbers, those right after the word fax as FAX."""
+    """Telephone numbers in a text, those right after the word fax as FAX. `regions`: countries (ISO 3166-1 alpha-2)."""
     findings = []
-    for match in CANDIDATE.finditer(text):
-        raw = match[1]
-        num_digits = sum(character.isdecimal() for character in raw)
-        if not 7 <= num_digits <= 17 or DATE.match(raw):
+    for match in PHONE_CANDIDATE.finditer(text):
+        candidate = match[1]
+        num_digits = sum(character.isdecimal() for character in candidate)
+        if not 7 <= num_digits <= 17 or DATE.match(candidate):
             continue
-        numbers = _valid_numbers(raw, tuple(regions))
-        for place, (raw_start, raw_end, certainty) in enumerate(numbers):
-            start = match.start(1) + raw_start
-            end = match.start(1) + raw_end
-            if place == len(numbers) - 1 and raw_end == len(raw):
+        numbers = _valid_numbers(candidate, tuple(regions))
+        for index, (start_in_candidate, end_in_candidate, certainty) in enumerate(numbers):
+            start = match.start(1) + start_in_candidate
+            end = match.start(1) + end_in_candidate
+            is_last = index == len(numbers) - 1
+            if is_last and end_in_candidate == len(candidate):
                 end = match.end()  # the extension, which follows the last number, belongs to it
             before = text[max(0, start - CHARACTERS_BEFORE) : start]
             after = text[end : end + CHARACTERS_AFTER]
-            is_fax = FAX.search(before) is not None
+            is_fax = FAX_WORDS.search(before) is not None
             score = certainty
-            if certainty < 0.9 and NOT_PERSONAL.search(before):
+            if certainty < INTERNATIONAL_CERTAINTY and NOT_PERSONAL.search(before):
                 score = SCORE_IF_AGAINST
             elif is_fax:
-                score = max(certainty, 0.85)
-            elif PHONE.search(before) or PLACE.match(after):
-                score = max(certainty, 0.75)
-            elif THOUSANDS.match(raw):
+                score = max(certainty, FAX_CERTAINTY)
+            elif PHONE_WORDS.search(before) or KIND_OF_PHONE.match(after):
+                score = max(certainty, USUAL_GROUPS_CERTAINTY)
+            elif THOUSANDS.match(candidate):
                 score = SCORE_IF_AGAINST
             findings.append(PrivacyFinding("FAX" if is_fax else "PHONE", start, end, score))
     return findings
 
 
 @lru_cache(maxsize=4096)
-def _valid_numbers(raw: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
-    """(start, end, certainty) of the valid numbers in a run of digits; of several countries the most certain reading."""
+def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
+    """(start, end, certainty) of the valid telephone numbers in a run of digits.
+
+    If it is valid in several of the countries `regions`, it is read as in the one that is most certain.
+    """
     import phonenumbers
 
-    if raw.startswith(("+", "00")):
+    if candidate.startswith(("+", "00")):
         # Without a country the library does not know that 00 is the international prefix.
-        plain = "+" + raw[2:] if raw.startswith("00") else raw
-        shift = len(raw) - len(plain)
+        with_plus = "+" + candidate[2:] if candidate.startswith("00") else candidate
+        shift = len(candidate) - len(with_plus)
         numbers = []
-        for match in phonenumbers.PhoneNumberMatcher(plain, None):
+        for match in phonenumbers.PhoneNumberMatcher(with_plus, None):
             start = match.start + shift if match.start else 0
-            numbers.append((start, match.end + shift, 0.95))
+            numbers.append((start, match.end + shift, INTERNATIONAL_CERTAINTY))
         if numbers:
             return tuple(numbers)
-    best: tuple[tuple[int, int, float], ...] = ()
+
+    best_numbers: tuple[tuple[int, int, float], ...] = ()
     best_certainty = 0.0
     for region in regions:
-        matches = phonenumbers.PhoneNumberMatcher(raw, region)
-        numbers = [(match.start, match.end, _certainty(match)) for match in matches]
-        certainty = max((number[2] for number in numbers), default=0.0)
+        matches = phonenumbers.PhoneNumberMatcher(candidate, region)
+        numbers = [(match.start, match.end, _national_certainty(match)) for match in matches]
+        certainty = max((number_certainty for _, _, number_certainty in numbers), default=0.0)
         if certainty > best_certainty:
-            best = tuple(numbers)
+            best_numbers = tuple(numbers)
             best_certainty = certainty
-        if best_certainty >= 0.75:
-            break  # grouped as this country groups them: no other country can be surer
-    return best
+        if best_certainty >= USUAL_GROUPS_CERTAINTY:
+            break  # no other country can be more certain
+    return best_numbers
 
 
-def _certainty(match: object) -> float:
-    """0.75 where the digits are grouped as the country groups them, 0.55 with a national prefix or brackets, else 0.4."""
+def _national_certainty(match: object) -> float:
+    """How certain a number of phonenumbers is that is not written internationally.
+
+    Most if the digits are grouped as its country groups them, less with a national prefix or brackets, least otherwise.
+    """
     import phonenumbers
     from phonenumbers import PhoneNumberFormat
 
@@ -254,22 +283,22 @@ def _certainty(match: object) -> float:
     for style in (PhoneNumberFormat.NATIONAL, PhoneNumberFormat.INTERNATIONAL):
         usual_groups = re.findall(r"\d+", phonenumbers.format_number(number, style))
         if groups == usual_groups and len(groups) > 1:
-            return 0.75
+            return USUAL_GROUPS_CERTAINTY
     if len(groups) > 1 and (raw.startswith(("0", "(")) or groups[0] == str(number.country_code)):
-        return 0.55
-    return 0.4
+        return NATIONAL_PREFIX_CERTAINTY
+    return BARE_CERTAINTY
 
 
 def canonical_phone_number(text: str, regions: Sequence[str]) -> str:
-    """E.164 of a number as written (`+14155552671`), or its digits where no country knows it."""
+    """E.164 of a telephone number (`+14155552671`) however it is written; its digits if it is valid in none of the countries."""
     import phonenumbers
 
-    plain = re.sub(r"^\s*00", "+", text)
+    with_plus = re.sub(r"^\s*00", "+", text)
     for region in (None, *regions):
         try:
-            number = phonenumbers.parse(plain, region)
+            number = phonenumbers.parse(with_plus, region)
         except phonenumbers.NumberParseException:
             continue
         if phonenumbers.is_valid_number(number):
             return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
-    return "".join(c for c in text if c.isdecimal())
+    return "".join(character for character in text if character.isdecimal())

