@@ -1,15 +1,17 @@
-"""Parquet and Arrow files, and Arrow tables: values become those that JSON knows, by one stated rule.
+"""Reads Parquet and Arrow files, and Arrow tables: values become those that JSON knows, by one stated rule.
 
 Text, numbers, true/false, lists and structs stay; dictionary columns become their values; a map becomes an object.
 Dates, times and decimals become texts, exactly: dates and times as in RFC 3339 with a blank for the T. NaN, with which
-table libraries mark a missing number, becomes None. Bytes become text where they are UTF-8. What has no such value (other
-bytes, an infinite number, a map with a key twice) is a `Fault` in its column. Columns that nobody asked for are not read.
+table libraries mark a missing number, becomes None. Bytes become text if they are UTF-8. A value that JSON has nothing for
+(other bytes, an infinite number, a map with a key twice) becomes a `Fault` in its column. Columns that nobody asked for are not
+read.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,63 +37,70 @@ if TYPE_CHECKING:
 
 ROWS_PER_BATCH = 512
 """Rows turned into Python values at a time."""
-HEADS = {"Parquet": (b"PAR1",), "Arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
-"""How a file of each kind may begin."""
+FIRST_BYTES = {"Parquet": (b"PAR1",), "Arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
+"""How a file of each format may begin."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""The last bytes of a whole Arrow stream."""
 
 
 def read_table(path: File, needed_columns: Collection[str] | None = None) -> Iterator[Row | Rejected]:
     """Rows of a Parquet file, or of an Arrow IPC file or stream, with the columns `needed_columns` (None: all).
 
-    Raises DataError where the file is damaged or none.
+    Raises DataError if the file is damaged, or not what its name says.
     """
-    _require_head(path)
-    with _opened(path) as (schema, read_batches):
-        read_columns, unread_columns = split_columns(_names(schema, str(path)), needed_columns)
+    _require_first_bytes(path)
+    with _open_table(path) as (schema, read_batches):
+        read_columns, unread_columns = split_columns(_column_names(schema, str(path)), needed_columns)
         batches = _validate(batch.select(read_columns) for batch in read_batches(read_columns))
-        yield from table_rows(_slices(batches), str(path), unread_columns=unread_columns)
+        yield from table_rows(_small_batches(batches), str(path), unread_columns=unread_columns)
 
 
-def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _small_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The same rows in batches of at most `ROWS_PER_BATCH`: each is turned into Python values as a whole."""
     for batch in batches:
-        for start in range(0, batch.num_rows, ROWS_PER_BATCH):
-            yield batch.slice(start, ROWS_PER_BATCH)
+        for begin in range(0, batch.num_rows, ROWS_PER_BATCH):
+            yield batch.slice(begin, ROWS_PER_BATCH)
 
 
 def count_rows(path: Path) -> int:
-    """Rows of a Parquet or Arrow file, of which only the outline is read. Raises DataError where it is damaged."""
-    with _opened(path) as (_, batches):
-        return sum(batch.num_rows for batch in batches([]))
+    """How many rows a Parquet or Arrow file has. Reads no values. Raises DataError if it is damaged."""
+    with _open_table(path) as (_, read_batches):
+        return sum(batch.num_rows for batch in read_batches([]))
 
 
-def _kind(path: File) -> str:
+def _format_of(path: File) -> str:
+    """The format that the name of a table says: `Parquet` or `Arrow`."""
     return "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
 
 
 @contextmanager
-def _opened(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]]:
-    """The schema of a file, and what reads its batches: of Parquet with the named columns alone, of Arrow, mapped, with all."""
+def _open_table(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]]:
+    """(schema of a file, a function that reads its batches). The function takes the names of columns.
+
+    Of Parquet, only these columns are read. Batches of Arrow have all columns: they are mapped, and those that nobody looks at
+    cost nothing. Errors: DataError.
+    """
     import pyarrow as pa
 
     try:
-        if _kind(path) == "Parquet":
+        if _format_of(path) == "Parquet":
             import pyarrow.parquet as pq
 
             with open_binary(path) as source, pq.ParquetFile(source) as file:
-                # Parquet reads the columns that are asked for; a mapped Arrow file costs nothing for those that
-                # nobody looks at.
                 yield file.schema_arrow, lambda names: file.iter_batches(ROWS_PER_BATCH, columns=names)
         else:
             with pa.memory_map(str(path)) if isinstance(path, Path) else open_binary(path) as source:
                 schema, batches = _arrow_batches(path, source)
                 yield schema, lambda names: batches
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged_file(path, error) from error
 
 
 def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """(schema, batches) of an Arrow IPC file or stream. The library does not notice that a stream is cut off: this does."""
+    """(schema, batches) of an Arrow IPC file or stream. Raises DataError for a stream that is cut off, or does not end there.
+
+    The library does not notice that.
+    """
     import pyarrow as pa
 
     if source.read(6) == b"ARROW1":
@@ -100,7 +109,7 @@ def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.Reco
     source.seek(0)
     stream = pa.ipc.open_stream(source)
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def stream_batches() -> Iterator[pa.RecordBatch]:
         """The batches, then a look at how the stream ends."""
         yield from stream
         end = source.tell()
@@ -108,20 +117,22 @@ def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.Reco
         if source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
             raise DataError(f"{path}: the Arrow stream is cut off: its end mark is missing; copy or make it again")
         if source.read(1):
-            more = source.seek(0, 2) - end
-            raise DataError(f"{path}: {more} bytes follow the end of the Arrow stream; make the file again")
+            file_bytes = source.seek(0, os.SEEK_END)
+            raise DataError(f"{path}: {file_bytes - end} bytes follow the end of the Arrow stream; make the file again")
 
-    return stream.schema, batches()
+    return stream.schema, stream_batches()
 
 
 def split_columns(names: list[str], needed_columns: Collection[str] | None) -> tuple[list[str], tuple[str, ...]]:
     """(columns to read, the other columns). All are read if `needed_columns` is None, or if the file has none of these."""
-    read_columns = [name for name in names if needed_columns is None or name in needed_columns] or names
+    read_columns = names
+    if needed_columns is not None:
+        read_columns = [name for name in names if name in needed_columns] or names
     return read_columns, tuple(name for name in names if name not in read_columns)
 
 
-def _require_head(path: File) -> None:
-    """Raise DataError if a file does not begin as its name promises."""
+def _require_first_bytes(path: File) -> None:
+    """Raise DataError if a file does not begin as one of the format that its name says."""
     try:
         with open_binary(path) as file:
             head = file.read(4096)
@@ -130,20 +141,24 @@ def _require_head(path: File) -> None:
     if not head:
         raise DataError(f"{path}:1: the file is empty (0 bytes)")
     refuse_pointer(path, head)
-    if head.startswith(HEADS[_kind(path)]):
+    file_format = _format_of(path)
+    if head.startswith(FIRST_BYTES[file_format]):
         return
     content = identify(head)
     if content is None:
         content = "JSON text" if head.lstrip()[:1] in (b"{", b"[") else "something else"
-    raise DataError(f"{path}: the name says that it is {_kind(path)}, but it holds {content}; rename it")
+    raise DataError(f"{path}: the name says that it is {file_format}, but it holds {content}; rename it")
 
 
-def _damaged(path: File, error: BaseException) -> DataError:
+def _damaged_file(path: File, error: BaseException) -> DataError:
+    """The error of a table that the library cannot read."""
     if isinstance(path, RemoteFile) and isinstance(error, OSError):
         return DataError(f"{path}: cannot be read: {error}; download the file and give its path")
     lines = str(error).strip().splitlines()
     cause = lines[0] if lines else type(error).__name__
-    return DataError(f"{path}: the {_kind(path)} file is damaged or cut off ({cause[:200]}); copy or make it again")
+    return DataError(
+        f"{path}: the {_format_of(path)} file is damaged or cut off ({cause[:200]}); copy or make it again"
+    )
 
 
 def table_rows(
@@ -156,21 +171,23 @@ def table_rows(
     number = 0
     for batch in batches:
         may_be_too_long = batch.nbytes > MAX_ROW_BYTES  # only then are rows measured one by one
-        names = _names(batch.schema, name)
+        column_names = _column_names(batch.schema, name)
         columns = [_column_values(column) for column in batch.columns]
         rows = zip(*columns, strict=True) if columns else [()] * batch.num_rows
-        for values in rows:
+        for row_values in rows:
             number += 1
-            row = Row(name, number, dict(zip(names, values, strict=True)), unread_columns=unread_columns)
-            size = len(json.dumps(row.fields, ensure_ascii=False, default=str)) if may_be_too_long else 0
-            if size > MAX_ROW_BYTES:
-                yield too_long_row(name, number, repr(row.fields), size)
+            fields = dict(zip(column_names, row_values, strict=True))
+            num_characters = 0
+            if may_be_too_long:
+                num_characters = len(json.dumps(fields, ensure_ascii=False, default=str))
+            if num_characters > MAX_ROW_BYTES:
+                yield too_long_row(name, number, repr(fields), num_characters)
             else:
-                yield row
+                yield Row(name, number, fields, unread_columns=unread_columns)
 
 
 def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Raise ArrowInvalid for buffers that contradict each other: reading them would end the process, not the run.
+    """Hand on Arrow batches whose buffers are sound. Raises ArrowInvalid for others: reading them would end the process.
 
     A text column that is not UTF-8 but sound otherwise passes; `_column_values` finds its rows.
     """
@@ -191,17 +208,17 @@ def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield batch
 
 
-def _names(schema: pa.Schema, name: str) -> list[str]:
-    # A doubled name would lose a column when rows become dictionaries.
-    doubled = sorted({column for column in schema.names if schema.names.count(column) > 1})
-    if doubled or "" in schema.names:
-        what = f"the column {doubled[0]!r} twice" if doubled else "a column without a name"
-        raise DataError(f"{name}: the schema has {what}; every column needs a name of its own")
+def _column_names(schema: pa.Schema, file_name: str) -> list[str]:
+    """The names of a table's columns. Raises DataError for a name that is there twice: rows, as dicts, would lose a column."""
+    doubled_names = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if doubled_names or "" in schema.names:
+        fault = f"the column {doubled_names[0]!r} twice" if doubled_names else "a column without a name"
+        raise DataError(f"{file_name}: the schema has {fault}; every column needs a name of its own")
     return list(schema.names)
 
 
 def _column_values(column: pa.Array) -> list[Any]:
-    """A column as JSON's values, with a `Fault` where there is none."""
+    """The values of an Arrow column as JSON has them, with a `Fault` for each that JSON has nothing for."""
     import pyarrow as pa
 
     try:
@@ -213,13 +230,13 @@ def _column_values(column: pa.Array) -> list[Any]:
         fault = Fault("no_json", f"its type {column.type} cannot be turned into text ({error}); store it as text")
         return [fault if valid else None for valid in column.is_valid().to_pylist()]
     if _is_json_ready(plain_type):
-        with suppress(UnicodeDecodeError, KeyError):  # only where these come is it worth to look value by value
+        with suppress(UnicodeDecodeError, KeyError):  # these say that some value is faulty: look at each
             return list(column.to_pylist(maps_as_pydicts="strict"))
     return [_scalar_value(scalar) for scalar in column]
 
 
 def _scalar_value(scalar: pa.Scalar) -> Any:
-    """A scalar as JSON's value, or as a `Fault`."""
+    """An Arrow scalar as JSON has it, or as a `Fault`."""
     try:
         return _to_json(scalar.as_py(maps_as_pydicts="strict"))
     except UnicodeDecodeError as error:
@@ -231,57 +248,59 @@ def _scalar_value(scalar: pa.Scalar) -> Any:
         return Fault(refusal.reason, refusal.message)
 
 
-def _to_json(value: Any) -> Any:
-    """A Python value of Arrow's as JSON has it. Raises Refusal."""
-    if isinstance(value, float) and not math.isfinite(value):
-        if math.isnan(value):
+def _to_json(node: Any) -> Any:
+    """A Python value that Arrow made, or one inside of it, as JSON has it. Raises Refusal if JSON has nothing for it."""
+    if isinstance(node, float) and not math.isfinite(node):
+        if math.isnan(node):
             return None
-        raise Refusal("nan", f"{value} is not a JSON value; use null or a finite number")
-    if isinstance(value, bytes):
+        raise Refusal("nan", f"{node} is not a JSON value; use null or a finite number")
+    if isinstance(node, bytes):
         try:
-            return decode_utf8(value)
+            return decode_utf8(node)
         except Refusal:
-            content = identify(value[:4096])
+            content = identify(node[:4096])
             hint = f" but {content}" if content else ""
-            raise Refusal("binary", f"{len(value)} bytes that are not UTF-8 text{hint}; store text") from None
-    if isinstance(value, list):
-        return [_to_json(element) for element in value]
-    if isinstance(value, dict):
-        return {str(name): _to_json(element) for name, element in value.items()}
-    return value
+            raise Refusal("binary", f"{len(node)} bytes that are not UTF-8 text{hint}; store text") from None
+    if isinstance(node, list):
+        return [_to_json(element) for element in node]
+    if isinstance(node, dict):
+        return {str(name): _to_json(element) for name, element in node.items()}
+    return node
 
 
-def _is_json_ready(kind: pa.DataType) -> bool:
-    """Whether Python's values of a plain type are JSON's own."""
+def _is_json_ready(arrow_type: pa.DataType) -> bool:
+    """Whether the Python values of a plain Arrow type are JSON's own: texts, whole numbers, true/false, null."""
     from pyarrow import types
 
-    if types.is_struct(kind):
-        return all(_is_json_ready(part.type) for part in kind)
-    if types.is_list(kind) or types.is_large_list(kind):
-        return _is_json_ready(kind.value_type)
-    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return is_text or types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind)
+    if types.is_struct(arrow_type):
+        return all(_is_json_ready(field.type) for field in arrow_type)
+    if types.is_list(arrow_type) or types.is_large_list(arrow_type):
+        return _is_json_ready(arrow_type.value_type)
+    is_text = types.is_string(arrow_type) or types.is_large_string(arrow_type) or types.is_string_view(arrow_type)
+    return is_text or types.is_integer(arrow_type) or types.is_boolean(arrow_type) or types.is_null(arrow_type)
 
 
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    """The Arrow type to which values of `kind` are cast before they become Python values. Raises TypeError."""
+def _plain_type(arrow_type: pa.DataType) -> pa.DataType:
+    """The type to which values of an Arrow type are cast before they become Python values. Raises TypeError if there is none."""
     import pyarrow as pa
     from pyarrow import types
 
-    if types.is_dictionary(kind):
-        return _plain_type(kind.value_type)
-    if isinstance(kind, pa.BaseExtensionType):
-        return _plain_type(kind.storage_type)
-    if types.is_date(kind) or types.is_time(kind) or types.is_timestamp(kind) or types.is_decimal(kind):
+    if types.is_dictionary(arrow_type):
+        return _plain_type(arrow_type.value_type)
+    if isinstance(arrow_type, pa.BaseExtensionType):
+        return _plain_type(arrow_type.storage_type)
+    is_point_in_time = types.is_date(arrow_type) or types.is_time(arrow_type) or types.is_timestamp(arrow_type)
+    if is_point_in_time or types.is_decimal(arrow_type):
         return pa.string()
-    if types.is_large_list(kind):
-        return pa.large_list(_plain_type(kind.value_type))
-    if types.is_list(kind) or types.is_fixed_size_list(kind):
-        return pa.list_(_plain_type(kind.value_type))
-    if types.is_map(kind):
-        return pa.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
-    if types.is_struct(kind):
-        return pa.struct([pa.field(part.name, _plain_type(part.type)) for part in kind])
-    if types.is_nested(kind) or types.is_interval(kind) or types.is_duration(kind) or types.is_run_end_encoded(kind):
-        raise TypeError(f"no rule turns {kind} into JSON")
-    return kind
+    if types.is_large_list(arrow_type):
+        return pa.large_list(_plain_type(arrow_type.value_type))
+    if types.is_list(arrow_type) or types.is_fixed_size_list(arrow_type):
+        return pa.list_(_plain_type(arrow_type.value_type))
+    if types.is_map(arrow_type):
+        return pa.map_(_plain_type(arrow_type.key_type), _plain_type(arrow_type.item_type))
+    if types.is_struct(arrow_type):
+        return pa.struct([pa.field(field.name, _plain_type(field.type)) for field in arrow_type])
+    is_span_of_time = types.is_interval(arrow_type) or types.is_duration(arrow_type)
+    if is_span_of_time or types.is_nested(arrow_type) or types.is_run_end_encoded(arrow_type):
+        raise TypeError(f"no rule turns {arrow_type} into JSON")
+    return arrow_type

@@ -1,9 +1,9 @@
-"""JSON files: one object a line, or one list of objects, both streamed; UTF-8 and JSON read strictly (RFC 8259, RFC 3629).
+"""Reads JSON files: one object a line, or one list of objects, both streamed; UTF-8 and JSON strictly (RFC 8259, RFC 3629).
 
 `orjson` reads a row. It keeps the last of two values of a doubled key without a word, and rounds whole numbers beyond 64
-bits; where a count says that either may be, and where `orjson` refuses the row, the json module reads it again. What one
-column cannot take (a doubled key, NaN, numbers that overflow, halves of surrogate pairs, deep nesting) stands as a `Fault` in
-its place: it makes the row unusable only if that column is read.
+bits. If a count says that it may have done so, or if `orjson` refuses the row, the json module reads the row again. A value that
+cannot be used (with a doubled key, NaN, numbers that overflow, halves of surrogate pairs, deep nesting) is replaced by a
+`Fault`: it makes the row unusable only if its column is read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ _EXACT = 2.0**63
 _TOO_DEEP = Fault("nested_too_deep", f"lists and objects are nested deeper than {MAX_DEPTH} levels")
 _LONE_SURROGATE = Fault("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)[ \t\r\n]*+|[][{},]', re.DOTALL)
-"""A text and the blanks after it, whose last quote may still be to be read, or what nests and parts values."""
+"""A text and the blanks after it, or a sign that nests or separates values.
+
+Group 1 is None for a sign, empty for a text whose closing quote has not been read yet, else the closing quote.
+"""
+_DEPTH_CHANGE = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
+"""By how much a sign changes the depth of nesting; others do not."""
 _AFTER_TEXT = b",:]}"
 """What may follow a text. Anything else says that a quote is missing or one too many, which turns texts inside out."""
 
@@ -53,7 +58,7 @@ class Line(Row):
 
 
 def read_json_lines(path: File) -> Iterator[Row | Rejected]:
-    """One row a line that is not blank, unparsed. Lines above 64 MiB are bad rows. Raises DataError."""
+    """One row for each line that is not blank, unparsed. A line above 64 MiB is a bad row. Raises DataError."""
     name = str(path)
     number = 0
     with open_text(path) as stream:
@@ -74,7 +79,7 @@ def _skip_line(stream: BinaryIO, raw: bytes) -> int:
 
 
 def read_json(path: File) -> Iterator[Row | Rejected]:
-    """A list of objects; or, under the same name, one object a line. Raises DataError with the line."""
+    """Rows of a `.json` file: the elements of a list, or one object a line. Raises DataError with the line."""
     number, first_line = _first_line(path)
     if first_line.startswith(b"["):
         return _list_rows(path)
@@ -89,7 +94,7 @@ def read_json(path: File) -> Iterator[Row | Rejected]:
 
 
 def _first_line(path: File) -> tuple[int, bytes]:
-    """Number of the first line that is not blank, and its bytes without blanks around them."""
+    """(number of the first line that is not blank, its bytes without blanks around them); empty bytes if there is none."""
     number = 0
     with open_text(path) as stream:
         while raw := stream.readline(MAX_ROW_BYTES):
@@ -100,91 +105,97 @@ def _first_line(path: File) -> tuple[int, bytes]:
 
 
 def _list_rows(path: File) -> Iterator[Row | Rejected]:
-    """One row for each element of a list, unparsed: what stands between its commas. An element that is no JSON is a bad row.
+    """One row for each element of a list, unparsed: the bytes between its commas. An element that is not JSON is a bad row.
 
-    Raises DataError where one element cannot be separated from the next.
+    Goes from token to token and counts brackets. Raises DataError if one element cannot be separated from the next.
     """
-    data = b""  # what was read, from a little before the element on
-    start = 0  # where the element begins in `data`
+    buffer = b""  # what was read, from the current element on
+    begin = 0  # where the element begins in `buffer`
     position = 0  # where to look for the next token
-    line = 1  # of data[start] in the file
+    line = 1  # of buffer[begin] in the file
     depth = -1  # -1 before the list's own bracket, 0 between its elements
     has_elements = False
     with open_text(path) as stream:
         while True:
-            token = _TOKEN.search(data, position)
-            # A text at the very end of the data may go on, or be followed by something that is yet to be read.
-            if token is None or token[1] == b"" or (token[1] and token.end() == len(data)):
-                position = (token.start() if token else len(data)) - start
-                data = _read_on(path, stream, data[start:], line)
-                start = 0
+            token = _TOKEN.search(buffer, position)
+            # A text at the very end of the buffer may go on, or be followed by something that is yet to be read.
+            if token is None or token[1] == b"" or (token[1] and token.end() == len(buffer)):
+                next_token = len(buffer) if token is None else token.start()
+                position = next_token - begin
+                buffer = _read_more(path, stream, buffer[begin:], line)
+                begin = 0
                 continue
-            if token[1] and data[token.end()] not in _AFTER_TEXT:
+            if token[1] and buffer[token.end()] not in _AFTER_TEXT:
                 message = (
                     "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one "
                     "too many"
                 )
-                raise _broken_list(path, line, data[start : token.start()], message)
+                raise _broken_list(path, line, buffer[begin : token.start()], message)
+
             sign = token[0]
             position = token.end()
-            if depth > 0:
-                depth += (sign in (b"[", b"{")) - (sign in (b"]", b"}"))
+            if depth > 0:  # inside an element
+                depth += _DEPTH_CHANGE.get(sign, 0)
                 continue
-            element = data[start : token.start()]
+
+            element = buffer[begin : token.start()]
             if depth < 0:
                 depth = 0  # the bracket that `read_json` saw
-            elif sign not in (b",", b"]"):
+            elif sign not in (b",", b"]"):  # an element goes on
                 if element.strip() or sign == b"}":
                     raise _broken_list(path, line, element, "',' and an object, or ']' expected")
-                depth += sign in (b"[", b"{")
+                depth += _DEPTH_CHANGE.get(sign, 0)
                 continue
-            elif raw := element.strip():
+            elif raw := element.strip():  # an element ends
                 has_elements = True
-                number = line + element[: element.index(raw)].count(b"\n")
+                blanks_before = element[: element.index(raw)]
+                number = line + blanks_before.count(b"\n")
                 if len(raw) <= MAX_ROW_BYTES:
                     yield Line(str(path), number, raw=raw)
                 else:
                     yield too_long_row(str(path), number, raw[:1000], len(raw))
             elif sign == b"," or has_elements:
-                before = "another" if sign == b"," else "the closing bracket"
-                raise _broken_list(path, line, element, f"a comma before {before} is not allowed")
-            start = position
+                following = "another" if sign == b"," else "the closing bracket"
+                raise _broken_list(path, line, element, f"a comma before {following} is not allowed")
+            begin = position
             line += element.count(b"\n")
             if sign == b"]":
                 break
-        _require_end(path, stream, data[start:], line)
+        _require_end(path, stream, buffer[begin:], line)
 
 
-def _read_on(path: File, stream: BinaryIO, element: bytes, line: int) -> bytes:
-    """Read more of an element that begins on this line; returns its beginning with what follows. Raises DataError at the end."""
+def _read_more(path: File, stream: BinaryIO, element: bytes, line: int) -> bytes:
+    """What was read of an element, which begins on `line`, and the bytes that follow it. Raises DataError at the end."""
     blanks = element[: len(element) - len(element.lstrip())]
     if len(element) > 2 * MAX_ROW_BYTES:
-        limit = MAX_ROW_BYTES >> 20
-        raise _broken_list(path, line, blanks, f"the element that starts here is longer than {limit} MiB or never ends")
-    # Reads double each time, because a long element is looked at again from its start.
-    more = stream.read(max(BUFFER, len(element)))
-    if not more:
+        limit_mib = MAX_ROW_BYTES >> 20
+        raise _broken_list(
+            path, line, blanks, f"the element that starts here is longer than {limit_mib} MiB or never ends"
+        )
+    # Reads double each time, because a long element is looked at again from its beginning.
+    following = stream.read(max(BUFFER, len(element)))
+    if not following:
         raise _broken_list(
             path, line, blanks, "what starts here is cut off, or a quote or a bracket of it is never closed"
         )
-    return element + more
+    return element + following
 
 
-def _require_end(path: File, stream: BinaryIO, rest: bytes, line: int) -> None:
-    """Raise DataError if anything but blanks follows the list; `rest`, on this line, was read already."""
-    while not rest.strip():
-        line += rest.count(b"\n")
-        rest = stream.read(BUFFER)
-        if not rest:
+def _require_end(path: File, stream: BinaryIO, following: bytes, line: int) -> None:
+    """Raise DataError if anything but blanks follows the list. `following`, which begins on `line`, was read already."""
+    while not following.strip():
+        line += following.count(b"\n")
+        following = stream.read(BUFFER)
+        if not following:
             return
-    blanks = rest[: len(rest) - len(rest.lstrip())]
+    blanks = following[: len(following) - len(following.lstrip())]
     raise _broken_list(path, line, blanks, "text after the end of the list")
 
 
 def _broken_list(path: File, line: int, before: bytes, message: str) -> DataError:
-    """The error of a list whose trouble comes after the bytes `before`, which begin on `line`."""
-    number = line + before.count(b"\n")
-    return DataError(f"{path}:{number}: not valid JSON: {message}; rows from here on cannot be separated")
+    """The error of a list with a mistake after the bytes `before`, which begin on `line`."""
+    error_line = line + before.count(b"\n")
+    return DataError(f"{path}:{error_line}: not valid JSON: {message}; rows from here on cannot be separated")
 
 
 class _ObjectWithDoubledKeys(dict[str, Any]):
@@ -207,27 +218,28 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     try:
         row = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
-        location = f"{line}column {error.colno}"
-        raise Refusal("not_json", f"not valid JSON: {error.msg} ({location}){_hint(text, error)}") from None
+        position = f"column {error.colno}"
+        if error.lineno > 1:
+            position = f"line {error.lineno} of the row, {position}"
+        raise Refusal("not_json", f"not valid JSON: {error.msg} ({position}){_hint(text, error)}") from None
     except RecursionError:
         raise Refusal(_TOO_DEEP.reason, _TOO_DEEP.message) from None
     if not isinstance(row, dict):
         raise Refusal("not_an_object", f"a row must be an object with named fields, and is {show_value(row)}")
-    fault = _fault_in([*row])  # in the names of the columns
+    fault = _first_fault([*row])  # in the names of the columns
     if fault is not None:
         raise Refusal(fault.reason, fault.message)
-    fields = {name: _fault_in(column) or column for name, column in row.items()}
+    fields = {name: _first_fault(column) or column for name, column in row.items()}
     for name in getattr(row, "doubled_keys", ()):
         fields[name] = _duplicate_key(name)
     return fields
 
 
 def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
-    """Whether `orjson` lost nothing: no key that was there twice, no rounded number; and no deep nesting.
+    """Whether `orjson` lost nothing when it read `raw`: no key that was there twice, no rounded number; and no deep nesting.
 
-    Every key has a colon behind it, and texts may hold more. If the bytes have as many, no key is missing. Only an
-    escaped colon could make up for one.
+    Every key has a colon behind it, and texts may contain more. If the bytes have as many colons as that, no key is missing.
+    Only an escaped colon (`\\u003a`) in a text could make up for a lost one.
     """
     num_colons = 0
     num_containers = 0
@@ -238,20 +250,20 @@ def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
         if type(container) is dict:
             num_colons += len(container)
             container = container.values()
-        for value in container:
-            kind = type(value)
-            if kind is str:
-                num_colons += value.count(":")
-            elif kind is dict or kind is list:
-                stack.append(value)
-            elif kind is float and not -_EXACT < value < _EXACT:
+        for node in container:
+            node_type = type(node)  # `is` instead of isinstance: this runs for every value of every row
+            if node_type is str:
+                num_colons += node.count(":")
+            elif node_type is dict or node_type is list:
+                stack.append(node)
+            elif node_type is float and not -_EXACT < node < _EXACT:
                 return False
     # So few containers cannot be nested too deeply, which is the usual case.
-    is_shallow = num_containers <= MAX_DEPTH or all(_fault_in(value) is None for value in fields.values())
+    is_shallow = num_containers <= MAX_DEPTH or all(_first_fault(column) is None for column in fields.values())
     return num_colons == raw.count(b":") and is_shallow and b"\\u003" not in raw
 
 
-def _fault_in(column: Any) -> Fault | None:
+def _first_fault(column: Any) -> Fault | None:
     """The first fault in the value of a column, searched level by level; None if it is sound. The row counts as one level."""
     level = [column]
     depth = 1
@@ -263,7 +275,7 @@ def _fault_in(column: Any) -> Fault | None:
                 return node
             if isinstance(node, _ObjectWithDoubledKeys):
                 return _duplicate_key(node.doubled_keys[0])
-            if isinstance(node, str) and not node.isascii() and any("\ud800" <= c <= "\udfff" for c in node):
+            if isinstance(node, str) and _has_lone_surrogate(node):
                 return _LONE_SURROGATE
             if isinstance(node, dict):
                 next_level += (*node, *node.values())
@@ -279,8 +291,13 @@ def _fault_in(column: Any) -> Fault | None:
     return None
 
 
+def _has_lone_surrogate(text: str) -> bool:
+    """Whether a text has half a surrogate pair; Python joins the halves of whole pairs."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _hint(text: str, error: json.JSONDecodeError) -> str:
-    """A hint at the mistake that the writer probably made; empty if the place of the error does not tell."""
+    """A hint at the mistake that whoever wrote the row probably made; empty if the position of the error does not tell."""
     position = error.pos
     character = text[position : position + 1]
     end = len(text.rstrip())
@@ -303,21 +320,25 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
 
 
 def _duplicate_key(name: str) -> Fault:
+    """The fault of an object that has a key twice."""
     return Fault("duplicate_key", f"an object has the key {name[:60]!r} twice; only one can be meant")
 
 
-def _constant(name: str) -> Fault:
+def _parse_constant(name: str) -> Fault:
+    """The fault that NaN and Infinity become, which Python's json would read."""
     return Fault("nan", f"{name} is not a JSON value; use null or a number")
 
 
-def _float(digits: str) -> float | Fault:
+def _parse_float(digits: str) -> float | Fault:
+    """A number with a point or an exponent; a fault if it is too large."""
     number = float(digits)
     if math.isinf(number):
         return Fault("number_too_large", f"the number {digits:.24} is beyond what a float can hold (1.8e308)")
     return number
 
 
-def _int(digits: str) -> int | Fault:
+def _parse_int(digits: str) -> int | Fault:
+    """A whole number; a fault if it is too large."""
     if len(digits) > MAX_DIGITS:
         return Fault("number_too_large", f"the whole number {digits:.24}... has more than {MAX_DIGITS} digits")
     return int(digits)
@@ -335,6 +356,9 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(
-    parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_make_object
+    parse_constant=_parse_constant,
+    parse_float=_parse_float,
+    parse_int=_parse_int,
+    object_pairs_hook=_make_object,
 )
 """Reads JSON strictly; what it refuses stands as a `Fault` in its place, a doubled object as a `_ObjectWithDoubledKeys`."""

@@ -1,6 +1,6 @@
-"""Opening files, plain or compressed, here or elsewhere, as one stream of bytes; telling by first bytes what they are.
+"""Opens files, plain or compressed, local or remote, as one stream of bytes; tells by the first bytes what they hold.
 
-A name that promises something else than the bytes hold is refused before a row is read. Reading streams; compressed
+A file whose name says something else than its bytes is refused before a row is read. Reading streams; compressed
 files may have several members or frames, a zip archive has one file. Sources: RFC 1952 (gzip), RFC 8878 (Zstandard).
 """
 
@@ -63,8 +63,9 @@ COMPRESSION = {suffix: name for _, name, suffix in _FILE_TYPES[:5]}
 
 
 def compression_of(path: File) -> str:
-    """The suffix of a file's compression; empty where its name has none."""
-    return path.suffix.lower() if path.suffix.lower() in COMPRESSION else ""
+    """The suffix of a file's compression, such as `.gz`; empty if its name has none."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSION else ""
 
 
 def require_regular(path: Path) -> None:
@@ -74,8 +75,8 @@ def require_regular(path: Path) -> None:
     except OSError as error:
         raise unreadable_file(path, error) from error
     if not stat.S_ISREG(mode):
-        kind = "a named pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
-        raise DataError(f"{path}: is {kind}; data is read more than once, so write it to a regular file first")
+        file_type = "a named pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+        raise DataError(f"{path}: is {file_type}; data is read more than once, so write it to a regular file first")
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -104,9 +105,11 @@ def identify(head: bytes) -> str | None:
         if pattern.match(head):
             return name
     # UTF-16 without a byte order mark: in Latin text every other byte is 0.
-    even_zeros = head[0::2].count(0)
-    odd_zeros = head[1::2].count(0)
-    if len(head) >= 4 and min(even_zeros, odd_zeros) == 0 and max(even_zeros, odd_zeros) > 0.3 * len(head) / 2:
+    if len(head) < 4:
+        return None
+    fewer_zeros, more_zeros = sorted((head[0::2].count(0), head[1::2].count(0)))
+    num_characters = len(head) / 2
+    if fewer_zeros == 0 and more_zeros > 0.3 * num_characters:
         return "UTF-16 text"
     return None
 
@@ -121,10 +124,10 @@ def open_binary(path: File) -> io.BufferedReader:
 
 @contextmanager
 def open_text(path: File) -> Iterator[io.BufferedReader]:
-    """The file's bytes, decompressed, positioned after a UTF-8 byte order mark.
+    """A stream of the file's bytes, decompressed, positioned after a UTF-8 byte order mark.
 
-    Raises DataError: cannot be read, not compressed as its name says or the other way round, an image, UTF-16 and so
-    on; also, while the caller reads, for a file that is cut off or damaged.
+    Raises DataError if the file cannot be read, is not compressed as its name says or the other way round, or is an image, UTF-16
+    and so on. Also, while the caller reads, if it is cut off or damaged.
     """
     try:
         with open_binary(path) as file:
@@ -135,8 +138,8 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
             compression = compression_of(path)
             content = identify(head)
             if compression and content != COMPRESSION[compression]:
-                what = f"it holds {content}" if content else "it is not compressed"
-                raise DataError(f"{path}: the name says that it is {COMPRESSION[compression]}, but {what}; rename it")
+                fault = f"it holds {content}" if content else "it is not compressed"
+                raise DataError(f"{path}: the name says that it is {COMPRESSION[compression]}, but {fault}; rename it")
             with _decompressed(path, file, compression) as stream:
                 # Again after decompression: a compressed image is an image.
                 head = stream.peek(HEAD)[:HEAD]
@@ -175,7 +178,10 @@ def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.B
 
 
 def expansion(path: Path) -> float:
-    """Decompressed bytes for each byte of the file, judged by its first MiB; 1 for what is not compressed. Raises DataError."""
+    """How many decompressed bytes a byte of the file stands for, judged by its first MiB; 1 for a file that is not compressed.
+
+    Raises DataError.
+    """
     suffix = compression_of(path)
     if not suffix:
         return 1.0
@@ -188,15 +194,18 @@ def expansion(path: Path) -> float:
             head = file.read(BUFFER)
         # The head ends amid the data, which the decompressor reports as an error at last.
         with suppress(*_UNREADABLE), _decompressed(path, io.BufferedReader(io.BytesIO(head)), suffix) as stream:
-            while part := stream.read1(1 << 16):
-                decompressed_bytes += len(part)
+            while chunk := stream.read1(1 << 16):
+                decompressed_bytes += len(chunk)
     except _UNREADABLE as error:
         raise unreadable_file(path, error) from error
     return max(1.0, decompressed_bytes / max(1, len(head)))
 
 
 class _MemberReader(io.RawIOBase):
-    """Compressed members one behind the other; unlike the library's own reader it refuses what follows them."""
+    """Reads a bzip2 or xz file, which may have several compressed members one behind the other.
+
+    Unlike the library's own reader it refuses other bytes behind them.
+    """
 
     def __init__(self, file: io.BufferedReader, make_decompressor: Callable[[], Any]) -> None:
         self.file = file
@@ -207,7 +216,10 @@ class _MemberReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Bytes of the next part; 0 at the end. Raises EOFError for a member that is cut off."""
+        """Fill the buffer as far as one step of decompression goes; returns the bytes written, 0 at the end of the file.
+
+        Raises EOFError for a member that is cut off.
+        """
         while True:
             compressed = b""
             # One member has ended; the next begins in what it did not use.
@@ -220,10 +232,10 @@ class _MemberReader(io.RawIOBase):
                 compressed = self.file.read(BUFFER)
                 if not compressed:
                     raise EOFError
-            part = self.decompressor.decompress(compressed, len(buffer))
-            if part:
-                buffer[: len(part)] = part
-                return len(part)
+            decompressed = self.decompressor.decompress(compressed, len(buffer))
+            if decompressed:
+                buffer[: len(decompressed)] = decompressed
+                return len(decompressed)
 
     def _next_member(self) -> bytes:
         """The first bytes after a member that has ended, without padding; empty at the end of the file."""
@@ -248,9 +260,9 @@ def decode_utf8(raw: bytes) -> str:
         raise Refusal("not_utf8", message) from None
 
 
-def too_long_row(name: str, line: int, start: bytes | str, length: int) -> Rejected:
-    """A row of `length` bytes, which begins with `start`, as one that cannot be read."""
-    message = f"the row has {length / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
+def too_long_row(name: str, line: int, start: bytes | str, size_bytes: int) -> Rejected:
+    """A row of more than `MAX_ROW_BYTES`, which begins with `start`, as one that cannot be read."""
+    message = f"the row has {size_bytes / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
     return Rejected(name, line, "too_long", message, excerpt(start))
 
 
@@ -269,7 +281,7 @@ def _remedy(path: File, content: str) -> str:
 
 
 def unreadable_file(path: File, error: BaseException) -> DataError:
-    """A failure of the operating system or of a decompressor, as a message that names the file and what to do."""
+    """The error for a file that the operating system or a decompressor cannot read, with the file and what to do."""
     if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
         return DataError(f"{path}: the compressed file is cut off before its end; copy or make it again")
     # An OSError without a message of the system comes from a decompressor.

@@ -40,22 +40,24 @@ _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 @dataclass(slots=True)
 class Origin:
-    """Files and hub data sets in reading order, with the subset, split and revision of a hub data set."""
+    """The files or hub data sets that one setting names, in reading order."""
 
     key: str
     """The setting that names them, for messages."""
     paths: list[File]
     subset: str | None = None
+    """Configuration of a hub data set."""
     split: str | None = None
-    """May be left out where a hub data set has only one."""
+    """Split of a hub data set; may be left out if it has only one."""
     revision: str | None = None
+    """Tag or commit of a hub data set."""
     streaming: bool = False
     """Whether hub data sets are read from the hub, by their commit, and not from a copy in its cache."""
 
     def rows(self, needed_columns: Collection[str] | None = None) -> Iterator[Row | Rejected]:
-        """All rows, in order, streamed; of tables the columns `needed_columns` (None: all). Rows of JSON lines come unparsed.
+        """All rows, in order, streamed; of tables only the columns `needed_columns` (None: all). Rows of JSON come unparsed.
 
-        Raises DataError, naming the file, for whatever concerns a file as a whole or leaves its further rows unknown.
+        Raises DataError, with the file, if a file as a whole cannot be used, or its further rows cannot be told apart.
         """
         for path in self.paths:
             num_rows = 0
@@ -69,17 +71,17 @@ class Origin:
         """Rows of one file or hub data set, by the reader of its kind."""
         if is_hub(path):
             return self._hub_rows(path, needed_columns)
-        kind = kind_of(path) or ""  # `expand` lets no other names pass
-        if kind in COLUMN_KINDS:
-            return _READERS[kind](path, needed_columns)
-        return _READERS[kind](path)
+        file_kind = kind_of(path) or ""  # `expand` lets no other names pass
+        if file_kind in COLUMN_KINDS:
+            return _READERS[file_kind](path, needed_columns)
+        return _READERS[file_kind](path)
 
     def identity(self, digest: Callable[[Path], str]) -> list[tuple[str, str]]:
-        """What the fingerprint covers: kinds and contents, not names. `digest` gives the SHA-256 of a file.
+        """What the fingerprint of prepared data covers: (kind, content) of each file. `digest` gives the SHA-256 of a file.
 
-        The kind is the suffix with that of the compression; of a text file the whole name, which becomes the title. A file
-        elsewhere gives a text that changes with its content, a hub data set its name, the version loaded and its size, or, where
-        it is streamed, its commit.
+        The kind is the suffix with that of the compression; of a text file it is the whole name, which becomes the title. Of a
+        remote file, the content is a text that changes with it. Of a hub data set, it is the name, the loaded version and the
+        size, or, if it is streamed, the commit.
         """
         identities = []
         for path in self.paths:
@@ -87,47 +89,52 @@ class Origin:
                 identities.append(self._hub_identity(path))
                 continue
             content = path.identity() if isinstance(path, RemoteFile) else digest(path)
-            kind = path.name if kind_of(path) in TEXT_KINDS else f"{kind_of(path)}{compression_of(path)}"
-            identities.append((kind, content))
+            file_kind = f"{kind_of(path)}{compression_of(path)}"
+            if kind_of(path) in TEXT_KINDS:
+                file_kind = path.name
+            identities.append((file_kind, content))
         return identities
 
     def _hub_identity(self, path: File) -> tuple[str, str]:
-        """(kind, text that differs between versions of a hub data set)."""
+        """(kind, a text that differs between versions of a hub data set); see `identity`."""
         name = str(path).removeprefix(PREFIX)
         if self.streaming:  # the commit says all, and the hub need not be reached
-            return "hub stream", _joined_text(name, self.subset, self.split, self.revision)
+            return "hub stream", _join_with_colons(name, self.subset, self.split, self.revision)
         dataset = self.dataset(path)
         version = dataset.version if dataset.version is not None else ""
         split = dataset.split or self.split
         content = content_fingerprint(dataset)
-        return "hub", _joined_text(name, self.subset, split, self.revision, version, content, dataset.num_rows)
+        return "hub", _join_with_colons(name, self.subset, split, self.revision, version, content, dataset.num_rows)
 
     def size(self) -> int:
-        """Bytes, roughly."""
-        return sum(HUB_SIZE_BYTES if is_hub(path) else _size(path) for path in self.paths)
+        """About how many bytes the files have; a hub data set counts as 1 GiB."""
+        return sum(HUB_SIZE_BYTES if is_hub(path) else _file_bytes(path) for path in self.paths)
 
     def extent(self) -> tuple[float, int]:
-        """How much there is to read: bytes of text, decompressed (an estimate), and rows of tables, whose bytes tell little."""
+        """How much there is to read: (bytes of text, decompressed, an estimate; rows of tables, whose bytes tell little)."""
         text_bytes = 0.0
         table_rows = 0
         for path in self.paths:
             if is_hub(path):
-                table_rows += self._count(self.dataset(path))
+                table_rows += self._num_rows(self.dataset(path))
             elif isinstance(path, RemoteFile):
                 text_bytes += path.size()
             elif kind_of(path) in COLUMN_KINDS:
                 table_rows += count_rows(path)
             else:
-                text_bytes += _size(path) * expansion(path)
+                text_bytes += _file_bytes(path) * expansion(path)
         return text_bytes, table_rows
 
     def files(self, digest: Callable[[Path], str]) -> list[dict[str, Any]]:
-        """Names, sizes and digests, for the records."""
+        """{"path", "bytes", "sha256"} of each file, as far as they are known, for the audit.
+
+        `digest` gives the SHA-256 of a file.
+        """
         records: list[dict[str, Any]] = []
         for path in self.paths:
             record: dict[str, Any] = {"path": str(path)}
             if not is_hub(path):
-                record["bytes"] = _size(path)
+                record["bytes"] = _file_bytes(path)
                 if isinstance(path, Path):
                     record["sha256"] = digest(path)
             records.append(record)
@@ -137,26 +144,27 @@ class Origin:
         """Rows of a hub data set, numbered from 1, with values as in `columnar`."""
         dataset = self.dataset(path)
         split = str(dataset.split or self.split or "")
-        place = "/".join(part for part in (str(path), self.subset, split) if part)
-        names: list[str] = dataset.column_names
-        if not names:  # a stream may only know its columns once it is read
-            names = next((table.column_names for table in self._tables(dataset, place)), [])
-        read_columns, unread_columns = split_columns(names, needed_columns)
-        tables = self._tables(dataset.select_columns(read_columns), place)
+        # What stands in place of a file name in messages: hub:NAME/SUBSET/SPLIT.
+        full_name = "/".join(filter(None, (str(path), self.subset, split)))
+        column_names: list[str] = dataset.column_names
+        if not column_names:  # a stream may only know its columns once it is read
+            column_names = next((table.column_names for table in self._tables(dataset, full_name)), [])
+        read_columns, unread_columns = split_columns(column_names, needed_columns)
+        tables = self._tables(dataset.select_columns(read_columns), full_name)
         batches = itertools.chain.from_iterable(table.combine_chunks().to_batches() for table in tables)
-        return table_rows(batches, place, unread_columns=unread_columns)
+        return table_rows(batches, full_name, unread_columns=unread_columns)
 
-    def _tables(self, dataset: Any, place: str) -> Iterator[Any]:
-        """The rows of a hub data set as Arrow tables. Raises DataError where a stream breaks off."""
+    def _tables(self, dataset: Any, full_name: str) -> Iterator[Any]:
+        """The rows of a hub data set as Arrow tables. Raises DataError, with its `full_name`, if a stream breaks off."""
         try:
             yield from dataset.with_format("arrow").iter(ROWS_PER_BATCH)
         except Exception as error:
             if not self.streaming or isinstance(error, DataError):
                 raise
-            raise _load_error(place, error, streaming=True) from error
+            raise _load_error(full_name, error, streaming=True) from error
 
-    def _count(self, dataset: Any) -> int:
-        """Rows; 0 of a stream that does not say how many it has."""
+    def _num_rows(self, dataset: Any) -> int:
+        """How many rows a hub data set has; 0 for a stream that does not say."""
         if not self.streaming:
             return int(dataset.num_rows)
         split_info = (dataset.info.splits or {}).get(str(dataset.split))
@@ -181,10 +189,10 @@ class Origin:
                 name, self.subset, split=self.split, revision=self.revision, streaming=self.streaming
             )
         except Exception as error:
-            settings = {"config": self.subset, "split": self.split, "revision": self.revision}
-            described = ", ".join(f"{word} {setting!r}" for word, setting in settings.items() if setting)
-            what = f"{path} ({described})" if described else str(path)
-            raise _load_error(what, error, streaming=self.streaming) from error
+            options = {"config": self.subset, "split": self.split, "revision": self.revision}
+            shown_options = ", ".join(f"{name} {option!r}" for name, option in options.items() if option)
+            full_name = f"{path} ({shown_options})" if shown_options else str(path)
+            raise _load_error(full_name, error, streaming=self.streaming) from error
         finally:
             if had_progress_bars:
                 datasets.enable_progress_bars()
@@ -195,26 +203,27 @@ class Origin:
         return next(iter(loaded.values()))
 
 
-def _joined_text(*parts: Any) -> str:
-    """The parts with colons between them; None is an empty part."""
-    return ":".join("" if part is None else str(part) for part in parts)
+def _join_with_colons(*fields: Any) -> str:
+    """The fields as one text with colons between them; None is an empty field."""
+    return ":".join("" if field is None else str(field) for field in fields)
 
 
-def _size(path: File) -> int:
+def _file_bytes(path: File) -> int:
+    """Size of a local or remote file in bytes."""
     return path.size() if isinstance(path, RemoteFile) else path.stat().st_size
 
 
-def _load_error(what: str, error: Exception, *, streaming: bool = False) -> DataError:
-    """The cause in a line, and what to do about it."""
+def _load_error(full_name: str, error: Exception, *, streaming: bool = False) -> DataError:
+    """The error for a hub data set that `datasets` could not load: the cause in a line, and what to do about it."""
     text = str(error).strip()
     cause = text.splitlines()[0][:300] if text else type(error).__name__
     # By name, because the classes live in several libraries, which are not imported here.
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+    class_names = {error_class.__name__ for error_class in type(error).__mro__}
     is_offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE)
-    is_unreached = is_offline or bool(kinds & UNREACHED_ERRORS)
-    if "DatasetNotFoundError" in kinds and not is_offline:
+    is_unreached = is_offline or bool(class_names & UNREACHED_ERRORS)
+    if "DatasetNotFoundError" in class_names and not is_offline:
         remedy = "check the name; for a private or gated data set, log in with a token that has access (HF_TOKEN)"
-    elif "onfig" in cause and "ValueError" in kinds and "ConnectionError" not in kinds:
+    elif "onfig" in cause and "ValueError" in class_names and "ConnectionError" not in class_names:
         remedy = f"name one of its configs; the message says which there are: {' '.join(text.split())[:600]}"
     elif "split" in cause.lower():
         remedy = "name a split that it has"
@@ -234,4 +243,4 @@ def _load_error(what: str, error: Exception, *, streaming: bool = False) -> Data
         )
     else:
         remedy = "download its files and give their path if this keeps happening"
-    return DataError(f"{what} cannot be loaded: {cause}; {remedy}")
+    return DataError(f"{full_name} cannot be loaded: {cause}; {remedy}")

@@ -1,8 +1,8 @@
-"""Path values become files: files, directories, globs and lists of these; hub names stay as they are.
+"""Finds the files that path settings name: files, directories, globs and lists of these; hub names stay as they are.
 
 Nothing that could be data is passed over in silence: broken links, loops of links, pipes and directories that cannot be
-read are errors. Passed over by rule: hidden names, names of other kinds in a directory, and `README`, `LICENSE` and the
-like beside data files.
+read are errors. Some files are passed over by rule: hidden ones, files of other kinds in a directory, and `README`, `LICENSE`
+and the like beside data files.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ SUPPORTED = (
 """For messages: the names that can be read."""
 PREFIX = "hub:"
 """What a data path begins with that names a data set of the hub."""
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
-_ABOUT_FILES = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
+_README_LIKE = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
 
 
 def kind_of(path: File) -> str | None:
@@ -47,16 +45,16 @@ def kind_of(path: File) -> str | None:
     return kind if kind in kinds else None
 
 
-def is_address(value: str) -> bool:
-    """Whether a path value names a file on another machine."""
-    return _ADDRESS.match(value) is not None
+def is_address(path: str) -> bool:
+    """Whether a path names a file on another machine, such as `s3://bucket/file`."""
+    return _ADDRESS.match(path) is not None
 
 
-def check_name(value: str, key: str) -> str:
-    """The name after `hub:`. Raises DataError where it cannot be one."""
-    name = value.removeprefix(PREFIX)
-    if not _NAME.fullmatch(name):
-        raise DataError(f"{key}={value!r} is no name of a hub data set; write hub:NAME or hub:ORGANISATION/NAME")
+def check_name(path: str, key: str) -> str:
+    """The name after `hub:` in a path of the setting `key`. Raises DataError if it cannot be one."""
+    name = path.removeprefix(PREFIX)
+    if not _HUB_NAME.fullmatch(name):
+        raise DataError(f"{key}={path!r} is no name of a hub data set; write hub:NAME or hub:ORGANISATION/NAME")
     return name
 
 
@@ -66,46 +64,47 @@ def is_hub(path: File | str) -> bool:
 
 
 def expand(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
-    """Files named by `path_setting`: a file, a directory, a glob or `hub:org/name`, or a list of these, in that order.
+    """The files that the setting `key` names: a file, a directory, a glob or `hub:org/name`, or a list of these, in that order.
 
     With `remote` also addresses (s3://, https:// and so on), which are looked up; without it they are an error.
     A directory is searched with all below it, sorted by path; one written by `datasets.save_to_disk` gives its Arrow
-    files. A name that exists as typed is never read as a glob. A file named twice is read once. Raises DataError that
-    names `key` (the setting).
+    files. A name that exists as typed is never read as a glob. A file named twice is read once. Raises DataError.
     """
     paths = [path_setting]
     if isinstance(path_setting, Sequence) and not isinstance(path_setting, str):
         paths = list(path_setting)
     if not paths:
         raise DataError(f"{key}=[] names no file; give a file, a directory or a glob")
-    # By resolved path: two paths name the same file if they lead to the same place, links followed.
+    # By resolved path: two paths name the same file if they lead to the same one, links followed.
     files: dict[File, File] = {}
     for path in paths:
         if not isinstance(path, str | os.PathLike) or not str(path):
             raise DataError(f"{key}={path!r} is not a path; give a file, a directory, a glob or a list of these")
-        text = str(path)
-        if "\0" in text:
-            raise DataError(f"{key}={text!r} holds a NUL character, which no path may")
-        if is_hub(text):
-            check_name(text, key)
+        typed_path = str(path)
+        if "\0" in typed_path:
+            raise DataError(f"{key}={typed_path!r} holds a NUL character, which no path may")
+        if is_hub(typed_path):
+            check_name(typed_path, key)
             files.setdefault(Path(path), Path(path))
-        elif is_address(text):
+        elif is_address(typed_path):
             if not remote:
                 raise DataError(
                     f"{key}={path} is an address; set data.remote=true to read it over the network, or download the file, "
                     "or write hub:ORGANISATION/NAME"
                 )
-            files.update({file: file for file in remote_files(text, key, kind_of)})
+            for remote_file in remote_files(typed_path, key, kind_of):
+                files[remote_file] = remote_file
         else:
-            for file in _expand_one(text.removeprefix("file://"), key):
+            for file in _expand_local(typed_path.removeprefix("file://"), key):
                 files.setdefault(file.resolve(), file)
     return list(files.values())
 
 
 def sets_of(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
-    """The sets of a held-out split by name, as (the setting that names it, its files): one named like the split, or several.
+    """The sets of a held-out split by name: (the setting that names the set, its files).
 
-    `path_setting` is that of `data.<split>_path`. Raises ConfigError for a name that cannot be one.
+    `path_setting`: what `data.<split>_path` holds. A split has one set, named like it; that of evaluation may have several.
+    Raises ConfigError for a name that cannot be one.
     """
     key = f"data.{split}_path"
     if path_setting is None:
@@ -125,26 +124,33 @@ def sets_of(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
     return sets
 
 
-def _expand_one(text: str, key: str) -> list[Path]:
-    """The files that one path names: itself, those of a directory, or those that match a glob."""
-    path = Path(text).expanduser()
+def _expand_local(typed_path: str, key: str) -> list[Path]:
+    """The files that one path of the setting `key` names: itself, those of a directory, or those that match a glob.
+
+    Raises DataError if there are none, with a hint at what may be meant.
+    """
+    path = Path(typed_path).expanduser()
     try:
         if path.is_dir():
-            return _directory(path, key)
+            return _directory_files(path, key)
         if path.exists():
             return [_require_readable(path, key)]
     except OSError as error:
-        raise DataError(f"{key}={text}: {error.strerror}") from error
+        raise DataError(f"{key}={typed_path}: {error.strerror}") from error
     if path.is_symlink():
-        raise DataError(f"{key}={text}: {_describe_broken_link(path)}")
+        raise DataError(f"{key}={typed_path}: {_describe_broken_link(path)}")
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
     files = [_require_readable(match, key) for match in matches if not match.is_dir()]
     if files:
         return files
     if matches:
-        raise DataError(f"{key}={text} matches only directories; write {text.rstrip('/')}/**/*.jsonl or the like")
-    hint = _other_form(text) or _nearest(path) + _perhaps_hub(text)
-    raise DataError(f"{key}={text} does not exist{hint}")
+        raise DataError(
+            f"{key}={typed_path} matches only directories; write {typed_path.rstrip('/')}/**/*.jsonl or the like"
+        )
+    hint = _list_hint(typed_path)
+    if not hint:
+        hint = _close_name_hint(path) + _hub_hint(typed_path)
+    raise DataError(f"{key}={typed_path} does not exist{hint}")
 
 
 def _require_readable(path: Path, key: str) -> Path:
@@ -173,15 +179,16 @@ def _describe_broken_link(path: Path) -> str:
     return f"the link leads to {target} and back to itself: a loop"
 
 
-def _directory(path: Path, key: str) -> list[Path]:
-    """The data files of a directory and of all below it, by path."""
+def _directory_files(path: Path, key: str) -> list[Path]:
+    """The data files of a directory and of all below it, sorted by path. Raises DataError if there are none."""
     saved_files = _saved_files(path, key)
     if saved_files is not None:
         return saved_files
     files = list(_walk(path, key, (path.resolve(),)))
     # Beside data files a README is about them; in a directory of texts alone it is one of the texts.
-    if any(kind_of(file) not in TEXT_KINDS for file in files):
-        files = [file for file in files if kind_of(file) not in TEXT_KINDS or not _ABOUT_FILES.match(file.name)]
+    has_data_files = any(kind_of(file) not in TEXT_KINDS for file in files)
+    if has_data_files:
+        files = [file for file in files if kind_of(file) not in TEXT_KINDS or not _README_LIKE.match(file.name)]
     if not files:
         raise DataError(f"{key}={path}: the directory holds no file that ends in {SUPPORTED}")
     return sorted(files)
@@ -236,8 +243,8 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
     return files
 
 
-def _nearest(path: Path) -> str:
-    """A hint at an existing name close to the first part of `path` that is missing."""
+def _close_name_hint(path: Path) -> str:
+    """A hint for a path that does not exist: a name like the first missing one in the directory that does exist."""
     missing = path.absolute()
     while not missing.parent.exists() and missing.parent != missing:
         missing = missing.parent
@@ -253,17 +260,17 @@ def _nearest(path: Path) -> str:
     return f"; nothing like it in {missing.parent}"
 
 
-def _other_form(text: str) -> str:
-    """A hint at how several files are written, for existing names with commas between them; else empty."""
-    names = text.split(",")
+def _list_hint(typed_path: str) -> str:
+    """A hint at how a list of files is written, if the path is existing names with commas between them; else empty."""
+    names = typed_path.split(",")
     if len(names) > 1 and all(Path(name).expanduser().exists() for name in names):
-        return f"; several files are a list: [{text}]"
+        return f"; several files are a list: [{typed_path}]"
     return ""
 
 
-def _perhaps_hub(text: str) -> str:
-    """A hint at `hub:` for a text that looks like a name there; else empty."""
-    looks_like_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
-    if looks_like_name and kind_of(Path(text)) is None:
-        return f"; for a data set of the hub write {PREFIX}{text}"
+def _hub_hint(typed_path: str) -> str:
+    """A hint at `hub:`, if the path looks like the name of a hub data set; else empty."""
+    looks_like_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", typed_path) is not None
+    if looks_like_name and kind_of(Path(typed_path)) is None:
+        return f"; for a data set of the hub write {PREFIX}{typed_path}"
     return ""

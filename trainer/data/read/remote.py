@@ -37,8 +37,8 @@ class RemoteFile:
     @property
     def name(self) -> str:
         """The last part of the address, without a query."""
-        plain = urlsplit(self.url).path if self.url.startswith("http") else self.url
-        return PurePosixPath(plain).name
+        without_query = urlsplit(self.url).path if self.url.startswith("http") else self.url
+        return PurePosixPath(without_query).name
 
     @property
     def suffixes(self) -> list[str]:
@@ -56,11 +56,11 @@ class RemoteFile:
         return cast("BinaryIO", io.BufferedReader(_RemoteReader(file), BLOCK))
 
     def size(self) -> int:
-        """Bytes, as the other machine says; 0 where it does not. Raises DataError."""
+        """Size in bytes, as the other machine tells; 0 if it does not. Raises DataError."""
         return int(_query(self.url, lambda files, path: files.info(path)).get("size") or 0)
 
     def identity(self) -> str:
-        """A text that changes with its content: what its file system says, or the bytes' SHA-256. Raises DataError."""
+        """A text that changes with the file's content: what its file system tells, or the bytes' SHA-256. Raises DataError."""
         if not self.url.startswith("http"):
             return f"{self.url}:{_query(self.url, lambda files, path: files.ukey(path))}"
         file_info = _query(self.url, lambda files, path: files.info(path))
@@ -69,18 +69,18 @@ class RemoteFile:
             return f"{self.url}:{file_info.get('size')}:{':'.join(tags)}"
         digest = hashlib.sha256()
         with self.open() as file:
-            while part := file.read(BLOCK):
-                digest.update(part)
+            while block := file.read(BLOCK):
+                digest.update(block)
         return digest.hexdigest()
 
 
 def remote_files(address: str, key: str, kind_of: Callable[[RemoteFile], str | None]) -> list[RemoteFile]:
-    """Files of an address: one file, a pattern with `*`, or all below a directory. Raises DataError.
+    """The files of an address in the setting `key`: one file, those that match a pattern with `*`, or all below a directory.
 
-    `kind_of` says how a file is read, None where it cannot be; that tells a file from a directory.
+    `kind_of` says how a file is read, None if it cannot be; that tells a file from a directory. Raises DataError.
     """
     if kind_of(RemoteFile(address)) and "*" not in address:
-        RemoteFile(address).size()  # raises where there is none
+        RemoteFile(address).size()  # raises if there is none
         return [RemoteFile(address)]
 
     def list_urls(files: Any, path: str) -> list[str]:
@@ -114,15 +114,15 @@ class _RemoteReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, as far as the file goes."""
-        part = self._call(self.file.read, len(buffer))
+        received = self._call(self.file.read, len(buffer))
         # A first look at a file must see enough of it, however little the network gives at a time.
-        while part and len(part) < min(HEAD, len(buffer)):
-            more = self._call(self.file.read, len(buffer) - len(part))
-            if not more:
+        while received and len(received) < min(HEAD, len(buffer)):
+            following = self._call(self.file.read, len(buffer) - len(received))
+            if not following:
                 break
-            part += more
-        buffer[: len(part)] = part
-        return len(part)
+            received += following
+        buffer[: len(received)] = received
+        return len(received)
 
     def _call(self, method: Callable[..., Any], *arguments: int) -> Any:
         """Call a method of the file; any failure of its library becomes an OSError."""
@@ -141,12 +141,12 @@ class _RemoteReader(io.RawIOBase):
 
 
 def _query(url: str, query: Callable[[Any, str], Any]) -> Any:
-    """What `query(file system, path)` returns for an address. Raises DataError, also for a package that is missing."""
+    """What `query(file system of fsspec, path)` returns for an address. Raises DataError, also for a package that is missing."""
     from fsspec.core import url_to_fs
 
     try:
-        files, path = url_to_fs(url)
-        return query(files, str(path))
+        file_system, path = url_to_fs(url)
+        return query(file_system, str(path))
     except ImportError as error:
         package = re.search(r"\b(s3fs|gcsfs|adlfs|ossfs|paramiko|aiohttp|huggingface_hub|\w+fs)\b", str(error))
         name = package.group() if package else str(error)

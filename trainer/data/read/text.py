@@ -1,4 +1,4 @@
-"""CSV (commas or semicolons) and TSV files with a header line, one row a record (RFC 4180); text files, one row a file.
+"""Reads CSV (commas or semicolons) and TSV files with a header line, one row a record (RFC 4180); and text files, one row each.
 
 Cells stay texts. A record may span lines and is named by its first. A text file has its name as its title.
 """
@@ -23,9 +23,9 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical ba
 def read_csv(path: File, delimiter: str = ",") -> Iterator[Row | Rejected]:
     """Rows of a delimited file. A record with too few or too many cells, NUL or bytes that are not UTF-8 is a bad row.
 
-    With commas, a header that has semicolons and no comma means semicolons: spreadsheets write these where numbers have a comma.
-    Raises DataError where the further rows cannot be separated: an unclosed or misplaced quote, a header with doubled or
-    missing names, other separators than the name promises.
+    With commas, a header that has semicolons and no comma means semicolons: spreadsheets write these if numbers have a comma.
+    Raises DataError if the further rows cannot be separated: an unclosed or misplaced quote, a header with doubled or
+    missing names, other separators than the file's name says.
     """
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit of 131,072 is shorter than real documents
     with open_text(path) as stream:
@@ -36,7 +36,7 @@ def read_csv(path: File, delimiter: str = ",") -> Iterator[Row | Rejected]:
 
 
 class _Lines:
-    """Physical lines for the csv module; remembers the current record's first line and what is wrong with its lines."""
+    """Lines of a file for the csv module; remembers the first line of the current record and what is wrong with its lines."""
 
     def __init__(self, path: File, stream: BinaryIO) -> None:
         self.path = path
@@ -44,10 +44,12 @@ class _Lines:
         self.number = 0
         """Lines read so far."""
         self.first = b""
-        self.trouble: Refusal | None = None
+        """The first line of the record."""
+        self.fault: Refusal | None = None
+        """Why the record cannot be used; None if it can."""
 
     def __iter__(self) -> Iterator[str]:
-        """The lines as text; a line that is no UTF-8 is passed on with surrogates, and remembered as the record's trouble."""
+        """The lines as text; a line that is not UTF-8 is handed on with surrogates, and remembered as the record's fault."""
         while raw := self.stream.readline(MAX_ROW_BYTES + 1):
             self.number += 1
             if len(raw) > MAX_ROW_BYTES:
@@ -58,13 +60,13 @@ class _Lines:
             try:
                 yield decode_utf8(raw)
             except Refusal as refusal:
-                self.trouble = self.trouble or refusal
+                self.fault = self.fault or refusal
                 yield raw.decode("utf-8", "surrogateescape")
 
-    def begin(self) -> int:
-        """Forget the last record; the line on which the next one starts."""
+    def begin_record(self) -> int:
+        """Forget the last record; returns the number of the line on which the next one begins."""
         self.first = b""
-        self.trouble = None
+        self.fault = None
         return self.number + 1
 
 
@@ -75,7 +77,7 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Reject
     name = str(path)
     header: list[str] | None = None
     while True:
-        line = lines.begin()
+        line = lines.begin_record()
         try:
             cells = next(reader)
         except StopIteration:
@@ -86,13 +88,18 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Reject
         if not cells or (len(cells) == 1 and lines.number == line and lines.first.isspace()):
             continue
         if header is None:
-            header = _header(path, line, cells, delimiter, lines.trouble)
-        elif lines.trouble is not None:
-            yield Rejected(name, line, lines.trouble.reason, lines.trouble.message, excerpt(lines.first))
+            header = _header(path, line, cells, delimiter, lines.fault)
+        elif lines.fault is not None:
+            yield Rejected(name, line, lines.fault.reason, lines.fault.message, excerpt(lines.first))
         elif len(cells) != len(header):
-            count = f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'} where the header has {len(header)}"
-            columns = ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
-            message = f"{count} ({columns}); quote cells that hold {_SEPARATORS[delimiter]} or line breaks"
+            num_cells = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+            columns = ", ".join(header[:8])
+            if len(header) > 8:
+                columns += ", ..."
+            message = (
+                f"{num_cells} where the header has {len(header)} ({columns}); quote cells that hold "
+                f"{_SEPARATORS[delimiter]} or line breaks"
+            )
             yield Rejected(name, line, "wrong_cell_count", message, excerpt(lines.first))
         else:
             # a cell's own line breaks are line feeds, whatever ends the file's lines
@@ -103,22 +110,25 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Reject
 def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataError:
     """The error of a record that the csv module cannot read, with what probably happened."""
     if "unexpected end of data" in str(error):
-        what = "a quote is opened and never closed in the record that starts here"
+        fault = "a quote is opened and never closed in the record that starts here"
     elif "new-line character" in str(error):
-        what = "the line holds carriage returns alone; end lines with line feeds, or quote the cell"
+        fault = "the line holds carriage returns alone; end lines with line feeds, or quote the cell"
     elif "field larger" in str(error):
-        what = f"a cell is longer than {MAX_ROW_BYTES >> 20} MiB, perhaps because a quote is never closed"
+        fault = f"a cell is longer than {MAX_ROW_BYTES >> 20} MiB, perhaps because a quote is never closed"
     else:
-        what = f'{error}; double the quotes inside quoted cells ("") and quote the whole cell'
+        fault = f'{error}; double the quotes inside quoted cells ("") and quote the whole cell'
         if lines.number > line:
-            what += f" (the record that starts here was read up to line {lines.number})"
-    return DataError(f"{path}:{line}: not valid CSV: {what}; rows from here on cannot be separated")
+            fault += f" (the record that starts here was read up to line {lines.number})"
+    return DataError(f"{path}:{line}: not valid CSV: {fault}; rows from here on cannot be separated")
 
 
-def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Refusal | None) -> list[str]:
-    """The names of the columns. Raises DataError for a header that cannot be one."""
-    if trouble is not None:
-        raise DataError(f"{path}:{line}: in the header: {trouble.message}")
+def _header(path: File, line: int, cells: list[str], delimiter: str, fault: Refusal | None) -> list[str]:
+    """The names of the columns, from the first record. `fault`: what is wrong with its bytes, or None.
+
+    Raises DataError for a header that cannot be one.
+    """
+    if fault is not None:
+        raise DataError(f"{path}:{line}: in the header: {fault.message}")
     header = [name.strip() for name in cells]
     if len(header) > 1 and header[0] == "" and INDEX not in header:  # a table's index, as pandas writes it
         header[0] = INDEX
@@ -126,10 +136,14 @@ def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Re
         _refuse_other_separator(path, line, cells[0], delimiter)
     if header[0].lower().startswith("sep="):
         raise DataError(f"{path}:{line}: the first line is {','.join(header)!r}, which Excel writes; delete this line")
-    doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled or "" in header:
-        what = f"column {header.index('') + 1} without a name" if "" in header else f"the column {doubled[0]!r} twice"
-        raise DataError(f"{path}:{line}: the header has {what}; every column needs a name of its own")
+    doubled_names = sorted({name for name in header if header.count(name) > 1})
+    if doubled_names or "" in header:
+        defect = (
+            f"column {header.index('') + 1} without a name"
+            if "" in header
+            else f"the column {doubled_names[0]!r} twice"
+        )
+        raise DataError(f"{path}:{line}: the header has {defect}; every column needs a name of its own")
     return header
 
 
@@ -151,7 +165,7 @@ def _refuse_other_separator(path: File, line: int, cell: str, delimiter: str) ->
 
 
 def read_text_file(path: File) -> Iterator[Row | Rejected]:
-    """The file as one row with the fields `text` and `title`; line ends become line feeds. Raises DataError."""
+    """The one row of a text file, with the fields `text` and `title`; line ends become line feeds. Raises DataError."""
     with open_text(path) as stream:
         raw = stream.read(MAX_ROW_BYTES + 1)
     name = str(path)
