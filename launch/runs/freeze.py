@@ -48,7 +48,7 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
             composed,
             config_file,
             has_progress=bool(checkpoints) or is_done,
-            may_compute_otherwise=may_change_strategy and not is_done,
+            may_change_strategy=may_change_strategy and not is_done,
         )
     refuse_queued(run_dir)
     refuse_in_use(run_dir, config.run.lease_s, pending)
