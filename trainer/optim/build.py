@@ -38,7 +38,7 @@ def build_optimizer(
     """
     trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     groups = group_parameters(config, trainable, model_names, lr_factor)
-    dicts = [group.as_dict() for group in groups]
+    group_dicts = [group.as_dict() for group in groups]
     if type(config) is OptimConfig:
         # Only the common settings, without a choice of an optimizer: AdamW is the default.
         common_settings = {setting.name: getattr(config, setting.name) for setting in fields(config)}
@@ -47,38 +47,49 @@ def build_optimizer(
         case Adamw8bitConfig():
             bitsandbytes = import_package(config.name)
             return bitsandbytes.optim.AdamW8bit(
-                dicts, lr=config.lr, betas=_pair(config.betas), eps=config.eps, min_8bit_size=config.min_8bit_elements
+                group_dicts,
+                lr=config.lr,
+                betas=_betas(config),
+                eps=config.eps,
+                min_8bit_size=config.min_8bit_elements,
             )
         case ScheduleFreeConfig():
             schedulefree = import_package(config.name)
-            averaging = schedulefree.AdamWScheduleFree(dicts, lr=config.lr, betas=_pair(config.betas), eps=config.eps)
-            averaging.train()  # it holds two sets of weights, and refuses to step before it is told which one is live
+            averaging = schedulefree.AdamWScheduleFree(group_dicts, lr=config.lr, betas=_betas(config), eps=config.eps)
+            # It holds two sets of weights, and refuses to step before it is told which one is live.
+            averaging.train()
             return averaging
         case AdamwConfig():
-            return torch.optim.AdamW(dicts, lr=config.lr, betas=_pair(config.betas), eps=config.eps, fused=True)
+            return torch.optim.AdamW(group_dicts, lr=config.lr, betas=_betas(config), eps=config.eps, fused=True)
         case LionConfig():
             from trainer.optim.lion import Lion
 
-            return Lion(dicts, lr=config.lr, betas=_pair(config.betas))
+            return Lion(group_dicts, lr=config.lr, betas=_betas(config))
         case AdafactorConfig():
             from trainer.optim.whole import ShardedAdafactor
 
-            eps = (None, config.eps_scale)  # None: torch's default for the moments
+            default_moment_eps = None
             return ShardedAdafactor(
-                dicts, lr=config.lr, beta2_decay=-config.decay_exponent, eps=eps, d=config.clip_threshold
+                group_dicts,
+                lr=config.lr,
+                beta2_decay=-config.decay_exponent,
+                eps=(default_moment_eps, config.eps_scale),
+                d=config.clip_threshold,
             )
         case MuonConfig():
             return _muon(config, groups)
         case SgdConfig():
             return torch.optim.SGD(
-                dicts, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+                group_dicts, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
             )
     # A settings class that nobody has added above.
     raise TypeError(f"no optimizer is known for {type(config).__name__}")
 
 
-def _pair(betas: list[float]) -> tuple[float, float]:
-    return betas[0], betas[1]
+def _betas(config: AdamwConfig | LionConfig | MuonConfig) -> tuple[float, float]:
+    """The two decay rates as optimizers take them. Validation has made sure that there are two."""
+    first, second = config.betas
+    return first, second
 
 
 def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
@@ -87,9 +98,9 @@ def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optim
 
     matrix_groups = [group.as_dict() for group in groups if group.matrices]
     other_groups = [group.as_dict() for group in groups if not group.matrices]
-    parts: list[Any] = []
+    optimizers: list[Any] = []
     if matrix_groups:
-        parts.append(
+        optimizers.append(
             ShardedMuon(
                 matrix_groups,
                 lr=config.lr,
@@ -101,7 +112,7 @@ def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optim
             )
         )
     if other_groups:
-        parts.append(
-            torch.optim.AdamW(other_groups, lr=config.lr, betas=_pair(config.betas), eps=config.eps, fused=True)
+        optimizers.append(
+            torch.optim.AdamW(other_groups, lr=config.lr, betas=_betas(config), eps=config.eps, fused=True)
         )
-    return cast(torch.optim.Optimizer, CombinedOptimizer(*parts))
+    return cast(torch.optim.Optimizer, CombinedOptimizer(*optimizers))

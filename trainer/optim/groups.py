@@ -54,17 +54,18 @@ def group_parameters(
     `lr_factor`: the tuning method's own factors. Raises ConfigError for a rule that matches nothing, or for two rules that match
     one parameter.
     """
-    pairs = list(named_parameters)
-    names = [name for name, _ in pairs]
-    rules = _rules(config, names)
+    parameters = dict(named_parameters)
+    names = list(parameters)
+    rule_names = _rule_names(config, names)
     factors = layer_factors(names, model_names or names, config.layer_decay)
     groups: dict[tuple[float, float, bool], ParameterGroup] = {}
-    for name, parameter in pairs:
+    for name, parameter in parameters.items():
         dimensions = len(shape_of(parameter))
+        # Vectors (norms and biases) do not decay.
         decay = config.weight_decay if dimensions >= 2 else 0.0
         factor = factors[name] * lr_factor(name)
-        if name in rules:
-            rule = config.groups[rules[name]]
+        if name in rule_names:
+            rule = config.groups[rule_names[name]]
             factor *= rule.lr_factor
             if rule.weight_decay is not None:
                 decay = rule.weight_decay
@@ -78,14 +79,16 @@ def group_parameters(
     return list(groups.values())
 
 
-def _rules(config: OptimConfig, names: list[str]) -> dict[str, str]:
-    """The rule of `config.groups` for each parameter that has one, both by name."""
+def _rule_names(config: OptimConfig, names: list[str]) -> dict[str, str]:
+    """The name of the rule in `config.groups` for each parameter that has one, by the parameter's name."""
     rule_of_parameter: dict[str, str] = {}
-    for rule, settings in config.groups.items():
-        matched = [name for name in names if re.search(settings.match, name)]
-        key = f"optim.groups.{rule}.match={settings.match}"
+    for rule_name, rule in config.groups.items():
+        matched = [name for name in names if re.search(rule.match, name)]
+        key = f"optim.groups.{rule_name}.match={rule.match}"
         if not matched:
-            examples = names if len(names) <= 6 else [*names[:3], *names[-3:]]
+            examples = names
+            if len(names) > 6:
+                examples = [*names[:3], *names[-3:]]
             raise ConfigError(
                 f"{key}: matches none of the {len(names)} trained parameters, such as {', '.join(examples)}"
             )
@@ -95,7 +98,7 @@ def _rules(config: OptimConfig, names: list[str]) -> dict[str, str]:
                     f"{key}: {name} is matched by optim.groups.{rule_of_parameter[name]} too; a parameter has one rule: "
                     "narrow one of them"
                 )
-        rule_of_parameter |= dict.fromkeys(matched, rule)
+        rule_of_parameter |= dict.fromkeys(matched, rule_name)
     return rule_of_parameter
 
 
@@ -113,11 +116,14 @@ def layer_factors(names: Sequence[str], model_names: Sequence[str], decay: float
             f"optim.layer_decay={decay:g}: the parameters of this model are not in numbered blocks, such as layers.0; "
             "set optim.layer_decay=1 and give rates with optim.groups"
         )
+    # The last block has depth `max(numbers) + 1`, because embeddings have depth 0.
     top = max(numbers) + 2
 
     def depth(name: str) -> int:
         if match := BLOCK.search(name):
             return int(match[1]) + 1
-        return 0 if EMBEDDING.search(name) else top
+        if EMBEDDING.search(name):
+            return 0
+        return top
 
     return {name: decay ** (top - depth(name)) for name in names}

@@ -22,21 +22,27 @@ class Lion(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. No collective, also on distributed tensors."""
         for group in self.param_groups:
-            params: list[torch.Tensor] = [p for p in group["params"] if p.grad is not None]
-            if not params:
+            parameters: list[torch.Tensor] = []
+            gradients: list[torch.Tensor] = []
+            momenta: list[torch.Tensor] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                parameters.append(parameter)
+                gradients.append(parameter.grad)
+                momenta.append(state["exp_avg"])
+            if not parameters:
                 continue
-            grads = [p.grad for p in params if p.grad is not None]
-            for p in params:
-                if "exp_avg" not in self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            moments = [self.state[p]["exp_avg"] for p in params]
             beta1, beta2 = group["betas"]
             lr = group["lr"]
             # The update mixes momentum and gradient with beta1. The momentum itself then decays with beta2.
-            update = product_of_each(moments, beta1)
-            add_each(update, grads, alpha=1 - beta1)
+            update = product_of_each(momenta, beta1)
+            add_each(update, gradients, alpha=1 - beta1)
             take_sign_of_each(update)
-            multiply_each(params, 1 - lr * group["weight_decay"])
-            add_each(params, update, alpha=-lr)
-            multiply_each(moments, beta2)
-            add_each(moments, grads, alpha=1 - beta2)
+            multiply_each(parameters, 1 - lr * group["weight_decay"])
+            add_each(parameters, update, alpha=-lr)
+            multiply_each(momenta, beta2)
+            add_each(momenta, gradients, alpha=1 - beta2)

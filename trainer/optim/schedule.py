@@ -41,30 +41,34 @@ class ScheduleConfig:
     """Factor of the peak rate at the end, 0 to 1."""
 
 
-def warmup_steps(config: ScheduleConfig, total: int) -> int:
-    """Steps of linear warm-up in a run of `total` steps."""
-    return min(config.warmup_steps or round(config.warmup_share * total), total)
+def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:
+    """Steps of linear warm-up in a run of `total_steps`."""
+    warmup = config.warmup_steps or round(config.warmup_share * total_steps)
+    return min(warmup, total_steps)
 
 
-def lr_factor_at(config: ScheduleConfig, step: int, total: int) -> float:
-    """Factor of the peak rate for the optimizer step with index `step` (0-based) of `total`.
+def lr_factor_at(config: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Factor of the peak rate for the optimizer step with index `step` (0-based) of `total_steps`.
 
     Warm-up rises from 1/warmup at the first step to 1. Every shape but `constant` would reach `min_factor` one step after the
     last, so that no step is wasted at a rate of zero.
     """
-    warmup = warmup_steps(config, total)
+    warmup = warmup_steps(config, total_steps)
     if step < warmup:
         return (step + 1) / warmup
     if config.name is ScheduleName.constant:
         return 1.0
     if config.name is ScheduleName.wsd:
-        decay_steps = max(1, round(config.decay_share * total))
-        done = (step - (total - decay_steps)) / decay_steps
-        shape = 1.0 - min(1.0, max(0.0, done))
+        decay_steps = max(1, round(config.decay_share * total_steps))
+        first_decay_step = total_steps - decay_steps
+        # Negative while the rate is stable.
+        decayed_share = (step - first_decay_step) / decay_steps
+        height = 1.0 - min(1.0, max(0.0, decayed_share))
     else:
-        done = (step - warmup) / max(1, total - warmup)
+        decayed_share = (step - warmup) / max(1, total_steps - warmup)
         if config.name is ScheduleName.linear:
-            shape = 1.0 - done
+            height = 1.0 - decayed_share
         else:
-            shape = 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.min_factor + (1.0 - config.min_factor) * shape
+            height = 0.5 * (1.0 + math.cos(math.pi * decayed_share))
+    # `height` goes from 1 to 0. The factor goes from 1 to `min_factor`.
+    return config.min_factor + (1.0 - config.min_factor) * height

@@ -34,26 +34,27 @@ class Support:
     refused: dict[StrategyName, str]
     """Why a strategy cannot run it. All other strategies run it, with the result of `single`."""
     instead: str = ""
-    """The strategy to use in their place."""
+    """The setting of the strategy to use in their place, such as `strategy=fsdp2`."""
     package: str | None = None
+    """The import name of a package that the core does not bring."""
     extra: str | None = None
-    """The import name of a package that the core does not bring, and the extra that does."""
+    """The extra of this project that brings `package`."""
 
 
 _ZERO = (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3)
-_FLAT = "ZeRO steps on flat partitions that cut through matrices"
+_CUTS_MATRICES = "ZeRO steps on flat partitions that cut through matrices"
 SUPPORT: dict[OptimName, Support] = {
     OptimName.adamw: Support(Needs.elements, {}),
     OptimName.lion: Support(Needs.elements, {}),
     OptimName.sgd: Support(Needs.elements, {}),
-    OptimName.muon: Support(Needs.matrices, dict.fromkeys(_ZERO, _FLAT), "strategy=fsdp2"),
-    OptimName.adafactor: Support(Needs.matrices, dict.fromkeys(_ZERO, _FLAT), "strategy=fsdp2"),
+    OptimName.muon: Support(Needs.matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
+    OptimName.adafactor: Support(Needs.matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
     OptimName.schedule_free: Support(
         Needs.averages,
         dict.fromkeys(_ZERO, "ZeRO keeps the weights that evaluation would swap in flat partitions of its own"),
         "strategy=fsdp2",
-        "schedulefree",
-        "schedule_free",
+        package="schedulefree",
+        extra="schedule_free",
     ),
     OptimName.adamw_8bit: Support(
         Needs.blocks,
@@ -62,8 +63,8 @@ SUPPORT: dict[OptimName, Support] = {
             "moments are rounded in blocks of 256 elements, which shards would cut elsewhere than one process does",
         ),
         "strategy=ddp",
-        "bitsandbytes",
-        "qlora",
+        package="bitsandbytes",
+        extra="qlora",
     ),
 }
 """Every optimizer."""
@@ -76,10 +77,11 @@ def import_package(name: OptimName) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ConfigError(_missing(name)) from error
+        raise ConfigError(_missing_package(name)) from error
 
 
-def _missing(name: OptimName) -> str:
+def _missing_package(name: OptimName) -> str:
+    """What to tell a user who asked for an optimizer whose package is not installed."""
     support = SUPPORT[name]
     assert support.extra is not None, "an optimizer without an extra needs no package"
     return (
@@ -102,7 +104,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
     if config.name is OptimName.schedule_free and schedule != "constant":
         yield f"optim=schedule_free: averages in place of a decaying rate; set schedule=constant, not {schedule}"
     if here and support.package is not None and find_spec(support.package) is None:
-        yield _missing(config.name)
+        yield _missing_package(config.name)
     if config.ema_decay and config.name is OptimName.schedule_free:
         yield f"optim.ema_decay={config.ema_decay:g}: optim=schedule_free averages weights itself; set optim.ema_decay=0"
     if config.ema_decay and getattr(strategy, "offload_optimizer", "none") == "nvme":
@@ -114,6 +116,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
     for name, rule in config.groups.items():
         key = f"optim.groups.{name}.match"
         if not rule.match:
+            # An empty pattern would match every parameter.
             yield f"{key}: not set; give a regular expression, such as embed_tokens"
         try:
             re.compile(rule.match)

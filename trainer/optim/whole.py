@@ -60,20 +60,26 @@ class ShardedMuon(torch.optim.Muon):
         for group in self.param_groups:
             lr = group["lr"]
             momentum = group["momentum"]
-            for p in group["params"]:
-                if p.grad is None:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
                     continue
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                buffer = self.state[p]["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - momentum)
-                # Nesterov: the update looks one step ahead along the momentum.
-                update = p.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                buffer = state["momentum_buffer"]
+                buffer.lerp_(gradient, 1 - momentum)
+                update = buffer
+                if group["nesterov"]:
+                    # The update looks one step ahead along the momentum.
+                    update = gradient.lerp(buffer, momentum)
                 orthogonal = self.orthogonalise(
                     full_tensor(update), group["ns_coefficients"], group["ns_steps"], group["eps"]
                 )
-                p.mul_(1 - lr * group["weight_decay"])  # decoupled, as in AdamW
-                p.add_(shard_like(orthogonal.to(p.dtype), p), alpha=-adjusted_rate(lr, group["adjust_lr_fn"], p.shape))
+                # Decay is decoupled, as in AdamW.
+                parameter.mul_(1 - lr * group["weight_decay"])
+                rate = adjusted_rate(lr, group["adjust_lr_fn"], parameter.shape)
+                parameter.add_(shard_like(orthogonal.to(parameter.dtype), parameter), alpha=-rate)
 
 
 class ShardedAdafactor(torch.optim.Adafactor):
@@ -83,14 +89,14 @@ class ShardedAdafactor(torch.optim.Adafactor):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. Gathers one at a time: all ranks must call."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
+            for parameter in group["params"]:
+                if parameter.grad is None:
                     continue
-                full_parameter = full_tensor(p)
-                full_gradient = full_tensor(p.grad)
-                state = self.state[p]
+                full_parameter = full_tensor(parameter)
+                full_gradient = full_tensor(parameter.grad)
+                state = self.state[parameter]
                 if not state:
-                    state |= self._fresh(full_gradient)
+                    state |= self._initial_state(full_gradient)
                 adafactor(
                     [full_parameter],
                     [full_gradient],
@@ -108,48 +114,51 @@ class ShardedAdafactor(torch.optim.Adafactor):
                     maximize=False,
                 )
                 # A plain parameter was updated in place. Of a shard only the gathered copy was.
-                if full_parameter is not p:
-                    p.copy_(shard_like(full_parameter, p))
+                if full_parameter is not parameter:
+                    parameter.copy_(shard_like(full_parameter, parameter))
 
     @staticmethod
-    def _fresh(grad: Tensor) -> dict[str, Tensor]:
-        """Moments of zero: one row and one column for a matrix, element-wise for a vector."""
+    def _initial_state(gradient: Tensor) -> dict[str, Tensor]:
+        """Moments of zero for a full gradient: one row and one column for a matrix, element-wise for a vector.
+
+        The keys are torch's own, because torch's `adafactor` and its state dicts go by them.
+        """
         step = torch.tensor(0.0)
-        if grad.dim() < 2:
-            return {"step": step, "variance": torch.zeros_like(grad)}
-        row_shape = [*grad.shape[:-1], 1]
-        column_shape = [*grad.shape[:-2], 1, grad.shape[-1]]
-        return {"step": step, "row_var": grad.new_zeros(row_shape), "col_var": grad.new_zeros(column_shape)}
+        if gradient.dim() < 2:
+            return {"step": step, "variance": torch.zeros_like(gradient)}
+        row_shape = [*gradient.shape[:-1], 1]
+        column_shape = [*gradient.shape[:-2], 1, gradient.shape[-1]]
+        return {"step": step, "row_var": gradient.new_zeros(row_shape), "col_var": gradient.new_zeros(column_shape)}
 
 
 class CombinedOptimizer:
     """Several optimizers that look like one to the engine: their groups one after another, their states in one dict."""
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The live groups of all parts."""
+        """The live groups of all optimizers."""
         groups: list[dict[str, Any]] = []
-        for part in self.parts:
-            groups += part.param_groups
+        for optimizer in self.optimizers:
+            groups += optimizer.param_groups
         return groups
 
     @property
     def state(self) -> dict[Any, Any]:
         """The live state of each parameter. The dict itself is new: writing a new key into it has no effect."""
         states: dict[Any, Any] = {}
-        for part in self.parts:
-            states |= part.state
+        for optimizer in self.optimizers:
+            states |= optimizer.state
         return states
 
     def step(self) -> None:
-        """One step of every part. All ranks must call."""
-        for part in self.parts:
-            part.step()
+        """One step of every optimizer. All ranks must call."""
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
-        """Drop the gradients of all parts."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=set_to_none)
+        """Drop the gradients of all parameters."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
