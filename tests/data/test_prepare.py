@@ -305,11 +305,11 @@ def test_prepare_syncs_the_data_to_the_disk_before_its_name(tmp_path, data, monk
 
 def test_digest_cache_emptied_by_a_power_cut_is_computed_anew(tmp_path):
     (tmp_path / "big").write_bytes(b"big")
-    told = cache.remembered_digest(tmp_path / "big", tmp_path, big=0)
+    told = cache.remembered_digest(tmp_path / "big", tmp_path, big_bytes=0)
     [entry] = (tmp_path / "digests").iterdir()
     for left in (b"", bytes(64), b"\xff"):
         entry.write_bytes(left)
-        assert cache.remembered_digest(tmp_path / "big", tmp_path, big=0) == told == entry.read_text()
+        assert cache.remembered_digest(tmp_path / "big", tmp_path, big_bytes=0) == told == entry.read_text()
 
 
 def test_prepare_does_not_keep_a_file_that_changes_meanwhile_under_its_old_digest(tmp_path):
