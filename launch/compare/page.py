@@ -140,10 +140,8 @@ def run_facts(run: RecordedRun) -> list[tuple[str, str]]:
     methods = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
     batch = ""
     if record.global_batch and record.micro_batch and record.accumulation and record.world_size:
-        batch = (
-            f"{record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
-            f"{record.world_size} rank(s)"
-        )
+        parts = (f"{record.micro_batch} micro", f"{record.accumulation} accumulation", record.readers)
+        batch = f"{record.global_batch} = {' x '.join(parts)}"
     rows = (
         ("state", run.reason or run.state),
         ("directory", str(run.directory)),

@@ -12,7 +12,7 @@ from launch.config.choices import groups
 from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, parse_number
 from launch.config.importers.names import NAMES, plain_name, translate
 from launch.config.importers.rules import CHOICES
-from launch.config.removed import REMOVED
+from launch.config.removed import NOT_OFFERED, REMOVED
 
 SettingsByKey = Mapping[str, Any]
 """Every setting by its full name."""
@@ -251,6 +251,8 @@ def unknown_key(key: str, word: str, settings_by_key: SettingsByKey) -> UnknownK
     missing = f"there is no setting {key}"
     if key in REMOVED:
         return UnknownKey(word, f"{missing} any more: {REMOVED[key]}")
+    if key in NOT_OFFERED:
+        return UnknownKey(word, f"{missing}: {NOT_OFFERED[key]}")
     instead = misspelled.in_place_of(key, word.partition("=")[2])
     if instead is not None:
         return UnknownKey(word, f"{missing}; {instead}")

@@ -1,4 +1,4 @@
-"""Settings that were removed, each with its successor. By similarity, another meaning would be suggested for them."""
+"""Settings that are not there on purpose, each with what to do. By similarity, another meaning would be suggested for them."""
 
 from __future__ import annotations
 
@@ -23,3 +23,16 @@ REMOVED = {
     "data.privacy.max_findings": "data.privacy.allow names what is no finding; data.privacy.mode=report counts without failing",
     "data.privacy.key_env": "the key is always in SHARDTUNE_PSEUDONYM_KEY",
 }
+"""Settings that there were, and their successors."""
+NOT_OFFERED = {
+    "parallel.tensor": (
+        "tensor parallelism is not offered. If the model does not fit, shard it with strategy=fsdp2 or zero3, or store its base "
+        "in 4 bits with model.quantisation=nf4; if a document does not fit, set parallel.sequence (docs/choosing-a-strategy.md)"
+    ),
+    "parallel.pipeline": (
+        "pipeline parallelism is not offered. If the model does not fit, shard it with strategy=fsdp2 or zero3; if the network "
+        "between hosts is slow, strategy=hsdp keeps parameters within a host (docs/choosing-a-strategy.md)"
+    ),
+    "parallel.context": "attention over a row of several ranks is parallel.sequence, which exchanges slices for heads",
+}
+"""Settings that users of other trainers look for, and what does the same here."""

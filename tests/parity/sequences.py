@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision, StrategyName, ZeroConfig
-from strategies.sequence import with_sequence
+from strategies.communication_counters import ALL_TO_ALL, count_communication
+from strategies.sequence import SumOverGroup, with_sequence
 from tests.helpers.building import (
     GLOBAL_BATCH,
     STRATEGIES,
@@ -21,6 +25,7 @@ from tests.helpers.building import (
     replay_set,
     run_config,
     samples,
+    take_steps,
     trainer_for,
 )
 from tests.helpers.objectives import variants_of
@@ -29,10 +34,17 @@ from tests.parity.base import Curve, Job
 from tests.parity.teachers import objective_of
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.cutting import Cut, cut_of
+from trainer.data.batches.loader import EvalShare, StepBatch, eval_batches
 from trainer.data.config import DataConfig
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
+from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import Trainer
+from trainer.model.attention import varlen_attention
+from trainer.model.sequence_attention import head_shares, over_slices
+from trainer.objectives import preference
 from trainer.objectives.pretrain import PretrainConfig
 from trainer.objectives.sft import SftConfig, SftDataSpec
 
@@ -51,13 +63,25 @@ class Case:
     strategy: str = "fsdp2"
     degree: int = 2
     feature: str = "plain"
-    """`plain`, a mode of recomputation, `accumulation`, `packing`, `short` (rows with fewer tokens than ranks), `bf16`."""
+    """`plain`, a mode of recomputation, `accumulation`, `packing`, `short` (rows with fewer tokens than ranks), `routers` (with
+    losses for them), `short routers`, `bf16`."""
 
     @property
     def oracle(self) -> tuple[str, ...]:
         """What the run of one process has in common with it."""
-        data = self.feature if self.feature in ("packing", "short", "bf16") else "documents"
+        data = self.feature if self.feature in ("packing", "short", "routers", "short routers", "bf16") else "documents"
         return self.objective, self.tuning, self.architecture, data
+
+
+def assert_rows_are_shared(batch: StepBatch, runtime: processes.Runtime) -> None:
+    """Ranks of a group hold slices of the same rows. Of other rows they would exchange heads, silently if lengths agree."""
+    local = []
+    for micro_batch in batch.micro_batches:
+        # Borders, counts and lengths are those of the whole row: alike for all who share it.
+        local.append((micro_batch["document_bounds"], micro_batch["row_slices"], micro_batch["num_sequences"]))
+    by_rank = processes.gather_objects(local, runtime)
+    first = runtime.reader * runtime.sequence_size
+    assert by_rank[first : first + runtime.sequence_size] == [local] * runtime.sequence_size
 
 
 def compare(job: Job, *case: Any) -> dict[str, Curve]:
@@ -76,7 +100,9 @@ def _run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
     made = job.first_here(lambda: (model_dir(job.root, case.architecture), _data_of(job.root, case)))
     model, data = made
     readers = job.runtime.world_size // case.degree
-    accumulation = 2 if case.feature in ("accumulation", "packing", "short") else 1
+    accumulation = 2 if case.feature in ("accumulation", "packing") else 1
+    if case.feature.startswith("short"):
+        accumulation = GLOBAL_BATCH // readers  # a document a row
     config = run_config(
         model,
         _strategy_of(case),
@@ -89,6 +115,9 @@ def _run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
     )
     if case.feature == "bf16":
         config.precision = Precision.bf16
+    if case.feature.endswith("routers"):
+        config.model.router_aux_loss = 0.5
+        config.model.router_z_loss = 0.1
     return config, data
 
 
@@ -116,7 +145,7 @@ def _objective_of(name: str, root: Path) -> Any:
 def _data_of(root: Path, case: Case) -> PreparedData:
     """Documents of the objective's kind."""
     model_dir(root, "qwen3")  # the teacher of distillation
-    if case.feature == "short":
+    if case.feature.startswith("short"):
         return short_set(root)
     name = case.objective.removeprefix("weighed_")
     makers = {"kto": rated_set, "replay": replay_set, "held": replay_set}
@@ -139,11 +168,13 @@ def short_set(root: Path, *, num: int = 48) -> PreparedData:
     return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
 
-def curve(trainer: Trainer, world: int) -> Curve:
-    """Loss, gradient norm and the objective's metrics of the first steps. All `world` ranks must call, or one that is alone."""
+def curve(trainer: Trainer, world: int, first_step: int = 0, steps: int = STEPS) -> Curve:
+    """Loss, gradient norm and the objective's metrics of some steps. All `world` ranks must call, or one that is alone."""
     names = ("loss", *trainer.engine.step_module.objective.metrics)
     rows = []
-    for batch in trainer.loader.steps(0, STEPS):
+    for batch in trainer.loader.steps(first_step * GLOBAL_BATCH, steps):
+        if world > 1:
+            assert_rows_are_shared(batch, trainer.engine.runtime)
         record = trainer.train_step(batch)
         sums = [record.local_sums[name].double() for name in names]
         if world > 1:
@@ -151,3 +182,180 @@ def curve(trainer: Trainer, world: int) -> Curve:
         loss, *others = (float(value) / (record.counts["loss"] or 1) for value in sums)
         rows.append([loss, float(record.result.grad_norm), *others])
     return rows
+
+
+# -- faults that a test must notice -----------------------------------------------------------------------------------
+
+
+def _scaled_by_readers(degree: int) -> Any:
+    """The loss times the number of readers, as if gradients were averaged over them."""
+    right = Trainer._loss_of
+    return mock.patch.object(Trainer, "_loss_of", lambda self, terms, scale: right(self, terms, scale) / degree)
+
+
+def _identity_as_adjoint(_: int) -> Any:
+    """The gradient of a sum over the group is this rank's alone."""
+    return mock.patch.object(SumOverGroup, "backward", staticmethod(lambda ctx, grad: (grad, None)))
+
+
+def _owner_left_out(_: int) -> Any:
+    """Every rank of a group counts its pairs."""
+    return mock.patch.object(preference, "counted_here", lambda batch: 1.0)
+
+
+def _local_positions(_: int) -> Any:
+    """Each slice counts its tokens from 0."""
+    right = Collator.cut
+
+    def cut(self: Collator, batch: Any, cut: Any) -> Any:
+        slices = right(self, batch, cut)
+        return slices | {"position_ids": torch.arange(slices["input_ids"].shape[1])[None]}
+
+    return mock.patch.object(Collator, "cut", cut)
+
+
+FAULTS: dict[str, tuple[str, Any]] = {
+    "scaled by readers": ("sft", _scaled_by_readers),
+    "identity as adjoint": ("dpo", _identity_as_adjoint),
+    "owner left out": ("dpo", _owner_left_out),
+    "local positions": ("sft", _local_positions),
+}
+"""Faults by name: an objective that shows it, and what plants it."""
+
+
+def planted(job: Job, fault: str) -> dict[str, Curve]:
+    """The curves of a case with a planted fault."""
+    objective, plant = FAULTS[fault]
+    case = Case(objective, degree=2)
+    lone = compare(job, objective)["expected"]
+    with plant(case.degree):
+        found = compare(job, objective)["found"]
+    return {"found": found, "expected": lone}
+
+
+# -- more than curves -------------------------------------------------------------------------------------------------
+
+
+def resumed(job: Job) -> dict[str, Curve]:
+    """Two steps each with a group of 1, 2, 4 and 1 ranks, under another strategy each time, out of the state saved before."""
+    config, data = _run_of(job, Case("sft", "lora"))
+    rows: Curve = []
+    path = None
+    for number, (degree, strategy) in enumerate([(1, "fsdp2"), (2, "zero2"), (4, "zero3"), (1, "ddp")]):
+        readers = job.runtime.world_size // degree
+        micro = {"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH // readers}
+        changed = replace(config, strategy=SHARDING[strategy], parallel=ParallelConfig(sequence=degree), batch=micro)
+        trainer = trainer_for(changed, data, with_sequence(job.runtime, degree))
+        if path is not None:
+            trainer.progress = trainer.engine.load(path)
+        rows += [list(row) for row in take_steps(trainer, 2)]
+        assert trainer.progress.step == 2 * (number + 1)
+        path = job.saved(trainer)
+    lone = replace(config, parallel=ParallelConfig())
+    expected = job.oracle("resumed sequences", lambda: job.lone(lone, 8, data), elsewhere=[])
+    return {"found": rows, "expected": expected}
+
+
+def evaluated(job: Job) -> list[dict[str, float]]:
+    """Held-out loss and accuracy with a group of 1, 2 and 4 ranks; batches of several documents."""
+    config, data = _run_of(job, Case())
+    held_out = data.evaluation
+    assert held_out is not None
+    values = []
+    for degree in (1, 2, 4):
+        runtime = with_sequence(job.runtime, degree)
+        readers = runtime.readers
+        changed = replace(
+            config, parallel=ParallelConfig(sequence=degree), batch={"global": 16, "micro": 16 // readers}
+        )
+        trainer = trainer_for(changed, data, runtime)
+        share = EvalShare(5, runtime.reader, readers, cut=cut_of(runtime.sequence_rank, runtime.sequence_size))
+        batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
+        count = int(held_out.counts["loss"].sum())
+        values.append(dict(LossEvaluator(batches, count=count, prefix="eval").run(trainer.engine)))
+    return values
+
+
+def order(job: Job) -> list[list[list[int]]]:
+    """The sequences of the first steps, sorted, with a group of 1, 2 and 4 ranks."""
+    config, data = _run_of(job, Case())
+    found = []
+    for degree in (1, 2, 4):
+        runtime = with_sequence(job.runtime, degree)
+        changed = replace(
+            config, parallel=ParallelConfig(sequence=degree), batch={"global": 16, "micro": 16 // runtime.readers}
+        )
+        loader = trainer_for(changed, data, runtime).loader
+        steps = []
+        for step in range(STEPS):
+            sequences: list[int] = []
+            for micro_batches in loader.plan(step * GLOBAL_BATCH):
+                for micro_batch in micro_batches:
+                    sequences += micro_batch
+            steps.append(sorted(sequences))
+        found.append(steps)
+    return found
+
+
+def exchanged_bytes(job: Job, degree: int) -> dict[str, int]:
+    """Bytes that this rank's exchanges of one step are counted with, and what the formula of one layer gives."""
+    config, data = _run_of(job, Case(degree=degree))
+    runtime = with_sequence(job.runtime, degree)
+    trainer = trainer_for(config, data, runtime)
+    model = trainer.engine.step_module.model.config
+    head = model.hidden_size // model.num_attention_heads
+    (batch,) = trainer.loader.steps(0, 1)
+    shares = head_shares(model.num_attention_heads, model.num_key_value_heads, degree)
+    expected = 0
+    for micro_batch in batch.micro_batches:
+        row_slices = micro_batch["row_slices"]
+        local = row_slices[runtime.sequence_rank + 1] - row_slices[runtime.sequence_rank]
+        for by_rank, all_heads in ((shares.query, model.num_attention_heads), (shares.key_value, None)):
+            first, end = by_rank[runtime.sequence_rank]
+            sent_heads = all_heads or sum(last - begin for begin, last in by_rank)
+            # A call is counted by the larger of what is sent and what arrives, this rank's own part included.
+            tensor = max(local * sent_heads, row_slices[-1] * (end - first)) * head
+            # Queries and the output, or keys and values; each in the forward and in the backward pass.
+            expected += 2 * 2 * tensor * 4 * model.num_hidden_layers
+    with count_communication() as totals:
+        trainer.train_step(batch)
+    return {"counted": totals.sizes[ALL_TO_ALL], "expected": expected}
+
+
+def attention(job: Job, heads: int, key_value_heads: int, degree: int, kind: str) -> list[float]:
+    """The largest differences of the output and of the gradients of q, k and v from attention over the whole row, in float64."""
+    runtime = with_sequence(job.runtime, degree)
+    generator = torch.Generator().manual_seed(3)
+    bounds = [0, 5, 6, 23]
+    num_tokens = bounds[-1]
+    key_width = 6
+    value_width = 4 if kind == "narrow values" else key_width
+
+    def drawn(num_heads: int, width: int) -> torch.Tensor:
+        return torch.randn(1, num_heads, num_tokens, width, generator=generator, dtype=torch.float64)
+
+    whole = [drawn(heads, key_width), drawn(key_value_heads, key_width), drawn(key_value_heads, value_width)]
+    weights = torch.randn(1, num_tokens, heads, value_width, generator=generator, dtype=torch.float64)
+    settings: dict[str, Any] = {"cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32), "document_bounds": bounds}
+    if kind == "sinks":
+        settings["s_aux"] = torch.randn(heads, generator=generator, dtype=torch.float64)
+    if kind == "window":
+        settings["sliding_window"] = 3
+    module = torch.nn.Module()
+
+    rows = [tensor.clone().requires_grad_() for tensor in whole]
+    output, _ = varlen_attention(module, *rows, None, **settings)
+    (output * weights).sum().backward()
+
+    row_slices = Cut(0, degree).borders(num_tokens)
+    start, stop = Cut(runtime.sequence_rank, degree).span(num_tokens)
+    slices = [tensor[:, :, start:stop].clone().requires_grad_() for tensor in whole]
+    local, _ = over_slices(varlen_attention)(module, *slices, None, row_slices=row_slices, **settings)
+    (local * weights[:, start:stop]).sum().backward()
+
+    differences = [float((local - output[:, start:stop]).abs().max())]
+    for local_tensor, row_tensor in zip(slices, rows, strict=True):
+        assert local_tensor.grad is not None and row_tensor.grad is not None
+        differences.append(float((local_tensor.grad - row_tensor.grad[:, :, start:stop]).abs().max()))
+    by_rank = processes.gather_objects(differences, runtime)
+    return [max(column) for column in zip(*by_rank, strict=True)]

@@ -17,13 +17,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def four_ranks_end(ranks):
-    """Nobody else asks them, and they hold half a GiB each."""
-    yield
-    ranks[4].stop()
-
-
 def assert_close(found, expected):
     assert len(found) == len(expected) == 5
     for (loss, norm), (right_loss, right_norm) in zip(found, expected, strict=True):

@@ -17,10 +17,11 @@ from strategies.compat.modules import is_compiled
 from trainer.reporting.step_times import now, seconds_between
 
 
-def timed_modules(blocks: list[nn.Module]) -> list[nn.Module]:
-    """What computes without another rank: the blocks; under ZeRO-3, which gathers inside them, their modules with weights.
+def timed_modules(blocks: list[nn.Module], *, exchanges_inside: bool) -> list[nn.Module]:
+    """What computes without another rank: the blocks, or their modules with weights if blocks wait for others inside.
 
-    None of them where blocks are compiled: what is put around them would be compiled, too.
+    They do under ZeRO-3, which gathers inside of them, and with `exchanges_inside`: attention that exchanges slices for heads
+    (`parallel.sequence`). None where blocks are compiled: what is put around them would be compiled, too.
     """
     if any(is_compiled(block) for block in blocks):
         return []
@@ -29,7 +30,7 @@ def timed_modules(blocks: list[nn.Module]) -> list[nn.Module]:
     for block in blocks:
         is_partitioned = is_partitioned or any(hasattr(parameter, "ds_id") for parameter in block.parameters())
         modules += block.modules()
-    if not is_partitioned:
+    if not is_partitioned and not exchanges_inside:
         return blocks
     return [module for module in modules if next(module.parameters(False), None) is not None]
 
@@ -43,9 +44,9 @@ class BlockTimer:
     _begun: dict[nn.Module, Any] = field(default_factory=dict)
     _passes: list[tuple[Any, Any]] = field(default_factory=list)
 
-    def watch(self, blocks: list[nn.Module]) -> None:
+    def watch(self, blocks: list[nn.Module], *, exchanges_inside: bool) -> None:
         """Time these blocks from now on, inside of what strategies do around them."""
-        for module in timed_modules(blocks):
+        for module in timed_modules(blocks, exchanges_inside=exchanges_inside):
             module.register_forward_pre_hook(self._begin)
             # First of all hooks, so that what strategies do after the block is not timed.
             module.register_forward_hook(self._end, prepend=True)

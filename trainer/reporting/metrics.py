@@ -123,7 +123,7 @@ class Meter:
         """Time what these blocks compute from now on, in a run of several ranks."""
         if self.runtime.world_size > 1:
             self.block_timer = BlockTimer(self.runtime.device)
-            self.block_timer.watch(blocks)
+            self.block_timer.watch(blocks, exchanges_inside=self.runtime.sequence_size > 1)
 
     @contextmanager
     def step(self) -> Iterator[None]:

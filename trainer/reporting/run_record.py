@@ -146,12 +146,22 @@ class RunRecord:
 
     # The arithmetic of a step and of the run.
     world_size: int = 0
+    sequence_size: int = 1
+    """Ranks that share each row of documents (`parallel.sequence`)."""
     global_batch: int = 0
     micro_batch: int = 0
     accumulation: int = 0
     total_steps: int = 0
     epochs: float = 0.0
     tokens_per_step: int = 0
+
+    @property
+    def readers(self) -> str:
+        """Who reads documents of their own, as the arithmetic of a batch names them: `4 ranks`, `2 groups of 4 ranks`."""
+        plural = "s" if self.world_size > self.sequence_size else ""
+        if self.sequence_size == 1:
+            return f"{self.world_size} rank{plural}"
+        return f"{self.world_size // self.sequence_size} group{plural} of {self.sequence_size} ranks"
 
     # Where it runs.
     host: str = ""

@@ -119,6 +119,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         attention=built.attention,
         layout=str(built.layout),
         world_size=runtime.world_size,
+        sequence_size=runtime.sequence_size,
         global_batch=config.batch["global"],
         micro_batch=config.batch["micro"],
         accumulation=loader.accumulation,
@@ -260,14 +261,14 @@ def start_text(record: RunRecord) -> str:
     if most_held != least_held:
         held += f" to {most_held:,}"
     share = sharding.trainable_parameters / max(1, sharding.parameters)
-    ranks = "ranks"
+    ranks = record.readers
     if record.world_size != 1:
-        ranks = f"ranks (over {sharding.exchange})"
+        ranks += f" (over {sharding.exchange})"
     lines = [
         f"parameters: {sharding.parameters:,}, trainable {sharding.trainable_parameters:,} ({share:.2%}); held per "
         f"rank {held}",
         f"batch: {record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
-        f"{record.world_size} {ranks}; about {record.tokens_per_step:,} tokens a step, {record.total_steps} steps, "
+        f"{ranks}; about {record.tokens_per_step:,} tokens a step, {record.total_steps} steps, "
         f"{record.epochs:,.2f} epochs",
         f"precision {record.precision}, attention {record.attention}, layout {record.layout}",
     ]

@@ -100,6 +100,11 @@ MODEL = {
     **_rules("plugins", no_equal("plugins of axolotl are not loaded")),
 }
 DATA = {
+    **_rules(
+        "sequence_parallel_size sequence_parallel_degree context_parallel_size sp_size cp_size ulysses_parallel_size "
+        "ulysses_sequence_parallel_size",
+        same("parallel.sequence"),
+    ),
     **_rules("max_seq_length max_seq_len cutoff_len sequence_len model_max_length block_size", same("data.max_length")),
     **_rules("max_length", same("data.max_length")),
     **_rules("packing sample_packing neat_packing", same("data.packing")),
