@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import types
 import typing
 
@@ -9,6 +10,7 @@ import pytest
 
 from launch.config import overrides
 from launch.config.compose import compose
+from launch.config.removed import NOT_OFFERED
 from strategies.errors import ConfigError, key_of_problem
 from strategies.registry import STRATEGIES
 from strategies.settings import Range, Traits, number, traits_of
@@ -302,6 +304,8 @@ def is_of_a_setting(key: str, keys: set[str]) -> bool:
     ("words", "ranks"),
     [
         ("strategy=hsdp", 4),
+        ("strategy=fsdp2 parallel.sequence=2 batch.global=4 batch.micro=2", 4),
+        ("strategy=zero3 parallel.sequence=3 data.layout=padding_free batch.global=8 batch.micro=4", 6),
         ("tuning=lora tuning.rank_pattern={q_proj:8} tuning.init=pissa_niter_16 tuning.lr_ratio=16", 1),
         ("tuning=freeze tuning.bias_only=true", 1),
         ("tuning=vera precision=bf16 strategy=ddp", 1),
@@ -338,6 +342,36 @@ def is_of_a_setting(key: str, keys: set[str]) -> bool:
 )
 def test_valid_combinations_are_not_refused(words, ranks):
     assert problems(*words.split(), world_size=ranks) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "problem"),
+    [
+        ("strategy=single", 1, "strategy=single is one process"),
+        ("strategy=fsdp2", 3, "must divide the number of ranks, 3, so that every group is whole; set one of 1, 3"),
+        ("strategy=fsdp2 data.layout=padded", 2, "rows with padding are not cut; set data.layout=padding_free"),
+        ("strategy=fsdp2 model.attention=sdpa", 2, "model.attention=sdpa takes rows with padding"),
+        ("strategy=ddp strategy.compile=true", 2, "set strategy.compile=false, or parallel.sequence=1"),
+        ("strategy=fsdp2 objective=seq2seq", 2, "objective=seq2seq has two rows for each document"),
+    ],
+)
+def test_ranks_that_cannot_share_rows_are_refused_before_anything_is_read(words, ranks, problem):
+    lines = problems("parallel.sequence=2", *words.split(), world_size=ranks)
+    assert any(line.startswith("parallel.sequence=2: ") and problem in line for line in lines), lines
+
+
+def test_batch_is_divided_among_groups_of_ranks_that_share_rows():
+    lines = problems("strategy=fsdp2", "parallel.sequence=2", "batch.global=6", "batch.micro=2", world_size=4)
+    assert lines == [
+        "batch.global=6: must be a multiple of batch.micro=2 x 2 groups of 2 ranks = 4; set batch.global=4 or "
+        "batch.global=8, or batch.micro=1"
+    ]
+
+
+@pytest.mark.parametrize("key", NOT_OFFERED)
+def test_setting_that_other_trainers_have_is_answered_with_what_does_the_same(key):
+    with pytest.raises(ConfigError, match=re.escape(f"there is no setting {key}: {NOT_OFFERED[key]}")):
+        compose([f"{key}=2"], check=False)
 
 
 def test_single_strategy_needs_one_process():

@@ -8,6 +8,9 @@ from pathlib import Path
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, StrategyName, ZeroConfig
 from trainer.config.parallel import problems as parallel_problems
 from trainer.config.run import Device, RunConfig
+from trainer.data.config import Layout
+from trainer.model.config import Attention, ModelKind
+from trainer.objectives.registry import family_of
 
 
 def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -16,6 +19,8 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     if strategy.name is StrategyName.single and world_size is not None and world_size > 1:
         yield f"strategy=single: runs in one process, not {world_size}; take strategy=ddp, or launcher.processes=1"
     yield from parallel_problems(config, world_size, str(strategy.name))
+    if config.parallel.sequence > 1:
+        yield from _shared_rows(config)
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
         yield "precision=fp16: not supported on CPUs; set precision=bf16 or precision=fp32"
@@ -60,6 +65,25 @@ def _long_rows(strategy: StrategyConfig) -> Iterator[str]:
                 f"strategy.{key} with strategy.compile=true: it is not proven to take the same steps compiled; set "
                 "strategy.compile=false"
             )
+
+
+def _shared_rows(config: RunConfig) -> Iterator[str]:
+    """Settings under which ranks cannot share rows. What depends on the model is asked when its files are read."""
+    typed = f"parallel.sequence={config.parallel.sequence}"
+    if family_of(config.objective).kind is ModelKind.encoder_decoder:
+        yield (
+            f"{typed}: objective={config.objective.name} has two rows for each document, and padding in both; set "
+            "parallel.sequence=1"
+        )
+    if config.data.layout is Layout.padded:
+        yield f"{typed}: rows with padding are not cut; set data.layout=padding_free, or parallel.sequence=1"
+    if config.model.attention in (Attention.sdpa, Attention.eager):
+        yield (
+            f"{typed}: model.attention={config.model.attention} takes rows with padding, which are not cut; set "
+            "model.attention=auto, or parallel.sequence=1"
+        )
+    if config.strategy.compile:
+        yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or parallel.sequence=1"
 
 
 def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
