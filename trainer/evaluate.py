@@ -210,7 +210,9 @@ def _tell_length(
 def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, stop_now: Callable[[], bool]) -> ServedModel:
     """The model of `evaluation.server`, which is sent a local model's tokens. Loads nothing. Errors: ConfigError."""
     model_config = read_config(config.model.path) or {}
-    positions = _positions_of(model_config) or _positions_of(model_config.get("text_config") or {})
+    positions = (
+        config.model.positions or _positions_of(model_config) or _positions_of(model_config.get("text_config") or {})
+    )
     encoder = TaskContext.from_settings(config.data, config.objective, kept_date(config)).encoder(tokenizer)
     return connect_served_model(config.evaluation, config.model.path or "", encoder, positions, runtime, stop_now)
 

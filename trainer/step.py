@@ -116,6 +116,8 @@ class Built:
     """Top-level names of a head that the checkpoint need not have (classification)."""
     config: Any
     """The transformers config of the model."""
+    base_config: Any = None
+    """The transformers config of the base with the run's positions, which an adapter needs; None if no setting changes them."""
     two_sides: EncoderDecoder | None = None
     """Set for encoder-decoder models trained as such."""
     scheme: Scheme | None = None

@@ -94,13 +94,21 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def freeze_choices(run_dir: Path, config: RunConfig) -> None:
-    """Write `config.yaml` anew with what the run has chosen, under the same hash. Errors: ConfigError, StorageError."""
+    """Write `config.yaml` anew with what the run has chosen, as the same run. Errors: ConfigError, StorageError.
+
+    A file of an earlier version lacks the settings that were added since. They are written with their defaults, so the hash
+    in its head becomes that of the same settings in this version.
+    """
     path = run_dir / "config.yaml"
     try:
-        header = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[:3] if line[0] == "#"]
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); is it still there?") from error
-    write_text_atomic(path, "".join(header) + to_yaml(config))
+    header = "".join(line for line in text.splitlines(keepends=True)[:3] if line[0] == "#")
+    recorded_hash = FROZEN.search(header)
+    if recorded_hash is not None:
+        header = header.replace(recorded_hash[1], identity(load_frozen(path)))
+    write_text_atomic(path, header + to_yaml(config))
 
 
 def load_frozen(path: Path | str) -> RunConfig:

@@ -9,7 +9,8 @@ import json
 from typing import Any
 
 from launch.serve.config import ServeConfig, ServedType
-from launch.serve.exported import Exported
+from launch.serve.exported import MODEL, Exported
+from strategies.small_files import read_object
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
@@ -30,6 +31,9 @@ def vllm_command(exported: Exported, config: ServeConfig, *, middleware: bool = 
         words = ["vllm", "serve", exported.base, "--tokenizer", str(exported.path)]
         words += ["--served-model-name", f"{config.name or exported.name}-base"]
         words += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", adapter]
+        positions = _own_positions(exported)
+        if positions is not None:
+            words += ["--hf-overrides", positions]
     else:
         return None
     if (exported.path / "generation_config.json").is_file() and exported.base is not None:
@@ -42,12 +46,15 @@ def vllm_command(exported: Exported, config: ServeConfig, *, middleware: bool = 
 
 
 def sglang_command(exported: Exported, config: ServeConfig) -> list[str] | None:
-    """The command that serves the export with SGLang; None for an adapter that SGLang does not take."""
+    """The command that serves the export with SGLang; None for an adapter that SGLang does not take.
+
+    An adapter with positions of its own is none that it takes: it would rotate by the base's.
+    """
     name = config.name or exported.name
     words = ["python", "-m", "sglang.launch_server", "--model-path", exported.base or str(exported.path)]
     if exported.base is None:
         words += ["--served-model-name", name]
-    elif exported.plain_lora:
+    elif exported.plain_lora and _own_positions(exported) is None:
         words += ["--tokenizer-path", str(exported.path), "--enable-lora", "--lora-paths", f"{name}={exported.path}"]
     else:
         return None
@@ -55,6 +62,16 @@ def sglang_command(exported: Exported, config: ServeConfig) -> list[str] | None:
     if config.dtype is not ServedType.auto:
         words += ["--dtype", str(config.dtype)]
     return words
+
+
+def _own_positions(exported: Exported) -> str | None:
+    """The positions of an adapter's training as JSON that overrides the base's config.json; None if they are the base's."""
+    if not (exported.path / MODEL).is_file():
+        return None
+    settings = read_object(exported.path / MODEL)
+    text = settings.get("text_config") or settings
+    positions = {name: text[name] for name in ("max_position_embeddings", "rope_parameters") if name in text}
+    return json.dumps({"text_config": positions} if "text_config" in settings else positions)
 
 
 def shell_text(words: list[str] | None) -> str:

@@ -55,6 +55,12 @@ def test_earlier_version_stopped_run_resumes_once_the_new_code_is_accepted(site,
     # The libraries of this machine may be others than those that wrote the archive.
     assert {line.partition(":")[0] for line in differences} <= {"code", "versions"}, refusal
 
+    # A setting that the earlier version did not know counts as its default: another value is another base.
+    (checkpoint,) = (site / "runs/stopped/checkpoints").glob("step-*")
+    changed = ["model.rope.theta=20000", "run.accept=[code,versions]", f"run.resume={checkpoint}", "run.dir=runs/theta"]
+    assert command_here(["train", *SAME_WORDS, *changed]) == 64
+    assert "base: model.rope.theta: None there, 20000.0 here" in capsys.readouterr().err
+
     assert command_here(["train", *SAME_WORDS, "run.accept=[code,versions]"]) == 0, capsys.readouterr().err
     rows = [json.loads(line) for line in (site / "runs/stopped/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))

@@ -18,6 +18,7 @@ from trainer.export.config import ExportType
 from trainer.export.load import load_export
 from trainer.export.tensors import hub_name, write_tensors
 from trainer.export.verify import DriftError, probe_ids, reference_logits, verify_export
+from trainer.model.config import RopeConfig, RopeScaling
 from trainer.objectives.classification import ClassificationConfig
 from trainer.tuning.base import FullConfig, LoraConfig
 
@@ -93,6 +94,40 @@ def test_an_adapter_loads_with_plain_peft_and_equals_its_merge(architecture, set
     assert settings_file["base_model_name_or_path"] == str(base)
     assert not any("default" in name for name in stored_names(adapter))
     assert not (adapter / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter", "merged"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_export_rotates_positions_as_training_did(architecture, kind, bases, runtime, tmp_path):
+    """By the config.json of the export, for plain transformers, and beside an adapter for the base of plain peft."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = bases(architecture)
+    rope = RopeConfig(type=RopeScaling.yarn, theta=20000.0)
+    tuning = FullConfig() if kind == "full" else LoraConfig(rank=4)
+    parts = trained(base, tuning, runtime, positions=2048, rope=rope)
+    directory = export(parts, base, tmp_path / "export", runtime, merge=kind == "merged")
+    ids = probe_ids(parts[2])
+    reference = reference_logits(parts[0], parts[1], ids, runtime)
+    tolerance = 1e-4 * float(reference.abs().max())
+
+    config = AutoConfig.from_pretrained(directory)
+    assert config.max_position_embeddings == 2048
+    source = base if kind == "adapter" else directory
+
+    def exported_logits(config):
+        model = AutoModelForCausalLM.from_pretrained(source, config=config)
+        if kind == "adapter":
+            model = PeftModel.from_pretrained(model, str(directory))
+        return logits_of(model.eval(), ids)
+
+    torch.testing.assert_close(exported_logits(config), reference, rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits_of(load_export(directory), ids), reference, rtol=0, atol=tolerance)
+    own = exported_logits(AutoConfig.from_pretrained(base))
+    assert (own - reference).abs().max() > 10 * tolerance, "the rotation makes no difference: the test is blind"
+    card = (directory / "README.md").read_text()
+    assert ("config=config" in card) == (kind == "adapter")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied"])

@@ -24,6 +24,7 @@ from trainer.data.batches.order import steps_from_budget
 from trainer.data.config import Layout
 from trainer.data.prepare import ChooseDate, Preparation, PreparedData, keep_or_first_date
 from trainer.data.report.progress import PrintLine, print_on_rank_0
+from trainer.data.store.sequences import TokenDataset
 from trainer.losses.fuse import fuse_head
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
@@ -33,6 +34,7 @@ from trainer.model.architecture import (
     grow_vocabulary,
     head_names,
     text_settings,
+    tokens_per_square,
     vocabulary_names,
 )
 from trainer.model.compat import names_kept_in_float32
@@ -42,6 +44,7 @@ from trainer.model.layout import AttentionLayout
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, quantise_layers, unquantised_note
 from trainer.model.quantised_experts import quantise_experts
+from trainer.model.rope import check_adapter, is_set
 from trainer.model.rules import check_kind
 from trainer.model.sequence_attention import register_flash
 from trainer.model.tiles import tile_mlps
@@ -64,6 +67,9 @@ from trainer.tuning.expert_lora import use_low_rank
 from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.key_mapping import check_loadable
 from trainer.tuning.table import needs_padded_rows
+
+LONG_DOCUMENT = 32_768
+"""Tokens above which the attention of a document is a large part of its cost."""
 
 
 def prepare_data(
@@ -131,10 +137,17 @@ def build_loader(
         device=runtime.device,
         ahead=data_spec.ahead,
     )
+    if attention_matters(config, data.train):
+        loader.weigh_attention(tokens_per_square(built.config))
     steps = steps_from_budget(config.budget, order, loader.unit_tokens, global_batch)
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(steps)
     return loader, steps
+
+
+def attention_matters(config: RunConfig, train: TokenDataset) -> bool:
+    """Whether documents are dealt by their squared lengths too: ranks with unlike long documents would wait for each other."""
+    return config.parallel.sequence > 1 or int(train.lengths.max(initial=0)) > LONG_DOCUMENT
 
 
 def build_engine(
@@ -227,11 +240,14 @@ def tile(built: Built, config: RunConfig) -> None:
 
 def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
     """Raise ConfigError if documents or packs do not fit the model that was built."""
-    positions = getattr(text_settings(built.config), "max_position_embeddings", None)
+    text = text_settings(built.config)
     family = family_of(config.objective)
     # Each side of an encoder-decoder has positions of its own, which are checked below.
     if family.kind is not ModelKind.encoder_decoder:
-        check_positions(config.tuning, int(data.train.lengths.max(initial=0)), positions)
+        longest = int(data.train.lengths.max(initial=0))
+        positions = getattr(text, "max_position_embeddings", None)
+        rotary = bool(getattr(text, "rope_parameters", None))
+        check_positions(config.tuning, longest, positions, rotary=rotary)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
@@ -292,7 +308,10 @@ def build_step(
     is_encoder_decoder = family.kind is ModelKind.encoder_decoder
 
     # The architecture.
-    model_config = copy.deepcopy(load_model_config(config))
+    base_config = load_model_config(config)
+    model_config = copy.deepcopy(base_config)
+    for key, directory in _adapters_to_load(config, tuning_config):
+        check_adapter(directory, key, model_config, config)
     new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
     grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     check_kind(model_config.to_dict(), config.path, family.kind, family.name, {})
@@ -344,12 +363,22 @@ def build_step(
         plain=plain,
         head_prefixes=heads,
         config=model_config,
+        base_config=base_config if is_set(config) else None,
         two_sides=two_sides,
         zeroed=zeroed,
         folded=folded,
     )
     _equip(built, config, head, family.kind)
     return built
+
+
+def _adapters_to_load(config: ModelConfig, tuning_config: TuningConfig) -> list[tuple[str, str]]:
+    """(setting, directory) of each adapter that the run begins with."""
+    directories = [("model.adapters", directory) for directory in config.adapters]
+    start = getattr(tuning_config, "from_", None)
+    if start:
+        directories.append(("tuning.from", start))
+    return directories
 
 
 def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: AttentionLayout) -> None:

@@ -32,7 +32,7 @@ from trainer.config.sharding import problems as sharding_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
 from trainer.data.sources import problems as data_problems
 from trainer.model.config import ModelKind, Quantisation, may_be_hub_id
-from trainer.model.rules import missing_package, read_config
+from trainer.model.rules import missing_package, position_problems, read_config
 from trainer.objectives.registry import family_of, model_problems
 from trainer.objectives.registry import problems as objective_problems
 from trainer.optim.support import problems as optimizer_problems
@@ -188,6 +188,7 @@ def _model(config: RunConfig) -> Iterator[str]:
                 f"model.path={model.path}: holds models, and is none; give one of them, as in model.path={models_inside[0]}"
             )
     yield from model_problems(config.objective, config, read_config(model.path))
+    yield from position_problems(model)
     if model.neftune_alpha:
         yield from _noise(config)
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():

@@ -17,6 +17,7 @@ import torch
 
 from strategies.errors import ConfigError
 from strategies.small_files import read_object
+from trainer.model.rope import CONFIG, adapter_config_source
 from trainer.tuning.initial_adapter import SETTINGS, WEIGHTS, read_settings
 
 
@@ -106,8 +107,9 @@ def combine(
     first = read_object(Path(settings.adapters[0]).expanduser() / SETTINGS)
     base = str(settings.base or first["base_model_name_or_path"])
     try:
-        auto = auto_class(ModelKind.causal, AutoConfig.from_pretrained(base, local_files_only=True))
-        plain = auto.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+        base_config = AutoConfig.from_pretrained(_config_source(settings, base), local_files_only=True)
+        auto = auto_class(ModelKind.causal, base_config)
+        plain = auto.from_pretrained(base, config=base_config, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base={base}: cannot be loaded ({str(error)[:200]}); give base=<model directory>") from error
     tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _has_tokenizer(settings) else base)
@@ -126,6 +128,8 @@ def combine(
             merged.save_pretrained(to, max_shard_size=int(max_shard_gib * 2**30))
         else:
             _save_adapter(model, base, to)
+            if _config_source(settings, base) != base:
+                base_config.save_pretrained(str(to))
     tokenizer.save_pretrained(str(to))
     print(f"export verified: {verify_export(to, base_path=base, token_ids=ids, reference=reference)}", flush=True)
     return base
@@ -160,6 +164,26 @@ def _save_adapter(model: Any, base: str, to: Path) -> None:
     settings = model.peft_config[COMBINED]
     settings.base_model_name_or_path, settings.inference_mode = base, True
     settings.save_pretrained(str(to))
+
+
+def _config_source(settings: CombineSettings, base: str) -> str:
+    """Where the config.json of the base is that the adapters were trained with.
+
+    Raises ConfigError if they were trained under other positions: no one model computes what each of them learned.
+    """
+    sources = [adapter_config_source(Path(directory).expanduser(), base) for directory in settings.adapters]
+    positions = []
+    for source in sources:
+        config = read_object(Path(source) / CONFIG) if Path(source).is_dir() else {}
+        text = config.get("text_config") or config
+        positions.append((text.get("max_position_embeddings"), text.get("rope_parameters")))
+    for directory, source, own in zip(settings.adapters, sources, positions, strict=True):
+        if (source == base) != (sources[0] == base) or own != positions[0]:
+            raise ConfigError(
+                f"adapters={directory}: was trained under other positions (model.positions, model.rope) than "
+                f"{settings.adapters[0]}; combine adapters of the same positions"
+            )
+    return sources[0]
 
 
 def _has_tokenizer(settings: CombineSettings) -> bool:

@@ -11,6 +11,7 @@ from strategies.errors import ConfigError
 from strategies.small_files import read_object
 from trainer.model.architecture import auto_class
 from trainer.model.config import ModelKind
+from trainer.model.rope import adapter_config_source
 
 if TYPE_CHECKING:
     from trainer.model.weights import BaseWeights
@@ -66,18 +67,22 @@ def _base(directory: Path, base_path: str | None, transformers: Any, dtype: Any,
         return model, lambda model, directory: model
     settings = read_object(settings_file)
     base = base_path or settings["base_model_name_or_path"]
+    # Positions may be those of the training, which the base's own config.json does not know.
+    config_source = adapter_config_source(directory, base)
     if settings["task_type"] == "SEQ_CLS":
         from safetensors import safe_open
 
         labels = settings.get("num_labels") or _head_rows(safe_open, directory)
         auto: Any = transformers.AutoModelForSequenceClassification
-        model = auto.from_pretrained(base, dtype=dtype, local_files_only=True, num_labels=labels)
+        base_config = transformers.AutoConfig.from_pretrained(config_source, local_files_only=True, num_labels=labels)
+        model = auto.from_pretrained(base, config=base_config, dtype=dtype, local_files_only=True)
         model.config.pad_token_id = transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
     elif settings["task_type"] == "SEQ_2_SEQ_LM":
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base, dtype=dtype, local_files_only=True)
     else:
-        auto = auto_class(ModelKind.causal, transformers.AutoConfig.from_pretrained(base, local_files_only=True))
-        model = auto.from_pretrained(base, dtype=dtype, local_files_only=True)
+        base_config = transformers.AutoConfig.from_pretrained(config_source, local_files_only=True)
+        auto = auto_class(ModelKind.causal, base_config)
+        model = auto.from_pretrained(base, config=base_config, dtype=dtype, local_files_only=True)
     tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
     if tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens, mean_resizing=False)

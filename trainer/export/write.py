@@ -78,6 +78,9 @@ def write_export(
                 if adapter:
                     _write_adapter(built, tensors.trained(), aside, base_path)
                     write_record(aside, (facts.run.identity or {}).get("base") or {})
+                    if built.base_config is not None:
+                        # The base's own has other positions. Loaders of the adapter build the base by this one.
+                        built.base_config.save_pretrained(str(aside))
                 else:
                     _write_model(built, tensors.as_stored(), aside, base_path, config, facts)
                 tokenizer.save_pretrained(str(aside))

@@ -13,6 +13,7 @@ from strategies.errors import ConfigError
 from trainer.model import experts
 from trainer.model.compat import ignore_in_checkpoints
 from trainer.model.config import Attention, ModelConfig, ModelKind
+from trainer.model.rope import check_rotates
 from trainer.tuning.compat.transformers import block_class_names
 
 DROPOUT = re.compile(r"dropout|_pdrop$")
@@ -57,6 +58,7 @@ def architecture(
         ) from error
     for owner, name, value in earlier_dropout:  # layers have read theirs; an export keeps the base's values
         setattr(owner, name, value)
+    check_rotates(model, config)
     return model, attention
 
 
@@ -164,6 +166,19 @@ def width_and_blocks(plain: Any) -> tuple[int, int]:
         kinds = block_class_names(plain)
         blocks = sum(type(module).__name__ in kinds for module in modules)
     return width, blocks
+
+
+def tokens_per_square(model_config: Any) -> int:
+    """How many squared tokens cost as much as one token: a document of n tokens costs about n + n^2 / this.
+
+    A block of width w has about 12 w^2 weights, and multiplies each token by them once. Causal attention multiplies about
+    w n^2 times for a document of n tokens. So the ratio is 12 w: 49,152 for a model of 8B. Layers with a window count as none.
+    """
+    text = text_settings(model_config)
+    width = getattr(text, "hidden_size", None) or 4096
+    layer_types = getattr(text, "layer_types", None) or ["full_attention"]
+    full_layers = sum(kind == "full_attention" for kind in layer_types)
+    return 12 * int(width) * len(layer_types) // max(1, full_layers)
 
 
 def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, float]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from strategies.settings import DESCRIBES, FREE, Reach, number, setting
+from strategies.settings import DESCRIBES, FREE, Reach, group, number, setting
 
 
 class ModelKind(StrEnum):
@@ -39,6 +39,25 @@ class Quantisation(StrEnum):
     int8 = "int8"
 
 
+class RopeScaling(StrEnum):
+    """How rotary positions are stretched over more of them."""
+
+    yarn = "yarn"
+    linear = "linear"
+
+
+@dataclass(kw_only=True, slots=True)
+class RopeConfig:
+    """How positions are rotated. Null keeps what the model's config.json says."""
+
+    type: RopeScaling | None = setting(None, reach=DESCRIBES)
+    """Stretches the positions that the base was trained with: `yarn` (arXiv:2309.00071) or `linear`; null: as its config says."""
+    factor: float | None = number(None, least=1, advice="null takes model.positions over the base's own")
+    """By how much `type` stretches; null: `model.positions` divided by the positions that the base was trained with."""
+    theta: float | None = number(None, above=0, advice="null keeps the model's; 10,000 to 10,000,000 as a rule")
+    """Base of the wavelengths; null: as the model's config says. A larger one rotates more slowly."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Which pretrained model is tuned."""
@@ -59,6 +78,12 @@ class ModelConfig:
     """New vocabulary entries; their embeddings start at the mean of the existing ones."""
     chat_template: str | None = setting(None, reach=Reach.file, resume=FREE)
     """File with a Jinja chat template that replaces the tokenizer's own."""
+    positions: int | None = number(
+        None, least=1, advice="null keeps the model's; the longest document's tokens, or more"
+    )
+    """Positions that the model has room for, in tokens (`max_position_embeddings`); null: as the model's config says."""
+    rope: RopeConfig = group(RopeConfig)
+    """How positions are rotated, for documents longer than the base was made for (docs/long-context.md)."""
     router_aux_loss: float | None = number(
         None, least=0, advice="null follows the model's config; 0.001 to 0.01 as a rule"
     )

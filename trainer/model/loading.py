@@ -9,6 +9,7 @@ from strategies.errors import ConfigError, is_panic, tokenizer_panic
 from strategies.small_files import check_small_files, read_object, refuse_pointer
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
+from trainer.model.rope import set_positions
 
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja")
 """Files of a hub model that a run reads."""
@@ -77,7 +78,7 @@ def weights_directory(config: ModelConfig) -> Path:
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The transformers config; raises ConfigError when the model cannot be found or needs remote code."""
+    """The transformers config with the run's positions; raises ConfigError if it cannot be found or needs remote code."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -111,6 +112,7 @@ def load_model_config(config: ModelConfig) -> Any:
             f"model.path={path}: config.json has {', '.join(below_one)}, where at least 1 is needed; mend it there"
         )
     refuse_huge(model_config, path)
+    set_positions(model_config, config)
     return model_config
 
 
@@ -223,6 +225,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if present := [token for token in config.add_tokens if token in vocabulary]:
         raise ConfigError(f"model.add_tokens={present}: already in the vocabulary; remove them from the list")
     tokenizer.add_tokens(list(config.add_tokens), special_tokens=True)
+    # An export's tokenizer must not cut what the model has room for.
+    tokenizer.model_max_length = max(tokenizer.model_max_length, config.positions or 0)
     return tokenizer
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 from strategies.small_files import read_object
-from trainer.model.config import ModelKind
+from trainer.model.config import ModelConfig, ModelKind
 
 PROVEN_ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
 """`model_type`s of encoder-decoder models whose loss is that of transformers, as tests/objectives/test_seq2seq.py shows."""
@@ -68,6 +68,21 @@ def kind_problems(
     for key, length in lengths.items():
         if positions is not None and length > positions:
             yield f"{key}={length}: model.path={path} has positions for {positions} tokens; set {key}={positions} or less"
+
+
+def position_problems(model: ModelConfig) -> Iterator[str]:
+    """What is wrong with `model.positions` and `model.rope` whatever the model is, one line each."""
+    rope = model.rope
+    if rope.factor is not None and rope.type is None:
+        yield (
+            f"model.rope.factor={rope.factor:g}: says by how much model.rope.type stretches, which is not set; set "
+            "model.rope.type=yarn or linear, or leave the factor out"
+        )
+    if rope.type is not None and rope.factor is None and model.positions is None:
+        yield (
+            f"model.rope.type={rope.type}: does not say by how much; set model.positions, from which the factor follows, or "
+            "model.rope.factor"
+        )
 
 
 def check_kind(

@@ -12,7 +12,7 @@ from trainer.data.config import Layout
 from trainer.losses.fuse import fuse_head
 from trainer.model.architecture import auto_class, build_options, set_dropout
 from trainer.model.attention import NAME
-from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.config import ModelConfig, ModelKind, RopeConfig
 from trainer.model.flex import NAME as FLEX
 from trainer.model.frozen_rows import always_zero_rows
 from trainer.model.layout import AttentionLayout
@@ -45,6 +45,8 @@ def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfi
         tokenizer=None,
         chat_template=None,
         add_tokens=[],
+        positions=None,
+        rope=RopeConfig(),
         trust_remote_code=teacher.trust_remote_code,
     )
 

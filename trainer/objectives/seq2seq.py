@@ -246,7 +246,7 @@ class TwoSidedCollator(Collator):
     def rows(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return pad_two_sides(samples, pad_token_id=self.pad_token_id, start_token_id=self.decoder_start)
 
-    def deal(self, dataset: TokenDataset, units: np.ndarray, tokens: np.ndarray, shape: tuple[int, int]) -> list:
+    def deal(self, dataset: TokenDataset, units: np.ndarray, costs: np.ndarray, shape: tuple[int, int]) -> list:
         return deal_two_sides(dataset, units, *shape)
 
 

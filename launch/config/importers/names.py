@@ -85,7 +85,7 @@ MODEL = {
     **_rules("use_peft use_lora", switch(LORA)),
     **_rules("adapter finetuning_type", rules.tuning),
     **_rules("neftune_noise_alpha neftune_alpha", same("model.neftune_alpha")),
-    **_rules("rope_scaling rope_theta", no_equal("set it in the config.json of the model")),
+    **_rules("rope_scaling rope_theta", no_equal("set model.positions and model.rope")),
     **_rules("resize_token_embeddings", needless("model.add_tokens=[...] does it")),
     **_rules("special_tokens", no_equal("the tokenizer's own are used; model.add_tokens=[...] adds to the vocabulary")),
     **_rules(

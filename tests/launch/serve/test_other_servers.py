@@ -52,6 +52,17 @@ def test_serve_vllm_rank_is_one_that_it_has_room_for():
     assert [rank(number) for number in (4, 8, 9, 64, 200)] == ["8", "8", "16", "64", "256"]
 
 
+def test_serve_adapter_with_own_positions_overrides_those_of_the_base(tmp_path):
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 2048, "rope_parameters": rope}))
+    exported = Exported(tmp_path, "x", "base", {"peft_type": "LORA", "r": 8})
+    words = vllm_command(exported, ServeConfig())
+    assert "--hf-overrides" in KNOWN["vllm"]
+    overrides = json.loads(words[words.index("--hf-overrides") + 1])
+    assert overrides == {"max_position_embeddings": 2048, "rope_parameters": rope}
+    assert sglang_command(exported, ServeConfig()) is None
+
+
 def test_serve_names_adapter_kinds_that_vllm_and_sglang_do_not_take(site, capsys):
     assert vllm_command(Exported(Path("x"), "x", "base", {"peft_type": "IA3"}), ServeConfig()) is None
     assert command_here(["serve", str(site / "lora"), "--print"]) == 0

@@ -82,12 +82,12 @@ class Collator:
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add to the batch what the loss needs besides tokens and targets. An objective may override it."""
 
-    def deal(self, dataset: TokenDataset, units: np.ndarray, tokens: np.ndarray, shape: tuple[int, int]) -> list:
-        """Positions in `units` (int64 [U], weighing `tokens` each) dealt into `shape` = (slots, units a slot).
+    def deal(self, dataset: TokenDataset, units: np.ndarray, costs: np.ndarray, shape: tuple[int, int]) -> list:
+        """Positions in `units` (int64 [U], costing `costs` each) dealt into `shape` = (slots, units a slot).
 
         Deterministic; slots come back costliest first.
         """
-        return deal(tokens, *shape)
+        return deal(costs, *shape)
 
     def fillers(self, dataset: TokenDataset, num: int) -> list[Sample]:
         """The first `num` sequences with nothing to score, for a rank that must take part and has nothing left."""

@@ -48,7 +48,8 @@ class StepBatch:
     source_counts: dict[str, float] = field(default_factory=dict)
     """The count of `loss` by source, likewise."""
     balance: float = 1.0
-    """Mean over the ranks' tokens as a share of the busiest rank's, micro-batch by micro-batch; 1 where none waits."""
+    """Mean over the ranks' tokens (costs, of long documents) as a share of the busiest rank's, micro-batch by micro-batch; 1
+    where none waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,6 @@ class StepLoader:
         self.ahead = ahead
         self.device = torch.device(device)
         self.sources = sources_in(dataset)
-        # Tokens decide which rank gets which unit, see `_slots`.
         self.unit_tokens: np.ndarray = dataset.lengths
         """int64 [units]."""
         # The sequences of all units in one row, and where each unit begins in it: the global batch is counted by arrays.
@@ -112,6 +112,19 @@ class StepLoader:
             sequences = list(itertools.chain.from_iterable(units))
         self._unit_begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._unit_sequences = np.array(sequences, dtype=np.int64)
+        # The cost decides which rank gets which unit, see `_slots`.
+        self._unit_costs = self.unit_tokens
+
+    def weigh_attention(self, tokens_per_square: int) -> None:
+        """Deal the units of every step by what they cost with attention, not by their tokens alone.
+
+        A document of n tokens then costs n + n^2 / `tokens_per_square`. The samples of a step stay the same; which rank gets
+        which of them may change.
+        """
+        attention = self.dataset.lengths.astype(np.int64) ** 2 // tokens_per_square
+        if self.units is not None:
+            attention = np.array([attention[unit].sum() for unit in self.units], np.int64)
+        self._unit_costs = self.unit_tokens + attention
 
     def plan(self, first_sample: int) -> list[list[list[int]]]:
         """Documents of the step that begins at `first_sample`, as [reader][micro-batch][document]; no tensors are made."""
@@ -131,7 +144,7 @@ class StepLoader:
         share = self.share
         units = self.order.units(first_sample, share.global_batch)
         shape = share.global_batch // share.micro_batch, share.micro_batch
-        positions = self.collator.deal(self.dataset, units, self.unit_tokens[units], shape)
+        positions = self.collator.deal(self.dataset, units, self._unit_costs[units], shape)
         return units[np.array(positions, dtype=np.int64)]
 
     def _micro_batches_of(self, slots: np.ndarray, reader: int) -> list[list[int]]:
@@ -227,10 +240,10 @@ class StepLoader:
         return pin_batch(batch, self.device)
 
     def _balance(self, slots: np.ndarray) -> float:
-        """The share of all ranks' time that is work, if time goes with tokens and every micro-batch waits for all."""
+        """The share of all ranks' time that is work, if time goes with costs and every micro-batch waits for all."""
         # Slot m * readers + r is the m-th micro-batch of reader r, so rows are micro-batches and columns are readers.
-        tokens = self.unit_tokens[slots].sum(axis=1).reshape(self.accumulation, self.share.readers)
-        return float(tokens.mean(axis=1).sum() / tokens.max(axis=1).sum())
+        costs = self._unit_costs[slots].sum(axis=1).reshape(self.accumulation, self.share.readers)
+        return float(costs.mean(axis=1).sum() / costs.max(axis=1).sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,22 +180,22 @@ class MixedOrder(Order):
         return total
 
 
-def deal(lengths: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
-    """Deal positions 0..len(lengths)-1 into `num_slots` slots of exactly `capacity`, balanced by tokens.
+def deal(costs: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
+    """Deal positions 0..len(costs)-1 into `num_slots` slots of exactly `capacity`, balanced by cost (whole numbers).
 
-    Longest first, into the lightest slot with room. Deterministic. Slots come back heaviest first, positions ascending.
+    Costliest first, into the lightest slot with room. Deterministic. Slots come back heaviest first, positions ascending.
     """
     slots: list[list[int]] = [[] for _ in range(num_slots)]
-    tokens = np.asarray(lengths, dtype=np.int64)
-    token_list = tokens.tolist()
+    costs = np.asarray(costs, dtype=np.int64)
+    cost_list = costs.tolist()
     loads = [0] * num_slots
     # The heap holds one number for a slot and its load, in the order of (load, slot): numbers compare faster than tuples,
     # and each rank deals the documents of all.
     heap = list(range(num_slots))
-    for position in np.argsort(-tokens, kind="stable").tolist():
+    for position in np.argsort(-costs, kind="stable").tolist():
         slot = heap[0] % num_slots
         slots[slot].append(position)
-        loads[slot] += token_list[position]
+        loads[slot] += cost_list[position]
         if len(slots[slot]) < capacity:
             heapq.heapreplace(heap, loads[slot] * num_slots + slot)
         else:  # a full slot leaves the heap

@@ -26,11 +26,16 @@ def write_documents(directory: Path, papers: list[str], facts: ModelFacts, *, ad
     facts.base_licence = facts.base_licence or licence_of(base_path)
     write_papers(directory, papers, facts)
     write_results(directory, facts)
-    (directory / "README.md").write_text(render_card(facts, adapter=adapter, base_path=base_path), encoding="utf-8")
+    own_positions = adapter and (directory / "config.json").is_file()
+    card = render_card(facts, adapter=adapter, base_path=base_path, own_positions=own_positions)
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def render_card(facts: ModelFacts, *, adapter: bool, base_path: str) -> str:
-    """The text of README.md, with the hub's metadata block in front and the run's configuration at its end."""
+def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, own_positions: bool = False) -> str:
+    """The text of README.md, with the hub's metadata block in front and the run's configuration at its end.
+
+    `own_positions`: whether the adapter was trained under other positions than the base's, and has a config.json beside it.
+    """
     objective = facts.run.objective
     method = facts.run.tuning or "full"
     base = _base_name(facts.run.base_model or base_path)
@@ -46,6 +51,7 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str) -> str:
         method=method,
         base=base,
         base_to_load=_base_name(base_path),
+        own_positions=own_positions,
         loader=loader if adapter else "transformers",
         auto_class=AUTO_CLASSES.get(objective, "AutoModelForCausalLM"),
         num_labels=len(facts.run.label_names or ()) if objective == "classification" else 0,

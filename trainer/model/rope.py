@@ -1,0 +1,190 @@
+"""Writes `model.positions` and `model.rope` into the configuration that a model is built from and exported with.
+
+transformers 5 keeps what rotary positions are computed from in `rope_parameters`: one dictionary, or one for each type of
+layer (`full_attention`, `sliding_attention`). A window never sees far, so only the layers of full attention are changed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError
+from strategies.small_files import read_object
+from trainer.model.config import ModelConfig, RopeConfig, RopeScaling
+
+FULL_ATTENTION = "full_attention"
+SCALABLE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""Rope types of a base that `model.rope.type` may replace. Others (`proportional`, `axial`) rotate in a way of their own."""
+BY_POSITIONS = ("dynamic", "longrope")
+"""Rope types that rotate by `max_position_embeddings`, so that more positions alone would change every position."""
+ORIGINAL = "original_max_position_embeddings"
+SCALING_KEYS = frozenset(
+    {
+        *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        *("short_factor", "long_factor", "low_freq_factor", "high_freq_factor", ORIGINAL, "type"),
+    }
+)
+"""Entries of `rope_parameters` that belong to its type, and go with it."""
+KEPT_OF_YARN = frozenset({"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"})
+"""What a base of type `yarn` keeps if it is scaled further. Its `attention_factor` was that of the old factor."""
+CONFIG = "config.json"
+
+
+def set_positions(model_config: Any, config: ModelConfig) -> None:
+    """Set the number of positions and the rope parameters that `config` names in transformers' `model_config`, in place.
+
+    Does nothing if neither setting is set. Raises ConfigError for a model whose positions are not rotary, and for values that
+    do not follow from each other.
+    """
+    if not is_set(config):
+        return
+    text = model_config.get_text_config()
+    parameters = _rope_parameters(text, config)
+    own_positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(own_positions, int) or own_positions < 1:
+        raise ConfigError(
+            f"model.path={config.path}: its config.json has no max_position_embeddings, from which model.positions and "
+            "model.rope count; leave them at null"
+        )
+    if config.rope.type is not None:
+        _set_scaling(text, parameters, config, own_positions)
+    elif config.positions is not None and parameters.get("rope_type") in BY_POSITIONS:
+        raise ConfigError(
+            f"model.positions={config.positions}: the base rotates by rope type {parameters['rope_type']}, in which the number "
+            "of positions changes how each of them is rotated; set model.rope.type=yarn as well, or leave both at null"
+        )
+    if config.rope.theta is not None:
+        parameters["rope_theta"] = config.rope.theta
+        if hasattr(text, "rope_theta"):  # transformers would take it for the truth where both are there
+            text.rope_theta = config.rope.theta
+    if config.positions is not None:
+        text.max_position_embeddings = config.positions
+
+
+def is_set(config: ModelConfig) -> bool:
+    """Whether a setting changes how the model rotates, or how many positions it has."""
+    return config.positions is not None or config.rope != RopeConfig()
+
+
+def check_rotates(model: Any, config: ModelConfig) -> None:
+    """Raise ConfigError if settings of positions are set and no module of the built `model` has rotary frequencies."""
+    if not is_set(config):
+        return
+    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
+        return
+    raise ConfigError(
+        f"{_names(config)}: a {model.config.model_type} as model.path={config.path} configures it rotates nothing by its "
+        "rope_parameters; leave them at null"
+    )
+
+
+def check_adapter(directory: str, key: str, model_config: Any, config: ModelConfig) -> None:
+    """Raise ConfigError if an adapter was trained under other positions than the base has, and no setting says so.
+
+    `directory` is the value of the setting `key`. Only an adapter whose training set `model.positions` or `model.rope` has a
+    config.json beside it.
+    """
+    file = Path(directory).expanduser() / CONFIG
+    if is_set(config) or not file.is_file():
+        return
+    trained = read_object(file)
+    trained_text = trained.get("text_config") or trained
+    text = model_config.get_text_config().to_dict()
+    differing = []
+    for name in ("max_position_embeddings", "rope_parameters"):
+        if trained_text.get(name) != text.get(name):
+            differing.append(f"{name}={trained_text.get(name)}, not {text.get(name)}")
+    if differing:
+        raise ConfigError(
+            f"{key}={directory}: was trained with {' and '.join(differing)} ({file}); set model.positions and model.rope as in "
+            "its training"
+        )
+
+
+def adapter_config_source(directory: Path, base: str) -> str:
+    """The directory or hub id whose config.json says how the base of an adapter is built: its own if it has one."""
+    return str(directory) if (directory / CONFIG).is_file() else base
+
+
+def _rope_parameters(text: Any, config: ModelConfig) -> dict[str, Any]:
+    """The rope parameters to change: those of full attention if layers have their own. Raises ConfigError if there are none."""
+    parameters: dict[str, Any] | None = getattr(text, "rope_parameters", None)
+    if not parameters or getattr(text, "alibi", False):
+        raise ConfigError(
+            f"{_names(config)}: the positions of a {text.model_type} (model.path={config.path}) are not rotary: a table of "
+            "learned positions cannot grow, and other kinds have no such setting; leave them at null, or choose a model with "
+            "rotary positions, such as Llama or Qwen"
+        )
+    if not type(text).__module__.startswith("transformers."):
+        raise ConfigError(
+            f"{_names(config)}: model.path={config.path} brings code of its own, which need not read rope_parameters; set them "
+            "in its config.json as its authors say, and leave these at null"
+        )
+    if not text.nested_rope_parameter_keys(parameters):
+        return parameters
+    if not parameters.get(FULL_ATTENTION):
+        raise ConfigError(
+            f"{_names(config)}: a {text.model_type} has rope parameters for {', '.join(parameters)}, and none for "
+            f"{FULL_ATTENTION}, which alone is changed; set them in its config.json, and leave these at null"
+        )
+    full_attention: dict[str, Any] = parameters[FULL_ATTENTION]
+    return full_attention
+
+
+def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own_positions: int) -> None:
+    """Replace the scaling of `parameters` by `model.rope.type`, counted from the positions that the base was trained with."""
+    scaling = config.rope.type
+    base_type = parameters.get("rope_type", "default")
+    if base_type not in SCALABLE_TYPES:
+        raise ConfigError(
+            f"model.rope.type={scaling}: the base rotates by rope type {base_type}, which is not replaced here; set "
+            "model.rope.theta or model.positions alone"
+        )
+    original = _original_positions(text, parameters, own_positions)
+    if original is None and (scaling is RopeScaling.yarn or config.rope.factor is None):
+        raise ConfigError(
+            f"model.rope.type={scaling}: the base is scaled already (linear, by {parameters.get('factor')}), and its config.json "
+            f"does not say from how many positions; use model.rope.type=linear with model.rope.factor, or write {ORIGINAL} "
+            "into its rope_parameters"
+        )
+    factor = config.rope.factor
+    if factor is None:
+        assert config.positions is not None  # trainer/model/rules.py: position_problems
+        assert original is not None
+        factor = config.positions / original
+    if factor < 1:
+        raise ConfigError(
+            f"model.positions={config.positions}: is less than the {original} positions that the base was trained with, and "
+            "needs no scaling; leave model.rope.type at null"
+        )
+    was_yarn = base_type == RopeScaling.yarn
+    for key in SCALING_KEYS & parameters.keys():
+        if scaling is RopeScaling.yarn and was_yarn and key in KEPT_OF_YARN:
+            continue
+        del parameters[key]
+    parameters["rope_type"] = str(scaling)
+    parameters["factor"] = float(factor)
+    if scaling is RopeScaling.yarn:
+        parameters[ORIGINAL] = original
+
+
+def _original_positions(text: Any, parameters: dict[str, Any], own_positions: int) -> int | None:
+    """The positions that the base was trained with before it was scaled; None if it is scaled and does not say."""
+    # Phi-3 and its kin have it beside rope_parameters, and transformers takes it from there first.
+    recorded = getattr(text, ORIGINAL, None) or parameters.get(ORIGINAL)
+    if recorded:
+        return int(recorded)
+    return None if parameters.get("rope_type") == RopeScaling.linear else own_positions
+
+
+def _names(config: ModelConfig) -> str:
+    """The settings that are set, as they are typed."""
+    rope = config.rope
+    settings = {
+        "model.positions": config.positions,
+        "model.rope.type": rope.type,
+        "model.rope.factor": rope.factor,
+        "model.rope.theta": rope.theta,
+    }
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
