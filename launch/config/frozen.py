@@ -152,7 +152,7 @@ class DifferingSetting:
     @property
     def is_about_computation(self) -> bool:
         """Whether the setting says how the run is computed, and not what: a run that is not done may go on with another value."""
-        return self.key == MICRO or self.key.startswith("strategy.")
+        return self.key == MICRO or self.key.startswith(("strategy.", "parallel."))
 
 
 def differences(ours: RunConfig, theirs: RunConfig) -> list[DifferingSetting]:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.config.compose import compose
 from launch.config.frozen import freeze_choices, load_frozen
+from launch.runs.freeze import freeze
 from strategies.matmul import Matmul
 from tests.helpers.launching import command_here
 from trainer.config.run import MICRO, kept_matmul
@@ -68,6 +70,15 @@ def test_earlier_version_stopped_run_resumes_once_the_new_code_is_accepted(site,
     # Files that are written whole have the version of today; rows go on in the file that has none.
     assert read_run_record(site / "runs/stopped").version == FILE_VERSION
     assert not any("version" in row for row in rows)
+
+
+def test_earlier_version_run_may_share_its_rows_among_ranks(site, capsys):
+    """Its files do not have `parallel`, which counts as its default, and is free to change."""
+    assert "\nparallel:" not in (site / "runs/stopped/config.yaml").read_text()
+    words = [*SAME_WORDS, "strategy=fsdp2", "launcher.processes=2", "parallel.sequence=2"]
+    run_dir = freeze(compose(words), site / "runs/stopped", another_way=True)
+    assert "parallel.sequence: 1 there, 2 here" in capsys.readouterr().err
+    assert load_frozen(run_dir / "config.yaml").parallel.sequence == 2
 
 
 def test_earlier_version_run_directories_are_read_by_every_verb(site, capsys):

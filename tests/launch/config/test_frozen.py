@@ -201,12 +201,12 @@ def with_earlier_default(one):
 def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path, capsys):
     freeze(composed("strategy=single", "batch.micro=4"), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
-    way = composed("strategy=fsdp2", "batch.micro=2", "launcher.processes=2")
+    way = composed("strategy=fsdp2", "batch.micro=2", "launcher.processes=2", "parallel.sequence=2")
     with pytest.raises(ConfigError, match="different settings"):
         freeze(way, tmp_path)  # as a point of a comparison
     freeze(way, tmp_path, may_change_strategy=True)
     assert "resumes in another way: batch.micro: 4 there, 2 here; " in (said := capsys.readouterr().err)
-    assert "strategy.name: single there, fsdp2 here" in said
+    assert "strategy.name: single there, fsdp2 here" in said and "parallel.sequence: 1 there, 2 here" in said
     assert load_frozen(tmp_path / "config.yaml") == way.config
     for words in (["strategy=fsdp2", "batch.micro=2", "optim.lr=1e-6"], ["batch.micro=2", "run.seed=1"]):
         with pytest.raises(ConfigError, match="different settings"):
