@@ -1,13 +1,18 @@
-"""Documents of which attention is a large part: how they are dealt."""
+"""Long documents: how they are dealt, and what their packs, their batch and their preview take."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tests.data.test_loader import loader, make_dataset
+from tests.data.test_loader import counts, loader, make_dataset
+from tests.helpers.stores import write
 from trainer.build.parts import LONG_DOCUMENT, attention_matters
 from trainer.config.run import RunConfig
+from trainer.data.batches.mixing import best_fit_decreasing
+from trainer.data.report.preview import preview
+from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.model.architecture import tokens_per_square
 
 TOKENS_PER_SQUARE = 4
@@ -45,6 +50,34 @@ def test_long_documents_are_dealt_by_their_squares_too(dataset, units):
     assert with_squares <= tokens_alone
     if units is not None:  # a pack of one long document costs more than one of as many tokens in short ones
         assert with_squares < tokens_alone
+
+
+def test_long_document_takes_few_bytes_a_token_from_pack_to_preview(tmp_path):
+    """At 100,000 tokens; what is held grows with them alone."""
+    tokens = 100_000
+    ids = np.random.default_rng(3).integers(1, 100, tokens).astype(np.int32)
+    supervised = np.arange(tokens) >= tokens // 2
+    shorts = [Sample(ids[:50], supervised[:50]) for _ in range(3)]
+    write(tmp_path / "data", [Sample(ids, supervised), *shorts], counts, {"fingerprint": "f"})
+    dataset = TokenDataset.open(tmp_path / "data")
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(chr(65 + token % 26) for token in ids))
+
+    tracemalloc.start()
+    packs = best_fit_decreasing(dataset.lengths, tokens + 100)
+    (step,) = loader(dataset, micro=1, batch=1, units=[packs[0]]).steps(0, 1)
+    batch_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    text = preview(dataset, tokenizer, width=100, colour=False)
+    preview_bytes = tracemalloc.get_traced_memory()[1] - tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+
+    assert packs[0] == [0, 1, 2] and step.tokens == tokens + 100
+    assert batch_bytes < 150 * tokens
+    # Ids as Python numbers, the text and its pieces; every character beside whether it is learned would be 100 bytes more.
+    assert preview_bytes < 64 * tokens
+    lines = text.splitlines()
+    assert len(lines) == 41 and lines[20] == f"[... {-(-(tokens + 2) // 100) - 40} lines ...]"
+    assert lines[0] == tokenizer.decode(ids[:100]) and lines[-1].endswith("⟧")
 
 
 def test_documents_are_dealt_by_tokens_alone_up_to_32768():

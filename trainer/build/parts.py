@@ -299,19 +299,14 @@ def build_step(
     half_on_gpu: bool,
 ) -> Built:
     """The architecture with added vocabulary and tuning, all on the meta device. Touches no weights. Errors: ConfigError."""
-    attention_module.register()
-    flex.register()
-    register_flash()
-    experts.register()
+    _register_kernels()
     family = family_of(objective_config)
     is_classifier = family.kind is ModelKind.classifier
     is_encoder_decoder = family.kind is ModelKind.encoder_decoder
 
     # The architecture.
-    base_config = load_model_config(config)
+    base_config = _base_config(config, tuning_config)
     model_config = copy.deepcopy(base_config)
-    for key, directory in _adapters_to_load(config, tuning_config):
-        check_adapter(directory, key, model_config, config)
     new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
     grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     check_kind(model_config.to_dict(), config.path, family.kind, family.name, {})
@@ -372,13 +367,23 @@ def build_step(
     return built
 
 
-def _adapters_to_load(config: ModelConfig, tuning_config: TuningConfig) -> list[tuple[str, str]]:
-    """(setting, directory) of each adapter that the run begins with."""
-    directories = [("model.adapters", directory) for directory in config.adapters]
+def _register_kernels() -> None:
+    """Make transformers know our functions of attention and of experts by their names."""
+    attention_module.register()
+    flex.register()
+    register_flash()
+    experts.register()
+
+
+def _base_config(config: ModelConfig, tuning_config: TuningConfig) -> Any:
+    """The transformers config of the base. Raises ConfigError if an adapter was trained under other positions than it has."""
+    base_config = load_model_config(config)
+    for directory in config.adapters:
+        check_adapter(directory, "model.adapters", base_config, config)
     start = getattr(tuning_config, "from_", None)
     if start:
-        directories.append(("tuning.from", start))
-    return directories
+        check_adapter(start, "tuning.from", base_config, config)
+    return base_config
 
 
 def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: AttentionLayout) -> None:

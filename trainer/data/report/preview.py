@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
-from itertools import groupby
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -65,21 +66,38 @@ def render_pieces(
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    cells: list[Cell] = []
-    for text, weight in pieces:
-        is_learned = weight > 0
-        marked_text = text if colour or not is_learned else f"⟦{text}⟧"
-        if 0 < weight < 1:
-            marked_text += f"*{weight:g}"
-        cells += [(character, is_learned) for character in marked_text]
-    lines = _wrap(cells, max(width, 1))
-    if len(lines) > max_lines:
-        num_tail = max_lines // 2
-        num_head = max_lines - num_tail
-        note = [(character, False) for character in f"[... {len(lines) - max_lines} lines ...]"]
-        lines = [*lines[:num_head], note, *lines[len(lines) - num_tail :]]
+    lines, num_left_out = _ends(_wrap(_cells(pieces, marks=not colour), max(width, 1)), max_lines)
+    if num_left_out:
+        note = [(character, False) for character in f"[... {num_left_out} lines ...]"]
+        lines.insert(max_lines - max_lines // 2, note)
     line_to_text = _in_colour if colour else _without_colour
     return "\n".join(map(line_to_text, lines))
+
+
+def _cells(pieces: list[tuple[str, float]], *, marks: bool) -> Iterator[Cell]:
+    """The characters of `decode_pieces`. With `marks`, what is learned stands between ⟦ and ⟧."""
+    for text, weight in pieces:
+        is_learned = weight > 0
+        marked_text = f"⟦{text}⟧" if marks and is_learned else text
+        if 0 < weight < 1:
+            marked_text += f"*{weight:g}"
+        for character in marked_text:
+            yield character, is_learned
+
+
+def _ends(lines: Iterator[list[Cell]], max_lines: int) -> tuple[list[list[Cell]], int]:
+    """(the first and the last lines, `max_lines` at most; how many were left out between them).
+
+    Holds no more lines than that: a document may have a million tokens.
+    """
+    num_tail = max_lines // 2
+    head = list(islice(lines, max_lines - num_tail))
+    tail: deque[list[Cell]] = deque(maxlen=num_tail)
+    num_lines = len(head)
+    for line in lines:
+        tail.append(line)
+        num_lines += 1
+    return [*head, *tail], num_lines - len(head) - len(tail)
 
 
 def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
@@ -106,17 +124,18 @@ def _printable(character: str) -> str:
     return f"\\x{ord(character):02x}"
 
 
-def _wrap(cells: list[Cell], width: int) -> list[list[Cell]]:
+def _wrap(cells: Iterable[Cell], width: int) -> Iterator[list[Cell]]:
     """Cells in lines of at most `width`; a newline begins a line and is in none."""
-    lines: list[list[Cell]] = [[]]
+    line: list[Cell] = []
     for cell in cells:
         character, _ = cell
         is_newline = character == "\n"
-        if is_newline or len(lines[-1]) == width:
-            lines.append([])
+        if is_newline or len(line) == width:
+            yield line
+            line = []
         if not is_newline:
-            lines[-1].append(cell)
-    return lines
+            line.append(cell)
+    yield line
 
 
 def _without_colour(line: Iterable[Cell]) -> str:
