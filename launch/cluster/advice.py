@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.cluster.sbatch_environment import environment_value
+from launch.cluster.signal_lead import lead_notes, longest_step_s
 from launch.config.prices import price_by_word
 from launch.runs.slurm_time import clock, seconds
 from strategies.errors import ConfigError
@@ -110,9 +111,13 @@ def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
     elif partitions and slurm.partition and not candidates:
         known = ", ".join(dict.fromkeys(part.name for part in partitions))
         raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
+    step_s = _measured_step_s(run_dirs)
+    if step_s is None:
+        step_s = longest_step_s(config, gpu_kinds(slurm, candidates))
     return [
         *ranks_lines(slurm),
         *_time_lines(slurm, candidates),
+        *(f"note    {note}" for note in lead_notes(config, step_s)),
         *_restart_lines(slurm, run_dirs),
         *_price_lines(slurm, candidates, len(run_dirs)),
     ]
@@ -223,6 +228,16 @@ def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     return lines
 
 
+def _measured_step_s(run_dirs: list[Path]) -> float | None:
+    """Seconds of a step by the last rows of the run's metrics; None if no earlier start has measured any, or of several runs."""
+    from launch.runs import metrics_tail
+
+    if len(run_dirs) > 1:
+        return None
+    rows = [row for row in metrics_tail.last_rows(run_dirs[0] / "metrics.jsonl") if "loss" in row]
+    return metrics_tail.recent_median(rows, "step_s")
+
+
 def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     """How many starts the rest of a run takes, if an earlier start has measured its steps."""
     from launch.runs import metrics_tail
@@ -247,19 +262,28 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     return [line]
 
 
+def gpu_kinds(slurm: SlurmConfig, candidates: list[Partition]) -> set[str]:
+    """The site's words for the cards that the job may be given; empty if it asks for none, or nobody says which."""
+    request = slurm.gpu_request
+    if request is None:
+        return set()
+    if request.kind:
+        return {request.kind}
+    # Any card of the partitions may be given.
+    return {kind for part in candidates for kind in part.kinds}
+
+
 def _price_lines(slurm: SlurmConfig, candidates: list[Partition], runs: int) -> list[str]:
     """The most that a start of all runs costs, in GPU hours and US dollars; empty for a job without GPUs."""
     request = slurm.gpu_request
     if request is None:
         return []
-    kinds = {request.kind}
-    if request.kind is None:  # any card of the partitions may be given
-        kinds = {kind for part in candidates for kind in part.kinds}
-    prices = {price_by_word(kind) for kind in kinds if kind}
+    kinds = gpu_kinds(slurm, candidates)
+    prices = {price_by_word(kind) for kind in kinds}
     price = prices.pop() if len(prices) == 1 else None
     gpu_hours = request.count * slurm.nodes * runs * seconds(slurm.time) / 3600
     if price is None:
-        cards = ", ".join(sorted(filter(None, kinds))) or "these cards"
+        cards = ", ".join(sorted(kinds)) or "these cards"
         return [f"price   {gpu_hours:,.0f} GPU hours at most a start; what one costs is not known of {cards}"]
     return [
         f"price   ${gpu_hours * price:,.0f} at most a start: {gpu_hours:,.0f} GPU hours of ${price:.2f} (conf/hardware)"

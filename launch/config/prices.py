@@ -32,11 +32,13 @@ def price_by_word(word: str) -> float | None:
 
     None if it fits no card, or cards of several prices.
     """
+    prices = {card.get("price_per_hour") for card in cards_by_word(word)}
+    return prices.pop() if len(prices) == 1 else None
+
+
+def cards_by_word(word: str) -> list[dict[str, Any]]:
+    """The cards of `conf/hardware` that a site's word may name, such as the `h100` of `gpu:h100:8`."""
     plain = re.sub(r"[^a-z0-9]", "", word.lower())
     if not plain:
-        return None
-    prices = set()
-    for name, card in cards().items():
-        if name.replace("_", "").startswith(plain):
-            prices.add(card.get("price_per_hour"))
-    return prices.pop() if len(prices) == 1 else None
+        return []
+    return [card for name, card in cards().items() if name.replace("_", "").startswith(plain)]

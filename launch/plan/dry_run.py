@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from launch.cluster.advice import as_submitted, gpu_kinds, list_partitions
+from launch.cluster.signal_lead import lead_notes, reckoned_step_s
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.hardware import advice
 from strategies.parameters import element_counts, meta_context, named_parameters
@@ -14,17 +16,17 @@ from strategies.runtime import SIMULATED
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
 from trainer.config.parallel import accumulation_steps, name_of_readers, readers_of
-from trainer.config.run import MICRO, STRATEGY, RunConfig
+from trainer.config.run import MICRO, STRATEGY, RunConfig, SlurmConfig
 from trainer.data.batches.order import steps_from_budget
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import preview, summary
 from trainer.model.loading import load_tokenizer
 from trainer.planner.fit_check import single_step_config, why_not_simulated
-from trainer.planner.lengths import sampled_lengths
+from trainer.planner.lengths import SampledLengths, sampled_lengths
 from trainer.planner.micro_batch import preview_micro
 from trainer.planner.simulation import simulate_depth
 from trainer.planner.strategy_choice import preview_strategy
-from trainer.session.run_facts import repetition_warning
+from trainer.session.run_facts import model_flops_per_token, repetition_warning
 from trainer.step import Built
 
 DEFECTS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
@@ -89,6 +91,7 @@ def describe(config: RunConfig) -> DryRun:
         f"tokens per step: about {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
         *repetition_warning(global_batch, epochs, steps),
+        *_lead_notes(config, built, samples),
         *memory.lines,
         *_deferred_gradient_lines(config.strategy, trained, world, accumulation=accumulation),
     ]
@@ -115,6 +118,19 @@ def describe(config: RunConfig) -> DryRun:
         "substitutions": {key: str(note) for key, note in (config.substitutions | built.substitutions).items()},
     }
     return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
+
+
+def _lead_notes(config: RunConfig, built: Built, samples: SampledLengths) -> list[str]:
+    """A warning if a step takes longer than SLURM leaves a job to save; none if the cards of the job are not known."""
+    if not isinstance(config.launcher, SlurmConfig):
+        return []
+    slurm = as_submitted(config.launcher)
+    partitions = [part for part in list_partitions() if part.name in (slurm.partition or "").split(",")]
+    # A token's attention is as long as its document: on average over tokens, not over documents.
+    mean_length = float(samples.squares.sum()) / float(samples.tokens.sum())
+    flops = model_flops_per_token(built, mean_length, 0.5)
+    step_s = reckoned_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds(slurm, partitions))
+    return [f"warning: {note}" for note in lead_notes(config, step_s)]
 
 
 def _deferred_gradient_lines(strategy: StrategyConfig, trained: int, world: int, *, accumulation: int) -> list[str]:

@@ -148,7 +148,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         routers=added_losses.start_lines(loader.accumulation) if added_losses else [],
         substitutions=_substitutions(config, built.substitutions, precision, runtime),
         base_parameters=sum(parameter.numel() for parameter in built.plain.parameters()),
-        flops_per_token=_flops_per_token(built, mean_tokens, supervised_share),
+        flops_per_token=model_flops_per_token(built, mean_tokens, supervised_share),
         reference_tflops=tflops,
         reference_tflops_source=tflops_source,
         versions=versions(),
@@ -200,7 +200,7 @@ def _substitutions(
     return {setting: str(note) for setting, note in substitutions.items()}
 
 
-def _flops_per_token(built: Built, mean_length: float, answer_share: float) -> float:
+def model_flops_per_token(built: Built, mean_length: float, answer_share: float) -> float:
     """Floating-point operations per token, forward and backward.
 
     In an encoder-decoder model, each side processes its own tokens only: `answer_share` of all are the decoder's. Of experts,

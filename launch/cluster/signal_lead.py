@@ -1,0 +1,105 @@
+"""Whether a job that is told to save before its time limit has the time for it: a step that is under way ends first.
+
+SLURM tells a job `launcher.signal_lead_s` before its limit. The run saves at the end of its step. If a step takes longer than
+that, the job is ended in the middle of it, and the next start repeats everything since the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from launch.config.prices import cards_by_word
+from strategies.base import ActivationCheckpointing, Precision
+from trainer.config.run import RunConfig, SlurmConfig
+from trainer.model.rules import read_config
+from trainer.reporting.gpu_peaks import peak_tflops
+from trainer.tuning.base import FullConfig
+
+PRACTICE = 0.5
+"""Share of a card's peak rate that a step of long documents reaches, reckoned."""
+SPARE = 1.25
+"""By how much longer than expected a step may take."""
+MINUTE_S = 60
+
+
+def lead_notes(config: RunConfig, step_s: float | None, save_s: float = 0.0) -> list[str]:
+    """A line with the value to set if `launcher.signal_lead_s` is too short for a step and two saves; else none.
+
+    `step_s` and `save_s` are the seconds of a step (None if it is not known) and of a checkpoint. Only SLURM has the setting, and
+    0 sends no signal.
+    """
+    slurm = config.launcher
+    if step_s is None or not isinstance(slurm, SlurmConfig) or not slurm.signal_lead_s:
+        return []
+    if step_s + 2 * save_s <= slurm.signal_lead_s:
+        return []
+    saves = f" and a checkpoint {save_s:,.0f} s" if save_s >= 1 else ""
+    return [
+        f"a step takes about {step_s:,.0f} s{saves}, longer than launcher.signal_lead_s={slurm.signal_lead_s}: at its time limit "
+        "a job would be ended before it has saved, and repeat what it did since its last checkpoint; set "
+        f"launcher.signal_lead_s={needed_lead_s(step_s, save_s)}"
+    ]
+
+
+def needed_lead_s(step_s: float, save_s: float) -> int:
+    """`launcher.signal_lead_s` for steps and saves of so many seconds: a step plus two saves, with room, in whole minutes.
+
+    One minute more, since SLURM may send its signal so late.
+    """
+    return MINUTE_S * (math.ceil((SPARE * step_s + 2 * save_s) / MINUTE_S) + 1)
+
+
+def reckoned_step_s(config: RunConfig, flops_per_token: float, tokens: float, kinds: Iterable[str]) -> float | None:
+    """Seconds of a step of `tokens`, all ranks together, on the slowest of the cards that the site's words `kinds` name.
+
+    `flops_per_token` counts forward and backward; what is recomputed comes on top. None if a card or its rate is not known.
+    """
+    rates = [_tflops(kind, config.precision) for kind in kinds]
+    if not rates or not all(rates):
+        return None
+    ranks = config.launcher.per_node * config.launcher.nodes
+    recomputed = 4 / 3 if config.strategy.activation_checkpointing is ActivationCheckpointing.full else 1.0
+    return recomputed * flops_per_token * tokens / (ranks * PRACTICE * min(rates) * 1e12)
+
+
+def _tflops(kind: str, precision: Precision) -> float:
+    """The least peak rate among the cards that a site's word may name, in TFLOP/s; 0 if it is not known."""
+    cards = cards_by_word(kind)
+    if precision is Precision.fp32:
+        return min((float(card["fp32_tflops"]) for card in cards), default=0.0)
+    return min((peak_tflops(card["name"]) or 0.0 for card in cards), default=0.0)
+
+
+def longest_step_s(config: RunConfig, kinds: Iterable[str]) -> float | None:
+    """Seconds of a step whose documents are all as long as `data.max_length`; None if it cannot be reckoned.
+
+    Reads the config.json of the model, and neither weights nor data: for a job that is submitted.
+    """
+    settings = read_config(config.model.path) or {}
+    text = settings.get("text_config") or settings
+    sizes = [text.get(name) for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    width, layers, _, _ = sizes
+    weights = _weights_per_token(text)
+    # As flops_per_token counts them: frozen weights need no gradient of their own.
+    per_weight = 6.0 if isinstance(config.tuning, FullConfig) else 4.0
+    length = config.data.max_length
+    tokens = config.batch["global"] * length
+    return reckoned_step_s(config, per_weight * weights + 6.0 * layers * width * length, tokens, kinds)
+
+
+def _weights_per_token(text: dict[str, Any]) -> float:
+    """How many weights of a decoder each token is multiplied by, from the sizes in its config.json."""
+    width = text["hidden_size"]
+    heads = text.get("num_attention_heads") or 1
+    key_value_heads = text.get("num_key_value_heads") or heads
+    head_size = text.get("head_dim") or width // heads
+    attention = 2 * width * head_size * (heads + key_value_heads)
+    mlp = 3 * width * text["intermediate_size"]
+    experts_per_token = text.get("num_experts_per_tok")
+    if isinstance(experts_per_token, int):
+        mlp = 3 * width * (text.get("moe_intermediate_size") or text["intermediate_size"]) * experts_per_token
+    return float(text["num_hidden_layers"] * (attention + mlp) + width * text["vocab_size"])

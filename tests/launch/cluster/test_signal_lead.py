@@ -1,0 +1,60 @@
+"""A step longer than the time that SLURM leaves a job to save is told before the run, with the value to set."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from launch.cluster.signal_lead import lead_notes, longest_step_s, needed_lead_s, reckoned_step_s
+from launch.config.compose import compose
+from strategies.base import ActivationCheckpointing
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+def config_of(tmp_path, *words):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    fixed = [f"model.path={tmp_path}", "launcher=slurm", "launcher.gpus_per_node=8", "launcher.gres=gpu:h100:8"]
+    return compose([*fixed, "precision=bf16", "budget.steps=1", *words], check=False).config
+
+
+def test_step_longer_than_the_lead_is_told_with_the_value_to_set(tmp_path):
+    config = config_of(tmp_path)
+    assert lead_notes(config, 150.0, save_s=10.0) == []  # 170 of 180 s
+    (note,) = lead_notes(config, 150.0, save_s=20.0)
+    assert "a step takes about 150 s and a checkpoint 20 s" in note
+    # 1.25 steps and two saves are 227.5 s: four minutes, and one for SLURM's clock.
+    assert note.endswith("set launcher.signal_lead_s=300") and needed_lead_s(150.0, 20.0) == 300
+    assert lead_notes(config, None) == []
+    assert lead_notes(config_of(tmp_path, "launcher.signal_lead_s=0"), 1e4) == []
+    local = compose([f"model.path={tmp_path}", "launcher=local", "budget.steps=1"], check=False).config
+    assert lead_notes(local, 1e4) == []
+    config.launcher.signal_lead_s = needed_lead_s(380.0, 30.0)
+    assert lead_notes(config, 380.0, 30.0) == []
+
+
+def test_longest_step_is_reckoned_from_the_sizes_of_the_model_and_the_cards(tmp_path):
+    config = config_of(tmp_path, "data.max_length=1048576", "batch.global=1", "tuning=lora")
+    config.strategy = replace(config.strategy, activation_checkpointing=ActivationCheckpointing.full)
+    # 8.6e17 FLOPs for attention and 3.1e16 for frozen weights, a third more recomputed, at half of 8 x 989 TFLOP/s.
+    seconds = longest_step_s(config, {"h100"})
+    assert 250 < seconds < 400
+    config.batch["global"] = 2
+    assert longest_step_s(config, {"h100"}) == pytest.approx(2 * seconds)
+    assert longest_step_s(config, {"h100", "nobody knows"}) is None and longest_step_s(config, set()) is None
+    (tmp_path / "config.json").write_text("{}")
+    assert longest_step_s(config, {"h100"}) is None
+
+
+def test_reckoned_step_goes_by_the_slowest_card(tmp_path):
+    config = config_of(tmp_path)
+    times = [reckoned_step_s(config, 1e10, 1e6, kinds) for kinds in ({"h100"}, {"l4"}, {"h100", "l4"})]
+    assert times[0] < times[1] == times[2]
