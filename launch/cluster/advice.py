@@ -12,8 +12,8 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launch.cluster.long_steps import long_step_notes, longest_step_s
 from launch.cluster.sbatch_environment import environment_value
-from launch.cluster.signal_lead import lead_notes, longest_step_s
 from launch.config.prices import price_by_word
 from launch.runs.slurm_time import clock, seconds
 from strategies.errors import ConfigError
@@ -117,7 +117,7 @@ def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
     return [
         *ranks_lines(slurm),
         *_time_lines(slurm, candidates),
-        *(f"note    {note}" for note in lead_notes(config, step_s)),
+        *(f"note    {note}" for note in long_step_notes(config, step_s)),
         *_restart_lines(slurm, run_dirs),
         *_price_lines(slurm, candidates, len(run_dirs)),
     ]

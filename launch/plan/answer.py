@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from launch.cluster.signal_lead import lead_notes
+from launch.cluster.long_steps import long_step_notes
 from launch.output import Column, TableRow, fold, fold_all, table
 from trainer.config.run import LauncherConfig
 from trainer.model.config import Quantisation
@@ -174,7 +174,7 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
             2,
         ),
         *fold_all(costs(best, job), indent=0),
-        *fold_all(_lead_notes(answer, best), indent=0),
+        *fold_all(_long_step_notes(answer, best), indent=0),
     ]
 
 
@@ -196,9 +196,9 @@ def _nothing_fits(least: Choice) -> list[str]:
     )
 
 
-def _lead_notes(answer: PlanAnswer, best: Choice) -> list[str]:
+def _long_step_notes(answer: PlanAnswer, best: Choice) -> list[str]:
     """A note if the step of the best choice takes longer than SLURM leaves a job to save."""
-    return lead_notes(best.variant.config, best.step.total_s, checkpoint_s(answer, best))
+    return long_step_notes(best.variant.config, best.step.total_s, checkpoint_s(answer, best))
 
 
 def _memory(best: Choice) -> list[str]:
@@ -344,7 +344,7 @@ def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = 
         "best": None if best is None else list(best.words),
         "checkpoint_gib": checkpoint_gib(answer, first),
         "checkpoint_s": checkpoint_s(answer, first),
-        "notes": [] if best is None else _lead_notes(answer, best),
+        "notes": [] if best is None else _long_step_notes(answer, best),
         "resting_gib": _in_gib(cost_model.resting),
         "ways": [_choice(choice, answer) for choice in answer.best_choices],
         "all": [_choice(choice, answer) for choice in answer.all_choices],

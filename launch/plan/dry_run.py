@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from launch.cluster.advice import as_submitted, gpu_kinds, list_partitions
-from launch.cluster.signal_lead import lead_notes, reckoned_step_s
+from launch.cluster.long_steps import long_step_notes, reckoned_step_s
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.hardware import advice
 from strategies.parameters import element_counts, meta_context, named_parameters
@@ -91,7 +91,7 @@ def describe(config: RunConfig) -> DryRun:
         f"tokens per step: about {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
         *repetition_warning(global_batch, epochs, steps),
-        *_lead_notes(config, built, samples),
+        *_long_step_notes(config, built, samples),
         *memory.lines,
         *_deferred_gradient_lines(config.strategy, trained, world, accumulation=accumulation),
     ]
@@ -120,7 +120,7 @@ def describe(config: RunConfig) -> DryRun:
     return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
 
 
-def _lead_notes(config: RunConfig, built: Built, samples: SampledLengths) -> list[str]:
+def _long_step_notes(config: RunConfig, built: Built, samples: SampledLengths) -> list[str]:
     """A warning if a step takes longer than SLURM leaves a job to save; none if the cards of the job are not known."""
     if not isinstance(config.launcher, SlurmConfig):
         return []
@@ -130,7 +130,7 @@ def _lead_notes(config: RunConfig, built: Built, samples: SampledLengths) -> lis
     mean_length = float(samples.squares.sum()) / float(samples.tokens.sum())
     flops = model_flops_per_token(built, mean_length, 0.5)
     step_s = reckoned_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds(slurm, partitions))
-    return [f"warning: {note}" for note in lead_notes(config, step_s)]
+    return [f"warning: {note}" for note in long_step_notes(config, step_s)]
 
 
 def _deferred_gradient_lines(strategy: StrategyConfig, trained: int, world: int, *, accumulation: int) -> list[str]:

@@ -1,6 +1,7 @@
 """A run directory has one owner, on whatever host and whatever the clocks and the file system do."""
 
 import errno
+import itertools
 import os
 import subprocess
 import sys
@@ -253,3 +254,26 @@ def test_lease_works_on_a_network_file_system(tmp_path, another_host, monkeypatc
         time.sleep(0.1)
     else:
         raise AssertionError("never gave up")
+
+
+def test_lease_is_kept_through_a_step_of_ten_minutes(tmp_path, another_host, monkeypatch):
+    """The owner's thread counts up whatever the step does; another host, by its own clock, never finds it silent."""
+    (tmp_path / "config.yaml").write_text("")
+    monkeypatch.setattr(lease_module.threading, "Thread", MagicMock())  # the beat is called below
+    lease = Lease.acquire(tmp_path, 120)
+    now_s = 0.0
+    beaten_at = []
+
+    def wait_for_release(seconds):
+        nonlocal now_s
+        beaten_at.append(now_s)
+        assert lease_module._beat_path(lease.directory, lease.number).read_bytes() == b"%d" % len(beaten_at)
+        now_s += seconds
+        return now_s >= 600
+
+    monkeypatch.setattr(lease._released, "wait", wait_for_release)
+    monkeypatch.setattr(lease_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    lease._beat()
+    lease.check()
+    gaps = [after - before for before, after in itertools.pairwise([*beaten_at, 600.0])]
+    assert max(gaps) < 120 / 6 and beaten_at[-1] > 600 - 120 / 6

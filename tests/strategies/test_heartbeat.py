@@ -1,16 +1,20 @@
-"""Signs of life through a store whose host cannot be reached: it neither answers nor breaks the connection."""
+"""Signs of life through a store whose host cannot be reached, and in a step that takes minutes."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from strategies import heartbeat, rendezvous
+from launch.cluster.long_steps import needed_timeout_s
+from strategies import flight_recorder, heartbeat, rendezvous
 from strategies.bounded_store import BoundedStore, Unanswered
+from strategies.compat import process_groups
 from strategies.errors import ShardtuneError
 from strategies.heartbeat import CutOffRank, Heartbeats
 from strategies.rendezvous import Meeting
@@ -93,3 +97,102 @@ def test_a_store_that_answers_again_is_used_again(server):
             continue
     assert bounded.unanswered_s() == 0
     assert bounded.check(["key"])
+
+
+STEP_S = 600.0
+"""A step of ten minutes, as with documents of a million tokens."""
+
+
+class StepOver(Exception):
+    """The clock has come to the end of the step."""
+
+
+class Clock:
+    """Seconds that pass only while somebody sleeps."""
+
+    def __init__(self, end_s):
+        self.now_s = 0.0
+        self.end_s = end_s
+
+    def monotonic(self):
+        return self.now_s
+
+    def time_ns(self):
+        return int(self.now_s * 1e9)
+
+    def sleep(self, duration_s):
+        self.now_s += duration_s
+        if self.now_s >= self.end_s:
+            raise StepOver
+
+
+class Values(dict):
+    """A store that answers at once."""
+
+    def __init__(self, store, limit_s):
+        super().__init__()
+
+    def set(self, key, stored):
+        self[key] = stored
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+
+def beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s):
+    """(heartbeats, times of warnings) after a step of ten minutes of a clock. `exchanges_at`: seconds -> what is recorded."""
+    clock = Clock(STEP_S)
+    monkeypatch.setattr(heartbeat, "time", clock)
+    monkeypatch.setattr(flight_recorder, "time", clock)
+    monkeypatch.setattr(heartbeat, "BoundedStore", Values)
+    monkeypatch.setattr(process_groups, "recorded_exchanges", lambda: exchanges_at(clock.now_s))
+    not_started = SimpleNamespace(Lock=threading.Lock, Thread=lambda *, target, args=(), **_: Started(target, args))
+    monkeypatch.setattr(heartbeat, "threading", not_started)
+    beats = Heartbeats(None, 0, 1, lambda: ("training", 7), timeout_s=timeout_s)
+    beats._stacks = (tmp_path / "stacks").open("w")
+    warned_at = []
+    beats.at_timeout = lambda exchange: warned_at.append(clock.now_s)
+    with pytest.raises(StepOver):
+        beats._beat()
+    return beats, warned_at
+
+
+class Started:
+    """A thread whose work is done at once; the beat itself is called by the test."""
+
+    def __init__(self, target, args):
+        self.work = None if target.__name__ == "_beat" else lambda: target(*args)
+
+    def start(self):
+        if self.work is not None:
+            self.work()
+
+
+def exchange(number, begun_s, over):
+    entry = {"collective_seq_id": number, "profiling_name": "nccl:all_to_all", "input_sizes": [[8]]}
+    return entry | {"time_created_ns": int(begun_s * 1e9), "retired": over, "process_group": ["1", "sequence"]}
+
+
+def test_rank_in_a_step_of_ten_minutes_lives_and_its_exchanges_are_not_late(monkeypatch, tmp_path):
+    def exchanges_at(now_s):
+        """A layer takes 20 s, of which its exchange waits for the last five."""
+        begun_s = now_s // 20 * 20 + 15
+        past = [exchange(number, 20 * number + 15, over=True) for number in range(int(now_s // 20))]
+        return [*past, exchange(len(past), begun_s, over=False)] if now_s >= begun_s else past
+
+    beats, warned_at = beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s=STEP_S)
+    sign = json.loads(beats._store["shardtune/beat/0"])
+    assert sign["count"] == STEP_S and sign["step"] == 7
+    assert warned_at == [] and beats._stacks is not None, "a step that goes on was taken for one that hangs"
+
+
+def test_exchange_queued_a_step_ahead_is_late_unless_the_timeout_leaves_room(monkeypatch, tmp_path):
+    """As NCCL counts: the host queues the last exchange of the step at its beginning."""
+
+    def exchanges_at(now_s):
+        return [exchange(0, 0.0, over=False)]
+
+    _, warned_at = beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s=STEP_S)
+    assert [round(at_s) for at_s in warned_at] == [STEP_S - heartbeat.WARNING_BEATS + 1]
+    beats, warned_at = beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s=needed_timeout_s(STEP_S))
+    assert warned_at == [] and beats._stacks is not None

@@ -1,4 +1,4 @@
-"""Whether a job that is told to save before its time limit has the time for it: a step that is under way ends first.
+"""Whether settings in seconds leave room for a step of minutes: the time to save before a job's limit, and the timeout.
 
 SLURM tells a job `launcher.signal_lead_s` before its limit. The run saves at the end of its step. If a step takes longer than
 that, the job is ended in the middle of it, and the next start repeats everything since the last checkpoint.
@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.config.prices import cards_by_word
 from strategies.base import ActivationCheckpointing, Precision
+from strategies.heartbeat import LATE_SHARE
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.model.rules import read_config
 from trainer.reporting.gpu_peaks import peak_tflops
@@ -24,14 +25,35 @@ SPARE = 1.25
 MINUTE_S = 60
 
 
-def lead_notes(config: RunConfig, step_s: float | None, save_s: float = 0.0) -> list[str]:
-    """A line with the value to set if `launcher.signal_lead_s` is too short for a step and two saves; else none.
+def long_step_notes(config: RunConfig, step_s: float | None, save_s: float = 0.0) -> list[str]:
+    """A line for each setting that is too short for a step of `step_s` seconds, with the value to set; none if that is None.
 
-    `step_s` and `save_s` are the seconds of a step (None if it is not known) and of a checkpoint. Only SLURM has the setting, and
-    0 sends no signal.
+    `save_s`: seconds to write a checkpoint.
     """
+    if step_s is None:
+        return []
+    return [*_lead_notes(config, step_s, save_s), *_timeout_notes(config, step_s)]
+
+
+def _timeout_notes(config: RunConfig, step_s: float) -> list[str]:
+    """Whether exchanges may wait for a whole step.
+
+    NCCL counts from the moment at which an exchange is queued, and a host may queue a step's exchanges long before the GPU comes
+    to them.
+    """
+    ranks = config.launcher.per_node * config.launcher.nodes
+    if ranks == 1 or step_s <= LATE_SHARE * config.run.timeout_s:
+        return []
+    return [
+        f"a step takes about {step_s:,.0f} s, and run.timeout_s={config.run.timeout_s} ends a job whose exchange takes longer, "
+        f"which on GPUs counts from when it is queued; set run.timeout_s={needed_timeout_s(step_s)}"
+    ]
+
+
+def _lead_notes(config: RunConfig, step_s: float, save_s: float) -> list[str]:
+    """Whether `launcher.signal_lead_s` leaves the time for a step and two saves. Only SLURM has it, and 0 sends no signal."""
     slurm = config.launcher
-    if step_s is None or not isinstance(slurm, SlurmConfig) or not slurm.signal_lead_s:
+    if not isinstance(slurm, SlurmConfig) or not slurm.signal_lead_s:
         return []
     if step_s + 2 * save_s <= slurm.signal_lead_s:
         return []
@@ -49,6 +71,11 @@ def needed_lead_s(step_s: float, save_s: float) -> int:
     One minute more, since SLURM may send its signal so late.
     """
     return MINUTE_S * (math.ceil((SPARE * step_s + 2 * save_s) / MINUTE_S) + 1)
+
+
+def needed_timeout_s(step_s: float) -> int:
+    """`run.timeout_s` for steps of so many seconds, in whole minutes: no exchange of a step is then taken for late."""
+    return MINUTE_S * (math.ceil(SPARE * step_s / LATE_SHARE / MINUTE_S) + 1)
 
 
 def reckoned_step_s(config: RunConfig, flops_per_token: float, tokens: float, kinds: Iterable[str]) -> float | None:
