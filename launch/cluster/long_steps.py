@@ -106,10 +106,11 @@ def longest_step_s(config: RunConfig, kinds: Iterable[str]) -> float | None:
     """
     settings = read_config(config.model.path) or {}
     text = settings.get("text_config") or settings
-    sizes = [text.get(name) for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")]
-    if not all(isinstance(size, int) for size in sizes):
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    if not all(isinstance(text.get(name), int) for name in names):
         return None
-    width, layers, _, _ = sizes
+    width: int = text["hidden_size"]
+    layers: int = text["num_hidden_layers"]
     weights = _weights_per_token(text)
     # As flops_per_token counts them: frozen weights need no gradient of their own.
     per_weight = 6.0 if isinstance(config.tuning, FullConfig) else 4.0
