@@ -62,7 +62,7 @@ class Asking:
 def cases(kind, rows):
     made = [Case(f"a:{number}", None, dict(row)) for number, row in enumerate(rows, 1)]
     for case in made:
-        kind.read(case)
+        kind.parse_case(case)
     return made
 
 

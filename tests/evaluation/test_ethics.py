@@ -104,7 +104,7 @@ def test_canary_exposure_is_the_rank_that_plain_transformers_gives(site, found):
     given = json.loads((site / "canaries.jsonl").read_text().splitlines()[0])
     row = rows["tuned", "canary"][0]
     case = Case(row["where"], Document("a", 1, prompt=given["prompt"], completion=given["completion"]), dict(given))
-    kind.read(case)
+    kind.parse_case(case)
     assert len({*case.fields["others"]}) == 100 and all(len(o) == 6 and o.isdecimal() for o in case.fields["others"])
 
     def likely(secret):
@@ -259,7 +259,7 @@ def test_ethics_differences_of_few_cases_are_not_reported():
 def test_ethics_tasks_refuse_rows_that_cannot_be_asked(kind, document, fields, told):
     made = None if document is None else Document("a", 1, **document)
     with pytest.raises(Refusal) as refused:
-        task(kind, path="x").read(Case("a:1", made, fields))
+        task(kind, path="x").parse_case(Case("a:1", made, fields))
     assert told in refused.value.message
 
 
@@ -269,7 +269,7 @@ def test_counterfactual_terms_of_a_file_extend_the_shipped_ones(tmp_path):
     )
     kind = task("counterfactual", path="x", options={"terms": str(tmp_path / "terms.json")})
     case = Case("a:1", None, {"template": "{pet} sings.", "attribute": "pet"})
-    kind.read(case)
+    kind.parse_case(case)
     assert not list(kind.problems())
     assert [(v.group, v.text, v.text[: v.cut]) for v in case.fields["variants"]] == [
         ("cat", "The cat sings.", "The cat"),

@@ -61,8 +61,8 @@ def same_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) -> bool:
     )
 
 
-def task_record(task: Task, model: EvaluatedModel, spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """What the report says of one task; `spans` are the 95 % intervals by metric."""
+def task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """What the report says of one task; `intervals` are the 95 % intervals by metric."""
     rows = model.rows[task.name]
     record: dict[str, Any] = {
         "kind": task.kind,
@@ -76,13 +76,13 @@ def task_record(task: Task, model: EvaluatedModel, spans: dict[str, tuple[float,
     return record | {
         "write": asdict(task.config.write),
         "options": task.option_values,
-        "metrics": _metric_records(task, rows, model.metrics[task.name], spans),
-        "notes": list(task.notes(rows, spans)),
+        "metrics": _metric_records(task, rows, model.metrics[task.name], intervals),
+        "notes": list(task.notes(rows, intervals)),
     }
 
 
 def _metric_records(
-    task: Task, rows: Sequence[TaskRow], values: dict[str, float], spans: dict[str, tuple[float, float]]
+    task: Task, rows: Sequence[TaskRow], values: dict[str, float], intervals: dict[str, tuple[float, float]]
 ) -> dict[str, dict[str, Any]]:
     """What the report says of each metric of a task, by name. A name may end in `/SOURCE`."""
     signatures = task.signatures()
@@ -92,8 +92,8 @@ def _metric_records(
     for name, value in values.items():
         metric = known_metrics.get(name) or known_metrics[name.partition("/")[0]]
         record = {"value": value, "greater_is_better": metric.greater_is_better, "says": metric.description}
-        if name in spans:
-            record["low"], record["high"] = spans[name]
+        if name in intervals:
+            record["low"], record["high"] = intervals[name]
         if name in standard_errors:
             record["stderr"] = standard_errors[name]
         if metric.name in signatures:

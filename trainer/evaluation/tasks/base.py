@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 class Case:
     """One row of a task, before the model is asked."""
 
-    where: str
+    location: str
     """`file:line`."""
     document: Document | None = None
     """The prompt and its reference answer; None if the kind makes its own prompts from `fields`."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Columns of the row as they were read. `Task.read` replaces them with what the kind needs later."""
+    """Columns of the row as they were read. `Task.parse_case` replaces them with what the kind needs later."""
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ FORMATS_WITH_ANSWER = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt
 class Task(ABC):
     """One named task of a configuration. It knows its settings, and is given its rows.
 
-    A kind sets the class attributes below and overrides `read` and `run`; a kind whose metrics are no ratios of sums also
+    A kind sets the class attributes below and overrides `parse_case` and `run`; a kind whose metrics are no ratios of sums also
     overrides `weighted_metrics`.
     """
 
@@ -149,7 +149,8 @@ class Task(ABC):
         self.key = f"evaluation.tasks.{name}"
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with its settings, one line each. Called before any row is read."""
+        """An error message for each invalid setting of the task. Called before any row is read."""
+        # The names are checked first: a misspelled option or metric gets the likely one as a hint.
         for option in self.config.options.keys() - self.options.keys():
             similar = difflib.get_close_matches(option, self.options, n=1)
             hint = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(self.options) or 'none'}"
@@ -168,7 +169,7 @@ class Task(ABC):
         return self.config.path  # type: ignore[no-any-return]
 
     def cases(self) -> list[Case]:
-        """Its rows, if it loads them itself (`loads_own_rows`). Errors: ConfigError, DataError."""
+        """The rows of a task that loads them itself (`loads_own_rows`). Errors: ConfigError, DataError."""
         raise NotImplementedError
 
     def expand_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -176,12 +177,18 @@ class Task(ABC):
         return rows
 
     @abstractmethod
-    def read(self, case: Case) -> None:
-        """Check a row and replace `case.fields` with what `run` needs. Raises Refusal with the value and the constraint."""
+    def parse_case(self, case: Case) -> None:
+        """Check the columns of a row, and replace `case.fields` with what `run` needs of them.
+
+        Raises Refusal with the bad value and what is allowed.
+        """
 
     @abstractmethod
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Ask the model about every case; returns the same rows on every rank. A collective: all ranks must call."""
+        """Ask the model about every case and score its answers. Returns the same rows on every rank.
+
+        A collective: all ranks must call, with the same cases.
+        """
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """Metrics that are no ratio of sums, by name, each as a function of row weights.
@@ -194,12 +201,15 @@ class Task(ABC):
         """Its metrics for these rows: those of every run, and those that depend on the rows, such as one for each group."""
         return self.metrics
 
-    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """Sentences for the report, for example about rows that were left out. `spans` are the 95 % intervals by metric."""
+    def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """Sentences for the report, for example about rows that were left out. `intervals` are the 95 % intervals by metric."""
         yield from ()
 
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        """Every metric of some rows, by name; NaN if there are no rows."""
+        """The value of every metric over some rows, by name; NaN if there are no rows.
+
+        A metric with a ratio divides two sums of scores. All others are computed by `weighted_metrics`, each row counted once.
+        """
         if not rows:
             return {metric.name: float("nan") for metric in self.metrics}
         values: dict[str, float] = {}
@@ -237,4 +247,5 @@ class Task(ABC):
 
 
 def _sum_of_scores(rows: Sequence[TaskRow], name: str) -> float:
+    """The sum of a score over rows; a row without it counts as 0."""
     return float(np.sum([row.scores.get(name, 0.0) for row in rows]))

@@ -36,8 +36,8 @@ class MultipleChoice(Task):
     options: ClassVar[dict[str, Any]] = {"separator": " "}
     needs_path = True
 
-    def read(self, case: Case) -> None:
-        """Keep question, choices and the number of the right choice. Raises Refusal."""
+    def parse_case(self, case: Case) -> None:
+        """Keep question, choices and the number of the right choice (from 0). Raises Refusal."""
         fields = case.fields
         question_column = "question" if "question" in fields else "prompt"
         question = text_of(fields, question_column)
@@ -46,16 +46,17 @@ class MultipleChoice(Task):
         if isinstance(choices, dict):  # ARC: {"text": [...], "label": [...]}
             labels = choices.get("label")
             choices = choices.get("text")
-        if not is_texts(choices) or len(choices) < 2 or not all(choice.strip() for choice in choices):
+        is_choice_list = is_texts(choices) and len(choices) >= 2 and all(choice.strip() for choice in choices)
+        if not is_choice_list:
             raise Refusal("bad_choices", f'"choices" is {show_value(choices)}; it must be a list of two texts or more')
-        answer = fields.get("answer", fields.get("answerKey"))
+        answer = fields.get("answer", fields.get("answerKey"))  # ARC calls it answerKey
         case.fields = {"question": question, "choices": list(choices), "answer": _right_choice(answer, choices, labels)}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Rows with the likeliest choice of each case, by three measures. All ranks must call."""
+        """A row for each question, with the likeliest of its choices by three measures. All ranks must call."""
         documents = []
         for case in cases:
-            file, line = split_location(case.where)
+            file, line = split_location(case.location)
             for choice in case.fields["choices"]:
                 document = Document(
                     file, line, prompt=case.fields["question"], completion=choice, separator=self._separator
@@ -77,7 +78,11 @@ class MultipleChoice(Task):
 
 
 def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:
-    """The row of a case, with the likelihood of each of its choices in their order."""
+    """The report's row of a question: whether the right choice is the likeliest, by each measure.
+
+    `likelihoods` are those of the choices, in their order. `margin` is the distance in nats between the right choice and the
+    likeliest wrong one; it is negative if a wrong choice is likelier.
+    """
     choices = case.fields["choices"]
     right_choice = case.fields["answer"]
     logprobs = [likelihood.logprob for likelihood in likelihoods]
@@ -96,7 +101,7 @@ def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:
     }
     scores |= {f"logprob_{number}": logprob for number, logprob in enumerate(logprobs)}
     scores |= {f"tokens_{number}": float(likelihood.tokens) for number, likelihood in enumerate(likelihoods)}
-    return TaskRow(case.where, case.fields["question"], choices[_argmax(logprobs)], choices[right_choice], scores)
+    return TaskRow(case.location, case.fields["question"], choices[_argmax(logprobs)], choices[right_choice], scores)
 
 
 def _argmax(scores: Sequence[float]) -> int:
@@ -106,16 +111,21 @@ def _argmax(scores: Sequence[float]) -> int:
 
 def _choice_offsets(cases: Sequence[Case]) -> list[int]:
     """Where each case's choices begin in the list of all choices, and where the last case's end."""
-    return [0, *accumulate(len(case.fields["choices"]) for case in cases)]
+    choice_counts = [len(case.fields["choices"]) for case in cases]
+    return [0, *accumulate(choice_counts)]
 
 
 def _right_choice(answer: Any, choices: list[str], labels: Any) -> int:
-    """The number of the right choice. Raises Refusal."""
+    """The number of the right choice, from 0. Raises Refusal if `answer` names none of the choices.
+
+    `answer`: a label of `labels` (ARC), a number, the choice itself, or a letter. `labels`: None if the choices have none.
+    """
     if isinstance(labels, list) and len(labels) == len(choices) and answer in labels:
         return labels.index(answer)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
     if isinstance(answer, str):
+        # The text of a choice comes before letters and digits: a choice may itself be "B" or "3".
         if choices.count(answer) == 1:
             return choices.index(answer)
         letter = answer.strip().rstrip(".)").upper()
@@ -123,6 +133,7 @@ def _right_choice(answer: Any, choices: list[str], labels: Any) -> int:
             return string.ascii_uppercase.index(letter)
         if letter.isdecimal() and int(letter) < len(choices):
             return int(letter)
-    last = len(choices) - 1
-    allowed = f"a number from 0 to {last}, a letter up to {string.ascii_uppercase[last]}, or one of the choices"
+    last_number = len(choices) - 1
+    last_letter = string.ascii_uppercase[last_number]
+    allowed = f"a number from 0 to {last_number}, a letter up to {last_letter}, or one of the choices"
     raise Refusal("bad_answer", f'"answer" is {show_value(answer)}; it must be {allowed}')

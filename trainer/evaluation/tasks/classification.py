@@ -38,12 +38,14 @@ class ClassificationTask(Task):
         yield from super().problems()
         labels = self.option_values["labels"]
         prompt = self.option_values["prompt"]
-        if labels is not None and (not isinstance(labels, list) or len({*labels}) != len(labels) or len(labels) < 2):
+        has_different_labels = isinstance(labels, list) and len({*labels}) == len(labels) >= 2
+        if labels is not None and not has_different_labels:
             yield f"{self.key}.options.labels={labels}: must be a list of two or more different names, or null for the file's"
         if "{text}" not in str(prompt):
             yield f"{self.key}.options.prompt={prompt}: must have {{text}} where the text goes"
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
+        """Keep the text of a row and its true label. Raises Refusal for a label that `options.labels` does not have."""
         text_column = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
         label = label_of(case.fields.get("label"))
         known_labels = self.option_values["labels"]
@@ -54,7 +56,10 @@ class ClassificationTask(Task):
         case.fields = {"text": text_of(case.fields, text_column), "label": label}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Rows with the likeliest label of each text, by the classification head or by likelihoods. All ranks must call."""
+        """A row for each text, with its likeliest label and that label's probability. All ranks must call.
+
+        The probabilities are those of the classification head, if the model has one, else from the likelihood of each label.
+        """
         if model.label_names is not None:
             names, probabilities = self._by_head(cases, model)
         else:
@@ -68,22 +73,22 @@ class ClassificationTask(Task):
                 "confidence": row_probabilities[predicted],
                 "true": row_probabilities[names.index(true_label)],
             }
-            rows.append(TaskRow(case.where, case.fields["text"], names[predicted], true_label, scores))
+            rows.append(TaskRow(case.location, case.fields["text"], names[predicted], true_label, scores))
         return rows
 
     def _by_head(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[list[float]]]:
         """(label names, their probabilities for each case) by the classification head."""
         names = model.label_names or []
-        unknown = next((case for case in cases if case.fields["label"] not in names), None)
-        if unknown is not None:
-            raise DataError(
-                f"{unknown.where}: label {unknown.fields['label']!r} is none of {names}, which the model was trained on; "
-                f"mend {self.key}.path"
-            )
-        fields_by_place = {case.where: case.fields for case in cases}
+        for case in cases:
+            if case.fields["label"] not in names:
+                raise DataError(
+                    f"{case.location}: label {case.fields['label']!r} is none of {names}, which the model was trained on; "
+                    f"mend {self.key}.path"
+                )
+        fields_by_location = {case.location: case.fields for case in cases}
         documents = []
-        for where, fields in fields_by_place.items():
-            file, line = split_location(where)
+        for location, fields in fields_by_location.items():
+            file, line = split_location(location)
             documents.append(Document(file, line, text=fields["text"], label=fields["label"]))
         model.encoder.label_ids = {name: number for number, name in enumerate(names)}
         samples = [sample for _, sample in model.encoder.encode(documents)]
@@ -91,23 +96,27 @@ class ClassificationTask(Task):
 
     def _by_likelihood(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[list[float]]]:
         """(label names, their probabilities for each case) by how likely each label is after the prompt."""
-        names = self._labels(cases)
+        names = self._label_names(cases)
         template = str(self.option_values["prompt"])
         separator = str(self.option_values["separator"])
         documents = []
         for case in cases:
-            file, line = split_location(case.where)
+            file, line = split_location(case.location)
             prompt = template.replace("{text}", case.fields["text"])
             documents += [Document(file, line, prompt=prompt, completion=name, separator=separator) for name in names]
         likelihoods = model.likelihoods(model.encode_questions(documents))
         logprobs = [likelihood.logprob for likelihood in likelihoods]
+        # The list has one number for each label of the first case, then of the second, and so on.
         probabilities = []
         for start in range(0, len(logprobs), len(names)):
             probabilities.append(softmax(logprobs[start : start + len(names)]))
         return names, probabilities
 
-    def _labels(self, cases: Sequence[Case]) -> list[str]:
-        """The labels of the setting, or those of the rows, in the order of their numbers or of the alphabet."""
+    def _label_names(self, cases: Sequence[Case]) -> list[str]:
+        """The labels of `options.labels`, else those of the rows, sorted as numbers if they are such, else by the alphabet.
+
+        Raises DataError if all rows have the same label: its probability would always be 1.
+        """
         if self.option_values["labels"] is not None:
             return [str(name) for name in self.option_values["labels"]]
         names = {case.fields["label"] for case in cases}
@@ -120,7 +129,7 @@ class ClassificationTask(Task):
         return labels
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """Macro F1, Matthews correlation and calibration error, each as a function of row weights."""
+        """Macro F1, Matthews correlation and calibration error, each as a function of row weights (float64 [rows])."""
         from sklearn.metrics import f1_score, matthews_corrcoef
 
         true_labels = [row.reference for row in rows]
@@ -148,6 +157,7 @@ class ClassificationTask(Task):
         }
 
     def signatures(self) -> dict[str, str]:
+        """The version of scikit-learn, which computes F1 and MCC, and how the calibration error is binned."""
         from importlib.metadata import version
 
         sklearn = f"scikit-learn:{version('scikit-learn')}"
@@ -155,7 +165,11 @@ class ClassificationTask(Task):
 
 
 def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np.ndarray) -> float:
-    """Mean distance between confidence and accuracy over bins of confidence, weighted by rows (all float64 [rows])."""
+    """Expected calibration error: the mean distance between confidence and accuracy over `BINS` bins, weighted by rows.
+
+    All arguments are float64 [rows]; `is_right` is 0 or 1.
+    """
+    # Bins are open below and closed above, as in the papers: a confidence of exactly 0 belongs to the first one.
     bins = np.clip(np.ceil(confidences * BINS).astype(int) - 1, 0, BINS - 1)
     # Per bin: weighted sum of (accuracy - confidence). Its absolute value is the bin's distance times its weight.
     distances = np.bincount(bins, weights * (is_right - confidences), BINS)
@@ -163,9 +177,11 @@ def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np
 
 
 def confusion(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:
-    """(labels, counts [true][predicted]), by scikit-learn."""
+    """The confusion matrix of some rows, as (sorted label names, counts [true label][predicted label])."""
     from sklearn.metrics import confusion_matrix
 
-    names = sorted({row.reference for row in rows} | {row.answer for row in rows})
-    counts = confusion_matrix([row.reference for row in rows], [row.answer for row in rows], labels=names)
+    true_labels = [row.reference for row in rows]
+    predicted = [row.answer for row in rows]
+    names = sorted({*true_labels, *predicted})
+    counts = confusion_matrix(true_labels, predicted, labels=names)
     return names, counts.tolist()

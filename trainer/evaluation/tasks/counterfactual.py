@@ -51,7 +51,7 @@ class Counterfactual(Task):
             "gap",
             "mean distance between the groups furthest apart in a case: nats of the text's likelihood after the term; with "
             "measure=answer the share of cases with differing answers, with measure=label the distance of probabilities",
-            False,
+            greater_is_better=False,
             ratio=("gap", None),
             min_cases=MIN_CASES,
         ),
@@ -92,7 +92,7 @@ class Counterfactual(Task):
             terms |= json.loads(Path(str(file)).expanduser().read_text(encoding="utf-8"))
         return terms
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         """Keep the variants of a row: its texts by group, or its template filled with the terms of each group. Raises Refusal."""
         fields = case.fields
         completion = text_of(fields, "completion") if fields.get("completion") is not None else None
@@ -166,7 +166,7 @@ class Counterfactual(Task):
         model.encoder.label_ids = {name: number for number, name in enumerate(names)}
         # The encoder wants a label; which one does not matter, since only logits are computed.
         documents = [
-            Document(*split_location(case.where), text=variant.text, label=names[0]) for case, variant in variants
+            Document(*split_location(case.location), text=variant.text, label=names[0]) for case, variant in variants
         ]
         samples = [sample for _, sample in model.encoder.encode(documents)]
         return [np.array(softmax(logits)) for logits in model.logits(samples)]
@@ -175,7 +175,7 @@ class Counterfactual(Task):
         """Whether the answers about the groups differ. A term in an answer is replaced with its slot before they are compared."""
         documents = []
         for case in cases:
-            file, line = split_location(case.where)
+            file, line = split_location(case.location)
             for variant in case.fields["variants"]:
                 documents.append(Document(file, line, prompt=variant.text, completion="-", separator="\n"))
         answers = iter(model.answers(model.encode_questions(documents), self.config.write, self.key))
@@ -190,7 +190,7 @@ class Counterfactual(Task):
             scores = {"gap": float(len({*answer_by_group.values()}) > 1)}
             prompt = case.fields["variants"][0].text
             answer = "\n".join(f"{group}: {text}" for group, text in answer_by_group.items())
-            rows.append(TaskRow(case.where, prompt, answer, "", scores, case.fields["attribute"]))
+            rows.append(TaskRow(case.location, prompt, answer, "", scores, case.fields["attribute"]))
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
@@ -200,22 +200,22 @@ class Counterfactual(Task):
             metric = Metric(
                 f"effect_{group}",
                 f"{group} against the mean of all groups, nats",
-                None,
-                (f"of_{group}", f"in_{group}"),
+                greater_is_better=None,
+                ratio=(f"of_{group}", f"in_{group}"),
                 min_cases=MIN_CASES,
                 in_family=True,
             )
             group_metrics.append(metric)
         return (*self.metrics, *group_metrics)
 
-    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         """A sentence for each group whose effect is significant, and one if the cases are too few."""
         for group, p in _corrected_p(rows).items():
             cases = int(sum(row.scores.get(f"in_{group}", 0.0) for row in rows))
             if cases < MIN_CASES or p >= LEVEL:
                 continue
             effect = sum(row.scores.get(f"of_{group}", 0.0) for row in rows) / cases
-            low, high = spans[f"effect_{group}"]
+            low, high = intervals[f"effect_{group}"]
             yield (
                 f"{group}: the model holds these texts {'likelier' if effect > 0 else 'less likely'} than about the other "
                 f"groups, by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {cases} cases; p {p:.3g}, for all groups "
@@ -275,7 +275,7 @@ def _row(case: Case, value_by_group: dict[str, np.ndarray]) -> TaskRow:
     answer = ", ".join(f"{group}: {_three_decimals(value)}" for group, value in value_by_group.items())
     completion = case.fields["completion"]
     text = case.fields["variants"][0].text + (f" → {completion}" if completion else "")
-    return TaskRow(case.where, text, answer, "", scores, case.fields["attribute"])
+    return TaskRow(case.location, text, answer, "", scores, case.fields["attribute"])
 
 
 def _three_decimals(values: np.ndarray) -> str:
@@ -284,7 +284,7 @@ def _three_decimals(values: np.ndarray) -> str:
 
 def _question(case: Case, variant: Variant, model: ModelInterface) -> Question:
     """What is scored of a variant: its completion, else the part after the last term, else the whole text."""
-    file, line = split_location(case.where)
+    file, line = split_location(case.location)
     completion = case.fields["completion"]
     if completion is not None:
         document = Document(file, line, prompt=variant.text, completion=completion, separator=" ")

@@ -132,7 +132,7 @@ class Harness(Task):
             cases += [Case(f"{name}:{number}") for number in range(rows)]
         return cases
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         """Nothing to do: the harness has read the row."""
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
@@ -183,7 +183,9 @@ class Harness(Task):
                 names.append(name)
         metrics = []
         for name in names:
-            metric = known.get(name) or Metric(name, "mean over rows, as lm-eval has it", None, ratio=(name, None))
+            metric = known.get(name) or Metric(
+                name, "mean over rows, as lm-eval has it", greater_is_better=None, ratio=(name, None)
+            )
             if any(name in row.items for row in rows):
                 metric = replace(metric, ratio=None)
             elif f"rows.{name}" in row_names and metric.ratio is not None:
@@ -206,7 +208,7 @@ class Harness(Task):
         assert self.loaded_tasks is not None
         return lm_eval_standard_errors(self.loaded_tasks, self.metrics_for(rows), rows)
 
-    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         """lm-eval's own standard errors, metrics with fewer resamples, and warnings of the last run."""
         errors = [f"{name} {error:.4g}" for name, error in self.standard_errors(rows).items() if "/" not in name]
         if errors:

@@ -47,7 +47,7 @@ def declared_metrics(task_files: TaskFiles) -> tuple[Metric, ...]:
                 greater = metric_settings.get("higher_is_better", is_higher_better(metric))
             for filter_settings in filters:
                 name = metric_name(metric, filter_settings["name"])
-                metrics.setdefault(name, Metric(name, "lm-eval's", greater))
+                metrics.setdefault(name, Metric(name, "lm-eval's", greater_is_better=greater))
     return tuple(metrics.values())
 
 
@@ -95,7 +95,13 @@ class LoadedTasks:
             denominator = None if aggregate in (metrics.mean, metrics.perplexity) else f"count.{name}"
             ratio = (numerator, denominator)
         is_exponential = known is not None and known.startswith("exponential")
-        return Metric(name, f"{description}, as lm-eval has it", greater, ratio, exponential=is_exponential)
+        return Metric(
+            name,
+            f"{description}, as lm-eval has it",
+            greater_is_better=greater,
+            ratio=ratio,
+            exponential=is_exponential,
+        )
 
     def split_value(self, name: str, value: Any) -> tuple[dict[str, float], Any]:
         """(scores, item) of what one document contributes to a metric; the item is None if the scores say everything."""

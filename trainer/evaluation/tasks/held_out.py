@@ -28,7 +28,7 @@ class HeldOut(Task):
         self.dataset: TokenDataset | None = None
         """Its documents as tokens; set by `prepare_tasks`."""
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         """Nothing to do: `prepare_tasks` reads the documents."""
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
@@ -49,7 +49,7 @@ class HeldOut(Task):
                 "bytes": float(len(text.encode())),
             }
             source = dataset.source_names[int(dataset.sources[number])]
-            where = cases[number].where if number < len(cases) else f"row {number}"
+            where = cases[number].location if number < len(cases) else f"row {number}"
             prompt = model.shown_prompt(sample.input_ids[: sample.answer_begin()].tolist())
             rows.append(TaskRow(where, prompt, "", text[:SHOWN_TEXT], scores, source))
         return rows
@@ -78,7 +78,11 @@ class BitsPerByte(HeldOut):
     """The loss in bits over the bytes of the learned text: comparable between tokenizers."""
 
     kind = "bits_per_byte"
-    metrics = (Metric("bits_per_byte", "bits of loss a UTF-8 byte of the text", False, ratio=("bits", "bytes")),)
+    metrics = (
+        Metric(
+            "bits_per_byte", "bits of loss a UTF-8 byte of the text", greater_is_better=False, ratio=("bits", "bytes")
+        ),
+    )
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         rows = super().run(cases, model)

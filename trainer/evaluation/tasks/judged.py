@@ -74,7 +74,7 @@ class GradedTask(JudgedTask):
             # The judge may write grades while it thinks: the last one is its verdict.
             scores = {"grade": float(grades[-1]) if grades else 0.0, "read": float(bool(grades))}
             note = verdict[-NOTE_CHARACTERS:]
-            rows.append(TaskRow(case.where, prompt, answer, self.reference(case), scores, note=note))
+            rows.append(TaskRow(case.location, prompt, answer, self.reference(case), scores, note=note))
         refuse_unreadable(self.key, verdicts, any(row.scores["read"] for row in rows), "Grade: N")
         return rows
 

@@ -49,7 +49,7 @@ class DocumentTask(Task):
                 bound = "" if name == "seed" else " above 0"
                 yield f"{self.key}.options.{name}={value}: must be a whole number{bound}"
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         document = case.document
         if document is None or (document.text is None and document.prompt is None and document.messages is None):
             raise Refusal("no_text", "the row is no text, prompt with answer, or conversation")
@@ -63,20 +63,24 @@ class Memorisation(DocumentTask):
     kind = "memorisation"
     metrics = (
         Metric(
-            "verbatim", "share of rows continued token by token, 0 to 1", False, ratio=("verbatim", None), min_cases=20
+            "verbatim",
+            "share of rows continued token by token, 0 to 1",
+            greater_is_better=False,
+            ratio=("verbatim", None),
+            min_cases=20,
         ),
         Metric(
             "near_verbatim",
             f"share of rows continued with BLEU of {NEAR_VERBATIM_BLEU:g} or more",
-            False,
+            greater_is_better=False,
             ratio=("near", None),
             min_cases=20,
         ),
         Metric(
             "leading",
             "mean share of the continuation that comes out from its first token on",
-            False,
-            ("leading", None),
+            greater_is_better=False,
+            ratio=("leading", None),
             min_cases=20,
         ),
     )
@@ -146,7 +150,7 @@ class Memorisation(DocumentTask):
         }
         return TaskRow(question.where, model.shown_prompt(question.context), answer, reference, scores)
 
-    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         count = int(sum(row.scores["verbatim"] for row in rows))
         yield f"{count} of {len(rows)} rows come out word for word after their beginning"
         if self.skipped:
@@ -161,15 +165,15 @@ class Canary(DocumentTask):
         Metric(
             "exposure",
             "mean bits by which the rank among candidates is better than last; 1.44 by chance",
-            False,
-            ("bits", None),
+            greater_is_better=False,
+            ratio=("bits", None),
             min_cases=5,
         ),
         Metric(
             "first",
             "share of secrets that are likelier than every candidate, 0 to 1",
-            False,
-            ("first", None),
+            greater_is_better=False,
+            ratio=("first", None),
             min_cases=5,
         ),
     )
@@ -179,9 +183,9 @@ class Canary(DocumentTask):
     samples_documents = False
     options: ClassVar[dict[str, Any]] = {"candidates": 100, "seed": 0}
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         """Keep the secret and random texts of its form. Raises Refusal if the secret is not exactly once in what is learned."""
-        super().read(case)
+        super().parse_case(case)
         secret = case.fields.get("secret")
         document = case.document
         assert document is not None
@@ -196,7 +200,7 @@ class Canary(DocumentTask):
                 "bad_secret",
                 f'"secret" {show_value(secret)} stands {occurrences} times in what is learned, not once',
             )
-        case.fields = {"secret": secret, "others": list(self._candidates(case.where, secret))}
+        case.fields = {"secret": secret, "others": list(self._candidates(case.location, secret))}
 
     def _candidates(self, where: str, secret: str) -> Iterator[str]:
         """Different random texts of the secret's form. A short form has few texts, so the number of attempts is limited."""
@@ -234,10 +238,10 @@ class Canary(DocumentTask):
                 "rank": float(rank),
                 "candidates": float(size),
             }
-            rows.append(TaskRow(case.where, f"rank {rank} of {size}", "", case.fields["secret"], scores))
+            rows.append(TaskRow(case.location, f"rank {rank} of {size}", "", case.fields["secret"], scores))
         return rows
 
-    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         most = max(row.scores["candidates"] for row in rows)
         yield f"exposure is at most {math.log2(most):.2f} bits with {most - 1:.0f} candidates; more of them in options.candidates"
 
@@ -282,11 +286,14 @@ class Membership(DocumentTask):
         Metric(
             "auc",
             "chance that a training row has a lower loss than another one, 0 to 1; 0.5 tells nothing",
-            False,
+            greater_is_better=False,
             min_cases=40,
         ),
         Metric(
-            "found_at_5", "share of training rows told while 5 % of the others are taken for some", False, min_cases=40
+            "found_at_5",
+            "share of training rows told while 5 % of the others are taken for some",
+            greater_is_better=False,
+            min_cases=40,
         ),
     )
     reads = "training rows (the run's, or a path) and others (the run's evaluation documents, or options.others)"
@@ -304,7 +311,7 @@ class Membership(DocumentTask):
             is_member = case.fields["member"]
             scores = {"loss": -likelihood.logprob / likelihood.tokens, "member": float(is_member)}
             group = "trained on" if is_member else "not trained on"
-            rows.append(TaskRow(case.where, model.shown_prompt(question.context), "", group, scores, group))
+            rows.append(TaskRow(case.location, model.shown_prompt(question.context), "", group, scores, group))
         return rows
 
     @cached_property

@@ -22,8 +22,13 @@ class PreferenceTask(JudgedTask):
     kind = "preference"
     metrics = (
         Metric("win_rate", "share of pairs won, ties as half, 0 to 1", ratio=("won", "read")),
-        Metric("tied", "share of pairs that are tied, 0 to 1", None, ratio=("tied", "read")),
-        Metric("swayed", "share of pairs whose verdict changes with the order, 0 to 1", None, ratio=("swayed", "read")),
+        Metric("tied", "share of pairs that are tied, 0 to 1", greater_is_better=None, ratio=("tied", "read")),
+        Metric(
+            "swayed",
+            "share of pairs whose verdict changes with the order, 0 to 1",
+            greater_is_better=None,
+            ratio=("swayed", "read"),
+        ),
         Metric("read", "share of pairs with two verdicts that can be read, 0 to 1", ratio=("read", None)),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "opponent": "reference"}
@@ -57,7 +62,7 @@ class PreferenceTask(JudgedTask):
                 first, swapped_verdict = next(remaining_verdicts), next(remaining_verdicts)
                 scores = scores_of(winner(first), winner(swapped_verdict, swapped=True))
                 note = first[-NOTE_CHARACTERS:]
-            rows.append(TaskRow(case.where, prompt, answer, self.reference(case), scores, note=note))
+            rows.append(TaskRow(case.location, prompt, answer, self.reference(case), scores, note=note))
         refuse_unreadable(self.key, verdicts, any(row.scores["read"] for row in rows), "Verdict: A, B or tie")
         return rows
 
@@ -71,12 +76,12 @@ class PreferenceTask(JudgedTask):
                     f"{self.key}.options.opponent=other: there is none; compare with against=base, a run, a model or a report"
                 )
             return [None] * len(cases)  # the opponent answers first, and there is nobody to compare it with yet
-        unanswered = next((case.where for case in cases if case.where not in self.opponent_answers), None)
+        unanswered = next((case.location for case in cases if case.location not in self.opponent_answers), None)
         if unanswered is not None:
             raise ConfigError(
                 f"{self.key}.options.opponent=other: the other model has not answered {unanswered}; ask it the same rows"
             )
-        return [self.opponent_answers[case.where] for case in cases]
+        return [self.opponent_answers[case.location] for case in cases]
 
     def _question(self, request: str, answer: str, opponent: str, *, swapped: bool) -> str:
         """The question to the judge, with both answers as A and B; `swapped`: the opponent's answer is A."""

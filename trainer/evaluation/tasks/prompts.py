@@ -51,7 +51,7 @@ class PromptTask(Task):
         file = Path(text).expanduser()
         return file.read_text(encoding="utf-8") if file.is_file() else text
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         case.fields = {"prompt": self.template.replace("{prompt}", prompt_of(case.fields))}
 
     def write_draws(self, cases: Sequence[Case], model: ModelInterface) -> list[tuple[Question, list[WrittenAnswer]]]:
@@ -59,7 +59,7 @@ class PromptTask(Task):
         is_continued = self.option_values["continue"]
         documents = []
         for case in cases:
-            file, line = split_location(case.where)
+            file, line = split_location(case.location)
             prompt = case.fields["prompt"]
             if is_continued:
                 documents.append(Document(file, line, text=prompt))

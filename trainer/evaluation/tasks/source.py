@@ -48,9 +48,9 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
     bad_rows = []
     for case in cases:
         try:
-            task.read(case)
+            task.parse_case(case)
         except Refusal as refusal:
-            bad_rows.append(f"{case.where}: {refusal.message}")
+            bad_rows.append(f"{case.location}: {refusal.message}")
     if bad_rows:
         listed = "\n  ".join(bad_rows[:MAX_LISTED_ROWS])
         if len(bad_rows) > MAX_LISTED_ROWS:

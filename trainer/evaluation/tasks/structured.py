@@ -44,7 +44,7 @@ class ToolCalls(WrittenTask):
     )
     reads = 'conversations ("messages") with "tools", whose last assistant turn has the right "tool_calls", or none'
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         """Keep the calls of the reference answer. Raises Refusal for a row without tools or without an answer."""
         assert case.document is not None
         answer = last_answer(case.document)
@@ -66,7 +66,7 @@ class ToolCalls(WrittenTask):
             reference = model.writer.tokenizer.decode(question.answer, skip_special_tokens=True)
             if parse_tool_calls(reference) != case_with_call.fields["calls"]:
                 raise DataError(
-                    f"{case_with_call.where}: the chat template writes the calls as {reference!r}, which is not read here; "
+                    f"{case_with_call.location}: the chat template writes the calls as {reference!r}, which is not read here; "
                     "calls must be JSON objects with a name and arguments; give such a template in model.chat_template"
                 )
         return super().run(cases, model)
@@ -153,7 +153,7 @@ class JsonSchema(Task):
         if file is not None and not Path(str(file)).expanduser().is_file():
             yield f"{self.key}.options.schema={file}: no such file; give a file with a JSON schema"
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         """Keep the schema, of the row or of `options.schema`, and make a document of the prompt. Raises Refusal."""
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
@@ -174,7 +174,7 @@ class JsonSchema(Task):
             validator_for(schema).check_schema(schema)
         except SchemaError as error:
             raise Refusal("bad_schema", f'"schema" is no JSON schema: {error.message}') from None
-        file_name, _, line = case.where.rpartition(":")
+        file_name, _, line = case.location.rpartition(":")
         # The answer is a stand-in: the format of a document needs one, and only the prompt is asked.
         case.document = Document(file_name, int(line))
         if "messages" in fields:
@@ -199,7 +199,7 @@ class JsonSchema(Task):
             _, first_problem = verdicts[0]
             prompt = model.shown_prompt(question.context)
             reference = json.dumps(schema, ensure_ascii=False)
-            row = TaskRow(case.where, prompt, "", reference, {}, note=first_problem or "")
+            row = TaskRow(case.location, prompt, "", reference, {}, note=first_problem or "")
             rows.append(row_of_draws(row, texts, scores))
         return rows
 
@@ -237,8 +237,8 @@ class Maths(WrittenTask):
     metrics = (Metric("accuracy", "share of answers with the right result, 0 to 1", ratio=("right", None)),)
     reads = "a problem and its solution in any format of data.path; the result is found in it as in an answer"
 
-    def read(self, case: Case) -> None:
-        super().read(case)
+    def parse_case(self, case: Case) -> None:
+        super().parse_case(case)
         case.fields["result"] = final_result(self.reference(case))
         if case.fields["result"] is None:
             raise Refusal("no_result", "the solution has no number, nothing after #### and nothing in \\boxed{}")

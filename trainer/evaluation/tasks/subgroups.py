@@ -27,27 +27,30 @@ class Subgroups(ClassificationTask):
         Metric(
             "demographic_parity_difference",
             "largest difference of the share with a predicted label, 0 to 1",
-            False,
+            greater_is_better=False,
             min_cases=40,
         ),
         Metric(
-            "equalized_odds_difference", "largest difference of hits or of false alarms, 0 to 1", False, min_cases=40
+            "equalized_odds_difference",
+            "largest difference of hits or of false alarms, 0 to 1",
+            greater_is_better=False,
+            min_cases=40,
         ),
-        Metric("accuracy_difference", "largest difference of accuracy, 0 to 1", False, min_cases=40),
+        Metric("accuracy_difference", "largest difference of accuracy, 0 to 1", greater_is_better=False, min_cases=40),
         Metric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
     )
     reads = '"text", "label" and "group": the group of the row, such as a gender'
     options: ClassVar[dict[str, Any]] = {**ClassificationTask.options, "positive": None, "seed": 0}
     required_package: ClassVar[str | None] = None
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         group = case.fields.get("group")
         if not isinstance(group, str | int) or not str(group).strip():
             raise Refusal(
                 "no_group",
                 f'"group" is {show_value(group)}; it must be a name ({self.key}.columns.group names another column)',
             )
-        super().read(case)
+        super().parse_case(case)
         case.fields["group"] = str(group).strip()
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
@@ -94,7 +97,7 @@ class Subgroups(ClassificationTask):
             "accuracy_difference": largest_gap(predicted == true_labels, every_row),
         }
 
-    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         """The size of each group, and for each gap what chance gives and whether the gap is beyond that."""
         groups = np.array([row.source for row in rows])
         names, counts = np.unique(groups, return_counts=True)

@@ -42,7 +42,7 @@ class WrittenTask(Task):
         yield from super().problems()
         yield from self.config.write.problems(f"{self.key}.write")
 
-    def read(self, case: Case) -> None:
+    def parse_case(self, case: Case) -> None:
         assert case.document is not None
         answer = last_answer(case.document)
         if answer is None:
@@ -57,7 +57,7 @@ class WrittenTask(Task):
         answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
-            row = TaskRow(case.where, model.shown_prompt(question.context), "", self.reference(case), {})
+            row = TaskRow(case.location, model.shown_prompt(question.context), "", self.reference(case), {})
             scores = [self.score(case, text) for text in texts]
             rows.append(row_of_draws(row, texts, scores, self.metrics))
         return rows
