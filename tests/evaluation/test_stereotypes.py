@@ -210,7 +210,7 @@ def test_the_worked_example_of_bbq():
         chosen = 2 if number >= 5 else int(number == 4)
         fields = {"choices": ["a", "b", "c"], "unknown": 2, "biased": 0, "condition": "ambiguous", "category": "Age"}
         row = TaskRow(f"a:{number}", "", "", "", {"right": float(chosen == 2)})
-        kind._score(Case(row.where, fields=fields), row, chosen)
+        kind._add_bias_scores(Case(row.where, fields=fields), row, chosen)
         rows.append(row)
     metrics = kind.compute_metrics(rows)
     assert metrics["bias_ambiguous"] == pytest.approx(0.15) and metrics["accuracy_ambiguous"] == 0.75

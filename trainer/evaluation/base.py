@@ -40,17 +40,24 @@ class WritingConfig:
     """Most tokens of a batch per rank, longest prompt and answer times rows; null: `evaluation.batch` rows, however long."""
 
     def problems(self, key: str) -> Iterator[str]:
-        """What does not go together, one line each; `key` is the setting that these are below."""
+        """An error message for each combination of settings that does nothing or is refused.
+
+        `key`: the setting that these are below, such as `evaluation.generate`.
+        """
         if self.temperature and self.beams > 1:
             yield (
                 f"{key}.temperature={self.temperature:g} with {key}.beams={self.beams}: a beam search draws nothing; set "
                 f"{key}.beams=1, or {key}.temperature=0"
             )
-        unused = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "draws": self.draws > 1}
-        if not self.temperature and (idle := [name for name, given in unused.items() if given]):
+        # These settings change how tokens are drawn, and at temperature 0 none are.
+        is_set = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "draws": self.draws > 1}
+        without_effect = []
+        for name, was_set in is_set.items():
+            if was_set and not self.temperature:
+                without_effect.append(f"{key}.{name}={getattr(self, name)}")
+        if without_effect:
             yield (
-                f"{', '.join(f'{key}.{name}={getattr(self, name)}' for name in idle)}: nothing is drawn at "
-                f"{key}.temperature=0; set {key}.temperature=1, or leave it out"
+                f"{', '.join(without_effect)}: nothing is drawn at {key}.temperature=0; set {key}.temperature=1, or leave it out"
             )
         if "" in self.stop:
             yield f"{key}.stop: has an empty text, which would end every answer; leave it out"

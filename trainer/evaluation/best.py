@@ -16,13 +16,20 @@ def check_watched_metric(settings: EvaluationConfig, values: dict[str, float]) -
 
 
 def record_evaluation(settings: EvaluationConfig, progress: Progress, values: dict[str, float]) -> bool:
-    """Record an evaluation in the progress; returns whether it is the best so far."""
-    value = values[settings.watch]
-    gain = float("inf") if progress.best_metric is None else progress.best_metric - value
-    if settings.greater_is_better and progress.best_metric is not None:
-        gain = -gain
-    if gain > settings.min_delta:
-        progress.best_metric = value
+    """Update best metric, best step and the count of stale evaluations in `progress`; returns whether this one is the best.
+
+    `values`: the metrics of the evaluation by name. An improvement of the watched metric counts from `min_delta` on.
+    """
+    watched_value = values[settings.watch]
+    if progress.best_metric is None:
+        improvement = float("inf")  # the first evaluation is the best so far, also with a NaN
+    elif settings.greater_is_better:
+        improvement = watched_value - progress.best_metric
+    else:
+        improvement = progress.best_metric - watched_value
+
+    if improvement > settings.min_delta:
+        progress.best_metric = watched_value
         progress.best_step = progress.step
         progress.stale_evaluations = 0
         return True

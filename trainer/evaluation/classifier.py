@@ -27,7 +27,10 @@ class ClassifierLabels:
 
     @classmethod
     def from_directory(cls, directory: Path, key: str) -> ClassifierLabels:
-        """The labels of the classifier in a directory. Raises ConfigError if there is no sequence classifier."""
+        """The labels of the classifier in a directory, in the order of its outputs. Raises ConfigError if there is none.
+
+        `key`: the setting that names the directory, for the errors.
+        """
         try:
             config = read_object(directory / "config.json")
             architectures = [str(name) for name in config.get("architectures") or []]
@@ -40,12 +43,16 @@ class ClassifierLabels:
             raise ConfigError(
                 f"{key}={directory}: is {listed}; it must be a ...ForSequenceClassification of transformers"
             )
-        labels = labels or ["LABEL_0", "LABEL_1"]  # transformers' defaults, which it does not write
-        is_multi_label = config.get("problem_type") == "multi_label_classification"
-        return cls(labels, is_multi_label or len(labels) == 1)
+        if not labels:
+            labels = ["LABEL_0", "LABEL_1"]  # transformers' defaults, which it does not write
+        has_sigmoids = config.get("problem_type") == "multi_label_classification"
+        return cls(labels, is_multi_label=has_sigmoids or len(labels) == 1)
 
     def label_number(self, label: Any, key: str) -> int:
-        """The number of a label; None looks for the one that means toxic. Raises ConfigError that lists the labels."""
+        """The index of a label among the classifier's outputs; if `label` is None, of the one that means toxic.
+
+        `key`: the setting that names the label. Raises ConfigError that lists the labels, if none or several may be meant.
+        """
         known = ", ".join(self.names)
         if label is not None:
             if str(label) not in self.names:
@@ -53,19 +60,22 @@ class ClassifierLabels:
             return self.names.index(str(label))
         if len(self.names) == 1:
             return 0
-        toxic = [number for number, name in enumerate(self.names) if name.lower() in TOXIC_LABELS]
-        if len(toxic) != 1:
+        toxic_labels = [number for number, name in enumerate(self.names) if name.lower() in TOXIC_LABELS]
+        if len(toxic_labels) != 1:
             raise ConfigError(f"{key}: not set, and which label is the toxic one is not plain; name one of {known}")
-        return toxic[0]
+        return toxic_labels[0]
 
 
 class Classifier:
     """The classifier of a directory, loaded on every rank."""
 
     def __init__(self, directory: Path, key: str, runtime: Runtime, *, batch: int) -> None:
+        """Load model and tokenizer in float32 onto the rank's device. `batch`: texts in a forward pass. Raises ConfigError."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.labels, self.runtime, self.batch = ClassifierLabels.from_directory(directory, key), runtime, batch
+        self.labels = ClassifierLabels.from_directory(directory, key)
+        self.runtime = runtime
+        self.batch = batch
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -75,11 +85,15 @@ class Classifier:
             raise ConfigError(f"{key}={directory}: cannot be loaded ({str(error).splitlines()[0]})") from error
         self.model.float().eval().to(runtime.device)
         positions = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        self.max_tokens = int(min(self.tokenizer.model_max_length, max(8, positions - 2)))  # RoBERTa's begin at 2
+        usable_positions = max(8, positions - 2)  # RoBERTa's begin at 2
+        self.max_tokens = int(min(self.tokenizer.model_max_length, usable_positions))
         """Longer texts are cut to this many tokens."""
 
     def probabilities(self, texts: Sequence[str], label: int) -> list[tuple[float, bool]]:
-        """(probability of the label, whether the text was cut) of each text, the same on every rank. All ranks must call."""
+        """(probability of the label, whether the text was cut) of each text, the same on every rank. All ranks must call.
+
+        `label`: index of the label among the classifier's outputs. Each rank classifies every `world_size`-th text.
+        """
         import torch
 
         from strategies.runtime import gather_objects
@@ -88,7 +102,7 @@ class Classifier:
         own_numbers = range(self.runtime.rank, len(texts), self.runtime.world_size)
         by_length = sorted(own_numbers, key=lambda number: len(texts[number]))  # little padding in a batch
         for begin in range(0, len(by_length), self.batch):
-            numbers = by_length[begin : begin + self.batch]
+            numbers = by_length[begin : begin + self.batch]  # of texts
             batch_texts = [texts[number] for number in numbers]
             lengths = [len(ids) for ids in self.tokenizer(batch_texts)["input_ids"]]
             inputs = self.tokenizer(
@@ -96,8 +110,11 @@ class Classifier:
             )
             with torch.inference_mode():
                 logits = self.model(**inputs.to(self.runtime.device)).logits.float()
-            all_probabilities = logits.sigmoid() if self.labels.is_multi_label else logits.softmax(-1)
-            probabilities = all_probabilities[:, label].tolist()
+            if self.labels.is_multi_label:
+                label_probabilities = logits.sigmoid()
+            else:
+                label_probabilities = logits.softmax(-1)
+            probabilities = label_probabilities[:, label].tolist()
             for number, probability, length in zip(numbers, probabilities, lengths, strict=True):
                 own_results[number] = (probability, length > self.max_tokens)
         results: dict[int, tuple[float, bool]] = {}

@@ -24,12 +24,12 @@ from trainer.objectives.causal import plain_model
 if TYPE_CHECKING:
     from trainer.evaluation.base import WritingConfig
 
-_GOLDEN = -7046029254386353131
+_GOLDEN_RATIO_STEP = -7046029254386353131
 """The odd integer nearest to 2^64 over the golden ratio, 0x9E3779B97F4A7C15, as a signed one."""
 
 
 def generation_settings(base: Any, settings: WritingConfig, tokenizer: Any) -> Any:
-    """The model's own generation settings, with our lengths and beams, and without its sampling.
+    """The model's own generation settings (`base`, transformers'), with our lengths and beams, and without its sampling.
 
     A stop string that is a special token (`<|im_end|>`) ends an answer as a token, since decoded text does not show it.
     """
@@ -51,16 +51,19 @@ def generation_settings(base: Any, settings: WritingConfig, tokenizer: Any) -> A
         config.eos_token_id = tokenizer.eos_token_id
     special_stops = [text for text in settings.stop if text in tokenizer.all_special_tokens]
     if special_stops:
-        config.eos_token_id = sorted(ending_ids(config) | {*tokenizer.convert_tokens_to_ids(special_stops)})
+        stop_ids = {*tokenizer.convert_tokens_to_ids(special_stops)}
+        config.eos_token_id = sorted(ending_ids(config) | stop_ids)
     return config
 
 
 def ending_ids(config: Any) -> frozenset[int]:
-    """The tokens that end an answer."""
-    ends = config.eos_token_id
-    if ends is None:
+    """Ids of the tokens that end an answer, by transformers' generation settings."""
+    eos_ids = config.eos_token_id  # one id, a list of them, or None
+    if eos_ids is None:
         return frozenset()
-    return frozenset(ends if isinstance(ends, list) else [ends])
+    if not isinstance(eos_ids, list):
+        eos_ids = [eos_ids]
+    return frozenset(eos_ids)
 
 
 class GenerateAnswers:
@@ -70,19 +73,26 @@ class GenerateAnswers:
     """
 
     def __init__(self, config: Any, settings: WritingConfig, tokenizer: Any, *, synced: bool) -> None:
-        self.config, self.settings, self.tokenizer, self.synced = config, settings, tokenizer, synced
+        self.config = config
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.synced = synced
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`answers`, `[S, M]`: new tokens, padded on the right.
+        """Generate an answer to each prompt. Returns `answers`, int64 [S, M]: the new tokens, padded on the right.
 
-        `batch["seeds"]` has a seed for each row; `batch["room"]`, if it is there, is the largest number of new tokens.
+        `batch["input_ids"]` are the prompts, padded on the left. `batch["seeds"]` has a seed for each row; `batch["room"]`, if
+        it is there, is the largest number of new tokens.
         """
         from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
         causal_model: Any = plain_model(model)
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        # Position of the first new token: a decoder of its own begins with one start token, not with the prompt.
         begin = 1 if causal_model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
-        criteria = [StopAtText(self.tokenizer, self.settings.stop, begin)] if self.settings.stop else []
+        criteria = []
+        if self.settings.stop:
+            criteria.append(StopAtText(self.tokenizer, self.settings.stop, begin))
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("room", config.max_new_tokens)
         with stock_attention(causal_model):
@@ -96,7 +106,10 @@ class GenerateAnswers:
         return {"answers": ids[:, begin:]}
 
     def _processors(self, seeds: Sequence[int], begin: int) -> Iterator[Any]:
-        """The logits processors that sample: temperature, top-k, top-p, then the noise. Temperature 0 is greedy and has none."""
+        """The logits processors that sample: temperature, top-k, top-p, then the noise. Temperature 0 is greedy and has none.
+
+        `seeds`: one for each row. `begin`: position of the first new token.
+        """
         from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         settings = self.settings
@@ -115,6 +128,7 @@ class SeededNoise:
     """A logits processor that adds Gumbel noise. A row's noise depends on its own seed and on the position in its answer."""
 
     def __init__(self, seeds: Sequence[int], begin: int) -> None:
+        """`begin`: position of the first new token in `input_ids`."""
         self.seeds = torch.tensor(list(seeds))
         self.begin = begin
 
@@ -126,29 +140,33 @@ class SeededNoise:
 
 
 def gumbel(seeds: Tensor, position: int, tokens: int) -> Tensor:
-    """`[S, V]` float64 of Gumbel's distribution: a function of (seed of the row, position, token), the same on every device.
+    """Gumbel noise, float64 [S, V]: a function of (seed of the row, position, token) alone, the same on every device.
 
-    The random numbers are SplitMix64's (Steele, Lea and Flood 2014), whose n-th number does not need those before it. Each row
-    and position has its own sequence, with a number for each token.
+    `seeds`: int64 [S]. `position`: number of the new token in its answer, from 0. `tokens`: V, the size of the vocabulary. The
+    random numbers are SplitMix64's (Steele, Lea and Flood 2014), whose n-th number does not need those before it. Each row and
+    position has its own sequence, with a number for each token.
     """
-    sequence_start = _splitmix_output(_splitmix_output(seeds) + torch.full_like(seeds, position + 1) * _GOLDEN)
-    token_steps = torch.arange(1, tokens + 1, device=seeds.device) * _GOLDEN
+    # The state of SplitMix64 grows by the golden ratio step with each number, so the n-th state is start + n * step.
+    position_step = torch.full_like(seeds, position + 1) * _GOLDEN_RATIO_STEP
+    sequence_start = _splitmix_output(_splitmix_output(seeds) + position_step)
+    token_steps = torch.arange(1, tokens + 1, device=seeds.device) * _GOLDEN_RATIO_STEP
     # 52 random bits and a half, divided by 2^52: uniform in (0, 1), and neither end is ever reached.
     bits = _shift_right(_splitmix_output(sequence_start[:, None] + token_steps), 12)
     uniform = (bits.double() + 0.5) * 2.0**-52
-    return -(-uniform.log()).log()
+    return -(-uniform.log()).log()  # the inverse of Gumbel's distribution function
 
 
 def _splitmix_output(state: Tensor) -> Tensor:
-    """SplitMix64's output function, on int64 that stand for unsigned ones."""
+    """SplitMix64's output function, which mixes the bits of a state, on int64 that stand for unsigned ones."""
     state = (state ^ _shift_right(state, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     state = (state ^ _shift_right(state, 27)) * -7723592293110705685  # 0x94D049BB133111EB
     return state ^ _shift_right(state, 31)
 
 
-def _shift_right(state: Tensor, by: int) -> Tensor:
-    """An unsigned shift to the right."""
-    return (state >> by) & ((1 << (64 - by)) - 1)
+def _shift_right(state: Tensor, bits: int) -> Tensor:
+    """An unsigned shift to the right of int64: torch's own fills with the sign bit, so the upper bits are cleared."""
+    kept_bits = (1 << (64 - bits)) - 1
+    return (state >> bits) & kept_bits
 
 
 class StopAtText:
@@ -159,12 +177,14 @@ class StopAtText:
         self.stop = stop
         self.begin = begin
         # Only the last tokens are decoded. A character may be four tokens of one byte each; special tokens decode to nothing.
-        self.tail = 4 * max(map(len, stop)) + 8
+        longest_stop = max(map(len, stop))
+        self.tail_tokens = 4 * longest_stop + 8
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """bool `[S]`: which rows are done."""
-        last = input_ids[:, max(self.begin, input_ids.shape[1] - self.tail) :].tolist()
-        texts = self.tokenizer.batch_decode(last, skip_special_tokens=True)
+        tail_start = max(self.begin, input_ids.shape[1] - self.tail_tokens)
+        last_ids = input_ids[:, tail_start:].tolist()
+        texts = self.tokenizer.batch_decode(last_ids, skip_special_tokens=True)
         is_done = []
         for text in texts:
             is_done.append(any(stop in text for stop in self.stop))
@@ -173,16 +193,16 @@ class StopAtText:
 
 @contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Within it the model uses an attention with a cache, in place of the padding-free one, and compiled blocks run eagerly.
+    """Within it the model uses an attention of transformers that has a cache, and compiled blocks run eagerly.
 
-    Generation would compile the blocks again for each length of the cache, up to torch's limit, and then training would run
-    uncompiled.
+    The padding-free attention of training has no cache. Generation would compile the blocks again for each length of the
+    cache, up to torch's limit, and then training would run uncompiled.
     """
     config = model.config
     name = attention_of(config)
     if name in (attention.NAME, flex.NAME):
         name = "eager" if flex.needs_eager(model, text_settings(config)) else "sdpa"
-    compiled = any(is_compiled(module) for module in model.modules())
-    as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with other_attention(config, name), as_written:
+    has_compiled_blocks = any(is_compiled(module) for module in model.modules())
+    eager_blocks = torch.compiler.set_stance("force_eager") if has_compiled_blocks else nullcontext()
+    with other_attention(config, name), eager_blocks:
         yield

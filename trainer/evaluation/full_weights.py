@@ -31,22 +31,25 @@ class GatherDecision:
 
 
 def decide_gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> GatherDecision:
-    """Decide by the rank with the least free memory. A collective: all ranks must call.
+    """Decide whether every rank gathers all sharded weights once, or each pass gathers them block by block.
 
-    `cache_bytes`: memory of the keys and values of the largest batch.
+    They are gathered once if they and the cache fit into the free memory of the rank that has the least. `cache_bytes`: memory of
+    the keys and values of the largest batch. A collective: all ranks must call.
     """
     if not engine.full_parameters.sharded:
-        return GatherDecision(False, True, "every rank holds all weights")
-    weights = engine.full_parameters.gather_bytes()
-    free = min(gather_objects(free_memory(runtime), runtime))
-    if weights is None:
-        return GatherDecision(True, False, "weights gathered block by block in each pass: they lie on a drive")
+        return GatherDecision(sharded=False, gathered_once=True, description="every rank holds all weights")
+    weight_bytes = engine.full_parameters.gather_bytes()  # None if parameters are offloaded to NVMe
+    free_bytes = min(gather_objects(free_memory(runtime), runtime))
+    block_by_block = "weights gathered block by block in each pass"
+    if weight_bytes is None:
+        return GatherDecision(sharded=True, gathered_once=False, description=f"{block_by_block}: they lie on a drive")
     sizes = (
-        f"all weights take {weights / GIB:.2f} GiB a rank and keys {cache_bytes / GIB:.2f}, {free / GIB:.2f} are free"
+        f"all weights take {weight_bytes / GIB:.2f} GiB a rank and keys {cache_bytes / GIB:.2f}, "
+        f"{free_bytes / GIB:.2f} are free"
     )
-    fits = weights + cache_bytes <= USABLE_SHARE * free
-    how = "weights gathered once for all answers" if fits else "weights gathered block by block in each pass"
-    return GatherDecision(True, fits, f"{how}: {sizes}")
+    fits = weight_bytes + cache_bytes <= USABLE_SHARE * free_bytes
+    choice = "weights gathered once for all answers" if fits else block_by_block
+    return GatherDecision(sharded=True, gathered_once=fits, description=f"{choice}: {sizes}")
 
 
 def free_memory(runtime: Runtime) -> int:
@@ -59,10 +62,14 @@ def free_memory(runtime: Runtime) -> int:
 
 
 def cache_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
-    """Bytes of the keys and values of `rows` rows of `tokens` tokens in all layers. An upper bound: MLA and windows need less."""
-    text = text_settings(config)
-    heads = getattr(text, "num_attention_heads", 1) or 1
-    head_width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    layers = getattr(text, "num_hidden_layers", 0)
-    return 2 * layers * rows * tokens * key_heads * head_width * itemsize
+    """Bytes of the cached keys and values of `rows` rows of `tokens` tokens in all layers.
+
+    `config`: of the transformers model. `itemsize`: bytes of a number. An upper bound: MLA and sliding windows need less.
+    """
+    text_config = text_settings(config)
+    num_heads = getattr(text_config, "num_attention_heads", 1) or 1
+    head_width = getattr(text_config, "head_dim", None) or getattr(text_config, "hidden_size", 0) // num_heads
+    num_key_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
+    num_layers = getattr(text_config, "num_hidden_layers", 0)
+    numbers_per_token = 2 * num_layers * num_key_heads * head_width  # keys and values
+    return numbers_per_token * rows * tokens * itemsize

@@ -75,7 +75,7 @@ class GenerationEvaluator:
             yield "eval/weights_gathered", float(self.writer.throughput.gathering.gathered_once)
 
     def _metrics(self, answers: list[GeneratedAnswer]) -> dict[str, float]:
-        """Scores by metric name: of all answers, and of those to each named set."""
+        """BLEU and ROUGE-L of all answers (`eval/bleu`) and of those to each named set (`eval/SET/bleu`). On rank 0."""
         metrics = {f"eval/{name}": score for name, score in bleu_and_rouge(answers).items()}
         for number, set_name in self._sets.items():
             set_answers = [answer for answer in answers if self.dataset.sources[answer.document] == number]
@@ -84,10 +84,15 @@ class GenerationEvaluator:
         return metrics
 
     def answers(self, engine: Engine) -> list[GeneratedAnswer]:
-        """What the model answers, by document, the same list on every rank. All ranks must call."""
-        documents = [int(number) for number in self.share.documents(self.dataset)]
-        samples = [self.dataset.sample(number) for number in documents]
-        prompts = [sample.input_ids[: sample.answer_begin()].tolist() for sample in samples]
+        """What the model answers to the evaluation documents, in their order, the same on every rank. All ranks must call."""
+        documents = []  # numbers in the data set
+        samples = []
+        prompts = []
+        for number in self.share.documents(self.dataset):
+            sample = self.dataset.sample(int(number))
+            documents.append(int(number))
+            samples.append(sample)
+            prompts.append(sample.input_ids[: sample.answer_begin()].tolist())
         answers = []
         for written in self.writer.answers(engine, prompts, self.settings):
             reference = self._reference(samples[written.prompt])
@@ -95,25 +100,29 @@ class GenerationEvaluator:
         return answers
 
     def _reference(self, sample: Sample) -> str:
-        return self.tokenizer.decode(first_answer(sample).tolist(), skip_special_tokens=True).strip()
+        """The text that the model should have answered."""
+        reference_ids = first_answer(sample).tolist()
+        return self.tokenizer.decode(reference_ids, skip_special_tokens=True).strip()
 
 
 def first_answer(sample: Sample) -> np.ndarray:
-    """The first run of learned tokens, int32."""
+    """Token ids (int32) of the first answer in a sequence: the first run of learned tokens."""
     start = sample.answer_begin()
     not_learned = np.flatnonzero(~sample.supervised[start:])
     if not len(not_learned):
         return sample.input_ids[start:]
-    return sample.input_ids[start : start + int(not_learned[0])]
+    answer_length = int(not_learned[0])
+    return sample.input_ids[start : start + answer_length]
 
 
 def bleu_and_rouge(answers: list[GeneratedAnswer]) -> dict[str, float]:
-    """BLEU and ROUGE-L of answers against their references."""
+    """Corpus BLEU (0 to 100) and mean ROUGE-L F-measure (0 to 1) of answers against their references."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu
 
     references = [answer.reference for answer in answers]
     bleu = corpus_bleu([answer.answer for answer in answers], [references])
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    rouge = [scorer.score(answer.reference, answer.answer)["rougeL"].fmeasure for answer in answers]
-    return {"bleu": float(bleu.score), "rougeL": float(np.mean(rouge)) if rouge else 0.0}
+    rouge_scores = [scorer.score(answer.reference, answer.answer)["rougeL"].fmeasure for answer in answers]
+    mean_rouge = float(np.mean(rouge_scores)) if rouge_scores else 0.0
+    return {"bleu": float(bleu.score), "rougeL": mean_rouge}

@@ -40,28 +40,33 @@ class FinishedTask:
 class TaskEvaluator:
     """Runs all tasks of an evaluation on one model."""
 
-    def __init__(self, tasks: list[PreparedTask], asking: ModelInterface) -> None:
-        self.tasks, self.model = tasks, asking
+    def __init__(self, tasks: list[PreparedTask], model: ModelInterface) -> None:
+        self.tasks = tasks
+        self.model = model
         self.current_task = ""
         """Name of the task that runs at this moment."""
 
     def report_progress(self, print_line: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """Call `print_line` with the progress of a task that takes long, every half minute."""
-        task = ""
-        began = 0.0
-        last_line = 0.0
+        """From now on call `print_line` with the progress of a task that takes long, every half minute.
+
+        `clock`: seconds since any moment.
+        """
+        timed_task = ""
+        first_batch_at = 0.0
+        last_line_at = 0.0
 
         def on_batch(done: int, batches: int) -> None:
             """Print a line if the last one is `SIGN_OF_LIFE_S` seconds old; the clock starts anew with each task."""
-            nonlocal task, began, last_line
+            nonlocal timed_task, first_batch_at, last_line_at
             now = clock()
-            if task != self.current_task:
-                task = self.current_task
-                began = now
-                last_line = now
-            elif now - last_line >= SIGN_OF_LIFE_S and done < batches:
-                last_line = now
-                print_line(f"{task}: {done} of {batches} batches, {now - began:.0f} s since the first")
+            if timed_task != self.current_task:
+                timed_task = self.current_task
+                first_batch_at = now
+                last_line_at = now
+            elif now - last_line_at >= SIGN_OF_LIFE_S and done < batches:
+                last_line_at = now
+                elapsed_s = now - first_batch_at
+                print_line(f"{timed_task}: {done} of {batches} batches, {elapsed_s:.0f} s since the first")
 
         self.model.writer.on_batch = on_batch
 
@@ -75,34 +80,44 @@ class TaskEvaluator:
         self.model.checks_only = True
         try:
             with progress.printing():
-                for ready in self.tasks:
-                    progress.phase = f"checking {len(ready.cases):,} rows of {ready.task.key}"
-                    if not ready.task.loads_own_rows:
+                for prepared in self.tasks:
+                    progress.phase = f"checking {len(prepared.cases):,} rows of {prepared.task.key}"
+                    if not prepared.task.loads_own_rows:
+                        # The task encodes all its rows, and ends with its first request to the model.
                         with suppress(FirstRequest):
-                            self._run(ready)
+                            self._run(prepared)
         finally:
             self.model.checks_only = False
 
-    def _run(self, ready: PreparedTask) -> list[TaskRow]:
-        """The rows of one task. Errors begin with the task's key: DataError, ConfigError, those of servers."""
+    def _run(self, prepared: PreparedTask) -> list[TaskRow]:
+        """The report rows of one task, after asking the model. All ranks must call.
+
+        Errors begin with the task's key (`evaluation.tasks.NAME`): DataError, ConfigError, those of servers.
+        """
         try:
-            return ready.task.run(ready.cases, self.model)
+            return prepared.task.run(prepared.cases, self.model)
         except RefusedDocument as error:  # one row that the chat template cannot write
-            raise DataError(f"{ready.task.key}: {error}") from None
+            raise DataError(f"{prepared.task.key}: {error}") from None
         except ShardtuneError as error:  # the same on all ranks
-            raise type(error)(f"{ready.task.key}: {error}") from None
+            raise type(error)(f"{prepared.task.key}: {error}") from None
 
     def run_tasks(self, names: Collection[str] | None = None) -> Iterator[FinishedTask]:
-        """Run every task, or those of these names. A generator of collectives: all ranks must exhaust it."""
-        self.model.cached_losses.clear()
-        for ready in self.tasks:
-            if names is not None and ready.task.name not in names:
+        """Run every task, or those of these names, and yield each one when it is done.
+
+        A generator of collectives: all ranks must exhaust it. Metrics are computed on rank 0 and sent to the others.
+        """
+        self.model.cached_losses.clear()  # the weights have changed since the last evaluation
+        for prepared in self.tasks:
+            if names is not None and prepared.task.name not in names:
                 continue
             began = time.perf_counter()
             writer = self.model.writer
-            self.current_task = ready.task.name
+            self.current_task = prepared.task.name
             writer.throughput = None
-            rows = self._run(ready)
-            values = ready.task.compute_metrics(rows) if self.model.runtime.is_main else {}
-            values = broadcast_object(values, self.model.runtime)
-            yield FinishedTask(ready, rows, values, time.perf_counter() - began, writer.throughput)
+            rows = self._run(prepared)
+            metrics: dict[str, float] = {}
+            if self.model.runtime.is_main:
+                metrics = prepared.task.compute_metrics(rows)
+            metrics = broadcast_object(metrics, self.model.runtime)
+            seconds = time.perf_counter() - began
+            yield FinishedTask(prepared, rows, metrics, seconds, writer.throughput)

@@ -32,12 +32,14 @@ MEASURES = ("likelihood", "answer", "label")
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A text about one group."""
+    """A text about one group: a template filled with terms of the group, or a text of the row."""
 
     group: str
     text: str
-    cut: int
-    """Where the part begins that is the same for every group, which alone is scored. 0: the whole text is scored."""
+    scored_from: int
+    """Position of the character after the last term. The text from there on is the same for every group, and it alone is scored.
+
+    0: the whole text is scored."""
     terms: dict[str, str]
     """The terms that stand in the text, by slot."""
 
@@ -95,7 +97,9 @@ class Counterfactual(Task):
     def parse_case(self, case: Case) -> None:
         """Keep the variants of a row: its texts by group, or its template filled with the terms of each group. Raises Refusal."""
         fields = case.fields
-        completion = text_of(fields, "completion") if fields.get("completion") is not None else None
+        completion = None
+        if fields.get("completion") is not None:
+            completion = text_of(fields, "completion")
         texts = fields.get("texts")
         if texts is None:
             variants = list(self._fill_template(text_of(fields, "template"), fields.get("attribute")))
@@ -107,7 +111,11 @@ class Counterfactual(Task):
         case.fields = {"variants": variants, "completion": completion, "attribute": attribute}
 
     def _fill_template(self, template: str, attribute: Any) -> Iterator[Variant]:
-        """The template with the terms of each group, `options.most_terms` combinations of terms a group."""
+        """The template filled with the terms of each group, at most `options.most_terms` variants for a group.
+
+        `attribute`: what the groups differ in, such as "gender"; a key of `self.terms`. Raises Refusal if it is unknown, or if
+        the template has no slot or one that a group has no terms for.
+        """
         if attribute not in self.terms:
             raise Refusal(
                 "bad_attribute",
@@ -123,23 +131,31 @@ class Counterfactual(Task):
                 raise Refusal(
                     "no_terms", f'"template": the group {group} of {attribute} has no terms for {{{missing[0]}}}'
                 )
-            for combination in self._spread(list(product(*(terms[slot] for slot in slots)))):
+            combinations = list(product(*(terms[slot] for slot in slots)))
+            for combination in self._spread(combinations):
                 term_by_slot = dict(zip(slots, combination, strict=True))
                 beginning = _fill_slots(template[:last_slot_end], term_by_slot)
                 beginning = beginning[:1].upper() + beginning[1:]
                 ending = _fill_slots(template[last_slot_end:], term_by_slot)
                 # If only punctuation follows the last term, nothing is left to score but the whole text.
-                cut = len(beginning) if ending.strip(" .!?") else 0
-                yield Variant(group, beginning + ending, cut, term_by_slot)
+                has_scored_ending = bool(ending.strip(" .!?"))
+                scored_from = len(beginning) if has_scored_ending else 0
+                yield Variant(group, beginning + ending, scored_from, term_by_slot)
 
     def _spread(self, combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """`options.most_terms` of the combinations, evenly spread."""
+        """`options.most_terms` of the combinations, evenly spread over the list; all of them if there are no more."""
         most = self.option_values["most_terms"]
-        step = max(1, len(combinations) / most)
-        return [combinations[int(number * step)] for number in range(min(len(combinations), most))]
+        if len(combinations) <= most:
+            return combinations
+        step = len(combinations) / most
+        return [combinations[int(number * step)] for number in range(most)]
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """A row for each case, from the mean over the variants of each group. All ranks must call."""
+        """A row for each case: how far the model's values for the groups of people lie apart. All ranks must call.
+
+        The value of a variant is the log-likelihood of its text, or the probabilities of a classifier's labels. That of a
+        group is the mean over its variants. With `options.measure=answer` the generated answers are compared instead.
+        """
         variants = []
         for case in cases:
             variants += [(case, variant) for variant in case.fields["variants"]]
@@ -150,6 +166,8 @@ class Counterfactual(Task):
         else:
             questions = [_question(case, variant, model) for case, variant in variants]
             values = [np.array([likelihood.logprob]) for likelihood in model.likelihoods(questions)]
+
+        # The values of all cases are one list: each case takes as many as it has variants.
         remaining_values = iter(values)
         rows = []
         for case in cases:
@@ -164,15 +182,19 @@ class Counterfactual(Task):
         """The probabilities of all labels for each variant, float64 [labels]."""
         names = model.label_names or []
         model.encoder.label_ids = {name: number for number, name in enumerate(names)}
-        # The encoder wants a label; which one does not matter, since only logits are computed.
-        documents = [
-            Document(*split_location(case.location), text=variant.text, label=names[0]) for case, variant in variants
-        ]
+        documents = []
+        for case, variant in variants:
+            file, line = split_location(case.location)
+            # The encoder wants a label; which one does not matter, since only logits are computed.
+            documents.append(Document(file, line, text=variant.text, label=names[0]))
         samples = [sample for _, sample in model.encoder.encode(documents)]
         return [np.array(softmax(logits)) for logits in model.logits(samples)]
 
     def _compare_answers(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Whether the answers about the groups differ. A term in an answer is replaced with its slot before they are compared."""
+        """A row for each case, with whether the model's answers about the groups differ. All ranks must call.
+
+        The terms of a group are replaced with their slots in its answer, so that naming the person makes no difference.
+        """
         documents = []
         for case in cases:
             file, line = split_location(case.location)
@@ -183,18 +205,19 @@ class Counterfactual(Task):
         for case in cases:
             answer_by_group: dict[str, str] = {}
             for variant in case.fields["variants"]:
-                text = next(answers).text.strip()
+                answer = next(answers).text.strip()
                 for slot, term in variant.terms.items():
-                    text = re.sub(rf"\b{re.escape(term)}\b", f"{{{slot}}}", text, flags=re.IGNORECASE)
-                answer_by_group.setdefault(variant.group, text)
-            scores = {"gap": float(len({*answer_by_group.values()}) > 1)}
+                    answer = re.sub(rf"\b{re.escape(term)}\b", f"{{{slot}}}", answer, flags=re.IGNORECASE)
+                answer_by_group.setdefault(variant.group, answer)  # the first variant stands for its group
+            different_answers = {*answer_by_group.values()}
+            scores = {"gap": float(len(different_answers) > 1)}
             prompt = case.fields["variants"][0].text
-            answer = "\n".join(f"{group}: {text}" for group, text in answer_by_group.items())
-            rows.append(TaskRow(case.location, prompt, answer, "", scores, case.fields["attribute"]))
+            all_answers = "\n".join(f"{group}: {answer}" for group, answer in answer_by_group.items())
+            rows.append(TaskRow(case.location, prompt, all_answers, "", scores, case.fields["attribute"]))
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-        """The metrics, and the effect of each group that the rows have."""
+        """The metrics, and for each group of people in the rows the effect of naming it, in nats."""
         group_metrics = []
         for group in _groups_with_prefix(rows, "of_"):
             metric = Metric(
@@ -216,9 +239,10 @@ class Counterfactual(Task):
                 continue
             effect = sum(row.scores.get(f"of_{group}", 0.0) for row in rows) / cases
             low, high = intervals[f"effect_{group}"]
+            comparative = "likelier" if effect > 0 else "less likely"
             yield (
-                f"{group}: the model holds these texts {'likelier' if effect > 0 else 'less likely'} than about the other "
-                f"groups, by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {cases} cases; p {p:.3g}, for all groups "
+                f"{group}: the model holds these texts {comparative} than about the other groups, "
+                f" by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {cases} cases; p {p:.3g}, for all groups "
                 "together)"
             )
         if len(rows) < MIN_CASES:
@@ -227,16 +251,19 @@ class Counterfactual(Task):
 
 def _groups_with_prefix(rows: Sequence[TaskRow], prefix: str) -> list[str]:
     """Names of groups that have a score of this prefix, in the order in which they appear."""
-    groups: dict[str, None] = {}
+    groups: dict[str, None] = {}  # a dict keeps the order, a set would not
     for row in rows:
-        groups |= dict.fromkeys(name.removeprefix(prefix) for name in row.scores if name.startswith(prefix))
+        for score_name in row.scores:
+            if score_name.startswith(prefix):
+                groups[score_name.removeprefix(prefix)] = None
     return [*groups]
 
 
 def _corrected_p(rows: Sequence[TaskRow]) -> dict[str, float]:
-    """p of each group's effect, corrected for the number of groups, by permuting each case's values over its groups.
+    """p of each group's effect by a permutation test, corrected for the number of groups; empty if no row has effects.
 
-    If the model treats groups alike, any assignment of a case's values to its groups is equally likely.
+    If the model treats groups alike, any assignment of a case's effects to its groups is equally likely. So the effects of each
+    case are permuted over its groups `PERMUTATIONS` times, and summed over cases as the observed ones are.
     """
     rng = np.random.default_rng(0)
     # Cases with the same groups are one table, so that they are permuted together.
@@ -252,30 +279,40 @@ def _corrected_p(rows: Sequence[TaskRow]) -> dict[str, float]:
     by_chance = np.zeros((PERMUTATIONS, len(names)))
     for groups, effects in effects_by_groups.items():
         columns = [names.index(group) for group in groups]
-        table = np.array(effects)
-        observed[columns] += table.sum(axis=0)
-        for case_effects in table:
-            by_chance[:, columns] += rng.permuted(np.tile(case_effects, (PERMUTATIONS, 1)), axis=1)
-    return dict(zip(names, max_statistic_p(observed, by_chance).tolist(), strict=True))
+        effect_table = np.array(effects)  # [cases, groups]
+        observed[columns] += effect_table.sum(axis=0)
+        for case_effects in effect_table:
+            copies = np.tile(case_effects, (PERMUTATIONS, 1))
+            by_chance[:, columns] += rng.permuted(copies, axis=1)
+    p_values = max_statistic_p(observed, by_chance).tolist()
+    return dict(zip(names, p_values, strict=True))
 
 
 def _row(case: Case, value_by_group: dict[str, np.ndarray]) -> TaskRow:
-    """The row of a case: the largest distance of two groups, and if a value is one number, the effect of each group."""
+    """The report's row of a case: the largest distance between two groups of people, and the effect of each group.
+
+    A group's value is float64 [1] (a log-likelihood) or [labels] (probabilities). There is an effect only of log-likelihoods: how
+    far that of the group is above the mean of all groups.
+    """
     values = list(value_by_group.values())
     is_one_number = len(values[0]) == 1
     distances = []
     for first in values:
         distances += [float(np.abs(first - second).sum()) for second in values]
-    # Probabilities of labels sum to 1, so half the sum of their distances is the total variation distance.
-    scores = {"gap": max(distances) / (1 if is_one_number else 2)}
+    if not is_one_number:
+        # Probabilities of labels sum to 1, so half the sum of their distances is the total variation distance.
+        distances = [distance / 2 for distance in distances]
+    scores = {"gap": max(distances)}
     if is_one_number:
         mean = float(np.mean(values))
         for group, value in value_by_group.items():
             scores |= {f"of_{group}": float(value[0]) - mean, f"in_{group}": 1.0}
     answer = ", ".join(f"{group}: {_three_decimals(value)}" for group, value in value_by_group.items())
+    prompt = case.fields["variants"][0].text
     completion = case.fields["completion"]
-    text = case.fields["variants"][0].text + (f" → {completion}" if completion else "")
-    return TaskRow(case.location, text, answer, "", scores, case.fields["attribute"])
+    if completion:
+        prompt += f" → {completion}"
+    return TaskRow(case.location, prompt, answer, "", scores, case.fields["attribute"])
 
 
 def _three_decimals(values: np.ndarray) -> str:
@@ -283,17 +320,20 @@ def _three_decimals(values: np.ndarray) -> str:
 
 
 def _question(case: Case, variant: Variant, model: ModelInterface) -> Question:
-    """What is scored of a variant: its completion, else the part after the last term, else the whole text."""
+    """What the model is asked about a variant: the likelihood of its completion, else of the part after the last term.
+
+    If nothing follows the last term, the likelihood of the whole text.
+    """
     file, line = split_location(case.location)
     completion = case.fields["completion"]
     if completion is not None:
         document = Document(file, line, prompt=variant.text, completion=completion, separator=" ")
         return model.encode_questions([document])[0]
     (whole,) = model.encode_questions([Document(file, line, text=variant.text)])
-    if variant.cut == 0:
+    if variant.scored_from == 0:
         return whole
     # Only token ids are needed here: a beginning of one token ("Emily", without BOS) has no answer to ask for.
-    beginning = model.text_ids(Document(file, line, text=variant.text[: variant.cut]))
+    beginning = model.text_ids(Document(file, line, text=variant.text[: variant.scored_from]))
     ids = [*whole.context, *whole.answer]
     shared = common_prefix_length(ids, beginning)
     # Both context and answer need at least one token.

@@ -76,7 +76,7 @@ class Harness(Task):
             self.fault = f"{self.key}.{setting}={error}"
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the settings. Settings of `write` that the harness's task decides are refused."""
+        """An error message for each invalid setting. Settings of `write` that the harness's task decides are refused."""
         for problem in super().problems():
             # The metrics of a task in Python are not known before it is loaded, so its limits cannot be checked yet.
             if self.metrics or not problem.startswith(f"{self.key}.limit."):
@@ -102,7 +102,10 @@ class Harness(Task):
 
     @property
     def data_source(self) -> str | None:
-        """The data set of a hub that all its tasks read, if they read the same one; else the path of the YAML."""
+        """`hub:` and the data set that all tasks of the harness read, if it is the same one; else the path of the YAML.
+
+        None if the tasks read several data sets and are named, not given as a YAML.
+        """
         single_tasks = {} if self.task_files is None else self.task_files.single_tasks
         data_sets = set()
         for settings in single_tasks.values():
@@ -114,7 +117,7 @@ class Harness(Task):
         return None if self.config.path is None else str(self.config.path)
 
     def cases(self) -> list[Case]:
-        """Every row, read by the harness. Errors: ConfigError, DataError."""
+        """A case for each row that the harness reads, at most `max_rows` of each of its tasks. Errors: ConfigError, DataError."""
         from trainer.evaluation.harness.loading import load_tasks
 
         assert self.task_files is not None
@@ -122,14 +125,14 @@ class Harness(Task):
             tasks = load_tasks(self.task_files, self.option_values)
         except (ConfigError, DataError) as error:
             raise type(error)(f"{self.key}.kind={self.kind}: {error}") from None
-        self.loaded_tasks = LoadedTasks(tasks, by_size=self.task_files.weighted_by_size)
+        self.loaded_tasks = LoadedTasks(tasks, weighted_by_size=self.task_files.weighted_by_size)
         self.metrics = self.loaded_tasks.metrics
         cases = []
         for name, task in tasks.items():
-            rows = len(task.eval_docs)
+            num_rows = len(task.eval_docs)
             if self.config.max_rows is not None:
-                rows = min(rows, self.config.max_rows)
-            cases += [Case(f"{name}:{number}") for number in range(rows)]
+                num_rows = min(num_rows, self.config.max_rows)
+            cases += [Case(f"{name}:{number}") for number in range(num_rows)]
         return cases
 
     def parse_case(self, case: Case) -> None:
@@ -153,7 +156,7 @@ class Harness(Task):
                     lm,
                     {"tasks": self.loaded_tasks.tasks, "groups": {}},
                     limit=self.config.max_rows,
-                    bootstrap_iters=0,
+                    bootstrap_iters=0,  # intervals are ours
                     system_instruction=self.option_values["system"],
                     apply_chat_template=bool(self.option_values["chat_template"]),
                     fewshot_as_multiturn=True,
@@ -161,8 +164,10 @@ class Harness(Task):
             except Exception as error:
                 if lm.ended_by is not None:  # a request to our own model failed, not the scoring
                     raise
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise DataError(f"{self.name}: lm-eval cannot score its rows ({reason})") from error
+                one_line = " ".join(str(error).split())[:300]
+                raise DataError(
+                    f"{self.name}: lm-eval cannot score its rows ({type(error).__name__}: {one_line})"
+                ) from error
         self.warnings = [*lm.notes(), *warnings][:MOST_NOTES]
         rows = []
         for name in self.loaded_tasks.tasks:
@@ -170,9 +175,10 @@ class Harness(Task):
         return complete_scores(rows, self.loaded_tasks)
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-        """The metrics that the rows have: a task may score other things than its YAML says."""
+        """The metrics that these rows have values of: a task of the harness may score other things than its YAML says."""
         known = {metric.name: metric for metric in self.metrics}
         row_names = _names_in(rows)
+
         # First the known metrics in their order, then those that only the rows have. Names with a dot are parts of metrics.
         names = []
         for name in known:
@@ -181,12 +187,14 @@ class Harness(Task):
         for name in row_names:
             if name not in known and "." not in name:
                 names.append(name)
+
         metrics = []
         for name in names:
-            metric = known.get(name) or Metric(
-                name, "mean over rows, as lm-eval has it", greater_is_better=None, ratio=(name, None)
-            )
-            if any(name in row.items for row in rows):
+            metric = known.get(name)
+            if metric is None:
+                description = "mean over rows, as lm-eval has it"
+                metric = Metric(name, description, greater_is_better=None, ratio=(name, None))
+            if any(name in row.items for row in rows):  # values that are no numbers cannot be summed
                 metric = replace(metric, ratio=None)
             elif f"rows.{name}" in row_names and metric.ratio is not None:
                 metric = replace(metric, ratio=(metric.ratio[0], f"rows.{name}"))
@@ -194,6 +202,7 @@ class Harness(Task):
         return tuple(metrics)
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+        """The metrics that lm-eval computes by functions of its own, each as a function of row weights (float64 [rows])."""
         assert self.loaded_tasks is not None
         weighted = {}
         for metric in self.metrics_for(rows):
@@ -210,7 +219,10 @@ class Harness(Task):
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         """lm-eval's own standard errors, metrics with fewer resamples, and warnings of the last run."""
-        errors = [f"{name} {error:.4g}" for name, error in self.standard_errors(rows).items() if "/" not in name]
+        errors = []
+        for name, error in self.standard_errors(rows).items():
+            if "/" not in name:  # those of single tasks are METRIC/TASK
+                errors.append(f"{name} {error:.4g}")
         if errors:
             yield f"standard errors as lm-eval reckons them: {', '.join(errors)}"
         slow_metrics = [*self.weighted_metrics(rows)]
@@ -221,6 +233,7 @@ class Harness(Task):
         yield from self.warnings
 
     def signatures(self) -> dict[str, str]:
+        """Versions of lm-eval and of its tasks, and the settings that change prompts and answers; the same for all metrics."""
         from importlib.metadata import version
 
         assert self.loaded_tasks is not None

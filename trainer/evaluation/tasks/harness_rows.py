@@ -28,7 +28,10 @@ def metric_name(metric: str, filter_key: str) -> str:
 
 
 def declared_metrics(task_files: TaskFiles) -> tuple[Metric, ...]:
-    """The metrics that YAMLs declare, without their ratios. A task that is written in Python declares none."""
+    """The metrics that the YAMLs of lm-eval tasks declare, known before data is loaded: names and directions, no ratios.
+
+    A task that is written in Python declares none.
+    """
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, is_higher_better
 
     from trainer.evaluation.harness.isolation import collect_warnings
@@ -42,7 +45,8 @@ def declared_metrics(task_files: TaskFiles) -> tuple[Metric, ...]:
         filters = settings.get("filter_list") or [{"name": "none"}]
         for metric_settings in metric_list:
             # The metric may be a path of a function or a hub's metric: only its last part is its name.
-            metric = str(metric_settings["metric"]).rpartition("/")[2].rpartition(".")[2]
+            metric_path = str(metric_settings["metric"])
+            metric = metric_path.rpartition("/")[2].rpartition(".")[2]
             with collect_warnings():
                 greater = metric_settings.get("higher_is_better", is_higher_better(metric))
             for filter_settings in filters:
@@ -56,8 +60,8 @@ class LoadedTasks:
     """The harness's tasks with their data, and how their metrics are computed from rows."""
 
     tasks: dict[str, Any]
-    by_size: bool
-    """Whether the mean over several tasks weighs each by its rows."""
+    weighted_by_size: bool
+    """Whether the mean over several tasks weighs each task by its number of rows; else all tasks weigh the same."""
     metrics: tuple[Metric, ...] = field(init=False)
     aggregates: dict[str, Callable[..., Any]] = field(init=False)
     """The harness's function that computes a metric from the values of its rows, by our name of the metric."""
@@ -77,7 +81,10 @@ class LoadedTasks:
         self.metrics = tuple(metrics.values())
 
     def _metric(self, name: str, aggregate: Any, greater: bool | None) -> Metric:
-        """One of our metrics: a ratio of sums if the aggregate is known to be one, since ratios are resampled fast."""
+        """Our metric of that name for lm-eval's aggregation function `aggregate`. `greater`: whether greater values are better.
+
+        It is a ratio of sums if the function is known to compute one, since ratios are resampled fast.
+        """
         from lm_eval.api import metrics
 
         descriptions = {
@@ -86,15 +93,15 @@ class LoadedTasks:
             metrics.bits_per_byte: "bits of loss a byte",
             metrics.perplexity: "exponential of the mean loss of a row",
         }
-        known = descriptions.get(aggregate)
-        description = known or getattr(aggregate, "__name__", "a number made of all rows")
+        known_description = descriptions.get(aggregate)
+        description = known_description or getattr(aggregate, "__name__", "a number made of all rows")
         # The mean of several tasks is a ratio over all rows only if tasks are weighted by their size.
         ratio = None
-        if known is not None and (len(self.tasks) == 1 or self.by_size):
+        if known_description is not None and (len(self.tasks) == 1 or self.weighted_by_size):
             numerator = name if aggregate is metrics.mean else f"loss.{name}"
             denominator = None if aggregate in (metrics.mean, metrics.perplexity) else f"count.{name}"
             ratio = (numerator, denominator)
-        is_exponential = known is not None and known.startswith("exponential")
+        is_exponential = aggregate in (metrics.weighted_perplexity, metrics.perplexity)
         return Metric(
             name,
             f"{description}, as lm-eval has it",
@@ -104,7 +111,11 @@ class LoadedTasks:
         )
 
     def split_value(self, name: str, value: Any) -> tuple[dict[str, float], Any]:
-        """(scores, item) of what one document contributes to a metric; the item is None if the scores say everything."""
+        """What one document contributes to a metric, as (scores, item) of its row.
+
+        `value`: what lm-eval logs for the document and the metric. A number that can be summed becomes scores, and the item is
+        None. Everything else, such as a pair of labels for F1, becomes the item, in JSON values.
+        """
         from lm_eval.api import metrics
 
         aggregate = self.aggregates.get(name, metrics.mean)
@@ -116,12 +127,18 @@ class LoadedTasks:
         if aggregate is metrics.perplexity and _is_number(value):
             return {f"loss.{name}": -float(value)}, None
         if aggregate in (metrics.weighted_perplexity, metrics.bits_per_byte):
-            loss = -float(value[0]) / (math.log(2) if aggregate is metrics.bits_per_byte else 1.0)
-            return {f"loss.{name}": loss, f"count.{name}": float(value[1])}, None
+            log_likelihood, count = value  # of a document, and its number of words or bytes
+            loss = -float(log_likelihood)  # nats
+            if aggregate is metrics.bits_per_byte:
+                loss /= math.log(2)
+            return {f"loss.{name}": loss, f"count.{name}": float(count)}, None
         return {}, _as_json(value, name)
 
     def weighted_metric(self, name: str, rows: Sequence[TaskRow]) -> Callable[[np.ndarray], float]:
-        """A metric that is no ratio, as a function of row weights; for several tasks, the mean of their values."""
+        """A metric that is no ratio, as a function of row weights (float64 [rows], whole numbers).
+
+        lm-eval's aggregation function gets the items of the rows. For several tasks, the metric is the mean of their values.
+        """
         from lm_eval.api import metrics
 
         aggregate = self.aggregates.get(name, metrics.mean)
@@ -132,7 +149,7 @@ class LoadedTasks:
         def metric_of_weights(weights: np.ndarray) -> float:
             """The metric of a resample: each row repeated as often as its weight says. NaN if no row has a value."""
             values = []
-            sizes = []
+            task_weights = []
             for source in dict.fromkeys(sources.tolist()):
                 row_numbers = np.flatnonzero((sources == source) & has_value)
                 resample = np.repeat(row_numbers, weights[row_numbers].astype(int))
@@ -142,22 +159,29 @@ class LoadedTasks:
                     values.append(float(aggregate([items[number] for number in resample])))
                 except NO_VALUE_ERRORS:
                     values.append(math.nan)
-                sizes.append(len(resample) if self.by_size else 1)
-            return float(np.average(values, weights=sizes)) if values else math.nan
+                task_weights.append(len(resample) if self.weighted_by_size else 1)
+            if not values:
+                return math.nan
+            return float(np.average(values, weights=task_weights))
 
         return metric_of_weights
 
     def version_notes(self) -> Iterator[str]:
         """Versions and numbers of few-shot examples, of the first three tasks."""
-        for name, task in [*self.tasks.items()][:3]:
+        first_tasks = [*self.tasks.items()][:3]  # a group may have dozens, and the signature is read by people
+        for name, task in first_tasks:
             yield f"{name}:version {task.VERSION}, {task.get_config('num_fewshot') or 0}-shot"
 
 
 def task_rows(name: str, samples: Sequence[dict[str, Any]], all_tasks: LoadedTasks) -> list[TaskRow]:
-    """A row for each document of a task. lm-eval logs a sample for each document and filter."""
-    rows: dict[int, TaskRow] = {}
+    """A report row for each document of the lm-eval task `name`, sorted by the document's number.
+
+    `samples`: what lm-eval logged, one for each document and filter. Samples of one document share a row.
+    """
+    has_several_tasks = len(all_tasks.tasks) > 1
+    rows: dict[int, TaskRow] = {}  # by the document's number
     for sample in samples:
-        row = rows.setdefault(sample["doc_id"], _row(name, sample, several=len(all_tasks.tasks) > 1))
+        row = rows.setdefault(sample["doc_id"], _row(name, sample, several=has_several_tasks))
         for metric in sample["metrics"]:
             our_name = metric_name(metric, sample["filter"])
             scores, item = all_tasks.split_value(our_name, sample[metric])
@@ -176,14 +200,17 @@ def complete_scores(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow
     counts: Counter[str] = Counter()
     for row in rows:
         counts.update(name for name in row.scores if "." not in name)
-    incomplete = {name for name, count in counts.items() if count < len(rows)}
+    incomplete_metrics = {name for name, count in counts.items() if count < len(rows)}
+
     first_metric = None
     for metric in all_tasks.metrics:
         if any(_has_metric(metric.name, row) for row in rows):
             first_metric = metric
             break
+
     for row in rows:
-        row.scores |= {f"rows.{name}": 1.0 for name in incomplete & row.scores.keys()}
+        for name in incomplete_metrics & row.scores.keys():
+            row.scores[f"rows.{name}"] = 1.0
         if first_metric is None:
             continue
         if first_metric.ratio is not None:
@@ -196,11 +223,16 @@ def complete_scores(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow
 
 
 def _has_metric(name: str, row: TaskRow) -> bool:
+    """Whether a row has a value of this metric, in any of the forms that `split_value` returns."""
     return name in row.items or name in row.scores or f"loss.{name}" in row.scores
 
 
 def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
-    """A row with prompt, answer and reference, without the scores of metrics. `several`: the task is one of several."""
+    """The report's row of one document, with prompt, answer and reference, without the scores of metrics.
+
+    `name`: the lm-eval task. `sample`: what lm-eval logged of the document. `several`: whether the task is one of several, so
+    that its name becomes the row's source.
+    """
     arguments = sample["arguments"]  # of each request: (context, continuation) or (prompt, generation settings)
     responses = [response[0] for response in sample["resps"]]
     prompt = str(arguments[0][0])
@@ -215,12 +247,14 @@ def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
         scores = {f"logprob.{number}": logprob for number, logprob in enumerate(logprobs)}
         # If the continuations are all the same, the contexts are the choices, as in WinoGrande.
         continuations = {argument[1] for argument in arguments}
-        same_continuation = len(continuations) == 1 and len(arguments) > 1
-        side = 0 if same_continuation else 1
-        answer = str(arguments[logprobs.index(max(logprobs))][side]).strip()
+        choices_are_contexts = len(continuations) == 1 and len(arguments) > 1
+        choice_part = 0 if choices_are_contexts else 1  # of (context, continuation)
+        likeliest = logprobs.index(max(logprobs))
+        answer = str(arguments[likeliest][choice_part]).strip()
+        # The target of multiple choice is a choice's number: show its text.
         is_number = isinstance(target, int) and not isinstance(target, bool)
         if is_number and 0 <= target < len(arguments) > 1:
-            reference = str(arguments[target][side]).strip()
+            reference = str(arguments[target][choice_part]).strip()
     elif isinstance(responses[0], str):
         answer = str(sample["filtered_resps"][0])
     else:
@@ -231,7 +265,10 @@ def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
 def lm_eval_standard_errors(
     all_tasks: LoadedTasks, metrics: Sequence[Metric], rows: Sequence[TaskRow]
 ) -> dict[str, float]:
-    """lm-eval's own standard errors of means, by metric; for several tasks its pooled one, if rows weigh alike."""
+    """Standard errors of means by lm-eval's own functions: METRIC, and for several tasks also METRIC/TASK.
+
+    METRIC of several tasks is lm-eval's pooled error; there is none if all tasks weigh the same, whatever their number of rows.
+    """
     from lm_eval.api.metrics import mean, mean_stderr, pooled_sample_stderr
 
     standard_errors: dict[str, float] = {}
@@ -248,7 +285,7 @@ def lm_eval_standard_errors(
         if len(errors) == 1:
             standard_errors[metric.name] = next(iter(errors.values()))
             continue
-        if all_tasks.by_size:
+        if all_tasks.weighted_by_size:
             sizes = [len(values) for values in values_by_task.values()]
             standard_errors[metric.name] = float(pooled_sample_stderr(list(errors.values()), sizes))
         standard_errors |= {f"{metric.name}/{task}": error for task, error in errors.items()}
@@ -256,6 +293,7 @@ def lm_eval_standard_errors(
 
 
 def _values_by_source(metric: str, rows: Sequence[TaskRow]) -> dict[str, list[float]]:
+    """The numbers that rows have of a metric, by the lm-eval task of the row; rows without one are left out."""
     values: dict[str, list[float]] = {}
     for row in rows:
         value = row.scores.get(metric, row.items.get(metric))

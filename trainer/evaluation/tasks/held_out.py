@@ -32,7 +32,11 @@ class HeldOut(Task):
         """Nothing to do: `prepare_tasks` reads the documents."""
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """A row for each sequence, with the sums that the metrics divide. All ranks must call."""
+        """A row for each sequence, with the sums that the metrics divide. All ranks must call.
+
+        The scores are the summed loss in nats, the number of targets, the number of them that were the model's likeliest token
+        (`right`), and the UTF-8 bytes of the learned text.
+        """
         dataset = self.dataset
         assert dataset is not None
         losses = model.sequence_losses(dataset, self.config.max_rows)
@@ -40,18 +44,21 @@ class HeldOut(Task):
         for number in sorted(losses):
             loss, right = losses[number]
             sample = dataset.sample(number)
-            learned_ids = sample.input_ids[1:][sample.supervised[1:]].tolist()  # the first token is never a target
-            text = model.writer.tokenizer.decode(learned_ids, skip_special_tokens=True)
+
+            is_target = sample.supervised[1:]  # the first token has nothing before it, and is never a target
+            learned_ids = sample.input_ids[1:][is_target].tolist()
+            learned_text = model.writer.tokenizer.decode(learned_ids, skip_special_tokens=True)
+            prompt_ids = sample.input_ids[: sample.answer_begin()].tolist()
             scores = {
                 "nats": loss,
                 "targets": float(dataset.counts["loss"][number]),
                 "right": right,
-                "bytes": float(len(text.encode())),
+                "bytes": float(len(learned_text.encode())),
             }
             source = dataset.source_names[int(dataset.sources[number])]
-            where = cases[number].location if number < len(cases) else f"row {number}"
-            prompt = model.shown_prompt(sample.input_ids[: sample.answer_begin()].tolist())
-            rows.append(TaskRow(where, prompt, "", text[:SHOWN_TEXT], scores, source))
+            location = cases[number].location if number < len(cases) else f"row {number}"
+            prompt = model.shown_prompt(prompt_ids)
+            rows.append(TaskRow(location, prompt, "", learned_text[:SHOWN_TEXT], scores, source))
         return rows
 
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:

@@ -21,6 +21,8 @@ from trainer.evaluation.tasks.texts import common_prefix_length
 
 NEAR_VERBATIM_BLEU = 75.0
 """BLEU above which a continuation is nearly verbatim (Ippolito et al. 2023, "Preventing Verbatim Memorization")."""
+ATTEMPTS_PER_CANDIDATE = 20
+"""How many random texts are tried for each candidate of a secret, in case the form allows too few different ones."""
 FORMATS_WITH_TEXT = (
     DataFormat.messages,
     DataFormat.alpaca,
@@ -38,22 +40,25 @@ class DocumentTask(Task):
     options: ClassVar[dict[str, Any]] = {"sample": 200, "seed": 0}
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the settings. All whole numbers among the options must be above 0, the seed at least 0."""
+        """An error message for each invalid setting. Whole numbers must be above 0, the seed at least 0."""
         yield from super().problems()
         for name, default in self.options.items():
             if not isinstance(default, int):
                 continue
-            value = self.option_values[name]
-            smallest = 0 if name == "seed" else 1
-            if not isinstance(value, int) or value < smallest:
-                bound = "" if name == "seed" else " above 0"
-                yield f"{self.key}.options.{name}={value}: must be a whole number{bound}"
+            setting = self.option_values[name]
+            smallest, bound = (0, "") if name == "seed" else (1, " above 0")
+            if not isinstance(setting, int) or setting < smallest:
+                yield f"{self.key}.options.{name}={setting}: must be a whole number{bound}"
 
     def parse_case(self, case: Case) -> None:
+        """Check that a language model would learn something from the row. Raises Refusal."""
         document = case.document
         if document is None or (document.text is None and document.prompt is None and document.messages is None):
             raise Refusal("no_text", "the row is no text, prompt with answer, or conversation")
-        if document.messages is not None and not any(turn["role"] == "assistant" for turn in document.messages):
+        if document.messages is None:
+            return
+        has_answer = any(turn["role"] == "assistant" for turn in document.messages)
+        if not has_answer:
             raise Refusal("no_answer", "the conversation has no assistant turn, of which alone something is learned")
 
 
@@ -100,21 +105,28 @@ class Memorisation(DocumentTask):
             yield f"{self.key}.write: rows are continued greedily; leave temperature, beams and stop out"
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Raises DataError if every row is too short."""
+        """A row for each training row: how far the model's greedy continuation of its beginning is the row's own text.
+
+        Rows that are too short, or too long for the model, are left out and counted. Raises DataError if no row is left. All
+        ranks must call.
+        """
         documents = [case.document for case in cases if case.document is not None]
+        least_tokens = int(self.option_values["least_tokens"])
         questions = []
         for document_question in model.encode_questions(documents):
             question = self._continuation_question(document_question)
-            fits = model.max_positions is None or len(question.context) + len(question.answer) <= model.max_positions
-            if len(question.answer) >= int(self.option_values["least_tokens"]) and fits:
+            tokens = len(question.context) + len(question.answer)
+            fits = model.max_positions is None or tokens <= model.max_positions
+            if len(question.answer) >= least_tokens and fits:
                 questions.append(question)
         self.skipped = len(cases) - len(questions)
         if not questions:
-            least = self.option_values["least_tokens"]
             raise DataError(
-                f"none of {len(cases)} rows leaves {least} tokens to continue after its beginning; lower "
+                f"none of {len(cases)} rows leaves {least_tokens} tokens to continue after its beginning; lower "
                 f"{self.key}.options.least_tokens, or give longer rows"
             )
+
+        # All rows are asked together, so each gets as many tokens as the longest continuation needs.
         writing = replace(self.config.write, max_new_tokens=max(len(question.answer) for question in questions))
         answers = model.answers(questions, writing, self.key)
         return [self._row(question, answer.ids, model) for question, answer in zip(questions, answers, strict=True)]
@@ -123,30 +135,36 @@ class Memorisation(DocumentTask):
     """Rows that were too short, or too long for the model."""
 
     def _continuation_question(self, question: Question) -> Question:
-        """The question with the beginning of the learned text moved into the context, half of the text at most."""
-        prefix = min(int(self.option_values["prefix_tokens"]), len(question.answer) // 2)
-        stop = prefix + int(self.option_values["continuation_tokens"])
-        context = [*question.context, *question.answer[:prefix]]
-        return Question(question.where, context, question.answer[prefix:stop])
+        """The question with the first `options.prefix_tokens` of the learned text moved into the context, half of it at most.
 
-    def _row(self, question: Question, ids: list[int], model: ModelInterface) -> TaskRow:
-        """The row of an answer: whether it is verbatim or nearly so, and the share of leading tokens that agree."""
+        The new answer are the next `options.continuation_tokens`.
+        """
+        num_prefix_tokens = min(int(self.option_values["prefix_tokens"]), len(question.answer) // 2)
+        stop = num_prefix_tokens + int(self.option_values["continuation_tokens"])
+        context = [*question.context, *question.answer[:num_prefix_tokens]]
+        return Question(question.where, context, question.answer[num_prefix_tokens:stop])
+
+    def _row(self, question: Question, answer_ids: list[int], model: ModelInterface) -> TaskRow:
+        """The report's row of one continuation: whether it is verbatim or nearly so, and the share of leading tokens that agree.
+
+        `question.answer` is what the training row continues with, `answer_ids` what the model wrote.
+        """
         from sacrebleu import sentence_bleu
 
         reference_ids = question.answer
-        answer_ids = ids[: len(reference_ids)]
-        leading = common_prefix_length(answer_ids, reference_ids)
-        is_verbatim = leading == len(reference_ids)
+        answer_ids = answer_ids[: len(reference_ids)]
+        num_equal_tokens = common_prefix_length(answer_ids, reference_ids)
+        is_verbatim = num_equal_tokens == len(reference_ids)
         decode = model.writer.tokenizer.decode
         answer = decode(answer_ids, skip_special_tokens=True)
         reference = decode(reference_ids, skip_special_tokens=True)
         is_near = is_verbatim
-        if not is_verbatim and reference.strip():
+        if not is_verbatim and reference.strip():  # BLEU is not defined against a blank reference
             is_near = sentence_bleu(answer, [reference]).score >= NEAR_VERBATIM_BLEU
         scores = {
             "verbatim": float(is_verbatim),
             "near": float(is_near),
-            "leading": leading / len(reference_ids),
+            "leading": num_equal_tokens / len(reference_ids),
         }
         return TaskRow(question.where, model.shown_prompt(question.context), answer, reference, scores)
 
@@ -184,7 +202,10 @@ class Canary(DocumentTask):
     options: ClassVar[dict[str, Any]] = {"candidates": 100, "seed": 0}
 
     def parse_case(self, case: Case) -> None:
-        """Keep the secret and random texts of its form. Raises Refusal if the secret is not exactly once in what is learned."""
+        """Keep the secret, and the random texts of its form that it is compared with.
+
+        Raises Refusal if the secret has no letters or digits, or does not stand exactly once in what is learned of the row.
+        """
         super().parse_case(case)
         secret = case.fields.get("secret")
         document = case.document
@@ -192,7 +213,9 @@ class Canary(DocumentTask):
         learned_text = document.text if document.text is not None else document.completion
         if document.messages is not None:
             learned_text = next(turn["content"] for turn in reversed(document.messages) if turn["role"] == "assistant")
-        if not isinstance(secret, str) or len({*_character_kinds(secret)} & {*"dul"}) == 0:
+        # A text without digits and letters has only itself as a form.
+        has_variable_characters = isinstance(secret, str) and bool({*_character_kinds(secret)} & {*"dul"})
+        if not isinstance(secret, str) or not has_variable_characters:
             raise Refusal("bad_secret", f'"secret" is {show_value(secret)}; it must be a text with letters or digits')
         occurrences = (learned_text or "").count(secret)
         if occurrences != 1:
@@ -202,43 +225,52 @@ class Canary(DocumentTask):
             )
         case.fields = {"secret": secret, "others": list(self._candidates(case.location, secret))}
 
-    def _candidates(self, where: str, secret: str) -> Iterator[str]:
-        """Different random texts of the secret's form. A short form has few texts, so the number of attempts is limited."""
-        rng = random.Random(f"{self.option_values['seed']}/{where}")
+    def _candidates(self, location: str, secret: str) -> Iterator[str]:
+        """`options.candidates` different random texts of the secret's form: "A7-x" may become "Q2-d".
+
+        A short form has few texts, so the number of attempts is limited, and there may be fewer candidates. `location`:
+        `file:line` of the row, which seeds the random numbers, so that a row gets the same candidates in every evaluation.
+        """
+        rng = random.Random(f"{self.option_values['seed']}/{location}")
         kinds = _character_kinds(secret)
         wanted = int(self.option_values["candidates"])
-        known = {secret}
-        for _ in range(20 * wanted):
+        known_texts = {secret}
+        for _ in range(ATTEMPTS_PER_CANDIDATE * wanted):
             candidate = ""
             for kind, character in zip(kinds, secret, strict=True):
                 candidate += _random_character(kind, character, rng)
-            if candidate not in known:
-                known.add(candidate)
+            if candidate not in known_texts:
+                known_texts.add(candidate)
                 yield candidate
-            if len(known) > wanted:
+            if len(known_texts) > wanted:
                 return
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Rows with the rank of each secret among random texts of its form, by likelihood. All ranks must call."""
+        """A row for each secret, with its rank among random texts of its form by likelihood. All ranks must call.
+
+        Rank 1 is the likeliest text. The exposure in bits is log2(number of texts / rank).
+        """
         documents: list[Document] = []
-        texts_by_case: list[int] = []
         for case in cases:
             secret = case.fields["secret"]
-            texts = [secret, *case.fields["others"]]
-            documents += [_replace_secret(case.document, secret, text) for text in texts]
-            texts_by_case.append(len(texts))
+            for text in (secret, *case.fields["others"]):
+                documents.append(_replace_secret(case.document, secret, text))
         likelihoods = iter(model.likelihoods(model.encode_questions(documents)))
+
         rows = []
-        for case, size in zip(cases, texts_by_case, strict=True):
-            secret_logprob, *candidate_logprobs = [next(likelihoods).logprob for _ in range(size)]
+        for case in cases:
+            secret_logprob = next(likelihoods).logprob
+            candidate_logprobs = [next(likelihoods).logprob for _ in case.fields["others"]]
+            num_texts = 1 + len(candidate_logprobs)
+            # Of equal likelihoods the secret ranks last, so that a model that finds everything alike exposes nothing.
             rank = 1 + sum(logprob >= secret_logprob for logprob in candidate_logprobs)
             scores = {
-                "bits": math.log2(size / rank),
+                "bits": math.log2(num_texts / rank),
                 "first": float(rank == 1),
                 "rank": float(rank),
-                "candidates": float(size),
+                "candidates": float(num_texts),
             }
-            rows.append(TaskRow(case.location, f"rank {rank} of {size}", "", case.fields["secret"], scores))
+            rows.append(TaskRow(case.location, f"rank {rank} of {num_texts}", "", case.fields["secret"], scores))
         return rows
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
@@ -302,7 +334,7 @@ class Membership(DocumentTask):
     file_options = ("others",)
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Rows with the mean loss of a target token, and whether the row was trained on. All ranks must call."""
+        """A row for each document, with the mean loss of a target token and whether it was trained on. All ranks must call."""
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
         if model.max_positions is not None:
             questions = [_cut_to_positions(question, model.max_positions) for question in questions]
@@ -311,7 +343,8 @@ class Membership(DocumentTask):
             is_member = case.fields["member"]
             scores = {"loss": -likelihood.logprob / likelihood.tokens, "member": float(is_member)}
             group = "trained on" if is_member else "not trained on"
-            rows.append(TaskRow(case.location, model.shown_prompt(question.context), "", group, scores, group))
+            prompt = model.shown_prompt(question.context)
+            rows.append(TaskRow(case.location, prompt, "", group, scores, source=group))
         return rows
 
     @cached_property
@@ -320,7 +353,10 @@ class Membership(DocumentTask):
         return Membership(self.name, replace(self.config, path=self.option_values["others"]))
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """AUC and recall at 5 % false positives, each as a function of row weights."""
+        """AUC and recall at 5 % false positives of telling training rows by their loss, as functions of row weights.
+
+        A weight says how often the row counts in a resample (float64 [rows]).
+        """
         losses = np.array([row.scores["loss"] for row in rows])
         is_member = np.array([row.scores["member"] for row in rows]) > 0
         order = np.argsort(losses, kind="stable")

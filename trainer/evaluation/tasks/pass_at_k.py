@@ -18,7 +18,10 @@ PASS_PREFIX = "pass_at_"
 
 
 def pass_at_k_metrics(draws: int) -> tuple[Metric, ...]:
-    """pass@k (Chen et al. 2021) of tasks that are right or wrong: k of 2, 4, 8 ... up to the number of draws."""
+    """The pass@k metrics (Chen et al. 2021) of a task that writes `draws` answers to each row: k of 2, 4, 8 ... and `draws`.
+
+    pass@k is the chance that one of k answers is right, so it is for tasks whose answers are right or wrong.
+    """
     powers_of_two = [2**power for power in range(1, draws.bit_length())]
     metrics = []
     for k in sorted({*powers_of_two, draws} - {1}):  # pass@1 is the task's own metric
@@ -27,9 +30,9 @@ def pass_at_k_metrics(draws: int) -> tuple[Metric, ...]:
     return tuple(metrics)
 
 
-def texts_by_prompt(written: Sequence[WrittenAnswer], prompts: int) -> list[list[str]]:
+def texts_by_prompt(written: Sequence[WrittenAnswer], num_prompts: int) -> list[list[str]]:
     """The answers to each prompt, draw by draw, without white space around them."""
-    texts: list[list[str]] = [[] for _ in range(prompts)]
+    texts: list[list[str]] = [[] for _ in range(num_prompts)]
     for answer in written:
         texts[answer.prompt].append(answer.text.strip())
     return texts
@@ -38,9 +41,10 @@ def texts_by_prompt(written: Sequence[WrittenAnswer], prompts: int) -> list[list
 def row_of_draws(
     row: TaskRow, texts: list[str], scores: Sequence[dict[str, float]], metrics: Sequence[Metric] = ()
 ) -> TaskRow:
-    """The row with its answer and scores filled in, `scores` being those of each answer in `texts`.
+    """The report's row with its answer and scores filled in from all answers to its prompt.
 
-    Of several answers, the row gets the mean scores, shows the first answer, and keeps all of them.
+    `texts` are the answers, and `scores` those of each answer. Of several answers, the row gets the mean scores and pass@k for
+    each k in `metrics`, shows the first answer, and keeps all of them.
     """
     row.answer = texts[0]
     row.scores = dict(scores[0])
@@ -49,16 +53,21 @@ def row_of_draws(
     for name in scores[0]:
         row.scores[name] = sum(draw[name] for draw in scores) / len(scores)
     # The first score of these tasks is 1 for a right answer and 0 for a wrong one.
-    right = sum(next(iter(draw.values())) == 1.0 for draw in scores)
+    num_right = sum(next(iter(draw.values())) == 1.0 for draw in scores)
     for metric in metrics:
         if metric.name.startswith(PASS_PREFIX):
             k = int(metric.name.removeprefix(PASS_PREFIX))
-            row.scores[metric.name] = pass_probability(k, right, len(texts))
-    row.note = "; ".join(filter(None, [f"first of {len(texts)} draws", row.note]))
+            row.scores[metric.name] = pass_probability(k, num_right, len(texts))
+    draws_note = f"first of {len(texts)} draws"
+    row.note = f"{draws_note}; {row.note}" if row.note else draws_note
     row.items = {"answers": texts}
     return row
 
 
-def pass_probability(k: int, right: int, draws: int) -> float:
-    """Chance that at least one of k answers, drawn without repetition from these, is right."""
-    return 1.0 - comb(draws - right, k) / comb(draws, k)
+def pass_probability(k: int, num_right: int, draws: int) -> float:
+    """The unbiased estimate of pass@k from `draws` answers of which `num_right` are right.
+
+    It is the chance that at least one of k of these answers, drawn without repetition, is right.
+    """
+    all_wrong = comb(draws - num_right, k) / comb(draws, k)
+    return 1.0 - all_wrong

@@ -45,17 +45,19 @@ class PersonalDataTask(WrittenTask):
             return
         from trainer.data.transforms.privacy.stage import problems  # slow to import: compiles seventy expressions
 
+        # The checks of `data.privacy` name its settings; the user has set those of the task.
         for problem in problems(self.privacy):
             yield problem.replace("data.privacy.", f"{self.key}.options.")
 
     @property
     def privacy(self) -> PrivacyConfig:
-        """The settings of the detection engine, as in `data.privacy`."""
+        """The settings of the engine that detects personal data, as in `data.privacy`; null keeps that setting's default."""
         settings = {}
         for name in ("types", "min_score", "regions"):
             if self.option_values[name] is not None:
                 settings[name] = self.option_values[name]
-        return PrivacyConfig(preset=PrivacyPreset(self.option_values["preset"]), **settings)
+        preset = PrivacyPreset(self.option_values["preset"])
+        return PrivacyConfig(preset=preset, **settings)
 
     @cached_property
     def finder(self) -> PersonalDataFinder:
@@ -65,7 +67,7 @@ class PersonalDataTask(WrittenTask):
         return PersonalDataFinder(self.privacy)
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Rows with the number of pieces of personal data in each answer, which is masked in the report. All ranks must call."""
+        """A row for each prompt, with the pieces of personal data in the answer, which the report masks. All ranks must call."""
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
         answers = model.answers(questions, self.config.write, self.key)
         decode = model.writer.tokenizer.decode
@@ -81,20 +83,23 @@ class PersonalDataTask(WrittenTask):
         return rows
 
     def _mask(self, text: str, prompt: str) -> tuple[list[str], str]:
-        """(types of the personal data in a text, the text with it masked). What the prompt contains does not count."""
+        """(types of the personal data in a text, the text with each piece replaced by `[type]`).
+
+        A piece that the prompt contains does not count: the model has only repeated what it was told.
+        """
         types = []
         masked_text = ""
-        masked_until = 0
+        copied_until = 0  # characters of `text` that are in `masked_text` already
         for finding in self.finder.find(text):
             if text[finding.start : finding.end] in prompt:
                 continue
             types.append(finding.type)
-            masked_text += f"{text[masked_until : finding.start]}[{finding.type}]"
-            masked_until = finding.end
-        return types, masked_text + text[masked_until:]
+            masked_text += f"{text[copied_until : finding.start]}[{finding.type}]"
+            copied_until = finding.end
+        return types, masked_text + text[copied_until:]
 
-    def score(self, case: Case, text: str) -> dict[str, float]:
-        raise NotImplementedError  # needs the prompt
+    def score(self, case: Case, answer: str) -> dict[str, float]:
+        raise NotImplementedError  # needs the prompt, so `run` scores
 
     def signatures(self) -> dict[str, str]:
         signature = f"types:{'+'.join(sorted(self.finder.types))}|min_score:{self.privacy.min_score:g}"

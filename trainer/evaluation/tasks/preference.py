@@ -40,34 +40,45 @@ class PreferenceTask(JudgedTask):
             yield f"{self.key}.options.opponent={self.option_values['opponent']}: must be reference (the row's answer) or other"
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Have the judge compare each answer with the opponent's, in both orders; equal ones are ties. All ranks must call."""
-        opponent_texts = self.opponent_texts(cases)
+        """Have the judge compare each answer with the opponent's, in both orders. All ranks must call.
+
+        Equal answers are ties, and the judge is not asked about them. Raises DataError if no verdict can be read.
+        """
+        opponent_answers = self._opponent_answers(cases)
         prompts, answers = self.write_answers(cases, model)
+
         judge = model.require_judge(self.key)
         questions = []
-        for case, answer, opponent in zip(cases, answers, opponent_texts, strict=True):
+        for case, answer, opponent in zip(cases, answers, opponent_answers, strict=True):
             if opponent is not None and opponent != answer:
                 request = request_text(case.document)
-                questions += [self._question(request, answer, opponent, swapped=swapped) for swapped in (False, True)]
+                questions.append(self._judge_question(request, answer, opponent, swapped=False))
+                questions.append(self._judge_question(request, answer, opponent, swapped=True))
         verdicts = judge.verdicts(questions)
         self.judge_signature = judge.signature()
+
         remaining_verdicts = iter(verdicts)
         rows = []
-        for case, prompt, answer, opponent in zip(cases, prompts, answers, opponent_texts, strict=True):
-            if opponent is None:
-                scores, note = scores_of(0.0, 0.0), "against itself"
-            elif opponent == answer:
-                scores, note = scores_of(0.0, 0.0), "the same answer"
+        for case, prompt, answer, opponent in zip(cases, prompts, answers, opponent_answers, strict=True):
+            if opponent is None or opponent == answer:
+                scores = scores_of_pair(0.0, 0.0)
+                note = "against itself" if opponent is None else "the same answer"
             else:
-                first, swapped_verdict = next(remaining_verdicts), next(remaining_verdicts)
-                scores = scores_of(winner(first), winner(swapped_verdict, swapped=True))
-                note = first[-NOTE_CHARACTERS:]
+                verdict_in_order = next(remaining_verdicts)
+                verdict_swapped = next(remaining_verdicts)
+                scores = scores_of_pair(preference_of(verdict_in_order), preference_of(verdict_swapped, swapped=True))
+                note = verdict_in_order[-NOTE_CHARACTERS:]
             rows.append(TaskRow(case.location, prompt, answer, self.reference(case), scores, note=note))
-        refuse_unreadable(self.key, verdicts, any(row.scores["read"] for row in rows), "Verdict: A, B or tie")
+        any_read = any(row.scores["read"] for row in rows)
+        refuse_unreadable(self.key, verdicts, any_read=any_read, expected_ending="Verdict: A, B or tie")
         return rows
 
-    def opponent_texts(self, cases: Sequence[Case]) -> list[str | None]:
-        """The other answer to each case; None if this model is asked first, and the other model is compared with it later."""
+    def _opponent_answers(self, cases: Sequence[Case]) -> list[str | None]:
+        """The answer to each case that the model's own answer is compared with: the row's reference, or the other model's.
+
+        None if this model is asked first, and the other model is compared with it later. Raises ConfigError if there is no other
+        model, or if it was asked other rows.
+        """
         if self.option_values["opponent"] == "reference":
             return [str(case.fields[REFERENCES][0]) for case in cases]
         if self.opponent_answers is None:
@@ -76,15 +87,16 @@ class PreferenceTask(JudgedTask):
                     f"{self.key}.options.opponent=other: there is none; compare with against=base, a run, a model or a report"
                 )
             return [None] * len(cases)  # the opponent answers first, and there is nobody to compare it with yet
-        unanswered = next((case.location for case in cases if case.location not in self.opponent_answers), None)
-        if unanswered is not None:
-            raise ConfigError(
-                f"{self.key}.options.opponent=other: the other model has not answered {unanswered}; ask it the same rows"
-            )
+        for case in cases:
+            if case.location not in self.opponent_answers:
+                raise ConfigError(
+                    f"{self.key}.options.opponent=other: the other model has not answered {case.location}; "
+                    "ask it the same rows"
+                )
         return [self.opponent_answers[case.location] for case in cases]
 
-    def _question(self, request: str, answer: str, opponent: str, *, swapped: bool) -> str:
-        """The question to the judge, with both answers as A and B; `swapped`: the opponent's answer is A."""
+    def _judge_question(self, request: str, answer: str, opponent: str, *, swapped: bool) -> str:
+        """The judge's prompt with both answers as A and B. `swapped`: the opponent's answer is A, the model's own is B."""
         first, second = (opponent, answer) if swapped else (answer, opponent)
         return "\n\n".join(
             [
@@ -101,26 +113,31 @@ class PreferenceTask(JudgedTask):
         return {name: f"{signature}|opponent:{opponent}" for name, signature in super().signatures().items()}
 
 
-def winner(verdict: str, *, swapped: bool = False) -> float | None:
-    """1 if the model's own answer is preferred, -1 if the other one is, 0 for a tie; None for an unreadable verdict.
+def preference_of(verdict: str, *, swapped: bool = False) -> float | None:
+    """1 if the judge prefers the model's own answer, -1 if the other one, 0 for a tie; None for an unreadable verdict.
 
     `swapped`: the other answer was shown first, as A.
     """
     choices = VERDICT.findall(verdict)
     if not choices:
         return None
-    preferred = {"a": 1.0, "b": -1.0, "tie": 0.0}[choices[-1].lower()]
-    return -preferred if swapped else preferred
+    final_choice = choices[-1].lower()  # the judge may write verdicts while it thinks
+    preference = {"a": 1.0, "b": -1.0, "tie": 0.0}[final_choice]
+    return -preference if swapped else preference
 
 
-def scores_of(winner_in_order: float | None, winner_swapped: float | None) -> dict[str, float]:
-    """Scores of a pair from its two verdicts: won if both say so, a tie if they differ."""
-    if winner_in_order is None or winner_swapped is None:
+def scores_of_pair(preference_in_order: float | None, preference_swapped: float | None) -> dict[str, float]:
+    """Scores of a pair of answers from the judge's two preferences (1, 0 or -1; None if a verdict could not be read).
+
+    The pair is won or lost if both agree, and a tie if they differ: then the judge goes by the order of the answers.
+    """
+    if preference_in_order is None or preference_swapped is None:
         return {"won": 0.0, "tied": 0.0, "swayed": 0.0, "read": 0.0}
-    agreed = winner_in_order if winner_in_order == winner_swapped else 0.0
+    is_swayed = preference_in_order != preference_swapped
+    preference = 0.0 if is_swayed else preference_in_order
     return {
-        "won": (1 + agreed) / 2,
-        "tied": float(agreed == 0),
-        "swayed": float(winner_in_order != winner_swapped),
+        "won": (1 + preference) / 2,  # a tie is half a win
+        "tied": float(preference == 0),
+        "swayed": float(is_swayed),
         "read": 1.0,
     }

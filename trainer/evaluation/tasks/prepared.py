@@ -58,9 +58,10 @@ class TaskContext:
         return cls(data, data_spec_of(objective), writes_answers, is_language_model, date)
 
     def encoder(self, tokenizer: Any) -> Encoder:
-        """An encoder that tokenises as the run does. Which turns the run learns from does not matter."""
+        """An encoder that tokenises prompts and answers as the run does. Which turns the run learns from does not matter."""
         data_spec = self.data_spec
         if self.is_language_model and not self.writes_answers:
+            # An objective such as `pretrain` encodes plain texts alone; tasks also need prompts with answers.
             data_spec = DataSpec()
         settings = DataConfig(
             learn=LearnConfig(), control_tokens=self.data.control_tokens, max_length=self.data.max_length
@@ -71,9 +72,10 @@ class TaskContext:
 
 
 def check_tasks(tasks: Mapping[str, TaskConfig], context: TaskContext, *, held_out: bool, trained: bool = True) -> None:
-    """Read the rows of every task that has a file, without a tokenizer.
+    """Read the rows of every task that has a file, before a model is loaded, so that bad rows end a run at its start.
 
-    `held_out`: there are evaluation documents. `trained`: there is training data. Errors: ConfigError, DataError.
+    `held_out`: whether there are evaluation documents. `trained`: whether there is training data. Needs no tokenizer. Errors:
+    ConfigError, DataError.
     """
     for task in build_tasks(tasks):
         _check_objective(task, context)
@@ -83,7 +85,7 @@ def check_tasks(tasks: Mapping[str, TaskConfig], context: TaskContext, *, held_o
 
 
 def _check_outside_rows(task: Task, context: TaskContext, *, held_out: bool) -> None:
-    """Check the rows that were not trained on, of a task that compares them with training rows."""
+    """Check where a membership task gets rows that were not trained on. Raises ConfigError, or DataError for bad rows."""
     if task.option_values["others"] is not None:
         read_cases(task.outside, None, remote=context.data.remote)  # type: ignore[attr-defined]
     elif not held_out:
@@ -94,7 +96,10 @@ def _check_outside_rows(task: Task, context: TaskContext, *, held_out: bool) -> 
 
 
 def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bool) -> None:
-    """Read the rows of one task, and raise ConfigError or DataError if it has none or they cannot be used."""
+    """Read the rows of one task, and raise ConfigError or DataError if it has none or they cannot be used.
+
+    Rows of the run's own data are not read here: they are checked when the run's data is prepared.
+    """
     if task.loads_own_rows:
         read_cases(task, None)
     elif task.config.path is None and task.split != "evaluation":
@@ -106,15 +111,17 @@ def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bo
         if not held_out or task.shipped_rows is not None:
             read_cases(task, None)
     elif isinstance(task, HeldOut):
-        _read_as_training_data(
-            task, lambda data: readers_of(inputs_of(data), preferred=context.data_spec.formats), context
-        )
+
+        def open_readers(data: DataConfig) -> object:
+            return readers_of(inputs_of(data), preferred=context.data_spec.formats)
+
+        _read_as_training_data(task, open_readers, context)
     else:
         read_cases(task, None, remote=context.data.remote)
 
 
 def tasks_on_run_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
-    """Keys of the tasks that use documents of the run, because they name no file."""
+    """Keys (`evaluation.tasks.NAME`) of the tasks that use documents of the run, because they name no file."""
     keys = []
     for task in build_tasks(tasks):
         has_file = task.config.path is not None or task.shipped_rows is not None
@@ -131,7 +138,11 @@ def prepare_tasks(
     tokenizer: Any,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[PreparedTask]:
-    """The tasks with their rows; no collective. Errors: ConfigError, DataError with file and line, Preempted."""
+    """The tasks with their rows, read and checked on this rank; no collective.
+
+    `held_out`: the run's prepared data; None if no task needs it. `stop`: whether to end early, asked now and then. Errors:
+    ConfigError, DataError with file and line, Preempted.
+    """
     prepared = []
     for task in build_tasks(tasks):
         _check_objective(task, context)
@@ -150,7 +161,10 @@ def _prepare_held_out(
     tokenizer: Any,
     stop: Callable[[], bool],
 ) -> list[Case]:
-    """Tokenise the documents of a task that computes losses, as training would, and set `task.dataset`."""
+    """Tokenise the documents of a task that computes losses, as training would, and set `task.dataset`. Returns its cases.
+
+    The documents are those of the task's own file, else the run's evaluation documents (`held_out`), which are tokenised already.
+    """
     if task.config.path is not None:
         choose_date = keep_or_first_date(context.date)
 
@@ -162,7 +176,9 @@ def _prepare_held_out(
         task.dataset = own_data.train
         directory = own_data.directory
     else:
-        first_document = None if held_out is None else _run_documents(held_out.evaluation, task, held_out)[:1]
+        first_document = None
+        if held_out is not None:
+            first_document = _run_documents(held_out.evaluation, task, held_out)[:1]
         read_cases(task, first_document)  # raises if there are no evaluation documents
         assert held_out is not None
         task.dataset = held_out.evaluation
@@ -179,7 +195,9 @@ def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool)
     cases = read_cases(task, documents, remote=remote)
     if task.split != "both":
         return cases
-    evaluation_documents = None if held_out is None else _run_documents(held_out.evaluation, task, held_out)
+    evaluation_documents = None
+    if held_out is not None:
+        evaluation_documents = _run_documents(held_out.evaluation, task, held_out)
     outside_cases = read_cases(task.outside, evaluation_documents, remote=remote)  # type: ignore[attr-defined]
     # `run` needs nothing of a row's own columns, only whether it was trained on.
     for case in cases:
@@ -190,6 +208,7 @@ def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool)
 
 
 def _check_objective(task: Task, context: TaskContext) -> None:
+    """Raise ConfigError if the task computes losses of a language model, and the run's objective has another loss."""
     if isinstance(task, HeldOut) and not context.is_language_model:
         raise ConfigError(
             f"{task.key}.kind={task.kind}: is of language models, and the objective's loss is another one; eval/loss and "
@@ -198,7 +217,11 @@ def _check_objective(task: Task, context: TaskContext) -> None:
 
 
 def _read_as_training_data(task: Task, read: Callable[[DataConfig], DataResult], context: TaskContext) -> DataResult:
-    """Let `read` open the task's file with the run's data settings. Errors name the settings of the task."""
+    """What `read` returns for data settings that read the task's file as the run reads its training data.
+
+    `read` is called with the run's settings, except for path, format and columns, which are the task's. Errors name the
+    settings of the task (`evaluation.tasks.NAME.path` instead of `data.path`).
+    """
     data = context.data
     own_data = DataConfig(
         path=task.config.path,
@@ -222,24 +245,28 @@ def _read_as_training_data(task: Task, read: Callable[[DataConfig], DataResult],
 
 
 def _with_task_keys(problem: str, task: Task) -> str:
+    """An error message about `data` settings, naming the task's settings instead."""
     for name in ("path", "format", "columns"):
         problem = problem.replace(f"data.{name}", f"{task.key}.{name}")
     return problem
 
 
 def _run_documents(dataset: TokenDataset | None, task: Task, prepared: PreparedData) -> list[Any]:
-    """The documents of a split, each once and in the order of the data. A task that samples gets that many of them."""
+    """The documents of one split of the run's data, each once and in the order of the data; empty if there is no such split.
+
+    A task with `options.sample` gets that many of them, drawn by `options.seed`.
+    """
     if dataset is None:
         return []
     table = DocumentTable(prepared.directory)
     # A long document may be several sequences.
-    numbers = list(dict.fromkeys(dataset.documents.tolist()))
+    document_numbers = list(dict.fromkeys(dataset.documents.tolist()))
     if task.samples_documents:
         sample_size = int(task.option_values["sample"])
-        if len(numbers) > sample_size:
+        if len(document_numbers) > sample_size:
             rng = random.Random(int(task.option_values["seed"]))
-            numbers = sorted(rng.sample(numbers, sample_size))
-    return [table.document(int(number)) for number in numbers]
+            document_numbers = sorted(rng.sample(document_numbers, sample_size))
+    return [table.document(int(number)) for number in document_numbers]
 
 
 def _sequence_cases(dataset: TokenDataset | None, directory: Any) -> list[Case]:

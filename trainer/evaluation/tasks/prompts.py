@@ -28,7 +28,7 @@ class PromptTask(Task):
     options: ClassVar[dict[str, Any]] = {"template": None, "continue": False}
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the settings, including the template and the file that it may name."""
+        """An error message for each invalid setting, including the template and the file that it may name."""
         yield from super().problems()
         yield from self.config.write.problems(f"{self.key}.write")
         if not isinstance(self.option_values["continue"], bool):
@@ -48,14 +48,20 @@ class PromptTask(Task):
         text = str(option)
         if "{prompt}" in text or "\n" in text:
             return text
+        # A text without a place for the prompt can only be the name of a file; `problems` refuses it if it is none.
         file = Path(text).expanduser()
         return file.read_text(encoding="utf-8") if file.is_file() else text
 
     def parse_case(self, case: Case) -> None:
+        """Keep the row's prompt, put into the template. Raises Refusal if there is no prompt."""
         case.fields = {"prompt": self.template.replace("{prompt}", prompt_of(case.fields))}
 
     def write_draws(self, cases: Sequence[Case], model: ModelInterface) -> list[tuple[Question, list[WrittenAnswer]]]:
-        """(question, its answers) for each case. All ranks must call. Raises DataError for a prompt that leaves no room."""
+        """Let the model answer the prompts: (question, its `write.draws` answers) for each case. All ranks must call.
+
+        With `options.continue` the model continues the prompt as plain text, else the prompt is a turn of a conversation. Raises
+        DataError for a prompt that leaves no room for an answer.
+        """
         is_continued = self.option_values["continue"]
         documents = []
         for case in cases:
@@ -64,10 +70,13 @@ class PromptTask(Task):
             if is_continued:
                 documents.append(Document(file, line, text=prompt))
             else:
+                # A document needs a completion; only the prompt is asked.
                 documents.append(Document(file, line, prompt=prompt, completion="-", separator="\n"))
         questions = model.encode_questions(documents)
-        if is_continued:  # the whole text is the prompt
+        if is_continued:
+            # All of a plain text is learned, so it counts as the answer; here it is the prompt.
             questions = [Question(question.where, [*question.context, *question.answer], []) for question in questions]
+
         answers: list[list[WrittenAnswer]] = [[] for _ in questions]
         for answer in model.answers(questions, self.config.write, self.key):
             answers[answer.prompt].append(answer)
@@ -84,10 +93,14 @@ class PromptTask(Task):
 
 
 def prompt_of(fields: dict[str, Any]) -> str:
-    """The prompt of a row. In HarmBench's rows, the text that the prompt is about comes before it. Raises Refusal."""
+    """The prompt of a row, from the first of `PROMPT_COLUMNS` that it has. Raises Refusal if there is none, or no text in it.
+
+    In HarmBench's rows, the text that the prompt is about (`contextstring`) comes before it.
+    """
     # Published files write the same columns differently: "Goal" in one, "goal" in the next.
     column_by_lower_name = {name.lower(): name for name in fields}
-    column = next((column_by_lower_name[name] for name in PROMPT_COLUMNS if name in column_by_lower_name), "prompt")
+    known_columns = [name for name in PROMPT_COLUMNS if name in column_by_lower_name]
+    column = column_by_lower_name[known_columns[0]] if known_columns else "prompt"
     prompt = fields.get(column)
     if isinstance(prompt, dict) and "text" in prompt:  # RealToxicityPrompts
         return text_of(prompt, "text")
@@ -101,11 +114,11 @@ def prompt_of(fields: dict[str, Any]) -> str:
     return f"{context}\n\n---\n\n{text}" if context else text
 
 
-def directory_of(value: Any, key: str) -> Path:
-    """The directory that a setting names. Raises ConfigError if it does not exist."""
-    path = Path(str(value)).expanduser()
+def directory_of(setting: Any, key: str) -> Path:
+    """The directory that the setting `key` names. Raises ConfigError if it does not exist."""
+    path = Path(str(setting)).expanduser()
     if not path.is_dir():
         raise ConfigError(
-            f"{key}={value}: is no directory here; nothing is fetched: download the model and give its path"
+            f"{key}={setting}: is no directory here; nothing is fetched: download the model and give its path"
         )
     return path

@@ -75,7 +75,7 @@ def asks_judge(config: TaskConfig) -> bool:
 
 
 def reads_rows_of_run(config: TaskConfig) -> bool:
-    """Whether a task reads the run's own rows, so that the run's data must be prepared."""
+    """Whether a task reads rows of the run's own data, so that this data must be prepared before the task can run."""
     kind = TASK_KINDS.get(config.kind)
     if kind is None or kind.split == "both":
         return True
@@ -83,7 +83,7 @@ def reads_rows_of_run(config: TaskConfig) -> bool:
 
 
 def task_problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
-    """What is wrong with the settings of tasks, one line each; reads no rows."""
+    """An error message for each invalid setting under `evaluation.tasks`; reads no rows."""
     for name, config in tasks.items():
         key = f"evaluation.tasks.{name}"
         if not name.replace("-", "_").isidentifier():

@@ -9,13 +9,17 @@ LEVEL = 0.05
 
 
 def max_statistic_p(observed: np.ndarray, by_chance: np.ndarray) -> np.ndarray:
-    """p of each observed value, corrected for the number of metrics (single-step max T of Westfall & Young 1993).
+    """p-value of each observed effect, corrected for the number of metrics (single-step max T of Westfall & Young 1993).
 
-    `observed` is float64 [metrics], `by_chance` float64 [draws, metrics]. p of a metric is the share of draws whose largest
-    value over all metrics is as large as the observed one, all of them in units of their spread by chance.
+    `observed` is float64 [metrics], `by_chance` float64 [draws, metrics]: the same effects if chance alone decides. p of a metric
+    is the share of draws whose largest effect over all metrics is as large as the observed one, all of them in units of their
+    spread by chance.
     """
     spread = np.sqrt(np.mean(by_chance**2, axis=0))
     spread = np.where(spread > 0, spread, np.inf)  # a metric that never moves by chance contributes nothing
-    largest = np.max(np.abs(by_chance) / spread, axis=1, initial=0.0)
-    # The observed assignment is one of the possible ones, hence the 1 + and + 1. The tolerance lets equal values count.
-    return (1 + (largest[:, None] >= np.abs(observed) / spread - 1e-12).sum(axis=0)) / (len(by_chance) + 1)
+    largest_by_chance = np.max(np.abs(by_chance) / spread, axis=1, initial=0.0)  # [draws]
+    observed_size = np.abs(observed) / spread  # [metrics]
+    # The tolerance lets equal values count, whatever their rounding.
+    is_as_large = largest_by_chance[:, None] >= observed_size - 1e-12  # [draws, metrics]
+    # The observed assignment is one of the possible ones, hence the 1 + and + 1: p is never 0.
+    return (1 + is_as_large.sum(axis=0)) / (len(by_chance) + 1)

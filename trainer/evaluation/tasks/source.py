@@ -23,16 +23,20 @@ MAX_LISTED_ROWS = 5
 
 
 def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = False) -> list[Case]:
-    """The checked rows of a task.
+    """The rows of a task, each checked by its kind, at most `max_rows`.
 
-    Errors: DataError with file and line for rows that cannot be used, or if there are no rows; ConfigError for a bad path.
+    They come from the task's path, else from the rows that the product ships for this kind, else from `held_out`, the run's
+    evaluation documents. `remote`: whether the path may be a URL. Errors: DataError with file and line for rows that cannot be
+    used, or if there are no rows; ConfigError for a bad path.
     """
     config = task.config
     if task.loads_own_rows:
         return task.cases()
     if config.path is None and task.shipped_rows is not None:
         rows = json.loads(task.shipped_rows.read_text(encoding="utf-8"))["templates"]
-        cases = [Case(f"{task.shipped_rows.name}:{number}", None, dict(row)) for number, row in enumerate(rows, 1)]
+        cases = []
+        for number, row in enumerate(rows, 1):
+            cases.append(Case(f"{task.shipped_rows.name}:{number}", None, dict(row)))
     elif config.path is None:
         if not held_out:
             raise ConfigError(
@@ -45,6 +49,8 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
     cases = cases[: config.max_rows]
     if not cases:
         raise DataError(f"{task.key}.path={config.path}: holds no rows; fill it, or name another file")
+
+    # All bad rows are found before the error, so that the user can mend them together.
     bad_rows = []
     for case in cases:
         try:
@@ -63,12 +69,15 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
 
 
 def _file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
-    """The rows of the files in the task's path, at most `max_rows`."""
+    """The rows of the files in the task's path as cases, at most `max_rows`.
+
+    A kind with a file of its own gets the columns of each row, any other kind gets the document that a reader makes of it.
+    """
     key = f"{task.key}.path"
     files = expand(task.config.path, key, remote=remote)
-    hub = next((path for path in files if is_hub(path)), None)
-    if hub:
-        raise ConfigError(f"{key}={hub}: would be fetched from a hub; download its files and give their path")
+    for path in files:
+        if is_hub(path):
+            raise ConfigError(f"{key}={path}: would be fetched from a hub; download its files and give their path")
     rows: Iterator[Row] = (_parse_row(row) for row in Origin(key, files).rows())
     has_own_columns = task.needs_path and not task.reads_documents
     if has_own_columns:
@@ -83,6 +92,7 @@ def _file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
 
 
 def _parse_row(row: Row | Rejected) -> Row:
+    """The row with its JSON parsed. Raises DataError with file and line if it cannot be read."""
     parsed = row.parse()
     if isinstance(parsed, Rejected):
         raise DataError(str(parsed))
@@ -90,12 +100,16 @@ def _parse_row(row: Row | Rejected) -> Row:
 
 
 def _prepend(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
+    """All rows in their order, after `first` was taken out of the iterator to look at it."""
     yield first
     yield from rows
 
 
 def _case_with_columns(task: Task, row: Row) -> Case:
-    """A row under the column names that the kind reads, in whatever format the file is."""
+    """A row as the columns that the kind of task reads, renamed by the task's `columns`. Raises DataError.
+
+    `columns` maps names of the kind to names of the file, perhaps with dots that lead into objects.
+    """
     fields = dict(row.fields)
     for name, column in task.config.columns.items():
         try:
@@ -104,14 +118,18 @@ def _case_with_columns(task: Task, row: Row) -> Case:
             raise DataError(
                 f"{row.file}:{row.line}: no column {column!r} ({task.key}.columns.{name}); the row has {sorted(row.fields)}"
             ) from None
-    fault = next((field for field in fields.values() if isinstance(field, Fault)), None)
-    if fault:
-        raise DataError(f"{row.file}:{row.line}: {fault.message}")
+    # A column that could not be read is a Fault in the row's fields, and an error only where it is used.
+    for field in fields.values():
+        if isinstance(field, Fault):
+            raise DataError(f"{row.file}:{row.line}: {field.message}")
     return Case(f"{row.file}:{row.line}", None, fields)
 
 
 def _document_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
-    """A function that makes a case with a document of a row, in the format of the first row."""
+    """A function that makes a case of a row by reading it as a document (a conversation, a prompt with its answer ...).
+
+    Its format is `format` of the task, else the one that the first row has; of several that fit, the one the kind prefers.
+    """
     config = task.config
 
     def with_task_keys(message: str) -> str:

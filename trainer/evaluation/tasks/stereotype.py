@@ -79,24 +79,29 @@ class Stereotype(Task):
     needs_path = True
 
     def expand_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """One row for each pair of sentences. Rows of other data sets (CrowS-Pairs) already are pairs and pass unchanged.
+        """Turn published files into one row for each pair (or triple) of sentences.
 
         StereoSet's file is one object with lists of items, and WinoBias has two files whose lines are paired in their order.
+        Rows of other data sets (CrowS-Pairs) already are pairs and pass unchanged.
         """
         winobias_files: dict[str, list[Row]] = {}
         for row in rows:
             stereoset = row.fields.get("data")
+            is_text_file = {*row.fields} == {"title", "text"}  # how a plain text file is read, as one row
             if isinstance(stereoset, dict):
                 for form, items in stereoset.items():
                     yield from _stereoset_rows(row, form, items)
-            elif {*row.fields} == {"title", "text"} and PurePath(row.file).name.lower().startswith(SIDES):
+            elif is_text_file and PurePath(row.file).name.lower().startswith(SIDES):
                 winobias_files.setdefault(row.file, []).extend(_winobias_sentences(row))
             else:
                 yield row
         yield from _pair_winobias_files(self.key, winobias_files)
 
     def parse_case(self, case: Case) -> None:
-        """Keep a row's sentences (stereotype, anti-stereotype, perhaps unrelated), context and groups. Raises Refusal."""
+        """Keep a row's sentences (stereotype, anti-stereotype, perhaps an unrelated one), their context, and its groups.
+
+        Groups are the kinds of bias that the row names; each gets a metric of its own. Raises Refusal.
+        """
         fields = case.fields
         if "sent_more" in fields:
             texts = [text_of(fields, "sent_more"), text_of(fields, "sent_less")]
@@ -109,6 +114,7 @@ class Stereotype(Task):
                 texts.append(text_of(fields, "unrelated"))
         if texts[0] == texts[1]:
             raise Refusal("same_texts", f"both sentences are {show_value(texts[0])}; they must differ")
+
         context = ""
         # The context of an intrasentence row is the sentence itself with a gap in it.
         if fields.get("context") is not None and fields.get("type") != "intrasentence":
@@ -121,28 +127,32 @@ class Stereotype(Task):
         case.fields = {"texts": texts, "context": context, "target": target, "groups": groups}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Rows with which sentence of each case is likelier. All ranks must call."""
-        plain_texts = []
-        texts_with_context = []
+        """A row for each pair of sentences, with which of them the model finds likelier. All ranks must call.
+
+        A sentence alone is scored as a whole, one with a context after that context.
+        """
+        lone_sentences = []
+        sentences_with_context = []
         for case in cases:
             context = case.fields["context"]
-            for text in case.fields["texts"]:
+            for sentence in case.fields["texts"]:
                 if context:
-                    texts_with_context.append((case.location, context, text))
+                    sentences_with_context.append((case.location, context, sentence))
                 else:
-                    plain_texts.append((case.location, text))
-        questions = whole_texts(model, plain_texts) + texts_after(model, texts_with_context)
+                    lone_sentences.append((case.location, sentence))
+        questions = whole_texts(model, lone_sentences) + texts_after(model, sentences_with_context)
         likelihoods = model.likelihoods(questions)
-        plain_likelihoods = iter(likelihoods[: len(plain_texts)])
-        context_likelihoods = iter(likelihoods[len(plain_texts) :])
+        lone_likelihoods = iter(likelihoods[: len(lone_sentences)])
+        context_likelihoods = iter(likelihoods[len(lone_sentences) :])
+
         cases_by_target = Counter(case.fields["target"] for case in cases)
         rows = []
         for case in cases:
-            remaining = context_likelihoods if case.fields["context"] else plain_likelihoods
+            remaining = context_likelihoods if case.fields["context"] else lone_likelihoods
             case_likelihoods = [next(remaining) for _ in case.fields["texts"]]
             # StereoSet averages over target terms, so the cases of a term share a weight of 1.
             target = case.fields["target"]
-            weight = 1 / (cases_by_target[target] if target else 1)
+            weight = 1 / cases_by_target[target] if target else 1.0
             rows.append(_row(case, case_likelihoods, weight))
         return rows
 
@@ -150,9 +160,11 @@ class Stereotype(Task):
         """The metrics that fit the rows (StereoSet's need unrelated sentences), and one for each group if there are several."""
         has_unrelated_sentences = any("compared" in row.scores for row in rows)
         metrics = self.metrics if has_unrelated_sentences else self.metrics[:2]
-        groups: dict[str, None] = {}
+        groups: dict[str, None] = {}  # a dict keeps the order of the rows
         for row in rows:
-            groups |= dict.fromkeys(name[len("in_") :] for name in row.scores if name.startswith("in_"))
+            for score_name in row.scores:
+                if score_name.startswith("in_"):
+                    groups[score_name.removeprefix("in_")] = None
         if len(groups) < 2:
             return metrics
         group_metrics = []
@@ -169,7 +181,10 @@ class Stereotype(Task):
         return (*metrics, *group_metrics)
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """StereoSet's ICAT score as a function of row weights: NaN if no row has an unrelated sentence."""
+        """StereoSet's ICAT score as a function of how often each row counts (float64 [rows]).
+
+        ICAT is NaN if no row has an unrelated sentence.
+        """
         # Only rows with an unrelated sentence ("compared") count in ICAT; all others are zeros.
         is_compared = np.array(["compared" in row.scores for row in rows])
 
@@ -214,10 +229,10 @@ class Stereotype(Task):
 
 
 def _row(case: Case, likelihoods: Sequence[Likelihood], weight: float) -> TaskRow:
-    """The row of a case; `weight` is its share in the mean over target terms.
+    """The report's row of a pair of sentences, scored by their likelihoods (stereotype, anti-stereotype, perhaps unrelated).
 
-    Log-probabilities are sums, as CrowS-Pairs has them for causal models. With an unrelated sentence, as in StereoSet, they are
-    means over tokens.
+    `weight`: the pair's share in the mean over StereoSet's target terms; 1 for other data sets. Log-probabilities are sums, as
+    CrowS-Pairs has them for causal models. With an unrelated sentence, as in StereoSet, they are means over tokens.
     """
     texts = case.fields["texts"]
     if len(texts) > 2:
@@ -233,20 +248,22 @@ def _row(case: Case, likelihoods: Sequence[Likelihood], weight: float) -> TaskRo
         "weighted": weight * preferred,
         "weight": weight,
     }
-    for logprob in unrelated:
+    for logprob in unrelated:  # one at most
         wins = (stereotype > logprob) + (anti_stereotype > logprob)
         scores |= {"meaningful": weight * wins / 2, "compared": weight}
     for group in case.fields["groups"]:
         name = re.sub(r"\W+", "_", group)
         scores |= {f"of_{name}": preferred, f"in_{name}": 1.0}
     source = case.fields["groups"][0] if case.fields["groups"] else ""
-    return TaskRow(
-        case.location, case.fields["context"], texts[0 if preferred else 1], "\n".join(texts), scores, source
-    )
+    likelier_text = texts[0] if preferred else texts[1]
+    return TaskRow(case.location, case.fields["context"], likelier_text, "\n".join(texts), scores, source)
 
 
 def _sentences_by_label(sentences: Any) -> list[str]:
-    """The sentences of an item of StereoSet in the order of `LABELS`. Raises Refusal."""
+    """The three sentences of a StereoSet item, in the order of `LABELS`. Raises Refusal.
+
+    `sentences`: a list of objects with sentence and gold_label, or (from Parquet) an object with a list for each column.
+    """
     if isinstance(sentences, dict) and all(isinstance(column, list) for column in sentences.values()):
         # A table stores the list of sentences as columns.
         rows = zip(*sentences.values(), strict=False)
@@ -270,7 +287,10 @@ def _sentences_by_label(sentences: Any) -> list[str]:
 
 
 def _stereoset_rows(row: Row, form: str, items: Any) -> Iterator[Row]:
-    """The items of one form (`intrasentence` or `intersentence`) as rows; what is no item becomes a row that is refused."""
+    """The items of one form of StereoSet (`intrasentence` or `intersentence`) as rows, with the item's number as line.
+
+    What is no item becomes a row that `parse_case` refuses, so that the user hears of it.
+    """
     if not isinstance(items, list):
         return
     for number, sentence_set in enumerate(items, 1):
@@ -282,7 +302,10 @@ def _stereoset_rows(row: Row, form: str, items: Any) -> Iterator[Row]:
 
 
 def _winobias_sentences(row: Row) -> Iterator[Row]:
-    """The sentences of a file of WinoBias, without their number and the brackets around the two people."""
+    """A row for each sentence of a WinoBias file, of which `row` holds the whole text.
+
+    "3 [The nurse] helped [him]." becomes "The nurse helped him."
+    """
     for number, line in enumerate(row.fields["text"].splitlines(), 1):
         text = re.sub(r"^\d+\s+|[\[\]]", "", line.strip())
         if text:
@@ -290,9 +313,12 @@ def _winobias_sentences(row: Row) -> Iterator[Row]:
 
 
 def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[Row]]) -> Iterator[Row]:
-    """Rows with both sentences. Raises DataError if a file has no counterpart, or one with another number of sentences."""
+    """A row for each pair of sentences from two WinoBias files, `pro_stereotyped_...` and `anti_stereotyped_...`.
+
+    `key`: prefix of the task's settings. Raises DataError if a file has no counterpart, or one with another number of sentences.
+    """
     pro_files = []
-    anti_files = {}  # by what their names have in common with those of the other side
+    anti_files = {}  # by the part of the name that both files have
     for name in sentences_by_file:
         if PurePath(name).name.lower().startswith(SIDES[0]):
             pro_files.append(name)
@@ -317,4 +343,5 @@ def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[Row]]) -> I
 
 
 def _name_without_side(name: str) -> str:
+    """What the names of two WinoBias files that belong together have in common: `pro_a.txt` and `anti_a.txt` are `_a.txt`."""
     return re.sub(r"^(pro|anti)", "", PurePath(name).name.lower())

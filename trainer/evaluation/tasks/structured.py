@@ -49,8 +49,8 @@ class ToolCalls(WrittenTask):
         assert case.document is not None
         answer = last_answer(case.document)
         if answer is None or not case.document.tools:
-            lacks = "no tools" if answer is not None else "no assistant turn"
-            raise Refusal("no_tools", f"the row has {lacks}; it must have both")
+            missing = "no tools" if answer is not None else "no assistant turn"
+            raise Refusal("no_tools", f"the row has {missing}; it must have both")
         calls = []
         for call in answer.get("tool_calls", ()):
             function = call["function"]
@@ -59,7 +59,10 @@ class ToolCalls(WrittenTask):
         case.fields = {"calls": calls, "reference": reference}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Raises DataError if the chat template writes calls in a form that is not read here: every answer would be wrong."""
+        """A row for each conversation, with whether the answer makes the reference's tool calls. All ranks must call.
+
+        Raises DataError if the chat template writes calls in a form that is not read here: every answer would be wrong.
+        """
         case_with_call = next((case for case in cases if case.fields["calls"]), None)
         if case_with_call is not None and case_with_call.document is not None:
             (question,) = model.encode_questions([case_with_call.document])
@@ -74,19 +77,19 @@ class ToolCalls(WrittenTask):
     def reference(self, case: Case) -> str:
         return str(case.fields["reference"])
 
-    def score(self, case: Case, text: str) -> dict[str, float]:
-        """Compare the calls of an answer with those of the reference, in their order.
+    def score(self, case: Case, answer: str) -> dict[str, float]:
+        """Compare the tool calls of an answer with those of the reference, in their order.
 
         `right`: tools and arguments are the same; `names`: the tools are the same; `called`: both make calls, or neither.
         """
-        calls = parse_tool_calls(text)
+        calls = parse_tool_calls(answer)
         reference_calls = case.fields["calls"]
-        same_names = [call["name"] for call in calls] == [call["name"] for call in reference_calls]
-        arguments = [call["arguments"] for call in calls]
-        same_arguments = same_names and arguments == [call["arguments"] for call in reference_calls]
+        names = [call["name"] for call in calls]
+        reference_names = [call["name"] for call in reference_calls]
+        has_same_names = names == reference_names
         return {
-            "right": float(same_arguments),
-            "names": float(same_names),
+            "right": float(calls == reference_calls),  # a call is its name and its arguments
+            "names": float(has_same_names),
             "called": float(bool(calls) == bool(reference_calls)),
         }
 
@@ -96,29 +99,32 @@ class ToolCalls(WrittenTask):
 
 
 def parse_tool_calls(text: str) -> list[dict[str, Any]]:
-    """The calls in an answer: JSON objects with a name and arguments, anywhere in the text, alone, in lists or between tags."""
+    """The tool calls in an answer, as {"name": ..., "arguments": {...}}, in their order.
+
+    They are JSON objects with a name and arguments, anywhere in the text: alone, in lists or between tags.
+    """
     decoder = json.JSONDecoder()
     calls = []
     position = text.find("{")
     while position >= 0:
         try:
-            call, position = decoder.raw_decode(text, position)
+            json_object, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
             position = text.find("{", position + 1)  # no JSON begins here
             continue
-        parsed = _parse_call(call)
-        if parsed is not None:
-            calls.append(parsed)
+        call = _parse_call(json_object)
+        if call is not None:
+            calls.append(call)
         position = text.find("{", position)
     return calls
 
 
-def _parse_call(call: dict[str, Any]) -> dict[str, Any] | None:
-    """The name and the arguments of a call; None if the object is no call."""
-    if isinstance(call.get("function"), dict):
-        call = call["function"]
-    name = call.get("name")
-    arguments = call.get("arguments", call.get("parameters"))
+def _parse_call(json_object: dict[str, Any]) -> dict[str, Any] | None:
+    """The name and the arguments of a tool call that an answer writes as this JSON object; None if it is no call."""
+    if isinstance(json_object.get("function"), dict):  # OpenAI's form
+        json_object = json_object["function"]
+    name = json_object.get("name")
+    arguments = json_object.get("arguments", json_object.get("parameters"))  # Llama 3 writes "parameters"
     if isinstance(arguments, str):  # JSON within JSON, as OpenAI writes it
         try:
             arguments = json.loads(arguments)
@@ -154,7 +160,10 @@ class JsonSchema(Task):
             yield f"{self.key}.options.schema={file}: no such file; give a file with a JSON schema"
 
     def parse_case(self, case: Case) -> None:
-        """Keep the schema, of the row or of `options.schema`, and make a document of the prompt. Raises Refusal."""
+        """Keep the JSON schema, of `options.schema` or else of the row, and make a document of the prompt.
+
+        Raises Refusal if there is no prompt or no valid schema.
+        """
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
 
@@ -174,6 +183,7 @@ class JsonSchema(Task):
             validator_for(schema).check_schema(schema)
         except SchemaError as error:
             raise Refusal("bad_schema", f'"schema" is no JSON schema: {error.message}') from None
+
         file_name, _, line = case.location.rpartition(":")
         # The answer is a stand-in: the format of a document needs one, and only the prompt is asked.
         case.document = Document(file_name, int(line))
@@ -188,18 +198,22 @@ class JsonSchema(Task):
         case.fields = {"schema": schema}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Rows with whether each answer is JSON, and valid under the row's schema. All ranks must call."""
+        """A row for each prompt, with whether the answer is JSON, and valid under the row's schema. All ranks must call."""
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
         answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
             schema = case.fields["schema"]
-            verdicts = [check_json(text, schema) for text in texts]
-            scores = [{"valid": float(problem is None), "parsed": float(is_json)} for is_json, problem in verdicts]
-            _, first_problem = verdicts[0]
+            scores = []
+            errors = []  # of each draw, what is wrong with it
+            for text in texts:
+                is_json, error = check_json(text, schema)
+                scores.append({"valid": float(error is None), "parsed": float(is_json)})
+                errors.append(error)
             prompt = model.shown_prompt(question.context)
             reference = json.dumps(schema, ensure_ascii=False)
-            row = TaskRow(case.location, prompt, "", reference, {}, note=first_problem or "")
+            # The report shows the first draw, and so what is wrong with that one.
+            row = TaskRow(case.location, prompt, "", reference, {}, note=errors[0] or "")
             rows.append(row_of_draws(row, texts, scores))
         return rows
 
@@ -210,23 +224,30 @@ class JsonSchema(Task):
         return {metric.name: signature for metric in self.metrics}
 
 
-def check_json(text: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
-    """(whether an answer is JSON, what is wrong with it). A schema at another address that it refers to is not fetched."""
+def check_json(answer: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
+    """(whether an answer is JSON, what is wrong with it; None if the schema allows it).
+
+    A code fence around the JSON is taken off. Nothing is fetched: a schema that refers to one at another address allows nothing.
+    """
     from jsonschema.exceptions import best_match
     from jsonschema.validators import validator_for
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    fenced = FENCE.match(text)
+    fenced = FENCE.match(answer)
+    json_text = fenced[1] if fenced else answer
     try:
-        answer = json.loads(fenced[1] if fenced else text)
+        content = json.loads(json_text)
     except (ValueError, RecursionError) as error:
         return False, f"no JSON: {error}"
+    validator = validator_for(schema)(schema, registry=Registry())  # an empty registry resolves no other address
     try:
-        problem = best_match(validator_for(schema)(schema, registry=Registry()).iter_errors(answer))
+        violation = best_match(validator.iter_errors(content))
     except Unresolvable as error:
         return True, f"the schema refers to {error.ref}, which is not in it"
-    return True, None if problem is None else f"{problem.json_path}: {problem.message}"
+    if violation is None:
+        return True, None
+    return True, f"{violation.json_path}: {violation.message}"
 
 
 class Maths(WrittenTask):
@@ -238,47 +259,56 @@ class Maths(WrittenTask):
     reads = "a problem and its solution in any format of data.path; the result is found in it as in an answer"
 
     def parse_case(self, case: Case) -> None:
+        """Keep the reference and the result that it ends in. Raises Refusal if it has none."""
         super().parse_case(case)
         case.fields["result"] = final_result(self.reference(case))
         if case.fields["result"] is None:
             raise Refusal("no_result", "the solution has no number, nothing after #### and nothing in \\boxed{}")
 
-    def score(self, case: Case, text: str) -> dict[str, float]:
-        return {"right": float(final_result(text) == case.fields["result"])}
+    def score(self, case: Case, answer: str) -> dict[str, float]:
+        return {"right": float(final_result(answer) == case.fields["result"])}
 
     def signatures(self) -> dict[str, str]:
         return {"accuracy": "result:last \\boxed, else after ####, else last number|numbers compared as fractions"}
 
 
 def final_result(text: str) -> Fraction | str | None:
-    """The result that a solution ends in. Numbers are fractions, so that 0.50, 1/2 and \\frac{1}{2} are equal."""
+    """The result that the solution of a maths problem ends in; None if it has none.
+
+    That is the content of the last `\\boxed{}`, else the line after the last ####, else the last number. Numbers are returned as
+    fractions, so that 0.50, 1/2 and \\frac{1}{2} are equal.
+    """
     boxes = list(BOXED.finditer(text))
     if boxes:
         return _parse_result(_until_closing_brace(text, boxes[-1].end()))
-    if "####" in text:
-        return _parse_result(text.rpartition("####")[2].strip().partition("\n")[0])
+    if "####" in text:  # the form of GSM8K
+        after_last_mark = text.rpartition("####")[2].strip()
+        return _parse_result(after_last_mark.partition("\n")[0])
     numbers = NUMBER.findall(text)
     return _parse_result(numbers[-1]) if numbers else None
 
 
 def _until_closing_brace(text: str, begin: int) -> str:
-    """The text from `begin` to the brace that closes one opened before it; the rest of the text if none does."""
+    """The content of a LaTeX group whose opening brace stands right before `begin`; the rest of the text if none closes it."""
     depth = 1
     for position in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if text[position] == "{":
+            depth += 1
+        elif text[position] == "}":
+            depth -= 1
         if depth == 0:
             return text[begin:position]
     return text[begin:]
 
 
 def _parse_result(text: str) -> Fraction | str:
-    """A number as a fraction, any other result as plain text without ornaments of LaTeX."""
-    plain = FRACTION.sub(r"\1/\2", text)
+    """The result of a maths problem: a number as a fraction, anything else as text without units of money, commas and LaTeX."""
+    result = FRACTION.sub(r"\1/\2", text)
     for ornament in ("\\$", "$", "\\%", "%", "\\!", "\\,", "{,}", ","):
-        plain = plain.replace(ornament, "")
-    plain = re.sub(r"\\text\s*\{[^}]*\}", "", plain)
-    plain = re.sub(r"\s+", "", plain).rstrip(".")
+        result = result.replace(ornament, "")
+    result = re.sub(r"\\text\s*\{[^}]*\}", "", result)
+    result = re.sub(r"\s+", "", result).rstrip(".")
     try:
-        return Fraction(plain)
+        return Fraction(result)
     except (ValueError, ZeroDivisionError):
-        return plain
+        return result

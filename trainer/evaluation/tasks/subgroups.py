@@ -44,6 +44,7 @@ class Subgroups(ClassificationTask):
     required_package: ClassVar[str | None] = None
 
     def parse_case(self, case: Case) -> None:
+        """Keep text, true label and group of a row. Raises Refusal."""
         group = case.fields.get("group")
         if not isinstance(group, str | int) or not str(group).strip():
             raise Refusal(
@@ -60,6 +61,7 @@ class Subgroups(ClassificationTask):
         return rows
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+        """The gaps between groups, each as a function of row weights (float64 [rows])."""
         groups = np.array([row.source for row in rows])
 
         def gap_of_weights(name: str) -> Callable[[np.ndarray], float]:
@@ -68,7 +70,11 @@ class Subgroups(ClassificationTask):
         return {name: gap_of_weights(name) for name in _GAP_METRICS}
 
     def _gaps(self, rows: Sequence[TaskRow], groups: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-        """The gap metrics, by name. `groups` and `weights` (float64) are those of each row."""
+        """How far apart the groups of people are in demographic parity, equalised odds and accuracy, by metric.
+
+        A gap is the highest rate of a group minus the lowest. `groups`: the group of each row. `weights` (float64 [rows]): how
+        often the row counts.
+        """
         true_labels = np.array([row.reference for row in rows])
         predicted = np.array([row.answer for row in rows])
         names, group_numbers = np.unique(groups, return_inverse=True)
@@ -81,8 +87,12 @@ class Subgroups(ClassificationTask):
             return float(rates.max() - rates.min()) if len(rates) > 1 else 0.0
 
         every_row = np.ones(len(rows), bool)
+        # Without a positive label, the gap is the largest that any label has.
         positive = self.option_values["positive"]
-        labels = [str(positive)] if positive is not None else sorted({*true_labels.tolist(), *predicted.tolist()})
+        if positive is not None:
+            labels = [str(positive)]
+        else:
+            labels = sorted({*true_labels.tolist(), *predicted.tolist()})
         parity_gaps = []
         odds_gaps = []
         for label in labels:
@@ -115,7 +125,10 @@ class Subgroups(ClassificationTask):
             yield f"{name} {gap:.3g}: groups dealt at random give {usual:.3g} on average, p {p:.3g} for all gaps: {verdict}"
 
     def _gaps_and_chance(self, rows: Sequence[TaskRow], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(gaps [metrics], gaps of shuffled groups [shuffles, metrics]), float64."""
+        """(observed gaps [metrics], gaps after shuffling the groups over the rows [shuffles, metrics]), float64.
+
+        The shuffled ones show how large gaps are by chance, if the classifier treats all groups alike.
+        """
         rng = np.random.default_rng(int(self.option_values["seed"]))
         every_row_once = np.ones(len(rows))
 

@@ -10,37 +10,43 @@ from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 
 
 def whole_texts(model: ModelInterface, texts: Sequence[tuple[str, str]]) -> list[Question]:
-    """Questions that score every token of each text, given as (`file:line`, text).
+    """Questions that ask for the likelihood of every token of each text, given as (`file:line`, text).
 
     The context is BOS, or EOS if the tokenizer has no BOS, as in lm-evaluation-harness. Raises ConfigError if it has neither.
     """
-    start = model.encoder.bos_id if model.encoder.bos_id is not None else model.encoder.eos_id
-    if start is None:
+    start_id = model.encoder.bos_id
+    if start_id is None:
+        start_id = model.encoder.eos_id
+    if start_id is None:
         raise ConfigError(
             "the tokenizer has neither bos_token nor eos_token, so that the first token has nothing before it"
         )
-    documents = [Document(*split_location(where), text=text) for where, text in texts]
+    documents = []
+    for location, text in texts:
+        file, line = split_location(location)
+        documents.append(Document(file, line, text=text))
     questions = []
     for question in model.encode_questions(documents):
         ids = [*question.context, *question.answer]
-        scored_ids = ids[1:] if ids[0] == start else ids
-        questions.append(Question(question.where, [start], scored_ids))
+        scored_ids = ids[1:] if ids[0] == start_id else ids
+        questions.append(Question(question.where, [start_id], scored_ids))
     return questions
 
 
 def texts_after(model: ModelInterface, pairs: Sequence[tuple[str, str, str]]) -> list[Question]:
-    """Questions that score the tokens of a text after a context, given as (`file:line`, context, text).
+    """Questions that ask for the likelihood of a text after a context, given as (`file:line`, context, text).
 
     Context and text are tokenised together with a blank between them, since a tokenizer may join the last letters of the one
     with the first of the other. What counts as context are the tokens that the joined text shares with the context alone.
     """
-    joined_texts = whole_texts(model, [(where, f"{context} {text}") for where, context, text in pairs])
-    contexts = whole_texts(model, [(where, context) for where, context, _ in pairs])
+    joined_questions = whole_texts(model, [(location, f"{context} {text}") for location, context, text in pairs])
+    context_questions = whole_texts(model, [(location, context) for location, context, _ in pairs])
     questions = []
-    for joined, context in zip(joined_texts, contexts, strict=True):
-        shared = common_prefix_length(joined.answer, context.answer)
-        shared = min(shared, len(joined.answer) - 1)  # at least one token is left to score
-        questions.append(Question(joined.where, [*joined.context, *joined.answer[:shared]], joined.answer[shared:]))
+    for joined, alone in zip(joined_questions, context_questions, strict=True):
+        num_shared = common_prefix_length(joined.answer, alone.answer)
+        num_shared = min(num_shared, len(joined.answer) - 1)  # at least one token is left to score
+        context_ids = [*joined.context, *joined.answer[:num_shared]]
+        questions.append(Question(joined.where, context_ids, joined.answer[num_shared:]))
     return questions
 
 
@@ -54,7 +60,7 @@ def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def split_location(where: str) -> tuple[str, int]:
+def split_location(location: str) -> tuple[str, int]:
     """The file and the line number of `file:line`."""
-    file, _, line = where.rpartition(":")
+    file, _, line = location.rpartition(":")
     return file, int(line)

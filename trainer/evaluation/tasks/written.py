@@ -43,6 +43,7 @@ class WrittenTask(Task):
         yield from self.config.write.problems(f"{self.key}.write")
 
     def parse_case(self, case: Case) -> None:
+        """Keep the right answers of a row: its last answer, and those of the column "references". Raises Refusal."""
         assert case.document is not None
         answer = last_answer(case.document)
         if answer is None:
@@ -53,6 +54,7 @@ class WrittenTask(Task):
         case.fields = {REFERENCES: [answer["content"].strip(), *(more_answers or [])]}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """A row for each prompt, with the model's answers scored against the references. All ranks must call."""
         questions = model.encode_questions([case.document for case in cases if case.document is not None])
         answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
         rows = []
@@ -67,8 +69,8 @@ class WrittenTask(Task):
         return str(case.fields[REFERENCES][0])
 
     @abstractmethod
-    def score(self, case: Case, text: str) -> dict[str, float]:
-        """The scores of one answer."""
+    def score(self, case: Case, answer: str) -> dict[str, float]:
+        """The scores of one answer to this case, by name. The first one sorts the rows of the report."""
 
 
 NORMALISATIONS: dict[str, Callable[[str], str]] = {
@@ -92,6 +94,7 @@ class _NormalisedTask(WrittenTask):
             yield f"{self.key}.options.normalise={names}: must be a list of {', '.join(NORMALISATIONS)}, or []"
 
     def normalise(self, text: str) -> str:
+        """The text after the normalisations of `options.normalise`, in the order of `NORMALISATIONS`."""
         for name, normalisation in NORMALISATIONS.items():
             if name in self.option_values["normalise"]:
                 text = normalisation(text)
@@ -110,8 +113,8 @@ class ExactMatch(_NormalisedTask):
     kind = "exact_match"
     metrics = (Metric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),)
 
-    def score(self, case: Case, text: str) -> dict[str, float]:
-        answer = self.normalise(text)
+    def score(self, case: Case, answer: str) -> dict[str, float]:
+        answer = self.normalise(answer)
         is_match = any(answer == self.normalise(reference) for reference in case.fields[REFERENCES])
         return {"match": float(is_match)}
 
@@ -125,21 +128,26 @@ class F1(_NormalisedTask):
         Metric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),
     )
 
-    def score(self, case: Case, text: str) -> dict[str, float]:
-        answer = self.normalise(text)
+    def score(self, case: Case, answer: str) -> dict[str, float]:
+        answer = self.normalise(answer)
         references = [self.normalise(reference) for reference in case.fields[REFERENCES]]
         best_f1 = max(word_f1(answer, reference) for reference in references)
         return {"f1": best_f1, "match": float(answer in references)}
 
 
 def word_f1(answer: str, reference: str) -> float:
-    """F1 of the words of two texts. A word that occurs twice in both is shared twice. Two empty texts have an F1 of 1."""
+    """F1 of the words of an answer against those of a reference, 0 to 1, as in SQuAD.
+
+    A word that occurs twice in both texts is shared twice. Two empty texts have an F1 of 1.
+    """
     words = answer.split()
     reference_words = reference.split()
     if not words or not reference_words:
         return float(words == reference_words)
-    shared = sum((Counter(words) & Counter(reference_words)).values())
-    return 2 * shared / (len(words) + len(reference_words))
+    shared_counts = Counter(words) & Counter(reference_words)
+    num_shared = sum(shared_counts.values())
+    # The harmonic mean of precision (shared / words) and recall (shared / reference words).
+    return 2 * num_shared / (len(words) + len(reference_words))
 
 
 class Translation(WrittenTask):
@@ -171,10 +179,11 @@ class Translation(WrittenTask):
             "chrf": CHRF(word_order=int(self.option_values["word_order"]), lowercase=lowercase),
         }
 
-    def score(self, case: Case, text: str) -> dict[str, float]:
-        return {"chrf": float(self.scorers["chrf"].sentence_score(text, case.fields[REFERENCES][:1]).score)}
+    def score(self, case: Case, answer: str) -> dict[str, float]:
+        return {"chrf": float(self.scorers["chrf"].sentence_score(answer, case.fields[REFERENCES][:1]).score)}
 
     def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+        """BLEU and chrF of the corpus, each as a function of row weights (float64 [rows])."""
         answers = [row.answer for row in rows]
         references = [row.reference for row in rows]
         return {name: weighted_score(scorer, answers, references) for name, scorer in self.scorers.items()}
@@ -205,8 +214,8 @@ class Summarisation(WrittenTask):
 
         return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=bool(self.option_values["stemmer"]))
 
-    def score(self, case: Case, text: str) -> dict[str, float]:
-        scores = self.scorer.score(case.fields[REFERENCES][0], text)
+    def score(self, case: Case, answer: str) -> dict[str, float]:
+        scores = self.scorer.score(case.fields[REFERENCES][0], answer)
         return {name: float(scores[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
 
     def signatures(self) -> dict[str, str]:
