@@ -14,7 +14,7 @@ from trainer.data.document import Document
 from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.comparison import compare_task
-from trainer.evaluation.report.intervals import FEW, Bootstrap, resample_metrics
+from trainer.evaluation.report.intervals import TOO_FEW_CASES, Bootstrap, resample_metrics
 from trainer.evaluation.report.record import EvaluatedModel
 from trainer.evaluation.tasks.base import Case, TaskRow
 from trainer.evaluation.tasks.registry import TASK_KINDS
@@ -233,7 +233,7 @@ def test_ethics_differences_of_few_cases_are_not_reported():
             TaskRow(f"a:{n}", "", "", "", {"verbatim": value, "near": value, "leading": value}) for n in range(number)
         ]
 
-    for number, verdict in ((1, FEW), (19, FEW), (20, "worse")):
+    for number, verdict in ((1, TOO_FEW_CASES), (19, TOO_FEW_CASES), (20, "worse")):
         mine, other = rows(number, 1.0), rows(number, 0.0)
         found = EvaluatedModel({"mine": mine}, {"mine": kind.compute_metrics(mine)})
         said = compare_task(kind, found, resample_metrics(kind, mine, how), other, kind.compute_metrics(other), how)

@@ -13,7 +13,7 @@ from tests.helpers.launching import command_here
 from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.comparison import compare_task
-from trainer.evaluation.report.intervals import FEW, Bootstrap, resample_metrics
+from trainer.evaluation.report.intervals import TOO_FEW_CASES, Bootstrap, resample_metrics
 from trainer.evaluation.report.record import EvaluatedModel
 from trainer.evaluation.tasks.base import Case, TaskRow
 from trainer.evaluation.tasks.registry import TASK_KINDS
@@ -232,7 +232,10 @@ def test_a_type_with_few_pairs_raises_no_alarm():
     said = compare_task(kind, found, resample_metrics(kind, mine, how), other, kind.compute_metrics(other), how)[
         "metrics"
     ]
-    assert said["stereotype_score_few"]["verdict"] == FEW and said["stereotype_score_many"]["verdict"] == "differs"
+    assert (
+        said["stereotype_score_few"]["verdict"] == TOO_FEW_CASES
+        and said["stereotype_score_many"]["verdict"] == "differs"
+    )
 
 
 GIVEN = {

@@ -15,7 +15,7 @@ from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.intervals import (
     BETTER,
-    SAME,
+    NO_DIFFERENCE,
     WORSE,
     Bootstrap,
     paired_difference,
@@ -204,5 +204,5 @@ def test_bootstrap_difference_is_reported_only_beyond_chance_and_rounding():
         return paired_difference(np.mean(one), np.mean(other), *drawn, greater=greater).verdict
 
     assert (verdict(good, bad), verdict(bad, good), verdict(good, bad, greater=False)) == (BETTER, WORSE, WORSE)
-    assert verdict(bad, bad) == verdict(bad, np.roll(bad, 1)) == SAME
-    assert verdict(good, good * (1 - 1e-7)) == SAME
+    assert verdict(bad, bad) == verdict(bad, np.roll(bad, 1)) == NO_DIFFERENCE
+    assert verdict(good, good * (1 - 1e-7)) == NO_DIFFERENCE

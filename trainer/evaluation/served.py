@@ -48,7 +48,10 @@ class ServedWriter:
                 f"{KEY}: {settings.beams} beams are asked for, and servers of this kind search none; evaluate without it"
             )
         began = time.perf_counter()
-        rows = [(prompt, draw) for prompt in range(len(prompts)) for draw in range(settings.draws)]
+        prompt_draws = []  # (number of the prompt, number of the draw) of each request
+        for prompt_number in range(len(prompts)):
+            prompt_draws += [(prompt_number, draw) for draw in range(settings.draws)]
+
         # Special tokens do not appear in the text in which a server looks for stop strings: they are sent as ids.
         special_stops = [text for text in settings.stop if text in self.tokenizer.all_special_tokens]
         text_stops = [text for text in settings.stop if text not in special_stops]
@@ -58,14 +61,16 @@ class ServedWriter:
         if special_stops:
             extra["stop_token_ids"] = self.tokenizer.convert_tokens_to_ids(special_stops)
 
-        def ask(row: tuple[int, int]) -> tuple[WrittenAnswer, int]:
-            """(the answer, its number of tokens)."""
-            prompt, draw = row
-            seed = derive_seed(settings.seed, "draw", *row) % 2**31 if settings.temperature else None
+        def request_answer(prompt_draw: tuple[int, int]) -> tuple[WrittenAnswer, int]:
+            """(the answer to one prompt, its number of tokens; 0 if the server does not count them)."""
+            prompt_number, draw = prompt_draw
+            seed = None
+            if settings.temperature:
+                seed = derive_seed(settings.seed, "draw", prompt_number, draw) % 2**31  # servers take int32
             response = self.client.send(
                 lambda api: api.completions.create(
                     model=self.model,
-                    prompt=[*prompts[prompt]],
+                    prompt=[*prompts[prompt_number]],
                     max_tokens=settings.max_new_tokens,
                     temperature=settings.temperature,
                     top_p=settings.top_p,
@@ -83,18 +88,23 @@ class ServedWriter:
                 )
             tokens = tokens_used(response, "completion_tokens") or 0
             ended = getattr(choice, "finish_reason", None) == "stop"
-            return WrittenAnswer(prompt, text, [], ended, draw), tokens
+            return WrittenAnswer(prompt_number, text, [], ended, draw), tokens
 
-        results = self._send_all(ask, rows)
-        gathering = GatherDecision(False, True, f"written by {self.model} at {self.client.config.url}")
-        tokens = sum(answer_tokens for _, answer_tokens in results)
-        self.throughput = GenerationThroughput(tokens, time.perf_counter() - began, gathering)
+        results = self._send_all(request_answer, prompt_draws)
+        # There are no local weights to gather; the description says who wrote.
+        description = f"written by {self.model} at {self.client.config.url}"
+        gathering = GatherDecision(sharded=False, gathered_once=True, description=description)
+        total_tokens = sum(answer_tokens for _, answer_tokens in results)
+        self.throughput = GenerationThroughput(total_tokens, time.perf_counter() - began, gathering)
         return [answer for answer, _ in results]
 
     def likelihoods(self, engine: Any, pairs: Sequence[Pair]) -> list[Likelihood]:
-        """The likelihood of each continuation. Raises ConfigError if the server gives no log-probabilities of prompts."""
+        """The likelihood of each continuation after its context. Raises ConfigError if the server does not tell it.
 
-        def ask(pair: Pair) -> Likelihood:
+        `pairs`: (token ids of the context, token ids of the continuation).
+        """
+
+        def request_likelihood(pair: Pair) -> Likelihood:
             """The likelihood of one continuation. Raises ConfigError if the server sends no log-probabilities of the prompt."""
             context, continuation = pair
             ids = [*context, *continuation]
@@ -107,30 +117,34 @@ class ServedWriter:
             logprobs = getattr(first_choice(response), "logprobs", None)
             token_logprobs = getattr(logprobs, "token_logprobs", None) or []
             scored = slice(len(context), len(ids))
-            if len(token_logprobs) < len(ids) or any(logprob is None for logprob in token_logprobs[scored]):
+            continuation_logprobs = token_logprobs[scored]
+            if len(token_logprobs) < len(ids) or any(logprob is None for logprob in continuation_logprobs):
                 raise ConfigError(
                     f"{KEY}.url={self.client.config.url}: tells no log-probabilities of a prompt's tokens (echo with logprobs, "
                     "as vLLM does), which tasks of likelihood need; ask it for written answers alone, or evaluate without it"
                 )
-            continuation_logprobs = token_logprobs[scored]
-            best_logprobs = (getattr(logprobs, "top_logprobs", None) or [None] * len(ids))[scored]
+            # Of each position, the server's likeliest token and its log-probability. Some servers leave them out.
+            top_logprobs = getattr(logprobs, "top_logprobs", None) or [None] * len(ids)
             is_greedy = True
-            for logprob, best in zip(continuation_logprobs, best_logprobs, strict=True):
-                if best is not None and not logprob >= max(best.values()):  # a NaN is not greedy either
+            for logprob, top in zip(continuation_logprobs, top_logprobs[scored], strict=True):
+                if top is not None and not logprob >= max(top.values()):  # a NaN is not greedy either
                     is_greedy = False
             return Likelihood(float(sum(continuation_logprobs)), len(continuation_logprobs), is_greedy)
 
-        return self._send_all(ask, pairs)
+        return self._send_all(request_likelihood, pairs)
 
-    def _send_all(self, ask: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
-        """What `ask` returns for each row, with `parallel` requests at a time. Raises Interrupted if the run must stop."""
+    def _send_all(self, request: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+        """What `request` returns for each argument, with `parallel` requests at a time. Raises Interrupted if the run must stop.
+
+        Requests go in batches of four a connection: between batches progress is shown, and the run may stop.
+        """
         results: list[Any] = []
-        size = 4 * self.client.config.parallel
-        begins = range(0, len(rows), size)
+        batch_size = 4 * self.client.config.parallel
+        begins = range(0, len(arguments), batch_size)
         with ThreadPoolExecutor(self.client.config.parallel) as pool:
-            for done, begin in enumerate(begins, 1):
-                results += pool.map(ask, rows[begin : begin + size])
-                self.on_batch(done, len(begins))
+            for finished_batches, begin in enumerate(begins, 1):
+                results += pool.map(request, arguments[begin : begin + batch_size])
+                self.on_batch(finished_batches, len(begins))
                 if self.stop_now():
                     raise Interrupted
         return results
@@ -161,14 +175,18 @@ def connect_served_model(
     runtime: Runtime,
     stop_now: Callable[[], bool],
 ) -> ServedModel:
-    """The model of a server; `path` is its directory on this machine. Raises ConfigError if the server has another model."""
+    """The model of a server, as tasks see it. Raises ConfigError if the server has another model.
+
+    `path`: the model's directory on this machine, whose tokenizer `encoder` has. `positions`: most tokens that the model can see;
+    None if its configuration does not say.
+    """
     client = Client(config.server, KEY)
     model = find_served_model(client, path)
     writer: Any = ServedWriter(client, model, encoder.tokenizer, stop_now)
-    nothing: Any = None
+    not_loaded: Any = None  # every request that would need the model is overridden in ServedModel
     return ServedModel(
-        engine=nothing,
-        built=nothing,
+        engine=not_loaded,
+        built=not_loaded,
         writer=writer,
         encoder=encoder,
         runtime=runtime,
@@ -182,9 +200,12 @@ def connect_served_model(
 
 
 def find_served_model(client: Client, path: str) -> str:
-    """The name under which a server serves the model in `path`. Raises ConfigError that lists the served models."""
-    listed = client.models()
-    names = [str(model["id"]) for model in listed]
+    """The name under which a server serves the model in `path`: `evaluation.server.model`, else the one that fits the path.
+
+    Raises ConfigError that lists the served models, if none or several fit.
+    """
+    served_models = client.models()
+    names = [str(model["id"]) for model in served_models]
     served = f"the server at {client.config.url} serves {', '.join(names[:20]) or 'none'}"
     configured = client.config.model
     if configured is not None:
@@ -192,9 +213,10 @@ def find_served_model(client: Client, path: str) -> str:
             raise ConfigError(f"{KEY}.model={configured}: {served}; name one of these, or start the server with it")
         return configured
     matches = []
-    for model in listed:
+    for model in served_models:
         # "root" is vLLM's: the path that the model was loaded from.
-        if _is_same_model(str(model.get("id") or ""), path) or _is_same_model(str(model.get("root") or ""), path):
+        served_names = (str(model.get("id") or ""), str(model.get("root") or ""))
+        if any(_is_same_model(name, path) for name in served_names):
             matches.append(str(model["id"]))
     if len(matches) != 1:
         raise ConfigError(

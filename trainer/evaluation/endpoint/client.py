@@ -47,10 +47,14 @@ class Client:
         return self._openai
 
     def _secret(self) -> str:
+        """The server's key, from the environment; empty if it needs none."""
         return os.environ.get(self.config.key_env or "", "")
 
     def send(self, request: Callable[[Any], Result]) -> Result:
-        """What `request` returns, called with the client. Errors: ConfigError if the server refuses it, EndpointFailed."""
+        """What `request` returns, called with the `openai` client.
+
+        Errors: ConfigError if the server refuses the request, EndpointFailed if it does not answer.
+        """
         from openai import APIConnectionError, APIStatusError, OpenAIError
 
         try:
@@ -83,6 +87,7 @@ class Client:
         )
 
     def _without_key(self, text: str) -> str:
+        """The text without the key, which a server may repeat in an error."""
         key = self._secret()
         return text.replace(key, HIDDEN) if key else text
 
@@ -117,6 +122,8 @@ def first_choice(answer: Any) -> Any:
 
 
 def _error_text(error: Any) -> str:
-    body = error.body
-    text = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(text or error.message).split())[:300]
+    """What the server said of a refused request, in one line of at most 300 characters."""
+    message = None
+    if isinstance(error.body, dict):
+        message = error.body.get("message")
+    return " ".join(str(message or error.message).split())[:300]

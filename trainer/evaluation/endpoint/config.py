@@ -33,7 +33,7 @@ class EndpointConfig:
     """Seconds after which a request that nobody answers is sent again."""
 
     def problems(self, key: str) -> Iterator[str]:
-        """What is wrong with it, one line each; `key` is the setting that these are below."""
+        """An error message for each invalid setting; `key` is the setting that these are below. Nothing is sent."""
         if self.url is None:
             return
         if not re.match(r"https?://[^/\s]+", self.url):

@@ -45,11 +45,11 @@ class Judge:
         Raises on all ranks or none: LimitReached if the budget does not suffice (of calls, before the first one is sent),
         ConfigError and EndpointFailed of the server, StorageError of the cache, Interrupted if the run is asked to stop.
         """
-        verdict_by_question: dict[str, str] = {}
+        verdict_by_question: dict[str, str] = {}  # filled on rank 0 alone
         chunks: list[list[str]] = []
 
-        def look_up_and_split() -> int:
-            """Look up known verdicts, and split the new questions into chunks; returns the number of chunks."""
+        def split_new_questions() -> int:
+            """Take known verdicts from the cache, and split the other questions into chunks; returns the number of chunks."""
             model = self._client.model() if questions else ""
             different_questions = list(dict.fromkeys(questions))
             for question in different_questions:
@@ -57,45 +57,52 @@ class Judge:
                 if verdict is not None:
                     verdict_by_question[question] = verdict
             self.cached += len(verdict_by_question)
-            new = [question for question in different_questions if question not in verdict_by_question]
-            if self.calls + len(new) > self.config.max_calls:
+            new_questions = [question for question in different_questions if question not in verdict_by_question]
+            if self.calls + len(new_questions) > self.config.max_calls:
                 raise LimitReached(
-                    f"{KEY}.max_calls={self.config.max_calls}: {len(new)} questions are to be asked, {self.calls} were, and "
-                    f"{len(verdict_by_question)} are in the cache; nothing was sent. Raise it, or ask fewer rows (max_rows)"
+                    f"{KEY}.max_calls={self.config.max_calls}: {len(new_questions)} questions are to be asked, {self.calls} "
+                    f"were, and {len(verdict_by_question)} are in the cache; nothing was sent. Raise it, or ask fewer rows (max_rows)"
                 )
-            size = self.config.parallel
-            chunks.extend(new[begin : begin + size] for begin in range(0, len(new), size))
+            chunk_size = self.config.parallel
+            for begin in range(0, len(new_questions), chunk_size):
+                chunks.append(new_questions[begin : begin + chunk_size])
             return len(chunks)
 
         def ask_chunk(number: int) -> None:
-            remaining = sum(map(len, chunks[number:]))
-            verdict_by_question.update(self._ask_and_cache(chunks[number], remaining))
+            num_left = sum(map(len, chunks[number:]))
+            verdict_by_question.update(self._ask_and_cache(chunks[number], num_left))
 
-        for number in range(self._on_main(look_up_and_split)):
+        # Ranks meet after each chunk, so that none waits long for the others, and all stop at the same chunk.
+        num_chunks = self._on_main(split_new_questions)
+        for number in range(num_chunks):
             self._on_main(partial(ask_chunk, number))
             if self.stop_now():
                 raise Interrupted
         return self._on_main(lambda: [verdict_by_question[question] for question in questions])
 
     def _on_main(self, function: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 alone; what it returns or raises is the same on all ranks. All ranks must call."""
-        outcome: tuple[Any, ShardtuneError | None] = (None, None)
+        """Call a function on rank 0 alone; every rank returns or raises what rank 0 does. A collective: all ranks must call."""
+        own_result: Any = None
+        own_error: ShardtuneError | None = None
         if self.runtime.is_main:
             try:
-                outcome = (function(), None)
+                own_result = function()
             except ShardtuneError as error:
-                outcome = (None, error)
-        returned, raised = broadcast_object(outcome, self.runtime)
-        if raised is not None:
-            raise raised
-        return returned
+                own_error = error
+        main_result, main_error = broadcast_object((own_result, own_error), self.runtime)
+        if main_error is not None:
+            raise main_error
+        return main_result
 
-    def _ask_and_cache(self, questions: list[str], remaining: int) -> dict[str, str]:
-        """The verdicts on some questions, which are written to the cache; `remaining`: questions left, these included."""
+    def _ask_and_cache(self, questions: list[str], num_left: int) -> dict[str, str]:
+        """The verdict on each question, from the server; it is written to the cache. On rank 0.
+
+        `num_left`: questions that the command still has to ask, these included. Raises LimitReached if the tokens are used up.
+        """
         limit = self.config.max_tokens
         if limit is not None and self.tokens >= limit:
             raise LimitReached(
-                f"{KEY}.max_tokens={limit}: used up ({self.tokens}), with {remaining} questions left; what was said is in the "
+                f"{KEY}.max_tokens={limit}: used up ({self.tokens}), with {num_left} questions left; what was said is in the "
                 "cache and not asked again: raise it and start the same command"
             )
         with ThreadPoolExecutor(self.config.parallel) as pool:
@@ -111,7 +118,10 @@ class Judge:
         return verdicts
 
     def _ask(self, question: str) -> tuple[str, int]:
-        """(verdict, tokens used) of one question."""
+        """Send one question to the judge model: (verdict, tokens used; 0 if the server does not count them).
+
+        Raises ConfigError if `max_tokens` is set and the server does not count.
+        """
         model = self._client.model()
         answer = self._client.send(
             lambda api: api.chat.completions.create(
@@ -144,8 +154,10 @@ class Judge:
         return directory / name[:2] / f"{name}.json"
 
     def _cached_verdict(self, model: str, question: str) -> str | None:
+        """The verdict that the cache has on a question; None if it has none, or a file that cannot be read."""
         try:
-            return str(json.loads(self._cache_file(model, question).read_text(encoding="utf-8"))["said"])
+            entry = json.loads(self._cache_file(model, question).read_text(encoding="utf-8"))
+            return str(entry["said"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -166,5 +178,6 @@ def request_text(document: Any) -> str:
 
 
 def _turn_lines(turns: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Each turn of a conversation as `role: content`."""
     for turn in turns:
         yield f"{turn['role']}: {turn['content']}"

@@ -11,8 +11,10 @@ import numpy as np
 
 from trainer.evaluation.harness.compat import without_bars
 
-SEED, OTHER_SEED = 0, 1234
-"""The harness's seeds: of `random`, and of numpy and few-shot examples."""
+PYTHON_SEED = 0
+"""The harness's seed of `random`."""
+NUMPY_SEED = 1234
+"""The harness's seed of numpy, and of few-shot examples."""
 
 
 @contextmanager
@@ -28,9 +30,10 @@ def collect_warnings() -> Iterator[list[str]]:
     propagate_before = logger.propagate
     verbosity_before = datasets_logging.get_verbosity()
     bars_disabled_before = are_progress_bars_disabled()
+
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
-    logger.propagate = False
+    logger.propagate = False  # else the root logger prints them too
     datasets_logging.set_verbosity_error()
     disable_progress_bars()
     try:
@@ -46,6 +49,8 @@ def collect_warnings() -> Iterator[list[str]]:
 
 
 class _WarningCollector(logging.Handler):
+    """Appends each warning to a list, once, in one line of at most 300 characters."""
+
     def __init__(self, warnings: list[str]) -> None:
         super().__init__(logging.WARNING)
         self.warnings = warnings
@@ -61,8 +66,8 @@ def harness_seeds() -> Iterator[None]:
     """Within it Python's and numpy's generators are seeded as by the harness. Afterwards they continue where they were."""
     python_state = random.getstate()
     numpy_state = np.random.get_state()
-    random.seed(SEED)
-    np.random.seed(OTHER_SEED)
+    random.seed(PYTHON_SEED)
+    np.random.seed(NUMPY_SEED)
     try:
         yield
     finally:

@@ -11,9 +11,10 @@ from trainer.evaluation.harness.task_files import TaskFiles, missing_data
 
 
 def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]:
-    """The harness's Task objects by name, with their data.
+    """lm-eval's Task objects by name, with their data, from files and caches of this machine.
 
-    Errors: ConfigError naming the data sets that would be fetched, and for settings that cannot be met; DataError.
+    `options`: those of our task (`num_fewshot`, `generation` ...), which override the YAML. Errors: ConfigError naming the
+    data sets that would be fetched, and for settings that cannot be met; DataError.
     """
     from lm_eval.tasks import TaskManager
 
@@ -26,8 +27,10 @@ def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]
         except Exception as error:  # noqa: BLE001  what a task's own functions and `datasets` raise
             if hub_data_sets:
                 raise ConfigError(_would_fetch(task_files, hub_data_sets)) from None
-            reason = " ".join(str(error).split())[:400]
-            raise DataError(f"{task_files.name}: its data cannot be read ({type(error).__name__}: {reason})") from None
+            one_line = " ".join(str(error).split())[:400]
+            raise DataError(
+                f"{task_files.name}: its data cannot be read ({type(error).__name__}: {one_line})"
+            ) from None
     for name, task in loaded.items():
         if getattr(task, "UNSAFE_CODE", False):
             raise ConfigError(f"{name}: runs what the model writes as code, which is not done here; leave it out")
@@ -38,7 +41,10 @@ def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]
 
 
 def _hub_data_sets(task_files: TaskFiles) -> dict[str, str]:
-    """The data sets of a hub that tasks read, by task. Raises ConfigError for files and metrics that are not here."""
+    """The hub data set that each lm-eval task reads, by task; tasks with local files are not in it.
+
+    Raises ConfigError for data files and metrics that are not on this machine.
+    """
     hub_data_sets = {}
     problems = []
     for name, settings in task_files.single_tasks.items():
@@ -54,7 +60,7 @@ def _hub_data_sets(task_files: TaskFiles) -> dict[str, str]:
                 "own, or reckon it in a function (process_results)"
             )
     if problems:
-        raise ConfigError("; ".join(problems[:5]))
+        raise ConfigError("; ".join(problems[:5]))  # a group may have hundreds of tasks
     return hub_data_sets
 
 
@@ -76,6 +82,7 @@ def _hub_metrics(settings: dict[str, Any]) -> list[str]:
 
 
 def _would_fetch(task_files: TaskFiles, hub_data_sets: dict[str, str]) -> str:
+    """The error message for tasks whose data would be fetched from a hub, with what to do instead."""
     names = list(dict.fromkeys(hub_data_sets.values()))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (
@@ -86,13 +93,19 @@ def _would_fetch(task_files: TaskFiles, hub_data_sets: dict[str, str]) -> str:
 
 
 def _apply_options(name: str, task: Any, options: dict[str, Any]) -> None:
-    """Change the settings of a task by our options, as the harness's own command does. Raises ConfigError."""
+    """Override few-shot examples and generation of an lm-eval task by our options, as the harness's own command does.
+
+    Raises ConfigError for settings that this engine cannot meet.
+    """
     yaml_shots = task.get_config("num_fewshot")
-    shots = options["num_fewshot"]
-    if shots is not None and yaml_shots == 0 and shots != 0:
-        raise ConfigError(f"{name}: options.num_fewshot={shots}: its YAML says num_fewshot: 0, which lm-eval keeps to")
-    if shots is not None or yaml_shots is None:
-        task.set_config(key="num_fewshot", value=shots or 0)
+    wanted_shots = options["num_fewshot"]
+    if wanted_shots is not None and yaml_shots == 0 and wanted_shots != 0:
+        raise ConfigError(
+            f"{name}: options.num_fewshot={wanted_shots}: its YAML says num_fewshot: 0, which lm-eval keeps to"
+        )
+    if wanted_shots is not None or yaml_shots is None:
+        task.set_config(key="num_fewshot", value=wanted_shots or 0)
+
     if task.get_config("output_type") != "generate_until":
         return
     if options["generation"]:

@@ -37,14 +37,16 @@ def _remember_error(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class EngineLM(TemplateLM):
-    """Answers the harness's requests. Each is a collective: all ranks must ask the same."""
+    """lm-eval's model interface, answered by our engine. Each request is a collective: all ranks must ask the same."""
 
     tokenizer: Any  # the harness declares it as None
 
-    def __init__(self, writer: Any, engine: Any, config: Any, how: WritingConfig) -> None:
-        """`config`: the model's, of transformers; `how`: seed and batches of what is written, the rest is the task's."""
+    def __init__(self, writer: Any, engine: Any, config: Any, writing: WritingConfig) -> None:
+        """`config`: the model's, of transformers. `writing`: its seed and batch size are used; all else is the task's."""
         super().__init__()
-        self.writer, self.engine, self.writing = writer, engine, how
+        self.writer = writer
+        self.engine = engine
+        self.writing = writing
         self.tokenizer = writer.tokenizer
         self.backend = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
         self.max_length = longest_context(config, self.tokenizer)
@@ -59,15 +61,15 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        begin = self.tokenizer.bos_token_id
-        return int(begin) if begin is not None else self.eot_token_id
+        bos_id = self.tokenizer.bos_token_id
+        return int(bos_id) if bos_id is not None else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path)
 
     def notes(self) -> Iterator[str]:
-        """Sentences about changes that were made to requests."""
+        """Sentences for the report about requests that were changed: shortened, or without their system turn."""
         for kind, number in (+self.shortened_texts).items():  # the plus drops counts of 0
             yield f"{number} {kind} were longer than the model's {self.max_length} positions and lost their beginning"
         if self.dropped_system_turns:
@@ -78,10 +80,14 @@ class EngineLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids, with the token that the tokenizer puts before a text, unless the text already begins with it."""
-        if add_special_tokens is None and begins_with(string, self.tokenizer.decode(self.prefix_token_id)):
-            add_special_tokens = False
-        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer.encode(string, **special)
+        if add_special_tokens is None:
+            prefix_text = self.tokenizer.decode(self.prefix_token_id)
+            if begins_with(string, prefix_text):
+                add_special_tokens = False
+        arguments = {}
+        if add_special_tokens is not None:  # else the tokenizer's own default holds
+            arguments["add_special_tokens"] = add_special_tokens
+        ids: list[int] = self.tokenizer.encode(string, **arguments)
         return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -93,11 +99,15 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        """(log-probability, whether it is greedy) of each continuation; a request is (texts, context ids, continuation ids)."""
         pairs = [self._fit_to_positions(context, continuation) for _, context, continuation in requests]
         return [(likelihood.logprob, likelihood.greedy) for likelihood in self._likelihoods(pairs)]
 
     def _fit_to_positions(self, context: list[int], continuation: list[int]) -> Pair:
-        """The pair with the beginning of its context cut off, if it is too long. Raises DataError for its continuation."""
+        """(context, continuation) as token ids, with the beginning of the context cut off if both are too long for the model.
+
+        Raises DataError for a continuation that has no tokens, or too many by itself.
+        """
         if not continuation:
             raise DataError("a choice has no tokens, so that there is nothing to score")
         if self.backend == "seq2seq":
@@ -113,13 +123,17 @@ class EngineLM(TemplateLM):
         return context[max(0, excess) :], continuation
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+        """The likelihood of each continuation after its context. A collective."""
         likelihoods: list[Likelihood] = self.writer.likelihoods(self.engine, pairs)
         return likelihoods
 
     @_remember_error
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text, in windows of the model's length that do not overlap."""
-        pairs = []
+        """The log-likelihood of each whole text.
+
+        A long text is cut into windows of the model's length that do not overlap, and their log-likelihoods are added up.
+        """
+        pairs = []  # a window each
         request_of_pair = []
         for number, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
@@ -131,6 +145,7 @@ class EngineLM(TemplateLM):
             for window in windows:
                 pairs.append(utils.make_disjoint_window(window))
                 request_of_pair.append(number)
+
         logprobs = [0.0] * len(requests)
         likelihoods = self._likelihoods(pairs) if pairs else []
         for number, likelihood in zip(request_of_pair, likelihoods, strict=True):
@@ -146,7 +161,7 @@ class EngineLM(TemplateLM):
             numbers_by_settings.setdefault(settings, []).append(number)
         texts = [""] * len(requests)
         for numbers in numbers_by_settings.values():
-            writing = self._settings(requests[numbers[0]].args[1])
+            writing = self._writing_config(requests[numbers[0]].args[1])
             longest_prompt = self.max_length
             if self.backend != "seq2seq":  # prompt and answer share the positions
                 longest_prompt -= writing.max_new_tokens
@@ -155,16 +170,19 @@ class EngineLM(TemplateLM):
                     f"generation_kwargs max_gen_toks={writing.max_new_tokens}: the model has {self.max_length} positions, which "
                     "leaves no room for a question; give options.generation={max_gen_toks: ...}"
                 )
-            prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
-            self.shortened_texts["contexts"] += sum(len(ids) > longest_prompt for ids in prompts)
-            answers = self.writer.answers(self.engine, [ids[-longest_prompt:] for ids in prompts], writing)
+            prompts = []
+            for number in numbers:
+                prompt_ids = self.tok_encode(requests[number].args[0])
+                self.shortened_texts["contexts"] += len(prompt_ids) > longest_prompt
+                prompts.append(prompt_ids[-longest_prompt:])
+            answers = self.writer.answers(self.engine, prompts, writing)
             for number, answer in zip(numbers, answers, strict=True):
                 texts[number] = answer.text
         return texts
 
-    def _settings(self, kwargs: dict[str, Any]) -> WritingConfig:
-        """A request's `generation_kwargs` as our settings."""
-        settings = generation_settings(kwargs, 256)
+    def _writing_config(self, generation_kwargs: dict[str, Any]) -> WritingConfig:
+        """A task's `generation_kwargs` as our settings, with the defaults that lm-eval's `hf` model has."""
+        settings = generation_settings(generation_kwargs)
         writing = WritingConfig(
             max_new_tokens=int(settings["max_gen_toks"]),
             beams=int(settings.get("num_beams") or 1),
@@ -179,7 +197,10 @@ class EngineLM(TemplateLM):
         return writing
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text. If the template refuses it, its system turn is left out."""
+        """A conversation as text by the chat template, which lm-eval then tokenises.
+
+        Some templates refuse a system turn. It is then left out, and counted for the report.
+        """
 
         def render(turns: list[dict[str, str]]) -> str:
             return str(

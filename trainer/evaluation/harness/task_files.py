@@ -40,21 +40,23 @@ class TaskFiles:
 
 @lru_cache(maxsize=64)
 def find_tasks(name: str | None, path: str | None) -> TaskFiles:
-    """The tasks that a name stands for, from `path` (a YAML or a directory of YAMLs) or the harness's own; reads no data.
+    """The lm-eval tasks that a name stands for: a task, a group or a tag. Reads YAMLs, no data.
 
-    Without a name, the first one in the file. Errors: ConfigError, whose text begins with the value.
+    They come from `path` (a YAML, or a directory of YAMLs) or from the harness's own files. Without a name, it is the first
+    one in `path`. Errors: ConfigError, whose text begins with the name or the path.
     """
     index: dict[str, Any] = {}
-    faults: list[str] = []
+    unreadable: list[str] = []  # an error message for each YAML that cannot be read
     if path is not None:
-        faults = _read_files(_files(path), index)
+        unreadable = _read_files(_yaml_files(path), index)
         if name is None and Path(path).expanduser().is_file():
             name = next(iter(index), None)
     if name is None:
-        raise ConfigError(f"{path}: " + (faults[0] if faults else "has neither `task` nor `group`; name the task"))
+        problem = unreadable[0] if unreadable else "has neither `task` nor `group`; name the task"
+        raise ConfigError(f"{path}: {problem}")
     index = _with_built_in_tasks(name, index)
     if name not in index:
-        raise ConfigError(f"{name}: {_unknown(name, index, path, faults)}")
+        raise ConfigError(f"{name}: {_unknown_task(name, index, path, unreadable)}")
     single_tasks = dict(_single_tasks(name, {}, index))
     aggregates = (index[name].cfg or {}).get("aggregate_metric_list") or []
     if not isinstance(aggregates, list):
@@ -64,7 +66,11 @@ def find_tasks(name: str | None, path: str | None) -> TaskFiles:
 
 
 def _with_built_in_tasks(name: str, user_index: dict[str, Any]) -> dict[str, Any]:
-    """The user's entries and those of the harness that `name` needs: itself, and the members of groups and tags."""
+    """The user's entries by name, and those of the harness that the task `name` needs: itself, and all members of groups.
+
+    Only files that mention a missing name are read, and then those that mention the members of what was found, until none is
+    missing. Entries of the user win over those of the harness.
+    """
     index = dict(user_index)
     searched: set[str] = set()
     missing = {name} - user_index.keys()
@@ -77,8 +83,9 @@ def _with_built_in_tasks(name: str, user_index: dict[str, Any]) -> dict[str, Any
             if entry_name in missing or is_new:
                 index[entry_name] = entry
         members: set[str] = set()
-        for entry_name in ({name} | searched | user_index.keys()) & index.keys():
-            members.update(_part_names(index[entry_name]))
+        known_names = ({name} | searched | user_index.keys()) & index.keys()
+        for entry_name in known_names:
+            members.update(_member_names(index[entry_name]))
         missing = members - user_index.keys() - searched
     if searched - index.keys():
         # Some name is in no file that mentions it: let the harness build its whole index. The user's entries come last and win.
@@ -86,7 +93,8 @@ def _with_built_in_tasks(name: str, user_index: dict[str, Any]) -> dict[str, Any
     return index
 
 
-def _files(path: str) -> list[Path]:
+def _yaml_files(path: str) -> list[Path]:
+    """The YAML at `path`, or those in the directory `path`. Raises ConfigError if there are none."""
     root = Path(path).expanduser()
     if not root.exists():
         raise ConfigError(f"{path}: there is no such file or directory")
@@ -97,37 +105,43 @@ def _files(path: str) -> list[Path]:
 
 
 def _read_files(files: list[Path], index: dict[str, Any]) -> list[str]:
-    """Put the entries of files into the index; returns what is wrong with those that cannot be read."""
-    faults = []
+    """Put the entries of YAML files into the index; returns an error message for each file that cannot be read."""
+    unreadable = []
     for file in files:
         try:
             read_task_file(file, index)
         except Exception as error:  # noqa: BLE001  of a YAML anything may be wrong
-            faults.append(f"{file}: cannot be read: {' '.join(str(error).split())[:300]}")
-    return faults
+            one_line = " ".join(str(error).split())[:300]
+            unreadable.append(f"{file}: cannot be read: {one_line}")
+    return unreadable
 
 
 @lru_cache(maxsize=1)
-def _own_files() -> dict[str, bytes]:
-    """The harness's own files, and what they include, by path."""
+def _built_in_files() -> dict[str, bytes]:
+    """The contents of the harness's own YAMLs, and of files that they include, by path."""
     import lm_eval
 
     files = sorted((Path(lm_eval.__file__).parent / "tasks").rglob("*"))
     texts = {}
     for file in files:
-        # Files that are included often have no suffix.
-        if (not file.suffix or file.suffix.endswith("yaml")) and file.is_file():
+        may_be_yaml = not file.suffix or file.suffix.endswith("yaml")  # files that are included often have no suffix
+        if may_be_yaml and file.is_file():
             texts[str(file)] = file.read_bytes()
     return texts
 
 
 @lru_cache(maxsize=1)
 def _included_by() -> dict[str, list[str]]:
-    """The harness's own files that include a file, by its path."""
+    """For each file of the harness that others include, the files that include it; all as paths.
+
+    `include:` in a YAML has one name, a list in brackets, or a list of lines that begin with a dash.
+    """
     including: dict[str, list[str]] = {}
-    for file, text in _own_files().items():
+    for file, text in _built_in_files().items():
         for names in _INCLUDE.findall(text):
-            for name in filter(None, re.split(r"[\s,\[\]'\"]+|- ", names.decode())):
+            for name in re.split(r"[\s,\[\]'\"]+|- ", names.decode()):
+                if not name:
+                    continue
                 included = os.path.normpath(f"{Path(file).parent}/{name}")
                 including.setdefault(included, []).append(file)
     return including
@@ -145,10 +159,13 @@ def _full_index() -> dict[str, Any]:
 
 
 def _files_naming(names: set[str]) -> list[Path]:
-    """The harness's own files that contain one of these names, and files that include such a file, which inherit its tags."""
+    """The harness's own YAMLs that contain one of these names as a whole word, and those that include such a file.
+
+    A YAML inherits the tags of the files that it includes, so it may belong to a tag that it does not mention.
+    """
     any_name = b"|".join(re.escape(name.encode()) for name in names)
     pattern = re.compile(rb"(?<![\w.+-])(?:" + any_name + rb")(?![\w.+-])")
-    queue = [file for file, text in _own_files().items() if pattern.search(text)]
+    queue = [file for file, text in _built_in_files().items() if pattern.search(text)]
     files = {*queue}
     for file in queue:  # grows while it is walked: files that include files that include one
         for including in _included_by().get(file, ()):
@@ -158,8 +175,8 @@ def _files_naming(names: set[str]) -> list[Path]:
     return [Path(file) for file in sorted(files) if file.endswith(".yaml")]
 
 
-def _part_names(entry: Any) -> Iterator[str]:
-    """Names of the tasks and groups that a tag or a group consists of."""
+def _member_names(entry: Any) -> Iterator[str]:
+    """Names of the tasks and groups that an entry of the index consists of; none if it is a single task."""
     if entry.kind.name == "TAG":
         yield from entry.tags
     elif entry.kind.name == "GROUP":
@@ -168,10 +185,11 @@ def _part_names(entry: Any) -> Iterator[str]:
 
 
 def _members(task: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, settings) of each member of a group; `task` is the group's `task` in the YAML."""
+    """(name, settings) of each member of a group. `task`: what the group's YAML has under `task`, a list or one member."""
     if not task:
         return
-    for member in task if isinstance(task, list) else [task]:
+    members = task if isinstance(task, list) else [task]
+    for member in members:
         if isinstance(member, str):
             yield member, {}
         elif isinstance(member.get("task"), list):  # a group that is defined within the group
@@ -195,11 +213,13 @@ def _single_tasks(name: str, settings: dict[str, Any], index: dict[str, Any]) ->
         yield name, {**(entry.cfg or {}), **settings}
 
 
-def _unknown(name: str, index: dict[str, Any], path: str | None, faults: list[str]) -> str:
-    """Why a name is not known, with a hint."""
-    if faults:
-        return f"is not in {path}; {faults[0]}"
-    searched = "lm-evaluation-harness has no such task" + (f", nor has {path}" if path else "")
+def _unknown_task(name: str, index: dict[str, Any], path: str | None, unreadable: list[str]) -> str:
+    """The error message for a task name that is not in the index. `unreadable`: messages for YAMLs that could not be read."""
+    if unreadable:
+        return f"is not in {path}; {unreadable[0]}"
+    searched = "lm-evaluation-harness has no such task"
+    if path:
+        searched += f", nor has {path}"
     similar = difflib.get_close_matches(name, index, n=3)
     if similar:
         return f"{searched}; did you mean {' or '.join(similar)}?"
@@ -207,9 +227,12 @@ def _unknown(name: str, index: dict[str, Any], path: str | None, faults: list[st
 
 
 def missing_data(settings: dict[str, Any]) -> tuple[str | None, str | None]:
-    """(what is wrong with the files that a task reads, the data set that it reads from a hub), by its settings; else None.
+    """Where the data of an lm-eval task is, as (error message, hub data set): (None, None) if it is in files of this machine.
 
-    A data set of a hub may be in the cache of `datasets`. Data that a function makes is not known before the function runs.
+    The message is set if a file is missing, the data set if the task reads one of a hub.
+
+    `settings`: those of the task's YAML. A data set of a hub may be in the cache of `datasets`. Data that a function makes is
+    not known before the function runs.
     """
     path = settings.get("dataset_path")
     if settings.get("custom_dataset") or settings.get("class") or path is None:
@@ -217,14 +240,18 @@ def missing_data(settings: dict[str, Any]) -> tuple[str | None, str | None]:
     if path not in BUILDERS:
         if Path(path).expanduser().exists():
             return None, None
-        part = f" ({settings['dataset_name']})" if settings.get("dataset_name") else ""
-        return None, f"{path}{part}"
+        hub_data_set = str(path)
+        if settings.get("dataset_name"):  # one configuration of the data set
+            hub_data_set += f" ({settings['dataset_name']})"
+        return None, hub_data_set
+
+    # `dataset_path` is a format such as json: the files stand in `dataset_kwargs`.
     dataset_kwargs = settings.get("dataset_kwargs") or {}
     files = [*texts_in(dataset_kwargs.get("data_files"))]
     directory = ""
     if dataset_kwargs.get("data_files"):
         directory = dataset_kwargs.get("data_dir") or ""  # the files are below it
-    if not files:
+    if not files:  # all files of the directory
         files = [*texts_in(dataset_kwargs.get("data_dir"))]
     if not files:
         return f"dataset_path: {path} without files; give dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}", None

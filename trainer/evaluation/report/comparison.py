@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.report.intervals import (
-    FEW,
+    TOO_FEW_CASES,
     WORSE,
     Bootstrap,
     MetricDifference,
@@ -36,24 +36,28 @@ def compare_task(
     other_metrics: dict[str, float],
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """What the report says of one task in comparison with another model.
+    """What `evaluation.json` says of one task in comparison with another model: `metrics` by name, and rows that `changed`.
 
-    `resampled` are this model's metrics of resamples. Of the other model its metrics are known, and perhaps its rows.
+    `resampled`: this model's metrics, float64 [resamples] each. `other_rows`: None if only the other model's metrics are known.
+    If both models answered the same rows, they are compared row by row.
     """
     rows = model.rows[task.name]
-    paired_rows = other_rows if other_rows is not None and same_rows(rows, other_rows) else None
+    paired_rows = None
+    if other_rows is not None and same_rows(rows, other_rows):
+        paired_rows = other_rows
     common_metrics = [metric for metric in task.metrics_for(rows) if metric.name in other_metrics]
     if paired_rows is None:
         differences = _unpaired_differences(task, model, common_metrics, resampled, other_metrics)
     else:
         differences = _paired_differences(task, model, common_metrics, resampled, paired_rows, other_metrics, bootstrap)
-    metrics = {}
+
+    metric_records = {}
     for metric in common_metrics:
         record = asdict(differences[metric.name])
         if _number_of_cases(metric, rows) < metric.min_cases:
-            record["verdict"] = FEW
-        metrics[metric.name] = record
-    comparison: dict[str, Any] = {"paired": paired_rows is not None, "metrics": metrics}
+            record["verdict"] = TOO_FEW_CASES
+        metric_records[metric.name] = record
+    comparison: dict[str, Any] = {"paired": paired_rows is not None, "metrics": metric_records}
     if paired_rows is not None:
         score = right_or_wrong_score(task, [*rows, *paired_rows])
         if score is not None:
@@ -70,7 +74,10 @@ def _paired_differences(
     other_metrics: dict[str, float],
     bootstrap: Bootstrap,
 ) -> dict[str, MetricDifference]:
-    """Differences by metric, from the same resamples of both models' rows."""
+    """The difference of two models in each metric, from the same resamples of the rows that both answered.
+
+    If several of the metrics are one family (one for each group of people, say), their p-values are corrected together.
+    """
     other_resampled = resample_metrics(task, other_rows, bootstrap)
     rows = model.rows[task.name]
     family = [metric for metric in metrics if metric.in_family]
@@ -100,15 +107,18 @@ def _unpaired_differences(
     resampled: dict[str, np.ndarray],
     other_metrics: dict[str, float],
 ) -> dict[str, MetricDifference]:
-    """Differences by metric, from this model's rows alone."""
+    """The difference of two models in each metric, from this model's rows and the other one's metrics alone.
+
+    A metric of a family gets a wider interval, by the number of its members.
+    """
     rows = model.rows[task.name]
-    members = sum(metric.in_family for metric in metrics)
+    num_in_family = sum(metric.in_family for metric in metrics)
     differences = {}
     for metric in metrics:
         name = metric.name
         value = model.metrics[task.name][name]
         greater = metric.greater_is_better
-        family_size = members if metric.in_family else 1
+        family_size = num_in_family if metric.in_family else 1
         counts = share_counts(metric, rows)
         if counts is None:
             differences[name] = unpaired_difference(
@@ -122,26 +132,33 @@ def _unpaired_differences(
 
 
 def _number_of_cases(metric: Metric, rows: Sequence[TaskRow]) -> int:
-    """How many rows count in a metric."""
-    score = metric.case_score or (metric.ratio[1] if metric.ratio else None)
-    if score is None:
+    """How many rows are cases of a metric: those with its case score above 0, and without such a score all of them."""
+    case_score = metric.case_score
+    if case_score is None and metric.ratio is not None:
+        _, case_score = metric.ratio  # the denominator
+    if case_score is None:
         return len(rows)
-    return sum(row.scores.get(score, 0.0) > 0 for row in rows)
+    return sum(row.scores.get(case_score, 0.0) > 0 for row in rows)
 
 
 def right_or_wrong_score(task: Task, rows: Sequence[TaskRow]) -> str | None:
     """The score that says whether a row is right (1) or wrong (0): that of the first metric. None if it has other values."""
-    ratio = next(iter(task.metrics_for(rows))).ratio
-    if ratio is None:
+    first_metric = task.metrics_for(rows)[0]
+    if first_metric.ratio is None:
         return None
-    score, denominator = ratio
-    if denominator is not None or any(row.scores[score] not in (0.0, 1.0) for row in rows):
+    score, denominator = first_metric.ratio
+    if denominator is not None:
         return None
-    return score
+    has_other_values = any(row.scores[score] not in (0.0, 1.0) for row in rows)
+    return None if has_other_values else score
 
 
 def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: str) -> dict[str, Any]:
-    """Rows that one of the models has right and the other wrong: `won` by this model, `lost` to the other."""
+    """Rows that one of two models has right and the other wrong: `won` by this model, `lost` to the other.
+
+    Both models answered the same rows, in the same order. `score`: the name of the score that is 1 for a right row. The keys are
+    those of `evaluation.json`.
+    """
     changed: dict[str, list[dict[str, str]]] = {"won": [], "lost": []}
     for row, other in zip(rows, other_rows, strict=True):
         if row.scores[score] == other.scores[score]:
@@ -157,7 +174,11 @@ def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: 
 
 
 def regressions(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
-    """The metrics that became worse than allowed, a line each: by more than `limit` if it is set, else beyond chance."""
+    """The metrics of a task that became worse than allowed, a line each.
+
+    A metric may lose `limit` if that is set. Else it is worse if the whole interval of the difference is on the worse side.
+    `metrics`: records of `compare_task` by name.
+    """
     lines = []
     for metric in task.metrics:
         difference = metrics.get(metric.name)
@@ -169,11 +190,11 @@ def regressions(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
         else:
             loss = -change if metric.greater_is_better else change
         limit = task.config.limit.get(metric.name)
-        value = difference["value"] + change
-        line = f"{task.name}: {metric.name} {value:.4g}, was {difference['value']:.4g}"
+        new_value = difference["value"] + change
+        line = f"{task.name}: {metric.name} {new_value:.4g}, was {difference['value']:.4g}"
         if limit is not None and loss > limit:
             lines.append(f"{line}: worse by {loss:.4g}, more than {task.key}.limit.{metric.name}={limit:g}")
         elif limit is None and difference["verdict"] == WORSE:
-            span = f"[{difference['low']:.4g}, {difference['high']:.4g}]"
-            lines.append(f"{line}: the 95 % interval of the difference, {span}, is wholly on the worse side")
+            interval = f"[{difference['low']:.4g}, {difference['high']:.4g}]"
+            lines.append(f"{line}: the 95 % interval of the difference, {interval}, is wholly on the worse side")
     return lines

@@ -23,7 +23,13 @@ DRAWN_COUNTS = 1 << 22
 """Counts of rows that are drawn at a time, which bounds the memory."""
 ROUNDING = 1e-5
 """Relative difference up to which two values count as equal: other batches and ranks round all rows the same other way."""
-BETTER, WORSE, SAME, MOVED, FEW = "better", "worse", "no difference shown", "differs", "too few cases"
+# Verdicts on a difference, as `evaluation.json` has them.
+BETTER = "better"
+WORSE = "worse"
+NO_DIFFERENCE = "no difference shown"
+DIFFERS = "differs"
+"""Of a metric of which neither direction is better."""
+TOO_FEW_CASES = "too few cases"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +41,32 @@ class Bootstrap:
 
     def description(self, *, paired: bool) -> str:
         """The method in one line, for the report."""
-        kind = "paired bootstrap over rows" if paired else "bootstrap over rows"
+        method = "paired bootstrap over rows" if paired else "bootstrap over rows"
         test = ", two-sided p" if paired else ""
         return (
-            f"{kind}, {self.resamples} resamples (at most {Task.max_resamples} where a metric is no mean), seed {self.seed}, "
+            f"{method}, {self.resamples} resamples (at most {Task.max_resamples} where a metric is no mean), seed {self.seed}, "
             f"95 % percentile interval{test}; of shares of rows Wilson's interval"
         )
 
 
 def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) -> dict[str, np.ndarray]:
-    """Each metric of resamples of the rows, float64 [resamples]; NaN if a resample has no value."""
+    """Bootstrap: the value of each metric in each resample of the rows, float64 [resamples] by name.
+
+    NaN if a resample has no value. A metric that is no ratio of sums has `task.max_resamples` values at most, since each one is
+    computed from scratch.
+    """
     rng = np.random.default_rng([bootstrap.seed, len(rows)])
-    chunk = max(1, DRAWN_COUNTS // len(rows))
+    chunk_resamples = max(1, DRAWN_COUNTS // len(rows))
     equal_chances = np.full(len(rows), 1 / len(rows))
     weighted_metrics = task.weighted_metrics(rows)
     metrics = task.metrics_for(rows)
     scores = _scores_of_ratios(metrics, rows)
-    parts: dict[str, list[np.ndarray]] = {metric.name: [] for metric in metrics}
+    chunks: dict[str, list[np.ndarray]] = {metric.name: [] for metric in metrics}
     drawn = 0
     while drawn < bootstrap.resamples:
-        resamples = min(chunk, bootstrap.resamples - drawn)
-        weights = rng.multinomial(len(rows), equal_chances, resamples).astype(float)  # [resamples, rows]
+        resamples = min(chunk_resamples, bootstrap.resamples - drawn)
+        # How often each row counts in each resample, [resamples, rows].
+        weights = rng.multinomial(len(rows), equal_chances, resamples).astype(float)
         for metric in metrics:
             if metric.ratio is None:
                 slow_weights = weights[: max(0, task.max_resamples - drawn)]
@@ -63,11 +74,14 @@ def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) 
                 values = np.array([metric_of_weights(row_weights) for row_weights in slow_weights])
             else:
                 numerator, denominator = metric.ratio
-                denominators = weights @ scores[denominator] if denominator else np.full(len(weights), float(len(rows)))
+                if denominator is None:  # every resample has as many rows
+                    denominators = np.full(len(weights), float(len(rows)))
+                else:
+                    denominators = weights @ scores[denominator]
                 values = metric.from_sums(weights @ scores[numerator], denominators)
-            parts[metric.name].append(values)
+            chunks[metric.name].append(values)
         drawn += len(weights)
-    return {name: np.concatenate(chunks) for name, chunks in parts.items()}
+    return {name: np.concatenate(metric_chunks) for name, metric_chunks in chunks.items()}
 
 
 def _scores_of_ratios(metrics: Sequence[Metric], rows: Sequence[TaskRow]) -> dict[str, np.ndarray]:
@@ -103,24 +117,31 @@ def share_counts(metric: Metric, rows: Sequence[TaskRow]) -> tuple[float, float]
     if metric.ratio is None or metric.exponential:
         return None
     numerator, denominator = metric.ratio
-    successes = [row.scores.get(numerator, 0.0) for row in rows]
-    cases = [row.scores.get(denominator, 0.0) if denominator else 1.0 for row in rows]
-    for success, case in zip(successes, cases, strict=True):
+    successes = 0.0
+    cases = 0.0
+    for row in rows:
+        success = row.scores.get(numerator, 0.0)
+        case = 1.0 if denominator is None else row.scores.get(denominator, 0.0)
         if case not in (0.0, 1.0) or success not in (0.0, case):
             return None
-    total = sum(cases)
-    return (sum(successes), total) if total else None
+        successes += success
+        cases += case
+    return (successes, cases) if cases else None
 
 
 def wilson_interval(successes: float, cases: float, level: float = LEVEL) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927). Unlike resamples, it has a width if every row is right, or none is."""
+    """The interval of a share of `successes` among `cases` (Wilson 1927), for a confidence of 1 - `level`.
+
+    Unlike that of resamples, it has a width if every row is right, or none is.
+    """
     share = successes / cases
     z = NormalDist().inv_cdf(1 - level / 2)
-    middle = (share + z**2 / (2 * cases)) / (1 + z**2 / cases)
-    half = z / (1 + z**2 / cases) * math.sqrt(share * (1 - share) / cases + (z / (2 * cases)) ** 2)
+    shrinkage = 1 + z**2 / cases
+    middle = (share + z**2 / (2 * cases)) / shrinkage
+    half_width = z / shrinkage * math.sqrt(share * (1 - share) / cases + (z / (2 * cases)) ** 2)
     # Exact ends, since rounding could leave 0 % or 100 % just outside the interval.
-    low = 0.0 if successes == 0 else middle - half
-    high = 1.0 if successes == cases else middle + half
+    low = 0.0 if successes == 0 else middle - half_width
+    high = 1.0 if successes == cases else middle + half_width
     return low, high
 
 
@@ -150,18 +171,27 @@ def paired_difference(
     *,
     greater: bool | None,
 ) -> MetricDifference:
-    """The difference of two models on the same rows, from the same resamples of both."""
+    """The difference of two models in one metric on the same rows, tested by a paired bootstrap.
+
+    `resampled`, `other_resampled`: each model's metric in the same resamples (float64 [resamples]). `greater`: whether a greater
+    value is better, None if neither is.
+    """
     differences = resampled - other_resampled
     low, high = percentile_interval(differences)
     # A resample with exactly no difference supports neither side, so it counts against both.
-    against = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
-    p = min(1.0, 2 * (against + 1) / (len(differences) + 1))
+    num_against_gain = int((differences <= 0).sum())
+    num_against_loss = int((differences >= 0).sum())
+    num_against = min(num_against_gain, num_against_loss)
+    p = min(1.0, 2 * (num_against + 1) / (len(differences) + 1))  # two-sided
     verdict = _verdict(other_value, low, high, greater=greater)
     return MetricDifference(other_value, value - other_value, low, high, p, verdict)
 
 
 def with_corrected_p(difference: MetricDifference, p: float, *, greater: bool | None) -> MetricDifference:
-    """The difference judged as one of a family, by its corrected p. The interval stays that of the metric alone."""
+    """The difference judged as one of a family of metrics, by its p-value corrected for their number.
+
+    The interval stays that of the metric alone.
+    """
     significant = difference.difference if p < LEVEL else 0.0
     verdict = _verdict(difference.value, significant, significant, greater=greater)
     return replace(difference, p=p, verdict=verdict)
@@ -184,7 +214,10 @@ def unpaired_difference(
 def unpaired_share_difference(
     value: float, other_value: float, counts: tuple[float, float], *, greater: bool | None, family_size: int = 1
 ) -> MetricDifference:
-    """`unpaired_difference` for a share; `counts` are the successes and cases of this model."""
+    """The difference from a share whose rows are not known: is that share outside this model's own interval (Wilson's)?
+
+    `counts`: this model's (successes, cases). For one of `family_size` metrics, the verdict uses a wider interval (Bonferroni).
+    """
     low, high = wilson_interval(*counts)
     wide_low, wide_high = wilson_interval(*counts, LEVEL / family_size)
     verdict = _verdict(other_value, wide_low - other_value, wide_high - other_value, greater=greater)
@@ -195,9 +228,10 @@ def _verdict(other_value: float, low: float, high: float, *, greater: bool | Non
     """What an interval of the difference says; `greater`: whether a greater value is better, None if neither is."""
     tolerance = ROUNDING * abs(other_value)
     if greater is None:
-        return MOVED if low > tolerance or high < -tolerance else SAME
+        excludes_zero = low > tolerance or high < -tolerance
+        return DIFFERS if excludes_zero else NO_DIFFERENCE
     if low > tolerance:
         return BETTER if greater else WORSE
     if high < -tolerance:
         return WORSE if greater else BETTER
-    return SAME
+    return NO_DIFFERENCE

@@ -20,7 +20,10 @@ MOST_LABELS = 40
 
 
 def render_page(report: dict[str, Any], tasks: Sequence[Task], models: dict[str, EvaluatedModel]) -> str:
-    """The page as HTML; texts of rows are escaped. The keys of `parts` are read by `page.html.j2`."""
+    """The report's page as HTML, with a part for each task. Texts of rows are escaped.
+
+    `models`: the evaluated models by arm (tuned or base). The keys of `parts` are read by `page.html.j2`.
+    """
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
@@ -35,7 +38,9 @@ def render_page(report: dict[str, Any], tasks: Sequence[Task], models: dict[str,
         base_answers = {}
         if BASE in models:
             base_answers = {row.where: row.answer for row in models[BASE].rows[task.name]}
-        matrix = confusion(rows) if isinstance(task, ClassificationTask) else None
+        matrix = None
+        if isinstance(task, ClassificationTask):
+            matrix = confusion(rows)
         picture = None
         if can_draw and matrix and len(matrix[0]) <= MOST_LABELS:
             picture = confusion_picture(*matrix)
@@ -57,10 +62,11 @@ def render_page(report: dict[str, Any], tasks: Sequence[Task], models: dict[str,
 
 
 def worst_rows_first(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """Rows from bad to good by the number of `row_value`."""
+    """The rows of a task from bad to good, by what each contributes to the first metric (`row_value`)."""
     metric = task.metrics_for(rows)[0]
     _, score_of_row = row_value(task, rows)
-    sign = 1 if metric.ratio is None or metric.greater_is_better else -1
+    small_is_bad = metric.ratio is None or metric.greater_is_better
+    sign = 1 if small_is_bad else -1
     return sorted(rows, key=lambda row: sign * score_of_row(row))
 
 
@@ -80,7 +86,7 @@ def row_value(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskR
 
 
 def confusion_picture(names: list[str], counts: list[list[int]]) -> str:
-    """A confusion matrix as an SVG in a data address."""
+    """A heat map of a confusion matrix, as a `data:` address of an SVG. `counts`: rows [true label][predicted label]."""
     import altair as alt
     import vl_convert
 
@@ -92,8 +98,9 @@ def confusion_picture(names: list[str], counts: list[list[int]]) -> str:
         x=alt.X("predicted:N", sort=names, title="predicted"), y=alt.Y("true:N", sort=names, title="true")
     )
     heat = base.mark_rect().encode(color=alt.Color("rows:Q", scale=alt.Scale(scheme="blues"), title="rows"))
-    largest = max(max(row) for row in counts)
-    ink = alt.condition(alt.datum.rows > largest / 2, alt.value("white"), alt.value("black"))
+    largest_count = max(max(row) for row in counts)
+    # Numbers are white on dark cells.
+    ink = alt.condition(alt.datum.rows > largest_count / 2, alt.value("white"), alt.value("black"))
     chart = (heat + base.mark_text().encode(text="rows:Q", color=ink)).properties(
         width=alt.Step(44), height=alt.Step(32)
     )

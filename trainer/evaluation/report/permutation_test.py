@@ -25,19 +25,25 @@ DRAWN_NUMBERS = 1 << 22
 def family_p(
     task: Task, metrics: Sequence[Metric], rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], seed: int
 ) -> dict[str, float]:
-    """p of each metric of a family, by name, corrected for their number. Both models must have answered the same rows."""
+    """p-value of the difference of two models in each metric of a family, by name, corrected for the number of metrics.
+
+    Both models must have answered the same rows. `seed`: of the random exchanges.
+    """
     rng = np.random.default_rng([seed, len(rows)])
-    chunk = max(1, DRAWN_NUMBERS // len(rows))
+    chunk_exchanges = max(1, DRAWN_NUMBERS // len(rows))
     exchanges = EXCHANGES if all(metric.ratio for metric in metrics) else EXCHANGES // 2
     weighted_metrics = task.weighted_metrics([*rows, *other_rows])
     nothing_exchanged = np.zeros((1, len(rows)))
-    parts = [_differences(metrics, rows, other_rows, weighted_metrics, nothing_exchanged)]
-    for begin in range(0, exchanges, chunk):
-        exchanged = rng.integers(0, 2, (min(chunk, exchanges - begin), len(rows))).astype(float)
-        parts.append(_differences(metrics, rows, other_rows, weighted_metrics, exchanged))
-    differences = np.nan_to_num(np.concatenate(parts))  # the first row is the observed one
-    p_values = max_statistic_p(differences[0], differences[1:]).tolist()
-    return dict(zip((metric.name for metric in metrics), p_values, strict=True))
+    chunks = [_differences(metrics, rows, other_rows, weighted_metrics, nothing_exchanged)]
+    for begin in range(0, exchanges, chunk_exchanges):
+        num_draws = min(chunk_exchanges, exchanges - begin)
+        exchanged = rng.integers(0, 2, (num_draws, len(rows))).astype(float)
+        chunks.append(_differences(metrics, rows, other_rows, weighted_metrics, exchanged))
+    differences = np.nan_to_num(np.concatenate(chunks))
+    observed, by_chance = differences[0], differences[1:]
+    p_values = max_statistic_p(observed, by_chance).tolist()
+    names = [metric.name for metric in metrics]
+    return dict(zip(names, p_values, strict=True))
 
 
 def _differences(
@@ -75,8 +81,11 @@ def _ratio_after_exchange(
     other_rows: Sequence[TaskRow],
     exchanged: np.ndarray,
 ) -> np.ndarray:
-    """The metric of the first model after each exchange, float64 [draws]."""
-    sums = []
+    """The metric of the first model after each exchange of rows, float64 [draws].
+
+    An exchanged row adds the other model's score to the sum instead of the own one.
+    """
+    sums = []  # numerator and denominator, float64 [draws] each
     for score in ratio:
         own_scores = _score_array(rows, score)
         other_scores = _score_array(other_rows, score)
@@ -86,4 +95,6 @@ def _ratio_after_exchange(
 
 def _score_array(rows: Sequence[TaskRow], score: str | None) -> np.ndarray:
     """A score of each row, float64 [rows]; ones if the ratio's denominator is the number of rows."""
-    return np.array([row.scores.get(score, 0.0) if score else 1.0 for row in rows])
+    if score is None:
+        return np.ones(len(rows))
+    return np.array([row.scores.get(score, 0.0) for row in rows])

@@ -44,7 +44,7 @@ class EarlierEvaluation:
 
 
 def rows_hash(rows: Sequence[TaskRow]) -> str:
-    """SHA-256 of what was asked: the places of the rows and their references."""
+    """SHA-256 of what was asked: `file:line` of each row and its reference. Equal hashes mean that rows can be compared."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.where, row.reference]).encode())
@@ -53,16 +53,13 @@ def rows_hash(rows: Sequence[TaskRow]) -> str:
 
 def same_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) -> bool:
     """Whether two models were asked the same, so that they can be compared row by row."""
-    if len(rows) != len(other_rows):
-        return False
-    return all(
-        (row.where, row.reference) == (other.where, other.reference)
-        for row, other in zip(rows, other_rows, strict=True)
-    )
+    asked = [(row.where, row.reference) for row in rows]
+    other_asked = [(row.where, row.reference) for row in other_rows]
+    return asked == other_asked
 
 
 def task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """What the report says of one task; `intervals` are the 95 % intervals by metric."""
+    """What `evaluation.json` says of one task; `intervals` are the 95 % intervals by metric."""
     rows = model.rows[task.name]
     record: dict[str, Any] = {
         "kind": task.kind,
@@ -84,9 +81,13 @@ def task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[fl
 def _metric_records(
     task: Task, rows: Sequence[TaskRow], values: dict[str, float], intervals: dict[str, tuple[float, float]]
 ) -> dict[str, dict[str, Any]]:
-    """What the report says of each metric of a task, by name. A name may end in `/SOURCE`."""
+    """What `evaluation.json` says of each metric of a task, by name: value, interval, and what decides the number.
+
+    `values`: the metrics by name; a name may end in `/SOURCE`.
+    """
     signatures = task.signatures()
     standard_errors = task.standard_errors(rows)
+    # Reversed, so that of two metrics with one name the first one stays.
     known_metrics = {metric.name: metric for metric in reversed(task.metrics_for(rows))}
     records = {}
     for name, value in values.items():
@@ -117,17 +118,25 @@ def _throughput_record(throughput: GenerationThroughput) -> dict[str, Any]:
 
 
 def write_report(directory: Path, report: dict[str, Any], models: dict[str, EvaluatedModel]) -> None:
-    """Write the report and its rows into a directory; `models` are by arm (tuned or base). Errors: StorageError."""
+    """Write `evaluation.json` and `evaluation_rows.jsonl` into a directory. Errors: StorageError.
+
+    `models`: the evaluated models by arm (tuned or base).
+    """
     lines = []
     for arm, model in models.items():
         for task, rows in model.rows.items():
-            lines += [json_text({"task": task, "arm": arm, **asdict(row)}, ensure_ascii=False) for row in rows]
+            for row in rows:
+                lines.append(json_text({"task": task, "arm": arm, **asdict(row)}, ensure_ascii=False))
+    # The rows come first: a report without its rows could not be compared row by row.
     write_text_atomic(directory / ROWS, "".join(f"{line}\n" for line in lines))
     write_text_atomic(directory / REPORT, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_report(path: Path, key: str) -> EarlierEvaluation:
-    """A report, with its rows if they are next to it. Errors: ConfigError if the file is no report."""
+    """An earlier evaluation: `path` is its `evaluation.json`, and its rows are read if they are next to it.
+
+    `key`: the setting that names the file. Errors: ConfigError if it is no report of this version.
+    """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(report, dict) and isinstance(report["tasks"], dict) and report["version"] == VERSION

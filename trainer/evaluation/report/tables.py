@@ -11,26 +11,30 @@ from trainer.reporting.trackers.base import Table
 
 
 def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> dict[str, Table]:
-    """Tables of one task by name; `before` are the same rows answered by another model, or earlier in the training."""
+    """Tables of one task for the trackers, by name: its worst rows, and those that turned right or wrong.
+
+    `before`: the same rows answered by another model, or earlier in the training; None at the first evaluation.
+    """
     name = f"eval/{task.name}"
     tables = {}
     if rows:
         tables[f"{name}/worst_rows"] = worst_rows_table(task, rows, before)
     if before is None or [row.where for row in rows] != [row.where for row in before]:
-        return tables
+        return tables  # rows that are not the same cannot have changed
     score = right_or_wrong_score(task, [*rows, *before])
     if score is None:
         return tables
     changed = changed_rows(rows, before, score)
     cells = []
     for now, side in (("wrong", "lost"), ("right", "won")):
-        cells += [[now, row["where"], row["prompt"], row["answer"], row["other"]] for row in changed[side]]
+        for row in changed[side]:
+            cells.append([now, row["where"], row["prompt"], row["answer"], row["other"]])
     tables[f"{name}/changed_rows"] = Table(["now", "row", "prompt", "answer", "answer before"], cells)
     return tables
 
 
 def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> Table:
-    """The rows that the page shows, the worst one first."""
+    """A table of the task's `MAX_WORST_ROWS` worst rows, the worst one first, with the earlier answer beside the new one."""
     score_name, score_of_row = row_value(task, rows)
     answers_before = {row.where: row.answer for row in before or ()}
     cells = []

@@ -21,19 +21,25 @@ UNFINISHED_FILE, ROWS = "evaluation_unfinished.json", "evaluation_unfinished_row
 class UnfinishedReport:
     """Writes metrics and rows of each task as soon as a model has answered it. Only on rank 0."""
 
-    def __init__(self, to: Path, model: dict[str, Any]) -> None:
-        """`to`: the report's directory. `model`: what is evaluated, for the file."""
-        self.directory, self.model = to, model
-        self._models: dict[str, dict[str, Any]] = {}
+    def __init__(self, directory: Path, model: dict[str, Any]) -> None:
+        """`directory`: where the report will be. `model`: what is evaluated, for the file."""
+        self.directory = directory
+        self.model = model
+        self._finished: dict[str, dict[str, Any]] = {}
         """By arm (tuned or base) and task: metrics, number of rows and seconds."""
 
     def add(self, arm: str, done: FinishedTask) -> None:
-        """Write a task that `arm` (tuned or base) has answered. Errors: StorageError."""
+        """Append the rows of a finished task to the file, and its metrics to the unfinished report. Errors: StorageError.
+
+        `arm`: which model has answered, tuned or base.
+        """
         task = done.prepared.task
-        if not self._models:
+        if not self._finished:
             # Not earlier: if this evaluation finishes no task, the files of an earlier one stay.
             self.discard()
-        lines = [json_text({"task": task.name, "arm": arm, **asdict(row)}, ensure_ascii=False) for row in done.rows]
+        lines = []
+        for row in done.rows:
+            lines.append(json_text({"task": task.name, "arm": arm, **asdict(row)}, ensure_ascii=False))
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with (self.directory / ROWS).open("a", encoding="utf-8") as file:
@@ -42,16 +48,16 @@ class UnfinishedReport:
             raise StorageError(
                 f"{self.directory / ROWS}: cannot be written ({error}); free space, or give another to="
             ) from error
-        tasks = self._models.setdefault(arm, {})
+        tasks = self._finished.setdefault(arm, {})
         tasks[task.name] = {"metrics": done.metrics, "num_rows": len(done.rows), "seconds": round(done.seconds, 3)}
         # The key is not `tasks`, as in a report, so that nothing reads this part as a complete evaluation.
-        report = {"version": VERSION, "unfinished": True, "model": self.model, "finished": self._models}
+        report = {"version": VERSION, "unfinished": True, "model": self.model, "finished": self._finished}
         write_text_atomic(self.directory / UNFINISHED_FILE, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
     def names(self) -> list[str]:
         """The tasks that are written, such as `base: facts`."""
         names = []
-        for arm, tasks in self._models.items():
+        for arm, tasks in self._finished.items():
             names += [f"{arm}: {task}" for task in tasks]
         return names
 
