@@ -61,7 +61,8 @@ class Judge:
             if self.calls + len(new_questions) > self.config.max_calls:
                 raise LimitReached(
                     f"{KEY}.max_calls={self.config.max_calls}: {len(new_questions)} questions are to be asked, {self.calls} "
-                    f"were, and {len(verdict_by_question)} are in the cache; nothing was sent. Raise it, or ask fewer rows (max_rows)"
+                    f"were, and {len(verdict_by_question)} are in the cache; nothing was sent. Raise it, or ask fewer rows "
+                    "(max_rows)"
                 )
             chunk_size = self.config.parallel
             for begin in range(0, len(new_questions), chunk_size):
