@@ -18,26 +18,28 @@ from trainer.reporting.step_times import now, seconds_between
 
 
 def timed_modules(blocks: list[nn.Module], *, exchanges_inside: bool) -> list[nn.Module]:
-    """What computes without another rank: the blocks, or their modules with weights if blocks wait for others inside.
+    """The modules whose forward pass is a rank's own computation, without waiting for other ranks.
 
-    They do under ZeRO-3, which gathers inside of them, and with `exchanges_inside`: attention that exchanges slices for heads
-    (`parallel.sequence`). None where blocks are compiled: what is put around them would be compiled, too.
+    These are the transformer blocks, or their modules with weights if blocks wait for others inside. They do under ZeRO-3, which
+    gathers inside of them, and with `exchanges_inside`: attention that exchanges slices for heads (`parallel.sequence`). None if
+    blocks are compiled: hooks would be compiled with them.
     """
     if any(is_compiled(block) for block in blocks):
         return []
     modules: list[nn.Module] = []
     is_partitioned = False
     for block in blocks:
+        # DeepSpeed marks the parameters that it partitions by an id.
         is_partitioned = is_partitioned or any(hasattr(parameter, "ds_id") for parameter in block.parameters())
         modules += block.modules()
     if not is_partitioned and not exchanges_inside:
         return blocks
-    return [module for module in modules if next(module.parameters(False), None) is not None]
+    return [module for module in modules if next(module.parameters(recurse=False), None) is not None]
 
 
 @dataclass(slots=True)
 class BlockTimer:
-    """Times modules while it is on."""
+    """Times the forward passes of modules while `is_on`, by hooks."""
 
     device: torch.device
     is_on: bool = False
@@ -52,7 +54,7 @@ class BlockTimer:
             module.register_forward_hook(self._end, prepend=True)
 
     def read(self) -> float:
-        """Seconds since the last call, 0 where nothing was timed. Waits for the device."""
+        """Seconds of the passes timed since the last call; 0 if none were. Waits for the device."""
         passes = self._passes
         self._passes = []
         self._begun.clear()
@@ -63,5 +65,8 @@ class BlockTimer:
             self._begun[module] = now(self.device)
 
     def _end(self, module: nn.Module, *_: Any) -> None:
-        if self.is_on and (begun := self._begun.pop(module, None)) is not None:
+        if not self.is_on:
+            return
+        begun = self._begun.pop(module, None)
+        if begun is not None:  # None if timing was turned on during the pass
             self._passes.append((begun, now(self.device)))

@@ -23,9 +23,13 @@ def manifest(root: Path = ROOT) -> dict[str, Any]:
 
 
 def revision(root: Path = ROOT) -> str | None:
-    """Revision of the code, `-dirty` where it was changed since; of a copy that of its clone. None outside a clone."""
-    if manifest_content := manifest(root):
-        return manifest_content.get("revision") or f"code {str(manifest_content.get('sha256'))[:12]}"
+    """The git revision of the code that runs, with `-dirty` if files were changed; None for an installed package.
+
+    A job may run a copy of a clone: then it is the revision of that clone, or the hash of the files if it had none.
+    """
+    copied_from = manifest(root)
+    if copied_from:
+        return copied_from.get("revision") or f"code {str(copied_from.get('sha256'))[:12]}"
     if not (root / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

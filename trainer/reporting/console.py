@@ -15,8 +15,10 @@ from strategies.redaction import redacted
 
 MIN_BAR_WIDTH = 10
 """Columns that the bar keeps. Fields beside it are left out before it gets shorter."""
+MAX_BAR_WIDTH = 40
+"""Columns of the bar at most: a longer one tells no more."""
 CLEAR = "\r\x1b[2K"
-"""To the beginning of the line, which is emptied."""
+"""Control codes: go to the beginning of the line, and empty it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +53,27 @@ class Console:
         return shutil.get_terminal_size((100, 24)).columns
 
     def print_line(self, text: str) -> None:
-        """A line that stays; a bar is below it."""
+        """Print a line above the progress bar, and write it to the log file."""
         self.note(text)
-        if self.enabled:
-            bar = self._bar
-            print(f"{CLEAR if bar else ''}{text}", flush=not bar)
-            self._draw(bar)
+        if not self.enabled:
+            return
+        bar = self._bar
+        clear_bar = CLEAR if bar else ""
+        print(f"{clear_bar}{text}", flush=not bar)
+        self._draw(bar)
 
     def note(self, text: str) -> None:
-        """A line for the log file alone."""
+        """Write a line to the log file alone, with the time and without secrets."""
         if self._log is not None:
             with suppress(OSError):  # a full disk is reported by whoever writes what the run depends on
                 self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
                 self._log.flush()
 
     def progress(self, row: dict[str, Any], schedule: RunSchedule) -> None:
-        """Show the newest step."""
+        """Show the newest step: as a bar on a terminal, else as a line. The log file gets the line in any case.
+
+        `row`: the step's metrics, as in `metrics.jsonl`.
+        """
         line = " | ".join(_fields(row, schedule))
         self.note(line)
         if not self._live:
@@ -84,6 +91,7 @@ class Console:
             self._bar = ""
 
     def _draw(self, bar: str) -> None:
+        """Put this text in the place of the bar; empty for none."""
         self._bar = bar
         if bar:
             sys.stdout.write(CLEAR + bar)
@@ -115,35 +123,38 @@ def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
 
 
 def _bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
-    """A progress bar with the most important fields beside it, as many as `width` columns have room for."""
+    """A progress bar with the most important fields of a step beside it, as many as `width` columns have room for."""
     from rich.console import Console as Terminal
     from rich.progress_bar import ProgressBar
 
     field_by_name = {field.split()[0]: field for field in _fields(row, schedule)}
-    head = field_by_name["step"]
-    room = width - MIN_BAR_WIDTH - 2 - len(head)
-    beside = ""
+    step_field = field_by_name["step"]
+    # Columns beside the step and a short bar, with a blank on either side of it.
+    room = width - MIN_BAR_WIDTH - 2 - len(step_field)
+    other_fields = ""
     for field in _by_importance(row, schedule, field_by_name):
-        if len(beside) + 2 + len(field) > room:
+        if len(other_fields) + 2 + len(field) > room:
             break
-        beside += f"  {field}"
-    if not beside:
-        return head[:width]
-    bar_width = max(1, min(40, room - len(beside) + MIN_BAR_WIDTH))
+        other_fields += f"  {field}"
+    if not other_fields:
+        return step_field[:width]
+    # What the fields leave goes to the bar.
+    bar_width = max(1, min(MAX_BAR_WIDTH, room - len(other_fields) + MIN_BAR_WIDTH))
     bar = ProgressBar(total=schedule.total_steps, completed=row["step"], width=bar_width)
     terminal = Terminal(file=sys.stdout, width=width, legacy_windows=False)
     with terminal.capture() as drawn:
         terminal.print(bar, end="")
-    return f"{head} {drawn.get().rstrip()}{beside}"
+    return f"{step_field} {drawn.get().rstrip()}{other_fields}"
 
 
 def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: dict[str, str]) -> list[str]:
-    """Fields beside the bar, the most important first."""
+    """Fields beside the bar, the most important first. `field_by_name`: those of a log's line, by their first word."""
     next_evaluation = ""
-    if schedule.evaluate_every and row["step"] < schedule.total_steps:
-        steps = -row["step"] % schedule.evaluate_every
-        if steps:
-            next_evaluation = f"eval in {min(steps, schedule.total_steps - row['step'])}"
+    steps_left = schedule.total_steps - row["step"]
+    if schedule.evaluate_every and steps_left > 0:
+        steps_to_evaluation = -row["step"] % schedule.evaluate_every
+        if steps_to_evaluation:
+            next_evaluation = f"eval in {min(steps_to_evaluation, steps_left)}"  # there is one at the end, too
     fields = [
         field_by_name["loss"],
         field_by_name["eta"],
@@ -159,6 +170,9 @@ def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: di
 
 
 def _clock_text(seconds: float) -> str:
+    """Seconds as 2:05:09, and below an hour as 5:09."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes}:{seconds:02d}"

@@ -6,10 +6,11 @@ from torch import Tensor
 
 
 def load_by_layer(tokens: Tensor) -> list[dict[str, float]]:
-    """Of each layer of `tokens [layers, experts]` (below zero where a layer has no such expert):
+    """How evenly the router spread tokens over the experts, for each layer of a mixture-of-experts model.
 
-    `max_over_mean`, the tokens of its busiest expert over the mean of all (1 where they are even), and `unused`, the share
-    of its experts without a token.
+    `tokens`: int64 [layers, experts], how many tokens chose each expert; below 0 if a layer has no such expert.
+    `max_over_mean` is the tokens of the busiest expert over the mean of all (1 if they are even), and `unused` the share of
+    experts without a token.
     """
     loads = []
     for layer in tokens.double():

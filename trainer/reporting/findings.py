@@ -29,15 +29,20 @@ class RecordedFinding:
 
 
 def findings_in(challenges: Mapping[str, Any] | None) -> list[RecordedFinding]:
-    """Findings of a record; none for a run that wrote no such record, and none that the run has recovered from."""
+    """The findings of a run's detectors that it has not recovered from.
+
+    `challenges`: what `run.json` has under this key; None if the run wrote nothing there.
+    """
     findings = []
     for detector, record in (challenges or {}).items():
         if not isinstance(record, Mapping) or not record.get("found"):
             continue
         name = str(record.get("verdict") or detector)
-        step = int(record.get("first_step", record.get("step", 0)))
-        says = str(record.get("says", "")).removeprefix(f"{name}: ")
-        findings.append(RecordedFinding(name, step, says, [*record.get("remedies", [])]))
+        first_step = int(record.get("first_step", record.get("step", 0)))
+        # The sentence begins with the name, which is shown beside it.
+        observation = str(record.get("says", "")).removeprefix(f"{name}: ")
+        remedies = [*record.get("remedies", [])]
+        findings.append(RecordedFinding(name, first_step, observation, remedies))
     return findings
 
 

@@ -16,12 +16,14 @@ import torch
 INTERVAL_S = 5.0
 """Seconds between two looks."""
 NAMES = ("utilization_percent", "memory_gib", "power_w", "temperature_c")
-"""Memory is that of all processes on the GPU."""
+"""What is measured of a GPU; memory is that of all processes on it."""
 ReadGpu = Callable[[torch.device], Iterable[float]]
 
 
 def read_gpu(device: torch.device) -> list[float]:
-    """The figures of `NAMES`, now; NaN where the driver or its package (`nvidia-ml-py`) does not tell."""
+    """Measure a GPU now: the figures of `NAMES` in their order; NaN if the driver or its package (`nvidia-ml-py`) does not
+    tell.
+    """
     units_per_watt = 1 if torch.version.hip else 1000  # NVIDIA's driver gives milliwatts, AMD's watts
     return [
         _reading(torch.cuda.utilization, device),
@@ -32,6 +34,7 @@ def read_gpu(device: torch.device) -> list[float]:
 
 
 def _reading(ask_driver: Callable[[torch.device], float], device: torch.device) -> float:
+    """One figure from the driver; NaN if it gives none."""
     try:
         return float(ask_driver(device))
     except Exception:  # noqa: BLE001 - whatever the driver's library raises, the run trains on
@@ -63,7 +66,7 @@ class GpuWatcher(threading.Thread):
         return figures
 
     def means(self) -> list[float]:
-        """Means since the last call, as `NAMES` has them; NaN where nothing was measured."""
+        """Mean figures since the last call, in the order of `NAMES`; NaN if nothing was measured."""
         samples = self._samples
         self._samples = []
         if not samples:
@@ -71,10 +74,10 @@ class GpuWatcher(threading.Thread):
         return [fmean(values) for values in zip(*samples, strict=True)]
 
 
-def row_metrics(ranks: list[list[float]]) -> dict[str, float]:
-    """A row's metrics, out of the means of each rank; what is not known is left out."""
+def row_metrics(means_by_rank: list[list[float]]) -> dict[str, float]:
+    """The metrics `gpu/RANK/NAME` of a row, from each rank's `GpuWatcher.means`; what is not known is left out."""
     metrics = {}
-    for rank, means in enumerate(ranks):
+    for rank, means in enumerate(means_by_rank):
         for name, mean in zip(NAMES, means, strict=True):
             if not math.isnan(mean):
                 metrics[f"gpu/{rank}/{name}"] = mean

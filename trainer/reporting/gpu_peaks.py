@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_SAME: dict[float, tuple[str, ...]] = {
+_NAMES_BY_TFLOPS: dict[float, tuple[str, ...]] = {
     2500.0: ("NVIDIA GB200",),
     2250.0: ("NVIDIA B200", "NVIDIA B300 SXM6 AC"),
     989.4: (
@@ -57,8 +57,8 @@ _SAME: dict[float, tuple[str, ...]] = {
     1307.4: ("AMD Instinct MI300X", "AMD Instinct MI300X VF", "AMD Instinct MI325X"),
 }
 PEAK_TFLOPS: dict[str, float] = {}
-for _figure, _names in _SAME.items():
-    PEAK_TFLOPS |= dict.fromkeys(_names, _figure)
+for _tflops, _names in _NAMES_BY_TFLOPS.items():
+    PEAK_TFLOPS |= dict.fromkeys(_names, _tflops)
 """TFLOP/s of one device in dense bf16 (fp16 before Ampere), without sparsity and with sums in fp32, by the driver's name.
 
 NVIDIA: the data sheets of H100, H200, H20, GH200, HGX B200, HGX B300, GB200 NVL72, A100, A30, A40, A10, A10G, L4, L20,
@@ -71,5 +71,5 @@ The files of conf/hardware say for their cards what was looked up where; the oth
 
 
 def peak_tflops(name: str) -> float | None:
-    """The figure of the card whose driver calls itself exactly `name`; None for others, parts of a card (MIG) among them."""
+    """Peak TFLOP/s of the GPU that its driver calls exactly `name`; None for an unknown one, or a part of a GPU (MIG)."""
     return PEAK_TFLOPS.get(name.strip())

@@ -25,12 +25,13 @@ class JsonlTracker:
     """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `not_finite`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
+        """Open the file for appending. `resume_step`: rows after it are removed; 0 at a start. Errors: StorageError."""
         self.path = path
         self.earlier = EarlierResults()
         self._warned = False
         try:
             if path.exists():  # rows after the checkpoint belong to a future that is now done again
-                self._keep_up_to(resume_step or -1)
+                self._keep_up_to(resume_step or -1)  # a new start keeps no row, not even that of step 0
             self._file = self._open()
             atomic_io.sync_directory(path.parent)
         except OSError as error:
@@ -39,33 +40,41 @@ class JsonlTracker:
             ) from error
 
     def _keep_up_to(self, step: int) -> None:
-        """Leave only the rows up to this step, durably: the checkpoint counts on them. Errors: OSError, with all rows there.
+        """Remove the rows after this step, durably: the checkpoint counts on those before. Errors: OSError, with all rows there.
 
-        Lines that are no rows are moved to `metrics.unreadable.jsonl`, which is said.
+        Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning.
         """
         content = read_rows(self.path)
         if content.unreadable:
             self._set_aside(content.unreadable)
-        kept = [number for number, row in enumerate(content.rows) if row["step"] <= step]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_bytes(b"".join(content.lines[number] + b"\n" for number in kept))
-        atomic_io.sync_file(aside)
-        atomic_io.disk.rename(aside, self.path)
-        self.earlier = earlier_results(content.rows[number] for number in kept)
+        kept_rows = []
+        kept_lines = []
+        for row, line in zip(content.rows, content.lines, strict=True):
+            if row["step"] <= step:
+                kept_rows.append(row)
+                kept_lines.append(line + b"\n")
+        # The new file is complete and on the disk before it takes the name of the old one.
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept_lines))
+        atomic_io.sync_file(temporary)
+        atomic_io.disk.rename(temporary, self.path)
+        self.earlier = earlier_results(kept_rows)
 
     def _set_aside(self, unreadable: list[UnreadableLine]) -> None:
         """Append lines that are no rows to `metrics.unreadable.jsonl`, durably, and print which they are. Errors: OSError."""
-        aside = self.path.with_name(UNREADABLE)
-        with aside.open("a", encoding="utf-8") as file:
+        unreadable_file = self.path.with_name(UNREADABLE)
+        with unreadable_file.open("a", encoding="utf-8") as file:
             for broken in unreadable:
                 # Bytes that are not UTF-8 stand as lone surrogates, which Python turns back into the same bytes.
                 text = broken.line.decode(errors="surrogateescape")
                 file.write(json.dumps({"line": broken.number, "reason": broken.reason, "text": text}) + "\n")
-        atomic_io.sync_file(aside)
-        more = f" and {len(unreadable) - MAX_NAMED} more" if len(unreadable) > MAX_NAMED else ""
-        lines = f"{', '.join(map(str, unreadable[:MAX_NAMED]))}{more}"
+        atomic_io.sync_file(unreadable_file)
+        named_lines = ", ".join(map(str, unreadable[:MAX_NAMED]))
+        if len(unreadable) > MAX_NAMED:
+            named_lines += f" and {len(unreadable) - MAX_NAMED} more"
         print(
-            f"warning: {self.path}: {lines}; what cannot be read was moved to {aside.name}, and the run continues without it",
+            f"warning: {self.path}: {named_lines}; what cannot be read was moved to {unreadable_file.name}, and the run "
+            "continues without it",
             flush=True,
         )
 
@@ -76,7 +85,7 @@ class JsonlTracker:
         self._file = self._open()
 
     def _open(self) -> TextIO:
-        """For appending, and for reading back what is in a file that somebody deletes."""
+        """Open the file for appending, and for reading it back if somebody deletes its name while the run goes on."""
         return self.path.open("a+", encoding="utf-8")
 
     def _write_again_if_deleted(self) -> None:
@@ -88,24 +97,29 @@ class JsonlTracker:
             return
         if not is_deleted:
             return
+        # The open file still has its content, although its name is gone.
         self._file.seek(0)
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text(self._file.read(), encoding="utf-8")
-        atomic_io.sync_file(aside)
-        atomic_io.disk.rename(aside, self.path)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(self._file.read(), encoding="utf-8")
+        atomic_io.sync_file(temporary)
+        atomic_io.disk.rename(temporary, self.path)
         self._file.close()
         self._file = self._open()
         print(f"{self.path}: was deleted while the run was under way; its rows are written again", flush=True)
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        """Append a row, with the names of its metrics that are not finite, and flush it. Errors: OSError."""
         self._write_again_if_deleted()
-        # The first row has the file's version, as one more key: a row of its own would be no row to those who read the file.
-        version = {VERSION_KEY: FILE_VERSION} if os.fstat(self._file.fileno()).st_size == 0 else {}
-        self._file.write(json_text({"step": step, **metrics, **not_finite(metrics), **version}) + "\n")
+        row = {"step": step, **metrics, **not_finite(metrics)}
+        is_first_row = os.fstat(self._file.fileno()).st_size == 0
+        if is_first_row:
+            # The version is one more key: a row of its own would be no row to those who read the file.
+            row[VERSION_KEY] = FILE_VERSION
+        self._file.write(json_text(row) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Have the rows on the disk, as the checkpoint will be that they lead to; one warning where that is not possible."""
+        """Sync the rows to the disk, before the checkpoint that counts on them. If that fails, there is one warning."""
         try:
             atomic_io.disk.sync(self._file.fileno())
         except OSError as error:
@@ -127,21 +141,24 @@ class JsonlTracker:
 
 def not_finite(metrics: dict[str, Any]) -> dict[str, list[str]]:
     """`{"not_finite": [names]}` if numbers are NaN or infinite, which JSON cannot hold: they become null. Else empty."""
-    names = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    names = []
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            names.append(name)
     return {"not_finite": names} if names else {}
 
 
-def json_text(value: Any, **how: Any) -> str:
-    """JSON that every reader takes: null where a number is not finite. `how` are arguments of `json.dumps`."""
-    return json.dumps(_with_null(value), allow_nan=False, **how)
+def json_text(content: Any, **dumps_arguments: Any) -> str:
+    """JSON that every reader takes, with null for numbers that are NaN or infinite. `dumps_arguments`: of `json.dumps`."""
+    return json.dumps(_with_null(content), allow_nan=False, **dumps_arguments)
 
 
-def _with_null(part: Any) -> Any:
+def _with_null(content: Any) -> Any:
     """The same JSON values, with None for each number that is not finite."""
-    if isinstance(part, float):
-        return part if math.isfinite(part) else None
-    if isinstance(part, dict):
-        return {key: _with_null(inner) for key, inner in part.items()}
-    if isinstance(part, list | tuple):
-        return [_with_null(inner) for inner in part]
-    return part
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _with_null(inner) for key, inner in content.items()}
+    if isinstance(content, list | tuple):
+        return [_with_null(inner) for inner in content]
+    return content

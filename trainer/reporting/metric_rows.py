@@ -17,7 +17,7 @@ from strategies.errors import ConfigError
 from trainer.reporting.file_version import VERSION_KEY, version_of
 
 METRICS = "metrics.jsonl"
-MOST = 2**34
+MAX_BYTES = 2**34
 """Bytes of such a file; more is not read at once."""
 
 
@@ -48,9 +48,12 @@ class MetricRows:
 
 
 def read_rows(path: Path) -> MetricRows:
-    """All rows of a file; none where there is no file. Errors: OSError; ConfigError if it is of a later version."""
+    """All rows of a `metrics.jsonl`, and the lines that are none; nothing if there is no file.
+
+    Errors: OSError; ConfigError if a later version of shardtune wrote the file.
+    """
     try:
-        raw = atomic_io.read_bytes(path, most=MOST)
+        raw = atomic_io.read_bytes(path, most=MAX_BYTES)
     except FileNotFoundError:
         return MetricRows()
     content = MetricRows()
@@ -59,9 +62,10 @@ def read_rows(path: Path) -> MetricRows:
         if not line.strip():
             continue
         try:
-            row = _object_of(line)
+            row = _parse_line(line)
         except ValueError as error:
-            if number < len(lines):  # the last line has no end yet: it is just being written
+            is_last = number == len(lines)  # it has no end yet: it is just being written
+            if not is_last:
                 content.unreadable.append(UnreadableLine(number, str(error), line))
             continue
         if VERSION_KEY in row:
@@ -73,7 +77,7 @@ def read_rows(path: Path) -> MetricRows:
 
 
 def rows_in(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """The rows among lines that may be cut off at both ends; the others are left out."""
+    """The rows among some lines of a `metrics.jsonl`; lines that are cut off or broken are left out."""
     rows = []
     for line in lines:
         try:
@@ -84,6 +88,7 @@ def rows_in(lines: Iterable[bytes]) -> list[dict[str, Any]]:
 
 
 def _known_version(row: dict[str, Any], path: Path) -> int:
+    """The version of the file, from its first row. Raises ConfigError if this code cannot read it."""
     try:
         return version_of(row)
     except ValueError as error:
@@ -92,12 +97,12 @@ def _known_version(row: dict[str, Any], path: Path) -> int:
 
 def row_of(line: bytes) -> dict[str, Any]:
     """The row that a line is, without the file's version. Raises ValueError with what is wrong, to follow "line 7"."""
-    row = _object_of(line)
+    row = _parse_line(line)
     row.pop(VERSION_KEY, None)
     return row
 
 
-def _object_of(line: bytes) -> dict[str, Any]:
+def _parse_line(line: bytes) -> dict[str, Any]:
     """The row that a line is, with all its keys. Raises ValueError with what is wrong, to follow "line 7"."""
     if b"\0" in line:
         raise ValueError("has NUL bytes, as a power cut leaves them")

@@ -34,11 +34,11 @@ class ProfileConfig:
 
 
 def profile_problems(config: ProfileConfig, total_steps: int | None) -> list[str]:
-    """What is wrong with the settings; `total_steps` of the run, where they are known."""
+    """An error message if `profile.steps` cannot be traced. `total_steps`: steps of the run; None if they are not known yet."""
     steps = config.steps
-    typed = f"profile.steps={str(steps).replace(' ', '')}"
     if not steps:
         return []
+    typed = f"profile.steps={str(steps).replace(' ', '')}"  # as on a command line
     if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
         return [f"{typed}: must be the first and the last step, 1 at least; profile.steps=[10,12] traces three"]
     if total_steps is not None and steps[1] > total_steps:
@@ -62,55 +62,62 @@ class Profiler:
         self.folder = run_dir / FOLDER
         self.runtime = runtime
         self._at_step = at_step
-        self._say = print_line
-        self._live: Any = None
-        self._begun = 0
+        self._print_line = print_line
+        self._torch_profiler: Any = None
+        self._first_traced = 0
 
     def at_step(self, step: int) -> None:
-        """Called before each step with its number."""
+        """Begin or end tracing, if it is time to. Called before each step with its number."""
         if self.steps:
-            if self._live is not None and step > self.steps[1]:
+            first_step, last_step = self.steps
+            if self._torch_profiler is not None and step > last_step:
                 self._end(step - 1)
-            if self._live is None and step == self.steps[0]:
+            if self._torch_profiler is None and step == first_step:
                 self._begin(step)
         self._at_step(step)
 
     def _begin(self, step: int) -> None:
+        """Start tracing; `step` is the first one that is traced."""
         from torch.profiler import ProfilerActivity, profile
 
-        kinds = [ProfilerActivity.CPU]
+        activities = [ProfilerActivity.CPU]
         if self.runtime.device.type == "cuda":
-            kinds.append(ProfilerActivity.CUDA)
-        self._live = profile(activities=kinds, profile_memory=True, acc_events=True)
-        self._begun = step
-        self._live.start()
+            activities.append(ProfilerActivity.CUDA)
+        self._torch_profiler = profile(activities=activities, profile_memory=True, acc_events=True)
+        self._first_traced = step
+        self._torch_profiler.start()
 
-    def _end(self, last: int) -> None:
-        """Stop tracing after step `last`; write this rank's trace and its summary. A full disk is only reported."""
-        live = self._live
-        self._live = None
-        live.stop()
+    def _end(self, last_step: int) -> None:
+        """Stop tracing after `last_step`; write this rank's trace and its summary. A full disk is only reported."""
+        torch_profiler = self._torch_profiler
+        self._torch_profiler = None
+        torch_profiler.stop()
         rank = self.runtime.rank
         trace = self.folder / f"rank-{rank}.json.gz"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            live.export_chrome_trace(str(trace))
+            torch_profiler.export_chrome_trace(str(trace))
             with gzip.open(trace, "rt", encoding="utf-8") as file:
-                measured = summarise(json.load(file)["traceEvents"])
-            summary = {"rank": rank, "device": str(self.runtime.device), "steps": [self._begun, last], **measured}
+                trace_summary = summarise(json.load(file)["traceEvents"])
+            summary = {
+                "rank": rank,
+                "device": str(self.runtime.device),
+                "steps": [self._first_traced, last_step],
+                **trace_summary,
+            }
             write_text_atomic(self.folder / f"rank-{rank}.summary.json", json_text(summary, indent=1) + "\n")
         except (OSError, ValueError) as error:  # the run does not end for its profile
-            self._say(f"warning: {trace}: not written ({error}); free space")
+            self._print_line(f"warning: {trace}: not written ({error}); free space")
             return
-        self._say(f"profiled steps {self._begun} to {last}: {trace} (open it in ui.perfetto.dev)")
+        self._print_line(f"profiled steps {self._first_traced} to {last_step}: {trace} (open it in ui.perfetto.dev)")
 
     def __enter__(self) -> Profiler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """The last traced step may be the run's last one."""
-        if self._live is not None:
+        """End tracing if the last traced step is the run's last one. After an error, nothing is written."""
+        if self._torch_profiler is not None:
             if kind is None:
                 self._end(self.steps[1])
             else:
-                self._live.stop()
+                self._torch_profiler.stop()
