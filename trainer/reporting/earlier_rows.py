@@ -24,7 +24,7 @@ class EarlierResults:
 
 
 def earlier_results(rows: Iterable[dict[str, Any]]) -> EarlierResults:
-    """The results in rows of `metrics.jsonl`."""
+    """Held-out metrics, last row and median speeds of the steps in these rows of `metrics.jsonl`, which are in their order."""
     results = EarlierResults()
     values_by_rate: dict[str, list[float]] = {}
     for row in rows:

@@ -35,7 +35,10 @@ PATIENCE_S = 30
 
 
 def problems(config: LoggingConfig, *, here: bool) -> Iterator[str]:
-    """Why energy cannot be measured as asked, one line each; `here`: whether the run starts on this host."""
+    """An error message if energy cannot be measured as `logging.energy` asks.
+
+    `here`: whether the run starts on this host, so that its packages are those of the run.
+    """
     if config.energy is None:
         return
     if not re.fullmatch(r"[A-Z]{3}", config.energy):
@@ -46,11 +49,16 @@ def problems(config: LoggingConfig, *, here: bool) -> Iterator[str]:
 
 @contextmanager
 def metering(country: str | None, run_dir: Path, runtime: Runtime, print_line: Callable[[str], None]) -> Iterator[None]:
-    """Measure energy within the context, on one rank of each host. If that fails, a line says why; the run trains on. Local."""
+    """Within it the energy of this host is measured by codecarbon, on one rank of each host.
+
+    `country`: three letters (ISO 3166), whose electricity decides the emissions; None measures nothing. If it fails, `print_line`
+    gets the reason, and the run trains on. No collective.
+    """
     if country is None or runtime.local_rank != 0:
         yield
         return
-    meter = _Meter(country, run_dir / FOLDER / f"{time.time_ns()}-{socket.gethostname()}.json", print_line)
+    file = run_dir / FOLDER / f"{time.time_ns()}-{socket.gethostname()}.json"  # of this start on this host
+    meter = _Meter(country, file, print_line)
     meter.start()
     try:
         yield
@@ -59,25 +67,28 @@ def metering(country: str | None, run_dir: Path, runtime: Runtime, print_line: C
 
 
 def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
-    """What all hosts and starts of a run took: `kwh`, `kg_co2e`, `hours` of hosts, `country`, `by`; None: nobody measured."""
-    parts = []
+    """The energy of a run, summed over hosts and starts; None if nobody measured.
+
+    Its keys are `kwh`, `kg_co2e`, `hours` (of hosts), `country`, `by` (who measured) and `hosts`, their number.
+    """
+    measurements = []  # one for each start on each host
     for path in sorted((run_dir / FOLDER).glob("*.json")):
         try:
-            parts.append(json.loads(path.read_text(encoding="utf-8")))
+            measurements.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):  # a host that was killed as it wrote its first
             continue
-    if not parts:
+    if not measurements:
         return None
     energy: dict[str, Any] = {}
     for name in ("kwh", "kg_co2e", "hours"):
-        energy[name] = sum(float(part[name]) for part in parts)
-    last = parts[-1]
-    hosts = {part["host"] for part in parts}  # a host has a file for each start
-    return {**energy, "country": last["country"], "by": last["by"], "hosts": len(hosts)}
+        energy[name] = sum(float(measurement[name]) for measurement in measurements)
+    newest = measurements[-1]
+    hosts = {measurement["host"] for measurement in measurements}
+    return {**energy, "country": newest["country"], "by": newest["by"], "hosts": len(hosts)}
 
 
 class _Meter(threading.Thread):
-    """Loads and starts the tracker beside training: both take seconds."""
+    """A thread that loads and starts codecarbon's tracker beside training: both take seconds."""
 
     def __init__(self, country: str, path: Path, print_line: Callable[[str], None]) -> None:
         super().__init__(name="energy", daemon=True)
@@ -93,10 +104,11 @@ class _Meter(threading.Thread):
             self.tracker.start()
         except Exception as error:  # noqa: BLE001 - whatever a meter lacks, the run trains on
             self.tracker = None
-            self.print_line(f"energy is not measured on {socket.gethostname()}: {' '.join(str(error).split())}")
+            one_line = " ".join(str(error).split())
+            self.print_line(f"energy is not measured on {socket.gethostname()}: {one_line}")
 
     def stop(self) -> None:
-        """Measure once more and write."""
+        """Let the tracker measure once more and write its totals. Waits `PATIENCE_S` for a tracker that is still starting."""
         self.join(PATIENCE_S)
         if self.is_alive():
             self.print_line(
@@ -106,16 +118,17 @@ class _Meter(threading.Thread):
             try:
                 self.tracker.stop()
             except Exception as error:  # noqa: BLE001
-                self.print_line(
-                    f"energy: the last look failed on {socket.gethostname()}: {' '.join(str(error).split())}"
-                )
+                one_line = " ".join(str(error).split())
+                self.print_line(f"energy: the last look failed on {socket.gethostname()}: {one_line}")
 
     def _tracker(self) -> Any:
         """codecarbon's tracker of this host, which hands its totals to `write` every `EVERY_S * WRITTEN_EVERY` seconds."""
         from codecarbon import OfflineEmissionsTracker
         from codecarbon.output import BaseOutput
 
-        class Written(BaseOutput):  # type: ignore[misc]
+        class TotalsToFile(BaseOutput):  # type: ignore[misc]
+            """codecarbon's interface of an output: it calls `live_out` now and then, and `out` at the end."""
+
             def out(_, total: Any, delta: Any) -> None:
                 self.write(total)
 
@@ -126,15 +139,17 @@ class _Meter(threading.Thread):
             country_iso_code=self.country,
             measure_power_secs=EVERY_S,
             api_call_interval=WRITTEN_EVERY,
-            output_handlers=[Written()],
+            output_handlers=[TotalsToFile()],
             save_to_file=False,
             allow_multiple_runs=True,
             log_level="critical",
         )
 
     def write(self, total: Any) -> None:
-        """What was taken since the start."""
-        parts = [f"{total.gpu_count} x {total.gpu_model}" if total.gpu_count else "", total.cpu_model, "memory"]
+        """Replace the host's file by its totals since the start. `total`: codecarbon's `EmissionsData`."""
+        measured_parts = [total.cpu_model, "memory"]
+        if total.gpu_count:
+            measured_parts.insert(0, f"{total.gpu_count} x {total.gpu_model}")
         measured = {
             "host": socket.gethostname(),
             "kwh": total.energy_consumed,
@@ -144,7 +159,7 @@ class _Meter(threading.Thread):
             "kg_co2e": total.emissions,
             "hours": total.duration / 3600,
             "country": total.country_iso_code,
-            "of": ", ".join(filter(None, parts)),
+            "of": ", ".join(part for part in measured_parts if part),
             "by": f"codecarbon {total.codecarbon_version}",
         }
         write_text_atomic(self.path, json.dumps(measured, indent=1) + "\n")

@@ -96,7 +96,7 @@ class Meter:
     """What each rank computed in the last interval, by rank; equal on all ranks."""
     gpu: gpu_meters.GpuWatcher | None = None
     """Looks at this rank's GPU; None where it has none."""
-    _gpus: dict[str, float] = field(default_factory=dict)
+    _gpu_metrics: dict[str, float] = field(default_factory=dict)
     """What all ranks' GPUs did in the last interval, as rows have it."""
     _records: list[StepRecord] = field(default_factory=list)
     _steps: int = 0
@@ -106,7 +106,10 @@ class Meter:
     """(tokens, supervised tokens, seconds) of a mean step of each flushed interval."""
 
     def begin(self, evaluation_s: float) -> None:
-        """The first step is about to be taken, after an evaluation of so many seconds."""
+        """Start the clock of steps, and the measurements of this rank's GPU. Called before the first step.
+
+        `evaluation_s`: seconds that the evaluation before it took.
+        """
         self.start_s = process_age_s()
         self.evaluation_s = evaluation_s
         if self.runtime.kind == "cuda":
@@ -115,7 +118,7 @@ class Meter:
         self.restart_clock()
 
     def timing(self, engine: Engine) -> Engine:
-        """The engine with the parts of its steps timed, for the rows from now on."""
+        """An engine that does the same, with its forward passes, backward passes and updates timed for the rows."""
         self.parts = PartTimes(self.runtime.device)
         return timed_engine(engine, self.parts)
 
@@ -127,10 +130,11 @@ class Meter:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a step: the first one of an interval is looked at, and what one of an attempt exchanges is counted."""
+        """Around each step: time the blocks in the first one of an interval, and count what one of an attempt exchanges."""
         self._steps += 1
         if self.block_timer is not None:
-            self.block_timer.is_on = not self._records
+            is_first_of_interval = not self._records
+            self.block_timer.is_on = is_first_of_interval
         # Counting costs a little in each exchange, so it is on in one step of an attempt only.
         if self._steps != COUNTED_IN or self.runtime.world_size == 1:
             yield
@@ -152,28 +156,34 @@ class Meter:
         return len(self._records)
 
     def flush(self) -> list[dict[str, Any]]:
-        """Rows of the buffered steps, equal on all ranks. All ranks must call; this is where the device is waited for."""
+        """The rows of the steps since the last flush, one for each step, equal on all ranks.
+
+        A collective: all ranks must call, after the same steps. This is where the host waits for the device.
+        """
         records = self._records
         self._records = []
         if not records:
             return []
         terms = sorted(records[0].local_sums)
         experts = [record.expert_tokens for record in records if record.expert_tokens is not None]
-        # A row a step. Columns: the sums of the terms, tokens of each expert, seconds of the step's parts, wait, tokens.
+        # Everything that is summed over ranks goes into one table, for one reduction: a row for each step, with the columns
+        # sums of the terms, tokens of each expert, seconds of the step's parts, wait for data, tokens.
         table = self._sums_on_device(records, terms, experts)
         host_columns = self._host_columns(records)
         num_host_columns = host_columns.shape[1]
         table = torch.cat([table, host_columns.to(table.device)], dim=1)
-        table, memory = self._over_ranks(table, records[0].local_tokens)
-        norms = torch.stack([record.result.grad_norm for record in records]).tolist()
+        table, memory = self._sum_over_ranks(table, records[0].local_tokens)
+        grad_norms = torch.stack([record.result.grad_norm for record in records]).tolist()
         skipped = torch.stack([record.result.skipped for record in records]).tolist()
+
         # The device has just caught up, so the interval's wall time is true even where single steps' would not be.
         step_s = (time.perf_counter() - self._clock) / len(records)
         self._clock = time.perf_counter()
-        tokens = sum(record.tokens for record in records) / len(records)
-        supervised_tokens = sum(record.supervised_tokens for record in records) / len(records)
-        self._intervals.append((tokens, supervised_tokens, step_s))
+        mean_tokens = sum(record.tokens for record in records) / len(records)
+        mean_supervised_tokens = sum(record.supervised_tokens for record in records) / len(records)
+        self._intervals.append((mean_tokens, mean_supervised_tokens, step_s))
 
+        # The columns apart again, now of all ranks together.
         term_sums = table[:, : len(terms)].tolist()
         part_seconds = table[:, -num_host_columns:-2].tolist()
         waits_s = table[:, -2].tolist()
@@ -181,10 +191,11 @@ class Meter:
         if experts:
             expert_tokens = table[:, len(terms) : -num_host_columns].view(len(records), *experts[0].shape)
             self.expert_tokens = expert_tokens.sum(0)
+
         rows = []
         for number, record in enumerate(records):
             sums = dict(zip(terms, term_sums[number], strict=True))
-            row = self._row(record, sums, waits_s[number], norms[number], step_s)
+            row = self._row(record, sums, waits_s[number], grad_norms[number], step_s)
             if expert_tokens is not None:
                 row |= expert_load.expert_metrics(expert_tokens[number])
             # Without timed parts there is nothing to zip: the means over ranks of what was timed.
@@ -194,54 +205,71 @@ class Meter:
             if skipped[number]:
                 row["skipped"] = 1
             rows.append(row)
-        rows[-1] |= self._gpus
+        rows[-1] |= self._gpu_metrics  # once an interval
         return rows
 
     def _sums_on_device(self, records: list[StepRecord], terms: list[str], experts: list[Tensor]) -> Tensor:
-        """float64 [steps, terms + experts]: this rank's sums, where they are."""
+        """This rank's sums of each step, on the device: float64 [steps, terms + layers * experts].
+
+        `terms`: names of the columns. `experts`: tokens by layer and expert of each step; empty for a model without experts.
+        """
         sums_by_step = []
         for record in records:
             sums_by_step.append(torch.stack([record.local_sums[term].double() for term in terms]))
         table = torch.stack(sums_by_step)
         if not experts:
             return table
-        return torch.cat([table, torch.stack(experts).double().flatten(1)], dim=1)
+        tokens_by_expert = torch.stack(experts).double().flatten(start_dim=1)
+        return torch.cat([table, tokens_by_expert], dim=1)
 
     def _host_columns(self, records: list[StepRecord]) -> Tensor:
-        """float64 [steps, parts + 2]: what the host knows of this rank: seconds of the parts, wait for data, tokens."""
-        part_seconds: list[list[float]] = [[] for _ in records] if self.parts is None else self.parts.read()
-        columns = []
+        """What the host knows of each step of this rank: float64 [steps, parts + 2].
+
+        The columns are the seconds of the step's parts (none if they are not timed), of the wait for data, and the tokens.
+        """
+        if self.parts is None:
+            part_seconds: list[list[float]] = [[] for _ in records]
+        else:
+            part_seconds = self.parts.read()
+        step_columns = []
         for record, seconds in zip(records, part_seconds, strict=True):
-            columns.append([*seconds, record.wait_s, float(record.local_tokens)])
-        return torch.tensor(columns, dtype=torch.float64)
+            step_columns.append([*seconds, record.wait_s, float(record.local_tokens)])
+        return torch.tensor(step_columns, dtype=torch.float64)
 
-    def _over_ranks(self, table: Tensor, tokens: int) -> tuple[Tensor, dict[str, float]]:
-        """The sum of all ranks' `table`, on the host, and the largest of their peaks of memory, in one reduction.
+    def _sum_over_ranks(self, table: Tensor, tokens: int) -> tuple[Tensor, dict[str, float]]:
+        """(the sum of all ranks' `table`, on the host; the largest peaks of memory of any rank, GiB by name). A collective.
 
-        With it goes what each rank computed, for `by_rank`: a table of one row a rank, in which each fills its own row
-        and leaves the others 0, so that the sum is the gathered table.
+        `tokens`: this rank's tokens of the interval's first step. The same reduction gathers what each rank measured of
+        itself, for `by_rank`: a table with a row for each rank, in which each rank fills its own row and leaves the others 0,
+        so that the sum is the gathered table.
         """
         peaks = peak_memory_gib(self.runtime.device)
         compute_s = 0.0 if self.block_timer is None else self.block_timer.read()
         last_step_s = self._intervals[-1][-1] if self._intervals else 0.0
         gpu_values = [] if self.gpu is None else self.gpu.means()
+
         own_row = [*peaks.values(), compute_s, tokens, last_step_s, *gpu_values]
         by_rank = torch.zeros(self.runtime.world_size, len(own_row), dtype=table.dtype)
         by_rank[self.runtime.rank] = torch.tensor(own_row, dtype=table.dtype)
         reduced = dist_sum(torch.cat([table.view(-1), by_rank.view(-1).to(table.device)])).cpu()
         summed, gathered = reduced.split([table.numel(), by_rank.numel()])
         gathered = gathered.view_as(by_rank)
-        self.peaks = dict(zip(peaks, gathered.amax(0).tolist(), strict=False))
+
+        self.peaks = dict(zip(peaks, gathered.amax(0).tolist(), strict=False))  # the first columns
         gpu_start = len(own_row) - len(gpu_values)
-        self.by_rank = [
-            RankTime(seconds=seconds, tokens=tokens, step_s=step_s)
-            for seconds, tokens, step_s in gathered[:, len(peaks) : gpu_start].tolist()
-        ]
-        self._gpus = gpu_meters.row_metrics(gathered[:, gpu_start:].tolist()) if gpu_values else {}
+        self.by_rank = []
+        for rank_seconds, rank_tokens, rank_step_s in gathered[:, len(peaks) : gpu_start].tolist():
+            self.by_rank.append(RankTime(seconds=rank_seconds, tokens=rank_tokens, step_s=rank_step_s))
+        self._gpu_metrics = {}
+        if gpu_values:
+            self._gpu_metrics = gpu_meters.row_metrics(gathered[:, gpu_start:].tolist())
         return summed.view(table.shape), self.peaks
 
     def speed(self) -> dict[str, float]:
-        """What the run did in a second: the median of its logging intervals, without the first where there are others."""
+        """Tokens a second, MFU and seconds of a step: medians over logging intervals. Empty before the first flush.
+
+        The first interval is left out if there are others.
+        """
         intervals = self._counted_intervals()
         if not intervals:
             return {}
@@ -251,7 +279,8 @@ class Meter:
             rates |= {"supervised_tokens_per_s": supervised_tokens / step_s, "step_s": step_s}
             for name, value in rates.items():
                 values_by_rate.setdefault(name, []).append(value)
-        return {"intervals": len(intervals), **{name: median(values) for name, values in values_by_rate.items()}}
+        medians = {name: median(values) for name, values in values_by_rate.items()}
+        return {"intervals": len(intervals), **medians}
 
     def step_s(self) -> float | None:
         """Seconds of a step, as `speed` takes its median; None before the first flush."""
@@ -263,7 +292,10 @@ class Meter:
         return self._intervals[1:] or self._intervals
 
     def _rates(self, tokens: float, step_s: float) -> dict[str, float]:
-        """Speeds of a step of `tokens`, all ranks together, that took `step_s` seconds."""
+        """Speeds of a step with this many tokens, all ranks together, that took `step_s` seconds.
+
+        `mfu`, the model FLOPs utilisation, is there if the peak of the device is known.
+        """
         world_size = self.runtime.world_size
         rates = {"tokens_per_s": tokens / step_s, "tokens_per_s_per_rank": tokens / step_s / world_size}
         if self.reference_tflops:
@@ -272,14 +304,18 @@ class Meter:
         return rates
 
     def _row(
-        self, record: StepRecord, sums: dict[str, float], wait_s: float, norm: float, step_s: float
+        self, record: StepRecord, sums: dict[str, float], wait_s: float, grad_norm: float, step_s: float
     ) -> dict[str, Any]:
-        """A step's row; `sums` and `wait_s` are those of all ranks."""
+        """A step's row of `metrics.jsonl`.
+
+        `sums`: each term of the loss, summed over tokens and ranks. `wait_s`: seconds that all ranks together waited for data.
+        `step_s`: mean seconds of a step in the interval.
+        """
         loss_count = record.counts["loss"] or 1
         row: dict[str, Any] = {
             "step": record.step,
             "loss": sums["loss"] / loss_count,
-            "grad_norm": norm,
+            "grad_norm": grad_norm,
             "lr": record.lr,
             "tokens": record.total_tokens,
             "step_tokens": record.tokens,
@@ -297,43 +333,52 @@ class Meter:
                 row[f"loss/{source}"] = sums[f"loss/{source}"] / count
         for name in self.metrics:
             row[name] = sums[name] / loss_count
-        # These are parts of the whole already: nothing is left to divide by.
-        row |= {name: value for name, value in sums.items() if name.startswith(("router/", "logits/"))}
+        # These are shares of the whole batch already: nothing is left to divide by.
+        for name, share in sums.items():
+            if name.startswith(("router/", "logits/")):
+                row[name] = share
         return row
 
 
 def process_age_s() -> float | None:
     """Seconds since this process was started, to a hundredth; None where the system does not tell (it does on Linux)."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        status = Path("/proc/self/stat").read_text(encoding="utf-8")
+        # Field 22, `starttime`, in ticks since boot (proc(5)). The second field is a name in brackets that may hold blanks.
+        fields_after_name = status.rsplit(")", 1)[1].split()
+        start_ticks = int(fields_after_name[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return None
 
 
 def reference_tflops(configured: float | None, device: torch.device) -> tuple[float | None, str]:
-    """(peak TFLOP/s of one device, where the figure comes from)."""
+    """The peak speed that MFU is measured against: (TFLOP/s of one device, where the figure comes from).
+
+    `configured`: `logging.reference_tflops`. The figure is None for a GPU that is not known. On a CPU it is measured now.
+    """
     if configured is not None:
         return configured, "logging.reference_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        figure = peak_tflops(name)
-        if not figure:
-            return figure, f"the peak of {name} is not known: set logging.reference_tflops"
-        return figure, f"data sheet, dense bf16 or fp16, {name}"
+        tflops = peak_tflops(name)
+        if not tflops:
+            return tflops, f"the peak of {name} is not known: set logging.reference_tflops"
+        return tflops, f"data sheet, dense bf16 or fp16, {name}"
     return measured_matmul_tflops(), f"fp32 matrix product measured at start, {torch.get_num_threads()} threads"
 
 
 def measured_matmul_tflops(size: int = 768) -> float:
-    """TFLOP/s of a square fp32 product on this CPU, the best of a few."""
+    """TFLOP/s of a matrix product [size, size] x [size, size] in fp32 on this CPU, the best of four."""
     a = torch.randn(size, size)
     b = torch.randn(size, size)
-    best = float("inf")
+    best_s = float("inf")
     for _ in range(4):  # the first one wakes threads up, and others share the machine
         start = time.perf_counter()
         a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12
+        best_s = min(best_s, time.perf_counter() - start)
+    flops = 2 * size**3  # a multiplication and an addition for each of size^3 products
+    return flops / best_s / 1e12
 
 
 def flops_per_token(
@@ -341,7 +386,9 @@ def flops_per_token(
 ) -> float:
     """Model FLOPs of forward and backward for one token, causal attention included (the count of Kaplan et al. 2020).
 
-    6 per trained weight; frozen weights need no gradient of their own, so 4.
+    `width`: of the hidden states. `mean_length`: tokens of a document. Each weight costs 2 in the forward pass and 2 in the
+    backward pass for the gradient of its input; a trained one 2 more for its own gradient.
     """
-    frozen = matmul_parameters - trainable_matmul_parameters
-    return 6.0 * trainable_matmul_parameters + 4.0 * frozen + 6.0 * layers * width * mean_length
+    frozen_matmul_parameters = matmul_parameters - trainable_matmul_parameters
+    attention = 6.0 * layers * width * mean_length
+    return 6.0 * trainable_matmul_parameters + 4.0 * frozen_matmul_parameters + attention
