@@ -316,7 +316,7 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     """Train in this process, which is the run's only rank; returns the exit code. Errors: those of training."""
     from launch.cluster.supervisor import find_run_directory, settle_outcome, state_before_start
     from launch.compare import run_report
-    from strategies.errors import NotOurs, Preempted
+    from strategies.errors import NotRunOwner, Preempted
 
     before = state_before_start(run_dir)
     code = 0
@@ -325,7 +325,7 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
         _train(config, run_dir, sha256, 0)
     except Preempted as stop:
         code = 130 if stop.signal_name == "SIGINT" else 0
-    except NotOurs:  # the directory is another attempt's: no report either
+    except NotRunOwner:  # the directory is another attempt's: no report either
         raise
     except Exception:  # the command line says what it is
         run_report.at_end(config, find_run_directory(run_dir, before))
@@ -340,7 +340,7 @@ def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> N
     """Train, and leave the error of the first failing rank in the run directory."""
     from launch.config.frozen import freeze_choices
     from launch.config.trusted_values import remember_config
-    from strategies.errors import NotOurs, Preempted
+    from strategies.errors import NotRunOwner, Preempted
     from trainer.reporting.status import record_failure
     from trainer.run import run_worker
 
@@ -349,7 +349,7 @@ def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> N
     except Preempted:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
-    except NotOurs:
+    except NotRunOwner:
         raise
     except Exception as error:
         if run_dir is not None:

@@ -107,7 +107,7 @@ class StorageError(ShardtuneError):
     exit_code = 74
 
 
-class NotOurs(ShardtuneError):
+class NotRunOwner(ShardtuneError):
     """The run directory belongs to another attempt: nothing may be written there, no status and no failure either."""
 
 

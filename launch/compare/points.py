@@ -17,7 +17,7 @@ from launch.cluster.array_size import refuse_large_arrays
 from launch.compare.settings import CompareConfig, ComparisonRow, write_comparison_file
 from launch.config.axes import Axes, excluded_points, label, name_in_trackers, read_axes
 from launch.config.verb_words import read_group
-from strategies.errors import ConfigError, NotOurs
+from strategies.errors import ConfigError, NotRunOwner
 
 if TYPE_CHECKING:
     from launch.compare.follow import PeriodicPage
@@ -264,7 +264,7 @@ def run_points(plan: PointsPlan, to: Path, pages: PeriodicPage | None = None) ->
             is_queued = by_slurm and job_with_same_config(point.composed, run_dir)  # with these very settings
             if not is_queued:
                 freeze(point.composed, run_dir)
-    except NotOurs:
+    except NotRunOwner:
         raise
     except ConfigError as error:
         refusal = f"to={to}: holds other runs; name another directory, or undo:"

@@ -137,7 +137,7 @@ def _recorded_run(
         config=flat(config),
         identity={},
         # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
-        record=record_of(run_json, wrong=[]),
+        record=record_of(run_json, type_errors=[]),
         status=status,
         failure={},
         steps=history.steps,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.compare.progress import RunsProgress, run_with_progress
 from launch.sweep.sweeper import Prune, Search, search_listing
-from strategies.errors import ConfigError, NotOurs, ShardtuneError, StorageError
+from strategies.errors import ConfigError, NotRunOwner, ShardtuneError, StorageError
 from trainer.reporting.results import rows
 from trainer.session.lease import InUse, Lease
 from trainer.stopping.signals import pending
@@ -331,7 +331,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
         exit_code = run_trial(name, composed, run_dir, progress)
         if exit_code and exit_code not in STOP_EXIT_CODES:
             reason = read_recorded_run(run_dir).reason
-    except NotOurs as error:  # started by somebody else: theirs to end
+    except NotRunOwner as error:  # started by somebody else: theirs to end
         print(f"trial {trial.number} is left: {error}", file=sys.stderr, flush=True)
         return 0
     except ShardtuneError as error:

@@ -137,7 +137,7 @@ def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert not record_failure(tmp_path, 0, ValueError("first"), "training")
     assert list(tmp_path.iterdir()) == []  # no empty file that would hide the cause
     # Of an attempt that was killed amid this: in a container the next has the same host's name and number.
-    (tmp_path / f".failure.json.{status._token()}").touch()
+    (tmp_path / f".failure.json.{status._writer_token()}").touch()
     assert record_failure(tmp_path, 1, ValueError("second"), "training")
     assert json.loads((tmp_path / "failure.json").read_text())["message"] == "second"
     assert [each.name for each in tmp_path.iterdir()] == ["failure.json"]

@@ -26,8 +26,8 @@ class OutOfMemoryTrial:
     """The step of training in which it happened; None if it was tried before training."""
 
     def __str__(self) -> str:
-        where = "" if self.step is None else f" at step {self.step}"
-        return f"{self.choice} ran out of memory{where}"
+        text = f"{self.choice} ran out of memory"
+        return text if self.step is None else f"{text} at step {self.step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,12 @@ class Resolution:
     """Choices that did not fit, the earliest first."""
 
     def __str__(self) -> str:
-        outcome = " -> ".join(str(part) for part in (self.asked, self.chosen) if part is not None)
-        reasons = "; ".join(filter(None, [self.reason, *map(str, self.tried)]))
-        return f"{outcome} ({reasons})" if reasons else outcome
+        """For example `auto -> 4 (planned; 16 ran out of memory; 8 ran out of memory at step 3)`."""
+        outcome = " -> ".join(str(value) for value in (self.asked, self.chosen) if value is not None)
+        reasons = [str(trial) for trial in self.tried]
+        if self.reason:
+            reasons.insert(0, self.reason)
+        return f"{outcome} ({'; '.join(reasons)})" if reasons else outcome
 
 
 def resolution_of(setting: str, note: Any) -> Resolution | None:
@@ -74,6 +77,7 @@ def resolution_of(setting: str, note: Any) -> Resolution | None:
 
 
 def _trial(trial: Any) -> OutOfMemoryTrial:
+    """A trial as a file holds it: its fields, or the choice alone."""
     if not isinstance(trial, Mapping):
         return OutOfMemoryTrial(trial)
     step = trial.get("step")
@@ -81,7 +85,10 @@ def _trial(trial: Any) -> OutOfMemoryTrial:
 
 
 def _of_sentence(setting: str, sentence: str) -> Resolution | None:
-    """The resolution that an earlier version wrote as a sentence; None for a sentence about something else."""
+    """The resolution of a setting that an earlier version wrote as a sentence; None for a sentence about something else.
+
+    Each of the reasons in brackets is either a trial ("16, 8 ran out of memory at step 3") or anything else.
+    """
     match = _EARLIER.fullmatch(sentence)
     if match is None:
         return None
@@ -98,5 +105,6 @@ def _of_sentence(setting: str, sentence: str) -> Resolution | None:
 
 
 def _number(text: str | None) -> Any:
-    """In a sentence, numbers and names alike are text."""
-    return int(text) if text is not None and text.isdecimal() else text
+    """The number that a word of a sentence is, else the word itself; None stays None."""
+    is_number = text is not None and text.isdecimal()
+    return int(text) if is_number else text  # type: ignore[arg-type]

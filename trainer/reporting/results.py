@@ -49,21 +49,31 @@ class KeptReport:
 
 
 def keep_report(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
-    """Put a report beside the earlier ones of its run; where. Errors: StorageError."""
+    """Write a report into `reports/` of its run, beside the earlier ones; returns its file. Errors: StorageError.
+
+    `kind`: `evaluation` or `review`.
+    """
     text = json_text(report, indent=1, ensure_ascii=False) + "\n"
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(report.get("time")))
-    path = run_dir / REPORTS / f"{kind}-{stamp}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    timestamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(report.get("time")))
+    # Two reports of one second have different hashes, and the same report written twice has one file.
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    path = run_dir / REPORTS / f"{kind}-{timestamp}-{digest}.json"
     write_text_atomic(path, text)
     return path
 
 
 def kept_reports(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
-    """The reports of a run, the newest first; a file that cannot be read is passed over."""
+    """The evaluation reports and reviews that were kept of a run, the newest first.
+
+    `kind`: only those of this kind; None for all. A file that cannot be read is passed over.
+    """
     reports = []
     for path in sorted((run_dir / REPORTS).glob("*.json")):
         kind_of_file = path.name.partition("-")[0]
+        if kind_of_file not in (EVALUATION, REVIEW) or kind not in (None, kind_of_file):
+            continue
         report = read_json(path)
-        if report and kind_of_file in (EVALUATION, REVIEW) and kind in (None, kind_of_file):
+        if report:
             reports.append(KeptReport(kind_of_file, path, report))
     return sorted(reports, key=lambda report: report.time, reverse=True)
 
@@ -88,8 +98,10 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 def add_to_run_record(run_dir: Path, key: str, value: Any) -> None:
     """Write a value under a key of `run.json`; without such a file nothing happens. Errors: StorageError."""
     path = run_dir / "run.json"
-    if record := read_json(path):
-        write_text_atomic(path, json_text({**record, key: value}, indent=1, default=str))
+    record = read_json(path)
+    if record:
+        record[key] = value
+        write_text_atomic(path, json_text(record, indent=1, default=str))
 
 
 def read_json(path: Path) -> dict[str, Any]:

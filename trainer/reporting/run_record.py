@@ -239,20 +239,24 @@ class RunRecord:
         return not self.keys
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON values by key. Of a record that was read, what the file does not say stays out."""
-        tree = asdict(self)
-        keys_in_file = tree.pop("keys")
-        unknown_to_us = tree.pop("other")
+        """The record as JSON values by key, for `run.json`.
+
+        A record that was made here has all keys but those of `OPTIONAL_KEYS` that have nothing to say. One that was read from
+        a file has the keys of that file, also those that this version does not know.
+        """
+        content = asdict(self)
+        keys_in_file = content.pop("keys")
+        unknown_keys = content.pop("other")
+        was_read = bool(keys_in_file)
         defaults = asdict(RunRecord(version=self.version))
-        for key in tree.keys() - keys_in_file:
-            # A record that was made here says all its keys but those of `SAID_LATER`; one that was read, those of its file.
-            may_be_left_out = key in SAID_LATER or bool(keys_in_file)
-            if may_be_left_out and tree[key] == defaults[key]:
-                del tree[key]
-        return unknown_to_us | tree
+        for key in content.keys() - keys_in_file:
+            may_be_left_out = key in OPTIONAL_KEYS or was_read
+            if may_be_left_out and content[key] == defaults[key]:
+                del content[key]
+        return unknown_keys | content
 
 
-SAID_LATER = (
+OPTIONAL_KEYS = (
     *("identity", "from_environment", "accepted", "must_fit", "staged", "receipt", "challenges", "gates"),
     *("not_exported", "exports", "outcome", "jobs"),
 )
@@ -262,85 +266,105 @@ NOT_IN_FILE = ("other", "keys")
 
 
 def read_run_record(run_dir: Path) -> RunRecord:
-    """The record of a run directory. Raises OSError or ValueError, which say what is wrong, without the file's name."""
-    tree = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, most=MOST_BYTES))
-    if not isinstance(tree, dict):
+    """The record of a run directory. Raises OSError or ValueError, whose texts say what is wrong, without the file's name."""
+    content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, most=MOST_BYTES))
+    if not isinstance(content, dict):
         raise ValueError("it holds no object")
-    version_of(tree)
-    wrong: list[str] = []
-    record = record_of(tree, wrong)
-    if wrong:
-        raise ValueError("; ".join(wrong))
+    version_of(content)  # raises ValueError for a later version
+    type_errors: list[str] = []
+    record = record_of(content, type_errors)
+    if type_errors:
+        raise ValueError("; ".join(type_errors))
     return record
 
 
 def readable_run_record(run_dir: Path) -> RunRecord:
-    """What can be read of the record of a run directory, also of a later version.
+    """What can be read of the record of a run directory, also of one that a later version wrote.
 
     It is an empty record if there is no file, or nothing in it can be read.
     """
     try:
-        tree = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, most=MOST_BYTES))
+        content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, most=MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return RunRecord()
-    return record_of(tree, []) if isinstance(tree, dict) else RunRecord()
+    if not isinstance(content, dict):
+        return RunRecord()
+    return record_of(content, type_errors=[])
 
 
-def record_of(tree: Mapping[str, Any], wrong: list[str]) -> RunRecord:
-    """The record that JSON values by key make. `wrong` gets a line for each value of another type; its field has its default."""
-    arguments = _fields_of(RunRecord, tree, "", wrong)
-    keys = get_type_hints(RunRecord).keys() - {*NOT_IN_FILE}
-    unknown_to_us = {key: content for key, content in tree.items() if key not in keys}
+def record_of(content: Mapping[str, Any], type_errors: list[str]) -> RunRecord:
+    """The record that the content of a `run.json` makes.
+
+    A value of another type than its field has is left out: the field keeps its default, and `type_errors` gets a line.
+    """
+    arguments = _arguments_of(RunRecord, content, "", type_errors)
+    known_keys = get_type_hints(RunRecord).keys() - {*NOT_IN_FILE}
+    unknown = {key: value for key, value in content.items() if key not in known_keys}
     # A key whose content is of another type counts as absent: nobody takes its default for what the file says.
-    readable = {key for key, content in tree.items() if content is None or key in arguments or key in unknown_to_us}
-    return RunRecord(**{"version": 0, **arguments}, other=unknown_to_us, keys=frozenset(readable))
+    readable_keys = set()
+    for key, value in content.items():
+        if value is None or key in arguments or key in unknown:
+            readable_keys.add(key)
+    return RunRecord(**{"version": 0, **arguments}, other=unknown, keys=frozenset(readable_keys))
 
 
-def _fields_of(kind: type, tree: Mapping[str, Any], prefix: str, wrong: list[str]) -> dict[str, Any]:
-    """Arguments for the dataclass `kind` out of the JSON values in `tree`; what is null or of a wrong type is left out."""
+def _arguments_of(
+    record_class: type, content: Mapping[str, Any], prefix: str, type_errors: list[str]
+) -> dict[str, Any]:
+    """Arguments for a dataclass of this module from JSON values by field; what is null or of a wrong type is left out.
+
+    `prefix`: keys that lead to `content`, such as `outcome.`. `type_errors` gets a line for each value of a wrong type.
+    """
     arguments = {}
-    for name, hint in get_type_hints(kind).items():
-        content = tree.get(name)
-        if content is None or (kind is RunRecord and name in NOT_IN_FILE):
+    for name, hint in get_type_hints(record_class).items():
+        value = content.get(name)
+        if value is None or (record_class is RunRecord and name in NOT_IN_FILE):
             continue
-        needed = _without_none(hint)
-        is_nested = is_dataclass(needed)
-        if is_nested and isinstance(content, Mapping):
-            arguments[name] = needed(**_fields_of(needed, content, f"{prefix}{name}.", wrong))
-        elif not is_nested and _fits(content, needed):
-            arguments[name] = content
+        field_type = _without_none(hint)
+        is_nested = is_dataclass(field_type)
+        if is_nested and isinstance(value, Mapping):
+            nested_arguments = _arguments_of(field_type, value, f"{prefix}{name}.", type_errors)
+            arguments[name] = field_type(**nested_arguments)
+        elif not is_nested and _fits(value, field_type):
+            arguments[name] = value
         else:
-            wrong.append(f"{prefix}{name} is not {_name_of(needed)}")
+            type_errors.append(f"{prefix}{name} is not {_type_in_words(field_type)}")
     return arguments
 
 
-def _name_of(hint: Any) -> str:
+def _type_in_words(hint: Any) -> str:
+    """A field's type for people: `a list of whole numbers` for list[int]."""
     name = TYPE_NAMES.get(get_origin(hint) or hint, TYPE_NAMES[dict])
     if not get_args(hint):
         return name
-    element = get_args(hint)[-1]
+    element = get_args(hint)[-1]  # of a dict that of its values
     elements = ELEMENT_NAMES.get(get_origin(element) or element)
     return f"{name} of {elements}" if elements else name
 
 
 def _without_none(hint: Any) -> Any:
+    """The type X of a hint `X | None`; any other hint as it is."""
     if get_origin(hint) not in (Union, UnionType):
         return hint
-    (needed,) = (part for part in get_args(hint) if part is not NoneType)
+    (needed,) = (alternative for alternative in get_args(hint) if alternative is not NoneType)
     return needed
 
 
-def _fits(content: Any, hint: Any) -> bool:
-    """Whether JSON content is of a type; inside lists and objects null always is, since it stands for a number not finite."""
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type. Inside lists and objects null always is, since it stands for a number not finite."""
     origin = get_origin(hint)
     if hint is Any:
         return True
     if origin is list:
-        (element,) = get_args(hint)
-        return isinstance(content, list) and all(part is None or _fits(part, element) for part in content)
+        (element_type,) = get_args(hint)
+        return isinstance(value, list) and all(element is None or _fits(element, element_type) for element in value)
     if origin is dict:
-        element = get_args(hint)[1]
-        return isinstance(content, dict) and all(part is None or _fits(part, element) for part in content.values())
-    if isinstance(content, bool):
+        _, element_type = get_args(hint)
+        if not isinstance(value, dict):
+            return False
+        return all(element is None or _fits(element, element_type) for element in value.values())
+    if isinstance(value, bool):  # to Python, True is an int as well
         return hint is bool
-    return isinstance(content, int | float if hint is float else hint)
+    if hint is float:  # JSON may write 1.0 as 1
+        return isinstance(value, int | float)
+    return isinstance(value, hint)

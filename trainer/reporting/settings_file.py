@@ -10,30 +10,32 @@ from typing import Any
 from strategies import atomic_io
 from strategies.errors import ConfigError
 
-MOST = 2**20
-"""Bytes of a configuration: hundreds of times what a run writes."""
+MAX_BYTES = 2**20
+"""Most bytes of a configuration that are read: hundreds of times what a run writes."""
 
 
 def read_text(path: Path) -> str:
-    """The file's text. Errors: ConfigError where it cannot be read, or is larger than a run writes."""
+    """The text of a run's `config.yaml`. Errors: ConfigError if it cannot be read, or is larger than a run writes."""
     try:
-        return atomic_io.read_bytes(path, most=MOST).decode()
+        return atomic_io.read_bytes(path, most=MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
-        reason = atomic_io.error_summary(error) if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read ({reason}); give the config.yaml of a run directory") from error
+        problem = "it is no UTF-8 text"
+        if isinstance(error, OSError):
+            problem = atomic_io.error_summary(error)
+        raise ConfigError(f"{path}: cannot be read ({problem}); give the config.yaml of a run directory") from error
 
 
 def tree_of(path: Path, text: str) -> dict[str, Any]:
-    """Parse the YAML `text` of the file `path` into nested dictionaries and lists; interpolations stay texts.
+    """Parse the YAML `text` of the file `path` into nested dictionaries and lists. Interpolations (`${...}`) stay texts.
 
-    Errors: ConfigError where it is no YAML with keys, or has aliases: a few of them make gigabytes of values, and a run
-    writes none.
+    Errors: ConfigError if it is no YAML with keys, or has aliases: a few of them make gigabytes of values, and a run writes none.
     """
     import yaml
 
     loader = _loader()
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+        has_aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader))
+        if has_aliases:
             raise ConfigError(f"{path}: has YAML aliases, which a run never writes: not the configuration of a run")
         tree = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -50,7 +52,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 @cache
 def _loader() -> Any:
-    """YAML's safe loader, the one in C where there is one, to which a date is text as it is to OmegaConf."""
+    """A YAML loader class that makes plain values only, and leaves dates as texts, as OmegaConf does. In C, if there is one."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -70,5 +72,6 @@ def literal(value: Any) -> Any:
     if isinstance(value, list):
         return [literal(inner) for inner in value]
     if isinstance(value, str) and "${" in value:
+        # A backslash escapes the interpolation, and each one that stands before it must be escaped itself.
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     return value

@@ -15,16 +15,18 @@ COMPARISON = "comparison.json"
 
 
 def shared_choice(run_dir: Path, setting: str, choice: Any) -> Any:
-    """What the comparison that `run_dir` is a point of chose for `setting`; `choice` where this point is the first.
+    """The choice that all points of a comparison share for a setting that was left open, such as `run.matmul`.
 
-    Outside a comparison that is `choice`, and nothing is written. `choice` is a text or a mapping of JSON values; another
-    version of shardtune may have written the other of the two. Errors: StorageError.
+    `run_dir`: the directory of this point. `choice`: what this point would choose, a text or a mapping of JSON values. The first
+    point to start writes its choice, and all others get that one (as a text or a mapping, whatever that version of shardtune
+    wrote). Outside a comparison it is `choice`, and nothing is written. Errors: StorageError.
     """
     comparison = run_dir.absolute().parent
     if not (comparison / COMPARISON).is_file():
         return choice
     path = comparison / f"{setting}.json"
     try:
+        # Only the first of all points writes the file, on whatever host: `claim` does nothing if it is there.
         shared_files.claim(path, json.dumps({setting: choice}).encode() + b"\n", uuid.uuid4().hex)
         recorded = json.loads(shared_files.read(path))[setting]
         if not isinstance(recorded, str | dict):

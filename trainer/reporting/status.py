@@ -44,15 +44,15 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by these bytes, durably: readers see the old file or the new one. Errors: StorageError."""
     try:
         atomic_io.make_directories(path.parent)
-        shared_files.replace(path, content, _token())
+        shared_files.replace(path, content, _writer_token())
         atomic_io.sync_directory(path.parent)
     except OSError as error:
-        todo = f"{shared_files.remedy(error)}choose another directory (run.dir=, or to=)"
-        raise StorageError(f"{path}: cannot write ({error.strerror or error}); {todo}") from error
+        remedy = f"{shared_files.remedy(error)}choose another directory (run.dir=, or to=)"
+        raise StorageError(f"{path}: cannot write ({error.strerror or error}); {remedy}") from error
 
 
-def _token() -> str:
-    """Tells this thread from others, of any process, that write the same file."""
+def _writer_token() -> str:
+    """A name for this thread's temporary file, so that other threads and processes that write the same file have another."""
     return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
 
 
@@ -61,8 +61,10 @@ STARTED_AGAIN = "SHARDTUNE_STARTED_AGAIN"
 
 
 def restart_count() -> int:
-    """How often SLURM and the launcher have started this run again."""
-    return sum(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", STARTED_AGAIN))
+    """How often SLURM and the launcher have started this run again; 0 in its first start."""
+    by_slurm = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    by_launcher = int(os.environ.get(STARTED_AGAIN) or 0)
+    return by_slurm + by_launcher
 
 
 def start_of_job() -> dict[str, Any]:
@@ -71,7 +73,10 @@ def start_of_job() -> dict[str, Any]:
 
 
 def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
-    """Replace `status.json`, in its place where there is no room beside it. `fields`: JSON values. Errors: StorageError."""
+    """Replace the `status.json` of a run by a new state, with this process and the time. Errors: StorageError.
+
+    `fields`: JSON values such as `reason` and `step`, and any others. On a full disk the old file is overwritten in its place.
+    """
     status = {
         "state": State(state).value,
         "reason": None,
@@ -90,19 +95,19 @@ def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
         write_text_atomic(path, text)
     except StorageError:
         # On a full disk there is no room for a second file, but the first one keeps its blocks.
-        if not _overwritten(path, text.encode()):
+        if not _overwrite_in_place(path, text.encode()):
             raise
 
 
-def _overwritten(path: Path, content: bytes) -> bool:
-    """Whether a small file took these bytes in the room that it has, as on a full disk. A reader may meet half of them."""
+def _overwrite_in_place(path: Path, content: bytes) -> bool:
+    """Write into the blocks that a small file already has; returns whether it took all bytes. A reader may meet half of them."""
     try:
         with path.open("r+b", buffering=0) as file:
-            done = file.write(content)
+            written_bytes = file.write(content)
             file.truncate()
     except OSError:
         return False
-    return done == len(content)
+    return written_bytes == len(content)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -120,10 +125,11 @@ def record_failure(
     replace: bool = False,
     **about: Any,
 ) -> bool:
-    """Write `failure.json` unless another rank was first; returns whether it was written. Never raises for the disk.
+    """Write why a run failed into `failure.json`, unless another rank was first; returns whether it was written.
 
-    It appears whole or not at all. `replace` overwrites: for the launcher, which knows of a killed rank where only its peers
-    could write. `about` takes the place of what is known of this process, where another one is the cause.
+    The first rank that fails is the cause, and the others fail because of it. The file appears whole or not at all; nothing is
+    raised if the disk fails. `phase`: what the rank was doing. `replace`: overwrite what is there. The launcher does so if a rank
+    was killed, of which only its peers could write. `about`: fields of another process, if that one is the cause.
     """
     record = {
         "rank": rank,
@@ -145,12 +151,12 @@ def record_failure(
     path = Path(run_dir) / "failure.json"
     content = json.dumps(record, indent=1).encode() + b"\n"
     try:
-        if not replace:
-            return shared_files.claim(path, content, _token())
-        shared_files.replace(path, content, _token())
+        if replace:
+            shared_files.replace(path, content, _writer_token())
+            return True
+        return shared_files.claim(path, content, _writer_token())
     except OSError:  # the disk itself may be the failure: the error goes to stderr anyway
         return False
-    return True
 
 
 def read_failure(run_dir: Path) -> dict[str, Any]:

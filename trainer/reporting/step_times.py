@@ -20,7 +20,7 @@ PARTS = ("forward_s", "backward_s", "optimizer_s")
 
 
 def now(device: torch.device) -> Any:
-    """A moment of the device: an event of its stream on a GPU, where nothing is waited for, else the clock."""
+    """This moment, for `seconds_between`: on a GPU an event of its stream, which waits for nothing, else the clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -38,21 +38,22 @@ def seconds_between(device: torch.device, begun: Any, ended: Any) -> float:
 
 @dataclass(slots=True)
 class PartTimes:
-    """Times of the steps that were not read yet."""
+    """Times the parts of steps (forward passes, backward passes, update), and keeps them until they are read."""
 
     device: torch.device
-    _begun: list[tuple[str, Any, Any]] = field(default_factory=list)
+    _current_step: list[tuple[str, Any, Any]] = field(default_factory=list)
+    """(part, its begin, its end) of each pass of the step that is under way."""
     _steps: list[list[tuple[str, Any, Any]]] = field(default_factory=list)
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """Time what is done within; `optimizer_s` ends the step."""
-        start = now(self.device)
+        """Within it a pass of this part (one of `PARTS`) is timed; the update ends the step."""
+        begun = now(self.device)
         yield
-        self._begun.append((part, start, now(self.device)))
+        self._current_step.append((part, begun, now(self.device)))
         if part == PARTS[-1]:
-            self._steps.append(self._begun)
-            self._begun = []
+            self._steps.append(self._current_step)
+            self._current_step = []
 
     def read(self) -> list[list[float]]:
         """For each step since the last call its seconds in the order of `PARTS`. Waits for the device."""
@@ -68,7 +69,7 @@ class PartTimes:
 
 
 class _TimedEngine:
-    """Passes everything on, whatever a pass takes: an engine's interface is its own."""
+    """Passes every call on to an engine, and times its forward passes, backward passes and updates."""
 
     def __init__(self, engine: Engine, parts: PartTimes) -> None:
         self._engine = engine

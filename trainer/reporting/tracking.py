@@ -17,6 +17,12 @@ from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun, Tracke
 from trainer.reporting.trackers.environment import apply_environment
 from trainer.reporting.trackers.registry import enabled_trackers
 
+SUMMARY_NAMES = (
+    *("tokens_per_s", "tokens_per_s_per_rank", "supervised_tokens_per_s", "mfu", "step_s"),
+    *("memory_gib", "memory_reserved_gib", "loss"),
+)
+"""Numbers of the last step, or medians over the run, that the summary has."""
+
 
 class Trackers:
     """A run's rows, and its trackers, behind one `log`. Only rank 0 has any."""
@@ -29,7 +35,7 @@ class Trackers:
     ) -> None:
         self._rows = rows
         self._trackers = list(trackers)
-        self._say = print_line
+        self._print_line = print_line
         self._hints: list[tuple[str, str]] = []
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
@@ -51,11 +57,12 @@ class Trackers:
         self._for_each(lambda tracker: tracker.summarise(values))
 
     def _for_each(self, call: Callable[[Tracker], None]) -> None:
+        """Call a function with each tracker. One that raises is dropped with a message: the run goes on without it."""
         for tracker in list(self._trackers):
             try:
                 call(tracker)
             except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
-                self._say(f"{type(tracker).__name__} stopped working and is dropped: {_one_line(error)}")
+                self._print_line(f"{type(tracker).__name__} stopped working and is dropped: {_one_line(error)}")
                 self._trackers.remove(tracker)
 
     def rewind(self, step: int) -> None:
@@ -78,7 +85,7 @@ class Trackers:
 
     @property
     def earlier(self) -> EarlierResults:
-        """What the rows say that were there before this process; nothing on other ranks than 0."""
+        """Results in the rows of `metrics.jsonl` that were there before this process; nothing on other ranks than 0."""
         return EarlierResults() if self._rows is None else self._rows.earlier
 
     @property
@@ -97,19 +104,25 @@ class Trackers:
 
 
 def _one_line(error: Exception) -> str:
-    """On one line, without secrets."""
-    return redacted(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    """Type and first line of an error, without secrets."""
+    first_line = next(iter(str(error).splitlines()), "")
+    return redacted(f"{type(error).__name__}: {first_line}")
 
 
 def summary_of(last_row: dict[str, Any], speed: dict[str, float], evaluated: dict[str, float]) -> dict[str, Any]:
-    """The summary that the run table compares: median speeds, the largest memory, the last loss and final held-out metrics."""
-    final = {**last_row, **speed}
-    names = ("tokens_per_s", "tokens_per_s_per_rank", "supervised_tokens_per_s", "mfu", "step_s")
+    """The summary (`final/NAME`) by which trackers compare runs: median speeds, memory, the last loss and held-out metrics.
+
+    `last_row`: of the last step. `speed`: medians, which take the place of the last step's. `evaluated`: held-out metrics at the
+    end.
+    """
+    final_values = {**last_row, **speed}
     summary = {}
-    for name in (*names, "memory_gib", "memory_reserved_gib", "loss"):
-        if name in final:
-            summary[f"final/{name}"] = final[name]
-    return summary | {f"final/{name}": metric for name, metric in evaluated.items()}
+    for name in SUMMARY_NAMES:
+        if name in final_values:
+            summary[f"final/{name}"] = final_values[name]
+    for name, metric in evaluated.items():
+        summary[f"final/{name}"] = metric
+    return summary
 
 
 @dataclass(slots=True)
@@ -127,38 +140,43 @@ class OpenedTrackers:
     """One line on variables that lose to a setting."""
 
 
-def open_trackers(about: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
-    """Begin recording; for rank 0 only. `about.run_id` may be empty: a new run gets one. Errors: StorageError.
+def open_trackers(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
+    """Open `metrics.jsonl` and the trackers that are on. Rank 0 only. Errors: StorageError.
 
-    A tracker that cannot begin is left out, with its reason: what it would show is in `metrics.jsonl`.
+    `tracked_run.run_id` may be empty: then the trackers get a new one. A tracker that cannot begin is left out, with its reason:
+    what it would show is in `metrics.jsonl`.
     """
-    opened = open_without_rows(about, environment)
-    opened.trackers._rows = JsonlTracker(about.run_dir / "metrics.jsonl", about.resumed_at)
+    opened = open_without_rows(tracked_run, environment)
+    opened.trackers._rows = JsonlTracker(tracked_run.run_dir / "metrics.jsonl", tracked_run.resumed_at)
     return opened
 
 
-def open_without_rows(about: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
-    """The trackers alone, without `metrics.jsonl`."""
-    environment = dict(os.environ) if environment is None else environment
-    logging = apply_environment(about.config, environment)
+def open_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
+    """Open the trackers alone, without `metrics.jsonl`. `environment`: variables; None for those of this process."""
+    if environment is None:
+        environment = dict(os.environ)
+    logging = apply_environment(tracked_run.config, environment)
     kinds = enabled_trackers(logging.config)
-    run_id = about.run_id
+    run_id = tracked_run.run_id
     if not run_id and kinds:
         run_id = environment.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
-    about = replace(about, config=logging.config, run_id=run_id, name=logging.config.name or about.name)
+    tracked_run = replace(
+        tracked_run, config=logging.config, run_id=run_id, name=logging.config.name or tracked_run.name
+    )
     opened = OpenedTrackers(Trackers(), run_id or None, passed_over=logging.passed_over)
-    if kinds:
+    if kinds:  # without trackers, variables such as WANDB_PROJECT decide nothing
         opened.substitutions = {key: str(resolution) for key, resolution in logging.resolutions.items()}
         opened.from_environment = {key: str(resolution.chosen) for key, resolution in logging.resolutions.items()}
     trackers: list[Tracker] = []
     for kind in kinds:
         try:
-            tracker = kind.open(about)
+            tracker = kind.open(tracked_run)
         except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
             opened.substitutions[f"logging.{kind.setting}"] = f"left out ({_one_line(error)})"
             continue
-        if note := getattr(tracker, "note", None):
+        note = getattr(tracker, "note", None)  # of W&B, why it is offline
+        if note:
             opened.substitutions[f"logging.{kind.setting}"] = redacted(note)
         trackers.append(tracker)
-    opened.trackers = Trackers(None, trackers, about.print_line)
+    opened.trackers = Trackers(None, trackers, tracked_run.print_line)
     return opened

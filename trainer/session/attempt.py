@@ -13,7 +13,15 @@ from typing import Any
 
 from strategies import runtime as processes
 from strategies.compat.python import end_process
-from strategies.errors import ConfigError, NotOurs, Preempted, ShardtuneError, StorageError, is_panic, tokenizer_panic
+from strategies.errors import (
+    ConfigError,
+    NotRunOwner,
+    Preempted,
+    ShardtuneError,
+    StorageError,
+    is_panic,
+    tokenizer_panic,
+)
 from strategies.flight_recorder import Exchange
 from strategies.heartbeat import LOST_PEER, TIMED_OUT, CutOffRank, Heartbeats, LaggingRank, SilentRank
 from strategies.redaction import redacted
@@ -187,7 +195,7 @@ def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Ite
             if writes_status and attempt.run_dir is not None:
                 write_status(attempt.run_dir, State.done, step=attempt.step, reason=attempt.note)
                 clear_failure(attempt.run_dir)
-        except NotOurs:
+        except NotRunOwner:
             raise
         except BaseException as caught:
             error: BaseException = caught

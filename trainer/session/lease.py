@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import atomic_io, shared_files
-from strategies.errors import ConfigError, NotOurs, Preempted, StorageError
+from strategies.errors import ConfigError, NotRunOwner, Preempted, StorageError
 
 CLAIM = re.compile(r"(\d{6})\.json")
 BEATS_PER_PATIENCE = 12
@@ -43,11 +43,11 @@ SILENT = "SHARDTUNE_SILENT"
 """Environment variable with the last sign of life of an owner that was found dead, so that other ranks need not watch it too."""
 
 
-class InUse(NotOurs, ConfigError):
+class InUse(NotRunOwner, ConfigError):
     """Another attempt owned the directory before this one began."""
 
 
-class LeaseLost(NotOurs, StorageError):
+class LeaseLost(NotRunOwner, StorageError):
     """Another attempt took the directory over, or somebody deleted it."""
 
 

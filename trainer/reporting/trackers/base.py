@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from strategies.errors import Diverged, NotOurs, Preempted
+from strategies.errors import Diverged, NotRunOwner, Preempted
 from trainer.reporting.config import Alert, LoggingConfig
 from trainer.reporting.status import State
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:
-    """What a tracker gets to know of the run before its first row."""
+    """The run, as a tracker gets to know it before its first row."""
 
     config: LoggingConfig
     """With what the environment decides."""
@@ -33,7 +33,7 @@ class TrackedRun:
 
     @property
     def project(self) -> str:
-        """Never empty."""
+        """Name of the project in trackers; never empty."""
         return self.config.project or "shardtune"
 
 
@@ -51,19 +51,24 @@ class RunEnding:
 
     @property
     def alert(self) -> Alert | None:
-        """The alert that this end is a reason for; None for a run that is done."""
+        """The kind of alert that `logging.alerts` may ask for at this end; None for a run that is done."""
         if self.state is State.done:
             return None
         return Alert.diverged if self.diverged else Alert(str(self.state))
 
     @classmethod
     def by(cls, error: BaseException) -> RunEnding:
-        """The end that an exception means. A run that was stopped or taken over has not failed: it continues elsewhere."""
+        """How a run ended that was left by this exception.
+
+        A run that was stopped, or taken over by another attempt, has not failed: it continues elsewhere.
+        """
         reason = str(error) or type(error).__name__
-        if isinstance(error, Preempted | NotOurs):
+        if isinstance(error, Preempted | NotRunOwner):
             return cls(State.preempted, Preempted.exit_code, reason)
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 70)
-        return cls(State.failed, code, reason, isinstance(error, Diverged))
+        exit_code = getattr(error, "exit_code", 70)
+        if isinstance(error, KeyboardInterrupt):
+            exit_code = 130  # as shells report a SIGINT
+        return cls(State.failed, exit_code, reason, diverged=isinstance(error, Diverged))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,5 +94,5 @@ class Tracker(Protocol):
     def summarise(self, values: dict[str, Any]) -> None:
         """Set numbers of the whole run."""
 
-    def close(self, ended: RunEnding) -> None:
+    def close(self, ending: RunEnding) -> None:
         """Finish; nothing is lost if it is never called but how the run ended."""

@@ -35,7 +35,7 @@ class LoggingFromEnvironment:
 
 
 def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> LoggingFromEnvironment:
-    """The settings as they hold in this environment: what is set wins, else the variable, else the default."""
+    """The settings of `logging` with W&B's variables applied: a setting wins over its variable, that over the default."""
     resolutions: dict[str, Resolution] = {}
     passed_over: list[str] = []
     changes: dict[str, Any] = {}
@@ -43,7 +43,8 @@ def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> 
         text = environment.get(variable, "").strip()
         value: Any = text
         if name == "tags":
-            value = [tag.strip() for tag in text.split(",") if tag.strip()]
+            tags = [tag.strip() for tag in text.split(",")]
+            value = [tag for tag in tags if tag]
         if not value:
             continue
         configured = getattr(config, name)
@@ -53,6 +54,7 @@ def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> 
         elif configured != value:
             passed_over.append(f"{variable}={text} (logging.{name} is set)")
 
+    # WANDB_MODE decides only if `logging.wandb` is auto.
     changes["wandb"] = config.wandb
     mode_text = environment.get("WANDB_MODE", "").strip().lower()
     mode = MODES.get(mode_text)

@@ -12,11 +12,11 @@ from trainer.reporting.status import State
 from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
 from trainer.reporting.trackers.reachable import unreachable
 
-MOST = 100
+MAX_PARAMETERS = 100
 """Parameters that a server takes at once."""
-LONGEST = 6000
+MAX_CHARACTERS = 6000
 """Characters of a parameter."""
-RUN = "shardtune.run_id"
+RUN_ID_TAG = "shardtune.run_id"
 """The tag by which a resumed run is found again."""
 STATES = {State.done: "FINISHED", State.failed: "FAILED", State.preempted: "KILLED"}
 
@@ -24,41 +24,52 @@ STATES = {State.done: "FINISHED", State.failed: "FAILED", State.preempted: "KILL
 class MlflowRun:
     """A run in an experiment named as the project."""
 
-    def __init__(self, about: TrackedRun) -> None:
+    def __init__(self, tracked_run: TrackedRun) -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        database = about.run_dir.absolute().parent / "mlflow.db"
+        database = tracked_run.run_dir.absolute().parent / "mlflow.db"
         address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
         is_server = address.startswith("http")
         # The client would try for minutes to reach a server that is not there.
-        if is_server and (why := unreachable(address)):
-            raise ConnectionError(f"{address} cannot be reached: {why}")
+        problem = unreachable(address) if is_server else None
+        if problem is not None:
+            raise ConnectionError(f"{address} cannot be reached: {problem}")
         self._client = MlflowClient(tracking_uri=address)
-        self._id = self._begin(about)
-        self._step = about.resumed_at
-        command = f"mlflow ui --backend-store-uri {shlex.quote(address)}"
-        self.hint: tuple[str, str] | None = ("MLflow", address if is_server else command)
+        self._id = self._begin(tracked_run)
+        self._step = tracked_run.resumed_at
+        how_to_see = address
+        if not is_server:
+            how_to_see = f"mlflow ui --backend-store-uri {shlex.quote(address)}"
+        self.hint: tuple[str, str] | None = ("MLflow", how_to_see)
 
-    def _begin(self, about: TrackedRun) -> str:
-        """Find the run again that is resumed, else create one; returns MLflow's id of it."""
+    def _begin(self, tracked_run: TrackedRun) -> str:
+        """Find the run again that is resumed, else create one with its settings as parameters; returns MLflow's id of it."""
         client = self._client
-        experiment = client.get_experiment_by_name(about.project)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(about.project)
-        if about.resumed_at:
-            for run in client.search_runs([experiment_id], filter_string=f"tags.`{RUN}` = '{about.run_id}'"):
+        experiment = client.get_experiment_by_name(tracked_run.project)
+        if experiment:
+            experiment_id = experiment.experiment_id
+        else:
+            experiment_id = client.create_experiment(tracked_run.project)
+        if tracked_run.resumed_at:
+            for run in client.search_runs(
+                [experiment_id], filter_string=f"tags.`{RUN_ID_TAG}` = '{tracked_run.run_id}'"
+            ):
                 client.update_run(run.info.run_id, status="RUNNING")
                 return str(run.info.run_id)
         from mlflow.entities import Param
 
-        config = about.config
-        tags = {RUN: about.run_id, "group": config.group, "job_type": config.job_type or "train"}
+        config = tracked_run.config
+        tags = {RUN_ID_TAG: tracked_run.run_id, "group": config.group, "job_type": config.job_type or "train"}
         tags |= {"mlflow.note.content": config.notes, "tags": ",".join(config.tags)}
         set_tags = {key: text for key, text in tags.items() if text}
-        run_id = str(client.create_run(experiment_id, run_name=about.name, tags=set_tags).info.run_id)
-        parameters = [Param(key, str(setting)[:LONGEST]) for key, setting in _flat(about.settings).items()]
-        for first in range(0, len(parameters), MOST):
-            client.log_batch(run_id, params=parameters[first : first + MOST])
+        created = client.create_run(experiment_id, run_name=tracked_run.name, tags=set_tags)
+        run_id = str(created.info.run_id)
+        parameters = []
+        for key, setting in _leaves(tracked_run.settings).items():
+            parameters.append(Param(key, str(setting)[:MAX_CHARACTERS]))
+        for first in range(0, len(parameters), MAX_PARAMETERS):
+            client.log_batch(run_id, params=parameters[first : first + MAX_PARAMETERS])
         return run_id
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
@@ -79,21 +90,23 @@ class MlflowRun:
     def summarise(self, values: dict[str, Any]) -> None:
         self.log(values, step=self._step)
 
-    def close(self, ended: RunEnding) -> None:
-        self._client.set_tag(self._id, "state", str(ended.alert or ended.state))
-        if ended.reason:
-            self._client.set_tag(self._id, "reason", ended.reason[:LONGEST])
-        self._client.set_terminated(self._id, STATES[ended.state])
+    def close(self, ending: RunEnding) -> None:
+        self._client.set_tag(self._id, "state", str(ending.alert or ending.state))
+        if ending.reason:
+            self._client.set_tag(self._id, "reason", ending.reason[:MAX_CHARACTERS])
+        self._client.set_terminated(self._id, STATES[ending.state])
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key, as names that MLflow takes."""
+def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every single setting in nested ones, by its dotted key; characters that MLflow does not take in names become `_`."""
     leaves: dict[str, Any] = {}
-    for key, content in tree.items():
-        letters = [letter if letter.isalnum() or letter in "_-./ " else "_" for letter in str(key)]
-        name = prefix + "".join(letters)
-        if isinstance(content, dict) and content:
-            leaves |= _flat(content, f"{name}.")
+    for key, setting in settings.items():
+        name = prefix
+        for character in str(key):
+            is_allowed = character.isalnum() or character in "_-./ "
+            name += character if is_allowed else "_"
+        if isinstance(setting, dict) and setting:
+            leaves |= _leaves(setting, f"{name}.")
         else:
-            leaves[name] = content
+            leaves[name] = setting
     return leaves

@@ -17,34 +17,39 @@ DOWN = (502, 503, 504)
 
 
 def unreachable(address: str) -> str | None:
-    """Why nobody answers at an http(s) address; None where somebody does, whatever the answer."""
-    answer = [f"no answer within {LIMIT_S:.0f} s"]
+    """Why nobody answers at an http(s) address; None if somebody does, whatever the answer.
 
-    def ask() -> None:
-        answer[0] = _ask(address)
+    Returns after `LIMIT_S` at the latest: the request is made in a thread, since looking up a name has no timeout of its own.
+    """
+    problem: list[str | None] = [f"no answer within {LIMIT_S:.0f} s"]
 
-    thread = threading.Thread(target=ask, name="reach", daemon=True)
+    def request_in_thread() -> None:
+        problem[0] = _request_problem(address)
+
+    thread = threading.Thread(target=request_in_thread, name="reach", daemon=True)
     thread.start()
     thread.join(LIMIT_S)
-    return answer[0] or None
+    return problem[0]
 
 
-def _ask(address: str) -> str:
-    """Why nobody answers; empty if somebody does."""
+def _request_problem(address: str) -> str | None:
+    """Why a HEAD request to the address gets no answer; None if it gets one."""
     request = urllib.request.Request(address, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_S):
-            return ""
+            return None
     except urllib.error.HTTPError as error:
-        return f"HTTP {error.code}" if error.code in DOWN else ""
+        return f"HTTP {error.code}" if error.code in DOWN else None
     except urllib.error.URLError as error:
-        # A certificate was shown: somebody is there, and the tracker may know whom to trust.
-        return "" if isinstance(error.reason, ssl.SSLError) else _words(error.reason)
+        if isinstance(error.reason, ssl.SSLError):
+            return None  # a certificate was shown: somebody is there, and the tracker may know whom to trust
+        return _error_text(error.reason)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return _words(error)
+        return _error_text(error)
 
 
-def _words(error: BaseException | str) -> str:
+def _error_text(error: BaseException | str) -> str:
+    """The reason of a failed request, in a few words."""
     if isinstance(error, TimeoutError):
         return f"no answer within {ANSWER_S:.0f} s"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -17,15 +17,16 @@ class TrackerKind:
     """One tracker: its setting of `logging`, the class in this package, what must be installed."""
 
     setting: str
-    place: str
+    class_path: str
+    """`module:Class` within this package."""
     package: str
     extra: str | None
     """The extra of setup.py that installs it; None where it comes with shardtune."""
 
-    def open(self, about: TrackedRun) -> Tracker:
+    def open(self, tracked_run: TrackedRun) -> Tracker:
         """Begin recording. May raise whatever the tracker's own library raises."""
-        module, _, name = self.place.partition(":")
-        tracker: Tracker = getattr(import_module(f"trainer.reporting.trackers.{module}"), name)(about)
+        module, _, class_name = self.class_path.partition(":")
+        tracker: Tracker = getattr(import_module(f"trainer.reporting.trackers.{module}"), class_name)(tracked_run)
         return tracker
 
 
@@ -43,13 +44,12 @@ def enabled_trackers(config: LoggingConfig) -> list[TrackerKind]:
 
 
 def problems(config: LoggingConfig) -> Iterator[str]:
-    """What is lacking for them on this host, one line each."""
-    if config.tables and not {kind.setting for kind in enabled_trackers(config)} & {"wandb", "tensorboard"}:
+    """An error message for each tracker whose package is not installed on this host, and for tables that nobody shows."""
+    enabled_settings = {kind.setting for kind in enabled_trackers(config)}
+    if config.tables and not enabled_settings & {"wandb", "tensorboard"}:
         yield "logging.tables=true: W&B and TensorBoard show them, and neither is on; set logging.wandb=offline, or leave it out"
     for kind in enabled_trackers(config):
         if find_spec(kind.package) is None:
             command = install_command(kind.extra) if kind.extra else f"pip install {kind.package}"
-            yield (
-                f"logging.{kind.setting}={str(getattr(config, kind.setting)).lower()}: needs the package {kind.package} "
-                f"({command})"
-            )
+            typed_value = str(getattr(config, kind.setting)).lower()
+            yield (f"logging.{kind.setting}={typed_value}: needs the package {kind.package} ({command})")

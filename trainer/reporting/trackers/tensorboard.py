@@ -10,10 +10,10 @@ from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
 class TensorboardFiles:
     """Rows as scalars, and tables as texts; TensorBoard has no place for more."""
 
-    def __init__(self, about: TrackedRun) -> None:
+    def __init__(self, tracked_run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        directory = about.run_dir / "tensorboard"
+        directory = tracked_run.run_dir / "tensorboard"
         self._writer = SummaryWriter(str(directory))
         self.hint: tuple[str, str] | None = None
 
@@ -23,9 +23,14 @@ class TensorboardFiles:
                 self._writer.add_scalar(key, value, step)
 
     def table(self, name: str, table: Table, *, step: int) -> None:
+        """Log a table as Markdown, which TensorBoard shows under its texts."""
         lines = []
-        for row in (table.columns, ["---"] * len(table.columns), *table.rows):
-            cells = [" ".join(str(cell).replace("|", "\\|").split()) for cell in row]
+        rule = ["---"] * len(table.columns)
+        for row in (table.columns, rule, *table.rows):
+            cells = []
+            for cell in row:
+                escaped = str(cell).replace("|", "\\|")
+                cells.append(" ".join(escaped.split()))
             lines.append(f"| {' | '.join(cells)} |")
         self._writer.add_text(name, "\n".join(lines), step)
 
@@ -34,6 +39,6 @@ class TensorboardFiles:
             if isinstance(value, int | float):
                 self._writer.add_scalar(key, value)
 
-    def close(self, ended: RunEnding) -> None:
-        self._writer.add_text("state", f"{ended.state} {ended.reason}".strip())
+    def close(self, ending: RunEnding) -> None:
+        self._writer.add_text("state", f"{ending.state} {ending.reason}".strip())
         self._writer.close()

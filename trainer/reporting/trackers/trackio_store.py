@@ -14,22 +14,22 @@ from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
 class TrackioRun:
     """A run in trackio. It has no summary and no state of a run: both are a last row."""
 
-    def __init__(self, about: TrackedRun) -> None:
+    def __init__(self, tracked_run: TrackedRun) -> None:
         import trackio
 
-        self._about = about
-        self._step = about.resumed_at
+        self._tracked_run = tracked_run
+        self._step = tracked_run.resumed_at
         with contextlib.redirect_stdout(io.StringIO()):  # how to show the runs, which `hint` says
             self._run = trackio.init(
-                project=about.project,
+                project=tracked_run.project,
                 # trackio knows runs by their names: two runs of one name would be one.
-                name=f"{about.name}-{about.run_id[:6]}",
-                group=about.config.group,
-                config={**about.settings, "notes": about.config.notes, "tags": about.config.tags},
-                resume="allow" if about.resumed_at else "never",
+                name=f"{tracked_run.name}-{tracked_run.run_id[:6]}",
+                group=tracked_run.config.group,
+                config={**tracked_run.settings, "notes": tracked_run.config.notes, "tags": tracked_run.config.tags},
+                resume="allow" if tracked_run.resumed_at else "never",
                 embed=False,
             )
-        self.hint: tuple[str, str] | None = ("trackio", f"trackio show --project {shlex.quote(about.project)}")
+        self.hint: tuple[str, str] | None = ("trackio", f"trackio show --project {shlex.quote(tracked_run.project)}")
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._step = step
@@ -41,12 +41,12 @@ class TrackioRun:
     def summarise(self, values: dict[str, Any]) -> None:
         self._run.log(values, step=self._step)
 
-    def close(self, ended: RunEnding) -> None:
+    def close(self, ending: RunEnding) -> None:
         import trackio
 
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.log({"state": str(ended.alert or ended.state)}, step=self._step)
-            if ended.alert in self._about.config.alerts:
-                level = trackio.AlertLevel.WARN if ended.state is State.preempted else trackio.AlertLevel.ERROR
-                self._run.alert(f"{self._about.name}: {ended.alert}", ended.reason, level=level)
+            self._run.log({"state": str(ending.alert or ending.state)}, step=self._step)
+            if ending.alert in self._tracked_run.config.alerts:
+                level = trackio.AlertLevel.WARN if ending.state is State.preempted else trackio.AlertLevel.ERROR
+                self._run.alert(f"{self._tracked_run.name}: {ending.alert}", ending.reason, level=level)
             trackio.finish()  # of this run: its own `finish` would be called once more at the end of the process

@@ -28,15 +28,19 @@ class ServerRun:
 
 
 def fetch(entity: str, project: str, run: str) -> ServerRun:
-    """Ask for a run. Raises ConfigError where it cannot be had, within 10 seconds where there is no network."""
+    """Fetch a run from W&B's server, with its whole history.
+
+    Raises ConfigError if the server does not give it, within 10 seconds if there is no network.
+    """
     name = f"wandb:{entity}/{project}/{run}"
     try:
         import wandb
     except ImportError:
         raise ConfigError(f"{name}: is read by wandb, which is not installed: pip install wandb") from None
-    if (why := no_server()) is not None:
+    server_problem = no_server()
+    if server_problem is not None:
         raise ConfigError(
-            f"{name}: {why}; the run's directory, or the files that W&B keeps on its machine, need no server"
+            f"{name}: {server_problem}; the run's directory, or the files that W&B keeps on its machine, need no server"
         )
     try:
         server_run = wandb.Api(timeout=TIMEOUT_S).run(f"{entity}/{project}/{run}")
@@ -48,24 +52,25 @@ def fetch(entity: str, project: str, run: str) -> ServerRun:
             created=str(server_run.created_at),
         )
     except (wandb.Error, OSError, ValueError, RuntimeError) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
+        one_line = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"{name}: {address()} does not give it ({why}); look at its name, and at what your key may read"
+            f"{name}: {address()} does not give it ({one_line}); look at its name, and at what your key may read"
         ) from None
 
 
 def no_server() -> str | None:
-    """Why no server can be asked; None where one can."""
+    """Why W&B's server cannot be used (no API key, or no answer); None if it can."""
     import wandb
 
-    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key):
+    has_key_in_environment = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    if not has_key_in_environment and not wandb.api.api_key:
         return "no W&B API key is configured"
-    why = unreachable(address())
-    return f"{address()} cannot be reached: {why}" if why else None
+    problem = unreachable(address())
+    return f"{address()} cannot be reached: {problem}" if problem else None
 
 
 def address() -> str:
-    """Of the server that is configured."""
+    """The address of the W&B server that is configured."""
     import wandb
 
     return str(wandb.setup().settings.base_url)

@@ -29,9 +29,9 @@ MOST_PROCESSES = 3
 class WandbRun:
     """A run in W&B, online, or in files that `wandb sync` uploads."""
 
-    def __init__(self, about: TrackedRun) -> None:
-        self._about = about
-        self._home = Path(os.environ.get("WANDB_DIR") or about.run_dir).absolute()
+    def __init__(self, tracked_run: TrackedRun) -> None:
+        self._tracked_run = tracked_run
+        self._home = Path(os.environ.get("WANDB_DIR") or tracked_run.run_dir).absolute()
         """W&B's own process may have been started elsewhere."""
         self.note: str | None = None
         """Why it is offline where online was asked for."""
@@ -40,39 +40,44 @@ class WandbRun:
         self._recent_bytes = 0
         self._summary: dict[str, Any] = {}
         self._processes = 1
-        online = about.config.wandb is WandbMode.online
-        if online:
-            why = no_server()
-            self.note = f"offline ({why})" if why else self._begin("online")
-        if not online or self.note:
+
+        wants_online = tracked_run.config.wandb is WandbMode.online
+        if wants_online:
+            server_problem = no_server()
+            self.note = f"offline ({server_problem})" if server_problem else self._begin("online")
+        is_online = wants_online and not self.note
+        if not is_online:
             self._begin("offline")
         self._define_axes()
         self.hint: tuple[str, str] | None = None
-        self._tell_where(online=online and not self.note)
-        if about.config.artifacts and about.data is not None:
-            self._take_data(about.data, online=online and not self.note)
+        self._set_hint(is_online=is_online)
+        if tracked_run.config.artifacts and tracked_run.data is not None:
+            self._use_data_artifact(tracked_run.data, is_online=is_online)
 
     def _begin(self, mode: str) -> str | None:
-        """Start the run; why it could not be started online."""
+        """Start the run in W&B's client; returns None, or why the server could not begin it.
+
+        `mode`: `online` or `offline`. Raises whatever the client raises if it cannot begin offline.
+        """
         import wandb
 
-        about = self._about
-        config = about.config
+        tracked_run = self._tracked_run
+        config = tracked_run.config
         try:
             self._home.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(
-                project=about.project,
+                project=tracked_run.project,
                 entity=config.entity,
                 group=config.group,
                 job_type=config.job_type or "train",
                 tags=config.tags or None,
-                name=about.name,
+                name=tracked_run.name,
                 notes=config.notes,
-                id=about.run_id,
+                id=tracked_run.run_id,
                 resume="allow" if mode == "online" else None,
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(self._home),
-                config=about.settings,
+                config=tracked_run.settings,
                 # The command line may hold what should not leave the machine; the resolved config says it all.
                 settings=wandb.Settings(
                     x_disable_meta=True,
@@ -90,30 +95,32 @@ class WandbRun:
             return f"offline ({address()} does not begin a run: {' '.join(str(error).split())})"
         return None
 
-    def _tell_where(self, *, online: bool) -> None:
-        if online:
+    def _set_hint(self, *, is_online: bool) -> None:
+        """Set the address that shows the run, or the command that uploads its files: one directory for each start."""
+        if is_online:
             self.hint = ("W&B", str(self._run.url))
             return
-        parts: list[Path] = []
-        for home in sorted({self._home, self._about.run_dir.absolute()}):
-            parts += home.glob(f"wandb/offline-run-*-{self._about.run_id}")
-        names = shlex.join(_relative_to_here(part) for part in sorted(parts, key=lambda part: part.name))
+        offline_runs: list[Path] = []
+        for home in sorted({self._home, self._tracked_run.run_dir.absolute()}):
+            offline_runs += home.glob(f"wandb/offline-run-*-{self._tracked_run.run_id}")
+        offline_runs.sort(key=lambda directory: directory.name)  # the name begins with the time
+        names = shlex.join(_relative_to_here(directory) for directory in offline_runs)
         self.hint = ("W&B", f"wandb sync {names}")
 
-    def _take_data(self, directory: Path, *, online: bool) -> None:
-        if not online:
-            self._about.print_line(
+    def _use_data_artifact(self, directory: Path, *, is_online: bool) -> None:
+        """Register the prepared data as an artifact that this run used."""
+        if not is_online:
+            self._tracked_run.print_line(
                 "logging.artifacts: W&B notes what data a run has used online only; the export is registered"
             )
             return
-        self._run.use_artifact(
-            _by_reference(directory, f"data-{self._fingerprint()[:12]}", "dataset", self._about.settings)
-        )
-
-    def _fingerprint(self) -> str:
-        return str(self._about.settings.get("data_fingerprint") or "unknown").partition("/")[0]
+        # The fingerprint is that of the data set, and perhaps `/` and a part of it.
+        fingerprint, _, _ = str(self._tracked_run.settings.get("data_fingerprint") or "unknown").partition("/")
+        artifact = _by_reference(directory, f"data-{fingerprint[:12]}", "dataset", self._tracked_run.settings)
+        self._run.use_artifact(artifact)
 
     def _define_axes(self) -> None:
+        """Draw all metrics over tokens, so that runs with different batches compare."""
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 
@@ -125,14 +132,17 @@ class WandbRun:
             self._begin_again()  # with this row, too
 
     def _log_row(self, metrics: dict[str, Any], step: int) -> None:
+        """Hand a row to W&B's process. Raises ConnectionError if that has ended."""
         self._run.log({"train_step": step, **metrics}, step=step)
 
     def _keep_row(self, metrics: dict[str, Any], step: int) -> None:
-        size = len(json.dumps(metrics, default=str))
-        self._recent_rows.append((step, metrics, size))
-        self._recent_bytes += size
+        """Keep the row for a new process of W&B, and forget the oldest ones beyond `KEPT_BYTES`."""
+        size_bytes = len(json.dumps(metrics, default=str))
+        self._recent_rows.append((step, metrics, size_bytes))
+        self._recent_bytes += size_bytes
         while self._recent_bytes > KEPT_BYTES:
-            self._recent_bytes -= self._recent_rows.popleft()[2]
+            _, _, oldest_bytes = self._recent_rows.popleft()
+            self._recent_bytes -= oldest_bytes
 
     def _begin_again(self) -> None:
         """Start W&B's process again, and hand it the last rows.
@@ -148,17 +158,17 @@ class WandbRun:
         time.sleep(1.0)  # W&B tells the parts of a run apart by the second of their beginning
         with contextlib.suppress(Exception):  # whatever its client raises without a process
             wandb.teardown()
-        online = self._about.config.wandb is WandbMode.online and not self.note
-        if online:
+        is_online = self._tracked_run.config.wandb is WandbMode.online and not self.note
+        if is_online:
             self.note = self._begin("online")
-            online = self.note is None
-        if not online:
+            is_online = self.note is None
+        if not is_online:
             self._begin("offline")
         self._define_axes()
         for step, metrics, _ in self._recent_rows:
             self._log_row(metrics, step)
         self._run.summary.update(self._summary)
-        self._tell_where(online=online)
+        self._set_hint(is_online=is_online)
 
     def table(self, name: str, table: Table, *, step: int) -> None:
         """Log a table. A column with any cell that is no number becomes texts throughout."""
@@ -179,41 +189,50 @@ class WandbRun:
         except ConnectionError:
             self._begin_again()
 
-    def close(self, ended: RunEnding) -> None:
+    def close(self, ending: RunEnding) -> None:
         try:
-            self._end(ended)
+            self._end(ending)
         except ConnectionError:
             self._begin_again()
-            self._end(ended)
+            self._end(ending)
 
-    def _end(self, ended: RunEnding) -> None:
-        """Set the state, send the alert and the reference to the export if asked for, and wait for the upload."""
-        if ended.state is State.preempted:
+    def _end(self, ending: RunEnding) -> None:
+        """Set the run's state, send the alert and register the export if asked for, and wait for the upload."""
+        if ending.state is State.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
-        self._run.summary.update({"state": str(ended.alert or ended.state)})
-        if ended.alert in self._about.config.alerts:
-            level = "WARN" if ended.state is State.preempted else "ERROR"
-            self._run.alert(f"{self._about.name}: {ended.alert}", f"{self._about.run_dir}: {ended.reason}", level=level)
-        if self._about.config.artifacts and ended.exported is not None:
-            name = f"model-{self._about.run_id}"
-            self._run.log_artifact(_by_reference(ended.exported, name, "model", self._about.settings))
+        self._run.summary.update({"state": str(ending.alert or ending.state)})
+        if ending.alert in self._tracked_run.config.alerts:
+            level = "WARN" if ending.state is State.preempted else "ERROR"
+            self._run.alert(
+                f"{self._tracked_run.name}: {ending.alert}",
+                f"{self._tracked_run.run_dir}: {ending.reason}",
+                level=level,
+            )
+        if self._tracked_run.config.artifacts and ending.exported is not None:
+            name = f"model-{self._tracked_run.run_id}"
+            self._run.log_artifact(_by_reference(ending.exported, name, "model", self._tracked_run.settings))
         try:
-            self._run.finish(exit_code=ended.exit_code)
+            self._run.finish(exit_code=ending.exit_code)
         except TimeoutError:
-            part = _relative_to_here(Path(self._run.dir).parent)
-            self.hint = ("W&B", f"wandb sync {shlex.quote(part)}   (not all was uploaded in time)")
+            run_files = _relative_to_here(Path(self._run.dir).parent)
+            self.hint = ("W&B", f"wandb sync {shlex.quote(run_files)}   (not all was uploaded in time)")
 
 
 def _by_reference(directory: Path, name: str, kind: str, settings: dict[str, Any]) -> Any:
-    """An artifact that names the files of a directory; none is copied or read."""
+    """A W&B artifact that names the files of a directory; none is copied or read.
+
+    `kind`: `dataset` or `model`. `settings`: of the run; some of them become the artifact's metadata.
+    """
     import wandb
 
     metadata_keys = ("strategy", "tuning", "objective", "base_model", "data_fingerprint", "git_revision", "run_dir")
-    artifact = wandb.Artifact(name, type=kind, metadata={key: settings.get(key) for key in metadata_keys})
+    metadata = {key: settings.get(key) for key in metadata_keys}
+    artifact = wandb.Artifact(name, type=kind, metadata=metadata)
     artifact.add_reference(directory.absolute().as_uri(), checksum=False)
     return artifact
 
 
-def _relative_to_here(part: Path) -> str:
-    """As the run's directory is named: relative where it lies below the working directory."""
-    return str(part.relative_to(Path.cwd())) if part.is_relative_to(Path.cwd()) else str(part)
+def _relative_to_here(path: Path) -> str:
+    """The path relative to the working directory if it is below it, else as it is."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
