@@ -22,8 +22,12 @@ HUB_TASKS = {"classification": "text-classification", "seq2seq": "text2text-gene
 
 
 def write_documents(directory: Path, papers: list[str], facts: ModelFacts, *, adapter: bool, base_path: str) -> None:
-    """Write README.md, the papers by these names, and the hub's files of results. Errors: OSError."""
-    facts.base_licence = facts.base_licence or licence_of(base_path)
+    """Write the model card (README.md), the papers by these names, and the hub's files of results. Errors: OSError.
+
+    `adapter`: whether the export holds an adapter, not all weights. `base_path`: directory or hub id of the base model.
+    """
+    if not facts.base_licence:
+        facts.base_licence = licence_of(base_path)
     write_papers(directory, papers, facts)
     write_results(directory, facts)
     own_positions = adapter and (directory / "config.json").is_file()
@@ -39,11 +43,16 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, own_positio
     objective = facts.run.objective
     method = facts.run.tuning or "full"
     base = _base_name(facts.run.base_model or base_path)
-    loader = "peft"
+    loader = "peft"  # the library that loads the export
     if method == BOTTLENECK:
         loader = "shardtune"
     elif method in VIRTUAL_TOKENS and objective != "classification":
         loader = "peft, but not to generate"
+    if not adapter:
+        loader = "transformers"
+    num_labels = 0
+    if objective == "classification":
+        num_labels = len(facts.run.label_names or ())
     card = render(
         "card",
         facts,
@@ -52,38 +61,49 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, own_positio
         base=base,
         base_to_load=_base_name(base_path),
         own_positions=own_positions,
-        loader=loader if adapter else "transformers",
+        loader=loader,
         auto_class=AUTO_CLASSES.get(objective, "AutoModelForCausalLM"),
-        num_labels=len(facts.run.label_names or ()) if objective == "classification" else 0,
+        num_labels=num_labels,
     )
     metadata = _metadata(facts, base=base, adapter=adapter, method=method)
     return f"---\n{metadata}\n---\n\n{card}{_configuration(facts.config_yaml)}"
 
 
-def _base_name(value: str) -> str:
+def _base_name(base_model: str) -> str:
     """A hub id as it is; of a directory only the last part, so that no card shows the directories of a machine."""
-    path = Path(value).expanduser()
-    return path.name if path.is_absolute() or path.exists() or value.startswith((".", "~")) else value
+    path = Path(base_model).expanduser()
+    is_directory = path.is_absolute() or path.exists() or base_model.startswith((".", "~"))
+    return path.name if is_directory else base_model
 
 
 def licence_of(directory: str) -> str | None:
     """The licence that the model card of a directory states in its metadata block, if it has one."""
     readme = Path(directory) / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    metadata = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    if not readme.is_file():
+        return None
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return None
+    metadata = text.split("\n---", 1)[0]
     stated = re.search(r"^license:[ \t]*(\S+)", metadata, re.MULTILINE)
     return stated[1].strip("\"'") if stated else None
 
 
 def _metadata(facts: ModelFacts, *, base: str, adapter: bool, method: str) -> str:
-    """The metadata block's YAML, as the hub reads it."""
+    """The YAML of the card's metadata block, as the Hugging Face hub reads it.
+
+    `base`: name of the base model. `method`: of tuning, such as `lora`.
+    """
     from huggingface_hub import ModelCardData
 
     task = HUB_TASKS.get(facts.run.objective, "text-generation")
     results = model_index(facts, task)
     licence, licence_name = hub_licence(facts.licence)
+    model_name = None  # the hub wants one only beside results
+    if results:
+        model_name = f"{base}, fine-tuned ({method})"
     card_data = ModelCardData(
-        model_name=f"{base}, fine-tuned ({method})" if results else None,
+        model_name=model_name,
         eval_results=results or None,
         base_model=base,
         library_name="peft" if adapter and method != BOTTLENECK else "transformers",
@@ -96,7 +116,10 @@ def _metadata(facts: ModelFacts, *, base: str, adapter: bool, method: str) -> st
 
 
 def _configuration(config_yaml: str) -> str:
-    """The frozen configuration, folded. It is no part of the template, which would close up blank lines within its texts."""
+    """The run's configuration as a folded block of the card; empty without one.
+
+    It is no part of the template, which would close up blank lines within its texts.
+    """
     if not config_yaml:
         return ""
     summary = "<summary>The whole configuration</summary>"

@@ -18,7 +18,7 @@ SYSTEMIC = 1e25
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """None where the run did not record it, or nobody answered."""
+    """The compute that tuning took and that of the base model; None for what the run did not record and nobody answered."""
 
     tokens: int | None
     flop: float | None
@@ -44,24 +44,41 @@ class Compute:
     @property
     def base_tokens_at_third(self) -> float | None:
         """Tokens on which the base would have been trained if tuning took exactly a third of its 6 x parameters x tokens."""
-        return self.flop / THIRD / (6 * self.parameters) if self.flop and self.parameters else None
+        if not self.flop or not self.parameters:
+            return None
+        return self.flop / THIRD / (6 * self.parameters)
 
 
 def compute(run: RunRecord, answers: Mapping[str, Any], tokens: int | None) -> Compute:
-    """What the training took, from its record and its owner's answers; `tokens` are those of the weights, of all ranks."""
+    """What the training took, from the run's record and its owner's answers.
+
+    `tokens`: that the weights were trained on, all ranks together; None if that is not known.
+    """
     devices = run.world_size or None
-    tokens_per_s = run.outcome.speed.get("tokens_per_s") if run.outcome is not None else None
-    flop = run.flops_per_token * tokens if run.flops_per_token and tokens else None
-    device_hours = tokens / tokens_per_s / 3600 * devices if tokens and tokens_per_s and devices else None
-    device_watts = number(answers.get("device_watts"))
+    tokens_per_s = None
+    if run.outcome is not None:
+        tokens_per_s = run.outcome.speed.get("tokens_per_s")
+    flop = None
+    if run.flops_per_token and tokens:
+        flop = run.flops_per_token * tokens
+    device_hours = None
+    if tokens and tokens_per_s and devices:
+        device_hours = tokens / tokens_per_s / 3600 * devices
     base_flop = number(answers.get("base_flop"))
+    share = None
+    if flop and base_flop:
+        share = flop / base_flop
+
+    # What was measured is better than an estimate from the watts of a device.
+    device_watts = number(answers.get("device_watts"))
     kwh = None
     energy = None
-    if metered := run.energy:
-        kwh = metered["kwh"]
+    measured = run.energy
+    if measured:
+        kwh = measured["kwh"]
         energy = (
-            f"an estimate by {metered['by']}, of {metered['hosts']} host(s) with CPU, memory and GPUs while they trained; "
-            f"{metered['kg_co2e']:.3g} kg CO2e with the electricity of {metered['country']}"
+            f"an estimate by {measured['by']}, of {measured['hosts']} host(s) with CPU, memory and GPUs while they trained; "
+            f"{measured['kg_co2e']:.3g} kg CO2e with the electricity of {measured['country']}"
         )
     elif device_hours and device_watts:
         kwh = device_hours * device_watts / 1000
@@ -75,5 +92,5 @@ def compute(run: RunRecord, answers: Mapping[str, Any], tokens: int | None) -> C
         energy=energy,
         parameters=run.base_parameters or None,
         base_flop=base_flop,
-        share=flop / base_flop if flop and base_flop else None,
+        share=share,
     )

@@ -15,7 +15,7 @@ from trainer.reporting.documents.licences import licence_conflicts
 from trainer.reporting.documents.questions import QUESTIONS
 from trainer.reporting.findings import RecordedFinding, findings_in
 from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, kept_reports, read_json
-from trainer.reporting.run_record import RunRecord
+from trainer.reporting.run_record import RunOutcome, RunRecord
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,18 +70,20 @@ class ModelFacts:
     @property
     def before(self) -> dict[str, float]:
         """Held-out metrics before the first step; empty if training did not end with these weights."""
-        return self._metrics_of_training("before")
+        return {} if self._outcome is None else self._outcome.before
 
     @property
     def after(self) -> dict[str, float]:
         """Held-out metrics of these weights; empty if training did not end with them."""
-        return self._metrics_of_training("after")
+        return {} if self._outcome is None else self._outcome.after
 
-    def _metrics_of_training(self, when: str) -> dict[str, float]:
+    @property
+    def _outcome(self) -> RunOutcome | None:
+        """How training ended; None if it ended with other weights than these."""
         outcome = self.run.outcome
         if outcome is None or not self.as_trained or outcome.progress.get("step") != self.step:
-            return {}
-        return outcome.before if when == "before" else outcome.after
+            return None
+        return outcome
 
     @property
     def findings(self) -> list[RecordedFinding]:
@@ -91,11 +93,14 @@ class ModelFacts:
     @property
     def data_counts(self) -> dict[str, dict[str, int]]:
         """Documents, tokens and rows with each problem, by split; of a split that counted nothing there is no entry."""
-        counts = {}
+        counts_by_split = {}
         for split, recorded in self.run.data_report.items():
-            if isinstance(recorded, Mapping) and (split_counts := _counts_of(recorded)):
-                counts[split] = split_counts
-        return counts
+            if not isinstance(recorded, Mapping):  # an entry about all splits
+                continue
+            split_counts = _counts_of(recorded)
+            if split_counts:
+                counts_by_split[split] = split_counts
+        return counts_by_split
 
     @property
     def compute(self) -> Compute:
@@ -122,58 +127,71 @@ class ModelFacts:
 
     @property
     def measured(self) -> list[dict[str, Any]]:
-        """Every metric of reports on these very weights: the newest value of each, and the newest value of the base."""
+        """Every metric of evaluation reports on these very weights, with that of the base model beside it.
+
+        Each metric has its newest value, and the newest one of the base on the same rows.
+        """
         newest: dict[str, dict[str, Any]] = {}
         for report in self.reports_of_kind(EVALUATION):
-            for row in _rows_of(report.report):
-                newest_row = newest.setdefault(row["name"], row)
+            for metric in _metrics_in(report.report):
+                newest_metric = newest.setdefault(metric["name"], metric)
                 # A newer report without the base does not hide what an older one measured of it on the same rows.
-                if newest_row["base"] is None and newest_row["rows_sha256"] == row["rows_sha256"]:
-                    newest_row |= {"base": row["base"], "change": row["change"]}
+                if newest_metric["base"] is None and newest_metric["rows_sha256"] == metric["rows_sha256"]:
+                    newest_metric |= {"base": metric["base"], "change": metric["change"]}
         return [*newest.values()]
 
     @property
     def review(self) -> dict[str, Any] | None:
         """The newest review of these weights by people."""
-        return next((kept.report for kept in self.reports_of_kind(REVIEW)), None)
+        reviews = self.reports_of_kind(REVIEW)
+        return reviews[0].report if reviews else None
 
     @property
     def elsewhere(self) -> int:
-        """Reports of the run that are about other weights, and say nothing here."""
+        """Number of reports of the run that are about other weights, and say nothing here."""
         return len(self.reports) - len(self._reports_on_these_weights())
 
     def reports_of_kind(self, kind: str) -> list[KeptReport]:
-        """Reports on these very weights."""
+        """Reports of one kind (`evaluation` or `review`) on these very weights, the newest first."""
         return [report for report in self._reports_on_these_weights() if report.kind == kind]
 
     def _reports_on_these_weights(self) -> list[KeptReport]:
+        """Reports whose weights have the same hash; none if these are of no single checkpoint."""
         if self.artefact is None:
             return []
         return [report for report in self.reports if report.artefact == self.artefact]
 
 
 def _counts_of(recorded: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes of a split of the data report, then how many rows had each problem, problems that no row had left out."""
-    counts = {name: recorded[name] for name in ("documents", "tokens", "supervised_tokens") if name in recorded}
+    """Counts of one split of the data report: its sizes, then how many rows had each problem. Problems of no row are left out."""
+    counts = {}
+    for name in ("documents", "tokens", "supervised_tokens"):
+        if name in recorded:
+            counts[name] = recorded[name]
     for name, problem in recorded.items():
         if isinstance(problem, Mapping) and problem.get("count"):
             counts[name] = problem["count"]
     return counts
 
 
-def _rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every metric of one report, with that of the base if the report has it."""
-    against = report.get("against") or {}
-    base_tasks = (against.get("tasks") or {}) if against.get("what") == "base" else {}
-    rows = []
+def _metrics_in(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every metric of one evaluation report as a dictionary for the templates, with that of the base if the report has it.
+
+    `change` is the record of the comparison with the base, and `base` the base's value; both are None without one.
+    """
+    comparison = report.get("against") or {}
+    base_tasks: dict[str, Any] = {}
+    if comparison.get("what") == "base":
+        base_tasks = comparison.get("tasks") or {}
+    metrics = []
     for task, record in (report.get("tasks") or {}).items():
         base_metrics = (base_tasks.get(task) or {}).get("metrics") or {}
-        for metric, result in (record.get("metrics") or {}).items():
-            change = base_metrics.get(metric)
-            rows.append(
+        for name, metric in (record.get("metrics") or {}).items():
+            change = base_metrics.get(name)
+            metrics.append(
                 {
-                    **result,
-                    "name": f"{task}/{metric}",
+                    **metric,
+                    "name": f"{task}/{name}",
                     "kind": record.get("kind"),
                     "rows": record.get("num_rows"),
                     "rows_sha256": record.get("rows_sha256"),
@@ -182,16 +200,18 @@ def _rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
                     "change": change,
                 }
             )
-    return rows
+    return metrics
 
 
 def gather(run_dir: Path, run: RunRecord, answers: dict[str, Any]) -> ModelFacts:
-    """Facts of a run, read from `run_dir` and from the directory of its data; the caller adds which weights they are about."""
+    """Facts of a run, read from its directory and that of its data. The caller adds which weights they are about.
+
+    `answers`: the owner's, by question.
+    """
+    facts = ModelFacts(run=run, answers=answers, reports=kept_reports(run_dir))
     config_file = run_dir / "config.yaml"
-    return ModelFacts(
-        run=run,
-        config_yaml=config_file.read_text(encoding="utf-8") if config_file.exists() else "",
-        audit=read_json(Path(run.data_directory) / "audit.json") if run.data_directory else {},
-        answers=answers,
-        reports=kept_reports(run_dir),
-    )
+    if config_file.exists():
+        facts.config_yaml = config_file.read_text(encoding="utf-8")
+    if run.data_directory:
+        facts.audit = read_json(Path(run.data_directory) / "audit.json")
+    return facts

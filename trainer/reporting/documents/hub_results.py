@@ -14,56 +14,69 @@ HUB = "hub:"
 
 
 def model_index(facts: ModelFacts, hub_task: str) -> list[Any]:
-    """huggingface_hub's EvalResult of every metric of these very weights; `hub_task` is its name of what the model does."""
+    """huggingface_hub's EvalResult of every metric of these very weights, for the card's metadata.
+
+    `hub_task`: the hub's name of what the model does, such as `text-generation`.
+    """
     from huggingface_hub import EvalResult
 
     entries = []
-    for row in facts.measured:
-        if not isinstance(row.get("value"), int | float):
+    for metric in facts.measured:
+        if not isinstance(metric.get("value"), int | float):
             continue
+        task_name = metric["name"].partition("/")[0]
+        metric_type = metric["name"].rpartition("/")[2]
+        dataset = _dataset_name(metric)
         entries.append(
             EvalResult(
                 task_type=hub_task,
-                task_name=row["name"].partition("/")[0],
-                dataset_type=_dataset(row),
-                dataset_name=_dataset(row),
-                metric_type=row["name"].rpartition("/")[2],
-                metric_name=row["name"],
-                metric_value=row["value"],
+                task_name=task_name,
+                dataset_type=dataset,
+                dataset_name=dataset,
+                metric_type=metric_type,
+                metric_name=metric["name"],
+                metric_value=metric["value"],
             )
         )
     return entries
 
 
-def _dataset(row: dict[str, Any]) -> str:
-    """A hub id as it is; of a file its name alone, so that no card shows the directories of a machine."""
-    path = str(row.get("path") or "held-out documents of the run")
+def _dataset_name(metric: dict[str, Any]) -> str:
+    """What a metric was measured on: a hub id as it is, of a file its name alone, so that no card shows its directories."""
+    path = str(metric.get("path") or "held-out documents of the run")
     return path.removeprefix(HUB) if path.startswith(HUB) else Path(path).name
 
 
 def write_results(directory: Path, facts: ModelFacts) -> list[Path]:
-    """Write `.eval_results/<task>.yaml` of each task whose data is a data set of the hub; return the files.
+    """Write `.eval_results/<task>.yaml`, in the hub's format, for each task whose data is a data set of the hub.
 
-    `facts.benchmarks` names the data set of a task that was evaluated on a local copy. The first metric of a task is its
-    result.
+    Returns the files. `facts.benchmarks` names the data set of a task that was evaluated on a local copy. The first metric of a
+    task is its result.
     """
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     written: dict[str, Path] = {}
-    for row in facts.measured:
-        task, _, metric = row["name"].partition("/")
-        path = str(row.get("path") or "")
-        benchmark = facts.benchmarks.get(task) or (path.removeprefix(HUB) if path.startswith(HUB) else "")
+    for metric in facts.measured:
+        task, _, metric_name = metric["name"].partition("/")
+        path = str(metric.get("path") or "")
+        benchmark = facts.benchmarks.get(task)
+        if not benchmark and path.startswith(HUB):
+            benchmark = path.removeprefix(HUB)
         if not benchmark or task in written:
             continue
-        parts = benchmark.rstrip("/").split("/")
-        interval = f", 95 % interval {row['low']:.4g} to {row['high']:.4g}" if "low" in row else ""
+
+        # <owner>/<name>, and perhaps the name of a task there.
+        owner_and_name = benchmark.rstrip("/").split("/")[:2]
+        task_there = benchmark.rstrip("/").split("/")[2:]
+        notes = f"{metric_name} over {metric.get('rows')} rows"
+        if "low" in metric:
+            notes += f", 95 % interval {metric['low']:.4g} to {metric['high']:.4g}"
         entry = EvalResultEntry(
-            dataset_id="/".join(parts[:2]),
-            task_id="/".join(parts[2:]) or "default",
-            value=row["value"],
-            notes=f"{metric} over {row.get('rows')} rows{interval}; measured by shardtune evaluate, not verified by others",
+            dataset_id="/".join(owner_and_name),
+            task_id="/".join(task_there) or "default",
+            value=metric["value"],
+            notes=f"{notes}; measured by shardtune evaluate, not verified by others",
         )
         file = directory / DIRECTORY / f"{task}.yaml"
         file.parent.mkdir(exist_ok=True)

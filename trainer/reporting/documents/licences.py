@@ -13,20 +13,23 @@ OWN_TERMS = re.compile(r"^(llama|gemma|other|.*openrail|.*rail|deepseek|falcon|q
 
 
 def licence_conflicts(base: str | None, sources: list[Mapping[str, Any]], export_licence: str | None) -> list[str]:
-    """What speaks against a release under `export_licence`, one line each. Only licences that are stated are read."""
+    """What speaks against a release of the tuned model under `export_licence`, one line each.
+
+    `base`: licence of the base model. `sources`: of the data, each with `name` and `licence`. None means that no licence is
+    stated.
+    """
     licences = {"the base model": base}
     for source in sources:
         licences[f"the data of {source.get('name')}"] = source.get("licence")
     lines = []
     for origin, licence in licences.items():
-        if licence:
-            lines += [
-                f"{origin} is under {licence}{consequence}" for consequence in _consequences(licence, export_licence)
-            ]
-        else:
+        if not licence:
             lines.append(
                 f"{origin} states no licence: without one nobody else may use it, nor perhaps what was made of it"
             )
+            continue
+        for consequence in _consequences(licence, export_licence):
+            lines.append(f"{origin} is under {licence}{consequence}")
     return lines
 
 

@@ -47,7 +47,7 @@ NUMBERS = ("base_flop", "device_watts")
 
 
 def paper_problems(papers: list[str]) -> Iterator[str]:
-    """What is wrong with the papers asked for, one line each."""
+    """An error message for each name in `export.papers` that is no paper."""
     for name in papers:
         if name not in [*Paper]:
             near = difflib.get_close_matches(name, [*Paper], n=1)
@@ -56,7 +56,10 @@ def paper_problems(papers: list[str]) -> Iterator[str]:
 
 
 def read_answers(path: str | None) -> tuple[dict[str, Any], list[str]]:
-    """(answers by question, problems) of a YAML file; empty without one."""
+    """The owner's answers from a YAML file: (answers by question, error messages). Both are empty if `path` is None.
+
+    An answer that is null or empty leaves its question open.
+    """
     import yaml
 
     if path is None:
@@ -75,13 +78,16 @@ def read_answers(path: str | None) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"export.answers={path}: {name}: there is no such question; {suggestion}")
         elif name in NUMBERS and number(answer) is None:
             problems.append(f"export.answers={path}: {name}: {answer}: must be a number above 0, such as 1e21")
-    return {name: answer for name, answer in answers.items() if answer not in (None, "")}, problems
+    given_answers = {name: answer for name, answer in answers.items() if answer not in (None, "")}
+    return given_answers, problems
 
 
 def number(answer: Any) -> float | None:
-    """An answer as a number above 0 (YAML takes 1e21 for a text)."""
+    """An answer as a finite number above 0; None if it is none. YAML takes 1e21 for a text, so texts are read too."""
+    if isinstance(answer, bool):
+        return None
     try:
-        value = float(answer)
+        parsed = float(answer)
     except (TypeError, ValueError):
         return None
-    return value if 0 < value < float("inf") and not isinstance(answer, bool) else None
+    return parsed if 0 < parsed < float("inf") else None

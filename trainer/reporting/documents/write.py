@@ -24,7 +24,10 @@ def write_papers(directory: Path, names: list[str], facts: ModelFacts) -> None:
 
 
 def render(name: str, facts: ModelFacts, **more: Any) -> str:
-    """The text of the template of that name; `more` are its names beside the facts'. It ends with one newline."""
+    """A document as Markdown, from the template `<name>.md.j2`. It ends with one newline.
+
+    `more`: variables of that template beside those that all have.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -36,6 +39,7 @@ def render(name: str, facts: ModelFacts, **more: Any) -> str:
     )
     environment.filters |= {"number": number, "cell": cell, "last": last_part, "readable": readable, "json": json.dumps}
     recorded = {key: content for key, content in facts.run.as_json().items() if content is not None}
+    # `{{ run.strategy }}` is "not recorded" if the run's record lacks it, and no error.
     text = environment.get_template(f"{name}.md.j2").render(
         facts=facts,
         run=defaultdict(lambda: "not recorded", recorded),
