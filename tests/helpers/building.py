@@ -243,7 +243,7 @@ def built_trainer(
             agreement,
             Guards(config.guards, config.optim.max_skipped_steps, runtime),
             Stragglers(0, runtime),
-            Challenges(ChallengesConfig(), planned=1, compared="loss"),
+            Challenges(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
         ),
     )
     return trainer, built

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.monitors.rolling import LEAST_SPREAD, MOST, NORMAL, RollingWindow
+from trainer.monitors.rolling import DEVIATIONS_PER_MAD, MAX_SCORE, MIN_SPREAD, RollingWindow
 
 CPU = torch.device("cpu")
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 def expected(before, value):
     """Of one column, by numpy alone."""
     middle = np.median(before)
-    spread = max(NORMAL * np.median(np.abs(before - middle)), LEAST_SPREAD * abs(middle))
+    spread = max(DEVIATIONS_PER_MAD * np.median(np.abs(before - middle)), MIN_SPREAD * abs(middle))
     return (value - middle) / spread
 
 
@@ -44,4 +44,4 @@ def test_rolling_window_leaves_outliers_out_and_a_flat_curve_has_none():
     assert rolling.scores(torch.tensor([2.02, 1.0]).double()).tolist() == pytest.approx([1.0, 0.0])
     for odd in ([torch.nan, 9.0], [9.0, torch.inf]):  # alike, however a strategy says that a norm is not finite
         assert np.isnan(rolling.scores(torch.tensor(odd).double()).tolist()).all()
-    assert rolling.scores(torch.tensor([1e30, 1.0]).double()).tolist()[0] == MOST
+    assert rolling.scores(torch.tensor([1e30, 1.0]).double()).tolist()[0] == MAX_SCORE

@@ -18,6 +18,7 @@ from trainer.monitors.replicas import ReplicaCheck
 from trainer.monitors.rolling import RollingWindow
 
 WATCHED = ("loss", "grad_norm")
+"""Numbers of a step that are judged, in the order of the window's columns."""
 OUTLIERS = tuple(f"outlier/{name}" for name in WATCHED)
 """Keys of a row for the score of each number that stands out."""
 
@@ -47,9 +48,9 @@ class RollBack(Exception):
 class Guards:
     """Judges each step, alike on all ranks.
 
-    Where no update may be left out, steps are judged when their numbers are read anyway, once a logging interval. Where one may,
-    they are judged before the update and on the device: the loss is summed over the ranks in each step, and nothing is waited for
-    beyond what the optimizer waits for by itself.
+    If no update may be left out, steps are judged when their numbers are read anyway, once a logging interval. If one may,
+    they are judged before the update and on the device: the loss is summed over the ranks in each step, and nothing is waited
+    for beyond what the optimizer waits for by itself.
     """
 
     def __init__(
@@ -95,86 +96,101 @@ class Guards:
     # -- in a step -------------------------------------------------------------------------------------------------------
 
     def update_filter(self, local_loss: Tensor, count: float) -> UpdateFilter | None:
-        """What the engine is to ask before its update; None where no update may be left out.
+        """A function that the engine asks before its update whether to leave it out; None if no update may be left out.
 
-        `local_loss` is this rank's sum over the step, `count` that of all ranks.
+        `local_loss` is this rank's sum of the loss over the step, `count` its denominator over all ranks.
         """
         if not self.skips:
             return None
 
-        def left_out(norm: Tensor) -> Tensor:
-            # The norm goes along, so that no rank can come to another answer.
-            values = torch.stack([local_loss.double() / (count or 1), norm.double() / self.runtime.world_size])
+        def is_left_out(grad_norm: Tensor) -> Tensor:
+            """Whether the update with this gradient norm is left out, as 0-d bool on the device. A collective."""
+            # All ranks have the same norm. It is summed and divided all the same, so that no rank can come to another answer.
+            values = torch.stack([local_loss.double() / (count or 1), grad_norm.double() / self.runtime.world_size])
             if self.runtime.world_size > 1:
                 values = dist_sum(values)
-            self._scores_before_update, is_left_out = self._score(values)
-            return is_left_out
+            self._scores_before_update, leave_out = self._score(values)
+            return leave_out
 
-        return left_out
+        return is_left_out
 
     def note_step(self, first_sample: int) -> None:
-        """Remember a step that was taken, and its scores if it was judged before its update; `look` judges its interval."""
+        """Remember a step that was taken, and its scores if it was judged before its update; `mark_outliers` judges its
+        interval.
+        """
         self._pending.append((first_sample, self._scores_before_update))
         self._scores_before_update = None
 
     def _score(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores of a step, and whether its update is left out; otherwise it joins the window."""
+        """Judge a step against the window: (its scores float64 [2], whether its update is left out as 0-d bool).
+
+        A step that is not left out joins the window. Nothing waits for the device.
+        """
         scores = self._rolling.scores(values)
         # NaN compares as false: a step without a score never stands out.
-        is_left_out = ((scores > self.config.threshold) & self._acting).any()
-        self._rolling.push(values, values.isfinite().all() & ~is_left_out)
+        stands_out = scores > self.config.threshold
+        is_left_out = (stands_out & self._acting).any()
+        joins_window = values.isfinite().all() & ~is_left_out
+        self._rolling.push(values, joins_window)
         return scores, is_left_out
 
     # -- between steps ---------------------------------------------------------------------------------------------------
 
     def mark_outliers(self, rows: list[dict[str, Any]]) -> None:
-        """Judge the steps of an interval: add the scores of what stands out to `rows`, and report it.
+        """Judge the steps of a logging interval: add the scores of what stands out to `rows`, and report it.
 
-        `rows`: one for each step since the last call, equal on all ranks.
-
-        Raises RollBack at the first step that the run is to return behind.
+        `rows`: one for each step since the last call, equal on all ranks. Raises RollBack at the first step that the run is to
+        return behind.
         """
         pending = self._pending
         self._pending = []
         if not rows:
             return
-        scores_by_step = self._scores_of(rows, [scores for _, scores in pending])
+        scores_before_update = [scores for _, scores in pending]
+        scores_by_step = self._scores_by_step(rows, scores_before_update)
         for row, (first_sample, _), scores in zip(rows, pending, scores_by_step, strict=True):
-            outlying: dict[str, float] = {}
+            outlier_scores: dict[str, float] = {}
             for name, key, score in zip(WATCHED, OUTLIERS, scores, strict=True):
                 if score > self.config.threshold:
-                    outlying[name] = score
+                    outlier_scores[name] = score
                     row[key] = score
-            if outlying:
-                self._report(row, outlying, first_sample)
+            if outlier_scores:
+                self._report(row, outlier_scores, first_sample)
             if row.get("skipped"):
                 self._skipped_in_a_row = [*self._skipped_in_a_row, (first_sample, row["grad_norm"])]
             else:
                 self._skipped_in_a_row = []
 
-    def _scores_of(self, rows: list[dict[str, Any]], before_update: list[Tensor | None]) -> list[list[float]]:
-        """The scores of each step: those of before its update if updates may be left out, else computed now."""
+    def _scores_by_step(
+        self, rows: list[dict[str, Any]], scores_before_update: list[Tensor | None]
+    ) -> list[list[float]]:
+        """The scores of each step of an interval, in the order of `WATCHED`, on the host.
+
+        If updates may be left out, they were computed before the update (None if the engine did not ask). Else they are computed
+        now, from the numbers in `rows`.
+        """
         if self.skips:
             unknown = torch.full((len(WATCHED),), torch.nan, dtype=torch.float64, device=self._acting.device)
-            scores: list[list[float]] = torch.stack(
-                [unknown if step is None else step for step in before_update]
-            ).tolist()
-            return scores
-        scores = []
+            known_or_nan = [unknown if scores is None else scores for scores in scores_before_update]
+            return torch.stack(known_or_nan).tolist()  # type: ignore[no-any-return]  # one copy for all steps
+        scores_by_step = []
         for row in rows:
             values = torch.tensor([row[name] for name in WATCHED]).double()
-            step_scores, _ = self._score(values)
-            scores.append(step_scores.tolist())
-        return scores
+            scores, _ = self._score(values)
+            scores_by_step.append(scores.tolist())
+        return scores_by_step
 
     def _report(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> None:
-        """Hand an outlier to `on_outlier`; the strongest of the actions holds. Raises RollBack if that is a rollback."""
+        """Hand a step that stands out to `on_outlier`, on rank 0. Raises RollBack if its action is a rollback.
+
+        `scores`: of the numbers that stand out. If both do, the stronger of their two actions holds.
+        """
         actions = [action for name, action in zip(WATCHED, self.actions, strict=True) if name in scores]
         outlier = Outlier(
             step=row["step"],
             values={name: row[name] for name in scores},
             scores=scores,
-            action=max(actions, key=list(Action).index),
+            action=max(actions, key=list(Action).index),  # Action lists them from weak to strong
             first_sample=first_sample,
         )
         if self.runtime.is_main:
@@ -185,9 +201,10 @@ class Guards:
     def stop_if_diverged(
         self, rollbacks: int, samples: int, places: Callable[[int, int], list[tuple[int, int]]]
     ) -> None:
-        """Raise Diverged where the run went back too often, or too many updates in a row were left out.
+        """Raise Diverged, on all ranks, if the run went back too often, or too many updates in a row were left out.
 
-        `samples` is how many the run has consumed, `places` says where some of them lie in its order.
+        `rollbacks`: how often the run went back. `samples`: how many it has consumed. `places`: `SampleOrder.places`, which
+        gives the ranges (first, count) in the run's order of some consumed samples.
         """
         if rollbacks > self.config.max_rollbacks:
             raise Diverged(
@@ -195,20 +212,23 @@ class Guards:
                 "single samples; lower optim.lr, raise guards.threshold, or look at the documents in events.jsonl. Limit: "
                 "guards.max_rollbacks"
             )
-        number = len(self._skipped_in_a_row)
-        if number < self.max_skipped_in_a_row:
+        num_skipped = len(self._skipped_in_a_row)
+        if num_skipped < self.max_skipped_in_a_row:
             return
-        first_sample = self._skipped_in_a_row[0][0]
-        begin = places(first_sample, 1)[0][0]
-        end = places(max(first_sample, samples - 1), 1)[0][0]
-        where = f"(samples {begin} to {end} of the run's order)"
-        if all(math.isfinite(norm) for _, norm in self._skipped_in_a_row):
+
+        first_consumed, _ = self._skipped_in_a_row[0]
+        last_consumed = max(first_consumed, samples - 1)
+        first_place, _ = places(first_consumed, 1)[0]
+        last_place, _ = places(last_consumed, 1)[0]
+        which_samples = f"(samples {first_place} to {last_place} of the run's order)"
+        norms_are_finite = all(math.isfinite(norm) for _, norm in self._skipped_in_a_row)
+        if norms_are_finite:
             raise Diverged(
-                f"the updates of {number} steps in a row were left out, since their loss or gradient norm stood out {where}: "
-                "this is no longer about single samples; lower optim.lr, raise guards.threshold, or look at those samples. "
-                "Limit: optim.max_skipped_steps"
+                f"the updates of {num_skipped} steps in a row were left out, since their loss or gradient norm stood out "
+                f"{which_samples}: this is no longer about single samples; lower optim.lr, raise guards.threshold, or look at "
+                "those samples. Limit: optim.max_skipped_steps"
             )
         raise Diverged(
-            f"gradients were not finite for {number} steps in a row {where}; lower optim.lr, use precision=bf16 instead of "
-            "fp16, or look at those samples. Limit: optim.max_skipped_steps"
+            f"gradients were not finite for {num_skipped} steps in a row {which_samples}; lower optim.lr, use precision=bf16 "
+            "instead of fp16, or look at those samples. Limit: optim.max_skipped_steps"
         )

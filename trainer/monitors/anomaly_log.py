@@ -20,7 +20,8 @@ from trainer.reporting.jsonl import json_text
 EVENTS = "events.jsonl"
 MAX_DOCUMENTS = 4
 """Documents that are named on the screen."""
-PLACE = ("source", "file", "line")
+ORIGIN_FIELDS = ("source", "file", "line")
+"""Fields of a document that say where it came from."""
 
 
 class AnomalyLog:
@@ -35,11 +36,11 @@ class AnomalyLog:
 
     def __call__(self, outlier: Outlier) -> None:
         """Append the outlier to `events.jsonl`, with the documents of its step, and print a warning that names some of them."""
-        rows = self.loader.documents(outlier.first_sample)
-        table = DocumentTable(self.data) if rows else None
+        document_numbers = self.loader.documents(outlier.first_sample)
         documents: list[dict[str, Any]] = []
-        if table is not None:
-            documents = [_document(table, row) for row in rows]
+        if document_numbers:
+            table = DocumentTable(self.data)
+            documents = [_document_record(table, number) for number in document_numbers]
         places = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
         event = {"event": "outlier", "time": time.time(), **asdict(outlier), "places": places, "documents": documents}
         try:
@@ -47,35 +48,43 @@ class AnomalyLog:
                 file.write(json_text(event) + "\n")
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error}); free space") from error
-        self.print_line(f"warning: {self._text(outlier, places, documents)}")
+        self.print_line(f"warning: {self._warning(outlier, places, documents)}")
 
-    def _text(self, outlier: Outlier, places: list[tuple[int, int]], documents: list[dict[str, Any]]) -> str:
-        """The warning. `places`: where the step's samples stand in the run's order, as (first, count)."""
+    def _warning(self, outlier: Outlier, places: list[tuple[int, int]], documents: list[dict[str, Any]]) -> str:
+        """The warning about an outlier: what stands out and how far, what was done, and which samples the step had.
+
+        `places`: ranges (first, count) of the step's samples in the run's order. `documents`: their records; empty if unknown.
+        """
         clauses = []
         for name, number in outlier.values.items():
             clauses.append(f"{name} {number:.4g} ({outlier.scores[name]:.1f} standard deviations above the median)")
-        scores = f"{' and '.join(clauses)} {'stands' if len(clauses) == 1 else 'stand'}"
-        first_place = places[0][0]
-        last_place = sum(places[-1]) - 1  # the last run of places is (first, count)
-        documents_text = ""
+        verb = "stands" if len(clauses) == 1 else "stand"
+        first_sample, _ = places[0]
+        last_range_first, last_range_count = places[-1]
+        last_sample = last_range_first + last_range_count - 1
+        named_documents = ""
         if documents:
             names = [f"{document['file']}:{document['line']}" for document in documents[:MAX_DOCUMENTS]]
-            more = f" and {len(documents) - MAX_DOCUMENTS} more" if len(documents) > MAX_DOCUMENTS else ""
-            documents_text = f": {', '.join(names)}{more}"
+            named_documents = f": {', '.join(names)}"
+            if len(documents) > MAX_DOCUMENTS:
+                named_documents += f" and {len(documents) - MAX_DOCUMENTS} more"
         return (
-            f"step {outlier.step}: {scores} out; {DONE[outlier.action]}. Samples {first_place} to {last_place} of the "
-            f"run's order{documents_text} ({EVENTS})"
+            f"step {outlier.step}: {' and '.join(clauses)} {verb} out; {DONE[outlier.action]}. Samples {first_sample} to "
+            f"{last_sample} of the run's order{named_documents} ({EVENTS})"
         )
 
 
-def _document(table: DocumentTable, row: int) -> dict[str, Any]:
-    """Where a document came from, and the SHA-256 of its content: its fields as JSON, keys sorted, empty ones left out."""
-    document = table.document(row)
-    place = {key: getattr(document, key) for key in PLACE}
+def _document_record(table: DocumentTable, number: int) -> dict[str, Any]:
+    """What `events.jsonl` says of one document: where it came from, and the SHA-256 of its content.
+
+    The content is its other fields as JSON, with sorted keys and without empty ones.
+    """
+    document = table.document(number)
+    origin = {key: getattr(document, key) for key in ORIGIN_FIELDS}
     content = {}
-    for key in set(schema().names) - set(PLACE):
+    for key in set(schema().names) - set(ORIGIN_FIELDS):
         field_value = getattr(document, key)
         if field_value not in (None, ""):
             content[key] = field_value
     text = json.dumps(content, sort_keys=True)
-    return {"row": row, **place, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {"row": number, **origin, "sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """A challenge that was found, in words and numbers; the same on all ranks."""
+    """A problem that a detector found, in words and numbers; the same on all ranks."""
 
     challenge: str
     """Name of the detector."""
@@ -25,15 +25,12 @@ class Finding:
 
     def record(self) -> dict[str, Any]:
         """As JSON values, for `run.json`."""
-        kind = {"verdict": str(self.verdict)} if self.verdict else {}
-        return {
-            "found": True,
-            **kind,
-            "step": self.step,
-            "says": self.says,
-            **self.numbers,
-            "remedies": list(self.remedies),
-        }
+        record: dict[str, Any] = {"found": True}
+        if self.verdict:
+            record["verdict"] = str(self.verdict)
+        record |= {"step": self.step, "says": self.says, **self.numbers}
+        record["remedies"] = list(self.remedies)
+        return record
 
 
 @dataclass(frozen=True, slots=True)

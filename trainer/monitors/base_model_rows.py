@@ -21,14 +21,14 @@ FILE = "forgetting-base.json"
 
 @dataclass(slots=True)
 class BaseTask:
-    """A task of the base: its rows, of which scores alone are kept on the disk, and its first metric."""
+    """A task as the base model answered it: its rows, and the value of its first metric."""
 
     rows: list[TaskRow]
     value: float
 
 
 class BaseRows:
-    """Asks the base model, or reads its answers from before the run was interrupted."""
+    """The base model's results in the tasks that measure forgetting: asked for once, then read back by a resumed run."""
 
     def __init__(
         self, evaluator: TaskEvaluator, names: list[str], run_dir: Path, print_line: Callable[[str], None]
@@ -44,35 +44,44 @@ class BaseRows:
         """Tasks asked of a model that is the base still: the evaluation before the first step takes them."""
 
     def begin(self, engine: Engine, step: int) -> None:
-        """Before the first step of this start. All ranks must call; raises Interrupted on all or none."""
+        """Read the base's results, or ask the base for them, before the first step of this start.
+
+        With an adapter the base can always be asked, by switching the adapter off. Full tuning changes the base, so that it
+        can be asked only before step 1. All ranks must call; raises Interrupted on all or none.
+        """
         self.tasks = self._read_kept()
         if self.tasks is not None:
             return
         built = self.evaluator.model.built
-        if not built.tuning.keeps_base and step > 0:
+        keeps_base = built.tuning.keeps_base
+        if not keeps_base and step > 0:
             self.print_line(
                 f"challenges.forgetting: is not measured, since this run continues from step {step} of one that did not ask the "
                 "base, and full tuning keeps none; start a new run.dir"
             )
             return
         self.evaluator.model.engine = engine
-        keeps_base = built.tuning.keeps_base
-        with built.tuning.reference(built.step_module.model) if keeps_base else nullcontext():
+        as_base = built.tuning.reference(built.step_module.model) if keeps_base else nullcontext()
+        with as_base:
             finished = [*self.evaluator.run_tasks(self.names)]
         # Before the first step of full tuning the model is the base: its answers need not be asked for again.
         self.fresh_tasks = [] if keeps_base else finished
-        self.tasks = {task.prepared.task.name: BaseTask(task.rows, _first_metric(task)) for task in finished}
+        self.tasks = {}
+        for done in finished:
+            self.tasks[done.prepared.task.name] = BaseTask(done.rows, _first_metric(done))
         if self.runtime.is_main:
-            tasks = {name: asdict(task) for name, task in self.tasks.items()}
-            write_text_atomic(self.path, json_text({"key": self._key(), "tasks": tasks}))
+            task_records = {name: asdict(task) for name, task in self.tasks.items()}
+            write_text_atomic(self.path, json_text({"key": self._key(), "tasks": task_records}))
 
     def _read_kept(self) -> dict[str, BaseTask] | None:
-        """The tasks in the file, if they are of the same rows. Rank 0 reads it for all. All ranks must call."""
-        tasks = self._read_file() if self.runtime.is_main and self.path.is_file() else None
+        """The base's results that an earlier start kept, read by rank 0 for all ranks; None if there are none. A collective."""
+        tasks = None
+        if self.runtime.is_main and self.path.is_file():
+            tasks = self._read_file()
         return broadcast_object(tasks, self.runtime)
 
     def _read_file(self) -> dict[str, BaseTask] | None:
-        """None if the file is damaged, or of other rows: the base is asked again, if it can be."""
+        """The tasks in the file; None if it is damaged, or of other rows. The base is then asked again, if it can be."""
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["key"] != self._key():
@@ -85,7 +94,7 @@ class BaseRows:
             return None
 
     def _key(self) -> list[list[object]]:
-        """Which tasks and cases the rows are of."""
+        """What the results are of: name, kind, number of cases, and perhaps data of each task. Other cases have another key."""
         key: list[list[object]] = []
         for prepared in self.evaluator.tasks:
             task = prepared.task
@@ -95,8 +104,13 @@ class BaseRows:
 
 
 def _fingerprint(task: Task) -> list[str]:
-    return [task.dataset.fingerprint] if isinstance(task, HeldOut) and task.dataset is not None else []
+    """The fingerprint of the prepared data of a task that computes losses; empty for any other task."""
+    if isinstance(task, HeldOut) and task.dataset is not None:
+        return [task.dataset.fingerprint]
+    return []
 
 
 def _first_metric(finished: FinishedTask) -> float:
-    return finished.metrics[finished.prepared.task.metrics[0].name]
+    """The value of the metric that stands for a task."""
+    metric = finished.prepared.task.metrics[0]
+    return finished.metrics[metric.name]

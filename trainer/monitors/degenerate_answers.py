@@ -8,7 +8,6 @@ of them.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,11 +19,12 @@ LEVEL = 0.05
 MIN_ANSWERS = 3
 MIN_SHARE = 0.1
 """Answers, and share of all answers, below which nothing is reported."""
-GRAM = 4
-"""Words (letters, in scripts without spaces) of the pieces that are counted."""
-REPEATED = 0.5
+WORDS_PER_PIECE = 4
+"""Words of the pieces that are counted; in scripts without spaces, twice as many letters."""
+MIN_REPEATED_SHARE = 0.5
 """Share of an answer's pieces that occurred in it before, from which it repeats itself."""
 MIN_PIECES = 8
+"""Pieces below which an answer is too short to repeat itself."""
 MIN_LANGUAGE_PROBABILITY = 0.9
 """Probability of a language from which it counts."""
 REMEDIES = (
@@ -43,17 +43,28 @@ def is_empty(text: str) -> bool:
 def repeats_itself(text: str) -> bool:
     """Whether at least half of its pieces of four words occur earlier in the text."""
     words = text.split()
-    pieces: list[object] = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
-    if len(words) < len(text) / 30:  # no spaces
-        pieces = [text[i : i + 2 * GRAM] for i in range(len(text) - 2 * GRAM + 1)]
-    return len(pieces) >= MIN_PIECES and 1 - len(Counter(pieces)) / len(pieces) >= REPEATED
+    pieces: list[object] = []
+    if len(words) >= len(text) / 30:
+        for start in range(len(words) - WORDS_PER_PIECE + 1):
+            pieces.append(tuple(words[start : start + WORDS_PER_PIECE]))
+    else:  # hardly any spaces, as in Chinese
+        piece_letters = 2 * WORDS_PER_PIECE
+        for start in range(len(text) - piece_letters + 1):
+            pieces.append(text[start : start + piece_letters])
+    if len(pieces) < MIN_PIECES:
+        return False
+    num_different = len(set(pieces))
+    repeated_share = 1 - num_different / len(pieces)
+    return repeated_share >= MIN_REPEATED_SHARE
 
 
 def language_of(text: str) -> str | None:
-    """The language of a text; None if it is too short to be sure, or py3langid is not installed."""
+    """The language of a text, as a code such as `en`; None if it is too short to be sure, or py3langid is not installed."""
     from trainer.data.transforms.filters import detect_text_language
 
-    detected = detect_text_language(text) if find_spec("py3langid") is not None else None
+    if find_spec("py3langid") is None:
+        return None
+    detected = detect_text_language(text)
     if detected is None:
         return None
     language, probability = detected
@@ -71,12 +82,15 @@ class DegenerateCount:
 
     @property
     def share(self) -> float:
-        """Of the answers."""
+        """Share of the answers that are degenerate."""
         return self.answers / self.total
 
 
 def degenerate_counts(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCount]:
-    """How many answers are empty, repeat themselves, or are in another language than all references."""
+    """How many answers are `empty`, `repeated`, or `foreign`: in another language than all references.
+
+    There is no count of foreign ones if no language could be told.
+    """
     tests: dict[str, Callable[[str], bool]] = {"empty": is_empty, "repeated": repeats_itself}
     counts = {}
     for kind, test in tests.items():
@@ -101,14 +115,20 @@ def degenerate_counts(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCou
 
 
 def logged_metrics(evidence: Evidence) -> dict[str, float]:
-    """What is logged in each evaluation: `output/empty` and its kin, shares of the answers."""
+    """What is logged in each evaluation: the shares of answers `output/empty`, `output/repeated` and `output/foreign`."""
     if not evidence.answers:
         return {}
-    return {f"output/{kind}": count.share for kind, count in degenerate_counts(evidence.answers).items()}
+    metrics = {}
+    for kind, count in degenerate_counts(evidence.answers).items():
+        metrics[f"output/{kind}"] = count.share
+    return metrics
 
 
 def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
-    """What the answers of this evaluation say; nothing of those before the first step, which are the base's."""
+    """The finding that answers of this evaluation are degenerate more often than the references; None if they are not.
+
+    The evaluation before the first step is not judged: those answers are the base's.
+    """
     if not evidence.answers or config.action is Reaction.off or evidence.step == 0:
         return None
     level = LEVEL / max(1, evidence.planned_evaluations) / 3  # Bonferroni over evaluations and the three kinds
@@ -119,10 +139,9 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
             found[kind] = count
     if not found:
         return None
-    clauses = [
-        f"{count.answers} of {count.total} {_WORDS[kind]} ({count.references} of the right ones)"
-        for kind, count in found.items()
-    ]
+    clauses = []
+    for kind, count in found.items():
+        clauses.append(f"{count.answers} of {count.total} {_IN_WORDS[kind]} ({count.references} of the right ones)")
     return Finding(
         challenge="output",
         step=evidence.step,
@@ -133,7 +152,7 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
     )
 
 
-_WORDS = {"empty": "are empty", "repeated": "repeat themselves", "foreign": "are in another language"}
+_IN_WORDS = {"empty": "are empty", "repeated": "repeat themselves", "foreign": "are in another language"}
 
 
 def fisher_p_value(degenerate: int, in_references: int, total: int) -> float:
@@ -141,9 +160,11 @@ def fisher_p_value(degenerate: int, in_references: int, total: int) -> float:
 
     `degenerate` of `total` answers are, and `in_references` of as many references.
     """
-    both = degenerate + in_references
-    ways = math.comb(2 * total, total)
-    as_many_or_more = 0
-    for count in range(degenerate, min(both, total) + 1):
-        as_many_or_more += math.comb(both, count) * math.comb(2 * total - both, total - count)
-    return as_many_or_more / ways
+    # If answers and references are alike, any choice of `total` texts out of all is equally likely to be the answers.
+    num_texts = 2 * total
+    num_degenerate = degenerate + in_references
+    num_choices = math.comb(num_texts, total)
+    num_as_extreme = 0  # choices with as many degenerate texts, or more
+    for count in range(degenerate, min(num_degenerate, total) + 1):
+        num_as_extreme += math.comb(num_degenerate, count) * math.comb(num_texts - num_degenerate, total - count)
+    return num_as_extreme / num_choices

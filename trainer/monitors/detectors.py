@@ -28,21 +28,23 @@ HELD_OUT = "eval/loss"
 
 
 class Challenges:
-    """Looks at each evaluation. Nothing here communicates but `begin`."""
+    """Runs all detectors on the evaluations and training losses of a run. Nothing here communicates but `begin`."""
 
     def __init__(
         self,
         config: ChallengesConfig,
-        planned: int,
-        compared: str,
+        planned_evaluations: int,
+        compared_term: str,
         print_line: Callable[[str], None] = lambda text: None,
         events: Path | None = None,
     ) -> None:
-        """`planned`: evaluations of the whole run. `compared`: the loss of a row that is measured as the held-out one is.
-        `events`: the file that findings are written to, on rank 0."""
+        """`planned_evaluations`: of the whole run. `compared_term`: the loss of a row that is measured as the held-out one is.
+
+        `events`: the file that findings are written to, on rank 0.
+        """
         self.config = config
-        self.planned = planned
-        self.compared = compared
+        self.planned_evaluations = planned_evaluations
+        self.compared_term = compared_term
         self.print_line = print_line
         self.events = events
         self.base: BaseRows | None = None
@@ -55,7 +57,7 @@ class Challenges:
         self.kept_before: KeptHeldOut | None = None
         """Keeps the evaluation before the first step; None: a resumed run does not know it."""
         self.before = HeldOutBefore()
-        self.window = divergence.LEAST_WINDOW
+        self.window = divergence.MIN_WINDOW
         """How many last steps the training loss now is the median of."""
         self.first_judged = divergence.FIRST_JUDGED
         """The first step at which divergence is judged."""
@@ -63,14 +65,20 @@ class Challenges:
         """Called with the record after each evaluation, on all ranks."""
         self._verdicts: set[str] = set()
         """Verdicts on divergence that were reported."""
-        self._batches: dict[str, list[float]] = {}
+        self._batch_sums: dict[str, list[float]] = {}
+        """Sums over each micro-batch of the evaluation that runs, by metric."""
         self._answers: list[ModelAnswer] = []
-        self._compared: list[forgetting.ComparedTask] = []
+        """Answers that were written since the last evaluation was judged."""
+        self._compared_tasks: list[forgetting.ComparedTask] = []
+        """Tasks that were run since the last evaluation was judged, beside the base."""
 
     # -- what is seen ----------------------------------------------------------------------------------------------
 
     def begin(self, engine: Engine, progress: Progress) -> None:
-        """Before the first step of this start: ask the base, where forgetting is measured. All ranks must call."""
+        """Read what an earlier start kept, and ask the base model if forgetting is measured. Before the first step of a start.
+
+        All ranks must call. Raises Interrupted on all or none.
+        """
         self.first.begin(progress.step)
         if self.kept_before is not None and progress.step:
             self.before = self.kept_before.read()
@@ -79,47 +87,53 @@ class Challenges:
 
     def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
         """Take the training losses of steps: for the mean since the last evaluation, and for divergence if there is none."""
-        new_losses = list[dict[str, float]]()
+        new_losses: list[dict[str, float]] = []
         for row in rows:
-            loss = row.get(self.compared, row["loss"])
+            loss = row.get(self.compared_term, row["loss"])
             if math.isfinite(loss):
                 progress.interval_loss += loss
                 progress.interval_steps += 1
                 new_losses.append({"loss": loss})
                 if row["step"] == 1:
                     progress.first_loss = loss
-        progress.recent_losses = [*progress.recent_losses, *new_losses][-divergence.MOST_WINDOW :]
+        progress.recent_losses = [*progress.recent_losses, *new_losses][-divergence.MAX_WINDOW :]
         if not self.before.values and not progress.evaluations:
             self._judge_divergence(progress, {})
 
-    def batches(self, batches: dict[str, list[float]]) -> None:
-        """Sums over each micro-batch of the evaluation documents, by metric, before `evaluated` is called."""
-        self._batches = batches
+    def add_batch_sums(self, batch_sums: dict[str, list[float]]) -> None:
+        """Take the sums over each micro-batch of the evaluation documents, by metric, before `evaluated` is called."""
+        self._batch_sums = batch_sums
 
-    def task(self, done: FinishedTask) -> None:
+    def add_task(self, done: FinishedTask) -> None:
         """Take a finished task: its written answers, and how its first metric changed from the base's, if the base was asked."""
         task = done.prepared.task
         if isinstance(task, WrittenTask):
-            self.wrote((row.answer, row.reference) for row in done.rows)
-        base_tasks = self.base.tasks if self.base is not None else None
-        base_task = base_tasks.get(task.name) if base_tasks is not None else None
-        if base_task is not None:
-            metric = task.metrics[0]
-            base_and_now = base_task.value, done.metrics[metric.name]
-            self._compared.append(forgetting.compare(task.name, metric, base_task.rows, done.rows, base_and_now))
+            self.add_answers((row.answer, row.reference) for row in done.rows)
+        if self.base is None or self.base.tasks is None or task.name not in self.base.tasks:
+            return
+        base_task = self.base.tasks[task.name]
+        metric = task.metrics[0]
+        values = (base_task.value, done.metrics[metric.name])
+        self._compared_tasks.append(forgetting.compare(task.name, metric, base_task.rows, done.rows, values))
 
-    def wrote(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Take pairs of a written answer and its reference, for the next evaluation."""
-        self._answers += [ModelAnswer(*pair) for pair in pairs]
+    def add_answers(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Take pairs of (written answer, reference), for the next evaluation."""
+        for text, reference in pairs:
+            self._answers.append(ModelAnswer(text, reference))
 
     # -- what is found ---------------------------------------------------------------------------------------------
 
     def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
-        """After an evaluation: what is logged beside its `values`. Reports what is found for the first time."""
-        self._remember(progress, values)
-        evidence = Evidence(progress.step, values, self.planned, progress.evaluations, self._answers, self._compared)
+        """Run the detectors on an evaluation, and report what they find for the first time.
+
+        `values`: its metrics by name. Returns the numbers that are logged beside them, such as `forgetting`.
+        """
+        self._add_to_history(progress, values)
+        evidence = Evidence(
+            progress.step, values, self.planned_evaluations, progress.evaluations, self._answers, self._compared_tasks
+        )
         self._answers = []
-        self._compared = []
+        self._compared_tasks = []
         logged: dict[str, float] = {}
         for name, detector in DETECTORS.items():
             config = getattr(self.config, name)
@@ -143,18 +157,23 @@ class Challenges:
     def _remember_before(self, values: dict[str, float]) -> None:
         """Keep the evaluation before the first step. Errors: StorageError."""
         metrics = {name: values[name] for name in (divergence.LOSS, divergence.MARGIN) if name in values}
-        self.before = HeldOutBefore(metrics, self._batches)
+        self.before = HeldOutBefore(metrics, self._batch_sums)
         if self.kept_before is not None:
             self.kept_before.write(self.before)
 
     def _judge_divergence(self, progress: Progress, values: dict[str, float]) -> None:
-        """Compare the run with its own beginning; `values`: the evaluation of this step, empty if there is none."""
+        """Compare the losses with those at the run's beginning, and record or report whether it diverged.
+
+        `values`: metrics of the evaluation at this step; empty if there is none. A finding may be gone at a later step: the
+        run has recovered.
+        """
         if self.config.divergence.action is Reaction.off or progress.step < self.first_judged:
             return
         losses = [row["loss"] for row in progress.recent_losses]
         training = divergence.training_change(progress.first_loss, losses, self.window)
         held_out = self._held_out_change(progress, values)
         finding = divergence.finding_of(self.config.divergence, progress.step, training, held_out)
+
         earlier = self.record.get(divergence.NAME, {})
         if finding is None:
             if earlier.get("found"):
@@ -162,40 +181,51 @@ class Challenges:
             elif not earlier:
                 self.record[divergence.NAME] = {"found": False, "step": progress.step}
             return
+
         first_step = earlier["first_step"] if earlier.get("found") else progress.step
-        if finding.verdict in self._verdicts:
+        if finding.verdict in self._verdicts:  # reported already: only the numbers are new
             self.record[divergence.NAME] = finding.record()
-            self.ends = finding if finding.stops and self.ends is None else self.ends
+            if finding.stops and self.ends is None:
+                self.ends = finding
         else:
             self._verdicts.add(finding.verdict)
             self._report(finding, again=False)
         self.record[divergence.NAME]["first_step"] = first_step
 
     def _held_out_change(self, progress: Progress, values: dict[str, float]) -> divergence.HeldOutChange | None:
-        """The held-out metric that counts, against the one before the first step; None if either is not known."""
+        """How the held-out margin (of preference objectives) or loss changed since before the first step; None if not known.
+
+        `values`: metrics of the evaluation at this step; empty if there is none.
+        """
         before = dict(self.before.values)
         if not before and progress.evaluations and progress.evaluations[0]["step"] == 0:
             before[divergence.LOSS] = progress.evaluations[0]["held_out"]  # a run that kept no micro-batches
         for metric in (divergence.MARGIN, divergence.LOSS):
             if metric in before and metric in values:
-                pairs = self.before.pairs_with(metric, self._batches)
-                level = divergence.LEVEL / max(1, self.planned)
+                pairs = self.before.pairs_with(metric, self._batch_sums)
+                level = divergence.LEVEL / max(1, self.planned_evaluations)
                 return divergence.held_out_change(metric, (before[metric], values[metric]), pairs, level)
         return None
 
-    def _remember(self, progress: Progress, values: dict[str, float]) -> None:
-        """Add the evaluation to the history, unless no step was taken since the last one."""
+    def _add_to_history(self, progress: Progress, values: dict[str, float]) -> None:
+        """Add held-out loss, and mean training loss since the last evaluation, to the history that overfitting is judged by.
+
+        Nothing is added if no step was taken since the last evaluation.
+        """
         held_out = values.get(HELD_OUT)
-        steps = progress.interval_steps
-        if held_out is None or not math.isfinite(held_out) or (progress.step and not steps):
+        num_steps = progress.interval_steps
+        if held_out is None or not math.isfinite(held_out) or (progress.step and not num_steps):
             return
-        train = progress.interval_loss / steps if progress.step else held_out
+        if progress.step:
+            train = progress.interval_loss / num_steps
+        else:
+            train = held_out  # before the first step there is no training loss
         progress.evaluations.append({"step": float(progress.step), "train": train, "held_out": held_out})
         progress.interval_loss = 0.0
         progress.interval_steps = 0
 
     def finished(self, progress: Progress) -> None:
-        """When training is over: report instability, and what was recovered from."""
+        """When training is over: report instability, judge divergence of a run without evaluations, and say what recovered."""
         finding = instability.find_problem(progress)
         if finding is not None:
             self._report(finding, again=False)
@@ -208,11 +238,15 @@ class Challenges:
         self.on_record(self.record)
 
     def _report(self, finding: Finding, *, again: bool) -> None:
-        """Record a finding, print it, and append it to `events.jsonl`. One that was found before (`again`) is only recorded."""
+        """Record a finding, print it, and append it to `events.jsonl`. One that was found before (`again`) is only recorded.
+
+        Errors: StorageError.
+        """
         if finding.stops and self.ends is None:
             self.ends = finding
         if again:
-            self.record[finding.challenge] |= {"last": {"step": finding.step, "says": finding.says, **finding.numbers}}
+            newest = {"step": finding.step, "says": finding.says, **finding.numbers}
+            self.record[finding.challenge]["last"] = newest
             return
         self.record[finding.challenge] = finding.record()
         self.print_line(
@@ -235,7 +269,7 @@ class Challenges:
         return "stopping early: the run overfits (challenges.overfitting.action=stop)"
 
     def raise_if_exceeded(self) -> None:
-        """Raise LimitExceeded where a finding ends the run, whose state is saved by now; on all ranks alike."""
+        """Raise LimitExceeded, on all ranks alike, if a finding ends the run with an error. Its state is saved by now."""
         if self.ends is not None and not self.stops_early():
             key = f"challenges.{self.ends.challenge}.action=note"
             raise LimitExceeded(
@@ -245,19 +279,19 @@ class Challenges:
 
 
 class WatchedTasks:
-    """A run's tasks as an evaluator that lets the detectors see them."""
+    """An evaluator that runs a run's tasks, and hands each finished one to the detectors."""
 
-    def __init__(self, inner: TaskEvaluator, challenges: Challenges, *, shows: bool = False) -> None:
-        """`shows`: whether it makes tables of rows."""
-        self.inner = inner
+    def __init__(self, task_evaluator: TaskEvaluator, challenges: Challenges, *, makes_tables: bool = False) -> None:
+        """`makes_tables`: whether it makes tables of rows for the trackers."""
+        self.task_evaluator = task_evaluator
         self.challenges = challenges
-        self.shows = shows
+        self.makes_tables = makes_tables
         self.tables: dict[str, Table] = {}
         """Worst rows of the last run, and those that changed sides since the first one."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
-        self.inner.model.engine = engine
+        self.task_evaluator.model.engine = engine
         self.tables = {}
         base = self.challenges.base
         names = None
@@ -267,15 +301,17 @@ class WatchedTasks:
             base.fresh_tasks = []
             for finished in fresh_tasks:
                 yield from self._metrics_of(finished)
-            names = [prepared.task.name for prepared in self.inner.tasks if prepared.task.name not in base.names]
-        for finished in self.inner.run_tasks(names):
+            all_names = [prepared.task.name for prepared in self.task_evaluator.tasks]
+            names = [name for name in all_names if name not in base.names]
+        for finished in self.task_evaluator.run_tasks(names):
             yield from self._metrics_of(finished)
 
     def _metrics_of(self, done: FinishedTask) -> Iterator[tuple[str, float]]:
-        """Show a finished task to the detectors; yields its metrics by the names of a run's evaluation."""
-        self.challenges.task(done)
+        """Hand a finished task to the detectors; yields its metrics as (`eval/TASK/METRIC`, value)."""
+        self.challenges.add_task(done)
         task = done.prepared.task
-        if self.shows:
-            self.tables |= row_tables(task, done.rows, self.challenges.first.before(task.name, done.rows))
+        if self.makes_tables:
+            first_rows = self.challenges.first.before(task.name, done.rows)
+            self.tables |= row_tables(task, done.rows, first_rows)
         for metric, value in done.metrics.items():
-            yield f"eval/{done.prepared.task.name}/{metric}", value
+            yield f"eval/{task.name}/{metric}", value

@@ -27,8 +27,8 @@ LOSS = "eval/loss"
 MARGIN = "eval/margin"
 FIRST_JUDGED = 20
 """Step before which nothing is judged, whatever the warm-up."""
-LEAST_WINDOW = 10
-MOST_WINDOW = 100
+MIN_WINDOW = 10
+MAX_WINDOW = 100
 """The training loss now is the median of the last steps: a tenth of the run's, within these bounds."""
 TRAINING_RISE = 0.10
 """Share by which the training loss must exceed that of step 1, if there is held-out data too."""
@@ -36,17 +36,17 @@ TRAINING_RISE_ALONE = 0.25
 """Share by which the training loss must exceed that of step 1, if there is no held-out data."""
 DEVIATIONS = 3
 """Robust standard deviations by which it must exceed that, besides."""
-NORMAL = 1.4826
+DEVIATIONS_PER_MAD = 1.4826
 """Standard deviations of normal values in one median absolute deviation."""
 HELD_OUT_RISE = 0.01
 """Share by which the held-out loss must exceed that before training, with a paired test."""
 HELD_OUT_RISE_UNPAIRED = 0.25
 """Share by which the held-out loss must exceed that before training, with too few micro-batches for a test."""
-LEAST_LOSS = 0.05
+MIN_LOSS = 0.05
 """Loss below which a rise is a share of this value: a student that begins as its own teacher begins at 0."""
 LEVEL = 0.05
 """How often, at most, a run that gets no worse is said to get worse."""
-LEAST_BATCHES = 8
+MIN_BATCHES = 8
 """Micro-batches below which there is no paired test."""
 REMEDIES = (
     "a lower optim.lr",
@@ -89,11 +89,13 @@ class HeldOutChange:
 
     @property
     def text(self) -> str:
-        """Both values, and how sure the difference is."""
-        unit = "{:+.4f}" if self.metric == MARGIN else "{:+.1%}"
-        change = unit.format(-self.rise if self.metric == MARGIN else self.rise)
-        sure = "" if self.bound is None else ", clear in a paired test over micro-batches"
-        return f"{self.metric} from {self.before:.4f} to {self.now:.4g} ({change}{sure})"
+        """The change in words: both values, and how sure the difference is."""
+        if self.metric == MARGIN:
+            change = f"{-self.rise:+.4f}"
+        else:
+            change = f"{self.rise:+.1%}"
+        certainty = "" if self.bound is None else ", clear in a paired test over micro-batches"
+        return f"{self.metric} from {self.before:.4f} to {self.now:.4g} ({change}{certainty})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,51 +112,56 @@ class TrainingChange:
     """How many last steps that are."""
 
     def rose(self, share: float) -> bool:
-        """Whether it rose by this share of the first loss, and beyond what batches differ by."""
-        return self.now > self.first + share * _yardstick(self.first) and self.deviations > DEVIATIONS
+        """Whether the training loss rose by this share of the first one, and beyond what batches differ by."""
+        limit = self.first + share * _reference_loss(self.first)
+        return self.now > limit and self.deviations > DEVIATIONS
 
     @property
     def text(self) -> str:
+        """The change in words."""
         return f"the training loss went from {self.first:.4g} at step 1 to {self.now:.4g} (median of the last {self.steps} steps)"
 
 
 def window_of(total_steps: int) -> int:
-    """How many last steps stand for the training loss now."""
-    return max(LEAST_WINDOW, min(MOST_WINDOW, total_steps // 10))
+    """How many last steps the training loss now is the median of: a tenth of the run's, within bounds."""
+    return max(MIN_WINDOW, min(MAX_WINDOW, total_steps // 10))
 
 
 def first_judged(warmup_steps: int) -> int:
-    """The first step at which a run is judged."""
+    """The first step at which a run is judged: losses may rise while the learning rate warms up."""
     return max(FIRST_JUDGED, warmup_steps)
 
 
 def training_change(first: float | None, recent: Sequence[float], window: int) -> TrainingChange | None:
-    """The last `window` of the `recent` losses against the first one; None if there are too few."""
+    """The training loss now, the median of the last `window` steps, beside that of step 1.
+
+    `recent`: losses of the last steps, `window` of them or more. None if there are too few, or the first loss is not known.
+    """
     if first is None or len(recent) < window:
         return None
-    level = first
-    losses = list(recent)
+    compared_first = first
+    compared_losses = list(recent)
     if first > 0 and min(recent) > 0:
         # A diverged loss jumps by factors: on a linear scale its own deviation would hide it.
-        level = math.log(first)
-        losses = [math.log(loss) for loss in recent]
-    middle = median(losses[-window:])
-    spread = _robust_spread(losses, window)
-    deviations = (middle - level) / spread if spread else math.copysign(math.inf, middle - level)
+        compared_first = math.log(first)
+        compared_losses = [math.log(loss) for loss in recent]
+    rise = median(compared_losses[-window:]) - compared_first
+    spread = _robust_spread(compared_losses, window)
+    deviations = rise / spread if spread else math.copysign(math.inf, rise)
     return TrainingChange(first, median(recent[-window:]), deviations, window)
 
 
 def _robust_spread(values: Sequence[float], window: int) -> float:
-    """Standard deviation of single steps, by medians.
+    """Standard deviation of the losses of single steps, by medians, so that a few outliers do not widen it.
 
     The larger of two: that of the last `window` values around their median, and that of the differences from step to step,
     which has more values and knows no trend. Ten values alone look calm by chance once in some tens of runs.
     """
     last = values[-window:]
     middle = median(last)
-    around_median = NORMAL * median(abs(value - middle) for value in last)
+    around_median = DEVIATIONS_PER_MAD * median(abs(value - middle) for value in last)
     differences = [abs(later - earlier) for earlier, later in pairwise(values)]
-    from_step_to_step = NORMAL * median(differences) / math.sqrt(2)
+    from_step_to_step = DEVIATIONS_PER_MAD * median(differences) / math.sqrt(2)
     return max(around_median, from_step_to_step)
 
 
@@ -164,19 +171,27 @@ def held_out_change(
     batches: tuple[Sequence[float], Sequence[float]] | None,
     level: float,
 ) -> HeldOutChange:
-    """A metric (before, now); `batches`: its sums over each micro-batch, before and now, or None if these are other ones."""
+    """How much worse a held-out metric is than before the first step, with a lower bound from a paired test.
+
+    `values`: the metric before and now. `batches`: its sums over each micro-batch, before and now; None if the micro-batches are
+    other ones, so that there is no test. `level`: of the one-sided test.
+    """
     before, now = values
     is_margin = metric == MARGIN
-    rise = before - now if is_margin else (now - before) / _yardstick(before)
+    if is_margin:
+        rise = before - now
+    else:
+        rise = (now - before) / _reference_loss(before)
     # The paired test of a loss divides by the sums before training, which are close to 0 for such a loss.
-    is_too_small = not is_margin and abs(before) < LEAST_LOSS
+    is_too_small = not is_margin and abs(before) < MIN_LOSS
     if batches is None or is_too_small:
         return HeldOutChange(metric, before, now, rise)
     # A rank that has run out of documents has an empty micro-batch, which sums to 0.
     pairs = [(old, new) for old, new in zip(*batches, strict=True) if old or new]
     old_sums = [old for old, _ in pairs]
     new_sums = [new for _, new in pairs]
-    if len(pairs) < LEAST_BATCHES or not all(map(math.isfinite, [*old_sums, *new_sums])):
+    all_finite = all(math.isfinite(batch_sum) for batch_sum in (*old_sums, *new_sums))
+    if len(pairs) < MIN_BATCHES or not all_finite:
         return HeldOutChange(metric, before, now, rise)
     quantile = forgetting.student_quantile(1 - level, len(pairs) - 1)
     if is_margin:
@@ -189,18 +204,18 @@ def held_out_change(
     return HeldOutChange(metric, before, now, rise, rise - quantile * error)
 
 
-def _yardstick(loss: float) -> float:
-    """What a rise of a loss is a share of."""
-    return max(abs(loss), LEAST_LOSS)
+def _reference_loss(loss: float) -> float:
+    """What a rise of a loss is a share of: the loss itself, but at least `MIN_LOSS`."""
+    return max(abs(loss), MIN_LOSS)
 
 
 def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) -> Verdict | None:
-    """What both say together."""
+    """What training loss and held-out metric together say of a run; None if nothing is wrong."""
     # Held-out data decides where there is any: a training loss alone can rise by chance, or by harder data.
     is_worse = None if held_out is None else held_out.is_worse
     if is_worse is None:
-        alone = training is not None and training.rose(TRAINING_RISE_ALONE)
-        return Verdict.diverged if alone else None
+        training_diverged = training is not None and training.rose(TRAINING_RISE_ALONE)
+        return Verdict.diverged if training_diverged else None
     if not is_worse:
         return None
     # A model whose held-out loss is no number any more has not overfitted, however low its training loss is.
@@ -212,7 +227,7 @@ def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) 
 def finding_of(
     config: DivergenceConfig, step: int, training: TrainingChange | None, held_out: HeldOutChange | None
 ) -> Finding | None:
-    """The finding about a run at this step; None if nothing is wrong."""
+    """The finding that a run is worse than at its own beginning, with what to do about it; None if it is not."""
     verdict = verdict_of(training, held_out)
     if verdict is None:
         return None
@@ -230,7 +245,8 @@ def finding_of(
         numbers |= {"training_before": training.first, "training_now": training.now}
     if held_out is not None:
         numbers |= {"before": held_out.before, "now": held_out.now, "rise": held_out.rise}
-        numbers |= {} if held_out.bound is None else {"bound": held_out.bound}
+        if held_out.bound is not None:
+            numbers["bound"] = held_out.bound
     return Finding(
         challenge=NAME,
         step=step,

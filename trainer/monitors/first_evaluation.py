@@ -24,27 +24,30 @@ class HeldOutBefore:
     """Sums over each micro-batch in the order of the documents, by the same names."""
 
     def pairs_with(self, name: str, batches: Mapping[str, list[float]]) -> tuple[list[float], list[float]] | None:
-        """Sums (before, now) of a metric; None if the micro-batches are others (`evaluation.batch` was changed)."""
-        old = self.batches.get(name)
-        new = batches.get(name)
-        if old is None or new is None:
+        """(sums before the first step, sums now) of a metric over each micro-batch, which have the same documents.
+
+        `batches`: the sums now, by metric. None if the micro-batches are other ones, as after a change of `evaluation.batch`.
+        """
+        sums_before = self.batches.get(name)
+        sums_now = batches.get(name)
+        if sums_before is None or sums_now is None:
             return None
         # Another number of ranks has another number of empty micro-batches at the end, which sum to 0.
-        common = min(len(old), len(new))
-        if any(old[common:]) or any(new[common:]):
+        num_common = min(len(sums_before), len(sums_now))
+        if any(sums_before[num_common:]) or any(sums_now[num_common:]):
             return None
-        return old[:common], new[:common]
+        return sums_before[:num_common], sums_now[:num_common]
 
 
 class KeptHeldOut:
-    """That evaluation on the disk, so that a resumed run still knows it."""
+    """The file with the evaluation before the first step, so that a resumed run still knows it."""
 
     def __init__(self, run_dir: Path, runtime: Runtime) -> None:
         self.path = run_dir / FILE
         self.runtime = runtime
 
     def read(self) -> HeldOutBefore:
-        """What rank 0 finds, on every rank; empty if there is nothing, or it cannot be read. All ranks must call."""
+        """The evaluation that the file holds, read by rank 0 for all ranks; empty if there is none. All ranks must call."""
         before = HeldOutBefore()
         if self.runtime.is_main and self.path.is_file():
             try:
@@ -52,11 +55,11 @@ class KeptHeldOut:
                 _check(before)
             except (OSError, ValueError, TypeError, AttributeError):
                 before = HeldOutBefore()  # the run is then judged without pairs
-        of_main: HeldOutBefore = broadcast_object(before, self.runtime)
-        return of_main
+        read_by_main: HeldOutBefore = broadcast_object(before, self.runtime)
+        return read_by_main
 
     def write(self, before: HeldOutBefore) -> None:
-        """For rank 0. Errors: StorageError."""
+        """Replace the file, on rank 0 alone. Errors: StorageError."""
         if self.runtime.is_main:
             write_text_atomic(self.path, json_text(asdict(before)) + "\n")
 

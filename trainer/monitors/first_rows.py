@@ -14,7 +14,7 @@ FILE = "first-rows.json"
 
 
 class FirstRows:
-    """Rows by name of the task."""
+    """Keeps the rows of each task's first evaluation, by name of the task."""
 
     def __init__(self, run_dir: Path | None) -> None:
         """`run_dir`: None where nothing is to be kept, as on all ranks but rank 0."""
@@ -22,7 +22,7 @@ class FirstRows:
         self._rows: dict[str, list[TaskRow]] = {}
 
     def begin(self, step: int) -> None:
-        """Before the first step of this start: read what was kept, unless the run begins anew. A damaged file counts as none."""
+        """Read the rows that were kept, if the run is resumed at `step` above 0. A damaged file counts as none."""
         if self.path is None or step == 0:
             return
         try:
@@ -35,7 +35,10 @@ class FirstRows:
             self._rows = {}
 
     def before(self, name: str, rows: list[TaskRow]) -> list[TaskRow] | None:
-        """The first rows of a task; None where these are they, which are kept then. Raises StorageError."""
+        """The rows of a task at its first evaluation. If `rows` are those, they are kept, and None is returned.
+
+        Raises StorageError.
+        """
         first_rows = self._rows.get(name)
         if first_rows is not None:
             return first_rows

@@ -19,9 +19,9 @@ from trainer.monitors.config import ForgettingWatchConfig, Reaction, limit_of
 
 LEVEL = 0.05
 """How often, at most, a run that forgets nothing is said to forget."""
-LEAST_ROWS = 8
+MIN_ROWS = 8
 """Rows below which there is no bound."""
-LEAST_LOSS = 0.01
+MIN_LOST = 0.01
 """Share of the base's metric below which a clear loss is not worth a word, where no limit is set."""
 REMEDIES = (
     "a lower optim.lr, or fewer budget.steps",
@@ -47,45 +47,54 @@ class ComparedTask:
     rows: int
 
     def bound(self, level: float) -> float | None:
-        """The one-sided lower bound of `lost`."""
-        return None if self.error is None else self.lost - student_quantile(1 - level, self.rows - 1) * self.error
+        """The one-sided lower bound of `lost`, by Student's distribution; None if its error is not known."""
+        if self.error is None:
+            return None
+        quantile = student_quantile(1 - level, self.rows - 1)
+        return self.lost - quantile * self.error
 
 
 def compare(
-    name: str, metric: Metric, base: Sequence[TaskRow], now: Sequence[TaskRow], values: tuple[float, float]
+    name: str, metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow], values: tuple[float, float]
 ) -> ComparedTask:
-    """A task's first metric; `values` are those of the base and of the tuned model, whose rows are paired."""
+    """How much the tuned model has lost against the base in a task's first metric.
+
+    `values`: the metric of the base and of the tuned model. Their rows are paired: both were asked the same.
+    """
     base_value, value = values
-    fall = base_value - value if metric.greater_is_better else value - base_value
-    lost = fall / (abs(base_value) or 1.0)
-    error = _error_of_share(metric, base, now) if base_value else None
-    return ComparedTask(name, metric.name, base_value, value, lost, error, len(now))
+    drop = base_value - value if metric.greater_is_better else value - base_value
+    lost = drop / (abs(base_value) or 1.0)
+    error = _error_of_share(metric, base_rows, rows) if base_value else None
+    return ComparedTask(name, metric.name, base_value, value, lost, error, len(rows))
 
 
-def _error_of_share(metric: Metric, base: Sequence[TaskRow], now: Sequence[TaskRow]) -> float | None:
-    """Standard error of the share that was lost; None if the metric is no ratio of sums over the same rows."""
-    if metric.ratio is None or len(base) != len(now) or len(base) < LEAST_ROWS:
+def _error_of_share(metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow]) -> float | None:
+    """Standard error of the share of a metric that was lost; None if the metric is no ratio of sums over the same rows."""
+    if metric.ratio is None or len(base_rows) != len(rows) or len(base_rows) < MIN_ROWS:
         return None
     numerator, denominator = metric.ratio
     if denominator is not None:
-        for base_row, row in zip(base, now, strict=True):
+        # With the same denominators, the ratio of the metrics is that of the numerators.
+        for base_row, row in zip(base_rows, rows, strict=True):
             if base_row.scores[denominator] != row.scores[denominator]:
                 return None
-    base_scores = [float(row.scores[numerator]) for row in base]
-    scores = [float(row.scores[numerator]) for row in now]
-    return ratio_error(base_scores, scores) if math.fsum(base_scores) else None
+    base_scores = [float(row.scores[numerator]) for row in base_rows]
+    scores = [float(row.scores[numerator]) for row in rows]
+    if math.fsum(base_scores) == 0:
+        return None
+    return ratio_error(base_scores, scores)
 
 
 def ratio_error(old: Sequence[float], new: Sequence[float]) -> float:
     """Standard error of sum(new) / sum(old) over paired rows (Cochran 1977, chapter 6). `old` must not sum to 0."""
-    total = math.fsum(old)
-    ratio = math.fsum(new) / total
-    squares = sum((after - ratio * before) ** 2 for before, after in zip(old, new, strict=True))
-    return math.sqrt(squares * len(old) / (len(old) - 1)) / abs(total)
+    old_sum = math.fsum(old)
+    ratio = math.fsum(new) / old_sum
+    squared_residuals = sum((after - ratio * before) ** 2 for before, after in zip(old, new, strict=True))
+    return math.sqrt(squared_residuals * len(old) / (len(old) - 1)) / abs(old_sum)
 
 
 def logged_metrics(evidence: Evidence) -> dict[str, float]:
-    """What is logged in each evaluation: `forgetting`, the largest of all, and that of each where there are several."""
+    """What is logged in each evaluation: the largest share that any task has lost, and that of each if there are several."""
     compared: list[ComparedTask] = evidence.compared_tasks
     if not compared:
         return {}
@@ -96,7 +105,11 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
 
 
 def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding | None:
-    """The finding about the task that lost most in this evaluation; None if it lost too little."""
+    """The finding about the task that lost most in this evaluation; None if it lost too little.
+
+    With `challenges.forgetting.limit`, it is reported above that limit. Else the loss must be clear: its lower bound above 0,
+    and a share that matters.
+    """
     compared: list[ComparedTask] = evidence.compared_tasks
     if not compared or config.action is Reaction.off or evidence.step == 0:
         return None
@@ -105,10 +118,11 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
     level = LEVEL / max(1, evidence.planned_evaluations)
     bound = worst.bound(level)
     exceeds_limit = limit is not None and worst.lost > limit
-    is_clear = bound is not None and bound > 0 and worst.lost > LEAST_LOSS
+    is_clear = bound is not None and bound > 0 and worst.lost > MIN_LOST
     is_problem = is_clear if limit is None else exceeds_limit
     if not is_problem:
         return None
+
     numbers = {"forgetting": worst.lost, "base": worst.base, "now": worst.now, "rows": float(worst.rows)}
     certainty = ""
     if bound is not None:
@@ -132,7 +146,10 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
 
 
 def student_quantile(share: float, freedom: int) -> float:
-    """The quantile of Student's distribution, by the expansion 26.7.5 of Abramowitz and Stegun."""
+    """The `share` quantile of Student's distribution with `freedom` degrees, by expansion 26.7.5 of Abramowitz and Stegun.
+
+    The standard library has only the normal distribution, whose quantile is the first term.
+    """
     z = NormalDist().inv_cdf(share)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

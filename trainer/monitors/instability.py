@@ -18,7 +18,7 @@ LEAST_SHARE = 0.02
 
 
 def find_problem(progress: Progress) -> Finding | None:
-    """The finding about all steps of a run; None if few of them stood out."""
+    """The finding that a run was unstable: many of its steps stood out, or it went back to a checkpoint. None if not."""
     # A step may be both an outlier and skipped, so that their sum would count it twice.
     odd_steps = max(progress.outliers, progress.skipped_steps)
     is_rare = odd_steps < 2 or odd_steps < LEAST_SHARE * progress.step

@@ -14,11 +14,11 @@ from trainer.monitors.base import Evidence, Finding
 from trainer.monitors.config import OverfittingConfig, Reaction
 from trainer.monitors.trend import rising_p_value
 
-HELD_OUT = 0.01
+HELD_OUT_LEVEL = 0.01
 """Level of the test of the held-out loss."""
-GAP = 0.05
+GAP_LEVEL = 0.05
 """Level of the test of the gap, which is divided by the evaluations of the run."""
-LEAST = 5
+MIN_EVALUATIONS = 5
 """Evaluations after the lowest held-out loss, before which nothing is reported: fewer cannot reach the level."""
 REMEDIES = (
     "evaluation.patience=3 (stop at the best)",
@@ -39,24 +39,30 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
         return {}
     metrics = {"overfitting/gap": _gap(evidence.history[-1])}
     later = _after_lowest(evidence.history)
-    if len(later) >= LEAST:
+    if len(later) >= MIN_EVALUATIONS:
         metrics["overfitting/p_held_out"] = rising_p_value([evaluation["held_out"] for evaluation in later])
         metrics["overfitting/p_gap"] = rising_p_value([_gap(evaluation) for evaluation in later])
     return metrics
 
 
 def _gap(evaluation: dict[str, float]) -> float:
+    """How far the held-out loss is above the training loss."""
     return evaluation["held_out"] - evaluation["train"]
 
 
 def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | None:
-    """What the evaluations up to now say."""
+    """The finding that the run overfits; None if the evaluations so far do not show it.
+
+    It needs three things: since its lowest value the held-out loss rises, its gap to the training loss grows, and the training
+    loss does not rise.
+    """
     measured = logged_metrics(evidence)
     if "overfitting/p_gap" not in measured or config.action is Reaction.off:
         return None
     p_held_out = measured["overfitting/p_held_out"]
     p_gap = measured["overfitting/p_gap"]
-    if p_held_out > HELD_OUT or p_gap > GAP / max(1, evidence.planned_evaluations):
+    gap_level = GAP_LEVEL / max(1, evidence.planned_evaluations)  # Bonferroni: the gap is tested in each evaluation
+    if p_held_out > HELD_OUT_LEVEL or p_gap > gap_level:
         return None
     later = _after_lowest(evidence.history)
     # If the training loss rises too, something else is wrong than overfitting.
@@ -64,6 +70,8 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
         return None
     best = min(evidence.history, key=lambda evaluation: evaluation["held_out"])
     last = evidence.history[-1]
+    numbers = {key.rpartition("/")[2]: value for key, value in measured.items()}
+    numbers["best_step"] = best["step"]
     return Finding(
         challenge="overfitting",
         step=evidence.step,
@@ -72,13 +80,17 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
             f"gap to the training loss grew to {_gap(last):.4f}, in {len(later)} "
             f"evaluations (Mann-Kendall: p {p_held_out:.2g} and {p_gap:.2g})"
         ),
-        numbers={key.rpartition("/")[2]: value for key, value in measured.items()} | {"best_step": best["step"]},
+        numbers=numbers,
         remedies=REMEDIES,
         stops=config.action is Reaction.stop,
     )
 
 
 def _after_lowest(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The evaluations after that with the lowest held-out loss; the one before the first step has no training loss."""
-    lowest = min(range(len(history)), key=lambda place: history[place]["held_out"])
+    """The evaluations after the one with the lowest held-out loss, oldest first.
+
+    The evaluation before the first step is never among them: it has no training loss.
+    """
+    held_out_losses = [evaluation["held_out"] for evaluation in history]
+    lowest = held_out_losses.index(min(held_out_losses))
     return history[lowest + 1 :]

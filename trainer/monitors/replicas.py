@@ -21,95 +21,109 @@ from strategies.parameters import named_parameters
 from strategies.runtime import Runtime, gather_objects
 
 INTEGER_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-Place = tuple[int, ...]
+"""Types as whose numbers bytes are summed, by their size in bytes."""
+Shard = tuple[int, ...]
+"""Which part of a sharded parameter a rank holds: its position along each mesh dimension that shards it; () for the whole."""
 MODULUS = 2**64
 MAX_NAMED = 3
 """Parameters that are named in an error."""
 
 
 class ReplicaCheck:
-    """Compares what is held more than once, every so many steps and before each checkpoint."""
+    """Compares parameters that several ranks hold a copy of, every so many steps and before each checkpoint."""
 
     def __init__(self, every_steps: int, runtime: Runtime) -> None:
         """`every_steps` of 0 never compares."""
         self.every_steps = every_steps
         self.runtime = runtime
-        self._compared = 0
+        self._compared_at = 0
+        """The step of the last comparison."""
 
     def start_at(self, step: int) -> None:
         """Count the interval to the next comparison from `step`."""
-        self._compared = step
+        self._compared_at = step
 
     def compare(self, engine: Engine, step: int, *, now: bool = False) -> None:
-        """Compare where that is due, or `now`. Waits for the device. All ranks must call; raises ReplicasDiffer on all."""
+        """Compare checksums of the parameters over ranks, if it is due or `now`. Raises ReplicasDiffer on all ranks.
+
+        All ranks must call, after the same steps. Waits for the device. As long as all agree, one small object a rank is
+        exchanged.
+        """
         alone = self.runtime.world_size == 1 or self.runtime.simulated
-        if alone or not self.every_steps or step == self._compared:
+        if alone or not self.every_steps or step == self._compared_at:
             return
-        if not now and step - self._compared < self.every_steps:
+        if not now and step - self._compared_at < self.every_steps:
             return
-        last_alike = self._compared
-        self._compared = step
+        last_equal_step = self._compared_at
+        self._compared_at = step
         parameters = list(replicated_parameters(engine))
         if not parameters:  # on no rank: all ranks have the same kinds of parameters
             return
+
         checksums = torch.stack([checksum(tensor).to(self.runtime.device) for _, tensor, _ in parameters]).tolist()
-        totals: dict[Place, int] = {}
-        sums: dict[str, tuple[Place, int]] = {}
-        for index, ((name, _, place), value) in enumerate(zip(parameters, checksums, strict=True)):
-            # By an odd factor of its own, so that two parameters that are off by as much do not cancel out.
-            totals[place] = (totals.get(place, 0) + (2 * index + 1) * value) % MODULUS
-            sums[name] = (place, value)
-        if _sums_differ(gather_objects(totals, self.runtime)):
-            self._raise(sums, last_alike, step)
+        total_by_shard: dict[Shard, int] = {}
+        checksum_by_name: dict[str, tuple[Shard, int]] = {}
+        for index, ((name, _, shard), parameter_sum) in enumerate(zip(parameters, checksums, strict=True)):
+            # Each has an odd factor of its own, so that two parameters that are off by as much do not cancel out.
+            factor = 2 * index + 1
+            total_by_shard[shard] = (total_by_shard.get(shard, 0) + factor * parameter_sum) % MODULUS
+            checksum_by_name[name] = (shard, parameter_sum)
+        if _sums_differ(gather_objects(total_by_shard, self.runtime)):
+            self._raise_difference(checksum_by_name, last_equal_step, step)
 
-    def _raise(self, sums: dict[str, tuple[Place, int]], last_alike: int, step: int) -> None:
-        """Name the parameters, and the ranks that are not like most. All ranks call it.
+    def _raise_difference(
+        self, checksum_by_name: dict[str, tuple[Shard, int]], last_equal_step: int, step: int
+    ) -> None:
+        """Raise ReplicasDiffer with the parameters that differ, and the ranks that are not like most. A collective.
 
-        `sums`: this rank's (place, checksum) of each parameter. `last_alike`: the step of the last comparison.
+        `checksum_by_name`: this rank's (shard, checksum) of each parameter.
         """
-        gathered = gather_objects((socket.gethostname(), sums), self.runtime)
+        gathered = gather_objects((socket.gethostname(), checksum_by_name), self.runtime)
         hosts = [host for host, _ in gathered]
         odd_ranks: set[int] = set()
         odd_parameters: list[str] = []
-        for name in sums:
-            ranks = _odd_ranks([sums_of_rank[name] for _, sums_of_rank in gathered])
+        for name in checksum_by_name:
+            ranks = _odd_ranks([rank_checksums[name] for _, rank_checksums in gathered])
             if ranks:
                 odd_ranks |= ranks
                 odd_parameters.append(name)
         named = ", ".join(odd_parameters[:MAX_NAMED])
         if len(odd_parameters) > MAX_NAMED:
             named += f" and {len(odd_parameters) - MAX_NAMED} more"
-        who = " and ".join(f"rank {rank} on {hosts[rank]}" for rank in sorted(odd_ranks))
-        holds = f"{who} holds" if len(odd_ranks) == 1 else f"{who} hold"
+        ranks_and_hosts = " and ".join(f"rank {rank} on {hosts[rank]}" for rank in sorted(odd_ranks))
+        verb = "holds" if len(odd_ranks) == 1 else "hold"
         raise ReplicasDiffer(
-            f"step {step}: {holds} other values of {named} than ranks that should hold the same, and did after step "
-            f"{last_alike}: memory that flips bits, or hosts whose processors compute differently. No checkpoint was written "
-            "since; the same command continues from the last one. Leave such a host out, or where hosts differ on purpose set "
+            f"step {step}: {ranks_and_hosts} {verb} other values of {named} than ranks that should hold the same, and "
+            f"did after step {last_equal_step}: memory that flips bits, or hosts whose processors compute differently. No "
+            "checkpoint was written since; the same command continues from the last one. Leave such a host out, or where hosts differ on purpose set "
             "guards.replicas_every_steps=0"
         )
 
 
-def _odd_ranks(sums: list[tuple[Place, int]]) -> set[int]:
-    """Ranks whose checksum is not that of most ranks at the same place; all of a place if there is no majority.
+def _odd_ranks(sums: list[tuple[Shard, int]]) -> set[int]:
+    """Ranks whose checksum is not that of most ranks with the same shard; all ranks of a shard if there is no majority.
 
-    `sums`: (place, checksum) of one parameter on each rank.
+    `sums`: (shard, checksum) of one parameter on each rank.
     """
-    sum_by_rank: dict[Place, dict[int, int]] = {}
-    for rank, (place, value) in enumerate(sums):
-        sum_by_rank.setdefault(place, {})[rank] = value
-    odd: set[int] = set()
-    for values in sum_by_rank.values():
-        common, count = Counter(values.values()).most_common(1)[0]
-        has_majority = 2 * count > len(values)
-        if count < len(values):
-            odd |= {rank for rank, value in values.items() if value != common or not has_majority}
-    return odd
+    checksums_by_shard: dict[Shard, dict[int, int]] = {}  # of each rank with that shard
+    for rank, (shard, rank_checksum) in enumerate(sums):
+        checksums_by_shard.setdefault(shard, {})[rank] = rank_checksum
+    odd_ranks: set[int] = set()
+    for checksum_by_rank in checksums_by_shard.values():
+        most_common, count = Counter(checksum_by_rank.values()).most_common(1)[0]
+        has_majority = 2 * count > len(checksum_by_rank)
+        if count == len(checksum_by_rank):
+            continue
+        for rank, rank_checksum in checksum_by_rank.items():
+            if rank_checksum != most_common or not has_majority:
+                odd_ranks.add(rank)
+    return odd_ranks
 
 
-def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Place]]:
-    """(name, local tensor, place) of each parameter that other ranks may hold, too: those with the same place hold the same.
+def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]:
+    """(name, this rank's tensor, its shard) of each parameter that other ranks may hold, too: those with the same shard.
 
-    Nothing of parameters that are partitioned over all ranks (ZeRO-3).
+    Parameters that are partitioned over all ranks (ZeRO-3) have no copies and are left out.
     """
     for name, parameter in named_parameters(engine.step_module, teacher=True):
         if hasattr(parameter, "ds_id"):  # ZeRO-3: each rank has a part of its own
@@ -119,27 +133,32 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Place]]
             yield name, tensor, ()
             continue
         coordinate: Any = tensor.device_mesh.get_coordinate()
-        shards = []
+        shard = []  # position along each mesh dimension that shards the tensor
         for position, placement in zip(coordinate, tensor.placements, strict=True):
             if not isinstance(placement, Replicate):
-                shards.append(position)
-        if len(shards) < len(tensor.placements):  # else no other rank has this shard
-            yield name, tensor.to_local(), tuple(shards)
+                shard.append(position)
+        if len(shard) < len(tensor.placements):  # else no other rank has this shard
+            yield name, tensor.to_local(), tuple(shard)
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """The tensor's bytes summed as whole numbers, of eight bytes where they come out even: 0-d int64, where it is."""
-    flat = tensor.contiguous().view(-1)
-    size = flat.element_size()
-    even = (flat.numel() * size) % 8 == 0 and (flat.storage_offset() * size) % 8 == 0
-    return flat.view(torch.int64 if even else INTEGER_TYPES[size]).sum(dtype=torch.int64)
+    """The tensor's bytes summed as whole numbers modulo 2**64: 0-d int64, on its device. Any single flipped bit changes it.
+
+    Numbers of eight bytes are summed if the tensor's bytes come out even, which is faster, else numbers of an element's size.
+    """
+    elements = tensor.contiguous().view(-1)
+    element_bytes = elements.element_size()
+    size_is_even = (elements.numel() * element_bytes) % 8 == 0
+    start_is_even = (elements.storage_offset() * element_bytes) % 8 == 0
+    integer_type = torch.int64 if size_is_even and start_is_even else INTEGER_TYPES[element_bytes]
+    return elements.view(integer_type).sum(dtype=torch.int64)
 
 
-def _sums_differ(sums_by_rank: list[dict[Place, int]]) -> bool:
-    """Whether two ranks have different sums for the same place."""
-    first: dict[Place, int] = {}
-    for sums in sums_by_rank:
-        for place, value in sums.items():
-            if first.setdefault(place, value) != value:
+def _sums_differ(sums_by_rank: list[dict[Shard, int]]) -> bool:
+    """Whether two ranks have different sums for the same shard."""
+    first_sums: dict[Shard, int] = {}
+    for rank_sums in sums_by_rank:
+        for shard, shard_sum in rank_sums.items():
+            if first_sums.setdefault(shard, shard_sum) != shard_sum:
                 return True
     return False

@@ -8,48 +8,57 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NORMAL = 1.4826
+DEVIATIONS_PER_MAD = 1.4826
 """Standard deviations of normal values in one median absolute deviation."""
-LEAST_SPREAD = 0.01
+MIN_SPREAD = 0.01
 """Share of the median that a standard deviation is at least: what hardly moves makes no outliers of trifles."""
-MOST = 1e6
+MAX_SCORE = 1e6
 """Largest score."""
 
 
 class RollingWindow:
-    """The values of the last steps that were taken in. Nothing here waits for the device or communicates."""
+    """Loss and gradient norm of the last steps, which new ones are judged against. Nothing waits for the device or
+    communicates.
+    """
 
     def __init__(self, window: int, device: torch.device, rows: Sequence[Sequence[float]] = (), width: int = 2) -> None:
-        """`rows` are values of earlier steps, oldest first, each of `width` numbers."""
+        """`window`: steps that it holds. `rows`: numbers of earlier steps, oldest first, `width` each."""
         self.window = torch.full((window, width), torch.nan, dtype=torch.float64, device=device)
         """float64 [window, width], oldest first; NaN where there is no step yet."""
-        if newest := rows[-window:]:
+        newest = rows[-window:]
+        if newest:
             self.window[-len(newest) :] = torch.tensor(newest, dtype=torch.float64)
-        self.least = max(5, window // 4)
+        self.min_steps = max(5, window // 4)
+        """Steps without which nothing is judged."""
 
     def scores(self, values: Tensor) -> Tensor:
-        """Standard deviations of each value (float64 [width]) above the median.
+        """How many robust standard deviations each value of a step is above the median of the window: float64 [width].
 
-        NaN while the window holds too few steps, and where any value is not finite: that is reported by itself.
+        NaN while the window holds too few steps, and if any value is not finite: that is reported by itself.
         """
         middle = _median(self.window)
-        spread = NORMAL * _median((self.window - middle).abs())
-        spread = torch.maximum(spread, LEAST_SPREAD * middle.abs())
-        scores = ((values - middle) / spread).clamp(max=MOST)
-        has_enough = (~self.window.isnan()).sum(0) >= self.least
+        spread = DEVIATIONS_PER_MAD * _median((self.window - middle).abs())
+        spread = torch.maximum(spread, MIN_SPREAD * middle.abs())
+        scores = ((values - middle) / spread).clamp(max=MAX_SCORE)
+        has_enough = (~self.window.isnan()).sum(0) >= self.min_steps
         return torch.where(has_enough & values.isfinite().all(), scores, torch.nan)
 
-    def push(self, values: Tensor, where: Tensor) -> None:
-        """Let the newest step push the oldest out, `where` (0-d bool) it is to count."""
-        self.window = torch.where(where, torch.cat([self.window[1:], values[None]]), self.window)
+    def push(self, values: Tensor, joins: Tensor) -> None:
+        """Let a step take the place of the oldest one, if `joins` (0-d bool on the device) says so."""
+        shifted = torch.cat([self.window[1:], values[None]])
+        # Both windows are computed, so that the host need not know the answer.
+        self.window = torch.where(joins, shifted, self.window)
 
     def rows(self) -> list[list[float]]:
-        """The values that are there, oldest first, on the host."""
+        """The values of the steps that the window holds, oldest first, on the host. Waits for the device."""
         return [row for row in self.window.tolist() if not math.isnan(row[0])]
 
 
 def _median(values: Tensor) -> Tensor:
-    """Of each column of float64 [n, width], NaN left out; NaN where there is nothing else."""
+    """The median of each column of float64 [n, width], without NaN; NaN for a column that has nothing else.
+
+    `torch.nanmedian` takes the lower of the two middle values, not their mean.
+    """
     ordered = values.sort(0).values  # NaN is sorted last
     counts = (~values.isnan()).sum(0)
     # The two middle places of each column, which are one if the count is odd.

@@ -16,7 +16,7 @@ from trainer.reporting.metrics import RankTime
 
 INTERVALS = 5
 """Logging intervals in a row that make a rank slow, or one that is no longer."""
-LEAST_SHARE = 1 / 30
+MIN_SHARE = 1 / 30
 """Share of a step that the excess in its forward pass is at least; with the backward pass a tenth. Less is no matter."""
 
 
@@ -37,7 +37,8 @@ class SlowRank:
 
     def since(self) -> str:
         """The rank and its factor, with the steps from which and until which it was slow."""
-        return f"{self}, from step {self.from_step}" + (f" to {self.until_step}" if self.until_step else " on")
+        end = f"to {self.until_step}" if self.until_step else "on"
+        return f"{self}, from step {self.from_step} {end}"
 
 
 ReportSlow = Callable[[SlowRank, list[SlowRank], int], None]
@@ -45,21 +46,25 @@ ReportSlow = Callable[[SlowRank, list[SlowRank], int], None]
 
 
 class Stragglers:
-    """Looks at each logging interval of a run of several ranks."""
+    """Judges in each logging interval which ranks of a run compute slower than the others."""
 
-    def __init__(self, factor: float, runtime: Runtime, tell: ReportSlow = lambda *_: None) -> None:
-        """A rank is slow from `factor` times the others' median on; 0 never looks. `tell` is called on rank 0."""
+    def __init__(self, factor: float, runtime: Runtime, on_change: ReportSlow = lambda *_: None) -> None:
+        """A rank is slow from `factor` times the others' median on; 0 never judges. `on_change` is called on rank 0."""
         self.factor = factor
         self.runtime = runtime
-        self.tell = tell
+        self.on_change = on_change
         self.slow: list[SlowRank] = []
         """All that were found, in the order in which they were."""
         self._changed_factors: list[list[float]] = [[] for _ in range(runtime.world_size)]
         """By rank: its factors in the last intervals in a row in which it was slow, or, once it is called slow, was not."""
 
     def judge_interval(self, rows: list[dict[str, Any]], times: list[RankTime]) -> None:
-        """Judge an interval, and add the median and the largest time to its first row. All ranks must call."""
-        if not rows or len(times) < 2 or not all(time.seconds > 0 for time in times):
+        """Judge an interval, and add the median and the largest time of the ranks' blocks to its first row.
+
+        `rows`: of the interval's steps. `times`: of each rank, by rank. All ranks must call, with the same arguments.
+        """
+        all_timed = all(time.seconds > 0 for time in times)
+        if not rows or len(times) < 2 or not all_timed:
             return
         worst = max(times, key=lambda time: time.seconds)
         rows[0] |= {
@@ -72,16 +77,21 @@ class Stragglers:
                 self._judge(rank, factor_of(rank, times), rows[-1]["step"])
 
     def _judge(self, rank: int, factor: float, step: int) -> None:
-        """A rank becomes slow, or is no longer, once `INTERVALS` intervals in a row say so."""
+        """Call a rank slow, or slow no longer, once `INTERVALS` intervals in a row say so.
+
+        `factor`: how many times as long as the others it took in this interval. A collective if the rank becomes slow.
+        """
         current = next((slow for slow in self._slow_now() if slow.rank == rank), None)
-        changed_factors = self._changed_factors[rank]
+        was_slow = current is not None
         is_slow = factor > self.factor
-        if is_slow == (current is not None):  # nothing has changed
+        changed_factors = self._changed_factors[rank]
+        if is_slow == was_slow:
             changed_factors.clear()
             return
         changed_factors.append(factor)
         if len(changed_factors) < INTERVALS:
             return
+
         if current is not None:
             current.until_step = step
         else:
@@ -90,9 +100,10 @@ class Stragglers:
             self.slow.append(current)
         changed_factors.clear()
         if self.runtime.is_main:
-            self.tell(current, self._slow_now(), step)
+            self.on_change(current, self._slow_now(), step)
 
     def _slow_now(self) -> list[SlowRank]:
+        """The ranks that are slow at this moment."""
         return [slow for slow in self.slow if slow.until_step is None]
 
     def record(self) -> list[dict[str, Any]]:
@@ -101,15 +112,15 @@ class Stragglers:
 
 
 def factor_of(rank: int, times: list[RankTime]) -> float:
-    """How many times the median of the others a rank takes, in all and for a token, the lesser of the two.
+    """How many times as long as the median of the other ranks a rank computes: in all or for a token, the lesser of the two.
 
-    A rank with more tokens is not slow, nor is one whose few tokens each bear more of what every pass costs. 1 where the
-    excess is no matter to the step.
+    A rank with more tokens is not slow, nor is one whose few tokens each bear more of what every pass costs. 1 if the rank
+    takes so little longer that it does not matter to the step.
     """
     own = times[rank]
     others = [*times[:rank], *times[rank + 1 :]]
     usual_s = median(time.seconds for time in others)
     usual_s_per_token = median(time.seconds_per_token for time in others)
-    if own.seconds - usual_s < LEAST_SHARE * times[0].step_s:
+    if own.seconds - usual_s < MIN_SHARE * times[0].step_s:
         return 1.0
     return min(own.seconds / usual_s, own.seconds_per_token / usual_s_per_token)

@@ -8,38 +8,49 @@ from functools import cache
 
 import numpy as np
 
-EXACT = 60
+MAX_EXACT = 60
 """Numbers up to which the distribution is exact; beyond, and with ties, the normal one is taken."""
 
 
 def rising_p_value(values: Sequence[float]) -> float:
-    """The p-value of "they are in no order" against "they rise"; 1 of fewer than two."""
+    """The one-sided p-value of the Mann-Kendall test: small if the values rise. 1 for fewer than two values.
+
+    Of all pairs of an earlier and a later value, the test counts how many fall. Values in no order fall in half of the pairs.
+    """
     count = len(values)
     if count < 2:
         return 1.0
-    signs: list[float] = []
-    for place, earlier in enumerate(values):
-        signs += [np.sign(later - earlier) for later in values[place + 1 :]]
-    ties = len(signs) - int(np.count_nonzero(signs))
-    falls = sum(sign < 0 for sign in signs)
-    if not ties and count <= EXACT:
-        return float(_falls_distribution(count)[: falls + 1].sum())
+    signs: list[float] = []  # of each pair: 1 if it rises, -1 if it falls, 0 for a tie
+    for position, earlier in enumerate(values):
+        signs += [np.sign(later - earlier) for later in values[position + 1 :]]
+    num_ties = len(signs) - int(np.count_nonzero(signs))
+    num_falls = sum(sign < 0 for sign in signs)
+    if not num_ties and count <= MAX_EXACT:
+        return float(_falls_distribution(count)[: num_falls + 1].sum())
+
+    # The sum of the signs is about normal, with a known variance that ties make smaller.
     score = float(np.sum(signs))
     variance = (count * (count - 1) * (2 * count + 5) - _tie_correction(values)) / 18
     if variance <= 0:
         return 1.0
-    return 0.5 * math.erfc((score - 1) / math.sqrt(2 * variance))  # one less, since the score is a whole number
+    continuous_score = score - 1  # continuity correction: the score is a whole number
+    return 0.5 * math.erfc(continuous_score / math.sqrt(2 * variance))
 
 
 @cache
 def _falls_distribution(count: int) -> np.ndarray:
-    """How likely each number of pairs in falling order is, of `count` numbers in no order (float64)."""
-    ways = np.ones(1)
-    for more in range(2, count + 1):
-        ways = np.convolve(ways, np.full(more, 1 / more))
-    return ways
+    """Probability of each number of falling pairs (0, 1, 2 ...) among `count` different numbers in random order, float64.
+
+    The k-th number that is added has a random rank among the k, so it falls below 0 to k - 1 of those before it, each equally
+    likely.
+    """
+    probabilities = np.ones(1)
+    for size in range(2, count + 1):
+        probabilities = np.convolve(probabilities, np.full(size, 1 / size))
+    return probabilities
 
 
 def _tie_correction(values: Sequence[float]) -> float:
+    """What groups of equal values take off the variance of the score (times 18)."""
     _, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
     return float((counts * (counts - 1) * (2 * counts + 5)).sum())

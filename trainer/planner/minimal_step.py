@@ -57,6 +57,6 @@ def minimal_trainer(engine: Any) -> Trainer:
             agreement=unused,
             guards=Guards(GuardsConfig(), 1, engine.runtime),
             stragglers=Stragglers(0, engine.runtime),
-            evaluations=Challenges(ChallengesConfig(), planned=1, compared="loss"),
+            evaluations=Challenges(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
         ),
     )

@@ -26,13 +26,12 @@ from trainer.step import Built
 def challenges_of(config: RunConfig, built: Built, total_steps: int, context: RunContext) -> Challenges:
     """The detectors of a run of `total_steps`. Only rank 0 writes their events."""
     every_steps = config.evaluation.every_steps
-    planned = 1
+    planned_evaluations = 1  # at the end
     if every_steps:
-        planned = -(-total_steps // every_steps)  # rounded up
+        planned_evaluations = -(-total_steps // every_steps)  # rounded up
     events = context.run_dir / EVENTS if context.runtime.is_main else None
-    challenges = Challenges(
-        config.challenges, planned, built.step_module.objective.comparable_term, context.console.print_line, events
-    )
+    comparable_term = built.step_module.objective.comparable_term
+    challenges = Challenges(config.challenges, planned_evaluations, comparable_term, context.console.print_line, events)
     challenges.kept_before = KeptHeldOut(context.run_dir, context.runtime)
     challenges.window = divergence.window_of(total_steps)
     challenges.first_judged = divergence.first_judged(warmup_steps(config.schedule, total_steps))
@@ -45,18 +44,22 @@ def with_tasks(
     challenges: Challenges,
     evaluators: list[Evaluator],
     tasks: list[PreparedTask],
-    make_asking: Callable[[], ModelInterface],
+    make_model_interface: Callable[[], ModelInterface],
     context: RunContext,
 ) -> list[Evaluator]:
-    """The evaluators of a run, with one for its tasks, all connected to the detectors."""
+    """The evaluators of a run, with one more for its tasks, all of which hand what they see to the detectors.
+
+    `make_model_interface`: builds the model's interface for tasks; called only if there are any. Raises the errors of rows that
+    cannot be encoded.
+    """
     for evaluator in evaluators:
         if isinstance(evaluator, GenerationEvaluator):
-            evaluator.on_answers = challenges.wrote
+            evaluator.on_answers = challenges.add_answers
         if isinstance(evaluator, LossEvaluator):
-            evaluator.on_batch_sums = challenges.batches
+            evaluator.on_batch_sums = challenges.add_batch_sums
     if not tasks:
         return evaluators
-    task_evaluator = TaskEvaluator(tasks, make_asking())
+    task_evaluator = TaskEvaluator(tasks, make_model_interface())
     task_evaluator.check_rows()  # an error should come now, not at the first evaluation
     forgetting = config.challenges.forgetting
     names = list(forgetting.tasks)
@@ -66,4 +69,4 @@ def with_tasks(
         challenges.base = BaseRows(task_evaluator, names, context.run_dir, context.console.print_line)
     if config.logging.tables and context.runtime.is_main:
         challenges.first = FirstRows(context.run_dir)
-    return [*evaluators, WatchedTasks(task_evaluator, challenges, shows=config.logging.tables)]
+    return [*evaluators, WatchedTasks(task_evaluator, challenges, makes_tables=config.logging.tables)]
