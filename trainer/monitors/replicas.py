@@ -95,8 +95,8 @@ class ReplicaCheck:
         raise ReplicasDiffer(
             f"step {step}: {ranks_and_hosts} {verb} other values of {named} than ranks that should hold the same, and "
             f"did after step {last_equal_step}: memory that flips bits, or hosts whose processors compute differently. No "
-            "checkpoint was written since; the same command continues from the last one. Leave such a host out, or where hosts differ on purpose set "
-            "guards.replicas_every_steps=0"
+            "checkpoint was written since; the same command continues from the last one. Leave such a host out, or where hosts "
+            "differ on purpose set guards.replicas_every_steps=0"
         )
 
 
