@@ -41,18 +41,18 @@ class Turns:
 
         save, succeeded = Checkpoints.save, Checkpoints._note_success
 
-        def in_turn(made: Checkpoints, engine: Any, progress: Any, *, must: bool = True) -> bool:
+        def in_turn(made: Checkpoints, engine: Any, progress: Any, *, must_succeed: bool = True) -> bool:
             way = WAYS[len(self.began) % len(WAYS)]
-            if must:
+            if must_succeed:
                 self.began.append(("end", time.perf_counter()))
-                return save(made, engine, progress, must=True)
+                return save(made, engine, progress, must_succeed=True)
             self.began.append((way, time.perf_counter()))
             if way == "not at all":
                 tensors = [each.values for each in engine.state(progress).local]
                 self.began[-1] = (way, self._copied(tensors, torch))
                 return False
             made.config.background = way == "background"
-            return save(made, engine, progress, must=False)
+            return save(made, engine, progress, must_succeed=False)
 
         def noted(made: Checkpoints, writing: Any, saved: Any) -> None:
             way = "in the step" if saved.stall_s == saved.took_s else "background"

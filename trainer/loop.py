@@ -144,7 +144,7 @@ class Trainer:
                     self._settle()
                 improved = self._evaluate_if_due(is_last)
                 if improved or self.checkpoints.due(self.progress.step):
-                    self._save(must=False)
+                    self._save(must_succeed=False)
                 self._stop_at_limit()
                 if self.agreement.stop_now():
                     self._stop_for_signal()
@@ -370,8 +370,8 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _save(self, *, must: bool = True) -> None:
-        """Write a checkpoint of this step; without `must` only begin it, and accept that it may fail.
+    def _save(self, *, must_succeed: bool = True) -> None:
+        """Write a checkpoint of this step; without `must_succeed` only begin it, and accept that it may fail.
 
         All ranks must call. One that is pending is published first.
         """
@@ -383,7 +383,7 @@ class Trainer:
             self.progress.recent_steps = self.guards.window()
             self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
             self._being_saved = replace(self.progress)
-            self._note_saved(self.checkpoints.save(self.engine, self.progress, must=must))
+            self._note_saved(self.checkpoints.save(self.engine, self.progress, must_succeed=must_succeed))
         self.meter.restart_clock()
 
     def _settle(self) -> None:

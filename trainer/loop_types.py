@@ -175,10 +175,10 @@ class CheckpointStore(Protocol):
     def pending_is_written(self, step: int) -> bool:
         """Whether every rank has written its part of the pending one. All ranks must call, after the same steps."""
 
-    def save(self, engine: Engine, progress: Progress, *, must: bool) -> bool:
-        """Begin a checkpoint of this moment; with `must`, finish it. Whether it succeeded so far. All ranks must call.
+    def save(self, engine: Engine, progress: Progress, *, must_succeed: bool) -> bool:
+        """Begin a checkpoint of this moment; with `must_succeed`, finish it. Whether it succeeded so far. All ranks must call.
 
-        A pending one has to be settled before. Without `must`, a failure is a warning until too many follow each other.
+        A pending one has to be settled before. Without `must_succeed`, a failure is a warning until too many follow each other.
         """
 
     def publish_pending(self) -> bool:

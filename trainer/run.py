@@ -16,7 +16,7 @@ from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.staging import Staged, stage
-from trainer.checkpoints.layout import places_of
+from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.recovery import recover
@@ -83,7 +83,7 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
         if attempt.lease is not None:
             home = attempt.lease.home
             refuse_replaced(home, sha256)
-            recover(places_of(home, config.checkpoint.fallback_dir), partial(print, flush=True))
+            recover(checkpoint_dirs_of(home, config.checkpoint.fallback_dir), partial(print, flush=True))
         _run(config, run_dir, sha256, request, attempt, freeze)
 
 
@@ -237,11 +237,11 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
     Returns the run's checkpoints, the one that was loaded (None at a first start), and its progress.
     """
     context.attempt.phase = "resuming"
-    places = places_of(context.run_dir, config.checkpoint.fallback_dir)
-    checkpoints = Checkpoints(places, config.checkpoint, context.runtime, context.console.print_line)
+    checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
+    checkpoints = Checkpoints(checkpoint_dirs, config.checkpoint, context.runtime, context.console.print_line)
     context.attempt.on_move.append(checkpoints.move_to)
     with waiting_for_disk("reading the checkpoints", 0, context.runtime, context.console.print_line):
-        resumed_from = choose_checkpoint(places, config.run.resume, context.runtime)
+        resumed_from = choose_checkpoint(checkpoint_dirs, config.run.resume, context.runtime)
         progress = engine.load(resumed_from) if resumed_from else Progress()
         checkpoints.start_from(resumed_from, config.run.resume)
     context.attempt.step = progress.step

@@ -12,7 +12,7 @@ from typing import Any
 
 from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
-from trainer.checkpoints.layout import places_of, published
+from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.config.resuming import KINDS, flat
 from trainer.reporting.metric_rows import METRICS, MetricRows, read_rows
 from trainer.reporting.run_record import (
@@ -298,7 +298,7 @@ def _total_gib(bytes_by_collective: dict[str, float] | None) -> float | None:
 def _checkpoint_gib(run: RecordedRun) -> float | None:
     """Size of the newest checkpoint; None where there is none, or a running run has just deleted it."""
     try:
-        checkpoints = published(places_of(run.directory, run.config.get("checkpoint.fallback_dir")))
+        checkpoints = checkpoints_in(checkpoint_dirs_of(run.directory, run.config.get("checkpoint.fallback_dir")))
         if not checkpoints:
             return None
         _, newest = checkpoints[-1]

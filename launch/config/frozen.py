@@ -22,7 +22,7 @@ from launch.config.trusted_values import is_remembered
 from launch.config.user_files import own_files_may_apply
 from strategies.errors import ConfigError
 from strategies.matmul import Matmul
-from trainer.checkpoints.layout import places_of, published
+from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.config.resuming import flat, plain
 from trainer.config.run import (
     AUTO,
@@ -239,7 +239,7 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
     For the ranks that compose the run themselves but do not freeze it: all ranks must train the same. Errors: ConfigError.
     """
     path = run_dir / "config.yaml"
-    has_checkpoint = bool(published(places_of(run_dir, composed.config.checkpoint.fallback_dir)))
+    has_checkpoint = bool(checkpoints_in(checkpoint_dirs_of(run_dir, composed.config.checkpoint.fallback_dir)))
     if not path.exists() or not (has_checkpoint or is_finished(run_dir)):
         return
     before = load_frozen(path)

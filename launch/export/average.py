@@ -40,9 +40,9 @@ def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> li
 
 
 def _checkpoint_by_step(run_dir: Path, config: CheckpointConfig) -> dict[int, Path]:
-    from trainer.checkpoints.layout import places_of, published
+    from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 
-    return dict(published(places_of(run_dir, config.fallback_dir)))
+    return dict(checkpoints_in(checkpoint_dirs_of(run_dir, config.fallback_dir)))
 
 
 def _check_complete(path: Path, average: str) -> Path:

@@ -191,7 +191,7 @@ def _exporting_line(request: ExportRequest) -> str:
 
 def pass_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest) -> JudgedGates | None:
     """The verdicts of the run's gates and of those on the command line on the checkpoint. Errors: ConfigError, GateRefused."""
-    from trainer.checkpoints.layout import places_of, published
+    from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.export.gates.bounds import OVERRIDE
     from trainer.export.gates.judge import GateRefused, judge, refuse, weights_at
 
@@ -219,7 +219,9 @@ def pass_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest)
             f"gates.{OVERRIDE}=<why> why it may pass"
         )
     spare = config.checkpoint.fallback_dir
-    step = next(step for step, path in published(places_of(request.run_dir, spare)) if path == request.checkpoint)
+    step = next(
+        step for step, path in checkpoints_in(checkpoint_dirs_of(request.run_dir, spare)) if path == request.checkpoint
+    )
     gate_verdicts = judge(gates, weights_at(request.run_dir, step, spare), config.evaluation.tasks)
     refuse(gate_verdicts, f"{request.run_dir}, {request.checkpoint.name}")
     for line in gate_verdicts.refused:
@@ -251,10 +253,10 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
     A run that trains deletes old checkpoints: if `last` or `best` goes while it is read, the next one is taken, up to `looks`
     times.
     """
-    from trainer.checkpoints.layout import places_of, published
+    from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.checkpoints.manifest import verify
 
-    checkpoints = dict(published(places_of(run_dir, config.fallback_dir)))
+    checkpoints = dict(checkpoints_in(checkpoint_dirs_of(run_dir, config.fallback_dir)))
     if not checkpoints:
         raise ConfigError(
             f"run.dir={run_dir}: has no checkpoints; they are written at the end (checkpoint.save_final=true) and as "

@@ -11,7 +11,7 @@ from typing import Any
 
 from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
-from trainer.checkpoints.layout import STEP_NAME, places_of, published
+from trainer.checkpoints.layout import STEP_NAME, checkpoint_dirs_of, checkpoints_in
 from trainer.reporting.settings_file import read_tree
 
 MAX_FILE_BYTES = 2**22
@@ -63,10 +63,10 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
     checkpoint_settings, evaluation_settings = _read_settings(run_dir)
     fallback = checkpoint_settings.get("fallback_dir")
     watch = evaluation_settings.get("watch")
-    directories = places_of(run_dir, fallback if isinstance(fallback, str) else None)
+    directories = checkpoint_dirs_of(run_dir, fallback if isinstance(fallback, str) else None)
     given_up_paths = []
     try:
-        published_checkpoints = published(directories)
+        published_checkpoints = checkpoints_in(directories)
         for directory in directories:
             for path in sorted(directory.glob("given-up-*/step-*")):
                 if STEP_NAME.fullmatch(path.name):

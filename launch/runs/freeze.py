@@ -12,7 +12,7 @@ from launch.config.frozen import Composed, is_finished, same_or_refuse, to_yaml
 from launch.config.trusted_values import remember_config
 from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfinished_job
 from strategies.errors import ConfigError
-from trainer.checkpoints.layout import places_of, published
+from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.reporting.status import FROZEN, write_text_atomic
 from trainer.session.lease import InUse, refuse_in_use
 from trainer.stopping.signals import pending
@@ -38,7 +38,7 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
                 f"{directory}: is a file, where the run needs a directory; move it away, or choose another run.dir"
             )
     config = composed.config
-    checkpoints = published(places_of(run_dir, config.checkpoint.fallback_dir))
+    checkpoints = checkpoints_in(checkpoint_dirs_of(run_dir, config.checkpoint.fallback_dir))
     # Also a checkpoint that is not whole yet: it may be another attempt's that is just being written.
     if config.run.resume == "never" and (checkpoints or any((run_dir / "checkpoints").glob("*"))):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")

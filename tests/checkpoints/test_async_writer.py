@@ -18,10 +18,10 @@ from trainer.checkpoints import manager
 from trainer.checkpoints import patience as patience_module
 from trainer.checkpoints.async_writer import StateBuffer
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.layout import places_of, published
+from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.manifest import verify
-from trainer.checkpoints.recovery import note_part, recover
+from trainer.checkpoints.recovery import recover, write_part_note
 from trainer.checkpoints.resume_selection import choose_checkpoint
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
@@ -72,7 +72,7 @@ def job(tmp_path, monkeypatch):
         monkeypatch.setattr(atomic_io, "disk", disk)
         config = CheckpointConfig(every_steps=1, fallback_dir=str(tmp_path / "spare"), **settings)
         said = []
-        made = Checkpoints(places_of(tmp_path / "run", config.fallback_dir), config, ALONE, said.append)
+        made = Checkpoints(checkpoint_dirs_of(tmp_path / "run", config.fallback_dir), config, ALONE, said.append)
         return made, Engine(), Progress(best_step=1), disk, said
 
     return make
@@ -81,10 +81,12 @@ def job(tmp_path, monkeypatch):
 def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
     made, engine, progress, disk, said = job(keep=1)
     for step in (1, 2):
-        assert made.save(engine, engine.train(progress), must=False) and made.pending == step
+        assert made.save(engine, engine.train(progress), must_succeed=False) and made.pending == step
         buffer = made._pending.state.local[0].values.data_ptr()
         asked = [engine.train(progress).step for _ in range(3) if not made.pending_is_written(progress.step)]
-        assert len(asked) == 3 and step not in dict(published(made.places)), "training goes on, and nothing has a name"
+        assert len(asked) == 3 and step not in dict(checkpoints_in(made.checkpoint_dirs)), (
+            "training goes on, and nothing has a name"
+        )
         disk.let.set()
         assert made.publish_pending() and made.pending is None
         disk.let.clear()
@@ -93,26 +95,30 @@ def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
         progress = Progress(step=step, best_step=1)
         assert made.last.row["checkpoint_stall_s"] < made.last.row["checkpoint_write_s"]
     assert disk.threads == ["checkpoint"] * 2, "not the thread that trains"
-    made.save(engine, engine.train(progress), must=False)
+    made.save(engine, engine.train(progress), must_succeed=False)
     assert made._pending.state.local[0].values.data_ptr() == buffer, "one buffer, used again"
     disk.let.set()
-    assert made.publish_pending() and [step for step, _ in published(made.places)] == [1, 3], "newest and best"
+    assert made.publish_pending() and [step for step, _ in checkpoints_in(made.checkpoint_dirs)] == [1, 3], (
+        "newest and best"
+    )
     assert "training waited" in said[-1]
 
 
 def test_background_save_that_is_killed_is_not_chosen_and_leaves_nothing(job, monkeypatch):
     made, engine, progress, disk, _ = job()
     disk.let.set()
-    made.save(engine, engine.train(progress), must=True)
+    made.save(engine, engine.train(progress), must_succeed=True)
     disk.let.clear()
-    made.save(engine, engine.train(progress), must=False)
+    made.save(engine, engine.train(progress), must_succeed=False)
     wait(lambda: disk.threads[1:], "the thread that writes")  # else it meets the disk of the next one
-    names = sorted(path.name for path in made.places[0].iterdir())
+    names = sorted(path.name for path in made.checkpoint_dirs[0].iterdir())
     assert names == [".step-000002.writing", "step-000001"]
     later, *_ = job()
-    resumed = choose_checkpoint(later.places, "auto", ALONE)
+    resumed = choose_checkpoint(later.checkpoint_dirs, "auto", ALONE)
     later.start_from(resumed)
-    assert resumed.name == "step-000001" and [path.name for path in made.places[0].iterdir()] == ["step-000001"]
+    assert resumed.name == "step-000001" and [path.name for path in made.checkpoint_dirs[0].iterdir()] == [
+        "step-000001"
+    ]
     monkeypatch.setattr(atomic_io, "PATIENCE_S", 0.0)  # else it looks for its directory while others are tested
     disk.let.set()
     made._pending.wait()
@@ -120,7 +126,7 @@ def test_background_save_that_is_killed_is_not_chosen_and_leaves_nothing(job, mo
 
 def test_background_save_on_the_fallback_disk_writes_the_same_step(job):
     made, engine, progress, disk, said = job("/run/checkpoints/")
-    made.save(engine, engine.train(progress), must=False)
+    made.save(engine, engine.train(progress), must_succeed=False)
     engine.train(progress)
     disk.let.set()
     assert made.publish_pending() and "/spare/" in str(made.last.path) and engine.load(made.last.path).step == 1
@@ -129,11 +135,11 @@ def test_background_save_on_the_fallback_disk_writes_the_same_step(job):
 
 def test_background_save_that_no_disk_takes_is_reported_when_it_is_settled(job):
     made, engine, progress, disk, said = job("step-000001", max_failures=1)
-    made.save(engine, engine.train(progress), must=False)
+    made.save(engine, engine.train(progress), must_succeed=False)
     disk.let.set()
-    assert made.publish_pending() is False and made.pending is None and published(made.places) == []
+    assert made.publish_pending() is False and made.pending is None and checkpoints_in(made.checkpoint_dirs) == []
     assert "continues without this checkpoint (1 failed in a row, 1 may)" in said[-1]
-    assert made.save(engine, engine.train(progress), must=False) and made.publish_pending()
+    assert made.save(engine, engine.train(progress), must_succeed=False) and made.publish_pending()
 
 
 def test_background_save_asks_all_ranks_less_and_less_often_until_they_are_done(job, monkeypatch):
@@ -144,7 +150,7 @@ def test_background_save_asks_all_ranks_less_and_less_often_until_they_are_done(
     )
     made._pending = None
     made.state_buffer.take = lambda state: True
-    made.save(engine, engine.train(progress), must=False)
+    made.save(engine, engine.train(progress), must_succeed=False)
     for step in range(2, 40):
         made.pending_is_written(step)
     assert asked == [2, 3, 5, 9, 17, 25, 33]
@@ -157,7 +163,7 @@ def test_background_save_short_of_host_memory_is_written_in_the_step_and_noted_o
     disk.let.set()
     made.state_buffer = StateBuffer(ALONE, free=lambda: 800)  # 792 bytes are needed, and something must be left
     for step in (1, 2):
-        assert made.save(engine, engine.train(progress), must=False) and made.pending is None
+        assert made.save(engine, engine.train(progress), must_succeed=False) and made.pending is None
         assert made.last.path.name == f"step-{step:06d}" and disk.threads[-1] == "MainThread"
         assert made.last.stall_s == made.last.took_s
     told = [text for text in said if "a copy of the training state needs 792 bytes of host memory" in text]
@@ -188,9 +194,9 @@ def test_checkpoint_disk_that_does_not_answer_is_waited_for_by_size_and_reported
     monkeypatch.setattr(manager, "REPORT_EVERY_S", 0.0)
     disk = Slow()
     monkeypatch.setattr(atomic_io, "disk", disk)
-    made = Checkpoints(places_of(tmp_path, None), CheckpointConfig(), ALONE, said.append)
+    made = Checkpoints(checkpoint_dirs_of(tmp_path, None), CheckpointConfig(), ALONE, said.append)
     engine = Engine()
-    assert made.save(engine, engine.train(Progress()), must=False)
+    assert made.save(engine, engine.train(Progress()), must_succeed=False)
     assert not made.pending_is_written(2)
     settling = threading.Thread(target=made.publish_pending)
     settling.start()
@@ -220,14 +226,14 @@ def test_checkpoint_that_all_ranks_had_written_is_published_by_the_next_start(tm
     aside = place / ".step-000002.writing"
     aside.mkdir(parents=True)
     for state in ranks_of_one_run([torch.arange(4.0), torch.arange(4.0, 8.0)]):
-        note_part(aside, state, state.write_part(aside))
+        write_part_note(aside, state, state.write_part(aside))
     if lacks is not None:
         (aside / lacks).unlink()
     recover([place], said.append)
     if lacks == "rank-00001.part.json":  # that rank had not come to the end of its file
-        assert published([place]) == [] and said == []
+        assert checkpoints_in([place]) == [] and said == []
         return
-    [(step, path)] = published([place])
+    [(step, path)] = checkpoints_in([place])
     assert step == 2 and "all of it was written when the run ended" in said[0]
     if lacks is not None:
         assert verify(path) == "rank-00000.safetensors is missing"
@@ -248,5 +254,5 @@ def test_checkpoint_part_note_that_cannot_be_read_is_a_warning_at_the_next_start
     aside.mkdir(parents=True)
     (aside / "rank-00000.part.json").write_bytes(note)
     recover([aside.parent], said.append)
-    assert published([aside.parent]) == []
+    assert checkpoints_in([aside.parent]) == []
     assert said[0].startswith("warning: ") and "could not be made a checkpoint" in said[0]

@@ -21,7 +21,7 @@ from strategies.runtime import Runtime
 from strategies.state import load_state
 from tests.helpers.covering import EVERYTHING, SEED
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.layout import places_of, published
+from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.manifest import OLD_FORMAT, read_manifest, verify, write_manifest
 from trainer.checkpoints.resume_selection import choose_checkpoint, resume_problem
@@ -52,22 +52,24 @@ class Made:
     def __init__(self, root: Path, **settings):
         self.config = CheckpointConfig(**{"background": False, **settings})
         self.said: list[str] = []
-        self.all = Checkpoints(places_of(root / "run", self.config.fallback_dir), self.config, ALONE, self.said.append)
-        self.directory = self.all.places[0]
+        self.all = Checkpoints(
+            checkpoint_dirs_of(root / "run", self.config.fallback_dir), self.config, ALONE, self.said.append
+        )
+        self.directory = self.all.checkpoint_dirs[0]
 
-    def save(self, *steps, engine=None, must=True, **progress):
+    def save(self, *steps, engine=None, must_succeed=True, **progress):
         for step in steps:
-            saved = self.all.save(engine or FakeEngine(), Progress(step=step, **progress), must=must)
+            saved = self.all.save(engine or FakeEngine(), Progress(step=step, **progress), must_succeed=must_succeed)
         return self.all.last.path if saved else None
 
     def resume(self, asked="auto"):
-        path = choose_checkpoint(self.all.places, str(asked), ALONE)
+        path = choose_checkpoint(self.all.checkpoint_dirs, str(asked), ALONE)
         self.all.start_from(path, str(asked))
         return path
 
     @property
     def steps(self):
-        return [step for step, _ in published(self.all.places)]
+        return [step for step, _ in checkpoints_in(self.all.checkpoint_dirs)]
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ def test_damaged_checkpoint_is_named_passed_over_and_moved_away(made, damage, sa
     newest = run.save(1, 2)
     damage(newest)
     with pytest.raises(ConfigError, match=r"run\.resume=.*step-000002"):
-        choose_checkpoint(run.all.places, str(newest), ALONE)
+        choose_checkpoint(run.all.checkpoint_dirs, str(newest), ALONE)
     assert run.resume().name == "step-000001"
     shown = capsys.readouterr().out
     assert "step-000002" in shown and said in shown
@@ -300,12 +302,12 @@ def test_failed_save_leaves_nothing_and_the_earlier_checkpoint_intact(made, erro
 def test_a_run_outlives_some_failed_saves(made):
     full = FakeEngine(OSError(28, "No space left on device"))
     run = made(max_failures=2)
-    assert run.save(1, 2, engine=full, must=False) is None
+    assert run.save(1, 2, engine=full, must_succeed=False) is None
     assert run.save(3) is not None  # counts from the start again
-    assert run.save(4, 5, engine=full, must=False) is None
+    assert run.save(4, 5, engine=full, must_succeed=False) is None
     assert sum(text.startswith("warning: No space left on device") for text in run.said) == 4
     with pytest.raises(StorageError, match="3 checkpoints in a row failed"):
-        run.save(6, engine=full, must=False)
+        run.save(6, engine=full, must_succeed=False)
     with pytest.raises(StorageError, match="No space left"):
         made().save(7, engine=full)
 
@@ -378,7 +380,7 @@ def test_resume_setting_chooses_the_checkpoint(made, tmp_path):
     run = made()
     assert run.resume() is None
     first, second = run.save(1), run.save(2)
-    places = run.all.places
+    places = run.all.checkpoint_dirs
     assert choose_checkpoint(places, "auto", ALONE) == second
     assert choose_checkpoint(places, "never", ALONE) is None
     assert choose_checkpoint(places, str(first), ALONE) == first
@@ -426,7 +428,7 @@ def test_resume_from_what_is_no_checkpoint_is_refused_at_once_with_its_kind(made
     (tmp_path / "torn" / "step-000005" / "a.safetensors").touch()
     (tmp_path / "early" / "step-000004" / "state" / ".metadata").touch()
     for name, said in NO_CHECKPOINTS.values():
-        found = resume_problem(str(tmp_path / name), places_of(tmp_path / name, None))
+        found = resume_problem(str(tmp_path / name), checkpoint_dirs_of(tmp_path / name, None))
         assert re.search(said.format(tmp_path), found), found
     assert resume_problem(str(run.directory / "step-000002"), []) is None
 
@@ -459,7 +461,7 @@ def test_checkpoint_directory_that_cannot_be_listed_raises_alike_on_every_rank(m
     ranks = [Runtime(rank, 2, rank, 2, torch.device("cpu"), None) for rank in range(2)]
     monkeypatch.setattr("strategies.runtime.dist.broadcast_object_list", broadcast)
     lists = {
-        "choose": lambda rank: choose_checkpoint(run.all.places, "auto", rank),
+        "choose": lambda rank: choose_checkpoint(run.all.checkpoint_dirs, "auto", rank),
         "load": lambda rank: load_state(newest, [], rank),
     }
     for name, call in (("checkpoints", lists["choose"]), (newest.name, lists["load"])):

@@ -15,7 +15,7 @@ from strategies.runtime import Runtime
 from tests.checkpoints.test_power import SAVED, Engine
 from tests.helpers.covering import chosen, values
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.layout import published
+from trainer.checkpoints.layout import checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.manifest import verify
 from trainer.checkpoints.resume_selection import choose_checkpoint
@@ -83,7 +83,7 @@ def test_network_failure_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeyp
         said: list[str] = []
         made = Checkpoints(places, CheckpointConfig(keep=1, background=False), ALONE, said.append)
         for step in SAVED:
-            if made.save(Engine(), Progress(step=step), must=False):
+            if made.save(Engine(), Progress(step=step), must_succeed=False):
                 best = step
             else:
                 assert said[-1].startswith("the run continues without") and os.strerror(code) in said[-2], said
@@ -91,7 +91,7 @@ def test_network_failure_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeyp
             try:
                 chosen = choose_checkpoint(places, "auto", ALONE)
                 assert chosen is not None
-                assert int(chosen.name[5:]) >= best, (number, disk.failed, published(places))
+                assert int(chosen.name[5:]) >= best, (number, disk.failed, checkpoints_in(places))
                 break
             except StorageError as error:
                 assert disk.failed and again == 0 and os.strerror(code) in str(error), (disk.failed, str(error))

@@ -15,7 +15,7 @@ from strategies.atomic_io import write_new
 from strategies.base import Progress
 from strategies.runtime import Runtime
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.layout import published
+from trainer.checkpoints.layout import checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.resume_selection import choose_checkpoint
 
@@ -150,9 +150,9 @@ def test_power_cut_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeypatch, 
         disk.after_the_cut(found, names_arrived=names_arrived)
         disk.close()
         places = [found / "checkpoints"]
-        put_back += any(path.name == ".step-000003.replaced" for _, path in published(places))
+        put_back += any(path.name == ".step-000003.replaced" for _, path in checkpoints_in(places))
         best = choose_checkpoint(places, "auto", ALONE)
-        assert (int(best.name[5:]) if best else 0) in (0, *SAVED)[saved : saved + 2], (cut, published(places))
+        assert (int(best.name[5:]) if best else 0) in (0, *SAVED)[saved : saved + 2], (cut, checkpoints_in(places))
         later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
         later.start_from(best)
         assert later.save(Engine(), Progress(step=9))

@@ -22,10 +22,11 @@ from strategies.base import Progress
 from strategies.runtime import Runtime, free_host_memory, gather_objects
 from strategies.saving import FileOutcome, RankState
 from trainer.checkpoints.layout import STEP_DIR
-from trainer.checkpoints.recovery import note_part
+from trainer.checkpoints.recovery import write_part_note
 
 MAX_MEMORY_SHARE = 0.9
 """Share of the host's free memory that copies may take; the rest is for what training allocates later."""
+FLOAT32_BYTES = 4
 MAX_STEPS_BETWEEN_LOOKS = 8
 """Most steps between two questions whether all ranks are done."""
 
@@ -45,14 +46,14 @@ class StateBuffer:
         """Why no copy is taken, so that checkpoints are written in the step; None if copies are taken. The same on all ranks."""
 
     def take(self, state: RankState) -> bool:
-        """Copy the state's values. False if a host has no room or the copy failed, and then for the rest of the run.
+        """Copy this rank's part of the training state into the buffer; returns whether every rank could.
 
-        All ranks must call.
+        False if a host has no room or a copy failed, and then for the rest of the run. All ranks must call.
         """
         if self.refused is not None:
             return False
         fits = self._buffer is not None and self._buffer.numel() >= state.num_elements
-        needed_bytes = 0 if fits else state.num_elements * 4  # float32
+        needed_bytes = 0 if fits else state.num_elements * FLOAT32_BYTES
         self.refused = self._why_no_room(needed_bytes)
         if self.refused is not None:
             return False
@@ -64,7 +65,9 @@ class StateBuffer:
             state.move_to(self._buffer)
         except (RuntimeError, MemoryError) as error:
             problem = error_summary(error)
-        self.refused = next(filter(None, gather_objects(problem, self.runtime)), None)
+        all_problems = [rank_problem for rank_problem in gather_objects(problem, self.runtime) if rank_problem]
+        if all_problems:
+            self.refused = all_problems[0]
         return self.refused is None
 
     def release(self) -> None:
@@ -72,12 +75,15 @@ class StateBuffer:
         self._buffer = None
 
     def _why_no_room(self, needed_bytes: int) -> str | None:
-        """Why the ranks' needs do not fit on one of the hosts; None if they do. All ranks must call."""
+        """Why one of the hosts has no memory for its ranks' copies; None if all have. All ranks must call.
+
+        `needed_bytes`: of this rank's copy, beyond the buffer that it has.
+        """
         own_need = _MemoryNeed(socket.gethostname(), needed_bytes, self._free_memory())
-        by_host: dict[str, list[_MemoryNeed]] = {}
+        needs_by_host: dict[str, list[_MemoryNeed]] = {}
         for need in gather_objects(own_need, self.runtime):
-            by_host.setdefault(need.host, []).append(need)
-        for host, needs in by_host.items():
+            needs_by_host.setdefault(need.host, []).append(need)
+        for host, needs in needs_by_host.items():
             needed_on_host = sum(need.needed_bytes for need in needs)
             # Ranks of a host may read different numbers, since memory changes meanwhile: the least counts.
             known_free = [need.free_bytes for need in needs if need.free_bytes is not None]
@@ -129,7 +135,7 @@ class PendingCheckpoint:
     state: RankState
     began: float
     """When it was begun, by the monotonic clock."""
-    places: list[Path]
+    untried_dirs: list[Path]
     """Directories that have not been tried yet."""
     size: int = 0
     """Bytes of the tensors, of all ranks."""
@@ -137,20 +143,22 @@ class PendingCheckpoint:
     """Seconds that training has waited for it so far."""
     outcome: FileOutcome | None = None
     """How the write of this rank's file ended; None while its thread runs."""
-    place: Path = Path()
+    checkpoint_dir: Path = Path()
     """The directory in which it is being written."""
     _thread: threading.Thread | None = None
     _next_look: int = 0
 
     @classmethod
-    def begin(cls, progress: Progress, state: RankState, began: float, places: list[Path]) -> PendingCheckpoint:
+    def begin(
+        cls, progress: Progress, state: RankState, began: float, checkpoint_dirs: list[Path]
+    ) -> PendingCheckpoint:
         """A checkpoint of `state`, which was copied when the run stood at `progress`."""
-        return cls(progress.step, progress.best_step, state, began, list(places), _next_look=progress.step + 1)
+        return cls(progress.step, progress.best_step, state, began, list(checkpoint_dirs), _next_look=progress.step + 1)
 
     @property
     def staging(self) -> Path:
         """The staging directory, in which it is written until it is complete."""
-        return self.place / f".{STEP_DIR.format(self.step)}.writing"
+        return self.checkpoint_dir / f".{STEP_DIR.format(self.step)}.writing"
 
     def start(self, staging: Path) -> None:
         """Let a thread write this rank's file into the existing directory `staging`."""
@@ -159,7 +167,7 @@ class PendingCheckpoint:
             self.outcome = self.state.write_part(staging)
             if self.outcome.problem is None:
                 with suppress(OSError):  # the note only helps a start after a crash
-                    note_part(staging, self.state, self.outcome)
+                    write_part_note(staging, self.state, self.outcome)
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()

@@ -15,12 +15,12 @@ from strategies.base import Engine, Progress
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, call_on_main, first_error, gather_objects
 from strategies.saving import RankState
-from trainer.checkpoints.async_writer import PendingCheckpoint, SavedCheckpoint, StateBuffer
+from trainer.checkpoints.async_writer import FLOAT32_BYTES, PendingCheckpoint, SavedCheckpoint, StateBuffer
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.layout import REPLACED, STEP_DIR, published
+from trainer.checkpoints.layout import REPLACED, STEP_DIR, checkpoints_in
 from trainer.checkpoints.manifest import write_manifest
 from trainer.checkpoints.patience import REPORT_EVERY_S, waiting_for_disk
-from trainer.checkpoints.recovery import forget_notes
+from trainer.checkpoints.recovery import remove_part_notes
 from trainer.checkpoints.resume_selection import choose_checkpoint, record_resume, restore_replaced
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.staging import fallback_problem, on_main, open_staging, raise_on_all_ranks
@@ -38,12 +38,12 @@ class Checkpoints:
 
     def __init__(
         self,
-        places: list[Path],
+        checkpoint_dirs: list[Path],
         config: CheckpointConfig,
         runtime: Runtime,
         print_line: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.places = places
+        self.checkpoint_dirs = checkpoint_dirs
         """The directories for checkpoints; the first is the run's own, the others are tried when it cannot take one."""
         self.config = config
         self.runtime = runtime
@@ -73,7 +73,7 @@ class Checkpoints:
         """
         error: StorageError | None = None
         if self.runtime.is_main:
-            error = fallback_problem(self.places[1:], self.config.fallback_dir, self.print_line)
+            error = fallback_problem(self.checkpoint_dirs[1:], self.config.fallback_dir, self.print_line)
             try:
                 if error is None:
                     self._set_aside_newer(resumed)
@@ -85,10 +85,10 @@ class Checkpoints:
             # Last: if this start is cut short before it, the next one goes back to the named checkpoint once more.
             try:
                 if error is None and resumed is not None:
-                    record_resume(self.places, resume, resumed)
+                    record_resume(self.checkpoint_dirs, resume, resumed)
             except OSError as caught:
                 error = StorageError(
-                    f"{self.places[0].parent}: cannot be written ({error_summary(caught)}); free space"
+                    f"{self.checkpoint_dirs[0].parent}: cannot be written ({error_summary(caught)}); free space"
                 )
         failure = first_error(error, self.runtime)
         if failure is not None:
@@ -96,73 +96,82 @@ class Checkpoints:
 
     def _set_aside_newer(self, resumed: Path | None) -> None:
         """Move checkpoints aside that are newer than `resumed`, and remove what killed runs left unfinished. On rank 0."""
-        resumed_path = resumed.resolve() if resumed else None
-        restore_replaced(self.places)
-        checkpoints = published(self.places)
-        resumed_step = next((step for step, path in checkpoints if path.resolve() == resumed_path), None)
+        restore_replaced(self.checkpoint_dirs)
+        checkpoints = checkpoints_in(self.checkpoint_dirs)
+        resumed_path = None
+        resumed_step = None  # also if it is another run's checkpoint
+        if resumed is not None:
+            resumed_path = resumed.resolve()
+            for step, path in checkpoints:
+                if path.resolve() == resumed_path:
+                    resumed_step = step
+                    break
         self._verified = set()
         given_up = []
         for step, path in checkpoints:
             if path.resolve() == resumed_path:
                 self._verified.add(path)
-            elif resumed_step is None or step >= resumed_step:  # also one of the same step in another place
+            elif resumed_step is None or step >= resumed_step:  # also one of the same step in another directory
                 given_up.append(path)
-        for place in self.places:
+        for checkpoint_dir in self.checkpoint_dirs:
             for pattern in UNFINISHED_NAMES:
-                for unfinished in list(place.glob(pattern)):
+                for unfinished in list(checkpoint_dir.glob(pattern)):
                     with suppress(OSError):  # it is in nobody's way
                         atomic_io.disk.remove_tree(unfinished)
-            in_this_place = [path for path in given_up if path.parent == place]
-            if in_this_place:
-                self._move_aside(place, in_this_place)
+            given_up_here = [path for path in given_up if path.parent == checkpoint_dir]
+            if given_up_here:
+                self._move_aside(checkpoint_dir, given_up_here)
 
-    def _move_aside(self, place: Path, checkpoints: list[Path]) -> None:
-        """Move checkpoints of one place into a new directory `given-up-<n>` there, durably. Errors: OSError."""
-        number = next(n for n in range(1, 10**6) if not (place / GIVEN_UP.format(n)).exists())
-        given_up_dir = place / GIVEN_UP.format(number)
+    def _move_aside(self, checkpoint_dir: Path, checkpoints: list[Path]) -> None:
+        """Move checkpoints of one directory into a new directory `given-up-<n>` in it, durably. Errors: OSError."""
+        number = 1
+        while (checkpoint_dir / GIVEN_UP.format(number)).exists():
+            number += 1
+        given_up_dir = checkpoint_dir / GIVEN_UP.format(number)
         atomic_io.disk.make_directory(given_up_dir)
-        rows = place.parent / "metrics.jsonl"
+        rows = checkpoint_dir.parent / "metrics.jsonl"
         if rows.is_file():  # the run will cut its later rows off
             shutil.copyfile(rows, given_up_dir / rows.name)
             atomic_io.sync_file(given_up_dir / rows.name)
         for path in checkpoints:
             atomic_io.disk.rename(path, given_up_dir / path.name)
         sync_directory(given_up_dir)
-        sync_directory(place)
+        sync_directory(checkpoint_dir)
+        names = ", ".join(path.name for path in checkpoints[:6])
         self.print_line(
-            f"checkpoints that this run does not continue from ({', '.join(path.name for path in checkpoints[:6])}) were "
+            f"checkpoints that this run does not continue from ({names}) were "
             f"moved to {given_up_dir}, with the metrics so far; delete it when you need them no more"
         )
 
     def any(self) -> bool:
         """Whether there are checkpoints of this run. All ranks must call. Errors: StorageError on every rank."""
-        return call_on_main(lambda: bool(published(self.places)), self.runtime)
+        return call_on_main(lambda: bool(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
     def roll_back(self) -> Path:
         """The newest complete checkpoint of this branch, from which the run continues now. All ranks must call.
 
         Errors: StorageError on every rank if there is none.
         """
-        path = choose_checkpoint(self.places, "auto", self.runtime)
+        path = choose_checkpoint(self.checkpoint_dirs, "auto", self.runtime)
         if path is None:
-            raise StorageError(f"there is no checkpoint in {self.places[0]} to go back to; was it deleted?")
+            raise StorageError(f"there is no checkpoint in {self.checkpoint_dirs[0]} to go back to; was it deleted?")
         self.start_from(path)
         self.schedule.note_attempt(int(path.name.removeprefix("step-")), None)
         return path
 
     def move_to(self, run_dir: Path) -> None:
         """Follow a run directory that was renamed to `run_dir`, also with the pending checkpoint. No collective."""
-        old_place = self.places[0]
-        new_place = run_dir / old_place.name
+        old_dir = self.checkpoint_dirs[0]
+        new_dir = run_dir / old_dir.name
 
-        def moved(place: Path) -> Path:
-            return new_place if place == old_place else place
+        def moved(checkpoint_dir: Path) -> Path:
+            return new_dir if checkpoint_dir == old_dir else checkpoint_dir
 
-        self.places[0] = new_place
+        self.checkpoint_dirs[0] = new_dir
         self._verified = {moved(path.parent) / path.name for path in self._verified}
         if self._pending is not None:
-            self._pending.places = [moved(place) for place in self._pending.places]
-            self._pending.place = moved(self._pending.place)
+            self._pending.untried_dirs = [moved(checkpoint_dir) for checkpoint_dir in self._pending.untried_dirs]
+            self._pending.checkpoint_dir = moved(self._pending.checkpoint_dir)
 
     # -- on the way ------------------------------------------------------------------------------------------------------
 
@@ -190,6 +199,7 @@ class Checkpoints:
         return done
 
     def _patience(self, step: int, size: int) -> AbstractContextManager[None]:
+        """Within it the ranks wait longer for each other, for a disk that takes `size` bytes."""
         return waiting_for_disk(f"checkpoint {STEP_DIR.format(step)}", size, self.runtime, self.print_line)
 
     def linger(self, limit_s: float) -> None:
@@ -197,72 +207,74 @@ class Checkpoints:
         if self._pending is not None:
             self._pending.linger(limit_s)
 
-    def save(self, engine: Engine, progress: Progress, *, must: bool = True) -> bool:
-        """Write `step-<step>`, publish it, and delete what `checkpoint.keep` no longer keeps. All ranks must call.
+    def save(self, engine: Engine, progress: Progress, *, must_succeed: bool = True) -> bool:
+        """Write a checkpoint of this moment, publish it, and delete what `checkpoint.keep` no longer keeps. All ranks must call.
 
         A pending checkpoint must be published before. If the run's directory cannot take the checkpoint,
         `checkpoint.fallback_dir` is tried. If that fails too, nothing half-written stays, and StorageError is raised on every
-        rank with `must`, or after `checkpoint.max_failures` in a row. Otherwise the run continues with a warning, and False is
-        returned. Without `must` and with `checkpoint.background`, the checkpoint is only begun, and is then pending.
+        rank with `must_succeed`, or after `checkpoint.max_failures` in a row. Otherwise the run continues with a warning, and
+        False is returned. Without `must_succeed` and with `checkpoint.background`, the checkpoint is only begun, and is then
+        pending.
         """
         began = time.monotonic()
         with self._patience(progress.step, 0):  # rank 0 may still be writing its rows to the disk
             state = engine.state(progress)
-            size = 4 * sum(gather_objects(state.num_elements, self.runtime))
-        writing = PendingCheckpoint.begin(progress, state, began, self.places)
-        writing.size = size
+            num_elements = sum(gather_objects(state.num_elements, self.runtime))
+            size = FLOAT32_BYTES * num_elements
+        checkpoint = PendingCheckpoint.begin(progress, state, began, self.checkpoint_dirs)
+        checkpoint.size = size
         with self._patience(progress.step, size):
-            return self._save(writing, must=must)
+            return self._save(checkpoint, must_succeed=must_succeed)
 
-    def _save(self, writing: PendingCheckpoint, *, must: bool) -> bool:
+    def _save(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
         """Write the checkpoint in the step, or start its write in the background. All ranks must call."""
-        if must:  # probably the last one, and the export needs the memory
+        if must_succeed:  # probably the last one, and the export needs the memory
             self.state_buffer.release()
-        if must or not self.config.background or not self._copy_state(writing.state):
-            return self._save_in_step(writing, must=must)
-        self._pending = writing
+        if must_succeed or not self.config.background or not self._copy_state(checkpoint.state):
+            return self._save_in_step(checkpoint, must_succeed=must_succeed)
+        self._pending = checkpoint
         self._reported_s = 0.0
         problems: list[str] = []
-        begun = self._start_writing(writing, problems)
+        begun = self._start_writing(checkpoint, problems)
         # Training has waited for the copy so far; publishing adds its own wait later.
-        writing.stall_s = time.monotonic() - writing.began
-        self.schedule.note_attempt(writing.step, None)
+        checkpoint.stall_s = time.monotonic() - checkpoint.began
+        self.schedule.note_attempt(checkpoint.step, None)
         if not begun:
             self._pending = None
-            self._note_failure(problems, must=False)
+            self._note_failure(problems, must_succeed=False)
         return begun
 
     def publish_pending(self) -> bool:
         """Wait for the pending checkpoint and publish it. Returns whether it was published. All ranks must call.
 
-        If one place could not take it, the next is tried with the same copy. Raises StorageError as `save` does.
+        If one directory could not take it, the next is tried with the same copy. Raises StorageError as `save` does.
         """
-        writing = self._pending
+        checkpoint = self._pending
         self._pending = None
-        assert writing is not None
-        with self._patience(writing.step, writing.size):
-            return self._publish(writing)
+        assert checkpoint is not None
+        with self._patience(checkpoint.step, checkpoint.size):
+            return self._publish(checkpoint)
 
-    def _publish(self, writing: PendingCheckpoint) -> bool:
-        """Publish a checkpoint that is being written, in the first place that can take it. All ranks must call."""
+    def _publish(self, checkpoint: PendingCheckpoint) -> bool:
+        """Publish a checkpoint that is being written, in the first directory that can take it. All ranks must call."""
         wait_began = time.monotonic()
         problems: list[str] = []
         while True:
             # Each rank passes on how its own file ended: an error of one is raised on all.
-            finish_files = partial(writing.state.finish, outcome=writing.wait())
+            finish_files = partial(checkpoint.state.finish, outcome=checkpoint.wait())
             try:
-                path, size = self._seal_and_publish(writing, finish_files)
+                path, size = self._seal_and_publish(checkpoint, finish_files)
                 break
             except StorageError as error:
                 self._warn(error, problems)
-            # The copy is still in the buffer, so that another place can be tried.
-            if not self._start_writing(writing, problems):
-                self._note_failure(problems, must=False)
+            # The copy is still in the buffer, so that another directory can be tried.
+            if not self._start_writing(checkpoint, problems):
+                self._note_failure(problems, must_succeed=False)
                 return False
         now = time.monotonic()
-        writing.stall_s += now - wait_began
-        self._note_success(writing, SavedCheckpoint(path, size, now - writing.began, writing.stall_s))
-        self.schedule.note_cost(writing.stall_s, now - writing.began)
+        checkpoint.stall_s += now - wait_began
+        self._note_success(checkpoint, SavedCheckpoint(path, size, now - checkpoint.began, checkpoint.stall_s))
+        self.schedule.note_cost(checkpoint.stall_s, now - checkpoint.began)
         return True
 
     def _copy_state(self, state: RankState) -> bool:
@@ -276,77 +288,82 @@ class Checkpoints:
             )
         return False
 
-    def _start_writing(self, writing: PendingCheckpoint, problems: list[str]) -> bool:
-        """Start writing in the first remaining place that has room for all ranks' files; False if none has. All ranks must
-        call."""
-        while writing.places:
-            writing.place = writing.places.pop(0)
+    def _start_writing(self, checkpoint: PendingCheckpoint, problems: list[str]) -> bool:
+        """Start writing in the first remaining directory that has room for all ranks' files; returns whether one has.
+
+        All ranks must call.
+        """
+        while checkpoint.untried_dirs:
+            checkpoint.checkpoint_dir = checkpoint.untried_dirs.pop(0)
             try:
-                open_staging(writing.staging, self.runtime, writing.state.make_room)
+                open_staging(checkpoint.staging, self.runtime, checkpoint.state.make_room)
             except StorageError as error:
                 self._warn(error, problems)
                 continue
-            writing.start(writing.staging)
+            checkpoint.start(checkpoint.staging)
             return True
         return False
 
-    def _save_in_step(self, writing: PendingCheckpoint, *, must: bool) -> bool:
+    def _save_in_step(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
         """Write and publish while training waits. All ranks must call."""
         problems: list[str] = []
-        while writing.places:
-            writing.place = writing.places.pop(0)
+        while checkpoint.untried_dirs:
+            checkpoint.checkpoint_dir = checkpoint.untried_dirs.pop(0)
             try:
-                open_staging(writing.staging, self.runtime)
-                path, size = self._seal_and_publish(writing, writing.state.save)
-            except StorageError as error:  # the same on every rank, so that all try the next place
+                open_staging(checkpoint.staging, self.runtime)
+                path, size = self._seal_and_publish(checkpoint, checkpoint.state.save)
+            except StorageError as error:  # the same on every rank, so that all try the next directory
                 self._warn(error, problems)
                 continue
-            took_s = time.monotonic() - writing.began
-            self._note_success(writing, SavedCheckpoint(path, size, took_s, took_s))
-            self.schedule.note_attempt(writing.step, took_s)
+            took_s = time.monotonic() - checkpoint.began
+            self._note_success(checkpoint, SavedCheckpoint(path, size, took_s, took_s))
+            self.schedule.note_attempt(checkpoint.step, took_s)
             return True
-        self.schedule.note_attempt(writing.step, None)
-        self._note_failure(problems, must=must)
+        self.schedule.note_attempt(checkpoint.step, None)
+        self._note_failure(problems, must_succeed=must_succeed)
         return False
 
     def _warn(self, error: StorageError, problems: list[str]) -> None:
+        """Print why a directory could not take the checkpoint, and add that to `problems`, for the error if all fail."""
         problems.append(str(error))
         self.print_line(f"warning: {error}")
 
-    def _note_success(self, writing: PendingCheckpoint, saved: SavedCheckpoint) -> None:
+    def _note_success(self, checkpoint: PendingCheckpoint, saved: SavedCheckpoint) -> None:
         """Report a published checkpoint, and delete those that it replaces."""
         self._failures = 0
         self.last = saved
         self._report(saved)
         if not self.runtime.is_main:
             return
-        # The same step may have been written in another place before.
-        twins = [path for path in self._verified if path.name == saved.path.name and path != saved.path]
-        for twin in twins:
-            self._delete(twin)
+        # The same step may have been written in another directory before.
+        same_step = [path for path in self._verified if path.name == saved.path.name and path != saved.path]
+        for path in same_step:
+            self._delete(path)
         self._verified.add(saved.path)
-        self._delete_old(writing.best_step)
+        self._delete_old(checkpoint.best_step)
 
-    def _note_failure(self, problems: list[str], *, must: bool) -> None:
+    def _note_failure(self, problems: list[str], *, must_succeed: bool) -> None:
         """Count a failed checkpoint. Raises StorageError if it had to succeed, or if too many failed in a row."""
         self._failures += 1
-        if must or self._failures > self.config.max_failures:
-            count_text = "" if must else f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
-            raise StorageError(f"{'; '.join(problems)}.{count_text} Earlier checkpoints are intact.")
+        if must_succeed or self._failures > self.config.max_failures:
+            problem_text = f"{'; '.join(problems)}."
+            if not must_succeed:
+                problem_text += f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
+            raise StorageError(f"{problem_text} Earlier checkpoints are intact.")
         self.print_line(
             f"the run continues without this checkpoint ({self._failures} failed in a row, {self.config.max_failures} may)"
         )
 
     def _seal_and_publish(
-        self, writing: PendingCheckpoint, write: Callable[[Path], list[WrittenFile]]
+        self, checkpoint: PendingCheckpoint, write: Callable[[Path], list[WrittenFile]]
     ) -> tuple[Path, int]:
         """Seal and publish the files that `write` makes in the staging directory. Returns the path and the bytes of all files.
 
         All ranks must call. Errors: StorageError on every rank.
         """
-        place = writing.place
-        staging = writing.staging
-        final = place / STEP_DIR.format(writing.step)
+        checkpoint_dir = checkpoint.checkpoint_dir
+        staging = checkpoint.staging
+        final = checkpoint_dir / STEP_DIR.format(checkpoint.step)
         error: BaseException | None = None
         try:
             files = write(staging)
@@ -356,14 +373,14 @@ class Checkpoints:
 
         def finish() -> None:
             """Seal the staging directory and give it its name. On rank 0."""
-            forget_notes(staging, self.runtime.world_size)
+            remove_part_notes(staging, self.runtime.world_size)
             write_manifest(staging, files)
             if final in self._verified and final.exists():
                 # This branch wrote the same step before, when it still owed an evaluation.
                 publish_replacing(staging, final, final.with_name(REPLACED.format(final.name)))
                 return
             if final.exists():  # another branch's, made since this one began
-                self._move_aside(place, [final])
+                self._move_aside(checkpoint_dir, [final])
             publish(staging, final)
 
         on_main(finish, staging, self.runtime)
@@ -373,7 +390,7 @@ class Checkpoints:
         """Say where a checkpoint was written, its size and its cost."""
         path = saved.path
         text = f"checkpoint {path.name}"
-        if path.parent != self.places[0]:
+        if path.parent != self.checkpoint_dirs[0]:
             text += f" in {path.parent}"
         text += f": {size_text(saved.size)} in {saved.took_s:.1f} s"
         if saved.stall_s != saved.took_s:
@@ -386,15 +403,17 @@ class Checkpoints:
     def _delete_old(self, best_step: int | None) -> None:
         """Delete checkpoints older than the newest `checkpoint.keep` complete ones, but not the best. A failure is a warning."""
         try:
-            checkpoints = published(self.places)
+            checkpoints = checkpoints_in(self.checkpoint_dirs)
         except StorageError as error:
             self.print_line(f"warning: old checkpoints could not be looked for ({error})")
             return
+        # Only checkpoints that are known to be complete count: a damaged one would replace an intact one.
         verified_steps = [step for step, path in checkpoints if path in self._verified]
         if len(verified_steps) < self.config.keep:
             return
+        oldest_kept_step = verified_steps[-self.config.keep]
         for step, path in checkpoints:
-            if step < verified_steps[-self.config.keep] and step != best_step:
+            if step < oldest_kept_step and step != best_step:
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:

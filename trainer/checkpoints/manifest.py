@@ -18,10 +18,12 @@ from strategies.atomic_io import RetryingReader, WrittenFile, error_summary, fil
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
 from strategies.saving import PROGRESS
 from strategies.tensor_files import Malformed, is_count, parse_json, stays_in_directory
-from trainer.checkpoints.layout import STEP_NAME, listed, places_of, published
+from trainer.checkpoints.layout import STEP_NAME, checkpoint_dirs_of, checkpoints_in, list_names
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+MAX_THREADS = 8
+"""Files of a checkpoint that are read at a time: more do not make a disk faster."""
 MAX_MANIFEST_BYTES = 2**26
 """Bytes of a manifest; more is not read."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -42,19 +44,25 @@ def write_manifest(directory: Path, files: Iterable[WrittenFile]) -> None:
 
 
 def _render(files: dict[str, WrittenFile]) -> bytes:
-    rows = {name: {"bytes": files[name].size, "sha256": files[name].sha256} for name in sorted(files)}
-    own_sha256 = hashlib.sha256(json.dumps([FORMAT, rows]).encode()).hexdigest()
-    return (json.dumps({"format": FORMAT, "sha256": own_sha256, "files": rows}, indent=1) + "\n").encode()
+    """The bytes of a manifest for these files, by name: their sizes and hashes, and the hash of all that."""
+    entries = {}
+    for name in sorted(files):
+        entries[name] = {"bytes": files[name].size, "sha256": files[name].sha256}
+    own_sha256 = hashlib.sha256(json.dumps([FORMAT, entries]).encode()).hexdigest()
+    manifest = {"format": FORMAT, "sha256": own_sha256, "files": entries}
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
-def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[WrittenFile]:
-    """Read and check the manifest of a checkpoint: name, size and SHA-256 that each file must have.
+def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list[WrittenFile]:
+    """Read and check the manifest of a checkpoint: name, size and SHA-256 that each of its files must have.
 
+    The files themselves are only looked for, not read. `reader`: that of the checkpoint, which waits for a disk that stumbles.
     Errors: Malformed, with what is wrong with the directory or its manifest.
     """
-    looks = looks or RetryingReader()
+    reader = reader or RetryingReader()
+
     try:
-        present = set(listed(directory))
+        present = set(list_names(directory))
         if "state" in present and (directory / "state" / OLD_METADATA).exists():
             raise Malformed(OLD_FORMAT)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -65,7 +73,7 @@ def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[
         raise Malformed(OLD_FORMAT if OLD_METADATA in present else MISSING_MANIFEST)
     present.remove(MANIFEST)
     try:
-        content = looks.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MAX_MANIFEST_BYTES))
+        content = reader.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MAX_MANIFEST_BYTES))
         files = _parse(parse_json(content))
     except OSError as error:
         raise Malformed(f"cannot be read ({error_summary(error)})") from error
@@ -73,6 +81,7 @@ def read_manifest(directory: Path, looks: RetryingReader | None = None) -> list[
         raise Malformed("has a damaged manifest") from error
     if _render(files) != content:  # equal to the byte, so the manifest's hash of itself is right too
         raise Malformed("has a damaged manifest")
+
     extra = sorted(name for name in present - set(files) if not IGNORED_NAMES.fullmatch(name))
     if extra:
         raise Malformed(f"holds files that are not in its manifest: {', '.join(extra[:3])}")
@@ -98,15 +107,19 @@ def fingerprint(directory: Path) -> str | None:
 
 def artefact_of(run_dir: Path, step: int, fallback_dir: str | None) -> str | None:
     """The fingerprint of a run's checkpoint at a step; None if there is none. Errors: StorageError."""
-    checkpoints = dict(published(places_of(run_dir, fallback_dir)))
+    checkpoints = dict(checkpoints_in(checkpoint_dirs_of(run_dir, fallback_dir)))
     if step not in checkpoints:
         return None
     return fingerprint(checkpoints[step])
 
 
 def _parse(raw: object) -> dict[str, WrittenFile]:
-    """The files that a manifest lists, by name. Errors: Malformed if it is not of the form that is written here."""
-    files = raw.get("files") if isinstance(raw, dict) else None
+    """The files that a manifest lists, by name. `raw`: its JSON. Errors: Malformed if it has another form than `_render`
+    writes.
+    """
+    files = None
+    if isinstance(raw, dict):
+        files = raw.get("files")
     if not isinstance(files, dict):
         raise Malformed("is no manifest")
     parsed = {}
@@ -124,30 +137,38 @@ def verify(directory: Path, *, only: str | None = None, may_be_deleted: bool = F
     A missing file is usually waited for, since a network file system may show it late. `may_be_deleted` says that this process
     has listed the directory before: if it is gone now, it was deleted, and nothing is waited for.
     """
-    looks = RetryingReader(lambda text: print(text, flush=True), lambda: may_be_deleted and not directory.exists())
+
+    def was_deleted() -> bool:
+        return may_be_deleted and not directory.exists()
+
+    reader = RetryingReader(lambda text: print(text, flush=True), was_deleted)
     try:
-        files = read_manifest(directory, looks)
+        files = read_manifest(directory, reader)
     except Malformed as error:
         return str(error)
     if only is not None:
         files = [file for file in files if file.name == only]
-    return _first_difference(directory, files, usable_cores(), looks) or _wrong_step(directory)
+    return _first_difference(directory, files, usable_cores(), reader) or _wrong_step(directory)
 
 
 def verify_together(directory: Path, runtime: Runtime) -> str | None:
     """As `verify`, with the files shared among the ranks by size. The same answer on every rank. All ranks must call."""
-    outcome: tuple[str | None, list[WrittenFile]] = (None, [])
+    problem: str | None = None
+    files: list[WrittenFile] = []
     if runtime.is_main:
         try:
-            outcome = (None, read_manifest(directory))
+            files = read_manifest(directory)
         except Malformed as error:
-            outcome = (str(error), [])
-    problem, files = broadcast_object(outcome, runtime)
+            problem = str(error)
+    problem, files = broadcast_object((problem, files), runtime)
     if problem is None:
-        problem = _first_difference(directory, _share(files, runtime), usable_cores() // runtime.local_world_size)
+        own_files = _files_of_rank(files, runtime)
+        threads = usable_cores() // runtime.local_world_size
+        problem = _first_difference(directory, own_files, threads)
     if problem is None and runtime.is_main:
         problem = _wrong_step(directory)
-    return next((rank_problem for rank_problem in gather_objects(problem, runtime) if rank_problem), None)
+    all_problems = [rank_problem for rank_problem in gather_objects(problem, runtime) if rank_problem]
+    return all_problems[0] if all_problems else None
 
 
 def _wrong_step(directory: Path) -> str | None:
@@ -165,22 +186,32 @@ def _wrong_step(directory: Path) -> str | None:
     return f"is a checkpoint of step {step} under another name"
 
 
-def _share(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
-    """The files that this rank verifies. Every rank gets about as many bytes: the largest file goes to the least loaded rank."""
-    loads = [0] * runtime.world_size
+def _files_of_rank(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
+    """The files that this rank verifies, so that every rank reads about as many bytes.
+
+    From the largest file on, each goes to the rank that has the fewest bytes so far. All ranks come to the same shares.
+    """
+    bytes_by_rank = [0] * runtime.world_size
     own_files = []
     for written in sorted(files, key=lambda file: (-file.size, file.name)):
-        rank = loads.index(min(loads))
-        loads[rank] += written.size
+        rank = bytes_by_rank.index(min(bytes_by_rank))
+        bytes_by_rank[rank] += written.size
         if rank == runtime.rank:
             own_files.append(written)
     return own_files
 
 
 def _first_difference(
-    directory: Path, files: list[WrittenFile], threads: int, looks: RetryingReader | None = None
+    directory: Path, files: list[WrittenFile], threads: int, reader: RetryingReader | None = None
 ) -> str | None:
-    """The first difference between files and their manifest; None if there is none."""
-    looks = looks or RetryingReader(lambda text: print(text, flush=True))
-    with ThreadPoolExecutor(max(1, min(threads, len(files), 8))) as pool:
-        return next(filter(None, pool.map(lambda file: file_difference(directory, file, looks), files)), None)
+    """The first difference between files of a checkpoint and what their manifest says of them; None if there is none.
+
+    `threads`: files that are read at a time.
+    """
+    shared_reader = reader or RetryingReader(lambda text: print(text, flush=True))
+
+    def difference_of(file: WrittenFile) -> str | None:
+        return file_difference(directory, file, shared_reader)
+
+    with ThreadPoolExecutor(max(1, min(threads, len(files), MAX_THREADS))) as pool:
+        return next(filter(None, pool.map(difference_of, files)), None)

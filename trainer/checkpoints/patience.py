@@ -22,12 +22,14 @@ REPORT_EVERY_S = 60.0
 
 
 @contextmanager
-def waiting_for_disk(what: str, size: float, runtime: Runtime, print_line: Callable[[str], None]) -> Iterator[None]:
-    """A context in which the ranks wait longer, for a disk that takes `size` bytes of all ranks.
+def waiting_for_disk(
+    waiting_task: str, size_bytes: float, runtime: Runtime, print_line: Callable[[str], None]
+) -> Iterator[None]:
+    """Within it collectives wait longer for a rank that waits for its disk, which is to take `size_bytes` of all ranks.
 
-    `what` begins the message of each minute. No collective, but all ranks must enter.
+    `waiting_task`: what waits, for the message of each minute. No collective, but all ranks must enter.
     """
-    extra_s = DISK_S + size / SLOWEST_BYTES_PER_S
+    extra_s = DISK_S + size_bytes / SLOWEST_BYTES_PER_S
     finished = threading.Event()
 
     def report() -> None:
@@ -37,7 +39,7 @@ def waiting_for_disk(what: str, size: float, runtime: Runtime, print_line: Calla
         if runtime.world_size > 1:  # a single rank waits for nobody, and nobody for it
             limit = f"the ranks wait for each other up to {runtime.timeout_s + extra_s:.0f} s"
         while not finished.wait(REPORT_EVERY_S):
-            print_line(f"{what}: waiting for the disk for {waited_s:.0f} s; {limit}")
+            print_line(f"{waiting_task}: waiting for the disk for {waited_s:.0f} s; {limit}")
             waited_s += REPORT_EVERY_S
 
     threading.Thread(target=report, name="patience", daemon=True).start()

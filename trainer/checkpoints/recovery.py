@@ -18,7 +18,7 @@ from strategies import atomic_io
 from strategies.atomic_io import WrittenFile, error_summary, publish, write_new
 from strategies.saving import PROGRESS, FileOutcome, RankState
 from strategies.tensor_files import INDEX, FilePart, Malformed, index_json, parse_json
-from trainer.checkpoints.layout import STEP_DIR, names_in, published
+from trainer.checkpoints.layout import STEP_DIR, checkpoints_in, names_in
 from trainer.checkpoints.manifest import write_manifest
 
 NOTE = "rank-{:05d}.part.json"
@@ -40,7 +40,7 @@ class PartNote:
     """What becomes `progress.json`."""
 
 
-def note_part(staging: Path, state: RankState, outcome: FileOutcome) -> None:
+def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> None:
     """Write the note of what this rank has written into `staging`, durably. No collective. Errors: OSError."""
     parts = {}
     for name, part in state.parts.items():
@@ -57,54 +57,62 @@ def note_part(staging: Path, state: RankState, outcome: FileOutcome) -> None:
     write_new(staging / NOTE.format(state.runtime.rank), json.dumps(note).encode())
 
 
-def forget_notes(staging: Path, world_size: int) -> None:
+def remove_part_notes(staging: Path, world_size: int) -> None:
     """Remove the notes of all ranks from a checkpoint that is about to be published. Errors: OSError."""
     for rank in range(world_size):
         (staging / NOTE.format(rank)).unlink(missing_ok=True)
 
 
-def recover(places: list[Path], print_line: Callable[[str], None]) -> None:
-    """Publish a checkpoint that all ranks had written when the last attempt failed. Only the owner of the run may call.
+def recover(checkpoint_dirs: list[Path], print_line: Callable[[str], None]) -> None:
+    """Publish a checkpoint that all ranks had written when the last attempt failed, but that had no name yet.
 
-    No collective.
+    It must be newer than all that have one. Only the owner of the run directory may call. No collective.
     """
-    newest = max((step for step, _ in published(places)), default=-1)
-    for place in places:
-        for name in names_in(place):
+    newest_step = max((step for step, _ in checkpoints_in(checkpoint_dirs)), default=-1)
+    for checkpoint_dir in checkpoint_dirs:
+        for name in names_in(checkpoint_dir):
             staging_name = STAGING_NAME.fullmatch(name)
-            if staging_name is None or int(staging_name[1]) <= newest:
+            if staging_name is None or int(staging_name[1]) <= newest_step:
                 continue
             final = STEP_DIR.format(int(staging_name[1]))
             try:
-                if _publish(place / name, place / final):
+                if _publish_if_complete(checkpoint_dir / name, checkpoint_dir / final):
                     print_line(f"checkpoint {final}: all of it was written when the run ended; it is published now")
             # A note of another form, too, is no reason not to start.
             except (OSError, ValueError, TypeError, AttributeError) as error:
-                print_line(f"warning: {place / name}: could not be made a checkpoint ({error_summary(error)})")
+                print_line(f"warning: {checkpoint_dir / name}: could not be made a checkpoint ({error_summary(error)})")
 
 
-def _publish(aside: Path, final: Path) -> bool:
-    """Whether the directory had all that a checkpoint needs, and is one now. Errors: OSError, Malformed."""
-    notes = _read_notes(aside)
-    if not notes or len(notes) != notes[0].world_size:
+def _publish_if_complete(staging: Path, final: Path) -> bool:
+    """Make the staging directory the checkpoint `final`, if all ranks' notes are in it; returns whether they were.
+
+    The notes give what rank 0 would have written: index, progress and manifest. Errors: OSError, Malformed.
+    """
+    notes = _read_notes(staging)
+    is_complete = bool(notes) and len(notes) == notes[0].world_size
+    if not is_complete:
         return False
     files = [note.file for note in notes if note.file is not None]
-    files.append(write_new(aside / INDEX, index_json(note.parts for note in notes)))
-    files.append(write_new(aside / PROGRESS, notes[0].progress.encode()))
-    write_manifest(aside, files)
-    forget_notes(aside, len(notes))
-    publish(aside, final)
+    files.append(write_new(staging / INDEX, index_json(note.parts for note in notes)))
+    files.append(write_new(staging / PROGRESS, notes[0].progress.encode()))
+    write_manifest(staging, files)
+    remove_part_notes(staging, len(notes))
+    publish(staging, final)
     return True
 
 
-def _read_notes(aside: Path) -> list[PartNote]:
-    """The notes of the ranks, as far as they follow each other from rank 0 on. Errors: OSError, Malformed."""
+def _read_notes(staging: Path) -> list[PartNote]:
+    """The notes of the ranks in a staging directory, from rank 0 on up to the first that is missing. Errors: OSError,
+    Malformed.
+    """
     notes: list[PartNote] = []
-    while (path := aside / NOTE.format(len(notes))).exists():
+    while (path := staging / NOTE.format(len(notes))).exists():
         raw: Any = parse_json(atomic_io.read_bytes(path, most=MAX_NOTE_BYTES))
         try:
             parts = {str(name): FilePart(*part) for name, part in raw["parts"].items()}
-            file = None if raw["file"] is None else WrittenFile(*raw["file"])
+            file = None
+            if raw["file"] is not None:
+                file = WrittenFile(*raw["file"])
             notes.append(PartNote(raw["world_size"], parts, file, raw["progress"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise Malformed(f"{path.name} is no note of a rank") from error

@@ -16,7 +16,7 @@ from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main
 from strategies.tensor_files import Malformed
-from trainer.checkpoints.layout import REPLACED_NAME, STEP_NAME, names_in, published
+from trainer.checkpoints.layout import REPLACED_NAME, STEP_NAME, checkpoints_in, names_in
 from trainer.checkpoints.manifest import MANIFEST, MAX_MANIFEST_BYTES, MISSING_MANIFEST, read_manifest, verify_together
 
 RESUMED_FROM = "resumed-from.json"
@@ -24,32 +24,34 @@ MAX_RECORD_BYTES = 2**16
 """Bytes of that record; more is not read."""
 
 
-def restore_replaced(places: list[Path]) -> None:
+def restore_replaced(checkpoint_dirs: list[Path]) -> None:
     """Give checkpoints their names back, durably, if their successor never got the name (the power failed in between).
 
     Errors: OSError, StorageError.
     """
-    for _, path in published(places):
+    for _, path in checkpoints_in(checkpoint_dirs):
         replaced = REPLACED_NAME.fullmatch(path.name)
         if replaced:
             atomic_io.disk.rename(path, path.with_name(replaced[1]))
             atomic_io.sync_directory(path.parent)
 
 
-def effective_resume(places: list[Path], resume: str) -> str:
+def effective_resume(checkpoint_dirs: list[Path], resume: str) -> str:
     """The value of `run.resume` that counts: `auto` if the run began from the named checkpoint before and has newer ones.
 
-    Errors: StorageError if that cannot be found out.
+    So a requeued job, whose command names the same checkpoint again, does not go back to it. Errors: StorageError if that cannot
+    be found out.
     """
     if resume in ("auto", "never"):
         return resume
     path = Path(resume).expanduser().resolve()
     try:
-        record = _read_record(places[0].parent / RESUMED_FROM)
+        record = _read_record(checkpoint_dirs[0].parent / RESUMED_FROM)
         name = STEP_NAME.fullmatch(path.name)
         if record is None or record["path"] != str(path):
             return resume
-        if name is not None and path.parent in [place.resolve() for place in places]:
+        own_dirs = [checkpoint_dir.resolve() for checkpoint_dir in checkpoint_dirs]
+        if name is not None and path.parent in own_dirs:
             # The run's own. It may have been deleted since, or been written again by this branch.
             least_step = int(name[1]) + 1
         elif _manifest_sha256(path) in (None, record["manifest_sha256"]):
@@ -57,20 +59,20 @@ def effective_resume(places: list[Path], resume: str) -> str:
         else:  # another checkpoint is under that path now
             return resume
     except (OSError, ValueError, KeyError, TypeError) as error:
-        record_path = places[0].parent / RESUMED_FROM
+        record_path = checkpoint_dirs[0].parent / RESUMED_FROM
         raise StorageError(
             f"{record_path}: cannot be read ({error_summary(error)}), so that nobody knows whether this run has begun from "
             f"run.resume={resume} already; delete the file to begin from there (again), or give run.resume=auto"
         ) from error
-    has_newer = any(step >= least_step for step, _ in published(places))
+    has_newer = any(step >= least_step for step, _ in checkpoints_in(checkpoint_dirs))
     return "auto" if has_newer else resume
 
 
-def record_resume(places: list[Path], resume: str, resumed: Path) -> None:
+def record_resume(checkpoint_dirs: list[Path], resume: str, resumed: Path) -> None:
     """Record durably that the run begins from `resumed`, if that is the checkpoint that `run.resume` names. Errors: OSError."""
     if resume in ("auto", "never") or Path(resume).expanduser().resolve() != resumed.resolve():
         return
-    path = places[0].parent / RESUMED_FROM
+    path = checkpoint_dirs[0].parent / RESUMED_FROM
     record = {"path": str(resumed.resolve()), "manifest_sha256": _manifest_sha256(resumed)}
     temporary = path.with_name(f".{path.name}.writing")
     atomic_io.make_directories(path.parent)
@@ -80,11 +82,14 @@ def record_resume(places: list[Path], resume: str, resumed: Path) -> None:
 
 
 def _read_record(path: Path) -> dict[str, str] | None:
+    """The content of `resumed-from.json`: `path` and `manifest_sha256` of the checkpoint; None without the file. Errors:
+    OSError.
+    """
     try:
-        raw: dict[str, str] = json.loads(atomic_io.read_bytes(path, most=MAX_RECORD_BYTES))
+        record: dict[str, str] = json.loads(atomic_io.read_bytes(path, most=MAX_RECORD_BYTES))
     except FileNotFoundError:
         return None
-    return raw
+    return record
 
 
 def _manifest_sha256(directory: Path) -> str | None:
@@ -95,10 +100,10 @@ def _manifest_sha256(directory: Path) -> str | None:
         return None
 
 
-def resume_problem(resume: str, places: list[Path]) -> str | None:
+def resume_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
     """Why the directory that `run.resume` names cannot be resumed, and what to give instead; None if it may be a checkpoint.
 
-    `places`: where its checkpoints lie if it is a run directory. Reads its manifest, no tensors. Errors: StorageError.
+    `checkpoint_dirs`: where its checkpoints lie if it is a run directory. Reads its manifest, no tensors. Errors: StorageError.
     """
     path = Path(resume).expanduser()
     try:
@@ -108,11 +113,13 @@ def resume_problem(resume: str, places: list[Path]) -> str | None:
         problem = str(error)
     names = set(names_in(path))
     advice = "give a checkpoint directory (step-...), auto or never"
-    newest = _newest_with_manifest([path, *places])
+    newest = _newest_with_manifest([path, *checkpoint_dirs])
     if newest:
         advice = f"give its newest: run.resume={newest}"
     if names & {"config.yaml", "checkpoints"}:
-        problem = "is a run directory, and no checkpoint" + ("" if newest else "; it has none that can be used")
+        problem = "is a run directory, and no checkpoint"
+        if not newest:
+            problem += "; it has none that can be used"
     elif newest:
         problem = "is no checkpoint, but holds some"
     elif problem == MISSING_MANIFEST and not STEP_NAME.search(path.name):
@@ -120,9 +127,9 @@ def resume_problem(resume: str, places: list[Path]) -> str | None:
     return f"run.resume={resume}: {problem}; {advice}"
 
 
-def _newest_with_manifest(places: list[Path]) -> Path | None:
+def _newest_with_manifest(checkpoint_dirs: list[Path]) -> Path | None:
     """The newest checkpoint in these directories whose manifest is intact."""
-    for _, checkpoint in reversed(published(places)):
+    for _, checkpoint in reversed(checkpoints_in(checkpoint_dirs)):
         try:
             read_manifest(checkpoint)
             return checkpoint
@@ -131,19 +138,19 @@ def _newest_with_manifest(places: list[Path]) -> Path | None:
     return None
 
 
-def _candidates(places: list[Path], resume: str) -> tuple[str, list[Path]]:
-    """(the value of `run.resume` that counts, all checkpoints from the newest on if that is `auto`).
+def _candidates(checkpoint_dirs: list[Path], resume: str) -> tuple[str, list[Path]]:
+    """(the value of `run.resume` that counts, the run's checkpoints from the newest on if that is `auto`). On rank 0.
 
     Errors: OSError, StorageError.
     """
-    restore_replaced(places)
-    effective = effective_resume(places, resume)
+    restore_replaced(checkpoint_dirs)
+    effective = effective_resume(checkpoint_dirs, resume)
     if effective != "auto":
         return effective, []
-    return effective, [path for _, path in reversed(published(places))]
+    return effective, [path for _, path in reversed(checkpoints_in(checkpoint_dirs))]
 
 
-def choose_checkpoint(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
+def choose_checkpoint(checkpoint_dirs: list[Path], resume: str, runtime: Runtime) -> Path | None:
     """The checkpoint to resume from, the same on all ranks; None to start afresh. All ranks must call.
 
     Errors: ConfigError if a named one cannot be used. StorageError if there are checkpoints and none can be used, or if they
@@ -152,11 +159,11 @@ def choose_checkpoint(places: list[Path], resume: str, runtime: Runtime) -> Path
     if resume == "never":
         return None
     requested = resume
-    resume, candidates = call_on_main(lambda: _candidates(places, requested), runtime)
+    resume, candidates = call_on_main(lambda: _candidates(checkpoint_dirs, requested), runtime)
     if requested != resume and runtime.is_main:
         print(
             f"run.resume={requested}: this run has begun from it already and continues from what it has made since, as with "
-            f"run.resume=auto; to go back once more, delete {places[0].parent / RESUMED_FROM}",
+            f"run.resume=auto; to go back once more, delete {checkpoint_dirs[0].parent / RESUMED_FROM}",
             flush=True,
         )
     if resume != "auto":

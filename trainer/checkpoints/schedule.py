@@ -13,7 +13,7 @@ from trainer.checkpoints.config import CheckpointConfig
 UNMEASURED_S = 30 * 60.0
 """Seconds between checkpoints until a save was measured."""
 MIN_INTERVAL_S = 60.0
-LOOKS_PER_INTERVAL = 30
+QUESTIONS_PER_INTERVAL = 30
 """About how often the ranks hear from rank 0 between two checkpoints."""
 
 
@@ -39,9 +39,9 @@ class Schedule:
         self._stalls_s: list[float] = []
         """Seconds that the last five checkpoints held training up."""
         self._write_s = 0.0
-        self._last_save_at = self._looked_at = clock()
-        self._looked_step: int | None = None
-        self._next_look = 0
+        self._last_save_at = self._asked_at = clock()
+        self._asked_step: int | None = None
+        self._next_question = 0
 
     @property
     def interval_s(self) -> float | None:
@@ -52,36 +52,38 @@ class Schedule:
             return self.config.every_minutes * 60
         if not self._stalls_s:
             return UNMEASURED_S
-        return max(best_interval(median(self._stalls_s), self.config.mtbf_h * 3600), self._write_s)
+        best_s = best_interval(median(self._stalls_s), self.config.mtbf_h * 3600)
+        return max(best_s, self._write_s)  # a checkpoint must be written before the next one begins
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step. All ranks must call, after the same steps."""
         if self.config.every_steps > 0:
             return step % self.config.every_steps == 0
-        if self.interval_s is None or step < self._next_look:
+        if self.interval_s is None or step < self._next_question:
             return False
-        due, self._next_look = broadcast_object(self._is_time(step), self.runtime)
+        due, self._next_question = broadcast_object(self._is_time(step), self.runtime)
         return due
 
     def _is_time(self, step: int) -> tuple[bool, int]:
-        """(whether a checkpoint is due, the step after which to look again).
+        """(whether a checkpoint is due after this step, the step after which to ask again), by this rank's clock.
 
-        The next look comes after half of the remaining time at most, so that steps which became slow are noticed.
+        The next question comes after half of the remaining time at most, so that steps which became slow are noticed.
         """
         interval_s = self.interval_s
         assert interval_s is not None
         now = self.clock()
-        steps = 1
-        if self._looked_step is not None:
-            steps = max(1, step - self._looked_step)
-        step_s = (now - self._looked_at) / steps
-        self._looked_at = now
-        self._looked_step = step
+        steps_since = 1
+        if self._asked_step is not None:
+            steps_since = max(1, step - self._asked_step)
+        step_s = (now - self._asked_at) / steps_since
+        self._asked_at = now
+        self._asked_step = step
         left_s = interval_s - (now - self._last_save_at)
         if left_s <= step_s / 2:  # nearer to this step's end than to the next one's
             return True, step + 1
-        wait_s = min(left_s / 2, interval_s / LOOKS_PER_INTERVAL)
-        return False, step + max(1, int(wait_s / max(step_s, 1e-6)))
+        wait_s = min(left_s / 2, interval_s / QUESTIONS_PER_INTERVAL)
+        wait_steps = max(1, int(wait_s / max(step_s, 1e-6)))
+        return False, step + wait_steps
 
     def note_cost(self, stall_s: float, write_s: float) -> None:
         """Note the cost of a checkpoint: it held training up for `stall_s` seconds, and took `write_s` seconds in all."""
@@ -93,6 +95,6 @@ class Schedule:
         could not be written. All ranks must call."""
         if took_s is not None:
             self.note_cost(took_s, took_s)
-        self._last_save_at = self._looked_at = self.clock()
-        self._looked_step = step
-        self._next_look = step + 1
+        self._last_save_at = self._asked_at = self.clock()
+        self._asked_step = step
+        self._next_question = step + 1

@@ -13,7 +13,7 @@ from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_error
 
 
-def open_staging(staging: Path, runtime: Runtime, check: Callable[[Path], None] = lambda aside: None) -> None:
+def open_staging(staging: Path, runtime: Runtime, check: Callable[[Path], None] = lambda staging: None) -> None:
     """Make an empty staging directory. `check` runs on every rank and raises StorageError if the directory will not do.
 
     All ranks must call. Errors: StorageError on all.
@@ -33,12 +33,15 @@ def open_staging(staging: Path, runtime: Runtime, check: Callable[[Path], None] 
     raise_on_all_ranks(error, staging, runtime)
 
 
-def on_main(do: Callable[[], None], staging: Path, runtime: Runtime) -> None:
-    """Run `do` on rank 0. All ranks must call. Errors: StorageError on all ranks if it raised OSError."""
+def on_main(function: Callable[[], None], staging: Path, runtime: Runtime) -> None:
+    """Call a function on rank 0 that writes into the staging directory. All ranks must call.
+
+    Errors: StorageError on all ranks if it raised OSError.
+    """
     error: BaseException | None = None
     try:
         if runtime.is_main:
-            do()
+            function()
     except OSError as caught:
         error = caught
     raise_on_all_ranks(error, staging, runtime)
@@ -64,16 +67,16 @@ def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runt
 
 
 def fallback_problem(
-    places: list[Path], fallback_dir: str | None, print_line: Callable[[str], None]
+    checkpoint_dirs: list[Path], fallback_dir: str | None, print_line: Callable[[str], None]
 ) -> StorageError | None:
-    """Why `checkpoint.fallback_dir` could take no checkpoint; None if it could. Tried at the start, before it is needed.
+    """Why checkpoints could not be written into `checkpoint.fallback_dir`; None if they could. Tried before it is needed.
 
     A full disk is only a warning, since it may be emptied by then.
     """
-    for place in places:
-        probe = place / f".{place.name}.trial"
+    for checkpoint_dir in checkpoint_dirs:
+        probe = checkpoint_dir / f".{checkpoint_dir.name}.trial"
         try:
-            make_directories(place)
+            make_directories(checkpoint_dir)
             write_new(probe, b"\n")
             probe.unlink()
         except OSError as error:

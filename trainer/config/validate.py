@@ -16,7 +16,7 @@ from pathlib import Path
 from strategies.base import AutoConfig, StrategyConfig, StrategyName
 from strategies.errors import ConfigError, DataError, StorageError, key_of_problem
 from strategies.registry import every_strategy
-from trainer.checkpoints.layout import places_of
+from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.resume_selection import effective_resume, resume_problem
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
@@ -263,10 +263,12 @@ def _resume(config: RunConfig) -> Iterator[str]:
     run_dir = config.run.dir
     try:
         if run_dir is not None and run_dir.strip():
-            resume = effective_resume(places_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume)
+            resume = effective_resume(
+                checkpoint_dirs_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume
+            )
         if resume in ("auto", "never"):
             return
-        problem = resume_problem(resume, places_of(Path(resume).expanduser(), config.checkpoint.fallback_dir))
+        problem = resume_problem(resume, checkpoint_dirs_of(Path(resume).expanduser(), config.checkpoint.fallback_dir))
         if problem:
             yield problem
     except StorageError as error:

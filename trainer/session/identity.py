@@ -21,7 +21,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
-from trainer.checkpoints.layout import places_of, published
+from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.resume_selection import effective_resume
 from trainer.config.resuming import KINDS, defaults_of, flat, plain
 from trainer.config.run import RunConfig
@@ -230,14 +230,14 @@ def _read(path: Path) -> tuple[Kinds, list[str]]:
 
 def _run_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
     """The run directory whose checkpoint will be loaded; None if the run starts afresh."""
-    places = places_of(run_dir, config.checkpoint.fallback_dir)
-    resume = effective_resume(places, config.run.resume)
+    checkpoint_dirs = checkpoint_dirs_of(run_dir, config.checkpoint.fallback_dir)
+    resume = effective_resume(checkpoint_dirs, config.run.resume)
     if resume == "never":
         return None
     if resume == "auto":
-        return run_dir if published(places) else None
+        return run_dir if checkpoints_in(checkpoint_dirs) else None
     checkpoint = Path(resume).expanduser().absolute()
-    if checkpoint.parent in [place.absolute() for place in places]:
+    if checkpoint.parent in [directory.absolute() for directory in checkpoint_dirs]:
         return run_dir
     # Two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005.
     candidates = list(checkpoint.parents)[1:3] or [checkpoint]

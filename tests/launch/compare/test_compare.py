@@ -15,7 +15,7 @@ from launch.main import main
 from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, command_here
 from tests.helpers.tokenizers import write_chat_data
-from trainer.checkpoints.layout import places_of
+from trainer.checkpoints.layout import checkpoint_dirs_of
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_compare_finds_the_newest_checkpoint_in_any_directory_of_the_run(runs, t
     config = (far / "config.yaml").read_text()
     assert "fallback_dir: null" in config
     (far / "config.yaml").write_text(config.replace("fallback_dir: null", f"fallback_dir: {other}"))
-    newest = places_of(far, str(other))[1] / "step-1000001"
+    newest = checkpoint_dirs_of(far, str(other))[1] / "step-1000001"
     newest.mkdir(parents=True)
     (newest / "a.safetensors").write_bytes(bytes(3 * 2**20))
     _, found = compared(capsys, runs / "runs/0", far)

@@ -162,8 +162,8 @@ def test_status_of_one_run_with_its_checkpoints_and_their_damage(runs, capsys):
 
 def _far(runs, run):
     """The run's part of `checkpoint.fallback_dir`, which it makes only when it needs it."""
-    from trainer.checkpoints.layout import places_of
+    from trainer.checkpoints.layout import checkpoint_dirs_of
 
-    far = places_of(run, str(runs.root / "far"))[1]
+    far = checkpoint_dirs_of(run, str(runs.root / "far"))[1]
     far.mkdir(parents=True)
     return far
