@@ -13,7 +13,7 @@ from trainer.reporting.file_version import FILE_VERSION
 from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import (
     MOST_BYTES,
-    SAID_LATER,
+    OPTIONAL_KEYS,
     MeasuredCost,
     MemoryCheck,
     PredictedCost,
@@ -137,7 +137,7 @@ def test_run_record_of_a_later_version_is_refused_or_read_as_far_as_it_is_known(
 def test_run_record_keys_that_come_later_are_fields_without_a_value():
     """Else a record would say a default as if it were known."""
     tree = RunRecord().as_json()
-    assert not {*SAID_LATER} & tree.keys() and {*SAID_LATER} < {*asdict(RunRecord())}
+    assert not {*OPTIONAL_KEYS} & tree.keys() and {*OPTIONAL_KEYS} < {*asdict(RunRecord())}
 
 
 def test_run_record_needs_neither_torch_nor_a_configuration():

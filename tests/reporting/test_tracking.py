@@ -95,7 +95,7 @@ def test_no_reader_stops_at_a_line_that_cannot_be_read(tmp_path, line):
 
 
 def tracked(run_dir, config, **about):
-    given = {"run_id": "", "name": "fsdp2-lora-lr2e-4", "resumed_at": 0, "settings": {}, "say": print, **about}
+    given = {"run_id": "", "name": "fsdp2-lora-lr2e-4", "resumed_at": 0, "settings": {}, "print_line": print, **about}
     return TrackedRun(config=config, run_dir=run_dir, **given)
 
 
