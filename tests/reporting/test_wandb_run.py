@@ -259,7 +259,7 @@ def test_wandb_server_that_accepts_and_never_answers_is_unreachable(monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert "no answer within" in unreachable(f"http://127.0.0.1:{server.getsockname()[1]}")
     monkeypatch.setattr(reachable, "LIMIT_S", 0.2)
-    monkeypatch.setattr(reachable, "_ask", lambda address: time.sleep(30) or "")
+    monkeypatch.setattr(reachable, "_request_problem", lambda address: time.sleep(30) or "")
     began = time.monotonic()
     assert "no answer within" in unreachable("http://name.of.a.dead.server")
     assert time.monotonic() - began < seconds(5)
