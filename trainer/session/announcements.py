@@ -69,9 +69,9 @@ def open_console(
 
 
 def open_records(config: RunConfig, record: RunRecord, progress: Progress, context: RunContext) -> Trackers:
-    """Show the start screen. On rank 0, open the trackers and write `run.json` and `status.json`. Other ranks get no trackers.
+    """Show the start screen, and on rank 0 open the trackers and write `run.json` and `status.json`.
 
-    All ranks must call.
+    Other ranks get no trackers. All ranks must call. Raises LeaseLost if another attempt owns the run directory.
     """
     context.console.print_line(start_text(record))
     context.attempt.require_ownership(context.runtime)
@@ -107,14 +107,14 @@ def slow_rank_reporter(context: RunContext) -> ReportSlow:
     """The function that rank 0 calls when a rank becomes slow or recovers: it warns, and keeps `status.json` up to date."""
 
     def report(slow: SlowRank, slow_ranks: list[SlowRank], step: int) -> None:
-        """`slow`: the rank that changed; `slow_ranks`: all that are slow now."""
+        """Print that `slow` became slow or recovered. `slow_ranks`: all ranks that are slow now."""
         if slow in slow_ranks:
             context.console.print_line(f"warning: step {step}: {slow}")
         else:
             context.console.print_line(
                 f"step {step}: rank {slow.rank} on {slow.host} is as fast as the other ranks again"
             )
-        if context.attempt.why_lost() is not None:
+        if context.attempt.why_lost() is not None:  # the directory is another attempt's: nothing may be written there
             return
         reasons = []
         if context.attempt.note:
@@ -129,10 +129,13 @@ def slow_rank_reporter(context: RunContext) -> ReportSlow:
 
 
 def challenge_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
-    """The function that is called with the detectors' record after each evaluation: it keeps the note in `status.json` up to
-    date, where it stays at the end of the run."""
+    """The function that is called with the detectors' record after each evaluation: it keeps `status.json` up to date.
+
+    The note on findings stays there at the end of the run.
+    """
 
     def report(challenges: dict[str, Any]) -> None:
+        """Write the findings into `status.json`, if they have changed."""
         note = status_note(challenges)
         if note == context.attempt.note:
             return
@@ -153,24 +156,29 @@ def record_end(
     measures: tuple[Meter, Checkpoints],
     context: RunContext,
 ) -> Iterator[None]:
-    """A context around the steps of a run. However they end, trackers are closed, and `run.json` gets what the run took."""
+    """A context around the steps of a run. However they end, trackers are closed, and `run.json` gets what the run took.
+
+    `outcome` is filled while the run goes on. `measures`: what speed, memory and the cost of checkpoints are read from.
+    """
     meter, checkpoints = measures
-    ended = RunEnding(State.done)
+    ending = RunEnding(State.done)
     try:
         yield
     except BaseException as error:
-        ended = RunEnding.by(error)
-        if ended.state is State.failed and isinstance(error, Exception):  # not after a Ctrl-C
+        ending = RunEnding.by(error)
+        if ending.state is State.failed and isinstance(error, Exception):  # not after a Ctrl-C
             checkpoints.linger(FAILED_SAVE_PATIENCE_S)
         raise
     finally:
         context.console.leave()
+        # A run that failed has no speed in its outcome yet.
         speed = outcome.speed or meter.speed()
-        trackers.summarise(summary_of({**outcome.last_row, **meter.peaks}, speed, outcome.after))
+        last_row = {**outcome.last_row, **meter.peaks}
+        trackers.summarise(summary_of(last_row, speed, outcome.after))
         export = context.run_dir / "export"
-        has_export = ended.state is State.done and config.export.at_end and export.is_dir()
-        trackers.close(replace(ended, exported=export if has_export else None))
-        if ended.state is not State.done:
+        has_export = ending.state is State.done and config.export.at_end and export.is_dir()
+        trackers.close(replace(ending, exported=export if has_export else None))
+        if ending.state is not State.done:
             for name, link in trackers.hints:
                 context.console.print_line(f"{name + ':':<11} {link}")
         record.challenges = outcome.challenges
@@ -223,7 +231,8 @@ def track_evaluation(
     model = report["model"]
     name = Path(model["run"] or model["path"]).name
     # The number in `step-000500`; 0 for a model that is no checkpoint.
-    step = int(re.sub(r"\D", "", model["checkpoint"] or "") or 0)
+    step_digits = re.sub(r"\D", "", model["checkpoint"] or "")
+    step = int(step_digits or 0)
     facts = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
     opened = open_without_rows(
         TrackedRun(
@@ -247,18 +256,22 @@ def track_evaluation(
     )
     for key, value in opened.substitutions.items():
         print_line(f"resolved: {key}: {value}")
-    metrics: dict[str, float] = {}
-    for task, task_report in report["tasks"].items():
-        for metric, measured_value in task_report["metrics"].items():
-            # The value, and the bounds of its confidence interval if it has one.
-            metric_name = f"eval/{task}/{metric}"
-            keys = {"value": metric_name, "low": f"{metric_name}/low", "high": f"{metric_name}/high"}
-            for field, key in keys.items():
-                if measured_value.get(field) is not None:
-                    metrics[key] = measured_value[field]
+    metrics = _metrics_of_report(report)
     opened.trackers.log(metrics, step=step)
     opened.trackers.tables(tables, step=step)
     opened.trackers.summarise(metrics)
     opened.trackers.close(RunEnding(State.done))
     for tracker, link in opened.trackers.hints:
         print_line(f"{tracker}: {link}")
+
+
+def _metrics_of_report(report: dict[str, Any]) -> dict[str, float]:
+    """Every metric of an evaluation report as `eval/TASK/METRIC`, with `.../low` and `.../high` if it has an interval."""
+    metrics: dict[str, float] = {}
+    for task, task_report in report["tasks"].items():
+        for metric, record in task_report["metrics"].items():
+            name = f"eval/{task}/{metric}"
+            for field, key in (("value", name), ("low", f"{name}/low"), ("high", f"{name}/high")):
+                if record.get(field) is not None:
+                    metrics[key] = record[field]
+    return metrics

@@ -107,10 +107,10 @@ class Attempt:
         return None
 
     def require_ownership(self, runtime: Runtime) -> None:
-        """Check that the directory is still this attempt's, and follow it if it was renamed. To be called before anything is
-        published. All ranks must call.
+        """Check that the run directory is still this attempt's, and follow it if it was renamed.
 
-        Raises LeaseLost on every rank if another attempt owns the directory, or if it was deleted.
+        To be called before anything is written under a final name. All ranks must call. Raises LeaseLost on every rank if
+        another attempt owns the directory, or if it was deleted.
         """
         lost = self.why_lost()
         home = None
@@ -126,7 +126,8 @@ class Attempt:
         """Note that the directory of the run is `home`. No collective."""
         if self.run_dir is None or home == self.run_dir:
             return
-        self.renamed_from = self.renamed_from or self.run_dir
+        if self.renamed_from is None:  # the first name is what the user typed
+            self.renamed_from = self.run_dir
         self.run_dir = home
         for notify in self.on_move:
             notify(home)
@@ -230,12 +231,14 @@ def _write_stopped(attempt: Attempt, error: BaseException) -> None:
 def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     """Write the first cause of a failure into `failure.json` and `status.json`.
 
-    If this rank only lost its connection to another, the cause is the rank that sends no signs of life any more.
+    If this rank only lost its connection to another, the cause is the rank that sends no signs of life any more. If an exchange
+    timed out, it is the rank that is behind the others.
     """
     if attempt.run_dir is None or read_failure(attempt.run_dir):
         return
     if LOST_PEER.search(str(error)) and read_status(attempt.run_dir).get("state") == State.preempted:
         return  # a peer was asked to stop and has ended, and this rank lost the connection to it
+
     cause: SilentRank | CutOffRank | LaggingRank | None = None
     if attempt.heartbeats is not None:
         cause = attempt.heartbeats.cause(error)
@@ -245,6 +248,7 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
         # All ranks give signs of life: the one that is behind in the order of exchanges is the cause.
         exchanges = attempt.heartbeats.collect_exchanges(None)
         cause = attempt.heartbeats.lagging_rank(error, exchanges)
+
     phase = attempt.phase
     step = attempt.step
     details: dict[str, Any] = {}
@@ -275,9 +279,9 @@ def _end_before_training(attempt: Attempt, signal_name: str) -> None:
     Runs in a thread of its own. With several ranks, the exit code makes torchrun or srun end the others, whatever they wait in.
     """
     run_dir = attempt.run_dir
-    code = Preempted.exit_code
+    exit_code = Preempted.exit_code
     if signal_name == "SIGINT":
-        code = 130
+        exit_code = 130  # as shells report it
     with contextlib.suppress(ShardtuneError, OSError):  # the directory is another attempt's, or the disk is full
         if attempt.lease is not None:
             attempt.lease.check()
@@ -291,7 +295,7 @@ def _end_before_training(attempt: Attempt, signal_name: str) -> None:
         text = f"{directory}stopped during {attempt.phase}, nothing is lost; run the same command to start again"
         with contextlib.suppress(OSError):  # nobody reads it any more
             os.write(2, f"{text}\n".encode())
-    end_process(code)
+    end_process(exit_code)
 
 
 class TimedOut(RuntimeError):
@@ -344,8 +348,8 @@ def _hang_details(run_dir: Path, error: BaseException, exchanges: dict[int, Exch
             stacks.append(str(path.relative_to(run_dir)))
     lines = [redacted(str(error))]
     for rank, exchange in sorted(exchanges.items()):
-        what = "last exchange" if exchange.waits_s is None else "waits in"
-        lines.append(f"  rank {rank}: {what} {exchange}")
+        relation = "last exchange" if exchange.waits_s is None else "waits in"
+        lines.append(f"  rank {rank}: {relation} {exchange}")
     if stacks:
         more = " ..." if len(stacks) > SHOWN_FILES else ""
         lines.append(f"  where the threads of ranks were: {', '.join(stacks[:SHOWN_FILES])}{more}")

@@ -34,25 +34,25 @@ START = "tuning.from"
 
 
 def base_files(config: RunConfig, *, teacher: bool = True) -> dict[str, str]:
-    """Digests of the files of base, adapters and teacher, by `<place>/<file name>`.
+    """Digests of the files that a run's model is made of (base, adapters and teacher), by `<role>/<file name>`.
 
-    The places are `base`, `teacher`, `tuning.from` and `adapter 0`, `adapter 1`, ... Errors: ConfigError for a base that is
-    not on this machine, OSError for a file that cannot be read.
+    The roles are `base`, `teacher`, `tuning.from` and `adapter 0`, `adapter 1`, ... `teacher`: whether the teacher's files are
+    read too. Errors: ConfigError for a base that is not on this machine, OSError for a file that cannot be read.
     """
-    places = {BASE: weights_directory(config.model)}
+    directories = {BASE: weights_directory(config.model)}
     if teacher:
         model = teacher_model(config.model, config.objective)
         if model is not None:
-            places[TEACHER] = weights_directory(model)
-    start = getattr(config.tuning, "from_", None)
-    if start:
-        places[START] = Path(start).expanduser()
+            directories[TEACHER] = weights_directory(model)
+    first_adapter = getattr(config.tuning, "from_", None)
+    if first_adapter:
+        directories[START] = Path(first_adapter).expanduser()
     for number, path in enumerate(config.model.adapters):
-        places[f"adapter {number}"] = Path(path).expanduser()
+        directories[f"adapter {number}"] = Path(path).expanduser()
     digests: dict[str, str] = {}
-    for place, directory in places.items():
+    for role, directory in directories.items():
         for name, digest in digests_of(directory).items():
-            digests[f"{place}/{name}"] = digest
+            digests[f"{role}/{name}"] = digest
     return digests
 
 
@@ -60,8 +60,8 @@ def recorded_files(run_dir: Path) -> dict[str, str]:
     """The digests that `base_files` gave when the run was last started. Errors: ConfigError if the record cannot be read."""
     path = run_dir / IDENTITY
     try:
-        kind = json.loads(path.read_text(encoding="utf-8"))[BASE]
-        return files_among(kind)
+        base_identity = json.loads(path.read_text(encoding="utf-8"))[BASE]
+        return files_among(base_identity)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}), and it alone says which base the run was trained on; bring the file back, or "
@@ -69,9 +69,9 @@ def recorded_files(run_dir: Path) -> dict[str, str]:
         ) from error
 
 
-def files_among(kind: dict[str, str]) -> dict[str, str]:
+def files_among(base_identity: dict[str, str]) -> dict[str, str]:
     """The digests of files among the values that `identity.json` has of the kind `base`: their keys contain a slash."""
-    return {name: digest for name, digest in kind.items() if "/" in name}
+    return {name: digest for name, digest in base_identity.items() if "/" in name}
 
 
 def changed_files(config: RunConfig, recorded: dict[str, str], *, teacher: bool, start: bool) -> list[str]:
@@ -98,9 +98,12 @@ def changed_files(config: RunConfig, recorded: dict[str, str], *, teacher: bool,
 
 
 def _files_that_load(digests: dict[str, str], directory: Path) -> dict[str, str]:
-    """The digests, but in the base's `directory` only those of files that the loader reads. Errors: ConfigError."""
+    """The digests without those of files in the base's `directory` that the model's loader does not read. Errors: ConfigError."""
     prefix = f"{BASE}/"
-    base = {name.removeprefix(prefix): digest for name, digest in digests.items() if name.startswith(prefix)}
+    base = {}
+    for name, digest in digests.items():
+        if name.startswith(prefix):
+            base[name.removeprefix(prefix)] = digest
     kept = _without(digests, [prefix])
     for name, digest in files_of_model(base, directory).items():
         kept[f"{prefix}{name}"] = digest
@@ -108,6 +111,7 @@ def _files_that_load(digests: dict[str, str], directory: Path) -> dict[str, str]
 
 
 def _without(digests: dict[str, str], prefixes: list[str]) -> dict[str, str]:
+    """The digests of files whose names begin with none of these prefixes."""
     return {name: digest for name, digest in digests.items() if not name.startswith(tuple(prefixes))}
 
 
@@ -125,7 +129,7 @@ def _reads_start(config: RunConfig, *, teacher: bool, start: bool) -> bool:
 def use_recorded_base(
     config: RunConfig, run_dir: Path, accept: Collection[str], *, teacher: bool, start: bool = False
 ) -> list[str]:
-    """Set `config` to the base that the run in `run_dir` was trained on, and compare its files with the recorded digests.
+    """Set `config` to the base model that the run in `run_dir` was trained on, and compare its files with the recorded digests.
 
     A hub id is read at the commit that the run resolved it to. `teacher` and `start` are those of `changed_files`. Returns the
     differences that were accepted. Errors: ConfigError, with each file, if the base is another one and `accept` has no `base`;
@@ -144,15 +148,11 @@ def use_recorded_base(
         return []
     if BASE in accept:
         return [f"{BASE}: {line}" for line in changed]
-    raise ConfigError(
-        "\n    ".join(
-            [
-                f"{run_dir}: its base is not the one that it was trained on (base: {config.model.path}). Bring these files back, "
-                f"or continue with what lies there now: accept=[{BASE}]",
-                *changed,
-            ]
-        )
+    refusal = (
+        f"{run_dir}: its base is not the one that it was trained on (base: {config.model.path}). Bring these files back, "
+        f"or continue with what lies there now: accept=[{BASE}]"
     )
+    raise ConfigError("\n    ".join([refusal, *changed]))
 
 
 def pin_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> None:

@@ -50,7 +50,10 @@ Kinds = dict[str, dict[str, Any]]
 
 
 def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) -> Kinds:
-    """What decides the run's result, by kind. With `files=False` no file is read, and base and code are empty. No collective."""
+    """Everything that decides a run's result, by kind (`KINDS`) and key, as JSON values. No collective.
+
+    `files`: whether the files of base and source are read, and digested. Without, these kinds are empty.
+    """
     kinds: Kinds = {kind: {} for kind in KINDS if kind != "unknown"}
     settings = plain(config)
     settings["data"] = identifying(settings["data"])
@@ -86,7 +89,10 @@ class IdentityDifference:
 
 
 def differences(recorded: Kinds, current: Kinds, *, accept: list[str]) -> list[IdentityDifference]:
-    """Every recorded value that differs from the current one, but for accepted kinds. A missing value is `-`."""
+    """Every value that differs between the identity of an earlier start (or another rank) and the current one.
+
+    `accept`: kinds that are left out. A missing value is `-`.
+    """
     found = []
     for kind in KINDS:
         if kind in accept:
@@ -101,7 +107,11 @@ def differences(recorded: Kinds, current: Kinds, *, accept: list[str]) -> list[I
 
 
 def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
-    """Rank 0's run directory, on every rank. Raises ConfigError if ranks have different configurations. All ranks must call."""
+    """The run directory of rank 0, on every rank. All ranks must call.
+
+    `sha256`: hash of this rank's configuration. Raises ConfigError if ranks have different configurations, or rank 0 no
+    directory.
+    """
     hashes = gather_objects(sha256, runtime)
     if len(set(hashes)) > 1:
         differing_rank = next(rank for rank, rank_sha256 in enumerate(hashes) if rank_sha256 != hashes[0])
@@ -122,6 +132,7 @@ def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runti
     ConfigError on every rank, with each difference that `run.accept` does not name. Raises StorageError on every rank if the
     file cannot be written, or if something that it identifies cannot be read.
     """
+    # Each rank collects its own identity. An error of one is raised on all, so that none waits for the others.
     own_kinds: Kinds = {}
     error: ConfigError | StorageError | None = None
     try:
@@ -131,6 +142,8 @@ def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runti
     except OSError as caught:
         error = StorageError(f"{caught.filename}: cannot be read ({caught.strerror or caught}); is it still there?")
     _raise_on_all_ranks(error, runtime)
+
+    # Rank 0 compares them.
     accept = config.run.accept
     record: dict[str, Any] = {}
     kinds_by_rank = gather_objects((socket.gethostname(), own_kinds), runtime)
@@ -153,7 +166,9 @@ def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runti
         return
     if error is not None:
         raise error
-    raise StorageError(failure.text) if failure.kind == StorageError.__name__ else ConfigError(failure.text)
+    if failure.kind == StorageError.__name__:
+        raise StorageError(failure.text)
+    raise ConfigError(failure.text)
 
 
 def _compare_ranks(kinds_by_rank: list[tuple[str, Kinds]], accept: list[str]) -> None:
@@ -271,7 +286,9 @@ def source_digest() -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": ".".join(platform.python_version_tuple()[:2]), **versions_of(COMPUTING_PACKAGES)}
+    """Versions of Python (without the patch) and of the packages that may change a result."""
+    major, minor, _ = platform.python_version_tuple()
+    return {"python": f"{major}.{minor}", **versions_of(COMPUTING_PACKAGES)}
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

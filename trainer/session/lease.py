@@ -79,7 +79,9 @@ def this_process(patience_s: float) -> Owner:
     """The claim of this process."""
     job = os.environ.get("SLURM_JOB_ID")
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    task = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if job and array else None
+    task = None
+    if job and array:
+        task = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     identity = process_identity(os.getpid())
     return Owner(process=identity, job=job, task=task, restart=restart, beat_s=patience_s / BEATS_PER_PATIENCE)
@@ -94,13 +96,14 @@ def process_identity(pid: int) -> str:
         return ""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        # Split behind the name in brackets, which may contain blanks.
+        # Fields of proc(5) behind the second one, the name in brackets, which may contain blanks.
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
         state, *fields = stat.rpartition(")")[2].split()
         if state in "ZX":  # a zombie or dead process holds nothing any more
             return ""
         namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116
-        return f"{boot}/{namespace}/{fields[18]}"
+        start_ticks = fields[18]  # field 22, `starttime`
+        return f"{boot}/{namespace}/{start_ticks}"
     except (OSError, IndexError):
         return ""
 
@@ -162,6 +165,7 @@ class Lease:
                     break
                 # A later claim exists, whose owner has removed the one that had this number.
                 _claim_path(directory, number + 1).unlink(missing_ok=True)
+            # The old owner, if it still lives, finds its claim gone and ends.
             for name in atomic_io.disk.names(directory):
                 if name[:6].isdigit() and int(name[:6]) <= number:
                     (directory / name).unlink(missing_ok=True)
@@ -233,6 +237,7 @@ class Lease:
         return self._claim_again(number, owner)
 
     def _claim_is_here(self) -> bool:
+        """Whether the claim of this attempt can be read where it was made. Errors: OSError."""
         try:
             claim = json.loads(shared_files.read(_claim_path(self.directory, self.number)))
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -404,8 +409,8 @@ def _beat_path(directory: Path, number: int) -> Path:
     return directory / f"{number:06d}.beat"
 
 
-def _json_bytes(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"
+def _json_bytes(claim: dict[str, Any]) -> bytes:
+    return json.dumps(claim, indent=1).encode() + b"\n"
 
 
 def _read_claim(directory: Path, number: int) -> Owner | None:
@@ -423,6 +428,7 @@ def _read_claim(directory: Path, number: int) -> Owner | None:
 
 
 def _read_beat(directory: Path, number: int) -> str | None:
+    """The last count that the owner of a claim has written as a sign of life; None if it cannot be read."""
     try:
         return shared_files.read(_beat_path(directory, number)).decode()
     except OSError:
@@ -430,6 +436,7 @@ def _read_beat(directory: Path, number: int) -> str | None:
 
 
 def _exists(path: Path) -> bool:
+    """Whether a file exists, found by opening it: a network file system may answer from an old listing otherwise."""
     try:
         shared_files.read(path)
     except FileNotFoundError:

@@ -21,10 +21,11 @@ from trainer.reporting.shared_choice import shared_choice
 def settle_matmul(
     config: RunConfig, run_dir: Path, runtime: Runtime, freeze: Callable[[Path, RunConfig], None]
 ) -> tuple[RunConfig, Runtime]:
-    """(the configuration with the chosen library among its substitutions, the runtime that uses it). All ranks must call.
+    """Choose the library that multiplies float32 matrices on CPUs, if `run.matmul` is auto. All ranks must call.
 
-    The first start chooses by the processor, or takes the choice of the comparison that the run belongs to, and passes the
-    configuration with that note to `freeze`. Errors: StorageError on every rank.
+    Returns the configuration with the choice among its substitutions, and the runtime that uses it. The first start chooses by
+    the processor, or takes the choice of the comparison that the run belongs to, and writes the configuration with that note
+    by `freeze`. Errors: StorageError on every rank.
     """
     if runtime.matmul is None or config.run.matmul is not Matmul.auto:
         return config, runtime
@@ -47,12 +48,13 @@ def settle_matmul(
 def _resolution_of_run(
     config: RunConfig, run_dir: Path, choice: MatmulChoice, freeze: Callable[[Path, RunConfig], None]
 ) -> Resolution:
-    """The library that an earlier start chose, else the choice of this start, which is then frozen. On rank 0."""
+    """How this run got its library: as an earlier start chose, else by `choice`, which is then frozen. On rank 0."""
     earlier = config.resolution(MATMUL)
     if earlier is not None and kept_matmul(config) is not Matmul.auto:
         return earlier
-    first = Resolution(MATMUL, AUTO, str(choice.library), choice.reason)
-    resolution = resolution_of(MATMUL, shared_choice(run_dir, MATMUL, asdict(first))) or first
+    own_resolution = Resolution(MATMUL, AUTO, str(choice.library), choice.reason)
+    shared = shared_choice(run_dir, MATMUL, asdict(own_resolution))
+    resolution = resolution_of(MATMUL, shared) or own_resolution
     freeze(run_dir, replace(config, substitutions={**config.substitutions, MATMUL: resolution}))
     return resolution
 

@@ -52,7 +52,7 @@ class DataRecord:
 
 
 def data_record(run_dir: Path) -> DataRecord:
-    """The record of the run in a directory. Errors: ConfigError if neither `run.json` nor `identity.json` can be read."""
+    """What the run in a directory recorded of its data. Errors: ConfigError if neither `run.json` nor `identity.json` says it."""
     record = readable_run_record(run_dir)
     identity = _read_object(run_dir / IDENTITY)
     # Either file may be damaged: both have the fingerprint.
@@ -62,10 +62,13 @@ def data_record(run_dir: Path) -> DataRecord:
             f"{run_dir}: neither run.json nor {IDENTITY} can be read, and they alone say which data the run was trained on; "
             "bring one of them back"
         )
+    directory = None
+    if record.data_directory:
+        directory = Path(record.data_directory)
     return DataRecord(
         run_dir=run_dir,
         fingerprint=str(fingerprint),
-        directory=Path(record.data_directory) if record.data_directory else None,
+        directory=directory,
         label_names=record.label_names,
         total_steps=record.total_steps or None,
         is_whole="label_names" in record.keys,
@@ -101,10 +104,10 @@ def data_of_run(
     stop: Callable[[], bool] = lambda: False,
     print_line: PrintLine = print_on_rank_0,
 ) -> tuple[ObjectiveConfig, PreparedData, list[str]]:
-    """(objective, data, accepted differences) to build the run's model with. No collective.
+    """(objective, data, accepted differences) to build the model of an earlier run with. No collective.
 
-    If no documents are `needed`, none are read. Errors: DataError if they are needed and do not exist any more, unless
-    `accept` takes the rows of today.
+    `needed`: why the run's own documents are read; None if they are not, and then the data is a stand-in. Errors: DataError if
+    they are needed and do not exist any more, unless `accept` takes the rows of today.
     """
     if needed is None and record.is_whole:
         return *without_rows(config, record), []
@@ -133,15 +136,15 @@ def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig
 
 
 def _one_document(directory: Path, data_spec: DataSpec, fingerprint: str) -> TokenDataset:
-    """An open data set of one document. Its files in `directory` may be deleted afterwards."""
-    number = data_spec.sequences_per_document
+    """An open data set of one document without meaning. Its files in `directory` may be deleted afterwards."""
+    num_sequences = data_spec.sequences_per_document
     samples = []
-    for _ in range(number):
+    for _ in range(num_sequences):
         input_ids = np.zeros(STAND_IN_TOKENS, np.int32)
         supervised = np.ones(STAND_IN_TOKENS, np.bool_)
         samples.append(Sample(input_ids, supervised, dict(data_spec.marks)))
     sequences = Sequences.of(samples, data_spec.counts)
-    zeros = np.zeros(number, np.int64)
+    zeros = np.zeros(num_sequences, np.int64)
     sequences.columns |= {"document": zeros, "source": zeros, "ended": zeros}
     store = StoreWriter(directory)
     store.append(sequences)
@@ -159,7 +162,7 @@ def run_rows(
     stop: Callable[[], bool] = lambda: False,
     print_line: PrintLine = print_on_rank_0,
 ) -> tuple[PreparedData, list[str]]:
-    """(the documents that the run was trained on, accepted differences). No collective.
+    """(the prepared documents that the run was trained on, accepted differences). No collective.
 
     They come from the prepared data of the training if that still exists, else from `data.path`. Errors: DataError if neither
     has them, unless `accept` takes the rows of today.
@@ -171,6 +174,8 @@ def run_rows(
             prepared = open_prepared(directory, verify=config.data.verify)
             prepared.date = kept_date(config)
             return _with_names(prepared, record, needed), []
+
+    # It is gone: prepare the rows again, if they are still the same.
     data_spec = data_spec_of(config.objective)
     try:
         preparation = Preparation(
@@ -197,7 +202,9 @@ def run_rows(
         )
     prepared = preparation.open_or_make()
     data_spec.check(prepared.train)
-    accepted = [f"{DATA}: other rows than the run was trained on"] if changed else []
+    accepted = []
+    if changed:
+        accepted.append(f"{DATA}: other rows than the run was trained on")
     return _with_names(prepared, record, needed), accepted
 
 

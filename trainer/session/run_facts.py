@@ -45,6 +45,8 @@ from trainer.session.identity import versions_of
 from trainer.step import Built
 from trainer.tuning.initial_adapter import adapter_hash
 
+MIN_METRIC_WIDTH = 22
+"""Columns of the names of metrics in the last lines of a run."""
 PACKAGES = (
     *("torch", "transformers", "peft", "deepspeed", "datasets", "hydra-core", "wandb", "accelerate", "flash-attn"),
     *("flash-linear-attention", "causal-conv1d", "mamba-ssm"),
@@ -91,7 +93,7 @@ def run_facts(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts
 
 
 def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
-    """The record without its predictions. All ranks must call."""
+    """The record of a run as it is built, without the predictions of its cost. All ranks must call."""
     runtime = run_parts.runtime
     precision = run_parts.precision
     built = run_parts.built
@@ -160,15 +162,23 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
 
 
 def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
-    """Facts of the packed copy of a quantised base: its directory and bytes, the weights that each rank packed in this start,
-    and why it is not kept, if it is not. None without quantisation. All ranks must call."""
+    """Facts of the packed copy of a quantised base, for `run.json`: its directory and bytes, and the weights that each rank
+    packed.
+
+    `not_kept` says why the copy is not kept; empty if it is. None without quantisation. All ranks must call.
+    """
     cache = source.checkpoint.packed_cache
     if cache is None:
         return None
     by_rank = gather_objects((cache.packed, cache.reason), runtime)
     packed_now = [packed for packed, _ in by_rank]
-    reason = next((reason for _, reason in by_rank if reason), "")
-    return {"directory": str(cache.directory), "bytes": cache.total, "packed_now": packed_now, "not_kept": reason}
+    reasons = [reason for _, reason in by_rank if reason]
+    return {
+        "directory": str(cache.directory),
+        "bytes": cache.total,
+        "packed_now": packed_now,
+        "not_kept": reasons[0] if reasons else "",
+    }
 
 
 def _unused_weight_facts(source: WeightSource) -> dict[str, Any] | None:
@@ -184,10 +194,13 @@ def _unused_weight_facts(source: WeightSource) -> dict[str, Any] | None:
 
 
 def _substitutions(
-    config: RunConfig, of_model: Mapping[str, str], precision: Precision, runtime: Runtime
+    config: RunConfig, model_substitutions: Mapping[str, str], precision: Precision, runtime: Runtime
 ) -> dict[str, str]:
-    """Notes by setting on what the run uses instead of what was set: choices of `auto`, and settings that could not be met."""
-    substitutions = {**config.substitutions, **of_model}
+    """Notes by setting on what the run uses instead of what was set: choices of `auto`, and settings that could not be met.
+
+    `model_substitutions`: those that were made while the model was built.
+    """
+    substitutions = {**config.substitutions, **model_substitutions}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
     if "precision" in substitutions and runtime.device.type == "cuda" and precision is not Precision.bf16:
@@ -201,15 +214,16 @@ def _substitutions(
 
 
 def model_flops_per_token(built: Built, mean_length: float, answer_share: float) -> float:
-    """Floating-point operations per token, forward and backward.
+    """Floating-point operations of the model for one token, forward and backward.
 
-    In an encoder-decoder model, each side processes its own tokens only: `answer_share` of all are the decoder's. Of experts,
-    only those that are chosen for a token compute.
+    `mean_length`: tokens of a document. In an encoder-decoder model, each side processes its own tokens only: `answer_share`
+    of all are the decoder's. Of experts, only those that are chosen for a token compute.
     """
-    text = text_settings(built.config)
+    text_config = text_settings(built.config)
     width, blocks = width_and_blocks(built.plain)
-    experts_per_token = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None)
-    total = trained = 0.0
+    experts_per_token = getattr(text_config, "num_experts_per_tok", None) or getattr(text_config, "moe_topk", None)
+    total = 0.0  # weights that multiply for a token
+    trained = 0.0
     counts = element_counts(built.step_module)
     for name, parameter in named_parameters(built.step_module):
         base_name = built.tuning.base_name(name)
@@ -220,10 +234,12 @@ def model_flops_per_token(built: Built, mean_length: float, answer_share: float)
         if len(shape) < 2 or is_lookup:  # norms, biases and embedding look-ups multiply nothing
             continue
         numel = float(counts[name])
-        if len(shape) == 3 and isinstance(experts_per_token, int):
-            numel *= min(experts_per_token, shape[0]) / shape[0]
+        if len(shape) == 3 and isinstance(experts_per_token, int):  # [experts, ...]
+            num_experts = shape[0]
+            numel *= min(experts_per_token, num_experts) / num_experts
         if built.two_sides is not None:
-            numel *= 1 - answer_share if ".encoder." in f".{name}" else answer_share
+            is_encoder = ".encoder." in f".{name}"
+            numel *= 1 - answer_share if is_encoder else answer_share
         total += numel
         if parameter.requires_grad:
             trained += numel
@@ -243,17 +259,18 @@ def _is_head(built: Built, name: str) -> bool:
 
 def repetition_warning(global_batch: int, epochs: float, steps: int) -> list[str]:
     """A warning line if a step takes more documents than there are: copies in one step teach nothing new. Else none."""
-    times = epochs / max(1, steps)
-    if times <= 1:
+    epochs_per_step = epochs / max(1, steps)
+    if epochs_per_step <= 1:
         return []
+    num_documents = global_batch / epochs_per_step
     return [
-        f"each document is used about {times:.1f} times in one step: batch.global={global_batch} is more than the "
-        f"{global_batch / times:,.0f} documents; lower batch.global"
+        f"each document is used about {epochs_per_step:.1f} times in one step: batch.global={global_batch} is more than the "
+        f"{num_documents:,.0f} documents; lower batch.global"
     ]
 
 
 def start_text(record: RunRecord) -> str:
-    """The few lines before step 0: sizes, batch arithmetic, substitutions."""
+    """The lines on the screen before step 0: sizes, batch arithmetic, memory, what was resolved and accepted."""
     sharding = record.sharding
     least_held = min(sharding.held_per_rank)
     most_held = max(sharding.held_per_rank)
@@ -323,7 +340,7 @@ _RESUME_ONLY = ("recent", "evaluations", "interval_loss", "interval_steps", "fir
 
 
 def outcome_record(outcome: Outcome) -> RunOutcome:
-    """The outcome as `run.json` has it."""
+    """How training ended, as `run.json` has it."""
     progress = outcome.progress.as_json()
     for key in _RESUME_ONLY:
         del progress[key]
@@ -344,7 +361,8 @@ def model_facts(config: RunConfig, record: RunRecord, outcome: Outcome, run_dir:
     ended_record = replace(
         record, outcome=outcome_record(outcome), energy=energy_of_run(run_dir), challenges=outcome.challenges
     )
-    facts = gather(run_dir, ended_record, read_answers(config.export.answers)[0])
+    answers, _ = read_answers(config.export.answers)  # its problems were reported before the run
+    facts = gather(run_dir, ended_record, answers)
     facts.step = outcome.progress.step
     facts.tokens = outcome.progress.tokens
     facts.artefact = artefact_of(run_dir, facts.step, config.checkpoint.fallback_dir)
@@ -353,9 +371,11 @@ def model_facts(config: RunConfig, record: RunRecord, outcome: Outcome, run_dir:
 
 def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequence[tuple[str, str]]) -> str:
     """The last lines of a run: its metrics, findings, and where its files are. `hints`: (tracker, link)."""
-    speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)" if outcome.speed else ""
+    speed = ""
+    if outcome.speed:
+        speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)"
     lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
-    width = max([22, *map(len, outcome.after)])
+    width = max([MIN_METRIC_WIDTH, *map(len, outcome.after)])
     for name, metric_value in outcome.after.items():
         before = outcome.before.get(name)
         before_text = "" if before is None else f"   (before: {readable(before)})"
@@ -381,11 +401,11 @@ def _finding_lines(run_dir: Path, outcome: Outcome) -> list[str]:
         lines.append(f"            try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}")
     if not findings:
         return lines
+
     best_step = outcome.progress.best_step
     best = outcome.progress.best_metric
-    now = outcome.after.get(outcome.watch)
     before = outcome.before.get(outcome.watch)
-    if best_step is None or best is None or now is None:
+    if best_step is None or best is None or outcome.watch not in outcome.after:
         return lines
     # A checkpoint is worth naming only if it is better than the model before training.
     improvement = None

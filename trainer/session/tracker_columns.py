@@ -16,6 +16,8 @@ from trainer.reporting.run_record import RunRecord
 FACTS = ("world_size", "accumulation", "total_steps", "attention", "layout", "device_name")
 """Fields of `run.json` on how steps are computed that become columns."""
 PATHS = ("model.path", "data.path")
+MAX_PATH_CHARACTERS = 80
+"""Characters of a column that names paths."""
 
 
 def name_of(config: RunConfig) -> str:
@@ -24,38 +26,42 @@ def name_of(config: RunConfig) -> str:
 
 
 def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
-    """Flat columns of a run, and the whole configuration under `config`."""
-    tree = plain(config)
-    leaves = flat(tree)
-    columns: dict[str, Any] = {name: _column_content(key, leaves.get(key)) for key, name in COLUMNS.items()}
+    """Columns of a run for a tracker's table of runs, and the whole configuration as nested settings under `config`."""
+    nested_settings = plain(config)
+    settings = flat(nested_settings)  # by dotted key
+    columns: dict[str, Any] = {}
+    for key, name in COLUMNS.items():
+        columns[name] = _column_content(key, settings.get(key))
     for key in FACTS:
         columns[key] = getattr(record, key)
     columns["base_model"] = record.base_model
     columns["run_dir"] = config.run.dir
     columns["precision"] = record.precision
-    columns |= chosen_columns(config.logging.columns, leaves)
+    columns |= chosen_columns(config.logging.columns, settings)
     columns["data_fingerprint"] = record.data_fingerprint
     columns["git_revision"] = record.git_revision
     columns["versions"] = record.versions
     columns["substitutions"] = record.substitutions
-    columns["config"] = tree
+    columns["config"] = nested_settings
     return columns
 
 
-def chosen_columns(words: list[str], leaves: Mapping[str, Any]) -> dict[str, Any]:
+def chosen_columns(asked_columns: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that `logging.columns` asks for: `optim.weight_decay` becomes the column `optim_weight_decay`.
 
-    A group (`optim`) gives the name of its choice. `name=text` makes a column of that name and content.
+    A group (`optim`) gives the name of its choice. `name=text` makes a column of that name and content. `settings`: those of the
+    run, by dotted key.
     """
     columns: dict[str, Any] = {}
-    for word in words:
-        key, is_own_column, text = word.partition("=")
+    for asked in asked_columns:
+        key, is_own_column, text = asked.partition("=")
         if is_own_column:
             columns[re.sub(r"\W", "_", key)] = text
             continue
-        setting = key if key in leaves else f"{key}.name"
-        if setting in leaves and setting not in COLUMNS:
-            columns[re.sub(r"\W", "_", key.strip("_"))] = _column_content(setting, leaves[setting])
+        setting = key if key in settings else f"{key}.name"
+        if setting in settings and setting not in COLUMNS:  # those are there anyway
+            column_name = re.sub(r"\W", "_", key.strip("_"))
+            columns[column_name] = _column_content(setting, settings[setting])
     return columns
 
 
@@ -63,7 +69,8 @@ def _column_content(key: str, setting_value: Any) -> Any:
     """A value as a column shows it: numbers as they are, paths by their last part, lists as one text."""
     if key in PATHS and setting_value is not None:
         paths = setting_value if isinstance(setting_value, list) else [setting_value]
-        return "+".join(Path(str(path)).name or str(path) for path in paths)[:80]
+        names = [Path(str(path)).name or str(path) for path in paths]
+        return "+".join(names)[:MAX_PATH_CHARACTERS]
     if isinstance(setting_value, list):
         return ",".join(map(str, setting_value))
     return setting_value

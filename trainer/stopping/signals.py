@@ -125,6 +125,7 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _listen(self) -> None:
+        """Start the thread that receives signals."""
         self._thread = threading.Thread(target=self._wait, name="signals", daemon=True)
         self._thread.start()
 
@@ -147,19 +148,23 @@ class StopRequest:
             else:
                 self._note(number, None)
 
-    def _leave_later(self, name: str) -> None:
-        timer = threading.Timer(STUCK_S, self._leave_if_stuck, args=(name,))
+    def _leave_later(self, signal_name: str) -> None:
+        """End the process in `STUCK_S`, unless the main thread looks at the request until then."""
+        timer = threading.Timer(STUCK_S, self._leave_if_stuck, args=(signal_name,))
         timer.daemon = True
         timer.start()
 
-    def _leave_if_stuck(self, name: str) -> None:
+    def _leave_if_stuck(self, signal_name: str) -> None:
+        """End the process by `leave`, if the main thread has not looked at the request, and there is nothing to save."""
         if self._leave is not None and not self._main_has_looked and not self._closed.is_set():
-            self._leave(name)
+            self._leave(signal_name)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        """Remember the first signal that asked to stop. Also a signal handler."""
         self._name = self._name or signal.Signals(number).name
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The handler of Ctrl-C: the first one asks to stop, the second raises KeyboardInterrupt."""
         if self._name == signal.Signals(signal.SIGINT).name:
             raise KeyboardInterrupt
         self._note(number, frame)

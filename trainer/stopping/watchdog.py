@@ -70,7 +70,11 @@ def is_suspended(status: str) -> bool:
 
 
 def watch(pid: int, mask: int, patience_s: float) -> None:
-    """Kill process `pid`, our parent, once a signal of `mask` was pending for so long; back when the parent needs no watchdog."""
+    """Kill process `pid`, our parent, once a signal of `mask` was pending for `patience_s`.
+
+    Returns when the parent needs no watchdog any more: it has ended, or closed the pipe. `mask`: as in /proc, bit n - 1 for
+    signal n.
+    """
     waited_s = 0.0
     while os.getppid() == pid:
         readable, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY_S)
@@ -80,7 +84,7 @@ def watch(pid: int, mask: int, patience_s: float) -> None:
             status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         except OSError:
             return
-        if is_suspended(status):
+        if is_suspended(status):  # it is not to be blamed for not taking a signal
             continue
         if not pending_signals(status) & mask:
             waited_s = 0.0
