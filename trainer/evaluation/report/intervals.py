@@ -16,7 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from trainer.evaluation.tasks.base import Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.significance import LEVEL
 
 DRAWN_COUNTS = 1 << 22
@@ -90,7 +90,7 @@ def _scores_of_ratios(metrics: Sequence[Metric], rows: Sequence[TaskRow]) -> dic
     for metric in metrics:
         for name in metric.ratio or ():
             if name and name not in scores:
-                scores[name] = np.array([row.scores.get(name, 0.0) for row in rows], np.float64)
+                scores[name] = score_array(rows, name)
     return scores
 
 

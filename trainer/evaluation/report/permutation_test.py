@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from trainer.evaluation.tasks.base import Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.significance import max_statistic_p
 
 WeightedMetrics = dict[str, Callable[[np.ndarray], float]]
@@ -97,4 +97,4 @@ def _score_array(rows: Sequence[TaskRow], score: str | None) -> np.ndarray:
     """A score of each row, float64 [rows]; ones if the ratio's denominator is the number of rows."""
     if score is None:
         return np.ones(len(rows))
-    return np.array([row.scores.get(score, 0.0) for row in rows])
+    return score_array(rows, score)

@@ -241,11 +241,25 @@ class Task(ABC):
         """Standard errors that the kind computes itself, by metric."""
         return {}
 
+    def signature_of_all(self, signature: str) -> dict[str, str]:
+        """The same signature for every metric of the task."""
+        return dict.fromkeys((metric.name for metric in self.metrics), signature)
+
     def signatures(self) -> dict[str, str]:
         """What besides the rows decides its numbers, by metric: library versions, tokenisers, normalisation."""
         return {}
 
 
+def documents_of(cases: Sequence[Case]) -> list[Document]:
+    """The documents of cases, in their order; a case without one is left out."""
+    return [case.document for case in cases if case.document is not None]
+
+
+def score_array(rows: Sequence[TaskRow], name: str) -> np.ndarray:
+    """A score of each row, float64 [rows]; 0 for a row that does not have it."""
+    return np.array([row.scores.get(name, 0.0) for row in rows], np.float64)
+
+
 def _sum_of_scores(rows: Sequence[TaskRow], name: str) -> float:
     """The sum of a score over rows; a row without it counts as 0."""
-    return float(np.sum([row.scores.get(name, 0.0) for row in rows]))
+    return float(np.sum(score_array(rows, name)))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.data.fields import Refusal, show_value, text_of
-from trainer.evaluation.tasks.base import Case, Metric, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, TaskRow, score_array
 from trainer.evaluation.tasks.choice import MultipleChoice
 from trainer.evaluation.tasks.model_interface import ModelInterface
 
@@ -190,7 +190,7 @@ class Bbq(MultipleChoice):
             score_names += [f"lean_{condition}", f"named_{condition}"]
         scores = {}  # one float64 [rows] for each name, so that a resample is a few dot products
         for name in score_names:
-            scores[name] = np.array([row.scores.get(name, 0.0) for row in rows])
+            scores[name] = score_array(rows, name)
 
         def bias_score(condition: str, is_counted: np.ndarray) -> Callable[[np.ndarray], float]:
             """s_DIS of the paper for disambiguated rows, s_AMB for ambiguous ones, over the rows where `is_counted` is 1."""
@@ -233,7 +233,7 @@ class Bbq(MultipleChoice):
         prompt = self.option_values["prompt"]
         likelihood = self.option_values["likelihood"]
         signature = f"prompt:{prompt!r}|separator:{self._separator!r}|likelihood:{likelihood}"
-        return {metric.name: signature for metric in self.metrics}
+        return self.signature_of_all(signature)
 
 
 def _answer_number(field: Any) -> int | None:

@@ -74,7 +74,7 @@ class MultipleChoice(Task):
         return str(self.option_values["separator"])
 
     def signatures(self) -> dict[str, str]:
-        return dict.fromkeys((metric.name for metric in self.metrics), f"separator:{self._separator!r}|first of equals")
+        return self.signature_of_all(f"separator:{self._separator!r}|first of equals")
 
 
 def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:

@@ -10,7 +10,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, label_of, show_value, text_of
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, softmax
 from trainer.evaluation.tasks.texts import split_location
 
@@ -134,8 +134,8 @@ class ClassificationTask(Task):
 
         true_labels = [row.reference for row in rows]
         predicted = [row.answer for row in rows]
-        is_right = np.array([row.scores["right"] for row in rows])
-        confidences = np.array([row.scores["confidence"] for row in rows])
+        is_right = score_array(rows, "right")
+        confidences = score_array(rows, "confidence")
 
         def f1_macro(weights: np.ndarray) -> float:
             """The mean F1 of the labels that occur in rows with a weight above 0."""

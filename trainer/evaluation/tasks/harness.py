@@ -241,7 +241,7 @@ class Harness(Task):
         parts.append("chat template" if self.option_values["chat_template"] else "no chat template")
         if self.option_values["generation"]:
             parts.append(f"generation:{show_value(self.option_values['generation'])}")
-        return dict.fromkeys((metric.name for metric in self.metrics), "|".join(parts))
+        return self.signature_of_all("|".join(parts))
 
 
 def _names_in(rows: Sequence[TaskRow]) -> dict[str, None]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from strategies.errors import DataError
 from trainer.evaluation.endpoint.judge import KEY, request_text
-from trainer.evaluation.tasks.base import Case, Metric, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES, WrittenTask
 
@@ -35,14 +35,14 @@ class JudgedTask(WrittenTask):
 
     def write_answers(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[str]]:
         """Let the model answer every case. Returns (prompts as text, answers), one of each for a case. All ranks must call."""
-        questions = model.encode_questions([case.document for case in cases if case.document is not None])
+        questions = model.encode_questions(documents_of(cases))
         written = model.answers(questions, self.config.write, self.key)
         prompts = [model.shown_prompt(question.context) for question in questions]
         return prompts, [answer.text.strip() for answer in written]
 
     def signatures(self) -> dict[str, str]:
         signature = f"{self.judge_signature}|rubric:{self.option_values['rubric']!r}"
-        return {metric.name: signature for metric in self.metrics}
+        return self.signature_of_all(signature)
 
     judge_signature: str = ""
     """The judge's signature, once it was asked."""

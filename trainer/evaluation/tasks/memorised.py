@@ -15,7 +15,7 @@ from strategies.errors import DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, show_value
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 from trainer.evaluation.tasks.texts import common_prefix_length
 
@@ -110,7 +110,7 @@ class Memorisation(DocumentTask):
         Rows that are too short, or too long for the model, are left out and counted. Raises DataError if no row is left. All
         ranks must call.
         """
-        documents = [case.document for case in cases if case.document is not None]
+        documents = documents_of(cases)
         least_tokens = int(self.option_values["least_tokens"])
         questions = []
         for document_question in model.encode_questions(documents):
@@ -335,7 +335,7 @@ class Membership(DocumentTask):
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each document, with the mean loss of a target token and whether it was trained on. All ranks must call."""
-        questions = model.encode_questions([case.document for case in cases if case.document is not None])
+        questions = model.encode_questions(documents_of(cases))
         if model.max_positions is not None:
             questions = [_cut_to_positions(question, model.max_positions) for question in questions]
         rows = []
@@ -357,8 +357,8 @@ class Membership(DocumentTask):
 
         A weight says how often the row counts in a resample (float64 [rows]).
         """
-        losses = np.array([row.scores["loss"] for row in rows])
-        is_member = np.array([row.scores["member"] for row in rows]) > 0
+        losses = score_array(rows, "loss")
+        is_member = score_array(rows, "member") > 0
         order = np.argsort(losses, kind="stable")
         sorted_losses = losses[order]
         # Rows of equal loss are one group: positions [tie_start, tie_stop) in sorted order.

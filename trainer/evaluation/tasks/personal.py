@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.config import PrivacyConfig, PrivacyPreset
-from trainer.evaluation.tasks.base import Case, Metric, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import WrittenTask
 
@@ -68,7 +68,7 @@ class PersonalDataTask(WrittenTask):
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with the pieces of personal data in the answer, which the report masks. All ranks must call."""
-        questions = model.encode_questions([case.document for case in cases if case.document is not None])
+        questions = model.encode_questions(documents_of(cases))
         answers = model.answers(questions, self.config.write, self.key)
         decode = model.writer.tokenizer.decode
         rows = []
@@ -103,4 +103,4 @@ class PersonalDataTask(WrittenTask):
 
     def signatures(self) -> dict[str, str]:
         signature = f"types:{'+'.join(sorted(self.finder.types))}|min_score:{self.privacy.min_score:g}"
-        return {metric.name: signature for metric in self.metrics}
+        return self.signature_of_all(signature)

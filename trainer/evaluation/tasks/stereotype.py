@@ -18,7 +18,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.document import Row
 from trainer.data.fields import Refusal, show_value, text_of
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import texts_after, whole_texts
 
@@ -189,7 +189,7 @@ class Stereotype(Task):
         is_compared = np.array(["compared" in row.scores for row in rows])
 
         def compared_scores(name: str) -> np.ndarray:
-            scores = np.array([row.scores.get(name, 0.0) for row in rows])
+            scores = score_array(rows, name)
             return np.where(is_compared, scores, 0.0)
 
         preferred = compared_scores("weighted")
@@ -225,7 +225,7 @@ class Stereotype(Task):
         signature = (
             "log-likelihood of the whole sentence after BOS (without one EOS), or after its context; StereoSet: a token"
         )
-        return dict.fromkeys((metric.name for metric in self.metrics), signature)
+        return self.signature_of_all(signature)
 
 
 def _row(case: Case, likelihoods: Sequence[Likelihood], weight: float) -> TaskRow:

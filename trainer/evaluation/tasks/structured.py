@@ -13,7 +13,7 @@ from strategies.errors import DataError
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, show_value, text_of
 from trainer.data.messages import turns_of
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import row_of_draws, texts_by_prompt
 from trainer.evaluation.tasks.written import WrittenTask
@@ -95,7 +95,7 @@ class ToolCalls(WrittenTask):
 
     def signatures(self) -> dict[str, str]:
         signature = 'calls:JSON objects with "name" and "arguments" or "parameters"|arguments:equal as JSON'
-        return {metric.name: signature for metric in self.metrics}
+        return self.signature_of_all(signature)
 
 
 def parse_tool_calls(text: str) -> list[dict[str, Any]]:
@@ -199,7 +199,7 @@ class JsonSchema(Task):
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with whether the answer is JSON, and valid under the row's schema. All ranks must call."""
-        questions = model.encode_questions([case.document for case in cases if case.document is not None])
+        questions = model.encode_questions(documents_of(cases))
         answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
@@ -221,7 +221,7 @@ class JsonSchema(Task):
         from importlib.metadata import version
 
         signature = f"jsonschema:{version('jsonschema')}|a code fence around the answer is taken off"
-        return {metric.name: signature for metric in self.metrics}
+        return self.signature_of_all(signature)
 
 
 def check_json(answer: str, schema: dict[str, Any]) -> tuple[bool, str | None]:

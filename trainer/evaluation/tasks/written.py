@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.data.fields import Refusal, is_texts, show_value
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of
 from trainer.evaluation.tasks.compat import weighted_score
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import pass_at_k_metrics, row_of_draws, texts_by_prompt
@@ -55,7 +55,7 @@ class WrittenTask(Task):
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with the model's answers scored against the references. All ranks must call."""
-        questions = model.encode_questions([case.document for case in cases if case.document is not None])
+        questions = model.encode_questions(documents_of(cases))
         answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
@@ -103,7 +103,7 @@ class _NormalisedTask(WrittenTask):
     def signatures(self) -> dict[str, str]:
         names = [name for name in NORMALISATIONS if name in self.option_values["normalise"]]
         signature = f"normalise:{'+'.join(names) or 'none'}"
-        return {metric.name: signature for metric in self.metrics}
+        return self.signature_of_all(signature)
 
 
 class ExactMatch(_NormalisedTask):
@@ -223,4 +223,4 @@ class Summarisation(WrittenTask):
 
         stemmer = "yes" if self.option_values["stemmer"] else "no"
         signature = f"rouge-score:{version('rouge-score')}|stemmer:{stemmer}"
-        return {metric.name: signature for metric in self.metrics}
+        return self.signature_of_all(signature)
