@@ -68,7 +68,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     settings = CombineSettings(
         adapters=words.adapters,
         weights=words.weights,
-        how=Combination(words.combine),
+        combination=Combination(words.combine),
         density=words.density,
         seed=words.seed,
         base=words.base,

@@ -76,10 +76,10 @@ def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
         raise ConfigError(
             f"gguf={request.kind}: {directory} is an adapter, and this method cannot be folded into its base"
         )
-    file, lacking = write_gguf(directory, request.name, request.kind, request.converter)
+    file, missing = write_gguf(directory, request.name, request.kind, request.converter)
     verified = verify_gguf(file, request.kind) if verify else "not verified"
     print(f"gguf:   {file}, {file.stat().st_size:,} bytes; {verified}")
-    remark = f" ({lacking})" if lacking else ""
+    remark = f" ({missing})" if missing else ""
     print(f"ollama: cd {file.parent} && ollama create {request.name} -f Modelfile{remark}")
     return file
 
@@ -134,14 +134,12 @@ def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
 
 def rows_needed(request: FewBitsRequest) -> RowsNeeded:
     """Why the type needs rows of the run, for the error if they are gone."""
-    from trainer.export.quantised import CALIBRATING, DOCUMENTS
+    from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_DOCUMENTS
     from trainer.session.run_data import RowsNeeded
 
-    purpose = (
-        f"bits={request.kind} measures its loss on {DOCUMENTS} held-out documents of the run, or on as many of training"
-    )
+    purpose = f"bits={request.kind} measures its loss on {MAX_DOCUMENTS} held-out documents of the run, or on as many of training"
     if request.kind.stored_by_other_python:
-        purpose += f", and fits its roundings to the first {CALIBRATING} documents of training"
+        purpose += f", and fits its roundings to the first {MAX_CALIBRATION_DOCUMENTS} documents of training"
     return RowsNeeded(purpose, f"Leave bits={request.kind} out")
 
 
@@ -152,18 +150,18 @@ def write_bits(request: FewBitsRequest, directory: Path, data: PreparedData) -> 
     """
     from launch.serve.exported import find_export
     from trainer.export.llm_compressor import Compressor
-    from trainer.export.quantised import CALIBRATING, DOCUMENTS, TOKENS, write_few_bits
+    from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_DOCUMENTS, MAX_TOKENS, write_few_bits
 
     kind = request.kind
     if find_export(str(directory)).base is not None:
         raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be folded into its base")
     measured = data.train if data.evaluation is None else data.evaluation
-    samples = [measured.sample(number) for number in range(min(len(measured), DOCUMENTS))]
+    samples = [measured.sample(number) for number in range(min(len(measured), MAX_DOCUMENTS))]
     compressor = None
     if request.python is not None:
         rows = []
-        for number in range(min(len(data.train), CALIBRATING)):
-            rows.append(data.train.sample(number).input_ids[:TOKENS].tolist())
+        for number in range(min(len(data.train), MAX_CALIBRATION_DOCUMENTS)):
+            rows.append(data.train.sample(number).input_ids[:MAX_TOKENS].tolist())
         compressor = Compressor(request.python, rows)
     split = "training" if data.evaluation is None else "held-out"
     folder, cost = write_few_bits(directory, kind, samples, split, compressor)

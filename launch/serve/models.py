@@ -82,7 +82,7 @@ def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> C
     target = chosen_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = load_export(path, dtype=dtype if dtype == "auto" else _dtype(dtype), writes=True).to(target)
+        model = load_export(path, dtype=dtype if dtype == "auto" else _dtype(dtype), for_generation=True).to(target)
     except (OSError, ValueError) as error:
         where = f" on the base {base}" if base else ""
         raise ConfigError(f"{path}: cannot be loaded{where} ({' '.join(str(error).split())[:300]})") from error

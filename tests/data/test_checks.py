@@ -45,7 +45,7 @@ def turns(roles):
 
 
 def verdicts(document, **config):
-    return list(Checks(ChecksConfig(**config))._first_places(document))
+    return list(Checks(ChecksConfig(**config))._first_problems(document))
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_large_models_are_split_and_indexed(bases, runtime, tmp_path, monkeypatc
     base = bases("llama")
     parts = trained(base, FullConfig(), runtime)
     group, waits, publish = dist.group.WORLD._get_backend(torch.device("cpu")), [], export_write._publish
-    monkeypatch.setattr(export_write, "SLOWEST", 1)
+    monkeypatch.setattr(export_write, "SLOWEST_DISK_BYTES_PER_S", 1)
     monkeypatch.setattr(
         export_write, "_publish", lambda *given: (waits.append(group.options._timeout.total_seconds()), publish(*given))
     )
@@ -311,5 +311,5 @@ def test_export_names_a_hub_snapshot_as_the_hub_does():
 )
 def test_export_error_suggests_free_space_only_where_it_would_help(runtime, tmp_path, code, said):
     with pytest.raises(StorageError) as refused:
-        export_write._agree(OSError(code, os.strerror(code)), tmp_path / "aside", tmp_path / "to", runtime)
+        export_write._raise_on_all_ranks(OSError(code, os.strerror(code)), tmp_path / "aside", tmp_path / "to", runtime)
     assert said in str(refused.value)

@@ -53,6 +53,6 @@ def test_routing_choices_of_another_sequence_are_not_applied():
     with KeptChoices(choices) as kept:
         values, indices = torch.topk(torch.tensor([[5.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), 2)
         assert indices.tolist() == [[2, 1], [2, 1]] and values.tolist() == [[0.0, 1.0], [2.0, 1.0]]
-        assert (kept.same, kept.moved) == (True, 2)
+        assert (kept.calls_match, kept.replaced) == (True, 2)
         assert torch.topk(torch.tensor([3.0, 4.0]), 1).indices.item() == 1
-    assert not kept.same
+    assert not kept.calls_match

@@ -195,7 +195,9 @@ def test_verification_sees_an_adapter_on_the_wrong_base(base, runtime, tmp_path)
     reference = reference_logits(parts[0], parts[1], ids, runtime)
     with pytest.raises(DriftError):
         verify_export(adapter, base_path=str(base), token_ids=ids, reference=reference)
-    verify_export(adapter, base_path=str(base), token_ids=ids, reference=reference, rounded=parts[1].base_weights(base))
+    verify_export(
+        adapter, base_path=str(base), token_ids=ids, reference=reference, quantised_base=parts[1].base_weights(base)
+    )
 
 
 def test_quantised_model_counts_elements_and_stores_fewer_bytes(base, runtime):

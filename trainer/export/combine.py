@@ -32,7 +32,9 @@ class Combination(StrEnum):
 
 
 PRUNING = (Combination.ties, Combination.dare_linear, Combination.dare_ties)
+"""Those that drop entries, so that `density` has a meaning."""
 COMBINED = "combined"
+"""peft's name for the adapter that is made."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,8 +45,8 @@ class CombineSettings:
     """Directories of LoRA adapters of the same base."""
     weights: list[float] = field(default_factory=list)
     """A factor for each; default: 1."""
-    how: Combination = Combination.cat
-    """One of `Combination`."""
+    combination: Combination = Combination.cat
+    """How the updates are put together; the word `combine=`."""
     density: float = 0.5
     """Share of entries that `ties` and `dare` keep, above 0, at most 1."""
     seed: int = 0
@@ -57,10 +59,12 @@ def problems(settings: CombineSettings) -> list[str]:
     """What is wrong with the settings and the directories, one line each; reads only their JSON."""
     lines = []
     settings_by_adapter = {}
+    """peft's settings by directory, of the adapters that can be combined."""
     for directory in settings.adapters:
         adapter = read_settings(directory)
-        if isinstance(adapter, str):  # why it cannot be read
-            lines.append(f"adapters={directory}: {adapter}")
+        if isinstance(adapter, str):
+            why_unreadable = adapter
+            lines.append(f"adapters={directory}: {why_unreadable}")
         elif adapter.get("peft_type") != "LORA":
             method = str(adapter.get("peft_type")).lower()
             lines.append(f"adapters={directory}: was made by {method}; only LoRA adapters can be combined")
@@ -75,14 +79,14 @@ def problems(settings: CombineSettings) -> list[str]:
     if not 0 < settings.density <= 1:
         lines.append(f"density={settings.density:g}: must be above 0 and at most 1; 0.5 as a rule")
     ranks = {directory: adapter["r"] for directory, adapter in settings_by_adapter.items()}
-    if settings.how is not Combination.cat and len(set(ranks.values())) > 1:
-        lines.append(f"combine={settings.how}: needs adapters of one rank, not {ranks}; use combine=cat")
+    if settings.combination is not Combination.cat and len(set(ranks.values())) > 1:
+        lines.append(f"combine={settings.combination}: needs adapters of one rank, not {ranks}; use combine=cat")
     bases = {adapter.get("base_model_name_or_path") for adapter in settings_by_adapter.values()}
     if settings.base is None and len(bases) > 1:
         lines.append(f"adapters: name different bases ({', '.join(map(str, bases))}); give base=<dir>")
-    kinds = {adapter.get("task_type") for adapter in settings_by_adapter.values()}
-    if kinds - {"CAUSAL_LM"}:
-        lines.append(f"adapters: of {', '.join(map(str, kinds))}; only those of causal language models can be combined")
+    tasks = {adapter.get("task_type") for adapter in settings_by_adapter.values()}
+    if tasks - {"CAUSAL_LM"}:
+        lines.append(f"adapters: of {', '.join(map(str, tasks))}; only those of causal language models can be combined")
     return lines
 
 
@@ -109,15 +113,15 @@ def combine(
     try:
         base_config = AutoConfig.from_pretrained(_config_source(settings, base), local_files_only=True)
         auto = auto_class(ModelKind.causal, base_config)
-        plain = auto.from_pretrained(base, config=base_config, dtype=torch.float32, local_files_only=True)
+        base_model = auto.from_pretrained(base, config=base_config, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base={base}: cannot be loaded ({str(error)[:200]}); give base=<model directory>") from error
     tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _has_tokenizer(settings) else base)
-    if len(tokenizer) > plain.get_input_embeddings().weight.shape[0]:
-        plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
+        base_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        model = _combine_adapters(settings, plain)
+        model = _combine_adapters(settings, base_model)
         ids = probe_ids(tokenizer)
         with torch.no_grad():
             reference = model(input_ids=torch.tensor([ids])).logits[0].float()
@@ -131,25 +135,31 @@ def combine(
             if _config_source(settings, base) != base:
                 base_config.save_pretrained(str(to))
     tokenizer.save_pretrained(str(to))
-    print(f"export verified: {verify_export(to, base_path=base, token_ids=ids, reference=reference)}", flush=True)
+    verification = verify_export(to, base_path=base, token_ids=ids, reference=reference)
+    print(f"export verified: {verification}", flush=True)
     return base
 
 
-def _combine_adapters(settings: CombineSettings, plain: Any) -> Any:
-    """peft's model with the combination as its one active adapter, in eval mode."""
+def _combine_adapters(settings: CombineSettings, base_model: Any) -> Any:
+    """peft's model with the combination as its one active adapter, in eval mode. Seeds torch's generator.
+
+    Raises ConfigError if peft refuses.
+    """
     from peft import PeftModel
 
     names = [f"adapter_{number}" for number in range(len(settings.adapters))]
-    pruning: dict[str, Any] = {"density": settings.density} if settings.how in PRUNING else {}
-    model: Any = PeftModel.from_pretrained(plain, settings.adapters[0], adapter_name=names[0])
+    pruning: dict[str, Any] = {}
+    if settings.combination in PRUNING:
+        pruning["density"] = settings.density
+    model: Any = PeftModel.from_pretrained(base_model, settings.adapters[0], adapter_name=names[0])
     for name, directory in zip(names[1:], settings.adapters[1:], strict=True):
         model.load_adapter(directory, adapter_name=name)
     try:
         weights = settings.weights or [1.0] * len(names)
         torch.manual_seed(settings.seed)
-        model.add_weighted_adapter(names, weights, COMBINED, combination_type=str(settings.how), **pruning)
+        model.add_weighted_adapter(names, weights, COMBINED, combination_type=str(settings.combination), **pruning)
     except ValueError as error:
-        raise ConfigError(f"combine={settings.how}: peft refuses: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"combine={settings.combination}: peft refuses: {' '.join(str(error).split())}") from error
     model.set_adapter(COMBINED)
     return model.eval()
 
@@ -159,10 +169,13 @@ def _save_adapter(model: Any, base: str, to: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    tensors = get_peft_model_state_dict(model, adapter_name=COMBINED, save_embedding_layers=False)
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, to / WEIGHTS, {"format": "pt"})
+    state = get_peft_model_state_dict(model, adapter_name=COMBINED, save_embedding_layers=False)
+    # Copies, since safetensors refuses tensors that share memory.
+    tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    save_file(tensors, to / WEIGHTS, {"format": "pt"})
     settings = model.peft_config[COMBINED]
-    settings.base_model_name_or_path, settings.inference_mode = base, True
+    settings.base_model_name_or_path = base
+    settings.inference_mode = True
     settings.save_pretrained(str(to))
 
 
@@ -187,4 +200,5 @@ def _config_source(settings: CombineSettings, base: str) -> str:
 
 
 def _has_tokenizer(settings: CombineSettings) -> bool:
+    """Whether the first adapter brings a tokenizer, which may have more tokens than that of the base."""
     return (Path(settings.adapters[0]).expanduser() / "tokenizer_config.json").is_file()

@@ -31,11 +31,13 @@ def main(path: Path) -> None:
     modifier = modifier_class(targets="Linear", scheme=job["scheme"], ignore=["lm_head"])
     calibration: dict[str, Any] = {}
     if is_calibrated:
-        rows = {"input_ids": job["rows"], "attention_mask": [[1] * len(row) for row in job["rows"]]}
+        rows = job["rows"]
+        # Nothing is padded: each row is attended to in full.
+        attention_masks = [[1] * len(row) for row in rows]
         calibration = {
-            "dataset": Dataset.from_dict(rows),
-            "num_calibration_samples": len(job["rows"]),
-            "max_seq_length": max(map(len, job["rows"])),
+            "dataset": Dataset.from_dict({"input_ids": rows, "attention_mask": attention_masks}),
+            "num_calibration_samples": len(rows),
+            "max_seq_length": max(map(len, rows)),
         }
     oneshot(model=model, recipe=modifier, **calibration)
     with torch.no_grad():

@@ -39,9 +39,14 @@ class ExportConfig:
 
 
 def settle_merge(export: ExportConfig, tuning: TuningConfig) -> dict[str, str]:
-    """Choose `merge` where it was left open; what was chosen and why, if it is not an adapter's usual export."""
+    """Choose `merge` where it was left open, and set it.
+
+    Returns what was chosen and why, by the setting's key, if it is not an adapter's usual export.
+    """
     if export.merge is not None:
         return {}
     export.merge = isinstance(tuning, LoraConfig) and (tuning.experts or tuning.router)
-    why = "serving engines leave out or reject adapters of experts and routers; false exports the adapter"
-    return {"export.merge": f"null -> true ({why})"} if export.merge else {}
+    if not export.merge:
+        return {}
+    reason = "serving engines leave out or reject adapters of experts and routers; false exports the adapter"
+    return {"export.merge": f"null -> true ({reason})"}

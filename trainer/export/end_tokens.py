@@ -12,19 +12,21 @@ _ANSWER = "an answer"
 
 def ending_tokens(tokenizer: Any, generation: Any = None) -> list[int]:
     """Ids, in ascending order; `generation` is a GenerationConfig or None."""
+    # The generation settings state one id or several.
     stated = getattr(generation, "eos_token_id", None)
-    ends = set(stated) if isinstance(stated, list | tuple) else {stated}
-    ends |= {tokenizer.eos_token_id, turn_end(tokenizer)}
-    return sorted(end for end in ends if end is not None)
+    if not isinstance(stated, list | tuple):
+        stated = [stated]
+    end_ids = {*stated, tokenizer.eos_token_id, turn_end(tokenizer)}
+    return sorted(end_id for end_id in end_ids if end_id is not None)
 
 
 def turn_end(tokenizer: Any) -> int | None:
     """The control token that the chat template writes right after an answer; None if it writes none."""
     if tokenizer.chat_template is None:
         return None
-    talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(talk, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # noqa: BLE001 - a template may refuse anything, in its own words; then it tells no end
         return None
     _, separator, after_answer = text.rpartition(_ANSWER)
@@ -32,7 +34,9 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     ids = tokenizer(after_answer.lstrip(), add_special_tokens=False)["input_ids"]
     control_tokens = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return ids[0] if ids and ids[0] in control_tokens else None
+    if ids and ids[0] in control_tokens:
+        return ids[0]  # type: ignore[no-any-return]
+    return None
 
 
 def write_endings(tokenizer: Any, directory: Path, base_path: str) -> None:
@@ -40,17 +44,23 @@ def write_endings(tokenizer: Any, directory: Path, base_path: str) -> None:
 
     If the base's settings name it already, the file in `directory` stays as it is.
     """
-    end = turn_end(tokenizer)
-    if end is None:
+    end_id = turn_end(tokenizer)
+    if end_id is None:
         return
     file = directory / GENERATION
-    source = file if file.is_file() else Path(base_path) / GENERATION
-    settings = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    # An adapter's directory has no settings of its own yet.
+    source = file
+    if not file.is_file():
+        source = Path(base_path) / GENERATION
+    settings = {}
+    if source.is_file():
+        settings = json.loads(source.read_text(encoding="utf-8"))
     stated = settings.get("eos_token_id", tokenizer.eos_token_id)
-    ends = []
+    stated_ids = []
     if isinstance(stated, list):
-        ends = [*stated]
+        stated_ids = stated
     elif stated is not None:
-        ends = [stated]
-    if end not in ends:
-        file.write_text(json.dumps({**settings, "eos_token_id": [*ends, end]}, indent=2) + "\n", encoding="utf-8")
+        stated_ids = [stated]
+    if end_id not in stated_ids:
+        settings["eos_token_id"] = [*stated_ids, end_id]
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -16,8 +16,10 @@ from trainer.export.end_tokens import GENERATION
 from trainer.export.ollama import modelfile
 
 COMMAND = "convert-hf-to-gguf"
+"""Name of the converter where it is installed as a program."""
 FOLDER = "gguf"
-HOW = (
+"""Folder of the GGUF files inside an export."""
+HOW_TO_NAME_CONVERTER = (
     "name llama.cpp's convert_hf_to_gguf.py, or a program that is it, with gguf.converter=<file>, and the Python of its "
     "environment with gguf.python=<file> (docs/deployment.md)"
 )
@@ -32,70 +34,83 @@ class GgufType(StrEnum):
     q8_0 = "q8_0"
 
 
-ALLOWED = {GgufType.f32: 1e-4, GgufType.f16: 1e-2, GgufType.bf16: 5e-2, GgufType.q8_0: 5e-2}
+ALLOWED_DIFFERENCE = {GgufType.f32: 1e-4, GgufType.f16: 1e-2, GgufType.bf16: 5e-2, GgufType.q8_0: 5e-2}
 """Largest difference of a logit, relative to the largest, by stored type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converter:
-    """How it is called."""
+    """llama.cpp's converter on this machine."""
 
     command: list[str]
+    """The program and its first arguments: those of a conversion follow."""
 
 
 def find_converter(converter: str | None, python: str | None) -> Converter:
     """llama.cpp's converter and the Python that runs it. Raises ConfigError if either is missing; nothing is fetched."""
     if python is not None and shutil.which(Path(python).expanduser()) is None:
-        raise ConfigError(f"gguf.python={python}: there is no such program; {HOW}")
+        raise ConfigError(f"gguf.python={python}: there is no such program; {HOW_TO_NAME_CONVERTER}")
     file = converter or shutil.which(COMMAND)
     if file is None:
-        raise ConfigError(f"gguf: no {COMMAND} is found on this machine; {HOW}")
+        raise ConfigError(f"gguf: no {COMMAND} is found on this machine; {HOW_TO_NAME_CONVERTER}")
     path = Path(file).expanduser()
     if not path.is_file():
-        raise ConfigError(f"gguf.converter={file}: there is no such file; {HOW}")
+        raise ConfigError(f"gguf.converter={file}: there is no such file; {HOW_TO_NAME_CONVERTER}")
     if path.suffix == ".py":
         return Converter([python or sys.executable, str(path)])
     if not os.access(path, os.X_OK):
-        raise ConfigError(f"gguf.converter={file}: is neither a .py nor a program; {HOW}")
-    return Converter([python, str(path)] if python else [str(path)])
+        raise ConfigError(f"gguf.converter={file}: is neither a .py nor a program; {HOW_TO_NAME_CONVERTER}")
+    if python:
+        return Converter([python, str(path)])
+    return Converter([str(path)])
 
 
 def write_gguf(directory: Path, name: str, kind: GgufType, converter: Converter) -> tuple[Path, str | None]:
-    """(`<directory>/gguf/<name>-<type>.gguf` with a Modelfile beside it, what that lacks). Raises ShardtuneError."""
+    """Convert the export in `directory`, and write a Modelfile beside the GGUF file.
+
+    Returns (`<directory>/gguf/<name>-<type>.gguf`, what the Modelfile lacks or None). Raises ShardtuneError.
+    """
     from transformers import AutoTokenizer, GenerationConfig
 
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}-{kind}.gguf"
-    aside = folder / f".{file.name}.writing"
-    command = [*converter.command, str(directory), "--outfile", str(aside), "--outtype", str(kind)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    env.pop("PYTHONPATH", None)  # ours is not that of its environment
+    staging_file = folder / f".{file.name}.writing"
+    command = [*converter.command, str(directory), "--outfile", str(staging_file), "--outtype", str(kind)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # Our packages must not be imported there.
+    environment.pop("PYTHONPATH", None)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, check=False)
-        if done.returncode or not aside.is_file():
-            lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        finished = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=environment, check=False
+        )
+        if finished.returncode or not staging_file.is_file():
+            lines = [line.strip() for line in (finished.stderr or finished.stdout).splitlines() if line.strip()]
             raise ShardtuneError(
-                f"gguf={kind}: the converter failed ({done.returncode}: {' / '.join(lines[-2:])[:400]}); the export in "
+                f"gguf={kind}: the converter failed ({finished.returncode}: {' / '.join(lines[-2:])[:400]}); the export in "
                 f"{directory} is whole. Mend the converter and repeat the command: it only converts then. The converter was "
                 f"called as: {' '.join(command)}"
             )
-        aside.rename(file)
+        # Under its own name only once it is complete.
+        staging_file.rename(file)
     except OSError as error:
         raise ShardtuneError(f"gguf={kind}: the converter cannot be started ({error})") from error
     finally:
-        aside.unlink(missing_ok=True)
+        staging_file.unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     generation = GenerationConfig()
     if (directory / GENERATION).is_file():
         generation = GenerationConfig.from_pretrained(directory)
-    text, lacking = modelfile(file.name, tokenizer, generation)
+    text, missing = modelfile(file.name, tokenizer, generation)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return file, lacking
+    return file, missing
 
 
 def verify_gguf(file: Path, kind: GgufType) -> str:
-    """Compare it, read by transformers, with the export it was made from: a line about it. Raises DriftError."""
+    """Compare the file, read by transformers, with the export that it was made from.
+
+    Returns a line for the screen. Raises DriftError if they differ by more than the type allows.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,7 +119,7 @@ def verify_gguf(file: Path, kind: GgufType) -> str:
 
     directory = file.parent.parent
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(
+        gguf_model: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
         ).eval()
     except Exception as error:  # noqa: BLE001 - its reader knows some architectures, and says so in several types
@@ -115,13 +130,14 @@ def verify_gguf(file: Path, kind: GgufType) -> str:
     ids = torch.tensor([tokenizer(PROBE, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         export_output = load_export(directory)(ids, labels=ids)
-        gguf_output = read(ids, labels=ids)
+        gguf_output = gguf_model(ids, labels=ids)
+    # Other shapes cannot be compared, and count as a difference as large as the largest logit.
     difference = 1.0
     if export_output.logits.shape == gguf_output.logits.shape:
         largest = float(export_output.logits.abs().max())
         difference = float((export_output.logits - gguf_output.logits).abs().max()) / largest
     loss_change = float(gguf_output.loss - export_output.loss)
-    allowed = ALLOWED[kind]
+    allowed = ALLOWED_DIFFERENCE[kind]
     comparison = (
         f"logits differ by at most {difference:.1e} of the largest (allowed {allowed:.0e}), loss by {loss_change:+.4f}"
     )

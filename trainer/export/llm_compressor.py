@@ -15,8 +15,9 @@ from torch import Tensor
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.export import compress
 
-HOW = "name the Python of its environment with bits.python=<file> (docs/deployment.md)"
-_IS_THERE = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
+HOW_TO_NAME_PYTHON = "name the Python of its environment with bits.python=<file> (docs/deployment.md)"
+_LIBRARY_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
+"""A program for the other Python, whose exit status is 0 if the library is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Compressor:
     """llm-compressor in its own Python environment, with the rows for calibration."""
 
     python: str
+    """The program of that environment."""
     rows: list[list[int]]
     """Token ids of the rows that the rounding is calibrated on."""
 
@@ -31,38 +33,53 @@ class Compressor:
         """Store the model of `directory` in `to`; returns its logits on `probe`, float32 `[T, V]`. Raises ShardtuneError."""
         from safetensors.torch import load_file
 
-        with TemporaryDirectory() as aside:
-            job = Path(aside) / "job.json"
-            about = {"model": str(directory.resolve()), "to": str(to.resolve()), "scheme": scheme}
-            job.write_text(json.dumps({**about, "rows": self.rows, "probe": probe}), encoding="utf-8")
-            env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-            env.pop("PYTHONPATH", None)  # our packages must not be imported there
-            command = [self.python, compress.__file__, str(job)]
+        with TemporaryDirectory() as job_dir:
+            job_file = Path(job_dir) / "job.json"
+            job = {
+                "model": str(directory.resolve()),
+                "to": str(to.resolve()),
+                "scheme": scheme,
+                "rows": self.rows,
+                "probe": probe,
+            }
+            job_file.write_text(json.dumps(job), encoding="utf-8")
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            # Our packages must not be imported there.
+            environment.pop("PYTHONPATH", None)
+            command = [self.python, compress.__file__, str(job_file)]
             try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, errors="replace", env=env, cwd=aside, check=False
+                finished = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    env=environment,
+                    cwd=job_dir,
+                    check=False,
                 )
             except OSError as error:
                 raise ShardtuneError(f"bits.python={self.python}: cannot be started ({error})") from error
-            if done.returncode:
-                lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-                raise ShardtuneError(f"it failed with {done.returncode}: {' / '.join(lines[-2:])[:400]}")
-            return load_file(job.with_name("probe.safetensors"))["logits"]
+            if finished.returncode:
+                lines = [line.strip() for line in (finished.stderr or finished.stdout).splitlines() if line.strip()]
+                raise ShardtuneError(f"it failed with {finished.returncode}: {' / '.join(lines[-2:])[:400]}")
+            return load_file(job_file.with_name("probe.safetensors"))["logits"]
 
 
 def find_python(python: str | None) -> str:
     """The Python that has llm-compressor. Raises ConfigError if it has not; nothing is installed."""
     if python is None:
         raise ConfigError(
-            f"bits: llm-compressor pins an older transformers, so it needs an environment of its own; {HOW}"
+            f"bits: llm-compressor pins an older transformers, so it needs an environment of its own; {HOW_TO_NAME_PYTHON}"
         )
     executable = shutil.which(Path(python).expanduser())
     if executable is None:
-        raise ConfigError(f"bits.python={python}: there is no such program; {HOW}")
+        raise ConfigError(f"bits.python={python}: there is no such program; {HOW_TO_NAME_PYTHON}")
     try:
-        done = subprocess.run([executable, "-c", _IS_THERE], capture_output=True, check=False, env={"PATH": os.defpath})
+        finished = subprocess.run(
+            [executable, "-c", _LIBRARY_CHECK], capture_output=True, check=False, env={"PATH": os.defpath}
+        )
     except OSError as error:
-        raise ConfigError(f"bits.python={python}: cannot be started ({error}); {HOW}") from error
-    if done.returncode:
-        raise ConfigError(f"bits.python={python}: is no Python that has llmcompressor; {HOW}")
+        raise ConfigError(f"bits.python={python}: cannot be started ({error}); {HOW_TO_NAME_PYTHON}") from error
+    if finished.returncode:
+        raise ConfigError(f"bits.python={python}: is no Python that has llmcompressor; {HOW_TO_NAME_PYTHON}")
     return executable

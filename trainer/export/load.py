@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,42 +17,53 @@ from trainer.model.rope import adapter_config_source
 if TYPE_CHECKING:
     from trainer.model.weights import BaseWeights
 
-VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+VIRTUAL_TOKEN_METHODS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+"""peft's names of the methods that put trained virtual tokens before the inputs."""
 
 
 def load_export(
     directory: Path,
     base_path: str | None = None,
-    rounded: BaseWeights | None = None,
+    quantised_base: BaseWeights | None = None,
     *,
     dtype: Any = torch.float32,
-    writes: bool = False,
+    for_generation: bool = False,
 ) -> Any:
     """The exported model in eval mode, through nothing but transformers and peft.
 
-    `base_path`: where an adapter's base is; default: where the adapter says. `rounded`: the base as the adapter was trained
-    on it, where that was quantised: its values replace those of the plain model. `dtype`: a type, or `auto` for the stored
-    one. `writes`: virtual tokens are put before the inputs by our own loader, since peft loses them from the cache of
+    `base_path`: where an adapter's base is; default: where the adapter says. `quantised_base`: the base that the adapter was
+    trained on, where that was quantised: its values replace those of the plain model. `dtype`: a type, or `auto` for the stored
+    one. `for_generation`: virtual tokens are put before the inputs by our own loader, since peft loses them from the cache of
     `generate`, and the plain model with the adapter inside is returned. Errors: ConfigError where it is no export.
     """
     import transformers
 
     directory = Path(directory)
-    bars = transformers.utils.logging.is_progress_bar_enabled()
+    shows_bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, load = _base(directory, base_path, transformers, dtype, writes)
-        for name in rounded.quantised if rounded is not None else ():
-            model.get_parameter(name).data.copy_(rounded.full_tensor(name))  # type: ignore[union-attr]
-        model = load(model, directory).eval()
-        return model.get_base_model() if writes and hasattr(model, "get_base_model") else model
+        model, put_adapter_on = _load_base(directory, base_path, dtype, for_generation)
+        if quantised_base is not None:
+            for name in quantised_base.quantised:
+                model.get_parameter(name).data.copy_(quantised_base.full_tensor(name))
+        model = put_adapter_on(model, directory).eval()
+        if for_generation and hasattr(model, "get_base_model"):
+            return model.get_base_model()
+        return model
     finally:
-        if bars:
+        if shows_bars:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _base(directory: Path, base_path: str | None, transformers: Any, dtype: Any, writes: bool) -> tuple[Any, Any]:
-    """(the model below, what puts the adapter of a directory onto it)."""
+def _load_base(
+    directory: Path, base_path: str | None, dtype: Any, for_generation: bool
+) -> tuple[Any, Callable[[Any, Path], Any]]:
+    """Load the model that an export is of, or whose adapter it is, in `dtype`.
+
+    Returns (the model, a function that takes it and `directory`, puts the adapter on, and returns the result).
+    """
+    import transformers
+
     from trainer.tuning import bottleneck, virtual
     from trainer.tuning.adapter_files import load_adapter
 
@@ -64,17 +76,18 @@ def _base(directory: Path, base_path: str | None, transformers: Any, dtype: Any,
                 f"{directory}: holds neither config.json nor adapter_config.json; give an export directory"
             )
         model = _auto_class(directory).from_pretrained(directory, dtype=dtype, local_files_only=True)
+        # A whole model needs no adapter.
         return model, lambda model, directory: model
     settings = read_object(settings_file)
     base = base_path or settings["base_model_name_or_path"]
     # Positions may be those of the training, which the base's own config.json does not know.
     config_source = adapter_config_source(directory, base)
     if settings["task_type"] == "SEQ_CLS":
-        from safetensors import safe_open
-
-        labels = settings.get("num_labels") or _head_rows(safe_open, directory)
+        num_labels = settings.get("num_labels") or _head_rows(directory)
         auto: Any = transformers.AutoModelForSequenceClassification
-        base_config = transformers.AutoConfig.from_pretrained(config_source, local_files_only=True, num_labels=labels)
+        base_config = transformers.AutoConfig.from_pretrained(
+            config_source, local_files_only=True, num_labels=num_labels
+        )
         model = auto.from_pretrained(base, config=base_config, dtype=dtype, local_files_only=True)
         model.config.pad_token_id = transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
     elif settings["task_type"] == "SEQ_2_SEQ_LM":
@@ -83,25 +96,38 @@ def _base(directory: Path, base_path: str | None, transformers: Any, dtype: Any,
         base_config = transformers.AutoConfig.from_pretrained(config_source, local_files_only=True)
         auto = auto_class(ModelKind.causal, base_config)
         model = auto.from_pretrained(base, config=base_config, dtype=dtype, local_files_only=True)
-    tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
-    if tokens > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(tokens, mean_resizing=False)
+    num_tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
+    if num_tokens > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
     if settings_file.name == bottleneck.CONFIG_FILE:
         return model, bottleneck.load
-    return model, virtual.load if writes and settings.get("peft_type") in VIRTUAL else load_adapter
+    if for_generation and settings.get("peft_type") in VIRTUAL_TOKEN_METHODS:
+        return model, virtual.load
+    return model, load_adapter
 
 
-def _head_rows(safe_open: Any, directory: Path) -> int:
-    """Number of labels: rows of the last saved matrix that is no adapter, the classification head."""
+def _head_rows(directory: Path) -> int:
+    """Number of labels of a saved adapter: the rows of its classification head."""
+    from safetensors import safe_open
+
     with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as handle:
-        heads = [key for key in handle.keys() if ".lora_" not in key and key.endswith(".weight")]  # noqa: SIM118
-        return next(handle.get_slice(k).get_shape()[0] for k in heads if k.split(".")[-2] in ("score", "classifier"))
+        for key in handle.keys():  # noqa: SIM118 - no mapping
+            if ".lora_" in key or not key.endswith(".weight"):
+                continue
+            module_name = key.split(".")[-2]
+            if module_name in ("score", "classifier"):
+                return int(handle.get_slice(key).get_shape()[0])
+    raise ConfigError(f"{directory}: adapter_model.safetensors holds no classification head; export the adapter again")
 
 
 def _auto_class(directory: Path) -> Any:
+    """The class of transformers that loads the whole model in `directory`."""
     import transformers
 
     settings = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    classifier = "ForSequenceClassification" in settings.architectures[0]
-    kind = ModelKind.encoder_decoder if getattr(settings, "is_encoder_decoder", False) else ModelKind.causal
-    return auto_class(ModelKind.classifier if classifier else kind, settings)
+    kind = ModelKind.causal
+    if "ForSequenceClassification" in settings.architectures[0]:
+        kind = ModelKind.classifier
+    elif getattr(settings, "is_encoder_decoder", False):
+        kind = ModelKind.encoder_decoder
+    return auto_class(kind, settings)

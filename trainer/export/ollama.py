@@ -13,7 +13,9 @@ from typing import Any
 from trainer.export.end_tokens import ending_tokens
 
 _PROBE_TEXTS = ("SystemText", "UserText", "AnswerText", "SecondUserText")
+"""Contents of the messages that a template is rendered with, found again in its text."""
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
+"""Ollama's parameters that the generation settings may state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class Turns:
     user: tuple[str, str]
     assistant: tuple[str, str]
     system: tuple[str, str] | None
-    begin: str
+    """None if the template takes no system message."""
+    answer_opening: str
     """The text that opens the answer."""
     default_system: str | None = None
     """The system message that the template writes if there is none."""
@@ -33,18 +36,19 @@ class Turns:
         around_role = {"user": self.user, "assistant": self.assistant, "system": self.system or ("", "")}
         if self.default_system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
+        # `join` puts the content between the text before it and the text after it.
         turns = [message["content"].join(around_role[message["role"]]) for message in messages]
-        return "".join(turns) + self.begin
+        return "".join(turns) + self.answer_opening
 
     def template(self) -> str:
         """The chat template in Go's language."""
         roles = [("user", self.user), ("assistant", self.assistant)]
         if self.system:
             roles.append(("system", self.system))
-        cases = "{{ else ".join(
-            f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}' for role, (before, after) in roles
-        )
-        return "{{- range .Messages }}{{ " + cases + "{{ end }}{{ end }}" + self.begin
+        cases = []
+        for role, (before, after) in roles:
+            cases.append(f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}')
+        return "{{- range .Messages }}{{ " + "{{ else ".join(cases) + "{{ end }}{{ end }}" + self.answer_opening
 
 
 def turns_of_template(tokenizer: Any) -> Turns | None:
@@ -55,21 +59,20 @@ def turns_of_template(tokenizer: Any) -> Turns | None:
     if tokenizer.chat_template is None:
         return None
     roles = ("system", "user", "assistant", "user")
-    system, user, answer, second = (
-        {"role": role, "content": text} for role, text in zip(roles, _PROBE_TEXTS, strict=True)
-    )
+    messages = [{"role": role, "content": text} for role, text in zip(roles, _PROBE_TEXTS, strict=True)]
+    system, user, answer, second_user = messages
     with_system = _render(tokenizer, [system, user])
     takes_system = with_system is not None and system["content"] in with_system
     first = [system, user] if takes_system else [user]
     # What a turn adds to the text of the turns before it is that turn, with what is around its content.
     one_turn = _render(tokenizer, first)
     with_answer = _render(tokenizer, [*first, answer])
-    with_second = _render(tokenizer, [*first, answer, second])
-    with_opening = _render(tokenizer, first, begin=True)
+    with_second = _render(tokenizer, [*first, answer, second_user])
+    with_opening = _render(tokenizer, first, opens_answer=True)
     without_system = _render(tokenizer, [user])
     if one_turn is None or with_answer is None or with_second is None or with_opening is None or without_system is None:
         return None
-    around_user = _text_around(with_answer, with_second, second["content"])
+    around_user = _text_around(with_answer, with_second, second_user["content"])
     around_answer = _text_around(one_turn, with_answer, answer["content"])
     if around_user is None or around_answer is None or not with_opening.startswith(one_turn):
         return None
@@ -84,12 +87,15 @@ def turns_of_template(tokenizer: Any) -> Turns | None:
             default_system = default_turn.removeprefix(before).removesuffix(after)
     opening = with_opening.removeprefix(one_turn)
     turns = Turns(around_user, around_answer, around_system, opening, default_system)
-    return turns if _renders_alike(turns, tokenizer, [system, user, answer, second]) else None
+    if not _renders_alike(turns, tokenizer, messages):
+        return None
+    return turns
 
 
-def _render(tokenizer: Any, talk: list[dict[str, str]], *, begin: bool = False) -> str | None:
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, opens_answer: bool = False) -> str | None:
+    """The text that the model's own template makes, without the first token; None if the template refuses the messages."""
     try:
-        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=begin)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
     except Exception:  # noqa: BLE001 - a template refuses in words of its own
         return None
     return str(text).removeprefix(first_token(tokenizer))
@@ -97,49 +103,55 @@ def _render(tokenizer: Any, talk: list[dict[str, str]], *, begin: bool = False) 
 
 def first_token(tokenizer: Any) -> str:
     """The text that the tokenizer, and so llama.cpp, puts before every text. Often empty, even if there is a `bos_token`."""
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return str(tokenizer.bos_token) if begins else ""
+    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if not adds_bos:
+        return ""
+    return str(tokenizer.bos_token)
 
 
 def _text_around(shorter: str, longer: str, content: str) -> tuple[str, str] | None:
     """What is before and after `content` in the part of `longer` that follows `shorter`; None if there is no such part."""
     if not longer.startswith(shorter):
         return None
-    before, separator, after = longer.removeprefix(shorter).partition(content)
-    return (before, after) if separator else None
+    before, found, after = longer.removeprefix(shorter).partition(content)
+    if not found:
+        return None
+    return before, after
 
 
 def _renders_alike(turns: Turns, tokenizer: Any, messages: list[dict[str, str]]) -> bool:
     """Whether the parts render conversations of one to three turns to the template's own text."""
-    system, user, answer, second = messages
-    conversations = [[user], [user, answer, second], [user, answer, second, answer, user]]
+    system, user, answer, second_user = messages
+    conversations = [[user], [user, answer, second_user], [user, answer, second_user, answer, user]]
     if turns.system:
         conversations += [[system, *conversation] for conversation in conversations]
     return all(
-        turns.render(conversation) == _render(tokenizer, conversation, begin=True) for conversation in conversations
+        turns.render(conversation) == _render(tokenizer, conversation, opens_answer=True)
+        for conversation in conversations
     )
 
 
 def modelfile(file: str, tokenizer: Any, generation: Any) -> tuple[str, str | None]:
-    """(the text of a Modelfile for `file`, what it lacks or None)."""
+    """(the text of a Modelfile for `file`, what the user is told that it lacks or None)."""
     lines = [f"FROM ./{file}"]
-    lacking = None
+    missing = None
     turns = turns_of_template(tokenizer)
     if turns is None:
-        lacking = "its chat template is no row of turns that Ollama's language has; Ollama guesses one from the file"
+        missing = "its chat template is no row of turns that Ollama's language has; Ollama guesses one from the file"
     elif '"""' in turns.template():
-        lacking = 'its chat template has """ in it, which a Modelfile cannot'
+        missing = 'its chat template has """ in it, which a Modelfile cannot'
     else:
         lines.append(f'TEMPLATE """{turns.template()}"""')
         if turns.default_system is not None:
             lines.append(f'SYSTEM """{turns.default_system}"""')
-    for end in tokenizer.convert_ids_to_tokens(ending_tokens(tokenizer, generation)):
-        lines.append(f'PARAMETER stop "{end}"')
-    if not generation.do_sample:
+    for token in tokenizer.convert_ids_to_tokens(ending_tokens(tokenizer, generation)):
+        lines.append(f'PARAMETER stop "{token}"')
+    if generation.do_sample:
+        for name in SAMPLING:
+            transformers_name = "repetition_penalty" if name == "repeat_penalty" else name
+            setting = getattr(generation, transformers_name, None)
+            if setting is not None:
+                lines.append(f"PARAMETER {name} {setting}")
+    else:
         lines.append("PARAMETER temperature 0")
-        return "\n".join(lines) + "\n", lacking
-    for name in SAMPLING:
-        setting = getattr(generation, "repetition_penalty" if name == "repeat_penalty" else name, None)
-        if setting is not None:
-            lines.append(f"PARAMETER {name} {setting}")
-    return "\n".join(lines) + "\n", lacking
+    return "\n".join(lines) + "\n", missing

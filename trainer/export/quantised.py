@@ -17,16 +17,21 @@ if TYPE_CHECKING:
     from trainer.data.store.sequences import Sample
     from trainer.export.llm_compressor import Compressor
 
-DOCUMENTS, TOKENS = 32, 1024
-"""Most documents that are measured, and most tokens of each."""
-CALIBRATING = 256
+MAX_DOCUMENTS = 32
+"""Most documents that the loss is measured on."""
+MAX_TOKENS = 1024
+"""Most tokens of each document, for measuring and for calibration."""
+MAX_CALIBRATION_DOCUMENTS = 256
 """Most training documents for calibration, in schemes that calibrate their rounding."""
 
 
 class FewBits(StrEnum):
-    """How the matrices of the blocks are stored. By bitsandbytes: NF4 in blocks (Dettmers et al. 2023, arXiv:2305.14314), or
-    LLM.int8() (2022, arXiv:2208.07339). By torchao: 8 bits with a scale a row, or NVFP4, four with a scale of 8 for each 16.
-    By llm-compressor: its own schemes."""
+    """How the matrices of the blocks are stored.
+
+    By bitsandbytes: NF4 in blocks (Dettmers et al. 2023, arXiv:2305.14314), or LLM.int8() (2022, arXiv:2208.07339). By
+    torchao: 8 bits with a scale for each row, or NVFP4, 4 bits with a scale of 8 bits for each 16 values. By llm-compressor:
+    its own schemes.
+    """
 
     nf4 = "nf4"
     int8 = "int8"
@@ -42,16 +47,20 @@ class FewBits(StrEnum):
         return self.startswith("llmcompressor")
 
     @property
-    def kit(self) -> str:
+    def loading_library(self) -> str:
         """The library that loads it, and that stores it unless another Python does."""
         if self.stored_by_other_python:
             return "compressed-tensors"
-        return "torchao" if self.startswith("torchao") else "bitsandbytes"
+        if self.startswith("torchao"):
+            return "torchao"
+        return "bitsandbytes"
 
     @property
-    def by(self) -> str:
+    def storing_library(self) -> str:
         """The library that stores it."""
-        return "llm-compressor" if self.stored_by_other_python else self.kit
+        if self.stored_by_other_python:
+            return "llm-compressor"
+        return self.loading_library
 
 
 NVFP4_BLOCK = 16
@@ -69,8 +78,11 @@ class Cost:
     """The loss at supervised tokens, before and after."""
 
     before: float
+    """Loss of the export."""
     after: float
+    """Loss of what was stored in few bits, read back."""
     documents: int
+    """How many were measured."""
     split: str
     """`held-out` or `training`."""
     max_logit_difference: float
@@ -88,50 +100,51 @@ def check_few_bits(kind: str) -> FewBits:
     """The type of this name. Raises ConfigError if there is none, or if its library is not installed."""
     if kind not in [*FewBits]:
         raise ConfigError(f"bits={kind}: must be one of {', '.join(FewBits)}")
-    missing = missing_library(FewBits(kind).kit)
+    missing = missing_library(FewBits(kind).loading_library)
     if missing:
         raise ConfigError(f"bits={kind}: {missing}")
     return FewBits(kind)
 
 
 def write_few_bits(
-    directory: Path, kind: FewBits, samples: list[Sample], what: str, compressor: Compressor | None = None
+    directory: Path, kind: FewBits, samples: list[Sample], split: str, compressor: Compressor | None = None
 ) -> tuple[Path, Cost]:
     """Store an export in few bits too: (`<directory>/<type>`, the cost in loss), which both model cards state.
 
-    The loss is that of the files, loaded again. `compressor`: for types that another Python stores. Errors: ShardtuneError if
-    the library cannot store this model, DriftError if the files compute something else than the model that they were written
-    from. The export itself stays complete.
+    The loss is that of the files, loaded again, on `samples`, which are of `split` (`held-out` or `training`). `compressor`:
+    for types that another Python stores. Errors: ShardtuneError if the library cannot store this model, DriftError if the
+    files compute something else than the model that they were written from. The export itself stays complete.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder = directory / kind
-    aside = directory / f".{kind}.writing"
-    shutil.rmtree(aside, ignore_errors=True)
+    staging_dir = directory / f".{kind}.writing"
+    shutil.rmtree(staging_dir, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     try:
-        stored_logits = _store(directory, aside, kind, tokenizer, compressor)
-        tokenizer.save_pretrained(aside)
-        plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
-        loss_before = loss_of(plain, samples)
-        reloaded = _load_model(aside)
+        stored_logits = _store(directory, staging_dir, kind, tokenizer, compressor)
+        tokenizer.save_pretrained(staging_dir)
+        exported: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
+        loss_before = loss_of(exported, samples)
+        reloaded = _load_model(staging_dir)
         difference = _check_read_back(stored_logits, _probe_logits(reloaded, tokenizer), kind, folder)
-        cost = Cost(loss_before, loss_of(reloaded, samples), len(samples), what, difference)
+        cost = Cost(loss_before, loss_of(reloaded, samples), len(samples), split, difference)
         card = directory / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        section = f"\n## In {kind}\n\nBy {kind.by}, in `{kind}/`: {cost}. At most {TOKENS} tokens of each document.\n"
-        (aside / "README.md").write_text(text + section, encoding="utf-8")
+        cost_note = f"By {kind.storing_library}, in `{kind}/`: {cost}. At most {MAX_TOKENS} tokens of each document."
+        section = f"\n## In {kind}\n\n{cost_note}\n"
+        (staging_dir / "README.md").write_text(text + section, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        staging_dir.rename(folder)
         card.write_text(text + section, encoding="utf-8")
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging_dir, ignore_errors=True)
     return folder, cost
 
 
-def _store(directory: Path, aside: Path, kind: FewBits, tokenizer: Any, compressor: Compressor | None) -> Tensor:
+def _store(directory: Path, staging_dir: Path, kind: FewBits, tokenizer: Any, compressor: Compressor | None) -> Tensor:
     """Store the model; returns its logits on the probe, before the files are read back."""
     from torch.nn import Parameter
 
@@ -139,41 +152,44 @@ def _store(directory: Path, aside: Path, kind: FewBits, tokenizer: Any, compress
 
     try:
         if compressor is not None:
-            return compressor.store(directory, aside, SCHEMES[kind], probe_ids(tokenizer))
-        unfilled = _unfilled_matrices(directory) if kind is FewBits.torchao_nvfp4 else []
-        if unfilled:
-            raise ValueError(
-                f"it needs matrices whose sides are divisible by {NVFP4_BLOCK}: {', '.join(unfilled[:3])} are not"
-            )
+            return compressor.store(directory, staging_dir, SCHEMES[kind], probe_ids(tokenizer))
+        if kind is FewBits.torchao_nvfp4:
+            unsuitable = _matrices_not_of_whole_blocks(directory)
+            if unsuitable:
+                raise ValueError(
+                    f"it needs matrices whose sides are divisible by {NVFP4_BLOCK}: {', '.join(unsuitable[:3])} are not"
+                )
         model = _load_model(directory, quantization_config=_quantisation_config(kind), dtype=_compute_dtype(kind))
         # Quantised matrices are parameters of other classes.
         if all(type(parameter) is Parameter for parameter in model.parameters()):
             raise ValueError("it stores none of its matrices in few bits")
-        model.save_pretrained(aside)
+        model.save_pretrained(staging_dir)
     except (RuntimeError, ValueError, NotImplementedError, ShardtuneError) as error:
-        why = " ".join(str(error).split())[:400]
+        reason = " ".join(str(error).split())[:400]
+        others = ", ".join(other for other in FewBits if other is not kind)
         raise ShardtuneError(
-            f"bits={kind}: {kind.by} cannot store this model so ({why}); the export in {directory} is whole, and another type "
-            f"({', '.join(other for other in FewBits if other is not kind)}) may do"
+            f"bits={kind}: {kind.storing_library} cannot store this model so ({reason}); the export in {directory} is whole, and "
+            f"another type ({others}) may do"
         ) from error
     return _probe_logits(model, tokenizer)
 
 
-def _unfilled_matrices(directory: Path) -> list[str]:
-    """The matrices whose sides are not divisible by NVFP4's block, with their shapes."""
+def _matrices_not_of_whole_blocks(directory: Path) -> list[str]:
+    """The matrices with a side that is not divisible by NVFP4's block: their names and shapes, for an error."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
-    unfilled = []
+    unsuitable = []
     for name, module in model.named_modules():
+        # The head is not stored in few bits.
         if not isinstance(module, torch.nn.Linear) or module is model.get_output_embeddings():
             continue
         shape = tuple(module.weight.shape)
         if any(side % NVFP4_BLOCK for side in shape):
-            unfilled.append(f"{name} {shape}")
-    return unfilled
+            unsuitable.append(f"{name} {shape}")
+    return unsuitable
 
 
 def _probe_logits(model: Any, tokenizer: Any) -> Tensor:
@@ -201,18 +217,22 @@ def _check_read_back(stored_logits: Tensor, read_logits: Tensor, kind: FewBits, 
     return difference
 
 
-def _load_model(directory: Path, **how: Any) -> Any:
+def _load_model(directory: Path, **settings: Any) -> Any:
+    """The model in eval mode, on a GPU if there is one. `settings`: for transformers, to quantise while loading."""
     import torch
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(directory, device_map=device, local_files_only=True, **how).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, device_map=device, local_files_only=True, **settings).eval()
 
 
 def _compute_dtype(kind: FewBits) -> Any:
+    """The torch type that a model in this type multiplies in."""
     import torch
 
-    return torch.float16 if kind is FewBits.int8 else torch.bfloat16  # LLM.int8() computes in float16
+    if kind is FewBits.int8:
+        return torch.float16
+    return torch.bfloat16
 
 
 def _quantisation_config(kind: FewBits) -> Any:
@@ -245,10 +265,12 @@ def loss_of(model: Any, samples: list[Sample]) -> float:
     loss_sum = 0.0
     num_targets = 0
     for sample in samples:
-        ids = torch.tensor(sample.input_ids[:TOKENS].astype("int64"), device=model.device)
-        learned = torch.tensor(sample.supervised[1:TOKENS].astype(bool), device=model.device)
+        ids = torch.tensor(sample.input_ids[:MAX_TOKENS].astype("int64"), device=model.device)
+        # The logits at a position are for the token after it, so the first token is nobody's target.
+        targets = ids[1:]
+        is_supervised = torch.tensor(sample.supervised[1:MAX_TOKENS].astype(bool), device=model.device)
         with torch.no_grad():
             logits = model(ids[None]).logits[0, :-1].float()
-        loss_sum += float(cross_entropy(logits[learned], ids[1:][learned], reduction="sum"))
-        num_targets += int(learned.sum())
+        loss_sum += float(cross_entropy(logits[is_supervised], targets[is_supervised], reduction="sum"))
+        num_targets += int(is_supervised.sum())
     return loss_sum / max(num_targets, 1)

@@ -35,9 +35,9 @@ class KeptChoices(TorchFunctionMode):
     def __init__(self, choices: Choices) -> None:
         super().__init__()
         self.remaining = list(choices.recorded)
-        self.moved = 0
-        """How many indices it would have chosen differently."""
-        self.same = True
+        self.replaced = 0
+        """How many indices this pass would have chosen differently."""
+        self.calls_match = True
         """Whether the calls had the same order and shapes as the recorded ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,16 +46,22 @@ class KeptChoices(TorchFunctionMode):
         if func not in TOPK:
             return output
         own_indices = output.indices
-        recorded = self.remaining.pop(0).to(own_indices.device) if self.remaining else None
-        if recorded is None or recorded.numel() != own_indices.numel() or recorded.shape[-1] != own_indices.shape[-1]:
-            self.same = False
+        if not self.remaining:
+            self.calls_match = False
             return output
+        recorded = self.remaining.pop(0).to(own_indices.device)
+        if recorded.numel() != own_indices.numel() or recorded.shape[-1] != own_indices.shape[-1]:
+            self.calls_match = False
+            return output
+        # The same tokens, perhaps with and without a dimension for the sequence.
         recorded = recorded.view_as(own_indices)
-        scores, dim = _scores(*args, **kwargs or {})
+        scores, dim = _scores_and_dim(*args, **kwargs or {})
         # Sorted, since the order of the chosen experts does not matter.
-        self.moved += int((recorded.sort(dim).values != own_indices.sort(dim).values).sum())
+        differs = recorded.sort(dim).values != own_indices.sort(dim).values
+        self.replaced += int(differs.sum())
         return torch.return_types.topk((scores.gather(dim, recorded), recorded))
 
 
-def _scores(scores: Tensor, k: int, dim: int = -1, **_: Any) -> tuple[Tensor, int]:
+def _scores_and_dim(scores: Tensor, k: int, dim: int = -1, **_: Any) -> tuple[Tensor, int]:
+    """Two of the arguments of a call of `topk`, which may be given by position or by name."""
     return scores, dim

@@ -27,10 +27,13 @@ def stored_type(directory: Path) -> torch.dtype:
     settings = directory / "config.json"
     if settings.is_file() and read_object(settings).get("quantization_config"):
         return torch.bfloat16
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    with safe_open(str(min(directory.glob("*.safetensors"))), framework="pt") as handle:
-        types = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118 - no mapping
-    return names.get(max(sorted(set(types)), key=types.count), torch.float32)
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    first_file = min(directory.glob("*.safetensors"))
+    with safe_open(str(first_file), framework="pt") as handle:
+        stored = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118 - no mapping
+    # Sorted, so that the same one of two that are equally frequent is taken each time.
+    most_frequent = max(sorted(set(stored)), key=stored.count)
+    return dtypes.get(most_frequent, torch.float32)
 
 
 def write_tensors(
@@ -43,31 +46,39 @@ def write_tensors(
     from safetensors.torch import save_file
 
     files: list[list[str]] = []
-    pending: dict[str, Tensor] = {}  # tensors of the file that is not written yet
-    sizes = [0]
+    """Names of the tensors of each file that is written."""
+    pending: dict[str, Tensor] = {}
+    """Tensors of the file that is not written yet."""
+    pending_bytes = 0
+    total_bytes = 0
 
-    def flush() -> None:
+    def write_pending() -> None:
         files.append(list(pending))
         save_file(pending, directory / f"part-{len(files)}", {"format": "pt"})
         pending.clear()
-        sizes.append(0)
 
     for name, tensor in tensors:
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if pending and sizes[-1] + tensor.nbytes > max_bytes:
-            flush()
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        if pending and pending_bytes + tensor.nbytes > max_bytes:
+            write_pending()
+            pending_bytes = 0
         tensor = tensor.contiguous()
         # A view into a larger buffer would be refused, or written whole.
-        pending[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-        sizes[-1] += tensor.nbytes
-    flush()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        pending[name] = tensor
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    write_pending()
     if len(files) == 1:
         (directory / "part-1").rename(directory / "model.safetensors")
         return
+    # How many files there are is known only now, and every name says it.
     weight_map = {}
     for number, names in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         (directory / f"part-{number}").rename(directory / file)
         weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

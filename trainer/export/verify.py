@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from trainer.step import Built
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference allowed, relative to the largest logit, by the coarsest type that took part: about six of its
-rounding steps, since both sides round in every layer, and fp32's is loosened for sums taken in another order."""
+"""Largest difference allowed, relative to the largest logit, by the coarsest type that took part.
+
+About six rounding steps of that type, since both sides round in every layer. That of float32 is larger, because sums may be
+taken in another order.
+"""
 PROBE = "The export of a model must compute exactly what was trained: question 17, answer 42."
 
 
@@ -94,10 +97,12 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
     if built.layout is Layout.padded:
         batch["attention_mask"] = torch.ones_like(ids)
     else:
-        bounds = torch.tensor([0, ids.shape[1]], dtype=torch.int32, device=runtime.device)
-        batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "document_bounds": [0, ids.shape[1]]}
-        batch |= {"max_length_q": ids.shape[1], "max_length_k": ids.shape[1]}
-        batch["position_ids"] = torch.arange(ids.shape[1], device=runtime.device)[None]
+        # One packed document: these are the inputs of attention over documents of different lengths.
+        length = ids.shape[1]
+        bounds = torch.tensor([0, length], dtype=torch.int32, device=runtime.device)
+        batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "document_bounds": [0, length]}
+        batch |= {"max_length_q": length, "max_length_k": length}
+        batch["position_ids"] = torch.arange(length, device=runtime.device)[None]
     with engine.inference() as module:
         # The model is called through the root module's own forward: only there are its parameters gathered.
         step: Any = module
@@ -107,7 +112,9 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
             logits = step(batch)["logits"]
         finally:
             step.objective = objective
-    return logits.reshape(-1, logits.shape[-1]).cpu() if runtime.is_main else None
+    if not runtime.is_main:
+        return None
+    return logits.reshape(-1, logits.shape[-1]).cpu()
 
 
 def verify_export(
@@ -118,17 +125,17 @@ def verify_export(
     reference: Tensor,
     tolerance: float | None = None,
     decoder_start: int | None = None,
-    rounded: BaseWeights | None = None,
+    quantised_base: BaseWeights | None = None,
     choices: Choices | None = None,
 ) -> Verification:
     """Reload `directory` and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
 
     `tolerance` is relative to the largest logit; default: `TOLERANCE` of the coarsest type among the reference and the
-    stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. `rounded`: see
+    stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. `quantised_base`: see
     `load_export`. `choices`: what the trained model chose; where half precision took part, an export that differs is compared
     once more with these. Errors: DriftError where the difference is larger.
     """
-    model = load_export(directory, base_path, rounded)
+    model = load_export(directory, base_path, quantised_base)
     if tolerance is None:
         tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])
     reference = reference.float()
@@ -143,39 +150,45 @@ def verify_export(
     if not verification.is_close and choices is not None and choices.recorded and is_half_precision:
         with KeptChoices(choices) as kept_choices:
             logits = _logits(model, token_ids, decoder_start)
-        if kept_choices.same and kept_choices.moved:
-            verification = replace(_compare(logits, reference, tolerance), held_choices=kept_choices.moved)
+        if kept_choices.calls_match and kept_choices.replaced:
+            verification = replace(_compare(logits, reference, tolerance), held_choices=kept_choices.replaced)
     if not verification.is_close:
-        raise DriftError(
-            f"{directory}: the export does not compute what was trained: {verification}{_changed_by_loading(directory, model)}"
-        )
+        cause = _changed_by_loading(directory, model)
+        raise DriftError(f"{directory}: the export does not compute what was trained: {verification}{cause}")
     return verification
 
 
 def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tensor:
-    """Logits of an export on the probe, float32 `[T, V]`."""
+    """Logits of an export on the probe, float32 `[T, V]`, or `[1, labels]` of a classifier."""
     ids = torch.tensor([token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder_start is not None:
         inputs["decoder_input_ids"] = shift_right(ids, decoder_start)
     with torch.no_grad(), without_kernel_packages():
         logits = model(**inputs).logits
-    if logits.dim() == 3:
-        logits = logits[:, -len(token_ids) :]  # virtual tokens come first
+    is_classifier = logits.dim() == 2
+    if not is_classifier:
+        # An adapter's virtual tokens come before those of the probe, and have logits too.
+        logits = logits[:, -len(token_ids) :]
     return logits.reshape(-1, logits.shape[-1]).float()
 
 
 def _compare(logits: Tensor, reference: Tensor, tolerance: float) -> Verification:
+    """Compare float32 logits of the same shape. `tolerance` is relative to the largest logit of `reference`."""
+    agrees = logits.argmax(-1) == reference.argmax(-1)
     return Verification(
         max_abs_difference=float((logits - reference).abs().max()),
         largest_logit=float(reference.abs().max()),
-        argmax_agreement=float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
+        argmax_agreement=float(agrees.float().mean()),
         tolerance=tolerance,
     )
 
 
 def _changed_by_loading(directory: Path, model: Any) -> str:
-    """Which tensors of a whole model, and which of their rows, differ after loading from what is stored."""
+    """Which tensors of a whole model, and which of their rows, differ after loading from what is stored.
+
+    To be appended to an error: empty for an adapter, and where nothing differs.
+    """
     from trainer.model.weights import Checkpoint
 
     if (directory / "adapter_config.json").exists():
@@ -193,7 +206,9 @@ def _changed_by_loading(directory: Path, model: Any) -> str:
                 listed += f" and {len(rows) - 5} more"
             changed.append(f"{name} (rows {listed})")
     checkpoint.close()
-    return f"; loaded otherwise than stored: {', '.join(changed[:5])}" if changed else ""
+    if not changed:
+        return ""
+    return f"; loaded otherwise than stored: {', '.join(changed[:5])}"
 
 
 def verify_written(
@@ -207,16 +222,16 @@ def verify_written(
         if runtime.is_main:
             assert logits is not None
             decoder_start = built.two_sides.decoder_start if built.two_sides else None
-            rounded = None
+            quantised_base = None
             if adapter and built.quantised:
-                rounded = built.base_weights(Path(base_path))
+                quantised_base = built.base_weights(Path(base_path))
             report = verify_export(
                 directory,
                 base_path=base_path,
                 token_ids=ids,
                 reference=logits,
                 decoder_start=decoder_start,
-                rounded=rounded,
+                quantised_base=quantised_base,
                 choices=choices,
             )
             print(f"export verified: {report}", flush=True)

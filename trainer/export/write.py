@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from strategies.base import Engine
     from trainer.step import Built
 
-SPARE = 2**22
-"""Bytes for the tokenizer, the card and settings."""
-SLOWEST = 10e6
-"""Bytes a second of the slowest disk for which ranks wait while one of them writes."""
+SMALL_FILES_BYTES = 2**22
+"""Space for the tokenizer, the card and settings."""
+SLOWEST_DISK_BYTES_PER_S = 10e6
+"""The slowest disk for which ranks wait while one of them writes."""
 _REMEDY = "free space and run `shardtune export`. The checkpoints of the run are intact."
 
 
@@ -62,46 +62,48 @@ def write_export(
     possible, DriftError where `config.verify` finds that the export computes something else.
     """
     adapter = built.tuning.adapter and not config.merge
-    # Rank 0 alone writes, syncs, and loads what it wrote.
-    with longer_timeout(runtime, 4 * sum(element_counts(built.step_module).values()) / SLOWEST):
-        aside = destination.with_name(f".{destination.name}.writing")
+    # Rank 0 alone writes, syncs, and loads what it wrote, while the others wait. At most 4 bytes are written for each element.
+    most_bytes = 4 * sum(element_counts(built.step_module).values())
+    with longer_timeout(runtime, most_bytes / SLOWEST_DISK_BYTES_PER_S):
+        staging_dir = destination.with_name(f".{destination.name}.writing")
         error: BaseException | None = None
-        tensors = _Gathered(engine, built, base_path, adapter=adapter)
+        tensors = _GatheredTensors(engine, built, base_path, adapter=adapter)
         try:
             if config.merge and built.tuning.adapter:
                 _check_mergeable(built)
             if runtime.is_main:
-                clear(aside)
-                make_directories(aside)
-                if full := missing_space(aside, bytes_needed(built, config, base_path, adapter=adapter)):
-                    raise StorageError(f"{full}; {_REMEDY}")
+                clear(staging_dir)
+                make_directories(staging_dir)
+                too_little_space = missing_space(staging_dir, bytes_needed(built, config, base_path, adapter=adapter))
+                if too_little_space:
+                    raise StorageError(f"{too_little_space}; {_REMEDY}")
                 if adapter:
-                    _write_adapter(built, tensors.trained(), aside, base_path)
-                    write_record(aside, (facts.run.identity or {}).get("base") or {})
+                    _write_adapter(built, tensors.trained(), staging_dir, base_path)
+                    write_record(staging_dir, (facts.run.identity or {}).get("base") or {})
                     if built.base_config is not None:
                         # The base's own has other positions. Loaders of the adapter build the base by this one.
-                        built.base_config.save_pretrained(str(aside))
+                        built.base_config.save_pretrained(str(staging_dir))
                 else:
-                    _write_model(built, tensors.as_stored(), aside, base_path, config, facts)
-                tokenizer.save_pretrained(str(aside))
-                if built.two_sides is None and _plain(built).can_generate():
-                    write_endings(tokenizer, aside, base_path)
-                _with_added_tokens_note(built, tokenizer, facts, adapter)
-                write_documents(aside, config.papers, facts, adapter=adapter, base_path=base_path)
+                    _write_model(built, tensors.as_stored(), staging_dir, base_path, config, facts)
+                tokenizer.save_pretrained(str(staging_dir))
+                if built.two_sides is None and _model_without_adapter(built).can_generate():
+                    write_endings(tokenizer, staging_dir, base_path)
+                _note_added_tokens(built, tokenizer, facts, adapter)
+                write_documents(staging_dir, config.papers, facts, adapter=adapter, base_path=base_path)
         except Exception as caught:  # noqa: BLE001 - safetensors and peft have error types of their own; all ranks are told
             error = caught
         tensors.exhaust()
-        _agree(error, aside, destination, runtime)
+        _raise_on_all_ranks(error, staging_dir, destination, runtime)
 
         if config.verify:
-            error = verify_written(engine, built, tokenizer, aside, base_path, adapter=adapter, runtime=runtime)
-            _agree(error, aside, destination, runtime)
+            error = verify_written(engine, built, tokenizer, staging_dir, base_path, adapter=adapter, runtime=runtime)
+            _raise_on_all_ranks(error, staging_dir, destination, runtime)
         try:
             if runtime.is_main:
-                _publish(aside, destination)
+                _publish(staging_dir, destination)
         except OSError as caught:
             error = caught
-        _agree(error, aside, destination, runtime)
+        _raise_on_all_ranks(error, staging_dir, destination, runtime)
         return destination
 
 
@@ -115,9 +117,9 @@ def clear(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _agree(error: BaseException | None, aside: Path, destination: Path, runtime: Runtime) -> None:
-    """Raise on every rank what any rank met; nothing half-written stays."""
-    if error is not None and _of_reading(error):
+def _raise_on_all_ranks(error: BaseException | None, staging_dir: Path, destination: Path, runtime: Runtime) -> None:
+    """Raise on every rank what any rank met; nothing half-written stays. All ranks must call, those without an error too."""
+    if error is not None and _is_read_error(error):
         unreadable = ConfigError(
             f"writing the export {destination} failed: a weight file of the base cannot be read "
             f"({error_summary(error)}); bring it back"
@@ -126,40 +128,42 @@ def _agree(error: BaseException | None, aside: Path, destination: Path, runtime:
         error = unreadable
     elif error is not None and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
         cause = error
-        mend = _REMEDY
-        if (
-            isinstance(cause, OSError) and cause.errno is not None and not shared_files.remedy(cause)
-        ):  # space would not help
-            mend = mend.replace("free space", "choose another directory (to=)")
-        error = StorageError(f"{error_summary(cause)}; writing the export {destination} failed: {mend}")
+        remedy = _REMEDY
+        if isinstance(cause, OSError) and cause.errno is not None and not shared_files.remedy(cause):
+            # Space would not help, for example on a read-only disk.
+            remedy = remedy.replace("free space", "choose another directory (to=)")
+        error = StorageError(f"{error_summary(cause)}; writing the export {destination} failed: {remedy}")
         error.__cause__ = cause
     failure = first_error(error, runtime)
     if failure is None:
         return
     if runtime.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging_dir, ignore_errors=True)
     if error is not None:
         raise error
-    raise {"StorageError": StorageError, "ConfigError": ConfigError}.get(failure.kind, ShardtuneError)(failure.text)
+    # Another rank met it: only the name of its type and its text are known here.
+    error_types = {"StorageError": StorageError, "ConfigError": ConfigError}
+    raise error_types.get(failure.kind, ShardtuneError)(failure.text)
 
 
-def _of_reading(error: BaseException) -> bool:
-    """Whether safetensors could not read a file: only the base is read, and its errors have one type for both ways."""
+def _is_read_error(error: BaseException) -> bool:
+    """Whether safetensors could not read a file, which is one of the base. Its errors of reading and writing have one type."""
     return type(error).__name__ == "SafetensorError" and "deserializ" in str(error)
 
 
-def _publish(aside: Path, destination: Path) -> None:
-    """Rename the finished export into place. An earlier export there is moved aside first, and deleted last."""
-    mode = (aside / "README.md").stat().st_mode
-    for file in aside.rglob("*"):
+def _publish(staging_dir: Path, destination: Path) -> None:
+    """Rename the finished export into place. An earlier export there is moved away first, and deleted last."""
+    # safetensors makes its files private, whatever the umask says. The card is written by us, so it has the umask's mode.
+    mode = (staging_dir / "README.md").stat().st_mode
+    for file in staging_dir.rglob("*"):
         if file.is_file():
-            file.chmod(mode)  # safetensors makes its files private, whatever the umask says
+            file.chmod(mode)
             sync_file(file)
     old = destination.with_name(f".{destination.name}.old")
     if destination.exists():
         shutil.rmtree(old, ignore_errors=True)
         atomic_io.disk.rename(destination, old)
-    publish(aside, destination)
+    publish(staging_dir, destination)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -167,25 +171,34 @@ def bytes_needed(built: Built, config: ExportConfig, base_path: str, *, adapter:
     """About how many bytes an export takes: its tensors, and a little for all else."""
     counts = element_counts(built.step_module)
     if adapter:
-        trained = {name for name, _ in trainable_parameters(built.step_module)}
-        return SPARE + 4 * sum(count for name, count in counts.items() if name in trained)
-    return SPARE + _dtype(config, base_path).itemsize * sum(counts.values())
+        # Each element of an adapter takes at most 4 bytes.
+        trainable_names = {name for name, _ in trainable_parameters(built.step_module)}
+        num_trained = sum(count for name, count in counts.items() if name in trainable_names)
+        return SMALL_FILES_BYTES + 4 * num_trained
+    return SMALL_FILES_BYTES + _dtype(config, base_path).itemsize * sum(counts.values())
 
 
 def _dtype(config: ExportConfig, base_path: str) -> torch.dtype:
+    """The type in which a whole model is stored."""
     if config.dtype is ExportType.auto:
         return stored_type(Path(base_path))
     return getattr(torch, str(config.dtype))  # type: ignore[no-any-return]
 
 
-class _Gathered:
+class _GatheredTensors:
     """The engine's collective gathers in a fixed order. If rank 0 stops early, `exhaust` still joins the rest on all ranks."""
 
     def __init__(self, engine: Engine, built: Built, base_path: str, *, adapter: bool) -> None:
         self.built = built
         self.base_path = base_path
-        self._trained = engine.gather(trainable_only=True) if built.tuning.adapter else iter(())
-        self._all = iter(()) if adapter else engine.gather(trainable_only=False)
+        self._trained: Iterator[tuple[str, Tensor | None]] = iter(())
+        """Trainable tensors by name, where the tuning method is an adapter. Tensors are None on ranks other than 0."""
+        self._all: Iterator[tuple[str, Tensor | None]] = iter(())
+        """All tensors by name, where a whole model is written."""
+        if built.tuning.adapter:
+            self._trained = engine.gather(trainable_only=True)
+        if not adapter:
+            self._all = engine.gather(trainable_only=False)
 
     def trained(self) -> dict[str, Tensor]:
         """Full trainable tensors of an adapter method, by plain name."""
@@ -205,18 +218,20 @@ class _Gathered:
 
         tuning = self.built.tuning
         model = self.built.step_module.model
-        trains = {name for name, p in model.named_parameters() if p.requires_grad}
-        folding = AdapterMerger(tuning, model, self.trained(), base) if tuning.adapter else None  # type: ignore[arg-type]
+        trainable_names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        merger: AdapterMerger | None = None
+        if tuning.adapter:
+            merger = AdapterMerger(tuning, model, self.trained(), base)  # type: ignore[arg-type]
         for name, tensor in self._all:
             assert tensor is not None
             if tuning.owns(name):
                 continue
-            if name in trains:
+            if name in trainable_names:
                 yield tuning.base_name(name), tensor
                 continue
-            weight: Tensor | None = _base_or(base, tuning.base_name(name), tensor)
-            if folding is not None and weight is not None:
-                weight = folding.tensor(name, weight)
+            weight: Tensor | None = _base_or_live_value(base, tuning.base_name(name), tensor)
+            if merger is not None and weight is not None:
+                weight = merger.tensor(name, weight)
             if weight is not None:
                 yield tuning.base_name(name), weight
         for name, buffer in persistent_buffers(model):
@@ -230,7 +245,7 @@ class _Gathered:
                 pass
 
 
-def _base_or(base: BaseWeights, name: str, live: Tensor) -> Tensor:
+def _base_or_live_value(base: BaseWeights, name: str, live: Tensor) -> Tensor:
     """The base's own value, or the live one of a parameter that it does not have (a new head)."""
     if name in base.quantised:
         return base.full_tensor(name)
@@ -240,13 +255,15 @@ def _base_or(base: BaseWeights, name: str, live: Tensor) -> Tensor:
 
 
 def _check_mergeable(built: Built) -> None:
+    """Raise ConfigError if the adapter cannot be folded into the base."""
     from trainer.tuning.adapter_files import check_mergeable
     from trainer.tuning.table import method_of
 
-    if reason := method_of(built.tuning.config).no_merge:  # type: ignore[attr-defined]
+    reason = method_of(built.tuning.config).no_merge  # type: ignore[attr-defined]
+    if reason:
         raise ConfigError(f"export.merge=true: {reason}; use export.merge=false")
     model = built.step_module.model
-    check_mergeable(model, {name for name, p in model.named_parameters() if p.requires_grad})
+    check_mergeable(model, {name for name, parameter in model.named_parameters() if parameter.requires_grad})
 
 
 def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, base_path: str) -> None:
@@ -266,10 +283,12 @@ def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, ba
     )
 
 
-def _plain(built: Built) -> Any:
+def _model_without_adapter(built: Built) -> Any:
     """The model without the adapter around it."""
     model: Any = built.step_module.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
 
 
 def _write_model(
@@ -283,25 +302,26 @@ def _write_model(
     """Write the whole model in transformers' format: weights in shards, `config.json` and the base's generation settings."""
     dtype = _dtype(config, base_path)
     write_tensors(tensors, directory, dtype=dtype, max_bytes=int(config.max_shard_gib * 2**30))
-    plain = _plain(built)
     settings = copy.deepcopy(built.config)
-    if settings.model_type not in TEXT_MODEL_ONLY or not settings.architectures:  # of those, the whole model is written
-        settings.architectures = [type(plain).__name__]
+    # Of the types in TEXT_MODEL_ONLY only the text part is in memory, but the files hold the whole model.
+    if settings.model_type not in TEXT_MODEL_ONLY or not settings.architectures:
+        settings.architectures = [type(_model_without_adapter(built)).__name__]
     settings.dtype = dtype
-    if getattr(settings, "quantization_config", None) is not None:  # what is written are the numbers that it stood for
+    # What is written are the numbers that the quantised ones stood for.
+    if getattr(settings, "quantization_config", None) is not None:
         del settings.quantization_config
-    if labels := facts.run.label_names:
-        settings.id2label = dict(enumerate(labels))
-        settings.label2id = {label: number for number, label in enumerate(labels)}
+    label_names = facts.run.label_names
+    if label_names:
+        settings.id2label = dict(enumerate(label_names))
+        settings.label2id = {label: number for number, label in enumerate(label_names)}
     settings.save_pretrained(str(directory))
     generation = Path(base_path) / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, directory / generation.name)
 
 
-def _with_added_tokens_note(built: Built, tokenizer: Any, facts: ModelFacts, adapter: bool) -> None:
+def _note_added_tokens(built: Built, tokenizer: Any, facts: ModelFacts, adapter: bool) -> None:
     """Tell the card when loaders of an adapter must first give the base rows for the new vocabulary."""
-    grown = bool(built.new_token_ids) and text_settings(built.config).vocab_size == len(
-        tokenizer
-    )  # spare rows need no resize
-    facts.resize_to = len(tokenizer) if adapter and grown else None
+    # A base with spare rows holds the new tokens without a resize.
+    has_grown = bool(built.new_token_ids) and text_settings(built.config).vocab_size == len(tokenizer)
+    facts.resize_to = len(tokenizer) if adapter and has_grown else None
