@@ -98,7 +98,7 @@ def test_lost_rows_with_nothing_left_to_learn_are_an_error_beyond_the_bound(tmp_
 
 
 @pytest.mark.parametrize(
-    "reading", [DataSpec(), SftDataSpec(), PairDataSpec(), RatedDataSpec()], ids=lambda r: type(r).__name__
+    "data_spec", [DataSpec(), SftDataSpec(), PairDataSpec(), RatedDataSpec()], ids=lambda r: type(r).__name__
 )
 def test_lost_rows_advice_names_what_the_objective_takes(tmp_path, data_spec):
     long = "fox " * 100

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DOCUMENTS_FILE = "documents.arrow"
 TURNS = ("messages", "chosen", "rejected")
+"""Columns that hold turns of conversations."""
 
 
 @cache
@@ -55,15 +56,17 @@ def to_batch(documents: list[Document]) -> pa.RecordBatch:
     """
     from pyarrow import json as reader
 
-    json_lines = b"\n".join(orjson.dumps(_row(document)) for document in documents) or b"{}"
-    read = reader.ReadOptions(use_threads=False, block_size=len(json_lines) + 1)  # one block is one batch
+    # The reader refuses an empty text: without documents it reads one row, which is left out below.
+    json_lines = b"\n".join(orjson.dumps(_table_row(document)) for document in documents) or b"{}"
+    # One block, and so one batch.
+    read = reader.ReadOptions(use_threads=False, block_size=len(json_lines) + 1)
     parse = reader.ParseOptions(explicit_schema=schema(), unexpected_field_behavior="error")
     (batch,) = reader.read_json(io.BytesIO(json_lines), read, parse).to_batches()
     return batch.slice(0, len(documents))
 
 
-def _row(document: Document) -> dict[str, Any]:
-    """A document as a row of the table."""
+def _table_row(document: Document) -> dict[str, Any]:
+    """A document as a row of the table: what it does not have is left out, tools and calls are JSON texts."""
     row: dict[str, Any] = {}
     for name in schema().names:
         field = getattr(document, name)
@@ -75,11 +78,11 @@ def _row(document: Document) -> dict[str, Any]:
     return _with_json_text(row, "tools")
 
 
-def _with_json_text(part: dict[str, Any], name: str) -> dict[str, Any]:
-    """A row or a turn with its `name`, if it has that, as a JSON text."""
-    if name not in part:
-        return part
-    return {**part, name: json.dumps(part[name], ensure_ascii=False)}
+def _with_json_text(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """A row or a turn, in which the field `name` is a JSON text. As it is, if it has no such field."""
+    if name not in fields:
+        return fields
+    return {**fields, name: json.dumps(fields[name], ensure_ascii=False)}
 
 
 @dataclass
@@ -89,25 +92,24 @@ class DocumentTable:
     directory: Path
 
     @cached_property
-    def _batches(self) -> tuple[list[pa.RecordBatch], np.ndarray]:
-        """The batches, mapped, and the row that each begins with."""
-        import pyarrow as pa
-
-        batches = list(pa.ipc.open_stream(pa.memory_map(str(self.directory / DOCUMENTS_FILE))))
-        sizes = np.array([batch.num_rows for batch in batches], np.int64)
-        return batches, np.cumsum(sizes) - sizes
-
-    @property
     def batches(self) -> list[pa.RecordBatch]:
         """All rows in order, mapped."""
-        return self._batches[0]
+        import pyarrow as pa
+
+        return list(pa.ipc.open_stream(pa.memory_map(str(self.directory / DOCUMENTS_FILE))))
+
+    @cached_property
+    def _first_rows(self) -> np.ndarray:
+        """int64 [batches]: the row that each batch begins with."""
+        sizes = np.array([batch.num_rows for batch in self.batches], np.int64)
+        return np.cumsum(sizes) - sizes
 
     def row(self, index: int) -> dict[str, Any]:
         """Row `index` as plain Python values."""
-        batches, starts = self._batches
-        batch = int(np.searchsorted(starts, index, side="right")) - 1
+        batch_index = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        index_in_batch = index - int(self._first_rows[batch_index])
         # A slice of one row: the rest of the batch is not turned into Python values.
-        (row,) = batches[batch].slice(index - int(starts[batch]), 1).to_pylist()
+        (row,) = self.batches[batch_index].slice(index_in_batch, 1).to_pylist()
         return dict(row)
 
     def document(self, index: int) -> Document:
@@ -115,13 +117,14 @@ class DocumentTable:
         fields = self.row(index)
         for name in TURNS:
             if fields[name] is not None:
-                fields[name] = [_turn(turn) for turn in fields[name]]
-        # Texts of JSON in the table, see `schema`.
-        tools = fields["tools"] and json.loads(fields["tools"])
-        return Document(**{**fields, "separator": fields["separator"] or "", "tools": tools})
+                fields[name] = [_document_turn(turn) for turn in fields[name]]
+        if fields["tools"]:
+            fields["tools"] = json.loads(fields["tools"])
+        fields["separator"] = fields["separator"] or ""
+        return Document(**fields)
 
 
-def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+def _document_turn(turn: dict[str, Any]) -> dict[str, Any]:
     """A turn of the table as a document has it: nulls left out, calls parsed."""
     message = {name: field for name, field in turn.items() if field is not None}
     if "tool_calls" in message:

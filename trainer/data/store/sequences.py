@@ -33,10 +33,11 @@ WEIGHTS_PER_WRITE = 1 << 22
 TERM_PREFIX = "term."
 MARK_PREFIX = "mark."
 LABEL = "label"
+"""Mark: the number of a labelled text's label."""
 REPLAY = "replay"
+"""Mark: whether the source is marked `replay`."""
 REFERENCE = "reference"
-"""Marks that preparation itself knows of: the number of a labelled text's label, whether a source is marked `replay`; and the
-log-probability of a sequence's targets under the model before training, which is attached to a data set that is open."""
+"""Mark: the log-probability of a sequence's targets under the model before training. It is attached to an open data set."""
 
 
 @dataclass(slots=True)
@@ -57,7 +58,9 @@ class Sample:
         if self.weights is None:
             return None
         weights: np.ndarray = self.weights[1:][self.supervised[1:]]
-        return None if (weights == 1).all() else weights
+        if (weights == 1).all():
+            return None
+        return weights
 
     def learned_weight(self) -> float:
         """The targets, as they are counted for the loss: their number, or the sum of their weights where they have some."""
@@ -66,15 +69,18 @@ class Sample:
             return int(self.supervised[1:].sum())
         return math.fsum(weights.tolist())
 
-    def cut(self, *parts: slice) -> Sample:
-        """A sample of these parts of the tokens, one after another."""
+    def cut(self, *spans: slice) -> Sample:
+        """A sample of these spans of the tokens, one after another, with the same marks."""
 
-        def join(row: np.ndarray) -> np.ndarray:
-            return np.concatenate([row[part] for part in parts])
+        def join(values: np.ndarray) -> np.ndarray:
+            return np.concatenate([values[span] for span in spans])
 
         supervised = join(self.supervised)
+        # Nothing predicts the first token of what is left.
         supervised[:1] = False
-        weights = None if self.weights is None else join(self.weights)
+        weights = None
+        if self.weights is not None:
+            weights = join(self.weights)
         return Sample(join(self.input_ids), supervised, dict(self.marks), weights)
 
     def answer_begin(self) -> int:
@@ -100,8 +106,11 @@ class TokenDataset:
         self.weights: np.ndarray | None = None
         if (store / WEIGHTS).exists():
             self.weights = _open_mapped(store / WEIGHTS, np.float32, int(offsets[-1]))
-        # Read into memory: a few numbers a sequence, while tokens stay on the disk.
-        index = np.load(directory / "index.npy") if is_split else np.arange(len(offsets) - 1)
+        # Read into memory: a few numbers for each sequence, while tokens stay on the disk.
+        if is_split:
+            index = np.load(directory / "index.npy")
+        else:
+            index = np.arange(len(offsets) - 1)
         self.starts: np.ndarray = offsets[:-1][index]
         """int64 [N]: where each sequence begins in `tokens`."""
         self.lengths: np.ndarray = np.diff(offsets)[index]
@@ -148,11 +157,13 @@ class TokenDataset:
         """Sequence `index`, as views into the mapped arrays. Raises DataError if somebody cut a file off meanwhile."""
         # Somebody may delete or truncate the cache while a run reads it.
         for mapped in (self.tokens, self.supervised):
-            _refuse_cut_off(mapped)
+            _check_not_cut_off(mapped)
         begin = int(self.starts[index])
         end = begin + int(self.lengths[index])
         marks = {name: column[index].item() for name, column in self.marks.items()}
-        weights = None if self.weights is None else self.weights[begin:end]
+        weights = None
+        if self.weights is not None:
+            weights = self.weights[begin:end]
         return Sample(self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), marks, weights)
 
     def attach(self, name: str, column: np.ndarray) -> None:
@@ -173,37 +184,45 @@ def columns_with_prefix(columns: dict[str, np.ndarray], prefix: str) -> dict[str
 
 def exact_sum(counts: np.ndarray) -> float:
     """The sum of counts. That of weights is rounded once, so that it is the same in any order."""
-    return int(counts.sum()) if counts.dtype.kind == "i" else math.fsum(counts.tolist())
+    if counts.dtype.kind == "i":
+        return int(counts.sum())
+    return math.fsum(counts.tolist())
 
 
 def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
     """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another."""
-    return concatenated_ranges((np.cumsum(pieces) - pieces)[documents], pieces[documents])
+    first_sequences = np.cumsum(pieces) - pieces
+    return concatenated_ranges(first_sequences[documents], pieces[documents])
 
 
 def concatenated_ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """int64: the ranges [begin, begin + size), one after another."""
-    ends = np.cumsum(sizes)
-    offsets = np.arange(sizes.sum()) - np.repeat(ends - sizes, sizes)  # within each range
-    return (np.repeat(begins, sizes) + offsets).astype(np.int64)
+    # Where each range begins in the result.
+    result_begins = np.cumsum(sizes) - sizes
+    offsets_in_range = np.arange(sizes.sum()) - np.repeat(result_begins, sizes)
+    return (np.repeat(begins, sizes) + offsets_in_range).astype(np.int64)
 
 
 def _open_mapped(path: Path, dtype: type, count: int) -> np.ndarray:
-    """A file of `count` numbers, mapped. Raises ValueError where it has another size."""
+    """A file of `count` numbers, mapped. Raises ValueError if it has another size."""
     expected_bytes = count * np.dtype(dtype).itemsize
     if path.stat().st_size != expected_bytes:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {expected_bytes}")
-    if not expected_bytes:  # an empty file cannot be mapped
+    # An empty file cannot be mapped.
+    if not expected_bytes:
         return np.zeros(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def _refuse_cut_off(mapped: np.ndarray) -> None:
+def _check_not_cut_off(mapped: np.ndarray) -> None:
     """Raise DataError if the file behind a mapped array became shorter: reading there would kill the process (SIGBUS)."""
-    if isinstance(mapped, np.memmap) and isinstance(mapped.base, mmap) and mapped.base.size() < mapped.nbytes:
+    if not isinstance(mapped, np.memmap) or not isinstance(mapped.base, mmap):
+        return
+    file_bytes = mapped.base.size()
+    if file_bytes < mapped.nbytes:
         raise DataError(
-            f"{mapped.filename}: was cut off from {mapped.nbytes} to {mapped.base.size()} bytes while the run reads it; delete "
-            "its directory, and the same command prepares the data again and continues"
+            f"{mapped.filename}: was cut off from {mapped.nbytes} to {file_bytes} bytes while the run reads it; delete its "
+            "directory, and the same command prepares the data again and continues"
         )
 
 
@@ -220,7 +239,7 @@ class Sequences:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     """int64 [s] each (counts may be float64), as in `columns.npz`."""
     weights: np.ndarray | None = None
-    """float32 [T]; None where each target weighs 1."""
+    """float32 [T]; None if each target weighs 1."""
 
     @classmethod
     def of(cls, samples: list[Sample], counts: Callable[[Sample], dict[str, float]]) -> Sequences:
@@ -233,7 +252,7 @@ class Sequences:
             for term, count in counts(sample).items():
                 counts_by_term.setdefault(term, [0] * len(samples))[number] = count
         for term, term_counts in counts_by_term.items():
-            # Counts are whole unless turns have weights of their own; whole numbers are summed without rounding.
+            # Counts are whole unless turns have weights of their own. Whole numbers are summed without rounding.
             are_whole = all(isinstance(count, int) for count in term_counts)
             columns[TERM_PREFIX + term] = np.array(term_counts, np.int64 if are_whole else np.float64)
         mark_names: set[str] = set()
@@ -246,20 +265,28 @@ class Sequences:
             supervised=_concatenate([sample.supervised for sample in samples], np.uint8),
             lengths=np.array([len(sample.input_ids) for sample in samples], np.int64),
             columns=columns,
-            weights=_weights(samples),
+            weights=_token_weights(samples),
         )
 
 
-def _weights(samples: list[Sample]) -> np.ndarray | None:
-    """float32 [T]: 0 where a token is no target; None where each target weighs 1."""
+def _token_weights(samples: list[Sample]) -> np.ndarray | None:
+    """float32 [T]: 0 where a token is no target. None if each target weighs 1."""
     if all(sample.target_weights() is None for sample in samples):
         return None
-    rows = [sample.supervised * (1 if sample.weights is None else sample.weights) for sample in samples]
-    return _concatenate(rows, np.float32)
+    weights = []
+    for sample in samples:
+        if sample.weights is None:
+            weights.append(sample.supervised)
+        else:
+            weights.append(sample.supervised * sample.weights)
+    return _concatenate(weights, np.float32)
 
 
-def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    """Arrays one after another, as `dtype`; empty if there are none, which numpy refuses."""
+    if not arrays:
+        return np.zeros(0, dtype)
+    return np.concatenate(arrays).astype(dtype, copy=False)
 
 
 class StoreWriter:
@@ -281,15 +308,21 @@ class StoreWriter:
         self._write_weights(sequences)
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
         for name, numbers in sequences.columns.items():
+            # Both codes, `q` for int64 and `d` for float64, have 8 bytes, and both have a zero of zero bytes.
             column = self.columns.setdefault(name, array("q", bytes(8 * sequences_before)))
             if numbers.dtype.kind == "f" and column.typecode == "q":
-                column = self.columns[name] = array("d", column)
-            kind = np.int64 if column.typecode == "q" else np.float64
-            zeros = bytes(8 * (sequences_before - len(column)))  # for earlier blocks that did not have the column
-            column.frombytes(zeros + numbers.astype(kind).tobytes())
+                column = array("d", column)
+                self.columns[name] = column
+            dtype = np.int64 if column.typecode == "q" else np.float64
+            # Zeros for earlier blocks that did not have the column.
+            zeros = bytes(8 * (sequences_before - len(column)))
+            column.frombytes(zeros + numbers.astype(dtype).tobytes())
 
     def _write_weights(self, sequences: Sequences) -> None:
-        """Write the weights of a block: from the first that has some on, and those of all before it, which weigh 1."""
+        """Write the weights of a block, if it or one before it has some.
+
+        At the first block that has some, those of all tokens before it are written too: targets there weigh 1.
+        """
         if self._weights is None:
             if sequences.weights is None:
                 return
@@ -301,7 +334,9 @@ class StoreWriter:
                 mask = np.memmap(self._mask.name, np.uint8, "r")[:tokens_before]
             for start in range(0, tokens_before, WEIGHTS_PER_WRITE):
                 self._weights.write(mask[start : start + WEIGHTS_PER_WRITE].astype(np.float32).tobytes())
-        weights = sequences.supervised if sequences.weights is None else sequences.weights
+        weights = sequences.weights
+        if weights is None:
+            weights = sequences.supervised
         self._weights.write(weights.astype(np.float32).tobytes())
 
     def column(self, name: str) -> np.ndarray:
@@ -312,8 +347,9 @@ class StoreWriter:
     def finish(self, **replaced: np.ndarray) -> None:
         """Write the tables, and close the files; `replaced` columns (int64 [S]) take the place of those appended."""
         columns = {name: self.column(name) for name in self.columns} | replaced
+        lengths = np.frombuffer(self.lengths, dtype=np.int64)
         # One more than there are sequences: the last is the number of tokens.
-        offsets = np.concatenate([[0], np.cumsum(np.frombuffer(self.lengths, dtype=np.int64))])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
         for file in (self._tokens, self._mask, self._weights):
             if file is not None:
                 file.close()
