@@ -204,15 +204,15 @@ def _words(words: tuple[str, ...], settings: dict[str, Any]) -> list[str]:
     command_words = list(words)
     if not settings:
         return command_words
-    from launch.config.choices import groups
-    from launch.config.overrides import setting_of
+    from launch.config.choices import choices_by_group
+    from launch.config.overrides import find_setting
     from launch.config.overrides import settings as all_settings
 
     settings_by_key = all_settings()
     key_by_name = {key.replace(".", "_").rstrip("_"): key.rstrip("_") for key in settings_by_key}
     for name, value in settings.items():
         key = name
-        if name not in groups() and setting_of(settings_by_key, name) is None:
+        if name not in choices_by_group() and find_setting(settings_by_key, name) is None:
             key = key_by_name.get(name.rstrip("_"), name)
         command_words.append(f"{key}={_text(value)}")
     return command_words

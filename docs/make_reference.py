@@ -20,8 +20,8 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.config.choices import CONF_DIR, groups, settings_of, variants  # noqa: E402
-from launch.config.overrides import describe  # noqa: E402
+from launch.config.choices import CONF_DIR, choices_by_group, settings_class_of, settings_classes  # noqa: E402
+from launch.config.overrides import describe_type  # noqa: E402
 from strategies.settings import Traits, traits_of  # noqa: E402
 from trainer.config.descriptions import all_docstrings, docstrings  # noqa: E402
 from trainer.config.run import BatchSettings, RunConfig  # noqa: E402
@@ -79,7 +79,7 @@ def values_of(hint: Any) -> str:
     """What may be typed for a setting of this type."""
     if isinstance(hint, type) and issubclass(hint, Enum):
         return " ".join(f"`{member.value}`" for member in hint)
-    return "text or a list" if hint is Any else describe(hint)
+    return "text or a list" if hint is Any else describe_type(hint)
 
 
 def table(group: str, settings: type, names: list[str]) -> list[str]:
@@ -119,11 +119,11 @@ def variant_group(group: str) -> list[str]:
     lines = [f"## {group}", "", *choices(group)]
     if shared:
         lines += ["With every choice:", "", *table(group, base, shared)]
-    for name, settings in variants()[group].items():
-        parents = [parent for parent in settings.__mro__[1:] if parent in variants()[group].values()]
+    for name, settings in settings_classes()[group].items():
+        parents = [parent for parent in settings.__mro__[1:] if parent in settings_classes()[group].values()]
         known = [f.name for parent in parents for f in fields(parent)]
         own = [f.name for f in fields(settings) if f.name not in (*known, *shared, "name")]
-        typed = [c for c in groups()[group] if settings_of(group, c) is settings]
+        typed = [c for c in choices_by_group()[group] if settings_class_of(group, c) is settings]
         title = ", ".join(f"`{group}={choice}`" for choice in typed or [name])
         lines += [f"{title}: {(settings.__doc__ or '').strip()}", ""]
         lines += table(group, settings, own) if own else []
@@ -132,7 +132,11 @@ def variant_group(group: str) -> list[str]:
 
 def choices(group: str) -> list[str]:
     """The line that lists the choices of a group."""
-    return [f"Choices: {', '.join(f'`{group}={c}`' for c in groups()[group])}.", ""] if group in groups() else []
+    return (
+        [f"Choices: {', '.join(f'`{group}={c}`' for c in choices_by_group()[group])}.", ""]
+        if group in choices_by_group()
+        else []
+    )
 
 
 def page() -> str:
@@ -143,7 +147,7 @@ def page() -> str:
             continue
         if name == "batch":
             lines += ["## batch", "", *table(name, BatchSettings, [f.name for f in fields(BatchSettings)])]
-        elif name in variants():
+        elif name in settings_classes():
             lines += variant_group(name)
         elif is_dataclass(hint):
             assert isinstance(hint, type)
@@ -176,9 +180,9 @@ def conf_files() -> dict[Path, type]:
     files: dict[Path, type] = {CONF_DIR / "train.yaml": RunConfig}
     hints = get_type_hints(RunConfig)
     for group in hints:
-        for choice in groups().get(group, []):
+        for choice in choices_by_group().get(group, []):
             files[CONF_DIR / group / f"{choice}.yaml"] = (
-                settings_of(group, choice) if group in variants() else hints[group]
+                settings_class_of(group, choice) if group in settings_classes() else hints[group]
             )
     return files
 

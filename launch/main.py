@@ -21,7 +21,7 @@ from trainer.stopping.signals import hold
 if TYPE_CHECKING:
     from launch.config.verb_words import VerbWords
 
-GROUPS = {
+VERBS_BY_GROUP = {
     "start": {
         "demo": "fine-tune a small real model on this machine, from nothing",
         "init": "write a commented settings file; from= converts axolotl's and others",
@@ -50,19 +50,19 @@ GROUPS = {
         "chat": "chat with the exported model, next to its base",
     },
 }
-VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()}
+VERBS = {verb: text for verbs in VERBS_BY_GROUP.values() for verb, text in verbs.items()}
 """Every verb with a line about it."""
-SAVING = ("train", "prepare")
+VERBS_THAT_SAVE = ("train", "prepare")
 """Verbs that save, or undo, before a signal ends them."""
-LOOKING = ("status", "logs", "stop")
+READ_ONLY_VERBS = ("status", "logs", "stop")
 """Verbs that write no file of text and load no model: they work whatever the environment's encoding and options are."""
-DRAWING = ("demo", "chat")
+VERBS_THAT_DRAW = ("demo", "chat")
 """Verbs that draw on the terminal. They make the text of a model printable themselves."""
 EXIT_CODES = (
     "exit codes: 0 done, 64 wrong setting, 65 wrong data, 69 does not fit or a\n"
     "limit failed, 74 disk, 75 preempted (resumable), 130 Ctrl-C, 70 anything else"
 )
-ELSEWHERE = {
+OTHER_MODULES = {
     "train": "train",
     "submit": "submit",
     "status": "runs.status_command",
@@ -87,21 +87,21 @@ def main(argv: list[str] | None = None) -> int:
         print(version())
         return 0
     if verb in ("--shell-completion", "-sc") or verb.startswith("--shell-completion="):
-        return completion(words)
+        return print_completion(words)
     if verb not in VERBS:
         problem = _unknown_verb(verb)
         print(f"shardtune: {problem}", file=sys.stderr)
-        return _failed(words, [problem], 64)
+        return _report_failure(words, [problem], 64)
     if "--version" in words:
         print(version())
         return 0
-    if verb in SAVING:
+    if verb in VERBS_THAT_SAVE:
         hold()
-    return guarded(verb, words[1:])
+    return run_guarded(verb, words[1:])
 
 
 def _unknown_verb(verb: str) -> str:
-    """What to say about a verb that does not exist."""
+    """The message about a verb that does not exist, with the one that was probably meant."""
     from launch.config import misspelled
 
     if verb in misspelled.VERBS:
@@ -112,7 +112,7 @@ def _unknown_verb(verb: str) -> str:
 
 
 def version() -> str:
-    """The version and where it lies, with the revision of a clone, and the version of Python."""
+    """The text of `--version`: shardtune's version, its git revision and directory, and the version of Python."""
     from importlib import metadata
 
     from trainer.reporting.code_revision import ROOT, revision
@@ -126,7 +126,7 @@ def version() -> str:
     return f"shardtune {number}{revision_text} ({ROOT}), Python {sys.version.split()[0]}"
 
 
-def completion(words: list[str]) -> int:
+def print_completion(words: list[str]) -> int:
     """Print the completion script of a shell; returns the exit code."""
     from launch.config.completion import script
     from strategies.errors import ConfigError
@@ -153,36 +153,39 @@ def declared_words() -> dict[str, list[type[VerbWords]]]:
 
 def module_of(verb: str) -> str:
     """The module whose `main` does the verb."""
-    return f"launch.{ELSEWHERE.get(verb, f'{verb}.command')}"
+    return f"launch.{OTHER_MODULES.get(verb, f'{verb}.command')}"
 
 
-def guarded(verb: str, argv: list[str]) -> int:
-    """Run the verb's own `main(argv)`; every error becomes a message and an exit code.
+def run_guarded(verb: str, argv: list[str]) -> int:
+    """Run a verb with its words, and turn every error into a message and an exit code, which is returned.
 
-    A verb that saves (`SAVING`) does so even if nobody can read its output any more.
+    A verb that saves (`VERBS_THAT_SAVE`) does so even if nobody can read its output any more.
     """
-    streams.prepare()
-    with _output_of(verb), _note_interrupts() as interrupts:
-        return _guarded(verb, argv, interrupts)
+    streams.prepare_streams()
+    with _output_context(verb), _note_interrupts() as interrupts:
+        return _run_with_messages(verb, argv, interrupts)
 
 
-def _output_of(verb: str) -> AbstractContextManager[None]:
-    """How a verb writes to the terminal."""
-    from launch.output import lasting
+def _output_context(verb: str) -> AbstractContextManager[None]:
+    """The context in which a verb writes to stdout and stderr: with control characters spelled out, unless it needs them."""
+    from launch.output import tolerate_closed_streams
 
-    if verb in SAVING:
-        return lasting()
-    return nullcontext() if verb in DRAWING else streams.only_printable()
+    if verb in VERBS_THAT_SAVE:
+        return tolerate_closed_streams()
+    return nullcontext() if verb in VERBS_THAT_DRAW else streams.only_printable()
 
 
 @contextmanager
 def _note_interrupts() -> Iterator[list[int]]:
-    """Collect each Ctrl-C within the block. A library that is being imported may turn it into an error of its own."""
+    """Within the block, collect each Ctrl-C in the list that is yielded, beside the usual KeyboardInterrupt.
+
+    A library that is being imported may turn that exception into an error of its own.
+    """
     interrupts: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
-        interrupts.append(number)
-        signal.default_int_handler(number, frame)
+    def note(signal_number: int, frame: Any) -> None:
+        interrupts.append(signal_number)
+        signal.default_int_handler(signal_number, frame)
 
     # Only the main thread may set handlers, and whoever has set another one keeps it.
     is_main_thread = threading.current_thread() is threading.main_thread()
@@ -196,69 +199,72 @@ def _note_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
-    """Run the verb and turn its errors into messages and exit codes. `interrupts` fills with each Ctrl-C."""
+def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int:
+    """Run a verb and turn its errors into messages and an exit code. `interrupts`: fills with each Ctrl-C."""
     from strategies.errors import ConfigError, ShardtuneError, is_panic, tokenizer_panic
     from strategies.redaction import redacted
 
     try:
         return _run_verb(verb, argv)
     except ConfigError as error:
-        title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
-        print(f"shardtune {verb}: {title}", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return _failed(argv, error.problems, error.exit_code)
+        number = len(error.problems)
+        title = f"{number} problems" if number > 1 else "1 problem"
+        lines = [f"shardtune {verb}: {title}", *(f"  {problem}" for problem in error.problems)]
+        print("\n".join(lines), file=sys.stderr)
+        return _report_failure(argv, error.problems, error.exit_code)
     except ShardtuneError as error:
         print(f"shardtune {verb}: {error}", file=sys.stderr)
-        return _failed(argv, [str(error)], error.exit_code)
+        return _report_failure(argv, [str(error)], error.exit_code)
     except KeyboardInterrupt:
         print(f"shardtune {verb}: interrupted", file=sys.stderr)
-        return _failed(argv, ["interrupted"], 130)
+        return _report_failure(argv, ["interrupted"], 130)
     except BrokenPipeError:  # the reader of our output went away, as in `shardtune train --cfg | head`
+        # Python writes what is buffered at exit, and would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
         if is_panic(error):
             problem = str(tokenizer_panic(error, "the tokenizer"))
             print(f"shardtune {verb}: {problem}", file=sys.stderr)
-            return _failed(argv, [problem], ConfigError.exit_code)
+            return _report_failure(argv, [problem], ConfigError.exit_code)
         if not isinstance(error, Exception):
             raise
         if interrupts:  # a library turned Ctrl-C into this error
             print(f"shardtune {verb}: interrupted", file=sys.stderr)
-            return _failed(argv, ["interrupted"], 130)
+            return _report_failure(argv, ["interrupted"], 130)
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-        return _failed(argv, [redacted(f"{type(error).__name__}: {error}")], 70)
+        return _report_failure(argv, [redacted(f"{type(error).__name__}: {error}")], 70)
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:
-    """Check what all verbs need, and run one."""
+    """Check the environment and the words, as far as all verbs do, and run one verb; returns the exit code."""
     from importlib import import_module
 
-    from launch.config.user_files import take_directories
+    from launch.config.user_files import take_config_dirs
 
-    if verb not in LOOKING:
+    if verb not in READ_ONLY_VERBS:
         streams.refuse_stripped_docstrings()
         streams.refuse_unwritable_words(argv)
     _refuse_addresses(argv)
-    return int(import_module(module_of(verb)).main(take_directories(argv)) or 0)
+    return int(import_module(module_of(verb)).main(take_config_dirs(argv)) or 0)
 
 
-def _failed(words: list[str], problems: list[str], code: int) -> int:
-    """Print the error as JSON if the words have --json, as the last thing on stdout; returns the exit code.
+def _report_failure(words: list[str], problems: list[str], code: int) -> int:
+    """If the words have `--json`, print the error as JSON, as the last thing on stdout; returns the exit code `code`.
 
     The ranks of a job print none: their launcher says how the run ended.
     """
-    from launch.output import FLAG, print_json
+    from launch.output import JSON_FLAG, print_json
 
-    if FLAG in words and not _is_rank():
+    if JSON_FLAG in words and not _is_rank():
         answer = {"error": "\n".join(problems), "problems": problems, "exit_code": code}
-        is_one_a_line = bool({"--follow", "--watch"} & set(words))
-        print_json(answer, one_line=is_one_a_line)
+        prints_an_object_a_line = bool({"--follow", "--watch"} & set(words))
+        print_json(answer, one_line=prints_an_object_a_line)
     return code
 
 
 def _is_rank() -> bool:
-    """Whether a launcher started this process as a rank. Not if its variables make no sense, which the verb has refused."""
+    """Whether a launcher started this process as a rank. False if its variables make no sense: then the verb refused them."""
     from launch.config.process_role import is_worker
     from strategies.errors import ConfigError
 
@@ -269,7 +275,7 @@ def _is_rank() -> bool:
 
 
 def _refuse_addresses(words: list[str]) -> None:
-    """Raise ConfigError if `to=` is an address: it would become a local directory called `s3:`."""
+    """Refuse an address behind `to=`, which would become a local directory called `s3:`. Errors: ConfigError."""
     from strategies.errors import ConfigError
 
     for word in words:
@@ -283,7 +289,7 @@ def _refuse_addresses(words: list[str]) -> None:
 def usage() -> str:
     """The text of `shardtune --help`."""
     lines = []
-    for group, verbs in GROUPS.items():
+    for group, verbs in VERBS_BY_GROUP.items():
         lines.append(group)
         lines += [f"  {verb:<9}{text}" for verb, text in verbs.items()]
     verb_lines = "\n".join(lines)

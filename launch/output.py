@@ -21,13 +21,13 @@ from typing import Any, TextIO
 
 from launch.streams import printable
 
-FLAG = "--json"
+JSON_FLAG = "--json"
 COLUMN_GAP = 2
 """Blanks between two columns of a table."""
-LEAST_WORDS = 16
+LEAST_TEXT_WIDTH = 16
 """Characters that a column of words keeps, however many columns of numbers stand beside it."""
 BREAKS = "/-_"
-"""Characters after which a word may be folded that is longer than its column: a path or a name of a run."""
+"""Characters after which a word that is longer than its column may be folded: such words are paths and names of runs."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class TableRow:
 
 
 def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 0) -> list[str]:
-    """Lay out a table in lines of at most `width()` columns; no titles are drawn if no column has one.
+    """Lay out a table as lines of text, at most as wide as the terminal; titles are drawn if any column has one.
 
-    No cell is cut. A table is wider than the terminal only if its numbers and `LEAST_WORDS` of each column of words are.
+    No cell is cut: text is folded. A table is wider than the terminal only if its numbers and `LEAST_TEXT_WIDTH` of each column
+    of text are. `indent`: blanks before each line.
     """
     from rich.console import Console
     from rich.style import Style
@@ -72,30 +73,32 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 
             overflow="fold",
             no_wrap=column.is_number,
         )
-    for number, row in enumerate(rows):
-        # Rich gives the style back with each line that it draws. So we know below which line the notes of a row stand.
+    for row_number, row in enumerate(rows):
         # Cells are `Text`: as plain strings, the brackets in `tuning.targets=[q_proj]` would be markup.
-        grid.add_row(*(FoldedText(writable(cell)) for cell in row.cells), style=Style(meta={"row": number}))
+        cells = [FoldedText(displayable(cell)) for cell in row.cells]
+        # Rich gives the style back with each line that it draws. So we know below which line the notes of a row stand.
+        grid.add_row(*cells, style=Style(meta={"row": row_number}))
     table_width = max(width() - indent, _least_width(columns, rows))
     # With a height rich asks no terminal for its size.
     console = Console(file=io.StringIO(), width=table_width, height=25, color_system=None)
+
     lines = []
-    for row_number, drawn_lines in groupby(console.render_lines(grid, pad=False), key=_row_number):
+    for row_number_of_lines, drawn_lines in groupby(console.render_lines(grid, pad=False), key=_row_number):
         for drawn_line in drawn_lines:
             text = "".join(segment.text for segment in drawn_line)
             lines.append((" " * indent + text).rstrip())
-        if row_number is not None:
-            lines += rows[row_number].notes
+        if row_number_of_lines is not None:
+            lines += rows[row_number_of_lines].notes
     return lines
 
 
 def _row_number(line: Sequence[Any]) -> int | None:
-    """The row that a line of rich's segments belongs to; None for the titles."""
+    """The number of the row that a drawn line of rich's segments belongs to; None for the line of titles."""
     return line[0].style.meta.get("row")
 
 
 def break_word(word: str, columns: int) -> str:
-    """A word with line breaks after some of its `BREAKS`, so that its pieces fit into `columns` as far as these allow."""
+    """A long word with line breaks after some of its `BREAKS`, so that its pieces fit into `columns` if these allow it."""
     from rich.cells import cell_len
 
     if cell_len(word) <= columns:
@@ -109,47 +112,47 @@ def break_word(word: str, columns: int) -> str:
 
 
 def _least_width(columns: Sequence[Column], rows: Sequence[TableRow]) -> int:
-    """Columns of text in which numbers keep their line, and words `LEAST_WORDS` columns."""
+    """The width below which a table must not shrink: that of its numbers, and up to `LEAST_TEXT_WIDTH` for columns of text."""
     from rich.cells import cell_len
 
     least = COLUMN_GAP * (len(columns) - 1)
     for number, column in enumerate(columns):
-        cells = [column.title, *(writable(row.cells[number]) for row in rows)]
+        cells = [column.title, *(displayable(row.cells[number]) for row in rows)]
         longest = max(map(cell_len, cells))
-        least += longest if column.is_number else min(longest, LEAST_WORDS)
+        least += longest if column.is_number else min(longest, LEAST_TEXT_WIDTH)
     return least
 
 
 def width() -> int:
-    """Columns of the terminal, at least 80; 80 if stdout is none. The environment variable COLUMNS goes before both."""
+    """The width of the terminal in columns, at least 80, which it also is if stdout is no terminal. COLUMNS goes before both."""
     return max(80, shutil.get_terminal_size((80, 24)).columns)
 
 
 def fold(text: str, indent: int = 4) -> list[str]:
-    """A sentence in lines of `width()` columns, all but the first indented. A path or a word is never broken."""
+    """A sentence in lines as wide as the terminal, all but the first indented. A path or a word is never broken."""
     return textwrap.wrap(
-        writable(text), width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        displayable(text), width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )
 
 
 def fold_all(sentences: Sequence[str], *, indent: int = 2) -> list[str]:
-    """Each sentence as an indented entry of a list."""
+    """The lines of a list of sentences, each folded, with this indent."""
     lines = []
     for sentence in sentences:
         lines += fold(" " * indent + sentence)
     return lines
 
 
-def cut(text: str) -> str:
-    """A text on one line of at most `width()` columns: for messages that stand in full elsewhere."""
+def truncate_to_width(text: str) -> str:
+    """The text on one line, cut with `...` at the width of the terminal: for messages that stand in full elsewhere."""
     from rich.cells import cell_len, set_cell_size
 
-    line = writable(text)
+    line = displayable(text)
     return line if cell_len(line) <= width() else set_cell_size(line, width() - 3) + "..."
 
 
-def writable(text: str) -> str:
-    """A text as stdout can show it: control characters, and those that its encoding lacks, are spelled out."""
+def displayable(text: str) -> str:
+    """A text that stdout can show: control characters, and characters that its encoding lacks, are spelled out."""
     without_controls = printable(text)
     if is_utf8():
         return without_controls
@@ -162,13 +165,14 @@ def is_utf8() -> bool:
 
 
 def _encoding() -> str:
+    """The encoding of stdout; UTF-8 for a stream that names none."""
     return getattr(sys.stdout, "encoding", None) or "utf-8"
 
 
-class said_to_stderr:
-    """Within the block, everything that is printed goes to stderr, also by child processes and by C code; only if `quiet`.
+class stdout_to_stderr:
+    """Within the block, everything that is printed goes to stderr, so that stdout has the JSON answer alone.
 
-    So stdout has the JSON answer alone.
+    That includes what child processes and C code print. `quiet`: False leaves stdout as it is.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -197,8 +201,8 @@ def print_json(answer: dict[str, Any], *, one_line: bool = False) -> None:
     print(json.dumps(answer, indent=None if one_line else 1, ensure_ascii=not is_utf8()), flush=True)
 
 
-class Lasting:
-    """A stream that nobody needs to read: if it cannot be written any more, text is dropped from then on without an error.
+class ClosableStream:
+    """Wraps an output stream whose reader may go away: if it cannot be written any more, text is dropped without an error.
 
     A terminal may be closed, and Ctrl-C ends the `tee` behind a command before the command has saved.
     """
@@ -235,9 +239,9 @@ class Lasting:
 
 
 @contextmanager
-def lasting() -> Iterator[None]:
+def tolerate_closed_streams() -> Iterator[None]:
     """Within the block stdout and stderr are `Lasting`."""
-    out = Lasting(sys.stdout)
-    err = Lasting(sys.stderr)
+    out = ClosableStream(sys.stdout)
+    err = ClosableStream(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
         yield

@@ -16,15 +16,15 @@ from typing import Any, TextIO
 
 from strategies.errors import ConfigError
 
-NAMES = ("stdin", "stdout", "stderr")
+STREAM_NAMES = ("stdin", "stdout", "stderr")
 """The standard streams in the order of their descriptors, 0 to 2."""
 UTF8_MODE = "PYTHONUTF8"
 """The environment variable of Python that makes UTF-8 the encoding of names, files and streams."""
 
 
-def prepare() -> None:
-    """Open the standard streams that are closed, and let each take every character."""
-    for descriptor, name in enumerate(NAMES):
+def prepare_streams() -> None:
+    """Open the standard streams that are closed, and make stdout and stderr take characters that their encoding lacks."""
+    for descriptor, name in enumerate(STREAM_NAMES):
         _open_if_closed(descriptor, name)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -35,18 +35,19 @@ def prepare() -> None:
 
 
 def _open_if_closed(descriptor: int, name: str) -> None:
-    """Put the null device in the place of a closed standard stream.
+    """Open the null device in place of a standard stream (`name`, such as `stdout`) that the process was started without.
 
     The next file that is opened would otherwise get the stream's descriptor, and libraries would print into that file.
     """
     try:
         os.fstat(descriptor)
     except OSError:
-        null = os.open(os.devnull, os.O_RDWR)
-        if null != descriptor:
-            os.dup2(null, descriptor)
-            os.close(null)
+        null_fd = os.open(os.devnull, os.O_RDWR)
+        if null_fd != descriptor:
+            os.dup2(null_fd, descriptor)
+            os.close(null_fd)
         os.set_inheritable(descriptor, True)
+    # Python has no stream object either for a descriptor that was closed when it started.
     if getattr(sys, name) is None:
         mode = "r" if name == "stdin" else "w"
         stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the whole process
@@ -55,7 +56,7 @@ def _open_if_closed(descriptor: int, name: str) -> None:
 
 
 def restart_in_utf8() -> None:
-    """Start this process again in Python's UTF-8 mode if its file names are ASCII alone; does not return then.
+    """Restart this process in Python's UTF-8 mode if its encoding of file names is ASCII alone; then it does not return.
 
     Python does so by itself in the locale C, unless PYTHONUTF8=0 says otherwise. Libraries and the ranks inherit the mode.
     """
@@ -68,7 +69,7 @@ def restart_in_utf8() -> None:
 
 
 def refuse_unwritable_words(words: list[str]) -> None:
-    """Raise ConfigError if a word holds bytes that are no text in the environment's encoding.
+    """Refuse a command-line word with bytes that are no text in the environment's encoding. Errors: ConfigError.
 
     Such a word cannot be written into the files of a run, which are UTF-8.
     """
@@ -84,7 +85,10 @@ def refuse_unwritable_words(words: list[str]) -> None:
 
 
 def refuse_stripped_docstrings() -> None:
-    """Raise ConfigError if Python removes docstrings: transformers builds its models' documentation from them at import."""
+    """Refuse to run under `python -OO`, which removes docstrings: transformers reads them when it is imported.
+
+    Errors: ConfigError.
+    """
     if sys.flags.optimize >= 2:
         raise ConfigError(
             "PYTHONOPTIMIZE=2 (python -OO) removes docstrings, and transformers cannot load a model without them; "
@@ -100,22 +104,25 @@ _CONTROL_OF_BARS = re.compile(_CONTROL.pattern.replace("\x0b-\x1f", "\x0b\x0c\x0
 
 
 def printable(text: str, pattern: re.Pattern[str] = _CONTROL) -> str:
-    """A text without a character that a terminal obeys: each is spelled out, as `\\u001b`, and colours are left out."""
+    """The text without control characters that a terminal would obey: each is spelled out, as `\\u001b`; colours are removed.
+
+    `pattern`: the characters that are spelled out.
+    """
     if pattern.search(text) is None:
         return text
     return pattern.sub(lambda match: f"\\u{ord(match[0]):04x}", _COLOUR.sub("", text))
 
 
 class PrintableStream:
-    """A stream to which texts of somebody else's files may be written: nothing in them moves, colours or names a terminal."""
+    """Wraps an output stream so that control characters in texts of others cannot move, colour or rename the terminal."""
 
     def __init__(self, stream: TextIO, pattern: re.Pattern[str]) -> None:
         self.raw = stream
-        """Takes everything: for what draws on the terminal itself, of texts that are printable."""
+        """The wrapped stream, for code that draws on the terminal itself and has made its texts printable."""
         self._pattern = pattern
 
     def write(self, text: str) -> int:
-        """As that of a stream."""
+        """Write the text, with control characters spelled out; returns its length."""
         self.raw.write(printable(text, self._pattern))
         return len(text)
 
@@ -124,12 +131,12 @@ class PrintableStream:
 
 
 def raw(stream: Any) -> Any:
-    """The stream behind a `PrintableStream`, for what draws on the terminal."""
+    """The stream behind a `PrintableStream`, for code that draws on the terminal; any other stream as it is."""
     return stream.raw if isinstance(stream, PrintableStream) else stream
 
 
 def draw(stream: Any, sequence: str) -> None:
-    """Write a sequence that the terminal obeys."""
+    """Write a control sequence to a stream, for the terminal to obey."""
     raw(stream).write(sequence)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.config.help_text import show_help
 from launch.config.show_config import CFG_KINDS, print_config
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
-from launch.output import print_json, said_to_stderr
+from launch.output import print_json, stdout_to_stderr
 from strategies.errors import ConfigError
 
 
@@ -47,7 +47,7 @@ docs/slurm.md leads you from login to a requeued run on two nodes."""
 
 
 def main(argv: list[str]) -> int:
-    """Submit the run that the words describe; returns 0. Errors: those of composing and of `submit`."""
+    """Run `shardtune submit` with these words: hand a run or a sweep to SLURM; returns 0. Errors: ConfigError, StorageError."""
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -70,13 +70,13 @@ def main(argv: list[str]) -> int:
 
 
 def _submit_one(words: SubmitWords) -> int:
-    """Submit one run, or print its configuration or script; returns 0."""
+    """Submit the run that the words describe, or print its configuration or script; returns 0."""
     from launch.cluster.submission import Submission, submit
     from launch.config.compose import compose, default_run_dir, is_finished
     from launch.runs.freeze import freeze
 
     submitted: list[Submission] = []
-    with said_to_stderr(words.as_json):
+    with stdout_to_stderr(words.as_json):
         composed = compose(words.settings, check=words.shown_config is None)
         if words.shown_config is not None:
             print_config(composed, words.shown_config)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.config import show_config
-from launch.config.choices import groups
+from launch.config.choices import choices_by_group
 from launch.config.help_text import show_help
 from launch.config.process_role import is_worker, seems_a_worker
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
-from launch.output import print_json, said_to_stderr
+from launch.output import print_json, stdout_to_stderr
 from strategies.compat.python import end_process, run_exit_functions
 from strategies.errors import ConfigError
 from trainer.stopping.signals import hold, release
@@ -81,9 +81,13 @@ COMMON_SETTINGS = {
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError and whatever the run itself raises."""
+    """Run `shardtune train` with these words, as a launcher or as one rank; returns the exit code.
+
+    Errors: ConfigError, and whatever the run itself raises.
+    """
     words, problems = read_words("train", TrainWords, argv)
     needs_help = asks_for_help(argv)
+    # Signals are held from the start of the process, so that a run can save. Here there is nothing to save (yet).
     if needs_help or problems or words.only_shows or words.as_json:
         release()  # a signal ends the process at once; with --json, training holds signals again
     if needs_help:
@@ -100,12 +104,12 @@ def main(argv: list[str]) -> int:
         print("\n".join(show_config.composition_lines(words.settings)))
         return 0
     if is_worker(os.environ) and not words.only_shows and not words.as_json and not words.multirun:
-        return worker(words.settings)
+        return run_as_rank(words.settings)
     return _train_or_show(words)
 
 
 def _train_or_show(words: TrainWords) -> int:
-    """Train, search or sweep, or print what that would be; returns the exit code."""
+    """Train the run, search or sweep that the words describe, or print what that would be; returns the exit code."""
     from launch.config.compose import compose
     from launch.sweep.sweeper import is_search
 
@@ -119,12 +123,12 @@ def _train_or_show(words: TrainWords) -> int:
         return 0
     if words.dry_run:
         return _dry_run(settings, as_json=words.as_json)
-    with said_to_stderr(words.as_json):
+    with stdout_to_stderr(words.as_json):
         composed = compose(settings)
         run_dir = run_dir_of(composed)
-        code = launch(composed, run_dir)
+        code = launch_run(composed, run_dir)
     if words.as_json:
-        print_json(ended(run_dir, code))
+        print_json(run_result(run_dir, code))
     return code
 
 
@@ -138,12 +142,12 @@ def _multirun(words: TrainWords) -> int:
         print_point = partial(show, shown_config=words.shown_config)
     if is_search(words.settings):
         return _search(words.settings, print_point)
-    return multirun(words.settings, launch=launch, show=print_point, check=words.shown_config is None)
+    return multirun(words.settings, launch=launch_run, show=print_point, check=words.shown_config is None)
 
 
 def _dry_run(words: list[str], *, as_json: bool) -> int:
-    """Print what a run would do; returns the exit code: 70 if a defect of ours prevents the simulation of its step."""
-    with said_to_stderr(as_json):
+    """Print what a run would do (`--dry-run`); returns the exit code, 70 if a defect of ours prevents simulating its step."""
+    with stdout_to_stderr(as_json):
         from launch.config.compose import compose
         from launch.plan.dry_run import describe
 
@@ -155,8 +159,11 @@ def _dry_run(words: list[str], *, as_json: bool) -> int:
     return description.exit_code
 
 
-def ended(run_dir: Path, code: int) -> dict[str, Any]:
-    """How a run ended, for a script. Its metrics are in its files."""
+def run_result(run_dir: Path, code: int) -> dict[str, Any]:
+    """The answer of `train --json`: how a run ended, and where its record and export are. Its metrics are in its files.
+
+    `code`: the exit code of the command.
+    """
     from launch.runs.stop_command import run_summary
 
     record = run_dir / "run.json"
@@ -170,7 +177,10 @@ def ended(run_dir: Path, code: int) -> dict[str, Any]:
 
 
 def _search(words: list[str], print_point: Callable[[Composed], None] | None) -> int:
-    """Search by Optuna or W&B; with `print_point`, print the plan and the first point instead. Returns the exit code."""
+    """Search hyperparameters by Optuna or W&B as the words say; returns the exit code.
+
+    With `print_point`, print the plan of the search, and its first run by that function, instead.
+    """
     from launch.sweep.search import run_search, start_trial
     from launch.sweep.sweeper import chosen_sweeper, plan_search, search_listing
     from launch.sweep.wandb_sweep_file import write_sweep
@@ -196,17 +206,17 @@ def show(composed: Composed, *, shown_config: str | None) -> None:
 
 
 def run_dir_of(composed: Composed) -> Path:
-    """The run directory: `run.dir`, or the default one."""
+    """The directory of a run: `run.dir`, or the default one below `runs/`."""
     from launch.config.compose import default_run_dir
 
     typed_directory = composed.config.run.dir
     return Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
 
 
-def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
-    """Freeze the configuration and run it to the end, or submit it; returns the exit code.
+def launch_run(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
+    """Freeze a configuration into its run directory, and train it to the end or submit it to SLURM; returns the exit code.
 
-    `isolate`: never train in this process.
+    `isolate`: train in processes of its own, so that a failure leaves this one intact (for the runs of a sweep).
     """
     from launch.config.compose import is_finished
     from launch.runs.freeze import freeze
@@ -238,13 +248,17 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     return code
 
 
-def worker(words: list[str]) -> int:
-    """Be one rank. Returns 0 also if preempted: another code would make torchrun or srun end the other ranks."""
+def run_as_rank(words: list[str]) -> int:
+    """Train as one rank, started by our launcher, torchrun or srun; returns the exit code.
+
+    `words`: the command line, for a rank without our launcher. Returns 0 also if preempted: another code would make torchrun or
+    srun end the other ranks.
+    """
     hold()
-    from launch.config.process_role import export
+    from launch.config.process_role import export_torchrun_variables
     from strategies.parent_death import die_with_parent
 
-    export()
+    export_torchrun_variables()
     rank = int(os.environ["RANK"])
     _refuse_restarts(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -255,9 +269,10 @@ def worker(words: list[str]) -> int:
         return 0
     has_launcher = "SHARDTUNE_LAUNCHER" in os.environ
     try:
-        _train(run.config, run.directory, run.sha256, rank)
+        _train_recording_failure(run.config, run.directory, run.sha256, rank)
     except Exception:
-        if has_launcher and run.directory is not None and (run.directory / "failure.json").exists():
+        is_recorded = run.directory is not None and (run.directory / "failure.json").exists()
+        if has_launcher and is_recorded:
             return 70  # the launcher shows the first failure, last; the other ranks only lost their peer
         raise
     if rank == 0 and not has_launcher:
@@ -279,7 +294,7 @@ class RankRun:
 
 
 def _run_of_rank(words: list[str], rank: int) -> RankRun:
-    """The run of this rank: as our launcher has frozen it, else composed from the words, as under torchrun.
+    """The run that this rank trains: as our launcher has frozen it, else composed from the words, as under torchrun.
 
     Rank 0 of a composed run freezes it. Errors: ConfigError, StorageError.
     """
@@ -287,15 +302,15 @@ def _run_of_rank(words: list[str], rank: int) -> RankRun:
     from launch.config.frozen import identity, keep_earlier_defaults
     from launch.runs.freeze import freeze
 
-    frozen = os.environ.get("SHARDTUNE_CONFIG")
-    if frozen:
-        config = load_frozen(frozen)
-        directory = Path(frozen).parent
+    frozen_config = os.environ.get("SHARDTUNE_CONFIG")
+    if frozen_config:
+        config = load_frozen(frozen_config)
+        directory = Path(frozen_config).parent
         return RankRun(config, directory, identity(config), is_finished(directory))
     composed = compose(words)
     config = composed.config
     run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
-    finished = run_dir is not None and is_finished(run_dir)
+    finished = run_dir is not None and is_finished(run_dir)  # before freezing, which writes a new configuration
     if rank == 0:
         run_dir = freeze(composed, run_dir or run_dir_of(composed), may_change_strategy=True)
     elif run_dir is not None:
@@ -304,7 +319,7 @@ def _run_of_rank(words: list[str], rank: int) -> RankRun:
 
 
 def _refuse_restarts(env: Mapping[str, str]) -> None:
-    """Refuse restarts by torchrun. Errors: ConfigError."""
+    """Refuse `torchrun --max-restarts`: ranks that it starts again may wait for each other for ever. Errors: ConfigError."""
     if int(env.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         raise ConfigError(
             f"torchrun --max-restarts={env['TORCHELASTIC_MAX_RESTARTS']}: ranks that torchrun starts again may wait for each "
@@ -313,8 +328,11 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 
 
 def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
-    """Train in this process, which is the run's only rank; returns the exit code. Errors: those of training."""
-    from launch.cluster.supervisor import find_run_directory, settle_outcome, state_before_start
+    """Train in this process, which is the run's only rank; returns the exit code. Errors: those of training.
+
+    `sha256`: the identity of the run.
+    """
+    from launch.cluster.supervisor import find_run_directory, record_outcome, state_before_start
     from launch.compare import run_report
     from strategies.errors import NotRunOwner, Preempted
 
@@ -322,7 +340,7 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     code = 0
     print("starting 1 process", file=sys.stderr, flush=True)  # before the libraries are loaded, which takes seconds
     try:
-        _train(config, run_dir, sha256, 0)
+        _train_recording_failure(config, run_dir, sha256, 0)
     except Preempted as stop:
         code = 130 if stop.signal_name == "SIGINT" else 0
     except NotRunOwner:  # the directory is another attempt's: no report either
@@ -330,14 +348,14 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     except Exception:  # the command line says what it is
         run_report.at_end(config, find_run_directory(run_dir, before))
         raise
-    code = settle_outcome(run_dir, code, before)
+    code = record_outcome(run_dir, code, before)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
         run_report.at_end(config, find_run_directory(run_dir, before))
     return code
 
 
-def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
-    """Train, and leave the error of the first failing rank in the run directory."""
+def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
+    """Train as rank `rank`; an error is recorded in the run directory, unless another rank was first, and raised again."""
     from launch.config.frozen import freeze_choices
     from launch.config.trusted_values import remember_config
     from strategies.errors import NotRunOwner, Preempted
@@ -369,7 +387,7 @@ def usage() -> str:
         ),
     }
     settings = "\n".join(f"  {words:<32}{text}" for words, text in COMMON_SETTINGS.items())
-    choices = "\n".join(f"  {group + '=':<12}{' '.join(names)}" for group, names in groups().items() if names)
+    choices = "\n".join(f"  {group + '=':<12}{' '.join(names)}" for group, names in choices_by_group().items() if names)
     return f"""usage: shardtune train [flags] [key=value ...]
 
   shardtune train model.path=models/smollm2 data.path=train.jsonl tuning=lora budget.epochs=3
@@ -392,15 +410,16 @@ The same words work with torchrun and sbatch:
   sbatch slurm/train.sbatch <words>"""
 
 
-def end(code: int) -> NoReturn:
-    """Leave the process; one of several ranks, and any process that failed, leaves at once.
+def exit_process(code: int) -> NoReturn:
+    """Exit this process with a code. One of several ranks, and a rank that failed, skips the interpreter's shutdown.
 
     The threads of process groups, destroyed or broken, can abort an interpreter that shuts down in order. After a success, the
     registered exit functions run before.
     """
     is_one_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    succeeded_as_rank = code == 0 and is_one_of_several
     failed_as_rank = code != 0 and seems_a_worker(os.environ)
-    if (code == 0 and is_one_of_several) or failed_as_rank:
+    if succeeded_as_rank or failed_as_rank:
         if code == 0:
             run_exit_functions()
         sys.stdout.flush()
@@ -411,9 +430,9 @@ def end(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     hold()
-    from launch.main import guarded
+    from launch.main import run_guarded
     from launch.streams import restart_in_utf8
 
     restart_in_utf8()
 
-    end(guarded("train", sys.argv[1:]))
+    exit_process(run_guarded("train", sys.argv[1:]))

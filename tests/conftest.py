@@ -194,12 +194,12 @@ def composed_once(tmp_path_factory):
     """
     from launch.config import compose
 
-    original, base_of_worker = compose._base, tmp_path_factory.getbasetemp()
+    original, base_of_worker = compose._compose_choices, tmp_path_factory.getbasetemp()
     place = (base_of_worker.parent if "PYTEST_XDIST_WORKER" in os.environ else base_of_worker) / "composed"
     place.mkdir(exist_ok=True)
 
     def base(choices):
-        files = sorted(yaml for each in (compose.CONF_DIR, *compose.OWN_DIRECTORIES) for yaml in _yaml_files(each))
+        files = sorted(yaml for each in (compose.CONF_DIR, *compose.USER_CONFIG_DIRS) for yaml in _yaml_files(each))
         path = place / hashlib.sha256(repr((tuple(choices.items()), files)).encode()).hexdigest()
         if not path.exists():
             aside = path.with_suffix(f".{os.getpid()}")
@@ -208,7 +208,7 @@ def composed_once(tmp_path_factory):
         return pickle.loads(path.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compose, "_base", base)
+        patch.setattr(compose, "_compose_choices", base)
         yield
 
 

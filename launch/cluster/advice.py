@@ -20,15 +20,18 @@ from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.sbatch_options import options_of
 
-FORMAT = "%R|%l|%L|%D|%c|%m|%G|%a"
-PATIENCE_S = 5.0
+SINFO_FORMAT = "%R|%l|%L|%D|%c|%m|%G|%a"
+"""Fields of a line of sinfo: name, time limit, default time, nodes, CPUs, memory in MB, GPUs and the like, availability."""
+SINFO_TIMEOUT_S = 5.0
 MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
+"""`launcher.mem` as SLURM takes it: `64G`, `1024`."""
 GPUS = re.compile(r"gpu(?::(?P<kind>[^:,()]+))?:(?P<count>\d+)")
+"""GPUs among the generic resources of a node: `gpu:h100:8`, `gpu:4`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Some nodes that are alike, of a partition, in sinfo's words."""
+    """A group of like nodes of a SLURM partition, as sinfo describes it; a partition may have several groups."""
 
     name: str
     is_default: bool
@@ -37,83 +40,90 @@ class Partition:
     cpus: int
     memory_mb: int
     gpus: int
-    kinds: frozenset[str]
+    gpu_kinds: frozenset[str]
     """The site's words for its GPUs."""
     is_up: bool = True
     """Whether it starts jobs."""
 
 
 def list_partitions() -> list[Partition]:
-    """What the cluster has; empty if `sinfo` cannot tell."""
+    """The partitions of the cluster with their nodes; empty if `sinfo` cannot tell."""
     # --exact: else nodes that differ become one line, with the least that any of them has.
-    command = ["sinfo", "--noheader", "--all", "--exact", f"--format=%P|{FORMAT}"]
+    command = ["sinfo", "--noheader", "--all", "--exact", f"--format=%P|{SINFO_FORMAT}"]
     # The user's SINFO_PARTITION and the like would leave partitions out.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SINFO_")}
     try:
-        answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+        sinfo = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SINFO_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     partitions = []
-    for line in answer.stdout.splitlines():
+    number_of_cells = SINFO_FORMAT.count("%") + 1
+    for line in sinfo.stdout.splitlines():
         cells = line.split("|")
-        if len(cells) == FORMAT.count("%") + 1:
-            partitions.append(_partition(cells))
+        if len(cells) == number_of_cells:
+            partitions.append(_parse_partition(cells))
     return partitions
 
 
-def _partition(cells: list[str]) -> Partition:
-    """One line of sinfo: the fields of `FORMAT` behind the name with its mark."""
-    name_and_mark, name, limit, _, nodes, cpus, memory, gres, availability = cells
+def _parse_partition(cells: list[str]) -> Partition:
+    """One line of sinfo, split into cells: the name with the mark of the default partition, then `SINFO_FORMAT`."""
+    marked_name, name, time_limit, _, nodes, cpus, memory, generic_resources, availability = cells
     gpus = 0
-    kinds = set()
-    for gpu in GPUS.finditer(gres):
+    gpu_kinds = set()
+    for gpu in GPUS.finditer(generic_resources):
         gpus += int(gpu["count"])
         if gpu["kind"]:
-            kinds.add(gpu["kind"])
+            gpu_kinds.add(gpu["kind"])
     return Partition(
         name=name,
-        is_default=name_and_mark.endswith("*"),
-        limit_s=seconds(limit),
+        is_default=marked_name.endswith("*"),
+        limit_s=seconds(time_limit),
         nodes=_leading_number(nodes),
         cpus=_leading_number(cpus),
         memory_mb=_leading_number(memory),
         gpus=gpus,
-        kinds=frozenset(kinds),
+        gpu_kinds=frozenset(gpu_kinds),
         is_up=availability.strip() == "up",
     )
 
 
 def _leading_number(cell: str) -> int:
-    """The number that a cell begins with (`128+`: nodes have at least so many); 0 if it begins with none."""
+    """The number at the beginning of sinfo's cell (`128+`: nodes have at least so many); 0 if there is none."""
     return int(re.sub(r"\D.*", "", cell) or 0)
 
 
-def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
-    """Lines for people. Raises ConfigError for a job that can never start, or would be told to save as soon as it starts."""
+def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
+    """Check a job against what the cluster offers, before it is submitted; returns notes for the user.
+
+    The notes are about ranks, time limit, restarts and price. Errors: ConfigError for a job that can never start, or would be
+    told to save as soon as it starts.
+    """
     assert isinstance(config.launcher, SlurmConfig)
     slurm = as_submitted(config.launcher)
-    if slurm.signal_lead_s >= seconds(slurm.time):
+    limit_s = seconds(slurm.time)
+    if slurm.signal_lead_s >= limit_s:
         raise ConfigError(
-            f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({clock(seconds(slurm.time))}) is no "
+            f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({clock(limit_s)}) is no "
             "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
         )
     partitions = list_partitions()
     if slurm.partition:
         names = slurm.partition.split(",")
     else:
-        names = [part.name for part in partitions if part.is_default]
-    candidates = [part for part in partitions if part.name in names]
+        names = [partition.name for partition in partitions if partition.is_default]
+    candidates = [partition for partition in partitions if partition.name in names]
     # A QOS, a reservation or an option that is not read here may lift a partition's limits.
     limits_hold = not (slurm.qos or slurm.reservation or slurm.extra)
     if candidates and limits_hold:
-        if problems := _impossible(slurm, candidates):
+        problems = _reasons_never_to_start(slurm, candidates)
+        if problems:
             raise ConfigError(problems)
     elif partitions and slurm.partition and not candidates:
-        known = ", ".join(dict.fromkeys(part.name for part in partitions))
+        known = ", ".join(dict.fromkeys(partition.name for partition in partitions))
         raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
     step_s = _measured_step_s(run_dirs)
     if step_s is None:
-        step_s = longest_step_s(config, gpu_kinds(slurm, candidates))
+        step_s = longest_step_s(config, gpu_kinds_of_job(slurm, candidates))
     return [
         *ranks_lines(slurm),
         *_time_lines(slurm, candidates),
@@ -124,7 +134,7 @@ def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
 
 
 def as_submitted(slurm: SlurmConfig) -> SlurmConfig:
-    """The settings as sbatch takes them: `launcher.extra` in their place, `SBATCH_*` for what they leave open."""
+    """The launcher's settings as sbatch will take them: overridden by `launcher.extra`, completed by `SBATCH_*` variables."""
     extra = options_of(slurm.extra)
     return replace(
         slurm,
@@ -136,7 +146,7 @@ def as_submitted(slurm: SlurmConfig) -> SlurmConfig:
 
 
 def ranks_lines(slurm: SlurmConfig) -> list[str]:
-    """How many ranks a node has, and why; GPUs that no rank uses."""
+    """Notes on how many ranks each node runs and why, and on GPUs that no rank uses; empty for a job without GPUs."""
     request = slurm.gpu_request
     if request is None:
         return []
@@ -153,41 +163,46 @@ def ranks_lines(slurm: SlurmConfig) -> list[str]:
     return lines
 
 
-def _impossible(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
-    """Why no node of these partitions could ever be given."""
-    names = "/".join(dict.fromkeys(part.name for part in candidates))
+def _reasons_never_to_start(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
+    """Why SLURM could never start the job in these partitions: more time, GPUs, CPUs, memory or nodes than they have."""
+    names = "/".join(dict.fromkeys(partition.name for partition in candidates))
     problems = []
-    longest = max(part.limit_s for part in candidates)
-    if seconds(slurm.time) > longest:
+    longest_s = max(partition.limit_s for partition in candidates)
+    if seconds(slurm.time) > longest_s:
         problems.append(
-            f"launcher.time={slurm.time}: partition {names} gives {clock(longest)} at most: it would never start"
+            f"launcher.time={slurm.time}: partition {names} gives {clock(longest_s)} at most: it would never start"
         )
     request = slurm.gpu_request
     gpus = 0 if request is None else request.count
-    most_gpus = max(part.gpus for part in candidates)
+    most_gpus = max(partition.gpus for partition in candidates)
     if request is not None and gpus > most_gpus:
         problems.append(
             f"{request.setting}: the nodes of partition {names} have {most_gpus or 'none'}: it would never start"
         )
     cpus = slurm.cpus_per_task or 0
-    most_cpus = max(part.cpus for part in candidates)
+    most_cpus = max(partition.cpus for partition in candidates)
     if cpus > most_cpus:
         problems.append(
             f"launcher.cpus_per_task={cpus}: the nodes of partition {names} have {most_cpus or 'none'}: "
             "it would never start"
         )
     memory_mib = mebibytes(slurm.mem)
-    most_mib = max(part.memory_mb for part in candidates)
+    most_mib = max(partition.memory_mb for partition in candidates)
     if memory_mib > most_mib:
         problems.append(
             f"launcher.mem={slurm.mem}: the nodes of partition {names} have {most_mib}M at most: it would never start"
         )
-    fit = 0
-    for part in candidates:
-        if part.gpus >= gpus and part.cpus >= cpus and part.memory_mb >= memory_mib:
-            fit += part.nodes
-    if slurm.nodes > fit and not problems:
-        problems.append(f"launcher.nodes={slurm.nodes}: partition {names} has {fit} such nodes: it would never start")
+
+    # Each resource by itself may be there, and no node may have all of them.
+    fitting_nodes = 0
+    for partition in candidates:
+        has_all = partition.gpus >= gpus and partition.cpus >= cpus and partition.memory_mb >= memory_mib
+        if has_all:
+            fitting_nodes += partition.nodes
+    if slurm.nodes > fitting_nodes and not problems:
+        problems.append(
+            f"launcher.nodes={slurm.nodes}: partition {names} has {fitting_nodes} such nodes: it would never start"
+        )
     return problems
 
 
@@ -200,11 +215,12 @@ def mebibytes(memory: str | None) -> float:
     if size is None:
         return 0.0
     unit = size["unit"].upper() or "M"
-    return float(size["number"]) * 1024.0 ** "KMGT".index(unit) / 1024
+    kibibytes = float(size["number"]) * 1024.0 ** "KMGT".index(unit)
+    return kibibytes / 1024
 
 
 def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
-    """What happens at the time limit, and notes about a partition that is down or a long lead."""
+    """A line on what happens at the time limit, and notes on a partition that is down or a long `signal_lead_s`."""
     limit_s = seconds(slurm.time)
     consequence = "is requeued"
     if "no-requeue" in options_of(slurm.extra):
@@ -213,10 +229,10 @@ def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     if not slurm.signal_lead_s:
         line = f"time    {clock(limit_s)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"
     if candidates:
-        longest = max(part.limit_s for part in candidates)
-        line += f"; partition {candidates[0].name} gives {clock(longest)} at most"
+        longest_s = max(partition.limit_s for partition in candidates)
+        line += f"; partition {candidates[0].name} gives {clock(longest_s)} at most"
     lines = [line]
-    if candidates and not any(part.is_up for part in candidates):
+    if candidates and not any(partition.is_up for partition in candidates):
         lines.append(
             f"note    partition {candidates[0].name} is not up: no job starts there until it is; or set launcher.partition"
         )
@@ -239,7 +255,7 @@ def _measured_step_s(run_dirs: list[Path]) -> float | None:
 
 
 def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
-    """How many starts the rest of a run takes, if an earlier start has measured its steps."""
+    """A line on how many starts the rest of a run takes, if an earlier start has measured its steps; empty for several runs."""
     from launch.runs import metrics_tail
     from trainer.reporting.run_record import readable_run_record
 
@@ -250,7 +266,8 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     step_s = metrics_tail.recent_median(step_rows, "step_s")
     if not step_rows or not total_steps or step_s is None:
         return ["starts  not known: no step of this run was measured yet (shardtune plan estimates one)"]
-    remaining_s = max(0, total_steps - int(step_rows[-1]["step"])) * step_s
+    remaining_steps = max(0, total_steps - int(step_rows[-1]["step"]))
+    remaining_s = remaining_steps * step_s
     # A start trains until SLURM's signal tells it to save.
     start_s = max(1.0, seconds(slurm.time) - slurm.signal_lead_s)
     restarts = max(0, math.ceil(remaining_s / start_s) - 1)
@@ -262,28 +279,28 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     return [line]
 
 
-def gpu_kinds(slurm: SlurmConfig, candidates: list[Partition]) -> set[str]:
-    """The site's words for the cards that the job may be given; empty if it asks for none, or nobody says which."""
+def gpu_kinds_of_job(slurm: SlurmConfig, candidates: list[Partition]) -> set[str]:
+    """The cluster's own names for the cards that the job may be given; empty if it asks for none, or nothing says which."""
     request = slurm.gpu_request
     if request is None:
         return set()
     if request.kind:
         return {request.kind}
     # Any card of the partitions may be given.
-    return {kind for part in candidates for kind in part.kinds}
+    return {kind for partition in candidates for kind in partition.gpu_kinds}
 
 
 def _price_lines(slurm: SlurmConfig, candidates: list[Partition], runs: int) -> list[str]:
-    """The most that a start of all runs costs, in GPU hours and US dollars; empty for a job without GPUs."""
+    """A line on the most that one start of all `runs` costs, in GPU hours and US dollars; empty for a job without GPUs."""
     request = slurm.gpu_request
     if request is None:
         return []
-    kinds = gpu_kinds(slurm, candidates)
-    prices = {price_by_word(kind) for kind in kinds}
+    gpu_kinds = gpu_kinds_of_job(slurm, candidates)
+    prices = {price_by_word(kind) for kind in gpu_kinds}
     price = prices.pop() if len(prices) == 1 else None
     gpu_hours = request.count * slurm.nodes * runs * seconds(slurm.time) / 3600
     if price is None:
-        cards = ", ".join(sorted(kinds)) or "these cards"
+        cards = ", ".join(sorted(gpu_kinds)) or "these cards"
         return [f"price   {gpu_hours:,.0f} GPU hours at most a start; what one costs is not known of {cards}"]
     return [
         f"price   ${gpu_hours * price:,.0f} at most a start: {gpu_hours:,.0f} GPU hours of ${price:.2f} (conf/hardware)"

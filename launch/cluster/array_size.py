@@ -8,29 +8,31 @@ from collections import Counter
 
 from strategies.errors import ConfigError
 
-CALL_S = 10.0
+SCONTROL_TIMEOUT_S = 10.0
 """Seconds that scontrol may take."""
 LIMIT = re.compile(r"^MaxArraySize\s*=\s*(\d+)", re.MULTILINE)
 
 
 def refuse_large_arrays(points: list[list[str]], *, repeats: int = 1) -> None:
-    """Refuse points, as words, if more of them ask for the same job than an array may have tasks. Errors: ConfigError.
+    """Refuse a sweep whose job array would have more tasks than SLURM allows. Errors: ConfigError.
 
-    Asks SLURM only if the words say `launcher=slurm` and have no chain (which is no array).
+    `points`: the words of each run. `repeats`: how often each run is repeated with another seed. SLURM is asked only if the
+    words say `launcher=slurm`, and no `launcher.pipeline`, which makes a chain of jobs and no array.
     """
     if not points or "launcher=slurm" not in points[0]:
         return
     if any(word.startswith("launcher.pipeline=[") for word in points[0]):
         return
     # Points with the same words about the launcher become the tasks of one array.
-    tasks: Counter[tuple[str, ...]] = Counter()
+    tasks_by_request: Counter[tuple[str, ...]] = Counter()
     for point in points:
-        tasks[tuple(word for word in point if word.startswith("launcher."))] += 1
-    refuse_large_array(repeats * max(tasks.values()))
+        launcher_words = tuple(word for word in point if word.startswith("launcher."))
+        tasks_by_request[launcher_words] += 1
+    refuse_large_array(repeats * max(tasks_by_request.values()))
 
 
 def refuse_large_array(tasks: int) -> None:
-    """Refuse an array of so many tasks if SLURM takes fewer. Errors: ConfigError."""
+    """Refuse a job array with more tasks than SLURM's MaxArraySize. Errors: ConfigError."""
     if tasks < 2:
         return
     largest = max_array_size()
@@ -43,11 +45,10 @@ def refuse_large_array(tasks: int) -> None:
 
 def max_array_size() -> int | None:
     """SLURM's `MaxArraySize`; None if it cannot be asked."""
+    command = ["scontrol", "show", "config"]
     try:
-        answer = subprocess.run(
-            ["scontrol", "show", "config"], capture_output=True, text=True, errors="replace", timeout=CALL_S
-        )
+        scontrol = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SCONTROL_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
         return None
-    limit = LIMIT.search(answer.stdout)
+    limit = LIMIT.search(scontrol.stdout)
     return int(limit[1]) if limit else None

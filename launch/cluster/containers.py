@@ -16,14 +16,14 @@ from typing import Any
 from launch.config import trusted_values
 from strategies.errors import ConfigError
 
-INSIDE = "SHARDTUNE_INSIDE"
+INSIDE_CONTAINER = "SHARDTUNE_INSIDE"
 """Set for what runs in a container: `launcher.setup` is for it, and the site's environment for the host."""
 GLOB_CHARACTERS = set("*?[")
-PATIENCE_S = 10.0
+SRUN_TIMEOUT_S = 10.0
 
 
 def runtime_of(launcher: Mapping[str, Any]) -> str | None:
-    """`pyxis` or `apptainer`; None without a container."""
+    """What starts the container of `launcher.*` settings: `pyxis` or `apptainer`; None without a container."""
     image = launcher.get("container")
     if not image:
         return None
@@ -35,31 +35,39 @@ def runtime_of(launcher: Mapping[str, Any]) -> str | None:
     return "apptainer" if is_local or "://" in str(image) else "pyxis"
 
 
-def launch_words(tree: Mapping[str, Any], directories: list[Path]) -> tuple[list[str], list[str]]:
-    """(options of srun, words before the command) of a run whose configuration, as plain values, is `tree`.
+def srun_options_and_prefix(tree: Mapping[str, Any], directories: list[Path]) -> tuple[list[str], list[str]]:
+    """How ranks start in the container of a run: (options of srun for pyxis, words before the command for apptainer).
 
-    `directories` are mounted beside what the run reads. Raises ConfigError for paths that the options cannot carry.
+    `tree`: the run's configuration as nested dictionaries. `directories`: mounted beside what the run reads. Both lists are empty
+    without a container. Errors: ConfigError for paths that the options cannot carry.
     """
     launcher = tree["launcher"]
     runtime = runtime_of(launcher)
     if runtime is None:
         return [], []
     image = str(launcher.get("container"))
-    mount_options = mounts(tree, directories)
+    mounts = mount_options(tree, directories)
     workdir = launcher.get("container_workdir") or str(Path.cwd())
     if runtime == "pyxis":
-        srun_options = [f"--container-image={image}", f"--container-mounts={','.join(mount_options)}"]
+        srun_options = [f"--container-image={image}", f"--container-mounts={','.join(mounts)}"]
         srun_options += [f"--container-workdir={workdir}", "--no-container-mount-home"]
         return srun_options, []
-    binds = [word for mount in mount_options for word in ("--bind", mount)]
-    return [], ["apptainer", "exec", "--nv", *binds, "--pwd", workdir, os.path.expanduser(image)]  # noqa: PTH111
+    bind_options = []
+    for mount in mounts:
+        bind_options += ["--bind", mount]
+    image = os.path.expanduser(image)  # noqa: PTH111 - a Path would change `docker://`
+    return [], ["apptainer", "exec", "--nv", *bind_options, "--pwd", workdir, image]
 
 
-def mounts(tree: Mapping[str, Any], directories: list[Path]) -> list[str]:
-    """`source:target[:options]` of everything that the run needs; a directory below another one is left out."""
+def mount_options(tree: Mapping[str, Any], directories: list[Path]) -> list[str]:
+    """`source:target[:options]` of every directory that a run needs in its container, with the same path inside.
+
+    Parameters and errors as for `srun_options_and_prefix`.
+    """
     paths = {path.expanduser().absolute() for path in [*directories, *_paths_of_settings(tree)]}
+    # Outer directories first: one below another needs no mount of its own.
     mounted: list[Path] = []
-    for path in sorted(paths, key=lambda path: len(path.parts)):  # outer ones first
+    for path in sorted(paths, key=lambda path: len(path.parts)):
         if not any(path.is_relative_to(outer) for outer in mounted):
             mounted.append(path)
     for path in mounted:
@@ -72,21 +80,23 @@ def mounts(tree: Mapping[str, Any], directories: list[Path]) -> list[str]:
 
 
 def _paths_of_settings(tree: Mapping[str, Any]) -> Iterator[Path]:
-    """Directories on this host's disks that the settings name."""
+    """The directories on this host's disks that the settings of a run name, or that hold a file they name."""
     yield Path.cwd()
     data = tree["data"]
     yield Path(data["cache_dir"])
     # Without it the run's verbs would ask in the container about settings that were trusted outside.
-    trusted = trusted_values.directory()
-    if trusted is not None and trusted.is_dir():
-        yield trusted
-    configured = [tree["model"]["path"], tree["model"].get("tokenizer"), data.get("eval_path"), data["path"]]
-    configured += [source.get("path") for source in (data.get("sources") or {}).values()]
-    for setting in configured:
-        for text in setting if isinstance(setting, list) else [setting]:
-            if not isinstance(text, str):
+    trusted_directory = trusted_values.state_directory()
+    if trusted_directory is not None and trusted_directory.is_dir():
+        yield trusted_directory
+    settings = [tree["model"]["path"], tree["model"].get("tokenizer"), data.get("eval_path"), data["path"]]
+    settings += [source.get("path") for source in (data.get("sources") or {}).values()]
+    for setting in settings:
+        entries = setting if isinstance(setting, list) else [setting]
+        for entry in entries:
+            if not isinstance(entry, str):
                 continue
-            path = Path(text).expanduser()
+            path = Path(entry).expanduser()
+            # `data/*.jsonl`: the directory above the first pattern. What is not here is a hub id or an address.
             while GLOB_CHARACTERS & set(path.name):
                 path = path.parent
             if path.exists():
@@ -94,15 +104,17 @@ def _paths_of_settings(tree: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def refuse_missing(launcher: Mapping[str, Any]) -> None:
-    """Raise ConfigError if this host cannot start the container: no pyxis in its srun, no apptainer, no image."""
+    """Refuse a container that this host cannot start: no pyxis in its srun, no apptainer, or no image. Errors: ConfigError."""
     runtime = runtime_of(launcher)
     image = str(launcher.get("container"))
     if runtime == "pyxis":
         try:
-            srun_options = subprocess.run(["srun", "--help"], capture_output=True, text=True, timeout=PATIENCE_S).stdout
+            srun_help = subprocess.run(
+                ["srun", "--help"], capture_output=True, text=True, timeout=SRUN_TIMEOUT_S
+            ).stdout
         except (OSError, subprocess.SubprocessError):
             return  # srun itself is missing, which its own error says
-        if "--container-image" not in srun_options:
+        if "--container-image" not in srun_help:
             raise ConfigError(
                 f"launcher.container={image}: srun here has no --container-image: the plugin pyxis is missing; ask the site, or "
                 "use apptainer: launcher.container_by=apptainer"

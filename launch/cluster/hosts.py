@@ -18,107 +18,117 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class HostPlace:
-    """This host among those of a run."""
+class ThisHost:
+    """This host among the hosts of a run."""
 
     rank: int | None
-    """Its index; None where the hosts must find out among themselves."""
+    """Its index among the hosts; None if the hosts must find out among themselves."""
     address: str
-    """Where the others reach it."""
+    """The IP address at which the other hosts reach it."""
     interface: str
     """The network interface with that address."""
-
     first: bool
-    """Whether it is the one that `launcher.rdzv` names."""
+    """Whether it is the host that `launcher.rdzv` names, where the ranks meet."""
 
 
-def locate_this_host(launcher: LauncherConfig) -> HostPlace:
-    """Where this host stands. Raises ConfigError if names or addresses do not tell, with the setting that does."""
+def locate_this_host(launcher: LauncherConfig) -> ThisHost:
+    """Find out which of a run's hosts this one is, and how the others reach it, from `launcher.rdzv` and this host's interfaces.
+
+    Errors: ConfigError if names or addresses do not tell, with the setting that does.
+    """
     assert launcher.rdzv is not None
-    host = launcher.rdzv.rpartition(":")[0].strip("[]")
+    first_host = launcher.rdzv.rpartition(":")[0].strip("[]")
     own_interfaces = interfaces()
-    meeting_addresses = _addresses(host, f"launcher.rdzv={launcher.rdzv}")
-    is_first = any(address in own_interfaces or is_loopback(address) for address in meeting_addresses)
-    address = _reachable_address(launcher, host, meeting_addresses, own_interfaces, is_first=is_first)
+    first_host_addresses = _resolve_addresses(first_host, f"launcher.rdzv={launcher.rdzv}")
+    is_first = any(address in own_interfaces or is_loopback(address) for address in first_host_addresses)
+    address = _address_others_reach(launcher, first_host, first_host_addresses, own_interfaces, is_first=is_first)
     rank = launcher.node_rank
     if rank is None and (is_first or launcher.nodes == 2):
         rank = 0 if is_first else 1
     if rank is not None and is_first != (rank == 0):
         if is_first:
-            place = "is this host"
+            contradiction = "is this host"
             remedy = "leave launcher.node_rank out here"
         else:
-            place = f"is another host ({', '.join(meeting_addresses)})"
+            contradiction = f"is another host ({', '.join(first_host_addresses)})"
             remedy = "give launcher.rdzv an address of that host"
         raise ConfigError(
-            f"launcher.node_rank={rank}: launcher.rdzv={launcher.rdzv} {place}, and the ranks meet on the host with index 0; "
-            f"{remedy}"
+            f"launcher.node_rank={rank}: launcher.rdzv={launcher.rdzv} {contradiction}, and the ranks meet on the host with "
+            f"index 0; {remedy}"
         )
-    return HostPlace(rank, address, own_interfaces[address], is_first)
+    return ThisHost(rank, address, own_interfaces[address], is_first)
 
 
-def _reachable_address(
+def _address_others_reach(
     launcher: LauncherConfig,
-    host: str,
-    meeting_addresses: list[str],
+    first_host: str,
+    first_host_addresses: list[str],
     own_interfaces: dict[str, str],
     *,
     is_first: bool,
 ) -> str:
-    """The address at which other hosts reach this one. Raises ConfigError if there is none, or it is not clear which.
+    """The address at which other hosts reach this one. Errors: ConfigError if there is none, or it is not clear which.
 
-    `host` is the name in `launcher.rdzv`, and `meeting_addresses` what this host takes it for.
+    `first_host`: the name in `launcher.rdzv`, with the addresses that this host resolves it to. `is_first`: it is this host.
+    `own_interfaces`: the network interface of each of this host's addresses.
     """
     if launcher.address is not None:
-        for address in _addresses(launcher.address, _address_setting(launcher)):
+        for address in _resolve_addresses(launcher.address, _address_setting(launcher)):
             if address in own_interfaces:
                 if is_loopback(address):
                     break
                 return address
         raise ConfigError(
             f"{_address_setting(launcher)}: is no address of this host that others reach; it has "
-            f"{_list_addresses(own_interfaces)}"
+            f"{_describe_addresses(own_interfaces)}"
         )
     if is_first:
-        for address in meeting_addresses:
+        for address in first_host_addresses:
             if address in own_interfaces and not is_loopback(address):
                 return address
-        return _only_reachable_address(host, own_interfaces)
+        return _only_address_others_reach(first_host, own_interfaces)
     assert launcher.rdzv is not None
-    address = local_address_towards(meeting_addresses[0], launcher.rdzv)
+    # The address from which this host's packets to the first host leave.
+    address = local_address_towards(first_host_addresses[0], launcher.rdzv)
     if address not in own_interfaces or is_loopback(address):
         raise ConfigError(
             f"launcher.rdzv={launcher.rdzv}: no interface of this host leads there; it has "
-            f"{_list_addresses(own_interfaces)}"
+            f"{_describe_addresses(own_interfaces)}"
         )
     return address
 
 
 def interfaces() -> dict[str, str]:
-    """The interface of each address that this host has."""
+    """The name of the network interface, such as `eth0`, for each IP address that this host has."""
     import psutil
 
-    interface_of = {}
+    interface_by_address = {}
     for interface, addresses in psutil.net_if_addrs().items():
         for address in addresses:
             if address.family in (socket.AF_INET, socket.AF_INET6):
                 # An IPv6 address of a link carries its interface behind a %.
-                interface_of[address.address.partition("%")[0]] = interface
-    return interface_of
+                ip_address = address.address.partition("%")[0]
+                interface_by_address[ip_address] = interface
+    return interface_by_address
 
 
-def _addresses(host: str, setting: str) -> list[str]:
+def _resolve_addresses(host: str, setting: str) -> list[str]:
+    """The IP addresses that this host's resolver gives for a name. `setting`: where the name stands, for the ConfigError."""
     try:
-        answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        address_infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(
             f"{setting}: this host does not know {host} ({error.strerror or error}); give its address"
         ) from error
-    return list(dict.fromkeys(str(answer[4][0]).partition("%")[0] for answer in answers))
+    addresses = [str(socket_address[0]).partition("%")[0] for *_, socket_address in address_infos]
+    return list(dict.fromkeys(addresses))
 
 
 def local_address_towards(address: str, rdzv: str) -> str:
-    """The address of this host from which `address` is reached. Raises ConfigError if there is no route."""
+    """The IP address of this host from which packets to `address` leave. Errors: ConfigError if there is no route.
+
+    `rdzv`: the setting that named the address, for the message.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -128,19 +138,22 @@ def local_address_towards(address: str, rdzv: str) -> str:
         return str(probe.getsockname()[0]).partition("%")[0]
 
 
-def _only_reachable_address(host: str, own_interfaces: dict[str, str]) -> str:
-    """The one address that others may reach, if `host` means this host by its loopback. Raises ConfigError for several."""
-    reachable = [address for address in own_interfaces if ":" not in address and not is_loopback(address)]
-    if len(reachable) != 1:
+def _only_address_others_reach(host: str, own_interfaces: dict[str, str]) -> str:
+    """This host's one IPv4 address that is no loopback, for a `host` in `launcher.rdzv` that resolves to a loopback here.
+
+    Errors: ConfigError if there are several, or none.
+    """
+    candidates = [address for address in own_interfaces if ":" not in address and not is_loopback(address)]
+    if len(candidates) != 1:
         raise ConfigError(
             f"launcher.rdzv: {host} means this host by a loopback address here, and so no interface; set launcher.address to "
-            f"one of {', '.join(reachable) or 'its addresses'}, or name an address in launcher.rdzv"
+            f"one of {', '.join(candidates) or 'its addresses'}, or name an address in launcher.rdzv"
         )
-    return reachable[0]
+    return candidates[0]
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address means the host itself."""
+    """Whether an IP address such as 127.0.0.1 means the host itself."""
     return ipaddress.ip_address(address).is_loopback
 
 
@@ -148,8 +161,10 @@ def _address_setting(launcher: LauncherConfig) -> str:
     return f"launcher.address={launcher.address}"
 
 
-def _list_addresses(own_interfaces: dict[str, str]) -> str:
-    return (
-        ", ".join(f"{address} ({name})" for address, name in own_interfaces.items() if not is_loopback(address))
-        or "none"
-    )
+def _describe_addresses(own_interfaces: dict[str, str]) -> str:
+    """This host's addresses that are no loopback, with their interfaces, for messages."""
+    descriptions = []
+    for address, interface in own_interfaces.items():
+        if not is_loopback(address):
+            descriptions.append(f"{address} ({interface})")
+    return ", ".join(descriptions) or "none"

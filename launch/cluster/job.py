@@ -20,7 +20,7 @@ from typing import Any
 
 from launch.cluster import containers, pipeline_part, snapshot
 from launch.cluster.job_end import JobStart, count_lost_start, end, job_name
-from launch.config.process_role import port
+from launch.config.process_role import master_port
 from launch.runs.job_record import record_job_end, record_job_start
 from launch.runs.queue import note_submitted
 from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageError
@@ -36,41 +36,43 @@ SBATCH_DECIDES = (
 SCRIPT_DECIDES = "is the script's own: change slurm/train.sbatch or slurm/env.sh, or use shardtune submit"
 LAUNCHER_WORDS = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
 """Settings of the launcher that slurm/train.sbatch takes as words; the others would be lost."""
-PARTS = ("launcher", "run", "model", "data")
+SECTIONS = ("launcher", "run", "model", "data")
 PORTS_TRIED = 50
 """How many ports are tried, one after another."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenRun:
-    """What of a frozen configuration a job script needs to know."""
+    """A run directory with the settings of its `config.yaml` that a job script needs."""
 
     directory: Path
-    tree: dict[str, Any]
-    """Its parts (`PARTS`), as the file has them."""
+    settings: dict[str, Any]
+    """The sections `SECTIONS` of the file as nested dictionaries."""
 
     @classmethod
     def read(cls, directory: Path) -> FrozenRun:
-        """Read without torch; whether the file is as it was frozen is the ranks' to see. Errors: ConfigError."""
+        """Read a run directory's settings without torch. Errors: ConfigError.
+
+        Whether the file was edited since it was frozen is checked later, by the ranks.
+        """
         path = directory / "config.yaml"
         tree = read_tree(path)
         try:
-            run = cls(directory, {part: dict(tree[part]) for part in PARTS})
+            return cls(directory, {section: dict(tree[section]) for section in SECTIONS})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path}: not a configuration of this version ({' '.join(str(error).split())})"
             ) from error
-        return run
 
     @property
     def processes(self) -> int:
         """Ranks of each node."""
-        return ranks_per_node(self.tree["launcher"])
+        return ranks_per_node(self.settings["launcher"])
 
     @property
     def threads(self) -> int:
-        """CPU threads of a rank: `run.threads`, or OMP_NUM_THREADS, or the node's cores divided by its ranks."""
-        configured = self.tree["run"]["threads"]
+        """CPU threads of each rank: `run.threads`, or OMP_NUM_THREADS, or the node's cores divided by its ranks."""
+        configured = self.settings["run"]["threads"]
         if configured:
             return configured
         omp_threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -81,13 +83,14 @@ class FrozenRun:
 
 
 def begin(words: list[str]) -> dict[str, Any]:
-    """Settle everything before the training step; returns the variables that the job script sets.
+    """Prepare one start of a SLURM job before its training step; returns the shell variables that the job script sets.
 
-    Errors: ConfigError, StorageError, ShardtuneError.
+    Settles which run this is, whether it may start, which code it runs and where its ranks meet. `words`: those of
+    slurm/train.sbatch; empty for a run that `shardtune submit` has frozen. Errors: ConfigError, StorageError, ShardtuneError.
     """
     job = JobStart.here()
     refuse_heterogeneous(os.environ)
-    run = frozen_run(words, job)
+    run = load_or_freeze_run(words, job)
     logs = run.directory / "logs"
     # The script reads each of these, so each is there however the start goes on.
     shell_variables: dict[str, Any] = {
@@ -103,38 +106,42 @@ def begin(words: list[str]) -> dict[str, Any]:
         pipeline_part.record_part_end("train", run.directory, 0)
         record_job_end(run.directory, job.name, job.restart, 0, reason="already finished", will_restart=False)
         return {**shell_variables, "finished": 1}
+
     logs.mkdir(parents=True, exist_ok=True)
-    if words:  # `shardtune submit` has copied the code, and its scripts start from the copy
-        shell_variables["code"] = code_copy(run, job)
+    started_by_train_sbatch = bool(words)
+    if started_by_train_sbatch:  # `shardtune submit` has copied the code, and its scripts start from the copy
+        shell_variables["code"] = code_to_run(run, job)
     snapshot.refuse_changed()
-    launcher = run.tree["launcher"]
+    launcher = run.settings["launcher"]
     containers.refuse_missing(launcher)
     refuse_lost_starts(run, job, logs)
-    refuse_in_use(run.directory, run.tree["run"]["lease_s"])
-    if words:  # the script for people; `submit` has left it for its own
+    refuse_in_use(run.directory, run.settings["run"]["lease_s"])
+    # After the checks of the run directory: a start that they refuse must not replace the record of the run's own job.
+    if started_by_train_sbatch:  # `submit` has left this record for its own jobs
         note_submitted([run.directory], job.name)
     record_job_start(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
     report_idle_gpus(run.processes, os.environ)
     for cause, times in launcher["retry"].items():
         shell_variables[f"retry_{cause}"] = times
     shell_variables |= {"processes": run.processes, "threads": run.threads, "silent": os.environ.get(SILENT, "")}
-    master = rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or launcher["rdzv"])
+    master = choose_rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or launcher["rdzv"])
     if len(job.nodes) > 1 and launcher.get("preflight", "none") != "none":
-        preflight(run, job, master)
+        check_nodes(run, job, master)
     return {**shell_variables, "rendezvous": master}
 
 
 def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
-    """Refuse a start after more starts were lost than `launcher.retry` allows. Errors: ShardtuneError, StorageError.
+    """Refuse a start after more starts of the job were lost than `launcher.retry` allows. Errors: ShardtuneError, StorageError.
 
-    A start that says it runs, and has ended, was lost with its node or killed unsaved. SLURM requeues such a job by itself.
+    A start is lost if its node failed or it was killed unsaved. SLURM requeues such a job by itself, without end.
     """
     if not job.restart:
         return
+    # The start before this one has ended: if its record still says that it runs, it could not write another.
     status = read_status(run.directory)
     if status.get("state") != State.running or status.get("job") != job.id:
         return
-    limit = run.tree["launcher"]["retry"].get("node_fail", 0)
+    limit = run.settings["launcher"]["retry"].get("node_fail", 0)
     if not count_lost_start(logs, job, limit):
         raise ShardtuneError(
             f"job {job.name}: more than {limit} starts ended without a word (node lost, or killed unsaved); "
@@ -143,29 +150,32 @@ def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
 
 
 def refuse_heterogeneous(env: Mapping[str, str]) -> None:
-    """Refuse a job of several unlike parts, of which this script would train on the first alone. Errors: ConfigError."""
-    parts = env.get("SLURM_HET_SIZE", "")
-    if parts.isdecimal() and int(parts) > 1:
+    """Refuse a heterogeneous SLURM job, since the job script would train on its first component alone. Errors: ConfigError."""
+    components = env.get("SLURM_HET_SIZE", "")
+    if components.isdecimal() and int(components) > 1:
         raise ConfigError(
-            f"SLURM_HET_SIZE={parts}: a heterogeneous job trains on its first part alone, and the nodes of the others would "
+            f"SLURM_HET_SIZE={components}: a heterogeneous job trains on its first part alone, and the nodes of the others would "
             "stay idle; submit a job of nodes that are alike"
         )
 
 
 def report_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
-    """Say how many GPUs of this node no rank uses; SLURM tells how many the job was given."""
-    gpus = env.get("SLURM_GPUS_ON_NODE", "")
-    if gpus.isdecimal() and int(gpus) > processes:
+    """Print how many GPUs of this node stay without a rank. `processes`: the ranks of a node."""
+    gpus_of_job = env.get("SLURM_GPUS_ON_NODE", "")
+    if gpus_of_job.isdecimal() and int(gpus_of_job) > processes:
         print(
-            f"{int(gpus) - processes} of {gpus} GPUs stay idle on each node: the run has {processes} ranks a node "
-            "(launcher.processes)",
+            f"{int(gpus_of_job) - processes} of {gpus_of_job} GPUs stay idle on each node: the run has {processes} ranks a "
+            "node (launcher.processes)",
             file=sys.stderr,
         )
 
 
-def code_copy(run: FrozenRun, job: JobStart) -> Path | str:
-    """The code of a run by slurm/train.sbatch: a copy, which the first start of its job makes; empty for the clone itself."""
-    if run.tree["launcher"].get("code") != "snapshot":
+def code_to_run(run: FrozenRun, job: JobStart) -> Path | str:
+    """The directory of the code that a run by slurm/train.sbatch uses; empty for the clone itself.
+
+    With `launcher.code=snapshot` the first start of a job copies the code into the run directory, and later starts use the copy.
+    """
+    if run.settings["launcher"].get("code") != "snapshot":
         return ""
     copy = snapshot.newest_copy(run.directory) if job.restart else None
     if copy is None:
@@ -174,23 +184,24 @@ def code_copy(run: FrozenRun, job: JobStart) -> Path | str:
     return copy
 
 
-def preflight(run: FrozenRun, job: JobStart, master: str) -> None:
-    """Check all nodes before the ranks are started. Raises NodesUnfit with every problem, StorageError.
+def check_nodes(run: FrozenRun, job: JobStart, master: str) -> None:
+    """Run the preflight on all nodes of the job before its ranks are started.
 
-    `master`: host:port at which the ranks will meet; the check uses it too.
+    `master`: host:port at which the ranks will meet; the preflight's own ranks meet there too. Errors: NodesUnfit with every
+    problem, StorageError.
     """
-    from launch.cluster.preflight.answer import text
+    from launch.cluster.preflight.answer import report_text
     from launch.cluster.preflight.coordinator import commands_by_srun, preflight_request, run_preflight
 
-    request = preflight_request(run.tree, len(job.nodes))
+    request = preflight_request(run.settings, len(job.nodes))
     request.master = master
-    srun_options, prefix = containers.launch_words(run.tree, [ROOT, run.directory])
+    srun_options, prefix = containers.srun_options_and_prefix(run.settings, [ROOT, run.directory])
     python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable
-    if containers.runtime_of(run.tree["launcher"]):
-        python = run.tree["launcher"].get("python") or "python3"
+    if containers.runtime_of(run.settings["launcher"]):
+        python = run.settings["launcher"].get("python") or "python3"
     commands = commands_by_srun(len(job.nodes), python, srun_options, prefix=prefix)
     reports, verdict = run_preflight(request, commands, job.nodes)
-    print(text(request, reports, verdict), flush=True)
+    print(report_text(request, reports, verdict), flush=True)
     if verdict.problems:
         raise NodesUnfit(
             f"job {job.name}: not started: {verdict.problems[0]}. Fix the node, or exclude it (sbatch --exclude=<node>); "
@@ -198,22 +209,26 @@ def preflight(run: FrozenRun, job: JobStart, master: str) -> None:
         )
 
 
-def frozen_run(words: list[str], job: JobStart) -> FrozenRun:
-    """The run that was frozen for this job, or the one that the words describe, which is frozen now. Errors: ConfigError."""
-    frozen = os.environ.get("SHARDTUNE_CONFIG")
-    if frozen and not words:
-        return FrozenRun.read(Path(frozen).parent)
+def load_or_freeze_run(words: list[str], job: JobStart) -> FrozenRun:
+    """The run that was frozen for this job; or, for slurm/train.sbatch, the run that its `words` describe, which is frozen now.
+
+    Errors: ConfigError.
+    """
+    frozen_config = os.environ.get("SHARDTUNE_CONFIG")
+    if frozen_config and not words:
+        return FrozenRun.read(Path(frozen_config).parent)
     from launch.config.compose import compose
     from launch.runs.freeze import freeze
 
-    if problems := misplaced_words(words):
+    problems = misplaced_words(words)
+    if problems:
         raise ConfigError(problems)
-    composed = compose([*words_of_job(job), *words])
-    if composed.config.launcher.nodes != len(job.nodes):
-        raise ConfigError(
-            f"launcher.nodes={composed.config.launcher.nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out"
-        )
-    return FrozenRun.read(freeze(composed, Path(composed.config.run.dir or ""), may_change_strategy=True))
+    composed = compose([*settings_from_job(job), *words])
+    nodes = composed.config.launcher.nodes
+    if nodes != len(job.nodes):
+        raise ConfigError(f"launcher.nodes={nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out")
+    run_dir = Path(composed.config.run.dir or "")
+    return FrozenRun.read(freeze(composed, run_dir, may_change_strategy=True))
 
 
 def misplaced_words(words: list[str]) -> list[str]:
@@ -221,59 +236,62 @@ def misplaced_words(words: list[str]) -> list[str]:
     problems = []
     for word in words:
         key, _, value = word.partition("=")
-        group, _, leaf = key.partition(".")
+        group, _, name = key.partition(".")
         if group != "launcher":
             continue
-        is_taken = leaf in LAUNCHER_WORDS if leaf else value == "slurm"
+        is_taken = name in LAUNCHER_WORDS if name else value == "slurm"
         if not is_taken:
-            problems.append(f"{word}: {SCRIPT_DECIDES if leaf in ('', 'setup', 'python') else SBATCH_DECIDES}")
+            reason = SCRIPT_DECIDES if name in ("", "setup", "python") else SBATCH_DECIDES
+            problems.append(f"{word}: {reason}")
     return problems
 
 
-def words_of_job(job: JobStart) -> list[str]:
-    """Settings that a run by slurm/train.sbatch takes from its job and from the environment of the script."""
+def settings_from_job(job: JobStart) -> list[str]:
+    """The settings, as words, that a run by slurm/train.sbatch takes from its SLURM job and from the script's environment."""
     from trainer.config.run import SlurmConfig
 
     env = os.environ
     retries = []
     for cause, times in SlurmConfig().retry.items():
         retries.append(f"{cause}:{env.get(f'RETRY_{cause.upper()}') or times}")
+    processes = env.get("PROCESSES") or env.get("SLURM_GPUS_ON_NODE") or 1
     return [
         f"run.dir=runs/slurm-{job.id}",
         "launcher=slurm",
         f"launcher.nodes={len(job.nodes)}",
         f"launcher.retry={{{','.join(retries)}}}",
-        f"launcher.processes={env.get('PROCESSES') or env.get('SLURM_GPUS_ON_NODE') or 1}",
+        f"launcher.processes={processes}",
     ]
 
 
-def rendezvous(job: JobStart, address: str | None) -> str:
-    """host:port on the first node, where nobody listens as far as can be seen from here. Raises ConfigError.
+def choose_rendezvous(job: JobStart, address: str | None) -> str:
+    """The host:port at which the job's ranks meet: the configured `address`, or a free port of the first node.
 
-    Every start derives it anew: a requeued job may be given other nodes, and two jobs may share a node.
+    Every start chooses anew: a requeued job may be given other nodes, and two jobs may share a node. Errors: ConfigError.
     """
     if address:
-        host, _, own_port = address.rpartition(":")
-        if host.split(".")[0] == socket.gethostname().split(".")[0] and not _is_port_free(int(own_port)):
+        host, _, typed_port = address.rpartition(":")
+        is_this_host = host.split(".")[0] == socket.gethostname().split(".")[0]
+        if is_this_host and not _is_port_free(int(typed_port)):
             raise ConfigError(
                 f"launcher.rdzv={address}: another process listens there; choose another port, or leave it out"
             )
         return address
-    first = port(os.environ)
+    first_port = master_port(os.environ)
     for offset in range(PORTS_TRIED):
-        number = 20000 + (first - 20000 + offset) % 10000  # from `first` on, within 20000 to 29999
-        if _is_port_free(number):
-            return f"{job.nodes[0]}:{number}"
+        port = 20000 + (first_port - 20000 + offset) % 10000  # from `first_port` on, within 20000 to 29999
+        if _is_port_free(port):
+            return f"{job.nodes[0]}:{port}"
     raise ConfigError(
-        f"{job.nodes[0]}: no free port from {first} on, {PORTS_TRIED} were tried; choose one with launcher.rdzv=host:port"
+        f"{job.nodes[0]}: no free port from {first_port} on, {PORTS_TRIED} were tried; choose one with launcher.rdzv=host:port"
     )
 
 
-def _is_port_free(number: int) -> bool:
+def _is_port_free(port: int) -> bool:
     """Whether nobody listens at a port of this host, which is the job's first."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
-        with socket.create_server(("", number), family=family, dualstack_ipv6=family == socket.AF_INET6):
+        with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6):
             return True
     except OSError:
         return False
@@ -281,7 +299,10 @@ def _is_port_free(number: int) -> bool:
 
 @contextlib.contextmanager
 def _stdout_is_stderr() -> Iterator[int]:
-    """Print everything to stderr meanwhile; yields the descriptor of the real stdout, which the shell evaluates."""
+    """Within the block, everything that is printed goes to stderr; yields the descriptor of the real stdout.
+
+    The job script evaluates what comes from stdout, so that nothing else may be printed there.
+    """
     sys.stdout.flush()
     stdout_fd = os.dup(1)
     os.dup2(2, 1)
@@ -294,7 +315,11 @@ def _stdout_is_stderr() -> Iterator[int]:
 
 
 def main(argv: list[str]) -> int:
-    """`begin [words]`, `end <code of the step> <1 after TERM, else empty>`, `part <part> <run> <ranks>`. Errors: ConfigError."""
+    """What job scripts call as `python -m launch.job`; returns the exit code. Errors: ConfigError.
+
+    `begin [words]`, `end <exit code of the step> <1 after TERM, else empty> [<1 if no rank was started>]`, or
+    `part <part> <run directory> <ranks>`.
+    """
     if argv[:1] == ["part"] and len(argv) == 4:
         snapshot.refuse_changed()
         return pipeline_part.run_part(argv[1], Path(argv[2]), int(argv[3]))
@@ -315,7 +340,7 @@ def main(argv: list[str]) -> int:
 
 
 def record_refusal(error: ShardtuneError) -> None:
-    """Leave in the directory of a frozen run why its job ended before a rank was started."""
+    """Record in the directory of a frozen run why its job ended before a rank was started."""
     config = os.environ.get("SHARDTUNE_CONFIG")
     name = job_name()
     if not config or name is None or not Path(config).is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import pipeline_part
-from launch.cluster.requeue import ENDED_BY_SLURM, TermSignal, ended_by_slurm, killed_for_memory, lead_s, requeue
+from launch.cluster.requeue import ENDED_BY_SLURM, TermSignal, ended_by_slurm, killed_for_memory, requeue, signal_lead_s
 from launch.config.process_role import expand_hosts
 from launch.runs import efficiency
 from launch.runs.job_record import read_job_record, record_job_end
@@ -31,12 +31,13 @@ RETRY_CAUSES = {
 
 @dataclass(frozen=True, slots=True)
 class JobStart:
-    """This start of this job."""
+    """One start of a SLURM job; a job that is requeued has several."""
 
     name: str
-    """As scontrol takes it; in an array a bare job id can mean all its tasks."""
+    """The job as scontrol takes it; in an array a bare job id can mean all its tasks."""
     id: str
     restart: int
+    """How often SLURM has started the job before."""
     nodes: list[str] = field(default_factory=list)
     """Its hosts, in SLURM's order."""
 
@@ -50,30 +51,32 @@ class JobStart:
         return cls(name, env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0), hosts_of_job())
 
     def is_of_this_start(self, record: dict[str, Any]) -> bool:
-        """Whether a record is of this start."""
+        """Whether a record such as `status.json` was written by this start of the job, and not by an earlier one."""
         return (record.get("job"), record.get("restart")) == (self.id, restart_count())
 
 
 def hosts_of_job() -> list[str]:
-    """The job's hosts, in the order in which SLURM numbers them. Raises ConfigError."""
-    listed = os.environ.get("SLURM_JOB_NODELIST", "")
-    hosts = expand_hosts(listed)
+    """The hosts of this process's job, in the order in which SLURM numbers them. Errors: ConfigError."""
+    node_list = os.environ.get("SLURM_JOB_NODELIST", "")
+    hosts = expand_hosts(node_list)
     count = os.environ.get("SLURM_JOB_NUM_NODES", "")
     if not hosts or (count.isdecimal() and int(count) != len(hosts)):
-        raise ConfigError(f"SLURM_JOB_NODELIST={listed}: names {len(hosts)} hosts, and SLURM_JOB_NUM_NODES={count}")
+        raise ConfigError(f"SLURM_JOB_NODELIST={node_list}: names {len(hosts)} hosts, and SLURM_JOB_NUM_NODES={count}")
     return hosts
 
 
 def job_name() -> str | None:
     """This process's job as scontrol takes it, `5_1` for a task of an array; None outside a job."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID")
+    array_id = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array_id:
+        return f"{array_id}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def count_lost_start(logs: Path, job: JobStart, limit: int, counter: str = "lost") -> bool:
-    """Count one more start that was lost, in the file of its cause (`counter`); returns whether another is allowed.
+    """Count one more start of a job that was lost, in the file `<counter>-<job>`; returns whether another start is allowed.
 
-    Errors: StorageError.
+    `limit`: how many lost starts `launcher.retry` allows. Errors: StorageError.
     """
     path = logs / f"{counter}-{job.name}"
     try:
@@ -97,26 +100,28 @@ class JobOutcome:
     will_restart: bool | None = False
     """Whether the job starts again; None if only SLURM knows."""
     step: int | None = None
-    """The step that was saved."""
+    """The training step that was saved; None if nothing was."""
     idle_starts: int = 0
+    """Starts in a row, this one included, that made no step before they were told to save."""
 
 
 def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
-    """Requeue the job if the run wants it and may; returns the job's exit code.
+    """Record how this start of a job ended, and requeue the job if its run is to go on; returns the job's exit code.
 
-    `stopped`: whether TERM came to the script. `unstarted`: whether it was told to stop before it had started a rank.
+    `code`: the exit code of the training step. `stopped`: whether the script received TERM. `unstarted`: whether it was told to
+    stop before it had started a rank.
     """
     job = JobStart.here()
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     term = TermSignal()
     if not unstarted:
         print(efficiency.record_start(run_dir, job.name, job.restart, code), flush=True)
-    outcome = _outcome(job, run_dir, code, stopped, unstarted)
+    outcome = _determine_outcome(job, run_dir, code, stopped=stopped, unstarted=unstarted)
     if outcome.requeue:
         # Recorded before SLURM is asked, because SLURM ends this process at once.
         _record_end(run_dir, job, replace(outcome, will_restart=True))
         print(f"job {job.name}: {outcome.reason}; it is to be requeued", flush=True)
-        refusal = requeue(job, lead_s(run_dir), term)
+        refusal = requeue(job, signal_lead_s(run_dir), term)
         if refusal is None:
             return outcome.code
         print(f"job {job.name}: not requeued: {refusal}", flush=True)
@@ -134,7 +139,7 @@ def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
 
 
 def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
-    """Leave in the run's directory how this start ended. A full disk must not cost the requeue."""
+    """Record in the run directory how this start of the job ended. A full disk only prints a message: the requeue goes on."""
     facts: dict[str, object] = {
         "reason": outcome.reason,
         "will_restart": outcome.will_restart,
@@ -147,37 +152,44 @@ def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
         print(f"job {job.name}: {error}", flush=True)
 
 
-def _outcome(job: JobStart, run_dir: Path, code: int, stopped: bool, unstarted: bool) -> JobOutcome:
-    """What the records of the run say of the start that has ended, and whether the job is to start again."""
+def _determine_outcome(job: JobStart, run_dir: Path, code: int, *, stopped: bool, unstarted: bool) -> JobOutcome:
+    """How a start of a job ended, from what its ranks recorded in the run directory, and whether the job is to start again.
+
+    Parameters as for `end`.
+    """
     if unstarted:
-        return _after_save(job, run_dir, code, stopped, None, unstarted)
+        return _outcome_after_save(job, run_dir, code, step=None, stopped=stopped, unstarted=True)
     status = read_status(run_dir)
     state = status.get("state") if job.is_of_this_start(status) else None
     if state == State.preempted:
-        return _after_save(job, run_dir, code, stopped, status.get("step"), unstarted)
+        return _outcome_after_save(job, run_dir, code, step=status.get("step"), stopped=stopped, unstarted=False)
     if state == State.done:
         return JobOutcome(code, "done")
+
     failure = read_failure(run_dir)
-    cause = None
+    retry_cause = None
     why = ""
     if job.is_of_this_start(failure):
-        cause = failure.get("retry")
+        retry_cause = failure.get("retry")
         why = str(failure.get("message"))
     if not why and code:
         why = f"its ranks ended with exit code {code} and wrote no reason; their output is in {run_dir / 'logs'}"
         if killed_for_memory(job):
-            cause = "out_of_memory"
+            retry_cause = "out_of_memory"
             why = f"{why}. SLURM ended them for the memory limit of the job: raise launcher.mem, or lower batch.micro"
             record_failure(run_dir, 0, OutOfMemory(why), "starting or training")
-    if cause in RETRY_CAUSES:  # never after an error of the run itself
-        return _after_loss(job, run_dir, code, stopped, cause)
+    if retry_cause in RETRY_CAUSES:  # never after an error of the run itself
+        return _outcome_after_loss(job, run_dir, code, retry_cause, stopped=stopped)
     return JobOutcome(code, " ".join(why.split()) or f"ended with exit code {code}")
 
 
-def _after_save(
-    job: JobStart, run_dir: Path, code: int, stopped: bool, step: int | None, unstarted: bool
+def _outcome_after_save(
+    job: JobStart, run_dir: Path, code: int, *, step: int | None, stopped: bool, unstarted: bool
 ) -> JobOutcome:
-    """How a start ended that was told to stop, and has saved or had nothing to save."""
+    """The outcome of a start that was told to stop, and has saved at `step` or had nothing to save.
+
+    The job is requeued unless SLURM ends it, it restarted as often as `launcher.retry` allows, or it makes no progress.
+    """
     state = "told to stop before its ranks were started" if unstarted else "state saved"
     record = read_job_record(run_dir)
     earlier_step = 0
@@ -188,6 +200,7 @@ def _after_save(
     step = earlier_step if step is None else step
     idle_starts = idle_starts + 1 if step == earlier_step else 0
     outcome = JobOutcome(code, state, step=step, idle_starts=idle_starts)
+
     if ended_by_slurm(job, stopped):
         reason = f"stopped by SLURM or by scancel, {state}; not requeued from here"
         return replace(outcome, reason=reason, will_restart=None)
@@ -202,12 +215,15 @@ def _after_save(
 
 
 def _retry_limit(cause: str) -> int:
-    """How often the run may be started again for a cause; the job script exports it."""
+    """How often the run may be started again for a cause, by `launcher.retry`; the job script exports it as `retry_<cause>`."""
     return int(os.environ.get(f"retry_{cause}") or 0)
 
 
-def _after_loss(job: JobStart, run_dir: Path, code: int, stopped: bool, cause: str) -> JobOutcome:
-    """How a start ended that has lost a rank, or whose rank ran out of memory."""
+def _outcome_after_loss(job: JobStart, run_dir: Path, code: int, cause: str, *, stopped: bool) -> JobOutcome:
+    """The outcome of a start that lost a rank, or ran out of memory (`cause`: a key of `RETRY_CAUSES`).
+
+    The job is requeued unless SLURM ends it or that happened too often. After memory ran out, the micro-batch is halved.
+    """
     why, counter = RETRY_CAUSES[cause]
     limit = _retry_limit(cause)
     if ended_by_slurm(job, stopped):
@@ -218,7 +234,8 @@ def _after_loss(job: JobStart, run_dir: Path, code: int, stopped: bool, cause: s
     if cause == "out_of_memory":
         from launch.cluster.oom_retry import lower_micro
 
-        if (lowered := lower_micro(run_dir)) is None:
+        change = lower_micro(run_dir)
+        if change is None:
             return JobOutcome(code, f"{why}; not requeued, since batch.micro cannot be halved")
-        why = f"{why}, {lowered}"
+        why = f"{why}, {change}"
     return JobOutcome(code, why, requeue=True)

@@ -27,9 +27,10 @@ from strategies.compat.python import end_process
 from strategies.hardware import listed_gpus
 from trainer.stopping.signals import hold
 
-MARK = "shardtune-node "
+FACTS_PREFIX = "shardtune-node "
 """Begins the line that says what a host is; what a login shell prints stands before it."""
 JOB_VARIABLE = "SHARDTUNE_NODE_TOLD"
+"""Carries the job, as JSON, over the restart of this process in the job's environment."""
 SILENT_S = 60.0
 """Seconds without a line from the other end after which it counts as lost. It sends one every few seconds."""
 END_S = 10.0
@@ -44,7 +45,7 @@ HOST_VARIABLES = re.compile(
 
 
 def variables_to_carry(env: dict[str, str]) -> dict[str, str]:
-    """What of an environment the other hosts are given, as it is."""
+    """The environment variables that the ranks on other hosts get: all but those that belong to a host or a login."""
     return {key: value for key, value in env.items() if not HOST_VARIABLES.fullmatch(key)}
 
 
@@ -55,23 +56,27 @@ def main(module: str = "launch.cluster.node") -> int:
     """
     hold()  # as the command does: a request to save that comes while libraries are loaded is kept
     try:
-        return _main(module)
+        return _run_node(module)
     except (EOFError, KeyboardInterrupt):  # the other end has gone, or a signal came before there were ranks
         return 130
 
 
-def _main(module: str) -> int:
-    """Run this host's part of the job, first in the environment of the process that started it. Errors: EOFError."""
+def _run_node(module: str) -> int:
+    """Talk with the host that started the run, and run this host's ranks; returns the exit code. Errors: EOFError.
+
+    Called twice: the first time it reads the job and replaces this process by one in the job's environment.
+    """
     if JOB_VARIABLE not in os.environ:
         _restart_in_environment(json.loads(_read_line(0)), module)
     job = json.loads(os.environ.pop(JOB_VARIABLE))
-    commands = os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # ranks read nothing
-    sys.stdout.write(MARK + json.dumps(describe_host(job)) + "\n")
+    # Messages keep coming through a copy of stdin; stdin itself becomes empty, since ranks read nothing.
+    message_fd = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout.write(FACTS_PREFIX + json.dumps(describe_host(job)) + "\n")
     sys.stdout.flush()
-    begin = json.loads(_read_line(commands, SILENT_S))
-    threading.Thread(target=_obey, args=(commands,), daemon=True).start()
-    return run(job, begin)
+    rendezvous = json.loads(_read_line(message_fd, SILENT_S))
+    threading.Thread(target=_relay_signals, args=(message_fd,), daemon=True).start()
+    return run_ranks(job, rendezvous)
 
 
 def _restart_in_environment(job: dict[str, Any], module: str) -> None:
@@ -86,11 +91,15 @@ def _restart_in_environment(job: dict[str, Any], module: str) -> None:
 
 
 def describe_host(job: dict[str, Any]) -> dict[str, Any]:
-    """Facts of this host, for the host that starts the run; `config`: the digest of the frozen file as it is seen here."""
+    """Facts of this host, with which the host that starts the run decides whether this one can take part.
+
+    `config` is the SHA-256 of the frozen configuration as it is seen here; None if it is not seen.
+    """
     from launch.cluster.hosts import interfaces
     from launch.cluster.snapshot import code_digest, read_code
 
     path = Path(job["config"])
+    # A network file system may show a file late that another host has just written.
     deadline = time.monotonic() + VISIBLE_S
     config_digest = _sha256(path)
     while config_digest != job["sha256"] and time.monotonic() < deadline:
@@ -109,24 +118,30 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(job: dict[str, Any], begin: dict[str, Any]) -> int:
-    """The ranks of this host, to their end."""
+def run_ranks(job: dict[str, Any], rendezvous: dict[str, Any]) -> int:
+    """Run this host's ranks to their end; returns the exit code.
+
+    `rendezvous`: this host's `rank` among the hosts, `rdzv` (host:port at which they meet), and `run_id`.
+    """
     from launch.cluster.torchrun import RankProgram, start
     from launch.config.frozen import load_frozen
 
     path = Path(job["config"])
     config = load_frozen(path)
-    config.launcher.node_rank = begin["rank"]
-    config.launcher.rdzv = begin["rdzv"]
-    code, _ = start(config, path.parent, begin["run_id"], program=RankProgram(job["module"], path.name))
+    config.launcher.node_rank = rendezvous["rank"]
+    config.launcher.rdzv = rendezvous["rdzv"]
+    code, _ = start(config, path.parent, rendezvous["run_id"], program=RankProgram(job["module"], path.name))
     return code
 
 
-def _obey(commands: int) -> None:
-    """Pass on the signals that the other end sends; end the ranks once it is silent or gone."""
+def _relay_signals(message_fd: int) -> None:
+    """Send this process the signals that arrive as messages; end the ranks once the other end is silent or gone.
+
+    Runs in a thread of its own.
+    """
     while True:
         try:
-            message = json.loads(_read_line(commands, SILENT_S))
+            message = json.loads(_read_line(message_fd, SILENT_S))
         except (EOFError, ValueError):
             break
         if "signal" in message:
@@ -138,19 +153,22 @@ def _obey(commands: int) -> None:
 
 
 def _read_line(descriptor: int, timeout_s: float | None = None) -> bytes:
-    """The next line. Raises EOFError where none comes: the other end is closed, or silent for too long."""
+    """The next line from a file descriptor. Errors: EOFError if it is closed, or nothing comes for `timeout_s` seconds."""
     line = bytearray()
+    # Byte by byte: what is buffered here would be lost when this process replaces itself.
     while not line.endswith(b"\n"):
-        if not select.select([descriptor], [], [], timeout_s)[0]:
+        is_ready, _, _ = select.select([descriptor], [], [], timeout_s)
+        if not is_ready:
             raise EOFError("silent")
-        piece = os.read(descriptor, 1)
-        if not piece:
+        byte = os.read(descriptor, 1)
+        if not byte:
             raise EOFError("closed")
-        line += piece
+        line += byte
     return bytes(line)
 
 
 def _sha256(path: Path) -> str | None:
+    """The digest of a file; None if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -158,8 +176,9 @@ def _sha256(path: Path) -> str | None:
 
 
 def _free_port() -> int:
-    """A port of this host at which nobody listens, below those that are given out to connections."""
+    """A port of this host at which nobody listens, below those that the kernel gives out to connections."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    # Drawn at random, so that two runs that start at once rarely take the same one.
     for _ in range(50):
         port = random.randrange(20000, 30000)
         try:

@@ -17,11 +17,11 @@ from trainer.reporting.status import read_failure
 
 
 def lower_micro(run_dir: Path) -> str | None:
-    """Freeze smaller settings for a run that ran out of memory; returns the change as text, None if there is none to make.
+    """Freeze smaller settings for a run that ran out of memory; returns the change as text, None if there is none.
 
-    Training gets half of the micro-batch, and with it twice the accumulation. A run that was choosing its strategy gets the
-    strategy on trial recorded as too large. The frozen configuration stays that of the run which was asked for: it keeps the
-    request beside what became of it. Errors: ConfigError, StorageError.
+    A training run gets about half of its micro-batch, and with it twice the gradient accumulation. A run that was choosing its
+    strategy (`strategy=auto`) gets the strategy on trial recorded as too large. Either way the frozen configuration keeps what
+    was asked for beside what became of it, so that it stays the same run. Errors: ConfigError, StorageError.
     """
     config = load_frozen(run_dir / "config.yaml")
     if isinstance(config.strategy, AutoConfig):
@@ -36,9 +36,9 @@ def lower_micro(run_dir: Path) -> str | None:
 
 
 def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
-    """Freeze that the strategy on trial ran out of memory; None if the failure names none."""
-    ran_out_with = read_failure(run_dir).get("ran_out_with")
-    strategy = ran_out_with.get(STRATEGY) if isinstance(ran_out_with, dict) else None
+    """Freeze that the strategy on trial ran out of memory; returns the change as text, None if the failure names no strategy."""
+    settings_on_trial = read_failure(run_dir).get("ran_out_with")
+    strategy = settings_on_trial.get(STRATEGY) if isinstance(settings_on_trial, dict) else None
     if strategy is None:
         return None
     earlier = config.resolution(STRATEGY) or Resolution(STRATEGY, AUTO)
@@ -48,7 +48,7 @@ def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
 
 
 def _with_micro(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfig:
-    """The run with a smaller `micro`. Its resolution keeps what was asked for and every trial that led here."""
+    """The configuration with a smaller micro-batch, and a record of what was asked for and of every trial that led here."""
     earlier = config.resolution(MICRO) or Resolution(MICRO, config.batch["micro"])
     resolution = replace(
         earlier,
@@ -61,5 +61,6 @@ def _with_micro(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunCo
 
 
 def _half_micro(micro: int) -> int:
-    """Its largest divisor up to its half: what divides it divides every rank's part of the global batch, too."""
+    """The largest divisor of a micro-batch that is at most its half."""
+    # A divisor of the micro-batch also divides each rank's share of the global batch.
     return max(size for size in range(1, micro // 2 + 1) if micro % size == 0)

@@ -43,7 +43,10 @@ exec "$python" -m launch.job part "$part" "$run" "$processes"
 
 
 def part_settings(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
-    """What is asked of SLURM for one part: one node, and GPUs only if the part computes on them."""
+    """The settings that one job of the chain asks SLURM for.
+
+    `part`: prepare, train, evaluate or export. All but training get one node, and GPUs only if they compute on them.
+    """
     part_options = slurm.part_options.get(part, [])
     if part == "train":
         return replace(slurm, extra=[*slurm.extra, *part_options])
@@ -70,7 +73,7 @@ def part_settings(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
 
 
 def part_script(config: RunConfig, part: str, run_dir: Path, head: Callable[[RunConfig, list[Path]], list[str]]) -> str:
-    """The script of a part other than training. `head` is the header of a job script, up to its set-up."""
+    """The job script of a part other than training. `head` makes the beginning of a script, up to its function `setup`."""
     assert isinstance(config.launcher, SlurmConfig)
     launcher = part_settings(config.launcher, part, run_dir)
     part_config = replace(config, launcher=launcher)
@@ -82,35 +85,37 @@ def part_script(config: RunConfig, part: str, run_dir: Path, head: Callable[[Run
 def submit_chain(
     scripts: dict[str, Path], run_dir: Path, sbatch: Callable[[Path, list[str]], str]
 ) -> list[tuple[str, str]]:
-    """Submit the parts, each to start after the one before; returns (part, job) of all.
+    """Submit the script of each part, to start after the one before has succeeded; returns (part, job id) of all.
 
-    If SLURM refuses one, those before it are cancelled. Errors: ConfigError, StorageError.
+    `sbatch`: submits a script with options and returns the job id. If SLURM refuses one part, those before it are cancelled.
+    Errors: ConfigError, StorageError.
     """
     jobs: list[tuple[str, str]] = []
     for part, script in scripts.items():
         dependency = []
         if jobs:
-            _, job_before = jobs[-1]
-            dependency = [f"--dependency=afterok:{job_before}", "--kill-on-invalid-dep=yes"]
+            _, previous_job = jobs[-1]
+            dependency = [f"--dependency=afterok:{previous_job}", "--kill-on-invalid-dep=yes"]
         try:
             jobs.append((part, sbatch(script, dependency)))
         except ConfigError as error:
             if jobs:
                 subprocess.run(["scancel", *(job for _, job in jobs)], capture_output=True)
             raise ConfigError([f"{part}: {problem}; nothing was submitted" for problem in error.problems]) from error
+    record_file = run_dir / PIPELINE_FILE
     try:
         if len(jobs) == 1:  # a record would be of an earlier submission that was a chain
-            (run_dir / PIPELINE_FILE).unlink(missing_ok=True)
+            record_file.unlink(missing_ok=True)
             return jobs
         rows = [{"part": part, "job": job} for part, job in jobs]
-        write_text_atomic(run_dir / PIPELINE_FILE, json.dumps(rows) + "\n")
+        write_text_atomic(record_file, json.dumps(rows) + "\n")
     except OSError as error:
-        raise StorageError(f"{run_dir / PIPELINE_FILE}: cannot be written ({error.strerror or error})") from error
+        raise StorageError(f"{record_file}: cannot be written ({error.strerror or error})") from error
     return jobs
 
 
-def table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -> str:
-    """The chain, for people."""
+def chain_table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -> str:
+    """A table for people of the chain's jobs, given as (part, job id), with what each asks for and when it starts."""
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
     rows = []
@@ -127,6 +132,6 @@ def table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -> str:
 
 
 def train_config(config: RunConfig, run_dir: Path) -> RunConfig:
-    """The configuration of the part that trains: with options of its own."""
+    """The configuration for the job that trains in a chain: with the options of `launcher.part_options` for training."""
     assert isinstance(config.launcher, SlurmConfig)
     return replace(config, launcher=part_settings(config.launcher, "train", run_dir))

@@ -16,7 +16,10 @@ from trainer.reporting.status import write_text_atomic
 
 
 def command_words(part: str, run_dir: Path, processes: int) -> list[str]:
-    """What is typed for a part of a frozen run."""
+    """The words behind `shardtune` that do one part of a frozen run: prepare, evaluate or export.
+
+    `processes`: ranks of an evaluation.
+    """
     if part == "prepare":
         return ["prepare", str(run_dir / "config.yaml")]
     if part == "evaluate":
@@ -25,8 +28,9 @@ def command_words(part: str, run_dir: Path, processes: int) -> list[str]:
 
 
 def run_part(part: str, run_dir: Path, processes: int) -> int:
-    """Do one part, as its job does, and record how it ended; returns the exit code. Errors: StorageError."""
-    command = [*_python(run_dir), "-m", "launch.main", *command_words(part, run_dir, processes)]
+    """Run one part of the chain within its job, and record how it ended; returns the exit code. Errors: StorageError."""
+    command = [*_interpreter_command(run_dir), "-m", "launch.main", *command_words(part, run_dir, processes)]
+    # With these variables the verb would take itself for a rank that srun started.
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_NTASKS", "SLURM_PROCID"))}
     print(f"job {os.environ.get('SLURM_JOB_ID')}: {part} of {run_dir}", flush=True)
     code = subprocess.run(command, env=env).returncode
@@ -35,7 +39,7 @@ def run_part(part: str, run_dir: Path, processes: int) -> int:
 
 
 def record_part_end(part: str, run_dir: Path, code: int) -> None:
-    """Record how a part ended, where the run has a chain. Errors: StorageError."""
+    """Record the exit code of a part in `<run>/pipeline/<part>.json`, if the run is a chain of jobs. Errors: StorageError."""
     if not (run_dir / PIPELINE_FILE).exists():
         return
     (run_dir / PART_RESULTS_DIRECTORY).mkdir(exist_ok=True)
@@ -43,14 +47,20 @@ def record_part_end(part: str, run_dir: Path, code: int) -> None:
     write_text_atomic(run_dir / PART_RESULTS_DIRECTORY / f"{part}.json", json.dumps(record) + "\n")
 
 
-def _python(run_dir: Path) -> list[str]:
-    """The interpreter of the run, in its container where it has one. Errors: ConfigError."""
+def _interpreter_command(run_dir: Path) -> list[str]:
+    """The command that starts the run's Python, in its container if it has one. Errors: ConfigError."""
     tree = read_tree(run_dir / "config.yaml")
     launcher = tree["launcher"]
     if containers.runtime_of(launcher) is None:
         return [sys.executable]
     containers.refuse_missing(launcher)
-    step, before = containers.launch_words(tree, [ROOT, run_dir])
-    srun = ["srun", f"--export=ALL,{containers.INSIDE}=1", "--ntasks=1", "--cpu-bind=none", *step]
+    srun_options, prefix = containers.srun_options_and_prefix(tree, [ROOT, run_dir])
+    srun = [
+        "srun",
+        f"--export=ALL,{containers.INSIDE_CONTAINER}=1",
+        "--ntasks=1",
+        "--cpu-bind=none",
+        *srun_options,
+    ]
     shell = ["bash", "-c", 'set -e; eval "$SHARDTUNE_SETUP"; setup; exec "$@"', "setup"]
-    return [*srun, *before, *shell, launcher.get("python") or "python3"]
+    return [*srun, *prefix, *shell, launcher.get("python") or "python3"]

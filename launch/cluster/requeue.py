@@ -14,7 +14,7 @@ from typing import Protocol
 from strategies.errors import ConfigError
 from trainer.reporting.settings_file import read_tree
 
-CALL_S = 60.0
+SCONTROL_TIMEOUT_S = 60.0
 """Seconds that scontrol may take; without a controller it waits for minutes."""
 FIRST_WAIT_S = 2.0
 """Seconds between the first two tries; the pause doubles from try to try."""
@@ -51,8 +51,8 @@ class TermSignal:
         self.received = True
 
 
-def lead_s(run_dir: Path) -> float:
-    """Seconds that the end of a start may take: those by which SLURM's signal comes before the time limit."""
+def signal_lead_s(run_dir: Path) -> float:
+    """Seconds before the time limit at which SLURM signals the job (`launcher.signal_lead_s`), in which a start must end."""
     try:
         lead = read_tree(run_dir / "config.yaml")["launcher"].get("signal_lead_s")
     except (ConfigError, KeyError, AttributeError):
@@ -61,13 +61,15 @@ def lead_s(run_dir: Path) -> float:
 
 
 def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
-    """Ask SLURM to start the job again, until it agrees or `patience_s` seconds are over; returns why it did not, else None.
+    """Ask SLURM to start the job again, until it agrees or `patience_s` seconds are over.
 
-    The job's own time limit bounds the seconds, too.
+    Returns None if it agreed, else why not. `term`: whether this process received SIGTERM meanwhile.
     """
+    # The job's own time limit bounds the tries, too.
     end_time = os.environ.get("SLURM_JOB_END_TIME", "")
     if end_time.isdecimal():
-        patience_s = min(patience_s, int(end_time) - time.time() - SCRIPT_END_S)
+        remaining_s = int(end_time) - time.time() - SCRIPT_END_S
+        patience_s = min(patience_s, remaining_s)
     deadline = time.monotonic() + patience_s
     wait_s = FIRST_WAIT_S
     while True:
@@ -89,41 +91,49 @@ def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
 
 def _request_requeue(job: NamedJob) -> str | None:
     """Ask SLURM once to requeue the job; returns why it refused, None if it agreed."""
+    command = ["scontrol", "requeue", job.name]
     try:
-        done = subprocess.run(
-            ["scontrol", "requeue", job.name], capture_output=True, text=True, errors="replace", timeout=CALL_S
-        )
+        scontrol = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SCONTROL_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return f"no answer within {CALL_S:.0f} s"
+        return f"no answer within {SCONTROL_TIMEOUT_S:.0f} s"
     except OSError as error:
         return f"scontrol cannot be called ({error.strerror})"
-    if done.returncode == 0:
+    if scontrol.returncode == 0:
         return None
-    return " ".join((done.stderr or done.stdout).split()) or "without a word"
+    message = scontrol.stderr or scontrol.stdout
+    return " ".join(message.split()) or "without a word"
 
 
 def ended_by_slurm(job: NamedJob, stopped: bool) -> bool:
-    """Whether SLURM ends the job, or requeues it by itself: asking for it as well would run it once too often."""
+    """Whether SLURM ends or preempts the job, which then requeues it by itself if at all.
+
+    A requeue from here as well would run such a job once too often. `stopped`: whether the job script received SIGTERM.
+    """
     if stopped:
         return True
+    command = ["scontrol", "show", "job", job.name]
     try:
-        done = subprocess.run(
-            ["scontrol", "show", "job", job.name], capture_output=True, text=True, errors="replace", timeout=CALL_S
-        )
+        scontrol = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SCONTROL_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
         return False
     # `PreemptTime=None`, or the time at which SLURM decided to take the nodes away.
-    return any(word.startswith("PreemptTime=") and word[12:13].isdigit() for word in done.stdout.split())
+    for word in scontrol.stdout.split():
+        name, _, value = word.partition("=")
+        if name == "PreemptTime" and value[:1].isdigit():
+            return True
+    return False
 
 
 def killed_for_memory(job: NamedJob) -> bool:
     """Whether SLURM has killed processes of this start for memory, as it writes into the output of the job script."""
-    output = Path(os.path.realpath("/proc/self/fd/1"))
+    output_file = Path(os.path.realpath("/proc/self/fd/1"))
     try:
-        with output.open("rb") as file:
-            file.seek(max(0, output.stat().st_size - LAST_OUTPUT_BYTES))
-            text = file.read().decode(errors="replace")
+        with output_file.open("rb") as file:
+            file.seek(max(0, output_file.stat().st_size - LAST_OUTPUT_BYTES))
+            output = file.read().decode(errors="replace")
     except OSError:
         return False
-    start = f"job {job.name}, start {job.restart}, on "
-    return MEMORY_KILL.search(text.rpartition(start)[2]) is not None
+    # All starts of a job append to one file. The job script prints this line at each start.
+    first_line = f"job {job.name}, start {job.restart}, on "
+    output_of_start = output.rpartition(first_line)[2]
+    return MEMORY_KILL.search(output_of_start) is not None

@@ -37,83 +37,84 @@ EXCLUSIVE_GROUPS = (
 
 @dataclass(slots=True)
 class SbatchVariables:
-    """The `SBATCH_*` of an environment, for one job script."""
+    """The `SBATCH_*` variables of an environment, sorted for one job script."""
 
-    passed: dict[str, str] = field(default_factory=dict)
+    passed_on: dict[str, str] = field(default_factory=dict)
     """The variables that sbatch gets, with their values: the script leaves their options open."""
     dropped: dict[str, str] = field(default_factory=dict)
     """The other variables, with why each is not passed on."""
 
     def lines(self) -> list[str]:
         """A line for people about each variable."""
-        lines = [f"environ {name}={value} is passed on to sbatch" for name, value in self.passed.items()]
+        lines = [f"environ {name}={value} is passed on to sbatch" for name, value in self.passed_on.items()]
         return lines + [f"environ {name} is not passed on: {why}" for name, why in self.dropped.items()]
 
 
 def script_options(text: str) -> dict[str, str]:
-    """The options of sbatch that a script has in its `#SBATCH` lines."""
+    """The options of sbatch in the `#SBATCH` lines of a job script, by name."""
     marker = "#SBATCH "
     return options_of(line.removeprefix(marker) for line in text.splitlines() if line.startswith(marker))
 
 
-def sort_variables(text: str, environment: Mapping[str, str] = os.environ) -> SbatchVariables:
-    """Which variables of the environment reach sbatch with a script of this `text`."""
+def sort_sbatch_variables(text: str, environment: Mapping[str, str] = os.environ) -> SbatchVariables:
+    """Sort the `SBATCH_*` variables into those that reach sbatch and those that the job script (its `text`) decides."""
     options = script_options(text)
     variables = SbatchVariables()
     for name, value in sorted(environment.items()):
         if not name.startswith(PREFIX):
             continue
-        option = _option(name)
-        why = _why_dropped(option, options)
-        if why is None:
-            variables.passed[name] = value
+        reason = _reason_to_drop(_option_of_variable(name), options)
+        if reason is None:
+            variables.passed_on[name] = value
         else:
-            variables.dropped[name] = why
+            variables.dropped[name] = reason
     return variables
 
 
-def _option(variable: str) -> str:
+def _option_of_variable(variable: str) -> str:
     """The option of sbatch that a variable `SBATCH_*` sets."""
     suffix = variable.removeprefix(PREFIX)
     return OTHER_NAMES.get(suffix, suffix.lower().replace("_", "-"))
 
 
-def _why_dropped(option: str, options: Mapping[str, str]) -> str | None:
-    """Why a variable for `option` is not passed on with a script that has `options`; None if it is."""
+def _reason_to_drop(option: str, options: Mapping[str, str]) -> str | None:
+    """Why the environment may not set an `option` of sbatch for a script that has `options`; None if it may."""
     if option in ALWAYS_THE_SCRIPTS:
         return ALWAYS_THE_SCRIPTS[option]
     if option in options:
-        return f"the run says --{option}" + (f"={options[option]}" if options[option] else "")
+        value_text = f"={options[option]}" if options[option] else ""
+        return f"the run says --{option}{value_text}"
     if option in GPU_OPTIONS:
         return "the ranks are counted by the run's GPUs"
     for group in EXCLUSIVE_GROUPS:
-        other = next((name for name in group if name in options), None)
-        if option in group and other is not None:
+        set_by_script = [name for name in group if name in options]
+        if option in group and set_by_script:
+            other = set_by_script[0]
             return f"the run says --{other}={options[other]}"
     return None
 
 
 def sbatch_environment(text: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment for sbatch with a script of this `text`.
-
-    Within a job all of its variables are left out: its own limits would become the new job's.
-    """
+    """The environment in which sbatch is called for a job script of this `text`, without variables that the script decides."""
     if "SLURM_JOB_ID" in environment:
+        # Submitted from within a job: the variables of that job would give the new one its limits.
         prefixes = ("SLURM_", "SRUN_", PREFIX)
-        # SLURM_CONF says where the cluster's configuration is, and is no job's.
-        return {
-            name: value for name, value in environment.items() if name == "SLURM_CONF" or not name.startswith(prefixes)
-        }
-    dropped = sort_variables(text, environment).dropped
+        env = {}
+        for name, value in environment.items():
+            # SLURM_CONF says where the cluster's configuration is, and is no job's.
+            if name == "SLURM_CONF" or not name.startswith(prefixes):
+                env[name] = value
+        return env
+    dropped = sort_sbatch_variables(text, environment).dropped
     return {name: value for name, value in environment.items() if name not in dropped}
 
 
 def environment_value(option: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """What sbatch takes from the environment for an option that the run leaves open; None within a job."""
+    """What sbatch takes from `SBATCH_*` for an option that the run leaves open; None if that is not set, or within a job."""
     if "SLURM_JOB_ID" in environment:
         return None
     for name, value in environment.items():
-        if name.startswith(PREFIX) and _option(name) == option:
+        if name.startswith(PREFIX) and _option_of_variable(name) == option:
             return value
     return None
 
@@ -124,7 +125,7 @@ def refuse_gpus_of_environment(environment: Mapping[str, str] = os.environ) -> N
         return
     gpu_variables = []
     for name, value in sorted(environment.items()):
-        if name.startswith(PREFIX) and _option(name) in GPU_OPTIONS:
+        if name.startswith(PREFIX) and _option_of_variable(name) in GPU_OPTIONS:
             gpu_variables.append(f"{name}={value}")
     if gpu_variables:
         raise ConfigError(

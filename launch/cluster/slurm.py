@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from launch.cluster import containers
-from launch.cluster.containers import INSIDE
+from launch.cluster.containers import INSIDE_CONTAINER
 from launch.config import trusted_values
 from strategies.errors import ConfigError
 from trainer.config.resuming import plain
@@ -92,16 +92,20 @@ settle "$rc" ""
 
 
 def render(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> str:
-    """The sbatch script that trains in `run_dirs[0]`, or as a job array in each of several.
+    """The text of the sbatch script that trains in `run_dirs[0]`, or as a job array in each of several directories.
 
-    `clone` holds the code that runs: the clone, or its copy. Relative paths of the config mean those below `cwd` (default: the
-    current directory). Pure but for that default. Raises ConfigError for what is not SLURM's or cannot stand in a script.
+    `clone`: the directory of the code that the job runs, the clone of shardtune or its copy. `cwd`: where relative paths of the
+    settings start; default: the current directory. Errors: ConfigError for settings that are not SLURM's or that a script cannot
+    carry.
     """
     return "\n".join(script_head(config, run_dirs, clone=clone, cwd=cwd)) + "\n" + BODY
 
 
 def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> list[str]:
-    """The lines of a job script up to the function `setup`: what is asked of SLURM, the runs, the code."""
+    """The lines of a job script up to the function `setup`: the options of sbatch, the runs, the interpreter and the code.
+
+    Parameters and errors as for `render`.
+    """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig):
         raise ConfigError(
@@ -109,37 +113,41 @@ def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Pa
         )
     if not run_dirs:
         raise ConfigError("no run to submit")
-    runs = [_path(run.absolute(), "run.dir") for run in run_dirs]
+    run_paths = [_checked_path(run_dir.absolute(), "run.dir") for run_dir in run_dirs]
+    quoted_runs = " ".join(shlex.quote(run_path) for run_path in run_paths)
+    quoted_clone = shlex.quote(_checked_path(clone, "the installation"))
     return [
         "#!/bin/bash",
         "# shellcheck disable=SC2016,SC2034,SC2154 # quoted for the shells of the nodes; set, or used, by what is not here",
         "# Rendered from the config of the run; to change it change the launcher's settings and submit again.",
-        *(f"#SBATCH {option}" for option in options(slurm, runs, cwd or Path.cwd())),
+        *(f"#SBATCH {option}" for option in sbatch_options(slurm, run_paths, cwd or Path.cwd())),
         "",
-        f"runs=({' '.join(shlex.quote(run) for run in runs)})",
+        f"runs=({quoted_runs})",
         "export SHARDTUNE_CONFIG=${runs[${SLURM_ARRAY_TASK_ID:-0}]}/config.yaml",
         f"patience={config.run.timeout_s} # seconds",
-        *_python(config, slurm, [clone, *run_dirs]),
+        *_interpreter_lines(config, slurm, [clone, *run_dirs]),
         "words=()",
-        f"export PYTHONPATH={shlex.quote(_path(clone, 'the installation'))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export PYTHONPATH={quoted_clone}${{PYTHONPATH:+:$PYTHONPATH}}",
         *setup_text(slurm, clone).splitlines(),
     ]
 
 
-def _python(config: RunConfig, slurm: SlurmConfig, directories: list[Path]) -> list[str]:
-    """Lines that set the interpreters of the host and of the ranks, and the words that start the ranks in a container."""
+def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[Path]) -> list[str]:
+    """The lines of a job script that set the interpreters of the host and of the ranks, and how ranks start in a container.
+
+    `directories`: what a container must see, beside the paths of the settings.
+    """
     if slurm.container is None:
-        python = shlex.quote(one_line(slurm.python or sys.executable, "launcher.python"))
+        python = shlex.quote(checked_line(slurm.python or sys.executable, "launcher.python"))
         return [f"python={python} inside='' container=() within=()"]
     lines = []
-    trusted = trusted_values.directory()
-    if trusted is not None:  # in the container the home may be another one
-        lines.append(
-            f"export {trusted_values.STATE_VARIABLE}={shlex.quote(_path(trusted, trusted_values.STATE_VARIABLE))}"
-        )
-    host_python = shlex.quote(one_line(sys.executable, "the interpreter"))
-    rank_python = shlex.quote(one_line(slurm.python or "python3", "launcher.python"))
-    srun_options, prefix = containers.launch_words(plain(config), directories)
+    trusted_directory = trusted_values.state_directory()
+    if trusted_directory is not None:  # in the container the home may be another one
+        variable = trusted_values.STATE_VARIABLE
+        lines.append(f"export {variable}={shlex.quote(_checked_path(trusted_directory, variable))}")
+    host_python = shlex.quote(checked_line(sys.executable, "the interpreter"))
+    rank_python = shlex.quote(checked_line(slurm.python or "python3", "launcher.python"))
+    srun_options, prefix = containers.srun_options_and_prefix(plain(config), directories)
     return [
         *lines,
         f"python={host_python} # asks SLURM, on the host",
@@ -150,23 +158,30 @@ def _python(config: RunConfig, slurm: SlurmConfig, directories: list[Path]) -> l
 
 
 def _shell_words(words: list[str]) -> str:
-    return " ".join(shlex.quote(one_line(word, "launcher.container")) for word in words)
+    """The words of a command, quoted for the shell, with blanks between them."""
+    return " ".join(shlex.quote(checked_line(word, "launcher.container")) for word in words)
 
 
 def setup_text(slurm: SlurmConfig, clone: Path) -> str:
-    """The shell function `setup`, which every node runs before training. Raises ConfigError for lines it cannot carry."""
+    """The shell function `setup` of a job script: sources slurm/env.sh and runs `launcher.setup` on every node.
+
+    Errors: ConfigError for a line of `launcher.setup` that a script cannot carry.
+    """
     site = shlex.quote(str(clone / "slurm" / "env.sh"))
-    source = f"if [ -f {site} ]; then . {site}; elif [ -f slurm/env.sh ]; then . slurm/env.sh; fi"
-    lines = ["setup() { # on every node, before training", f"  {source}"]
+    source_site = f"if [ -f {site} ]; then . {site}; elif [ -f slurm/env.sh ]; then . slurm/env.sh; fi"
+    lines = ["setup() { # on every node, before training", f"  {source_site}"]
     if slurm.container is not None:
         lines = ["setup() { # the site's environment on the host, the lines of the launcher in the container"]
-        lines += [f'  if [ -z "${INSIDE}" ]; then {source}; return; fi']
-    lines += [f"  {one_line(line, 'launcher.setup')}" for line in slurm.setup]
+        lines += [f'  if [ -z "${INSIDE_CONTAINER}" ]; then {source_site}; return; fi']
+    lines += [f"  {checked_line(line, 'launcher.setup')}" for line in slurm.setup]
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
-    """The options behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes."""
+def sbatch_options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
+    """The options behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes.
+
+    `runs`: the run directories; several make a job array.
+    """
     is_array = len(runs) > 1
     logs = f"{runs[0]}/logs".replace("%", "%%")  # sbatch reads %j and the like in the name of the output
     array = None
@@ -178,29 +193,31 @@ def options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
         dependencies.append(f"afterok:{slurm.after}")
     if slurm.dependency:
         dependencies.append(slurm.dependency)
-    sbatch_options: Options = {
+    # A signal for the batch shell (B:), which asks the ranks to save before the time limit.
+    signal = f"B:USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None
+    option_values: Options = {
         "job-name": slurm.job_name or default_job_name(runs),
         "array": array,
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
         **node_request(slurm),
         "time": slurm.time,
-        "chdir": _path(cwd, "the current directory"),
+        "chdir": _checked_path(cwd, "the current directory"),
         "output": f"{logs}/%x-%A_%a.out" if is_array else f"{logs}/%x-%j.out",
         "open-mode": "append",
-        "signal": f"B:USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None,
+        "signal": signal,
         "comment": slurm.comment,
         "dependency": ",".join(dependencies) or None,
         "kill-on-invalid-dep": "yes" if dependencies else None,
         "mail-type": slurm.mail,
         "mail-user": slurm.mail_user,
     }
-    extra = [one_line(option, "launcher.extra") for option in slurm.extra]
-    return [*quoted_options(sbatch_options), "--requeue", *extra]
+    extra_options = [checked_line(option, "launcher.extra") for option in slurm.extra]
+    return [*quoted_options(option_values), "--requeue", *extra_options]
 
 
 def node_request(slurm: SlurmConfig) -> Options:
-    """What is asked of each node, as options of sbatch and of srun; `exclusive` has no value."""
+    """The resources that a run asks of each node, as options of sbatch and srun: GPUs, CPUs, memory, partition and so on."""
     return {
         "gpus-per-node": slurm.gpus_per_node or None,
         "cpus-per-task": slurm.cpus_per_task,
@@ -217,13 +234,16 @@ def node_request(slurm: SlurmConfig) -> Options:
 
 
 def quoted_options(options: Options) -> list[str]:
-    """Options quoted as a shell and sbatch read them. Raises ConfigError for what would end a line of a script."""
+    """`--name=value` for each option that is set, quoted as a shell and sbatch read it.
+
+    Errors: ConfigError for a value that would end the line of a script.
+    """
     quoted = []
     for key, setting in options.items():
         if setting is True:  # an option without a value
             quoted.append(f"--{key}")
         elif setting is not None:
-            quoted.append(f"--{key}={shlex.quote(one_line(str(setting), f'launcher.{key}'))}")
+            quoted.append(f"--{key}={shlex.quote(checked_line(str(setting), f'launcher.{key}'))}")
     return quoted
 
 
@@ -238,17 +258,17 @@ def default_job_name(runs: list[str]) -> str:
     return re.sub(r"[^\w.-]", "-", name) or "shardtune"
 
 
-def one_line(text: str, setting: str) -> str:
-    """Refuse what would end a line of the script."""
+def checked_line(text: str, setting: str) -> str:
+    """The text, which is to stand in one line of a job script. Errors: ConfigError for line breaks and control characters."""
     if any(ord(character) < 32 for character in text):
         raise ConfigError(f"{setting} is {text!r}: a job script cannot carry line breaks or control characters in it")
     return text
 
 
-def _path(path: Path | str, setting: str) -> str:
-    """A path that may stand in SLURM's file name patterns, where a backslash switches the patterns off."""
+def _checked_path(path: Path | str, setting: str) -> str:
+    """The path as text for a job script. Errors: ConfigError for a backslash: in SLURM's file names it switches patterns off."""
     if "\\" in str(path):
         raise ConfigError(
             f"{setting} is {str(path)!r}: SLURM's file names cannot carry a backslash; choose another path"
         )
-    return one_line(str(path), setting)
+    return checked_line(str(path), setting)

@@ -15,19 +15,20 @@ from pathlib import Path
 from strategies.errors import ConfigError, StorageError
 from trainer.reporting.code_revision import MANIFEST, ROOT, manifest, revision
 
-PARTS = ("conf", "launch", "strategies", "trainer", "slurm", "shardtune.py")
+COPIED_PATHS = ("conf", "launch", "strategies", "trainer", "slurm", "shardtune.py")
 DIRECTORY = "code"
 
 
 def read_code(root: Path = ROOT) -> dict[str, bytes]:
-    """The files of the code below `root` by their paths. Errors: StorageError."""
+    """The content of every file of shardtune's code below `root`, by relative path. Errors: StorageError."""
     files: dict[str, bytes] = {}
     try:
-        for name in PARTS:
-            part = root / name
-            if name == "slurm" and not (part / "env.sh").is_file():
+        for name in COPIED_PATHS:
+            path = root / name
+            if name == "slurm" and not (path / "env.sh").is_file():
                 continue  # another package of that name
-            for file in [part] if part.is_file() else sorted(part.rglob("*")):
+            candidates = [path] if path.is_file() else sorted(path.rglob("*"))
+            for file in candidates:
                 if file.is_file() and "__pycache__" not in file.parts:
                     files[file.relative_to(root).as_posix()] = file.read_bytes()
     except OSError as error:
@@ -36,9 +37,10 @@ def read_code(root: Path = ROOT) -> dict[str, bytes]:
 
 
 def code_digest(files: dict[str, bytes]) -> str:
-    """SHA-256 of names and contents."""
+    """SHA-256 of the names and contents of `files`, independent of their order."""
     sha256 = hashlib.sha256()
     for name, content in sorted(files.items()):
+        # With the length between them, no two sets of files give the same bytes.
         sha256.update(f"{name}\0{len(content)}\0".encode() + content)
     return sha256.hexdigest()
 
@@ -49,9 +51,9 @@ def copy_path(run_dir: Path, sha256: str) -> Path:
 
 
 def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
-    """Copy the code into the run directory; returns the copy. Errors: StorageError.
+    """Copy shardtune's code from `root` into the run directory, unless the same copy is there; returns the copy's directory.
 
-    Earlier copies stay, because jobs may still run them.
+    Earlier copies stay, because jobs may still run them. Errors: StorageError.
     """
     files = read_code(root)
     sha256 = code_digest(files)
@@ -59,11 +61,14 @@ def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
     unfinished = copy.parent / f".{copy.name}-{os.getpid()}"
     record = {"sha256": sha256, "revision": revision(root), "source": str(root)}
     try:
-        if manifest(copy).get("sha256") != sha256 or code_digest(read_code(copy)) != sha256:
+        is_intact = manifest(copy).get("sha256") == sha256 and code_digest(read_code(copy)) == sha256
+        if not is_intact:
+            # Written beside its place and renamed whole, since another process may read or write the same copy.
             shutil.rmtree(unfinished, ignore_errors=True)
             for name, content in files.items():
-                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-                (unfinished / name).write_bytes(content)
+                file = unfinished / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
             (unfinished / MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             shutil.rmtree(copy, ignore_errors=True)
             unfinished.rename(copy)
@@ -78,14 +83,17 @@ def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
 
 
 def newest_copy(run_dir: Path) -> Path | None:
-    """The copy that was made or used last; None if there is none."""
+    """The copy of the code in a run directory that was made or used last; None if there is none."""
     manifests = (run_dir.absolute() / DIRECTORY).glob(f"[!.]*/{MANIFEST}")  # a dot begins an unfinished copy
     newest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=None)
     return None if newest is None else newest.parent
 
 
 def refuse_changed(root: Path = ROOT) -> None:
-    """Raise ConfigError if a copy is no longer what was submitted. A clone has no manifest and may change."""
+    """Refuse a copy of the code that was changed since the job was submitted. A clone has no manifest and may change.
+
+    Errors: ConfigError.
+    """
     recorded = manifest(root).get("sha256")
     if recorded is not None and code_digest(read_code(root)) != recorded:
         raise ConfigError(

@@ -23,10 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from launch.cluster.node import MARK, variables_to_carry
+from launch.cluster.node import FACTS_PREFIX, variables_to_carry
 from launch.cluster.ssh_nodes import (
+    HEARTBEAT_S,
     SHOWN_LINES,
-    SIGN_OF_LIFE_S,
     Node,
     connect,
     refuse_unfit,
@@ -58,20 +58,28 @@ def start(
     *,
     program: RankProgram = TRAIN,
 ) -> tuple[int, set[int]]:
-    """As `launch.cluster.torchrun.start`, on all of `launcher.hosts`; when it returns every process on every host has ended.
+    """Run the frozen configuration of `run_dir` to its end on all of `launcher.hosts`, by ssh.
 
-    Errors: ConfigError without ssh, NodesUnfit if a host cannot be reached or cannot run the run.
+    Like `launch.cluster.torchrun.start`, with the same parameters. Returns the exit code, or 130 after Ctrl-C, and the signals
+    that came; every process on every host has ended then. Errors: ConfigError without ssh, NodesUnfit if a host cannot be reached
+    or cannot run the run.
     """
     launcher = config.launcher
-    path = (run_dir / program.config).absolute()
+    config_file = (run_dir / program.config).absolute()
     if shutil.which("ssh") is None:
         raise ConfigError(
             "launcher.hosts: there is no ssh here (PATH); install OpenSSH's client, or start on each host"
         )
-    config_digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    config_digest = hashlib.sha256(config_file.read_bytes()).hexdigest()
     env = variables_to_carry(dict(os.environ))
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    job = {"env": env, "cwd": str(Path.cwd()), "config": str(path), "module": program.module, "sha256": config_digest}
+    job = {
+        "env": env,
+        "cwd": str(Path.cwd()),
+        "config": str(config_file),
+        "module": program.module,
+        "sha256": config_digest,
+    }
     ranks = "1 process" if launcher.per_node == 1 else f"{launcher.per_node} processes"
     output = NodeOutput(run_dir / "logs", redirected)
     with collected_signals() as (pending, received), output:
@@ -83,13 +91,15 @@ def start(
                 node.send(job)
             if not wait_for_facts(nodes, pending):
                 return 130 if signal.SIGINT in received else 1, received
+            # All hosts are judged before any of them starts a rank.
             refuse_unfit(nodes, launcher, config_digest)
             rdzv = launcher.rdzv or rendezvous_address(nodes)
             for node_rank, node in enumerate(nodes):
                 node.send({"rank": node_rank, "rdzv": rdzv, "run_id": run_id})
             poll = redirected.poll if redirected is not None else None
-            code = _watch(nodes, pending, poll)
+            code = _wait_for_nodes(nodes, pending, poll)
             if code != 130:
+                # Of a host that is gone nobody else records the failure. The first one is the cause.
                 for node_rank, node in enumerate(nodes):
                     if node.is_disconnected:
                         _record_lost_host(run_dir, node, node_rank * launcher.per_node)
@@ -99,14 +109,15 @@ def start(
             _end_nodes(nodes)
 
 
-def _watch(nodes: list[Node], pending: list[int], poll: Callable[[], None] | None) -> int:
-    """Wait until all nodes have ended, or one ended badly and the others had their time.
+def _wait_for_nodes(nodes: list[Node], pending: list[int], poll: Callable[[], None] | None) -> int:
+    """Wait until all nodes have ended, or one failed and the others had `STOP_GRACE_S` seconds to end too.
 
-    Returns the first exit code that is not 0, and 130 after Ctrl-C.
+    Signals that come in `pending` are passed on to all nodes. `poll` is called a few times a second. Returns the first exit code
+    that is not 0, and 130 after Ctrl-C.
     """
     failed_at: float | None = None
     interrupted_at: float | None = None
-    last_sign = 0.0
+    last_heartbeat = 0.0
     while True:
         if poll is not None:
             poll()
@@ -117,20 +128,22 @@ def _watch(nodes: list[Node], pending: list[int], poll: Callable[[], None] | Non
                 interrupted_at = now
             for node in nodes:
                 node.send({"signal": int(signal_number)})
-        if now - last_sign > SIGN_OF_LIFE_S:
-            last_sign = now
+        # A node ends its ranks if it hears nothing for a while.
+        if now - last_heartbeat > HEARTBEAT_S:
+            last_heartbeat = now
             for node in nodes:
                 node.send({})
-        codes = [node.process.poll() for node in nodes]
+
+        codes = [node.process.poll() for node in nodes]  # None while a node runs
         all_ended = None not in codes
-        bad_code = next((code for code in codes if code), None)
-        if bad_code is not None and failed_at is None:
+        failed_codes = [code for code in codes if code]
+        if failed_codes and failed_at is None:
             failed_at = now
         if interrupted_at is not None:
             if all_ended or now - interrupted_at > STOP_GRACE_S + NODE_END_S:
                 return 130
         elif all_ended or (failed_at is not None and now - failed_at > STOP_GRACE_S):
-            return bad_code or 0
+            return failed_codes[0] if failed_codes else 0
         time.sleep(0.1)
 
 
@@ -138,11 +151,13 @@ def _end_nodes(nodes: list[Node]) -> None:
     """End whatever still runs on any host: send Ctrl-C twice, then close the connection, then kill ssh."""
     for _ in range(2):
         for node in nodes:
-            if node.facts is not None and node.process.poll() is None:
+            has_ranks = node.facts is not None
+            if has_ranks and node.process.poll() is None:
                 node.send({"signal": int(signal.SIGINT)})
         if all(node.process.poll() is not None for node in nodes):
             break
         time.sleep(0.5)
+    # All connections first, so that the hosts end their ranks side by side and not one after the other.
     deadline = time.monotonic() + STOP_GRACE_S + NODE_END_S
     for node in nodes:
         node.close()
@@ -160,9 +175,12 @@ def _end_nodes(nodes: list[Node]) -> None:
 
 
 def _record_lost_host(run_dir: Path, node: Node, rank: int) -> None:
-    """Record that a host was lost, which none of its ranks can. It replaces what other ranks wrote about losing theirs."""
+    """Record in `failure.json` that a host was lost, which none of its ranks can. `rank`: the first rank of that host.
+
+    It replaces what other ranks wrote about losing their peers, but not a failure of their own.
+    """
     recorded = read_failure(run_dir)
-    lost = ShardtuneError(f"host {node.name} was lost ({node.last_words})")
+    lost = ShardtuneError(f"host {node.name} was lost ({node.last_output})")
     record_failure(
         run_dir, rank, lost, "host", replace=only_lost_a_peer(recorded), host=node.name, pid=None, retry="node_fail"
     )
@@ -190,45 +208,51 @@ class NodeOutput:
             self._file.close()
 
     def listen(self, nodes: list[Node]) -> None:
-        """Start the threads that read what the nodes print, until they end."""
-        starts = [0]
+        """Start the threads that read what the nodes print, until they end, and open a log file for each node."""
+        earlier_starts = [0]
         for path in self._logs.iterdir():
             if match := re.match(r"hosts-(\d+)-", path.name):
-                starts.append(int(match[1]))
-        start = max(starts) + 1
+                earlier_starts.append(int(match[1]))
+        start_number = max(earlier_starts) + 1
         for node_rank, node in enumerate(nodes):
-            node.log = (self._logs / f"hosts-{start}-{node_rank}.log").open("ab", buffering=0)
-            self._keep(node, f"# {node.name}\n".encode())
+            node.log = (self._logs / f"hosts-{start_number}-{node_rank}.log").open("ab", buffering=0)
+            self._log(node, f"# {node.name}\n".encode())
             for pipe, is_stderr in ((node.process.stdout, False), (node.process.stderr, True)):
                 arguments = (node, pipe, is_stderr, node_rank == 0)
-                reader = threading.Thread(target=self._read, args=arguments, daemon=True)
+                reader = threading.Thread(target=self._read_pipe, args=arguments, daemon=True)
                 reader.start()
                 node.readers.append(reader)
 
-    def _read(self, node: Node, pipe: IO[bytes], is_stderr: bool, is_first: bool) -> None:
-        """Sort the lines of one pipe; `is_first`: the node's stdout is shown, and its lines need no name."""
+    def _read_pipe(self, node: Node, pipe: IO[bytes], is_stderr: bool, is_first: bool) -> None:
+        """Read one pipe of a node to its end: take its facts, log its lines, and show those of stderr and of the first node.
+
+        `is_first`: it is the first node, whose stdout is shown too, and whose lines need no name before them.
+        """
         for line in pipe:
             text = line.decode(errors="replace").rstrip("\n")
             if node.facts is None and not is_stderr:
                 # Before the node's own line come lines that the login shell there prints.
-                if text.startswith(MARK):
-                    node.facts = json.loads(text.removeprefix(MARK))
+                if text.startswith(FACTS_PREFIX):
+                    node.facts = json.loads(text.removeprefix(FACTS_PREFIX))
                 else:
                     node.last_lines.append(text.strip())
                 continue
             if is_stderr:
                 node.last_lines = [*node.last_lines[-SHOWN_LINES:], text.strip()]
-            self._keep(node, line)
+            self._log(node, line)
             if node.facts is not None and (is_first or is_stderr):
-                self._show(line if is_first else f"{node.name}: ".encode() + line, is_stderr)
+                named_line = line if is_first else f"{node.name}: ".encode() + line
+                self._show(named_line, is_stderr=is_stderr)
 
-    def _keep(self, node: Node, line: bytes) -> None:
+    def _log(self, node: Node, line: bytes) -> None:
+        """Append a line to the log file of a node."""
         assert node.log is not None
         # On a full disk, too, what a node says is read on: its ranks would wait to say it.
         with contextlib.suppress(OSError):
             node.log.write(line)
 
-    def _show(self, line: bytes, is_stderr: bool) -> None:
+    def _show(self, line: bytes, *, is_stderr: bool) -> None:
+        """Print a line of a node, whole, to the screen or the file in its place."""
         stream = sys.stderr if is_stderr else sys.stdout
         with self._lock, contextlib.suppress(OSError, ValueError):
             if self._file is not None:

@@ -27,9 +27,9 @@ CONNECT_S = 10
 """Seconds for a connection, where the user's options say no others."""
 HELLO_S = 60.0
 """Seconds in which a host must have said what it is."""
-SIGN_OF_LIFE_S = 5.0
+HEARTBEAT_S = 5.0
 """Seconds between words to the nodes, and between ssh's own signs of life."""
-MISSED_SIGNS = 6
+MISSED_HEARTBEATS = 6
 """Signs of life of a host that may be missing in a row before it is taken for lost."""
 SSH_FAILED = 255
 """ssh's own exit code: no connection, or none any more."""
@@ -39,58 +39,66 @@ SHOWN_LINES = 4
 
 @dataclass(slots=True)
 class Node:
-    """A host, as seen from here."""
+    """A host of `launcher.hosts` and the ssh process that leads to it, as seen from the host that starts the run."""
 
     name: str
+    """As in `launcher.hosts`."""
     process: subprocess.Popen[bytes]
+    """ssh, with pipes to the node's stdin, stdout and stderr."""
     facts: dict[str, Any] | None = None
+    """What the host said about itself (`node.describe_host`); None until it has."""
     last_lines: list[str] = field(default_factory=list)
-    """Its last lines that went to stderr, or before it said what it is."""
+    """Its last lines on stderr, or before its facts, for messages about a failure."""
     log: IO[bytes] | None = None
+    """The file with all of its output."""
     readers: list[threading.Thread] = field(default_factory=list)
+    """The threads that read its pipes."""
 
     def send(self, message: dict[str, Any]) -> None:
-        """A line to it; it may have ended."""
+        """Send a message to the node as a line of JSON. A node that has ended gets nothing, which is no error."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
     def close(self) -> None:
-        """Let it know that nobody talks with it any more: it ends its ranks."""
+        """Close the node's stdin, at which it ends its ranks."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
     @property
     def is_disconnected(self) -> bool:
-        """Whether the connection has ended, rather than what was started there."""
+        """Whether ssh ended by itself, rather than what it had started: the connection or the host is gone."""
         code = self.process.returncode
         return code is not None and (code == SSH_FAILED or code < 0)
 
     @property
-    def last_words(self) -> str:
-        return "; ".join(line for line in self.last_lines[-SHOWN_LINES:] if line) or "it said nothing"
+    def last_output(self) -> str:
+        """The node's last lines in one, for messages."""
+        shown_lines = [line for line in self.last_lines[-SHOWN_LINES:] if line]
+        return "; ".join(shown_lines) or "it said nothing"
 
 
 def ssh_command(host: str, launcher: LauncherConfig) -> list[str]:
-    """The command that starts a node. Its last word is read by the login shell there, whichever that is."""
+    """The ssh command that starts `launch.cluster.node` on a host."""
     node_command = ["exec", "/usr/bin/env", f"PYTHONPATH={ROOT}", sys.executable, "-P", "-m", NODE]
     options = {
         "BatchMode": "yes",
         "ConnectTimeout": CONNECT_S,
-        "ServerAliveInterval": int(SIGN_OF_LIFE_S),
-        "ServerAliveCountMax": MISSED_SIGNS,
+        "ServerAliveInterval": int(HEARTBEAT_S),
+        "ServerAliveCountMax": MISSED_HEARTBEATS,
     }
     option_words = []
     for name, setting in options.items():
         option_words += ["-o", f"{name}={setting}"]
-    # ssh takes the first value that it is given of an option: the user's come before ours.
+    # ssh takes the first value that it is given of an option: the user's (`launcher.ssh`) come before ours. The last word is
+    # read by the login shell there, whichever that is.
     return ["ssh", "-T", *launcher.ssh, *option_words, "--", host, shlex.join(node_command)]
 
 
 def connect(host: str, launcher: LauncherConfig) -> Node:
-    """Start a node on a host, without waiting for the connection."""
+    """Start ssh to a host, without waiting for the connection."""
     process = subprocess.Popen(
         ssh_command(host, launcher),
         stdin=subprocess.PIPE,
@@ -103,7 +111,10 @@ def connect(host: str, launcher: LauncherConfig) -> Node:
 
 
 def wait_for_facts(nodes: list[Node], pending: list[int]) -> bool:
-    """Wait until every node has sent its facts, has ended, or is late; False if a signal came first."""
+    """Wait until every node has sent its facts, has ended, or is later than `HELLO_S`; False if a signal came first.
+
+    `pending`: fills with the signals that this process receives.
+    """
     deadline = time.monotonic() + HELLO_S
     while any(node.facts is None and node.process.poll() is None for node in nodes):
         if pending:
@@ -112,36 +123,46 @@ def wait_for_facts(nodes: list[Node], pending: list[int]) -> bool:
             break
         time.sleep(0.05)
     for node in nodes:
-        if node.facts is None and node.process.poll() is not None:
-            for reader in node.readers:
+        has_failed = node.facts is None and node.process.poll() is not None
+        if has_failed:
+            for reader in node.readers:  # its last lines say why
                 reader.join(1)
     return True
 
 
-def refuse_unfit(nodes: list[Node], launcher: LauncherConfig, frozen: str) -> None:
-    """Raise NodesUnfit with what is wrong with each host that cannot run the run; `frozen`: the digest of its configuration."""
+def refuse_unfit(nodes: list[Node], launcher: LauncherConfig, config_digest: str) -> None:
+    """Refuse to start the run if a host cannot run it. Errors: NodesUnfit, which lists what is wrong with each host.
+
+    `config_digest`: SHA-256 of the frozen configuration, which every host must see alike.
+    """
     problems = []
     for node in nodes:
-        if node.facts is None and (reason := _why_silent(node)):
-            problems.append(f"  {node.name}: {reason}")
+        if node.facts is None:
+            problems.append(f"  {node.name}: {_why_silent(node)}")
     own_versions = _own_versions()
     for node in nodes:
         if node.facts is not None:
-            problems += [f"  {node.name}: {problem}" for problem in _unfit(node.facts, launcher, frozen, own_versions)]
-    problems += _named_twice(nodes)
+            for problem in _reasons_unfit(node.facts, launcher, config_digest, own_versions):
+                problems.append(f"  {node.name}: {problem}")
+    problems += _hosts_named_twice(nodes)
     if problems:
         raise NodesUnfit("\n".join(["launcher.hosts: the run cannot start, and nothing was started:", *problems]))
 
 
-def _unfit(facts: dict[str, Any], launcher: LauncherConfig, frozen: str, own_versions: dict[str, str]) -> list[str]:
-    """Why a host, by its facts, cannot run what is frozen here."""
+def _reasons_unfit(
+    facts: dict[str, Any], launcher: LauncherConfig, config_digest: str, own_versions: dict[str, str]
+) -> list[str]:
+    """Why a host with these facts cannot run the configuration that was frozen on this host.
+
+    `own_versions`: this host's code, Python and torch, which must be the same there.
+    """
     problems = []
     if facts["code"] != own_versions["code"]:
         problems.append(f"has another code than that of this host ({ROOT})")
     for key in ("python", "torch"):
         if facts[key] != own_versions[key]:
             problems.append(f"has another {key} {facts[key]} than {own_versions[key]} ({sys.executable})")
-    if facts["config"] != frozen:
+    if facts["config"] != config_digest:
         problems.append(
             "does not see the run directory as it was written here; run.dir must be on a file system that all hosts share"
         )
@@ -151,47 +172,53 @@ def _unfit(facts: dict[str, Any], launcher: LauncherConfig, frozen: str, own_ver
     return problems
 
 
-def _named_twice(nodes: list[Node]) -> list[str]:
-    """Hosts that are listed under two names."""
+def _hosts_named_twice(nodes: list[Node]) -> list[str]:
+    """A problem for each host that `launcher.hosts` lists under two names, by the address at which ssh reached it."""
     problems = []
-    host_of_address: dict[str, str] = {}
+    name_by_address: dict[str, str] = {}
     for node in nodes:
-        for address in node.facts["ssh"] if node.facts is not None else ():
+        addresses = node.facts["ssh"] if node.facts is not None else ()
+        for address in addresses:
             if is_loopback(address):
                 continue
-            host = host_of_address.setdefault(address, node.name)
-            if host != node.name:
-                problems.append(f"  {node.name}: is the same host as {host} ({address}); name each once")
+            first_name = name_by_address.setdefault(address, node.name)
+            if first_name != node.name:
+                problems.append(f"  {node.name}: is the same host as {first_name} ({address}); name each once")
     return problems
 
 
 def _own_versions() -> dict[str, str]:
+    """The code, Python and torch of this host, with the keys of a node's facts."""
     return {"code": code_digest(read_code()), "python": sys.version.split()[0], "torch": metadata.version("torch")}
 
 
 def _why_silent(node: Node) -> str:
-    """Why a host has not sent its facts."""
+    """Why a host has not sent its facts: it is late, not reached, or has no Python or shardtune at the same place."""
     code = node.process.poll()
     if code is None:
-        return f"is reached, but did not answer within {HELLO_S:.0f} s ({node.last_words})"
+        return f"is reached, but did not answer within {HELLO_S:.0f} s ({node.last_output})"
     if code == SSH_FAILED:
         return (
-            f"is not reached: {node.last_words}; `ssh {node.name} true` must work without a password "
+            f"is not reached: {node.last_output}; `ssh {node.name} true` must work without a password "
             "(~/.ssh/config, launcher.ssh)"
         )
     if code in (126, 127):
-        return f"has no {sys.executable}, the Python that runs here ({node.last_words}); it must be at the same place"
+        return f"has no {sys.executable}, the Python that runs here ({node.last_output}); it must be at the same place"
     if any("launch" in line and "No module named" in line for line in node.last_lines):
         return f"has no shardtune at {ROOT}, from where it runs here; the clone must be at the same place"
-    return f"ended with exit code {code}: {node.last_words}"
+    return f"ended with exit code {code}: {node.last_output}"
 
 
 def rendezvous_address(nodes: list[Node]) -> str:
-    """host:port on the first host, under the address by which it was reached. Raises ConfigError if that is a loopback."""
+    """host:port on the first host at which the ranks meet, under the address by which ssh reached it.
+
+    If the first host is this one, ssh reached it by a loopback address; then the address towards the second host is taken.
+    Errors: ConfigError if that is a loopback, too.
+    """
     first_facts = nodes[0].facts
     assert first_facts is not None
     address = next(iter(first_facts["ssh"]), "127.0.0.1")
-    if is_loopback(address) and len(nodes) > 1:  # the first host is this one
+    if is_loopback(address) and len(nodes) > 1:
         second_facts = nodes[1].facts
         assert second_facts is not None
         for second_address in second_facts["ssh"]:
@@ -203,4 +230,5 @@ def rendezvous_address(nodes: list[Node]) -> str:
                 f"launcher.hosts: {nodes[0].name} is reached by a loopback address, at which the others do not find it; name it "
                 "as they reach it, or give launcher.rdzv=host:port"
             )
-    return f"[{address}]:{first_facts['port']}" if ":" in address else f"{address}:{first_facts['port']}"
+    is_ipv6 = ":" in address
+    return f"[{address}]:{first_facts['port']}" if is_ipv6 else f"{address}:{first_facts['port']}"

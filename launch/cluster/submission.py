@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.cluster import advice, containers, pipeline, snapshot
-from launch.cluster.sbatch_environment import refuse_gpus_of_environment, sbatch_environment, sort_variables
+from launch.cluster.sbatch_environment import refuse_gpus_of_environment, sbatch_environment, sort_sbatch_variables
 from launch.cluster.slurm import default_job_name, render, script_head
 from launch.runs.queue import note_submitted
 from strategies.errors import ConfigError, StorageError
@@ -47,10 +47,10 @@ class Submission:
 
 
 def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list[Submission]:
-    """Write the scripts into the run directories and submit them; with `print_only` show them instead, and return nothing.
+    """Write the job scripts of runs and submit them to SLURM; with `print_only`, print the scripts and submit nothing.
 
-    Several runs are one job array, or with `launcher.pipeline` a chain each. Raises ConfigError with the words of `sbatch`, and
-    StorageError if something cannot be written.
+    Several runs of one configuration are one job array, or with `launcher.pipeline` a chain of jobs each. Returns what was
+    submitted. Errors: ConfigError with the message of `sbatch`, StorageError.
     """
     slurm = config.launcher
     if isinstance(slurm, SlurmConfig) and slurm.pipeline and len(run_dirs) > 1:
@@ -58,6 +58,7 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
         for run_dir in run_dirs:
             submissions += submit(config, [run_dir], print_only=print_only)
         return submissions
+
     is_copied = isinstance(slurm, SlurmConfig) and slurm.code is Code.snapshot
     code = ROOT
     if is_copied and run_dirs:
@@ -67,9 +68,11 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
     if print_only:
         _print_scripts(slurm, scripts)
         return []
+
+    # Everything that can refuse the job comes before the first file is written.
     if slurm.gpu_request is None:
         refuse_gpus_of_environment()
-    notes = [*advice.advise(config, run_dirs), *environment_lines(scripts["train"])]
+    notes = [*advice.check_job(config, run_dirs), *environment_lines(scripts["train"])]
     _prepare_container(config)
     if is_copied:
         snapshot.copy_code(run_dirs[0])
@@ -78,9 +81,10 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
     job = dict(jobs)["train"]
     with contextlib.suppress(StorageError):  # SLURM has the job, and the script in its directory names the run too
         note_submitted(run_dirs, job)
+
     print(f"submitted job {job}: {script_paths['train']}")
     if len(jobs) > 1:
-        print(pipeline.table(jobs, config, run_dirs[0]))
+        print(pipeline.chain_table(jobs, config, run_dirs[0]))
     for line in [f"code    {code_line(code, is_copied=is_copied)}", *notes]:
         print(f"  {line}")
     _print_next_steps(slurm, run_dirs, job)
@@ -95,22 +99,25 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
 
 
 def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:
-    """Show the scripts instead of submitting them, each of a chain below the command that would submit it."""
+    """Print the job scripts (text by part) instead of submitting them.
+
+    Each script of a chain stands below the sbatch command that would submit it, with its dependency on the part before.
+    """
     for line in advice.ranks_lines(slurm):
         print(f"# {line}", file=sys.stderr)
-    before: str | None = None
-    for part, text in scripts.items():
+    previous_part: str | None = None
+    for part, script in scripts.items():
         if len(scripts) > 1:
             dependency = ""
-            if before is not None:
-                dependency = f" --dependency=afterok:<job of {before}> --kill-on-invalid-dep=yes"
+            if previous_part is not None:
+                dependency = f" --dependency=afterok:<job of {previous_part}> --kill-on-invalid-dep=yes"
             print(f"# ---- {part}: sbatch{dependency} {part}.sbatch")
-        print(text, end="")
-        before = part
+        print(script, end="")
+        previous_part = part
 
 
 def _prepare_container(config: RunConfig) -> None:
-    """Refuse a container that cannot start, and make what is mounted into it. Errors: ConfigError."""
+    """Refuse a container that cannot start, and create the cache directory that is mounted into it. Errors: ConfigError."""
     launcher = plain(config)["launcher"]
     runtime = containers.runtime_of(launcher)
     if runtime is None:
@@ -121,7 +128,10 @@ def _prepare_container(config: RunConfig) -> None:
 
 
 def _write_scripts(run_dirs: list[Path], scripts: dict[str, str]) -> dict[str, Path]:
-    """Write all scripts into each run directory; returns those of the first, which are submitted. Errors: StorageError."""
+    """Write all job scripts into each run directory; returns the paths in the first, by part: those are submitted.
+
+    Errors: StorageError.
+    """
     try:
         for run_dir in run_dirs:
             # Older SLURM fails a job without a message if the directory of its output is missing.
@@ -134,7 +144,7 @@ def _write_scripts(run_dirs: list[Path], scripts: dict[str, str]) -> dict[str, P
 
 
 def render_scripts(config: RunConfig, run_dirs: list[Path], code: Path) -> dict[str, str]:
-    """The text of each job's script, by its part. Raises ConfigError."""
+    """The text of the script of each job, by part: `train` alone, or the parts of `launcher.pipeline`. Errors: ConfigError."""
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig) or not slurm.pipeline:
         return {"train": render(config, run_dirs, clone=code)}
@@ -152,12 +162,13 @@ def render_scripts(config: RunConfig, run_dirs: list[Path], code: Path) -> dict[
 
 
 def _print_next_steps(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> None:
-    """How to look at the job, and how to end it."""
+    """Print the commands with which the user follows the submitted job, makes it save, and stops it."""
     print(f"  queue   squeue --job {job}")
     if len(run_dirs) == 1:
         run = shlex.quote(str(run_dirs[0]))
         name = slurm.job_name or default_job_name([str(run_dirs[0].absolute())])
-        print(f"  log     tail -F {shlex.quote(str(run_dirs[0] / 'logs' / f'{name}-{job}-0.log'))}")
+        log_of_first_node = run_dirs[0] / "logs" / f"{name}-{job}-0.log"
+        print(f"  log     tail -F {shlex.quote(str(log_of_first_node))}")
     else:
         run = "<one of the runs>"
         print(f"  logs    below {', '.join(shlex.quote(str(run_dir / 'logs')) for run_dir in run_dirs)}")
@@ -167,11 +178,11 @@ def _print_next_steps(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> Non
 
 def environment_lines(script: str) -> list[str]:
     """Which `SBATCH_*` of the environment reach sbatch with this script, for people; within a job none does."""
-    return [] if "SLURM_JOB_ID" in os.environ else sort_variables(script).lines()
+    return [] if "SLURM_JOB_ID" in os.environ else sort_sbatch_variables(script).lines()
 
 
 def code_line(code: Path, *, is_copied: bool) -> str:
-    """Which code a job will run, for people."""
+    """Which code the job will run, for the output of `submit`: a copy, or the clone as it is when the job starts."""
     current = revision()
     revision_text = f" at {current}" if current else ""
     if is_copied:
@@ -180,50 +191,52 @@ def code_line(code: Path, *, is_copied: bool) -> str:
 
 
 def sbatch(script: Path, options: list[str]) -> str:
-    """Submit; returns the job id. Raises ConfigError with what `sbatch` says."""
+    """Submit a job script with `options` of sbatch; returns the job id. Errors: ConfigError with the message of `sbatch`."""
     env = sbatch_environment(script.read_text(encoding="utf-8"))
+    command = ["sbatch", "--parsable", *options, str(script)]
     try:
-        answer = subprocess.run(
-            ["sbatch", "--parsable", *options, str(script)], env=env, capture_output=True, text=True, errors="replace"
-        )
+        process = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
         raise ConfigError(
             "launcher=slurm needs the command sbatch, which is not on PATH here: "
             f"submit {script} on a login node, or use launcher=local"
         ) from None
-    if answer.returncode:
-        lines = [line.removeprefix("sbatch: error: ") for line in (answer.stderr or answer.stdout).strip().splitlines()]
+    if process.returncode:
+        output = (process.stderr or process.stdout).strip()
+        lines = [line.removeprefix("sbatch: error: ") for line in output.splitlines()]
         raise ConfigError(
             f"sbatch refused {script}: {'; '.join(lines)}; what it asks for is launcher.* (docs/slurm.md)"
         )
-    return job_id(answer.stdout, script)
+    return parse_job_id(process.stdout, script)
 
 
-def job_id(answer: str, script: Path) -> str:
-    """The id in what `sbatch --parsable` prints; a site may print words of its own before and after. Raises ConfigError."""
-    ids = [line.strip() for line in answer.splitlines() if JOB_ID.fullmatch(line.strip())]
+def parse_job_id(output: str, script: Path) -> str:
+    """The job id in the output of `sbatch --parsable`, among lines that a site may print itself. Errors: ConfigError."""
+    stripped_lines = [line.strip() for line in output.splitlines()]
+    ids = [line for line in stripped_lines if JOB_ID.fullmatch(line)]
     if len(ids) != 1:
-        words = " ".join(answer.split()) or "nothing"
+        printed = " ".join(output.split()) or "nothing"
         raise ConfigError(
-            f"sbatch took {script}, but no job id is in what it printed: {words}; the job may be in the queue: squeue --me"
+            f"sbatch took {script}, but no job id is in what it printed: {printed}; the job may be in the queue: squeue --me"
         )
     return ids[0].partition(";")[0]  # "id" or "id;cluster"
 
 
 def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
-    """Freeze the runs and submit those that are neither finished nor in the queue; returns 0.
+    """Freeze the runs of a sweep and submit those that are neither finished nor in the queue; returns 0.
 
-    Runs that ask for the same resources become one job array.
+    `run_dirs`: the directory of each run of `composed`. Runs that ask for the same resources become one job array.
     """
     from launch.cluster.array_size import refuse_large_array
     from launch.config.frozen import is_finished
     from launch.runs.freeze import freeze, job_with_same_config
 
+    runs = list(zip(composed, run_dirs, strict=True))
     if not getattr(composed[0].config.launcher, "pipeline", []):
-        arrays = group_by_request(list(zip(composed, run_dirs, strict=True)))
+        arrays = group_by_request(runs)
         refuse_large_array(max(len(array) for array in arrays))
     remaining = []
-    for run, run_dir in zip(composed, run_dirs, strict=True):
+    for run, run_dir in runs:
         job = job_with_same_config(run, run_dir)
         if job is not None:
             print(f"{run_dir}: {job.description}; not submitted again")
@@ -235,17 +248,18 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
         else:
             remaining.append((run, run_dir))
     for array in group_by_request(remaining):
-        first, _ = array[0]
-        submit(first.config, [run_dir for _, run_dir in array], print_only=False)
+        first_run, _ = array[0]
+        submit(first_run.config, [run_dir for _, run_dir in array], print_only=False)
     return 0
 
 
 def group_by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Composed, Path]]]:
-    """Put runs together that ask SLURM for the same job, because all tasks of an array have the same options."""
+    """Group runs, given with their directories, that ask SLURM for the same: all tasks of an array have the same options."""
     groups: dict[str, list[tuple[Composed, Path]]] = {}
     for composed, run_dir in runs:
         settings = flat(plain(composed.config))
-        launcher = {key: setting for key, setting in settings.items() if key.startswith("launcher.")}
-        request = json.dumps([launcher, composed.config.run.timeout_s], sort_keys=True)
+        launcher_settings = {key: value for key, value in settings.items() if key.startswith("launcher.")}
+        # The script's patience with slow ranks comes from the timeout.
+        request = json.dumps([launcher_settings, composed.config.run.timeout_s], sort_keys=True)
         groups.setdefault(request, []).append((composed, run_dir))
     return list(groups.values())

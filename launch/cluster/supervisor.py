@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class RunBefore:
-    """A run directory as it was before its ranks start."""
+class StateBeforeStart:
+    """What a run directory held before its ranks started, to tell their records from those of an earlier attempt."""
 
     directory: atomic_io.OpenDirectory | None
-    """Finds it after it was renamed; None where it cannot be opened."""
+    """Finds the directory after it was renamed; None if it cannot be opened."""
     status: dict[str, Any]
+    """`status.json`."""
     failure: dict[str, Any]
+    """`failure.json`."""
 
 
-FINAL = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-"""Signals after which a run is over; the others ask it to save and to be started again, where `launcher.retry` says so."""
+FINAL_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+"""Signals after which a run is over; the others ask it to save and to be started again, if `launcher.retry` says so."""
 
 
 def run_supervised(
@@ -42,10 +44,11 @@ def run_supervised(
     *,
     program: RankProgram | None = None,
 ) -> int:
-    """Run the ranks in processes of their own to the end, and again as often as `launcher.retry` allows.
+    """Run the ranks in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
 
-    Returns the exit code. An error of the user's or of ours is never retried, nor TERM, HUP or Ctrl-C. After memory ran out
-    the next start has half of `batch.micro`.
+    `sha256`: the run's identity, which names its rendezvous. `redirected`: a file for the output instead of the terminal.
+    `program`: what the ranks run; default: training. An error of the user's or of ours is never retried, nor TERM, HUP or Ctrl-C.
+    After memory ran out, the next start has half of `batch.micro`.
     """
     from launch.cluster.torchrun import TRAIN, start
 
@@ -61,20 +64,22 @@ def run_supervised(
             before = state_before_start(run_dir)
             run_id = f"{sha256[:8]}-{starts}" if starts else sha256[:8]
             torchrun_code, signals = start(config, run_dir, run_id, redirected, program=program)
-            code = settle_outcome(run_dir, torchrun_code, before, verb=program.module.rpartition(".")[2])
+            verb = program.module.rpartition(".")[2]
+            code = record_outcome(run_dir, torchrun_code, before, verb=verb)
+
             cause = _retry_cause(run_dir, code, signals)
             if cause is None or retries_left.get(cause, 0) < 1:
                 return code
-            change = ""
+            change_text = ""
             if cause == "out_of_memory":
-                lowered = _lower_micro(run_dir) if program is TRAIN else None
-                if lowered is None:
+                change = _lower_micro(run_dir) if program is TRAIN else None
+                if change is None:
                     return code
-                change = f", {lowered}"
+                change_text = f", {change}"
             retries_left[cause] -= 1
             starts += 1
             print(
-                f"{run_dir}: started again ({cause}; {retries_left[cause]} more times){change}",
+                f"{run_dir}: started again ({cause}; {retries_left[cause]} more times){change_text}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -82,20 +87,20 @@ def run_supervised(
         os.environ.pop(STARTED_AGAIN, None)
 
 
-def state_before_start(run_dir: Path) -> RunBefore:
-    """Delete an earlier attempt's failure, and read what is known of the run before the ranks start."""
+def state_before_start(run_dir: Path) -> StateBeforeStart:
+    """Delete the failure of an earlier attempt, and remember what the run directory holds before the ranks start."""
     clear_failure(run_dir)
     directory = None
     with contextlib.suppress(OSError):
         directory = atomic_io.OpenDirectory(run_dir)
-    return RunBefore(directory, read_status(run_dir), read_failure(run_dir))
+    return StateBeforeStart(directory, read_status(run_dir), read_failure(run_dir))
 
 
-def settle_outcome(run_dir: Path, code: int, before: RunBefore, *, verb: str = "train") -> int:
-    """Show how a run ended, and write `status.json` if the ranks could not; returns the exit code.
+def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: str = "train") -> int:
+    """Print how a run ended, and write `status.json` if the ranks could not; returns the exit code of the command.
 
-    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what
-    `state_before_start` returned: a record that has not changed since is of an earlier attempt.
+    `code`: torchrun's, which is 0, 130 for Ctrl-C, or a failure about which the run directory says more. `before`: from
+    `state_before_start`; a record that has not changed since is of an earlier attempt. `verb`: for messages.
     """
     directory = find_run_directory(run_dir, before)
     if directory is None:
@@ -111,6 +116,7 @@ def settle_outcome(run_dir: Path, code: int, before: RunBefore, *, verb: str = "
         failure = {}
     if status.get("state") == State.done:
         return 0
+
     step = status.get("step")
     # If a rank was killed before the first step, that is the cause: torchrun has asked its peers to stop since.
     was_killed = bool(failure) and not step
@@ -123,6 +129,7 @@ def settle_outcome(run_dir: Path, code: int, before: RunBefore, *, verb: str = "
     if owner is not None:
         print(f"{directory}: ended here; its records are left to {owner}", file=sys.stderr)
         return 130 if code == 130 else 70
+
     if code == 130:
         reason = "interrupted"
         message = f"{directory}: interrupted; the same command continues from the last checkpoint"
@@ -130,14 +137,19 @@ def settle_outcome(run_dir: Path, code: int, before: RunBefore, *, verb: str = "
         # A run that nobody reports as ended has failed, even if torchrun returned 0.
         code = failure.get("exit_code", 70)
         reason = failure.get("message") or "the ranks ended without a report"
-        message = _explain(directory, failure, verb) if failure else f"{directory}: {reason}; see the output above"
+        message = (
+            _failure_message(directory, failure, verb) if failure else f"{directory}: {reason}; see the output above"
+        )
     write_status(directory, State.failed, reason=reason, step=failure.get("step") or step)
     print(message, file=sys.stderr, flush=True)
     return code
 
 
 def _stopped_message(directory: Path, run_dir: Path, step: int | None, verb: str) -> str:
-    """What is saved of a run that was asked to stop, and how it continues; `directory`: where `run_dir` is now."""
+    """The message about a run that was asked to stop: what is saved, and how it continues.
+
+    `directory`: where the run directory is now, which was `run_dir` when the run started.
+    """
     if verb == "evaluate":
         return "stopped; an evaluation keeps nothing, the same command begins it again"
     reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing is lost"
@@ -146,8 +158,8 @@ def _stopped_message(directory: Path, run_dir: Path, step: int | None, verb: str
     return f"{reached}; the same command continues it"
 
 
-def find_run_directory(run_dir: Path, before: RunBefore) -> Path | None:
-    """Where the run's directory is now; None if it was deleted."""
+def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:
+    """Where the run directory is now, which may have been renamed while the run was under way; None if it was deleted."""
     if before.directory is None:
         return run_dir
     current = None
@@ -160,28 +172,34 @@ def find_run_directory(run_dir: Path, before: RunBefore) -> Path | None:
 
 
 def _lower_micro(run_dir: Path) -> str | None:
+    """Halve the micro-batch of a run that ran out of memory; returns the change as text, None (with a message) if it is 1."""
     from launch.cluster.oom_retry import lower_micro
 
-    if (lowered := lower_micro(run_dir)) is None:
+    change = lower_micro(run_dir)
+    if change is None:
         print(f"{run_dir}: not started again: batch.micro cannot be halved", file=sys.stderr, flush=True)
-    return lowered
+    return change
 
 
 def _retry_cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
-    """Why a run may be started again: a key of `launcher.retry`; None if it may not."""
-    if code == 130 or signals & FINAL:  # also if a rank was lost meanwhile
+    """The cause for which a run may be started again, a key of `launcher.retry`; None if it may not.
+
+    `code`: the exit code of the run. `signals`: those that this process received.
+    """
+    if code == 130 or signals & FINAL_SIGNALS:  # also if a rank was lost meanwhile
         return None
-    if code == 75:
+    if code == 75:  # saved and resumable
         return "preempted" if signals else None
     if code == 0:
         return None
     return read_failure(run_dir).get("retry")
 
 
-def _explain(run_dir: Path, failure: dict[str, Any], verb: str) -> str:
-    """Which rank failed, where, and why; the traceback only if the error is not the user's."""
+def _failure_message(run_dir: Path, failure: dict[str, Any], verb: str) -> str:
+    """The message about a failed run from its `failure.json`: which rank, where and why; a traceback unless the user erred."""
     step = f", step {failure['step']}" if failure.get("step") is not None else ""
-    place = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{step})"
+    summary = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{step})"
     if failure["user_error"]:
-        return f"shardtune {verb}: {place}:\n  " + failure["message"].replace("\n", "\n  ")
-    return f"{failure['traceback'].rstrip()}\nshardtune {verb}: {place}; see {run_dir / 'failure.json'}"
+        indented_message = failure["message"].replace("\n", "\n  ")
+        return f"shardtune {verb}: {summary}:\n  {indented_message}"
+    return f"{failure['traceback'].rstrip()}\nshardtune {verb}: {summary}; see {run_dir / 'failure.json'}"

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.cluster.hosts import HostPlace, locate_this_host
-from launch.cluster.rendezvous import AgentLeftBehind, WaitingForHosts, port_of
+from launch.cluster.hosts import ThisHost, locate_this_host
+from launch.cluster.rendezvous import MissingHostsReport, StuckAgentGuard, rdzv_port
 from strategies.heartbeat import LAST_WORDS, LOST_PEER, TIMED_OUT, last_words
 from strategies.network import refuse_taken_port, refuse_unknown_interface, refuse_without_loopback
 from strategies.parent_death import die_with_parent
@@ -48,10 +48,10 @@ OUT_OF_MEMORY = (
 
 @dataclass(frozen=True, slots=True)
 class RedirectedOutput:
-    """A file instead of the terminal for what the processes print."""
+    """A file instead of the terminal for the output of a run's processes."""
 
     output: Path
-    """Appended to."""
+    """The file, which is appended to."""
     poll: Callable[[], None]
     """Called a few times a second while the processes run."""
 
@@ -69,7 +69,7 @@ class StartNotice:
         print(f"starting {processes} processes{share}", file=sys.stderr, flush=True)
 
     def poll(self) -> None:
-        """Print a line after `NOTICE_AFTER_S` seconds without one."""
+        """Print that the processes are loading, if nothing was printed for `NOTICE_AFTER_S` seconds."""
         now = time.monotonic()
         if self._status_before is None or now - self._last_notice <= NOTICE_AFTER_S:
             return
@@ -82,32 +82,38 @@ class StartNotice:
 
 @dataclass(frozen=True, slots=True)
 class RankProgram:
-    """What the ranks do: the module they run, and the file of their configuration in the directory."""
+    """What the ranks of a run do."""
 
     module: str
+    """The Python module that each rank runs."""
     config: str
+    """The file in the run directory with their configuration."""
 
 
 TRAIN = RankProgram("launch.train", "config.yaml")
 
 
-def arguments(
-    launcher: LauncherConfig, run_id: str, place: HostPlace | None = None, module: str = TRAIN.module
+def torchrun_arguments(
+    launcher: LauncherConfig, run_id: str, this_host: ThisHost | None = None, module: str = TRAIN.module
 ) -> list[str]:
-    """torchrun's own arguments for these processes; `run_id` names the rendezvous of several hosts, `place` this one."""
-    words = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
+    """The command-line arguments of torchrun on this host, up to the module that the ranks run.
+
+    `run_id`: names the rendezvous of several hosts. `this_host`: None if the run has one host.
+    """
+    arguments = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
     if launcher.nodes == 1:
         # The loopback name: a laptop's or container's own host name need not resolve.
-        words += ["--standalone", "--local-addr=localhost"]
+        arguments += ["--standalone", "--local-addr=localhost"]
     else:
-        assert place is not None
-        words += [f"--nnodes={launcher.nodes}", f"--rdzv-endpoint={launcher.rdzv}", f"--rdzv-id={run_id}"]
-        words += [f"--local-addr={place.address}"]
-        if place.rank is not None and (launcher.nodes == 2 or launcher.node_rank is not None):
-            words += ["--rdzv-backend=static", f"--node-rank={place.rank}"]
-        else:
-            words += ["--rdzv-backend=c10d", f"--rdzv-conf=is_host={int(place.first)}"]
-    return [*words, "-m", module]
+        assert this_host is not None
+        arguments += [f"--nnodes={launcher.nodes}", f"--rdzv-endpoint={launcher.rdzv}", f"--rdzv-id={run_id}"]
+        arguments += [f"--local-addr={this_host.address}"]
+        all_know_their_rank = launcher.nodes == 2 or launcher.node_rank is not None
+        if this_host.rank is not None and all_know_their_rank:
+            arguments += ["--rdzv-backend=static", f"--node-rank={this_host.rank}"]
+        else:  # the hosts agree on their ranks when they meet
+            arguments += ["--rdzv-backend=c10d", f"--rdzv-conf=is_host={int(this_host.first)}"]
+    return [*arguments, "-m", module]
 
 
 def start(
@@ -118,17 +124,18 @@ def start(
     *,
     program: RankProgram = TRAIN,
 ) -> tuple[int, set[int]]:
-    """Run the frozen configuration of `run_dir` to its end, as ranks of `program`.
+    """Run the frozen configuration of `run_dir` to its end, as ranks of `program` on this host.
 
-    Returns torchrun's exit code, or 130 after Ctrl-C, and the signals that came. Those that ask to save are passed on to the
-    ranks; Ctrl-C gives them a few seconds, then kills.
+    `run_id`: names the rendezvous of several hosts. Returns torchrun's exit code, or 130 after Ctrl-C, and the signals that came.
+    Those that ask to save are passed on to the ranks; Ctrl-C gives them a few seconds, then kills.
     """
-    place = locate_this_host(config.launcher) if config.launcher.nodes > 1 else None
-    _refuse_network(config.launcher, place)
-    command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id, place, program.module)]
+    this_host = locate_this_host(config.launcher) if config.launcher.nodes > 1 else None
+    _refuse_network(config.launcher, this_host)
+    arguments = torchrun_arguments(config.launcher, run_id, this_host, program.module)
+    command = [sys.executable, "-m", "launch.torchrun", *arguments]
     processes = config.launcher.processes or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env = _agent_environment(config, place, cores)
+    env = _agent_environment(config, this_host, cores)
     env["SHARDTUNE_CONFIG"] = str(run_dir / program.config)
     env["SHARDTUNE_RUN_DIR"] = str(run_dir)
     _adopt_orphans()
@@ -138,65 +145,72 @@ def start(
         _last_words_directory() as env[LAST_WORDS],
     ):
         # A session of its own keeps the terminal's Ctrl-C for us alone.
-        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent, **streams)
+        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_prepare_agent_process, **streams)
         watchers: list[Callable[[], None]] = []
         if redirected is not None:
             watchers.append(redirected.poll)
         elif processes > 1:
             watchers.append(StartNotice(run_dir, processes, cores).poll)
-        if place is not None:
-            watchers += _host_watchers(agent.pid, config.launcher, place, run_dir)
+        if this_host is not None:
+            watchers += _host_watchers(agent.pid, config.launcher, this_host, run_dir)
         try:
-            return _watch(agent, pending, watchers), received
+            return _wait_for_agent(agent, pending, watchers), received
         finally:
-            _kill_all(agent)
+            _kill_remaining_processes(agent)
 
 
-def _agent_environment(config: RunConfig, place: HostPlace | None, cores: int) -> dict[str, str]:
-    """The environment of torchrun and its ranks; `place`: this host among several."""
+def _agent_environment(config: RunConfig, this_host: ThisHost | None, cores: int) -> dict[str, str]:
+    """The environment of torchrun and its ranks. `this_host`: None if the run has one host; `cores`: CPU cores of this host."""
     env = {**os.environ, "SHARDTUNE_LAUNCHER": str(os.getpid())}
     # torchrun would set one thread a rank, however many cores the host has.
     processes = config.launcher.processes or 1
-    env.setdefault("OMP_NUM_THREADS", str(config.run.threads or max(1, cores // processes)))
-    if place is not None:  # gloo would take what the host's own name means, often 127.0.1.1
-        env.setdefault("GLOO_SOCKET_IFNAME", place.interface)
+    threads = config.run.threads or max(1, cores // processes)
+    env.setdefault("OMP_NUM_THREADS", str(threads))
+    if this_host is not None:  # gloo would take what the host's own name means, often 127.0.1.1
+        env.setdefault("GLOO_SOCKET_IFNAME", this_host.interface)
     env["PYTHONSAFEPATH"] = "1"  # a trainer.py or launch/ where the command is typed hides nothing
     root = str(Path(__file__).resolve().parents[2])  # started from anywhere: `-m launch.train` must be found
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     return env
 
 
-def _refuse_network(launcher: LauncherConfig, place: HostPlace | None) -> None:
-    """Raise ConfigError for what keeps the ranks from meeting, before torchrun ends in a traceback over it."""
+def _refuse_network(launcher: LauncherConfig, this_host: ThisHost | None) -> None:
+    """Refuse network settings that would keep the ranks from meeting, before torchrun ends in a traceback over them.
+
+    Errors: ConfigError.
+    """
     refuse_unknown_interface()
-    if place is None:
+    if this_host is None:
         refuse_without_loopback(launcher.processes or 1)
-    elif place.first:
-        refuse_taken_port(f"launcher.rdzv={launcher.rdzv}", port_of(launcher))
+    elif this_host.first:
+        refuse_taken_port(f"launcher.rdzv={launcher.rdzv}", rdzv_port(launcher))
 
 
 def _host_watchers(
-    agent_pid: int, launcher: LauncherConfig, place: HostPlace, run_dir: Path
+    agent_pid: int, launcher: LauncherConfig, this_host: ThisHost, run_dir: Path
 ) -> list[Callable[[], None]]:
-    """Functions to call a few times a second while several hosts run.
+    """Functions to call a few times a second while a run on several hosts goes on. `agent_pid`: torchrun's process.
 
-    One reports hosts that have not come, the other ends a torchrun that has no ranks any more.
+    One reports hosts that have not come, the other kills a torchrun whose ranks are gone.
     """
     import psutil
 
     agent = psutil.Process(agent_pid)
-    missing_hosts = WaitingForHosts(launcher, place)
-    left_behind = AgentLeftBehind(run_dir)
-    return [partial(missing_hosts.poll, agent), partial(left_behind.poll, agent)]
+    missing_hosts = MissingHostsReport(launcher, this_host)
+    stuck_agent = StuckAgentGuard(run_dir)
+    return [partial(missing_hosts.poll, agent), partial(stuck_agent.poll, agent)]
 
 
 def _last_words_directory() -> tempfile.TemporaryDirectory[str]:
-    """Where ranks keep what they last said of themselves (`strategies/heartbeat.py`)."""
+    """A temporary directory in which ranks leave their last heartbeat, to be read after a rank was killed."""
     return tempfile.TemporaryDirectory(prefix="shardtune-")
 
 
-def _begin_agent() -> None:
-    """In torchrun's process before it begins: the mask is inherited by the ranks, which are told of a request as it comes."""
+def _prepare_agent_process() -> None:
+    """Runs in torchrun's process before its program: ends it with its parent, and holds the signals that ask to save.
+
+    The ranks inherit the mask of held signals, and release them once they can save.
+    """
     die_with_parent()
     hold()
 
@@ -204,12 +218,13 @@ def _begin_agent() -> None:
 def _adopt_orphans() -> None:
     """Become the parent of ranks that torchrun leaves behind, so that they can be found and ended."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(36, 1)
+        pr_set_child_subreaper = 36  # of <linux/prctl.h>
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1)
 
 
 @contextlib.contextmanager
 def collected_signals() -> Iterator[tuple[list[int], set[int]]]:
-    """Collect signals instead of acting on them: those to be passed on, and all that came."""
+    """Within the block, collect signals instead of acting on them; yields (those still to be passed on, all that came)."""
     pending: list[int] = []
     received: set[int] = set()
 
@@ -217,23 +232,23 @@ def collected_signals() -> Iterator[tuple[list[int], set[int]]]:
         pending.append(signal_number)
         received.add(signal_number)
 
-    previous_handlers = {
-        signal_number: signal.signal(signal_number, note) for signal_number in (*SIGNALS, signal.SIGINT)
-    }
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    previous_handlers = {}
+    for signal_number in (*SIGNALS, signal.SIGINT):
+        previous_handlers[signal_number] = signal.signal(signal_number, note)
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     release()
     try:
         yield pending, received
     finally:
         # Held again first: how the run ended is still to be written down.
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         for signal_number, handler in previous_handlers.items():
             signal.signal(signal_number, handler)
 
 
 @contextlib.contextmanager
 def _output_streams(redirected: RedirectedOutput | None) -> Iterator[dict[str, Any]]:
-    """Where the processes print to, as `Popen` takes it."""
+    """Keyword arguments of `Popen` for the standard streams of a run's processes: none, or those for `redirected`."""
     if redirected is None:
         yield {}
         return
@@ -242,8 +257,11 @@ def _output_streams(redirected: RedirectedOutput | None) -> Iterator[dict[str, A
         yield {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
 
 
-def _watch(agent: subprocess.Popen[bytes], pending: list[int], watchers: list[Callable[[], None]]) -> int:
-    """Wait for torchrun to end, and pass signals on to its ranks; returns its exit code, or 130 after Ctrl-C."""
+def _wait_for_agent(agent: subprocess.Popen[bytes], pending: list[int], watchers: list[Callable[[], None]]) -> int:
+    """Wait for torchrun to end, and pass signals in `pending` on to its ranks; returns its exit code, or 130 after Ctrl-C.
+
+    `watchers` are called a few times a second.
+    """
     interrupted_at: float | None = None
     while True:
         for poll in watchers:
@@ -255,7 +273,8 @@ def _watch(agent: subprocess.Popen[bytes], pending: list[int], watchers: list[Ca
             return 130  # a second Ctrl-C does not wait
         if signal.SIGINT in pending:
             interrupted_at = time.monotonic()
-            for index, signal_number in enumerate(pending):  # in its place: what comes meanwhile is not lost
+            # Ranks save on TERM. Replaced in its place in the list: what comes meanwhile is not lost.
+            for index, signal_number in enumerate(pending):
                 pending[index] = signal.SIGTERM if signal_number == signal.SIGINT else signal_number
         if pending and _signal_ranks(agent.pid, pending[0]):  # kept until there are ranks
             pending.pop(0)
@@ -264,7 +283,10 @@ def _watch(agent: subprocess.Popen[bytes], pending: list[int], watchers: list[Ca
 
 
 def _signal_ranks(agent_pid: int, signal_number: int) -> bool:
-    """Pass a signal on to torchrun's ranks, never to torchrun, whom it would end first; whether there were any."""
+    """Send a signal to the ranks of torchrun (`agent_pid`); returns whether there were any.
+
+    Never to torchrun itself: it would end at once, and its ranks with it, unsaved.
+    """
     import psutil
 
     signalled = False
@@ -277,8 +299,8 @@ def _signal_ranks(agent_pid: int, signal_number: int) -> bool:
     return signalled
 
 
-def _kill_all(agent: subprocess.Popen[bytes]) -> None:
-    """Kill all processes of the run that still live: torchrun, its ranks and their helpers, and orphans of these."""
+def _kill_remaining_processes(agent: subprocess.Popen[bytes]) -> None:
+    """Kill all processes of the run that still live: torchrun (`agent`), its ranks and their helpers, and orphans of these."""
     import psutil
 
     processes: list[psutil.Process] = []
@@ -300,10 +322,10 @@ def _kill_all(agent: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(processes, timeout=5)
 
 
-def wrapper(argv: list[str]) -> int:
-    """Run torchrun without its long report of errors; returns the exit code.
+def run_torchrun(argv: list[str]) -> int:
+    """Run torchrun in this process without its long report of errors; returns the exit code.
 
-    Records in the run directory that a rank was killed, which the rank itself cannot.
+    If a signal killed a rank, that is recorded in the run directory, since the rank itself cannot.
     """
     import logging
 
@@ -311,6 +333,7 @@ def wrapper(argv: list[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     logging.disable(logging.CRITICAL)
+    # None if the kernel does not count them.
     kills_before = out_of_memory_kills()
     with contextlib.ExitStack() as cleanup:
         if LAST_WORDS not in os.environ:  # under SLURM; else it is the launcher's, who outlives this process
@@ -318,29 +341,35 @@ def wrapper(argv: list[str]) -> int:
         try:
             torchrun(argv)
         except ChildFailedError as error:
-            _record_killed_rank(error, out_of_memory=(out_of_memory_kills() or 0) > (kills_before or 0))
+            kills_after = out_of_memory_kills()
+            _record_killed_rank(error, out_of_memory=(kills_after or 0) > (kills_before or 0))
             return 1
     return 0
 
 
 def only_lost_a_peer(failure: dict[str, Any]) -> bool:
-    """Whether a recorded failure is no cause but a consequence: a rank that lost its peer may have written first.
+    """Whether a recorded failure only says that a rank lost its peer, so that the cause may replace it.
 
     What a rank wrote about itself is a cause. So is a rank that hung and was stopped: torchrun has killed that one since.
     """
-    return bool(failure.get("gone", LOST_PEER.search(failure.get("message", "")) is not None))
+    lost_peer_by_message = LOST_PEER.search(failure.get("message", "")) is not None
+    return bool(failure.get("gone", lost_peer_by_message))
 
 
 def _record_killed_rank(error: BaseException, *, out_of_memory: bool) -> None:
-    """Write the failure of a rank that a signal has killed; `out_of_memory`: the kernel has killed a process for memory."""
+    """Write the `failure.json` of a rank that a signal has killed; nothing if no rank was.
+
+    `error`: torchrun's ChildFailedError. `out_of_memory`: whether the kernel has killed a process for memory meanwhile.
+    """
     from strategies.errors import ShardtuneError
     from trainer.reporting.status import State, read_failure, record_failure, write_status
 
     failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
-    # torchrun itself ends the peers of a failed rank by TERM.
-    killed_ranks = [
-        rank for rank, failed in failures.items() if failed.exitcode < 0 and failed.exitcode != -signal.SIGTERM
-    ]
+    killed_ranks = []
+    for rank, rank_failure in failures.items():
+        # torchrun itself ends the peers of a failed rank by TERM.
+        if rank_failure.exitcode < 0 and rank_failure.exitcode != -signal.SIGTERM:
+            killed_ranks.append(rank)
     if not killed_ranks or "SHARDTUNE_RUN_DIR" not in os.environ:
         return
     # Among exits that torchrun noticed at the same time, a peer's may have the earlier time. A kill explains more.
@@ -348,9 +377,9 @@ def _record_killed_rank(error: BaseException, *, out_of_memory: bool) -> None:
     failure = failures[rank]
     signal_name = signal.Signals(-failure.exitcode).name
     out_of_memory = out_of_memory and signal_name == "SIGKILL"
-    killed = ShardtuneError(
-        f"rank {rank} (process {failure.pid}) was killed by {signal_name}{OUT_OF_MEMORY if out_of_memory else ''}"
-    )
+    explanation = OUT_OF_MEMORY if out_of_memory else ""
+    killed = ShardtuneError(f"rank {rank} (process {failure.pid}) was killed by {signal_name}{explanation}")
+
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     recorded = read_failure(run_dir)
     # NCCL aborts every rank that waits too long, and each has written before what it waited for.
@@ -360,9 +389,11 @@ def _record_killed_rank(error: BaseException, *, out_of_memory: bool) -> None:
     if recorded.get("rank") == rank and recorded.get("gone"):  # a peer has written where this rank was
         phase = recorded["phase"]
         step = recorded["step"]
-    elif (last := last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)) is not None:
-        phase = last.phase
-        step = last.step
+    else:
+        last_heartbeat = last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)
+        if last_heartbeat is not None:
+            phase = last_heartbeat.phase
+            step = last_heartbeat.step
     was_recorded = record_failure(
         run_dir,
         rank,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.cluster.array_size import refuse_large_arrays
 from launch.compare.settings import CompareConfig, ComparisonRow, write_comparison_file
-from launch.config.axes import Axes, excluded_points, label, name_in_trackers, read_axes
+from launch.config.axes import Axes, excluded_points, name_in_trackers, point_label, read_axes
 from launch.config.verb_words import read_group
 from strategies.errors import ConfigError, NotRunOwner
 
@@ -148,7 +148,7 @@ def _default_words(axes: Axes, settings: CompareConfig) -> list[str]:
 
     A default that was typed is left out. Raises ConfigError for typed words that the points of a comparison cannot have.
     """
-    typed_keys = {values[0].partition("=")[0] for values in axes.words}
+    typed_keys = {values[0].partition("=")[0] for values in axes.alternatives}
     budget_keys = sorted(key for key in typed_keys if key.startswith("budget."))
     problems = []
     if "run.dir" in typed_keys:
@@ -218,7 +218,7 @@ def _unique_labels(axis_values: list[dict[str, str]]) -> list[str]:
     """A name for each point made of its values on the axes; the second of the same name ends with -2, and so on."""
     names: list[str] = []
     for values in axis_values:
-        base = name = label(values)
+        base = name = point_label(values)
         number = 2
         while name in names:
             name = f"{base}-{number}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.config.choices import WHOLE_RUN_GROUPS, groups
+from launch.config.choices import WHOLE_RUN_GROUPS, choices_by_group
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,32 +19,35 @@ if TYPE_CHECKING:
 
 FUNCTION = re.compile(r"[a-z]+\(.*\)", re.DOTALL)
 """Hydra's own way to write several values, such as range(0,3)."""
+MOST_LABEL_CHARACTERS = 80
+"""Longest name of a point: file systems take 255 bytes, and tables of runs much less."""
 BETWEEN_WORDS = re.compile(r"\s*\+\s*(?=[\w.]+=)|\s+(?=[\w.]+=)")
 """What separates the words of one condition: `a=1+b=2` or `a=1 b=2`."""
-OPENING, CLOSING = "([{", ")]}"
+OPENING_BRACKETS = "([{"
+CLOSING_BRACKETS = ")]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """The words of a sweep: most have one value, an axis has several.
+    """The command line of a sweep. A word with several values, such as `optim.lr=1e-4,2e-4`, is an axis.
 
     Two axes of two and three values span six points. A point is one run.
     """
 
-    words: tuple[tuple[str, ...], ...]
-    """The words in the order typed. Each is the tuple of `key=value` words that it stands for, one for each value."""
+    alternatives: tuple[tuple[str, ...], ...]
+    """For each typed word, in order: the `key=value` words that it stands for, one for each of its values."""
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """The values of each key that has several."""
-        axes = {}
-        for words in self.words:
+        """The values of each axis, by its key."""
+        values_by_key = {}
+        for words in self.alternatives:
             if len(words) > 1:
-                axes[key_of(words[0])] = tuple(value_of(word) for word in words)
-        return axes
+                values_by_key[key_of(words[0])] = tuple(value_of(word) for word in words)
+        return values_by_key
 
     def points(self) -> list[list[str]]:
-        """The words of every point: the cartesian product, in which the last word changes fastest.
+        """The words of every point: the cartesian product of all axes, in which the last axis changes fastest.
 
         A setting that only some choices of an axis have is left out of the other points. Points that become equal by this
         are one point: `tuning=full,lora tuning.rank=4,8` has three.
@@ -52,10 +55,16 @@ class Axes:
         partial_settings = self._settings_of_some_choices()
         points: list[list[str]] = []
         shortened_points: set[tuple[str, ...]] = set()
-        for full_point in itertools.product(*self.words):
-            # A word without commas is the same in every point, so `values` has all keys.
+        for full_point in itertools.product(*self.alternatives):
+            # A word with one value is the same in every point, so `values` has all keys.
             values = {key_of(word): value_of(word) for word in full_point}
-            point = tuple(word for word in full_point if _exists_under(partial_settings.get(key_of(word)), values))
+            kept_words = []
+            for word in full_point:
+                limit = partial_settings.get(key_of(word))
+                if limit is None or values[limit.axis] in limit.choices:
+                    kept_words.append(word)
+            point = tuple(kept_words)
+            # Only points that lost a word can have become equal. A value that was typed twice stays two points.
             if point == full_point:
                 points.append(list(point))
             elif point not in shortened_points:
@@ -69,36 +78,40 @@ class Axes:
         return {key_of(word): value_of(word) for word in point if key_of(word) in axes}
 
     def describe_point(self, point: list[str]) -> str:
-        """The words of a point that differ between points, for people."""
-        return " ".join(f"{key}={value}" for key, value in self.values_on_axes(point).items()) or "only point"
+        """The words in which a point differs from the others, for people."""
+        words = [f"{key}={value}" for key, value in self.values_on_axes(point).items()]
+        return " ".join(words) or "only point"
 
     def settings_of_some_points(self) -> list[str]:
-        """A line for each setting that some points lack, because their choice has no such setting."""
+        """A sentence for each setting that some points lack, because their choice on an axis has no such setting."""
         axes = self.axes
-        lines = []
+        sentences = []
         for key, limit in self._settings_of_some_choices().items():
             choices = [choice for choice in axes[limit.axis] if choice in limit.choices]
-            lines.append(f"{key}: only where {limit.axis} is {' or '.join(choices)}")
-        return lines
+            sentences.append(f"{key}: only where {limit.axis} is {' or '.join(choices)}")
+        return sentences
 
     def _settings_of_some_choices(self) -> dict[str, SettingLimit]:
-        """The typed settings that some values of an axis have and others lack, by key."""
-        from launch.config.overrides import setting_of, settings
+        """The typed settings that some choices of an axis have and others lack, by key.
+
+        With `tuning=full,lora tuning.rank=8` this is `tuning.rank`, which only `tuning=lora` has.
+        """
+        from launch.config.overrides import find_setting, settings
 
         axes = self.axes
         limits = {}
-        for words in self.words:
+        for words in self.alternatives:
             key = key_of(words[0])
             group = key.partition(".")[0]
             if key == group or group not in axes:
                 continue
-            setting = setting_of(settings(), key)
+            setting = find_setting(settings(), key)
             if setting is None:
                 continue
-            number_of_choices = sum(choice in setting.under for choice in axes[group])
+            number_of_choices = sum(choice in setting.available_under for choice in axes[group])
             # If no choice of the axis has the setting, it is wrong in every point and is refused there.
             if 0 < number_of_choices < len(axes[group]):
-                limits[key] = SettingLimit(group, setting.under)
+                limits[key] = SettingLimit(group, setting.available_under)
         return limits
 
 
@@ -111,48 +124,46 @@ class SettingLimit:
 
 
 def key_of(word: str) -> str:
-    """What stands before the equals sign."""
+    """The key of a word `key=value`."""
     return word.partition("=")[0]
 
 
 def value_of(word: str) -> str:
-    """What stands behind the equals sign."""
+    """The value of a word `key=value`, as text."""
     return word.partition("=")[2]
 
 
-def _exists_under(limit: SettingLimit | None, values: dict[str, str]) -> bool:
-    """Whether a setting with this limit exists in a point with these values."""
-    return limit is None or values[limit.axis] in limit.choices
-
-
 def read_axes(words: list[str]) -> Axes:
-    """Split each word into its values. Errors: ConfigError for an empty value, as in `optim.lr=1e-4,,2e-4`."""
+    """Split each command-line word at the commas between its values.
+
+    Errors: ConfigError for an empty value, as in `optim.lr=1e-4,,2e-4`.
+    """
     problems: list[str] = []
-    expanded: list[tuple[str, ...]] = []
+    alternatives: list[tuple[str, ...]] = []
     for word in words:
         try:
-            expanded.append(tuple(_expand_word(word)))
+            alternatives.append(tuple(_expand_word(word)))
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return Axes(tuple(expanded))
+    return Axes(tuple(alternatives))
 
 
 def split_at_commas(text: str) -> list[str]:
     """The parts between commas. Commas within quotes, brackets, braces and parentheses don't count."""
     parts = [""]
-    depth = 0
-    quote = ""
-    for before, character in zip(" " + text, text, strict=False):
+    depth = 0  # of open brackets
+    quote = ""  # the quotation mark that is open; empty outside quotes
+    for previous, character in zip(" " + text, text, strict=False):
         if quote:
-            if character == quote and before != "\\":
+            if character == quote and previous != "\\":
                 quote = ""
-        elif character in "'\"" and before in " ,=[({":  # a value's own apostrophe quotes nothing
+        elif character in "'\"" and previous in " ,=[({":  # a value's own apostrophe quotes nothing
             quote = character
-        elif character in OPENING:
+        elif character in OPENING_BRACKETS:
             depth += 1
-        elif character in CLOSING:
+        elif character in CLOSING_BRACKETS:
             depth = max(0, depth - 1)
         elif character == "," and depth == 0:
             parts.append("")
@@ -162,17 +173,21 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def _expand_word(word: str) -> list[str]:
-    """The words that a word stands for: itself, or one for each of its values."""
+    """The words that a word of a sweep stands for: itself, or one for each of its values.
+
+    Several values are written with commas, as `glob(...)`, or by Hydra's functions such as `range(0,3)`.
+    """
     key = key_of(word)
-    text = value_of(word)
-    parts = split_at_commas(text)
-    if len(parts) > 1:
-        if not all(parts):
+    value_text = value_of(word)
+    values = split_at_commas(value_text)
+    if len(values) > 1:
+        if not all(values):
             raise ConfigError(f"{word}: nothing stands between two commas; leave one out, or quote the whole value")
-        return [f"{key}={part}" for part in parts]
-    if text.startswith("glob(") and text.endswith(")"):
-        return [f"{key}={match}" for match in _glob_matches(word, key, text)]
-    if FUNCTION.fullmatch(text):
+        return [f"{key}={value}" for value in values]
+    if value_text.startswith("glob(") and value_text.endswith(")"):
+        return [f"{key}={match}" for match in _glob_matches(word, key, value_text)]
+    if FUNCTION.fullmatch(value_text):
+        # Imported here: Hydra's parser takes long to load, and few words need it.
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
 
@@ -185,21 +200,24 @@ def _expand_word(word: str) -> list[str]:
     return [word]
 
 
-def _glob_matches(word: str, key: str, text: str) -> list[str]:
-    """The choices of a group, or the files, that `glob(<pattern>)` or `glob([a,b],exclude=c)` means. Errors: ConfigError."""
+def _glob_matches(word: str, key: str, glob_text: str) -> list[str]:
+    """The choices of the group `key`, or the files, that `glob(<pattern>)` or `glob([a,b],exclude=c)` matches, sorted.
+
+    `word`: the whole word, for messages. Errors: ConfigError if nothing matches.
+    """
     included: set[str] = set()
     excluded: set[str] = set()
-    for part in split_at_commas(text.removeprefix("glob(").removesuffix(")")):
-        name, assigned, patterns = part.partition("=")
+    for argument in split_at_commas(glob_text.removeprefix("glob(").removesuffix(")")):
+        name, assigned, patterns = argument.partition("=")
         matches = included
         if assigned and name.strip() == "exclude":
             matches = excluded
         elif not (assigned and name.strip() == "include"):
-            patterns = part
+            patterns = argument  # a pattern without a name, which may hold an equals sign itself
         for pattern in split_at_commas(patterns.strip().strip("[]")):
             matches.update(_matches_of_pattern(key, pattern.strip("'\" ")))
     if not included - excluded:
-        hint = f"; {key}= has {', '.join(groups()[key])}" if key in groups() else ""
+        hint = f"; {key}= has {', '.join(choices_by_group()[key])}" if key in choices_by_group() else ""
         raise ConfigError(f"{word}: matches nothing{hint}")
     return sorted(included - excluded)
 
@@ -208,13 +226,13 @@ def _matches_of_pattern(key: str, pattern: str) -> list[str]:
     """The choices of the group `key` that fit a pattern; for any other setting, the files."""
     from glob import glob
 
-    if key in groups():
-        return fnmatch.filter(groups()[key], pattern)
+    if key in choices_by_group():
+        return fnmatch.filter(choices_by_group()[key], pattern)
     return glob(pattern, recursive=True)  # noqa: PTH207 - absolute patterns too
 
 
 def excluded_points(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:
-    """For each point: whether a condition leaves it out.
+    """For each point of a sweep, in order: whether a condition leaves it out.
 
     A condition of `skip` leaves out the points that have all its words. A condition of `where` leaves out the points that have
     its first word and lack another one. Errors: ConfigError for a word that is no axis or no value of it, since such a
@@ -231,24 +249,30 @@ def excluded_points(axes: Axes, skip: list[str], where: list[str]) -> list[bool]
             )
     if problems:
         raise ConfigError(problems)
+
     excluded = []
     for point in axes.points():
         values = axes.values_on_axes(point)
-        is_skipped = any(_holds(condition, values) for condition in skip_conditions)
-        is_not_kept = any(
-            _holds(condition[:1], values) and not _holds(condition, values) for condition in where_conditions
-        )
-        excluded.append(is_skipped or is_not_kept)
+        is_skipped = any(_matches(condition, values) for condition in skip_conditions)
+        violates_where = False
+        for condition in where_conditions:
+            is_concerned = _matches(condition[:1], values)
+            if is_concerned and not _matches(condition, values):
+                violates_where = True
+        excluded.append(is_skipped or violates_where)
     return excluded
 
 
-def _holds(condition: list[tuple[str, str]], values: dict[str, str]) -> bool:
+def _matches(condition: list[tuple[str, str]], values: dict[str, str]) -> bool:
     """Whether a point with these values has every (key, value) of a condition."""
     return all(values.get(key) == value for key, value in condition)
 
 
 def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> list[tuple[str, str]]:
-    """The (key, value) pairs of one condition, such as `tuning=lora+optim.lr=2e-4`. `name`: its setting, for messages."""
+    """The (key, value) pairs of one condition, such as `tuning=lora+optim.lr=2e-4`.
+
+    `name`: the setting that holds the condition, for messages. A word that fits no axis is appended to `problems`.
+    """
     pairs = []
     for word in BETWEEN_WORDS.split(text.strip().strip("'\"")):
         key = key_of(word)
@@ -264,18 +288,21 @@ def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> li
     return pairs
 
 
-def label(values: dict[str, str]) -> str:
-    """A point's name for people and directories, such as `fsdp2-lora-lr2e-4`; `point` if there is no axis."""
+def point_label(values: dict[str, str]) -> str:
+    """The name of a sweep point for people and directories, such as `fsdp2-lora-lr2e-4`; `point` if there is no axis.
+
+    `values`: the point's value on each axis, by key.
+    """
     parts = [_label_part(key, value) for key, value in values.items()]
-    text = "-".join(part for part in parts if part)
-    return text[:80].strip("-.") or "point"
+    joined = "-".join(part for part in parts if part)
+    return joined[:MOST_LABEL_CHARACTERS].strip("-.") or "point"
 
 
 def name_in_trackers(logging: LoggingConfig, base: Path, name: str, words: Iterable[str]) -> None:
-    """Let trackers show a point as one run of a group, with a column for each axis.
+    """Set up W&B and other trackers to show the points of a sweep as one group, with a column for each axis.
 
-    `base`: the directory of the comparison, which names the group. `name`: of the point. `words`: the point's values on the
-    axes. What the user has set stays, and so does the group that WANDB_RUN_GROUP names.
+    `base`: the directory of the sweep, which names the group. `name`: the point's. `words`: the point's values on the axes.
+    A group that the user has set stays, and so does the one that WANDB_RUN_GROUP names.
     """
     logging.group = logging.group or os.environ.get("WANDB_RUN_GROUP") or base.resolve().name
     logging.name = f"{logging.name}-{name}" if logging.name else name
@@ -288,16 +315,16 @@ def name_in_trackers(logging: LoggingConfig, base: Path, name: str, words: Itera
 
 
 def _label_part(key: str, value: str) -> str:
-    """The part of a label for one axis: `lora`, the last part of a path, or the setting's name before its value."""
-    text = value.strip("'\"[]").rstrip("/")
-    leaf = key.rsplit(".", 1)[-1]
-    is_number = re.fullmatch(r"[\d.]+(e[+-]?\d+)?", text) is not None
-    if key in groups():
-        part = text
-    elif leaf in ("path", "eval_path", "tokenizer"):
-        part = text.rsplit("/", 1)[-1]
+    """One axis in the name of a point: the choice (`lora`), the last part of a path, or the setting with its value."""
+    bare_value = value.strip("'\"[]").rstrip("/")
+    setting_name = key.rsplit(".", 1)[-1]
+    is_number = re.fullmatch(r"[\d.]+(e[+-]?\d+)?", bare_value) is not None
+    if key in choices_by_group():
+        part = bare_value
+    elif setting_name in ("path", "eval_path", "tokenizer"):
+        part = bare_value.rsplit("/", 1)[-1]
     elif is_number:
-        part = f"{leaf}{text}"
+        part = f"{setting_name}{bare_value}"
     else:
-        part = f"{leaf}_{text}"
+        part = f"{setting_name}_{bare_value}"
     return re.sub(r"[^\w.-]+", "_", part).strip("_.-")

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import yaml
 
-from launch.config.choices import CONF_DIR, OWN_DIRECTORIES
+from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 
 
 def suspected_files(choices: dict[str, str]) -> str:
-    """The files of which one must be wrong if Hydra cannot compose. The groups that we ship are tested."""
+    """The files that may be at fault if Hydra cannot compose these choices (by group), joined by "or".
+
+    Only files of the user and those that hold settings of every group are named: the groups that we ship are tested.
+    """
     files = []
     for group in ("experiment", "debug"):
-        shipped = CONF_DIR / group / f"{choices.get(group)}.yaml"
-        if shipped.exists():
-            files.append(f"conf/{group}/{shipped.name}")
-    for directory in OWN_DIRECTORIES:
-        own_files = [directory / group / f"{choice}.yaml" for group, choice in choices.items()]
-        files += [str(file) for file in own_files if file.exists()]
+        shipped_file = CONF_DIR / group / f"{choices.get(group)}.yaml"
+        if shipped_file.exists():
+            files.append(f"conf/{group}/{shipped_file.name}")
+    for directory in USER_CONFIG_DIRS:
+        for group, choice in choices.items():
+            user_file = directory / group / f"{choice}.yaml"
+            if user_file.exists():
+                files.append(str(user_file))
     if (CONF_DIR / "local" / "default.yaml").exists() or not files:
         files.append("conf/local/default.yaml")
     return " or ".join(files)
 
 
 def composition_problem(error: Exception) -> str:
-    """What Hydra, OmegaConf or the YAML reader found wrong, on one line, with the setting in front if one is to blame."""
+    """An error of Hydra, OmegaConf or the YAML reader as one line for the user, with the setting in front if one is to blame."""
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -33,6 +38,7 @@ def composition_problem(error: Exception) -> str:
     if not isinstance(original, OmegaConfBaseException) or not original.full_key:
         return " ".join(str(error).split())
     if original.full_key in ("experiment", "debug"):
+        # Without `# @package _global_` Hydra puts the file's settings below the name of its group.
         return "must hold settings (key: value), and begin with the line `# @package _global_`"
     if isinstance(original, ConfigKeyError):
         return f"there is no setting {original.full_key}"

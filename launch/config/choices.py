@@ -16,18 +16,21 @@ HARDWARE_DIRECTORY = "hardware"
 """A directory of conf/ whose files are no settings of a run: cards that `shardtune plan` plans for."""
 
 
-OWN_DIRECTORIES: list[Path] = []
+USER_CONFIG_DIRS: list[Path] = []
 """Directories of the user's (`--config-dir`) whose files are choices too."""
 
 
 @cache
-def groups() -> dict[str, list[str]]:
-    """The choices of every group, both in alphabetical order, those of the user's directories included."""
-    choices_by_group = dict(shipped())
-    for directory in OWN_DIRECTORIES:
-        for group, choices in choices_by_group.items():
-            choices_by_group[group] = sorted({*choices, *_choices_in(directory / group)})
-    return choices_by_group
+def choices_by_group() -> dict[str, list[str]]:
+    """The choices of every group of `conf/`, both in alphabetical order, with those of `--config-dir`.
+
+    For example `tuning` has `full`, `lora` and others: the names of the files in `conf/tuning`.
+    """
+    choices_of_group = dict(shipped_choices())
+    for directory in USER_CONFIG_DIRS:
+        for group, choices in choices_of_group.items():
+            choices_of_group[group] = sorted({*choices, *_choices_in(directory / group)})
+    return choices_of_group
 
 
 def _choices_in(directory: Path) -> list[str]:
@@ -36,16 +39,16 @@ def _choices_in(directory: Path) -> list[str]:
 
 
 @cache
-def shipped() -> dict[str, list[str]]:
-    """The choices that `conf/` has."""
-    choices_by_group = {}
+def shipped_choices() -> dict[str, list[str]]:
+    """The choices of every group of `conf/`, without those of the user's own directories."""
+    choices_of_group = {}
     for directory in sorted(CONF_DIR.iterdir()):
         if not directory.is_dir() or directory.name.startswith(("_", ".")) or directory.name == HARDWARE_DIRECTORY:
             continue
         choices = _choices_in(directory)
         if choices or directory.name == "local":  # `conf/local` is the user's and may be empty
-            choices_by_group[directory.name] = choices
-    return choices_by_group
+            choices_of_group[directory.name] = choices
+    return choices_of_group
 
 
 def add_directory(directory: Path) -> None:
@@ -55,26 +58,27 @@ def add_directory(directory: Path) -> None:
     """
     from strategies.errors import ConfigError
 
-    choices_by_group = {group: _choices_in(directory / group) for group in shipped()}
-    if not any(choices_by_group.values()):
+    choices_of_group = {group: _choices_in(directory / group) for group in shipped_choices()}
+    if not any(choices_of_group.values()):
         raise ConfigError(
             f"--config-dir {directory}: has no <group>/<choice>.yaml, such as tuning/mine.yaml or experiment/mine.yaml; a whole "
             "file of settings is given as a bare word: my.yaml"
         )
+    # Hydra would silently take one of two files of the same name.
     hidden = []
-    for group, choices in choices_by_group.items():
-        hidden += [f"{group}/{choice}.yaml" for choice in choices if choice in shipped()[group]]
+    for group, choices in choices_of_group.items():
+        hidden += [f"{group}/{choice}.yaml" for choice in choices if choice in shipped_choices()[group]]
     if hidden:
         raise ConfigError(
             f"--config-dir {directory}: {', '.join(hidden)}: there is such a choice already; rename the file"
         )
-    if directory not in OWN_DIRECTORIES:
-        OWN_DIRECTORIES.append(directory)
-    groups.cache_clear()
+    if directory not in USER_CONFIG_DIRS:
+        USER_CONFIG_DIRS.append(directory)
+    choices_by_group.cache_clear()
 
 
-def variants() -> dict[str, dict[str, type]]:
-    """For the groups whose choices differ in their keys: the settings behind each schema node's name."""
+def settings_classes() -> dict[str, dict[str, type]]:
+    """The settings class of each choice, by group and name, for the groups whose choices differ in their settings."""
     from trainer.config.tree import VARIANTS
 
     return VARIANTS
@@ -92,22 +96,23 @@ REGISTRIES = {
 """The place that lists a group's settings by name."""
 
 
-def settings_of(group: str, name: str) -> type:
-    """The settings class of a choice; the choices of ZeRO share one, and hsdp is fsdp2 with replicas.
+def settings_class_of(group: str, name: str) -> type:
+    """The settings dataclass of a group's choice, such as `LoraConfig` for `tuning`, `lora`.
 
-    Raises ConfigError for a file of `conf/` that no class answers.
+    Some strategies share a class: the three stages of ZeRO, and hsdp, which is fsdp2 with replicas. Errors: ConfigError for a
+    file of `conf/` without a class.
     """
-    nodes = variants()[group]
-    if group == "strategy" and name not in nodes:
+    classes = settings_classes()[group]
+    if group == "strategy" and name not in classes:
         name = SHARED_SETTINGS.get(name, name)
-    if name not in nodes:
+    if name not in classes:
         from strategies.errors import ConfigError
 
         raise ConfigError(
-            f"conf/{group}/{name}.yaml: no settings of that name ({', '.join(nodes)}); add its class to {REGISTRIES[group]}, or "
-            "remove the file"
+            f"conf/{group}/{name}.yaml: no settings of that name ({', '.join(classes)}); add its class to {REGISTRIES[group]}, "
+            "or remove the file"
         )
-    return nodes[name]
+    return classes[name]
 
 
 @cache
@@ -119,6 +124,6 @@ def register_schemas() -> None:
 
     store: Any = ConfigStore.instance()
     store.store(name="schema_run", node=RunConfig)
-    for group, nodes in variants().items():
+    for group, nodes in settings_classes().items():
         for name, settings in nodes.items():
             store.store(group=group, name=f"schema_{name}", node=settings)

@@ -34,9 +34,9 @@ class NoDigest(Exception):
 
 
 def model_directory(config: ModelConfig, path: str | None, revision: str | None) -> Path | None:
-    """Where the files of a model or tokenizer are on this machine, `path` being a directory or a hub id; None if they are not.
+    """The directory of a model's or tokenizer's files on this machine; None if they are not here.
 
-    Looks into the cache of the hub and never at the network.
+    `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network.
     """
     from dataclasses import replace
 
@@ -51,34 +51,36 @@ def model_directory(config: ModelConfig, path: str | None, revision: str | None)
 
 
 def digest_of_model(directory: Path, *, download: bool = False) -> str | None:
-    """Digest of the code that `trust_remote_code` would run for a model's directory; None if there is no code.
+    """SHA-256 of the Python code that `trust_remote_code` would run for a model's directory; None if there is no code.
 
-    Code of another repository that `auto_map` names counts too. `download`: whether it would be fetched if it is not here.
-    Errors: NoDigest.
+    Code of another repository that `auto_map` in config.json names counts too. `download`: whether such a repository would be
+    fetched if it is not on this machine. Errors: NoDigest.
     """
-    references = sorted({*_references(directory)})
-    files = dict(_files(directory, CODE_OF_MODELS))
+    references = sorted({*_auto_map_references(directory)})
+    files = dict(_code_files(directory, CODE_OF_MODELS))
     if not references and not files:
         return None
     digests_elsewhere: dict[str, str] = {}
     for reference in references:
-        repository, mark, name = reference.rpartition(REPOSITORY_MARK)
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        repository, mark, class_name = reference.rpartition(REPOSITORY_MARK)
+        class_path = Path(class_name)
+        if class_path.is_absolute() or ".." in class_path.parts:
             raise NoDigest(reference)  # a file that may lie anywhere
         if not mark:
-            continue
+            continue  # code of this directory, which is among `files`
         other_directory = model_directory(ModelConfig(), repository, None)
         if other_directory is None and download:
             raise NoDigest(reference)  # nobody has seen what would be fetched
         if other_directory is None:
             digests_elsewhere[reference] = "absent"
         else:
-            digests_elsewhere[reference] = _digest(dict(_files(other_directory, CODE_OF_MODELS)))
-    return _digest({**files, "auto_map": json.dumps([references, digests_elsewhere]).encode()})
+            digests_elsewhere[reference] = _digest(dict(_code_files(other_directory, CODE_OF_MODELS)))
+    auto_map = json.dumps([references, digests_elsewhere]).encode()
+    return _digest({**files, "auto_map": auto_map})
 
 
 def digest_of_task(path: Path) -> str:
-    """Digest of a task of lm_eval: its YAML (or each YAML in a directory), what they include, and the Python code beside them.
+    """SHA-256 of an lm_eval task: its YAML (or each YAML in a directory), what they include, and the Python code beside them.
 
     For a single YAML, only the Python files of its own folder count: it may lie above runs, whose files change all the time.
     Errors: NoDigest.
@@ -86,52 +88,54 @@ def digest_of_task(path: Path) -> str:
     top = path.resolve()
     if top.is_dir():
         pending = sorted(top.rglob("*.yaml"))
-        files = dict(_files(top, CODE_OF_MODELS))
+        contents = dict(_code_files(top, CODE_OF_MODELS))
     else:
         pending = [top]
         top = top.parent
-        files = {file.name: _content(file) for file in sorted(top.glob("*.py"))}
-    known_files = {*pending}
+        contents = {file.name: _read_code_file(file) for file in sorted(top.glob("*.py"))}
+    # A walk over the files that name each other. `seen` keeps two that include each other from going on for ever.
+    seen = {*pending}
     while pending:
         file = pending.pop()
-        content = _content(file)
-        files[os.path.relpath(file, top)] = content
+        content = _read_code_file(file)
+        contents[os.path.relpath(file, top)] = content
         if file.suffix in CODE_OF_MODELS:
             continue
         try:
-            named_files = {named.resolve() for named in _named_by(file, content)}
+            named_files = {named.resolve() for named in _files_named_by(file, content)}
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise NoDigest(str(file)) from error
-        pending += sorted(named_files - known_files)
-        known_files |= named_files
-        if len(known_files) > MOST_FILES:
+        pending += sorted(named_files - seen)
+        seen |= named_files
+        if len(seen) > MOST_FILES:
             raise NoDigest(str(path))
-    return _digest(files)
+    return _digest(contents)
 
 
-class _Names(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads a YAML of a task as data: functions are collected by name, and nothing is imported."""
+class _FunctionNameLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A YAML loader that collects the names of `!function` tags in `functions`, and imports nothing."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
         self.functions: list[str] = []
 
 
-def _note_function(loader: _Names, node: yaml.Node) -> None:
+def _note_function(loader: _FunctionNameLoader, node: yaml.Node) -> None:
+    """Called by the loader at each `!function module.name`."""
     loader.functions.append(str(node.value))
 
 
-_Names.add_constructor("!function", _note_function)
+_FunctionNameLoader.add_constructor("!function", _note_function)
 
 
-def _named_by(file: Path, content: bytes) -> Iterator[Path]:
-    """The files that a YAML of a task includes, and those of its functions, as lm_eval looks for them.
+def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
+    """The files that a task's YAML names: those it includes, and the Python modules of its functions beside it.
 
-    Errors: those of YAML, ValueError, RecursionError.
+    Relative names are looked up as lm_eval does. Errors: those of YAML, ValueError, RecursionError.
     """
-    loader = _Names(content)
+    loader = _FunctionNameLoader(content)
     tree = loader.get_single_data()
-    for name in _included(tree):
+    for name in _include_values(tree):
         yield file.parent / name
     for function in loader.functions:
         module = file.parent / f"{function.rpartition('.')[0].replace('.', '/')}.py"
@@ -139,15 +143,13 @@ def _named_by(file: Path, content: bytes) -> Iterator[Path]:
             yield module
 
 
-def _included(tree: Any) -> Iterator[str]:
-    """The values of `include` at every level of a YAML.
-
-    A YAML alias is visited once: a few lines of them can stand for a tree without an end.
-    """
+def _include_values(tree: Any) -> Iterator[str]:
+    """The file names under `include` at every level of a YAML document."""
     pending = [tree]
     visited_ids = set[int]()
     while pending:
         node = pending.pop()
+        # A YAML alias is visited once: a few lines of them can stand for a tree without an end.
         if id(node) in visited_ids:
             continue
         visited_ids.add(id(node))
@@ -158,32 +160,35 @@ def _included(tree: Any) -> Iterator[str]:
             pending += node
 
 
-def _files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """(relative name, content) of each file of code below a directory, in alphabetical order. Errors: NoDigest."""
-    looked_at = 0
+def _code_files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    """(relative name, content) of each file below a directory with one of `suffixes`, in alphabetical order.
+
+    Errors: NoDigest if there are more than `MOST_FILES` files and folders, or a file cannot be read.
+    """
+    seen = 0
     for parent, folders, names in os.walk(directory, followlinks=True):  # a linked folder is imported like any other
         folders.sort()
-        looked_at += len(folders) + len(names)
-        if looked_at > MOST_FILES:
+        seen += len(folders) + len(names)
+        if seen > MOST_FILES:
             raise NoDigest(str(directory))
         for name in sorted(names):
             file = Path(parent, name)
             if file.suffix in suffixes:
-                yield file.relative_to(directory).as_posix(), _content(file)
+                yield file.relative_to(directory).as_posix(), _read_code_file(file)
 
 
-def _references(directory: Path) -> Iterator[str]:
-    """The classes that the settings of a model name in `auto_map`."""
+def _auto_map_references(directory: Path) -> Iterator[str]:
+    """The Python classes that a model's config files name in `auto_map`. Errors: NoDigest for a file that is no JSON."""
     for file in sorted({*directory.glob("*config.json"), *directory.glob(VERSIONED_CONFIGS)}):
         try:
-            settings = json.loads(_content(file))  # not searched as text: JSON can spell `auto_map` with escapes
+            settings = json.loads(_read_code_file(file))  # not searched as text: JSON can spell `auto_map` with escapes
         except (ValueError, RecursionError) as error:
             raise NoDigest(str(file)) from error
         if isinstance(settings, dict):
             yield from texts_in(settings.get("auto_map"))
 
 
-def _content(file: Path) -> bytes:
+def _read_code_file(file: Path) -> bytes:
     """The bytes of a file. Errors: NoDigest if it cannot be read or is too large to be code."""
     try:
         if not file.is_file() or file.stat().st_size > MOST_BYTES:
@@ -194,8 +199,9 @@ def _content(file: Path) -> bytes:
 
 
 def _digest(files: dict[str, bytes]) -> str:
-    """SHA-256 over names and contents. The lengths keep files apart: `ab` + `c` is not `a` + `bc`."""
+    """SHA-256 over the names and contents of `files`, independent of their order."""
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
+        # The length keeps files apart: `ab` + `c` is not `a` + `bc`.
         digest.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape") + content)
     return digest.hexdigest()

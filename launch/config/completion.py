@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from enum import Enum
 
-from launch.config.choices import groups
+from launch.config.choices import choices_by_group
 from launch.config.user_files import CHOSEN_BY_NAME
 from launch.config.verb_words import VerbWords, specs
 from strategies.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
-PATHS = "model.path|model.tokenizer|data.path|data.eval_path|data.test_path|run.dir|run.resume|tuning.from|to|from"
+PATH_KEYS = "model.path|model.tokenizer|data.path|data.eval_path|data.test_path|run.dir|run.resume|tuning.from|to|from"
 COMMON_FLAGS = ("--help", "--config-dir")
 """Flags that are read before the verb."""
 
@@ -89,9 +89,9 @@ compdef _shardtune shardtune 2>/dev/null
 
 
 def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]) -> str:
-    """The completion script of a shell, for the shell to load. Errors: ConfigError.
+    """The completion script for bash, zsh or fish. Errors: ConfigError for another shell.
 
-    `verbs`: what each verb does. `declared`: the classes that declare the words and flags of each verb.
+    `verbs`: the description of each verb. `declared`: the classes that declare the words and flags of each verb.
     """
     shell = shell.removeprefix("install=")
     if shell not in SHELLS:
@@ -99,29 +99,30 @@ def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[Verb
     values_by_key = values_of_settings()
     if shell == "fish":
         return _fish(values_by_key, verbs, declared)
+    # bash and zsh share the form of their `case` branches: the values of each setting, the words of each verb.
     value_cases = []
     for key, values in values_by_key.items():
         if values:
             value_cases.append(f'                {key}) candidates="{" ".join(values)}" ;;')
     word_cases = []
     for verb, declarations in declared.items():
-        word_cases.append(f'        {verb}) candidates="{" ".join(keys_of(declarations))}" ;;')
+        word_cases.append(f'        {verb}) candidates="{" ".join(word_keys(declarations))}" ;;')
     replacements = {
         "@VERBS@": " ".join(verbs),
         "@FLAGS@": " ".join(flags_of(declared)),
         "@OWN@": "\n".join(word_cases),
-        "@PATHS@": PATHS if shell == "zsh" else "=*|".join(PATHS.split("|")),
+        "@PATHS@": PATH_KEYS if shell == "zsh" else "=*|".join(PATH_KEYS.split("|")),
         "@VALUES@": "\n".join(value_cases),
         "@KEYS@": " ".join(values_by_key),
     }
-    text = BASH if shell == "bash" else ZSH
+    script_text = BASH if shell == "bash" else ZSH
     for mark, replacement in replacements.items():
-        text = text.replace(mark, replacement)
-    return text
+        script_text = script_text.replace(mark, replacement)
+    return script_text
 
 
-def keys_of(declarations: list[type[VerbWords]]) -> list[str]:
-    """The keys that stand before an equals sign."""
+def word_keys(declarations: list[type[VerbWords]]) -> list[str]:
+    """The keys of a verb's own `key=value` words, as they are typed."""
     keys = []
     for declaration in declarations:
         for spec in specs(declaration).values():
@@ -131,7 +132,7 @@ def keys_of(declarations: list[type[VerbWords]]) -> list[str]:
 
 
 def flags_of(declared: dict[str, list[type[VerbWords]]]) -> list[str]:
-    """Everything that begins with a dash, of all verbs."""
+    """The flags of all verbs: every word that begins with a dash, each once."""
     flags = [*COMMON_FLAGS]
     for declarations in declared.values():
         for declaration in declarations:
@@ -141,10 +142,14 @@ def flags_of(declared: dict[str, list[type[VerbWords]]]) -> list[str]:
 
 
 def values_of_settings() -> dict[str, list[str]]:
-    """The values of every group and setting, by the key as typed; an empty list if they cannot be listed."""
+    """The possible values of every group and setting, by the key as typed; an empty list if they cannot be listed.
+
+    Left out: settings whose key holds a name of the user's (`data.sources.*.path`), and the `name` of a group, which is typed
+    as `<group>=<choice>`.
+    """
     from launch.config.overrides import settings
 
-    values_by_key: dict[str, list[str]] = {group: list(choices) for group, choices in groups().items()}
+    values_by_key: dict[str, list[str]] = {group: list(choices) for group, choices in choices_by_group().items()}
     for key, setting in settings().items():
         name = key.removesuffix("_")
         is_choice = name.endswith(".name") and name.split(".")[0] in CHOSEN_BY_NAME
@@ -161,7 +166,7 @@ def values_of_settings() -> dict[str, list[str]]:
 def _fish(
     values_by_key: dict[str, list[str]], verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]
 ) -> str:
-    """The script for fish, whose words are printed by a function of its own."""
+    """The completion script for fish. It defines a function that prints the candidates for the word under the cursor."""
     lines = [
         "# Completion of shardtune in fish. Written by: shardtune --shell-completion fish",
         "complete -c shardtune -f",
@@ -169,7 +174,7 @@ def _fish(
     for verb, text in verbs.items():
         description = text.replace("'", "\\'")
         lines.append(f"complete -c shardtune -n __fish_use_subcommand -a {verb} -d '{description}'")
-    path_patterns = " ".join(f"'{key}=*'" for key in PATHS.split("|"))
+    path_patterns = " ".join(f"'{key}=*'" for key in PATH_KEYS.split("|"))
     lines += [
         "function __shardtune_words",
         "    set -l word (commandline -ct)",
@@ -193,7 +198,7 @@ def _fish(
         "complete -c shardtune -n 'not __fish_use_subcommand' -a '(__shardtune_words)'",
     ]
     for verb, declarations in declared.items():
-        keys = keys_of(declarations)
+        keys = word_keys(declarations)
         if keys:
             words = " ".join(f"{key}=" for key in keys)
             lines.append(f"complete -c shardtune -n '__fish_seen_subcommand_from {verb}' -a '{words}'")

@@ -14,40 +14,44 @@ from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
 
 
-def begun_with(words: list[str], run_dir: str | None) -> RunConfig | None:
-    """The configuration of the run in `run_dir` if it began with the same words; None for another run, or none."""
+def earlier_config_of_same_words(words: list[str], run_dir: str | None) -> RunConfig | None:
+    """The frozen configuration of the run in `run_dir` if it began with the same words; None for another run, or none."""
     if not run_dir:
         return None
     path = Path(run_dir).expanduser() / "config.yaml"
     if not path.is_file():
         return None
-    with suppress(ConfigError):  # `freeze` says what is wrong with it
-        return load_frozen(path) if has_same_words(words, path) else None
+    with suppress(ConfigError):  # `freeze` reads the file again later, and says what is wrong with it
+        if has_same_words(words, path):
+            return load_frozen(path)
     return None
 
 
-def keep_budget(config: RunConfig, begun: RunConfig) -> None:
-    """Take the one budget that a run began with if its words name several: an earlier version took that one alone."""
-    typed = _budgets(config)
-    kept = _budgets(begun)
-    if len(typed) < 2 or len(kept) != 1 or not kept.items() <= typed.items():
+def keep_first_budget(config: RunConfig, earlier_config: RunConfig) -> None:
+    """Give `config` the one budget that its run began with, if its words name several of steps, epochs and tokens.
+
+    Earlier versions took one of several budgets silently; such a run is resumed with it, and a message names the others.
+    """
+    typed_budgets = _budgets(config)
+    kept_budgets = _budgets(earlier_config)
+    if len(typed_budgets) < 2 or len(kept_budgets) != 1 or not kept_budgets.items() <= typed_budgets.items():
         return
-    config.budget = begun.budget
-    if seems_a_worker(os.environ):  # the other ranks would say the same
+    config.budget = earlier_config.budget
+    if seems_a_worker(os.environ):  # the other ranks would print the same
         return
-    ignored = {name: value for name, value in typed.items() if name not in kept}
+    ignored = {name: value for name, value in typed_budgets.items() if name not in kept_budgets}
     print(
-        f"{config.run.dir}: keeps {_budget_words(kept)}, with which it began; {_budget_words(ignored)} had no effect, leave it "
-        "out",
+        f"{config.run.dir}: keeps {_budget_words(kept_budgets)}, with which it began; {_budget_words(ignored)} had no effect, "
+        "leave it out",
         file=sys.stderr,
     )
 
 
 def _budget_words(budgets: dict[str, float]) -> str:
-    """Budgets as they are typed."""
+    """Budgets as they are typed: `budget.steps=100 budget.epochs=3`."""
     return " ".join(f"budget.{name}={value:g}" for name, value in budgets.items())
 
 
 def _budgets(config: RunConfig) -> dict[str, float]:
-    """The budgets that are set, by name."""
+    """The budgets of a run that are set, by name: steps, epochs or tokens."""
     return {name: value for name, value in asdict(config.budget).items() if value is not None}

@@ -17,9 +17,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from launch.config.choices import settings_of, variants
+from launch.config.choices import settings_class_of, settings_classes
 from launch.config.trusted_values import is_remembered
-from launch.config.user_files import own_files_may_apply
+from launch.config.user_files import user_files_may_apply
 from strategies.errors import ConfigError
 from strategies.matmul import Matmul
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
@@ -42,19 +42,20 @@ from trainer.reporting.resolution import Resolution
 from trainer.reporting.status import FROZEN, State, read_status, write_text_atomic
 
 SHOWN_DIFFERENCES = 12
-
+"""Settings that an error lists before it only counts the others."""
 NOT_IDENTIFYING = ("logging", "profile", "launcher", "gates", "review", "challenges", "substitutions")
 """Groups that do not decide the result of a run."""
-OVERRIDES = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
+RECORDED_WORDS = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
+"""The comment in the head of a `config.yaml` with the words that the run was composed from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A run as it was asked for."""
+    """The configuration of a run, with the command-line words that it was composed from."""
 
     config: RunConfig
     overrides: list[str]
-    """The words it was composed from."""
+    """The words, as typed."""
 
     @property
     def sha256(self) -> str:
@@ -73,7 +74,7 @@ def identity(config: RunConfig) -> str:
     Left out: `run.*` except for the seed, the groups of `NOT_IDENTIFYING`, and the substitutions. Where a run is started, how it
     is called, what it reports and what its export must pass may change when it is requeued or resumed.
     """
-    return _hash(_identifying(plain(config)))
+    return _hash(_identifying_settings(plain(config)))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -94,17 +95,18 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def freeze_choices(run_dir: Path, config: RunConfig) -> None:
-    """Write `config.yaml` anew with what the run has chosen, as the same run. Errors: ConfigError, StorageError.
+    """Rewrite a run's `config.yaml` with what the run has chosen itself, such as its micro-batch; it stays the same run.
 
     A file of an earlier version lacks the settings that were added since. They are written with their defaults, so the hash
-    in its head becomes that of the same settings in this version.
+    in its head becomes that of the same settings in this version. Errors: ConfigError, StorageError.
     """
     path = run_dir / "config.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); is it still there?") from error
-    header = "".join(line for line in text.splitlines(keepends=True)[:3] if line[0] == "#")
+    # The comments in the head: who wrote the file, the hash, and the typed words.
+    header = "".join(line for line in content.splitlines(keepends=True)[:3] if line[0] == "#")
     recorded_hash = FROZEN.search(header)
     if recorded_hash is not None:
         header = header.replace(recorded_hash[1], identity(load_frozen(path)))
@@ -112,7 +114,7 @@ def freeze_choices(run_dir: Path, config: RunConfig) -> None:
 
 
 def load_frozen(path: Path | str) -> RunConfig:
-    """Read a frozen `config.yaml` back. Errors: ConfigError if it is missing, was edited, or is of another version."""
+    """The configuration in a frozen `config.yaml`. Errors: ConfigError if it is missing, was edited, or is of another version."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -122,11 +124,11 @@ def load_frozen(path: Path | str) -> RunConfig:
     raw = settings_file.tree_of(path, text)
     try:
         tree = OmegaConf.structured(RunConfig)
-        for group in variants():
-            tree[group] = OmegaConf.structured(settings_of(group, raw[group]["name"]))
+        for group in settings_classes():
+            tree[group] = OmegaConf.structured(settings_class_of(group, raw[group]["name"]))
         config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
         # Hash what the file says, not what this version makes of it: a later version may know more settings.
-        sha256 = _hash(_identifying(raw))
+        sha256 = _hash(_identifying_settings(raw))
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
     if recorded_hash is None or recorded_hash[1] != sha256:
@@ -141,13 +143,13 @@ class DifferingSetting:
     """A setting that two configurations have with different values. A value is `-` if one of them lacks the setting."""
 
     key: str
-    there: Any
+    value_in_run_dir: Any
     """The value in the run directory."""
-    here: Any
+    value_in_command: Any
     """The value of the command."""
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.there} there, {self.here} here"
+        return f"{self.key}: {self.value_in_run_dir} there, {self.value_in_command} here"
 
     @property
     def is_about_computation(self) -> bool:
@@ -156,22 +158,23 @@ class DifferingSetting:
 
 
 def differences(ours: RunConfig, theirs: RunConfig) -> list[DifferingSetting]:
-    """The identifying settings in which this command (`ours`) and a run directory (`theirs`) differ."""
-    here = flat(_identifying(plain(ours)))
-    there = flat(_identifying(plain(theirs)))
-    missing = object()
-    found = []
-    for key in sorted(here.keys() | there.keys()):
-        if here.get(key, missing) != there.get(key, missing):
-            found.append(DifferingSetting(key, there.get(key, "-"), here.get(key, "-")))
-    return found
+    """The settings that decide a run's result and differ between this command (`ours`) and a run directory (`theirs`)."""
+    our_values = flat(_identifying_settings(plain(ours)))
+    their_values = flat(_identifying_settings(plain(theirs)))
+    missing = object()  # None is a value
+    differing = []
+    for key in sorted(our_values.keys() | their_values.keys()):
+        if our_values.get(key, missing) != their_values.get(key, missing):
+            differing.append(DifferingSetting(key, their_values.get(key, "-"), our_values.get(key, "-")))
+    return differing
 
 
-def same_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_change_strategy: bool) -> None:
-    """Refuse another run than the one in the `config.yaml` at `path`; of the same run, take over what it chose itself.
+def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_change_strategy: bool) -> None:
+    """Compare a command with the run whose `config.yaml` is at `path`: refuse another run, and prepare to resume the same one.
 
-    `has_progress`: the directory has a checkpoint or is finished. If not, another command may take its place.
-    `may_change_strategy`: the run may go on with another strategy or micro-batch. Errors: ConfigError.
+    Of the same run, `composed.config` takes over what that run chose itself. `has_progress`: the directory has a checkpoint or
+    is finished; if not, another command may take its place. `may_change_strategy`: the run may resume with another strategy
+    or micro-batch. Errors: ConfigError.
     """
     config = composed.config
     try:
@@ -187,12 +190,13 @@ def same_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_ch
     changed = differences(config, before)
     if changed and has_progress and _only_defaults_changed(composed, changed, before, path):
         _copy_identifying(config, before)
-        print(f"{path.parent}: keeps the defaults that it began with: {_listed(changed)}", file=sys.stderr)
+        print(f"{path.parent}: keeps the defaults that it began with: {_join_differences(changed)}", file=sys.stderr)
         changed = []
     # What the run settled at its first start decides results, so it holds whatever else may change.
     if not changed or may_change_strategy:
         _keep_matmul(config, before)
         _keep_template_date(config, before, path.parent, has_progress=has_progress)
+
     if not changed:
         _keep_own_choices(config, before)
         if has_progress:
@@ -201,18 +205,18 @@ def same_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_ch
     if not has_progress:
         return
     if may_change_strategy and all(difference.is_about_computation for difference in changed):
-        print(f"{path.parent}: resumes in another way: {_listed(changed)}", file=sys.stderr)
+        print(f"{path.parent}: resumes in another way: {_join_differences(changed)}", file=sys.stderr)
         return
-    raise ConfigError(_other_run(path.parent, changed))
+    raise ConfigError(_different_run_message(path.parent, changed))
 
 
-def _listed(changed: list[DifferingSetting]) -> str:
-    """All differences in one line."""
+def _join_differences(changed: list[DifferingSetting]) -> str:
+    """All differing settings in one line, for messages."""
     return "; ".join(str(difference) for difference in changed)
 
 
-def _other_run(run_dir: Path, changed: list[DifferingSetting]) -> str:
-    """The refusal of a command for a directory that holds another run: one problem of several lines."""
+def _different_run_message(run_dir: Path, changed: list[DifferingSetting]) -> str:
+    """The error message for a command whose directory holds another run: one problem of several lines."""
     refusal = (
         f"run.dir={run_dir}: already holds a run with different settings; use another run.dir (to start from its "
         f"state: run.resume={run_dir}/checkpoints/<step>), or change these back:"
@@ -234,9 +238,10 @@ def _keep_own_choices(config: RunConfig, before: RunConfig) -> None:
 
 
 def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
-    """Take over the defaults that the run in `run_dir` began with, as `freeze` does, without writing.
+    """Give `composed.config` the defaults that the run in `run_dir` began with, if shardtune's defaults have changed since.
 
-    For the ranks that compose the run themselves but do not freeze it: all ranks must train the same. Errors: ConfigError.
+    For ranks that compose the run themselves, under torchrun: rank 0 does the same when it freezes the run, and all ranks must
+    train the same. Writes nothing. Errors: ConfigError.
     """
     path = run_dir / "config.yaml"
     has_checkpoint = bool(checkpoints_in(checkpoint_dirs_of(run_dir, composed.config.checkpoint.fallback_dir)))
@@ -251,7 +256,7 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
 
 
 def _only_defaults_changed(composed: Composed, changed: list[DifferingSetting], before: RunConfig, path: Path) -> bool:
-    """Whether the settings differ although the user typed the same words: then a default of shardtune changed since.
+    """Whether settings differ only because shardtune changed a default: the user typed the same words as for `before`.
 
     False if the words alone do not decide the settings: a file of the user's, a variable of the environment, or a value that
     this machine chose may have changed as well.
@@ -260,16 +265,17 @@ def _only_defaults_changed(composed: Composed, changed: list[DifferingSetting], 
     if not has_same_words(composed.overrides, path):
         return False
     # `${oc.env:NAME}` may mean another value today, and a file may have been edited.
-    if own_files_may_apply(words) or any("${" in word for word in words):
+    has_interpolation = any("${" in word for word in words)
+    if has_interpolation or user_files_may_apply(words):
         return False
-    if _reaches_further(before, composed.config):
+    if _adds_outside_values(before, composed.config):
         return False
     chosen_by_machine = {*composed.config.substitutions, *before.substitutions}
     return not any(difference.key in chosen_by_machine for difference in changed)
 
 
-def _reaches_further(before: RunConfig, config: RunConfig) -> bool:
-    """Whether taking over the settings of `before` would reach out of the run by a value that this user never typed.
+def _adds_outside_values(before: RunConfig, config: RunConfig) -> bool:
+    """Whether the settings of `before` hold a file, address or code that this user never typed, and that would be taken over.
 
     The words in the head of a `config.yaml` prove nothing: whoever wrote the directory wrote them too.
     """
@@ -300,7 +306,7 @@ def _copy_identifying(config: RunConfig, before: RunConfig) -> None:
 
 
 def _identifying_words(words: list[str]) -> set[str]:
-    """The words that decide the result: without those of `NOT_IDENTIFYING`, and of `run.*` the seed alone."""
+    """The words that decide a run's result: without those of `NOT_IDENTIFYING`, and of `run.*` the seed alone."""
     identifying = set()
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
@@ -312,34 +318,36 @@ def _identifying_words(words: list[str]) -> set[str]:
 
 def _recorded_words(path: Path) -> list[str]:
     """The words that `freeze` noted in the head of a `config.yaml`; empty if there are none."""
-    line = OVERRIDES.search(settings_file.read_text(path))
-    if line is None:
+    match = RECORDED_WORDS.search(settings_file.read_text(path))
+    if match is None:
         return []
+    # JSON strings with blanks between them, since a word may hold blanks itself.
     decoder = json.JSONDecoder()
-    text = line[1]
+    json_words = match[1]
     words = []
     start = 0
-    while start < len(text):
-        word, end = decoder.raw_decode(text, start)
+    while start < len(json_words):
+        word, end = decoder.raw_decode(json_words, start)
         words.append(str(word))
-        start = end + 1  # the blank between two words
+        start = end + 1
     return words
 
 
 def _keep_template_date(config: RunConfig, before: RunConfig, run_dir: Path, *, has_progress: bool) -> None:
-    """Keep the date that the chat template wrote for "today" at the first start of the run, if it writes one.
+    """Give `config` the date that the chat template wrote for "today" at the first start of the run, if it writes one.
 
-    A run of an earlier version has not noted the date. Its prepared data has a fingerprint without a date, and the oldest file
-    of the run tells the day.
+    Prepared data depends on the date. A run of an earlier version has not recorded it, so the oldest file of the run tells the
+    day; the fingerprint of such a run's data holds no date.
     """
     if TEMPLATE_DATE in before.substitutions:
         config.substitutions[TEMPLATE_DATE] = before.substitutions[TEMPLATE_DATE]
     elif has_progress:
-        oldest = time.time()
+        oldest_s = time.time()
         for file in run_dir.rglob("*"):
             with suppress(OSError):  # removed meanwhile
-                oldest = min(oldest, file.stat().st_mtime)
-        config.substitutions[TEMPLATE_DATE] = str(TemplateDate(date.fromtimestamp(oldest), in_fingerprint=False))
+                oldest_s = min(oldest_s, file.stat().st_mtime)
+        template_date = TemplateDate(date.fromtimestamp(oldest_s), in_fingerprint=False)
+        config.substitutions[TEMPLATE_DATE] = str(template_date)
 
 
 def _keep_matmul(config: RunConfig, before: RunConfig) -> None:
@@ -357,8 +365,8 @@ def _keep_control_tokens(config: RunConfig, before: RunConfig) -> None:
         config.data.control_tokens = before.data.control_tokens
 
 
-def _identifying(tree: Any) -> dict[str, Any]:
-    """The settings that decide the result, of a whole configuration as nested dictionaries."""
+def _identifying_settings(tree: Any) -> dict[str, Any]:
+    """The settings that decide a run's result, of a whole configuration as nested dictionaries."""
     identifying_tree = {key: value for key, value in tree.items() if key not in NOT_IDENTIFYING}
     # What was asked for, and not what the run made of `auto`: it is still the same run.
     identifying_tree["batch"] = {**tree["batch"], "micro": asked_micro(tree["batch"], tree["substitutions"])}
@@ -366,11 +374,13 @@ def _identifying(tree: Any) -> dict[str, Any]:
     identifying_tree["data"] = identifying(tree["data"])
     if "teacher" in tree["objective"]:
         # Whether the teacher's code may run decides no result, and earlier runs did not record it.
-        teacher = {key: value for key, value in tree["objective"]["teacher"].items() if key != "trust_remote_code"}
+        teacher = dict(tree["objective"]["teacher"])
+        teacher.pop("trust_remote_code", None)
         identifying_tree["objective"] = {**tree["objective"], "teacher": teacher}
     identifying_tree["run"] = {"seed": tree["run"]["seed"]}
     return identifying_tree
 
 
 def _hash(tree: dict[str, Any]) -> str:
+    """SHA-256 of settings as JSON. The order of keys does not count."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

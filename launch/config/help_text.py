@@ -17,8 +17,8 @@ WIDEST_HEAD = 36
 """Columns of a row's head up to which its text begins in the same line."""
 
 
-def folded(text: str) -> str:
-    """The text with lines of at most 80 columns: paragraphs filled, tables in their columns, commands with backslashes."""
+def fold_help(text: str) -> str:
+    """A verb's help in lines of at most 80 columns: paragraphs filled, tables in their columns, commands with backslashes."""
     # Commands that the source has over several lines become one line each, and are folded again.
     lines = re.sub(r" *\\\n *", " ", text).split("\n")
     folded_lines: list[str] = []
@@ -29,11 +29,11 @@ def folded(text: str) -> str:
 
 def show_help(text: str) -> None:
     """Print a verb's help."""
-    print(folded(text))
+    print(fold_help(text))
 
 
 def _blocks(lines: list[str]) -> list[str]:
-    """The lines, with those that continue a paragraph or a row joined to it."""
+    """The paragraphs and table rows of a help text, each as one long line, from the lines of its source."""
     blocks: list[str] = []
     previous = ""
     for line in lines:
@@ -49,36 +49,43 @@ def _blocks(lines: list[str]) -> list[str]:
 
 
 def _is_prose(line: str) -> bool:
+    """Whether a line is of a paragraph, not of a table, a command or the usage."""
     return bool(line) and not line.startswith((" ", "usage:"))
 
 
 def _fold(block: str) -> list[str]:
-    """The lines of one paragraph, row, usage or command."""
+    """One paragraph, table row, usage line or command in lines of at most 80 columns."""
     if len(block) <= COLUMNS:
         return [block.rstrip()]
     indent = len(block) - len(block.lstrip())
     if block.startswith(("usage:", "       shardtune")):
-        return _fill(_pieces(block), indent=11)
+        return _fill(_unbreakable_pieces(block), indent=11)
     if COMMAND.match(block):
         return _fold_command(block, indent)
     row = ROW.fullmatch(block)
     if row is None:
         hanging_indent = indent + 2 if indent else 0
-        return _fill(_pieces(block), indent=hanging_indent)
+        return _fill(_unbreakable_pieces(block), indent=hanging_indent)
     head = row["head"]
     if len(head) > WIDEST_HEAD:
         return [*_fold(head.rstrip()), *_indented(row["text"])]
-    return _fill([head.rstrip().ljust(len(head) - 1), *row["text"].split(" ")], indent=len(head))
+    # The head keeps its column: it is padded as one piece, less the blank that `_fill` puts behind it.
+    padded_head = head.rstrip().ljust(len(head) - 1)
+    return _fill([padded_head, *row["text"].split(" ")], indent=len(head))
 
 
 def _fold_command(block: str, indent: int) -> list[str]:
-    """A command in lines that end in backslashes, and below it what it does. A synopsis, with brackets, gets no backslashes."""
+    """An example command in lines that end in backslashes, as a shell takes them, and below it what it does.
+
+    A synopsis, with optional parts in brackets, gets no backslashes: nobody types it as it is.
+    """
     command, _, meaning = block.strip().partition("  ")
     is_synopsis = " [" in command
-    end = "" if is_synopsis else " \\"
-    lines = _fill(_pieces(" " * indent + command), indent=indent + 4, width=COLUMNS - len(end))
-    continued = [line + end for line in lines[:-1]]
-    return [*continued, lines[-1], *_indented(meaning.strip())]
+    line_end = "" if is_synopsis else " \\"
+    pieces = _unbreakable_pieces(" " * indent + command)
+    lines = _fill(pieces, indent=indent + 4, width=COLUMNS - len(line_end))
+    continued_lines = [line + line_end for line in lines[:-1]]
+    return [*continued_lines, lines[-1], *_indented(meaning.strip())]
 
 
 def _indented(text: str) -> list[str]:
@@ -86,8 +93,8 @@ def _indented(text: str) -> list[str]:
     return textwrap.wrap(text, COLUMNS, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def _pieces(text: str) -> list[str]:
-    """The words of a text, the first with the indentation; what stands in brackets is not torn apart."""
+def _unbreakable_pieces(text: str) -> list[str]:
+    """The words of a text, the first with its indentation. What stands in brackets is one piece, if it is not too long."""
     indent = text[: len(text) - len(text.lstrip())]
     pieces: list[str] = []
     depth = 0

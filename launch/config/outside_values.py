@@ -1,4 +1,8 @@
-"""Values of a configuration that reach out of its run: the words that allow each, and the key that remembers it."""
+"""Values of a configuration that reach out of its run: the words that allow each, and the key that remembers it.
+
+To reach out is to run code, read or write files elsewhere, or talk to a server or tracker. Verbs that read a run use such a
+value only if this user typed it once (`launch.config.read_run`): the run may be somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from trainer.data.read.paths import is_address, is_hub
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
-HARNESS = "lm_eval"
+HARNESS_KIND = "lm_eval"
 """The kind of task whose YAML may name functions."""
 REACHING_NOTHING = (None, False, "")
 """Values with which no setting reaches out."""
@@ -28,32 +32,35 @@ SILENT_TRACKER_MODES = ("auto", "disabled")
 
 @dataclass(frozen=True, slots=True)
 class OutsideValue:
-    """One value that reaches out of the run, such as an address. It has several settings if they only mean something together."""
+    """One value of a run that reaches out of it, such as an address to which data would be sent.
+
+    It has several settings if they only mean something together.
+    """
 
     reach: Reach
     settings: dict[str, Any]
     """The settings by full key, as they are typed to allow the value."""
     identity: dict[str, Any] | None
-    """What the value is remembered by; None: it cannot be told from another value, and so is never remembered."""
+    """What the value is remembered by once the user has typed it; None if it cannot be told from another value."""
     effect: str
-    """What it does to its reader, after `it`."""
+    """What it would do, for messages that begin with "it": `sends rows and answers to that address`."""
 
     @property
     def words(self) -> list[str]:
         """The words that allow it."""
-        return [f"{key}={_as_typed(value)}" for key, value in self.settings.items()]
+        return [f"{key}={_to_cli_text(value)}" for key, value in self.settings.items()]
 
     @property
     def shell_words(self) -> str:
         """Those words as a shell takes them, without a control character in them."""
         return " ".join(shell_word(word) for word in self.words)
 
-    def is_among(self, typed: set[str]) -> bool:
-        """Whether every one of its settings is among the keys that were typed, by itself or by a table that holds it."""
+    def was_typed(self, typed: set[str]) -> bool:
+        """Whether each of its settings is among the typed keys, by itself or by a table that holds it."""
         return all(self._is_typed(key, typed) for key in self.settings)
 
     def _is_typed(self, key: str, typed: set[str]) -> bool:
-        return any(_sets(key, typed_key) for typed_key in typed)
+        return any(key == typed_key or key.startswith(f"{typed_key}.") for typed_key in typed)
 
 
 def shell_word(word: str) -> str:
@@ -73,52 +80,49 @@ def _escaped(char: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))
 
 
-def _as_typed(value: Any) -> str:
-    """A value in the grammar of the command line."""
+def _to_cli_text(value: Any) -> str:
+    """A value as it is typed behind `key=` on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(_as_list_entry(entry) for entry in value)}]"
+        entries = [_to_quoted_entry(entry) for entry in value]
+        return f"[{','.join(entries)}]"
     if isinstance(value, dict):
         return json.dumps(value)
     return str(value)
 
 
-def _as_list_entry(value: Any) -> str:
-    """A value within a list of the command line, quoted if it has characters of the grammar."""
-    text = _as_typed(value)
-    is_plain = all(char.isalnum() or char in "/._-" for char in text)
-    return text if is_plain else f"'{text}'"
-
-
-def _sets(key: str, typed: str) -> bool:
-    """Whether typing one key sets another: the same, or a table that holds it."""
-    return key == typed or key.startswith(f"{typed}.")
+def _to_quoted_entry(value: Any) -> str:
+    """A value within a list of the command line, in quotes if it has characters that separate entries."""
+    text = _to_cli_text(value)
+    needs_no_quotes = all(char.isalnum() or char in "/._-" for char in text)
+    return text if needs_no_quotes else f"'{text}'"
 
 
 def outside_values(config: RunConfig) -> list[OutsideValue]:
-    """Every value of `config` that reaches out of its run. Reads code only if the configuration would run some."""
+    """Every value of a configuration that reaches out of its run: code, files, addresses and trackers."""
     values: list[OutsideValue] = []
-    for key, value in _reaching(config).items():
-        values += _values_of(config, key, value, reach_of(key))
+    for key, value in _settings_that_reach_out(config).items():
+        values += _outside_values_of(config, key, value, reach_of(key))
     return values
 
 
-def clear(config: RunConfig, key: str) -> None:
-    """Set a setting to its default."""
+def reset_to_default(config: RunConfig, key: str) -> None:
+    """Set one setting of a configuration, by its full key, to the default of its dataclass."""
     holder: Any = config
-    *path, name = key.split(".")
-    for part in path:
-        holder = getattr(holder, part)
-    setattr(holder, name, getattr(type(holder)(), name))
+    *group_names, name = key.split(".")
+    for group_name in group_names:
+        holder = getattr(holder, group_name)
+    default = getattr(type(holder)(), name)
+    setattr(holder, name, default)
 
 
-def _reaching(config: RunConfig) -> dict[str, Any]:
-    """The settings that reach out, by full key, without those that are at their default or reach nothing."""
+def _settings_that_reach_out(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run, by full key, that reach out of it. Those that are at their default are left out."""
     defaults = defaults_of(config)
-    reaching = {}
+    reaching_settings = {}
     for key, value in flat(_with_undotted_names(plain(config))).items():
         if value in REACHING_NOTHING or value in ([], {}) or value == defaults.get(key):
             continue
@@ -127,12 +131,12 @@ def _reaching(config: RunConfig) -> dict[str, Any]:
         reach = reach_of(key)
         is_silent_tracker = reach is Reach.tracker and value in SILENT_TRACKER_MODES
         if reach is not Reach.describes and not is_silent_tracker:
-            reaching[key] = value
-    return reaching
+            reaching_settings[key] = value
+    return reaching_settings
 
 
 def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """The settings, with numbers for the names of a table in which a name has a dot.
+    """The configuration `tree`, in which tables that have a name with a dot get numbers as names.
 
     Else a task that is called `x.kind` would pass for the setting `kind` of a task `x`.
     """
@@ -144,38 +148,38 @@ def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
-    """What one setting reaches: a list of paths reaches several things."""
+def _outside_values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
+    """The values behind one setting that reaches out: several for a list of paths, or a flag that allows several things."""
     if reach is Reach.address:
-        yield from _endpoint(config, key)
+        yield from _endpoint_value(config, key)
     elif reach is Reach.code:
-        yield from _model_code(config, key)
+        yield from _model_code_values(config, key)
     elif reach is Reach.network:
-        yield from _network_sources(config, key)
+        yield from _network_values(config, key)
     elif reach is Reach.file:
-        yield from _files_named(config, key, value)
+        yield from _file_values(config, key, value)
     elif reach is Reach.place:
         yield OutsideValue(reach, {key: value}, {key: _absolute(value)}, f"writes into {value}")
     else:
         yield OutsideValue(reach, {key: value}, {key: value}, "sends to a tracker, or decides who gets its messages")
 
 
-def _endpoint(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """A server and the environment variable that is sent to it, as one value."""
+def _endpoint_value(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+    """A server's address (`key` ends in `.url`) and the environment variable that is sent to it as its key, as one value."""
     group, _, name = key.rpartition(".")
     server = getattr(config.evaluation, group.rpartition(".")[2])
     if name != "url":
         return  # a variable without an address is sent nowhere
     settings = {f"{group}.url": server.url}
-    sent = "rows and answers"
+    sent_data = "rows and answers"
     if server.key_env is not None:
         settings[f"{group}.key_env"] = server.key_env
-        sent += f", and your environment variable {server.key_env}"
-    yield OutsideValue(Reach.address, settings, settings, f"sends {sent} to that address")
+        sent_data += f", and your environment variable {server.key_env}"
+    yield OutsideValue(Reach.address, settings, settings, f"sends {sent_data} to that address")
 
 
-def _model_code(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """The code of each directory that the flag allows: the model's and the tokenizer's, or the teacher's."""
+def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+    """The Python code that a `trust_remote_code` flag (`key`) lets run: the model's and the tokenizer's, or the teacher's."""
     if key == "model.trust_remote_code":
         sources = [(config.model.path, config.model.revision), (config.model.tokenizer, config.model.revision)]
     else:
@@ -192,6 +196,7 @@ def _model_code(config: RunConfig, key: str) -> Iterator[OutsideValue]:
         if directory is None:
             continue  # there is nothing here that could be run
         effect = f"runs the Python code in {path}"
+        # Trust is in this code, not in this path: other code at the same path must be allowed anew.
         try:
             digest = digest_of_model(directory, download=config.model.download)
         except NoDigest:
@@ -201,13 +206,15 @@ def _model_code(config: RunConfig, key: str) -> Iterator[OutsideValue]:
             yield OutsideValue(Reach.code, {key: True}, {"code": digest}, effect)
 
 
-def _network_sources(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """Everything that the flag `key` lets be fetched from the network, each source by itself."""
+def _network_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+    """Everything that the flag `key` (`model.download`, say) lets be fetched from the network, each source by itself."""
     sources: list[str]
     if key == "model.download":
         teacher = getattr(config.objective, "teacher", config.model)
-        names = [config.model.path, config.model.tokenizer, teacher.path]
-        sources = [str(name) for name in names if name is not None and not Path(name).expanduser().is_dir()]
+        sources = []
+        for name in (config.model.path, config.model.tokenizer, teacher.path):
+            if name is not None and not Path(name).expanduser().is_dir():
+                sources.append(str(name))
     elif key == "data.remote":
         sources = [path for path in _data_paths(config) if is_address(path)]
     else:
@@ -226,14 +233,17 @@ def _data_paths(config: RunConfig) -> Iterator[str]:
         yield from _path_texts(path_value)
 
 
-def _files_named(config: RunConfig, key: str, value: Any) -> Iterator[OutsideValue]:
-    """Files of the reader's, whose texts then stand in what is written. A task of lm_eval runs code that its YAML names."""
+def _file_values(config: RunConfig, key: str, value: Any) -> Iterator[OutsideValue]:
+    """The files of the reader that a setting names, whose texts would then stand in what the verb writes.
+
+    A task of lm_eval is code instead, since its YAML names functions.
+    """
     group, _, name = key.rpartition(".")
     task_name = key.split(".")[2] if key.startswith("evaluation.tasks.") else None
     task = config.evaluation.tasks.get(task_name) if task_name is not None else None
-    if task is not None and task.kind == HARNESS and name == "path":
+    if task is not None and task.kind == HARNESS_KIND and name == "path":
         for path in _path_texts(value):
-            yield _task_code(key, path)
+            yield _task_code_value(key, path)
         return
     if task is not None and ".options" in group and name not in _file_options(task.kind):
         return
@@ -252,8 +262,8 @@ def _file_options(kind: str) -> tuple[str, ...]:
     return () if task is None else task.file_options
 
 
-def _task_code(key: str, path: str) -> OutsideValue:
-    """The code of a task of lm_eval."""
+def _task_code_value(key: str, path: str) -> OutsideValue:
+    """The Python functions that the YAML of an lm_eval task names, as a value that runs code."""
     identity: dict[str, Any] | None
     try:
         identity = {"code": digest_of_task(Path(path).expanduser())}
@@ -263,7 +273,7 @@ def _task_code(key: str, path: str) -> OutsideValue:
 
 
 def _path_texts(value: Any) -> Iterator[str]:
-    """The texts of a path value: one path, a list, or sets by name."""
+    """Each path in the value of a setting: one path, a list of paths, or a dictionary of them."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):

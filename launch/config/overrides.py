@@ -13,7 +13,13 @@ from functools import cache
 from typing import Any, NamedTuple, get_args, get_origin
 
 from launch.config import hints, user_files
-from launch.config.choices import WHOLE_RUN_GROUPS, groups, settings_of, shipped, variants
+from launch.config.choices import (
+    WHOLE_RUN_GROUPS,
+    choices_by_group,
+    settings_class_of,
+    settings_classes,
+    shipped_choices,
+)
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import read_word
 from trainer.optim.schedule import MEANT_UNDER
@@ -22,7 +28,7 @@ TASKS_TABLE = "evaluation.tasks"
 """A table for which a list of kinds can be typed: `[json,json:strict]` makes the entries `json` and `strict` of kind json."""
 GATES = "gates"
 """A table of bounds such as `eval/loss<2`, which Hydra's grammar cannot read."""
-OF_EACH_RANK = re.compile(r"\$\{\s*(now|hydra)\s*:")
+RESOLVED_BY_EACH_RANK = re.compile(r"\$\{\s*(now|hydra)\s*:")
 """Interpolations that every process would resolve for itself, each at its own time."""
 RANKS_DISAGREE = "could differ between processes; write the value itself"
 NO_TARGET = "`_target_` is not used here and never runs anything; remove it"
@@ -39,22 +45,23 @@ class TypedValue(NamedTuple):
 
 
 @dataclass(slots=True)
-class Parsed:
-    """The command line, sorted."""
+class ParsedWords:
+    """The command line of a run, sorted into choices of groups, values of settings, and problems."""
 
     choices: dict[str, str] = field(default_factory=dict)
     """The choice of each group that was typed."""
     values: list[TypedValue] = field(default_factory=list)
     """The settings, in their order. The last one of a key counts."""
     problems: list[str] = field(default_factory=list)
-    replaced: set[str] = field(default_factory=set)
+    """A message for each word that cannot be used."""
+    replaced_tables: set[str] = field(default_factory=set)
     """Tables that were typed as a whole. Entries that an experiment or a run has in them are dropped."""
-    from_files: int = 0
-    """How many of the values, the first ones, were read from files and not typed."""
-    defaults: list[tuple[str, str]] = field(default_factory=list)
+    number_from_files: int = 0
+    """How many of `values` come from the user's settings files; they are the first ones, the others were typed."""
+    resets: list[tuple[str, str]] = field(default_factory=list)
     """(key, word) of each `~key`, which sets a setting back to the default of the code."""
-    suspects: set[str] = field(default_factory=set)
-    """Keys that a wrong word was probably meant for. Validation complains about them too, and that is not shown."""
+    meant_keys: set[str] = field(default_factory=set)
+    """Settings that a wrong word was probably meant for. Validation complains that they are not set, which is not shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,46 +69,50 @@ class Setting:
     """One key of the tree: its type, and the group choices under which it exists (empty: always)."""
 
     type: Any
-    under: tuple[str, ...] = ()
+    available_under: tuple[str, ...] = ()
 
 
 @cache
 def settings() -> dict[str, Setting]:
-    """Every leaf key of the tree under any choice, by full name; `*` stands for names that the user chooses."""
+    """Every setting of a run by its full key, under whatever choice it exists; `*` stands for names that the user chooses."""
     from trainer.config.run import RunConfig
     from trainer.config.tree import keyed_fields
 
     settings_by_key: dict[str, Setting] = {}
-    groups_with_variants = variants()
+    groups_with_classes = settings_classes()
     for keyed in keyed_fields(RunConfig):
         name, _, below = keyed.key.partition(".")
-        if name in groups_with_variants and not below:
+        if name in groups_with_classes and not below:
             settings_by_key |= _settings_under_choices(name)
-        elif name not in groups_with_variants and not keyed.is_group:
+        elif name not in groups_with_classes and not keyed.is_group:
             settings_by_key[keyed.key] = Setting(keyed.type)
     for key, setting in settings_by_key.items():
         # A setting that every choice of its group has needs none of them.
-        if set(setting.under) == set(shipped().get(key.split(".")[0], ())):
+        all_choices = shipped_choices().get(key.split(".")[0], ())
+        if set(setting.available_under) == set(all_choices):
             settings_by_key[key] = Setting(setting.type)
     # The schedules share one class, in which some settings mean something under some of them only.
     for name, schedules in MEANT_UNDER.items():
         key = f"schedule.{name}"
         settings_by_key[key] = Setting(settings_by_key[key].type, tuple(str(schedule) for schedule in schedules))
-    del settings_by_key["substitutions"]
+    del settings_by_key["substitutions"]  # what a run records about itself; nobody types it
     return settings_by_key
 
 
 def _settings_under_choices(group: str) -> dict[str, Setting]:
-    """The settings of a group whose choices differ in their keys, each with the choices that have it."""
+    """The settings of a group such as `tuning` whose choices have different settings, each with the choices that have it."""
     from trainer.config.tree import keyed_fields
 
-    order = [*variants()[group], *shipped()[group]]
+    order = [*settings_classes()[group], *shipped_choices()[group]]
     settings_by_key: dict[str, Setting] = {}
-    for choice in sorted(shipped()[group], key=order.index):
-        for keyed in keyed_fields(settings_of(group, choice), group):
-            if not keyed.is_group:
-                under = settings_by_key[keyed.key].under if keyed.key in settings_by_key else ()
-                settings_by_key[keyed.key] = Setting(keyed.type, (*under, choice))
+    for choice in sorted(shipped_choices()[group], key=order.index):
+        for keyed in keyed_fields(settings_class_of(group, choice), group):
+            if keyed.is_group:
+                continue
+            earlier_choices: tuple[str, ...] = ()
+            if keyed.key in settings_by_key:
+                earlier_choices = settings_by_key[keyed.key].available_under
+            settings_by_key[keyed.key] = Setting(keyed.type, (*earlier_choices, choice))
     return settings_by_key
 
 
@@ -115,8 +126,8 @@ def field_key(settings_by_key: dict[str, Setting], key: str) -> str:
     return key
 
 
-def setting_of(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
-    """The setting behind a key as typed, also inside a table: `data.columns.text`, `data.sources.chat.path`."""
+def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
+    """The setting behind a key as typed, also of an entry in a table (`data.sources.chat.path`); None if there is none."""
     key = field_key(settings_by_key, key)
     parts = key.split(".")
     # `data.sources.chat.path` is known as `data.sources.*.path`: any part but the first may be a name of the user's.
@@ -124,62 +135,64 @@ def setting_of(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
     for candidate in (key, *wildcard_keys):
         if candidate in settings_by_key:
             return settings_by_key[candidate]
+        # An entry of a plain dictionary, as in `data.columns.text`.
         table = settings_by_key.get(candidate.rpartition(".")[0])
         if table is not None and get_origin(table.type) is dict:
             entry_type = get_args(table.type)[1]
             # `Any` alone would be read as text. In a table of anything, numbers are numbers.
-            return Setting(object if entry_type is Any else entry_type, table.under)
+            return Setting(object if entry_type is Any else entry_type, table.available_under)
     return None
 
 
-def parse(words: list[str]) -> Parsed:
-    """Sort `words` into group choices and values. Everything that cannot be read becomes a problem."""
-    parsed = Parsed()
+def parse(words: list[str]) -> ParsedWords:
+    """Sort command-line words into choices of groups and values of settings. What cannot be read becomes a problem."""
+    parsed = ParsedWords()
     settings_by_key = settings()
     words, parsed.problems = hints.take_split_settings(words, settings_by_key)
-    foreign = hints.ForeignWords(words, lambda key: setting_of(settings_by_key, key) is not None)
+    foreign = hints.ForeignWords(words, lambda key: find_setting(settings_by_key, key) is not None)
     # Files first, so that a typed word overrides what a file says.
-    for word in filter(user_files.is_file_word, words):
-        _read_file(parsed, settings_by_key, word)
-    parsed.from_files = len(parsed.values)
+    for word in words:
+        if user_files.is_file_word(word):
+            _add_file(parsed, settings_by_key, word)
+    parsed.number_from_files = len(parsed.values)
     for word in foreign.words:
         if user_files.is_file_word(word):
             continue
         hint = foreign.hint(word)
         if hint is not None:
             parsed.problems.append(hint.problem)
-            parsed.suspects |= hint.meant_keys
+            parsed.meant_keys |= hint.meant_keys
         elif word.startswith("~"):
-            _reset(parsed, settings_by_key, word)
+            _add_reset(parsed, settings_by_key, word)
         else:
-            _read_word(parsed, settings_by_key, word)
+            _add_word(parsed, settings_by_key, word)
     parsed.problems += _contradictions(parsed)
     return parsed
 
 
-def _read_word(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> None:
-    """Sort in one word of the form `key=value`."""
+def _add_word(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: str) -> None:
+    """Add one typed word `key=value` to `parsed`: as a choice of a group, a value of a setting, or a problem."""
     match = WORD.fullmatch(word)
     if match is None or word.startswith("-"):
-        parsed.problems.append(hints.not_a_pair(word))
+        parsed.problems.append(hints.explain_word_without_value(word))
         return
     key = field_key(settings_by_key, match["key"])
-    text = match["value"]
+    value = match["value"]
     if key.split(".")[0].split("/")[0] == "hydra":
-        parsed.problems.append(hints.hydra_setting(key, text, word))
+        parsed.problems.append(hints.explain_hydra_setting(key, value, word))
     elif "_target_" in word:
         parsed.problems.append(f"{word}: {NO_TARGET}")
-    elif key in groups():
-        _choose(parsed, key, text, word)
+    elif key in choices_by_group():
+        _add_choice(parsed, key, value, word)
     else:
-        _assign(parsed, settings_by_key, key, text, word)
+        _add_setting(parsed, settings_by_key, key, value, word)
 
 
-def _contradictions(parsed: Parsed) -> list[str]:
+def _contradictions(parsed: ParsedWords) -> list[str]:
     """A problem for each `~key` beside a word that sets the same key: one of the two would be ignored."""
     problems = []
-    typed = parsed.values[parsed.from_files :]
-    for key, removal in parsed.defaults:
+    typed = parsed.values[parsed.number_from_files :]
+    for key, removal in parsed.resets:
         for typed_key, _, word in typed:
             if typed_key == key or typed_key.startswith(f"{key}."):
                 problems.append(f"{removal}: {word} sets the same; leave one of the two out")
@@ -187,86 +200,94 @@ def _contradictions(parsed: Parsed) -> list[str]:
 
 
 def needs_other_choice(key: str, word: str, setting: Setting) -> str:
-    """What to say about a key that exists only under another choice of its group."""
-    return f"{word}: needs {hints.condition(key, setting.under)}; add it, or leave {key.removesuffix('_')} out"
+    """The message about a setting that exists only under another choice of its group."""
+    return f"{word}: needs {hints.needed_choice(key, setting.available_under)}; add it, or leave {key.removesuffix('_')} out"
 
 
-def describe(annotation: Any) -> str:
-    """What a value of this type looks like, in words."""
+def describe_type(annotation: Any) -> str:
+    """What a value of a setting's type looks like, in words: `a whole number or null`."""
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return "one of " + ", ".join(member.name for member in annotation)
     if get_origin(annotation) is list:
-        return f"a list such as [a,b] of which each is {describe(get_args(annotation)[0])}"
+        return f"a list such as [a,b] of which each is {describe_type(get_args(annotation)[0])}"
     if get_origin(annotation) is dict:
         return "pairs such as {a:b}"
     if get_args(annotation):
-        return " or ".join(describe(part) for part in get_args(annotation))
+        return " or ".join(describe_type(part) for part in get_args(annotation))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(annotation, "a value")
 
 
-def _read_file(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> None:
-    """Sort in the choices and values of the user's file, as if they had been typed. `word`: the file as typed."""
+def _add_file(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: str) -> None:
+    """Add the choices and values of the user's settings file to `parsed`, as if they had been typed.
+
+    `word`: the file as typed.
+    """
     try:
-        choices, values = user_files.read(word)
+        choices, values = user_files.read_settings_file(word)
     except ConfigError as error:
         parsed.problems += error.problems
         return
     for group, choice in choices.items():
-        if group in groups():
-            _choose(parsed, group, choice, f"{word}: {group}: {choice}")
+        if group in choices_by_group():
+            _add_choice(parsed, group, choice, f"{word}: {group}: {choice}")
         else:
-            parsed.problems.append(f"{word}: defaults: there is no group {group}; one of {', '.join(groups())}")
-    foreign = hints.ForeignWords(
-        [f"{key}={value}" for key, value in values],
-        lambda key: setting_of(settings_by_key, field_key(settings_by_key, key)) is not None,
-    )
+            parsed.problems.append(
+                f"{word}: defaults: there is no group {group}; one of {', '.join(choices_by_group())}"
+            )
+
+    def is_ours(key: str) -> bool:
+        return find_setting(settings_by_key, field_key(settings_by_key, key)) is not None
+
+    foreign = hints.ForeignWords([f"{key}={value}" for key, value in values], is_ours)
     for key, value in values:
-        line = f"{word}: {key}: {value}"
+        source = f"{word}: {key}: {value}"
         hint = foreign.hint(f"{key}={value}")
         if hint is not None:
-            parsed.problems.append(f"{line}: {hint.reason}")
-            parsed.suspects |= hint.meant_keys
-        elif OF_EACH_RANK.search(str(value)):
-            parsed.problems.append(f"{line}: {RANKS_DISAGREE}")
-        elif "_target_" in line:
-            parsed.problems.append(f"{line}: {NO_TARGET}")
+            parsed.problems.append(f"{source}: {hint.reason}")
+            parsed.meant_keys |= hint.meant_keys
+        elif RESOLVED_BY_EACH_RANK.search(str(value)):
+            parsed.problems.append(f"{source}: {RANKS_DISAGREE}")
+        elif "_target_" in source:
+            parsed.problems.append(f"{source}: {NO_TARGET}")
         elif key == TASKS_TABLE and isinstance(value, list):
-            _assign(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", line)
+            _add_setting(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", source)
         else:
-            parsed.values.append(TypedValue(field_key(settings_by_key, key), value, line))
+            parsed.values.append(TypedValue(field_key(settings_by_key, key), value, source))
 
 
-def _reset(parsed: Parsed, settings_by_key: dict[str, Setting], word: str) -> None:
-    """Sort in a word `~key`, which takes back what an experiment sets; `~experiment` takes back the experiment."""
+def _add_reset(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: str) -> None:
+    """Add a word `~key` to `parsed`, which sets a setting back to its default; `~experiment` takes back the experiment."""
     key = field_key(settings_by_key, word.lstrip("~").partition("=")[0])
     is_table = any(name.startswith(f"{key}.") for name in settings_by_key)
     if key in WHOLE_RUN_GROUPS:
         parsed.choices[key] = "null"
-    elif key in groups():
-        parsed.problems.append(f"{word}: cannot be removed; choose another one, for example {key}={groups()[key][0]}")
+    elif key in choices_by_group():
+        parsed.problems.append(
+            f"{word}: cannot be removed; choose another one, for example {key}={choices_by_group()[key][0]}"
+        )
     elif key in settings_by_key or is_table:
-        parsed.defaults.append((key, word))
+        parsed.resets.append((key, word))
     else:
-        unknown = hints.unknown_key(key, word, settings_by_key)
+        unknown = hints.explain_unknown_key(key, word, settings_by_key)
         parsed.problems.append(unknown.problem)
-        parsed.suspects |= unknown.suspects
+        parsed.meant_keys |= unknown.meant_keys
 
 
-def _choose(parsed: Parsed, group: str, choice: str, word: str) -> None:
-    """Sort in the choice of a group."""
-    if choice in groups()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
+def _add_choice(parsed: ParsedWords, group: str, choice: str, word: str) -> None:
+    """Add the choice of a group to `parsed`, such as `tuning=lora`. `word`: as typed, for messages."""
+    if choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:
         parsed.problems.append(f"{word}: several values are a sweep; add -m, or choose one")
     else:
-        parsed.problems.append(hints.unknown_choice(group, choice, word))
-        parsed.suspects.add(group)
+        parsed.problems.append(hints.explain_unknown_choice(group, choice, word))
+        parsed.meant_keys.add(group)
 
 
-def _assign(parsed: Parsed, settings_by_key: dict[str, Setting], key: str, text: str, word: str) -> None:
-    """Sort in the value of a setting. Text stays as typed; the rest is read by Hydra's grammar."""
-    if OF_EACH_RANK.search(text):
+def _add_setting(parsed: ParsedWords, settings_by_key: dict[str, Setting], key: str, text: str, word: str) -> None:
+    """Add the value of a setting, typed as `text`, to `parsed`. Text stays as typed; the rest is read by Hydra's grammar."""
+    if RESOLVED_BY_EACH_RANK.search(text):
         parsed.problems.append(f"{word}: {RANKS_DISAGREE}")
         return
     # `<` and `>` are no characters of Hydra's grammar.
@@ -276,23 +297,26 @@ def _assign(parsed: Parsed, settings_by_key: dict[str, Setting], key: str, text:
             parsed.problems.append(problem)
         parsed.values.append(TypedValue(GATES, gates or {}, word))
         return
-    kinds = _list_entries(text) if key == TASKS_TABLE else None
-    if kinds is not None:
-        parsed.replaced.add(key)
-        for entry in kinds:
+    # `evaluation.tasks=[json,json:strict]`: each entry is a kind, with a name behind a colon if it is used twice.
+    task_kinds = _list_entries(text) if key == TASKS_TABLE else None
+    if task_kinds is not None:
+        parsed.replaced_tables.add(key)
+        for entry in task_kinds:
             kind, _, name = entry.partition(":")
             parsed.values.append(TypedValue(f"{key}.{name or kind}.kind", kind, word))
         return
     # Paths hold spaces, colons and equals signs that the grammar would take apart.
-    setting = setting_of(settings_by_key, key)
-    if setting is not None and _is_text(setting.type) and not _is_syntax(text):
+    setting = find_setting(settings_by_key, key)
+    if setting is not None and _is_text_type(setting.type) and not _is_hydra_syntax(text):
         parsed.values.append(TypedValue(key, text, word))
         return
-    _assign_by_grammar(parsed, settings_by_key, key, text, word)
+    _add_setting_by_grammar(parsed, settings_by_key, key, text, word)
 
 
-def _assign_by_grammar(parsed: Parsed, settings_by_key: dict[str, Setting], key: str, text: str, word: str) -> None:
-    """Sort in a value that Hydra's own parser reads: a number, a list, pairs, null."""
+def _add_setting_by_grammar(
+    parsed: ParsedWords, settings_by_key: dict[str, Setting], key: str, text: str, word: str
+) -> None:
+    """Add a value that Hydra's own parser reads to `parsed`: a number, a list, a dictionary or null."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -303,40 +327,44 @@ def _assign_by_grammar(parsed: Parsed, settings_by_key: dict[str, Setting], key:
             remedy = "a range is searched: add -m sweeper=optuna" if is_range else "several values are a sweep; add -m"
             parsed.problems.append(f"{word}: {remedy}, or give one")
             return
-        parsed.values += _entries(key, override.value(), word)
+        parsed.values += _values_of_word(key, override.value(), word)
     except (HydraException, NotImplementedError) as error:
-        setting = setting_of(settings_by_key, key)
+        setting = find_setting(settings_by_key, key)
         if setting is None:
-            unknown = hints.unknown_key(key, word, settings_by_key)
+            unknown = hints.explain_unknown_key(key, word, settings_by_key)
             parsed.problems.append(unknown.problem)
-            parsed.suspects |= unknown.suspects
-        elif _is_text(setting.type) and text.startswith("["):
+            parsed.meant_keys |= unknown.meant_keys
+        elif _is_text_type(setting.type) and text.startswith("["):
             # A list of paths with characters that the grammar would want quoted.
             paths = [part.strip().strip("'\"") for part in text[1:-1].split(",")]
             parsed.values.append(TypedValue(key, paths, word))
         else:
             reason = str(error).splitlines()[0].split(" See https")[0]
-            parsed.problems.append(f"{word}: cannot be read ({reason}); {key} is {describe(setting.type)}")
-            parsed.suspects.add(key)
+            parsed.problems.append(f"{word}: cannot be read ({reason}); {key} is {describe_type(setting.type)}")
+            parsed.meant_keys.add(key)
 
 
-def _entries(key: str, value: Any, word: str) -> list[TypedValue]:
-    """The settings that a value sets: `budget={epochs: 3}` and `batch={...}` set one for each entry."""
+def _values_of_word(key: str, value: Any, word: str) -> list[TypedValue]:
+    """The settings that one word sets: `budget={epochs: 3}` and `batch={...}` set one for each entry, others only `key`."""
     if key not in ("batch", "budget") or not isinstance(value, dict):
         return [TypedValue(key, value, word)]
     return [TypedValue(f"{key}.{name}", entry, word) for name, entry in value.items()]
 
 
 def _list_entries(text: str) -> list[str] | None:
-    """The entries of `[a,b]` without quotes; None if the text is no list."""
+    """The entries of `[a,b]` without quotes and empty ones; None if the text is no list."""
     if not (text.startswith("[") and text.endswith("]")):
         return None
-    entries = [part.strip().strip("'\"") for part in text[1:-1].split(",")]
-    return [entry for entry in entries if entry]
+    entries = []
+    for part in text[1:-1].split(","):
+        entry = part.strip().strip("'\"")
+        if entry:
+            entries.append(entry)
+    return entries
 
 
-def _is_text(annotation: Any) -> bool:
-    """Whether the typed characters are the value: plain text, or the paths and patterns whose type is `Any`."""
+def _is_text_type(annotation: Any) -> bool:
+    """Whether a setting of this type takes the typed characters as they are: `str`, or paths and patterns (`Any`)."""
     if get_origin(annotation) is dict:
         return False
     alternatives = set(get_args(annotation))
@@ -344,8 +372,8 @@ def _is_text(annotation: Any) -> bool:
     return annotation in (str, Any) or is_optional_text
 
 
-def _is_syntax(text: str) -> bool:
-    """Whether a text is meant for the grammar: null, a list, pairs, or quoted as a whole."""
+def _is_hydra_syntax(text: str) -> bool:
+    """Whether a typed value is meant for Hydra's grammar: null, a list, a dictionary, or quoted as a whole."""
     is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
     is_list = text.startswith("[") and text.endswith("]")
     is_pairs = text.startswith("{") and text.endswith("}") and ":" in text

@@ -9,7 +9,7 @@ from typing import Any
 
 @cache
 def cards() -> dict[str, dict[str, Any]]:
-    """What `conf/hardware` says, by the names of its files."""
+    """The settings of each graphics card in `conf/hardware`, by the name of its file."""
     import yaml
 
     from launch.config.choices import CONF_DIR, HARDWARE_DIRECTORY
@@ -28,17 +28,17 @@ def price_of(device: str) -> float | None:
 
 
 def price_by_word(word: str) -> float | None:
-    """US dollars per hour by a site's word for a card, such as the `h100` of `gpu:h100:8`.
+    """US dollars per hour by a cluster's own name for a card, such as the `h100` of SLURM's `gpu:h100:8`.
 
-    None if it fits no card, or cards of several prices.
+    None if the name fits no card of conf/hardware, or cards of several prices.
     """
     prices = {card.get("price_per_hour") for card in cards_by_word(word)}
     return prices.pop() if len(prices) == 1 else None
 
 
 def cards_by_word(word: str) -> list[dict[str, Any]]:
-    """The cards of `conf/hardware` that a site's word may name, such as the `h100` of `gpu:h100:8`."""
-    plain = re.sub(r"[^a-z0-9]", "", word.lower())
-    if not plain:
+    """The cards of `conf/hardware` that a cluster's own name may mean, such as the `h100` of SLURM's `gpu:h100:8`."""
+    normalised_word = re.sub(r"[^a-z0-9]", "", word.lower())
+    if not normalised_word:
         return []
-    return [card for name, card in cards().items() if name.replace("_", "").startswith(plain)]
+    return [card for name, card in cards().items() if name.replace("_", "").startswith(normalised_word)]

@@ -16,12 +16,16 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMERIC_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 UNSET_COMMAND = f"`unset {' '.join(RANK_VARIABLES)}`"
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
-INTERACTIVE = str(0xFFFFFFFA)
+COMMA_OUTSIDE_BRACKETS = re.compile(r",(?![^\[]*\])")
+INTERACTIVE_STEP_ID = str(0xFFFFFFFA)
 """SLURM's number for the step in which salloc puts a shell on the first node."""
 
 
 def is_worker(env: Mapping[str, str]) -> bool:
-    """Whether torchrun or a several-task srun started this process. Errors: ConfigError (lone host, variables of another job)."""
+    """Whether torchrun or srun started this process as one rank of a job.
+
+    Errors: ConfigError if it would train on one host of many, or has variables that are left over from another job.
+    """
     refuse_non_numbers(env)
     refuse_lone_host(env)
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -30,15 +34,18 @@ def is_worker(env: Mapping[str, str]) -> bool:
 
 
 def seems_a_worker(env: Mapping[str, str]) -> bool:
-    """The same by the variables that are there, whether or not they make sense."""
+    """Whether the environment has the variables of a rank, whether or not their values make sense."""
     if "RANK" in env or "WORLD_SIZE" in env:
         return True
-    return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks(env) > 1
+    return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks_of_step(env) > 1
 
 
 def refuse_non_numbers(env: Mapping[str, str]) -> None:
-    """Refuse variables of a rank that are no whole numbers. Errors: ConfigError."""
-    wrong = [f"{name}={env[name]}" for name in NUMERIC_RANK_VARIABLES if name in env and not env[name].isdecimal()]
+    """Refuse variables of a rank, such as RANK or WORLD_SIZE, that are no whole numbers. Errors: ConfigError."""
+    wrong = []
+    for name in NUMERIC_RANK_VARIABLES:
+        if name in env and not env[name].isdecimal():
+            wrong.append(f"{name}={env[name]}")
     if wrong:
         raise ConfigError(
             f"{' '.join(wrong)}: no whole number, so left over from something else? {UNSET_COMMAND}; a launcher of your own "
@@ -47,31 +54,34 @@ def refuse_non_numbers(env: Mapping[str, str]) -> None:
 
 
 def refuse_lone_host(env: Mapping[str, str]) -> None:
-    """Refuse to run on the first host of an allocation of several: the others would idle, or be waited for in vain.
+    """Refuse to train on one host of a SLURM allocation of several: the others would idle, or be waited for in vain.
 
     Errors: ConfigError.
     """
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    by_hand = env.get("SLURM_STEP_ID") == INTERACTIVE or "SLURM_PTY_PORT" in env
-    if nodes == 1 or ("SLURM_STEP_ID" in env and not by_hand):
+    in_terminal = env.get("SLURM_STEP_ID") == INTERACTIVE_STEP_ID or "SLURM_PTY_PORT" in env
+    started_by_srun = "SLURM_STEP_ID" in env and not in_terminal
+    if nodes == 1 or started_by_srun:
         return
-    if int(env.get("WORLD_SIZE", 1)) > int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", 1))):
+    world_size = int(env.get("WORLD_SIZE", 1))
+    if world_size > int(env.get("LOCAL_WORLD_SIZE", world_size)):
         return  # torchrun was started on each host by other means than srun (ssh, pdsh)
-    if by_hand and _tasks(env) > 1:
+    if in_terminal and _tasks_of_step(env) > 1:
         return
-    where = "in a terminal on one" if by_hand else "outside srun, on the first"
-    overlap = "--overlap " if by_hand else ""
+    place = "in a terminal on one" if in_terminal else "outside srun, on the first"
+    # The terminal holds the resources of its step: without --overlap another srun would wait for it to end.
+    overlap = "--overlap " if in_terminal else ""
     raise ConfigError(
-        f"SLURM_NNODES={nodes}: this process runs {where} of {nodes} hosts only; start it with `srun --nodes={nodes} "
+        f"SLURM_NNODES={nodes}: this process runs {place} of {nodes} hosts only; start it with `srun --nodes={nodes} "
         f"--ntasks-per-node=1 {overlap}python -m launch.train ...` (one task a rank; with --nodes=1 on this host alone), with "
         "slurm/train.sbatch, or with launcher=slurm"
     )
 
 
 def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
-    """Refuse variables of a rank if some are missing: they are left over from a job, and no other rank would come.
+    """Refuse to be a rank if only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set.
 
-    Errors: ConfigError.
+    They are then left over from an ended job, and this process would wait for ranks that never come. Errors: ConfigError.
     """
     present = [f"{name}={env[name]}" for name in RANK_VARIABLES if name in env]
     missing = [name for name in RANK_VARIABLES if name not in env]
@@ -83,41 +93,49 @@ def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
 
 
 def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR ... of a task that srun started. What is already set is left out."""
+    """Torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR ...) for a task that srun started, from SLURM's own.
+
+    Variables that are set already are left out.
+    """
     if "RANK" in env:
         return {}
-    tasks = _tasks(env)
-    per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_STEP_TASKS_PER_NODE") or str(tasks)
-    mapped = {
+    tasks = _tasks_of_step(env)
+    tasks_per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_STEP_TASKS_PER_NODE") or str(tasks)
+    node_index = int(env.get("SLURM_NODEID", 0))
+    variables = {
         "RANK": env["SLURM_PROCID"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "WORLD_SIZE": str(tasks),
-        "LOCAL_WORLD_SIZE": tasks_on_node(per_node, int(env.get("SLURM_NODEID", 0))),
-        "MASTER_PORT": str(port(env)),
+        "LOCAL_WORLD_SIZE": tasks_on_node(tasks_per_node, node_index),
+        "MASTER_PORT": str(master_port(env)),
     }
     if "MASTER_ADDR" not in env:
-        mapped["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
-    return {key: value for key, value in mapped.items() if key not in env}
+        node_list = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
+        variables["MASTER_ADDR"] = first_host(node_list)
+    return {key: value for key, value in variables.items() if key not in env}
 
 
-def port(env: Mapping[str, str]) -> int:
-    """A port that two jobs on a host, two starts or two steps of one job do not share; below the ephemeral range."""
+def master_port(env: Mapping[str, str]) -> int:
+    """A port for the ranks of a SLURM step to meet at, which all of them derive alike from SLURM's variables."""
     job = int(env.get("SLURM_JOB_ID") or 0)
     restart = int(env.get("SLURM_RESTART_COUNT") or 0)
     step = int(env.get("SLURM_STEP_ID") or 0)
+    # The factors keep apart what may share a host: two jobs, two starts of a job, two steps of one. 20000 to 29999 lies below
+    # the ports that the kernel gives out to connections.
     return 20000 + (job * 7 + restart + step * 131) % 10000
 
 
 def tasks_on_node(counts: str, node: int) -> str:
     """The number of tasks on the node with this index, from SLURM's shorthand such as `4(x3),2`."""
-    expanded: list[str] = []
+    count_by_node: list[str] = []
     for part in counts.split(","):
         count, _, repeat = part.partition("(x")
-        expanded += [count] * int(repeat.rstrip(")") or 1)
-    return expanded[min(node, len(expanded) - 1)]
+        count_by_node += [count] * int(repeat.rstrip(")") or 1)
+    # `SLURM_NTASKS_PER_NODE=4` is one number for all nodes.
+    return count_by_node[min(node, len(count_by_node) - 1)]
 
 
-def _tasks(env: Mapping[str, str]) -> int:
+def _tasks_of_step(env: Mapping[str, str]) -> int:
     """Tasks of this step of the job."""
     return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
 
@@ -132,16 +150,16 @@ def first_host(nodelist: str) -> str:
 
 
 def expand_hosts(nodelist: str) -> list[str]:
-    """The hosts of SLURM's shorthand in its order: `n[08-10],gpu1` is n08, n09, n10 and gpu1. Errors: ConfigError.
-
-    `scontrol show hostnames` could do it as well, but its answer may stand among words that a site prints.
-    """
+    """The hosts of SLURM's shorthand in its order: `n[08-10],gpu1` is n08, n09, n10 and gpu1. Errors: ConfigError."""
+    # `scontrol show hostnames` could do it as well, but its answer may stand among words that a site prints.
     hosts: list[str] = []
-    for entry in _split_outside_brackets(nodelist):
+    for entry in COMMA_OUTSIDE_BRACKETS.split(nodelist.strip()):
+        if not entry:
+            continue
         # Alternating: literal text, the inside of brackets, literal text ...
         pieces = BRACKETS.split(entry)
         if any(set(piece) & set("[] \t") for piece in pieces):
-            raise ConfigError(_not_slurms(nodelist))
+            raise ConfigError(_malformed_node_list(nodelist))
         choices = []
         for number, piece in enumerate(pieces):
             is_inside_brackets = number % 2 == 1
@@ -150,14 +168,9 @@ def expand_hosts(nodelist: str) -> list[str]:
     return hosts
 
 
-def _not_slurms(nodelist: str) -> str:
+def _malformed_node_list(nodelist: str) -> str:
+    """The error message about a list of hosts that is not written in SLURM's shorthand."""
     return f"SLURM_JOB_NODELIST={nodelist}: is not written as SLURM writes hosts, such as n[1-4,7]"
-
-
-def _split_outside_brackets(nodelist: str) -> list[str]:
-    """The parts between commas that stand outside brackets."""
-    entries = re.split(r",(?![^\[]*\])", nodelist.strip())
-    return [entry for entry in entries if entry]
 
 
 def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
@@ -166,12 +179,12 @@ def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
     for part in ranges.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(_not_slurms(nodelist))
+            raise ConfigError(_malformed_node_list(nodelist))
         stop = int(last) if dash else int(first)
         numbers += [f"{number:0{len(first)}d}" for number in range(int(first), stop + 1)]
     return numbers
 
 
-def export(env: Mapping[str, str] | None = None) -> None:
-    """Set torchrun's variables in this process's environment."""
+def export_torchrun_variables(env: Mapping[str, str] | None = None) -> None:
+    """Set torchrun's variables in this process's environment, so that torch finds the other ranks of a step of srun."""
     os.environ.update(torchrun_variables(os.environ if env is None else env))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config import trusted_values
-from launch.config.outside_values import OutsideValue, clear, outside_values, shell_word
+from launch.config.outside_values import OutsideValue, outside_values, reset_to_default, shell_word
 from strategies.errors import ConfigError
 from strategies.settings import Reach
 from trainer.config.reach import OF_EACH_START, reach_of
@@ -33,15 +33,18 @@ UsesValue = Callable[[OutsideValue, "RunConfig"], bool]
 
 
 def uses_model_alone(value: OutsideValue, config: RunConfig) -> bool:
-    """For verbs that load the model and read no rows: its code, and files that become part of it."""
+    """Whether a verb that loads the model, and reads no data, uses a value: the model's code, and files that it becomes part of.
+
+    Passed as `RunReader.uses`.
+    """
     if value.reach is Reach.code:
         return not any(key.startswith("evaluation.") for key in value.settings)
     return "model.chat_template" in value.settings
 
 
 @dataclass(frozen=True, slots=True)
-class ReadingVerb:
-    """A verb that reads a run, and which of the run's values it uses."""
+class RunReader:
+    """A verb such as `export` that reads a run, and which of the run's values it uses."""
 
     command: list[str]
     """The words that were typed, the verb first."""
@@ -55,7 +58,7 @@ class ReadingVerb:
 
 
 def is_allowing_word(word: str) -> bool:
-    """Whether a word sets a value that reaches out, and so may stand beside a run to allow that value."""
+    """Whether a word `key=value` sets something that reaches out of a run, so that typing it beside a run allows it."""
     key, assigned, _ = word.partition("=")
     if not assigned or key.partition(".")[0] in OF_EACH_START:
         return False
@@ -65,8 +68,8 @@ def is_allowing_word(word: str) -> bool:
         return False
 
 
-def take_words(words: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
-    """(words that allow a value of a run, without their prefix; the other words)."""
+def split_allowing_words(words: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
+    """Split a verb's words in two: those that allow a value of its run, without their `prefix`, and all others."""
     allowing: list[str] = []
     other_words: list[str] = []
     for word in words:
@@ -79,40 +82,42 @@ def take_words(words: list[str], prefix: str = "") -> tuple[list[str], list[str]
 
 def read_run(
     run_dir: Path,
-    verb: ReadingVerb,
+    reader: RunReader,
     words: list[str],
     change: Callable[[RunConfig, list[str]], RunConfig] = lambda config, _: config,
 ) -> RunConfig:
-    """The configuration of a run, as its reader may use it.
+    """The configuration of a run for a verb that reads it, without what the run's author, but not this user, has typed.
 
-    `words` are settings that the reader typed beside the run. Those that only allow a value are applied here; `change` gets the
+    `words`: settings that the user typed beside the run. Those that only allow a value are applied here; `change` gets the
     others and applies them. A value that reaches out and that the verb does not use is set to its default, and a line says so.
-    Errors: ConfigError if the verb uses a value that this user never typed, with the words that allow it.
+    Errors: ConfigError if the verb uses a value that this user never typed; it names the words that allow it.
     """
     from launch.config.compose import load_frozen, typed_keys
 
-    allowing, other_words = _split_words(words, verb.own_groups)
+    allowing_words, other_words = _split_words(words, reader.own_groups)
     frozen = load_frozen(run_dir / "config.yaml")
     # Before the code of a hub model is looked at: another commit may have other code.
     pin_commit(frozen, run_dir, may_fetch=False)
-    config = change(_with_allowing_words(frozen, allowing), other_words)
-    typed = typed_keys(words) | verb.settled_groups
+    config = change(_with_allowing_words(frozen, allowing_words), other_words)
+
+    typed = typed_keys(words) | reader.settled_groups
     used: list[OutsideValue] = []
     unused: list[OutsideValue] = []
     refused: list[OutsideValue] = []
     for value in outside_values(config):
         is_of_task = any(key.startswith(TASKS_PREFIX) for key in value.settings)
-        if value.is_among(typed) or trusted_values.is_remembered(value.identity):
+        if value.was_typed(typed) or trusted_values.is_remembered(value.identity):
             used.append(value)
-        elif verb.uses(value, config):
+        elif reader.uses(value, config):
             refused.append(value)
         elif not is_of_task:  # a verb that does not use the values of a task runs no task
             unused.append(value)
     if refused:
-        raise ConfigError(_refusal(run_dir, verb, refused))
+        raise ConfigError(_refusal(run_dir, reader, refused))
     for value in unused:
         for key in value.settings:
-            clear(config, key)
+            reset_to_default(config, key)
+
     # Once a job: every rank reads the run.
     if os.environ.get("RANK", "0") == "0":
         trusted_values.remember(used)
@@ -120,7 +125,7 @@ def read_run(
     return config
 
 
-def is_own(run_dir: Path) -> bool:
+def may_write_results(run_dir: Path) -> bool:
     """Whether results may be written into a run's directory: this process's user owns it, and no link there leads elsewhere.
 
     A downloaded run is its reader's own, and can hold a link in place of a directory for results or of a file in one.
@@ -130,7 +135,7 @@ def is_own(run_dir: Path) -> bool:
 
 
 def has_link_out(directory: Path, home: Path) -> bool:
-    """Whether a directory, or anything in it, is a link that leads out of `home`: what is written there goes elsewhere."""
+    """Whether a directory, or anything in it, is a symbolic link out of `home`: writing there goes elsewhere."""
     top = home.resolve()
     entries = [directory]
     for parent, folders, files in os.walk(directory):
@@ -140,50 +145,58 @@ def has_link_out(directory: Path, home: Path) -> bool:
 
 
 def _split_words(words: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
-    """(words that only allow a value, words that are the verb's own settings)."""
-    allowing = [word for word in words if is_allowing_word(word) and word.partition(".")[0] not in own_groups]
-    return allowing, [word for word in words if word not in allowing]
+    """(words that only allow a value of the run, words of the verb's own groups of settings)."""
+    allowing_words: list[str] = []
+    other_words: list[str] = []
+    for word in words:
+        group = word.partition(".")[0]
+        if is_allowing_word(word) and group not in own_groups:
+            allowing_words.append(word)
+        else:
+            other_words.append(word)
+    return allowing_words, other_words
 
 
-def _with_allowing_words(config: RunConfig, allowing: list[str]) -> RunConfig:
-    """The configuration with the words that allow its values.
+def _with_allowing_words(config: RunConfig, allowing_words: list[str]) -> RunConfig:
+    """The configuration of a run with the words that allow its values.
 
     Errors: ConfigError for a word that names another file than the run: that would change the run's result.
     """
     from launch.config.compose import with_words
 
-    if not allowing:
+    if not allowing_words:
         return config
-    allowed = with_words(config, allowing)
-    values_of_run = flat(plain(config))
+    allowed_config = with_words(config, allowing_words)
+    run_values = flat(plain(config))
     problems = []
-    for key, value in flat(plain(allowed)).items():
-        of_run = values_of_run.get(key)
-        if value != of_run and reach_of(key) is Reach.file:
-            problems.append(f"{key}={value}: the run has {of_run}, which stays; give that, or leave it out")
+    for key, value in flat(plain(allowed_config)).items():
+        run_value = run_values.get(key)
+        if value != run_value and reach_of(key) is Reach.file:
+            problems.append(f"{key}={value}: the run has {run_value}, which stays; give that, or leave it out")
     if problems:
         raise ConfigError(problems)
-    return allowed
+    return allowed_config
 
 
-def _refusal(run_dir: Path, verb: ReadingVerb, refused: list[OutsideValue]) -> str:
-    """What the reader never typed, and the command that allows it: one problem of several lines."""
-    allowing: dict[str, None] = {}
+def _refusal(run_dir: Path, reader: RunReader, refused: list[OutsideValue]) -> str:
+    """The error message that lists the values that this user never typed, and the command that allows them."""
+    # Dictionaries as ordered sets: two values may need the same word.
+    allowing_words: dict[str, None] = {}
     for value in refused:
         for word in value.words:
-            allowing[f"{verb.prefix}{shell_word(word)}"] = None
-    typed = " ".join(shell_word(word) for word in verb.command)
+            allowing_words[f"{reader.prefix}{shell_word(word)}"] = None
+    typed_command = " ".join(shell_word(word) for word in reader.command)
     lines = [f"{run_dir}: its config.yaml reaches out of the run, by values that you have not typed before:"]
     lines += dict.fromkeys(f"{value.shell_words}: it {value.effect}" for value in refused)
-    lines += ["if you trust them, type them once:", f"  shardtune {typed} {' '.join(allowing)}"]
-    home = trusted_values.directory()
+    lines += ["if you trust them, type them once:", f"  shardtune {typed_command} {' '.join(allowing_words)}"]
+    home = trusted_values.state_directory()
     if home is not None:
         lines.append(f"what you typed is kept in {home}; in a container, mount that directory")
     return "\n    ".join(lines)
 
 
 def _print_unused(run_dir: Path, unused: list[OutsideValue]) -> None:
-    """Say which settings of the run are not used, in a line on stderr."""
+    """Print on stderr which settings of the run the verb leaves out, since this user never typed them."""
     if not unused:
         return
     keys: dict[str, None] = {}

@@ -18,9 +18,10 @@ INFO_KINDS = ("all", "config", "defaults", "searchpath", "plugins")
 
 
 def print_config(composed: Composed, kind: str) -> None:
-    """Print the configuration of the run, Hydra's own, or both (`kind`). Values out of range are a ConfigError after that.
+    """Print what `kind` names: the configuration of the run (`job`), Hydra's own (`hydra`), or both (`all`).
 
-    Nothing else is checked: a configuration can be looked at while its model or data is still missing.
+    Errors: ConfigError for values out of range, after printing. Nothing else is checked: a configuration can be looked at while
+    its model or data is still missing.
     """
     from trainer.config.ranges import range_problems
 
@@ -38,18 +39,18 @@ def hydra_yaml(words: list[str]) -> str:
     """Hydra's own configuration for these words, as YAML."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create({"hydra": _hydra(words)}), resolve=False)
+    return OmegaConf.to_yaml(OmegaConf.create({"hydra": _hydra_settings(words)}), resolve=False)
 
 
 def composition_lines(words: list[str]) -> list[str]:
-    """Where the configuration comes from, for a person: versions, directories, and the file of each group's choice."""
+    """The lines of `--info`: versions of Hydra, the directories of settings files, and the file of each group's choice."""
     from importlib.metadata import version
 
-    from launch.config.choices import CONF_DIR, OWN_DIRECTORIES
+    from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 
-    choices = _hydra(words)["runtime"]["choices"]
+    choices = _hydra_settings(words)["runtime"]["choices"]
     lines = [f"hydra       {version('hydra-core')}, omegaconf {version('omegaconf')}", "searched    " + str(CONF_DIR)]
-    lines += [f"            {directory} (--config-dir)" for directory in OWN_DIRECTORIES]
+    lines += [f"            {directory} (--config-dir)" for directory in USER_CONFIG_DIRS]
     lines.append("chosen, in this order; the last word wins:")
     for group, choice in reversed(choices.items()):
         if not group.startswith("hydra/"):
@@ -62,18 +63,18 @@ def composition_lines(words: list[str]) -> list[str]:
 
 def _choice_text(group: str, choice: str | None) -> str:
     """The choice of a group with the file that it is read from."""
-    from launch.config.choices import CONF_DIR, OWN_DIRECTORIES
+    from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 
     if choice is None:
         return "none"
-    for directory in (CONF_DIR, *OWN_DIRECTORIES):
+    for directory in (CONF_DIR, *USER_CONFIG_DIRS):
         file = directory / group / f"{choice}.yaml"
         if file.exists():
             return f"{choice}  {_short_path(file)}"
     return f"{choice}  no such file"
 
 
-def _hydra(words: list[str]) -> dict[str, dict[str, dict[str, str]]]:
+def _hydra_settings(words: list[str]) -> dict[str, dict[str, dict[str, str]]]:
     """Hydra's own configuration for these words, as nested dictionaries."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -91,7 +92,7 @@ def _hydra(words: list[str]) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def _short_path(path: Path) -> str:
-    """A file of ours from `conf/` on; one of the user's whole."""
+    """The path of a settings file for display: one that we ship from `conf/` on, one of the user's as it is."""
     from launch.config.choices import CONF_DIR
 
     text = str(path)

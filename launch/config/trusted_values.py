@@ -31,8 +31,8 @@ WRITABLE_BY_OTHERS = 0o022
 """Bits of a directory's mode. Values in such a directory may be somebody else's, and are not believed."""
 
 
-def directory() -> Path | None:
-    """Where this user's values are kept; it need not be there yet. None if this user has no home."""
+def state_directory() -> Path | None:
+    """The directory in which this user's trusted values are kept; it need not exist yet. None if the user has no home."""
     configured = os.environ.get(STATE_VARIABLE)
     if configured:
         return Path(configured).absolute()
@@ -46,14 +46,17 @@ def directory() -> Path | None:
 
 
 def is_remembered(identity: dict[str, Any] | None) -> bool:
-    """Whether this user typed the value before, here or on another machine with the same state directory."""
-    home = directory()
+    """Whether this user typed a value before, here or on another machine with the same state directory.
+
+    `identity`: `OutsideValue.identity`; None is never remembered.
+    """
+    home = state_directory()
     if identity is None or home is None:
         return False
     file = home / SUBDIRECTORY / _file_name(identity)
     try:
         # The content is compared too: a file that was put there by hand may have any name.
-        if _may_be_of_others(file.parent) or json.loads(file.read_bytes()) != _as_read_from_json(identity):
+        if _others_can_write(file.parent) or json.loads(file.read_bytes()) != _as_read_from_json(identity):
             return False
         if time.time() - file.stat().st_mtime > DAY_S:
             os.utime(file)
@@ -63,12 +66,15 @@ def is_remembered(identity: dict[str, Any] | None) -> bool:
 
 
 def remember(values: Iterable[OutsideValue]) -> None:
-    """Keep values that this user typed. A directory that cannot be written is told in a line, and is no error."""
+    """Keep values that this user typed, so that verbs that read a run with them need not ask again.
+
+    If the state directory cannot be written, a warning says so; it is no error.
+    """
     identities = [value.identity for value in values if value.identity is not None]
     new_identities = [identity for identity in identities if not is_remembered(identity)]
     if not new_identities:
         return
-    home = directory()
+    home = state_directory()
     if home is None:
         _warn("this user has no home directory")
         return
@@ -76,13 +82,14 @@ def remember(values: Iterable[OutsideValue]) -> None:
         values_directory = home / SUBDIRECTORY
         for folder in (home, values_directory):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _may_be_of_others(values_directory):
+        if _others_can_write(values_directory):
             _warn(
                 f"{values_directory} is another user's, or can be written by others; chmod 700 it, or set {STATE_VARIABLE}"
             )
             return
         for identity in new_identities:
-            _write(values_directory / _file_name(identity), json.dumps(_as_read_from_json(identity)).encode())
+            content = json.dumps(_as_read_from_json(identity)).encode()
+            _write_private_file(values_directory / _file_name(identity), content)
         _forget_oldest(values_directory)
     except OSError as error:
         _warn(f"{home} cannot be written ({error.strerror or error})")
@@ -95,23 +102,28 @@ def remember_config(config: RunConfig) -> None:
     remember(outside_values(config))
 
 
-def _may_be_of_others(folder: Path) -> bool:
-    """Whether others may have put values there. Root reads a mounted directory of whoever started the container."""
+def _others_can_write(folder: Path) -> bool:
+    """Whether other users may have put values into a directory, so that it cannot be trusted."""
     status = folder.stat()
-    return bool(status.st_mode & WRITABLE_BY_OTHERS) or os.geteuid() not in (0, status.st_uid)
+    is_writable_by_others = bool(status.st_mode & WRITABLE_BY_OTHERS)
+    # Root in a container reads the mounted directory of whoever started the container.
+    is_of_another_user = os.geteuid() not in (0, status.st_uid)
+    return is_writable_by_others or is_of_another_user
 
 
 def _file_name(identity: dict[str, Any]) -> str:
-    return f"{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}.json"
+    """The name of a value's file: the SHA-256 of its identity."""
+    sha256 = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    return f"{sha256.hexdigest()}.json"
 
 
 def _as_read_from_json(identity: dict[str, Any]) -> Any:
-    """As it reads back from JSON."""
+    """An identity as it reads back from its file: JSON has lists for tuples, and strings for all keys."""
     return json.loads(json.dumps(identity))
 
 
-def _write(file: Path, content: bytes) -> None:
-    """The file appears whole or not at all, readable by this user alone."""
+def _write_private_file(file: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, and that this user alone can read."""
     draft = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_native_id()}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as opened:
@@ -120,6 +132,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _forget_oldest(values_directory: Path) -> None:
+    """Delete the values that were not used for longest, beyond `MOST_VALUES`."""
     files = sorted(values_directory.glob("*.json"), key=_used_at, reverse=True)
     for file in files[MOST_VALUES:]:
         file.unlink(missing_ok=True)

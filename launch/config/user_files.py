@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from launch.config.choices import CONF_DIR, OWN_DIRECTORIES, groups
+from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS, choices_by_group
 from strategies.errors import ConfigError
 
 SUFFIXES = (".yaml", ".yml")
@@ -22,17 +22,18 @@ def is_file_word(word: str) -> bool:
     return word.endswith(SUFFIXES) and "=" not in word and not word.startswith("-")
 
 
-def own_files_may_apply(words: Iterable[str]) -> bool:
+def user_files_may_apply(words: Iterable[str]) -> bool:
     """Whether files of the user's own can set something: a file among `words`, `--config-dir`, or `conf/local/default.yaml`."""
     if any(is_file_word(word) for word in words):
         return True
-    return bool(OWN_DIRECTORIES) or (CONF_DIR / "local" / "default.yaml").exists()
+    return bool(USER_CONFIG_DIRS) or (CONF_DIR / "local" / "default.yaml").exists()
 
 
-def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """(group choices, settings by full key) of a file. Errors: ConfigError if it cannot be read or holds no settings.
+def read_settings_file(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
+    """(choices of groups, values by full key) of a user's YAML file of settings, which `word` names as typed.
 
-    A choice is `tuning: lora`, an entry of `defaults`, or a block with a `name`, as in the config.yaml of a run.
+    A choice is `tuning: lora`, an entry of `defaults`, or a block with a `name`, as in the config.yaml of a run. Errors:
+    ConfigError if the file cannot be read or holds no settings.
     """
     tree = _read_tree(word)
     # Choices of `defaults` first: a choice in a block of its own overrides them, as in Hydra.
@@ -41,15 +42,16 @@ def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
     for key, value in tree.items():
         if key in NOT_SETTINGS:
             continue
-        if key in groups() and isinstance(value, str):
+        is_group = key in choices_by_group()
+        if is_group and isinstance(value, str):
             choices[key] = value
-        elif key in groups() and isinstance(value, dict):
+        elif is_group and isinstance(value, dict):
             block = dict(value)
             if key in CHOSEN_BY_NAME and "name" in block:
                 choices[key] = str(block.pop("name"))
-            values += _leaves(key, block)
+            values += _flatten_block(key, block)
         elif isinstance(value, dict):
-            values += _leaves(str(key), value)
+            values += _flatten_block(str(key), value)
         elif value is None and is_block(str(key)):
             continue  # all lines of the block are comments
         else:
@@ -58,7 +60,7 @@ def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
 
 
 def _read_tree(word: str) -> dict[Any, Any]:
-    """The file as nested dictionaries. Errors: ConfigError."""
+    """A YAML file of settings as nested dictionaries, `${...}` unresolved. Errors: ConfigError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -76,40 +78,45 @@ def _read_tree(word: str) -> dict[Any, Any]:
 
 
 def is_block(key: str) -> bool:
-    """Whether a key of the outermost level holds settings of its own."""
+    """Whether a key at the outermost level of a settings file holds settings of its own, such as `optim`."""
     from trainer.config.run import RunConfig
 
     names = [config_field.name for config_field in fields(RunConfig)]
-    return key in names and key != "precision"
+    return key in names and key != "precision"  # the one field of a run that is a single value
 
 
 def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
-    """(group, choice) of each entry of a `defaults` list, as Hydra writes it. Errors: ConfigError."""
-    for entry in entries if isinstance(entries, list) else [entries]:
+    """(group, choice) of each entry of a Hydra `defaults` list in the file `word`. Errors: ConfigError."""
+    entries = entries if isinstance(entries, list) else [entries]
+    for entry in entries:
         if entry == "_self_":
             continue
         if not isinstance(entry, dict) or len(entry) != 1:
             raise ConfigError(f"{word}: defaults: {entry}: write a group and its choice, as in `- tuning: lora`")
         for key, choice in entry.items():
-            yield str(key).removeprefix("override ").strip().lstrip("/"), str(choice)
+            # Hydra also writes `override /tuning: lora`.
+            group = str(key).removeprefix("override ").strip().lstrip("/")
+            yield group, str(choice)
 
 
-def _leaves(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The settings of a block by full key. An empty block sets nothing.
-
-    A block in which a name has a dot is a table of the user's, and stays one value: the dot is no boundary of keys.
-    """
-    leaves: list[tuple[str, Any]] = []
+def _flatten_block(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(full key, value) of each setting in a block of a settings file. An empty block sets nothing."""
+    settings: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        if isinstance(value, dict) and not any("." in str(name) for name in value):
-            leaves += _leaves(f"{prefix}.{key}", value)
+        # A block in which a name has a dot is a table of the user's, and stays one value: the dot is no boundary of keys.
+        is_block_of_settings = isinstance(value, dict) and not any("." in str(name) for name in value)
+        if is_block_of_settings:
+            settings += _flatten_block(f"{prefix}.{key}", value)
         else:
-            leaves.append((f"{prefix}.{key}", value))
-    return leaves
+            settings.append((f"{prefix}.{key}", value))
+    return settings
 
 
-def take_directories(argv: list[str]) -> list[str]:
-    """The words without `--config-dir <directory>`, whose files become choices. Errors: ConfigError."""
+def take_config_dirs(argv: list[str]) -> list[str]:
+    """Take `--config-dir <directory>` out of a command line: offers the directory's files as choices, returns the other words.
+
+    Errors: ConfigError.
+    """
     from launch.config.choices import add_directory
 
     words = []

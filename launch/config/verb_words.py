@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from launch.config.axes import split_at_commas
-from launch.config.choices import groups
+from launch.config.choices import choices_by_group
 
 LOOKS_LIKE_KEY = re.compile(r"[+~]{0,2}[a-z_][\w./@*-]*=")
 """The start of `key=value`. An address has a colon before its `=`, a sentence a capital or spaces: both are bare words."""
@@ -37,7 +37,7 @@ Config = TypeVar("Config")
 
 @dataclass(kw_only=True)
 class VerbWords:
-    """Base of what verbs declare."""
+    """Base class of the dataclasses in which verbs declare the words that they take."""
 
     typed: dict[str, str] = field(default_factory=dict)
     """The text of each word that was typed, by its key; a flag and the words of a list of bare words are not in it."""
@@ -77,22 +77,22 @@ class WordSpec:
 
 def word(text: str, *, default: Any = None, **details: Any) -> Any:
     """A word `key=value`. `details`: the fields of `WordSpec`."""
-    return _declared(default, WordSpec(kind="word", text=text, **details))
+    return _field_with_spec(default, WordSpec(kind="word", text=text, **details))
 
 
 def flag(text: str, **details: Any) -> Any:
     """A switch such as `--dry-run`, which changes the answer alone. `details`: `key`, `also` and `needs` of `WordSpec`."""
-    return _declared(False, WordSpec(kind="flag", text=text, **details))
+    return _field_with_spec(False, WordSpec(kind="flag", text=text, **details))
 
 
 def bare_word(advice: str, *, required: bool = True, key: str = "run.dir") -> Any:
     """A word without an equals sign, for which `key=` says the same. `advice`: what to name, if there are more, or none."""
-    return _declared(None, WordSpec(kind="bare", text=advice, key=key, required=advice if required else ""))
+    return _field_with_spec(None, WordSpec(kind="bare", text=advice, key=key, required=advice if required else ""))
 
 
 def bare_words() -> Any:
     """The list of all bare words behind those that have fields of their own."""
-    return _declared([], WordSpec(kind="bare", text=""))
+    return _field_with_spec([], WordSpec(kind="bare", text=""))
 
 
 def setting_words(*, beginning: str = "", and_flags: bool = False) -> Any:
@@ -100,24 +100,24 @@ def setting_words(*, beginning: str = "", and_flags: bool = False) -> Any:
 
     `beginning`: only words that begin so are taken. `and_flags`: flags that the verb does not know are handed on too.
     """
-    return _declared([], WordSpec(kind="settings", text="", beginning=beginning, and_flags=and_flags))
+    return _field_with_spec([], WordSpec(kind="settings", text="", beginning=beginning, and_flags=and_flags))
 
 
 def read_words(verb: str, declaration: type[Declared], argv: Iterable[str]) -> tuple[Declared, list[str]]:
-    """(the words with their types, a line about each that cannot be used). A word with such a line has its default."""
+    """Read a verb's command line into an object of `declaration`; also returns a problem for each word that it cannot use."""
     reader = _WordReader(verb, declaration)
-    for argument in reader.with_values(list(argv)):
-        reader.take(argument)
+    for argument in reader.join_dashed_values(list(argv)):
+        reader.add(argument)
     return reader.finish()
 
 
 def read_group(
     prefix: str, defaults: Config, words: Iterable[str], *, once: bool = False
 ) -> tuple[Config, list[str], list[str]]:
-    """(settings with the typed values in place of the defaults, the other words, a line about each problem).
+    """Read the words `<prefix>.<field>=` into a copy of `defaults`; returns (the settings, the other words, problems).
 
-    The words are `<prefix>.<field>=`, and `defaults` is an object of a dataclass whose annotations say what they may be.
-    `once`: a setting that is typed again is a problem; without it the last one counts, as in the words of a run.
+    `defaults`: an object of a dataclass whose annotations say what the values may be. `once`: a setting that is typed again is
+    a problem; without it the last one counts, as in the words of a run.
     """
     annotations = get_type_hints(type(defaults))
     other_words: list[str] = []
@@ -130,8 +130,8 @@ def read_group(
             other_words.append(argument)
         elif name not in annotations:
             similar = difflib.get_close_matches(name, annotations, n=1)
-            names_text = ", ".join(f"{prefix}.{known}" for known in annotations)
-            hint = f"did you mean {prefix}.{similar[0]}?" if similar else f"one of {names_text}"
+            known_names = ", ".join(f"{prefix}.{known}" for known in annotations)
+            hint = f"did you mean {prefix}.{similar[0]}?" if similar else f"one of {known_names}"
             problems.append(f"{argument}: there is no setting {key}; {hint}")
         elif once and name in changes:
             problems.append(f"{argument}: {key} is given twice; give one")
@@ -142,16 +142,19 @@ def read_group(
             changes[name] = None
         else:
             try:
-                changes[name] = convert(text, annotations[name])
+                changes[name] = parse_value(text, annotations[name])
             except ValueError as error:
                 problems.append(f"{argument}: {error}")
     return replace(defaults, **changes), other_words, problems  # type: ignore[type-var]
 
 
 def declared_in(module: ModuleType) -> list[type[VerbWords]]:
-    """The declarations that a module defines or imports."""
-    classes = [found for found in vars(module).values() if isinstance(found, type)]
-    return [found for found in classes if issubclass(found, VerbWords) and found is not VerbWords]
+    """The classes of verbs' words that a module defines or imports."""
+    declarations = []
+    for member in vars(module).values():
+        if isinstance(member, type) and issubclass(member, VerbWords) and member is not VerbWords:
+            declarations.append(member)
+    return declarations
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
@@ -166,49 +169,52 @@ def did_you_mean(typed: str, known: Iterable[str], *, end: str = "") -> str:
 
 
 def help_rows(declaration: type[VerbWords], extra_rows: Mapping[str, str] | None = None) -> str:
-    """The rows of `--help`: one for each word, then `extra_rows` (head and text), then one for each flag."""
+    """The rows of a verb's `--help`: one for each word, then `extra_rows` (text by head), then one for each flag."""
     declared = specs(declaration)
     rows: dict[str, str] = {}
     for name, spec in declared.items():
         if spec.kind == "word":
-            example = spec.like or _default_text(_default(declaration.__dataclass_fields__[name]))
+            example = spec.like or _default_text(_default_of(declaration.__dataclass_fields__[name]))
             between = " " if spec.key.startswith("-") else "="
             rows[f"{spec.key}{between}{example}"] = spec.text
     rows |= extra_rows or {}
     for spec in declared.values():
         if spec.kind == "flag":
             rows[", ".join((spec.key, *spec.also))] = spec.text
+    # A head that is wider than the column has its text on the next line, and does not widen the column for all.
     width = max((len(head) for head in rows if len(head) <= WIDEST_HEAD), default=0)
     return "\n".join(f"  {head:<{width}}  {text}" for head, text in rows.items())
 
 
 def group_rows(prefix: str, settings: type) -> dict[str, str]:
-    """Rows for `help_rows` about `<prefix>.<field>=` words: the sentence that stands under each field."""
+    """Rows for `help_rows` about the words `<prefix>.<field>=`: the sentence under each field, by `key=default`."""
     from trainer.config.descriptions import docstrings
 
     sentences = docstrings(settings)
-    return {
-        f"{prefix}.{setting.name}={_default_text(_default(setting))}": sentences[setting.name]
-        for setting in fields(settings)
-    }
+    rows = {}
+    for setting in fields(settings):
+        default_text = _default_text(_default_of(setting))
+        rows[f"{prefix}.{setting.name}={default_text}"] = sentences[setting.name]
+    return rows
 
 
-def convert(text: str, annotation: Any, spec: WordSpec | None = None) -> Any:
-    """The text as a value of the annotated type. Raises ValueError that says what it must be."""
+def parse_value(text: str, annotation: Any, spec: WordSpec | None = None) -> Any:
+    """The typed text as a value of the annotated type, within `spec`. Raises ValueError that says what it must be."""
     spec = spec or WordSpec(kind="word", text="")
     if get_origin(annotation) in (Union, types.UnionType):
+        # Only `X | None` is declared.
         (annotation,) = (part for part in get_args(annotation) if part is not type(None))
         if text == "null" and annotation is not str:
             return None
     if get_origin(annotation) is list:
         (entry_type,) = get_args(annotation)
-        return [convert(entry, entry_type, spec) for entry in split_list(text)]
+        return [parse_value(entry, entry_type, spec) for entry in split_list(text)]
     if annotation is bool:
         if text.lower() not in SPELLINGS:
             raise ValueError("must be true or false")
         return SPELLINGS[text.lower()]
     if annotation in (int, float):
-        return _number(text, annotation, spec)
+        return _number_in_bounds(text, annotation, spec)
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         # By its name: that is how the settings of a run are typed.
         _check_choice(text, tuple(member.name for member in annotation))
@@ -221,12 +227,12 @@ def convert(text: str, annotation: Any, spec: WordSpec | None = None) -> Any:
 def split_list(text: str) -> list[str]:
     """The entries of `[a,b]`, or of one entry without brackets, without the quotes around any of them."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    return [_unquoted(entry) for entry in split_at_commas(inner) if entry]
-
-
-def _unquoted(text: str) -> str:
-    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text[1:-1] if is_quoted else text
+    entries = []
+    for entry in split_at_commas(inner):
+        is_quoted = len(entry) > 1 and entry[0] == entry[-1] and entry[0] in "'\""
+        if entry:
+            entries.append(entry[1:-1] if is_quoted else entry)
+    return entries
 
 
 def _exists(argument: str) -> bool:
@@ -237,11 +243,11 @@ def _exists(argument: str) -> bool:
         return False
 
 
-def _number(text: str, annotation: type, spec: WordSpec) -> float:
-    """A whole number (`int`) or any, within the bounds of the word. Raises ValueError with the bounds."""
+def _number_in_bounds(text: str, annotation: type, spec: WordSpec) -> float:
+    """The typed number as `annotation` (`int` or `float`), within the bounds of the word. Raises ValueError with the bounds."""
     number = _parse_number(text, annotation)
     is_above = spec.above is None or number > spec.above
-    if is_above and spec.least <= number <= spec.most:
+    if is_above and spec.least <= number <= spec.most:  # False for NaN: what is no number
         return annotation(number)
     name = "a whole number" if annotation is int else "a number"
     bounds = "" if spec.above is None else f" above {spec.above:g}"
@@ -253,7 +259,8 @@ def _number(text: str, annotation: type, spec: WordSpec) -> float:
 
 
 def _parse_number(text: str, annotation: type) -> float:
-    """The number that is written, and NaN for any other text, which lies within no bounds."""
+    """The number that a text spells; NaN for any other text, which lies within no bounds."""
+    # `int()` and `float()` would also take `1_000`, `inf` and blanks. 18 digits fit into 64 bits.
     if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
         return int(text)
     if annotation is float and re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", text, re.IGNORECASE):
@@ -265,18 +272,20 @@ def _parse_number(text: str, annotation: type) -> float:
 
 
 def _check_choice(text: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError with the choices unless the typed text is one of them."""
     if text not in choices:
         raise ValueError(f"must be one of {', '.join(choices)}{did_you_mean(text, choices)}")
 
 
-def _declared(default: Any, spec: WordSpec) -> Any:
+def _field_with_spec(default: Any, spec: WordSpec) -> Any:
+    """A dataclass field with this default that carries its `WordSpec` as metadata."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={_SPEC: spec})
     return field(default=default, metadata={_SPEC: spec})
 
 
 def specs(declaration: type[VerbWords]) -> dict[str, WordSpec]:
-    """The declared words by the field's name, each with the key as it is typed. Lists of words have no key."""
+    """The `WordSpec` of each field of a declaration, with the key as it is typed. Lists of words have no key."""
     specs_by_name = {}
     for declared in fields(declaration):
         spec: WordSpec | None = declared.metadata.get(_SPEC)
@@ -291,12 +300,12 @@ def specs(declaration: type[VerbWords]) -> dict[str, WordSpec]:
     return specs_by_name
 
 
-def _default(declared: Field[Any]) -> Any:
+def _default_of(declared: Field[Any]) -> Any:
     return declared.default_factory() if declared.default_factory is not MISSING else declared.default
 
 
 def _default_text(default: Any) -> str:
-    """A default as it would be typed."""
+    """The default of a setting as it would be typed, for `--help`."""
     if default is None:
         return "null"
     if isinstance(default, bool):
@@ -331,11 +340,12 @@ class _WordReader:
         self.bare: list[str] = []
         """Words without an equals sign."""
         self.settings: list[str] = []
-        """Words that the verb hands on."""
+        """Words that are not the verb's own, and that it hands on, such as the settings of a run."""
         self.problems: list[str] = []
+        """A message for each word that cannot be used."""
 
-    def with_values(self, argv: list[str]) -> Iterator[str]:
-        """The arguments, with a dashed word and its value as one: for a shell, `--shard 0/8` and `--cfg job` are two."""
+    def join_dashed_values(self, argv: list[str]) -> Iterator[str]:
+        """The arguments, with a dashed word and its value joined: for a shell `--shard 0/8` and `--cfg job` are two each."""
         while argv:
             argument = argv.pop(0)
             name = self.field_by_key.get(argument)
@@ -343,17 +353,19 @@ class _WordReader:
                 yield argument
                 continue
             choices = self.specs[name].choices
-            text = ""
-            if bool in (self.annotations[name], *get_args(self.annotations[name])):
-                text = "true"
+            annotation = self.annotations[name]
+            is_switch = annotation is bool or bool in get_args(annotation)
+            value = ""
+            if is_switch:
+                value = "true"
             elif choices and not (argv and argv[0] in choices):
-                text = choices[0]  # such a word may stand alone
+                value = choices[0]  # such a word may stand alone
             elif argv:
-                text = argv.pop(0)
-            yield f"{argument}={text}"
+                value = argv.pop(0)
+            yield f"{argument}={value}"
 
-    def take(self, argument: str) -> None:
-        """Sort one argument in."""
+    def add(self, argument: str) -> None:
+        """Take one argument of the verb's command line: as a flag, a word or a bare word of its own, or to hand on."""
         key, assigned, text = argument.partition("=")
         name = self.field_by_key.get(key)
         kind = self.specs[name].kind if name is not None else ""
@@ -361,39 +373,40 @@ class _WordReader:
         if name is not None and kind == "flag" and not assigned:
             self.flags.add(name)
         elif name is not None and kind in ("word", "bare") and (assigned or not _exists(argument)):
-            self._take_own(name, argument, text)
+            self._add_own_word(name, argument, text)
         elif argument.startswith("-") and argument != "-":
-            self._take_unknown_flag(argument)
+            self._add_unknown_flag(argument)
         elif LOOKS_LIKE_KEY.match(argument) and not _exists(argument):
-            self._take_unknown_key(argument)
+            self._add_unknown_key(argument)
         elif self._fields_of_kind("bare"):
             self.bare.append(argument)
         else:
-            self._take_unknown_key(argument)
+            self._add_unknown_key(argument)
 
     def finish(self) -> tuple[Any, list[str]]:
-        """(the object of the declared class, the problems)."""
+        """Convert everything that was read; returns (the object of the declared class, the problems)."""
         self._place_bare_words()
         values: dict[str, Any] = dict.fromkeys(self.flags, True)
         for name, text in self.typed.items():
             spec = self.specs[name]
             try:
-                values[name] = convert(text, self.annotations[name], spec)
+                values[name] = parse_value(text, self.annotations[name], spec)
             except ValueError as error:
                 self.problems.append(f"{spec.key}={text}: {error}")
         for name in self._fields_of_kind("settings"):
             values[name] = self.settings
         for name in self._fields_of_kind("bare"):
-            if get_origin(self.annotations[name]) is list:
-                (entry_type,) = get_args(self.annotations[name])
-                values[name] = [convert(entry, entry_type) for entry in self.bare]
+            annotation = self.annotations[name]
+            if get_origin(annotation) is list:
+                (entry_type,) = get_args(annotation)
+                values[name] = [parse_value(entry, entry_type) for entry in self.bare]
         for name in self.specs:
             self._check_needed_words(name)
-        typed = {self.specs[name].key: text for name, text in self.typed.items()}
-        return self.declaration(typed=typed, **values), self.problems
+        typed_by_key = {self.specs[name].key: text for name, text in self.typed.items()}
+        return self.declaration(typed=typed_by_key, **values), self.problems
 
     def _check_needed_words(self, name: str) -> None:
-        """Note if a required word was not typed, or one without the word that it goes with."""
+        """Add a problem if the word of field `name` is required and missing, or typed without the word that it goes with."""
         spec = self.specs[name]
         is_typed = name in self.typed or name in self.flags
         if spec.required and not is_typed and name not in self.empty:
@@ -404,10 +417,11 @@ class _WordReader:
             self.problems.append(f"{typed_word}: goes with {needed_word}; add that, or leave {spec.key} out")
 
     def _fields_of_kind(self, kind: str) -> list[str]:
+        """The names of the fields whose `WordSpec` is of this kind, in the order of their declaration."""
         return [name for name, spec in self.specs.items() if spec.kind == kind]
 
-    def _take_own(self, name: str, argument: str, text: str) -> None:
-        """Take a word of the verb's own, with the text of its value."""
+    def _add_own_word(self, name: str, argument: str, text: str) -> None:
+        """Keep the value of one of the verb's own words; without a value, or a second time, it is a problem."""
         key = self.specs[name].key
         if not text.strip():
             example = self.specs[name].like or "..."
@@ -419,8 +433,8 @@ class _WordReader:
         else:
             self.typed[name] = text
 
-    def _take_unknown_flag(self, argument: str) -> None:
-        """Hand a flag on if the verb does so; else it is a problem."""
+    def _add_unknown_flag(self, argument: str) -> None:
+        """Put a flag that the verb does not know into `settings`, if the verb hands such flags on; else it is a problem."""
         for name in self._fields_of_kind("settings"):
             # `--model.path=x` is a setting with dashes: whoever reads settings says how it is typed.
             is_setting = "=" in argument and not self.specs[name].beginning
@@ -432,23 +446,27 @@ class _WordReader:
         hint = did_you_mean(argument, [*flags, "--help"]) or f"; {self.verb} takes {known_flags}"
         self.problems.append(f"{argument}: there is no such flag{hint}")
 
-    def _take_unknown_key(self, argument: str) -> None:
-        """Hand a word on if the verb does so, and if it is not one of the verb's own that was mistyped."""
+    def _add_unknown_key(self, argument: str) -> None:
+        """Put an unknown word into `settings`, if the verb hands such words on and it is not mistyped; else it is a problem."""
         key = argument.partition("=")[0]
-        keys = [spec.key for spec in self.specs.values() if spec.kind == "word" and not spec.key.startswith("-")]
-        is_misspelt = "." not in key and key not in groups() and difflib.get_close_matches(key, keys, cutoff=0.85)
+        own_keys = []
+        for spec in self.specs.values():
+            if spec.kind == "word" and not spec.key.startswith("-"):
+                own_keys.append(spec.key)
+        may_be_misspelt = "." not in key and key not in choices_by_group()
+        is_misspelt = may_be_misspelt and difflib.get_close_matches(key, own_keys, cutoff=0.85)
         beginnings = [self.specs[name].beginning for name in self._fields_of_kind("settings")]
         if not is_misspelt and any(argument.startswith(beginning) for beginning in beginnings):
             self.settings.append(argument)
             return
-        known_words = [f"{name}=" for name in keys] + [f"{beginning}*" for beginning in beginnings]
-        hint = did_you_mean(key, keys, end="=")
+        known_words = [f"{own_key}=" for own_key in own_keys] + [f"{beginning}*" for beginning in beginnings]
+        hint = did_you_mean(key, own_keys, end="=")
         if not hint:
             hint = f"; {self.verb} takes {', '.join(known_words) or 'none'}"
         self.problems.append(f"{argument}: there is no such word{hint}")
 
     def _place_bare_words(self) -> None:
-        """Give each field for one bare word the next one, unless `key=` has set it. The rest stays for a list."""
+        """Assign the bare words to the fields that take one; the rest is for the field of a list, or else a problem."""
         placed: list[str] = []
         takes_rest = False
         for name in self._fields_of_kind("bare"):
@@ -464,7 +482,7 @@ class _WordReader:
             self.problems.append(f"{' '.join(words)}: {advice}")
 
     def _is_typed(self, needs: str) -> bool:
-        """Whether the word of a key, or with a beginning such as `to=hub:`, is among the arguments."""
+        """Whether a word that another one needs was typed. `needs`: its key, or a beginning such as `to=hub:`."""
         key, _, beginning = needs.partition("=")
         name = self.field_by_key.get(key)
         if name is not None:
@@ -472,7 +490,7 @@ class _WordReader:
         return any(setting.startswith(f"{key}={beginning}") for setting in self.settings)
 
     def _needed_word(self, needs: str) -> str:
-        """The needed word as it is typed."""
+        """A word that another one needs, as it is typed, for messages."""
         name = self.field_by_key.get(needs)
         if name is None:
             return needs if "=" in needs else f"{needs}=..."

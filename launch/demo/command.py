@@ -105,9 +105,9 @@ def main(argv: list[str]) -> int:
         f"$ shardtune train {' '.join(words)}\n",
         flush=True,
     )
-    from launch.main import guarded
+    from launch.main import run_guarded
 
-    exit_code = guarded("train", words)
+    exit_code = run_guarded("train", words)
     if exit_code:
         return exit_code
     before, after = held_out_metrics(run_dir)

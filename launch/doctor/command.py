@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 def preflight(words: list[str], as_json: bool) -> int:
     """Check the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
     from launch.cluster.preflight.answer import as_dict
-    from launch.cluster.preflight.answer import text as page
+    from launch.cluster.preflight.answer import report_text as page
     from launch.cluster.preflight.coordinator import run_preflight
     from launch.cluster.preflight.targets import preflight_targets
 

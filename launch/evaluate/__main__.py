@@ -6,10 +6,10 @@ from trainer.stopping.signals import hold
 
 if __name__ == "__main__":
     hold()
-    from launch.main import guarded
+    from launch.main import run_guarded
     from launch.streams import restart_in_utf8
 
     restart_in_utf8()
-    from launch.train import end
+    from launch.train import exit_process
 
-    end(guarded("evaluate", sys.argv[1:]))
+    exit_process(run_guarded("evaluate", sys.argv[1:]))

@@ -22,20 +22,22 @@ COLUMNS_AGAINST = (
 """What a comparison adds."""
 
 
-def text(report: dict[str, Any]) -> str:
-    """The table of metrics, and what is to know of each task."""
+def report_text(report: dict[str, Any]) -> str:
+    """An evaluation's report (evaluation.json) as a table of metrics with notes, for people."""
     against = report.get("against")
     compared_tasks = against["tasks"] if against else {}
-    head = _model_name(report["model"])
-    lines = [f"{head}, against {against['what']}" if against else head]
+    title = _model_name(report["model"])
+    lines = [f"{title}, against {against['what']}" if against else title]
     rows = []
     for name, task in report["tasks"].items():
         compared_metrics = compared_tasks.get(name, {}).get("metrics", {})
         for metric, estimate in task["metrics"].items():
-            cells = [name, metric, _number(estimate["value"]), _interval(estimate)]
-            cells += _comparison_cells(compared_metrics.get(metric)) if against else []
+            cells = [name, metric, _format_number(estimate["value"]), _format_interval(estimate)]
+            if against:
+                cells += _comparison_cells(compared_metrics.get(metric))
             rows.append(TableRow(cells))
-    lines += table((*COLUMNS, *COLUMNS_AGAINST) if against else COLUMNS, rows)
+    columns = (*COLUMNS, *COLUMNS_AGAINST) if against else COLUMNS
+    lines += table(columns, rows)
     lines += ["", *fold(str(report["method"]))]
     for note in _notes(report, compared_tasks):
         lines += fold(note)
@@ -43,7 +45,7 @@ def text(report: dict[str, Any]) -> str:
 
 
 def _notes(report: dict[str, Any], compared_tasks: dict[str, Any]) -> list[str]:
-    """What a reader must know of the numbers: accepted differences, notes of tasks, and what a comparison lacks."""
+    """What a reader must know about the numbers: accepted differences, notes of tasks, and tasks that were not compared."""
     notes = [f"accepted: {line}" for line in report["model"].get("accepted", ())]
     for name, task in report["tasks"].items():
         notes += [f"{name}: {note}" for note in task.get("notes", ())]
@@ -56,9 +58,13 @@ def _notes(report: dict[str, Any], compared_tasks: dict[str, Any]) -> list[str]:
 
 
 def _model_name(model: dict[str, Any]) -> str:
+    """The evaluated model in words: its run or path, checkpoint and adapters."""
     name = str(model["run"] or model["path"])
-    name += f", {model['checkpoint']}" if model["checkpoint"] else ""
-    return name + (f" with {', '.join(model['adapters'])}" if model["adapters"] else "")
+    if model["checkpoint"]:
+        name += f", {model['checkpoint']}"
+    if model["adapters"]:
+        name += f" with {', '.join(model['adapters'])}"
+    return name
 
 
 def _comparison_cells(compared: dict[str, Any] | None) -> list[str]:
@@ -66,15 +72,16 @@ def _comparison_cells(compared: dict[str, Any] | None) -> list[str]:
     if compared is None:
         return ["-", "-", "", "", ""]
     return [
-        _number(compared["value"]),
-        _number(compared["difference"], "+"),
-        _interval(compared),
-        _number(compared["p"]),
+        _format_number(compared["value"]),
+        _format_number(compared["difference"], "+"),
+        _format_interval(compared),
+        _format_number(compared["p"]),
         compared["verdict"],
     ]
 
 
 def _comparison_notes(name: str, compared: dict[str, Any]) -> list[str]:
+    """A note on the comparison of task `name`: how many rows changed, or that rows could not be paired."""
     if "changed" in compared:
         changed = compared["changed"]
         return [f"{name}: {changed['num_won']} rows right that were wrong, {changed['num_lost']} the other way"]
@@ -83,9 +90,12 @@ def _comparison_notes(name: str, compared: dict[str, Any]) -> list[str]:
     return [f"{name}: other rows than then, or rows that are not known: compared as numbers, not row by row"]
 
 
-def _interval(estimate: dict[str, Any]) -> str:
-    return f"{_number(estimate['low'])} to {_number(estimate['high'])}" if "low" in estimate else ""
+def _format_interval(estimate: dict[str, Any]) -> str:
+    """The confidence interval of a metric as text; empty if it has none."""
+    if "low" not in estimate:
+        return ""
+    return f"{_format_number(estimate['low'])} to {_format_number(estimate['high'])}"
 
 
-def _number(number: float | None, sign: str = "") -> str:
+def _format_number(number: float | None, sign: str = "") -> str:
     return "-" if number is None else f"{number:{sign}.4g}"

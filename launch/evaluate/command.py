@@ -14,13 +14,14 @@ from launch.config.process_role import is_worker
 from launch.config.verb_words import asks_for_help, help_rows
 from launch.evaluate.kinds import KINDS_READ
 from launch.evaluate.words import EvaluateWords
-from launch.output import print_json, said_to_stderr
+from launch.output import print_json, stdout_to_stderr
 from trainer.stopping.signals import hold
 
 if TYPE_CHECKING:
     from launch.evaluate.words import EvaluationPlan
 
-CONFIG, JOB = "job.yaml", "job.json"
+CONFIG_FILE = "job.yaml"
+JOB_FILE = "job.json"
 KINDS_WIDTH = max(map(len, KINDS_READ))
 KINDS = "\n".join(f"  {kind:<{KINDS_WIDTH}}  {reads}" for kind, reads in KINDS_READ.items())
 USAGE = f"""usage: shardtune evaluate <run directory> [evaluation.tasks=...] [against=...] [key=value ...] [--json]
@@ -41,7 +42,7 @@ set everything. With launcher=slurm, the evaluation is submitted as a job on one
 
 {help_rows(EvaluateWords)}
 
-kinds of tasks:
+kinds of tasks, with the rows that each reads:
 {KINDS}
 
 To start all ranks yourself: torchrun --nproc-per-node=8 -m launch.evaluate <words>
@@ -50,10 +51,13 @@ docs/evaluation.md explains what each kind reads and measures."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError and what evaluating raises."""
+    """Run `shardtune evaluate` with these words, as a launcher or as one rank; returns the exit code.
+
+    Errors: ConfigError, DataError, StorageError and what evaluating raises.
+    """
     asks = asks_for_help(argv)
     if is_worker(os.environ) and not asks:
-        return worker(argv)
+        return run_as_rank(argv)
     if asks or not argv:
         show_help(USAGE)
         return 0 if argv else 64
@@ -73,8 +77,11 @@ def main(argv: list[str]) -> int:
 
 
 def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
-    """Evaluate the other model, if there is one, then the model; print the report; returns the exit code."""
-    from launch.evaluate.answer import text
+    """Evaluate the model of a plan, and before it the one it is compared with, if any; print the report.
+
+    Returns the exit code, which is 69 if a metric got worse.
+    """
+    from launch.evaluate.answer import report_text
     from trainer.evaluation.report.record import PAGE, REPORT
 
     for next_plan in [evaluation_plan.other_plan, evaluation_plan]:
@@ -83,12 +90,13 @@ def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
         code = start(next_plan, quiet=as_json)
         if code:
             return code
-    to = Path(evaluation_plan.job.to)
-    report: dict[str, Any] = json.loads((to / REPORT).read_text(encoding="utf-8"))
+    results_directory = Path(evaluation_plan.job.to)
+    report_file = results_directory / REPORT
+    report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
     if as_json:
         print_json(report)
     else:
-        print(f"{text(report)}\n\nwritten: {to / REPORT}, {to / PAGE}", flush=True)
+        print(f"{report_text(report)}\n\nwritten: {report_file}, {results_directory / PAGE}", flush=True)
     if report.get("regressions"):
         print(f"shardtune evaluate: fell against {report['against']['what']}:", file=sys.stderr)
         print(*(f"  {line}" for line in report["regressions"]), sep="\n", file=sys.stderr, flush=True)
@@ -97,8 +105,11 @@ def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
 
 
 def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
-    """Evaluate one model and write its report; returns the exit code. `quiet`: messages go to stderr."""
-    from launch.cluster.supervisor import run_supervised, settle_outcome, state_before_start
+    """Evaluate one model and write its report, in this process or with a rank for each GPU; returns the exit code.
+
+    `quiet`: messages go to stderr, since stdout is for JSON.
+    """
+    from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
     from launch.config.frozen import identity, to_yaml
     from strategies.errors import Preempted
@@ -108,9 +119,11 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     config = evaluation_plan.config
     directory = evaluation_plan.directory
     sha256 = identity(config)
-    write_text_atomic(directory / JOB, json.dumps(asdict(evaluation_plan.job), indent=1) + "\n")
-    write_text_atomic(directory / CONFIG, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}")
-    with said_to_stderr(quiet):
+    write_text_atomic(directory / JOB_FILE, json.dumps(asdict(evaluation_plan.job), indent=1) + "\n")
+    write_text_atomic(
+        directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}"
+    )
+    with stdout_to_stderr(quiet):
         if config.launcher.in_place:
             hold()
             before = state_before_start(directory)
@@ -119,28 +132,33 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
                 evaluate_worker(config, evaluation_plan.job, directory)
             except Preempted as stop:
                 code = 130 if stop.signal_name == "SIGINT" else 0
-            return settle_outcome(directory, code, before, verb="evaluate")
-        return run_supervised(config, directory, sha256, program=RankProgram("launch.evaluate", CONFIG))
+            return record_outcome(directory, code, before, verb="evaluate")
+        return run_supervised(config, directory, sha256, program=RankProgram("launch.evaluate", CONFIG_FILE))
 
 
-def worker(words: list[str]) -> int:
-    """Be one rank. Returns 0 also when asked to stop: another code would make torchrun or srun end the other ranks."""
+def run_as_rank(words: list[str]) -> int:
+    """Run as one rank of an evaluation, started by our launcher, torchrun or srun; returns the exit code.
+
+    `words`: those of the command line, for a rank without our launcher. Returns 0 also when asked to stop: another code would
+    make torchrun or srun end the other ranks.
+    """
     hold()
     from launch.cluster.torchrun import die_with_parent
     from launch.config.compose import load_frozen
-    from launch.config.process_role import export
+    from launch.config.process_role import export_torchrun_variables
     from launch.evaluate.words import make_plan, parse_words
     from strategies.errors import ConfigError, Preempted
     from trainer.evaluate import EvaluationJob, evaluate_worker
     from trainer.reporting.status import read_failure
 
-    export()
+    export_torchrun_variables()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     frozen = os.environ.get("SHARDTUNE_CONFIG")
     if frozen:
         directory = Path(frozen).parent
-        config, job = load_frozen(frozen), EvaluationJob(**json.loads((directory / JOB).read_text(encoding="utf-8")))
+        config = load_frozen(frozen)
+        job = EvaluationJob(**json.loads((directory / JOB_FILE).read_text(encoding="utf-8")))
     else:
         evaluation_plan = make_plan(parse_words(words))
         if evaluation_plan.other_plan is not None:
@@ -165,10 +183,10 @@ def worker(words: list[str]) -> int:
 
 
 def _print_report(job: Any) -> int:
-    """Print the report, under a torchrun that was not started by us; returns the exit code."""
-    from launch.evaluate.answer import text
+    """Print the report of an evaluation whose ranks were not started by our launcher; returns the exit code."""
+    from launch.evaluate.answer import report_text
     from trainer.evaluation.report.record import REPORT
 
     report = json.loads((Path(job.to) / REPORT).read_text(encoding="utf-8"))
-    print(text(report), flush=True)
+    print(report_text(report), flush=True)
     return 69 if report.get("regressions") else 0

@@ -1,76 +1,87 @@
-"""Which files each kind of evaluation task reads, for `shardtune evaluate --help`.
+"""The rows that each kind of evaluation task reads, for `shardtune evaluate --help`.
 
 The tasks say the same (`Task.reads`), but importing them imports torch, which takes seconds. A test compares the two.
 """
 
 KINDS_READ = {
-    "loss": "any format that the objective learns from",
-    "bits_per_byte": "any format that the objective learns from",
-    "token_accuracy": "any format that the objective learns from",
+    "loss": "rows in any format that the run's objective can train on, such as conversations",
+    "bits_per_byte": "rows in any format that the run's objective can train on, such as conversations",
+    "token_accuracy": "rows in any format that the run's objective can train on, such as conversations",
     "exact_match": (
-        'a prompt and its answer in any format of data.path, perhaps with "references": a list of other right answers'
+        'rows with a prompt and the right answer, in any format that data.path takes; a column "references" can list '
+        "further right answers"
     ),
     "f1": (
-        'a prompt and its answer in any format of data.path, perhaps with "references": a list of other right answers'
+        'rows with a prompt and the right answer, in any format that data.path takes; a column "references" can list '
+        "further right answers"
     ),
-    "translation": "a text and its translation in any format of data.path",
-    "summarisation": "a text and its summary in any format of data.path",
-    "classification": '"text" and "label": a name, a whole number or true/false',
+    "translation": "rows with a text and its translation, in any format that data.path takes",
+    "summarisation": "rows with a text and its summary, in any format that data.path takes",
+    "classification": 'rows with "text" and "label"; a label is a name, a whole number or true/false',
     "multiple_choice": (
-        '"question", "choices": a list of texts, and "answer": the right one\'s number from 0, its letter'
-        " or its text (or ARC's form of choices, texts with labels)"
+        'rows with "question", "choices" (a list of texts) and "answer": the right choice by its text, its letter (A is '
+        "the first) or its number (0 is the first); the rows of ARC work as they are"
     ),
     "tool_calls": (
-        'conversations ("messages") with "tools", whose last assistant turn has the right "tool_calls", or none'
+        'rows with a conversation ("messages") and its "tools"; the last assistant turn holds the right "tool_calls", or '
+        "none if no tool should be called"
     ),
     "json_schema": (
-        '"prompt" (a text) or "messages", and "schema": a JSON schema (or one for all rows in options.schema, a file)'
+        'rows with a "prompt" or a conversation ("messages"), and "schema": the JSON schema that the answer must fit; '
+        "options.schema names a file with one schema for all rows"
     ),
-    "maths": ("a problem and its solution in any format of data.path; the result is found in it as in an answer"),
+    "maths": (
+        "rows with a problem and its solution, in any format that data.path takes; the last number of the solution, or "
+        "what stands in \\boxed{} or behind ####, is the right result"
+    ),
     "judge": (
-        "a prompt and its answer in any format of data.path; the judge (evaluation.judge) sees the answer as reference"
+        "rows with a prompt and a good answer, in any format that data.path takes; the judge model (evaluation.judge) "
+        "sees this answer when it grades the model's"
     ),
     "preference": (
-        "a prompt and its answer in any format of data.path; the answer is the opponent's, or that of against=..."
+        "rows with a prompt and an answer, in any format that data.path takes; the judge model compares the model's "
+        "answer with this one, or with that of the model in against="
     ),
-    "memorisation": (
-        "training rows in any format that a language model learns from; without a path those of the run,"
-        " drawn by a seed"
-    ),
+    "memorisation": "training rows in any format for language models; without a path, a random sample of the run's training rows",
     "canary": (
-        'rows that were put into the training data, with "secret": a text that stands once in what is '
-        "learned of the row"
+        'rows that were planted in the training data, each with a "secret": a text that occurs exactly once in the part '
+        "that the model learns"
     ),
     "membership": (
-        "training rows (the run's, or a path) and others (the run's evaluation documents, or options.others)"
+        "rows that were trained on (the path, or the run's training data) and rows that were not (options.others, or the "
+        "run's evaluation documents)"
     ),
     "personal_data": (
-        "a prompt and its answer in any format of data.path; what is written is searched, the answer is not read"
+        "rows with a prompt and an answer, in any format that data.path takes; what the model writes is searched for "
+        "personal data, and the row's own answer is not used"
     ),
     "counterfactual": (
-        '"template" with slots as {person} and "attribute", or "texts": {group: text}; a "completion" '
-        "behind either is judged in its place; without a path the shipped templates"
+        'rows with a "template" that has slots such as {person} and an "attribute" such as gender, or with "texts" (one '
+        'for each group); if a row has a "completion", only that is scored; without a path, the templates that shardtune '
+        "ships"
     ),
-    "subgroups": '"text", "label" and "group": the group of the row, such as a gender',
+    "subgroups": 'rows with "text", "label" and "group": the group of people that a row belongs to, such as a gender',
     "stereotype": (
-        '"sent_more" and "sent_less" (CrowS-Pairs); StereoSet\'s dev.json, or its rows with "sentences"; '
-        'WinoBias\'s files, named pro... and anti....txt; or "stereotype" and "anti_stereotype", perhaps '
-        'with "unrelated", "context", "bias_type" and "target"'
+        'rows with two sentences, "stereotype" and "anti_stereotype", and if you like "unrelated", "context", '
+        '"bias_type" and "target"; the files of CrowS-Pairs, StereoSet and WinoBias (two files whose names begin with '
+        "pro and anti) work as they are"
     ),
     "bbq": (
-        '"context", "question", "ans0" to "ans2", "label", "answer_info", "context_condition", '
-        '"question_polarity", and "target_loc" or "additional_metadata" with "stereotyped_groups"'
+        'rows of the BBQ benchmark: "context", "question", "ans0" to "ans2", "label", "answer_info", '
+        '"context_condition", "question_polarity", and "target_loc" or "additional_metadata" with "stereotyped_groups"'
     ),
     "toxicity": (
-        'a "prompt" (or "goal", "behavior", "question", "instruction", "text"); RealToxicityPrompts\' form too'
+        'rows with a "prompt"; the column can also be called "goal", "behavior", "question", "instruction" or "text"; '
+        "RealToxicityPrompts works as it is"
     ),
     "refusal": (
-        "a prompt (prompt, goal, behavior, question, instruction, text), and whether it should be "
-        'refused: "should_refuse", "label" or XSTest\'s "type"; rows with "goal" or "behavior" (AdvBench,'
-        " HarmBench, JailbreakBench) are harmful without it"
+        'rows with a prompt (column "prompt", "goal", "behavior", "question", "instruction" or "text") and whether the '
+        'model should refuse it: "should_refuse", "label" or XSTest\'s "type"; AdvBench, HarmBench and JailbreakBench, '
+        "whose prompts are all harmful, work as they are"
     ),
     "lm_eval": (
-        "a task of lm-evaluation-harness whose data is on this machine; path: a YAML of one's own, or a "
-        "directory of such"
+        "a task of lm-evaluation-harness whose data is on this machine; path names your own task: a YAML file, or a "
+        "directory with such files"
     ),
 }
+"""What stands in each row of a task's file, by kind. Columns are in quotes."""

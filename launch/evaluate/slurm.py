@@ -24,9 +24,10 @@ SCRIPT = "evaluate.sbatch"
 
 
 def render(evaluation_plan: EvaluationPlan, words: list[str], *, clone: Path = ROOT, cwd: Path | None = None) -> str:
-    """The sbatch script that evaluates with `words` on one node, relative paths from `cwd` (the current directory).
+    """The text of the sbatch script that evaluates on one node with the `words` of the command line.
 
-    Raises ConfigError for settings that a script cannot carry, or that ask for several nodes.
+    `clone`: the directory of shardtune's code. `cwd`: where relative paths start; default: the current directory. Errors:
+    ConfigError for settings that a script cannot carry, or that ask for several nodes.
     """
     launcher = evaluation_plan.config.launcher
     assert isinstance(launcher, SlurmConfig)
@@ -40,11 +41,12 @@ def render(evaluation_plan: EvaluationPlan, words: list[str], *, clone: Path = R
             f"launcher.container={launcher.container}: an evaluation is submitted without an image; start it in the image on a "
             "node: srun --container-image=... python -m launch.evaluate <words>"
         )
-    here = [word for word in words if not word.startswith(("launcher=", "launcher."))]
-    here += ["launcher=local", f"launcher.processes={launcher.per_node}"]
-    python = slurm.one_line(launcher.python or sys.executable, "launcher.python")
-    quoted_words = " ".join(slurm.one_line(shlex.quote(word), word) for word in here)
-    options = slurm.options(launcher, [str(evaluation_plan.directory.absolute())], cwd or Path.cwd())
+    # Within the job the same command runs on the node itself.
+    node_words = [word for word in words if not word.startswith(("launcher=", "launcher."))]
+    node_words += ["launcher=local", f"launcher.processes={launcher.per_node}"]
+    python = slurm.checked_line(launcher.python or sys.executable, "launcher.python")
+    quoted_words = " ".join(slurm.checked_line(shlex.quote(word), word) for word in node_words)
+    options = slurm.sbatch_options(launcher, [str(evaluation_plan.directory.absolute())], cwd or Path.cwd())
     lines = [
         "#!/bin/bash",
         "# Rendered by shardtune evaluate; to change it give other words and submit again.",
@@ -61,27 +63,30 @@ def render(evaluation_plan: EvaluationPlan, words: list[str], *, clone: Path = R
 
 
 def submit(evaluation_plan: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
-    """Write the script beside the records of the evaluation and submit it, or show it; returns 0. Errors: those of `sbatch`."""
-    text = render(evaluation_plan, words)
+    """Submit an evaluation as a SLURM job, or with `print_only` print its script; returns 0.
+
+    The script lies beside the records of the evaluation. Errors: those of `sbatch`, StorageError.
+    """
+    script_text = render(evaluation_plan, words)
     assert isinstance(evaluation_plan.config.launcher, SlurmConfig)
     ranks = advice.ranks_lines(evaluation_plan.config.launcher)
     if print_only:
         for line in ranks:
             print(f"# {line}", file=sys.stderr)
-        print(text, end="")
+        print(script_text, end="")
         return 0
     if evaluation_plan.config.launcher.gpu_request is None:
         refuse_gpus_of_environment()
+    logs = evaluation_plan.directory / "logs"
     script = evaluation_plan.directory.absolute() / SCRIPT
     try:
-        (evaluation_plan.directory / "logs").mkdir(parents=True, exist_ok=True)
-        script.write_text(text, encoding="utf-8")
+        logs.mkdir(parents=True, exist_ok=True)  # without it SLURM cannot write the job's output
+        script.write_text(script_text, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write the job script: {error}; choose another to=<directory>") from error
     job = sbatch(script, [])
     print(f"submitted job {job}: {script}")
-    print(*(f"  {line}" for line in [*ranks, *environment_lines(text), f"queue   squeue --job {job}"]), sep="\n")
-    print(
-        f"  output  below {shlex.quote(str(evaluation_plan.directory / 'logs'))}; the job's exit code is the evaluation's"
-    )
+    for line in [*ranks, *environment_lines(script_text), f"queue   squeue --job {job}"]:
+        print(f"  {line}")
+    print(f"  output  below {shlex.quote(str(logs))}; the job's exit code is the evaluation's")
     return 0

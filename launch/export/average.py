@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> list[Path]:
-    """The sealed checkpoints that `average=last:<n>` or `average=[<step>,<step>]` names, oldest first. Errors: ConfigError."""
+    """The complete checkpoints that `average=last:<n>` or `average=[<step>,<step>]` names, oldest first. Errors: ConfigError."""
     from trainer.optim.config import OptimName
 
     if config.optim.name is OptimName.schedule_free:
@@ -23,16 +23,18 @@ def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> li
         f"{run_dir} has {', '.join(map(str, checkpoints)) or 'none'}; more are kept with checkpoint.keep and "
         "checkpoint.every_steps"
     )
-    last, colon, count = average.partition(":")
-    if (last, colon) == ("last", ":") and count.isdigit() and int(count) > 1:
-        steps = sorted(checkpoints)[-int(count) :]
-        if len(steps) < int(count):
+    keyword, _, count = average.partition(":")
+    if keyword == "last" and count.isdigit() and int(count) > 1:
+        number = int(count)
+        steps = sorted(checkpoints)[-number:]
+        if len(steps) < number:
             raise ConfigError(f"average={average}: there are not so many checkpoints; {known}")
     else:
-        words = [word.strip() for word in average.removeprefix("[").removesuffix("]").split(",")]
-        if len(set(words)) < 2 or not all(word.isdigit() for word in words) or not average.startswith("["):
+        step_texts = [text.strip() for text in average.removeprefix("[").removesuffix("]").split(",")]
+        has_only_numbers = all(text.isdigit() for text in step_texts)
+        if len(set(step_texts)) < 2 or not has_only_numbers or not average.startswith("["):
             raise ConfigError(f"average={average}: must be last:<n> of two or more, or a list of steps; {known}")
-        steps = sorted({int(word) for word in words})
+        steps = sorted({int(text) for text in step_texts})
         missing = [step for step in steps if step not in checkpoints]
         if missing:
             raise ConfigError(f"average={average}: there is no checkpoint of step {missing[0]}; {known}")
@@ -40,27 +42,30 @@ def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> li
 
 
 def _checkpoint_by_step(run_dir: Path, config: CheckpointConfig) -> dict[int, Path]:
+    """The directory of each checkpoint of a run, by its step."""
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 
     return dict(checkpoints_in(checkpoint_dirs_of(run_dir, config.fallback_dir)))
 
 
 def _check_complete(path: Path, average: str) -> Path:
+    """The path of a checkpoint whose files fit their checksums. Errors: ConfigError if it is damaged."""
     from trainer.checkpoints.manifest import verify
 
-    if problem := verify(path):
+    problem = verify(path)
+    if problem:
         raise ConfigError(f"average={average}: {path} {problem}; leave it out with a list of steps")
     return path
 
 
 def load_mean(engine: Any, checkpoints: list[Path]) -> Any:
-    """Load the mean of the weights that each checkpoint would export into a `single` engine; returns the newest progress.
+    """Load the mean of several checkpoints' weights into an engine of one rank; returns the progress of the newest one.
 
-    Sums are in float64. Errors: those of loading.
+    `checkpoints`: oldest first. Averaged is what each would export. Errors: those of loading.
     """
     import torch
 
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}  # in float64, against rounding
     progress = None
     for path in checkpoints:
         progress = engine.load(path)

@@ -52,9 +52,9 @@ def asks_to_combine(argv: list[str]) -> bool:
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    """Combine adapters as the words say; returns where the model was written.
+    """Combine LoRA adapters as the command line says, and write the model; returns the answer for `--json`.
 
-    Errors: ConfigError with every word that cannot be used, DriftError.
+    Errors: ConfigError with every word that cannot be used, DriftError if the written model computes other logits.
     """
     words, problems = read_words("export adapters=", CombineWords, argv)
     if words.typed.get("adapters") and not words.adapters:
@@ -77,13 +77,13 @@ def run(argv: list[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
 
-    to = destination(Path(), str(words.to))
+    model_directory = destination(Path(), str(words.to))
     combine(
         settings,
-        to,
+        model_directory,
         merge=words.merge,
         dtype=None if words.dtype is ExportType.auto else getattr(torch, words.dtype),
         max_shard_gib=words.max_shard_gib,
     )
-    print(f"model: {to}")
-    return {"adapters": settings.adapters, "model": str(to)}
+    print(f"model: {model_directory}")
+    return {"adapters": settings.adapters, "model": str(model_directory)}

@@ -14,14 +14,22 @@ from launch.export import average, combine
 from launch.export import gguf as export_gguf
 from launch.export import hub as export_hub
 from launch.export.combine import CombineWords
-from launch.export.words import ExportWords, destination, read_gates, record_of, refuse_no_run, unfinished
-from launch.output import FLAG, print_json, said_to_stderr
+from launch.export.words import (
+    ExportWords,
+    destination,
+    read_gates,
+    refuse_no_run,
+    required_run_record,
+    unfinished_remark,
+)
+from launch.output import JSON_FLAG, print_json, stdout_to_stderr
 from launch.serve.command import print_serve_commands
 from strategies.errors import ConfigError
-from trainer.reporting.run_record import RUN_RECORD
+from trainer.reporting.run_record import RUN_RECORD, RunRecord
 
 if TYPE_CHECKING:
     from launch.config.outside_values import OutsideValue
+    from strategies.base import Precision
     from strategies.runtime import Runtime
     from trainer.checkpoints.config import CheckpointConfig
     from trainer.config.run import RunConfig
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
     from trainer.export.gates.judge import JudgedGates
     from trainer.session.run_data import RowsNeeded
 
-GATES = {
+GATE_HELP = {
     'gates={eval/loss: "<2.1"}': "more gates, beside those of the run",
     'gates.override="<why>"': "export although a gate fails; the reason is recorded",
 }
@@ -44,7 +52,7 @@ export turns a checkpoint into a model directory that transformers loads. It nee
 number of ranks the run trained with. The gates of the run, and those you type, must hold for the metrics of this
 checkpoint. If a gate fails, the exit code is 69, unless gates.override gives a reason.
 
-{help_rows(ExportWords, GATES)}
+{help_rows(ExportWords, GATE_HELP)}
 
 With adapters=, export combines several LoRA adapters into one model:
 
@@ -56,7 +64,7 @@ MOST_LOOKS = 10
 
 @dataclass(slots=True)
 class ExportRequest:
-    """What the command line asks for."""
+    """One export: which checkpoint goes where, and what its model card must say."""
 
     run_dir: Path
     checkpoint: Path
@@ -78,12 +86,15 @@ class ExportRequest:
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, StorageError, DriftError."""
+    """Run `shardtune export` with these words: export a run's checkpoint, or combine adapters; returns the exit code.
+
+    Errors: ConfigError, StorageError, DriftError.
+    """
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    as_json = FLAG in argv
-    with said_to_stderr(as_json):
+    as_json = JSON_FLAG in argv
+    with stdout_to_stderr(as_json):
         answer = combine.run(argv) if combine.asks_to_combine(argv) else run(argv)
     if as_json:
         print_json(answer)
@@ -91,7 +102,7 @@ def main(argv: list[str]) -> int:
 
 
 def export_words(argv: list[str]) -> tuple[ExportWords, dict[str, Any]]:
-    """(what was typed, the gates that were). Errors: ConfigError with every problem."""
+    """Read the command line of `shardtune export`; returns (its words, the gates among them). Errors: ConfigError."""
     words, problems = read_words("export", ExportWords, argv)
     gates, unusable_gates = read_gates(words.gates)
     problems += unusable_gates
@@ -106,36 +117,43 @@ def export_words(argv: list[str]) -> tuple[ExportWords, dict[str, Any]]:
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    """Export as the words say; returns where everything was written. Errors: ConfigError, StorageError, DriftError."""
-    from launch.config.read_run import ReadingVerb, read_run, take_words
+    """Export a checkpoint of a run as the command line says; returns the answer for `--json`: where everything was written.
+
+    Errors: ConfigError, StorageError, DriftError.
+    """
+    from launch.config.read_run import RunReader, read_run, split_allowing_words
     from trainer.export.gates.judge import record
     from trainer.session.base_files import use_recorded_base
 
-    allowing, argv_of_verb = take_words(argv)
+    allowing, argv_of_verb = split_allowing_words(argv)
     words, typed_gates = export_words(argv_of_verb)
     run_dir = words.run
-    config = read_run(run_dir, ReadingVerb(["export", *argv], partial(_needs, words)), allowing)
-    settle(config, words)
+    reader = RunReader(["export", *argv], uses=partial(_is_used_by_export, words))
+    config = read_run(run_dir, reader, allowing)
+    apply_export_words(config, words)
+
+    # Everything that can refuse the export comes before the first file is written.
     averaged = []
     if words.average is not None:
         averaged = average.checkpoints_to_average(run_dir, words.average, config)
     gguf = export_gguf.gguf_request(words, config)
-    bits = export_gguf.few_bits_request(words, config)
+    bits = export_gguf.quantised_request(words, config)
     hub = export_hub.hub_target(words)
     last = averaged[-1] if averaged else find_checkpoint(run_dir, words.checkpoint, config.checkpoint)
     only_convert = False
     if gguf is not None and bits is None and hub is None and words.to is not None:
-        only_convert = export_gguf.waits_for_gguf(Path(words.to).expanduser(), words, averaged or [last])
+        only_convert = export_gguf.lacks_only_gguf(Path(words.to).expanduser(), words, averaged or [last])
+    export_directory = hub.folder if hub is not None else destination(run_dir, words.to, holds_it=only_convert)
     request = ExportRequest(
         run_dir,
         last,
-        hub.folder if hub is not None else destination(run_dir, words.to, holds_it=only_convert),
+        export_directory,
         averaged,
         benchmarks=export_hub.benchmarks_of(words.benchmarks or "{}"),
         named=words.checkpoint,
     )
     if request.named == "best":
-        tell_if_base_was_better(run_dir, last, config)
+        warn_if_base_was_better(run_dir, last, config)
     request.accepted = use_recorded_base(config, run_dir, words.accept, teacher=False)
     request.accept_data = "data" in words.accept
     if bits is not None:
@@ -143,8 +161,9 @@ def run(argv: list[str]) -> dict[str, Any]:
     for line in request.accepted:
         print(f"accepted: {line}", flush=True)
     if bits is not None:
-        export_gguf.refuse_sizes(bits.kind, config)
-    request.gates = pass_gates(config, typed_gates, request)
+        export_gguf.refuse_unsupported_sizes(bits.kind, config)
+    request.gates = judge_gates(config, typed_gates, request)
+
     print(_exporting_line(request), flush=True)
     data = None
     if only_convert:
@@ -152,26 +171,27 @@ def run(argv: list[str]) -> dict[str, Any]:
     else:
         data = export(config, request)
     if request.gates is not None:
-        record(
-            run_dir, request.gates, {"to": str(request.to), "checkpoint": request.checkpoint.name, "time": time.time()}
-        )
+        export_record = {"to": str(request.to), "checkpoint": request.checkpoint.name, "time": time.time()}
+        record(run_dir, request.gates, export_record)
     print(f"model: {request.to}")
+
+    # What is made of the export: a GGUF file, a quantised model, a push to the hub.
     names = [path.name for path in averaged or [request.checkpoint]]
     answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(request.to)}
     if gguf is not None:
-        export_gguf.note_waiting(request.to, words, averaged or [last])
+        export_gguf.mark_gguf_missing(request.to, words, averaged or [last])
         answer["gguf"] = str(export_gguf.write(gguf, request.to, verify=config.export.verify))
-        export_gguf.note_converted(request.to)
+        export_gguf.unmark_gguf_missing(request.to)
     if bits is not None and data is not None:
-        answer[str(bits.kind)] = str(export_gguf.write_bits(bits, request.to, data))
+        answer[str(bits.kind)] = str(export_gguf.write_quantised(bits, request.to, data))
     if hub is not None:
         answer["pushed"] = export_hub.push(hub)
     print_serve_commands(request.to)
     return answer
 
 
-def _needs(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:
-    """Whether an export with these words uses a value of the run that reaches out of it."""
+def _is_used_by_export(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:
+    """Whether an export with these words uses a value of the run that reaches out of it. Passed as `RunReader.uses`."""
     from launch.config.read_run import uses_model_alone
 
     if "export.answers" in value.settings:
@@ -182,15 +202,19 @@ def _needs(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:
 
 
 def _exporting_line(request: ExportRequest) -> str:
-    """What is exported where, with a remark if the run is not finished or trained on."""
+    """The message that says what is exported where, with a remark if the run is not finished or trained on."""
     if request.averaged:
         names = ", ".join(path.name for path in request.averaged)
-        return f"exporting the mean of {names} to {request.to}{unfinished(request.run_dir, None)}"
-    return f"exporting {request.checkpoint} to {request.to}{unfinished(request.run_dir, request.checkpoint)}"
+        return f"exporting the mean of {names} to {request.to}{unfinished_remark(request.run_dir, None)}"
+    return f"exporting {request.checkpoint} to {request.to}{unfinished_remark(request.run_dir, request.checkpoint)}"
 
 
-def pass_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest) -> JudgedGates | None:
-    """The verdicts of the run's gates and of those on the command line on the checkpoint. Errors: ConfigError, GateRefused."""
+def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest) -> JudgedGates | None:
+    """Judge the checkpoint by the gates of the run and those on the command line; None if there are no gates.
+
+    A gate is a bound on a metric, such as `eval/loss<2`. Errors: ConfigError for a typed gate that contradicts the run's,
+    GateRefused if one fails and no override gives a reason.
+    """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.export.gates.bounds import OVERRIDE
     from trainer.export.gates.judge import GateRefused, judge, refuse, weights_at
@@ -218,19 +242,21 @@ def pass_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest)
             f"gates: nothing was measured of {request.checkpoint.name} on another base; leave accept out, or say with "
             f"gates.{OVERRIDE}=<why> why it may pass"
         )
-    spare = config.checkpoint.fallback_dir
-    step = next(
-        step for step, path in checkpoints_in(checkpoint_dirs_of(request.run_dir, spare)) if path == request.checkpoint
-    )
-    gate_verdicts = judge(gates, weights_at(request.run_dir, step, spare), config.evaluation.tasks)
+    fallback_dir = config.checkpoint.fallback_dir
+    checkpoints = checkpoints_in(checkpoint_dirs_of(request.run_dir, fallback_dir))
+    step = next(step for step, path in checkpoints if path == request.checkpoint)
+    gate_verdicts = judge(gates, weights_at(request.run_dir, step, fallback_dir), config.evaluation.tasks)
     refuse(gate_verdicts, f"{request.run_dir}, {request.checkpoint.name}")
     for line in gate_verdicts.refused:
         print(f"gate passed over ({gate_verdicts.override}): {line}", flush=True)
     return gate_verdicts
 
 
-def settle(config: RunConfig, words: ExportWords) -> None:
-    """Put the words into the run's own export settings, and make it a run of one process on the CPU."""
+def apply_export_words(config: RunConfig, words: ExportWords) -> None:
+    """Override the run's export settings by the typed words, and turn its configuration into one process on the CPU.
+
+    Errors: ConfigError for documents that cannot be written.
+    """
     from strategies.base import SingleConfig
     from trainer.config.gates import paper_words
     from trainer.config.run import Device
@@ -248,10 +274,10 @@ def settle(config: RunConfig, words: ExportWords) -> None:
 
 
 def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, looks: int = MOST_LOOKS) -> Path:
-    """The directory of the complete checkpoint `last`, `best` or a step. Errors: ConfigError if it is missing or damaged.
+    """The directory of a run's complete checkpoint `which`: `last`, `best` or a step.
 
-    A run that trains deletes old checkpoints: if `last` or `best` goes while it is read, the next one is taken, up to `looks`
-    times.
+    A run that still trains deletes old checkpoints: if `last` or `best` disappears while it is verified, the next one is taken,
+    up to `looks` times. Errors: ConfigError if it is missing or damaged.
     """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.checkpoints.manifest import verify
@@ -273,25 +299,27 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
         step = int(which)
     else:
         raise ConfigError(f"checkpoint={which}: must be last, best or a step; {known}")
+
     path = checkpoints[step]
     problem = verify(path, may_be_deleted=True)
-    if problem and not path.exists() and which in ("last", "best") and looks > 1:
+    was_deleted = problem and not path.exists()
+    if was_deleted and which in ("last", "best") and looks > 1:
         print(
             f"checkpoint={which}: {path.name} was deleted meanwhile, since the run is still training; taking the next",
             flush=True,
         )
         return find_checkpoint(run_dir, which, config, looks=looks - 1)
     if problem:
-        others = [other for other in checkpoints if other != step]
-        instead = f"checkpoint=<step> takes another one of {others}" if others else "there is no other"
+        other_steps = [other for other in checkpoints if other != step]
+        instead = f"checkpoint=<step> takes another one of {other_steps}" if other_steps else "there is no other"
         raise ConfigError(f"checkpoint={which}: {path} {problem}; {instead}")
     return path
 
 
-def tell_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) -> None:
-    """Say of the best checkpoint if the evaluation before the first step was at least as good: then nothing was gained.
+def warn_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) -> None:
+    """Print a warning if the model was at least as good before the first step as at its best `checkpoint`.
 
-    The best checkpoint is the best of those that were evaluated after a step. Both numbers come from `metrics.jsonl`.
+    Then training gained nothing by the watched metric. Both numbers come from `metrics.jsonl`.
     """
     from trainer.config.evaluation import more_is_better
     from trainer.reporting.results import at_step
@@ -311,10 +339,10 @@ def tell_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) 
         )
 
 
-def still_there(request: ExportRequest, config: RunConfig) -> Path:
-    """The checkpoint to export; another one if the run, which still trains, deleted it while the model was built.
+def existing_checkpoint(request: ExportRequest, config: RunConfig) -> Path:
+    """The checkpoint to export, or the next one if the run, which still trains, deleted it while the model was built.
 
-    Errors: ConfigError, also if gates were asked about the one that is gone.
+    Errors: ConfigError if there is none, or if the gates judged the one that is gone.
     """
     if request.checkpoint.is_dir():
         return request.checkpoint
@@ -327,7 +355,11 @@ def still_there(request: ExportRequest, config: RunConfig) -> Path:
 
 
 def best_step(checkpoints: dict[int, Path]) -> int | None:
-    """The best step, as the newest checkpoint says that can be read; a line for each newer one. Errors: ConfigError."""
+    """The best step of a run, as its newest readable checkpoint records it; None if it records none.
+
+    `checkpoints`: directories by step. Prints a line for each newer checkpoint that cannot be read. Errors: ConfigError if none
+    can.
+    """
     from strategies.saving import PROGRESS
     from strategies.state import read_header
     from trainer.checkpoints.manifest import verify
@@ -343,21 +375,26 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
 
 
 def export(config: RunConfig, request: ExportRequest) -> PreparedData:
-    """Rebuild, load and write, as one process; the run's data. Errors: those of building, loading and writing."""
+    """Write the model directory of an export, as a single process on the CPU; returns the run's data.
+
+    Errors: those of building the model, loading the checkpoint and writing.
+    """
     from strategies import runtime as processes
     from trainer.config.run import kept_matmul
 
     run = config.run
     runtime = processes.start("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config))
     try:
-        return _export(config, request, runtime)
+        return _rebuild_and_write(config, request, runtime)
     finally:
         processes.stop()
 
 
-def _export(config: RunConfig, request: ExportRequest, runtime: Runtime) -> PreparedData:
-    """Rebuild the run's model, load the checkpoint or the mean of several, and write the export; returns the run's data."""
-    from strategies.base import Precision
+def _rebuild_and_write(config: RunConfig, request: ExportRequest, runtime: Runtime) -> PreparedData:
+    """Rebuild the run's model, load the checkpoint or the mean of several, and write the export; returns the run's data.
+
+    `runtime`: of this process, which is the only rank.
+    """
     from trainer.build.parts import build_engine
     from trainer.checkpoints.manifest import fingerprint
     from trainer.export.write import write_export
@@ -367,28 +404,25 @@ def _export(config: RunConfig, request: ExportRequest, runtime: Runtime) -> Prep
     from trainer.session.run_data import data_of_run, data_record
 
     tokenizer = load_tokenizer(config.model)
-    record = record_of(request.run_dir)
-    trained_in = record.precision or config.precision
-    if trained_in not in [*Precision]:
-        raise ConfigError(
-            f"{request.run_dir / RUN_RECORD}: its precision is {trained_in}, which is none of {', '.join(Precision)}; "
-            "bring it back"
-        )
-    precision = Precision(trained_in)
-    if precision in (Precision.auto, Precision.fp16):
-        precision = Precision.fp32  # fp16 cannot be computed on a CPU, and masters are float32 anyway
-    recorded = data_record(request.run_dir)
+    record = required_run_record(request.run_dir)
+    precision = _export_precision(config, record, request.run_dir)
+    recorded_data = data_record(request.run_dir)
     config.objective, data, accepted_rows = data_of_run(
-        config, recorded, tokenizer, needed=request.rows_needed, accept=request.accept_data
+        config, recorded_data, tokenizer, needed=request.rows_needed, accept=request.accept_data
     )
     for line in accepted_rows:
         print(f"accepted: {line}", flush=True)
+
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
     if built.step_module.plan.optimizer_hooks is not None:
+        # In the order of a run: AdaLoRA's phases are set before a checkpoint is loaded.
         built.step_module.plan.optimizer_hooks.begin(record.total_steps)
-    if not request.averaged:
-        request.checkpoint = still_there(request, config)
-    progress = average.load_mean(engine, request.averaged) if request.averaged else engine.load(request.checkpoint)
+    if request.averaged:
+        progress = average.load_mean(engine, request.averaged)
+    else:
+        request.checkpoint = existing_checkpoint(request, config)
+        progress = engine.load(request.checkpoint)
+
     # The run measured nothing of a mean of checkpoints, nor of a checkpoint on a base that has changed since.
     as_trained = not request.averaged and not request.accepted
     record = replace(record, label_names=data.label_names)
@@ -412,3 +446,22 @@ def _export(config: RunConfig, request: ExportRequest, runtime: Runtime) -> Prep
         runtime=runtime,
     )
     return data
+
+
+def _export_precision(config: RunConfig, record: RunRecord, run_dir: Path) -> Precision:
+    """The precision in which the export is built and verified: that of the training, if a CPU can compute in it.
+
+    Errors: ConfigError if the run's record names no precision.
+    """
+    from strategies.base import Precision
+
+    trained_in = record.precision or config.precision
+    if trained_in not in [*Precision]:
+        raise ConfigError(
+            f"{run_dir / RUN_RECORD}: its precision is {trained_in}, which is none of {', '.join(Precision)}; "
+            "bring it back"
+        )
+    precision = Precision(trained_in)
+    if precision in (Precision.auto, Precision.fp16):
+        return Precision.fp32  # fp16 cannot be computed on a CPU, and masters are float32 anyway
+    return precision

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.export.quantised import FewBits
     from trainer.session.run_data import RowsNeeded
 
-OF_CONVERTER = ("gguf", "gguf.converter", "gguf.python")
+CONVERTER_WORDS = ("gguf", "gguf.converter", "gguf.python")
 """Words that may be mended before an export goes on."""
 MARKER = ".waits-for-gguf.json"
 """In an export whose GGUF file could not be made: which export it is, so that the same command only converts it."""
@@ -28,12 +28,18 @@ class GgufRequest:
     """The GGUF file that `gguf=` asks for."""
 
     kind: GgufType
+    """The type of its weights, such as q8_0."""
     converter: Converter
+    """llama.cpp's converter and the Python that runs it."""
     name: str
+    """The name of the file and of the model in ollama."""
 
 
 def gguf_request(words: ExportWords, config: RunConfig) -> GgufRequest | None:
-    """The GGUF file of the words; None if they ask for none. Raises ConfigError before anything is written."""
+    """The GGUF file that the words ask for; None if they ask for none.
+
+    Errors: ConfigError for an adapter that is not merged, or without a converter, before anything is written.
+    """
     if words.gguf is None:
         return None
     from trainer.export.gguf import find_converter
@@ -43,8 +49,8 @@ def gguf_request(words: ExportWords, config: RunConfig) -> GgufRequest | None:
     return GgufRequest(words.gguf, converter, words.run.resolve().name)
 
 
-def waits_for_gguf(directory: Path, words: ExportWords, checkpoints: list[Path]) -> bool:
-    """Whether the directory holds this very export, whole, and only its GGUF file is lacking."""
+def lacks_only_gguf(directory: Path, words: ExportWords, checkpoints: list[Path]) -> bool:
+    """Whether an earlier start of the same command has written the whole export, and only its GGUF file is missing."""
     try:
         waiting_export = json.loads((directory / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,39 +58,43 @@ def waits_for_gguf(directory: Path, words: ExportWords, checkpoints: list[Path])
     return bool(waiting_export == _export_key(words, checkpoints))
 
 
-def note_waiting(directory: Path, words: ExportWords, checkpoints: list[Path]) -> None:
-    """Write down which export is whole before it is converted."""
+def mark_gguf_missing(directory: Path, words: ExportWords, checkpoints: list[Path]) -> None:
+    """Record in the directory which export it holds before it is converted, for `lacks_only_gguf`."""
     (directory / MARKER).write_text(json.dumps(_export_key(words, checkpoints)), encoding="utf-8")
 
 
-def note_converted(directory: Path) -> None:
-    """Forget that, once the GGUF file is there."""
+def unmark_gguf_missing(directory: Path) -> None:
+    """Remove the record of `mark_gguf_missing`, once the GGUF file is there."""
     (directory / MARKER).unlink(missing_ok=True)
 
 
 def _export_key(words: ExportWords, checkpoints: list[Path]) -> dict[str, Any]:
-    """What decides an export: the words but those of the converter, which may be mended, and the checkpoints."""
-    deciding = {key: text for key, text in words.typed.items() if key not in OF_CONVERTER}
-    return {"words": deciding, "checkpoints": [path.name for path in checkpoints]}
+    """What identifies an export: its checkpoints, and the words except for those of the converter, which may be mended."""
+    deciding_words = {key: text for key, text in words.typed.items() if key not in CONVERTER_WORDS}
+    return {"words": deciding_words, "checkpoints": [path.name for path in checkpoints]}
 
 
 def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
-    """Convert the export to a GGUF file, verify it, print both, and return the file. Raises ShardtuneError, DriftError."""
+    """Convert an export to a GGUF file, verify it, and print how ollama uses it; returns the file.
+
+    Errors: ConfigError for an adapter, ShardtuneError if the converter fails, DriftError.
+    """
     from trainer.export.gguf import verify_gguf, write_gguf
 
     if not (directory / "config.json").is_file():
         raise ConfigError(
             f"gguf={request.kind}: {directory} is an adapter, and this method cannot be folded into its base"
         )
-    file, missing = write_gguf(directory, request.name, request.kind, request.converter)
-    verified = verify_gguf(file, request.kind) if verify else "not verified"
-    print(f"gguf:   {file}, {file.stat().st_size:,} bytes; {verified}")
-    remark = f" ({missing})" if missing else ""
+    file, missing_part = write_gguf(directory, request.name, request.kind, request.converter)
+    verdict = verify_gguf(file, request.kind) if verify else "not verified"
+    print(f"gguf:   {file}, {file.stat().st_size:,} bytes; {verdict}")
+    remark = f" ({missing_part})" if missing_part else ""
     print(f"ollama: cd {file.parent} && ollama create {request.name} -f Modelfile{remark}")
     return file
 
 
 def _refuse_adapter(word: str, config: RunConfig) -> None:
+    """Refuse a word that needs a whole model, if the export would be an adapter. Errors: ConfigError."""
     from trainer.tuning.base import LoraConfig
 
     if isinstance(config.tuning, LoraConfig) and not config.export.merge:
@@ -92,7 +102,7 @@ def _refuse_adapter(word: str, config: RunConfig) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class FewBitsRequest:
+class QuantisedRequest:
     """The type that `bits=` asks for."""
 
     kind: FewBits
@@ -100,7 +110,7 @@ class FewBitsRequest:
     """Python of the environment that stores it, if that is not this one."""
 
 
-def few_bits_request(words: ExportWords, config: RunConfig) -> FewBitsRequest | None:
+def quantised_request(words: ExportWords, config: RunConfig) -> QuantisedRequest | None:
     """The type that `bits=` asks for. Raises ConfigError before anything is written."""
     if words.bits is None:
         return None
@@ -109,11 +119,14 @@ def few_bits_request(words: ExportWords, config: RunConfig) -> FewBitsRequest | 
 
     kind = check_few_bits(words.bits)
     _refuse_adapter(f"bits={words.bits}", config)
-    return FewBitsRequest(kind, find_python(words.bits_python) if kind.stored_by_other_python else None)
+    return QuantisedRequest(kind, find_python(words.bits_python) if kind.stored_by_other_python else None)
 
 
-def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
-    """Raise ConfigError, before anything is written, if bitsandbytes could not multiply the matrices of the run's model here."""
+def refuse_unsupported_sizes(kind: FewBits, config: RunConfig) -> None:
+    """Refuse nf4 for a model whose matrices bitsandbytes could not multiply here, before anything is written.
+
+    Errors: ConfigError.
+    """
     if kind != "nf4":
         return
     import torch
@@ -125,15 +138,15 @@ def refuse_sizes(kind: FewBits, config: RunConfig) -> None:
 
     settings = load_model_config(config.model)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes alone, without memory
             model = auto_class(ModelKind.causal, settings).from_config(settings)
     except Exception:  # noqa: BLE001 - what cannot be built is told when the run's own model is
         return
     refuse_unsupported_4bit(f"bits={kind}", model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def rows_needed(request: FewBitsRequest) -> RowsNeeded:
-    """Why the type needs rows of the run, for the error if they are gone."""
+def rows_needed(request: QuantisedRequest) -> RowsNeeded:
+    """What a quantised type needs rows of the run for, for the error message if they are gone."""
     from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_DOCUMENTS
     from trainer.session.run_data import RowsNeeded
 
@@ -143,10 +156,11 @@ def rows_needed(request: FewBitsRequest) -> RowsNeeded:
     return RowsNeeded(purpose, f"Leave bits={request.kind} out")
 
 
-def write_bits(request: FewBitsRequest, directory: Path, data: PreparedData) -> Path:
-    """Store the export in few bits, print what that costs in loss on held-out documents, and return its folder.
+def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedData) -> Path:
+    """Write a quantised copy of an export, and print how much the quantisation raises the loss; returns its folder.
 
-    If no documents were held out, the loss is that of training documents. Calibration uses the first documents of training.
+    The loss is that of held-out documents, or of training documents if there are none. Calibration uses the first documents of
+    training. Errors: ConfigError for an adapter.
     """
     from launch.serve.exported import find_export
     from trainer.export.llm_compressor import Compressor
@@ -155,19 +169,21 @@ def write_bits(request: FewBitsRequest, directory: Path, data: PreparedData) -> 
     kind = request.kind
     if find_export(str(directory)).base is not None:
         raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be folded into its base")
-    measured = data.train if data.evaluation is None else data.evaluation
-    samples = [measured.sample(number) for number in range(min(len(measured), MAX_DOCUMENTS))]
+    measured_split = data.train if data.evaluation is None else data.evaluation
+    number_of_samples = min(len(measured_split), MAX_DOCUMENTS)
+    samples = [measured_split.sample(index) for index in range(number_of_samples)]
     compressor = None
     if request.python is not None:
-        rows = []
-        for number in range(min(len(data.train), MAX_CALIBRATION_DOCUMENTS)):
-            rows.append(data.train.sample(number).input_ids[:MAX_TOKENS].tolist())
-        compressor = Compressor(request.python, rows)
-    split = "training" if data.evaluation is None else "held-out"
-    folder, cost = write_few_bits(directory, kind, samples, split, compressor)
+        calibration_rows = []
+        for index in range(min(len(data.train), MAX_CALIBRATION_DOCUMENTS)):
+            calibration_rows.append(data.train.sample(index).input_ids[:MAX_TOKENS].tolist())
+        compressor = Compressor(request.python, calibration_rows)
+    split_name = "training" if data.evaluation is None else "held-out"
+    folder, cost = write_few_bits(directory, kind, samples, split_name, compressor)
     print(f"{kind}: {folder}, {_weights_bytes(folder):,} bytes of {_weights_bytes(directory):,}; {cost}")
     return folder
 
 
 def _weights_bytes(directory: Path) -> int:
+    """The size of the safetensors files in a directory, in bytes."""
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

@@ -23,14 +23,22 @@ class HubTarget:
     """The repository that an export is pushed to, and the folder that is pushed."""
 
     name: str
+    """`<owner>/<name>`."""
     private: bool
+    """Whether the repository is created private."""
     folder: Path
+    """The directory that is pushed, in the run directory."""
     is_dry_run: bool
+    """Whether the folder is written but not pushed."""
     exists: bool = False
+    """Whether the repository exists already."""
 
 
 def hub_target(words: ExportWords) -> HubTarget | None:
-    """The repository of `to=hub:`, looked up at the hub unless it is a dry run; None for a directory. Raises ConfigError."""
+    """The repository that `to=hub:` names, looked up at the hub unless it is a dry run; None if `to` is a directory.
+
+    Errors: ConfigError for a bad name, or a repository that could not be pushed to.
+    """
     to = words.to or ""
     if not to.startswith(PREFIX):
         return None
@@ -45,13 +53,16 @@ def hub_target(words: ExportWords) -> HubTarget | None:
     if "/" not in name:
         raise ConfigError(f"to={to}: name the owner too, as to=hub:<owner>/{name}")
     folder = words.run / "hub" / name.replace("/", "--")
-    if words.dry_run or _offline():
+    if words.dry_run or _is_offline():
         return HubTarget(name, words.hub_private, folder, True)
-    return HubTarget(name, words.hub_private, folder, False, _exists(name, words.hub_private))
+    return HubTarget(name, words.hub_private, folder, False, _repository_exists(name, words.hub_private))
 
 
 def benchmarks_of(typed: str) -> dict[str, str]:
-    """The data sets of `benchmarks={task: <owner>/<data set>[/<task there>]}`, by task. Raises ConfigError."""
+    """The hub's data sets behind evaluation tasks, by task, for the model card: `{facts: owner/name}`. Errors: ConfigError.
+
+    `typed`: the value of `benchmarks=`.
+    """
     import yaml
 
     try:
@@ -65,12 +76,16 @@ def benchmarks_of(typed: str) -> dict[str, str]:
     return {str(task): str(data_set) for task, data_set in data_sets.items()}
 
 
-def _offline() -> bool:
+def _is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to use the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _exists(name: str, private: bool) -> bool:
-    """Whether the repository exists. Raises, before anything is written, if it could not be pushed to."""
+def _repository_exists(name: str, private: bool) -> bool:
+    """Whether a repository exists on the hub. Errors, before anything is written, if it could not be pushed to.
+
+    ConfigError without a token, or for a public repository if `private` is set; ShardtuneError if the hub cannot be reached.
+    """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -93,6 +108,7 @@ def _exists(name: str, private: bool) -> bool:
 
 
 def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
+    """The error to raise for one of the hub's client: ConfigError if the token may not write, else ShardtuneError."""
     from huggingface_hub.errors import HfHubHTTPError
 
     reason = " ".join(str(error).split())[:200]
@@ -104,27 +120,30 @@ def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
 
 
 def push(target: HubTarget) -> str | None:
-    """List the folder, and push it unless it is a dry run; returns the commit's address. Raises ShardtuneError if it fails."""
+    """List the files of an export's folder, and push them to the hub unless it is a dry run; returns the commit's address.
+
+    None for a dry run. Errors: ShardtuneError if the push fails.
+    """
     files = sorted(path for path in target.folder.rglob("*") if path.is_file())
-    sizes = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}
-    rows = [TableRow((f"{size:,}", name)) for name, size in sizes.items()]
+    size_by_name = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}
+    rows = [TableRow((f"{size_bytes:,}", name)) for name, size_bytes in size_by_name.items()]
     print("\n".join(table((Column(is_number=True), Column()), rows, indent=2)))
-    what = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
-    kind = "private" if target.private else "public"
+    what = f"{len(files)} files, {sum(size_by_name.values()):,} bytes"
+    visibility = "private" if target.private else "public"
     if target.is_dry_run:
-        again = "without --dry-run" if not _offline() else "with a network, without HF_HUB_OFFLINE"
+        change = "without --dry-run" if not _is_offline() else "with a network, without HF_HUB_OFFLINE"
         print(
-            f"not pushed: {what} would go to the {kind} repository {target.name}; the same command {again} pushes them"
+            f"not pushed: {what} would go to the {visibility} repository {target.name}; the same command {change} pushes them"
         )
         return None
-    print(f"pushing {what} to the {kind} repository {target.name}", flush=True)
-    address = str(_push_folder(target))
-    print(f"pushed: {address}")
-    return address
+    print(f"pushing {what} to the {visibility} repository {target.name}", flush=True)
+    commit_url = str(_push_folder(target))
+    print(f"pushed: {commit_url}")
+    return commit_url
 
 
 def _push_folder(target: HubTarget) -> Any:
-    """Create the repository if it does not exist and upload the folder; returns the commit's address. Raises ShardtuneError."""
+    """Create the repository if it does not exist, and upload the folder; returns the commit's address. Errors: ShardtuneError."""
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -75,27 +75,33 @@ class ExportWords(VerbWords):
 
 
 def read_gates(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """(the gates that are typed, a line about each word that is none)."""
+    """Read the gates among the words of `export`; returns (bounds by metric, a problem for each word that is no gate)."""
     from trainer.export.gates.bounds import problems, read_word
 
     gates: dict[str, Any] = {}
     unusable: list[str] = []
-    for each in words:
-        typed, problem = read_word(each)
-        unusable += [problem] if typed is None else problems(typed)
-        gates |= typed or {}
+    for gate_word in words:
+        typed_gates, problem = read_word(gate_word)
+        if typed_gates is None:
+            unusable.append(problem)
+            continue
+        unusable += problems(typed_gates)
+        gates |= typed_gates
     return gates, unusable
 
 
 def refuse_no_run(run: Path) -> None:
-    """Raise ConfigError if the directory holds no run."""
+    """Refuse a directory that holds no run. Errors: ConfigError."""
     if not (run / "config.yaml").is_file():
         what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
         raise ConfigError(f"{run}: {what}; name a run, as in shardtune export runs/x")
 
 
 def destination(run_dir: Path, to: str | None, *, holds_it: bool = False) -> Path:
-    """Where the export goes. Errors: ConfigError for a directory that holds something else; `holds_it`: it holds this export."""
+    """The directory that the export is written to: `to`, or `export` in the run directory.
+
+    `holds_it`: whether it holds this very export already. Errors: ConfigError for a directory that holds anything else.
+    """
     if to is None:
         return run_dir / "export"
     path = Path(to).expanduser()
@@ -104,8 +110,8 @@ def destination(run_dir: Path, to: str | None, *, holds_it: bool = False) -> Pat
     return path
 
 
-def unfinished(run_dir: Path, checkpoint: Path | None) -> str:
-    """A remark that the run is not finished, or that it trained on after the checkpoint; else empty."""
+def unfinished_remark(run_dir: Path, checkpoint: Path | None) -> str:
+    """A remark for the export's message that the run is not finished, or trained on after the checkpoint; else empty."""
     from trainer.reporting.status import State, read_status
 
     status = read_status(run_dir)
@@ -116,8 +122,8 @@ def unfinished(run_dir: Path, checkpoint: Path | None) -> str:
     return f"; the run ended at step {last}" if behind else ""
 
 
-def record_of(run_dir: Path) -> RunRecord:
-    """The run's record. Raises ConfigError if it cannot be read."""
+def required_run_record(run_dir: Path) -> RunRecord:
+    """The record of a run (run.json), which an export cannot do without. Errors: ConfigError if it cannot be read."""
     try:
         return read_run_record(run_dir)
     except (OSError, ValueError, RecursionError) as error:

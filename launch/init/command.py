@@ -15,7 +15,7 @@ from launch.output import print_json
 from strategies.errors import ConfigError, StorageError, key_of_problem
 
 if TYPE_CHECKING:
-    from launch.config.importers.conversion import Converted
+    from launch.config.importers.conversion import ConvertedSettings
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class InitResult:
     to: str
     settings: dict[str, Any]
     """The settings of the file, by full key, the choices of groups included."""
-    converted: Converted | None = None
+    converted: ConvertedSettings | None = None
     to_settle: list[str] = field(default_factory=list)
     """Why a run of the file would be refused as it is."""
     replaced: list[str] = field(default_factory=list)
@@ -134,7 +134,7 @@ def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tup
     return result, text
 
 
-def _words_that_compose(converted: Converted, typed: list[str]) -> list[str]:
+def _words_that_compose(converted: ConvertedSettings, typed: list[str]) -> list[str]:
     """The words of the other trainer's file, then the typed ones, without those of the file that cannot be used.
 
     These are taken out of `converted`, with the reason. Errors: ConfigError if a typed word cannot be used.
@@ -160,7 +160,7 @@ def _words_that_compose(converted: Converted, typed: list[str]) -> list[str]:
         if not reasons:
             raise ConfigError(problems)
         for key in [key for key in file_words if key in reasons]:
-            converted.drop(key, reasons[key])
+            converted.withdraw(key, reasons[key])
 
 
 HOW_TO_EDIT = [
@@ -178,14 +178,14 @@ def _refuse_resets(words: list[str]) -> None:
         raise ConfigError(problems)
 
 
-def _escaped_words(converted: Converted) -> dict[str, str]:
+def _escaped_words(converted: ConvertedSettings) -> dict[str, str]:
     """Our words for the other trainer's file. `${...}` in them stays text, since somebody else may have written it."""
     from trainer.reporting.settings_file import literal
 
     return {key: literal(value) for key, value in converted.words.items()}
 
 
-def _drop_overridden(converted: Converted, typed: list[str]) -> list[str]:
+def _drop_overridden(converted: ConvertedSettings, typed: list[str]) -> list[str]:
     """Take out the words that a typed one overrides: the same key, another budget, other data. Returns their settings."""
     typed_keys = {word.lstrip("+").partition("=")[0] for word in typed if "=" in word}
     has_budget = any(key.startswith("budget.") for key in typed_keys)
@@ -201,12 +201,16 @@ def _drop_overridden(converted: Converted, typed: list[str]) -> list[str]:
         )
         if is_overridden:
             del converted.words[key]
-            replaced += [str(source) for source in converted.origin.pop(key)]
+            replaced += [str(source) for source in converted.sources_by_key.pop(key)]
     return replaced
 
 
 def _build_file(
-    words: list[str], target: Path, converted: Converted | None, head: list[str], to_settle: list[str] | None = None
+    words: list[str],
+    target: Path,
+    converted: ConvertedSettings | None,
+    head: list[str],
+    to_settle: list[str] | None = None,
 ) -> tuple[InitResult, str]:
     """(the result, the text of the file) for words that compose. `head`: the first sentences of the file."""
     from launch.config.overrides import parse
@@ -215,7 +219,7 @@ def _build_file(
     parsed = parse(words)
     origin = {}
     if converted is not None:
-        origin = {key: "; ".join(map(str, sources)) for key, sources in converted.origin.items()}
+        origin = {key: "; ".join(map(str, sources)) for key, sources in converted.sources_by_key.items()}
     text = file_text(commented(head), parsed, origin, commented(_tail(converted, to_settle or [])))
     settings: dict[str, Any] = dict(parsed.choices)
     for key, value, _ in parsed.values:
@@ -223,7 +227,7 @@ def _build_file(
     return InitResult(str(target), settings, converted), text
 
 
-def _tail(converted: Converted | None, to_settle: list[str]) -> list[str]:
+def _tail(converted: ConvertedSettings | None, to_settle: list[str]) -> list[str]:
     """The lines at the end of the file: what of another trainer's file is no setting of ours."""
     if converted is None:
         return []
@@ -234,14 +238,14 @@ def _tail(converted: Converted | None, to_settle: list[str]) -> list[str]:
     return lines[1:]
 
 
-def _sections(converted: Converted, to_settle: list[str]) -> list[tuple[str, list[str]]]:
+def _sections(converted: ConvertedSettings, to_settle: list[str]) -> list[tuple[str, list[str]]]:
     """(title, entries) of what the user should know about a converted file, in the order of importance."""
     return [
         ("to settle before it trains", to_settle),
-        ("empty there, so nothing was said", [", ".join(converted.empty)] if converted.empty else []),
-        (NEEDLESS_TITLE, list(map(str, converted.needless))),
+        ("empty there, so nothing was said", [", ".join(converted.without_value)] if converted.without_value else []),
+        (NEEDLESS_TITLE, list(map(str, converted.not_needed))),
         ("taken, with a difference", list(map(str, converted.remarks))),
-        ("no equal here", list(map(str, converted.no_equal))),
+        ("no equal here", list(map(str, converted.unsupported))),
     ]
 
 
@@ -263,11 +267,11 @@ def as_dict(result: InitResult) -> dict[str, Any]:
     if converted is not None:
         answer |= {
             "trainer": converted.trainer,
-            "origin": {key: list(map(str, sources)) for key, sources in converted.origin.items()},
-            "no_equal": list(map(asdict, converted.no_equal)),
+            "origin": {key: list(map(str, sources)) for key, sources in converted.sources_by_key.items()},
+            "no_equal": list(map(asdict, converted.unsupported)),
             "differs": list(map(asdict, converted.remarks)),
-            "needless": list(map(asdict, converted.needless)),
-            "empty": converted.empty,
+            "needless": list(map(asdict, converted.not_needed)),
+            "empty": converted.without_value,
             "replaced": result.replaced,
             "to_settle": result.to_settle,
         }
@@ -286,11 +290,11 @@ def answer_lines(result: InitResult) -> list[str]:
             continue
         if title == NEEDLESS_TITLE:  # usually dozens: the names are enough here, the file has the reasons
             title = f"{title} (why: {result.to})"
-            entries = [", ".join(note.setting for note in converted.needless)]
+            entries = [", ".join(note.setting for note in converted.not_needed)]
         lines.append(f"{title}:")
         for entry in entries:
             lines += _folded(entry)
-    if not converted.no_equal:
+    if not converted.unsupported:
         lines.append("everything in it has an equal here")
     return lines
 

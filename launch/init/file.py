@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from launch.config.choices import CONF_DIR, groups, register_schemas, settings_of, variants
+from launch.config.choices import CONF_DIR, choices_by_group, register_schemas, settings_class_of, settings_classes
 from launch.config.compose import hydra_words
 from launch.config.user_files import CHOSEN_BY_NAME
 from trainer.config.descriptions import all_docstrings, docstrings
 from trainer.config.run import RunConfig
 
 if TYPE_CHECKING:
-    from launch.config.overrides import Parsed
+    from launch.config.overrides import ParsedWords
 
 WIDTH = 100
 NAMES = """
@@ -56,7 +56,7 @@ class FileContent:
     """What a setting was in another trainer's file, by our key."""
 
 
-def file_text(head: list[str], parsed: Parsed, origin: Mapping[str, str], tail: list[str]) -> str:
+def file_text(head: list[str], parsed: ParsedWords, origin: Mapping[str, str], tail: list[str]) -> str:
     """The whole file for words that compose. `origin`: what a setting was in another trainer's file, by our key."""
     content = FileContent(parsed.choices, defaults_of(parsed.choices), origin)
     set_values = nested(parsed)
@@ -69,7 +69,7 @@ def file_text(head: list[str], parsed: Parsed, origin: Mapping[str, str], tail: 
     for name, annotation in get_type_hints(RunConfig).items():
         if name == "substitutions":
             continue
-        if is_dataclass(annotation) or name in variants():
+        if is_dataclass(annotation) or name in settings_classes():
             assert isinstance(annotation, type)
             block = _group(name, annotation, set_values.get(name, {}), content)
         elif name == "batch":
@@ -82,7 +82,7 @@ def file_text(head: list[str], parsed: Parsed, origin: Mapping[str, str], tail: 
     return "\n".join([*lines, *tail]).rstrip() + "\n"
 
 
-def nested(parsed: Parsed) -> dict[str, Any]:
+def nested(parsed: ParsedWords) -> dict[str, Any]:
     """The typed values as nested blocks."""
     tree: dict[str, Any] = {}
     for key, value, _ in parsed.values:
@@ -126,9 +126,11 @@ def _group(name: str, annotation: type, set_values: dict[str, Any], content: Fil
     if name in CHOSEN_BY_NAME:
         typed_choice = content.choices.get(name)
         choice = typed_choice or str(dumped(group_defaults.name))
-        if name in variants():
-            settings = settings_of(name, choice)
-        lines += _folded(f"One of {', '.join(groups()[name])}; docs/config.md lists the settings of each.", "  ")
+        if name in settings_classes():
+            settings = settings_class_of(name, choice)
+        lines += _folded(
+            f"One of {', '.join(choices_by_group()[name])}; docs/config.md lists the settings of each.", "  "
+        )
         lines.append(f"  name: {choice}{_origin_comment(name, content)}" if typed_choice else f"  # name: {choice}")
     lines += _block(name, settings, group_defaults, set_values, content, depth=1)
     if not lines:

@@ -3,9 +3,9 @@
 import sys
 
 if __name__ == "__main__":
-    from launch.main import guarded
+    from launch.main import run_guarded
     from launch.streams import restart_in_utf8
 
     restart_in_utf8()
 
-    sys.exit(guarded("job", sys.argv[1:]))
+    sys.exit(run_guarded("job", sys.argv[1:]))

@@ -120,12 +120,12 @@ def measured_by(request: PlanRequest, command: list[str]) -> Calibrated:
 
     `command` is the command as it was typed, for messages.
     """
-    from launch.config.read_run import take_words
+    from launch.config.read_run import split_allowing_words
     from launch.plan.from_run import ALLOWING, Calibrated, calibrated
 
     run_dir = request.words.measured
     allowing_words = [setting for setting in request.words.settings if setting.startswith(ALLOWING)]
-    allowing, unknown = take_words(allowing_words, ALLOWING)
+    allowing, unknown = split_allowing_words(allowing_words, ALLOWING)
     if unknown:
         raise ConfigError(f"{unknown[0]}: allows nothing; from.* takes what the run of from= reaches out to")
     if run_dir is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from launch.cluster.advice import as_submitted, gpu_kinds, list_partitions
+from launch.cluster.advice import as_submitted, gpu_kinds_of_job, list_partitions
 from launch.cluster.long_steps import long_step_notes, reckoned_step_s
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.hardware import advice
@@ -129,7 +129,7 @@ def _long_step_notes(config: RunConfig, built: Built, samples: SampledLengths) -
     # A token's attention is as long as its document: on average over tokens, not over documents.
     mean_length = float(samples.squares.sum()) / float(samples.tokens.sum())
     flops = model_flops_per_token(built, mean_length, 0.5)
-    step_s = reckoned_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds(slurm, partitions))
+    step_s = reckoned_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds_of_job(slurm, partitions))
     return [f"warning: {note}" for note in long_step_notes(config, step_s)]
 
 

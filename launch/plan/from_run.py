@@ -109,13 +109,13 @@ def _read_measured_run(
     run_dir: Path, allowing: list[str], command: list[str]
 ) -> tuple[RunConfig, RunRecord, MeasuredCost]:
     """(configuration, `run.json`, its measured costs) of a run on GPUs. Raises ConfigError if it is not one, or has none."""
-    from launch.config.read_run import ReadingVerb, read_run, uses_model_alone
+    from launch.config.read_run import RunReader, read_run, uses_model_alone
 
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(
             f"from={run_dir}: not a run directory (there is no config.yaml in it); name one of a run on GPUs"
         )
-    config = read_run(run_dir, ReadingVerb(command, uses_model_alone, ALLOWING), allowing)
+    config = read_run(run_dir, RunReader(command, uses_model_alone, ALLOWING), allowing)
     try:
         record = read_run_record(run_dir)
     except (OSError, ValueError, RecursionError) as error:

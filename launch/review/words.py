@@ -87,14 +87,14 @@ class MakeRequest:
 def read_make_words(argv: list[str]) -> MakeRequest:
     """Read the words of `review make`, find the checkpoint, and check the arms. Errors: ConfigError with every problem."""
     from launch.config.compose import recompose
-    from launch.config.read_run import ReadingVerb, read_run, take_words
+    from launch.config.read_run import RunReader, read_run, split_allowing_words
     from launch.export.command import find_checkpoint
     from trainer.checkpoints.manifest import fingerprint
     from trainer.config.ranges import range_problems
     from trainer.session.base_files import use_recorded_base
 
     command = ["review", "make", *argv]
-    allowing, argv = take_words(argv, ARMS_PREFIX)
+    allowing, argv = split_allowing_words(argv, ARMS_PREFIX)
     words, problems = read_words("review make", MakeWords, argv)
     if problems:
         raise ConfigError(problems)
@@ -110,7 +110,7 @@ def read_make_words(argv: list[str]) -> MakeRequest:
         frozen.run.resume = "auto"
         return recompose(frozen, setting_words, SETTABLE_GROUPS)
 
-    reading_verb = ReadingVerb(command, _uses_outside_value, own_groups=SETTABLE_GROUPS)
+    reading_verb = RunReader(command, _uses_outside_value, own_groups=SETTABLE_GROUPS)
     config = read_run(run, reading_verb, settings, compose_for_review)
     checkpoint = find_checkpoint(run, words.checkpoint, config.checkpoint)
     accepted = use_recorded_base(config, run, words.accept, teacher=True, start=True)

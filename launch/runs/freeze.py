@@ -8,7 +8,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from launch.config.frozen import Composed, is_finished, same_or_refuse, to_yaml
+from launch.config.frozen import Composed, is_finished, resume_or_refuse, to_yaml
 from launch.config.trusted_values import remember_config
 from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfinished_job
 from strategies.errors import ConfigError
@@ -44,7 +44,7 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if config_file.exists():
         is_done = is_finished(run_dir)
-        same_or_refuse(
+        resume_or_refuse(
             composed,
             config_file,
             has_progress=bool(checkpoints) or is_done,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.output import Column, TableRow, cut, fold, table
+from launch.output import Column, TableRow, fold, table, truncate_to_width
 from launch.runs import efficiency, pipeline_jobs
 from launch.runs.checkpoints import CheckpointList, StoredCheckpoint
 from launch.runs.metrics_tail import loss_curve
@@ -89,7 +89,7 @@ def status_text(status: RunsStatus, damaged: Mapping[Path, str] | None, *, live:
         lines += ["", "all checkpoints are intact"]
     lines += _other_job_lines(status)
     if status.queue.problem:
-        lines += ["", cut(f"queue: {status.queue.problem}")]
+        lines += ["", truncate_to_width(f"queue: {status.queue.problem}")]
     return "\n".join(lines)
 
 
@@ -140,7 +140,7 @@ def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
     notes = []
     location_and_reason = _location_and_reason(run)
     if location_and_reason:
-        notes.append(cut(f"  {location_and_reason}"))
+        notes.append(truncate_to_width(f"  {location_and_reason}"))
     if live and run.state == State.running:
         losses = loss_curve(run.directory / "metrics.jsonl", CURVE_POINTS)
         if losses:
@@ -181,7 +181,7 @@ def _other_job_lines(status: RunsStatus) -> list[str]:
     if not other_jobs:
         return []
     lines = ["", "other jobs of yours in the queue:"]
-    lines += [cut(f"  {job.description}  ({job.name})") for job in other_jobs[:MAX_LISTED_JOBS]]
+    lines += [truncate_to_width(f"  {job.description}  ({job.name})") for job in other_jobs[:MAX_LISTED_JOBS]]
     if len(other_jobs) > MAX_LISTED_JOBS:
         lines.append(f"  and {len(other_jobs) - MAX_LISTED_JOBS} more")
     return lines

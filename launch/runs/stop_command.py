@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
-from launch.output import print_json, said_to_stderr
+from launch.output import print_json, stdout_to_stderr
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0 if argv else 64
     words = stop_words(argv)
-    with said_to_stderr(words.as_json):
+    with stdout_to_stderr(words.as_json):
         exit_code, method = stop(words.run, words.wait_s, dry_run=words.dry_run)
     if words.as_json:
         print_json(run_summary(words.run, method))

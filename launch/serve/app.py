@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from launch.serve.config import ServeConfig
 from launch.serve.middleware import TransformersMiddleware
-from launch.serve.requests import Served
+from launch.serve.requests import ServedTextModel
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 
@@ -18,18 +18,18 @@ PACKAGES = ("fastapi", "uvicorn", "openai")
 
 
 def refuse_missing_packages() -> None:
-    """Raise ConfigError if a package that the server needs is not installed."""
+    """Refuse to serve without the packages that the server needs, such as fastapi. Errors: ConfigError."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ConfigError(f"serve: needs {', '.join(missing)}; {install_command('serve')}")
 
 
 def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddleware:
-    """The ASGI application that answers for `chat_model`."""
+    """The ASGI application that answers OpenAI-compatible requests with `chat_model`: transformers' server behind our checks."""
     # Imported here: the packages that it needs are checked first.
-    from launch.serve.compat import OneModel, seed_by_request, text_server
+    from launch.serve.compat import SingleModelManager, seed_by_request, text_server
 
-    manager = OneModel(chat_model.name, chat_model.model, chat_model.tokenizer, chat_model.positions)
+    manager = SingleModelManager(chat_model.name, chat_model.model, chat_model.tokenizer, chat_model.context_length)
     app, shut_down = text_server(manager, batching=config.batching)
     if not config.batching:
         seed_by_request(chat_model.model)
@@ -39,14 +39,14 @@ def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddl
         generation_config.temperature = None
         generation_config.top_p = None
         generation_config.top_k = None
-    served = Served(
-        chat_model.name,
-        chat_model.tokenizer,
-        chat_model.positions,
-        config.max_tokens,
-        chat_model.samples_by_default,
-        config.batching,
+    served_model = ServedTextModel(
+        name=chat_model.name,
+        tokenizer=chat_model.tokenizer,
+        context_length=chat_model.context_length,
+        max_tokens=config.max_tokens,
+        samples_by_default=chat_model.samples_by_default,
+        batching=config.batching,
     )
-    guard = TransformersMiddleware(app, served, config)
-    guard.close = shut_down
-    return guard
+    middleware = TransformersMiddleware(app, served_model, config)
+    middleware.close = shut_down
+    return middleware

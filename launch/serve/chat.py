@@ -61,7 +61,10 @@ In the terminal: /new starts a new conversation, /quit or Ctrl-D ends chat, Ctrl
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError."""
+    """Run `shardtune chat` with these words: one answer to a typed or piped prompt, or a dialogue; returns the exit code.
+
+    Errors: ConfigError.
+    """
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -73,7 +76,9 @@ def main(argv: list[str]) -> int:
     exported = find_export(words.export)
     for line in compare_base(exported, accept="base" in words.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
-    against = words.against or ("base" if sys.stdout.isatty() and not words.as_json else "none")
+    # A script wants the answer alone; in a terminal the base shows what the tuning has changed.
+    is_for_people = sys.stdout.isatty() and not words.as_json
+    against = words.against or ("base" if is_for_people else "none")
     other_export = None if against in ("base", "none") else find_export(against)
     prompt = words.prompt
     if prompt is None and not sys.stdin.isatty():
@@ -88,7 +93,10 @@ def main(argv: list[str]) -> int:
 
 
 def _load_conversations(exported: Any, other_export: Any, against: str, words: ChatWords) -> list[Conversation]:
-    """Load the models: the one to compare with first (`against`, if it is not none), the tuned one last. Errors: ConfigError."""
+    """Load the models that answer, with a conversation each: the tuned one last, and before it the one to compare with.
+
+    `against`: `base`, `none`, or as typed for `other_export`. Errors: ConfigError.
+    """
     from launch.serve.conversation import ChatSettings, Conversation
     from launch.serve.models import load, load_base
 
@@ -108,23 +116,27 @@ def _load_conversations(exported: Any, other_export: Any, against: str, words: C
             print("(the base model is not on this machine: only the tuned model answers)", file=sys.stderr)
     elif other_export is not None:
         other_model = load(other_export, **placement)
-    return [Conversation(chat_model, settings) for chat_model in (other_model, tuned) if chat_model is not None]
+    chat_models = [tuned] if other_model is None else [other_model, tuned]
+    return [Conversation(chat_model, settings) for chat_model in chat_models]
 
 
 def _one_answer(conversations: list[Conversation], prompt: str, as_json: bool) -> None:
-    """Print the answer of each model to one prompt, as a JSON object if `as_json`."""
+    """Print the answer of each model to one prompt, as one JSON object if `as_json`."""
     from launch.serve.chat_screen import stream_in_columns
 
     if as_json:
-        answers = [
-            {
-                "model": conversation.chat_model.name,
-                "text": "".join(conversation.stream_answer(prompt)),
-                "tokens": conversation.tokens,
-                "cut": conversation.is_cut,
-            }
-            for conversation in conversations
-        ]
+        answers = []
+        for conversation in conversations:
+            # Generated first: `tokens` and `is_cut` are about the last answer.
+            text = "".join(conversation.stream_answer(prompt))
+            answers.append(
+                {
+                    "model": conversation.chat_model.name,
+                    "text": text,
+                    "tokens": conversation.tokens,
+                    "cut": conversation.is_cut,
+                }
+            )
         print(json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False))
         return
     if sys.stdout.isatty() and len(conversations) > 1:
@@ -134,6 +146,7 @@ def _one_answer(conversations: list[Conversation], prompt: str, as_json: bool) -
         if len(conversations) > 1:
             print(f"{conversation.chat_model.name}:")
         for piece in conversation.stream_answer(prompt):
+            # A terminal would obey control characters that the model writes; a file gets them as they are.
             print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         print()
         if conversation.is_cut:
@@ -141,7 +154,7 @@ def _one_answer(conversations: list[Conversation], prompt: str, as_json: bool) -
 
 
 def _converse(conversations: list[Conversation]) -> int:
-    """Read prompts from the terminal and show the answers until /quit or Ctrl-D; returns 0."""
+    """Read prompts from the terminal and show each model's answers until /quit or Ctrl-D; returns the exit code 0."""
     from launch.serve.chat_screen import stream_in_columns
 
     names = " and ".join(conversation.chat_model.name for conversation in conversations)

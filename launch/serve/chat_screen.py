@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def stream_in_columns(conversations: list[Conversation], prompt: str, console: Any = None) -> None:
-    """Stream the answers of all models, each in a column; Ctrl-C ends the answers, not the program.
+    """Stream the answers of all models to one prompt into a terminal, side by side. Ctrl-C ends the answers, not the program.
 
-    An error of one of them is raised when the others are done.
+    `console`: rich's console; None for stdout. An error of one model is raised when the others are done.
     """
     from rich.console import Console
     from rich.live import Live
@@ -37,22 +37,30 @@ def stream_in_columns(conversations: list[Conversation], prompt: str, console: A
 
 
 class _Answers:
-    """The answers to a prompt, each written by a thread of its own, or one after the other if they are sampled."""
+    """The answers of all models to a prompt, generated in threads while they are drawn.
+
+    Each model has a thread of its own, or all share one and answer in turn if answers are sampled.
+    """
 
     def __init__(self, conversations: list[Conversation], prompt: str) -> None:
         self.errors: list[BaseException] = []
         self._conversations = conversations
         self._texts = ["" for _ in conversations]
+        """The text of each answer so far."""
         indices = list(range(len(conversations)))
         if any(conversation.is_sampled for conversation in conversations):  # the process has one seed
-            groups = [indices]
+            indices_by_thread = [indices]
         else:
-            groups = [[index] for index in indices]
-        self._threads = [threading.Thread(target=self._write, args=(group, prompt), daemon=True) for group in groups]
+            indices_by_thread = [[index] for index in indices]
+        self._threads = []
+        for thread_indices in indices_by_thread:
+            thread = threading.Thread(target=self._generate, args=(thread_indices, prompt), daemon=True)
+            self._threads.append(thread)
         for thread in self._threads:
             thread.start()
 
-    def _write(self, indices: list[int], prompt: str) -> None:
+    def _generate(self, indices: list[int], prompt: str) -> None:
+        """Generate the answers of the models with these indices, one after the other. Runs in a thread."""
         try:
             for index in indices:
                 for piece in self._conversations[index].stream_answer(prompt):
@@ -61,6 +69,7 @@ class _Answers:
             self.errors.append(error)
 
     def are_being_written(self) -> bool:
+        """Whether any answer is still being generated."""
         return any(thread.is_alive() for thread in self._threads)
 
     def wait(self) -> None:
@@ -69,11 +78,12 @@ class _Answers:
             thread.join(0.05)
 
     def table(self) -> Any:
+        """The answers so far as rich's table."""
         return _table(self._conversations, self._texts)
 
 
 def _table(conversations: list[Conversation], texts: list[str]) -> Any:
-    """The answers as rich's table, a column for each model."""
+    """The texts of the answers as rich's table, with a column and a title for each model."""
     from rich.table import Table
     from rich.text import Text
 

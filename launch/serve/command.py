@@ -28,7 +28,7 @@ from launch.serve.config import ServeConfig
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.serve.exported import Exported
+    from launch.serve.exported import ExportedModel
 
 
 @dataclass(kw_only=True)
@@ -61,7 +61,10 @@ this machine can reach it (127.0.0.1).
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError."""
+    """Run `shardtune serve` with these words: serve an export until a signal comes, or show how; returns the exit code.
+
+    Errors: ConfigError.
+    """
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -73,7 +76,9 @@ def main(argv: list[str]) -> int:
         )
     settings = [setting for setting in words.settings if not setting.startswith("serve.key=")]
     config, _, unusable = read_group("serve", ServeConfig(), settings, once=True)
-    if problems := [*problems, *(unusable or config.problems())]:
+    # Values are checked against each other only once each can be read.
+    problems += unusable or config.problems()
+    if problems:
         raise ConfigError(problems)
     from launch.serve.exported import compare_base, find_export
 
@@ -93,8 +98,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def chosen_engine(config: ServeConfig, exported: Exported) -> str:
-    """The engine that serves: `vllm` or `transformers`. Raises ConfigError if the requested one is missing or cannot serve it."""
+def chosen_engine(config: ServeConfig, exported: ExportedModel) -> str:
+    """The engine that will serve an export: `vllm` or `transformers`.
+
+    Errors: ConfigError if the one that `serve.engine` asks for is not installed, or cannot serve this kind of adapter.
+    """
     from launch.serve.other_servers import vllm_command
 
     if config.engine == "transformers":
@@ -115,8 +123,8 @@ def chosen_engine(config: ServeConfig, exported: Exported) -> str:
     return "vllm" if is_installed and is_supported else "transformers"
 
 
-def print_plan(exported: Exported, config: ServeConfig, engine: str, words: ServeWords) -> int:
-    """What would be started, and how others would serve it."""
+def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, words: ServeWords) -> int:
+    """Print what `serve` would start (`--dry-run`), or the commands for vLLM and SGLang (`--print`); returns the exit code 0."""
     from launch.serve.other_servers import sglang_command, shell_text, vllm_command
 
     plan = {
@@ -142,18 +150,18 @@ def print_plan(exported: Exported, config: ServeConfig, engine: str, words: Serv
     return 0
 
 
-def start_vllm(exported: Exported, config: ServeConfig) -> int:
+def start_vllm(exported: ExportedModel, config: ServeConfig) -> int:
     """Replace this process by vLLM, with our middleware in front of all its addresses."""
     from launch.serve.other_servers import shell_text, vllm_command, vllm_environment
 
-    words = vllm_command(exported, config, middleware=True)
-    assert words is not None
-    print(f"starting {shell_text(words)}", flush=True)
-    os.execvpe(words[0], words, {**os.environ, **vllm_environment(exported, config)})
+    command = vllm_command(exported, config, middleware=True)
+    assert command is not None
+    print(f"starting {shell_text(command)}", flush=True)
+    os.execvpe(command[0], command, {**os.environ, **vllm_environment(exported, config)})
 
 
 def print_serve_commands(directory: Path) -> None:
-    """How to serve what was exported, where it writes text."""
+    """Print how to serve an export with shardtune, vLLM and SGLang; nothing for a model that does not generate text."""
     from launch.serve.exported import find_export
     from launch.serve.other_servers import sglang_command, shell_text, vllm_command
 
@@ -162,9 +170,7 @@ def print_serve_commands(directory: Path) -> None:
     except ConfigError:  # a classifier, or an encoder-decoder model
         return
     print(f"serve:  shardtune serve {directory}")
-    for name, words in (
-        ("vLLM", vllm_command(exported, ServeConfig())),
-        ("SGLang", sglang_command(exported, ServeConfig())),
-    ):
-        if words is not None:
-            print(f"{name + ':':<8}{shell_text(words)}")
+    commands = {"vLLM": vllm_command(exported, ServeConfig()), "SGLang": sglang_command(exported, ServeConfig())}
+    for name, command in commands.items():
+        if command is not None:
+            print(f"{name + ':':<8}{shell_text(command)}")

@@ -18,24 +18,25 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseHandler, GenerationState
 
-_SEED = "seed_of_this_request"
+_SEED_ATTRIBUTE = "seed_of_this_request"
+"""The attribute of a request's generation settings in which its seed travels to `generate`."""
 
 
-class _Closed:
+class _ClosedHandler:
     """Stands for the handler of an address that the gateway never passes on."""
 
     async def handle_request(self, *_: Any) -> Any:
         raise AssertionError("the gateway closes this address")
 
 
-class OneModel(ModelManager):
+class SingleModelManager(ModelManager):
     """A model manager that has one model, loaded before it, and loads no other.
 
     Overrides `process_model_name`, `load_model_and_processor` and `list_models`, and sets `force_model`.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, positions: int) -> None:
-        """`positions`: most tokens of a prompt and its answer together, which clients are told."""
+    def __init__(self, name: str, model: Any, tokenizer: Any, context_length: int) -> None:
+        """`context_length`: most tokens of a prompt and its answer together, which clients are told."""
         super().__init__()
         self.force_model = name
         self._loaded = model, tokenizer
@@ -44,7 +45,7 @@ class OneModel(ModelManager):
             "object": "model",
             "created": 0,
             "owned_by": "shardtune",
-            "max_model_len": positions,
+            "max_model_len": context_length,
         }
 
     @staticmethod
@@ -63,7 +64,7 @@ class OneModel(ModelManager):
         return [self._listed]
 
 
-def text_server(manager: OneModel, *, batching: bool) -> tuple[Any, Callable[[], None]]:
+def text_server(manager: SingleModelManager, *, batching: bool) -> tuple[Any, Callable[[], None]]:
     """(the ASGI application that writes chats and texts with the one model, what ends its computing).
 
     `batching`: many requests are computed at once. Uses `build_server`, `GenerationState` and the handlers of chats and texts.
@@ -71,7 +72,7 @@ def text_server(manager: OneModel, *, batching: bool) -> tuple[Any, Callable[[],
     """
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # else a warning for each request
     state = GenerationState(continuous_batching=batching)
-    closed: Any = _Closed()  # has the one method that the server calls of the handlers it stands for
+    closed: Any = _ClosedHandler()  # has the one method that the server calls of the handlers it stands for
     application = build_server(
         manager,
         chat_handler=_seeded(ChatCompletionHandler)(manager, state),
@@ -85,33 +86,35 @@ def text_server(manager: OneModel, *, batching: bool) -> tuple[Any, Callable[[],
 
 
 def _seeded(handler: type[BaseHandler]) -> Any:
-    """The handler, without setting the seed when a request arrives: another answer may be being written then.
+    """A subclass of transformers' handler that does not seed the process when a request arrives, but keeps the seed for later.
 
-    Overrides `BaseHandler._build_generation_config`, which sets the seed of the whole process.
+    Another answer may be being generated when a request arrives, and there is one seed for the whole process. Overrides
+    `BaseHandler._build_generation_config`.
     """
 
     class Seeded(handler):  # type: ignore[misc, valid-type]
         def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             seed = body.pop("seed", None)
-            settings = super()._build_generation_config(body, *args, **kwargs)
+            generation_config = super()._build_generation_config(body, *args, **kwargs)
             if seed is not None:
-                setattr(settings, _SEED, seed)
-            return settings
+                setattr(generation_config, _SEED_ATTRIBUTE, seed)
+            return generation_config
 
     return Seeded
 
 
 def seed_by_request(model: Any) -> None:
-    """Have a model's `generate`, which answers one request after the other, begin with the seed of its own request.
+    """Make a model's `generate` set the seed of the request that it answers. For a server that answers one after the other.
 
-    Replaces `generate` of this one model: the server calls it in a thread of its own and gives no place before it.
+    Replaces `generate` of this one model: the server calls it in a thread of its own, with no hook before it.
     """
     generate = model.generate
 
-    def begin(*args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
-        if (seed := getattr(generation_config, _SEED, None)) is not None:
-            delattr(generation_config, _SEED)
+    def generate_seeded(*args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+        seed = getattr(generation_config, _SEED_ATTRIBUTE, None)
+        if seed is not None:
+            delattr(generation_config, _SEED_ATTRIBUTE)
             torch.manual_seed(seed)
         return generate(*args, generation_config=generation_config, **kwargs)
 
-    model.generate = begin
+    model.generate = generate_seeded

@@ -59,12 +59,12 @@ class ServeConfig:
     """Data type: auto (as stored), float32, bfloat16, float16."""
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with them, one line each."""
+        """What is wrong with the settings, one line each: values out of bounds, and an address without a key."""
         for field in fields(self):
             traits = traits_of(ServeConfig, field.name)
-            content = getattr(self, field.name)
-            if traits.bounds is not None and not traits.bounds.holds(content):
-                yield f"serve.{field.name}={content}: must be {traits.bounds}; {traits.advice}"
+            setting = getattr(self, field.name)
+            if traits.bounds is not None and not traits.bounds.holds(setting):
+                yield f"serve.{field.name}={setting}: must be {traits.bounds}; {traits.advice}"
         if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
             yield (
                 "serve.key_env: is no name of an environment variable (and not shown, since it may be a key); put the key into a "
@@ -80,5 +80,5 @@ class ServeConfig:
 
     @property
     def key(self) -> str:
-        """What clients must send; empty: nothing."""
+        """The API key that clients must send; empty if they need none."""
         return os.environ.get(self.key_env or "", "")

@@ -33,7 +33,7 @@ class Conversation:
     settings: ChatSettings
     messages: list[dict[str, str]] = field(default_factory=list)
     tokens: int = 0
-    """Of the last answer."""
+    """Number of tokens in the last answer."""
     is_cut: bool = False
     """Whether the last answer reached `max_tokens`."""
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -59,26 +59,30 @@ class Conversation:
         self._stop.set()
 
     def stream_answer(self, prompt: str) -> Iterator[str]:
-        """The answer, in pieces. Raises ConfigError if the prompt does not fit, or the template refuses it."""
+        """Generate the answer to a prompt and yield it in pieces; the turn is added to `messages` at its end.
+
+        Errors: ConfigError if the prompt does not fit into the model's context, or the chat template refuses it.
+        """
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        ids = self._prompt_ids(messages, prompt)
-        room = self.chat_model.positions - len(ids)
+        prompt_ids = self._prompt_ids(messages, prompt)
+        context_length = self.chat_model.context_length
+        room = context_length - len(prompt_ids)
         if room < 1:
             remedy = "shorten it, or start again with /new" if self.messages else "shorten it"
             raise ConfigError(
-                f"the prompt has {len(ids)} tokens and {self.chat_model.name} takes {self.chat_model.positions}, "
+                f"the prompt has {len(prompt_ids)} tokens and {self.chat_model.name} takes {context_length}, "
                 f"its answer included; {remedy}"
             )
         self._stop.clear()
         pieces = []
-        for piece in self._generate(ids, min(room, self.settings.max_tokens)):
+        for piece in self._generate(prompt_ids, min(room, self.settings.max_tokens)):
             pieces.append(piece)
             yield piece
         if self.has_template:
             self.messages[:] = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _prompt_ids(self, messages: list[dict[str, str]], prompt: str) -> list[int]:
-        """The tokens that the model gets: `messages` by its template, or the prompt alone."""
+        """The token ids that the model gets: `messages` in its chat template, or without a template the prompt alone."""
         tokenizer = self.chat_model.tokenizer
         system = self.settings.system
         if not self.has_template:
@@ -92,50 +96,54 @@ class Conversation:
                 f"the chat template of {self.chat_model.name} refuses this ({' '.join(str(error).split())})"
             ) from error
 
-    def _generate(self, ids: list[int], max_tokens: int) -> Iterator[str]:
-        """Generate in a thread of its own, and pass the text on as it comes."""
+    def _generate(self, prompt_ids: list[int], max_tokens: int) -> Iterator[str]:
+        """Generate up to `max_tokens` tokens in a thread, and yield the text as it comes; sets `tokens` and `is_cut`."""
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         model = self.chat_model.model
         stop = self._stop
         streamer = TextIteratorStreamer(self.chat_model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        inputs = torch.tensor([ids], device=model.device)
-        outcome: dict[str, Any] = {}
+        inputs = torch.tensor([prompt_ids], device=model.device)
+        outputs: list[Any] = []
+        errors: list[BaseException] = []
 
         def until_stopped(generated: Any, scores: Any, **_: Any) -> Any:
             return torch.full((len(generated),), stop.is_set(), device=generated.device)
 
-        def write() -> None:
-            """Generate into the streamer; keep the tokens or the error in `outcome`."""
+        def generate() -> None:
+            """Generate into the streamer; keep the token ids in `outputs`, or the error in `errors`."""
             try:
-                outcome["ids"] = model.generate(
+                output = model.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
                     generation_config=self._generation_config(max_tokens),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([until_stopped]),
                 )
+                outputs.append(output)
             except BaseException as error:  # noqa: BLE001 - raised again where the pieces are read
-                outcome["error"] = error
-                streamer.end()
+                errors.append(error)
+                streamer.end()  # else the reader would wait for ever
 
         torch.manual_seed(self.settings.seed)
-        thread = threading.Thread(target=write, name=f"writing {self.chat_model.name}", daemon=True)
+        thread = threading.Thread(target=generate, name=f"writing {self.chat_model.name}", daemon=True)
         thread.start()
         try:
             yield from streamer
         finally:
+            # Also if the reader gives up in the middle of the answer.
             stop.set()
             thread.join()
-        if "error" in outcome:
-            raise outcome["error"]
-        self.tokens = outcome["ids"].shape[1] - len(ids)
+        if errors:
+            raise errors[0]
+        output_ids = outputs[0]  # (1, tokens of the prompt and the answer)
+        self.tokens = output_ids.shape[1] - len(prompt_ids)
         end_tokens = self.chat_model.generation_config.eos_token_id or []
-        self.is_cut = self.tokens >= max_tokens and int(outcome["ids"][0, -1]) not in end_tokens
+        self.is_cut = self.tokens >= max_tokens and int(output_ids[0, -1]) not in end_tokens
 
     def _generation_config(self, max_tokens: int) -> Any:
-        """The model's generation settings with `max_tokens` and the temperature of this chat."""
+        """The generation settings for one answer: the model's own, with `max_tokens` and the temperature of this chat."""
         import copy
 
         generation_config = copy.deepcopy(self.chat_model.generation_config)

@@ -10,37 +10,39 @@ from strategies.errors import ConfigError
 from strategies.small_files import check_small_files, read_object
 from trainer.tuning.adapter_fields import wrong_field
 
-ADAPTER = "adapter_config.json"
-BOTTLENECK = "bottleneck_config.json"
-MODEL = "config.json"
-UNFIT = {
+ADAPTER_FILE = "adapter_config.json"
+BOTTLENECK_FILE = "bottleneck_config.json"
+MODEL_FILE = "config.json"
+UNSERVABLE_TASKS = {
     "SEQ_CLS": "a classifier, which writes nothing",
     "SEQ_2_SEQ_LM": "an encoder-decoder model, which no server here takes",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
-    """An export that writes text."""
+class ExportedModel:
+    """An exported model that generates text: a whole model, or an adapter with its base."""
 
     path: Path
+    """The directory of the export."""
     name: str
-    """What it is called where it is asked for: the run's name, or the directory's."""
+    """The name by which clients ask for it: the run's, or the directory's."""
     base: str | None
-    """Where the base of an adapter is; None of a whole model."""
+    """The base model of an adapter, a directory or a hub id; None for a whole model."""
     settings: dict[str, Any]
     """The adapter's settings, or the model's."""
 
     @property
-    def plain_lora(self) -> bool:
-        """Whether it is an adapter that other engines take as it is."""
+    def is_plain_lora(self) -> bool:
+        """Whether it is a LoRA adapter without extras, which vLLM and SGLang can load."""
         return self.base is not None and self.settings.get("peft_type") == "LORA" and not self.settings.get("use_dora")
 
 
-def compare_base(exported: Exported, *, accept: bool) -> list[str]:
-    """How the base of an adapter differs from that of its training, if `accept` takes it. Errors: ConfigError that names files.
+def compare_base(exported: ExportedModel, *, accept: bool) -> list[str]:
+    """How the base model of an adapter differs from the one that it was trained on, as lines for the user.
 
-    Empty for a whole model, and for a base that is not on this machine, of which its loading tells.
+    Empty for a whole model, and for a base that is not on this machine: loading it will fail with a message of its own. Errors:
+    ConfigError that names the files, if the base differs and `accept` is not set.
     """
     from trainer.model.base_files import refuse_another_base
 
@@ -58,11 +60,14 @@ def compare_base(exported: Exported, *, accept: bool) -> list[str]:
     return refuse_another_base(exported.path, base, accept=accept)
 
 
-def find_export(word: str) -> Exported:
-    """The export of a run, or in a directory. Raises ConfigError if there is none, or it generates no text."""
+def find_export(word: str) -> ExportedModel:
+    """The export that a command-line word names: a run directory, or the directory of an export.
+
+    Errors: ConfigError if there is none, or it generates no text.
+    """
     path = Path(word).expanduser()
     name = path.resolve().name
-    if (path / "config.yaml").is_file() and not any((path / file).is_file() for file in (MODEL, ADAPTER)):
+    if (path / "config.yaml").is_file() and not any((path / file).is_file() for file in (MODEL_FILE, ADAPTER_FILE)):
         path = path / "export"
         if not path.is_dir():
             raise ConfigError(f"{word}: this run has no export; write it first: shardtune export {word}")
@@ -70,19 +75,22 @@ def find_export(word: str) -> Exported:
         name = path.resolve().parent.name
     if not path.is_dir():
         raise ConfigError(f"{word}: there is no such directory; name a run or an export, as runs/x or runs/x/export")
-    for file in (ADAPTER, BOTTLENECK, MODEL):
+    for file in (ADAPTER_FILE, BOTTLENECK_FILE, MODEL_FILE):
         if (path / file).is_file():
             return _read_export(path, file, name)
-    raise ConfigError(f"{path}: holds neither {MODEL} nor {ADAPTER}; name a run or an export")
+    raise ConfigError(f"{path}: holds neither {MODEL_FILE} nor {ADAPTER_FILE}; name a run or an export")
 
 
-def _read_export(path: Path, file: str, name: str) -> Exported:
-    """The export in a directory; `file`: the one of its settings. Raises ConfigError if it cannot be served."""
+def _read_export(path: Path, file: str, name: str) -> ExportedModel:
+    """Read the settings of an export in a directory. `file`: the settings file that tells its kind, such as config.json.
+
+    Errors: ConfigError if it cannot be served.
+    """
     check_small_files(path)
     settings = read_object(path / file)
-    if file == ADAPTER and (wrong := wrong_field(settings)) is not None:
+    if file == ADAPTER_FILE and (wrong := wrong_field(settings)) is not None:
         raise ConfigError(f"{path / file}: has {wrong}; write the adapter again")
-    if file == MODEL:
+    if file == MODEL_FILE:
         base = None
         task_type = _task_type(settings)
     else:
@@ -97,12 +105,13 @@ def _read_export(path: Path, file: str, name: str) -> Exported:
             )
         if Path(base).is_dir():
             check_small_files(Path(base))
-    if task_type in UNFIT:
-        raise ConfigError(f"{path}: is {UNFIT[task_type]}; shardtune evaluate asks such models")
-    return Exported(path, name, base, settings)
+    if task_type in UNSERVABLE_TASKS:
+        raise ConfigError(f"{path}: is {UNSERVABLE_TASKS[task_type]}; shardtune evaluate asks such models")
+    return ExportedModel(path, name, base, settings)
 
 
 def _task_type(settings: dict[str, Any]) -> str | None:
+    """The kind of a whole model by its config.json, in peft's words; None for a causal language model."""
     if settings.get("is_encoder_decoder"):
         return "SEQ_2_SEQ_LM"
     architectures = [str(architecture) for architecture in settings.get("architectures") or []]

@@ -10,13 +10,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from launch.serve.config import LOOPBACK, ServeConfig
-from launch.serve.requests import CHAT, TEXT, RefusedRequest, Served, check_request
-from launch.serve.stops import CutStream
+from launch.serve.requests import CHAT_PATH, COMPLETION_PATH, RefusedRequest, ServedTextModel, check_request
+from launch.serve.stops import StopCuttingStream
 
 Message = dict[str, Any]
+"""A message of ASGI, the interface between Python's web servers and applications. A `scope` has the same type."""
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-OPEN_PATHS = {"/health": "GET", "/v1/models": "GET", CHAT: "POST", TEXT: "POST"}
+OPEN_PATHS = {"/health": "GET", "/v1/models": "GET", CHAT_PATH: "POST", COMPLETION_PATH: "POST"}
 """The only addresses that are answered. The application has others, for example to load and unload models."""
 
 
@@ -31,7 +32,7 @@ class GatewayMiddleware:
         """Requests that are answered or wait."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One connection."""
+        """Handle one connection, as ASGI calls an application."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -44,8 +45,10 @@ class GatewayMiddleware:
             await _send_refusal(send, refused)
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Admit a request, check its body, and pass it on. Raises RefusedRequest."""
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        """Admit a request, check its body, and pass it on to the application. Raises RefusedRequest."""
+        headers = {}
+        for name, value in scope["headers"]:
+            headers[name.decode("latin-1").lower()] = value.decode("latin-1")
         self._admit(scope["path"], scope["method"], headers)
         if scope["method"] == "GET":
             await self.app(scope, receive, send)
@@ -62,14 +65,16 @@ class GatewayMiddleware:
             self.active_requests -= 1
 
     def _admit(self, path: str, method: str, headers: dict[str, str]) -> None:
-        """Refuse another address or method, a missing key, and other names of this host. Raises RefusedRequest."""
+        """Refuse an unknown address or method, a missing or wrong key, and a foreign Host header. Raises RefusedRequest."""
         if path not in OPEN_PATHS:
             raise RefusedRequest(404, f"{path}: there is no such address here; there are {', '.join(OPEN_PATHS)}")
         if method != OPEN_PATHS[path]:
-            raise RefusedRequest(405, f"{method} {path}: is asked with {OPEN_PATHS[path]}")
+            raise RefusedRequest(405, f"{method} {path}: is request_body with {OPEN_PATHS[path]}")
         if self.key and path != "/health":
-            kind, _, sent = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), self.key.encode()):
+            scheme, _, sent_key = headers.get("authorization", "").partition(" ")
+            # compare_digest takes the same time wherever two keys differ, so that a key cannot be guessed letter by letter.
+            is_right_key = hmac.compare_digest(sent_key.strip().encode(), self.key.encode())
+            if scheme.lower() != "bearer" or not is_right_key:
                 raise RefusedRequest(
                     401, "the key is missing or wrong; send Authorization: Bearer <key>", code="invalid_api_key"
                 )
@@ -79,8 +84,9 @@ class GatewayMiddleware:
             raise RefusedRequest(403, f"this server without a key answers to {', '.join(LOOPBACK)}, not to {host!r}")
 
     async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes:
-        """The whole body of a request. Raises RefusedRequest if it is no JSON by its header, or too large."""
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        """Receive the whole body of a request. Raises RefusedRequest if it is no JSON by its header, or too large."""
+        content_type = headers.get("content-type", "").partition(";")[0]
+        if content_type.strip().lower() != "application/json":
             raise RefusedRequest(415, "send Content-Type: application/json")
         content = b""
         while True:
@@ -96,7 +102,7 @@ class GatewayMiddleware:
                 return content
 
     def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
-        """The body that is passed on. Raises RefusedRequest."""
+        """Parse the body of a request as JSON; subclasses also check its fields. Raises RefusedRequest."""
         try:
             body = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -105,12 +111,12 @@ class GatewayMiddleware:
             raise RefusedRequest(400, f"the body must be a JSON object, not {type(body).__name__}")
         return body
 
-    def _response_sender(self, send: Send, asked: dict[str, Any]) -> _RefusalFormatter:
-        """Wraps `send`, so that answers can be changed on their way out."""
+    def _response_sender(self, send: Send, request_body: dict[str, Any]) -> _RefusalFormatter:
+        """Wrap `send`, so that answers can be changed on their way out. `request_body`: what the application was given."""
         return _RefusalFormatter(send)
 
     async def _pass_on(self, scope: Message, receive: Receive, send: Send, body: dict[str, Any]) -> None:
-        """Call the application with the checked body instead of the one that was received."""
+        """Call the application with the checked body in place of the one that was received."""
         content = json.dumps(body).encode()
         # The application would name its answer by the client's x-request-id.
         dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
@@ -118,34 +124,34 @@ class GatewayMiddleware:
         headers.append((b"content-length", str(len(content)).encode()))
         body_sent = False
 
-        async def replay() -> Message:
+        async def receive_checked_body() -> Message:
             nonlocal body_sent
             if body_sent:
                 return await receive()  # that the client went away
             body_sent = True
             return {"type": "http.request", "body": content, "more_body": False}
 
-        await self.app({**scope, "headers": headers}, replay, self._response_sender(send, body))
+        await self.app({**scope, "headers": headers}, receive_checked_body, self._response_sender(send, body))
 
 
 class TransformersMiddleware(GatewayMiddleware):
-    """In front of transformers' application: also checks each field of a request."""
+    """The middleware in front of transformers' application, which also checks each field of a request."""
 
-    def __init__(self, app: Any, served: Served, config: ServeConfig) -> None:
+    def __init__(self, app: Any, served: ServedTextModel, config: ServeConfig) -> None:
         super().__init__(app, config)
         self.served = served
         self.close: Callable[[], None] = lambda: None
-        """Ends what computes, once nothing is asked any more."""
+        """Ends the threads that generate answers, once the server has stopped."""
 
     def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
         return check_request(path, super()._checked_body(path, content), self.served)
 
-    def _response_sender(self, send: Send, asked: dict[str, Any]) -> _RefusalFormatter:
-        if "stop" not in asked:
+    def _response_sender(self, send: Send, request_body: dict[str, Any]) -> _RefusalFormatter:
+        if "stop" not in request_body:
             return _RefusalFormatter(send)
-        if asked["stream"]:
-            return _RefusalFormatter(CutStream(send, asked["stop"]))
-        return _StopCutter(send, asked["stop"])
+        if request_body["stream"]:
+            return _RefusalFormatter(StopCuttingStream(send, request_body["stop"]))
+        return _StopCuttingResponse(send, request_body["stop"])
 
 
 class VllmMiddleware(GatewayMiddleware):
@@ -168,7 +174,7 @@ class VllmMiddleware(GatewayMiddleware):
 
 
 class _RefusalFormatter:
-    """Passes messages on; refusals of the application that are not in OpenAI's form get it."""
+    """Wraps ASGI's `send`: passes messages on, and rewrites errors of the application into OpenAI's format."""
 
     def __init__(self, send: Send) -> None:
         self.send = send
@@ -176,7 +182,10 @@ class _RefusalFormatter:
         self._content = b""
 
     async def __call__(self, message: Message) -> None:
-        """Pass a message on at once, or keep an answer until it is complete and send it rewritten."""
+        """Take a message of the application: pass it on, or keep the answer until it is complete and send it rewritten.
+
+        An answer is one message that begins it, with status and headers, and one or more with its body.
+        """
         if message["type"] == "http.response.start" and self._is_buffered(message):
             self._start = message
             return
@@ -193,17 +202,18 @@ class _RefusalFormatter:
         await self.send({"type": "http.response.body", "body": content})
 
     def _is_buffered(self, begin: Message) -> bool:
+        """Whether an answer is kept until it is complete, by the message that begins it."""
         return bool(begin["status"] >= 400)
 
     def rewritten(self, status: int, content: bytes) -> bytes:
-        """The body of an answer as it is sent to the client."""
+        """The body of an answer as it is sent to the client: an error in OpenAI's format, anything else unchanged."""
         if status < 400:
             return content
         try:
             message = json.loads(content)
         except ValueError:
             message = content.decode(errors="replace")
-            if status == 500:
+            if status == 500:  # may hold a traceback, which is not for clients
                 message = "the model failed; the server's log says why"
         if isinstance(message, dict):
             message = message.get("detail") or message.get("error") or message
@@ -212,8 +222,8 @@ class _RefusalFormatter:
         return json.dumps(RefusedRequest(status, message).body()).encode()
 
 
-class _StopCutter(_RefusalFormatter):
-    """Also ends the text before the first stop, as OpenAI's servers do; transformers leaves the stop in."""
+class _StopCuttingResponse(_RefusalFormatter):
+    """Also cuts the generated text before the first stop sequence, as OpenAI's servers do; transformers leaves it in."""
 
     def __init__(self, send: Send, stops: list[str]) -> None:
         super().__init__(send)
@@ -223,25 +233,28 @@ class _StopCutter(_RefusalFormatter):
         return True
 
     def rewritten(self, status: int, content: bytes) -> bytes:
+        """The body of an answer, with the text of each choice cut before the first stop sequence."""
         content = super().rewritten(status, content)
         if status >= 400:
             return content
         answer = json.loads(content)
         for choice in answer["choices"]:
-            place = choice
-            key = "text"
+            # A chat has its text in choice.message.content, a completion in choice.text.
+            text_holder = choice
+            text_key = "text"
             if "message" in choice:
-                place = choice["message"]
-                key = "content"
-            text = place.get(key) or ""
-            cuts = [text.find(stop) for stop in self.stops if stop in text]
-            if cuts:
-                place[key] = text[: min(cuts)]
+                text_holder = choice["message"]
+                text_key = "content"
+            text = text_holder.get(text_key) or ""
+            stop_positions = [text.find(stop) for stop in self.stops if stop in text]
+            if stop_positions:
+                text_holder[text_key] = text[: min(stop_positions)]
                 choice["finish_reason"] = "stop"
         return json.dumps(answer).encode()
 
 
 async def _send_refusal(send: Send, refused: RefusedRequest) -> None:
+    """Send an error as the answer to a request."""
     content = json.dumps(refused.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if refused.status == 429:

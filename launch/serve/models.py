@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.serve.exported import Exported
+from launch.serve.exported import ExportedModel
 from strategies.errors import ConfigError
 
 
@@ -18,7 +18,8 @@ class ChatModel:
     name: str
     model: Any
     tokenizer: Any
-    positions: int
+    context_length: int
+    """Most tokens of a prompt and its answer together."""
     samples_by_default: bool
     """Whether its own generation settings sample. If not, it answers greedily unless a request has a temperature."""
 
@@ -28,15 +29,15 @@ class ChatModel:
         return self.model.generation_config
 
 
-def load(exported: Exported, *, device: str = "auto", dtype: str = "auto") -> ChatModel:
-    """The tuned model. Errors: ConfigError where files, base or device are not there."""
+def load(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel:
+    """Load an exported model with its tokenizer. Errors: ConfigError if files, base or device are not there."""
     return _load(exported.name, exported.path, exported.base, device, dtype)
 
 
-def load_base(exported: Exported, *, device: str = "auto", dtype: str = "auto") -> ChatModel | None:
-    """The model that the export was tuned from; None if it is not on this machine.
+def load_base(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel | None:
+    """Load the model that an export was tuned from; None if it is not on this machine.
 
-    A base without a chat template gets that of the export.
+    A base without a chat template gets that of the export, so that both answer the same prompt.
     """
     path = exported.base or _base_of_run(exported.path)
     if path is None:
@@ -52,13 +53,15 @@ def load_base(exported: Exported, *, device: str = "auto", dtype: str = "auto") 
     if base.tokenizer.chat_template is None:
         from transformers import AutoTokenizer
 
-        base.tokenizer.chat_template = AutoTokenizer.from_pretrained(exported.path, local_files_only=True).chat_template
+        export_tokenizer = AutoTokenizer.from_pretrained(exported.path, local_files_only=True)
+        base.tokenizer.chat_template = export_tokenizer.chat_template
+        # The template decides which token ends a turn.
         base.generation_config.eos_token_id = _end_tokens(base.tokenizer, base.generation_config)
     return base
 
 
 def _base_of_run(export: Path) -> str | None:
-    """`model.path` of the run that an export lies in."""
+    """`model.path` of the run whose directory an export lies in; None if it lies in none."""
     import yaml
 
     frozen = export.parent / "config.yaml"
@@ -72,51 +75,57 @@ def _base_of_run(export: Path) -> str | None:
 
 
 def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> ChatModel:
-    """Load a model and its tokenizer offline, with settings that sample only if a request asks for it. Errors: ConfigError."""
+    """Load a model and its tokenizer without the network, with settings that sample only if a request asks for it.
+
+    `base`: the base model if `path` is an adapter, for messages. Errors: ConfigError.
+    """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from trainer.export.load import load_export
 
     logging.set_verbosity_error()  # else lines about settings that do not matter while an answer is shown
-    target = chosen_device(device)
+    torch_device = chosen_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = load_export(path, dtype=dtype if dtype == "auto" else _dtype(dtype), for_generation=True).to(target)
+        model = load_export(path, dtype=dtype if dtype == "auto" else _torch_dtype(dtype), for_generation=True).to(
+            torch_device
+        )
     except (OSError, ValueError) as error:
-        where = f" on the base {base}" if base else ""
-        raise ConfigError(f"{path}: cannot be loaded{where} ({' '.join(str(error).split())[:300]})") from error
+        base_text = f" on the base {base}" if base else ""
+        raise ConfigError(f"{path}: cannot be loaded{base_text} ({' '.join(str(error).split())[:300]})") from error
     generation_config = copy.deepcopy(model.generation_config)
     model.generation_config = generation_config
-    samples = bool(generation_config.do_sample)
+    samples_by_default = bool(generation_config.do_sample)
     generation_config.eos_token_id = _end_tokens(tokenizer, generation_config)
     if generation_config.pad_token_id is None:
         generation_config.pad_token_id = tokenizer.pad_token_id
     if generation_config.pad_token_id is None:
         generation_config.pad_token_id = generation_config.eos_token_id[0]
-    generation_config.max_length = None
-    if not samples:  # a request's temperature must have an effect, and no other setting of the export
+    generation_config.max_length = None  # each request has its own limit
+    if not samples_by_default:  # a request's temperature must have an effect, and no other setting of the export
         generation_config.do_sample = True
         generation_config.temperature = 1.0
         generation_config.top_p = 1.0
         generation_config.top_k = 0
-    return ChatModel(name, model, tokenizer, positions_of(model), samples)
+    return ChatModel(name, model, tokenizer, context_length_of(model), samples_by_default)
 
 
 def _end_tokens(tokenizer: Any, generation_config: Any) -> list[int] | None:
+    """The ids of the tokens that end an answer; None if there are none."""
     from trainer.export.end_tokens import ending_tokens
 
     return ending_tokens(tokenizer, generation_config) or None
 
 
-def _dtype(name: str) -> Any:
+def _torch_dtype(name: str) -> Any:
     import torch
 
     return getattr(torch, name)
 
 
 def chosen_device(requested: str) -> Any:
-    """The device. Raises ConfigError where this machine has none of the kind."""
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:<n>`. Errors: ConfigError if this machine has none of the kind."""
     import torch
 
     if requested == "auto":
@@ -131,10 +140,13 @@ def chosen_device(requested: str) -> Any:
     return device
 
 
-def positions_of(model: Any) -> int:
-    """Most tokens that a prompt and its answer may have."""
+def context_length_of(model: Any) -> int:
+    """Most tokens that a prompt and its answer may have together; 2**31 if the model's config states no limit."""
     from trainer.model.architecture import text_settings
 
     settings = text_settings(model.config)
-    stated = [getattr(settings, key, None) for key in ("max_position_embeddings", "n_positions")]
-    return next((int(number) for number in stated if isinstance(number, int) and number > 0), 2**31)
+    for key in ("max_position_embeddings", "n_positions"):
+        limit = getattr(settings, key, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return 2**31

@@ -9,68 +9,76 @@ import json
 from typing import Any
 
 from launch.serve.config import ServeConfig, ServedType
-from launch.serve.exported import MODEL, Exported
+from launch.serve.exported import MODEL_FILE, ExportedModel
 from strategies.small_files import read_object
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
 MIDDLEWARE = "launch.serve.middleware.VllmMiddleware"
 
 
-def vllm_command(exported: Exported, config: ServeConfig, *, middleware: bool = False) -> list[str] | None:
-    """The command that serves the export with vLLM; None for an adapter that vLLM does not take.
+def vllm_command(exported: ExportedModel, config: ServeConfig, *, middleware: bool = False) -> list[str] | None:
+    """The command that serves an export with vLLM; None for an adapter that vLLM does not take.
 
-    `middleware`: with ours in front of all addresses. The key is not in the command: vLLM reads VLLM_API_KEY.
-    """
-    if exported.base is None:
-        words = ["vllm", "serve", str(exported.path), "--served-model-name", config.name or exported.name]
-    elif exported.plain_lora:
-        lora_rank = int(exported.settings.get("r", 8))
-        max_rank = next((rank for rank in RANKS if rank >= lora_rank), RANKS[-1])
-        adapter = json.dumps({"name": config.name or exported.name, "path": str(exported.path)})
-        words = ["vllm", "serve", exported.base, "--tokenizer", str(exported.path)]
-        words += ["--served-model-name", f"{config.name or exported.name}-base"]
-        words += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", adapter]
-        positions = _own_positions(exported)
-        if positions is not None:
-            words += ["--hf-overrides", positions]
-    else:
-        return None
-    if (exported.path / "generation_config.json").is_file() and exported.base is not None:
-        words += ["--generation-config", str(exported.path)]
-    words += ["--host", config.host, "--port", str(config.port)]
-    words += ["--override-generation-config", json.dumps({"max_new_tokens": config.max_tokens})]
-    if config.dtype is not ServedType.auto:
-        words += ["--dtype", str(config.dtype)]
-    return [*words, "--middleware", MIDDLEWARE] if middleware else words
-
-
-def sglang_command(exported: Exported, config: ServeConfig) -> list[str] | None:
-    """The command that serves the export with SGLang; None for an adapter that SGLang does not take.
-
-    An adapter with positions of its own is none that it takes: it would rotate by the base's.
+    `middleware`: with our checks in front of all addresses. The key is not in the command: vLLM reads VLLM_API_KEY.
     """
     name = config.name or exported.name
-    words = ["python", "-m", "sglang.launch_server", "--model-path", exported.base or str(exported.path)]
     if exported.base is None:
-        words += ["--served-model-name", name]
-    elif exported.plain_lora and _own_positions(exported) is None:
-        words += ["--tokenizer-path", str(exported.path), "--enable-lora", "--lora-paths", f"{name}={exported.path}"]
+        command = ["vllm", "serve", str(exported.path), "--served-model-name", name]
+    elif exported.is_plain_lora:
+        lora_rank = int(exported.settings.get("r", 8))
+        max_rank = next((rank for rank in VLLM_LORA_RANKS if rank >= lora_rank), VLLM_LORA_RANKS[-1])
+        adapter = json.dumps({"name": name, "path": str(exported.path)})
+        command = ["vllm", "serve", exported.base, "--tokenizer", str(exported.path)]
+        command += ["--served-model-name", f"{name}-base"]
+        command += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", adapter]
+        position_overrides = _position_overrides(exported)
+        if position_overrides is not None:
+            command += ["--hf-overrides", position_overrides]
     else:
         return None
-    words += ["--host", config.host, "--port", str(config.port)]
+    # An adapter's own generation settings; else vLLM would take those of the base.
+    if (exported.path / "generation_config.json").is_file() and exported.base is not None:
+        command += ["--generation-config", str(exported.path)]
+    command += ["--host", config.host, "--port", str(config.port)]
+    command += ["--override-generation-config", json.dumps({"max_new_tokens": config.max_tokens})]
     if config.dtype is not ServedType.auto:
-        words += ["--dtype", str(config.dtype)]
-    return words
+        command += ["--dtype", str(config.dtype)]
+    return [*command, "--middleware", MIDDLEWARE] if middleware else command
 
 
-def _own_positions(exported: Exported) -> str | None:
-    """The positions of an adapter's training as JSON that overrides the base's config.json; None if they are the base's."""
-    if not (exported.path / MODEL).is_file():
+def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | None:
+    """The command that serves an export with SGLang; None for an adapter that SGLang does not take.
+
+    That includes an adapter with positions of its own: SGLang would rotate by those of the base.
+    """
+    name = config.name or exported.name
+    command = ["python", "-m", "sglang.launch_server", "--model-path", exported.base or str(exported.path)]
+    if exported.base is None:
+        command += ["--served-model-name", name]
+    elif exported.is_plain_lora and _position_overrides(exported) is None:
+        command += ["--tokenizer-path", str(exported.path), "--enable-lora", "--lora-paths", f"{name}={exported.path}"]
+    else:
         return None
-    settings = read_object(exported.path / MODEL)
-    text = settings.get("text_config") or settings
-    positions = {name: text[name] for name in ("max_position_embeddings", "rope_parameters") if name in text}
+    command += ["--host", config.host, "--port", str(config.port)]
+    if config.dtype is not ServedType.auto:
+        command += ["--dtype", str(config.dtype)]
+    return command
+
+
+def _position_overrides(exported: ExportedModel) -> str | None:
+    """The positions that an adapter was trained with, as JSON that overrides its base's config.json; None if they are the base's.
+
+    An adapter that was given room for longer documents has a config.json of its own.
+    """
+    if not (exported.path / MODEL_FILE).is_file():
+        return None
+    settings = read_object(exported.path / MODEL_FILE)
+    text_settings = settings.get("text_config") or settings
+    positions = {}
+    for name in ("max_position_embeddings", "rope_parameters"):
+        if name in text_settings:
+            positions[name] = text_settings[name]
     return json.dumps({"text_config": positions} if "text_config" in settings else positions)
 
 
@@ -81,8 +89,8 @@ def shell_text(words: list[str] | None) -> str:
     return "" if words is None else shlex.join(words)
 
 
-def vllm_environment(exported: Exported, config: ServeConfig) -> dict[str, str]:
-    """Environment variables for vLLM, and for our middleware in it."""
+def vllm_environment(exported: ExportedModel, config: ServeConfig) -> dict[str, str]:
+    """Environment variables that configure vLLM, and our middleware within vLLM's process."""
     settings: dict[str, Any] = {
         "max_requests": config.max_requests,
         "max_body_kib": config.max_body_kib,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
+CHAT_PATH = "/v1/chat/completions"
+COMPLETION_PATH = "/v1/completions"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NEUTRAL_VALUES: dict[str, list[Any]] = {
     "n": [1],
@@ -35,7 +35,7 @@ IGNORED_FIELDS = ("user", "metadata", "stream_options", "safety_identifier", "pr
 
 
 class RefusedRequest(Exception):
-    """A request that is not answered."""
+    """An HTTP error in place of an answer. `param`: the field of the request that is wrong; `code`: OpenAI's code."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -45,42 +45,47 @@ class RefusedRequest(Exception):
         self.code = code
 
     def body(self) -> dict[str, Any]:
-        """The error in the form of OpenAI's servers."""
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        default_kind = "invalid_request_error" if self.status < 500 else "server_error"
+        """The body of the HTTP answer: the error in OpenAI's format."""
+        type_by_status = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        default_type = "invalid_request_error" if self.status < 500 else "server_error"
         return {
             "error": {
                 "message": self.message,
-                "type": kinds.get(self.status, default_kind),
+                "type": type_by_status.get(self.status, default_type),
                 "param": self.param,
                 "code": self.code,
             }
         }
 
 
-def refuse(param: str, message: str, code: str | None = None) -> RefusedRequest:
-    """A 400 about one field."""
+def field_refusal(param: str, message: str, code: str | None = None) -> RefusedRequest:
+    """The HTTP error 400 about one field of a request."""
     return RefusedRequest(400, f"{param}: {message}", param, code)
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """What requests are checked against."""
+class ServedTextModel:
+    """What a server knows of its model, against which requests are checked."""
 
     name: str
     tokenizer: Any
-    positions: int
+    context_length: int
     """Most tokens of a prompt and its answer together."""
     max_tokens: int
-    samples: bool
-    """Whether the export's own generation settings draw."""
+    """Most new tokens of an answer."""
+    samples_by_default: bool
+    """Whether the export's own generation settings sample."""
     batching: bool = False
+    """Whether many requests are computed at once, all with the export's own settings."""
 
 
-def check_request(path: str, sent: dict[str, Any], served: Served) -> dict[str, Any]:
-    """The body that the engine gets. Raises RefusedRequest for a field that the engine would ignore or cannot compute."""
-    # Each step takes its fields out of `body`: what is left at the end is unknown.
-    body = {key: value for key, value in sent.items() if value is not None and key not in IGNORED_FIELDS}
+def check_request(path: str, request: dict[str, Any], served: ServedTextModel) -> dict[str, Any]:
+    """Check the body of a request to an OpenAI address, and translate it to what the engine computes.
+
+    Raises RefusedRequest for a field that the engine would ignore or cannot compute.
+    """
+    # Each step moves its fields from `body` to `engine_body`: what is left at the end is unknown.
+    body = {key: value for key, value in request.items() if value is not None and key not in IGNORED_FIELDS}
     _drop_neutral_fields(body)
     model_name = body.pop("model", served.name)
     if model_name != served.name:
@@ -88,44 +93,52 @@ def check_request(path: str, sent: dict[str, Any], served: Served) -> dict[str, 
         raise RefusedRequest(404, message, "model", "model_not_found")
     stream = _checked_field(body.pop("stream", False), bool, "stream", "true or false")
     engine_body = {"model": served.name, "stream": stream}
-    if path == CHAT:
-        prompt_tokens = _take_messages(body, engine_body, served)
+    if path == CHAT_PATH:
+        prompt_tokens = _move_messages(body, engine_body, served)
     else:
-        prompt_tokens = _take_prompt(body, engine_body, served)
-    _take_sampling(body, engine_body, served)
-    _take_lengths(body, engine_body, served, prompt_tokens, path)
+        prompt_tokens = _move_prompt(body, engine_body, served)
+    _move_sampling(body, engine_body, served)
+    _move_lengths(body, engine_body, served, prompt_tokens, path)
     if body:
-        raise refuse(min(body), "this server knows no such field")
+        raise field_refusal(min(body), "this server knows no such field")
     return engine_body
 
 
 def _drop_neutral_fields(body: dict[str, Any]) -> None:
-    """Take out the fields that no engine here computes, if their value changes nothing. Raises RefusedRequest otherwise."""
+    """Remove the fields that no engine here computes, if their values change nothing. Raises RefusedRequest otherwise."""
     for key in NEUTRAL_VALUES.keys() & body.keys():
-        setting = body.pop(key)
-        if not any(_is_same(setting, neutral) for neutral in NEUTRAL_VALUES[key]):
+        value = body.pop(key)
+        if not any(_is_same(value, neutral) for neutral in NEUTRAL_VALUES[key]):
             allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL_VALUES[key])
-            raise refuse(key, f"this server computes only {allowed}", "unsupported_value")
+            raise field_refusal(key, f"this server computes only {allowed}", "unsupported_value")
 
 
-def _is_same(setting: Any, neutral: Any) -> bool:
-    # In Python True equals 1 and False equals 0.
-    return setting == neutral and isinstance(setting, bool) == isinstance(neutral, bool)
+def _is_same(value: Any, neutral: Any) -> bool:
+    """Whether two JSON values are equal. In Python True equals 1 and False equals 0, in JSON they differ."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 def _checked_field(
-    field: Any, kind: type | tuple[type, ...], param: str, rule: str, holds: Callable[[Any], bool] | None = None
+    value: Any, kind: type | tuple[type, ...], param: str, rule: str, holds: Callable[[Any], bool] | None = None
 ) -> Any:
-    """The field, if it is of the kind and `holds`. Raises RefusedRequest with the rule; `param` names the field in it."""
-    has_kind = isinstance(field, kind) and (kind is bool or not isinstance(field, bool))
-    if not has_kind or (holds is not None and not holds(field)):
-        text = json.dumps(field)
-        raise refuse(param, f"must be {rule}, not {text if len(text) < 60 else type(field).__name__}")
-    return field
+    """The value of a field, if it has the type `kind` and `holds` returns true for it.
+
+    Else raises RefusedRequest with the `rule` that it breaks; `param`: the field's name in the message.
+    """
+    # In Python a bool is an int.
+    has_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not has_kind or (holds is not None and not holds(value)):
+        text = json.dumps(value)
+        shown_value = text if len(text) < 60 else type(value).__name__
+        raise field_refusal(param, f"must be {rule}, not {shown_value}")
+    return value
 
 
-def _take_messages(body: dict[str, Any], engine_body: dict[str, Any], served: Served) -> int:
-    """Move messages and tools into the engine's body; returns how many tokens the prompt has."""
+def _move_messages(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
+    """Check the messages and tools of a chat and move them to the engine's body; returns the number of prompt tokens.
+
+    Raises RefusedRequest.
+    """
     messages = _checked_field(body.pop("messages", None), list, "messages", "a list with at least one message", bool)
     for number, message in enumerate(messages):
         _check_message(message, f"messages[{number}]")
@@ -134,23 +147,27 @@ def _take_messages(body: dict[str, Any], engine_body: dict[str, Any], served: Se
     tools = _checked_field(body.pop("tools", []), list, "tools", "a list of functions")
     for number, tool in enumerate(tools):
         if not isinstance(tool, dict) or not isinstance((tool.get("function") or {}).get("name"), str):
-            raise refuse(f"tools[{number}]", "must be {type: function, function: {name, ...}}")
+            raise field_refusal(f"tools[{number}]", "must be {type: function, function: {name, ...}}")
     if choice not in ("auto", "none"):
-        raise refuse("tool_choice", "this server computes only auto or none", "unsupported_value")
+        raise field_refusal("tool_choice", "this server computes only auto or none", "unsupported_value")
     if tools and choice == "auto":
         engine_body["tools"] = tools
     if "chat_template_kwargs" in body:
-        engine_body["chat_template_kwargs"] = _template_words(body.pop("chat_template_kwargs"), served.tokenizer)
+        engine_body["chat_template_kwargs"] = _checked_template_arguments(
+            body.pop("chat_template_kwargs"), served.tokenizer
+        )
     return _prompt_length(engine_body, served)
 
 
-def _template_words(words: Any, tokenizer: Any) -> dict[str, Any]:
+def _checked_template_arguments(arguments: Any, tokenizer: Any) -> dict[str, Any]:
+    """The field `chat_template_kwargs`: variables of the chat template by name, with plain values. Raises RefusedRequest."""
+    # A name of this function's own would not reach the template.
     own_parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-    _checked_field(words, dict, "chat_template_kwargs", "an object of the template's own words")
-    for key, setting in words.items():
-        if key in own_parameters or not isinstance(setting, bool | str | int | float):
-            raise refuse(f"chat_template_kwargs.{key}", "is no word of a template, or has no plain value")
-    return words
+    _checked_field(arguments, dict, "chat_template_kwargs", "an object of the template's own words")
+    for key, value in arguments.items():
+        if key in own_parameters or not isinstance(value, bool | str | int | float):
+            raise field_refusal(f"chat_template_kwargs.{key}", "is no word of a template, or has no plain value")
+    return arguments
 
 
 def _check_message(message: Any, param: str) -> None:
@@ -167,7 +184,7 @@ def _check_message(message: Any, param: str) -> None:
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise refuse(f"{param}.content", "this model reads text: parts must be {type: text, text: ...}")
+                raise field_refusal(f"{param}.content", "this model reads text: parts must be {type: text, text: ...}")
         return
     _checked_field(content, str, f"{param}.content", "a text")
 
@@ -176,10 +193,10 @@ def _check_tool_call(call: Any, param: str) -> None:
     """Refuse a tool call without a name or with arguments that are no JSON object. Raises RefusedRequest."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise refuse(param, "each must be {function: {name, arguments}}")
+        raise field_refusal(param, "each must be {function: {name, arguments}}")
     arguments = function.get("arguments")
     if not isinstance(arguments, str | dict):
-        raise refuse(param, "each must be {function: {name, arguments}}")
+        raise field_refusal(param, "each must be {function: {name, arguments}}")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
@@ -188,10 +205,12 @@ def _check_tool_call(call: Any, param: str) -> None:
     _checked_field(arguments, dict, param, "calls with arguments that are a JSON object")
 
 
-def _prompt_length(engine_body: dict[str, Any], served: Served) -> int:
-    """How many tokens the model's chat template makes of the messages. Raises RefusedRequest if it refuses them."""
+def _prompt_length(engine_body: dict[str, Any], served: ServedTextModel) -> int:
+    """The number of tokens of a chat in the model's chat template. Raises RefusedRequest if the template refuses it."""
     if served.tokenizer.chat_template is None:
-        raise RefusedRequest(400, f"{served.name} has no chat template; send the whole prompt to {TEXT}", "messages")
+        raise RefusedRequest(
+            400, f"{served.name} has no chat template; send the whole prompt to {COMPLETION_PATH}", "messages"
+        )
     messages = [_as_templates_read(message) for message in engine_body["messages"]]
     words = engine_body.get("chat_template_kwargs", {})
     try:
@@ -199,12 +218,14 @@ def _prompt_length(engine_body: dict[str, Any], served: Served) -> int:
             messages, add_generation_prompt=True, tools=engine_body.get("tools"), return_dict=False, **words
         )
     except Exception as error:  # noqa: BLE001 - what a template refuses it tells in types of its own
-        raise refuse("messages", f"the model's chat template refuses them ({' '.join(str(error).split())})") from None
+        raise field_refusal(
+            "messages", f"the model's chat template refuses them ({' '.join(str(error).split())})"
+        ) from None
     return len(ids)
 
 
 def _as_templates_read(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates read it: the content one text, the arguments of tool calls an object."""
+    """A message of OpenAI's API as chat templates read it: its content one text, the arguments of tool calls an object."""
     content = message.get("content")
     if isinstance(content, list):
         content = " ".join(part["text"] for part in content)
@@ -212,32 +233,33 @@ def _as_templates_read(message: dict[str, Any]) -> dict[str, Any]:
     calls = []
     for call in message.get("tool_calls") or []:
         function = call.get("function") or {}
-        if isinstance(function.get("arguments"), str):
-            call = {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            call = {**call, "function": {**function, "arguments": json.loads(arguments)}}
         calls.append(call)
     if calls:
         rendered["tool_calls"] = calls
     return rendered
 
 
-def _take_prompt(body: dict[str, Any], engine_body: dict[str, Any], served: Served) -> int:
-    """Move the prompt into the engine's body; returns how many tokens it has."""
+def _move_prompt(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
+    """Check the prompt of a completion and move it to the engine's body; returns its number of tokens. Raises RefusedRequest."""
     engine_body["prompt"] = _checked_field(
         body.pop("prompt", None), str, "prompt", "a text (this server takes no lists and no token ids)"
     )
     if "suffix" in body:
-        raise refuse("suffix", "this server fills no gaps; leave it out", "unsupported_value")
+        raise field_refusal("suffix", "this server fills no gaps; leave it out", "unsupported_value")
     try:
         ids = served.tokenizer(engine_body["prompt"])["input_ids"]
     except Exception as error:  # noqa: BLE001 - a text that is no Unicode has an error type of the tokenizer's
-        raise refuse("prompt", f"cannot be read as text ({' '.join(str(error).split())[:80]})") from None
+        raise field_refusal("prompt", f"cannot be read as text ({' '.join(str(error).split())[:80]})") from None
     if not ids:
-        raise refuse("prompt", "is empty")
+        raise field_refusal("prompt", "is empty")
     return len(ids)
 
 
-def _take_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: Served) -> None:
-    """Move the settings of sampling into the engine's body.
+def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> None:
+    """Check temperature, top_p, seed and the like and move them to the engine's body. Raises RefusedRequest.
 
     The engine always gets a temperature, except for an export that samples by itself.
     """
@@ -259,26 +281,31 @@ def _take_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: Se
         if isinstance(stop, str):
             stop = [stop]
         rule = "a text, or up to 4 texts that are not empty"
-        sampling["stop"] = _checked_field(stop, list, "stop", rule, _are_stops)
+
+        def are_stops(stops: list[Any]) -> bool:
+            return 0 < len(stops) <= 4 and all(isinstance(text, str) and text for text in stops)
+
+        sampling["stop"] = _checked_field(stop, list, "stop", rule, are_stops)
     if sampling and served.batching:
         why = "this server answers many requests at once (serve.batching=true), all sampled as the export says"
-        raise refuse(min(sampling), f"{why}; leave it out", "unsupported_value")
-    if not served.batching and "temperature" not in sampling and not served.samples:
+        raise field_refusal(min(sampling), f"{why}; leave it out", "unsupported_value")
+    if not served.batching and "temperature" not in sampling and not served.samples_by_default:
         # Who sends top_p or a seed wants samples; else the answer is greedy, as the export's own settings are.
         sampling["temperature"] = 1.0 if "top_p" in sampling or "seed" in sampling else 0.0
     engine_body |= sampling
 
 
-def _are_stops(stops: list[Any]) -> bool:
-    return 0 < len(stops) <= 4 and all(isinstance(text, str) and text for text in stops)
-
-
-def _take_lengths(
-    body: dict[str, Any], engine_body: dict[str, Any], served: Served, prompt_tokens: int, path: str
+def _move_lengths(
+    body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel, prompt_tokens: int, path: str
 ) -> None:
-    """Move the length of the answer into the engine's body. Raises RefusedRequest if the model has no room for it."""
-    room = served.positions - prompt_tokens
-    key = "max_completion_tokens" if path == CHAT and "max_completion_tokens" in body else "max_tokens"
+    """Check the length of the answer and move it to the engine's body as `max_tokens`.
+
+    Raises RefusedRequest if prompt and answer do not fit into the model's context.
+    """
+    room = served.context_length - prompt_tokens
+    key = "max_tokens"
+    if path == CHAT_PATH and "max_completion_tokens" in body:
+        key = "max_completion_tokens"
     requested = body.pop(key, None)
     body.pop("max_tokens", None)  # if a client sends both, the newer name counts
     if requested is not None:
@@ -288,8 +315,8 @@ def _take_lengths(
         raise RefusedRequest(
             400,
             f"the prompt has {prompt_tokens} tokens, the answer {requested or 'at least 1'}; "
-            f"the model takes {served.positions} together",
-            "messages" if path == CHAT else "prompt",
+            f"the model takes {served.context_length} together",
+            "messages" if path == CHAT_PATH else "prompt",
             "context_length_exceeded",
         )
     engine_body["max_tokens"] = requested or int(min(served.max_tokens, room))

@@ -10,11 +10,11 @@ from launch.serve.config import ServeConfig
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.serve.exported import Exported
+    from launch.serve.exported import ExportedModel
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
-    """A socket on the address, before anything is loaded. Raises ConfigError where it cannot be had."""
+    """Open a socket at the configured address, before the model is loaded. Errors: ConfigError if the address is taken."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -30,13 +30,16 @@ def bind_socket(config: ServeConfig) -> socket.socket:
 
 
 def address(config: ServeConfig, listener: socket.socket) -> str:
-    """What clients are given."""
+    """The URL that clients use, with the port that the socket got."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{listener.getsockname()[1]}/v1"
 
 
-def load_server(exported: Exported, config: ServeConfig, listener: socket.socket) -> tuple[Any, str]:
-    """(uvicorn's server with the model loaded, the model's name); from now on connections wait to be taken."""
+def load_server(exported: ExportedModel, config: ServeConfig, listener: socket.socket) -> tuple[Any, str]:
+    """Load the model and set up uvicorn's server; returns (the server, the model's name).
+
+    From now on connections to the socket wait until the server takes them.
+    """
     import uvicorn
 
     from launch.serve.app import application
@@ -51,8 +54,8 @@ def load_server(exported: Exported, config: ServeConfig, listener: socket.socket
     return uvicorn.Server(settings), chat_model.name
 
 
-def serve(exported: Exported, config: ServeConfig) -> None:
-    """Serve until a signal ends it. Raises ConfigError."""
+def serve(exported: ExportedModel, config: ServeConfig) -> None:
+    """Serve an exported model until a signal ends the process. Errors: ConfigError."""
     listener = bind_socket(config)
     server, name = load_server(exported, config, listener)
     key = f"the key in {config.key_env}" if config.key_env else "no key"

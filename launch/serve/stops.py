@@ -14,61 +14,64 @@ Message = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
 
-class HeldText:
-    """Passes text on up to the first stop. What may be the beginning of a stop is held back until more is known."""
+class StopScanner:
+    """Passes generated text on up to the first stop sequence. What may be the beginning of one is held until more is known."""
 
     def __init__(self, stops: list[str]) -> None:
         self.stops = stops
         self.is_cut = False
-        """Whether a stop was met: what follows is dropped."""
+        """Whether a stop sequence was met: what follows is dropped."""
         self._held = ""
+        """Text that was not sent yet, since a stop sequence may begin in it."""
 
-    def take(self, text: str) -> str:
+    def add_text(self, text: str) -> str:
         """Take the next piece of the answer; returns the text that may be sent now, of this piece and of what was held."""
         if self.is_cut:
             return ""
         self._held += text
-        places = [self._held.find(stop) for stop in self.stops if stop in self._held]
-        if places:
+        stop_positions = [self._held.find(stop) for stop in self.stops if stop in self._held]
+        if stop_positions:
             self.is_cut = True
-            ready = self._held[: min(places)]
+            ready = self._held[: min(stop_positions)]
             self._held = ""
             return ready
-        keep = max(self._begun(stop) for stop in self.stops)
-        ready = self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
+        held_length = max(self._length_of_begun(stop) for stop in self.stops)
+        ready_length = len(self._held) - held_length
+        ready = self._held[:ready_length]
+        self._held = self._held[ready_length:]
         return ready
 
-    def rest(self) -> str:
-        """What is still held when the answer ends by itself."""
-        rest = self._held
+    def flush_text(self) -> str:
+        """The text that is still held when the answer ends by itself: no stop sequence came after all."""
+        held = self._held
         self._held = ""
-        return rest
+        return held
 
-    def _begun(self, stop: str) -> int:
-        """How many letters at the end are the beginning of a stop."""
+    def _length_of_begun(self, stop: str) -> int:
+        """How many characters at the end of the held text are the beginning of a stop sequence."""
         for length in range(min(len(stop) - 1, len(self._held)), 0, -1):
             if self._held.endswith(stop[:length]):
                 return length
         return 0
 
 
-class CutStream:
-    """Passes a stream of server-sent events on, with the text cut before the first stop, as OpenAI's servers do."""
+class StopCuttingStream:
+    """Wraps ASGI's `send` for a stream of server-sent events: cuts the text before the first stop sequence, as OpenAI does."""
 
     def __init__(self, send: Send, stops: list[str]) -> None:
         self.send = send
-        self._text = HeldText(stops)
+        self._text = StopScanner(stops)
         self._buffer = b""
         self._is_over = False
 
     async def __call__(self, message: Message) -> None:
-        """Take a message of the application."""
+        """Pass on a message of the application, with the events in it changed."""
         if self._is_over:
             return
         if message["type"] != "http.response.body":
             await self.send(message)
             return
+        # A message may end within an event: the rest waits for the next message.
         self._buffer += message.get("body", b"")
         *events, self._buffer = self._buffer.split(EVENT_END)
         body = b"".join(self._changed(event) for event in events)
@@ -83,7 +86,7 @@ class CutStream:
         await self.send({**message, "body": body})
 
     def _changed(self, event: bytes) -> bytes:
-        """An event as it is sent; empty if nothing of it is."""
+        """One event of the stream as it is sent to the client; empty if it is held or dropped."""
         if self._text.is_cut:
             return b""
         content = event.removeprefix(DATA)
@@ -101,18 +104,20 @@ class CutStream:
         return DATA + json.dumps(chunk).encode() + EVENT_END
 
     def _cut(self, choice: dict[str, Any]) -> bool:
-        """Put into a choice what may be sent of its text; whether anything of it is to be sent."""
-        place = choice
-        key = "text"
+        """Replace the text of a choice by what may be sent of it now; returns whether the event is to be sent at all."""
+        # A chat has its text in choice.delta.content, a completion in choice.text.
+        text_holder = choice
+        text_key = "text"
         if "delta" in choice:
-            place = choice["delta"]
-            key = "content"
-        ready = self._text.take(place.get(key) or "")
+            text_holder = choice["delta"]
+            text_key = "content"
+        ready = self._text.add_text(text_holder.get(text_key) or "")
         if self._text.is_cut:
             choice["finish_reason"] = "stop"
         elif choice.get("finish_reason") is not None:
-            ready += self._text.rest()
-        had_text = bool(place.get(key))
+            ready += self._text.flush_text()
+        had_text = bool(text_holder.get(text_key))
         if had_text or ready:
-            place[key] = ready
+            text_holder[text_key] = ready
+        # Events without text tell the role or a tool call.
         return bool(ready) or not had_text or choice.get("finish_reason") is not None

@@ -31,7 +31,7 @@ def multirun(words: list[str], *, launch: RunPoint, show: Callable[[Composed], N
     `check`: whether each point is validated, as running one needs. Raises ConfigError with the problems of all points.
     """
     from launch.cluster.array_size import refuse_large_arrays
-    from launch.config.axes import label, name_in_trackers, read_axes
+    from launch.config.axes import name_in_trackers, point_label, read_axes
     from launch.config.compose import compose, default_run_dir
 
     axes = read_axes(words)
@@ -66,7 +66,7 @@ def multirun(words: list[str], *, launch: RunPoint, show: Callable[[Composed], N
     for point, job in zip(points, jobs, strict=True):
         settings = axes.values_on_axes(point)
         setting_words = [f"{key}={setting}" for key, setting in settings.items()]
-        name_in_trackers(job.config.logging, base_dir, label(settings), setting_words)
+        name_in_trackers(job.config.logging, base_dir, point_label(settings), setting_words)
     if jobs[0].config.launcher.name.value == "slurm":
         from launch.cluster.submission import submit_array
 

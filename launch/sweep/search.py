@@ -308,7 +308,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     evaluations lack the metric: those of the other trials would lack it too.
     """
     from launch.compare.run_files import read_recorded_run
-    from launch.config.axes import label, name_in_trackers
+    from launch.config.axes import name_in_trackers, point_label
     from launch.config.compose import compose
 
     study = trial.study
@@ -323,7 +323,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     run_dir = search_dir / str(trial.number)
     prunes = search.settings.prune is Prune.median
     progress = SearchProgress(search.settings.trials, trial, run_dir, search.metric, prune=prunes)
-    name = label(dict(word.split("=", 1) for word in words))  # type: ignore[arg-type]
+    name = point_label(dict(word.split("=", 1) for word in words))  # type: ignore[arg-type]
     reason = None
     try:
         composed = compose([*search.fixed, *words])

@@ -99,7 +99,7 @@ def _read_setting(word: str) -> SearchedSetting | None:
     key, equals_sign, values_text = word.partition("=")
     if equals_sign and FUNCTION.fullmatch(values_text.strip()) and not values_text.startswith("glob("):
         return _read_sweep_function(word, key, values_text.strip())
-    points = read_axes([word]).words[0]  # `a,b` is a list of choices
+    points = read_axes([word]).alternatives[0]  # `a,b` is a list of choices
     if len(points) == 1:
         return None
     choices = [point.partition("=")[2] for point in points]
@@ -142,7 +142,7 @@ def _read_sweep_function(word: str, key: str, values_text: str) -> SearchedSetti
     if isinstance(sweep, ChoiceSweep):
         if tags:
             raise ConfigError(f"{word}: log is of numbers between two ends; write tag(log,interval(1e-5,1e-3))")
-        choices = [point.partition("=")[2] for point in read_axes([word]).words[0]]
+        choices = [point.partition("=")[2] for point in read_axes([word]).alternatives[0]]
         return SearchedSetting(key, values_text, _unique(choices))
     if isinstance(sweep, IntervalSweep):
         return _interval(word, SearchedSetting(key, values_text, log="log" in tags), sweep.start, sweep.end)
@@ -186,9 +186,9 @@ def _range(word: str, setting: SearchedSetting, start: Any, stop: Any, step: Any
 
 def _setting_types(key: str) -> set[Any]:
     """The types that a setting of the configuration takes, None left out; empty if there is no such setting."""
-    from launch.config.overrides import setting_of, settings
+    from launch.config.overrides import find_setting, settings
 
-    setting = setting_of(settings(), key)
+    setting = find_setting(settings(), key)
     if setting is None:
         return set()
     union_members = get_args(setting.type) or (setting.type,)

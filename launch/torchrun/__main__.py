@@ -2,7 +2,7 @@
 
 import sys
 
-from launch.cluster.torchrun import wrapper
+from launch.cluster.torchrun import run_torchrun
 
 if __name__ == "__main__":
-    sys.exit(wrapper(sys.argv[1:]))
+    sys.exit(run_torchrun(sys.argv[1:]))

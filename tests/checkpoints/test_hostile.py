@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launch.config.frozen import _hash, _identifying, load_frozen
+from launch.config.frozen import _hash, _identifying_settings, load_frozen
 from launch.main import main
 from strategies.atomic_io import WrittenFile
 from tests.helpers.building import model_dir
@@ -130,7 +130,7 @@ def with_config(root: Path, to: Path, change) -> Path:
     head, body = (to / "config.yaml").read_text().split("# overrides", 1)
     overrides, text = body.split("\n", 1)
     text = change(text)
-    tree = _identifying(OmegaConf.to_container(OmegaConf.create(text))) if "*" not in text else {}
+    tree = _identifying_settings(OmegaConf.to_container(OmegaConf.create(text))) if "*" not in text else {}
     head = f"# Frozen by shardtune; do not edit.\n# sha256: {_hash(tree)}\n"
     (to / "config.yaml").write_text(f"{head}# overrides{overrides}\n{text}")
     return to

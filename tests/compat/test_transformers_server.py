@@ -27,7 +27,7 @@ def _client():
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.do_sample = True
     model.generation_config.eos_token_id = None
-    application, shut_down = compat.text_server(compat.OneModel("mine", model, tokenizer, 64), batching=False)
+    application, shut_down = compat.text_server(compat.SingleModelManager("mine", model, tokenizer, 64), batching=False)
     compat.seed_by_request(model)
     yield TestClient(application)
     shut_down()
@@ -53,8 +53,8 @@ def test_transformers_server_loads_no_other_model(client):
     reply = client.post("/v1/completions", json={"model": "gpt2", "prompt": "hello", "max_tokens": 2})
     assert reply.status_code == 400 and "mine" in reply.text
     with pytest.raises(ValueError, match="mine alone"):
-        compat.OneModel("mine", None, None, 64).load_model_and_processor("gpt2")
-    assert compat.OneModel.process_model_name("mine") == "mine"
+        compat.SingleModelManager("mine", None, None, 64).load_model_and_processor("gpt2")
+    assert compat.SingleModelManager.process_model_name("mine") == "mine"
 
 
 def test_transformers_server_seed_is_that_of_its_own_request(client):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import yaml
 
-from launch.config.choices import CONF_DIR, groups, settings_of, variants
+from launch.config.choices import CONF_DIR, choices_by_group, settings_class_of, settings_classes
 from launch.config.compose import compose
 from trainer.config import run as run_config
 from trainer.objectives.registry import FAMILIES
@@ -18,7 +18,7 @@ from trainer.optim.schedule import MEANT_UNDER, ScheduleName
 from trainer.optim.support import SUPPORT
 
 TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_config.RunConfig)}
-CHOICES = [(g, c) for g, names in groups().items() for c in names if g not in ("experiment", "local")]
+CHOICES = [(g, c) for g, names in choices_by_group().items() for c in names if g not in ("experiment", "local")]
 PRESETS = [("data", "audited"), ("data", "gdpr"), ("data", "hipaa")]  # name what differs from `default` only
 NEEDS = {"tuning=freeze": ["tuning.layers=last-2"], "tuning=peft": ["tuning.type=hra"]}  # have no default that runs
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
@@ -41,7 +41,7 @@ def data(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("name", groups()["experiment"])
+@pytest.mark.parametrize("name", choices_by_group()["experiment"])
 def test_every_experiment_is_a_legal_run(name):
     config = compose([f"experiment={name}", "data.path=train.jsonl"]).config
     assert config.model.path
@@ -50,7 +50,7 @@ def test_every_experiment_is_a_legal_run(name):
     assert "processes" not in tree.get("launcher", {}) or config.strategy.name == "single"
 
 
-@pytest.mark.parametrize("name", groups()["experiment"])
+@pytest.mark.parametrize("name", choices_by_group()["experiment"])
 def test_experiment_file_says_how_it_is_run(name):
     text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n")
@@ -73,9 +73,9 @@ def test_config_choice_composes_to_its_own_settings(group, choice):
     if group != "debug":
         words += [f"launcher.processes={1 if choice in ('single',) or group != 'strategy' else 2}"]
     config = compose([*words, *(["strategy=fsdp2"] if choice == "cpu2" else [])]).config
-    if group in variants():
-        assert type(getattr(config, group)) is settings_of(group, choice)
-    if group in (*variants(), "schedule", "optim"):
+    if group in settings_classes():
+        assert type(getattr(config, group)) is settings_class_of(group, choice)
+    if group in (*settings_classes(), "schedule", "optim"):
         assert str(getattr(config, group).name) == choice
 
 
@@ -87,8 +87,8 @@ def test_config_choices_are_the_names_of_the_settings():
         ("launcher", run_config.LauncherConfig().name),
         ("optim", run_config.OptimConfig().name),
     ):
-        assert groups()[group] == sorted(member.value for member in type(names))
-    assert groups()["objective"] == sorted(FAMILIES)
+        assert choices_by_group()[group] == sorted(member.value for member in type(names))
+    assert choices_by_group()["objective"] == sorted(FAMILIES)
 
 
 def plain(value):
@@ -98,8 +98,8 @@ def plain(value):
 
 
 def settings_behind(group, choice):
-    if group in variants():
-        return settings_of(group, choice)()
+    if group in settings_classes():
+        return settings_class_of(group, choice)()
     return TYPED[group]()
 
 

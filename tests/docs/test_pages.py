@@ -11,7 +11,7 @@ import pytest
 
 from launch.cluster.preflight.targets import preflight_targets
 from launch.compare.points import plan_points
-from launch.config.choices import groups
+from launch.config.choices import choices_by_group
 from launch.config.compose import compose
 from launch.main import EXIT_CODES, VERBS, module_of
 from launch.plan.command import composed, read_plan
@@ -82,7 +82,7 @@ def test_the_table_of_optimizers_is_that_of_validation():
     written = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
     remade = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["optimizers_page"]
     assert remade(written) == written, "run: python docs/make_reference.py"
-    for optim in groups()["optim"]:
+    for optim in choices_by_group()["optim"]:
         assert f"| `{optim}` | " in written and f"| `optim={optim}` | " in written
 
 
@@ -154,7 +154,7 @@ def test_commands_shown_in_the_pages_were_found():
 
 def test_the_readme_names_every_strategy_exit_code_and_make_target():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for strategy in groups()["strategy"]:
+    for strategy in choices_by_group()["strategy"]:
         assert f"| `{strategy}` |" in text
     for code in re.findall(r"\b\d+\b", EXIT_CODES):
         assert re.search(rf"\*\*Exit codes:\*\*[^*]*\b{code} ", text, re.DOTALL), code
@@ -173,7 +173,7 @@ def test_every_verb_shown_exists():
 
 
 def test_every_setting_named_exists():
-    from launch.config.overrides import setting_of, settings
+    from launch.config.overrides import find_setting, settings
 
     known = settings()
     tops = {key.split(".")[0] for key in known}
@@ -185,7 +185,7 @@ def test_every_setting_named_exists():
                 and not (page.parent / key).exists()
                 and not key.endswith((".json", ".yaml", ".html", ".csv"))
             ):
-                assert setting_of(known, key) or key in parts or (ROOT / key).exists(), f"{page.name}: {key}"
+                assert find_setting(known, key) or key in parts or (ROOT / key).exists(), f"{page.name}: {key}"
 
 
 def test_every_file_of_ours_named_exists():
@@ -232,6 +232,6 @@ def test_the_page_of_methods_is_up_to_date():
     assert runpy.run_path(str(ROOT / "docs" / "make_methods.py"))["page"]() == written, (
         "run: python docs/make_methods.py"
     )
-    assert {*METHODS, "peft"} == set(groups()["tuning"])
+    assert {*METHODS, "peft"} == set(choices_by_group()["tuning"])
     for name in (*METHODS, *PEFT_METHODS):
         assert f"={name}`" in written

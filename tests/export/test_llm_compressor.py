@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launch.export.command import export_words
-from launch.export.gguf import few_bits_request
+from launch.export.gguf import quantised_request
 from strategies.errors import ConfigError, ShardtuneError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
@@ -97,7 +97,7 @@ def test_llm_compressor_refuses_unsuitable_exports_before_anything_is_written(wo
     (run / "config.yaml").touch()
     with pytest.raises(ConfigError, match=said):
         typed, _ = export_words([str(run), *(f"{key}={text}" for key, text in words.items())])
-        few_bits_request(typed, RunConfig())
+        quantised_request(typed, RunConfig())
 
 
 @pytest.mark.skipif(

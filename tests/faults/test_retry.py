@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from launch.cluster.supervisor import _retry_cause, settle_outcome, state_before_start
+from launch.cluster.supervisor import _retry_cause, record_outcome, state_before_start
 from strategies.errors import ShardtuneError
 from tests.faults.runs import wait
 from tests.helpers.covering import whole
@@ -73,6 +73,6 @@ def test_rank_killed_before_training_is_the_cause_though_its_peers_were_stopped(
     write_status(tmp_path, State.preempted, step=step)
     killed = ShardtuneError("rank 1 (process 4711) was killed by SIGKILL")
     record_failure(tmp_path, 1, killed, "killed", retry="node_fail")
-    assert settle_outcome(tmp_path, 1, before) == code
+    assert record_outcome(tmp_path, 1, before) == code
     said = capsys.readouterr().err
     assert ("was killed by SIGKILL" in said) == (code == 70)

@@ -226,8 +226,8 @@ def _ranks(job: dict[str, Any], outputs: list[int]) -> int:
 
 
 def _rank(rank: int, job: dict[str, Any], outputs: list[int]) -> None:
-    from launch.main import guarded
-    from launch.train import end
+    from launch.main import run_guarded
+    from launch.train import exit_process
     from trainer.stopping.signals import hold
 
     try:
@@ -240,7 +240,7 @@ def _rank(rank: int, job: dict[str, Any], outputs: list[int]) -> None:
         _customize()
         if FAULT in os.environ:
             importlib.import_module(os.environ[FAULT])
-        end(guarded(job["verb"], []))
+        exit_process(run_guarded(job["verb"], []))
     finally:
         os._exit(70)  # `end` did not come back: never on into the loop of the process that forked this one
 

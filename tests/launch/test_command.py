@@ -13,10 +13,10 @@ import pytest
 from launch import main as command
 from launch import train
 from launch.cluster import torchrun
-from launch.cluster.hosts import HostPlace
+from launch.cluster.hosts import ThisHost
 from launch.compare import command as compare
 from launch.config import process_role
-from launch.config.help_text import folded
+from launch.config.help_text import fold_help
 from launch.evaluate import command as evaluate
 from launch.evaluate.kinds import KINDS_READ
 from launch.export import command as export
@@ -64,7 +64,7 @@ def test_a_wheel_carries_every_package(monkeypatch):
 def test_help_is_one_screen():
     lines = command.usage().splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
-    assert list(command.VERBS) == [verb for group in command.GROUPS.values() for verb in group]
+    assert list(command.VERBS) == [verb for group in command.VERBS_BY_GROUP.values() for verb in group]
 
 
 def test_help_lists_verbs_groups_and_choices(capsys):
@@ -107,10 +107,10 @@ def test_help_begins_with_the_command_and_an_example(capsys):
 
 def test_folding_help_loses_no_word():
     for text in (evaluate.USAGE, train.usage(), export.USAGE, compare.USAGE, prepare.USAGE, logs_command.USAGE):
-        assert folded(text).replace(" \\\n", " ").split() == text.replace("\\\n", " ").split()
+        assert fold_help(text).replace(" \\\n", " ").split() == text.replace("\\\n", " ").split()
     row = "  --flag   " + "word " * 20
-    assert folded(row).splitlines()[1].startswith(" " * 11 + "word")
-    assert folded(f"  shardtune train {'key=value ' * 9}").splitlines()[0].endswith(" \\")
+    assert fold_help(row).splitlines()[1].startswith(" " * 11 + "word")
+    assert fold_help(f"  shardtune train {'key=value ' * 9}").splitlines()[0].endswith(" \\")
 
 
 def test_help_of_evaluate_lists_the_registered_task_kinds():
@@ -193,11 +193,11 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
     ],
 )
 def test_torchrun_arguments(launcher, expected):
-    place = HostPlace(1, "10.0.0.2", "eth0", first=False)
-    assert torchrun.arguments(launcher, "abc", place) == expected.split()
+    place = ThisHost(1, "10.0.0.2", "eth0", first=False)
+    assert torchrun.torchrun_arguments(launcher, "abc", place) == expected.split()
     from torch.distributed.run import parse_args
 
-    parsed = parse_args(torchrun.arguments(launcher, "abc", place))
+    parsed = parse_args(torchrun.torchrun_arguments(launcher, "abc", place))
     assert (parsed.module, parsed.training_script) == (True, "launch.train")
 
 
@@ -262,7 +262,7 @@ def test_slurm_variables_become_those_of_torchrun(monkeypatch):
         "MASTER_ADDR": "n1",
     }
     assert process_role.torchrun_variables(env | {"MASTER_ADDR": "ib0"}).get("MASTER_ADDR") is None
-    assert process_role.port(env | {"SLURM_STEP_ID": "1"}) == 20833  # two steps of one allocation
+    assert process_role.master_port(env | {"SLURM_STEP_ID": "1"}) == 20833  # two steps of one allocation
     assert process_role.torchrun_variables({"RANK": "0"}) == {}
 
 

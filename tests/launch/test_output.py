@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from launch.output import LEAST_WORDS, Column, TableRow, cut, fold, table
+from launch.output import LEAST_TEXT_WIDTH, Column, TableRow, fold, table, truncate_to_width
 from launch.runs.sparkline import ASCII_BARS, BARS, sparkline
 from tests.helpers.launching import ROOT, clean_environment
 
@@ -43,8 +43,8 @@ def test_a_table_that_cannot_be_80_columns_wide_is_wider_and_nothing_is_cut():
     row = TableRow(("some words that are folded", *["1234567890"] * 8))
     lines = table([WORDS, *[NUMBER] * 8], [row])
     assert lines[1].split()[-8:] == ["1234567890"] * 8
-    assert cells_of_words(lines, LEAST_WORDS).replace(" ", "") == "somewordsthatarefolded"
-    assert len(lines[1]) == LEAST_WORDS + 8 * 12
+    assert cells_of_words(lines, LEAST_TEXT_WIDTH).replace(" ", "") == "somewordsthatarefolded"
+    assert len(lines[1]) == LEAST_TEXT_WIDTH + 8 * 12
 
 
 def test_wide_characters_take_two_columns():
@@ -109,8 +109,8 @@ def test_characters_that_a_terminal_obeys_are_spelled_out_and_counted():
 def test_sentences_are_folded_and_paths_in_them_stay_whole():
     path = "/" + "x" * 90
     assert fold(f"look at {path} again") == ["look at", f"    {path}", "    again"]
-    assert cut("a" * 81) == "a" * 77 + "..." and cut("a" * 80) == "a" * 80
-    assert cut("文" * 41) == "文" * 38 + " ..."
+    assert truncate_to_width("a" * 81) == "a" * 77 + "..." and truncate_to_width("a" * 80) == "a" * 80
+    assert truncate_to_width("文" * 41) == "文" * 38 + " ..."
 
 
 def test_rich_is_imported_only_for_a_table():

@@ -35,7 +35,7 @@ def test_train_json_reports_how_the_run_ended_and_nothing_else_on_stdout(tmp_pat
     assert "step 2/2" in said.err
 
     # What is already done is told in the same form, and what a process of ours prints is no part of it.
-    monkeypatch.setattr("launch.train.launch", lambda *_: subprocess.run(["echo", "a rank prints"]).returncode)
+    monkeypatch.setattr("launch.train.launch_run", lambda *_: subprocess.run(["echo", "a rank prints"]).returncode)
     assert command_here(["train", *words, "--json"]) == 0
     said = capfd.readouterr()
     assert json.loads(said.out)["state"] == "done" and "a rank prints" in said.err

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.choices import groups
+from launch.config.choices import choices_by_group
 from launch.config.importers import rules
 from tests import curves, house_rules
 from tests.helpers.launching import ROOT
@@ -90,4 +90,4 @@ def test_the_comments_of_train_yaml_list_all_choices():
     listed = {match[1]: match[2] for line in lines if (match := re.match(r"  - (\w+): \w+ +# (.*\|.*)", line))}
     assert {"tuning", "objective", "strategy", "optim", "schedule"} <= set(listed)
     for group, choices in listed.items():
-        assert set(choices.split(" | ")) == set(groups()[group]), f"conf/train.yaml: {group}"
+        assert set(choices.split(" | ")) == set(choices_by_group()[group]), f"conf/train.yaml: {group}"

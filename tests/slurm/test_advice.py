@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.advice import advise, list_partitions, ranks_lines
+from launch.cluster.advice import check_job, list_partitions, ranks_lines
 from launch.cluster.array_size import refuse_large_arrays
 from launch.config.prices import price_by_word
 from launch.main import main
@@ -40,7 +40,7 @@ def sinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def advised(run: Path, **launcher) -> str:
-    return "\n".join(advise(RunConfig(launcher=SlurmConfig(**launcher)), [run]))
+    return "\n".join(check_job(RunConfig(launcher=SlurmConfig(**launcher)), [run]))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_slurm_times_are_read_as_slurm_writes_them(text, value):
 
 def test_slurm_partitions_are_read_from_sinfo(sinfo):
     found = {(part.name, part.gpus): part for part in list_partitions()}
-    assert found["gpu", 8].kinds == {"h100"} and found["gpu", 8].limit_s == 172800 and found["gpu", 4].nodes == 8
+    assert found["gpu", 8].gpu_kinds == {"h100"} and found["gpu", 8].limit_s == 172800 and found["gpu", 4].nodes == 8
     assert (
         found["main", 0].is_default and not found["gpu", 4].is_default and clock(found["free", 0].limit_s) == "any time"
     )

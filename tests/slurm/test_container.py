@@ -33,7 +33,7 @@ def test_container_runtime_is_chosen_by_the_image(tmp_path):
         str(tmp_path): "apptainer",
     }
     assert containers.runtime_of({"container": "a.sif", "container_by": Container.pyxis}) == "pyxis"
-    assert containers.launch_words(tree(tmp_path), []) == ([], [])
+    assert containers.srun_options_and_prefix(tree(tmp_path), []) == ([], [])
 
 
 def test_container_mounts_what_the_run_reads_and_writes_once(tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_container_mounts_what_the_run_reads_and_writes_once(tmp_path, monkeypat
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path / "here")
     own = tree(tmp_path, container="a.sif", container_mounts=["/scratch:/scratch:ro"])
-    step, before = containers.launch_words(own, [tmp_path / "here" / "runs" / "a"])
+    step, before = containers.srun_options_and_prefix(own, [tmp_path / "here" / "runs" / "a"])
     assert (
         step == []
         and before[:3] == ["apptainer", "exec", "--nv"]
@@ -52,10 +52,10 @@ def test_container_mounts_what_the_run_reads_and_writes_once(tmp_path, monkeypat
     binds = [mount for flag, mount in itertools.pairwise(before) if flag == "--bind"]
     places = [tmp_path / name for name in ("cache", "data", "here", "state/shardtune")]
     assert sorted(binds) == sorted([*(f"{place}:{place}" for place in places), "/scratch:/scratch:ro"])
-    step, before = containers.launch_words(tree(tmp_path, container="a#b:1", container_workdir="/w"), [])
+    step, before = containers.srun_options_and_prefix(tree(tmp_path, container="a#b:1", container_workdir="/w"), [])
     assert before == [] and "--container-image=a#b:1" in step and "--container-workdir=/w" in step
     with pytest.raises(ConfigError, match="mounts cannot carry"):
-        containers.launch_words(own, [Path("/a:b")])
+        containers.srun_options_and_prefix(own, [Path("/a:b")])
     [command] = commands_by_srun(2, "python3", step, {}, prefix=["apptainer"])
     assert command.argv.index("--container-image=a#b:1") < command.argv.index("apptainer") < command.argv.index("bash")
 

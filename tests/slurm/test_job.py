@@ -13,7 +13,7 @@ from launch.cluster import job
 from launch.config import frozen
 from launch.config.compose import compose
 from launch.config.frozen import to_yaml
-from launch.config.process_role import expand_hosts, port
+from launch.config.process_role import expand_hosts, master_port
 from launch.main import main
 from launch.runs import freeze
 from launch.runs.job_record import read_job_record, record_job_end, record_job_start
@@ -64,7 +64,7 @@ def test_job_script_gets_its_variables_from_the_frozen_run(run, capfd, monkeypat
         "5",
         "1",
     )
-    assert told["rendezvous"] == f"n9:{port(os.environ)}" and told["finished"] == ""
+    assert told["rendezvous"] == f"n9:{master_port(os.environ)}" and told["finished"] == ""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
@@ -74,7 +74,7 @@ def test_job_script_gets_its_variables_from_the_frozen_run(run, capfd, monkeypat
 
 
 def test_job_script_passes_over_a_port_in_use(run, capfd, monkeypatch):
-    first = port(os.environ)
+    first = master_port(os.environ)
     with socket.create_server(("", first)):
         assert begun(capfd)[0]["rendezvous"] == f"n9:{first + 1}"
         monkeypatch.setenv("SHARDTUNE_RDZV", f"{socket.gethostname()}:{first}")

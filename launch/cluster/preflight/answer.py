@@ -11,14 +11,14 @@ from launch.output import Column, TableRow, fold, fold_all, table
 COLUMNS = tuple(map(Column, ("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")))
 
 
-def text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> str:
-    """The page for people: a row for each node, the rates between ranks, problems and notes."""
+def report_text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> str:
+    """The result of a preflight as text for people: a row for each node, the rates between ranks, problems and notes."""
     nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
     processes = f"{request.processes} process{'es' * (request.processes > 1)}"
     lines = [f"preflight: {nodes} x {processes}"]
-    lines += table(COLUMNS, [TableRow(_row(node, reports)) for node in range(request.nodes)])
+    lines += table(COLUMNS, [TableRow(_node_cells(node, reports)) for node in range(request.nodes)])
     if reports.exchange is not None:
-        lines += fold(_exchange(reports.exchange), 2)
+        lines += fold(_exchange_rates(reports.exchange), 2)
     if verdict.problems:
         lines += ["problems:", *fold_all(verdict.problems)]
     if verdict.notes:
@@ -28,8 +28,8 @@ def text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerd
     return "\n".join(lines)
 
 
-def _row(node: int, reports: NodeReports) -> tuple[str, ...]:
-    """The cells of one node, in the order of `COLUMNS`."""
+def _node_cells(node: int, reports: NodeReports) -> tuple[str, ...]:
+    """The table cells of one node, in the order of `COLUMNS`; mostly empty for a node that gave no answer."""
     facts = reports.facts.get(node)
     if facts is None:
         return (str(node), reports.host_name(node), "no answer", "", "", "", "", "")
@@ -52,8 +52,8 @@ def _gib(gib: float | None) -> str:
     return "-" if gib is None else f"{gib:.1f} GiB"
 
 
-def _exchange(exchange: dict[str, Any]) -> str:
-    """The rates of the communication test."""
+def _exchange_rates(exchange: dict[str, Any]) -> str:
+    """The rates of the communication test between ranks, in one line."""
     line = (
         f"communication of {exchange['ranks']} ranks ({exchange['backend']}), GB/s: "
         f"all-reduce {exchange['all_reduce']:.2f}, all-gather {exchange['all_gather']:.2f}"
@@ -65,7 +65,7 @@ def _exchange(exchange: dict[str, Any]) -> str:
 
 
 def as_dict(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> dict[str, Any]:
-    """All reports, as JSON has them; rates in GB/s, sizes in GiB."""
+    """The result of a preflight for `--json`, with everything that the nodes reported; rates in GB/s, sizes in GiB."""
     nodes = []
     for node in range(request.nodes):
         answered = node in reports.facts

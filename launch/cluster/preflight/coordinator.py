@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.cluster.containers import INSIDE
-from launch.cluster.preflight.node import MARK
+from launch.cluster.containers import INSIDE_CONTAINER
+from launch.cluster.preflight.node import REPORT_MARK
 from launch.cluster.preflight.node_facts import REQUEST_VARIABLE, VISIBLE_S, PreflightRequest
 from launch.cluster.preflight.verdict import NodeReports, PreflightVerdict, judge
 from strategies.errors import StorageError
@@ -29,37 +29,46 @@ from trainer.data.read.paths import is_address, is_hub
 
 FACTS_TIMEOUT_S = 30.0
 """Seconds within which each node must have said what it sees."""
-GRACE_S = 3.0
+AFTER_ERROR_S = 3.0
 """Seconds in which further reports may come after a node has ended with an error."""
-LATE_S = 10.0
+AFTER_ERROR_OTHERS_S = 10.0
 """The same while other nodes have not answered yet."""
 LABELLED = re.compile(r"\s*(\d+): ?(.*)")
-REPORT_LINE = re.compile(rf"{MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
+"""A line of `srun --label`: the number of the node's task before what it printed."""
+REPORT_LINE = re.compile(rf"{REPORT_MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
 TASK_ENDED = re.compile(r"srun: error: (\S+): task (\d+): ")
+"""srun's message about a task that ended with an error: its host and number."""
 SHELL = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
 
 
 def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
-    """What the nodes are to look at for a run whose configuration, as plain values, is `tree`."""
-    launcher, model, data, run = (tree[part] for part in ("launcher", "model", "data", "run"))
+    """What each node must have for a run: ranks, GPUs, run directory, model and data.
+
+    `tree`: the run's configuration as nested dictionaries. `nodes`: how many nodes the job has.
+    """
+    launcher, model, data, run = (tree[section] for section in ("launcher", "model", "data", "run"))
     processes = ranks_per_node(launcher)
     requested_gpus = gpu_request(launcher)
     if requested_gpus is not None:
         gpus = requested_gpus.count
     else:
         gpus = processes if run["device"] == "cuda" else 0
+
+    source_paths = [source.get("path") for source in (data["sources"] or {}).values()]
     local_paths = []
-    for setting in (data["path"], *(source.get("path") for source in (data["sources"] or {}).values())):
-        for path in setting if isinstance(setting, list) else [setting]:
+    for setting in (data["path"], *source_paths):
+        paths = setting if isinstance(setting, list) else [setting]
+        for path in paths:
             if path is not None and not is_hub(str(path)) and not is_address(str(path)):
                 local_paths.append(str(path))
     downloads = model["download"]  # then no node needs to have it
+    run_dir = str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None
     return PreflightRequest(
         nodes=nodes,
         processes=processes,
         gpus=gpus,
         memory_gib=node_gib(tree, processes) if gpus else 0.0,
-        run_dir=str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None,
+        run_dir=run_dir,
         model=None if downloads else model["path"],
         tokenizer=None if downloads else model["tokenizer"],
         revision=model["revision"],
@@ -70,17 +79,18 @@ def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
 
 
 @dataclass(slots=True)
-class Command:
-    """A process to start: on one node, or (`node` is None) srun for all of them, which labels their lines."""
+class NodeCommand:
+    """A process that runs the preflight of one node, or srun, which runs it on all of them."""
 
     argv: list[str]
     env: Mapping[str, str]
     node: int | None = None
+    """The number of the node; None for srun, which labels the lines of each node with its number."""
 
 
 @dataclass(slots=True)
 class _ReportCollector:
-    """Puts the lines that nodes print together to reports."""
+    """Puts the lines that the nodes of a preflight print together to `reports`."""
 
     request: PreflightRequest
     reports: NodeReports
@@ -92,7 +102,10 @@ class _ReportCollector:
     """Nodes whose process has ended with an error."""
 
     def add_line(self, node: int | None, line: str) -> None:
-        """Take one line: a piece of a report, srun's word on an ended task, or other output."""
+        """Take one line that a node or srun printed: a piece of a report, srun's message on an ended task, or other output.
+
+        `node`: the number of the node; None for a line of srun, which may carry the number itself.
+        """
         if node is None and (label := LABELLED.fullmatch(line)):
             node = int(label[1])
             line = label[2]
@@ -113,13 +126,15 @@ class _ReportCollector:
             self.reports.output.setdefault(node, []).append(line.strip()[:300])
 
     def _add_piece(self, piece: re.Match[str]) -> None:
-        """A piece of a report; the last one completes it."""
-        node, rank, number, pieces = (int(piece[group]) for group in (1, 2, 3, 4))
+        """Keep a piece of a report (a match of `REPORT_LINE`); the last one completes the report."""
+        node, rank, number, number_of_pieces = (int(piece[group]) for group in (1, 2, 3, 4))
         self.pieces.setdefault((node, rank), []).append(piece[5])
-        if number == pieces:
-            self._add_report(node, rank, json.loads("".join(self.pieces.pop((node, rank)))))
+        if number == number_of_pieces:
+            json_text = "".join(self.pieces.pop((node, rank)))
+            self._add_report(node, rank, json.loads(json_text))
 
     def _add_report(self, node: int, rank: int, report: dict[str, Any]) -> None:
+        """Take a complete report: the facts of a node, the rates of rank 0, or the error of any rank."""
         if "look" in report:
             self.reports.facts[node] = {**report["look"], "heard_at": time.time()}
         elif "exchange" in report:
@@ -129,33 +144,36 @@ class _ReportCollector:
 
 
 def run_preflight(
-    request: PreflightRequest, commands: list[Command], hosts: list[str], *, is_queued: bool = False
+    request: PreflightRequest, commands: list[NodeCommand], hosts: list[str], *, is_queued: bool = False
 ) -> tuple[NodeReports, PreflightVerdict]:
-    """Start the commands, collect the reports of the nodes, and judge them.
+    """Start the commands that check the nodes, collect what they report, and judge it.
 
-    `is_queued`: the nodes may first have to be waited for, in SLURM's queue. Everything that was started has ended when it
-    returns. Errors: StorageError if the run directory cannot be written here.
+    `hosts`: the nodes' names, by number. `is_queued`: the nodes may first have to be waited for, in SLURM's queue. All processes
+    have ended when it returns. Errors: StorageError if the run directory cannot be written here.
     """
     request.token = uuid.uuid4().hex[:12]
-    with _shared_directory(request) as shared:
+    with _shared_directory(request) as shared_directory:
         reports = NodeReports(hosts)
         collector = _ReportCollector(request, reports)
-        started = [_start(command, request, collector.lines) for command in commands]
+        processes = [_start(command, request, collector.lines) for command in commands]
         try:
-            reports.waited_s = _collect(collector, started, is_queued)
+            reports.waited_s = _collect(collector, processes, is_queued=is_queued)
         finally:
-            _end_processes(started)
-        reports.visible_nodes = _visible_nodes(shared, set(reports.facts))
+            _end_processes(processes)
+        reports.visible_nodes = _visible_nodes(shared_directory, set(reports.facts))
     return reports, judge(request, reports)
 
 
-def _visible_nodes(shared: Path | None, nodes: set[int]) -> set[int]:
-    """Those of `nodes` whose file in the shared directory is visible here, within `VISIBLE_S`; all if there is none."""
-    if shared is None:
+def _visible_nodes(shared_directory: Path | None, nodes: set[int]) -> set[int]:
+    """The nodes whose file in the shared directory is visible on this host, within `VISIBLE_S` seconds.
+
+    `shared_directory`: None if the run has no directory yet; then all `nodes` count as visible.
+    """
+    if shared_directory is None:
         return nodes
     deadline = time.monotonic() + VISIBLE_S
     while True:
-        visible = {node for node in nodes if (shared / str(node)).exists()}
+        visible = {node for node in nodes if (shared_directory / str(node)).exists()}
         if visible == nodes or time.monotonic() > deadline:
             return visible
         time.sleep(0.2)  # a network file system shows a new file late
@@ -163,28 +181,34 @@ def _visible_nodes(shared: Path | None, nodes: set[int]) -> set[int]:
 
 @contextlib.contextmanager
 def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
-    """A directory in the run directory where coordinator and nodes look for each other's files; removed afterwards."""
+    """A directory in the run directory where this host and the nodes look for each other's files; removed after the block.
+
+    None if the run has no directory. Errors: StorageError.
+    """
     if request.run_dir is None:
         yield None
         return
-    place = Path(request.run_dir).expanduser() / "preflight" / request.token
+    directory = Path(request.run_dir).expanduser() / "preflight" / request.token
     try:
-        place.mkdir(parents=True)
-        (place / "asked").write_text(request.token, encoding="utf-8")
+        directory.mkdir(parents=True)
+        (directory / "asked").write_text(request.token, encoding="utf-8")
     except OSError as error:
         raise StorageError(
-            f"{place}: cannot be written ({error.strerror or error}); free space, or set run.dir"
+            f"{directory}: cannot be written ({error.strerror or error}); free space, or set run.dir"
         ) from error
     try:
-        yield place
+        yield directory
     finally:
-        shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            place.parent.rmdir()
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another preflight of the run may still use it
+            directory.parent.rmdir()
 
 
-def _start(command: Command, request: PreflightRequest, lines: queue.Queue[Any]) -> subprocess.Popen[str]:
-    """Start a process; threads put its lines into `lines` as (node, line), and None when a pipe has ended."""
+def _start(command: NodeCommand, request: PreflightRequest, lines: queue.Queue[Any]) -> subprocess.Popen[str]:
+    """Start the process of a command, with threads that read its output.
+
+    They put each line into `lines` as (node, line), and None when one of its two pipes has ended.
+    """
     env = {**command.env, REQUEST_VARIABLE: request.to_json()}
     process = subprocess.Popen(
         command.argv,
@@ -207,15 +231,18 @@ def _start(command: Command, request: PreflightRequest, lines: queue.Queue[Any])
     return process
 
 
-def _collect(collector: _ReportCollector, started: list[subprocess.Popen[str]], is_queued: bool) -> float:
-    """Collect reports until all are there, something is wrong, or time is up; returns the seconds since the nodes' first sign."""
+def _collect(collector: _ReportCollector, processes: list[subprocess.Popen[str]], *, is_queued: bool) -> float:
+    """Collect reports until all are there, a node has failed, or time is up.
+
+    Returns the seconds since the nodes' first sign of life, or since the start unless `is_queued`.
+    """
     request = collector.request
     reports = collector.reports
     # While the job waits in the queue, the time does not count.
     began_at: float | None = None if is_queued else time.monotonic()
     error_at: float | None = None
-    answered_at: float | None = None
-    open_pipes = 2 * len(started)
+    all_answered_at: float | None = None
+    open_pipes = 2 * len(processes)
     while True:
         now = time.monotonic()
         waited_s = 0.0 if began_at is None else now - began_at
@@ -223,16 +250,20 @@ def _collect(collector: _ReportCollector, started: list[subprocess.Popen[str]], 
         all_answered = len(answered) == request.nodes
         if open_pipes == 0 or (not all_answered and waited_s > FACTS_TIMEOUT_S):
             return waited_s
+        # A node that ended without an answer is a problem, whatever the others say: they get a little more time.
         if error_at is None and collector.ended_nodes - answered:
             error_at = now
         unanswered = set(range(request.nodes)) - answered - collector.ended_nodes
-        if error_at is not None and now - error_at > (LATE_S if unanswered else GRACE_S):
-            reports.not_waited_for = unanswered
-            return waited_s
-        if all_answered:
-            answered_at = answered_at or now
-            if _is_exchange_settled(request, reports, now - answered_at):
+        if error_at is not None:
+            patience_s = AFTER_ERROR_OTHERS_S if unanswered else AFTER_ERROR_S
+            if now - error_at > patience_s:
+                reports.not_waited_for = unanswered
                 return waited_s
+        if all_answered:
+            all_answered_at = all_answered_at or now
+            if _is_exchange_settled(request, reports, now - all_answered_at):
+                return waited_s
+
         try:
             line = collector.lines.get(timeout=0.2)
         except queue.Empty:
@@ -246,22 +277,28 @@ def _collect(collector: _ReportCollector, started: list[subprocess.Popen[str]], 
 
 
 def _is_exchange_settled(request: PreflightRequest, reports: NodeReports, waited_s: float) -> bool:
-    """Whether the communication test needs no more waiting; `waited_s`: seconds since all nodes have answered."""
+    """Whether no more reports of the communication test need to be waited for.
+
+    `waited_s`: seconds since all nodes have answered.
+    """
     if judge(request, reports, is_final=False).problems:
         return True
     if not request.exchange or request.nodes * request.processes == 1:
         return True
     if reports.exchange:
         return True
-    return (bool(reports.failed_ranks) and waited_s > GRACE_S) or waited_s > 2 * request.timeout_s
+    if reports.failed_ranks and waited_s > AFTER_ERROR_S:
+        return True
+    # The ranks have `timeout_s` to meet, and as long again to measure.
+    return waited_s > 2 * request.timeout_s
 
 
-def _end_processes(started: list[subprocess.Popen[str]]) -> None:
+def _end_processes(processes: list[subprocess.Popen[str]]) -> None:
     """End the processes that still run: by TERM, and by KILL after five seconds."""
-    for process in started:
+    for process in processes:
         if process.poll() is None:
             process.terminate()
-    for process in started:
+    for process in processes:
         try:
             process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -276,15 +313,15 @@ def commands_by_srun(
     environment: Mapping[str, str] | None = None,
     *,
     prefix: Sequence[str] = (),
-) -> list[Command]:
-    """All nodes through one srun, with `options` of its own; `SHARDTUNE_SETUP` in the environment is the set-up of a node.
+) -> list[NodeCommand]:
+    """The command that checks all nodes through one srun. `SHARDTUNE_SETUP` in the environment prepares each node.
 
-    `prefix` stands before the command: what puts it into a container.
+    `options`: of srun, beside the usual ones. `prefix`: the words before the command that put it into a container.
     """
     argv = [
         "srun",
         "--label",
-        f"--export=ALL,{INSIDE}=1",
+        f"--export=ALL,{INSIDE_CONTAINER}=1",
         f"--nodes={nodes}",
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
@@ -292,13 +329,13 @@ def commands_by_srun(
     ]
     argv += ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
     argv += [*prefix, "bash", "-c", SHELL, "setup", python, "-m", "launch.cluster.preflight.node", "node"]
-    return [Command(argv, environment if environment is not None else os.environ)]
+    return [NodeCommand(argv, environment if environment is not None else os.environ)]
 
 
-def commands_here(env: Mapping[str, str] | None = None) -> list[Command]:
-    """This host as the only node."""
+def commands_on_this_host(env: Mapping[str, str] | None = None) -> list[NodeCommand]:
+    """The command that checks this host, as the only node."""
     node_env = dict(os.environ if env is None else env)
     node_env["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
     node_env["PYTHONSAFEPATH"] = "1"
     node_env["SHARDTUNE_NODE"] = "0"
-    return [Command([sys.executable, "-m", "launch.cluster.preflight.node", "node"], node_env, 0)]
+    return [NodeCommand([sys.executable, "-m", "launch.cluster.preflight.node", "node"], node_env, 0)]

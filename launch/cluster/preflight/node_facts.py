@@ -43,6 +43,7 @@ DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE
 VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", *DEVICE_VARIABLES)
 """Beginnings of environment variables that change what a run does."""
 KFD = Path("/sys/class/kfd/kfd/topology/nodes")
+"""Where Linux lists AMD's GPUs, beside the processors."""
 SLOWDOWN: tuple[tuple[str, ...], ...] = (
     ("clocks_event_reasons.hw_slowdown",),
     ("clocks_throttle_reasons.hw_slowdown",),
@@ -60,7 +61,7 @@ REQUEST_VARIABLE = "SHARDTUNE_PREFLIGHT"
 
 @dataclass(kw_only=True, slots=True)
 class PreflightRequest:
-    """What the nodes are to look at; travels as JSON in an environment variable."""
+    """What each node of a preflight must have and check; travels to the nodes as JSON in an environment variable."""
 
     nodes: int = 1
     processes: int = 1
@@ -91,12 +92,12 @@ class PreflightRequest:
 
     @classmethod
     def from_environment(cls) -> PreflightRequest:
-        """What the environment says. Errors: KeyError where it says nothing."""
+        """The request in this process's environment. Errors: KeyError if there is none."""
         return cls(**json.loads(os.environ[REQUEST_VARIABLE]))
 
 
 def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
-    """Everything that node number `node` sees, as JSON.
+    """Everything that node number `node` sees of what the request names, for the coordinator, as JSON.
 
     Nothing is judged here (`verdict.judge` does that), and nothing that is missing raises an error.
     """
@@ -105,6 +106,14 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
         version = installed_version(name)
         if version is not None:
             packages[name] = version
+    environment = {}
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(VARIABLE_PREFIXES):
+            environment[name] = value
+    visible_paths = {}
+    for path in request.paths:
+        pattern = str(Path(path).expanduser())
+        visible_paths[path] = bool(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too
     facts: dict[str, Any] = {
         "node": node,
         "host": socket.gethostname(),
@@ -114,11 +123,9 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
         "clone": code_facts(),
         "packages": packages,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_free_gib": _memory_free(),
-        "environment": {
-            name: setting for name, setting in sorted(os.environ.items()) if name.startswith(VARIABLE_PREFIXES)
-        },
-        "paths": {path: bool(glob.glob(str(Path(path).expanduser()), recursive=True)) for path in request.paths},  # noqa: PTH207
+        "memory_free_gib": _memory_free_gib(),
+        "environment": environment,
+        "paths": visible_paths,
     }
     if request.run_dir is not None:
         facts["run_dir"] = run_dir_facts(Path(request.run_dir), request.token, node)
@@ -130,7 +137,7 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
 
 
 def code_facts() -> dict[str, str]:
-    """Where the code is, and a digest of what it says."""
+    """Where shardtune's code lies on this node, and a digest of its files, which must be the same on all nodes."""
     root = Path(__file__).resolve().parents[3]
     digest = hashlib.sha256()
     for package in PACKAGES:
@@ -147,8 +154,8 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def _memory_free() -> float | None:
-    """GiB of this host's memory that are free; None if the kernel does not say."""
+def _memory_free_gib() -> float | None:
+    """Memory of this host that is available, in GiB; None if the kernel does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -160,15 +167,16 @@ def _memory_free() -> float | None:
 
 
 def run_dir_facts(run_dir: Path, token: str, node: int) -> dict[str, Any]:
-    """Whether this node sees the coordinator's file in the run directory, and can write there; free space, and the clock.
+    """What this node sees of the run directory: whether the coordinator's file is there, whether it can write, free space.
 
-    `behind_s`: seconds by which this host's clock is behind that of the file system.
+    `token`: names this preflight's directory below it. `behind_s`: seconds by which this host's clock is behind that of the file
+    system.
     """
     directory = run_dir / "preflight" / token
     facts: dict[str, Any] = {"sees": False, "problem": None}
-    end = time.monotonic() + VISIBLE_S
+    deadline = time.monotonic() + VISIBLE_S
     while not (directory / "asked").exists():
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             return facts
         time.sleep(0.2)
     facts["sees"] = True
@@ -183,7 +191,10 @@ def run_dir_facts(run_dir: Path, token: str, node: int) -> dict[str, Any]:
 
 
 def model_facts(name: str, revision: str | None) -> dict[str, Any]:
-    """The files of a model that this node has, offline: how many, and a digest of their names and sizes."""
+    """The files of a model that this node has without the network: how many, a digest of names and sizes, missing weights.
+
+    `name`: a directory or a hub id, looked up in the hub's cache.
+    """
     directory = Path(name).expanduser()
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
@@ -193,42 +204,48 @@ def model_facts(name: str, revision: str | None) -> dict[str, Any]:
             directory = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return {"files": 0, "digest": None}
-    sizes = {}
+    size_by_name = {}
     for file in directory.rglob("*"):
         if file.is_file():
-            sizes[str(file.relative_to(directory))] = file.stat().st_size
-    digest = hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:12]
+            size_by_name[str(file.relative_to(directory))] = file.stat().st_size
+    # Sizes instead of contents: reading a large model takes minutes.
+    digest = hashlib.sha256(repr(sorted(size_by_name.items())).encode()).hexdigest()[:12]
     missing: list[str] = []
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_object(index).get("weight_map")
         if isinstance(weight_map, dict):  # else the model itself is refused when it is read
-            missing = sorted({str(file) for file in weight_map.values()} - sizes.keys())
-    return {"files": len(sizes), "digest": digest, "lacking": missing}
+            weight_files = {str(file) for file in weight_map.values()}
+            missing = sorted(weight_files - size_by_name.keys())
+    return {"files": len(size_by_name), "digest": digest, "lacking": missing}
 
 
 def gpu_facts() -> dict[str, Any]:
-    """The GPUs of this node: NVIDIA's with the processes on them, or else AMD's; none if neither driver lists any."""
+    """The GPUs of this node: NVIDIA's with the processes on them, or else AMD's; none if neither driver lists any.
+
+    `gpu_count`: how many of them a process may use.
+    """
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
     gpus = []
     for row in _nvidia_rows():
-        gpus.append({key: _number(cell) for key, cell in zip(keys, row, strict=False)})
+        gpus.append({key: _parse_cell(cell) for key, cell in zip(keys, row, strict=False)})
     if not gpus:
         gpus = _amd_gpus()
     for gpu in gpus:
         gpu["slowed"] = gpu.get("slowed") == "Active"
     processes = nvidia_smi("compute-apps", ("pid", "process_name", "used_memory")) or []
-    # A variable that lists devices leaves a process at most so many.
+    # A variable such as CUDA_VISIBLE_DEVICES leaves a process at most as many devices as it lists.
     count = len(gpus)
     for name in DEVICE_VARIABLES:
         devices = os.environ.get(name)
         if devices is not None:
-            count = min(count, sum(bool(device.strip()) for device in devices.split(",")))
+            listed_devices = [device for device in devices.split(",") if device.strip()]
+            count = min(count, len(listed_devices))
     return {"gpus": gpus, "gpu_count": count, "gpu_processes": [" ".join(row) for row in processes]}
 
 
 def _nvidia_rows() -> list[list[str]]:
-    """A row of nvidia-smi for each GPU; whether it is slowed down comes last, if the driver knows that field."""
+    """A row of nvidia-smi for each GPU, with the fields below; whether it is slowed down comes last, if the driver knows that."""
     fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
     for slowdown_field in SLOWDOWN:
         rows = nvidia_smi("gpu", (*fields, *slowdown_field))
@@ -238,7 +255,7 @@ def _nvidia_rows() -> list[list[str]]:
 
 
 def _amd_gpus() -> list[dict[str, Any]]:
-    """AMD's GPUs as the kernel lists them. It does not say which of them this process may use."""
+    """AMD's GPUs of this node as the Linux kernel lists them, with index and name; empty if there are none."""
     gpus: list[dict[str, Any]] = []
     for node in sorted(KFD.glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
@@ -253,19 +270,26 @@ def _amd_gpus() -> list[dict[str, Any]]:
 
 
 def nvidia_smi(query: str, fields: tuple[str, ...]) -> list[list[str]] | None:
-    """Rows of `nvidia-smi --query-<query>`; None if it is not there, fails, or does not know one of the fields."""
+    """Rows of `nvidia-smi --query-<query>` with these fields, such as `gpu`, (`name`, `memory.total`).
+
+    None if the tool is not there, fails, or does not know one of the fields.
+    """
     command = ["nvidia-smi", f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if answer.returncode:
+    if process.returncode:
         return None
-    return [[cell.strip() for cell in row] for row in csv.reader(answer.stdout.splitlines()) if row]
+    rows = []
+    for row in csv.reader(process.stdout.splitlines()):
+        if row:
+            rows.append([cell.strip() for cell in row])
+    return rows
 
 
-def _number(text: str) -> int | str | None:
-    """What a field says; None for what it says instead, such as [N/A], [Insufficient Permissions] or [Unknown Error]."""
+def _parse_cell(text: str) -> int | str | None:
+    """A cell of nvidia-smi as a number or text; None if it holds no value: [N/A], [Insufficient Permissions] and the like."""
     if text.startswith("[") or text in ("N/A", "ERR!", ""):
         return None
     return int(text) if text.isdecimal() else text

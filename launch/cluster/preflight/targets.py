@@ -8,7 +8,7 @@ import socket
 import sys
 
 from launch.cluster import containers
-from launch.cluster.preflight.coordinator import Command, commands_by_srun, commands_here, preflight_request
+from launch.cluster.preflight.coordinator import NodeCommand, commands_by_srun, commands_on_this_host, preflight_request
 from launch.cluster.preflight.node_facts import PreflightRequest
 from strategies.errors import ConfigError, key_of_problem
 from trainer.config.run import RunConfig, SlurmConfig
@@ -18,10 +18,11 @@ MINUTES = 10
 """Asked of SLURM for a preflight outside an allocation."""
 
 
-def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[Command], list[str], bool]:
-    """(the request to the nodes, what is started, names of the nodes, whether SLURM's queue is waited for).
+def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
+    """Find out which nodes `shardtune doctor` checks, from its words, and how.
 
-    Raises ConfigError.
+    Returns (what each node must have, the commands that check them, the nodes' names, whether SLURM's queue is waited for).
+    Errors: ConfigError.
     """
     from launch.config.compose import compose, refusals
     from trainer.config.resuming import plain
@@ -39,13 +40,14 @@ def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[Command]
             "doctor on each of them"
         )
     request = preflight_request(plain(config), 1)
-    with socket.create_server(("localhost", 0)) as free:
-        request.master = f"localhost:{free.getsockname()[1]}"
-    return request, commands_here(), [os.uname().nodename], False
+    with socket.create_server(("localhost", 0)) as listener:  # any free port
+        free_port = listener.getsockname()[1]
+    request.master = f"localhost:{free_port}"
+    return request, commands_on_this_host(), [os.uname().nodename], False
 
 
-def _slurm_targets(config: RunConfig, words: list[str]) -> tuple[PreflightRequest, list[Command], list[str], bool]:
-    """The same for nodes of SLURM: of the allocation that this process is in, or of a new one."""
+def _slurm_targets(config: RunConfig, words: list[str]) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
+    """As `preflight_targets`, for nodes of SLURM: those of the allocation that this process is in, or of a new one."""
     from launch.cluster.job_end import hosts_of_job
     from launch.cluster.slurm import Options, node_request, quoted_options, setup_text
     from trainer.config.resuming import plain
@@ -72,9 +74,10 @@ def _slurm_targets(config: RunConfig, words: list[str]) -> tuple[PreflightReques
     if in_allocation:
         srun_options = ["--overlap"]
     else:
-        asked: Options = {**node_request(slurm), "time": MINUTES, "job-name": "shardtune-doctor"}
-        srun_options = [shlex.split(option)[0] for option in quoted_options(asked)]
-    container_options, prefix = containers.launch_words(tree, [ROOT])
+        options: Options = {**node_request(slurm), "time": MINUTES, "job-name": "shardtune-doctor"}
+        # No shell reads them here, so that the quotes for one are taken off again.
+        srun_options = [shlex.split(option)[0] for option in quoted_options(options)]
+    container_options, prefix = containers.srun_options_and_prefix(tree, [ROOT])
     containers.refuse_missing(tree["launcher"])
     python = slurm.python or ("python3" if slurm.container else sys.executable)
     commands = commands_by_srun(slurm.nodes, python, [*srun_options, *container_options], env, prefix=prefix)

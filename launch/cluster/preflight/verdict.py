@@ -11,14 +11,16 @@ from typing import Any
 
 from launch.cluster.preflight.node_facts import PreflightRequest
 
-LEAST_FREE = 0.5
+LEAST_FREE_GIB = 0.5
 """GiB of the run directory's disk below which a run cannot start."""
-LITTLE_FREE = 5.0
+LITTLE_FREE_GIB = 5.0
 """GiB of the run directory's disk below which a note says so."""
 CLOCK_S = 5.0
+"""Seconds by which a clock may be off before a note says so."""
 SLOW_SHARE = 0.5
 """Share of the usual rate below which a node is named."""
 BUSY_MIB = 1024
+"""GPU memory that is in use before the run, above which a note says so."""
 
 
 @dataclass(slots=True)
@@ -56,26 +58,40 @@ class PreflightVerdict:
 
 
 def judge(request: PreflightRequest, reports: NodeReports, *, is_final: bool = True) -> PreflightVerdict:
-    """All that is wrong. `is_final`: no further report will come, so a silent node is a problem too."""
-    problems = [*_node_problems(request, reports), *_differences(reports)]
+    """Judge the nodes of a preflight: what keeps the job from starting, and what is worth knowing.
+
+    `is_final`: no further report will come, so that a silent node is a problem too.
+    """
+    problems = [*_problems_of_nodes(request, reports), *_problems_of_differing_nodes(reports)]
     if is_final:
-        problems = [*_silent_nodes(request, reports), *problems, *_unseen_writes(request, reports)]
+        problems = [
+            *_problems_of_silent_nodes(request, reports),
+            *problems,
+            *_problems_of_unshared_run_dir(request, reports),
+        ]
         if not problems:  # after a problem nobody waited for the communication test
-            problems = list(_exchange_problems(request, reports))
-    notes = [*_notes(reports), *_clock_notes(reports), *_gpu_clock_notes(reports), *_slow_nodes(reports)]
+            problems = list(_problems_of_communication(request, reports))
+    notes = [
+        *_notes_on_single_nodes(reports),
+        *_notes_on_clocks(reports),
+        *_notes_on_gpu_clocks(reports),
+        *_notes_on_slow_nodes(reports),
+    ]
     return PreflightVerdict(problems, notes)
 
 
-def _silent_nodes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
+def _problems_of_silent_nodes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
+    """A problem for each node that gave no answer, with its last lines of output, or those of srun."""
     for node in range(request.nodes):
         if node not in reports.facts and node not in reports.not_waited_for:
-            output = " / ".join(reports.output.get(node, [])[-3:]) or " / ".join(reports.unlabelled_output[-3:])
+            node_output = " / ".join(reports.output.get(node, [])[-3:])
+            output = node_output or " / ".join(reports.unlabelled_output[-3:])
             why = f": {output}" if output else f" within {reports.waited_s:.0f} s"
             yield f"{reports.host_name(node)}: gave no answer{why}"
 
 
-def _node_problems(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
-    """What keeps a node from running its ranks, whatever the other nodes have."""
+def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
+    """What keeps single nodes from running their ranks: no torch, no data or model, too few GPUs, no run directory."""
     for _, facts in sorted(reports.facts.items()):
         host = facts["host"]
         if "torch" not in facts["packages"]:
@@ -103,31 +119,36 @@ def _node_problems(request: PreflightRequest, reports: NodeReports) -> Iterable[
             )
 
 
-def _run_dir_problems(host: str, run_dir: str | None, place: dict[str, Any] | None) -> Iterable[str]:
-    """What is wrong with the run directory on one node; `place`: what the node found there, None without a `run.dir`."""
-    if place is None:
+def _run_dir_problems(host: str, run_dir: str | None, run_dir_facts: dict[str, Any] | None) -> Iterable[str]:
+    """What is wrong with the run directory on one node.
+
+    `run_dir_facts`: from `node_facts.run_dir_facts` on that node; None for a run without `run.dir`.
+    """
+    if run_dir_facts is None:
         return
-    if not place["sees"]:
+    if not run_dir_facts["sees"]:
         yield (
             f"{host}: does not see run.dir={run_dir}, which the other nodes see; it must be on a disk that all nodes "
             "share"
         )
-    elif place["problem"]:
-        yield f"{host}: run.dir={run_dir} cannot be written ({place['problem']})"
-    elif place["free_gib"] < LEAST_FREE:
-        yield f"{host}: run.dir={run_dir} has {place['free_gib']:.2f} GiB free; a checkpoint would not fit"
+    elif run_dir_facts["problem"]:
+        yield f"{host}: run.dir={run_dir} cannot be written ({run_dir_facts['problem']})"
+    elif run_dir_facts["free_gib"] < LEAST_FREE_GIB:
+        yield f"{host}: run.dir={run_dir} has {run_dir_facts['free_gib']:.2f} GiB free; a checkpoint would not fit"
 
 
-def _differences(reports: NodeReports) -> Iterable[str]:
-    """Nodes that differ from most of the others (or from the first) in what must be the same on all nodes."""
-    for subject, version_of in _subjects(reports):
-        versions = {node: version_of(facts) for node, facts in sorted(reports.facts.items())}
-        if len(set(versions.values())) < 2 or None in versions.values():
+def _problems_of_differing_nodes(reports: NodeReports) -> Iterable[str]:
+    """A problem for each node that differs from most others in what must be the same on all: Python, code, libraries, model."""
+    for subject, version_of in _equal_on_all_nodes(reports):
+        version_by_node = {node: version_of(facts) for node, facts in sorted(reports.facts.items())}
+        versions = list(version_by_node.values())
+        if len(set(versions)) < 2 or None in versions:
             continue
         # If several versions are equally frequent, this is the one that comes first: that of the first node.
-        usual = Counter(versions.values()).most_common(1)[0][0]
-        usual_host = next(reports.host_name(node) for node, version in versions.items() if version == usual)
-        for node, version in versions.items():
+        usual = Counter(versions).most_common(1)[0][0]
+        usual_node = list(version_by_node)[versions.index(usual)]
+        usual_host = reports.host_name(usual_node)
+        for node, version in version_by_node.items():
             if version != usual:
                 path = f" ({reports.facts[node]['clone']['path']})" if subject == "the code" else ""
                 yield (
@@ -136,8 +157,8 @@ def _differences(reports: NodeReports) -> Iterable[str]:
                 )
 
 
-def _subjects(reports: NodeReports) -> list[tuple[str, Callable[[dict[str, Any]], Any]]]:
-    """What must be the same on all nodes: (its name, how it is read from the facts of a node)."""
+def _equal_on_all_nodes(reports: NodeReports) -> list[tuple[str, Callable[[dict[str, Any]], Any]]]:
+    """What must be the same on all nodes, as (name for messages, function that reads it from the facts of a node)."""
     packages: set[str] = set()
     models: dict[str, None] = {}
     for facts in reports.facts.values():
@@ -164,19 +185,19 @@ def _subjects(reports: NodeReports) -> list[tuple[str, Callable[[dict[str, Any]]
     return subjects
 
 
-def _unseen_writes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
-    """Nodes that wrote a file into the run directory which the coordinator cannot see."""
+def _problems_of_unshared_run_dir(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
+    """A problem for each node whose file in the run directory does not appear on the first node: the disk is not shared."""
     for node in sorted(set(reports.facts) - reports.visible_nodes):
-        place = reports.facts[node].get("run_dir")
-        if place is not None and place["sees"] and not place["problem"]:
+        run_dir_facts = reports.facts[node].get("run_dir")
+        if run_dir_facts is not None and run_dir_facts["sees"] and not run_dir_facts["problem"]:
             yield (
                 f"{reports.host_name(node)}: a file that it wrote into run.dir={request.run_dir} does not appear on "
                 f"{reports.host_name(0)}; it must be on a disk that all nodes share"
             )
 
 
-def _exchange_problems(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
-    """Why the ranks could not communicate, if they were to."""
+def _problems_of_communication(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
+    """Why the communication test of the ranks failed: the error of each rank, or that it took too long."""
     if not request.exchange or request.nodes * request.processes == 1 or reports.exchange:
         return
     for failed in reports.failed_ranks:
@@ -192,15 +213,17 @@ def _exchange_problems(request: PreflightRequest, reports: NodeReports) -> Itera
         yield f"the communication test of the ranks did not finish within {reports.waited_s:.0f} s{why}"
 
 
-def _notes(reports: NodeReports) -> Iterable[str]:
-    """What is worth knowing about each node."""
+def _notes_on_single_nodes(reports: NodeReports) -> Iterable[str]:
+    """What is worth knowing about each node by itself: little free space, a wrong clock, GPUs that are slow or in use."""
     for _, facts in sorted(reports.facts.items()):
         host = facts["host"]
-        place = facts.get("run_dir") or {}
-        if LEAST_FREE <= place.get("free_gib", LITTLE_FREE) < LITTLE_FREE:
-            yield f"{host}: the run directory's disk has {place['free_gib']:.1f} GiB free"
-        if abs(place.get("behind_s", 0.0)) > CLOCK_S:
-            yield f"{host}: its clock differs by {-place['behind_s']:+.0f} s from that of the run directory's disk"
+        run_dir_facts = facts.get("run_dir") or {}
+        free_gib = run_dir_facts.get("free_gib", LITTLE_FREE_GIB)
+        if LEAST_FREE_GIB <= free_gib < LITTLE_FREE_GIB:
+            yield f"{host}: the run directory's disk has {free_gib:.1f} GiB free"
+        behind_s = run_dir_facts.get("behind_s", 0.0)
+        if abs(behind_s) > CLOCK_S:
+            yield f"{host}: its clock differs by {-behind_s:+.0f} s from that of the run directory's disk"
         for gpu in facts["gpus"]:
             if gpu.get("ecc_errors"):
                 yield f"{host}: GPU {gpu['index']} has had {gpu['ecc_errors']} memory errors that could not be corrected"
@@ -212,41 +235,46 @@ def _notes(reports: NodeReports) -> Iterable[str]:
             yield f"{host}: other processes are on its GPUs: {'; '.join(facts['gpu_processes'][:3])}"
 
 
-def _clock_notes(reports: NodeReports) -> Iterable[str]:
-    """Nodes whose clock differs from that of most."""
+def _notes_on_clocks(reports: NodeReports) -> Iterable[str]:
+    """A note for each node whose clock differs from that of most nodes by more than `CLOCK_S`."""
     # Seconds by which a node's clock was ahead of the coordinator's when its report came in.
-    ahead_s = {node: facts["time"] - facts.get("heard_at", facts["time"]) for node, facts in reports.facts.items()}
-    for node, seconds in sorted(ahead_s.items()):
-        off_s = seconds - statistics.median(ahead_s.values())
+    ahead_s_by_node = {}
+    for node, facts in reports.facts.items():
+        ahead_s_by_node[node] = facts["time"] - facts.get("heard_at", facts["time"])
+    for node, ahead_s in sorted(ahead_s_by_node.items()):
+        off_s = ahead_s - statistics.median(ahead_s_by_node.values())
         if abs(off_s) > CLOCK_S:
             yield f"{reports.host_name(node)}: its clock differs by {off_s:+.0f} s from that of the other nodes"
 
 
-def _gpu_clock_notes(reports: NodeReports) -> Iterable[str]:
-    """Nodes whose GPUs have a lower clock limit than those of another node."""
-    limit_mhz = {}
+def _notes_on_gpu_clocks(reports: NodeReports) -> Iterable[str]:
+    """A note for each node whose GPUs have a lower clock limit than those of another node."""
+    limit_mhz_by_node = {}
     for node, facts in reports.facts.items():
         for gpu in facts["gpus"]:
             if gpu.get("clock_mhz"):
-                limit_mhz[node] = gpu["clock_mhz"]
-    for node, mhz in sorted(limit_mhz.items()):
-        highest = max(limit_mhz.values())
-        if mhz < highest:
-            yield f"{reports.host_name(node)}: its GPUs are limited to {mhz} MHz, those of other nodes to {highest} MHz"
+                limit_mhz_by_node[node] = gpu["clock_mhz"]
+    for node, limit_mhz in sorted(limit_mhz_by_node.items()):
+        highest_mhz = max(limit_mhz_by_node.values())
+        if limit_mhz < highest_mhz:
+            yield (
+                f"{reports.host_name(node)}: its GPUs are limited to {limit_mhz} MHz, those of other nodes to {highest_mhz} MHz"
+            )
 
 
-def _slow_nodes(reports: NodeReports) -> Iterable[str]:
-    """Nodes whose pairs are far slower than pairs usually are."""
+def _notes_on_slow_nodes(reports: NodeReports) -> Iterable[str]:
+    """A note for each node whose transfers to other nodes are far slower than transfers usually are here."""
     pairs = (reports.exchange or {}).get("pairs", [])
     nodes = set()
     for first, second, _ in pairs:
         nodes |= {first, second}
     if len(nodes) < 3:  # of two nodes neither is the odd one
         return
-    usual = statistics.median(rate for _, _, rate in pairs)
+    usual_rate = statistics.median(rate for _, _, rate in pairs)
     for node in sorted(nodes):
-        own_rate = statistics.median(rate for first, second, rate in pairs if node in (first, second))
-        if own_rate < SLOW_SHARE * usual:
+        node_rate = statistics.median(rate for first, second, rate in pairs if node in (first, second))
+        if node_rate < SLOW_SHARE * usual_rate:
             yield (
-                f"{reports.host_name(node)}: reaches {own_rate:.2f} GB/s with another node, and {usual:.2f} GB/s is usual here"
+                f"{reports.host_name(node)}: reaches {node_rate:.2f} GB/s with another node, and {usual_rate:.2f} GB/s is "
+                "usual here"
             )

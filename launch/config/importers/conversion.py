@@ -36,87 +36,97 @@ class SettingNote:
 
 
 @dataclass(slots=True)
-class Converted:
-    """Another trainer's file in our words, with everything that did not become a word."""
+class ConvertedSettings:
+    """Another trainer's settings file in our words, with everything that did not become a word."""
 
     trainer: str
-    """Whose file it is, in words."""
+    """The trainer that the file was written for, such as `axolotl`."""
     words: dict[str, str] = field(default_factory=dict)
-    """Our settings as typed, by key."""
-    origin: dict[str, list[ForeignValue]] = field(default_factory=dict)
-    """By our key: the settings of the file that gave it."""
-    no_equal: list[SettingNote] = field(default_factory=list)
-    """Settings that have no equal here, and why."""
-    needless: list[SettingNote] = field(default_factory=list)
+    """Our settings as they are typed on the command line, by key."""
+    sources_by_key: dict[str, list[ForeignValue]] = field(default_factory=dict)
+    """For each key of `words`: the settings of the file that it comes from."""
+    unsupported: list[SettingNote] = field(default_factory=list)
+    """Settings that shardtune has no equivalent for, and why."""
+    not_needed: list[SettingNote] = field(default_factory=list)
     """Settings that need no word here: nothing is lost without them."""
     remarks: list[SettingNote] = field(default_factory=list)
-    """Settings that were taken, and work differently here."""
-    empty: list[str] = field(default_factory=list)
+    """Settings that were translated, but work differently here."""
+    without_value: list[str] = field(default_factory=list)
     """Settings that the file names and leaves without a value."""
 
-    def add(self, setting: str, value: Any, translation: TranslatedSetting) -> None:
-        """File the translation of a setting. If two settings contradict each other, the first stays and the other is noted."""
-        source = ForeignValue(setting, without_secrets(setting, value))
-        new_words = {key: text for key, text in translation.words.items() if key not in self.words}
+    def add_translation(self, setting: str, value: Any, translation: TranslatedSetting) -> None:
+        """Take over the translation of one setting of the file.
+
+        If two settings of the file contradict each other, the first one stays and the second becomes a note.
+        """
+        source = ForeignValue(setting, cli_text_without_secrets(setting, value))
+        new_words: dict[str, str] = {}
+        contradicting_words: dict[str, str] = {}
+        for key, text in translation.words.items():
+            if key not in self.words:
+                new_words[key] = text
+            elif self.words[key] != text:
+                contradicting_words[key] = text
+
         self.words |= new_words
         for key in new_words:
-            self.origin[key] = [source]
-        contradicting = {key: text for key, text in translation.words.items() if self.words[key] != text}
-        for key, text in contradicting.items():
-            origins = " and ".join(str(origin) for origin in self.origin[key])
-            self.add_no_equal(
-                setting, source.value, f"{key}={text} here, but {origins} gave {key}={self.words[key]}, which stays"
-            )
-        says_the_same_again = translation.words and not new_words and not contradicting
+            self.sources_by_key[key] = [source]
+        for key, text in contradicting_words.items():
+            earlier_sources = " and ".join(str(earlier) for earlier in self.sources_by_key[key])
+            why = f"{key}={text} here, but {earlier_sources} gave {key}={self.words[key]}, which stays"
+            self.add_unsupported(setting, source.value, why)
+        says_the_same_again = translation.words and not new_words and not contradicting_words
         if says_the_same_again:
-            self.origin[list(translation.words)[-1]].append(source)
+            last_key = list(translation.words)[-1]
+            self.sources_by_key[last_key].append(source)
         self._add_note(source, translation)
 
     def _add_note(self, source: ForeignValue, translation: TranslatedSetting) -> None:
-        """File what the user should know about a translated setting."""
+        """Keep what the user should know about a translated setting, under the heading that fits."""
         note = translation.note
         if translation.words:
+            # A note about several settings, such as one about a whole block, is shown once.
             if note and all(remark.why != note for remark in self.remarks):
                 self.remarks.append(SettingNote(source.setting, source.value, note))
-        elif translation.needless or not note:
+        elif translation.not_needed or not note:
             why = note or "it is so here without a setting"
-            self.needless.append(SettingNote(source.setting, source.value, why))
+            self.not_needed.append(SettingNote(source.setting, source.value, why))
         else:
-            self.add_no_equal(source.setting, source.value, note)
+            self.add_unsupported(source.setting, source.value, note)
 
-    def add_no_equal(self, setting: str, value: Any, why: str) -> None:
-        """Note a setting that has no equal here."""
-        self.no_equal.append(SettingNote(setting, without_secrets(setting, value), why))
+    def add_unsupported(self, setting: str, value: Any, why: str) -> None:
+        """Note a setting of the file that shardtune has no equivalent for."""
+        self.unsupported.append(SettingNote(setting, cli_text_without_secrets(setting, value), why))
 
-    def drop(self, key: str, why: str) -> None:
-        """Take back one of our words that cannot be used after all: its settings have no equal."""
+    def withdraw(self, key: str, why: str) -> None:
+        """Take back our word for `key`, which cannot be used after all: the settings it came from become unsupported."""
         text = self.words.pop(key)
-        for source in self.origin.pop(key):
-            self.add_no_equal(source.setting, source.value, f"{key}={text}: {why}")
+        for source in self.sources_by_key.pop(key):
+            self.add_unsupported(source.setting, source.value, f"{key}={text}: {why}")
 
 
-def as_typed(value: Any) -> str:
-    """A value of YAML or JSON as it would be typed."""
+def to_cli_text(value: Any) -> str:
+    """A value of a YAML or JSON file as it is typed behind `key=` on the command line: `true`, `[a,b]`, `null`."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list) and not any(isinstance(entry, dict | list) for entry in value):
-        return f"[{','.join(map(as_typed, value))}]"
+        return f"[{','.join(map(to_cli_text, value))}]"
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False, default=str)
     return "null" if value is None else str(value)
 
 
-def without_secrets(setting: str, value: Any) -> str:
-    """A value as it would be typed, for people to read: a secret is not repeated."""
+def cli_text_without_secrets(setting: str, value: Any) -> str:
+    """The value of a setting as command-line text for people to read; tokens, keys and passwords are hidden."""
     if re.search(r"(^|[_.])(token|key|api_key|secret|password)$", setting.lower()):
         return "(hidden)"
-    return redacted(as_typed(value))
+    return redacted(to_cli_text(value))
 
 
-def typed_values(tree: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of one level that hold a value and are no block, as typed."""
+def scalar_settings(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of one level of a file as command-line text, without nested blocks and settings without a value."""
     values = {}
     for key, value in tree.items():
         if value is not None and not isinstance(value, dict):
-            values[str(key)] = as_typed(value)
+            values[str(key)] = to_cli_text(value)
     return values

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.config.importers import rules
-from launch.config.importers.conversion import Converted, as_typed, typed_values
+from launch.config.importers.conversion import ConvertedSettings, scalar_settings, to_cli_text
 from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, format_number, is_true, parse_number
 from launch.config.importers.names import translate
 
@@ -26,10 +26,10 @@ TOP_LEVEL = {
         note="gradients are averaged over all tokens of a step, in the precision that the strategy chooses"
     ),
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer": TranslatedSetting(
-        note="docs/optimizers.md says which optimizer runs with ZeRO", needless=True
+        note="docs/optimizers.md says which optimizer runs with ZeRO", not_needed=True
     ),
     "wall_clock_breakdown dump_state memory_breakdown": TranslatedSetting(
-        note="logging.step_parts=true tells the parts of a step", needless=True
+        note="logging.step_parts=true tells the parts of a step", not_needed=True
     ),
 }
 ZERO_SETTINGS = {
@@ -38,41 +38,50 @@ ZERO_SETTINGS = {
     ),
     "stage3_prefetch_bucket_size": TranslatedSetting(note="strategy.prefetch_mib sets it, in MiB instead of elements"),
     "overlap_comm contiguous_gradients allgather_partitions reduce_scatter round_robin_gradients": TranslatedSetting(
-        note="chosen for the hardware", needless=True
+        note="chosen for the hardware", not_needed=True
     ),
     "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save": TranslatedSetting(
-        note="export/ always holds whole weights", needless=True
+        note="export/ always holds whole weights", not_needed=True
     ),
 }
 NOT_PASSED_ON = "it is not passed on to DeepSpeed: what its engine is told is derived from strategy.*"
 
 
 def convert(
-    tree: Mapping[str, Any], conversion: Converted, outer: Mapping[str, str] | None = None, prefix: str = ""
+    tree: Mapping[str, Any],
+    conversion: ConvertedSettings,
+    outer: Mapping[str, str] | None = None,
+    prefix: str = "",
 ) -> None:
-    """File every setting of `tree`.
+    """Translate every setting of a DeepSpeed configuration (`tree`, as read from JSON) into `conversion`.
 
-    `outer`: the settings of the trainer whose file names this one, which override it. `prefix`: what stands before the names of
-    settings in notes.
+    `outer`: the settings of the trainer whose file names this one, which override it; None for a file of its own. `prefix`:
+    what stands before the names of settings in notes.
     """
-    foreign = ForeignSettings({**typed_values(tree), **(outer or {})})
+    foreign = ForeignSettings({**scalar_settings(tree), **(outer or {})})
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if _is_auto(value):
-            conversion.empty.append(name)
+            conversion.without_value.append(name)
         elif key in BLOCKS and isinstance(value, dict):
             _add_block(key, value, tree, conversion, name, is_own_file=outer is None)
         elif key == "activation_checkpointing":
             why = "strategy.activation_checkpointing=full or selective recomputes activations"
-            conversion.add_no_equal(name, value, why)
+            conversion.add_unsupported(name, value, why)
         else:
-            conversion.add(name, value, _translate_top_level(key, value, foreign))
+            conversion.add_translation(name, value, _translate_top_level(key, value, foreign))
 
 
 def _add_block(
-    key: str, block: Mapping[str, Any], tree: Mapping[str, Any], conversion: Converted, name: str, *, is_own_file: bool
+    key: str,
+    block: Mapping[str, Any],
+    tree: Mapping[str, Any],
+    conversion: ConvertedSettings,
+    name: str,
+    *,
+    is_own_file: bool,
 ) -> None:
-    """File one of `BLOCKS`."""
+    """Translate one of `BLOCKS` by the rules of its kind. `tree`: the whole file; `name`: the block in messages."""
     if key == "zero_optimization":
         _add_zero(block, conversion, name)
     elif key == "optimizer":
@@ -86,11 +95,11 @@ def _add_block(
 
 
 def _translate_top_level(key: str, value: Any, foreign: ForeignSettings) -> TranslatedSetting:
-    """A setting of the outermost level that is no block with a rule of its own."""
+    """Our words for a setting of the outermost level that is no block with rules of its own."""
     if key == "steps_per_print":
-        return TranslatedSetting({"logging.every_steps": as_typed(value)})
-    translation = _answer_in(TOP_LEVEL, key)
-    if translation is None and not isinstance(value, dict) and str(key) in foreign.by_name:
+        return TranslatedSetting({"logging.every_steps": to_cli_text(value)})
+    translation = _translation_in(TOP_LEVEL, key)
+    if translation is None and not isinstance(value, dict) and str(key) in foreign.value_by_name:
         translation = translate(key, foreign)
     return translation or TranslatedSetting(note=NOT_PASSED_ON)
 
@@ -100,7 +109,7 @@ def _is_auto(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.lower() in ("auto", ""))
 
 
-def _answer_in(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
+def _translation_in(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
     """The translation that a table has for a setting. Its keys are lists of names with blanks between."""
     for names, translation in table.items():
         if key in names.split():
@@ -108,178 +117,193 @@ def _answer_in(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSe
     return None
 
 
-def _add_zero(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
-    """File `zero_optimization`: the stage is our strategy, and the rest depends on it."""
+def _add_zero(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
+    """Translate `zero_optimization`: the stage decides our strategy, and the meaning of the other settings."""
     # DeepSpeed's own default is stage 0: no sharding, which is ddp here.
-    stage_text = as_typed(block.get("stage", 0))
+    stage_text = to_cli_text(block.get("stage", 0))
     is_known_stage = stage_text in ("0", "1", "2", "3")
-    words = rules.zero_words({**block, "stage": stage_text if is_known_stage else "0"})
-    strategy = words["strategy"]
+    zero_words = rules.zero_settings({**block, "stage": stage_text if is_known_stage else "0"})
+    strategy = zero_words["strategy"]
     if is_known_stage:
         translation = TranslatedSetting({"strategy": strategy})
     else:
         translation = TranslatedSetting(note="strategy is ddp, zero1, zero2 or zero3; type one")
-    conversion.add(f"{name}.stage", stage_text, translation)
+    conversion.add_translation(f"{name}.stage", stage_text, translation)
+
     for key, value in block.items():
         full_name = f"{name}.{key}"
         if key == "stage":
             continue
         if _is_auto(value):
-            conversion.empty.append(full_name)
+            conversion.without_value.append(full_name)
         elif key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
-            _add_offload(key, value, words, conversion, full_name)
+            _add_offload(key, value, zero_words, conversion, full_name)
         else:
-            conversion.add(full_name, value, _translate_zero_setting(key, value, strategy))
+            conversion.add_translation(full_name, value, _translate_zero_setting(key, value, strategy))
 
 
 def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSetting:
-    """A setting of `zero_optimization`. `strategy`: what the stage is here."""
-    text = as_typed(value)
+    """Our words for a setting of `zero_optimization`. `strategy`: our name for its stage, such as `zero3`."""
+    text = to_cli_text(value)
     if key == "cpu_offload":  # a switch of older versions of DeepSpeed
         if not is_true(text):
-            return TranslatedSetting(needless=True)
+            return TranslatedSetting(not_needed=True)
         return TranslatedSetting({"strategy.offload_optimizer": "cpu"} if strategy != "ddp" else {})
     if key in ("stage3_param_persistence_threshold", "param_persistence_threshold") and strategy == "zero3":
         return TranslatedSetting({"strategy.persistence_threshold": format_number(parse_number(text) or 0)})
     if key.startswith("stage3_") and strategy != "zero3":
-        return TranslatedSetting(note="of stage 3 alone", needless=True)
-    return _answer_in(ZERO_SETTINGS, key) or TranslatedSetting(note=NOT_PASSED_ON)
+        return TranslatedSetting(note="of stage 3 alone", not_needed=True)
+    return _translation_in(ZERO_SETTINGS, key) or TranslatedSetting(note=NOT_PASSED_ON)
 
 
 def _add_offload(
-    key: str, block: Mapping[str, Any], words: Mapping[str, str], conversion: Converted, name: str
+    key: str, block: Mapping[str, Any], zero_words: Mapping[str, str], conversion: ConvertedSettings, name: str
 ) -> None:
-    """File `offload_optimizer` or `offload_param`. `words`: what the whole of `zero_optimization` is here."""
+    """Translate the block `offload_optimizer` or `offload_param` (`key`).
+
+    `zero_words`: our words for the whole of `zero_optimization`, from which the block takes its own.
+    """
     our_key = "strategy.offload_optimizer" if key == "offload_optimizer" else "strategy.offload_parameters"
     for inner_key, value in block.items():
         full_name = f"{name}.{inner_key}"
-        if inner_key == "device" and our_key in words:
-            conversion.add(full_name, value, TranslatedSetting({our_key: words[our_key]}))
+        if inner_key == "device" and our_key in zero_words:
+            conversion.add_translation(full_name, value, TranslatedSetting({our_key: zero_words[our_key]}))
         elif inner_key == "device":
-            conversion.add(full_name, value, TranslatedSetting(needless=True))
-        elif inner_key == "nvme_path" and NVME_PATH in words:
-            conversion.add(full_name, value, TranslatedSetting({NVME_PATH: words[NVME_PATH]}))
+            conversion.add_translation(full_name, value, TranslatedSetting(not_needed=True))
+        elif inner_key == "nvme_path" and NVME_PATH in zero_words:
+            conversion.add_translation(full_name, value, TranslatedSetting({NVME_PATH: zero_words[NVME_PATH]}))
         elif inner_key == "pin_memory":
-            conversion.add(full_name, value, TranslatedSetting(note="host memory is pinned on GPUs", needless=True))
+            translation = TranslatedSetting(note="host memory is pinned on GPUs", not_needed=True)
+            conversion.add_translation(full_name, value, translation)
         else:
-            conversion.add_no_equal(full_name, value, NOT_PASSED_ON)
+            conversion.add_unsupported(full_name, value, NOT_PASSED_ON)
 
 
 def _add_precision(
-    key: str, block: Mapping[str, Any], tree: Mapping[str, Any], conversion: Converted, name: str, *, is_own_file: bool
+    key: str,
+    block: Mapping[str, Any],
+    tree: Mapping[str, Any],
+    conversion: ConvertedSettings,
+    name: str,
+    *,
+    is_own_file: bool,
 ) -> None:
-    """File a block `bf16` or `fp16`. `tree`: the whole file, which may have the other block too.
+    """Translate a block `bf16` or `fp16`. `tree`: the whole file, which may have the other block too.
 
     `is_own_file`: no other trainer names the file; if one does, that trainer's own settings decide on the precision.
     """
     precision = "fp16" if key == "fp16" else "bf16"
-    is_on = is_true(as_typed(block.get("enabled")))
+    is_on = is_true(to_cli_text(block.get("enabled")))
     for inner_key, value in block.items():
         full_name = f"{name}.{inner_key}"
         if _is_auto(value):
-            conversion.empty.append(full_name)
+            conversion.without_value.append(full_name)
         elif inner_key == "enabled":
-            decides = is_own_file and not _is_other_precision_on(key, tree)
-            conversion.add(full_name, value, _translate_enabled(value, precision, decides=decides))
+            decides = is_own_file and not _is_another_precision_on(key, tree)
+            conversion.add_translation(full_name, value, _translate_enabled(value, precision, decides=decides))
         elif not is_on:
-            conversion.add(full_name, value, TranslatedSetting(note="it is off", needless=True))
+            conversion.add_translation(full_name, value, TranslatedSetting(note="it is off", not_needed=True))
         else:
             why = "the loss scale of fp16 finds itself" if precision == "fp16" else NOT_PASSED_ON
-            conversion.add(full_name, value, TranslatedSetting(note=why))
+            conversion.add_translation(full_name, value, TranslatedSetting(note=why))
 
 
 def _translate_enabled(value: Any, precision: str, *, decides: bool) -> TranslatedSetting:
-    """The switch of a precision. `decides`: whether nothing else in the settings says the precision."""
-    if is_true(as_typed(value)):
+    """Our words for `enabled` of a precision's block. `decides`: whether nothing else in the settings says the precision."""
+    if is_true(to_cli_text(value)):
         return TranslatedSetting({"precision": precision})
     if decides:
         return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
-    return TranslatedSetting(needless=True)
+    return TranslatedSetting(not_needed=True)
 
 
-def _is_other_precision_on(key: str, tree: Mapping[str, Any]) -> bool:
+def _is_another_precision_on(key: str, tree: Mapping[str, Any]) -> bool:
     """Whether a block of another precision than `key` is on."""
     for other_key in ("fp16", "bf16", "bfloat16"):
         block = tree.get(other_key)
-        if other_key != key and isinstance(block, dict) and is_true(as_typed(block.get("enabled", False))):
+        if other_key != key and isinstance(block, dict) and is_true(to_cli_text(block.get("enabled", False))):
             return True
     return False
 
 
-def _parameters(block: Mapping[str, Any], conversion: Converted, name: str) -> Mapping[str, Any]:
+def _parameters(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> Mapping[str, Any]:
     """The `params` of an optimizer or scheduler; empty, with a note, if they are no block."""
     parameters = block.get("params")
     if isinstance(parameters, dict):
         return parameters
     if _is_auto(parameters):
-        conversion.empty.append(f"{name}.params")
+        conversion.without_value.append(f"{name}.params")
     else:
-        conversion.add_no_equal(f"{name}.params", parameters, "holds no settings")
+        conversion.add_unsupported(f"{name}.params", parameters, "holds no settings")
     return {}
 
 
-def _add_optimizer(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
-    """File a block `optimizer`."""
+def _add_optimizer(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
+    """Translate a block `optimizer`: its `type`, and the `params` that an optimizer here has too."""
     kind = block.get("type")
     parameters = _parameters(block, conversion, name)
     if kind is not None:
-        conversion.add(f"{name}.type", kind, rules.CHOICES["optim"](as_typed(kind), ForeignSettings({})))
+        conversion.add_translation(f"{name}.type", kind, rules.CHOICES["optim"](to_cli_text(kind), ForeignSettings({})))
     for key, value in parameters.items():
         full_name = f"{name}.params.{key}"
-        is_switch_on = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(as_typed(value))
+        is_switch_on = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(to_cli_text(value))
         if _is_auto(value):
-            conversion.empty.append(full_name)
+            conversion.without_value.append(full_name)
         elif key in ("lr", "betas", "eps", "weight_decay", "momentum"):
-            conversion.add(full_name, value, TranslatedSetting({f"optim.{key}": as_typed(value)}))
+            conversion.add_translation(full_name, value, TranslatedSetting({f"optim.{key}": to_cli_text(value)}))
         elif is_switch_on:
             note = "weight decay is decoupled from the gradients, whatever the library behind it"
-            conversion.add(full_name, value, TranslatedSetting(note=note, needless=True))
+            conversion.add_translation(full_name, value, TranslatedSetting(note=note, not_needed=True))
         else:
-            conversion.add(full_name, value, TranslatedSetting(note=NOT_PASSED_ON))
+            conversion.add_translation(full_name, value, TranslatedSetting(note=NOT_PASSED_ON))
     for key in block.keys() - {"type", "params"}:
-        conversion.add_no_equal(f"{name}.{key}", block[key], NOT_PASSED_ON)
+        conversion.add_unsupported(f"{name}.{key}", block[key], NOT_PASSED_ON)
 
 
-def _add_scheduler(block: Mapping[str, Any], conversion: Converted, name: str) -> None:
-    """File a block `scheduler`."""
-    kind = as_typed(block.get("type"))
+def _add_scheduler(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
+    """Translate a block `scheduler`: its `type` to our schedule, its `params` to settings of the schedule."""
+    kind = to_cli_text(block.get("type"))
     parameters = _parameters(block, conversion, name)
     if kind not in SCHEDULES:
-        conversion.add_no_equal(f"{name}.type", kind, "schedule is one of cosine, linear, constant, wsd")
+        conversion.add_unsupported(f"{name}.type", kind, "schedule is one of cosine, linear, constant, wsd")
     else:
         # DeepSpeed's warmup is logarithmic unless it is told otherwise, but never that of WarmupCosineLR.
         is_logarithmic = kind != "WarmupCosineLR" and parameters.get("warmup_type", "log") == "log"
         note = "the rate rises linearly here, and there by the logarithm of the step" if is_logarithmic else ""
-        conversion.add(f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULES[kind]}, note))
+        conversion.add_translation(f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULES[kind]}, note))
     for key, value in parameters.items():
         full_name = f"{name}.params.{key}"
-        starts_near_zero = key == "warmup_min_lr" and not parse_number(as_typed(value))
+        starts_near_zero = key == "warmup_min_lr" and not parse_number(to_cli_text(value))
         if _is_auto(value):
-            conversion.empty.append(full_name)
+            conversion.without_value.append(full_name)
         elif key in SCHEDULER_PARAMETERS:
-            conversion.add(full_name, value, TranslatedSetting({SCHEDULER_PARAMETERS[key]: as_typed(value)}))
+            conversion.add_translation(
+                full_name, value, TranslatedSetting({SCHEDULER_PARAMETERS[key]: to_cli_text(value)})
+            )
         elif starts_near_zero or key == "warmup_type":
             note = "the rate rises linearly from near 0"
-            conversion.add(full_name, value, TranslatedSetting(note=note, needless=True))
+            conversion.add_translation(full_name, value, TranslatedSetting(note=note, not_needed=True))
         else:
             why = "the schedule has no such setting; docs/config.md lists schedule.*"
-            conversion.add_no_equal(full_name, value, why)
+            conversion.add_unsupported(full_name, value, why)
 
 
-def _add_tracker(key: str, block: Mapping[str, Any], conversion: Converted, name: str) -> None:
-    """File a block `wandb` or `tensorboard`."""
-    is_on = is_true(as_typed(block.get("enabled")))
+def _add_tracker(key: str, block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
+    """Translate a block `wandb` or `tensorboard` (`key`) to settings of `logging`."""
+    is_on = is_true(to_cli_text(block.get("enabled")))
     for inner_key, value in block.items():
         full_name = f"{name}.{inner_key}"
         if inner_key == "enabled" and is_on:
             words = {"logging.wandb": "online"} if key == "wandb" else {"logging.tensorboard": "true"}
-            conversion.add(full_name, value, TranslatedSetting(words))
+            conversion.add_translation(full_name, value, TranslatedSetting(words))
         elif inner_key == "enabled":
-            conversion.add(full_name, value, TranslatedSetting(needless=True))
+            conversion.add_translation(full_name, value, TranslatedSetting(not_needed=True))
         elif key == "wandb" and is_on and inner_key in ("project", "group"):
-            conversion.add(full_name, value, TranslatedSetting({f"logging.{inner_key}": as_typed(value)}))
+            conversion.add_translation(
+                full_name, value, TranslatedSetting({f"logging.{inner_key}": to_cli_text(value)})
+            )
         elif key == "wandb" and is_on and inner_key == "team":
-            conversion.add(full_name, value, TranslatedSetting({"logging.entity": as_typed(value)}))
+            conversion.add_translation(full_name, value, TranslatedSetting({"logging.entity": to_cli_text(value)}))
         else:
             note = "logs are in the run directory" if is_on else "it is off"
-            conversion.add(full_name, value, TranslatedSetting(note=note, needless=True))
+            conversion.add_translation(full_name, value, TranslatedSetting(note=note, not_needed=True))

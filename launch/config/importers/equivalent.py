@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class TranslatedSetting:
-    """What a setting of another trainer is here."""
+    """The translation of one setting of another trainer into settings of shardtune."""
 
     words: Mapping[str, str] = field(default_factory=dict)
-    """Our settings and their values, as typed; empty if there is no equal, or nothing needs to be set."""
+    """Our settings and their values, as typed; empty if there is no equivalent, or nothing needs to be set."""
     note: str = ""
-    """What the user should know: why there is no equal, or how ours differs."""
-    needless: bool = False
+    """What the user should know: why there is no equivalent, or how ours differs."""
+    not_needed: bool = False
     """Whether nothing is lost without a word of ours: it is so anyway, or it concerns the other trainer alone."""
 
 
@@ -23,7 +23,7 @@ class TranslatedSetting:
 class ForeignSettings:
     """All settings of another trainer that were written, since the translation of one may depend on others."""
 
-    by_name: Mapping[str, str]
+    value_by_name: Mapping[str, str]
     """Their values, by plain name (`names.plain_name`)."""
     ranks: int | None = None
     """Ranks of the run; None if nobody has said."""
@@ -31,7 +31,7 @@ class ForeignSettings:
     def get(self, *names: str) -> str | None:
         """The value of the first of these names that is set to something."""
         for name in names:
-            value = self.by_name.get(name)
+            value = self.value_by_name.get(name)
             if is_set(value):
                 return value
         return None
@@ -57,12 +57,17 @@ def parse_number(value: str | None) -> float | None:
 
 
 def format_number(value: float) -> str:
-    """A number as people write it: without `.0`."""
+    """A number as people write it: `8` instead of `8.0`."""
+    # Above 1e15 a float no longer holds every whole number, so such a value keeps its exponent.
     is_whole = value == int(value) and abs(value) < 1e15
     return str(int(value)) if is_whole else f"{value:g}"
 
 
 def list_entries(value: str) -> list[str]:
-    """The entries of `[a,b]`, `a,b` or `a`, without quotes."""
-    entries = [part.strip().strip("'\"") for part in value.strip().strip("[]").split(",")]
-    return [entry for entry in entries if entry]
+    """The entries of `[a,b]`, `a,b` or `a`, without quotes around them and without empty ones."""
+    entries = []
+    for part in value.strip().strip("[]").split(","):
+        entry = part.strip().strip("'\"")
+        if entry:
+            entries.append(entry)
+    return entries

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.importers import datasets, deepspeed, rules
-from launch.config.importers.conversion import Converted, as_typed, typed_values
+from launch.config.importers.conversion import ConvertedSettings, scalar_settings, to_cli_text
 from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, format_number, parse_number
-from launch.config.importers.names import NAMES, plain_name, translate
+from launch.config.importers.names import RULES_BY_NAME, normalised_name, translate
 from strategies import atomic_io
 from strategies.errors import ConfigError
 
 MAX_BYTES = 2**20
 """Bytes of a file of settings: hundreds of times what people write."""
-AXOLOTL, FACTORY, DEEPSPEED, ACCELERATE = "axolotl", "LLaMA-Factory", "DeepSpeed", "accelerate"
+AXOLOTL = "axolotl"
+FACTORY = "LLaMA-Factory"
+DEEPSPEED = "DeepSpeed"
+ACCELERATE = "accelerate"
 HUGGING_FACE = "Hugging Face's Trainer and TRL"
 MARKS = {
     DEEPSPEED: (
@@ -76,10 +79,11 @@ UNKNOWN_SETTING = "no setting of this name is known here; docs/config.md lists a
 NO_EQUAL_OF_BLOCK = "a block of settings has no equal as a whole"
 
 
-def convert(path: Path, ranks: int | None = None) -> Converted:
-    """Our words for the file at `path`, of a run with `ranks` (None: nobody has said).
+def convert(path: Path, ranks: int | None = None) -> ConvertedSettings:
+    """Translate the settings file of another trainer at `path` into our words, for a run with `ranks`.
 
-    Errors: ConfigError if it cannot be read, or is no file of those trainers.
+    `ranks` turns batch sizes per device into a global one; None if it is not known. Errors: ConfigError if the file cannot be
+    read, or belongs to none of the trainers that are known here.
     """
     tree = read(path)
     trainer = detect_trainer(tree)
@@ -88,7 +92,7 @@ def convert(path: Path, ranks: int | None = None) -> Converted:
             f"from={path}: no setting in it is one of axolotl, LLaMA-Factory, Hugging Face's Trainer, TRL or DeepSpeed; "
             "a file of ours is given as a bare word: shardtune train my.yaml"
         )
-    conversion = Converted(trainer)
+    conversion = ConvertedSettings(trainer)
     if trainer == DEEPSPEED:
         deepspeed.convert(tree, conversion)
     else:
@@ -97,33 +101,35 @@ def convert(path: Path, ranks: int | None = None) -> Converted:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file's settings as nested dictionaries. Errors: ConfigError."""
+    """The settings of a YAML or JSON file as nested dictionaries. Errors: ConfigError."""
     import yaml
 
     try:
-        text = atomic_io.read_bytes(path.expanduser(), most=MAX_BYTES).decode()
+        content = atomic_io.read_bytes(path.expanduser(), most=MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = atomic_io.error_summary(error) if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(f"from={path}: cannot be read ({reason})") from error
     is_json = path.suffix == ".json"
     try:
         if is_json:
-            tree = json.loads(text)
-        elif any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            # A few lines of aliases can stand for a tree without an end.
-            raise ConfigError(f"from={path}: has YAML aliases (*name), which are not followed; write the values out")
+            tree = json.loads(content)
         else:
-            tree = yaml.safe_load(text)
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
+                # A few lines of aliases can stand for a tree without an end.
+                raise ConfigError(
+                    f"from={path}: has YAML aliases (*name), which are not followed; write the values out"
+                )
+            tree = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        kind = "JSON" if is_json else "YAML"
-        raise ConfigError(f"from={path}: is no {kind} ({' '.join(str(error).split())})") from error
+        file_format = "JSON" if is_json else "YAML"
+        raise ConfigError(f"from={path}: is no {file_format} ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"from={path}: holds no settings; give a file of `name: value`")
     return tree
 
 
 def detect_trainer(tree: Mapping[str, Any]) -> str | None:
-    """The trainer that a file was written for; None if no name in it is known."""
+    """The trainer that a settings file was written for, by the names in it; None if no name is known."""
     setting_names = {str(key) for key in tree}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -131,35 +137,43 @@ def detect_trainer(tree: Mapping[str, Any]) -> str | None:
     for trainer, marks in MARKS.items():
         if setting_names & set(marks):
             return trainer
-    return HUGGING_FACE if any(plain_name(str(key)) in NAMES for key in tree) else None
+    has_known_name = any(normalised_name(str(key)) in RULES_BY_NAME for key in tree)
+    return HUGGING_FACE if has_known_name else None
 
 
-def _convert(tree: Mapping[str, Any], conversion: Converted, base: Path, ranks: int | None = None) -> None:
-    """File every setting of a trainer other than DeepSpeed, and what that trainer does without being told."""
-    typed_by_name = {plain_name(key): value for key, value in typed_values(tree).items()}
+def _convert(tree: Mapping[str, Any], conversion: ConvertedSettings, base: Path, ranks: int | None = None) -> None:
+    """Translate every setting of a trainer other than DeepSpeed, and that trainer's defaults where they differ from ours.
+
+    `base`: the directory of the file, from which relative paths start.
+    """
+    typed_by_name = {normalised_name(key): value for key, value in scalar_settings(tree).items()}
     defaults = _defaults_that_hold(conversion.trainer, typed_by_name)
     foreign = ForeignSettings({**defaults, **typed_by_name}, ranks)
     if conversion.trainer == AXOLOTL and "adapter" not in typed_by_name:
-        conversion.add("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
+        conversion.add_translation("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
     # A setting that decides on a whole group goes first, since the first of two contradicting settings stays.
-    for key in sorted(tree, key=_decides_first):
+    for key in sorted(tree, key=_sort_key):
         _add_setting(str(key), tree, foreign, conversion, base)
     # Their defaults last: what the file says stays.
     for key, value in defaults.items():
-        translation = translate(key, foreign) or TranslatedSetting(needless=True)
-        conversion.add(key, f"{value} (what {conversion.trainer} does)", translation)
+        translation = translate(key, foreign) or TranslatedSetting(not_needed=True)
+        conversion.add_translation(key, f"{value} (what {conversion.trainer} does)", translation)
     if conversion.trainer == FACTORY and conversion.words.get("tuning") == "lora":
-        rank = parse_number(foreign.get("lora_rank")) or 8
-        conversion.add("lora_rank", format_number(rank), TranslatedSetting({"tuning.rank": format_number(rank)}))
-        if "lora_alpha" not in typed_by_name:
-            alpha = format_number(2 * rank)
-            conversion.add(
-                "lora_alpha", "twice the rank (what LLaMA-Factory does)", TranslatedSetting({"tuning.alpha": alpha})
-            )
+        _add_factory_lora_defaults(foreign, conversion, has_alpha="lora_alpha" in typed_by_name)
 
 
-def _decides_first(key: str) -> int:
-    """The place of a setting in the order of filing."""
+def _add_factory_lora_defaults(foreign: ForeignSettings, conversion: ConvertedSettings, *, has_alpha: bool) -> None:
+    """Write out LLaMA-Factory's LoRA defaults, which differ from ours: rank 8, and an alpha of twice the rank."""
+    rank = parse_number(foreign.get("lora_rank")) or 8
+    rank_text = format_number(rank)
+    conversion.add_translation("lora_rank", rank_text, TranslatedSetting({"tuning.rank": rank_text}))
+    if not has_alpha:
+        translation = TranslatedSetting({"tuning.alpha": format_number(2 * rank)})
+        conversion.add_translation("lora_alpha", "twice the rank (what LLaMA-Factory does)", translation)
+
+
+def _sort_key(key: str) -> int:
+    """The position of a setting in the order of translation: those of `DECIDING_FIRST` before all others."""
     return DECIDING_FIRST.index(key) if key in DECIDING_FIRST else len(DECIDING_FIRST)
 
 
@@ -174,18 +188,19 @@ def _defaults_that_hold(trainer: str, typed_by_name: Mapping[str, str]) -> dict[
 
 
 def _add_setting(
-    key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: Converted, base: Path
+    key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, base: Path
 ) -> None:
-    """File one setting of the outermost level."""
+    """Translate one setting of the outermost level of the file. `foreign`: all its settings, on which a rule may depend."""
     value = tree[key]
-    name = plain_name(key)
+    name = normalised_name(key)
     if value is None or value in ("", [], {}):
-        conversion.empty.append(key)
+        conversion.without_value.append(key)
     elif name in ("datasets", "test_datasets"):
         datasets.add_axolotl_datasets(value, name, conversion, base)
     elif name in ("dataset", "eval_dataset") and conversion.trainer == FACTORY:
-        names = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        datasets.add_factory_datasets(names, name, str(tree.get("dataset_dir", "data")), conversion, base)
+        dataset_names = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        dataset_directory = str(tree.get("dataset_dir", "data"))
+        datasets.add_factory_datasets(dataset_names, name, dataset_directory, conversion, base)
     elif name == "deepspeed":
         _add_deepspeed(value, foreign, conversion, base)
     elif name in ("fsdp", "fsdp_config"):
@@ -193,50 +208,52 @@ def _add_setting(
     elif name == "deepspeed_config" and isinstance(value, dict):
         _add_accelerate_deepspeed(value, foreign, conversion, base)
     else:
-        conversion.add(key, value, _translate_setting(name, value, foreign, base))
+        conversion.add_translation(key, value, _translate_setting(name, value, foreign, base))
 
 
 def _translate_setting(name: str, value: Any, foreign: ForeignSettings, base: Path) -> TranslatedSetting:
-    """A setting of the outermost level that is translated by itself. `name`: its plain name."""
+    """Our words for a setting that needs no other one. `name`: its normalised name; `base`: where relative paths start."""
     if name == "dataset_dir":
-        return TranslatedSetting(note="files are named whole in data.path", needless=True)
+        return TranslatedSetting(note="files are named whole in data.path", not_needed=True)
     if name in ("dataset", "dataset_name", "dataset_path"):
-        return TranslatedSetting({"data.path": datasets.data_path(as_typed(value), base)})
+        return TranslatedSetting({"data.path": datasets.data_path(to_cli_text(value), base)})
     if name == "gradient_checkpointing" and value in ("unsloth", "offload"):
         return TranslatedSetting(
             note="activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
         )
     if name in PROCESS_STARTING:
-        return TranslatedSetting(note="processes are started by launcher.*", needless=True)
-    if name not in NAMES:
+        return TranslatedSetting(note="processes are started by launcher.*", not_needed=True)
+    if name not in RULES_BY_NAME:
         return TranslatedSetting(note=UNKNOWN_SETTING)
     if not isinstance(value, dict):
         return translate(name, foreign) or TranslatedSetting(note=UNKNOWN_SETTING)
     # A block has no equal as a whole, but its rule may say why, or that it is not needed.
-    translation = translate(name, ForeignSettings({**foreign.by_name, name: as_typed(value)}))
+    translation = translate(name, ForeignSettings({**foreign.value_by_name, name: to_cli_text(value)}))
     if translation is None:
         return TranslatedSetting(note=NO_EQUAL_OF_BLOCK)
-    return TranslatedSetting(note=translation.note or NO_EQUAL_OF_BLOCK, needless=translation.needless)
+    return TranslatedSetting(note=translation.note or NO_EQUAL_OF_BLOCK, not_needed=translation.not_needed)
 
 
-def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: Converted, base: Path) -> None:
-    """File `deepspeed`: a block of its settings, a file of them, or the name of a file that is not here."""
+def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSettings, base: Path) -> None:
+    """Translate `deepspeed`, which holds DeepSpeed's settings, the path of their file, or a file that is not here."""
     if isinstance(value, dict):
-        deepspeed.convert(value, conversion, foreign.by_name, "deepspeed.")
+        deepspeed.convert(value, conversion, foreign.value_by_name, "deepspeed.")
         return
     candidates = (Path(str(value)).expanduser(), base / str(value))
     files_here = [path for path in candidates if datasets.exists(path) and path.is_file()]
     if not files_here:
-        conversion.add("deepspeed", value, rules.deepspeed(as_typed(value), foreign))
+        conversion.add_translation("deepspeed", value, rules.deepspeed_stage(to_cli_text(value), foreign))
         return
-    conversion.add("deepspeed", value, TranslatedSetting(note="its settings are turned one by one", needless=True))
-    deepspeed.convert(read(files_here[0]), conversion, foreign.by_name, f"{files_here[0].name}: ")
+    conversion.add_translation(
+        "deepspeed", value, TranslatedSetting(note="its settings are turned one by one", not_needed=True)
+    )
+    deepspeed.convert(read(files_here[0]), conversion, foreign.value_by_name, f"{files_here[0].name}: ")
 
 
 def _add_accelerate_deepspeed(
-    block: dict[str, Any], foreign: ForeignSettings, conversion: Converted, base: Path
+    block: dict[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, base: Path
 ) -> None:
-    """File accelerate's own block about DeepSpeed, which may name a file of DeepSpeed's."""
+    """Translate `deepspeed_config` of accelerate: its own names for DeepSpeed's settings, or a file of DeepSpeed's."""
     deepspeed_names = {
         "zero_stage": "stage",
         "offload_optimizer_device": "offload_optimizer",
@@ -247,54 +264,63 @@ def _add_accelerate_deepspeed(
         if key == "deepspeed_config_file":
             _add_deepspeed(value, foreign, conversion, base)
         elif key in deepspeed_names:
+            # Written as DeepSpeed has it and converted on its own, so that the words are exactly this setting's.
             zero_block: dict[str, Any] = {"stage": block.get("zero_stage", 2)}
             if key != "zero_stage":
-                zero_block[deepspeed_names[key]] = {"device": as_typed(value)}
-            zero_conversion = Converted(conversion.trainer)
+                zero_block[deepspeed_names[key]] = {"device": to_cli_text(value)}
+            zero_conversion = ConvertedSettings(conversion.trainer)
             deepspeed.convert({"zero_optimization": zero_block}, zero_conversion)
             words = zero_conversion.words
-            conversion.add(setting_name, value, TranslatedSetting(words, needless=not words))
-        elif plain_name(key) in NAMES:
-            settings = ForeignSettings({**foreign.by_name, plain_name(key): as_typed(value)})
+            conversion.add_translation(setting_name, value, TranslatedSetting(words, not_needed=not words))
+        elif normalised_name(key) in RULES_BY_NAME:
+            settings = ForeignSettings({**foreign.value_by_name, normalised_name(key): to_cli_text(value)})
             translation = translate(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING)
-            conversion.add(setting_name, value, translation)
+            conversion.add_translation(setting_name, value, translation)
         else:
-            conversion.add_no_equal(setting_name, value, deepspeed.NOT_PASSED_ON)
+            conversion.add_unsupported(setting_name, value, deepspeed.NOT_PASSED_ON)
 
 
-def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: Converted) -> None:
-    """File `fsdp` or `fsdp_config`. The two decide together: their words are filed once, with `fsdp` if it is set."""
+def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings) -> None:
+    """Translate `fsdp` or `fsdp_config` (`key`) to a strategy.
+
+    The two decide it together, so that their words are added once: with `fsdp` if it is set, else with `fsdp_config`.
+    """
     has_fsdp = tree.get("fsdp") not in (None, "", [])
     block = tree.get("fsdp_config")
     if not isinstance(block, dict):
         block = {}
     if key == "fsdp" or not has_fsdp:
-        conversion.add(key, tree[key], rules.fsdp(_fsdp_parts(tree, block), foreign))
+        conversion.add_translation(key, tree[key], rules.fsdp_strategy(_fsdp_option_text(tree, block), foreign))
     if key != "fsdp_config":
         return
     for name, value in block.items():
         setting_name = f"fsdp_config.{name}"
-        if name.removeprefix("fsdp_") in FSDP_WRAPPING:
+        bare_name = name.removeprefix("fsdp_")
+        if bare_name in FSDP_WRAPPING:
             note = "the repeated blocks of the model are sharded, and export/ is written, without it"
-            conversion.add(setting_name, value, TranslatedSetting(note=note, needless=True))
-        elif name.removeprefix("fsdp_") in ("sharding_strategy", "offload_params", "reshard_after_forward"):
-            note = "read together with fsdp"
-            conversion.add(setting_name, value, TranslatedSetting(note=note, needless=True))
-        elif name in ("fsdp_activation_checkpointing", "activation_checkpointing") and value is True:
-            conversion.add(setting_name, value, TranslatedSetting({"strategy.activation_checkpointing": "full"}))
+            translation = TranslatedSetting(note=note, not_needed=True)
+        elif bare_name in ("sharding_strategy", "offload_params", "reshard_after_forward"):
+            translation = TranslatedSetting(note="read together with fsdp", not_needed=True)
+        elif bare_name == "activation_checkpointing" and value is True:
+            translation = TranslatedSetting({"strategy.activation_checkpointing": "full"})
         else:
-            conversion.add_no_equal(setting_name, value, UNKNOWN_SETTING)
+            conversion.add_unsupported(setting_name, value, UNKNOWN_SETTING)
+            continue
+        conversion.add_translation(setting_name, value, translation)
 
 
-def _fsdp_parts(tree: Mapping[str, Any], block: Mapping[str, Any]) -> str:
-    """What `fsdp` and the block `fsdp_config` say, as the words that `fsdp` alone would have: `full_shard,offload`."""
+def _fsdp_option_text(tree: Mapping[str, Any], block: Mapping[str, Any]) -> str:
+    """`fsdp` and the block `fsdp_config` together, as `fsdp` alone would say it: `full_shard,offload`."""
     has_fsdp = tree.get("fsdp") not in (None, "", [])
-    parts = [as_typed(tree["fsdp"]).strip("[]") if has_fsdp else "full_shard"]
+    options = [to_cli_text(tree["fsdp"]).strip("[]") if has_fsdp else "full_shard"]
+    # Each setting of the block has two spellings, with and without `fsdp_`, by the version of the other trainer.
     sharding = str(block.get("fsdp_sharding_strategy", block.get("sharding_strategy", "")))
     if sharding:
-        parts.append(sharding.lower())
-    if block.get("fsdp_offload_params", block.get("offload_params", False)) is True:
-        parts.append("offload")
-    if block.get("fsdp_reshard_after_forward", block.get("reshard_after_forward", True)) is False:
-        parts.append("shard_grad_op")
-    return ",".join(parts)
+        options.append(sharding.lower())
+    offloads = block.get("fsdp_offload_params", block.get("offload_params", False))
+    if offloads is True:
+        options.append("offload")
+    reshards = block.get("fsdp_reshard_after_forward", block.get("reshard_after_forward", True))
+    if reshards is False:
+        options.append("shard_grad_op")
+    return ",".join(options)

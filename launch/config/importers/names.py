@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from launch.config.importers import rules
 from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, parse_number
-from launch.config.importers.rules import Rule, choice, needless, no_equal, same, switch
+from launch.config.importers.rules import Rule, choice, not_needed, renamed_to, switch, without_equivalent
 
 LORA = {"tuning": "lora"}
 
 
 def _lora_setting(key: str) -> Rule:
-    """A setting of LoRA's, which also chooses LoRA."""
+    """A rule for a setting of LoRA's, which also chooses `tuning=lora`."""
     return lambda value, _: TranslatedSetting({**LORA, f"tuning.{key}": value})
 
 
@@ -20,30 +20,30 @@ def _rules(names: str, rule: Rule) -> dict[str, Rule]:
 
 
 RUN = {
-    **_rules("output_dir", same("run.dir")),
-    **_rules("resume_from_checkpoint", same("run.resume")),
-    **_rules("data_seed", needless("run.seed draws the order of the data too")),
-    **_rules("nproc_per_node num_processes n_gpu num_gpus", same("launcher.processes")),
-    **_rules("nnodes num_machines", same("launcher.nodes")),
-    **_rules("machine_rank", same("launcher.node_rank")),
+    **_rules("output_dir", renamed_to("run.dir")),
+    **_rules("resume_from_checkpoint", renamed_to("run.resume")),
+    **_rules("data_seed", not_needed("run.seed draws the order of the data too")),
+    **_rules("nproc_per_node num_processes n_gpu num_gpus", renamed_to("launcher.processes")),
+    **_rules("nnodes num_machines", renamed_to("launcher.nodes")),
+    **_rules("machine_rank", renamed_to("launcher.node_rank")),
     **_rules("main_process_ip main_process_port", lambda value, foreign: _rendezvous(foreign)),
     **_rules("use_cpu", switch({"run.device": "cpu"})),
-    **_rules("ddp_timeout", same("run.timeout_s")),
-    **_rules("max_steps", rules.steps),
-    **_rules("num_train_epochs num_epochs epochs n_epochs", rules.epochs),
-    **_rules(" ".join(rules.MICRO), rules.batch),
-    **_rules("gradient_accumulation_steps train_batch_size", rules.batch),
-    **_rules("fp16 float16", rules.precision("fp16")),
-    **_rules("bf16 bfloat16", rules.precision("bf16")),
+    **_rules("ddp_timeout", renamed_to("run.timeout_s")),
+    **_rules("max_steps", rules.step_budget),
+    **_rules("num_train_epochs num_epochs epochs n_epochs", rules.epoch_budget),
+    **_rules(" ".join(rules.MICRO_BATCH_NAMES), rules.batch_sizes),
+    **_rules("gradient_accumulation_steps train_batch_size", rules.batch_sizes),
+    **_rules("fp16 float16", rules.precision_switch("fp16")),
+    **_rules("bf16 bfloat16", rules.precision_switch("bf16")),
     **_rules("mixed_precision", choice("precision", {"fp32": "no fp32", "bf16": "bf16", "fp16": "fp16"})),
-    **_rules("tf32", needless("fp32 products of a card are torch's own choice")),
+    **_rules("tf32", not_needed("fp32 products of a card are torch's own choice")),
     **_rules(
         "torch_dtype dtype",
         choice("precision", {"fp32": "float32 fp32", "bf16": "bfloat16 bf16", "fp16": "float16 fp16"}),
     ),
-    **_rules("deepspeed", rules.deepspeed),
+    **_rules("deepspeed", rules.deepspeed_stage),
     **_rules("zero_stage", choice("strategy", {"ddp": "0", "zero1": "1", "zero2": "2", "zero3": "3"})),
-    **_rules("fsdp", rules.fsdp),
+    **_rules("fsdp", rules.fsdp_strategy),
     **_rules("gradient_checkpointing", switch({"strategy.activation_checkpointing": "full"})),
     **_rules("torch_compile", switch({"strategy.compile": "true"})),
     **_rules(
@@ -52,14 +52,16 @@ RUN = {
         "tokenizer_type is_llama_derived_model gradient_checkpointing_kwargs dataset_prepared_path use_fast_tokenizer "
         "dataloader_num_workers ddp_backend xformers_attention include_tokens_per_second "
         "lora_fan_in_fan_out wandb_watch wandb_log_model eval_table_size logging_strategy save_only_model",
-        needless("not needed here"),
+        not_needed("not needed here"),
     ),
 }
 MODEL = {
-    **_rules("model_name_or_path base_model model_name pretrained_model_name_or_path model_id", same("model.path")),
-    **_rules("tokenizer_name tokenizer_name_or_path tokenizer_config", same("model.tokenizer")),
-    **_rules("model_revision revision_of_model", same("model.revision")),
-    **_rules("trust_remote_code", same("model.trust_remote_code")),
+    **_rules(
+        "model_name_or_path base_model model_name pretrained_model_name_or_path model_id", renamed_to("model.path")
+    ),
+    **_rules("tokenizer_name tokenizer_name_or_path tokenizer_config", renamed_to("model.tokenizer")),
+    **_rules("model_revision revision_of_model", renamed_to("model.revision")),
+    **_rules("trust_remote_code", renamed_to("model.trust_remote_code")),
     **_rules("attn_implementation flash_attn", choice("model.attention", rules.ATTENTION)),
     **_rules(
         "flash_attention", switch({"model.attention": "auto"}, note="auto takes FlashAttention where it is installed")
@@ -67,12 +69,12 @@ MODEL = {
     **_rules("sdp_attention", switch({"model.attention": "sdpa"})),
     **_rules("load_in_4bit", switch({"model.quantisation": "nf4"})),
     **_rules("load_in_8bit", switch({"model.quantisation": "int8"})),
-    **_rules("quantization_bit", rules.bits),
+    **_rules("quantization_bit", rules.quantisation_bits),
     **_rules("lora_model_dir adapter_name_or_path", lambda value, _: TranslatedSetting({**LORA, "tuning.from": value})),
     **_rules("lora_r lora_rank", _lora_setting("rank")),
     **_rules("lora_alpha", _lora_setting("alpha")),
     **_rules("lora_dropout", _lora_setting("dropout")),
-    **_rules("lora_target lora_target_modules", rules.targets),
+    **_rules("lora_target lora_target_modules", rules.lora_targets),
     **_rules("lora_target_linear", switch({**LORA, "tuning.targets": "all-linear"})),
     **_rules("lora_modules_to_save modules_to_save", _lora_setting("modules_to_save")),
     **_rules(
@@ -83,125 +85,134 @@ MODEL = {
     **_rules("use_dora peft_use_dora", switch({**LORA, "tuning.dora": "true"})),
     **_rules("loraplus_lr_ratio", _lora_setting("lr_ratio")),
     **_rules("use_peft use_lora", switch(LORA)),
-    **_rules("adapter finetuning_type", rules.tuning),
-    **_rules("neftune_noise_alpha neftune_alpha", same("model.neftune_alpha")),
-    **_rules("rope_scaling rope_theta", no_equal("set model.positions and model.rope")),
-    **_rules("resize_token_embeddings", needless("model.add_tokens=[...] does it")),
-    **_rules("special_tokens", no_equal("the tokenizer's own are used; model.add_tokens=[...] adds to the vocabulary")),
+    **_rules("adapter finetuning_type", rules.tuning_method),
+    **_rules("neftune_noise_alpha neftune_alpha", renamed_to("model.neftune_alpha")),
+    **_rules("rope_scaling rope_theta", without_equivalent("set model.positions and model.rope")),
+    **_rules("resize_token_embeddings", not_needed("model.add_tokens=[...] does it")),
+    **_rules(
+        "special_tokens",
+        without_equivalent("the tokenizer's own are used; model.add_tokens=[...] adds to the vocabulary"),
+    ),
     **_rules(
         "enable_liger_kernel use_liger_kernel use_liger liger_fused_linear_cross_entropy cut_cross_entropy",
-        needless("the loss never holds all logits, as Liger's kernel does"),
+        not_needed("the loss never holds all logits, as Liger's kernel does"),
     ),
-    **_rules("use_unsloth", no_equal("kernels of Unsloth are not used")),
+    **_rules("use_unsloth", without_equivalent("kernels of Unsloth are not used")),
     **_rules(
         "liger_rope liger_rms_norm liger_layer_norm liger_glu_activation liger_swiglu liger_cross_entropy",
-        no_equal("kernels of Liger are not used"),
+        without_equivalent("kernels of Liger are not used"),
     ),
-    **_rules("plugins", no_equal("plugins of axolotl are not loaded")),
+    **_rules("plugins", without_equivalent("plugins of axolotl are not loaded")),
 }
 DATA = {
     **_rules(
         "sequence_parallel_size sequence_parallel_degree context_parallel_size sp_size cp_size ulysses_parallel_size "
         "ulysses_sequence_parallel_size",
-        same("parallel.sequence"),
+        renamed_to("parallel.sequence"),
     ),
-    **_rules("max_seq_length max_seq_len cutoff_len sequence_len model_max_length block_size", same("data.max_length")),
-    **_rules("max_length", same("data.max_length")),
-    **_rules("packing sample_packing neat_packing", same("data.packing")),
     **_rules(
-        "eval_sample_packing eval_packing pad_to_sequence_len padding_free", needless("the layout is data.layout's")
+        "max_seq_length max_seq_len cutoff_len sequence_len model_max_length block_size", renamed_to("data.max_length")
     ),
-    **_rules("group_by_length length_column_name", needless("a step's documents are dealt out by length anyway")),
-    **_rules("dataset dataset_name dataset_path train_file train_data train_dataset", same("data.path")),
-    **_rules("eval_dataset validation_file eval_file eval_data", same("data.eval_path")),
-    **_rules("val_set_size val_size test_size", rules.held_out),
-    **_rules("max_samples max_train_samples", same("data.max_documents")),
-    **_rules("max_eval_samples", same("evaluation.max_documents")),
-    **_rules("preprocessing_num_workers dataset_num_proc dataset_processes num_proc", same("data.workers")),
+    **_rules("max_length", renamed_to("data.max_length")),
+    **_rules("packing sample_packing neat_packing", renamed_to("data.packing")),
+    **_rules(
+        "eval_sample_packing eval_packing pad_to_sequence_len padding_free", not_needed("the layout is data.layout's")
+    ),
+    **_rules("group_by_length length_column_name", not_needed("a step's documents are dealt out by length anyway")),
+    **_rules("dataset dataset_name dataset_path train_file train_data train_dataset", renamed_to("data.path")),
+    **_rules("eval_dataset validation_file eval_file eval_data", renamed_to("data.eval_path")),
+    **_rules("val_set_size val_size test_size", rules.held_out_share),
+    **_rules("max_samples max_train_samples", renamed_to("data.max_documents")),
+    **_rules("max_eval_samples", renamed_to("evaluation.max_documents")),
+    **_rules("preprocessing_num_workers dataset_num_proc dataset_processes num_proc", renamed_to("data.workers")),
     **_rules(
         "dataset_text_field",
         lambda value, _: TranslatedSetting({"data.columns.text": value} if value != "text" else {}),
     ),
-    **_rules("train_on_inputs train_on_prompt", rules.whole_prompts),
+    **_rules("train_on_inputs train_on_prompt", rules.train_on_prompts),
     **_rules(
-        "completion_only_loss assistant_only_loss", needless("answers alone are learned, unless data.learn says more")
+        "completion_only_loss assistant_only_loss", not_needed("answers alone are learned, unless data.learn says more")
     ),
     **_rules("mask_history", switch({"data.learn.turns": "last"})),
     **_rules(
         "template chat_template",
-        no_equal("the tokenizer's own template is used; model.chat_template=<file> names another"),
+        without_equivalent("the tokenizer's own template is used; model.chat_template=<file> names another"),
     ),
-    **_rules("shuffle_dataset", same("data.shuffle")),
-    **_rules("stage rl", rules.objective),
-    **_rules("pref_beta dpo_beta rl_beta", same("objective.beta")),
+    **_rules("shuffle_dataset", renamed_to("data.shuffle")),
+    **_rules("stage rl", rules.objective_or_dpo_loss),
+    **_rules("pref_beta dpo_beta rl_beta", renamed_to("objective.beta")),
     **_rules("pref_loss", lambda value, _: _pair_loss(value)),
-    **_rules("simpo_gamma", same("objective.gamma")),
+    **_rules("simpo_gamma", renamed_to("objective.gamma")),
 }
 OPTIMIZER = {
-    **_rules("learning_rate", same("optim.lr")),
-    **_rules("weight_decay", same("optim.weight_decay")),
-    **_rules("label_smoothing_factor label_smoothing", same("objective.label_smoothing")),
-    **_rules("ema_decay model_ema_decay", same("optim.ema_decay")),
-    **_rules("llrd layerwise_lr_decay layer_wise_lr_decay layer_decay", same("optim.layer_decay")),
-    **_rules("max_grad_norm gradient_clipping", same("optim.max_grad_norm")),
-    **_rules("adam_beta1 adam_beta2", rules.betas),
-    **_rules("adam_epsilon adam_eps", same("optim.eps")),
+    **_rules("learning_rate", renamed_to("optim.lr")),
+    **_rules("weight_decay", renamed_to("optim.weight_decay")),
+    **_rules("label_smoothing_factor label_smoothing", renamed_to("objective.label_smoothing")),
+    **_rules("ema_decay model_ema_decay", renamed_to("optim.ema_decay")),
+    **_rules("llrd layerwise_lr_decay layer_wise_lr_decay layer_decay", renamed_to("optim.layer_decay")),
+    **_rules("max_grad_norm gradient_clipping", renamed_to("optim.max_grad_norm")),
+    **_rules("adam_beta1 adam_beta2", rules.adam_betas),
+    **_rules("adam_epsilon adam_eps", renamed_to("optim.eps")),
     **_rules("optimizer", choice("optim", rules.OPTIMIZERS)),
     **_rules("lr_scheduler_type lr_scheduler", choice("schedule", rules.SCHEDULES)),
-    **_rules("warmup_steps", rules.warmup),
-    **_rules("warmup_ratio", same("schedule.warmup_share")),
-    **_rules("cosine_min_lr_ratio min_lr_ratio", same("schedule.min_factor")),
+    **_rules("warmup_steps", rules.warmup_length),
+    **_rules("warmup_ratio", renamed_to("schedule.warmup_share")),
+    **_rules("cosine_min_lr_ratio min_lr_ratio", renamed_to("schedule.min_factor")),
     **_rules(
         "loss_watchdog_threshold loss_watchdog_patience",
-        no_equal("guards.loss=note, skip or rollback watches the loss"),
+        without_equivalent("guards.loss=note, skip or rollback watches the loss"),
     ),
 }
 REPORTING = {
-    **_rules("seed", same("run.seed")),
-    **_rules("logging_steps", same("logging.every_steps")),
-    **_rules("logging_dir", needless("logs are in the run directory")),
+    **_rules("seed", renamed_to("run.seed")),
+    **_rules("logging_steps", renamed_to("logging.every_steps")),
+    **_rules("logging_dir", not_needed("logs are in the run directory")),
     **_rules("report_to", rules.report_to),
-    **_rules("run_name wandb_name", same("logging.name")),
-    **_rules("wandb_run_id", no_equal("the last part of run.dir is the id of the run")),
-    **_rules("wandb_project", same("logging.project")),
-    **_rules("wandb_entity", same("logging.entity")),
-    **_rules("wandb_mode", same("logging.wandb")),
-    **_rules("use_tensorboard", same("logging.tensorboard")),
-    **_rules("save_steps", rules.saving),
+    **_rules("run_name wandb_name", renamed_to("logging.name")),
+    **_rules("wandb_run_id", without_equivalent("the last part of run.dir is the id of the run")),
+    **_rules("wandb_project", renamed_to("logging.project")),
+    **_rules("wandb_entity", renamed_to("logging.entity")),
+    **_rules("wandb_mode", renamed_to("logging.wandb")),
+    **_rules("use_tensorboard", renamed_to("logging.tensorboard")),
+    **_rules("save_steps", rules.save_interval),
     **_rules("save_strategy", lambda value, _: _saving_strategy(value)),
-    **_rules("save_total_limit", same("checkpoint.keep")),
-    **_rules("saves_per_epoch", no_equal("checkpoint.every_steps or checkpoint.every_minutes says how often")),
-    **_rules("eval_steps", rules.evaluating),
-    **_rules("evals_per_epoch", no_equal("evaluation.every_steps says how often")),
+    **_rules("save_total_limit", renamed_to("checkpoint.keep")),
+    **_rules(
+        "saves_per_epoch", without_equivalent("checkpoint.every_steps or checkpoint.every_minutes says how often")
+    ),
+    **_rules("eval_steps", rules.evaluation_interval),
+    **_rules("evals_per_epoch", without_equivalent("evaluation.every_steps says how often")),
     **_rules("eval_strategy evaluation_strategy", lambda value, foreign: _evaluation_strategy(value)),
-    **_rules("per_device_eval_batch_size eval_batch_size", same("evaluation.batch")),
+    **_rules("per_device_eval_batch_size eval_batch_size", renamed_to("evaluation.batch")),
     **_rules(
         "metric_for_best_model",
         lambda value, _: TranslatedSetting({"evaluation.watch": f"eval/{value.removeprefix('eval_')}"}),
     ),
-    **_rules("greater_is_better", same("evaluation.greater_is_better")),
-    **_rules("early_stopping_patience", same("evaluation.patience")),
+    **_rules("greater_is_better", renamed_to("evaluation.greater_is_better")),
+    **_rules("early_stopping_patience", renamed_to("evaluation.patience")),
     **_rules(
-        "load_best_model_at_end", no_equal("the best checkpoint is kept: `shardtune export <run> checkpoint=best`")
+        "load_best_model_at_end",
+        without_equivalent("the best checkpoint is kept: `shardtune export <run> checkpoint=best`"),
     ),
     **_rules(
         "push_to_hub hub_model_id hub_strategy",
-        no_equal("a run pushes nothing; afterwards type `shardtune export <run> to=hub:<owner>/<name>`"),
+        without_equivalent("a run pushes nothing; afterwards type `shardtune export <run> to=hub:<owner>/<name>`"),
     ),
-    **_rules("predict_with_generate", no_equal("evaluation.generate.samples=N writes and scores answers")),
+    **_rules("predict_with_generate", without_equivalent("evaluation.generate.samples=N writes and scores answers")),
 }
-NAMES: dict[str, Rule] = {**RUN, **MODEL, **DATA, **OPTIMIZER, **REPORTING}
+RULES_BY_NAME: dict[str, Rule] = {**RUN, **MODEL, **DATA, **OPTIMIZER, **REPORTING}
 
 
-def plain_name(name: str) -> str:
-    """A name without the dashes, dots and cases in which it may be written."""
+def normalised_name(name: str) -> str:
+    """The name of a setting by which rules are found: `--Optim.Learning-Rate` is `learning_rate`."""
     return name.lstrip("-+~").replace("-", "_").rsplit(".", 1)[-1].lower()
 
 
 def translate(name: str, foreign: ForeignSettings) -> TranslatedSetting | None:
     """What the setting `name` of `foreign` is here; None if no other trainer has a setting of that name."""
-    rule = NAMES.get(plain_name(name))
-    return None if rule is None else rule(foreign.by_name[plain_name(name)], foreign)
+    key = normalised_name(name)
+    rule = RULES_BY_NAME.get(key)
+    return None if rule is None else rule(foreign.value_by_name[key], foreign)
 
 
 def _pair_loss(value: str) -> TranslatedSetting:
@@ -214,25 +225,25 @@ def _pair_loss(value: str) -> TranslatedSetting:
 
 
 def _evaluation_strategy(value: str) -> TranslatedSetting:
-    """Whether the run is evaluated at all."""
+    """Our words for a setting that says when to evaluate: never, every epoch or every so many steps."""
     if value.lower() in ("no", "none", "false"):
         return TranslatedSetting({"evaluation": "none"})
     return TranslatedSetting(note="evaluation.every_steps says how often; at the end it is always done")
 
 
 def _saving_strategy(value: str) -> TranslatedSetting:
-    """Whether there are checkpoints before the last one."""
+    """Our words for a setting that says when to save: never before the end, every epoch or every so many steps."""
     if value.lower() in ("no", "none", "false"):
         return TranslatedSetting({"checkpoint.every_minutes": "0"})
     if value.lower() == "steps":
-        return TranslatedSetting(note="save_steps says how often", needless=True)
+        return TranslatedSetting(note="save_steps says how often", not_needed=True)
     return TranslatedSetting(note="checkpoint.every_steps or checkpoint.every_minutes says how often")
 
 
 def _rendezvous(foreign: ForeignSettings) -> TranslatedSetting:
-    """Where several hosts meet; one host alone finds a free port."""
+    """Our `launcher.rdzv` from the address and port of accelerate's main process; one host alone finds a free port."""
     if (parse_number(foreign.get("num_machines")) or 1) < 2:
-        return TranslatedSetting(note="one host alone finds a free port", needless=True)
+        return TranslatedSetting(note="one host alone finds a free port", not_needed=True)
     host = foreign.get("main_process_ip")
     port = foreign.get("main_process_port")
     if not host or not port:

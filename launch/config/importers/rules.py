@@ -18,7 +18,8 @@ from launch.config.importers.equivalent import (
 )
 
 Rule = Callable[[str, ForeignSettings], TranslatedSetting]
-MICRO = (
+"""Translates one setting of another trainer: takes its value as text, and all settings of that trainer."""
+MICRO_BATCH_NAMES = (
     "per_device_train_batch_size",
     "micro_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -64,24 +65,24 @@ ATTENTION = {
 }
 
 
-def same(key: str) -> Rule:
-    """The same under another name."""
+def renamed_to(key: str) -> Rule:
+    """A rule for a setting that exists here as `key`, with the same values."""
     return lambda value, _: TranslatedSetting({key: value})
 
 
 def switch(on: dict[str, str], off: dict[str, str] | None = None, note: str = "") -> Rule:
-    """Words for a switch that is on, and for one that is off."""
+    """A rule for a switch: the words `on` if it is true, `off` if it is false. Without `off`, false needs nothing."""
 
     def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
         if is_true(value):
             return TranslatedSetting(on, note)
-        return TranslatedSetting(off or {}, needless=not off)
+        return TranslatedSetting(off or {}, not_needed=not off)
 
     return rule
 
 
 def choice(key: str, table: dict[str, str], note: str = "") -> Rule:
-    """A choice of ours by one of theirs. `table`: for each of ours, the names that others have for it."""
+    """A rule for a setting with named choices. `table`: for each choice of `key`, the names that others use, with blanks."""
 
     def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
         for our_name, foreign_names in table.items():
@@ -92,19 +93,19 @@ def choice(key: str, table: dict[str, str], note: str = "") -> Rule:
     return rule
 
 
-def no_equal(why: str) -> Rule:
-    """Nothing here does that."""
+def without_equivalent(why: str) -> Rule:
+    """A rule for a setting that shardtune has no equivalent for. `why`: the note for the user."""
     return lambda value, _: TranslatedSetting(note=why)
 
 
-def needless(why: str) -> Rule:
-    """Nothing is to be set."""
-    return lambda value, _: TranslatedSetting(note=why, needless=True)
+def not_needed(why: str) -> Rule:
+    """A rule for a setting that can be left out. `why`: the note for the user."""
+    return lambda value, _: TranslatedSetting(note=why, not_needed=True)
 
 
-def batch(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """The documents of a rank's forward pass, and those of a whole step, which follow from it."""
-    micro = parse_number(foreign.get(*MICRO))
+def batch_sizes(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+    """Our `batch.micro` and `batch.global` from another trainer's batch size per device, accumulation steps and ranks."""
+    micro = parse_number(foreign.get(*MICRO_BATCH_NAMES))
     accumulation = parse_number(foreign.get("gradient_accumulation_steps")) or 1
     global_batch = parse_number(foreign.get("train_batch_size"))
     words = {} if micro is None else {"batch.micro": format_number(micro)}
@@ -126,28 +127,28 @@ def batch(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting(words, note)
 
 
-def steps(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def step_budget(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """A budget in steps. -1 means no limit in the other trainers."""
     if (parse_number(value) or 0) > 0:
         return TranslatedSetting({"budget.steps": value})
-    return TranslatedSetting(note="no limit; budget.epochs says how long", needless=True)
+    return TranslatedSetting(note="no limit; budget.epochs says how long", not_needed=True)
 
 
-def epochs(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def epoch_budget(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """A budget in passes over the data, unless steps are given."""
     if (parse_number(foreign.get("max_steps")) or 0) > 0:
         return TranslatedSetting(
-            note="max_steps goes before it there, and exactly one budget is given here", needless=True
+            note="max_steps goes before it there, and exactly one budget is given here", not_needed=True
         )
     passes = parse_number(value)
     return TranslatedSetting({"budget.epochs": value if passes is None else format_number(passes)})
 
 
-def held_out(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def held_out_share(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """A share of the training data that is kept for evaluation. A number of documents cannot become one here."""
     share = parse_number(value) or 0
     if share == 0:
-        return TranslatedSetting(needless=True)
+        return TranslatedSetting(not_needed=True)
     if share <= 0.5:
         return TranslatedSetting({"data.eval_share": format_number(share)})
     return TranslatedSetting(
@@ -155,33 +156,35 @@ def held_out(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     )
 
 
-def precision(kind: str) -> Rule:
-    """fp16, bf16 and their like are switches there, and one setting here."""
+def precision_switch(kind: str) -> Rule:
+    """A rule for `fp16` or `bf16` (`kind`), which are two switches in other trainers and one setting, `precision`, here."""
 
     def rule(value: str, foreign: ForeignSettings) -> TranslatedSetting:
         if value.lower() == "auto":
             return TranslatedSetting({"precision": "auto"})
         if is_true(value) or value.lower() == "full":
             return TranslatedSetting({"precision": kind})
-        other = "bf16" if kind == "fp16" else "fp16"
-        if is_true(foreign.get(other)) or str(foreign.by_name.get(other)).lower() == "auto":
-            return TranslatedSetting(needless=True)
+        other_kind = "bf16" if kind == "fp16" else "fp16"
+        is_other_auto = str(foreign.value_by_name.get(other_kind)).lower() == "auto"
+        if is_true(foreign.get(other_kind)) or is_other_auto:
+            return TranslatedSetting(not_needed=True)  # the other switch decides
         return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
 
     return rule
 
 
-def targets(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Which layers get adapters."""
+def lora_targets(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+    """The layers that get LoRA adapters: all linear ones, a regular expression, or a list of names."""
     names = list_entries(value)
     if names in (["all"], ["all-linear"], ["all_linear"]):
         return TranslatedSetting({"tuning": "lora", "tuning.targets": "all-linear"})
-    regex = len(names) == 1 and re.search(r"[*()|\\^$]", value)
-    return TranslatedSetting({"tuning": "lora", "tuning.targets": value if regex else f"[{','.join(names)}]"})
+    is_regex = len(names) == 1 and re.search(r"[*()|\\^$]", value)
+    layers = value if is_regex else f"[{','.join(names)}]"
+    return TranslatedSetting({"tuning": "lora", "tuning.targets": layers})
 
 
-def tuning(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """lora, qlora, full, freeze, oft."""
+def tuning_method(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+    """Our `tuning` for another trainer's name of a method: lora, qlora, full, freeze or oft."""
     words_by_name = {
         "lora": {"tuning": "lora"},
         "qlora": {"tuning": "lora", "model.quantisation": "nf4"},
@@ -195,8 +198,8 @@ def tuning(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting(words)
 
 
-def bits(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """A frozen base in 4 or 8 bits."""
+def quantisation_bits(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+    """Our `model.quantisation` for a number of bits in which the frozen base model is stored."""
     quantisation = {"4": "nf4", "8": "int8"}.get(value)
     if quantisation is None:
         return TranslatedSetting(note="a frozen base is stored in 4 bits (nf4, fp4) or 8 (int8)")
@@ -204,40 +207,41 @@ def bits(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def report_to(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """The trackers of the run."""
-    names = [name.lower() for name in list_entries(value)]
-    words = {"logging.wandb": "online" if "wandb" in names or "all" in names else "disabled"}
-    if "tensorboard" in names or "all" in names:
+    """Our `logging` settings for a list of trackers, such as `[wandb,tensorboard]`; `all` and `none` are lists too."""
+    trackers = [name.lower() for name in list_entries(value)]
+    has_all = "all" in trackers
+    words = {"logging.wandb": "online" if has_all or "wandb" in trackers else "disabled"}
+    if has_all or "tensorboard" in trackers:
         words["logging.tensorboard"] = "true"
     for name in ("mlflow", "trackio"):
-        if name in names:
+        if name in trackers:
             words[f"logging.{name}"] = "true"
     supported = ("wandb", "tensorboard", "mlflow", "trackio", "all", "none")
-    unsupported = [name for name in names if name not in supported]
+    unsupported = [name for name in trackers if name not in supported]
     note = f"{', '.join(unsupported)}: metrics.jsonl in the run directory has every row" if unsupported else ""
     return TranslatedSetting(words, note)
 
 
-def betas(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Both decay rates, which are one list here."""
+def adam_betas(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+    """Adam's two decay rates, which are two settings in other trainers and one list, `optim.betas`, here."""
     first = foreign.get("adam_beta1") or 0.9
     second = foreign.get("adam_beta2") or 0.999
     return TranslatedSetting({"optim.betas": f"[{first},{second}]"})
 
 
-def warmup(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def warmup_length(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Warmup steps, or (below one) a share of all steps."""
     steps_or_share = parse_number(value)
     if steps_or_share is not None and 0 < steps_or_share < 1:
         return TranslatedSetting({"schedule.warmup_share": format_number(steps_or_share)})
     if steps_or_share == 0:
         if foreign.get("warmup_ratio"):
-            return TranslatedSetting(needless=True)  # the ratio says it
+            return TranslatedSetting(not_needed=True)  # the ratio says it
         return TranslatedSetting({"schedule.warmup_share": "0"})
     return TranslatedSetting({"schedule.warmup_steps": value})
 
 
-def saving(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def save_interval(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Steps between checkpoints."""
     steps_or_share = parse_number(value)
     if steps_or_share is None or steps_or_share < 1:
@@ -245,7 +249,7 @@ def saving(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting({"checkpoint.every_steps": format_number(steps_or_share)})
 
 
-def evaluating(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def evaluation_interval(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Steps between evaluations."""
     steps_or_share = parse_number(value)
     if steps_or_share is None or steps_or_share < 1:
@@ -253,8 +257,8 @@ def evaluating(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting({"evaluation.every_steps": format_number(steps_or_share)})
 
 
-def deepspeed(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """A ZeRO stage out of a file of DeepSpeed, or out of its name if there is no such file."""
+def deepspeed_stage(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+    """The strategy for a DeepSpeed file: by the ZeRO stage in it, or in its name (`ds_z3.json`) if it is not here."""
     path = Path(value).expanduser()
     tree = None
     if path.suffix == ".json" and path.is_file():
@@ -263,60 +267,62 @@ def deepspeed(value: str, foreign: ForeignSettings) -> TranslatedSetting:
         except (OSError, ValueError) as error:
             return TranslatedSetting(note=f"{value} cannot be read ({error}); set strategy=zero1, zero2 or zero3")
     if isinstance(tree, dict):
-        zero = tree.get("zero_optimization") or {}
-        if str(zero.get("stage") or 0) not in ("0", "1", "2", "3"):
+        zero_block = tree.get("zero_optimization") or {}
+        if str(zero_block.get("stage") or 0) not in ("0", "1", "2", "3"):
             return TranslatedSetting(note=f"{value} names no ZeRO stage; set strategy=zero1, zero2 or zero3")
-        return TranslatedSetting(zero_words(zero), f"of {value}; `shardtune init from={value}` turns the rest")
+        note = f"of {value}; `shardtune init from={value}` turns the rest"
+        return TranslatedSetting(zero_settings(zero_block), note)
     stage = re.search(r"(?:zero|stage|z)_?([0-3])", path.name.lower())
     if stage is None:
         return TranslatedSetting(
             note="a ZeRO stage is strategy=zero1, zero2 or zero3; the rest of DeepSpeed's file is derived"
         )
-    return TranslatedSetting(zero_words({"stage": int(stage[1])}), f"as the name says ({value} is not here)")
+    return TranslatedSetting(zero_settings({"stage": int(stage[1])}), f"as the name says ({value} is not here)")
 
 
-def zero_words(zero: dict[str, object]) -> dict[str, str]:
-    """Our words for a block `zero_optimization`: the strategy, and which states are offloaded to CPU or NVMe."""
-    stage = int(str(zero.get("stage") or 0))
+def zero_settings(zero_block: dict[str, object]) -> dict[str, str]:
+    """Our words for DeepSpeed's `zero_optimization`: the strategy, and which states are offloaded to CPU or NVMe."""
+    stage = int(str(zero_block.get("stage") or 0))
     if stage == 0:
         return {"strategy": "ddp"}
     words = {"strategy": f"zero{stage}"}
     our_names = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
     for foreign_name, our_name in our_names.items():
-        block = zero.get(foreign_name)
-        if not isinstance(block, dict) or block.get("device") not in ("cpu", "nvme"):
+        offload = zero_block.get(foreign_name)
+        if not isinstance(offload, dict) or offload.get("device") not in ("cpu", "nvme"):
             continue
-        words[f"strategy.{our_name}"] = str(block["device"])
-        if block["device"] == "nvme" and is_set(str(block.get("nvme_path"))):
-            words["strategy.nvme_path"] = str(block["nvme_path"])
+        words[f"strategy.{our_name}"] = str(offload["device"])
+        if offload["device"] == "nvme" and is_set(str(offload.get("nvme_path"))):
+            words["strategy.nvme_path"] = str(offload["nvme_path"])
     return words
 
 
-def fsdp(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """FSDP's options as a strategy: fsdp2, hsdp if they say hybrid, ddp if they shard nothing."""
-    if not list_entries(value) or value.lower() == "false":
-        return TranslatedSetting(needless=True)
-    if any(name in value for name in ("no_shard", "NO_SHARD")):
+def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+    """The strategy for FSDP's options, such as `full_shard,offload`: fsdp2, hsdp for hybrid, ddp if they shard nothing."""
+    options = value.lower()
+    if not list_entries(value) or options == "false":
+        return TranslatedSetting(not_needed=True)
+    if "no_shard" in value or "NO_SHARD" in value:
         return TranslatedSetting({"strategy": "ddp"})
-    words = {"strategy": "hsdp" if "hybrid" in value.lower() else "fsdp2"}
-    if "shard_grad_op" in value.lower():
+    words = {"strategy": "hsdp" if "hybrid" in options else "fsdp2"}
+    if "shard_grad_op" in options:
         words["strategy.reshard_after_forward"] = "false"
-    if "offload" in value.lower():
+    if "offload" in options:
         words["strategy.cpu_offload"] = "true"
     return TranslatedSetting(words)
 
 
-def whole_prompts(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Whether the loss covers prompts too."""
+def train_on_prompts(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+    """Our `data.learn.roles` for a switch that lets the loss cover prompts too."""
     if not is_true(value):
-        return TranslatedSetting(needless=True)
+        return TranslatedSetting(not_needed=True)
     return TranslatedSetting(
         {"data.learn.roles": "[system,user,assistant]"}, "for conversations; plain prompts are never learned"
     )
 
 
-def objective(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """An objective of another trainer. A variant of DPO's loss is an objective elsewhere, and a setting of dpo here."""
+def objective_or_dpo_loss(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+    """Our `objective` for another trainer's name. A variant of DPO's loss is an objective elsewhere, a setting of dpo here."""
     if value.lower() in LOSS_TYPES_OF_DPO:
         return TranslatedSetting({"objective": "dpo", "objective.loss_type": value.lower()})
     return choice("objective", OBJECTIVES)(value, foreign)
@@ -325,7 +331,7 @@ def objective(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 CHOICES: dict[str, Rule] = {
     "optim": choice("optim", OPTIMIZERS),
     "schedule": choice("schedule", SCHEDULES),
-    "objective": objective,
-    "tuning": tuning,
+    "objective": objective_or_dpo_loss,
+    "tuning": tuning_method,
 }
 """Groups of ours whose choices others name otherwise."""

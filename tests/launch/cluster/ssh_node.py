@@ -35,5 +35,5 @@ def run(told: dict, begin: dict) -> int:
 
 
 if __name__ == "__main__":
-    node.run = run
+    node.run_ranks = run
     sys.exit(node.main("tests.launch.cluster.ssh_node"))

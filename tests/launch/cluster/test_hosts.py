@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from launch.cluster import hosts
-from launch.cluster.hosts import HostPlace, locate_this_host
+from launch.cluster.hosts import ThisHost, locate_this_host
 from strategies.errors import ConfigError
 from trainer.config.run import LauncherConfig
 
@@ -31,13 +31,13 @@ def host_a(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "place"),
     [
-        ({"rdzv": "a:29400"}, HostPlace(0, "10.0.0.1", "eth0", True)),
-        ({"rdzv": "10.0.0.1:29400"}, HostPlace(0, "10.0.0.1", "eth0", True)),
-        ({"rdzv": "b:29400"}, HostPlace(1, "10.0.0.1", "eth0", False)),
-        ({"rdzv": "b:29400", "address": "mine"}, HostPlace(1, "192.168.7.1", "eno2", False)),
-        ({"rdzv": "here:29400", "address": "10.0.0.1"}, HostPlace(0, "10.0.0.1", "eth0", True)),
-        ({"rdzv": "b:29400", "nodes": 3}, HostPlace(None, "10.0.0.1", "eth0", False)),
-        ({"rdzv": "b:29400", "nodes": 3, "node_rank": 2}, HostPlace(2, "10.0.0.1", "eth0", False)),
+        ({"rdzv": "a:29400"}, ThisHost(0, "10.0.0.1", "eth0", True)),
+        ({"rdzv": "10.0.0.1:29400"}, ThisHost(0, "10.0.0.1", "eth0", True)),
+        ({"rdzv": "b:29400"}, ThisHost(1, "10.0.0.1", "eth0", False)),
+        ({"rdzv": "b:29400", "address": "mine"}, ThisHost(1, "192.168.7.1", "eno2", False)),
+        ({"rdzv": "here:29400", "address": "10.0.0.1"}, ThisHost(0, "10.0.0.1", "eth0", True)),
+        ({"rdzv": "b:29400", "nodes": 3}, ThisHost(None, "10.0.0.1", "eth0", False)),
+        ({"rdzv": "b:29400", "nodes": 3, "node_rank": 2}, ThisHost(2, "10.0.0.1", "eth0", False)),
     ],
 )
 def test_the_place_of_this_host(settings, place):

@@ -9,14 +9,14 @@ from pathlib import Path
 import absl.logging
 import pytest
 
-from launch.output import Lasting
+from launch.output import ClosableStream
 from strategies.errors import Preempted
 from trainer import run
 from trainer.config.run import RunConfig
 
 LEAVE = """
 import atexit, sys
-from launch.train import end
+from launch.train import exit_process
 
 class Aborts:  # as threads of a process group may, when their objects are taken apart
     def __del__(self, abort=__import__("os").abort):
@@ -25,7 +25,7 @@ class Aborts:  # as threads of a process group may, when their objects are taken
 kept = sys.modules["kept"] = Aborts()
 atexit.register(lambda: print("what was registered"))
 print("said before", end="")
-end(int(sys.argv[1]))
+exit_process(int(sys.argv[1]))
 """
 
 
@@ -44,7 +44,7 @@ def leave(code, **environment):
 UNHEARD = """
 import os, sys
 from types import ModuleType
-from launch.main import guarded
+from launch.main import run_guarded
 
 def main(argv):
     for number in range(3):
@@ -57,7 +57,7 @@ def main(argv):
 
 sys.modules["launch.train"] = ModuleType("launch.train")
 sys.modules["launch.train"].main = main
-sys.exit(guarded("train", sys.argv[1:]))
+sys.exit(run_guarded("train", sys.argv[1:]))
 """
 
 
@@ -75,7 +75,7 @@ def test_run_goes_on_when_nobody_reads_its_output(tmp_path, full):
 def test_a_library_that_has_kept_a_stream_does_not_close_that_of_the_process():
     """absl's handler closes what is no stream of the process when the logging of another library, uvicorn's, is set up."""
     own = io.StringIO()
-    handler = absl.logging.PythonHandler(Lasting(own))
+    handler = absl.logging.PythonHandler(ClosableStream(own))
     handler.close()
     assert not own.closed
 
@@ -83,7 +83,7 @@ def test_a_library_that_has_kept_a_stream_does_not_close_that_of_the_process():
 INTERRUPTED = """
 import os, signal, sys
 from types import ModuleType
-from launch.main import guarded
+from launch.main import run_guarded
 
 def main(argv):
     try:
@@ -95,7 +95,7 @@ def main(argv):
 sys.modules["launch.plan.command"] = ModuleType("launch.plan.command")
 sys.modules["launch.plan.command"].main = main
 signal.signal(signal.SIGINT, signal.default_int_handler)
-code = guarded("plan", [])
+code = run_guarded("plan", [])
 print(code, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
 

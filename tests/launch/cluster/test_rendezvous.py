@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from launch.cluster import rendezvous
-from launch.cluster.hosts import HostPlace, interfaces
-from launch.cluster.rendezvous import AgentLeftBehind, WaitingForHosts
+from launch.cluster.hosts import ThisHost, interfaces
+from launch.cluster.rendezvous import MissingHostsReport, StuckAgentGuard
 from launch.main import main
 from strategies import network
 from strategies.errors import ConfigError
@@ -76,9 +76,9 @@ def test_hosts_that_do_not_come_are_named_until_the_ranks_run(nodes, first, said
     now = 0.0
     monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=lambda: now))
     ranks = []
-    monkeypatch.setattr(rendezvous, "ranks_of", lambda agent: ranks)
+    monkeypatch.setattr(rendezvous, "rank_processes", lambda agent: ranks)
     launcher = LauncherConfig(nodes=nodes, rdzv="10.0.0.1:29500")
-    waiting = WaitingForHosts(launcher, HostPlace(0 if first else 3, "10.0.0.1", "eth0", first))
+    waiting = MissingHostsReport(launcher, ThisHost(0 if first else 3, "10.0.0.1", "eth0", first))
     agent = psutil.Process(os.getpid())
     told_at = []
     for second in range(200):
@@ -98,8 +98,8 @@ def test_torchrun_that_outlives_failed_ranks_is_ended(tmp_path, monkeypatch):
     """It may wait for a host that is cut off; without a failure it rightly waits for other hosts' ranks."""
     now, ranks, killed = 0.0, ["a rank"], []
     monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(rendezvous, "ranks_of", lambda agent: ranks)
-    left_behind = AgentLeftBehind(tmp_path)
+    monkeypatch.setattr(rendezvous, "rank_processes", lambda agent: ranks)
+    left_behind = StuckAgentGuard(tmp_path)
     agent = SimpleNamespace(kill=lambda: killed.append(now))
 
     def look_until(end):

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from launch.config.axes import read_axes
-from launch.config.choices import OWN_DIRECTORIES, groups, settings_of
+from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, settings_class_of
 from launch.config.compose import Composed, compose
 from launch.config.importers.equivalent import ForeignSettings
-from launch.config.importers.names import NAMES, translate
-from launch.config.overrides import setting_of, settings
+from launch.config.importers.names import RULES_BY_NAME, translate
+from launch.config.overrides import find_setting, settings
 from launch.config.removed import REMOVED
-from launch.config.user_files import take_directories
+from launch.config.user_files import take_config_dirs
 from launch.runs.freeze import freeze
 from strategies.errors import ConfigError
 from tests.helpers.launching import command_here
@@ -219,12 +219,12 @@ def test_config_file_of_a_user_is_named_with_what_is_wrong_in_it(tmp_path, conte
     file = tmp_path / "schedule" / "mine.yaml"
     file.write_text(content)
     try:
-        take_directories(["--config-dir", str(tmp_path)])
+        take_config_dirs(["--config-dir", str(tmp_path)])
         with pytest.raises(ConfigError, match=re.escape(f"{file}: {WRONG_FILES[content]}")):
             compose(["schedule=mine"])
     finally:
-        OWN_DIRECTORIES.clear()
-        groups.cache_clear()
+        USER_CONFIG_DIRS.clear()
+        choices_by_group.cache_clear()
 
 
 def test_an_experiment_that_is_no_settings_is_named_alone(tmp_path):
@@ -232,12 +232,12 @@ def test_an_experiment_that_is_no_settings_is_named_alone(tmp_path):
     file = tmp_path / "experiment" / "mine.yaml"
     file.write_text("- 1\n")
     try:
-        take_directories(["--config-dir", str(tmp_path)])
+        take_config_dirs(["--config-dir", str(tmp_path)])
         with pytest.raises(ConfigError) as refused:
             compose(["experiment=mine"])
     finally:
-        OWN_DIRECTORIES.clear()
-        groups.cache_clear()
+        USER_CONFIG_DIRS.clear()
+        choices_by_group.cache_clear()
     assert refused.value.problems == [
         f"{file}: must hold settings (key: value), and begin with the line `# @package _global_`"
     ]
@@ -245,9 +245,9 @@ def test_an_experiment_that_is_no_settings_is_named_alone(tmp_path):
 
 def test_config_choice_without_settings_of_its_name_is_named():
     with pytest.raises(ConfigError, match=r"conf/objective/x\.yaml: no settings of that name.*FAMILIES"):
-        settings_of("objective", "x")
+        settings_class_of("objective", "x")
     with pytest.raises(ConfigError, match=r"conf/strategy/zero4\.yaml"):
-        settings_of("strategy", "zero4")
+        settings_class_of("strategy", "zero4")
 
 
 @pytest.mark.parametrize(
@@ -360,14 +360,14 @@ def test_overrides_suggested_for_other_trainers_options_compose(tmp_path):
     }
     text |= {"dataset_text_field": "body", "wandb_mode": "offline", "data.shuffle": "true", "val_set_size": "0.1"}
     answered = 0
-    for name in NAMES:
+    for name in RULES_BY_NAME:
         for value in (text.get(name, "1"), "true"):
             found = translate(name, ForeignSettings({name: value, "per_device_train_batch_size": "2"}))
             for key, ours in found.words.items():
                 answered += 1
-                assert key in groups() or setting_of(known, key) is not None, (name, key)
-                assert key not in groups() or ours in groups()[key], (name, key, ours)
-            assert found.words or found.note or found.needless, name
+                assert key in choices_by_group() or find_setting(known, key) is not None, (name, key)
+                assert key not in choices_by_group() or ours in choices_by_group()[key], (name, key, ours)
+            assert found.words or found.note or found.not_needed, name
     assert answered > 100
 
 
@@ -470,8 +470,8 @@ def own(tmp_path):
         "data: {path: '${oc.env:HOME}/d.jsonl', columns: {prompt: q}}\nrun: {dir: '~/x'}\n"
     )
     yield tmp_path
-    OWN_DIRECTORIES.clear()
-    groups.cache_clear()
+    USER_CONFIG_DIRS.clear()
+    choices_by_group.cache_clear()
 
 
 def test_a_file_of_settings_is_a_bare_word_that_typed_words_go_before(own):
@@ -501,7 +501,7 @@ def test_a_file_of_settings_is_a_bare_word_that_typed_words_go_before(own):
 
 
 def test_config_dir_of_a_user_offers_choices(own):
-    rest = take_directories(["tuning=small", "--config-dir", str(own), "optim.lr=1e-4"])
+    rest = take_config_dirs(["tuning=small", "--config-dir", str(own), "optim.lr=1e-4"])
     assert rest == ["tuning=small", "optim.lr=1e-4"]
     config = compose(rest, check=False).config
     assert (str(config.tuning.name), config.tuning.rank, config.optim.lr) == ("lora", 4, 1e-4)
@@ -513,9 +513,9 @@ def test_config_dir_of_a_user_offers_choices(own):
     ]
     (own / "tuning" / "lora.yaml").write_text("rank: 2")
     with pytest.raises(ConfigError, match="there is such a choice already"):
-        take_directories([f"--config-dir={own}"])
+        take_config_dirs([f"--config-dir={own}"])
     with pytest.raises(ConfigError, match="no such directory"):
-        take_directories(["--config-dir", "gone"])
+        take_config_dirs(["--config-dir", "gone"])
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from launch.config import overrides, trusted_values
 from launch.config.code_digest import NoDigest, digest_of_task
 from launch.config.compose import compose, load_frozen, recompose, with_words
-from launch.config.frozen import _hash, _identifying
+from launch.config.frozen import _hash, _identifying_settings
 from launch.config.outside_values import outside_values
-from launch.config.read_run import is_own
-from launch.evaluate.words import ALLOWED
+from launch.config.read_run import may_write_results
+from launch.evaluate.words import GROUPS_BESIDE_RUN
 from strategies.settings import Reach, setting
 from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
@@ -139,7 +139,7 @@ def of_somebody(site, place, **changes):
     for key, value in changes.items():
         OmegaConf.update(tree, key, value, merge=False)
     plain = OmegaConf.to_container(tree)
-    (place / "config.yaml").write_text(f"# sha256: {_hash(_identifying(plain))}\n{OmegaConf.to_yaml(tree)}")
+    (place / "config.yaml").write_text(f"# sha256: {_hash(_identifying_settings(plain))}\n{OmegaConf.to_yaml(tree)}")
     return place
 
 
@@ -196,9 +196,9 @@ def test_foreign_run_values_that_the_reader_allows_are_used_and_remembered(site,
     used = load_frozen(tmp_path / "report" / "evaluation" / "job.yaml")
     assert (used.logging.entity, used.logging.tables) == (None, False), "the reader's rows would go to the author's W&B"
     assert command_here([*map(str, way)]) == 0
-    kept = [path for path in trusted_values.directory().rglob("*") if path.is_file()]
+    kept = [path for path in trusted_values.state_directory().rglob("*") if path.is_file()]
     assert kept and {path.stat().st_mode & 0o777 for path in kept} == {0o600}
-    assert (trusted_values.directory() / "typed").stat().st_mode & 0o777 == 0o700
+    assert (trusted_values.state_directory() / "typed").stat().st_mode & 0o777 == 0o700
 
 
 def test_own_run_asks_for_nothing_also_when_it_was_copied(site, tmp_path, capfd, monkeypatch):
@@ -351,20 +351,20 @@ def test_foreign_run_link_does_not_decide_where_results_are_written(tmp_path):
     run, other = tmp_path / "downloaded", tmp_path / "other"
     run.mkdir(), other.mkdir()
     (run / "config.yaml").touch()
-    assert is_own(run)
+    assert may_write_results(run)
     (run / "evaluation").symlink_to(other)
-    assert not is_own(run)
+    assert not may_write_results(run)
     (run / "evaluation").unlink()
     (run / "evaluation" / "logs").mkdir(parents=True)
-    assert is_own(run)
+    assert may_write_results(run)
     log = run / "evaluation" / "logs" / "rank-0.log"
     log.symlink_to(other / "rc")  # which is not there yet
-    assert not is_own(run)
+    assert not may_write_results(run)
     log.unlink()
     log.symlink_to(run / "elsewhere.log")
-    assert is_own(run), "a link within the run"
+    assert may_write_results(run), "a link within the run"
     (run / "reports").symlink_to(other)
-    assert not is_own(run)
+    assert not may_write_results(run)
 
 
 def test_foreign_run_configuration_resolves_nothing_when_it_is_evaluated(site, tmp_path, monkeypatch):
@@ -372,9 +372,15 @@ def test_foreign_run_configuration_resolves_nothing_when_it_is_evaluated(site, t
     theirs = of_somebody(site, tmp_path / "theirs")
     config = load_frozen(theirs / "config.yaml")
     config.logging.notes = "${oc.env:OF_THE_READER}"
-    for again in (recompose(config, ["evaluation.batch=2"], ALLOWED), with_words(config, ["model.download=false"])):
+    for again in (
+        recompose(config, ["evaluation.batch=2"], GROUPS_BESIDE_RUN),
+        with_words(config, ["model.download=false"]),
+    ):
         assert again.logging.notes == "${oc.env:OF_THE_READER}"
-    assert recompose(config, ["logging.notes='${oc.env:OF_THE_READER}'"], ALLOWED).logging.notes == "not-to-be-told"
+    assert (
+        recompose(config, ["logging.notes='${oc.env:OF_THE_READER}'"], GROUPS_BESIDE_RUN).logging.notes
+        == "not-to-be-told"
+    )
 
 
 def test_teacher_code_is_trusted_by_its_own_setting(site):

@@ -270,7 +270,7 @@ def of_loss(site, to):
 
 def test_evaluate_gives_its_ranks_the_same_words(site, evaluated, capfd):
     """As torchrun and srun start it: a module with the variables of a rank. It prints the report."""
-    assert torchrun.arguments(LauncherConfig(processes=2), "x", module="launch.evaluate")[-2:] == [
+    assert torchrun.torchrun_arguments(LauncherConfig(processes=2), "x", module="launch.evaluate")[-2:] == [
         "-m",
         "launch.evaluate",
     ]

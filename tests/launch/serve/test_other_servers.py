@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from launch.config.verb_words import read_group
 from launch.serve.config import ServeConfig, ServedType
-from launch.serve.exported import Exported, find_export
+from launch.serve.exported import ExportedModel, find_export
 from launch.serve.middleware import VllmMiddleware
 from launch.serve.other_servers import MIDDLEWARE, sglang_command, vllm_command, vllm_environment
 from strategies.errors import ConfigError
@@ -46,7 +46,7 @@ def test_a_base_is_no_option_of_a_server(tmp_path, base):
 
 def test_serve_vllm_rank_is_one_that_it_has_room_for():
     def rank(number):
-        words = vllm_command(Exported(Path("x"), "x", "base", {"peft_type": "LORA", "r": number}), ServeConfig())
+        words = vllm_command(ExportedModel(Path("x"), "x", "base", {"peft_type": "LORA", "r": number}), ServeConfig())
         return words[words.index("--max-lora-rank") + 1]
 
     assert [rank(number) for number in (4, 8, 9, 64, 200)] == ["8", "8", "16", "64", "256"]
@@ -55,7 +55,7 @@ def test_serve_vllm_rank_is_one_that_it_has_room_for():
 def test_serve_adapter_with_own_positions_overrides_those_of_the_base(tmp_path):
     rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 2048, "rope_parameters": rope}))
-    exported = Exported(tmp_path, "x", "base", {"peft_type": "LORA", "r": 8})
+    exported = ExportedModel(tmp_path, "x", "base", {"peft_type": "LORA", "r": 8})
     words = vllm_command(exported, ServeConfig())
     assert "--hf-overrides" in KNOWN["vllm"]
     overrides = json.loads(words[words.index("--hf-overrides") + 1])
@@ -64,7 +64,7 @@ def test_serve_adapter_with_own_positions_overrides_those_of_the_base(tmp_path):
 
 
 def test_serve_names_adapter_kinds_that_vllm_and_sglang_do_not_take(site, capsys):
-    assert vllm_command(Exported(Path("x"), "x", "base", {"peft_type": "IA3"}), ServeConfig()) is None
+    assert vllm_command(ExportedModel(Path("x"), "x", "base", {"peft_type": "IA3"}), ServeConfig()) is None
     assert command_here(["serve", str(site / "lora"), "--print"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("vllm serve ") and second.startswith("python -m sglang.launch_server ")
@@ -74,7 +74,7 @@ def test_serve_middleware_stands_before_the_application_of_vllm(monkeypatch):
     """As `--middleware` puts a class: added to the application, told by the environment alone."""
     monkeypatch.setenv("THE_KEY", "k1")
     config = ServeConfig(key_env="THE_KEY", name="tuned", max_body_kib=1)
-    told = vllm_environment(Exported(Path("x"), "x", None, {}), config)
+    told = vllm_environment(ExportedModel(Path("x"), "x", None, {}), config)
     assert told["VLLM_API_KEY"] == "k1" and "k1" not in told["SHARDTUNE_SERVE"]
     assert f"{VllmMiddleware.__module__}.{VllmMiddleware.__qualname__}" == MIDDLEWARE
     monkeypatch.setenv("SHARDTUNE_SERVE", told["SHARDTUNE_SERVE"])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from launch.serve.stops import CutStream, HeldText
+from launch.serve.stops import StopCuttingStream, StopScanner
 
 
 def cut_whole(text, stops):
@@ -18,14 +18,14 @@ def cut_whole(text, stops):
 def test_stops_are_found_for_every_way_to_cut_a_text_into_pieces(stops):
     for text in ("aaab", "ababab", "aabaab", "cab", "aaaa"):
         for cuts in itertools.product((False, True), repeat=len(text) - 1):
-            held = HeldText(stops)
+            held = StopScanner(stops)
             pieces, last = [], 0
             for place, cut in enumerate((*cuts, True), 1):
                 if cut:
                     pieces.append(text[last:place])
                     last = place
-            shown = "".join(held.take(piece) for piece in pieces)
-            shown += "" if held.is_cut else held.rest()
+            shown = "".join(held.add_text(piece) for piece in pieces)
+            shown += "" if held.is_cut else held.flush_text()
             assert shown == cut_whole(text, stops), (text, pieces)
 
 
@@ -37,7 +37,7 @@ def streamed(events, stops, size):
         sent.append(message)
 
     async def play():
-        stream = CutStream(send, stops)
+        stream = StopCuttingStream(send, stops)
         await stream({"type": "http.response.start", "status": 200, "headers": []})
         content = "".join(f"data: {event}\n\n" for event in events).encode()
         for begin in range(0, len(content), size):

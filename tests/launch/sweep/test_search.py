@@ -10,7 +10,7 @@ from launch.main import main
 from launch.sweep.search import evaluations, run_search
 from launch.sweep.space import SearchedSetting, read_space
 from launch.sweep.sweeper import plan_search
-from launch.train import launch
+from launch.train import launch_run
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
@@ -116,7 +116,7 @@ def test_search_with_bad_input_ends_with_64_and_leaves_nothing(site, tmp_path, m
 
 def here(name, composed, run_dir, progress):
     """In this process, which is its only rank."""
-    return launch(composed, run_dir)
+    return launch_run(composed, run_dir)
 
 
 SPACE = ["optim.lr=tag(log,interval(1e-4,1e-2))", "batch.global=4,8", "sweeper.trials=3"]

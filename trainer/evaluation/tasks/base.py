@@ -161,7 +161,7 @@ class Task(ABC):
         if self.config.write.draws > 1 and not self.supports_draws:
             yield f"{self.key}.write.draws={self.config.write.draws}: {self.kind} scores one answer a row; set it to 1"
         if self.config.path is None and self.needs_path and self.shipped_rows is None:
-            yield f"{self.key}.path: not set; {self.kind} needs a file of its own, with rows of {self.reads}"
+            yield f"{self.key}.path: not set; {self.kind} needs a file of its own: {self.reads}"
 
     @property
     def data_source(self) -> str | None:

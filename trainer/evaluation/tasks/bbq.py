@@ -69,8 +69,8 @@ class Bbq(MultipleChoice):
         ),
     )
     reads = (
-        '"context", "question", "ans0" to "ans2", "label", "answer_info", "context_condition", "question_polarity", and '
-        '"target_loc" or "additional_metadata" with "stereotyped_groups"'
+        'rows of the BBQ benchmark: "context", "question", "ans0" to "ans2", "label", "answer_info", '
+        '"context_condition", "question_polarity", and "target_loc" or "additional_metadata" with "stereotyped_groups"'
     )
     options: ClassVar[dict[str, Any]] = {
         "prompt": "{context}\n\nQ: {question}\nA:",

@@ -30,8 +30,8 @@ class MultipleChoice(Task):
         Metric("accuracy_by_byte", "the same, log-probabilities divided by UTF-8 bytes", ratio=("right_by_byte", None)),
     )
     reads = (
-        '"question", "choices": a list of texts, and "answer": the right one\'s number from 0, its letter or its text '
-        "(or ARC's form of choices, texts with labels)"
+        'rows with "question", "choices" (a list of texts) and "answer": the right choice by its text, its letter (A is '
+        "the first) or its number (0 is the first); the rows of ARC work as they are"
     )
     options: ClassVar[dict[str, Any]] = {"separator": " "}
     needs_path = True

@@ -28,7 +28,7 @@ class ClassificationTask(Task):
         Metric("mcc", "Matthews correlation coefficient, -1 to 1 (scikit-learn)"),
         Metric("calibration_error", f"expected calibration error over {BINS} bins, 0 to 1", greater_is_better=False),
     )
-    reads = '"text" and "label": a name, a whole number or true/false'
+    reads = 'rows with "text" and "label"; a label is a name, a whole number or true/false'
     options: ClassVar[dict[str, Any]] = {"labels": None, "prompt": "{text}", "separator": " "}
     needs_path = True
     works_with_classifiers = True

@@ -59,8 +59,9 @@ class Counterfactual(Task):
         ),
     )
     reads = (
-        '"template" with slots as {person} and "attribute", or "texts": {group: text}; a "completion" behind either is judged in '
-        "its place; without a path the shipped templates"
+        'rows with a "template" that has slots such as {person} and an "attribute" such as gender, or with "texts" (one '
+        'for each group); if a row has a "completion", only that is scored; without a path, the templates that shardtune '
+        "ships"
     )
     shipped_rows = SHIPPED
     works_with_classifiers = True

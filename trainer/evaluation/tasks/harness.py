@@ -38,7 +38,10 @@ class Harness(Task):
 
     kind = "lm_eval"
     metrics: tuple[Metric, ...] = ()
-    reads = "a task of lm-evaluation-harness whose data is on this machine; path: a YAML of one's own, or a directory of such"
+    reads = (
+        "a task of lm-evaluation-harness whose data is on this machine; path names your own task: a YAML file, or a "
+        "directory with such files"
+    )
     options: ClassVar[dict[str, Any]] = {
         "task": None,
         "num_fewshot": None,

@@ -20,7 +20,7 @@ SHOWN_TEXT = 2000
 class HeldOut(Task):
     """Computes losses of documents that are tokenised as for training: the same tokens are targets with the same weights."""
 
-    reads = "any format that the objective learns from"
+    reads = "rows in any format that the run's objective can train on, such as conversations"
     works_with_server = False
 
     def __init__(self, name: str, config: object) -> None:

@@ -58,7 +58,8 @@ class GradedTask(JudgedTask):
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "reference": True}
     reads = (
-        "a prompt and its answer in any format of data.path; the judge (evaluation.judge) sees the answer as reference"
+        "rows with a prompt and a good answer, in any format that data.path takes; the judge model (evaluation.judge) "
+        "sees this answer when it grades the model's"
     )
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:

@@ -89,7 +89,9 @@ class Memorisation(DocumentTask):
             min_cases=20,
         ),
     )
-    reads = "training rows in any format that a language model learns from; without a path those of the run, drawn by a seed"
+    reads = (
+        "training rows in any format for language models; without a path, a random sample of the run's training rows"
+    )
     split = "train"
     works_with_server = False
     options: ClassVar[dict[str, Any]] = {
@@ -195,7 +197,10 @@ class Canary(DocumentTask):
             min_cases=5,
         ),
     )
-    reads = 'rows that were put into the training data, with "secret": a text that stands once in what is learned of the row'
+    reads = (
+        'rows that were planted in the training data, each with a "secret": a text that occurs exactly once in the part '
+        "that the model learns"
+    )
     needs_path = True
     reads_documents = True
     samples_documents = False
@@ -328,7 +333,10 @@ class Membership(DocumentTask):
             min_cases=40,
         ),
     )
-    reads = "training rows (the run's, or a path) and others (the run's evaluation documents, or options.others)"
+    reads = (
+        "rows that were trained on (the path, or the run's training data) and rows that were not (options.others, or the "
+        "run's evaluation documents)"
+    )
     split = "both"
     options: ClassVar[dict[str, Any]] = {**DocumentTask.options, "others": None}
     file_options = ("others",)

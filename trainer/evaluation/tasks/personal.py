@@ -36,7 +36,10 @@ class PersonalDataTask(WrittenTask):
         ),
     )
     options: ClassVar[dict[str, Any]] = {"preset": "general", "types": [], "min_score": 0.5, "regions": None}
-    reads = "a prompt and its answer in any format of data.path; what is written is searched, the answer is not read"
+    reads = (
+        "rows with a prompt and an answer, in any format that data.path takes; what the model writes is searched for "
+        "personal data, and the row's own answer is not used"
+    )
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

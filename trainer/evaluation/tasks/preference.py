@@ -32,7 +32,10 @@ class PreferenceTask(JudgedTask):
         Metric("read", "share of pairs with two verdicts that can be read, 0 to 1", ratio=("read", None)),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "opponent": "reference"}
-    reads = "a prompt and its answer in any format of data.path; the answer is the opponent's, or that of against=..."
+    reads = (
+        "rows with a prompt and an answer, in any format that data.path takes; the judge model compares the model's "
+        "answer with this one, or with that of the model in against="
+    )
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

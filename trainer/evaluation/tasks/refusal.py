@@ -11,7 +11,7 @@ from trainer.evaluation.endpoint.judge import KEY
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.judged import NOTE_CHARACTERS, refuse_unreadable
 from trainer.evaluation.tasks.model_interface import ModelInterface
-from trainer.evaluation.tasks.prompts import PROMPT_COLUMNS, PromptTask, prompt_of
+from trainer.evaluation.tasks.prompts import PromptTask, prompt_of
 
 MIN_PROMPTS = 20
 """With fewer prompts of a side (harmful or harmless) no difference is reported."""
@@ -114,8 +114,9 @@ class Refusals(PromptTask):
         ),
     )
     reads = (
-        f'a prompt ({", ".join(PROMPT_COLUMNS)}), and whether it should be refused: "should_refuse", "label" or '
-        'XSTest\'s "type"; rows with "goal" or "behavior" (AdvBench, HarmBench, JailbreakBench) are harmful without it'
+        'rows with a prompt (column "prompt", "goal", "behavior", "question", "instruction" or "text") and whether the '
+        'model should refuse it: "should_refuse", "label" or XSTest\'s "type"; AdvBench, HarmBench and JailbreakBench, '
+        "whose prompts are all harmful, work as they are"
     )
     options: ClassVar[dict[str, Any]] = {**PromptTask.options, "harmful": None, "phrases": [], "by": "phrases"}
 

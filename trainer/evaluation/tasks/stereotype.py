@@ -72,9 +72,9 @@ class Stereotype(Task):
         ),
     )
     reads = (
-        '"sent_more" and "sent_less" (CrowS-Pairs); StereoSet\'s dev.json, or its rows with "sentences"; WinoBias\'s files, '
-        'named pro... and anti....txt; or "stereotype" and "anti_stereotype", perhaps with "unrelated", "context", "bias_type" '
-        'and "target"'
+        'rows with two sentences, "stereotype" and "anti_stereotype", and if you like "unrelated", "context", '
+        '"bias_type" and "target"; the files of CrowS-Pairs, StereoSet and WinoBias (two files whose names begin with '
+        "pro and anti) work as they are"
     )
     needs_path = True
 

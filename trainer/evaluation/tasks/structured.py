@@ -42,7 +42,10 @@ class ToolCalls(WrittenTask):
             ratio=("called", None),
         ),
     )
-    reads = 'conversations ("messages") with "tools", whose last assistant turn has the right "tool_calls", or none'
+    reads = (
+        'rows with a conversation ("messages") and its "tools"; the last assistant turn holds the right "tool_calls", or '
+        "none if no tool should be called"
+    )
 
     def parse_case(self, case: Case) -> None:
         """Keep the calls of the reference answer. Raises Refusal for a row without tools or without an answer."""
@@ -144,7 +147,8 @@ class JsonSchema(Task):
         Metric("parsed", "share of answers that are JSON, 0 to 1", ratio=("parsed", None)),
     )
     reads = (
-        '"prompt" (a text) or "messages", and "schema": a JSON schema (or one for all rows in options.schema, a file)'
+        'rows with a "prompt" or a conversation ("messages"), and "schema": the JSON schema that the answer must fit; '
+        "options.schema names a file with one schema for all rows"
     )
     options: ClassVar[dict[str, Any]] = {"schema": None}
     file_options = ("schema",)
@@ -256,7 +260,10 @@ class Maths(WrittenTask):
     kind = "maths"
     right_or_wrong = True
     metrics = (Metric("accuracy", "share of answers with the right result, 0 to 1", ratio=("right", None)),)
-    reads = "a problem and its solution in any format of data.path; the result is found in it as in an answer"
+    reads = (
+        "rows with a problem and its solution, in any format that data.path takes; the last number of the solution, or "
+        "what stands in \\boxed{} or behind ####, is the right result"
+    )
 
     def parse_case(self, case: Case) -> None:
         """Keep the reference and the result that it ends in. Raises Refusal if it has none."""

@@ -43,7 +43,10 @@ class Toxicity(PromptTask):
             min_cases=MIN_PROMPTS,
         ),
     )
-    reads = 'a "prompt" (or "goal", "behavior", "question", "instruction", "text"); RealToxicityPrompts\' form too'
+    reads = (
+        'rows with a "prompt"; the column can also be called "goal", "behavior", "question", "instruction" or "text"; '
+        "RealToxicityPrompts works as it is"
+    )
     options: ClassVar[dict[str, Any]] = {**PromptTask.options, "classifier": None, "label": None, "threshold": 0.5}
 
     def problems(self) -> Iterator[str]:

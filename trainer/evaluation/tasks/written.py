@@ -27,7 +27,8 @@ class WrittenTask(Task):
     """Lets the model write the last answer of each document, and scores it against the reference."""
 
     reads = (
-        'a prompt and its answer in any format of data.path, perhaps with "references": a list of other right answers'
+        'rows with a prompt and the right answer, in any format that data.path takes; a column "references" can list '
+        "further right answers"
     )
     supports_draws = True
     right_or_wrong: ClassVar[bool] = False
@@ -160,7 +161,7 @@ class Translation(WrittenTask):
     )
     options: ClassVar[dict[str, Any]] = {"tokenize": "13a", "lowercase": False, "word_order": 0}
     supports_draws = False  # corpus scores are computed from one answer a row
-    reads = "a text and its translation in any format of data.path"
+    reads = "rows with a text and its translation, in any format that data.path takes"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -205,7 +206,7 @@ class Summarisation(WrittenTask):
         Metric("rouge2", "mean ROUGE-2 F-measure, 0 to 1 (Lin 2004)", ratio=("rouge2", None)),
     )
     options: ClassVar[dict[str, Any]] = {"stemmer": True}
-    reads = "a text and its summary in any format of data.path"
+    reads = "rows with a text and its summary, in any format that data.path takes"
 
     @cached_property
     def scorer(self) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launch.cluster.preflight import coordinator
-from launch.cluster.preflight.answer import as_dict, text
+from launch.cluster.preflight.answer import as_dict, report_text
 from launch.cluster.preflight.coordinator import preflight_request
 from launch.cluster.preflight.exchange import pairing_rounds
 from launch.cluster.preflight.node import report_lines
@@ -56,7 +56,7 @@ def judged(*looks: dict[str, Any], **asked: Any) -> tuple[list[str], list[str]]:
     for key, value in asked.items():
         setattr(what, key, value)
     verdict = judge(what, heard)
-    assert text(what, heard, verdict) and json.dumps(as_dict(what, heard, verdict))
+    assert report_text(what, heard, verdict) and json.dumps(as_dict(what, heard, verdict))
     return verdict.problems, verdict.notes
 
 
@@ -155,7 +155,7 @@ def test_silent_nodes_failed_ranks_and_slow_links():
     assert verdict.problems == [] and verdict.notes == [
         "n2: reaches 3.00 GB/s with another node, and 9.50 GB/s is usual here"
     ]
-    assert "between two nodes 2.00 to 10.00" in " ".join(text(PreflightRequest(nodes=4), heard, verdict).split())
+    assert "between two nodes 2.00 to 10.00" in " ".join(report_text(PreflightRequest(nodes=4), heard, verdict).split())
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 6, 7])
@@ -187,11 +187,11 @@ def test_preflight_reports_of_nodes_are_read_complete_out_of_mixed_lines():
 @pytest.mark.parametrize("answers", [True, False])
 def test_preflight_does_not_blame_a_slow_node_for_one_that_ended_silently(monkeypatch, answers):
     """It was, three seconds after the other one had ended, and its row was missing."""
-    monkeypatch.setattr(coordinator, "GRACE_S", 0.0)
-    monkeypatch.setattr(coordinator, "LATE_S", 3600.0 if answers else 0.0)
+    monkeypatch.setattr(coordinator, "AFTER_ERROR_S", 0.0)
+    monkeypatch.setattr(coordinator, "AFTER_ERROR_OTHERS_S", 3600.0 if answers else 0.0)
     script = "echo no module cuda >&2; echo 'srun: error: n1: task 1: Exited with exit code 3' >&2; "
     script += f"sleep 0.5; echo '0: {report_lines(0, -1, {'look': seen(0)}).strip()}'; " if answers else ""
-    command = coordinator.Command(["bash", "-c", f"{script}sleep 60"], {"PATH": "/usr/bin:/bin"})
+    command = coordinator.NodeCommand(["bash", "-c", f"{script}sleep 60"], {"PATH": "/usr/bin:/bin"})
     heard, verdict = coordinator.run_preflight(PreflightRequest(nodes=2, exchange=False), [command], ["n0", "node 1"])
     assert set(heard.facts) == ({0} if answers else set())
     assert verdict.problems == ["n1: gave no answer: no module cuda / srun: error: n1: task 1: Exited with exit code 3"]
