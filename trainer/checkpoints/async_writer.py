@@ -27,7 +27,7 @@ from trainer.checkpoints.recovery import write_part_note
 MAX_MEMORY_SHARE = 0.9
 """Share of the host's free memory that copies may take; the rest is for what training allocates later."""
 FLOAT32_BYTES = 4
-MAX_STEPS_BETWEEN_LOOKS = 8
+MAX_STEPS_BETWEEN_QUESTIONS = 8
 """Most steps between two questions whether all ranks are done."""
 
 
@@ -146,14 +146,16 @@ class PendingCheckpoint:
     checkpoint_dir: Path = Path()
     """The directory in which it is being written."""
     _thread: threading.Thread | None = None
-    _next_look: int = 0
+    _next_question: int = 0
 
     @classmethod
     def begin(
         cls, progress: Progress, state: RankState, began: float, checkpoint_dirs: list[Path]
     ) -> PendingCheckpoint:
         """A checkpoint of `state`, which was copied when the run stood at `progress`."""
-        return cls(progress.step, progress.best_step, state, began, list(checkpoint_dirs), _next_look=progress.step + 1)
+        return cls(
+            progress.step, progress.best_step, state, began, list(checkpoint_dirs), _next_question=progress.step + 1
+        )
 
     @property
     def staging(self) -> Path:
@@ -185,9 +187,11 @@ class PendingCheckpoint:
             self._thread.join(limit_s)
 
     def is_written(self, step: int, runtime: Runtime) -> bool:
-        """Whether all ranks have written their files. The longer it takes, the fewer steps ask. All ranks must call, after the
-        same steps."""
-        if step < self._next_look or self._thread is None:
+        """Whether all ranks have written their files. All ranks must call, after the same steps.
+
+        The longer it takes, the fewer steps ask: asking is a collective.
+        """
+        if step < self._next_question or self._thread is None:
             return False
-        self._next_look = step + min(step - self.step, MAX_STEPS_BETWEEN_LOOKS)
+        self._next_question = step + min(step - self.step, MAX_STEPS_BETWEEN_QUESTIONS)
         return all(gather_objects(not self._thread.is_alive(), runtime))

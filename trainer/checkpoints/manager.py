@@ -43,6 +43,7 @@ class Checkpoints:
         runtime: Runtime,
         print_line: Callable[[str], None] = lambda text: None,
     ) -> None:
+        """`print_line`: prints a line that the user should see, on rank 0."""
         self.checkpoint_dirs = checkpoint_dirs
         """The directories for checkpoints; the first is the run's own, the others are tried when it cannot take one."""
         self.config = config
@@ -156,7 +157,8 @@ class Checkpoints:
         if path is None:
             raise StorageError(f"there is no checkpoint in {self.checkpoint_dirs[0]} to go back to; was it deleted?")
         self.start_from(path)
-        self.schedule.note_attempt(int(path.name.removeprefix("step-")), None)
+        step = int(path.name.removeprefix("step-"))
+        self.schedule.note_attempt(step, took_s=None)
         return path
 
     def move_to(self, run_dir: Path) -> None:
@@ -185,8 +187,10 @@ class Checkpoints:
         return None if self._pending is None else self._pending.step
 
     def pending_is_written(self, step: int) -> bool:
-        """Whether all ranks have written the pending checkpoint, so that it can be published. All ranks must call, after the
-        same steps."""
+        """Whether all ranks have written the pending checkpoint, so that it can be published.
+
+        All ranks must call, after the same steps.
+        """
         if self._pending is None:
             return False
         done = self._pending.is_written(step, self.runtime)
@@ -238,7 +242,7 @@ class Checkpoints:
         begun = self._start_writing(checkpoint, problems)
         # Training has waited for the copy so far; publishing adds its own wait later.
         checkpoint.stall_s = time.monotonic() - checkpoint.began
-        self.schedule.note_attempt(checkpoint.step, None)
+        self.schedule.note_attempt(checkpoint.step, took_s=None)
         if not begun:
             self._pending = None
             self._note_failure(problems, must_succeed=False)
@@ -278,7 +282,10 @@ class Checkpoints:
         return True
 
     def _copy_state(self, state: RankState) -> bool:
-        """Copy the state to the buffer; False if there is no room, which is said once. All ranks must call."""
+        """Copy the training state to the buffer in host memory; returns whether there was room. All ranks must call.
+
+        If there is none, a line says so, once.
+        """
         known_refusal = self.state_buffer.refused
         if self.state_buffer.take(state):
             return True
@@ -319,7 +326,7 @@ class Checkpoints:
             self._note_success(checkpoint, SavedCheckpoint(path, size, took_s, took_s))
             self.schedule.note_attempt(checkpoint.step, took_s)
             return True
-        self.schedule.note_attempt(checkpoint.step, None)
+        self.schedule.note_attempt(checkpoint.step, took_s=None)
         self._note_failure(problems, must_succeed=must_succeed)
         return False
 

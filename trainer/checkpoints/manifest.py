@@ -114,8 +114,9 @@ def artefact_of(run_dir: Path, step: int, fallback_dir: str | None) -> str | Non
 
 
 def _parse(raw: object) -> dict[str, WrittenFile]:
-    """The files that a manifest lists, by name. `raw`: its JSON. Errors: Malformed if it has another form than `_render`
-    writes.
+    """The files that a manifest lists, by name. `raw`: its JSON.
+
+    Errors: Malformed if it has another form than `_render` writes.
     """
     files = None
     if isinstance(raw, dict):

@@ -102,8 +102,9 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
 
 
 def _read_notes(staging: Path) -> list[PartNote]:
-    """The notes of the ranks in a staging directory, from rank 0 on up to the first that is missing. Errors: OSError,
-    Malformed.
+    """The notes of the ranks in a staging directory, from rank 0 on up to the first that is missing.
+
+    Errors: OSError, Malformed.
     """
     notes: list[PartNote] = []
     while (path := staging / NOTE.format(len(notes))).exists():

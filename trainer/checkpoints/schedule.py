@@ -91,8 +91,10 @@ class Schedule:
         self._write_s = write_s
 
     def note_attempt(self, step: int, took_s: float | None) -> None:
-        """Start the interval anew after a checkpoint. `took_s`: seconds that it took in the step; None if it was only begun or
-        could not be written. All ranks must call."""
+        """Start the interval anew after a checkpoint. All ranks must call.
+
+        `took_s`: seconds that it took in the step; None if it was only begun or could not be written.
+        """
         if took_s is not None:
             self.note_cost(took_s, took_s)
         self._last_save_at = self._asked_at = self.clock()

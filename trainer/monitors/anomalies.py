@@ -115,9 +115,7 @@ class Guards:
         return is_left_out
 
     def note_step(self, first_sample: int) -> None:
-        """Remember a step that was taken, and its scores if it was judged before its update; `mark_outliers` judges its
-        interval.
-        """
+        """Remember a step that was taken, with its scores if it was judged before its update, for `mark_outliers`."""
         self._pending.append((first_sample, self._scores_before_update))
         self._scores_before_update = None
 

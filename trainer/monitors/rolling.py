@@ -17,8 +17,9 @@ MAX_SCORE = 1e6
 
 
 class RollingWindow:
-    """Loss and gradient norm of the last steps, which new ones are judged against. Nothing waits for the device or
-    communicates.
+    """Loss and gradient norm of the last steps, which new ones are judged against.
+
+    Nothing waits for the device or communicates, but `rows`.
     """
 
     def __init__(self, window: int, device: torch.device, rows: Sequence[Sequence[float]] = (), width: int = 2) -> None:

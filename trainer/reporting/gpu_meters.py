@@ -21,8 +21,9 @@ ReadGpu = Callable[[torch.device], Iterable[float]]
 
 
 def read_gpu(device: torch.device) -> list[float]:
-    """Measure a GPU now: the figures of `NAMES` in their order; NaN if the driver or its package (`nvidia-ml-py`) does not
-    tell.
+    """Measure a GPU now: the figures of `NAMES`, in their order.
+
+    A figure is NaN if the driver or its package (`nvidia-ml-py`) does not tell it.
     """
     units_per_watt = 1 if torch.version.hip else 1000  # NVIDIA's driver gives milliwatts, AMD's watts
     return [

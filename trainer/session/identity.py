@@ -46,31 +46,32 @@ COMPUTING_PACKAGES = (
 """Packages whose version may change a result."""
 SOURCE_PACKAGES = ("strategies", "trainer")
 SHOWN_LINES = 8
-Kinds = dict[str, dict[str, Any]]
+Identity = dict[str, dict[str, Any]]
+"""Everything that decides a run's result: kind (`KINDS`), then key, then value."""
 
 
-def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) -> Kinds:
+def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) -> Identity:
     """Everything that decides a run's result, by kind (`KINDS`) and key, as JSON values. No collective.
 
     `files`: whether the files of base and source are read, and digested. Without, these kinds are empty.
     """
-    kinds: Kinds = {kind: {} for kind in KINDS if kind != "unknown"}
+    identity: Identity = {kind: {} for kind in KINDS if kind != "unknown"}
     settings = plain(config)
     settings["data"] = identifying(settings["data"])
     for key, value in flat(settings).items():
         kind = kind_of(key)
         if kind:
-            kinds[kind][key] = value
-    kinds["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}
+            identity[kind][key] = value
+    identity["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}
     if files:
-        kinds["base"] |= base_files(config)
-        kinds["code"] = {"source": source_digest()}
+        identity["base"] |= base_files(config)
+        identity["code"] = {"source": source_digest()}
     else:
-        kinds["base"] = {}
-        kinds["code"] = {}
-    kinds["versions"] = _versions()
+        identity["base"] = {}
+        identity["code"] = {}
+    identity["versions"] = _versions()
     # Through JSON once, so that it compares equal to what is read from the file.
-    as_read: Kinds = json.loads(json.dumps(kinds, default=str))
+    as_read: Identity = json.loads(json.dumps(identity, default=str))
     return as_read
 
 
@@ -88,7 +89,7 @@ class IdentityDifference:
         return f"{self.kind}: {self.key}: {self.there} there, {self.here} here"
 
 
-def differences(recorded: Kinds, current: Kinds, *, accept: list[str]) -> list[IdentityDifference]:
+def differences(recorded: Identity, current: Identity, *, accept: list[str]) -> list[IdentityDifference]:
     """Every value that differs between the identity of an earlier start (or another rank) and the current one.
 
     `accept`: kinds that are left out. A missing value is `-`.
@@ -114,7 +115,8 @@ def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
     """
     hashes = gather_objects(sha256, runtime)
     if len(set(hashes)) > 1:
-        differing_rank = next(rank for rank, rank_sha256 in enumerate(hashes) if rank_sha256 != hashes[0])
+        other_ranks = [rank for rank, rank_sha256 in enumerate(hashes) if rank_sha256 != hashes[0]]
+        differing_rank = other_ranks[0]
         raise ConfigError(
             f"rank {differing_rank} has another configuration than rank 0 ({hashes[differing_rank][:8]} and "
             f"{hashes[0][:8]}): start all ranks with the same words and the same files"
@@ -133,10 +135,10 @@ def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runti
     file cannot be written, or if something that it identifies cannot be read.
     """
     # Each rank collects its own identity. An error of one is raised on all, so that none waits for the others.
-    own_kinds: Kinds = {}
+    own_identity: Identity = {}
     error: ConfigError | StorageError | None = None
     try:
-        own_kinds = identity_of(config, data, files=runtime.local_rank == 0)  # one rank of a host reads files
+        own_identity = identity_of(config, data, files=runtime.local_rank == 0)  # one rank of a host reads files
     except (ConfigError, StorageError) as caught:
         error = caught
     except OSError as caught:
@@ -146,13 +148,13 @@ def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runti
     # Rank 0 compares them.
     accept = config.run.accept
     record: dict[str, Any] = {}
-    kinds_by_rank = gather_objects((socket.gethostname(), own_kinds), runtime)
+    identity_by_rank = gather_objects((socket.gethostname(), own_identity), runtime)
     if runtime.is_main:
         try:
-            _compare_ranks(kinds_by_rank, accept)
-            accepted = _compare_with_earlier_start(config, own_kinds, run_dir)
-            record = {"identity": own_kinds, "accepted": accepted}
-            write_text_atomic(run_dir / IDENTITY, json.dumps({**own_kinds, ACCEPTED: accepted}, indent=1) + "\n")
+            _compare_ranks(identity_by_rank, accept)
+            accepted = _compare_with_earlier_start(config, own_identity, run_dir)
+            record = {"identity": own_identity, "accepted": accepted}
+            write_text_atomic(run_dir / IDENTITY, json.dumps({**own_identity, ACCEPTED: accepted}, indent=1) + "\n")
         except (ConfigError, StorageError) as caught:
             error = caught
     _raise_on_all_ranks(error, runtime)
@@ -171,14 +173,14 @@ def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runti
     raise ConfigError(failure.text)
 
 
-def _compare_ranks(kinds_by_rank: list[tuple[str, Kinds]], accept: list[str]) -> None:
-    """Raise ConfigError if a rank's identity differs from rank 0's. `kinds_by_rank`: (host, identity) of each rank."""
-    first_host, first = kinds_by_rank[0]
-    for rank, (host, kinds) in enumerate(kinds_by_rank):
+def _compare_ranks(identity_by_rank: list[tuple[str, Identity]], accept: list[str]) -> None:
+    """Raise ConfigError if a rank's identity differs from rank 0's. `identity_by_rank`: (host, identity) of each rank."""
+    first_host, first = identity_by_rank[0]
+    for rank, (host, identity) in enumerate(identity_by_rank):
         expected = first
-        if not kinds["code"]:  # this rank read no files
+        if not identity["code"]:  # this rank read no files
             expected = {**first, "base": {}, "code": {}}
-        changed = differences(expected, kinds, accept=accept)
+        changed = differences(expected, identity, accept=accept)
         if changed:
             refusal = (
                 f"rank {rank} on {host} would train something else than rank 0 on {first_host} (there); give both the "
@@ -187,7 +189,7 @@ def _compare_ranks(kinds_by_rank: list[tuple[str, Kinds]], accept: list[str]) ->
             raise ConfigError("\n    ".join([refusal, *_first_lines(changed)]))
 
 
-def _compare_with_earlier_start(config: RunConfig, current: Kinds, run_dir: Path) -> list[str]:
+def _compare_with_earlier_start(config: RunConfig, current: Identity, run_dir: Path) -> list[str]:
     """The accepted differences: those of the run whose checkpoint will be loaded, then those between it and this start.
 
     Raises ConfigError, with each difference, if `run.accept` does not name all of their kinds.
@@ -217,7 +219,7 @@ def _compare_with_earlier_start(config: RunConfig, current: Kinds, run_dir: Path
     return list(dict.fromkeys([*accepted, *accepted_now]))
 
 
-def _with_later_settings(recorded: Kinds, config: RunConfig) -> Kinds:
+def _with_later_settings(recorded: Identity, config: RunConfig) -> Identity:
     """`recorded` with the default of each setting that the version which wrote it did not have.
 
     An earlier version behaved as a new setting's default does. So a run of that version is refused only if the setting has
@@ -232,7 +234,7 @@ def _with_later_settings(recorded: Kinds, config: RunConfig) -> Kinds:
     return kinds
 
 
-def _read(path: Path) -> tuple[Kinds, list[str]]:
+def _read(path: Path) -> tuple[Identity, list[str]]:
     """(the kinds, the accepted differences) of an `identity.json`. Raises OSError, and ValueError for a file of another form."""
     kinds = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(kinds, dict) or not all(isinstance(kinds.get(kind, {}), dict) for kind in KINDS):

@@ -162,8 +162,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
 
 
 def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
-    """Facts of the packed copy of a quantised base, for `run.json`: its directory and bytes, and the weights that each rank
-    packed.
+    """Facts of the packed copy of a quantised base, for `run.json`: its directory, its bytes, what each rank packed now.
 
     `not_kept` says why the copy is not kept; empty if it is. None without quantisation. All ranks must call.
     """

@@ -24,6 +24,7 @@ class Agreement:
     """
 
     def __init__(self, request: StopRequest, runtime: Runtime) -> None:
+        """`request`: whether this rank was asked to stop."""
         self._request = request
         self._runtime = runtime
         self._answer = torch.zeros(2, dtype=torch.float64)
@@ -48,8 +49,9 @@ class Agreement:
         if self._steps_since_asked < self._interval:
             return
         now = time.monotonic()
+        mean_step_s = (now - self._asked_at) / self._steps_since_asked
         self._answer[0] = float(is_asked)
-        self._answer[1] = (now - self._asked_at) / self._steps_since_asked
+        self._answer[1] = mean_step_s
         self._steps_since_asked = 0
         self._asked_at = now
         self._work = dist.all_reduce(
@@ -66,6 +68,7 @@ class Agreement:
         if self._work is not None:
             self._work.wait()
             self._work = None
-            step_s = max(1e-9, float(self._answer[1]))
-            self._interval = max(1, min(MAX_STEPS_BETWEEN, int(MAX_SECONDS_BETWEEN / step_s)))
+            slowest_step_s = max(1e-9, float(self._answer[1]))
+            steps = int(MAX_SECONDS_BETWEEN / slowest_step_s)
+            self._interval = max(1, min(MAX_STEPS_BETWEEN, steps))
         return bool(self._answer[0])

@@ -48,9 +48,9 @@ def _hub_data_sets(task_files: TaskFiles) -> dict[str, str]:
     hub_data_sets = {}
     problems = []
     for name, settings in task_files.single_tasks.items():
-        fault, hub_data_set = missing_data(settings)
-        if fault:
-            problems.append(f"{name}: {fault}")
+        file_problem, hub_data_set = missing_data(settings)
+        if file_problem:
+            problems.append(f"{name}: {file_problem}")
         if hub_data_set:
             hub_data_sets[name] = hub_data_set
         hub_metrics = _hub_metrics(settings)

@@ -56,9 +56,10 @@ class Harness(Task):
     pip_extra = "lm_eval"
 
     def __init__(self, name: str, config: TaskConfig) -> None:
+        """Find the harness's task by its name or in the user's YAML. What is wrong with either is kept in `problem`."""
         super().__init__(name, config)
         self.task_files: TaskFiles | None = None
-        self.fault = ""
+        self.problem = ""
         """What is wrong with the name or the YAML; empty if nothing is."""
         self.loaded_tasks: LoadedTasks | None = None
         """The harness's tasks with their data; set by `cases`."""
@@ -66,6 +67,7 @@ class Harness(Task):
         """What the harness and the model's adapter warned of in the last run."""
         if find_spec("lm_eval") is None:
             return
+
         path = None if config.path is None else str(config.path)
         # Without `options.task`, a YAML names its task itself, and otherwise the task of the configuration has the name.
         harness_task = None if _is_yaml(path) else name
@@ -75,8 +77,10 @@ class Harness(Task):
             self.task_files = find_tasks(harness_task, path)
             self.metrics = declared_metrics(self.task_files)
         except ConfigError as error:
-            setting = "path" if path is not None and str(error).startswith(path) else "options.task"
-            self.fault = f"{self.key}.{setting}={error}"
+            # The error begins with the value that is wrong.
+            is_about_path = path is not None and str(error).startswith(path)
+            setting = "path" if is_about_path else "options.task"
+            self.problem = f"{self.key}.{setting}={error}"
 
     def problems(self) -> Iterator[str]:
         """An error message for each invalid setting. Settings of `write` that the harness's task decides are refused."""
@@ -84,8 +88,8 @@ class Harness(Task):
             # The metrics of a task in Python are not known before it is loaded, so its limits cannot be checked yet.
             if self.metrics or not problem.startswith(f"{self.key}.limit."):
                 yield problem
-        if self.fault:
-            yield self.fault
+        if self.problem:
+            yield self.problem
         defaults = WritingConfig()
         for field in fields(WritingConfig):
             value = getattr(self.config.write, field.name)

@@ -108,8 +108,8 @@ class Stereotype(Task):
         elif "sentences" in fields:
             texts = _sentences_by_label(fields["sentences"])
         else:
-            anti = "anti-stereotype" if "anti-stereotype" in fields else "anti_stereotype"
-            texts = [text_of(fields, "stereotype"), text_of(fields, anti)]
+            anti_column = "anti-stereotype" if "anti-stereotype" in fields else "anti_stereotype"
+            texts = [text_of(fields, "stereotype"), text_of(fields, anti_column)]
             if fields.get("unrelated") is not None:
                 texts.append(text_of(fields, "unrelated"))
         if texts[0] == texts[1]:

@@ -22,7 +22,7 @@ FINISH_S = 60
 """Seconds for what is not uploaded yet when a run ends; it lies on the disk, and a job that is to end has no more time."""
 KEPT_BYTES = 2**18
 """Bytes of the last rows, as JSON, that are kept for another process of W&B: its own has up to 32 KiB not yet in its file."""
-MOST_PROCESSES = 3
+MAX_PROCESSES = 3
 """How often W&B's process is started for one run."""
 
 
@@ -30,6 +30,7 @@ class WandbRun:
     """A run in W&B, online, or in files that `wandb sync` uploads."""
 
     def __init__(self, tracked_run: TrackedRun) -> None:
+        """Begin the run: online if that is asked for and the server answers, else in files. `note` says why not online."""
         self._tracked_run = tracked_run
         self._home = Path(os.environ.get("WANDB_DIR") or tracked_run.run_dir).absolute()
         """W&B's own process may have been started elsewhere."""
@@ -152,7 +153,7 @@ class WandbRun:
         """
         import wandb
 
-        if self._processes >= MOST_PROCESSES:
+        if self._processes >= MAX_PROCESSES:
             raise ConnectionError("W&B's own process has ended again and again")
         self._processes += 1
         time.sleep(1.0)  # W&B tells the parts of a run apart by the second of their beginning
