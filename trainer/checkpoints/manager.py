@@ -394,7 +394,7 @@ class Checkpoints:
         return final, sum(file.size for file in files)
 
     def _report(self, saved: SavedCheckpoint) -> None:
-        """Say where a checkpoint was written, its size and its cost."""
+        """Print where a checkpoint was written, its size, its cost, and when the next one is due."""
         path = saved.path
         text = f"checkpoint {path.name}"
         if path.parent != self.checkpoint_dirs[0]:

@@ -96,7 +96,8 @@ class Challenges:
                 new_losses.append({"loss": loss})
                 if row["step"] == 1:
                     progress.first_loss = loss
-        progress.recent_losses = [*progress.recent_losses, *new_losses][-divergence.MAX_WINDOW :]
+        all_losses = [*progress.recent_losses, *new_losses]
+        progress.recent_losses = all_losses[-divergence.MAX_WINDOW :]
         if not self.before.values and not progress.evaluations:
             self._judge_divergence(progress, {})
 

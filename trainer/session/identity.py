@@ -276,13 +276,14 @@ def _first_lines(changed: list[IdentityDifference]) -> list[str]:
 
 
 def source_digest() -> str:
-    """SHA-256 of the source that trains, of this installation. Reads a few MB."""
+    """Half of the SHA-256 of all Python files of this installation that take part in training. Reads a few MB."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     paths: list[Path] = []
     for package in SOURCE_PACKAGES:
         paths += (root / package).rglob("*.py")
     for path in sorted(paths):
+        # Zero bytes keep names and contents apart, which must not run into each other.
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:32]
 

@@ -28,7 +28,7 @@ class Watchdog:
         self._process: subprocess.Popen[bytes] | None = None
         if sys.platform != "linux" or not sys.executable:
             return
-        mask = 0
+        mask = 0  # as /proc shows pending signals: bit n - 1 stands for signal n
         for number in signals:
             mask |= 1 << (number - 1)
         environment = dict(os.environ)
