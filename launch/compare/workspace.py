@@ -43,6 +43,7 @@ def panels():
     return [
         wr.LinePlot(title="loss", x="tokens", y=["loss"]),
         wr.LinePlot(title="held-out loss", x="tokens", y=["eval/loss"]),
+        wr.LinePlot(title="held-out loss by position", x="tokens", metric_regex="eval/loss_by_position/.*"),
         wr.BarPlot(title="tokens/s, median", metrics=["final/tokens_per_s"]),
         wr.BarPlot(title="GiB, largest of all ranks", metrics=["final/memory_gib"]),
         wr.ScatterPlot(title="loss against memory", x="final/memory_gib", y="final/loss"),

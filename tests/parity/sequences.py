@@ -40,6 +40,7 @@ from trainer.data.batches.loader import EvalShare, StepBatch, eval_batches
 from trainer.data.config import DataConfig
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
+from trainer.evaluation.by_position import with_position_groups
 from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import Trainer
 from trainer.model.attention import varlen_attention
@@ -257,7 +258,7 @@ def resumed(job: Job) -> dict[str, Curve]:
 
 
 def evaluated(job: Job) -> list[dict[str, float]]:
-    """Held-out loss and accuracy with a group of 1, 2 and 4 ranks; batches of several documents."""
+    """Held-out loss, also by position, and accuracy with a group of 1, 2 and 4 ranks; batches of several documents."""
     config, data = _run_of(job, Case())
     held_out = data.evaluation
     assert held_out is not None
@@ -270,7 +271,8 @@ def evaluated(job: Job) -> list[dict[str, float]]:
         )
         trainer = trainer_for(changed, data, runtime)
         share = EvalShare(5, runtime.reader, readers, cut=cut_of(runtime.sequence_rank, runtime.sequence_size))
-        batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
+        whole_batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
+        batches = partial(with_position_groups, whole_batches, [4, 8, 16, 1024])
         count = int(held_out.counts["loss"].sum())
         values.append(dict(LossEvaluator(batches, count=count, prefix="eval").run(trainer.engine)))
     return values

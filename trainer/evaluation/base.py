@@ -107,6 +107,9 @@ class EvaluationConfig:
     """Most documents in one evaluation micro-batch, per rank; does not change the result."""
     max_documents: int | None = number(None, least=1, advice="null takes all")
     """Evaluate at most this many documents, the first ones; of several sources, of each."""
+    loss_by_position: bool | None = setting(None, reach=DESCRIBES)
+    """Also tell the loss by the position in the document, as `eval/loss_by_position/2048` (the tokens from 1,024 to 2,047); null:
+    if a document is above 8,192 tokens."""
     watch: str = setting("eval/loss", reach=DESCRIBES)
     """Metric that decides the best checkpoint and early stopping; `eval/loss/NAME` is the loss on one of `data.sources`."""
     greater_is_better: bool | None = setting(None, reach=DESCRIBES)

@@ -16,6 +16,7 @@ from trainer.data.batches.loader import EvalShare, eval_batches, sources_in
 from trainer.data.store.sequences import TokenDataset, exact_sum
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import EvaluationConfig, Evaluator
+from trainer.evaluation.by_position import metric_names, position_bounds, with_position_groups
 from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.generate import Writer
 from trainer.evaluation.generation import GenerationEvaluator
@@ -46,15 +47,6 @@ def build_evaluators(
         return []
     data_spec = built.data_spec
     parts = evaluation_parts(held_out, generates=config.generate.samples > 0)
-    part_metrics: list[str] = []
-    for names in parts.values():
-        part_metrics += names.values()
-    if config.watch.count("/") > 1 and config.watch not in {*part_metrics, *metric_directions(config.tasks)}:
-        known = f"of their parts there are {', '.join(part_metrics)}"
-        if not part_metrics:
-            known = f"all {len(held_out)} are of one source ({', '.join(sources_in(held_out).values())}); "
-            known += "watch eval/loss, draw others by run.seed, hold out more, or name sets in data.eval_path"
-        raise ConfigError(f"evaluation.watch={config.watch}: the evaluation documents have no such part; {known}")
     share = EvalShare(
         config.batch,
         runtime.reader,
@@ -66,11 +58,17 @@ def build_evaluators(
     )
     batches = partial(eval_batches, held_out, share, built.collator, runtime.device)
     sequences = share.sequences(held_out)
+    loss_batches = batches
+    longest = int(held_out.lengths[sequences].max(initial=0))
+    bounds = [] if built.two_sides else position_bounds(longest, asked=config.loss_by_position)
+    if bounds:
+        loss_batches = partial(with_position_groups, batches, bounds)
+    _check_watched(config, held_out, parts, [f"eval/{name}" for name in metric_names(bounds)])
     loss_parts = []
     for source, names in parts.items():
         loss_parts.append(EvaluationPart(source, _loss_targets(held_out, sequences, source), names))
     loss_evaluator = LossEvaluator(
-        batches,
+        loss_batches,
         count=exact_sum(held_out.counts["loss"][sequences]),
         prefix="eval",
         perplexity=built.step_module.objective.perplexity,
@@ -96,6 +94,21 @@ def build_evaluators(
         )
         evaluators.append(generation_evaluator)
     return evaluators
+
+
+def _check_watched(
+    config: EvaluationConfig, held_out: TokenDataset, parts: dict[int, dict[str, str]], position_metrics: list[str]
+) -> None:
+    """Raise ConfigError if `evaluation.watch` names a part of the documents, or a group of positions, that there is not."""
+    part_metrics = [*position_metrics]
+    for names in parts.values():
+        part_metrics += names.values()
+    if config.watch.count("/") > 1 and config.watch not in {*part_metrics, *metric_directions(config.tasks)}:
+        known = f"of their parts there are {', '.join(part_metrics)}"
+        if not part_metrics:
+            known = f"all {len(held_out)} are of one source ({', '.join(sources_in(held_out).values())}); "
+            known += "watch eval/loss, draw others by run.seed, hold out more, or name sets in data.eval_path"
+        raise ConfigError(f"evaluation.watch={config.watch}: the evaluation documents have no such part; {known}")
 
 
 def build_model_interface(

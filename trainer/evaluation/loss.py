@@ -12,6 +12,7 @@ import torch
 from strategies.base import Engine
 from strategies.errors import Interrupted
 from strategies.runtime import dist_sum
+from trainer.evaluation.by_position import row_counts, take_position_losses
 from trainer.objectives.step_totals import look_ahead
 
 BATCH_TERMS = ("loss", "margin")
@@ -33,7 +34,8 @@ class EvaluationPart:
 class LossEvaluator:
     """Yields `loss`, `perplexity` (of language models), `accuracy` (of tokens, documents or pairs) and other summed terms.
 
-    If the objective counts confusions (classification), `f1_macro` and `f1_micro` too. The metrics of `parts` come from the same
+    If the objective counts confusions (classification), `f1_macro` and `f1_micro` too. If the batches tell positions apart
+    (`with_position_groups`), the loss of each group too. The metrics of `parts` come from the same
     pass: each micro-batch then has documents of one source.
     """
 
@@ -72,7 +74,8 @@ class LossEvaluator:
         with engine.inference() as module:
             for batch in self._batches():
                 row = row_of_source.get(batch.pop("source", None), 0)
-                for term, value in module({**batch, "ahead": means}).items():
+                terms = module({**batch, "ahead": means})
+                for term, value in {**terms, **row_counts(batch, terms)}.items():
                     if term not in sums:
                         sums[term] = value.new_zeros((max(1, len(row_of_source)), *value.shape), dtype=torch.float64)
                     sums[term][row] += value.double()
@@ -109,6 +112,8 @@ class LossEvaluator:
     def _metrics(self, totals: dict[str, torch.Tensor], count: float) -> dict[str, float]:
         """Metrics by name, the loss first. `count` is the denominator of the means."""
         denominator = count or 1  # without targets the sums are 0, and so are the means
+        totals = dict(totals)
+        position_losses = take_position_losses(totals)
         means = {}
         for name, total in totals.items():
             if total.dim() == 0:
@@ -121,7 +126,7 @@ class LossEvaluator:
             metrics.setdefault(name, mean)
         if "confusion" in totals:
             metrics["f1_macro"], metrics["f1_micro"] = f1_scores(totals["confusion"])
-        return metrics
+        return metrics | position_losses
 
     def _check_stop(self) -> None:
         if self._stop_now():
