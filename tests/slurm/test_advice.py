@@ -105,6 +105,14 @@ def test_slurm_advice_has_price_and_restarts_as_far_as_they_are_known(sinfo, tmp
     said = advised(tmp_path, time="1:00:00", retry={"preempted": 1})
     # 1000 steps of 10 s in starts of 3600 - 180 s: three
     assert "2:46:40 of steps are left at 10 s a step: 2 restarts at the limit, but launcher.retry allows 1" in said
+    assert "signal_lead_s=" not in said
+    slow_rows = [{**row, "step_s": 300.0} for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in slow_rows))
+    # Five quarters of 300 s are 6.25 minutes: seven, and one more.
+    assert "note    a step takes about 300 s, longer than launcher.signal_lead_s=180" in (
+        said := advised(tmp_path, time="1:00:00")
+    )
+    assert "set launcher.signal_lead_s=480" in said
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from launch import main as command
+from launch.cluster import long_steps
 from launch.config.compose import compose, ranks_of
 from launch.plan.answer import by_reason, command_of, costs, stored
 from launch.plan.command import CARDS, composed, read_plan
@@ -191,9 +192,15 @@ def test_the_words_to_paste_make_a_run(capsys, model):
     verb, *words = pasted(out)
     assert verb == "submit" and "tuning.targets=[q_proj,v_proj]" in words and "(with data.path of your own)" in out
     assert refused_by_train(verb, *words) == (8, [])
-    code, out = plan(capsys, model, *asked, "--json")
+    assert "launcher.signal_lead_s" not in out
+    # A card on which a step takes hours: longer than SLURM leaves a job to save.
+    code, out = plan(capsys, model, *asked, "hardware.pace=1e8", "--json")
     answer = json.loads(out[out.index("{") : out.rindex("}") + 1])
     assert code == 0 and set(answer["best"]) <= set(words)
+    assert [note.partition("; set ")[2].partition("=")[0] for note in answer["notes"]] == [
+        "launcher.signal_lead_s",
+        "run.timeout_s",
+    ]
     best = answer["ways"][0]
     assert sum(best["kinds_gib"].values()) == pytest.approx(best["peak_gib"], rel=1e-3, abs=1e-5)
     card = read_plan(["hardware=a10g"]).card
@@ -417,7 +424,7 @@ def test_plan_hides_exchange_behind_arithmetic_where_there_is_enough():
     assert fast.total_s < slow.total_s
 
 
-def test_dry_run_reports_the_simulated_step(capsys, model, tmp_path):
+def test_dry_run_reports_the_simulated_step(capsys, model, tmp_path, monkeypatch):
     """The longest documents of the data, in the micro-batch of the run, as the simulation has it."""
     data = write_chat_data(tmp_path / "chats.jsonl")
     words = [
@@ -437,7 +444,11 @@ def test_dry_run_reports_the_simulated_step(capsys, model, tmp_path):
     lengths = sorted(prepare_data(config, load_tokenizer(config.model)).train.lengths.tolist())[-2:]
     found = simulate_depth(config, lengths, device=torch.device("cpu"))
     assert told is not None and told[1] == str(found.peak)
-    asked = ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=8", "strategy=ddp", "batch.global=32"]
+    assert "launcher.signal_lead_s" not in out
+    asked = ["launcher=slurm", "launcher.nodes=2", "launcher.gres=gpu:h100:8", "strategy=ddp", "batch.global=32"]
+    monkeypatch.setattr(long_steps, "PRACTICE", 1e-12)  # a step takes hours
     assert command.main(["train", "--dry-run", *words, *asked]) == 0
-    assert "batch: 32 = 2 micro x 1 accumulation x 16 ranks" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "batch: 32 = 2 micro x 1 accumulation x 16 ranks" in out
+    assert "set launcher.signal_lead_s=" in out and "warning: a step takes about" in out
     assert total is not None and float(total[1]) == pytest.approx(found.total / 2**20, abs=0.006)
