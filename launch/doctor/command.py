@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.config.help_text import show_help
+from launch.config.process_role import is_worker
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words
 from launch.output import Column, TableRow, fold_all, print_json, table
 from strategies.errors import ConfigError
@@ -18,15 +19,18 @@ class DoctorWords(VerbWords):
     """What `shardtune doctor` takes."""
 
     settings: list[str] = setting_words()
+    verify: bool = flag("compare the run of these words with one process, on a small copy of its model")
     as_json: bool = flag("print the findings as JSON, for a script", key="--json")
 
 
 USAGE = f"""usage: shardtune doctor [--json]
        shardtune doctor launcher=slurm launcher.nodes=2 <words of a run> [--json]
+       shardtune doctor --verify <words of a run> [--json]
 
   shardtune doctor
   shardtune doctor launcher.processes=2 model.path=models/llama
   shardtune doctor launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8 run.dir=runs/first model.path=models/llama
+  shardtune doctor --verify model.path=models/llama strategy=zero3 tuning=lora objective=dpo
 
 Without settings, doctor checks this machine and changes nothing. It shows Python, the packages and the missing
 extras, cores and memory, the GPUs as torch and their driver see them, caches and free space, SLURM, and the
@@ -37,20 +41,32 @@ Python and libraries it has, and whether it can read the run directory, the mode
 ranks exchange data, and a node that differs is named. With launcher=slurm, doctor asks SLURM for nodes unless it
 already runs in an allocation. Without it, doctor checks this host.
 
+With --verify, doctor takes one step of the run on a small copy of its model, on the fewest processes that show a
+fault of its strategy, and compares loss and gradients with those of one process (docs/verify.md). It reads the
+model's config.json, and neither weights nor data.
+
 {help_rows(DoctorWords)}
 
-exit codes: 0 a run can start, 69 something prevents it"""
+exit codes: 0 a run can start, 69 something prevents it, or --verify found a difference"""
 UNFIT = 69
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError."""
+    """Run the verb, or be one rank of `--verify`; returns the exit code. Errors: ConfigError."""
+    if "SHARDTUNE_CONFIG" in os.environ and is_worker(os.environ):
+        from launch.doctor import verify_rank
+
+        return verify_rank.main()
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
     words, problems = read_words("doctor", DoctorWords, argv)
     if problems:
         raise ConfigError(problems)
+    if words.verify:
+        from launch.doctor.verify import verify
+
+        return verify(words.settings, as_json=words.as_json)
     if words.settings:
         return preflight(words.settings, words.as_json)
     from launch.doctor.machine import examine

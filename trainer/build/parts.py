@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.base import Engine, Precision
+from strategies.base import Engine, ParameterSource, Precision
 from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
@@ -151,9 +151,18 @@ def attention_matters(config: RunConfig, train: TokenDataset) -> bool:
 
 
 def build_engine(
-    config: RunConfig, tokenizer: Any, data: PreparedData, precision: Precision, runtime: processes.Runtime
+    config: RunConfig,
+    tokenizer: Any,
+    data: PreparedData,
+    precision: Precision,
+    runtime: processes.Runtime,
+    *,
+    values_of: Callable[[WeightSource], ParameterSource] = lambda source: source,
 ) -> tuple[Engine, Built, WeightSource]:
-    """Build the model on meta, tune it, shard it, load it, and make its optimizer. All ranks must call."""
+    """Build the model on meta, tune it, shard it, load it, and make its optimizer. All ranks must call.
+
+    `values_of` may put other initial values in the place of the run's.
+    """
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
@@ -175,7 +184,7 @@ def build_engine(
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
         built.step_module,
-        source=source,
+        source=values_of(source),
         make_optimizer=partial(
             build_optimizer, config.optim, model_names=model_names, lr_factor=built.tuning.lr_factor
         ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -88,20 +89,39 @@ WIDTHS = re.compile(r"hidden_size$|(embedding|state)_(size|dim)|(^|_)heads$|^n_h
 """Names of what is divided where heads keep their size."""
 
 
+COUNTS = (
+    *("num_attention_heads", "n_head", "n_heads", "num_heads", "swa_num_attention_heads"),
+    *("decoder_attention_heads", "encoder_attention_heads", "num_encoder_attention_heads"),
+    *("num_decoder_attention_heads", "num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"),
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "top_k"),
+    *("n_group", "topk_group", "num_expert_groups", "num_expert_group"),
+)
+"""Numbers of heads and of experts, by which ranks may divide a layer's work: a copy can keep them."""
+MODEL_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "n_embed", "dim_model")
+"""Names of a model's own width."""
+LENGTHS_OF_HEADS = ("head_dim", "attention_head_dim", "d_kv", "v_head_dim", "kv_channels", "d_head")
+"""Names of the size of a head; where a configuration has none, it is the width over the number of heads."""
+
+
 class NotShrinkable(Exception):
     """A configuration of which no small copy could be made; says why."""
 
 
-def small_copies(config: Any, plain: nn.Module) -> Iterator[Any]:
+def small_copies(config: Any, plain: nn.Module, *, keep_counts: bool = False) -> Iterator[Any]:
     """Small copies of `config`, of which `plain` is the model on meta, the likeliest first; none is tried out.
 
-    Raises NotShrinkable if not one of them is a configuration of its class.
+    `keep_counts`: the first ones keep the numbers of heads and of experts (`COUNTS`). Raises NotShrinkable if not one of them
+    is a configuration of its class.
     """
+    ways: list[Callable[..., Any]] = [_sizes_by_name, _sizes_in_proportion]
+    if keep_counts:
+        ways = [partial(_sizes_with_counts, widened=False), partial(_sizes_with_counts, widened=True), *ways]
     settings = _settings(config)
     cls = type(config)
     copies = 0
     reason = ""
-    for shrink_sizes in (_sizes_by_name, _sizes_in_proportion):
+    for shrink_sizes in ways:
         for choice in range(LAYER_CHOICES):
             try:
                 small_config = cls.from_dict(_shrunk(settings, cls, plain, shrink_sizes, choice))
@@ -114,6 +134,27 @@ def small_copies(config: Any, plain: nn.Module) -> Iterator[Any]:
             yield small_config
     if not copies:
         raise NotShrinkable(reason)
+
+
+def changed_sizes(config: Any, small_config: Any) -> dict[str, tuple[Any, Any]]:
+    """(full, small) value of each setting that a small copy changes, by name; without ids of tokens, and lists by layer."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for full, small in _nested_settings(_settings(config), _settings(small_config), type(config)):
+        for name, value in full.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and small.get(name) != value and not name.endswith(("_token_id", "_token_index")):
+                changed.setdefault(name, (value, small.get(name)))
+    return changed
+
+
+def kept_counts(config: Any, small_config: Any) -> dict[str, int]:
+    """The numbers of heads and of experts that a small copy shares with `config`, by name."""
+    kept: dict[str, int] = {}
+    for full, small in _nested_settings(_settings(config), _settings(small_config), type(config)):
+        for name in COUNTS:
+            if isinstance(full.get(name), int) and full[name] == small.get(name):
+                kept.setdefault(name, full[name])
+    return kept
 
 
 def lost_kinds(config: Any, plain: nn.Module, small_config: Any, small: nn.Module) -> int:
@@ -196,6 +237,27 @@ def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, 
     if rope and full.get("head_dim"):  # both are the same size, or one is a share of the other
         small["head_dim"] = max(1, small["qk_rope_head_dim"] * full["head_dim"] // rope)
     return small | _attention_width(small, full) | _inner_width(settings | small, full)
+
+
+def _sizes_with_counts(settings: dict[str, Any], full: dict[str, Any], *, widened: bool) -> dict[str, Any]:
+    """Sizes as `_sizes_by_name` has them, with the model's own numbers of heads and of experts.
+
+    The width becomes a whole number of heads if the size of a head follows from it, or if `widened`.
+    """
+    small = _sizes_by_name(settings, full)
+    for name in COUNTS:
+        if name in settings:
+            small[name] = settings[name]
+    heads_name = _first_set(full, ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"))
+    width_name = _first_set(full, MODEL_WIDTHS)
+    has_head_size = _first_set(full, LENGTHS_OF_HEADS) is not None
+    if heads_name is None or width_name is None or (has_head_size and not widened):
+        return small
+    width = full[width_name]
+    for name, value in settings.items():
+        if SIZES.get(name) == SIZES["hidden_size"] and value == width:
+            small[name] = full[heads_name] * SIZES["head_dim"]
+    return small
 
 
 def _first_set(settings: dict[str, Any], names: Iterable[str]) -> str | None:

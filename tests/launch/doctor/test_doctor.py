@@ -142,6 +142,6 @@ def test_doctor_reports_variables_that_would_change_a_run(capsys, monkeypatch, t
     assert [each for each in found["problems"] if "another package conf hides ours" in each]
     monkeypatch.delenv("RANK")
     assert main(["doctor", "--quick"]) == 64
-    assert "doctor takes --json and --help" in capsys.readouterr().err
+    assert "doctor takes --verify, --json and --help" in capsys.readouterr().err
     assert main(["doctor", "launcher.nodes=2", "launcher.rdzv=n1:29400", "run.dir=x"]) == 64
     assert "else call doctor on each of them" in capsys.readouterr().err

@@ -1,0 +1,286 @@
+"""`shardtune doctor --verify`: shows that the user's own settings compute what one process computes, on a small copy."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.doctor.verify_rank import CONFIG, PROGRESS, REPORT, REQUEST
+from launch.output import Column, TableRow, fold_all, print_json, stdout_to_stderr, table
+from strategies.errors import ConfigError, ShardtuneError, key_of_problem
+
+if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
+    from trainer.verification.small_run import SmallRun
+
+DIFFERS = 69
+"""Exit code if loss or gradients are further apart than rounding explains."""
+MATTERS = (
+    "model",
+    "tuning",
+    "objective",
+    "strategy",
+    "parallel",
+    "precision",
+    "run.device",
+    "data.packing",
+    "data.layout",
+)
+"""Settings whose problems refuse a verification. It needs neither data nor a budget nor a place for a run."""
+LOG = "ranks.log"
+LAST_LINES = 20
+"""Lines of the ranks' own output that are shown if they ended without an answer."""
+
+
+class VerificationFailed(ShardtuneError):
+    """The ranks of a verification ended without an answer."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def verify(words: list[str], *, as_json: bool) -> int:
+    """Compare the run that the words describe with one process; returns the exit code, 69 if they differ.
+
+    Errors: ConfigError for settings that cannot be compared, VerificationFailed if the ranks fail.
+    """
+    if not words:
+        raise ConfigError(
+            "--verify: needs the words of a run, as in shardtune doctor --verify model.path=models/llama strategy=fsdp2"
+        )
+    with stdout_to_stderr(as_json), tempfile.TemporaryDirectory(prefix="shardtune-verify-") as directory:
+        report = _report(words, Path(directory))
+    if report is None:
+        return 130
+    if as_json:
+        print_json(report)
+    else:
+        print("\n".join(text(report)))
+    return 0 if report["agrees"] else DIFFERS
+
+
+def _report(words: list[str], directory: Path) -> dict[str, Any] | None:
+    """What the ranks answer, with what was compared; None after Ctrl-C."""
+    config, notes = settings_to_compare(words)
+    from launch.config.compose import ranks_of
+    from trainer.verification.run import write_inputs
+    from trainer.verification.small_run import number_of_ranks
+
+    user_ranks = ranks_of(config)
+    notes += fit_to_devices(config, number_of_ranks(config))
+    # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
+    os.environ.setdefault("DS_ACCELERATOR", str(config.run.device))
+    print(f"making a small copy of {config.model.path}", file=sys.stderr, flush=True)
+    model, small = write_inputs(config, directory, user_ranks=user_ranks)
+    verdict = run_ranks(config, small, directory, user_ranks)
+    if verdict is None:
+        return None
+    return {
+        "agrees": verdict["agrees"],
+        "model": model.record(),
+        "compared": what_is_compared(config, small),
+        "changes": [*notes, *small.changes],
+        **verdict,
+    }
+
+
+def settings_to_compare(words: list[str]) -> tuple[RunConfig, list[str]]:
+    """(the configuration of the words, notes). Errors: ConfigError, also for strategies that leave nothing to compare."""
+    from launch.config.compose import compose
+    from strategies.base import Precision, StrategyName
+    from trainer.config.run import Device, LauncherName
+    from trainer.config.validate import problems_of
+
+    config = compose(words, check=False).config
+    problems = []
+    if config.strategy.name is StrategyName.single:
+        problems.append(
+            "strategy=single: is the one process that --verify compares others with; add strategy=ddp, fsdp2, hsdp, zero1, "
+            "zero2 or zero3"
+        )
+    elif config.strategy.name is StrategyName.auto:
+        problems.append(
+            "strategy=auto: becomes one of the others when the run starts; give --verify that one, as in strategy=fsdp2"
+        )
+    else:
+        problems += [problem for problem in problems_of(config) if key_of_problem(problem).startswith(MATTERS)]
+    if problems:
+        raise ConfigError(problems)
+    notes = []
+    if config.launcher.name is not LauncherName.local:
+        notes.append(f"launcher={config.launcher.name}: compared on this host, on its own devices")
+    if config.run.device is Device.auto:  # a launcher of other hosts leaves it open
+        import torch
+
+        config.run.device = Device.cuda if torch.cuda.is_available() else Device.cpu
+        config.substitutions["run.device"] = f"auto -> {config.run.device}"
+    if config.precision is Precision.auto:
+        config.precision = Precision.bf16
+        notes.append("precision=auto -> bf16")
+    return config, notes
+
+
+def fit_to_devices(config: RunConfig, ranks: int) -> list[str]:
+    """Let `config` compute on CPUs if not each of the ranks has a GPU of its own; notes on what that changes.
+
+    Errors: ConfigError if run.device=cuda was typed and there are too few GPUs.
+    """
+    from strategies.base import Precision
+    from trainer.config.run import Device
+    from trainer.model.config import Attention
+
+    if config.run.device is Device.cpu:
+        return []
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus >= ranks:
+        return []
+    if "run.device" not in config.substitutions:
+        raise ConfigError(
+            f"run.device=cuda: --verify takes {ranks} ranks with a GPU each, and this host has {gpus}; leave run.device out "
+            "to compare on CPUs"
+        )
+    plural = "s" if gpus != 1 else ""
+    notes = [f"run.device -> cpu: {ranks} ranks are compared, and this host has {gpus} GPU{plural}"]
+    config.run.device = Device.cpu
+    if config.model.attention in (Attention.flash_attention_2, Attention.flex):
+        notes.append(f"model.attention={config.model.attention} -> auto: it runs on GPUs alone")
+        config.model.attention = Attention.auto
+    if config.precision is Precision.fp16:
+        notes.append("precision=fp16 -> bf16: DeepSpeed has no fp16 on CPUs")
+        config.precision = Precision.bf16
+    return notes
+
+
+def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: int | None) -> dict[str, Any] | None:
+    """Start the ranks on what lies in `directory`; the verdict as JSON values, None after Ctrl-C. Raises VerificationFailed."""
+    from launch.cluster.torchrun import RankProgram, RedirectedOutput, start
+    from launch.config.frozen import identity, to_yaml
+    from trainer.reporting.status import read_failure
+
+    sha256 = identity(config)
+    (directory / CONFIG).write_text(f"# sha256: {sha256}\n{to_yaml(config)}", encoding="utf-8")
+    request = {"user_ranks": user_ranks, "timeout_s": small.config.run.timeout_s}
+    (directory / REQUEST).write_text(json.dumps(request), encoding="utf-8")
+    print(f"starting {small.ranks} processes", file=sys.stderr, flush=True)
+    progress = _Progress(directory / PROGRESS)
+    output = RedirectedOutput(directory / LOG, progress.poll)
+    program = RankProgram("launch.doctor", CONFIG)
+    code, _ = start(small.config, directory, sha256[:8], output, program=program)
+    if code == 130:
+        return None
+    if (directory / REPORT).exists():
+        verdict: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+        return verdict
+    failure = read_failure(directory)
+    if failure.get("user_error"):
+        raise VerificationFailed(failure["message"], failure["exit_code"])
+    lines = (directory / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    reason = failure.get("traceback") or "\n".join(lines[-LAST_LINES:])
+    who = f"rank {failure['rank']}" if failure else "the ranks"
+    raise VerificationFailed(f"{reason.rstrip()}\n--verify: {who} failed before there was anything to compare", 70)
+
+
+class _Progress:
+    """Prints the lines that rank 0 adds to its file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.printed = 0
+
+    def poll(self) -> None:
+        """Print the whole lines since the last call."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        for line in lines[self.printed :]:
+            print(f"  {line}", file=sys.stderr, flush=True)
+        self.printed = len(lines)
+
+
+def what_is_compared(config: RunConfig, small: SmallRun) -> dict[str, Any]:
+    """The run as it is compared, as JSON values."""
+    return {
+        "ranks": small.ranks,
+        "device": str(config.run.device),
+        "strategy": str(config.strategy.name),
+        "sequence": small.config.parallel.sequence,
+        "tuning": str(config.tuning.name),
+        "objective": str(config.objective.name),
+        "precision": str(config.precision),
+        "recomputation": str(small.config.strategy.activation_checkpointing),
+        "documents_per_micro_batch": small.config.batch["micro"],
+        "micro_batches": small.accumulation,
+    }
+
+
+def text(report: dict[str, Any]) -> list[str]:
+    """The answer for a person, as lines."""
+    lines = [*_summary(report), "", *_differences(report), "", "kernels of each pass:"]
+    passes = report["kernels"]
+    if len(set(passes.values())) == 1:
+        passes = {"every pass": next(iter(passes.values()))}
+    rows = [TableRow((name, kernels)) for name, kernels in passes.items()]
+    lines += table((Column(), Column()), rows, indent=2)
+    for title in ("notes", "problems"):
+        if report[title]:
+            lines += ["", f"{title}:", *fold_all(report[title])]
+    if report["agrees"]:
+        lines += ["", "the run computes what one process computes"]
+    return lines
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    """What is compared, on which copy."""
+    model = report["model"]
+    compared = report["compared"]
+    kept = ", ".join(f"{name} {number}" for name, number in model["kept"].items())
+    shrunk = ", ".join(f"{name} {sizes['model']} -> {sizes['copy']}" for name, sizes in model["changed"].items())
+    precisions = list(dict.fromkeys(row["precision"] for row in report["differences"]))
+    sequence = f" parallel.sequence={compared['sequence']}" if compared["sequence"] > 1 else ""
+    rows = [
+        ("model", f"a small copy of this {model['model_type']}, {model['elements']:,} parameters"),
+        ("kept", kept or "no number of heads or experts"),
+        ("shrunk", shrunk or "nothing"),
+        (
+            "compared",
+            f"strategy={compared['strategy']} tuning={compared['tuning']} objective={compared['objective']}{sequence} on "
+            f"{compared['ranks']} ranks ({compared['device']}), {compared['micro_batches']} micro-batches of "
+            f"{compared['documents_per_micro_batch']}, recomputation {compared['recomputation']}",
+        ),
+        ("with", f"one process, in {' and '.join(precisions)}"),
+    ]
+    rows += [("changed", change) for change in report["changes"]]
+    return table((Column(), Column()), [TableRow(row) for row in rows])
+
+
+def _differences(report: dict[str, Any]) -> list[str]:
+    """The table of differences: a row a quantity, two columns a precision."""
+    precisions = list(dict.fromkeys(row["precision"] for row in report["differences"]))
+    columns = [Column("largest difference of")]
+    for precision in precisions:
+        columns += [Column(precision, is_number=True), Column("at most", is_number=True)]
+    columns.append(Column())
+    cells: dict[str, list[str]] = {}
+    beyond = set()
+    for row in report["differences"]:
+        cells.setdefault(row["quantity"], []).extend([_number(row["distance"]), _number(row["bound"])])
+        if row["exceeded"]:
+            beyond.add(row["quantity"])
+    rows = []
+    for quantity, numbers in cells.items():
+        rows.append(TableRow((quantity, *numbers, "differs" if quantity in beyond else "")))
+    return table(columns, rows)
+
+
+def _number(distance: float | str | None) -> str:
+    """A distance or bound as a cell."""
+    if distance is None:
+        return "no gradient"
+    return distance if isinstance(distance, str) else f"{distance:.1e}"

@@ -1,0 +1,55 @@
+"""One rank of `shardtune doctor --verify`: takes the steps, and rank 0 writes what they came to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from trainer.stopping.signals import release
+
+CONFIG, REQUEST, REPORT, PROGRESS = "config.yaml", "request.json", "report.json", "progress.txt"
+"""Files in the directory of a verification: the run's own configuration, what else the ranks must know, their answer, and a
+line for each part of the work that has begun."""
+
+
+def main() -> int:
+    """Be one rank; returns its exit code. An error is left in `failure.json`, for the process that started the ranks."""
+    release()
+    from launch.config.compose import load_frozen
+    from strategies import runtime as processes
+    from strategies.parent_death import die_with_parent
+    from trainer.config.run import kept_matmul
+    from trainer.reporting.status import record_failure, write_text_atomic
+    from trainer.verification.run import verify
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    frozen = Path(os.environ["SHARDTUNE_CONFIG"])
+    directory = frozen.parent
+    request = json.loads((directory / REQUEST).read_text(encoding="utf-8"))
+    rank = int(os.environ["RANK"])
+
+    def say(text: str) -> None:
+        if rank == 0:
+            with (directory / PROGRESS).open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+
+    try:
+        config = load_frozen(frozen)
+        runtime = processes.start(
+            str(config.run.device),
+            timeout_s=request["timeout_s"],
+            threads=config.run.threads,
+            matmul=kept_matmul(config),
+            shared_memory=config.run.shared_memory,
+        )
+        report = verify(config, directory, runtime, user_ranks=request["user_ranks"], say=say)
+        if rank == 0:
+            write_text_atomic(directory / REPORT, json.dumps(report))
+        processes.barrier(runtime)
+        processes.stop()
+    except Exception as error:
+        record_failure(directory, rank, error, "verifying")
+        raise
+    return 0

@@ -1,0 +1,13 @@
+"""A fault for ranks: losses are scaled by half of the ranks, as by the readers of groups of two."""
+
+from strategies import native
+
+_begin = native.NativeEngine.__init__
+
+
+def begin(self, *args, **kwargs):
+    _begin(self, *args, **kwargs)
+    self.dp_size = max(1, self.dp_size // 2)
+
+
+native.NativeEngine.__init__ = begin

@@ -1,0 +1,100 @@
+"""A verification from a configuration to its verdict: the copies and documents once, then the steps on all ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from strategies.runtime import Runtime
+from strategies.sequence import with_sequence
+from trainer.config.run import RunConfig
+from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.loading import load_model_config
+from trainer.objectives.registry import data_spec_of, family_of
+from trainer.verification.documents import LABELS, write_documents
+from trainer.verification.small_model import SmallModel, write_small_model
+from trainer.verification.small_run import SmallRun, small_run
+from trainer.verification.steps import compare_steps
+from trainer.verification.verdict import judge
+
+MODEL, TEACHER, DOCUMENTS = "model", "teacher", "documents"
+"""Names in the directory of a verification."""
+DOCUMENTS_PER_SAMPLE = 6
+"""Drawn documents for each sample of the step: a pack holds about three."""
+
+
+def label_names(config: RunConfig) -> list[str] | None:
+    """Names of the labels of drawn texts; None for objectives without labels."""
+    family = family_of(config.objective)
+    if family.kind is not ModelKind.classifier or family.num_outputs is not None:
+        return None
+    settings: Any = config.objective
+    if settings.labels:
+        return list(settings.labels)
+    if isinstance(settings.class_weights, list):
+        return [f"label {number}" for number in range(len(settings.class_weights))]
+    return list(LABELS)
+
+
+def write_inputs(config: RunConfig, directory: Path, *, user_ranks: int | None) -> tuple[SmallModel, SmallRun]:
+    """Write the small copies and the drawn documents of a verification into `directory`. No collective.
+
+    Errors: ConfigError if the model or its teacher is not there, or no small copy can be made.
+    """
+    family = family_of(config.objective)
+    names = label_names(config)
+    outputs = family.num_outputs or (len(names) if names else None)
+    model = write_small_model(config.model, family.kind, directory / MODEL, outputs=outputs)
+    teacher = family.teacher(config.objective)
+    if teacher is not None:
+        teacher_model = ModelConfig(
+            path=teacher.path,
+            revision=teacher.revision,
+            trust_remote_code=teacher.trust_remote_code,
+            download=config.model.download,
+        )
+        # Drawn otherwise than the student, which would have nothing to learn from a teacher that says what it says.
+        write_small_model(teacher_model, ModelKind.causal, directory / TEACHER, outputs=None, seed=1)
+    small = run_in(directory, config, user_ranks=user_ranks)
+    vocabulary = load_model_config(small.config.model).get_text_config().vocab_size
+    write_documents(
+        directory / DOCUMENTS,
+        data_spec_of(config.objective),
+        DOCUMENTS_PER_SAMPLE * small.config.batch["global"],
+        vocabulary=vocabulary,
+        labels=len(names or LABELS),
+        multi_label=family.multi_label(config.objective),
+        must_learn=_must_learn(config),
+    )
+    return model, small
+
+
+def _must_learn(config: RunConfig) -> bool:
+    """Whether every document needs a target: pairs, verdicts and answers of an encoder-decoder model have one."""
+    family = family_of(config.objective)
+    data_spec = data_spec_of(config.objective)
+    return family.kind is not ModelKind.causal or bool(data_spec.marks) or data_spec.sequences_per_document > 1
+
+
+def run_in(directory: Path, config: RunConfig, *, user_ranks: int | None) -> SmallRun:
+    """The run on what `write_inputs` wrote into `directory`."""
+    teacher = directory / TEACHER
+    has_teacher = family_of(config.objective).teacher(config.objective) is not None
+    return small_run(copy.deepcopy(config), directory / MODEL, teacher if has_teacher else None, user_ranks=user_ranks)
+
+
+def verify(
+    config: RunConfig, directory: Path, runtime: Runtime, *, user_ranks: int | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The verdict as JSON values; empty on all ranks but 0. All ranks must call, after `write_inputs` on one of them.
+
+    Errors: those of building the run, and of its engines.
+    """
+    small = run_in(directory, config, user_ranks=user_ranks)
+    runtime = with_sequence(runtime, small.config.parallel.sequence)
+    compared = compare_steps(small, directory / DOCUMENTS, label_names(config), directory, runtime, say)
+    if not runtime.is_main:
+        return {}
+    return judge(compared).record()

@@ -1,0 +1,167 @@
+"""The configuration of a run, on a small copy of its model: what stays as it is, and what must be another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, SingleConfig, StrategyConfig, StrategyName
+from trainer.config.parallel import ParallelConfig, accumulation_steps
+from trainer.config.run import AUTO, LauncherConfig, RunConfig
+from trainer.objectives.base import ObjectiveConfig
+from trainer.optim.config import SgdConfig
+from trainer.optim.schedule import ScheduleConfig, ScheduleName
+from trainer.tuning.base import TuningConfig
+from trainer.verification.documents import MAX_LENGTH
+
+READERS = 2
+"""Ranks, or groups of ranks that share a row, with documents of their own."""
+REPLICAS = 2
+LR = 2.0**20
+"""Rate of the one step. The difference of the weights over this rate is the gradient: at a high one nothing is lost by
+rounding the weights, and a power of two rounds nothing itself."""
+MOST_MICRO = 3
+MOST_RANK = 16
+"""Rank of an adapter at most: matrices of a small copy have no more than a few dozen rows."""
+SHARDED_FROM = 100
+"""Elements from which ZeRO-3 shards a parameter: with the usual threshold it would shard nothing of a small copy."""
+
+
+@dataclass(slots=True)
+class SmallRun:
+    """A run to compare on a small copy, with the ranks that it takes."""
+
+    config: RunConfig
+    ranks: int
+    accumulation: int
+    changes: list[str] = field(default_factory=list)
+    """Settings that are not as the user has them, a line each."""
+
+    def alone(self, precision: Precision) -> RunConfig:
+        """The same step by one process: `strategy=single`, one micro-batch, nothing recomputed."""
+        global_batch = self.config.batch["global"]
+        return replace(
+            self.config,
+            strategy=SingleConfig(),
+            parallel=ParallelConfig(),
+            batch={"global": global_batch, "micro": global_batch},
+            precision=precision,
+        )
+
+
+def sequence_degree(config: RunConfig) -> int:
+    """Ranks that share a row in the comparison: the fewest above 1 by which the run's own degree can be divided; 1 if it is 1."""
+    degree = config.parallel.sequence
+    return next((divisor for divisor in range(2, degree + 1) if degree % divisor == 0), 1)
+
+
+def number_of_ranks(config: RunConfig) -> int:
+    """The fewest ranks with two readers, each a rank or a group that shares its rows, and with two replicas of two shards."""
+    ranks = READERS * sequence_degree(config)
+    if config.strategy.name is StrategyName.hsdp:
+        ranks = max(ranks, 2 * REPLICAS)
+    return ranks
+
+
+def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_ranks: int | None) -> SmallRun:
+    """The run on the copies in `model` and `teacher`; `user_ranks`: ranks of the run itself, None if they are not known."""
+    changes: list[str] = []
+    ranks = number_of_ranks(config)
+    degree = sequence_degree(config)
+    if degree != config.parallel.sequence:
+        changes.append(f"parallel.sequence={config.parallel.sequence} -> {degree}: the fewest ranks that share a row")
+    micro = config.batch["micro"]
+    micro = 2 if micro == AUTO else min(int(micro), MOST_MICRO)
+    accumulation = _accumulation(config, user_ranks)
+    strategy = _strategy(config.strategy, changes)
+    small = replace(
+        config,
+        run=replace(config.run, dir=None, resume="never", timeout_s=min(config.run.timeout_s, 300)),
+        model=replace(
+            config.model,
+            path=str(model),
+            tokenizer=None,
+            revision=None,
+            download=False,
+            chat_template=None,
+            dropout=0.0,
+            adapters=[],
+            keep_packed=False,
+        ),
+        data=replace(config.data, path=None, sources={}, max_length=MAX_LENGTH, max_documents=None),
+        parallel=replace(config.parallel, sequence=degree),
+        batch={"global": micro * (ranks // degree) * accumulation, "micro": micro},
+        tuning=_tuning(config.tuning, changes),
+        objective=_objective(config.objective, teacher),
+        strategy=strategy,
+        optim=SgdConfig(lr=LR, momentum=0.0, max_grad_norm=0.0),
+        schedule=ScheduleConfig(name=ScheduleName.constant, warmup_share=0.0),
+        export=replace(config.export, at_end=False),
+        launcher=LauncherConfig(processes=ranks),
+    )
+    if config.model.dropout:
+        changes.append(f"model.dropout={config.model.dropout:g} -> 0, since it draws by rank")
+    if config.model.adapters:
+        changes.append("model.adapters are left out: they fit the model, not its copy")
+    return SmallRun(small, ranks, accumulation, changes)
+
+
+def _accumulation(config: RunConfig, user_ranks: int | None) -> int:
+    """2 micro-batches a step if the run accumulates, or if that is not known; else 1."""
+    micro = config.batch["micro"]
+    if user_ranks is None or micro == AUTO:
+        return 2
+    return min(2, max(1, accumulation_steps(config, user_ranks)))
+
+
+def _strategy(strategy: StrategyConfig, changes: list[str]) -> StrategyConfig:
+    """The strategy, with what depends on the size of a model or on the number of hosts set for a small copy."""
+    changed: dict[str, Any] = {}
+    if strategy.activation_checkpointing is ActivationCheckpointing.auto:
+        changed["activation_checkpointing"] = ActivationCheckpointing.full
+        changes.append("strategy.activation_checkpointing=auto -> full, since a small copy would need none")
+    if isinstance(strategy, Fsdp2Config) and strategy.name is StrategyName.hsdp:
+        changed["replicate"] = REPLICAS
+    if hasattr(strategy, "persistence_threshold"):
+        changed["persistence_threshold"] = min(strategy.persistence_threshold, SHARDED_FROM)
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(strategy, name, None) == "nvme":
+            changed[name] = "cpu"
+            changes.append(f"strategy.{name}=nvme -> cpu")
+    return replace(strategy, **changed)
+
+
+def _objective(objective: ObjectiveConfig, teacher: Path | None) -> ObjectiveConfig:
+    """The objective, with the copy of its teacher."""
+    if teacher is None:
+        return objective
+    settings: Any = objective
+    return replace(settings, teacher=replace(settings.teacher, path=str(teacher), revision=None))
+
+
+def _tuning(tuning: TuningConfig, changes: list[str]) -> TuningConfig:
+    """The method, without what is drawn by rank, with ranks and layers that a small copy has."""
+    names = {each.name for each in fields(tuning)}
+    settings: Any = tuning
+    changed: dict[str, Any] = {}
+    if getattr(tuning, "dropout", 0.0):
+        changed["dropout"] = 0.0
+        changes.append(f"tuning.dropout={settings.dropout:g} -> 0, since it draws by rank")
+    if getattr(tuning, "from_", None):
+        changed["from_"] = None
+        changes.append("tuning.from is left out: it fits the model, not its copy")
+    for name in ("rank", "init_rank"):
+        if name in names and getattr(tuning, name) > MOST_RANK:
+            changed[name] = MOST_RANK
+            changes.append(f"tuning.{name}={getattr(tuning, name)} -> {MOST_RANK}")
+    if "target_rank" in names:
+        changed["target_rank"] = min(settings.target_rank, changed.get("init_rank", settings.init_rank) // 2)
+    if getattr(tuning, "rank_pattern", None):
+        changed["rank_pattern"] = {name: min(rank, MOST_RANK) for name, rank in settings.rank_pattern.items()}
+    if getattr(tuning, "layers", None):
+        changed["layers"] = "last-1"
+        changes.append(f"tuning.layers={settings.layers} -> last-1")
+    if getattr(tuning, "options", None):
+        changed["options"] = {name: 0.0 if "dropout" in name else option for name, option in settings.options.items()}
+    return replace(tuning, **changed)
