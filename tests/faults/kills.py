@@ -32,7 +32,9 @@ from tests.helpers.launching import ROOT, free_port
 from tests.helpers.speed import seconds
 from tests.helpers.warm import Forked, Nursery
 
-RANKS = {"single": 1, "fsdp2": 2, "zero2": 2, "zero3": 2}
+SHARED = "-shared-rows"
+"""End of the name of a strategy whose two ranks share each row of documents."""
+RANKS = {"single": 1, "fsdp2": 2, "zero2": 2, "zero3": 2, f"fsdp2{SHARED}": 2}
 """Strategies, and the number of ranks of each."""
 STEPS = 12
 MOMENTS = {"any": 5, "saving": 3, "export": 2}
@@ -108,7 +110,8 @@ class Campaign:
         self.run, self._said = self.runs.root / f"{self.strategy}-{name}", 0
         words = self.runs.words(
             self.run.name,
-            f"strategy={self.strategy}",
+            f"strategy={self.strategy.removesuffix(SHARED)}",
+            f"parallel.sequence={2 if self.strategy.endswith(SHARED) else 1}",
             *("tuning=full", "model.dropout=0.1", f"budget.steps={STEPS}", "batch.global=4"),
             f"run.timeout_s={PEER_S}",
             *("checkpoint.every_steps=1", "checkpoint.background=true", "export.at_end=true"),
@@ -253,7 +256,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.kills", description="Kill runs at random moments.")
     parser.add_argument("--kills", type=int, default=200, help="of all strategies together (200)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of what is drawn")
-    parser.add_argument("--strategies", nargs="+", choices=RANKS, default=list(RANKS), help="whose runs (all four)")
+    parser.add_argument("--strategies", nargs="+", choices=RANKS, default=list(RANKS), help="whose runs (all)")
     asked = parser.parse_args()
     print(f"{asked.kills} kills of {', '.join(asked.strategies)}; --seed {asked.seed}", flush=True)
     share = -(-asked.kills // len(asked.strategies))

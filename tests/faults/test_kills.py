@@ -1,4 +1,4 @@
-"""Kills with -9 at random moments: a dozen of `make faults`, which does 200 under four strategies."""
+"""Kills with -9 at random moments: a dozen of `make faults`, which does 200 of five kinds of runs."""
 
 import random
 

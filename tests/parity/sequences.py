@@ -10,11 +10,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision, StrategyName, ZeroConfig
 from strategies.communication_counters import ALL_TO_ALL, count_communication
-from strategies.sequence import SumOverGroup, with_sequence
+from strategies.sequence import SumOverGroup, group_of_runtime, with_sequence
 from tests.helpers.building import (
     GLOBAL_BATCH,
     STRATEGIES,
@@ -361,3 +362,64 @@ def attention(job: Job, heads: int, key_value_heads: int, degree: int, kind: str
         differences.append(float((local_tensor.grad - row_tensor.grad[:, :, start:stop]).abs().max()))
     by_rank = processes.gather_objects(differences, runtime)
     return [max(column) for column in zip(*by_rank, strict=True)]
+
+
+def beside_deepspeed(job: Job, degree: int) -> list[float]:
+    """The largest differences from DeepSpeed's own Ulysses, which needs even heads and even slices: output, q, k and v."""
+    from deepspeed import comm
+    from deepspeed.sequence.layer import DistributedAttention
+
+    comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    runtime = with_sequence(job.runtime, degree)
+    generator = torch.Generator().manual_seed(5)
+    num_tokens = 24
+    row = [torch.randn(1, 4, num_tokens, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
+    row_slices = Cut(0, degree).borders(num_tokens)
+    start, stop = Cut(runtime.sequence_rank, degree).span(num_tokens)
+    weights = torch.randn(1, stop - start, 4, 6, generator=generator, dtype=torch.float64)
+
+    def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention over one document, in DeepSpeed's order `[1, T, heads, D]`."""
+        by_head = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        return torch.nn.functional.scaled_dot_product_attention(*by_head, is_causal=True).transpose(1, 2)
+
+    theirs = [tensor[:, :, start:stop].transpose(1, 2).contiguous().requires_grad_() for tensor in row]
+    their_output = DistributedAttention(causal, group_of_runtime(runtime), scatter_idx=2, gather_idx=1)(*theirs, 0)
+    (their_output * weights).sum().backward()
+
+    ours = [tensor[:, :, start:stop].clone().requires_grad_() for tensor in row]
+    bounds = [0, num_tokens]
+    settings: dict[str, Any] = {"cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32), "document_bounds": bounds}
+    our_output, _ = over_slices(varlen_attention)(torch.nn.Module(), *ours, None, row_slices=row_slices, **settings)
+    (our_output * weights).sum().backward()
+
+    differences = [float((our_output - their_output).abs().max())]
+    for tensor, their_tensor in zip(ours, theirs, strict=True):
+        assert tensor.grad is not None and their_tensor.grad is not None
+        differences.append(float((tensor.grad - their_tensor.grad.transpose(1, 2)).abs().max()))
+    by_rank = processes.gather_objects(differences, runtime)
+    return [max(column) for column in zip(*by_rank, strict=True)]
+
+
+def beside_transformers(job: Job) -> dict[str, float]:
+    """The loss of the first step on shared rows, and that of plain transformers, document by document."""
+    config, data = _run_of(job, Case(degree=4))
+    shared = compare(job, "sft", "full", "llama", "fsdp2", 4)["found"][0][0]
+    if not job.runtime.is_main:
+        return {}
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).eval()
+    loader = job.lone_trainer(replace(config, parallel=ParallelConfig()), data).loader
+    (micro_batches,) = loader.plan(0)
+    loss_sum = 0.0
+    num_targets = 0
+    for sequences in micro_batches:
+        for sequence in sequences:
+            sample = data.train.sample(sequence)
+            ids = torch.from_numpy(sample.input_ids.astype("int64"))[None]
+            is_target = torch.from_numpy(sample.supervised[1:])
+            with torch.no_grad():
+                logits = model(ids).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+            loss_sum += float(losses[is_target].double().sum())
+            num_targets += int(is_target.sum())
+    return {"shared": shared, "transformers": loss_sum / num_targets}

@@ -138,3 +138,13 @@ def test_attention_over_slices_is_that_over_the_whole_row(ranks, heads, key_valu
     world = 3 if degree == 3 else 4
     differences = ranks[world].ask("sequences", "attention", heads, key_value_heads, degree, kind)
     assert max(differences) < 1e-12
+
+
+@pytest.mark.parametrize("degree", (2, 4))
+def test_attention_over_slices_is_that_of_deepspeed_where_heads_and_tokens_divide(ranks, degree):
+    assert max(ranks[4].ask("sequences", "beside_deepspeed", degree)) < 1e-12
+
+
+def test_loss_of_shared_rows_is_that_of_plain_transformers(ranks):
+    losses = ranks[4].ask("sequences", "beside_transformers")
+    assert losses["shared"] == pytest.approx(losses["transformers"], rel=1e-6)
