@@ -111,7 +111,7 @@ class Campaign:
         words = self.runs.words(
             self.run.name,
             f"strategy={self.strategy.removesuffix(SHARED)}",
-            f"parallel.sequence={2 if self.strategy.endswith(SHARED) else 1}",
+            *(["launcher.processes=2", "parallel.sequence=2"] if self.strategy.endswith(SHARED) else []),
             *("tuning=full", "model.dropout=0.1", f"budget.steps={STEPS}", "batch.global=4"),
             f"run.timeout_s={PEER_S}",
             *("checkpoint.every_steps=1", "checkpoint.background=true", "export.at_end=true"),
