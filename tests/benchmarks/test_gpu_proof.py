@@ -19,5 +19,11 @@ def test_gpu_proof_simulates_and_measures_a_run_and_writes_its_page(tmp_path):
     row |= {"tokens_per_s": 1234.5, "mfu": 0.4}
     facts = {"device": "a card", "minutes": 1.0, "versions": {}, "tests": {"said": "9 passed"}, "importable": []}
     facts |= {"kernels": {"varlen": {"worst": 1e-3}, "flex": {"left_out": "not here"}}, "runs": {"LoRA": row}}
+    shared = gpu_proof.shared_step(
+        gpu_proof.shared_rows(tmp_path, 512, Precision.fp32)["tiles of the MLP"], 512, device
+    )
+    assert shared["simulated_gib"] == pytest.approx(shared["live_gib"], rel=gpu_proof.LARGEST_ERROR)
+    facts["shared_rows"] = {"tiles": shared}
     said = gpu_proof.page(facts | {"plain_transformers": {"tokens_per_s": 1.0, "allocated_gib": 2.0}})
+    assert f"| tiles | 0.00 | 0.00 | {shared['allocated_gib']:.2f} |" in said
     assert f"| LoRA | 0.00 | 0.00 | {row['allocated_gib']:.2f} | 1,234 | 40.0% |" in said
