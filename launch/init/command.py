@@ -48,6 +48,7 @@ end of the new file.
 
 {help_rows(InitWords)}"""
 WIDTH = 80
+"""Columns of the answer in a terminal."""
 
 
 @dataclass(slots=True)
@@ -59,13 +60,13 @@ class InitResult:
     """The settings of the file, by full key, the choices of groups included."""
     converted: ConvertedSettings | None = None
     to_settle: list[str] = field(default_factory=list)
-    """Why a run of the file would be refused as it is."""
+    """Problems for which `train` would refuse the file as it is; the user has to settle them."""
     replaced: list[str] = field(default_factory=list)
     """Settings of the other trainer's file that a typed word overrides."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code. Errors: ConfigError, StorageError."""
+    """Run `shardtune init` with the words typed after it; returns the exit code. Errors: ConfigError, StorageError."""
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -75,19 +76,19 @@ def main(argv: list[str]) -> int:
     if problems:
         raise ConfigError(problems)
     if words.source is not None:
-        result, text = _file_from_other_trainer(words.source, words.settings, words.to)
+        result, contents = _file_from_other_trainer(words.source, words.settings, words.to)
     else:
-        result, text = _file_from_words(words.settings, words.to)
-    _write(words.to, text)
+        result, contents = _file_from_words(words.settings, words.to)
+    _write_new_file(words.to, contents)
     if words.as_json:
         print_json(as_dict(result))
     else:
-        print("\n".join(answer_lines(result)))
+        print("\n".join(result_lines(result)))
     return 0
 
 
 def _target_problems(to: Path) -> Iterator[str]:
-    """Why the file cannot be written, one line each."""
+    """Error messages for a file that cannot be written as `to`: a wrong suffix, an existing file, no directory for it."""
     if to.suffix not in SUFFIXES:
         yield f"to={to}: must end in .yaml, so that `shardtune train {to}.yaml` takes it"
     if to.exists() or to.is_symlink():
@@ -97,7 +98,7 @@ def _target_problems(to: Path) -> Iterator[str]:
 
 
 def _file_from_words(words: list[str], target: Path) -> tuple[InitResult, str]:
-    """(the result, the text of a file) of words alone, which must be a run that could start. Errors: ConfigError."""
+    """(result, text of the settings file) from setting words alone. Errors: ConfigError if a run could not start with them."""
     from launch.config.compose import compose
 
     _refuse_resets(words)
@@ -107,12 +108,17 @@ def _file_from_words(words: list[str], target: Path) -> tuple[InitResult, str]:
 
 
 def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tuple[InitResult, str]:
-    """(the result, the text of a file) of another trainer's file, which typed words override. Errors: ConfigError."""
+    """(result, text of the settings file) from the file `source` of another trainer, which typed words override.
+
+    The file may still have problems for which a run is refused: they are listed, and do not keep it from being written.
+    Errors: ConfigError if the file cannot be read, or a typed word cannot be used.
+    """
     from launch.config.compose import compose
     from launch.config.hints import ranks_of
     from launch.config.importers.files import convert
 
     _refuse_resets(typed)
+    # The other trainer's batch is that of a rank: the number of ranks gives our global batch.
     ranks = ranks_of(dict(word.partition("=")[::2] for word in typed), {})
     converted = convert(Path(source), ranks)
     replaced = _drop_overridden(converted, typed)
@@ -128,10 +134,10 @@ def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tup
         "A comment behind a setting says what it was there. What has no equal here is listed at the end.",
         *HOW_TO_EDIT,
     ]
-    result, text = _build_file(words, target, converted, head, to_settle)
+    result, contents = _build_file(words, target, converted, head, to_settle)
     result.to_settle = to_settle
     result.replaced = replaced
-    return result, text
+    return result, contents
 
 
 def _words_that_compose(converted: ConvertedSettings, typed: list[str]) -> list[str]:
@@ -155,8 +161,8 @@ def _words_that_compose(converted: ConvertedSettings, typed: list[str]) -> list[
         for problem in problems:
             key = key_of_problem(problem)
             if key in file_words:
-                text = problem.removeprefix(f"{key}={file_words[key]}").removeprefix(key)
-                reasons[key] = text.removeprefix(": ")
+                without_key = problem.removeprefix(f"{key}={file_words[key]}").removeprefix(key)
+                reasons[key] = without_key.removeprefix(": ")
         if not reasons:
             raise ConfigError(problems)
         for key in [key for key in file_words if key in reasons]:
@@ -170,23 +176,24 @@ NEEDLESS_TITLE = "needs no setting here"
 
 
 def _refuse_resets(words: list[str]) -> None:
-    """Refuse `~key`, which takes back what an experiment sets. Errors: ConfigError."""
-    problems = [
-        f"{word}: a new file has nothing to go back from; leave it out" for word in words if word.startswith("~")
-    ]
-    if problems:
-        raise ConfigError(problems)
+    """Refuse words such as `~optim.lr`, which reset a setting of an experiment file. Errors: ConfigError."""
+    resets = [word for word in words if word.startswith("~")]
+    if resets:
+        raise ConfigError([f"{word}: a new file has nothing to go back from; leave it out" for word in resets])
 
 
 def _escaped_words(converted: ConvertedSettings) -> dict[str, str]:
-    """Our words for the other trainer's file. `${...}` in them stays text, since somebody else may have written it."""
+    """Values by key from the other trainer's file. `${...}` in them stays text: it must not read variables of this machine."""
     from trainer.reporting.settings_file import literal
 
     return {key: literal(value) for key, value in converted.words.items()}
 
 
 def _drop_overridden(converted: ConvertedSettings, typed: list[str]) -> list[str]:
-    """Take out the words that a typed one overrides: the same key, another budget, other data. Returns their settings."""
+    """Remove from the converted file what typed words override: the same key, another budget, other data.
+
+    Returns the names of these settings in the other trainer's file.
+    """
     typed_keys = {word.lstrip("+").partition("=")[0] for word in typed if "=" in word}
     has_budget = any(key.startswith("budget.") for key in typed_keys)
     has_sources = any(key.startswith("data.sources.") for key in typed_keys)
@@ -212,30 +219,34 @@ def _build_file(
     head: list[str],
     to_settle: list[str] | None = None,
 ) -> tuple[InitResult, str]:
-    """(the result, the text of the file) for words that compose. `head`: the first sentences of the file."""
+    """(result, text of the settings file) from words that compose.
+
+    `head` are the sentences at the top of the file, `to_settle` the problems that are listed at its end.
+    """
     from launch.config.overrides import parse
-    from launch.init.file import commented, file_text
+    from launch.init.file import as_comments, settings_file_text
 
     parsed = parse(words)
     origin = {}
     if converted is not None:
         origin = {key: "; ".join(map(str, sources)) for key, sources in converted.sources_by_key.items()}
-    text = file_text(commented(head), parsed, origin, commented(_tail(converted, to_settle or [])))
+    tail = _closing_sentences(converted, to_settle or [])
+    contents = settings_file_text(as_comments(head), parsed, origin, as_comments(tail))
     settings: dict[str, Any] = dict(parsed.choices)
     for key, value, _ in parsed.values:
         settings[key.removesuffix("_")] = value
-    return InitResult(str(target), settings, converted), text
+    return InitResult(str(target), settings, converted), contents
 
 
-def _tail(converted: ConvertedSettings | None, to_settle: list[str]) -> list[str]:
-    """The lines at the end of the file: what of another trainer's file is no setting of ours."""
+def _closing_sentences(converted: ConvertedSettings | None, to_settle: list[str]) -> list[str]:
+    """The sentences at the end of the file: what of another trainer's file is no setting of ours, and what is to settle."""
     if converted is None:
         return []
     lines: list[str] = []
     for title, entries in _sections(converted, to_settle):
         if entries:
             lines += ["", f"{title}:", *(f"- {entry}" for entry in entries)]
-    return lines[1:]
+    return lines[1:]  # an empty line stands between sections, not before the first one
 
 
 def _sections(converted: ConvertedSettings, to_settle: list[str]) -> list[tuple[str, list[str]]]:
@@ -249,11 +260,11 @@ def _sections(converted: ConvertedSettings, to_settle: list[str]) -> list[tuple[
     ]
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a new file. Errors: ConfigError if it exists, StorageError."""
+def _write_new_file(path: Path, contents: str) -> None:
+    """Write a file that must not exist yet. Errors: ConfigError if it does, StorageError."""
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.write(contents)
     except FileExistsError as error:
         raise ConfigError(f"to={path}: is there already, and is not overwritten; name another file") from error
     except OSError as error:
@@ -261,7 +272,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def as_dict(result: InitResult) -> dict[str, Any]:
-    """The answer for programs."""
+    """What `init --json` prints: the file, its settings and, for a converted file, what became of each setting."""
     answer: dict[str, Any] = {"to": result.to, "settings": result.settings}
     converted = result.converted
     if converted is not None:
@@ -278,8 +289,8 @@ def as_dict(result: InitResult) -> dict[str, Any]:
     return answer
 
 
-def answer_lines(result: InitResult) -> list[str]:
-    """The answer for a person, in 80 columns."""
+def result_lines(result: InitResult) -> list[str]:
+    """What `init` prints, in 80 columns: the file, the command that trains with it, and what to know of a converted file."""
     converted = result.converted
     of_trainer = f" of {converted.trainer}" if converted else ""
     lines = [f"{result.to}: written, {len(result.settings)} settings{of_trainer}", f"  shardtune train {result.to}"]
@@ -300,6 +311,7 @@ def answer_lines(result: InitResult) -> list[str]:
 
 
 def _folded(entry: str) -> list[str]:
+    """An entry of a section as lines of at most `WIDTH` columns; names and paths are never broken."""
     return textwrap.wrap(
         entry, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
     )
