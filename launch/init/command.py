@@ -172,7 +172,7 @@ def _words_that_compose(converted: ConvertedSettings, typed: list[str]) -> list[
 HOW_TO_EDIT = [
     "A setting behind a `#` has the value shown unless it is set: remove the mark to set it. All are in docs/config.md."
 ]
-NEEDLESS_TITLE = "needs no setting here"
+NOT_NEEDED_TITLE = "needs no setting here"
 
 
 def _refuse_resets(words: list[str]) -> None:
@@ -254,7 +254,7 @@ def _sections(converted: ConvertedSettings, to_settle: list[str]) -> list[tuple[
     return [
         ("to settle before it trains", to_settle),
         ("empty there, so nothing was said", [", ".join(converted.without_value)] if converted.without_value else []),
-        (NEEDLESS_TITLE, list(map(str, converted.not_needed))),
+        (NOT_NEEDED_TITLE, list(map(str, converted.not_needed))),
         ("taken, with a difference", list(map(str, converted.remarks))),
         ("no equal here", list(map(str, converted.unsupported))),
     ]
@@ -299,7 +299,7 @@ def result_lines(result: InitResult) -> list[str]:
     for title, entries in [("typed instead", result.replaced), *_sections(converted, result.to_settle)]:
         if not entries:
             continue
-        if title == NEEDLESS_TITLE:  # usually dozens: the names are enough here, the file has the reasons
+        if title == NOT_NEEDED_TITLE:  # usually dozens: the names are enough here, the file has the reasons
             title = f"{title} (why: {result.to})"
             entries = [", ".join(note.setting for note in converted.not_needed)]
         lines.append(f"{title}:")
