@@ -153,7 +153,10 @@ def verify(directory: Path, *, only: str | None = None, may_be_deleted: bool = F
 
 
 def verify_together(directory: Path, runtime: Runtime) -> str | None:
-    """As `verify`, with the files shared among the ranks by size. The same answer on every rank. All ranks must call."""
+    """What is wrong with a checkpoint, the same answer on every rank; None if nothing is. All ranks must call.
+
+    Rank 0 reads the manifest, and each rank compares its share of the files with it.
+    """
     problem: str | None = None
     files: list[WrittenFile] = []
     if runtime.is_main:

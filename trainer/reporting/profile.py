@@ -57,13 +57,14 @@ class Profiler:
         at_step: Callable[[int], None],
         print_line: Callable,
     ) -> None:
-        """`at_step` is called with the number of each step as well; `print_line` prints a line on the screen."""
+        """`at_step`: called before each step with its number, after the profiler. `print_line`: prints a line on the screen."""
         self.steps = config.steps
         self.folder = run_dir / FOLDER
         self.runtime = runtime
         self._at_step = at_step
         self._print_line = print_line
         self._torch_profiler: Any = None
+        """torch's profiler while steps are traced; None before and after."""
         self._first_traced = 0
 
     def at_step(self, step: int) -> None:

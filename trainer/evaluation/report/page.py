@@ -100,8 +100,8 @@ def confusion_picture(names: list[str], counts: list[list[int]]) -> str:
     heat = base.mark_rect().encode(color=alt.Color("rows:Q", scale=alt.Scale(scheme="blues"), title="rows"))
     largest_count = max(max(row) for row in counts)
     # Numbers are white on dark cells.
-    ink = alt.condition(alt.datum.rows > largest_count / 2, alt.value("white"), alt.value("black"))
-    chart = (heat + base.mark_text().encode(text="rows:Q", color=ink)).properties(
+    text_color = alt.condition(alt.datum.rows > largest_count / 2, alt.value("white"), alt.value("black"))
+    chart = (heat + base.mark_text().encode(text="rows:Q", color=text_color)).properties(
         width=alt.Step(44), height=alt.Step(32)
     )
     svg = vl_convert.vegalite_to_svg(chart.to_dict())

@@ -99,9 +99,12 @@ def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:
         "right_by_byte": float(_argmax(by_byte) == right_choice),
         "margin": logprobs[right_choice] - max(wrong_logprobs),
     }
-    scores |= {f"logprob_{number}": logprob for number, logprob in enumerate(logprobs)}
-    scores |= {f"tokens_{number}": float(likelihood.tokens) for number, likelihood in enumerate(likelihoods)}
-    return TaskRow(case.location, case.fields["question"], choices[_argmax(logprobs)], choices[right_choice], scores)
+    for number, likelihood in enumerate(likelihoods):
+        scores[f"logprob_{number}"] = likelihood.logprob
+    for number, likelihood in enumerate(likelihoods):
+        scores[f"tokens_{number}"] = float(likelihood.tokens)
+    likeliest = choices[_argmax(logprobs)]
+    return TaskRow(case.location, case.fields["question"], likeliest, choices[right_choice], scores)
 
 
 def _argmax(scores: Sequence[float]) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, show_value, text_of
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question, softmax
 from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
 from trainer.evaluation.tasks.texts import common_prefix_length, split_location
@@ -235,15 +235,15 @@ class Counterfactual(Task):
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         """A sentence for each group whose effect is significant, and one if the cases are too few."""
         for group, p in _corrected_p(rows).items():
-            cases = int(sum(row.scores.get(f"in_{group}", 0.0) for row in rows))
-            if cases < MIN_CASES or p >= LEVEL:
+            num_cases = int(score_array(rows, f"in_{group}").sum())
+            if num_cases < MIN_CASES or p >= LEVEL:
                 continue
-            effect = sum(row.scores.get(f"of_{group}", 0.0) for row in rows) / cases
+            effect = sum(row.scores.get(f"of_{group}", 0.0) for row in rows) / num_cases
             low, high = intervals[f"effect_{group}"]
             comparative = "likelier" if effect > 0 else "less likely"
             yield (
                 f"{group}: the model holds these texts {comparative} than about the other groups, "
-                f" by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {cases} cases; p {p:.3g}, for all groups "
+                f" by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {num_cases} cases; p {p:.3g}, for all groups "
                 "together)"
             )
         if len(rows) < MIN_CASES:

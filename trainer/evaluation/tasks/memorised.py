@@ -171,8 +171,8 @@ class Memorisation(DocumentTask):
         return TaskRow(question.where, model.shown_prompt(question.context), answer, reference, scores)
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
-        count = int(sum(row.scores["verbatim"] for row in rows))
-        yield f"{count} of {len(rows)} rows come out word for word after their beginning"
+        num_verbatim = int(score_array(rows, "verbatim").sum())
+        yield f"{num_verbatim} of {len(rows)} rows come out word for word after their beginning"
         if self.skipped:
             yield f"{self.skipped} rows were not asked: shorter than options.least_tokens after their beginning, or too long"
 

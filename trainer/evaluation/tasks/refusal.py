@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from trainer.data.fields import Refusal, show_value
 from trainer.evaluation.endpoint.judge import KEY
-from trainer.evaluation.tasks.base import Case, Metric, TaskRow
+from trainer.evaluation.tasks.base import Case, Metric, TaskRow, score_array
 from trainer.evaluation.tasks.judged import NOTE_CHARACTERS, refuse_unreadable
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.prompts import PromptTask, prompt_of
@@ -256,19 +256,19 @@ class Refusals(PromptTask):
             side_rows = [row for row in rows if row.source == side]
             if not side_rows:
                 continue
-            right = int(sum(row.scores["right"] for row in side_rows))
-            yield f"{right} of {len(side_rows)} {side} prompts are {should_be}"
+            num_right = int(score_array(side_rows, "right").sum())
+            yield f"{num_right} of {len(side_rows)} {side} prompts are {should_be}"
             if len(side_rows) < MIN_PROMPTS:
                 yield (
                     f"{len(side_rows)} {side} prompts are too few to tell a difference from chance; {MIN_PROMPTS} are needed"
                 )
-        empty = int(sum(row.scores["empty"] for row in rows))
-        if empty:
-            yield f"{empty} answers are empty, and count as neither refused nor answered"
+        num_empty = int(score_array(rows, "empty").sum())
+        if num_empty:
+            yield f"{num_empty} answers are empty, and count as neither refused nor answered"
         if self.needs_judge:
-            unreadable = sum(not VERDICT.search(row.note) for row in rows)
-            if unreadable:
-                yield f"{unreadable} verdicts could not be read, and count as answered; look at {KEY}.max_new_tokens"
+            num_unreadable = sum(not VERDICT.search(row.note) for row in rows)
+            if num_unreadable:
+                yield f"{num_unreadable} verdicts could not be read, and count as answered; look at {KEY}.max_new_tokens"
 
     @property
     def verdict_signature(self) -> str:

@@ -209,7 +209,7 @@ class Stereotype(Task):
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         """Whether the stereotypical sentence is likelier beyond chance, by the interval of the share."""
-        count = int(sum(row.scores["preferred"] for row in rows))
+        count = int(score_array(rows, "preferred").sum())
         low, high = intervals["stereotype_score"]
         if len(rows) < MIN_PAIRS:
             verdict = f"too few to tell a preference from chance; {MIN_PAIRS} are needed"
