@@ -1,0 +1,125 @@
+"""The way in which a chat template wants calls of tools and their results: found by trial, and conversations put into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.data.document import Message
+from trainer.data.tokens.marking import RESERVED, Apply
+
+CALL = RESERVED[3]
+"""Stands before and after the name, the arguments and the keys of a call."""
+EDGE = RESERVED[4]
+"""Stands where one turn ends or the next begins."""
+_TOOL_RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+
+
+@dataclass(slots=True)
+class ToolCallDialect:
+    """How a chat template wants calls of tools and their results."""
+
+    arguments_as_text: bool = False
+    """Arguments as a JSON text instead of an object."""
+    null_content: bool = False
+    """null for the content of a turn that only calls, instead of an empty text."""
+    wraps_results: bool = False
+    """Whether it writes `<tool_response>` around results itself."""
+    end_tokens: frozenset[str] = frozenset()
+    """Tokens that close a turn with calls."""
+
+
+def probe_dialect(apply: Apply, added_tokens: list[str]) -> ToolCallDialect:
+    """How a chat template wants tool calls: the first way to give one in which it writes name and arguments whole.
+
+    Renders a small conversation with one call in each way. `apply` renders messages; `added_tokens`: those of the tokenizer,
+    among which the token that closes the call is looked for. If no way works, the dialect is the default one.
+    """
+    # Marks in them, so that no text of the template itself is taken for them.
+    name = f"{CALL}name"
+    argument = f"{EDGE}value"
+    for arguments_as_text, null_content in ((False, False), (False, True), (True, False), (True, True)):
+        arguments: Any = {"key": argument}
+        if arguments_as_text:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls = [{"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": arguments}}]
+        turn = {"role": "assistant", "content": None if null_content else "", "tool_calls": calls}
+        messages: list[Message] = [{"role": "user", "content": "q"}, turn]
+        try:
+            text = apply(messages)
+        except Exception:  # noqa: BLE001 - the next way may do; if none does, the conversation itself says why
+            continue
+        # Python's notation of a dictionary instead of JSON: the template printed an object it expected as text.
+        if name not in text or argument not in text or f"{{'key': '{argument}" in text:
+            continue
+        # The token that closes the turn is the one that ends last behind the arguments.
+        after_arguments = text[text.rindex(argument) + len(argument) :]
+        candidates = [token for token in added_tokens if token in after_arguments]
+        end_token = max(candidates, key=lambda token: after_arguments.rindex(token) + len(token), default=None)
+        return ToolCallDialect(
+            arguments_as_text=arguments_as_text,
+            null_content=null_content,
+            wraps_results=_wraps_tool_results(apply, messages),
+            end_tokens=frozenset() if end_token is None else frozenset({end_token}),
+        )
+    return ToolCallDialect()
+
+
+def _wraps_tool_results(apply: Apply, messages: list[Message]) -> bool:
+    """Whether the template writes `<tool_response>` around the answer to the call at the end of `messages`."""
+    content = f"{EDGE}result"
+    answer = {"role": "tool", "content": content, "name": "name", "tool_call_id": "abcdefghi"}
+    try:
+        return f"<tool_response>\n{content}" in apply([*messages, answer])
+    except Exception:  # noqa: BLE001 - a template that refuses results says so when a conversation has one
+        return False
+
+
+def to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Iterator[Message]:
+    """The messages of a conversation with tool calls as its template wants them.
+
+    Calls without an id get one. Results without the id of a call answer the calls before them in order.
+    """
+    unanswered_ids: list[str] = []
+    for turn_index, message in enumerate(messages):
+        if "tool_calls" in message:
+            calls = []
+            for call_index, call in enumerate(message["tool_calls"]):
+                calls.append(_call_in_dialect(call, dialect, turn_index, call_index))
+            unanswered_ids = [call["id"] for call in calls]
+            message = {**message, "tool_calls": calls}
+            if dialect.null_content and not message["content"]:
+                message["content"] = None
+        elif message["role"] == "tool":
+            answered_id = unanswered_ids.pop(0) if unanswered_ids else None
+            if answered_id and "tool_call_id" not in message:
+                message = {**message, "tool_call_id": answered_id}
+            if dialect.wraps_results:
+                # The template would wrap a result that is wrapped already once more.
+                wrapped = _TOOL_RESPONSE.fullmatch(message["content"])
+                if wrapped and "<tool_response>" not in wrapped.group(1):
+                    message = {**message, "content": wrapped.group(1)}
+        yield message
+
+
+def _call_in_dialect(
+    call: dict[str, Any], dialect: ToolCallDialect, turn_index: int, call_index: int
+) -> dict[str, Any]:
+    """A tool call as the template wants it, with an id.
+
+    A missing id is a hash of the call's position and content, so that it is the same in every run.
+    """
+    function = call["function"]
+    arguments = function["arguments"]
+    if dialect.arguments_as_text and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    call_id = call.get("id")
+    if not call_id:
+        position_and_content = f"{turn_index} {call_index} {json.dumps(function, ensure_ascii=False)}"
+        digest = hashlib.blake2b(position_and_content.encode(), digest_size=8).hexdigest()
+        call_id = digest[:9]  # Mistral's templates refuse ids of another length
+    return {**call, "id": call_id, "function": {**function, "arguments": arguments}}
