@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +13,7 @@ from typing import Any
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.export.end_tokens import GENERATION
 from trainer.export.ollama import modelfile
+from trainer.export.subprocesses import last_lines, run_in_own_environment
 
 COMMAND = "convert-hf-to-gguf"
 """Name of the converter where it is installed as a program."""
@@ -77,17 +77,11 @@ def write_gguf(directory: Path, name: str, kind: GgufType, converter: Converter)
     file = folder / f"{name}-{kind}.gguf"
     staging_file = folder / f".{file.name}.writing"
     command = [*converter.command, str(directory), "--outfile", str(staging_file), "--outtype", str(kind)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    # Our packages must not be imported there.
-    environment.pop("PYTHONPATH", None)
     try:
-        finished = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environment, check=False
-        )
+        finished = run_in_own_environment(command)
         if finished.returncode or not staging_file.is_file():
-            lines = [line.strip() for line in (finished.stderr or finished.stdout).splitlines() if line.strip()]
             raise ShardtuneError(
-                f"gguf={kind}: the converter failed ({finished.returncode}: {' / '.join(lines[-2:])[:400]}); the export in "
+                f"gguf={kind}: the converter failed ({finished.returncode}: {last_lines(finished)}); the export in "
                 f"{directory} is whole. Mend the converter and repeat the command: it only converts then. The converter was "
                 f"called as: {' '.join(command)}"
             )

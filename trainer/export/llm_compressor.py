@@ -14,6 +14,7 @@ from torch import Tensor
 
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.export import compress
+from trainer.export.subprocesses import last_lines, run_in_own_environment
 
 HOW_TO_NAME_PYTHON = "name the Python of its environment with bits.python=<file> (docs/deployment.md)"
 _LIBRARY_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
@@ -43,25 +44,13 @@ class Compressor:
                 "probe": probe,
             }
             job_file.write_text(json.dumps(job), encoding="utf-8")
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-            # Our packages must not be imported there.
-            environment.pop("PYTHONPATH", None)
             command = [self.python, compress.__file__, str(job_file)]
             try:
-                finished = subprocess.run(
-                    command,
-                    capture_output=True,
-                    text=True,
-                    errors="replace",
-                    env=environment,
-                    cwd=job_dir,
-                    check=False,
-                )
+                finished = run_in_own_environment(command, Path(job_dir))
             except OSError as error:
                 raise ShardtuneError(f"bits.python={self.python}: cannot be started ({error})") from error
             if finished.returncode:
-                lines = [line.strip() for line in (finished.stderr or finished.stdout).splitlines() if line.strip()]
-                raise ShardtuneError(f"it failed with {finished.returncode}: {' / '.join(lines[-2:])[:400]}")
+                raise ShardtuneError(f"it failed with {finished.returncode}: {last_lines(finished)}")
             return load_file(job_file.with_name("probe.safetensors"))["logits"]
 
 

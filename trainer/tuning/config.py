@@ -280,3 +280,14 @@ TUNINGS: tuple[type[TuningConfig], ...] = (
     PeftConfig,
 )
 """The settings behind the choices of `tuning=`."""
+
+
+def peft_type_of(config: AdapterConfig) -> str:
+    """peft's name of an adapter method, in lower case."""
+    peft_type = str(config.name)
+    if isinstance(config, PeftConfig) and config.type:
+        peft_type = config.type
+    # peft has another name for it.
+    if peft_type == "ln":
+        return "ln_tuning"
+    return peft_type

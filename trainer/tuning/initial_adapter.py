@@ -11,7 +11,16 @@ from strategies.errors import ConfigError
 from strategies.small_files import read_object
 from trainer.tuning.adapter_fields import wrong_field
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
-from trainer.tuning.config import BoftConfig, Ia3Config, LohaConfig, LokrConfig, OftConfig, PeftConfig, VeraConfig
+from trainer.tuning.config import (
+    BoftConfig,
+    Ia3Config,
+    LohaConfig,
+    LokrConfig,
+    OftConfig,
+    PeftConfig,
+    VeraConfig,
+    peft_type_of,
+)
 from trainer.tuning.table import METHODS, PEFT_METHODS, method_of
 
 SETTINGS = "adapter_config.json"
@@ -193,12 +202,7 @@ def _with_expert_settings(stored: dict[str, Any]) -> dict[str, Any]:
 
 def _same_method(tuning: AdapterConfig, stored: dict[str, Any]) -> bool:
     """Whether an adapter's stored settings are of the run's method."""
-    peft_type = str(tuning.name)
-    if isinstance(tuning, PeftConfig) and tuning.type:
-        peft_type = tuning.type
-    if peft_type == "ln":  # peft has another name for it
-        peft_type = "ln_tuning"
-    return str(stored.get("peft_type", "")).lower() == peft_type
+    return str(stored.get("peft_type", "")).lower() == peft_type_of(tuning)
 
 
 def _comparable(value: Any) -> Any:

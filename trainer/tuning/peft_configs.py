@@ -21,6 +21,7 @@ from trainer.tuning.config import (
     PTuningConfig,
     VeraConfig,
     VirtualConfig,
+    peft_type_of,
 )
 
 _RESERVED_FIELDS = (
@@ -37,11 +38,7 @@ _RESERVED_FIELDS = (
 def peft_config(config: AdapterConfig) -> Any:
     """peft's config with the method's own options; targets and the task are the caller's. Errors: ConfigError."""
     peft = load_peft()
-    peft_type = str(config.name)
-    if isinstance(config, PeftConfig) and config.type:
-        peft_type = config.type
-    if peft_type == "ln":  # peft has another name for it
-        peft_type = "ln_tuning"
+    peft_type = peft_type_of(config)
     settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type.upper())]
     try:
         return settings_class(**_options(config))
