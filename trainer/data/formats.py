@@ -287,8 +287,10 @@ class RowReader:
         """Columns that decide over a document: of a table no others need be read."""
         self.unread = UnreadColumns(CARRIERS[format] if refuses else (), self.ignored, self._setting)
 
-    def __call__(self, row: Row) -> Document | Rejected:
-        """The document of a row, or why there is none. Never raises for what a row holds."""
+    def __call__(self, row: Row | Rejected) -> Document | Rejected:
+        """The document of a parsed row, or why there is none. A rejected row stays so. Never raises for what a row holds."""
+        if isinstance(row, Rejected):
+            return row
         try:
             return self._make_document(row)
         except Refusal as refusal:

@@ -290,9 +290,7 @@ def tools_of(column: Any) -> list[dict[str, Any]] | None:
     """The tools of a column: a list, or a JSON text of one; None if there are none. Raises Refusal: bad_tools."""
     if column is None or is_nothing(column):
         return None
-    row_tools = _parse_json(column) if isinstance(column, str) else column
-    if isinstance(row_tools, dict):
-        row_tools = [row_tools]
+    row_tools = _json_list(column)
     if not isinstance(row_tools, list):
         raise Refusal(
             "bad_tools", f'"tools" is {show_value(column)}; it must be a list of JSON schemas, or a JSON text of it'
@@ -322,9 +320,7 @@ def names_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
 
 def calls_of(column: Any, name: str) -> list[dict[str, Any]]:
     """The tool calls of a turn, from one call, a list, or a JSON text of it. Raises Refusal: bad_tool_calls."""
-    row_calls = _parse_json(column) if isinstance(column, str) else column
-    if isinstance(row_calls, dict):
-        row_calls = [row_calls]
+    row_calls = _json_list(column)
     if not isinstance(row_calls, list) or not row_calls:
         raise Refusal(
             "bad_tool_calls", f"{name} is {show_value(column)}; it must be a call or a list of calls, each {_CALL_FORM}"
@@ -343,7 +339,7 @@ def _read_call(row_call: Any, name: str) -> dict[str, Any]:
         function = {}
     function_name = function.get("name")
     arguments: Any = function.get("arguments", function.get("parameters"))
-    parsed_arguments = _parse_json(arguments) if isinstance(arguments, str) else arguments
+    parsed_arguments = _parse_json(arguments)
     if isinstance(parsed_arguments, dict):
         arguments = parsed_arguments
     elif arguments in (None, ""):
@@ -366,12 +362,22 @@ def _require_json(calls_or_tools: Any, name: str) -> Any:
     return calls_or_tools
 
 
-def _parse_json(text: str) -> Any:
-    """What a JSON text holds; the text itself if it is not JSON, or if reading it would lose a key or make NaN."""
+def _json_list(column: Any) -> Any:
+    """A column that holds a list, or one object of it alone, or a JSON text of either: the list. Anything else as it is."""
+    parsed = _parse_json(column)
+    if isinstance(parsed, dict):
+        return [parsed]
+    return parsed
+
+
+def _parse_json(column: Any) -> Any:
+    """What a JSON text holds. Anything else as it is, also a text that reading would change: a key twice, or NaN."""
+    if not isinstance(column, str):
+        return column
     try:
-        return json.loads(text, object_pairs_hook=_refuse_doubled_keys, parse_constant=_refuse_constant)
+        return json.loads(column, object_pairs_hook=_refuse_doubled_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        return text
+        return column
 
 
 def _refuse_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

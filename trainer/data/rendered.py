@@ -88,8 +88,7 @@ def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReade
 def _first_documents(source_input: Input, reader: RowReader) -> Iterator[Document]:
     """The documents among an input's first rows. Rows that cannot be read are refused elsewhere, with their reason."""
     for row in islice(source_input.origin.rows(source_input.needed_columns), FIRST_ROWS):
-        parsed = row.parse()
-        document = reader(parsed) if isinstance(parsed, Row) else parsed
+        document = reader(row.parse())
         if isinstance(document, Document):
             yield document
 

@@ -250,9 +250,10 @@ def readers_of(
         readers[source_input.id] = reader
         source_input.needed_columns = reader.needed_columns
 
-        document = first_row if isinstance(first_row, Rejected) else reader(first_row)
+        document = reader(first_row)
         if isinstance(document, Rejected) and document.reason.startswith("unread_"):
-            raise DataError(str(document))  # every row has the column that the first one has: stop before any work
+            # Every row has the column that the first one has: stop before any work.
+            raise DataError(str(document))
     return readers
 
 
@@ -314,13 +315,13 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     """
     key = "data.decontamination.paths"
     ignored = frozenset(config.ignore_columns)
-    for path in expand(paths, key, remote=config.remote):  # each file in its own format
+    # Each file is in its own format.
+    for path in expand(paths, key, remote=config.remote):
         file_input = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
-        # what is compared are texts: a picture beside them matters to nobody
+        # What is compared are texts: a picture beside them matters to nobody.
         (reader,) = readers_of([file_input], refuses=False).values()
         for row in file_input.origin.rows(file_input.needed_columns):
-            parsed = row.parse()
-            document = parsed if isinstance(parsed, Rejected) else reader(parsed)
+            document = reader(row.parse())
             if not isinstance(document, Document):
                 raise DataError(f"{key}: {document}")
             yield document

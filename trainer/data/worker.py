@@ -96,8 +96,7 @@ class BlockMaker:
         reader.unread.names.clear()
         documents: list[Document] = []
         for row in row_range.rows:
-            parsed = row.parse()
-            document = parsed if isinstance(parsed, Rejected) else reader(parsed)
+            document = reader(row.parse())
             if isinstance(document, Document):
                 refusal = self.data_spec.refuses(document)
                 if refusal is None:

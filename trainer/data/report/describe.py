@@ -107,6 +107,9 @@ class ReportWriter:
         splits = {}
         for split, dataset in datasets.items():
             splits[split] = self._split(dataset, selection.splits[split])
+        sources = []
+        for source_input in self.inputs:
+            sources.append(self._source(source_input, totals, columns, datasets.get(source_input.split)))
         languages = {}
         if self.config.languages:
             languages = count_languages(self._some_documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS))
@@ -124,7 +127,7 @@ class ReportWriter:
             flow=_flow(num_rows, totals.tally, selection.tally),
             quarantine={"rows": totals.bad_reasons.total(), "file": QUARANTINE},
             splits=splits,
-            sources=[self._source(source, totals, columns, datasets.get(source.split)) for source in self.inputs],
+            sources=sources,
             unread_columns={source: shown_names(names) for source, names in totals.unread.items() if names},
             mixing=self._mixing(datasets["train"]),
             labels=selection_report.get("labels", {}),
