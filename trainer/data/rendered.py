@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from strategies.errors import DataError
-from trainer.data.document import Document, Row
+from trainer.data.document import Document
 from trainer.data.formats import RowReader
 from trainer.data.sources import Input
 from trainer.data.tokens.encode import Encoder
