@@ -194,7 +194,8 @@ def test_labelled_text_keeps_its_closing_token_when_cut():
         single="[INST] $A [/INST]",
         special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("[INST]", "[/INST]")],
     )
-    encoder = Encoder(tokenizer, ["no", "yes"])
+    encoder = Encoder(tokenizer)
+    encoder.set_label_names(["no", "yes"])
     doc = Document("f", 1, text="a lazy dog jumps", label="yes")
     sample = encode(encoder, doc)
     assert sample.input_ids.tolist() == tokenizer("a lazy dog jumps")["input_ids"] and sample.marks["label"] == 1

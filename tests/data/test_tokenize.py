@@ -185,7 +185,8 @@ def test_cut_of_labelled_text_keeps_its_surrounding_tokens():
         single="[INST] $A [/INST]",
         special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("[INST]", "[/INST]")],
     )
-    encoder = Encoder(tokenizer, ["x"])
+    encoder = Encoder(tokenizer)
+    encoder.set_label_names(["x"])
     doc = Document("f", 1, text="zyxwv", label="x")
     for policy, wanted in (("truncate", "zy"), ("split", "zy"), ("truncate_left", "wv")):
         (sample,) = cut(encoder, doc, 4, policy)

@@ -283,10 +283,8 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
             yield source_input.id, row
 
 
-def row_ranges(
-    rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, max_rows: int = 512, max_bytes: int = 4 << 20
-) -> Iterator[RowRange]:
-    """Group the rows of `rows_of` into ranges of one input, of at most `max_rows` rows and about `max_bytes` bytes each.
+def row_ranges(rows: Iterator[tuple[tuple[str, str], Row | Rejected]]) -> Iterator[RowRange]:
+    """Group the rows of `rows_of` into ranges of one input, of at most `MAX_RANGE_ROWS` rows and about `MAX_RANGE_BYTES` each.
 
     Where a range ends depends on the input alone, so that any number of workers makes the same data set.
     """
@@ -295,7 +293,7 @@ def row_ranges(
     current = RowRange(0, "", "", 0, [])
     for (split, source), row in rows:
         is_same_input = (split, source) == (current.split, current.source)
-        if not is_same_input or len(current.rows) >= max_rows or num_bytes >= max_bytes:
+        if not is_same_input or len(current.rows) >= MAX_RANGE_ROWS or num_bytes >= MAX_RANGE_BYTES:
             if current.rows:
                 yield current
                 number += 1
@@ -329,6 +327,9 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
 
 MAX_UNREADABLE_ROWS = 1000
 """Rows at the beginning of an input among which one must be readable, so that its format can be recognised."""
+MAX_RANGE_ROWS = 512
+MAX_RANGE_BYTES = 4 << 20
+"""Largest range of rows that a worker prepares at a time."""
 TABLE_ROW_BYTES = 1024
 """What a row of a table counts for where ranges are measured in bytes of text."""
 PLENTY_FACTOR = 64

@@ -156,7 +156,7 @@ class BlockMaker:
         tokenised: list[Document] = []
         # Labels get numbers of the block's own, because no worker knows those of the others; `Assembly` renumbers them.
         block.labels = sorted({document.label for document in documents if document.label is not None})
-        encoder.label_ids = {name: number for number, name in enumerate(block.labels)}
+        encoder.set_label_names(block.labels)
         is_replay = False
         if self.has_replay and block.split == "train":
             is_replay = self.config.sources[block.source].replay

@@ -123,21 +123,19 @@ def verify_export(
     base_path: str | None = None,
     token_ids: list[int],
     reference: Tensor,
-    tolerance: float | None = None,
     decoder_start: int | None = None,
     quantised_base: BaseWeights | None = None,
     choices: Choices | None = None,
 ) -> Verification:
     """Reload `directory` and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
 
-    `tolerance` is relative to the largest logit; default: `TOLERANCE` of the coarsest type among the reference and the
-    stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. `quantised_base`: see
-    `load_export`. `choices`: what the trained model chose; where half precision took part, an export that differs is compared
-    once more with these. Errors: DriftError where the difference is larger.
+    They may differ by `TOLERANCE` of the coarsest type among the reference and the stored tensors. `decoder_start`: of
+    encoder-decoder models, which read and write the tokens. `quantised_base`: see `load_export`. `choices`: what the trained
+    model chose; if half precision took part, an export that differs is compared once more with these. Raises DriftError if
+    the difference is larger.
     """
     model = load_export(directory, base_path, quantised_base)
-    if tolerance is None:
-        tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])
+    tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])
     reference = reference.float()
     logits = _logits(model, token_ids, decoder_start)
     if logits.shape != reference.shape:

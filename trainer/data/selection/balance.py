@@ -15,6 +15,8 @@ from strategies.errors import ConfigError
 from trainer.data.config import BalanceConfig, BalanceTarget
 
 _RANDOM_STREAM = 3
+MAX_LISTED_NAMES = 10
+"""Most names of groups in a message."""
 """Keeps these draws apart from those of the training order, which uses the same seed."""
 
 
@@ -86,10 +88,12 @@ def _requested_shares(groups: list[str], sizes: np.ndarray, shares: dict[str, fl
     return np.array([shares.get(name, 0.0) for name in groups], dtype=np.float64)
 
 
-def _join_names(names: Sequence[str], max_names: int = 10) -> str:
-    """Names as a list for a message, and how many more there are."""
-    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
-    return ", ".join(names[:max_names]) + more
+def _join_names(names: Sequence[str]) -> str:
+    """Names as a list for a message: the first ones, and how many more there are."""
+    listed = ", ".join(names[:MAX_LISTED_NAMES])
+    if len(names) > MAX_LISTED_NAMES:
+        listed += f" and {len(names) - MAX_LISTED_NAMES} more"
+    return listed
 
 
 def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceConfig) -> np.ndarray:

@@ -37,7 +37,6 @@ class Encoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        label_names: list[str] | None = None,
         *,
         learn: LearnConfig | None = None,
         control_tokens: ControlTokens = ControlTokens.text,
@@ -51,7 +50,8 @@ class Encoder:
         # Kept, because the tokenizer searches its vocabulary each time one asks for them.
         self.bos_id = tokenizer.bos_token_id
         self.eos_id = tokenizer.eos_token_id
-        self.label_ids = {name: number for number, name in enumerate(label_names or [])}
+        self.label_ids: dict[str, int] = {}
+        """Number of each label's name, see `set_label_names`."""
         # A copy, because saved tokenizers may carry truncation and padding of their own.
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
@@ -64,6 +64,10 @@ class Encoder:
         self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in end_tokens if token}
         self.escaper = ControlTokenEscaper(tokenizer, self._backend, end_tokens)
         self.control_tokens = ControlTokens.text if control_tokens is ControlTokens.auto else control_tokens
+
+    def set_label_names(self, names: Iterable[str]) -> None:
+        """Number the labels in this order. To be called before documents with labels are encoded."""
+        self.label_ids = {name: number for number, name in enumerate(names)}
 
     def fix_date(self, date: TemplateDate | None) -> None:
         """Let the chat template write this date for today; None leaves it the clock."""

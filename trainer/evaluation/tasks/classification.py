@@ -90,7 +90,7 @@ class ClassificationTask(Task):
         for location, fields in fields_by_location.items():
             file, line = split_location(location)
             documents.append(Document(file, line, text=fields["text"], label=fields["label"]))
-        model.encoder.label_ids = {name: number for number, name in enumerate(names)}
+        model.encoder.set_label_names(names)
         samples = [sample for _, sample in model.encoder.encode(documents)]
         return names, [softmax(logits) for logits in model.logits(samples)]
 

@@ -182,7 +182,7 @@ class Counterfactual(Task):
     def _label_probabilities(self, variants: Sequence[tuple[Case, Variant]], model: ModelInterface) -> list[np.ndarray]:
         """The probabilities of all labels for each variant, float64 [labels]."""
         names = model.label_names or []
-        model.encoder.label_ids = {name: number for number, name in enumerate(names)}
+        model.encoder.set_label_names(names)
         documents = []
         for case, variant in variants:
             file, line = split_location(case.location)
