@@ -373,8 +373,14 @@ def export(
     """
     if not config.export.at_end:
         return None
-    at = (context.run_dir, of_model.step, config.checkpoint.fallback_dir)
-    judged = judge_at_end(config.gates, at, config.evaluation.tasks, context.runtime)
+    judged = judge_at_end(
+        config.gates,
+        config.evaluation.tasks,
+        run_dir=context.run_dir,
+        step=of_model.step,
+        fallback_dir=config.checkpoint.fallback_dir,
+        runtime=context.runtime,
+    )
     of_model.gates = judged.record()
     if judged.refused:
         context.console.print_line(judged.refusal_text(context.run_dir))

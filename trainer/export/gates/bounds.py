@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 OVERRIDE = "override"
-"""The name among gates that is none: why an export goes on although they say no."""
-NAME = re.compile(r"\w[\w.@-]*(/[\w.@-]+)*")
+"""The key among gates that is no gate: why an export goes on although they are not passed."""
+METRIC_NAME = re.compile(r"\w[\w.@-]*(/[\w.@-]+)*")
 BOUND = re.compile(r"(?P<sign><=|>=|==|<|>|=)?\s*(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*(?P<percent>%)?")
 SIGNS = {"<": "below", "<=": "at most", ">": "above", ">=": "at least", "=": "equal to"}
-FORM = 'a number (it must be that), or a text such as "<2.1", ">=0.5" or "<3%"'
+BOUND_FORM = 'a number (it must be that), or a text such as "<2.1", ">=0.5" or "<3%"'
+"""How a bound is written, for errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Bound:
     sign: str
     """One of `SIGNS`."""
     limit: float
+    """A percentage is stored as a share: 0.03 for `<3%`."""
     text: str
     """As the user wrote it."""
 
@@ -43,7 +45,11 @@ class Bound:
         """A number that grows the worse a value is for this bound. Of several measurements, the worst one counts."""
         if math.isnan(value):
             return math.inf
-        return {"<": value, ">": -value}.get(self.sign[0], abs(value - self.limit))
+        if self.sign.startswith("<"):
+            return value
+        if self.sign.startswith(">"):
+            return -value
+        return abs(value - self.limit)
 
     def __str__(self) -> str:
         return f"must be {SIGNS[self.sign]} {self.text.lstrip('<>= ')}"
@@ -53,26 +59,29 @@ def bounds_of(gates: Mapping[str, Any]) -> list[Bound]:
     """The gates of a configuration without problems, in its order."""
     bounds = []
     for metric, value in gates.items():
-        bound = None if metric == OVERRIDE else parse_bound(metric, value)
+        if metric == OVERRIDE:
+            continue
+        bound = parse_bound(metric, value)
         if bound is not None:
             bounds.append(bound)
     return bounds
 
 
 def parse_bound(metric: str, value: Any) -> Bound | None:
-    """One gate; None if the value is no bound."""
+    """One gate, from its value in the configuration; None if the value is no bound."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     text = str(value).strip()
-    parts = BOUND.fullmatch(text)
-    if parts is None:
+    match = BOUND.fullmatch(text)
+    if match is None:
         return None
-    limit = float(parts["number"])
+    limit = float(match["number"])
+    # 1e999 is read as infinity.
     if not math.isfinite(limit):
         return None
-    if parts["percent"]:
+    if match["percent"]:
         limit /= 100
-    sign = parts["sign"]
+    sign = match["sign"]
     if sign in (None, "=="):
         sign = "="
     return Bound(metric, sign, limit, text)
@@ -87,27 +96,33 @@ def problems(gates: Mapping[str, Any]) -> list[str]:
                 problems.append(
                     f'gates.{OVERRIDE}={value}: must say why, as in gates.{OVERRIDE}="agreed with the clinic"'
                 )
-        elif not NAME.fullmatch(metric):
+        elif not METRIC_NAME.fullmatch(metric):
             problems.append(f"gates: {metric}: must be the name of a metric, such as eval/loss, bias/gap or memorised")
         elif isinstance(value, Mapping):
             problems.append(
                 f"gates: {metric}: has entries below it; write the whole name, as in {metric}/{next(iter(value), 'x')}"
             )
         elif parse_bound(metric, value) is None:
-            problems.append(f"gates: {metric}: {value}: must be {FORM}")
+            problems.append(f"gates: {metric}: {value}: must be {BOUND_FORM}")
     return problems
 
 
 def read_word(word: str) -> tuple[dict[str, Any] | None, str]:
-    """(gates, problem) of a word `gates={...}` or `gates.NAME=...`, as YAML has values; quotes are as in a shell or without."""
+    """Read a word `gates={...}` or `gates.NAME=...`, whose values are as in YAML. Quotes around a single value are taken off.
+
+    Returns (gates by name, ""), or (None, what is wrong with the word).
+    """
     import yaml
 
     key, _, text = word.partition("=")
     name = key.partition(".")[2]
     if name:
-        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        plain = text[1:-1] if quoted else text
-        return ({name: plain}, "") if plain else (None, f"{word}: {key} needs a value")
+        is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        if is_quoted:
+            text = text[1:-1]
+        if not text:
+            return None, f"{word}: {key} needs a value"
+        return {name: text}, ""
     gates = None
     # {memorised:0} is no pair in YAML, but users write it on a command line: the second attempt adds the blank.
     for attempt in (text, re.sub(r":(?=\S)", ": ", text)):

@@ -49,6 +49,7 @@ class GateVerdict:
     where: str
     """Where it was measured; empty if it never was."""
     says: str
+    """The verdict in words, for the screen."""
 
 
 @dataclass(slots=True)
@@ -83,20 +84,28 @@ def weights_at(run_dir: Path, step: int, fallback_dir: str | None) -> Weights:
 
 
 def judge_at_end(
-    gates: Mapping[str, Any], at: tuple[Path, int, str | None], tasks: Mapping[str, Any], runtime: Runtime
+    gates: Mapping[str, Any],
+    tasks: Mapping[str, Any],
+    *,
+    run_dir: Path,
+    step: int,
+    fallback_dir: str | None,
+    runtime: Runtime,
 ) -> JudgedGates:
-    """`judge` of `weights_at(*at)`, the same on every rank. All ranks must call if there are gates."""
+    """`judge` the weights that a run ends with at `step`, alike on every rank. All ranks must call if there are gates."""
     if not gates:
         return JudgedGates()
-    gates_verdict = JudgedGates()
+    judged = JudgedGates()
     if runtime.is_main:
-        gates_verdict = judge(gates, weights_at(*at), tasks)
-    return broadcast_object(gates_verdict, runtime)
+        judged = judge(gates, weights_at(run_dir, step, fallback_dir), tasks)
+    return broadcast_object(judged, runtime)
 
 
 def judge(gates: Mapping[str, Any], weights: Weights, tasks: Mapping[str, Any]) -> JudgedGates:
     """Judge each gate; `tasks` are those of the run's configuration, by name. Reads the run's records."""
-    metrics = measured_metrics(weights.run_dir, weights.step, weights.artefact) if gates else []
+    metrics = []
+    if gates:
+        metrics = measured_metrics(weights.run_dir, weights.step, weights.artefact)
     verdicts = [_verdict(bound, metrics, weights, tasks) for bound in bounds_of(gates)]
     return JudgedGates(verdicts, gates.get(OVERRIDE))
 
@@ -107,12 +116,12 @@ def _verdict(bound: Bound, metrics: list[MeasuredMetric], weights: Weights, task
     matched = matching_metrics(bound.metric, own_metrics)
     if matched:
         return _verdict_on(bound, matched)
-    command = _command(bound.metric, weights, tasks)
+    command = _measuring_command(bound.metric, weights, tasks)
     metrics_of_other_weights = matching_metrics(bound.metric, metrics)
     if metrics_of_other_weights:
-        other = metrics_of_other_weights[0]
+        newest = metrics_of_other_weights[0]
         text = (
-            f"{bound.metric}: {other.value:.4g} in the {other.where} belongs to other weights than {_weights_name(weights)} "
+            f"{bound.metric}: {newest.value:.4g} in the {newest.where} belongs to other weights than {_weights_name(weights)} "
             f"and does not count; {command}"
         )
         return GateVerdict(bound.metric, bound.text, False, None, "", text)
@@ -131,29 +140,38 @@ def _verdict_on(bound: Bound, matched: list[MeasuredMetric]) -> GateVerdict:
     """The verdict by the worst of the metrics that a gate means. All of them must pass."""
     worst = max(matched, key=lambda metric: bound.badness(metric.value))
     passed = all(bound.holds(metric.value) for metric in matched)
-    has_value = not math.isnan(worst.value)
-    measured = f"{worst.value:.4g}{_interval_text(worst)}" if has_value else "has no value"
+    if math.isnan(worst.value):
+        value = None
+        measured = "has no value"
+    else:
+        value = worst.value
+        measured = f"{value:.4g}{_interval_text(worst)}"
     full_name = ""
     if worst.name not in (bound.metric, bound.metric.removeprefix("eval/")):
         full_name = f" ({worst.name})"
     text = f"{bound.metric}: {measured}{full_name}, {bound}; {worst.where}"
-    return GateVerdict(bound.metric, bound.text, passed, worst.value if has_value else None, worst.where, text)
+    return GateVerdict(bound.metric, bound.text, passed, value, worst.where, text)
 
 
 def _interval_text(metric: MeasuredMetric) -> str:
+    """The confidence interval of a metric behind its value, such as ` [0.1, 0.3]`; empty if it has none."""
     if metric.low is None or metric.high is None:
         return ""
     return f" [{metric.low:.4g}, {metric.high:.4g}]"
 
 
 def _weights_name(weights: Weights) -> str:
-    return "these" if weights.step is None else f"step {weights.step}"
+    """What a verdict calls the weights that are to be exported."""
+    if weights.step is None:
+        return "these"
+    return f"step {weights.step}"
 
 
-def _command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
-    """The command that measures a metric of the weights."""
+def _measuring_command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
+    """The command that measures a metric of the weights, with `<...>` where the user has to fill something in."""
     run = weights.run_dir
     checkpoint = "" if weights.step is None else f" checkpoint={weights.step}"
+    # The metric of a gate begins with its task, its kind or its own name, and may go on behind a slash.
     first, _, below = metric.removeprefix("eval/").partition("/")
     if first == "review":
         return f"shardtune review make {run} prompts=<file>, then shardtune review score {run} <answers>"
@@ -166,14 +184,18 @@ def _command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
         )
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
-    kind = first if first in TASK_KINDS else None
-    if kind is None:  # the metric may stand for the kind whose first metric it is
+    kind = None
+    if first in TASK_KINDS:
+        kind = first
+    else:
+        # The metric may stand for the kind whose first metric it is.
         for name, task in TASK_KINDS.items():
             if task.metrics and task.metrics[0].name == first:
                 kind = name
                 break
     if kind is not None and not TASK_KINDS[kind].needs_path:
         return f"shardtune evaluate {run}{checkpoint} evaluation.tasks=[{kind}]"
+    # What the gate says before the slash is taken for the name of a task that is still to be set up.
     name = first if below or kind is None else "NAME"
     return (
         f"shardtune evaluate {run}{checkpoint} evaluation.tasks.{name}.kind={kind or '<kind>'} "
@@ -181,17 +203,17 @@ def _command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
     )
 
 
-def refuse(gates: JudgedGates, what: str) -> None:
-    """Raise GateRefused with every gate that is not passed, unless the user overrides them."""
+def refuse(gates: JudgedGates, checkpoint: str) -> None:
+    """Raise GateRefused with every gate that is not passed, unless the user overrides them. `checkpoint` names the weights."""
     if gates.refused and gates.override is None:
         lines = "\n  ".join(gates.refused)
         raise GateRefused(
-            f"{what}: {len(gates.refused)} of {len(gates.verdicts)} gates say no\n  {lines}\n"
+            f"{checkpoint}: {len(gates.refused)} of {len(gates.verdicts)} gates say no\n  {lines}\n"
             f'To export all the same, and have the reason recorded: gates.{OVERRIDE}="<why>"'
         )
 
 
 def record(run_dir: Path, gates: JudgedGates, about: dict[str, Any]) -> None:
-    """Add the decision about an export to the run's `run.json`. Errors: StorageError."""
+    """Add the decision about an export, described by `about`, to the run's `run.json`. Errors: StorageError."""
     earlier_exports = read_json(run_dir / "run.json").get("exports") or []
     add_to_run_record(run_dir, "exports", [*earlier_exports, {**about, **gates.record()}])

@@ -10,23 +10,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, at_step, kept_reports, rows
 
 FORGETTING = "forgetting"
 GENERAL_TASK_PREFIXES = (FORGETTING, "general")
 """A task whose name begins with one of these measures what the base model knew."""
-NAME_FORMS = 5
-"""Number of forms in which a gate can name a metric, as above."""
+
+
+class MetricNames(NamedTuple):
+    """A metric's name in each of the forms in which a gate can name it, in their order. Empty if it has none in a form."""
+
+    full_name: str
+    """`TASK/METRIC`"""
+    common_name: str = ""
+    """The one name of a task and its metric that are called alike."""
+    kind_and_metric: str = ""
+    """`KIND/METRIC`"""
+    metric: str = ""
+    task_or_kind: str = ""
+    """Of a task's first metric only."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredMetric:
     """One number of some weights."""
 
-    names: tuple[str, ...]
-    """Its name in each of the forms; empty if it has none in a form."""
+    names: MetricNames
     value: float
     where: str
     """Where it was measured, in words."""
@@ -34,11 +45,12 @@ class MeasuredMetric:
     """Whether it was measured of the weights that are to be exported."""
     low: float | None = None
     high: float | None = None
+    """The confidence interval, if there is one."""
 
     @property
     def name(self) -> str:
         """The name that it is listed by."""
-        return self.names[0]
+        return self.names.full_name
 
 
 def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> list[MeasuredMetric]:
@@ -47,33 +59,33 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
     `of_these_weights` is set for those of the weights at `step`, whose hash is `artefact`.
     """
     metrics: list[MeasuredMetric] = []
+    metrics_of = {EVALUATION: _metrics_of_evaluation, REVIEW: _metrics_of_review}
     for report in kept_reports(run_dir):
         of_these_weights = artefact is not None and report.artefact == artefact
-        read_metrics = {EVALUATION: _of_evaluation, REVIEW: _of_review}[report.kind]
-        metrics += read_metrics(report, of_these_weights)
+        metrics += metrics_of[report.kind](report, of_these_weights)
     evaluated_steps = []
     for row in rows(run_dir):
         if any(name.startswith("eval/") for name in row):
             evaluated_steps.append(row["step"])
     # The asked step first, then the others from the newest.
-    for evaluated in dict.fromkeys([step, *reversed(evaluated_steps)]):
-        if evaluated is None:
+    for evaluated_step in dict.fromkeys([step, *reversed(evaluated_steps)]):
+        if evaluated_step is None:
             continue
-        for name, value in at_step(run_dir, evaluated).items():
+        for name, value in at_step(run_dir, evaluated_step).items():
             if not isinstance(value, int | float):
                 continue
             short_name = name.removeprefix("eval/")
-            # Training's evaluations know neither tasks nor kinds: the first form is the whole name, the fourth its last part.
-            names = (short_name, "", "", short_name.rpartition("/")[2], "")
-            where = f"training's evaluation at step {evaluated}"
-            metrics.append(MeasuredMetric(names, float(value), where, evaluated == step))
+            # Training's evaluations know neither tasks nor kinds.
+            names = MetricNames(short_name, metric=short_name.rpartition("/")[2])
+            where = f"training's evaluation at step {evaluated_step}"
+            metrics.append(MeasuredMetric(names, float(value), where, evaluated_step == step))
     return metrics
 
 
 def matching_metrics(gate: str, metrics: list[MeasuredMetric]) -> list[MeasuredMetric]:
     """Everything that a gate means, the newest of each."""
     name = gate.removeprefix("eval/") or gate
-    for form in range(NAME_FORMS):
+    for form in range(len(MetricNames._fields)):
         newest: dict[str, MeasuredMetric] = {}
         for metric in metrics:
             if metric.names[form] == name:
@@ -83,28 +95,32 @@ def matching_metrics(gate: str, metrics: list[MeasuredMetric]) -> list[MeasuredM
     return []
 
 
-def _of_evaluation(kept_report: KeptReport, of_these_weights: bool) -> Iterator[MeasuredMetric]:
+def _metrics_of_evaluation(kept_report: KeptReport, of_these_weights: bool) -> Iterator[MeasuredMetric]:
     """The metrics of an evaluation's report, and how much was forgotten if it was compared with the base."""
     report = kept_report.report
     against = report.get("against") or {}
     for task, task_report in (report.get("tasks") or {}).items():
         kind = str(task_report.get("kind"))
-        for number, (metric, entry) in enumerate((task_report.get("metrics") or {}).items()):
+        for index, (metric, entry) in enumerate((task_report.get("metrics") or {}).items()):
             common_name = metric if task == metric else ""
-            # The first metric of a task can be named by the task or the kind alone.
-            for task_or_kind in (task, kind) if number == 0 else ("",):
-                names = (f"{task}/{metric}", common_name, f"{kind}/{metric}", metric, task_or_kind)
+            # The first metric of a task can be named by the task or the kind alone, and so it comes twice.
+            tasks_and_kinds = (task, kind) if index == 0 else ("",)
+            for task_or_kind in tasks_and_kinds:
+                names = MetricNames(f"{task}/{metric}", common_name, f"{kind}/{metric}", metric, task_or_kind)
                 yield _measured(kept_report, names, entry, of_these_weights)
         if against.get("what") == "base" and task.startswith(GENERAL_TASK_PREFIXES):
             comparison = (against.get("tasks") or {}).get(task) or {}
             forgotten = _forgotten(task_report, comparison)
             if forgotten:
-                names = (f"{task}/{FORGETTING}", "", "", FORGETTING, "")
+                names = MetricNames(f"{task}/{FORGETTING}", metric=FORGETTING)
                 yield _measured(kept_report, names, forgotten, of_these_weights)
 
 
 def _forgotten(task_report: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
-    """How much worse the first metric is than the base's, as a share of the base's value; empty if that is unknown."""
+    """How much worse the first metric is than the base's, as a share of the base's value; empty if that is unknown.
+
+    Returns an entry like those of a report's metrics: `value`, `low`, `high`.
+    """
     metric = next(iter(task_report.get("metrics") or {}), None)
     if metric is None:
         return {}
@@ -112,18 +128,21 @@ def _forgotten(task_report: dict[str, Any], comparison: dict[str, Any]) -> dict[
     if not difference or not difference.get("value"):
         return {}
     greater_is_better = task_report["metrics"][metric].get("greater_is_better", True)
-    scale = (-1 if greater_is_better else 1) / abs(difference["value"])
+    sign = -1 if greater_is_better else 1
+    scale = sign / abs(difference["value"])
+    # A negative scale swaps the ends of the interval.
     low, high = sorted((difference["low"] * scale, difference["high"] * scale))
     return {"value": difference["difference"] * scale, "low": low, "high": high}
 
 
-def _of_review(kept_report: KeptReport, of_these_weights: bool) -> Iterator[MeasuredMetric]:
+def _metrics_of_review(kept_report: KeptReport, of_these_weights: bool) -> Iterator[MeasuredMetric]:
+    """The metrics of a review by people, which have one name each."""
     for name, entry in (kept_report.report.get("metrics") or {}).items():
-        yield _measured(kept_report, (f"review/{name}", "", "", "", ""), entry, of_these_weights)
+        yield _measured(kept_report, MetricNames(f"review/{name}"), entry, of_these_weights)
 
 
 def _measured(
-    kept_report: KeptReport, names: tuple[str, ...], entry: dict[str, Any], of_these_weights: bool
+    kept_report: KeptReport, names: MetricNames, entry: dict[str, Any], of_these_weights: bool
 ) -> MeasuredMetric:
     """A metric from its entry in a report. A value of null is NaN, which passes no gate."""
     value = float("nan") if entry.get("value") is None else float(entry["value"])
