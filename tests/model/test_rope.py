@@ -99,6 +99,7 @@ def test_scaled_base_is_stretched_from_the_positions_that_it_was_trained_with(mo
         ("gpt2", {}, {"positions": 2048}, r"model.positions=2048: the positions of a gpt2 .* not rotary"),
         ("gpt2", {}, {"rope": RopeConfig(theta=5e5)}, r"model.rope.theta=500000.0: .* not rotary"),
         ("falcon", {"alibi": True}, {"positions": 4096}, "not rotary"),
+        ("phi3", {}, {"positions": 16384, "rope": RopeConfig(type=YARN)}, "not for a phi3 .*longrope"),
         ("llama", {}, {"positions": 256, "rope": RopeConfig(type=YARN)}, "less than the 512 positions"),
         (
             "llama",
@@ -141,6 +142,10 @@ def test_model_that_rotates_nothing_is_refused_when_it_is_built(models):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(settings)
     check_rotates(model, config)
+    own_settings = transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+    model.model.rotary_emb.config = own_settings  # as parts of a model that have a configuration of their own
+    with pytest.raises(ConfigError, match="rotates nothing"):
+        check_rotates(model, config)
     model.model.rotary_emb = torch.nn.Identity()
     with pytest.raises(ConfigError, match="rotates nothing"):
         check_rotates(model, config)

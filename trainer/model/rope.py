@@ -28,6 +28,13 @@ SCALING_KEYS = frozenset(
 """Entries of `rope_parameters` that belong to its type, and go with it."""
 KEPT_OF_YARN = frozenset({"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"})
 """What a base of type `yarn` keeps if it is scaled further. Its `attention_factor` was that of the old factor."""
+UNFIT = {
+    (
+        "mimo_v2_flash",
+        "yarn",
+    ): "transformers then rotates more of each head than the model does; use model.rope.type=linear",
+}
+"""Why a `model_type` cannot be scaled by a type, where transformers finds out only in the first step."""
 CONFIG = "config.json"
 
 
@@ -60,6 +67,18 @@ def set_positions(model_config: Any, config: ModelConfig) -> None:
             text.rope_theta = config.rope.theta
     if config.positions is not None:
         text.max_position_embeddings = config.positions
+    _check_taken(text, config)
+
+
+def _check_taken(text: Any, config: ModelConfig) -> None:
+    """Raise ConfigError if the class of the configuration refuses its own rope parameters (Phi-3 takes `longrope` alone)."""
+    reason = UNFIT.get((text.model_type, str(config.rope.type)))
+    try:
+        text.validate_rope()
+    except (ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())
+    if reason is not None:
+        raise ConfigError(f"{_names(config)}: not for a {text.model_type} (model.path={config.path}): {reason}")
 
 
 def is_set(config: ModelConfig) -> bool:
@@ -68,11 +87,15 @@ def is_set(config: ModelConfig) -> bool:
 
 
 def check_rotates(model: Any, config: ModelConfig) -> None:
-    """Raise ConfigError if settings of positions are set and no module of the built `model` has rotary frequencies."""
+    """Raise ConfigError if settings of positions are set and no module of the built `model` has its frequencies from them."""
     if not is_set(config):
         return
-    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
-        return
+    parameters = model.config.get_text_config().rope_parameters
+    for module in model.modules():
+        rotates = any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+        # A model of several parts may have a configuration for each, beside the one that was changed (BLT).
+        if rotates and getattr(getattr(module, "config", None), "rope_parameters", None) == parameters:
+            return
     raise ConfigError(
         f"{_names(config)}: a {model.config.model_type} as model.path={config.path} configures it rotates nothing by its "
         "rope_parameters; leave them at null"
@@ -158,6 +181,7 @@ def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own
             f"model.positions={config.positions}: is less than the {original} positions that the base was trained with, and "
             "needs no scaling; leave model.rope.type at null"
         )
+    recorded = ORIGINAL in parameters
     was_yarn = base_type == RopeScaling.yarn
     for key in SCALING_KEYS & parameters.keys():
         if scaling is RopeScaling.yarn and was_yarn and key in KEPT_OF_YARN:
@@ -165,7 +189,7 @@ def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own
         del parameters[key]
     parameters["rope_type"] = str(scaling)
     parameters["factor"] = float(factor)
-    if scaling is RopeScaling.yarn:
+    if scaling is RopeScaling.yarn or recorded:  # Ministral reads it in its attention too, whatever the type is
         parameters[ORIGINAL] = original
 
 
