@@ -240,7 +240,7 @@ class ClosableStream:
 
 @contextmanager
 def tolerate_closed_streams() -> Iterator[None]:
-    """Within the block stdout and stderr are `Lasting`."""
+    """Within the block stdout and stderr are `ClosableStream`."""
     out = ClosableStream(sys.stdout)
     err = ClosableStream(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]

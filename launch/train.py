@@ -166,14 +166,11 @@ def run_result(run_dir: Path, code: int) -> dict[str, Any]:
     """
     from launch.runs.stop_command import run_summary
 
-    record = run_dir / "run.json"
-    export = run_dir / "export"
-    return {
-        **run_summary(run_dir, None),
-        "exit_code": code,
-        "record": str(record) if record.exists() else None,
-        "export": str(export) if export.exists() else None,
-    }
+    answer = {**run_summary(run_dir, None), "exit_code": code}
+    # A run that failed, or that exports nothing, lacks these.
+    for key, path in {"record": run_dir / "run.json", "export": run_dir / "export"}.items():
+        answer[key] = str(path) if path.exists() else None
+    return answer
 
 
 def _search(words: list[str], print_point: Callable[[Composed], None] | None) -> int:

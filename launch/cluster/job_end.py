@@ -125,10 +125,12 @@ def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
         if refusal is None:
             return outcome.code
         print(f"job {job.name}: not requeued: {refusal}", flush=True)
+        has_saved = outcome.step is not None
         outcome = replace(
             outcome,
-            code=outcome.code if outcome.step is None else PREEMPTED,
+            code=PREEMPTED if has_saved else outcome.code,
             reason=f"{outcome.reason}; not requeued: {refusal}",
+            # Of a job that SLURM ends, only SLURM knows whether it starts again.
             will_restart=None if refusal == ENDED_BY_SLURM else False,
         )
     else:

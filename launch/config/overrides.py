@@ -140,7 +140,9 @@ def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | Non
         if table is not None and get_origin(table.type) is dict:
             entry_type = get_args(table.type)[1]
             # `Any` alone would be read as text. In a table of anything, numbers are numbers.
-            return Setting(object if entry_type is Any else entry_type, table.available_under)
+            if entry_type is Any:
+                entry_type = object
+            return Setting(entry_type, table.available_under)
     return None
 
 

@@ -163,7 +163,10 @@ def expand_hosts(nodelist: str) -> list[str]:
         choices = []
         for number, piece in enumerate(pieces):
             is_inside_brackets = number % 2 == 1
-            choices.append(_expand_ranges(piece, nodelist) if is_inside_brackets else [piece])
+            if is_inside_brackets:
+                choices.append(_expand_ranges(piece, nodelist))
+            else:
+                choices.append([piece])
         hosts += ["".join(parts) for parts in itertools.product(*choices)]
     return hosts
 

@@ -77,12 +77,13 @@ def run(argv: list[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
 
+    dtype = None if words.dtype is ExportType.auto else getattr(torch, words.dtype)
     model_directory = destination(Path(), str(words.to))
     combine(
         settings,
         model_directory,
         merge=words.merge,
-        dtype=None if words.dtype is ExportType.auto else getattr(torch, words.dtype),
+        dtype=dtype,
         max_shard_gib=words.max_shard_gib,
     )
     print(f"model: {model_directory}")

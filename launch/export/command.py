@@ -219,6 +219,7 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
     from trainer.export.gates.bounds import OVERRIDE
     from trainer.export.gates.judge import GateRefused, judge, refuse, weights_at
 
+    # A gate of the run was set before its results were known: a typed one may add to it, but not replace it.
     problems = []
     for name in typed.keys() & config.gates.keys() - {OVERRIDE}:
         if typed[name] != config.gates[name]:
@@ -364,6 +365,7 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
     from strategies.state import read_header
     from trainer.checkpoints.manifest import verify
 
+    # Each checkpoint records the best step until then, so the newest one knows most.
     problems = []
     for step in sorted(checkpoints, reverse=True):
         problem = verify(checkpoints[step], only=PROGRESS, may_be_deleted=True)

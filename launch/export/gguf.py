@@ -119,7 +119,9 @@ def quantised_request(words: ExportWords, config: RunConfig) -> QuantisedRequest
 
     kind = check_few_bits(words.bits)
     _refuse_adapter(f"bits={words.bits}", config)
-    return QuantisedRequest(kind, find_python(words.bits_python) if kind.stored_by_other_python else None)
+    # llm-compressor runs in an environment of its own.
+    python = find_python(words.bits_python) if kind.stored_by_other_python else None
+    return QuantisedRequest(kind, python)
 
 
 def refuse_unsupported_sizes(kind: FewBits, config: RunConfig) -> None:
@@ -142,7 +144,8 @@ def refuse_unsupported_sizes(kind: FewBits, config: RunConfig) -> None:
             model = auto_class(ModelKind.causal, settings).from_config(settings)
     except Exception:  # noqa: BLE001 - what cannot be built is told when the run's own model is
         return
-    refuse_unsupported_4bit(f"bits={kind}", model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_unsupported_4bit(f"bits={kind}", model, device)
 
 
 def rows_needed(request: QuantisedRequest) -> RowsNeeded:

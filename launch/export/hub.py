@@ -53,7 +53,7 @@ def hub_target(words: ExportWords) -> HubTarget | None:
     if "/" not in name:
         raise ConfigError(f"to={to}: name the owner too, as to=hub:<owner>/{name}")
     folder = words.run / "hub" / name.replace("/", "--")
-    if words.dry_run or _is_offline():
+    if words.dry_run or _is_offline():  # then the hub is not asked anything
         return HubTarget(name, words.hub_private, folder, True)
     return HubTarget(name, words.hub_private, folder, False, _repository_exists(name, words.hub_private))
 
@@ -149,6 +149,7 @@ def _push_folder(target: HubTarget) -> Any:
     api = HfApi()
     try:
         if not target.exists:
+            # exist_ok=False: one that somebody has created since it was looked up may be public.
             api.create_repo(target.name, private=target.private, exist_ok=False)
         return api.upload_folder(
             repo_id=target.name, folder_path=target.folder, commit_message="Export by shardtune"

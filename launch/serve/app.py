@@ -32,6 +32,7 @@ def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddl
     manager = SingleModelManager(chat_model.name, chat_model.model, chat_model.tokenizer, chat_model.context_length)
     app, shut_down = text_server(manager, batching=config.batching)
     if not config.batching:
+        # One answer at a time, so that each can have the seed of its own request.
         seed_by_request(chat_model.model)
     elif not chat_model.samples_by_default:  # with batching no request can choose: all are greedy
         generation_config = chat_model.generation_config

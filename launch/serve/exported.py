@@ -75,6 +75,7 @@ def find_export(word: str) -> ExportedModel:
         name = path.resolve().parent.name
     if not path.is_dir():
         raise ConfigError(f"{word}: there is no such directory; name a run or an export, as runs/x or runs/x/export")
+    # Adapters first: their directory may hold a config.json too.
     for file in (ADAPTER_FILE, BOTTLENECK_FILE, MODEL_FILE):
         if (path / file).is_file():
             return _read_export(path, file, name)

@@ -17,6 +17,7 @@ def bind_socket(config: ServeConfig) -> socket.socket:
     """Open a socket at the configured address, before the model is loaded. Errors: ConfigError if the address is taken."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # A server that has just ended leaves connections behind, which would keep its address taken for a minute.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))

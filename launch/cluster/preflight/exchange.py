@@ -40,8 +40,10 @@ def measure_communication(device: str, timeout_s: float) -> dict[str, Any]:
         gpu_index = int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count())
         torch_device = torch.device("cuda", gpu_index)
         torch.cuda.set_device(torch_device)
+    # gloo beside NCCL: the ranks also exchange objects, such as their host names, which lie in host memory.
+    backends = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     began = time.monotonic()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(backends, timeout=timedelta(seconds=timeout_s))
     rendezvous_s = time.monotonic() - began
     try:
         size_mib = GPU_MIB if on_gpu else CPU_MIB

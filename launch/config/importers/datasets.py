@@ -152,13 +152,17 @@ def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSe
     is_named_source = prefix != "data"
     if key in AXOLOTL_COLUMNS:
         column = AXOLOTL_COLUMNS[key]
-        return TranslatedSetting({f"{prefix}.columns.{column}": text} if column != text else {})
+        if column == text:  # the column has our name already
+            return TranslatedSetting()
+        return TranslatedSetting({f"{prefix}.columns.{column}": text})
     if key == "name" and is_named_source:
         return TranslatedSetting({f"{prefix}.subset": text})
     if key == "revision" and is_named_source:
         return TranslatedSetting({f"{prefix}.revision": text})
     if key == "split":
-        return TranslatedSetting({f"{prefix}.split": text} if is_named_source else {})
+        if not is_named_source:  # `data.path` alone takes the training split, as this entry does
+            return TranslatedSetting()
+        return TranslatedSetting({f"{prefix}.split": text})
     if key in ("ds_type", "message_field_role", "message_field_content", "message_property_mappings"):
         return TranslatedSetting(
             note="the ending of a file, and the keys of its turns, say how it is read", not_needed=True
@@ -217,7 +221,8 @@ def add_factory_datasets(names: str, setting: str, directory: str, conversion: C
             reason = f"{info_file} does not name it" if info_file else f"there is no dataset_info.json in {directory}"
             conversion.add_unsupported(setting, name, f"{reason}; give its file: {key}=<file>")
             continue
-        path = _factory_path(entry, info_file.parent if info_file else Path(directory))
+        entry_directory = info_file.parent if info_file else Path(directory)
+        path = _factory_path(entry, entry_directory)
         if is_held_out:
             held_out_paths.append(path)
             continue

@@ -122,7 +122,8 @@ def _add_zero(block: Mapping[str, Any], conversion: ConvertedSettings, name: str
     # DeepSpeed's own default is stage 0: no sharding, which is ddp here.
     stage_text = to_cli_text(block.get("stage", 0))
     is_known_stage = stage_text in ("0", "1", "2", "3")
-    zero_words = rules.zero_settings({**block, "stage": stage_text if is_known_stage else "0"})
+    stage = stage_text if is_known_stage else "0"
+    zero_words = rules.zero_settings({**block, "stage": stage})
     strategy = zero_words["strategy"]
     if is_known_stage:
         translation = TranslatedSetting({"strategy": strategy})

@@ -24,7 +24,7 @@ class ForeignSettings:
     """All settings of another trainer that were written, since the translation of one may depend on others."""
 
     value_by_name: Mapping[str, str]
-    """Their values, by plain name (`names.plain_name`)."""
+    """Their values, by normalised name (`names.normalised_name`)."""
     ranks: int | None = None
     """Ranks of the run; None if nobody has said."""
 

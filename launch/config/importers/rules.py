@@ -141,7 +141,8 @@ def epoch_budget(value: str, foreign: ForeignSettings) -> TranslatedSetting:
             note="max_steps goes before it there, and exactly one budget is given here", not_needed=True
         )
     passes = parse_number(value)
-    return TranslatedSetting({"budget.epochs": value if passes is None else format_number(passes)})
+    epochs = value if passes is None else format_number(passes)
+    return TranslatedSetting({"budget.epochs": epochs})
 
 
 def held_out_share(value: str, foreign: ForeignSettings) -> TranslatedSetting:
