@@ -27,7 +27,7 @@ class ThisHost:
     """The IP address at which the other hosts reach it."""
     interface: str
     """The network interface with that address."""
-    first: bool
+    is_first: bool
     """Whether it is the host that `launcher.rdzv` names, where the ranks meet."""
 
 

@@ -57,7 +57,7 @@ class MissingHostsReport:
         """Which hosts have not come, and what to do about it. Only the first host, where all meet, can see who has come."""
         nodes = self._launcher.nodes
         rdzv = self._launcher.rdzv
-        if not self._this_host.first:
+        if not self._this_host.is_first:
             rank = self._this_host.rank
             name = self._this_host.address if rank is None else rank
             return (

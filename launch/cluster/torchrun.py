@@ -112,7 +112,7 @@ def torchrun_arguments(
         if this_host.rank is not None and all_know_their_rank:
             arguments += ["--rdzv-backend=static", f"--node-rank={this_host.rank}"]
         else:  # the hosts agree on their ranks when they meet
-            arguments += ["--rdzv-backend=c10d", f"--rdzv-conf=is_host={int(this_host.first)}"]
+            arguments += ["--rdzv-backend=c10d", f"--rdzv-conf=is_host={int(this_host.is_first)}"]
     return [*arguments, "-m", module]
 
 
@@ -182,7 +182,7 @@ def _refuse_network(launcher: LauncherConfig, this_host: ThisHost | None) -> Non
     refuse_unknown_interface()
     if this_host is None:
         refuse_without_loopback(launcher.processes or 1)
-    elif this_host.first:
+    elif this_host.is_first:
         refuse_taken_port(f"launcher.rdzv={launcher.rdzv}", rdzv_port(launcher))
 
 

@@ -52,9 +52,9 @@ def shipped_choices() -> dict[str, list[str]]:
 
 
 def add_directory(directory: Path) -> None:
-    """Offer the files of a directory that is laid out as `conf/` as choices.
+    """Add the files of a user's directory (`--config-dir`), which is laid out like `conf/`, to the choices of the groups.
 
-    Errors: ConfigError if it has no choices, or if one of them would hide a choice of ours.
+    Errors: ConfigError if it has no choices, or if one of them has the name of a choice that we ship.
     """
     from strategies.errors import ConfigError
 

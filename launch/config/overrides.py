@@ -103,16 +103,16 @@ def _settings_under_choices(group: str) -> dict[str, Setting]:
     """The settings of a group such as `tuning` whose choices have different settings, each with the choices that have it."""
     from trainer.config.tree import keyed_fields
 
+    # In the order of the classes, and not of the alphabet: messages list the choices so.
     order = [*settings_classes()[group], *shipped_choices()[group]]
     settings_by_key: dict[str, Setting] = {}
     for choice in sorted(shipped_choices()[group], key=order.index):
-        for keyed in keyed_fields(settings_class_of(group, choice), group):
-            if keyed.is_group:
+        for keyed_field in keyed_fields(settings_class_of(group, choice), group):
+            if keyed_field.is_group:
                 continue
-            earlier_choices: tuple[str, ...] = ()
-            if keyed.key in settings_by_key:
-                earlier_choices = settings_by_key[keyed.key].available_under
-            settings_by_key[keyed.key] = Setting(keyed.type, (*earlier_choices, choice))
+            key = keyed_field.key
+            earlier_choices = settings_by_key[key].available_under if key in settings_by_key else ()
+            settings_by_key[key] = Setting(keyed_field.type, (*earlier_choices, choice))
     return settings_by_key
 
 

@@ -53,9 +53,11 @@ def hub_target(words: ExportWords) -> HubTarget | None:
     if "/" not in name:
         raise ConfigError(f"to={to}: name the owner too, as to=hub:<owner>/{name}")
     folder = words.run / "hub" / name.replace("/", "--")
+    is_private = words.hub_private
     if words.dry_run or _is_offline():  # then the hub is not asked anything
-        return HubTarget(name, words.hub_private, folder, True)
-    return HubTarget(name, words.hub_private, folder, False, _repository_exists(name, words.hub_private))
+        return HubTarget(name, private=is_private, folder=folder, is_dry_run=True)
+    exists = _repository_exists(name, is_private)
+    return HubTarget(name, private=is_private, folder=folder, is_dry_run=False, exists=exists)
 
 
 def benchmarks_of(typed: str) -> dict[str, str]:

@@ -193,7 +193,7 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
     ],
 )
 def test_torchrun_arguments(launcher, expected):
-    place = ThisHost(1, "10.0.0.2", "eth0", first=False)
+    place = ThisHost(1, "10.0.0.2", "eth0", is_first=False)
     assert torchrun.torchrun_arguments(launcher, "abc", place) == expected.split()
     from torch.distributed.run import parse_args
 

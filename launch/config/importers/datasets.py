@@ -91,7 +91,8 @@ def add_axolotl_datasets(entries: Any, setting: str, conversion: ConvertedSettin
             _add_held_out_settings(entry, name, conversion)
             continue
         # `data.path` alone takes a whole data set; a subset, split or revision needs a source of its own.
-        is_part_of_dataset = entry.get("name") or entry.get("split") not in (None, "train") or "revision" in entry
+        has_other_split = entry.get("split") not in (None, "train")
+        is_part_of_dataset = entry.get("name") or has_other_split or "revision" in entry
         needs_source = len(datasets) > 1 or is_part_of_dataset
         prefix = f"data.sources.{source_name(path, conversion)}" if needs_source else "data"
         conversion.add_translation(f"{name}.path", entry.get("path"), TranslatedSetting({f"{prefix}.path": path}))

@@ -76,7 +76,7 @@ PROCESS_STARTING = {
 }
 """How accelerate starts processes."""
 UNKNOWN_SETTING = "no setting of this name is known here; docs/config.md lists all there are"
-NO_EQUAL_OF_BLOCK = "a block of settings has no equal as a whole"
+NO_EQUIVALENT_OF_BLOCK = "a block of settings has no equal as a whole"
 
 
 def convert(path: Path, ranks: int | None = None) -> ConvertedSettings:
@@ -227,11 +227,11 @@ def _translate_setting(name: str, value: Any, foreign: ForeignSettings, base: Pa
         return TranslatedSetting(note=UNKNOWN_SETTING)
     if not isinstance(value, dict):
         return translate(name, foreign) or TranslatedSetting(note=UNKNOWN_SETTING)
-    # A block has no equal as a whole, but its rule may say why, or that it is not needed.
+    # A block has no equivalent as a whole, but its rule may say why, or that it is not needed.
     translation = translate(name, ForeignSettings({**foreign.value_by_name, name: to_cli_text(value)}))
     if translation is None:
-        return TranslatedSetting(note=NO_EQUAL_OF_BLOCK)
-    return TranslatedSetting(note=translation.note or NO_EQUAL_OF_BLOCK, not_needed=translation.not_needed)
+        return TranslatedSetting(note=NO_EQUIVALENT_OF_BLOCK)
+    return TranslatedSetting(note=translation.note or NO_EQUIVALENT_OF_BLOCK, not_needed=translation.not_needed)
 
 
 def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSettings, base: Path) -> None:
