@@ -24,6 +24,8 @@ rounding the weights, and a power of two rounds nothing itself."""
 MOST_MICRO = 3
 MOST_RANK = 16
 """Rank of an adapter at most: matrices of a small copy have no more than a few dozen rows."""
+TILE = 16
+"""Tokens of a tile of the MLP at most: drawn documents have a few dozen each."""
 SHARDED_FROM = 100
 """Elements from which ZeRO-3 shards a parameter: with the usual threshold it would shard nothing of a small copy."""
 
@@ -110,7 +112,8 @@ def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_rank
 def _accumulation(config: RunConfig, user_ranks: int | None) -> int:
     """2 micro-batches a step if the run accumulates, or if that is not known; else 1."""
     micro = config.batch["micro"]
-    if user_ranks is None or micro == AUTO:
+    # Without GPUs, and without a number that was typed, a run has one rank: nobody has said how many there will be.
+    if user_ranks is None or user_ranks < config.parallel.sequence or user_ranks == 1 or micro == AUTO:
         return 2
     return min(2, max(1, accumulation_steps(config, user_ranks)))
 
@@ -121,6 +124,9 @@ def _strategy(strategy: StrategyConfig, changes: list[str]) -> StrategyConfig:
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
         changed["activation_checkpointing"] = ActivationCheckpointing.full
         changes.append("strategy.activation_checkpointing=auto -> full, since a small copy would need none")
+    if strategy.mlp_tokens is not None and strategy.mlp_tokens > TILE:
+        changed["mlp_tokens"] = TILE
+        changes.append(f"strategy.mlp_tokens={strategy.mlp_tokens} -> {TILE}, so that a slice has several tiles")
     if isinstance(strategy, Fsdp2Config) and strategy.name is StrategyName.hsdp:
         changed["replicate"] = REPLICAS
     if hasattr(strategy, "persistence_threshold"):

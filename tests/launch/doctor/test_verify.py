@@ -8,14 +8,14 @@ import torch
 
 from launch.doctor import verify
 from launch.main import main
-from strategies.base import Precision
+from strategies.base import ActivationCheckpointing, Precision
 from tests.helpers.building import STRATEGIES, model_dir, run_config
 from tests.helpers.launching import clean_environment
 from tests.helpers.nursery import FAULT
 from tests.helpers.warm import command_warm
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import Device
-from trainer.verification.small_run import number_of_ranks, sequence_degree
+from trainer.verification.small_run import number_of_ranks, sequence_degree, small_run
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,30 @@ def test_the_fewest_ranks_have_two_readers_replicas_and_places(model):
         config = run_config(model, "hsdp", "full", micro=1, parallel=ParallelConfig(sequence=degree))
         degrees[degree] = sequence_degree(config), number_of_ranks(config)
     assert degrees == {2: (2, 4), 3: (3, 6), 8: (2, 4), 9: (3, 6)}
+
+
+def test_micro_batches_are_as_many_as_show_a_fault(model):
+    config = run_config(model, "fsdp2", "full", micro=4, parallel=ParallelConfig(sequence=2))  # of 16 documents a step
+    micro_batches = {
+        ranks: small_run(config, model, None, user_ranks=ranks).accumulation for ranks in (None, 1, 2, 4, 8)
+    }
+    assert micro_batches == {None: 2, 1: 2, 2: 2, 4: 2, 8: 1}
+
+
+def test_what_a_small_copy_would_not_meet_is_made_smaller(model):
+    config = run_config(model, "zero3", "full", micro=4)
+    config.strategy = replace(config.strategy, mlp_tokens=8192, offload_parameters="nvme")
+    config.strategy.activation_checkpointing = ActivationCheckpointing.auto
+    small = small_run(config, model, None, user_ranks=2)
+    assert (small.config.strategy.mlp_tokens, small.config.strategy.persistence_threshold) == (16, 100)
+    assert (
+        small.config.strategy.activation_checkpointing == "full" and small.config.strategy.offload_parameters == "cpu"
+    )
+    assert [change.partition("=")[0] for change in small.changes] == [
+        "strategy.activation_checkpointing",
+        "strategy.mlp_tokens",
+        "strategy.offload_parameters",
+    ]
 
 
 def test_a_rank_that_fails_is_reported_with_its_code(capsys, model, monkeypatch):
