@@ -44,8 +44,9 @@ def test_composing_loads_neither_ssh_nor_a_model(tmp_path):
 
     other_hosts = {"ssh", "ssh_nodes", "node", "torchrun"}
     assert not [name for name in ours(modules) if name.split(".")[-1] in other_hosts]
-    # flex.py and its compat file: the context in which an objective calls a model. They load neither a kernel nor transformers.
-    assert children(modules, "trainer.model") <= {"config", "rules", "flex", "compat"}
+    # flex.py, rotary.py and their compat file: the contexts in which an objective calls a model. They load neither a kernel nor
+    # transformers.
+    assert children(modules, "trainer.model") <= {"config", "rules", "flex", "rotary", "compat"}
     # What a task's own settings are checked by, and nothing that evaluates.
     assert children(modules, "trainer.evaluation") <= {"base", "tasks", "endpoint", "classifier", "harness"}
     assert not modules & {"transformers", "peft", "datasets", "deepspeed", "wandb", "openai"}

@@ -15,6 +15,7 @@ from strategies.errors import Preempted
 from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
+from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
 from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.manager import Checkpoints
@@ -93,6 +94,8 @@ def _run(
     """Everything between the first record of this rank's attempt and the last. All ranks must call."""
     # Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
     tokenizer = load_tokenizer(config.model)
+    # Refused before hours of preparation: whether ranks can share rows is a matter of the model's architecture.
+    check_sequence(config)
     data, tasks, staged, runtime = meet(config, tokenizer, request, attempt)
     run_dir = attempt.set_run_dir(agree_on_run(run_dir, sha256, runtime), runtime.rank)
 

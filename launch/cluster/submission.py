@@ -98,6 +98,21 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
     ]
 
 
+def refuse_unshared_rows(config: RunConfig) -> None:
+    """Raise ConfigError if ranks cannot share the model's rows, although `parallel.sequence` asks for it.
+
+    If the model is not on this host, the job itself finds out, before it prepares data.
+    """
+    if config.parallel.sequence == 1:
+        return
+    from trainer.model.rules import read_config
+
+    if read_config(config.model.path) is not None:
+        from trainer.build.sequence import check_sequence
+
+        check_sequence(config)
+
+
 def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:
     """Print the job scripts (text by part) instead of submitting them.
 
@@ -235,6 +250,8 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
     if not getattr(composed[0].config.launcher, "pipeline", []):
         arrays = group_by_request(runs)
         refuse_large_array(max(len(array) for array in arrays))
+    for run in composed:
+        refuse_unshared_rows(run.config)
     remaining = []
     for run, run_dir in runs:
         job = job_with_same_config(run, run_dir)

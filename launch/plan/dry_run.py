@@ -15,6 +15,7 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
+from trainer.build.sequence import check_sequence
 from trainer.config.parallel import accumulation_steps, name_of_readers, readers_of
 from trainer.config.run import MICRO, STRATEGY, RunConfig, SlurmConfig
 from trainer.data.batches.order import steps_from_budget
@@ -63,6 +64,7 @@ def describe(config: RunConfig) -> DryRun:
     Prepares the data, which the run itself then finds in the cache, and reads only the headers of the weights.
     """
     tokenizer = load_tokenizer(config.model)
+    check_sequence(config)
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     config = preview_micro(preview_strategy(config, data), data)

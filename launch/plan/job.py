@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launch.cluster.advice import mebibytes
 from trainer.build.parts import prepare_data
+from trainer.build.sequence import check_sequence
 from trainer.config.run import RunConfig
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.registry import data_spec_of
@@ -16,8 +17,10 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
     """What a plan needs to know of a run: card, ranks, batch, and the lengths of its documents.
 
     With `data.path` or `data.sources`, the data is prepared and its lengths are measured. Without, all documents are
-    taken to be as long as `data.max_length` allows.
+    taken to be as long as `data.max_length` allows. Raises ConfigError if ranks cannot share the model's rows, although
+    `parallel.sequence` asks for it.
     """
+    check_sequence(config)
     sequences_per_document = data_spec_of(config.objective).sequences_per_document
     if config.data.path or config.data.sources:
         lengths = _measured_lengths(config, sequences_per_document)

@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.cutting import Cut
+from trainer.data.config import Layout
+from trainer.data.store.sequences import Sample
 from trainer.model.noise import noise, noise_of
 
 WIDTH, ALPHA = 64, 5.0
@@ -69,17 +73,15 @@ def test_noise_is_added_in_training_alone():
         assert torch.equal(model.table(batch["input_ids"]), plain)
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 30), (30, 55), (55, 89), (60, 61)])
-def test_noise_of_a_slice_is_the_slice_of_the_row_s_noise(first, last):
-    """A slice begins and ends within documents, which are known by all their tokens."""
-    row = in_one_row(DOCUMENTS)
-    lengths = torch.tensor([0, *(len(document) for document in DOCUMENTS)])
-    part = {
-        "input_ids": row["input_ids"][:, first:last],
-        "position_ids": row["position_ids"][:, first:last],
-        "row_input_ids": row["input_ids"],
-        "row_span": (first, last),
-        "cu_seq_lens_q": lengths.cumsum(0).int(),
-        "drawn_by": BY,
-    }
-    assert torch.equal(noise_of(part, WIDTH, ALPHA), noise_of(row, WIDTH, ALPHA)[:, first:last])
+@pytest.mark.parametrize("size", [2, 3, 7, 100])
+def test_noise_of_a_slice_is_the_slice_of_the_row_s_noise(size):
+    """A slice begins and ends within documents, which are known by all their tokens. The last row has fewer tokens than ranks."""
+    collator = Collator(Layout.padding_free, 0)
+    collator.keeps_row_ids = True
+    samples = [Sample(document.numpy(), document.numpy() > 0) for document in DOCUMENTS]
+    expected = noise_of(in_one_row(DOCUMENTS), WIDTH, ALPHA)[0]
+    parts = []
+    for rank in range(size):
+        part = collator(samples, Cut(rank, size)) | {"drawn_by": BY}
+        parts.append(noise_of(part, WIDTH, ALPHA)[0])
+    assert torch.equal(torch.cat(parts)[: len(expected)], expected)

@@ -17,6 +17,7 @@ from tests.helpers.covering import EVERYTHING, SEED, cover, takes
 from tests.helpers.methods import CASES as PARTIAL
 from tests.parity.optimizers import INSTALLED
 from trainer.config.combinations import Cell, CellState, cell, row_of, rows
+from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.data.config import Layout
 from trainer.model.config import Quantisation
@@ -29,7 +30,7 @@ SHARDING = {
     "hsdp": Fsdp2Config(name=StrategyName.hsdp, replicate=2),
     "zero3": ZeroConfig(name=StrategyName.zero3, stage=3, persistence_threshold=0),
 }
-EXACT = ("plain", "checkpointing", "selective", "packing", "padded")
+EXACT = ("plain", "checkpointing", "selective", "packing", "padded", "sequence")
 """Features that change nothing, within 1e-5."""
 APART = ("bf16", "quantised", "compile")
 """Features with runs of their own: one rounds, one has another base, and one takes long to trace."""
@@ -87,6 +88,7 @@ class Run:
         data = replace(base.data, packing=self.feature == "packing", max_length=64, layout=layout)
         return replace(
             base,
+            parallel=ParallelConfig(sequence=2 if self.feature == "sequence" else 1),
             model=replace(base.model, quantisation=quantisation),
             tuning=CASES[self.case],
             strategy=strategy,

@@ -14,7 +14,8 @@ from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.build.gradient_sync import plan_reduction
-from trainer.build.recomputation import Workload, check_host_memory, expect_memory, plan_checkpointing
+from trainer.build.recomputation import Workload, check_host_memory, expect_memory, longest_lengths, plan_checkpointing
+from trainer.build.sequence import sequence_notes, step_layout
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.batches.cutting import Cut, cut_of
@@ -172,6 +173,7 @@ def build_engine(
     # Decisions about the step that need the model before it is sharded. Engines read them from its plan.
     built.step_module.plan.ema_decay = config.optim.ema_decay
     built.step_module.neftune_alpha = config.model.neftune_alpha
+    built.collator.keeps_row_ids = config.model.neftune_alpha > 0
     built.substitutions.update(lstm.lstm_substitutions(built.step_module, precision, runtime.device))
     cut = cut_of(runtime.sequence_rank, runtime.sequence_size)
     longest_batch = workload(config, data, cut)
@@ -206,7 +208,7 @@ def build_model(
     """(the tuned architecture on meta, the source of its values), checked against each other. Reads only headers of files."""
     objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
     layout, layout_notes = common_layout(
-        config.data.layout, teacher_model(config.model, objective), half_on_gpu=half_on_gpu
+        step_layout(config), teacher_model(config.model, objective), half_on_gpu=half_on_gpu
     )
     built = build_step(
         config.model,
@@ -220,6 +222,8 @@ def build_model(
     )
     built.substitutions.update(layout_notes | objective_notes)
     check_fit(config, built, data)
+    if notes := _sequence_notes(config, built, data):
+        built.substitutions["parallel.sequence"] = "; ".join(notes)
     if config.export.at_end and not config.export.merge:
         check_loadable(built.step_module.model)
     checkpoint = built.base_weights(weights_directory(config.model))
@@ -247,8 +251,21 @@ def tile(built: Built, config: RunConfig) -> None:
     tile_mlps(built.step_module, built.config, built.plain, kind, config.strategy.mlp_tokens)
 
 
+def _sequence_notes(config: RunConfig, built: Built, data: PreparedData) -> list[str]:
+    """What a user should know of how ranks share the longest rows of this run; empty if they share none."""
+    if config.parallel.sequence == 1:
+        return []
+    longest_row = sum(longest_lengths(built.data_spec, workload(config, data)))
+    return sequence_notes(config, built.config, config.launcher.per_node, longest_row)
+
+
 def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
-    """Raise ConfigError if documents or packs do not fit the model that was built."""
+    """Raise ConfigError if documents, packs or rows that ranks share do not fit the model that was built."""
+    if config.parallel.sequence > 1 and built.arrangement.sequence_problem is not None:
+        raise ConfigError(
+            f"parallel.sequence={config.parallel.sequence}: ranks cannot share rows of this {built.config.model_type}: "
+            f"{built.arrangement.sequence_problem}; set parallel.sequence=1"
+        )
     text = text_settings(built.config)
     family = family_of(config.objective)
     # Each side of an encoder-decoder has positions of its own, which are checked below.

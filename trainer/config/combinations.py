@@ -63,6 +63,7 @@ FEATURES: dict[str, Feature] = {
     "bf16": Feature("bf16", "precision=bf16", "half", "fp32 or strategy=ddp", SHARDED),
     "fp16": Feature("fp16", "precision=fp16", "half", "fp32 or strategy=ddp", SHARDED),
     "quantised": Feature("a quantised base", "model.quantisation=nf4", "quantised", "model.quantisation=none"),
+    "sequence": Feature("rows that several ranks share", "parallel.sequence=2", "sequence", "parallel.sequence=1"),
     "compile": Feature("torch.compile", "strategy.compile=true", instead="strategy.compile=false"),
 }
 """Every feature."""
@@ -70,6 +71,7 @@ FEATURES: dict[str, Feature] = {
 COMPILED = ("full", "freeze", "lora")
 """Methods that were run compiled and took the same steps."""
 NOT_COMPILED = "it is not proven to take the same steps compiled"
+ONE_PROCESS = "strategy=single is one process, and a row is shared by several"
 INSTEAD = "strategy=ddp, or tuning=lora"
 """What to choose instead if a method refuses a strategy."""
 
@@ -109,6 +111,8 @@ def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimN
     counts_here = not asked_feature.only_under or strategy in asked_feature.only_under
     if reason and counts_here:
         return Cell(CellState.refused, reason, asked_feature.instead)
+    if feature == "sequence" and strategy is StrategyName.single:
+        return Cell(CellState.refused, ONE_PROCESS, "parallel.sequence=1, or use strategy=fsdp2")
     if feature == "compile" and row not in COMPILED:
         return Cell(CellState.refused, NOT_COMPILED, asked_feature.instead)
     reason = method.optimizers.get(str(optim))

@@ -355,5 +355,6 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         is_encoder_decoder=kind is ModelKind.encoder_decoder,
         new_tokens=bool(config.model.add_tokens),
         quantisation=str(config.model.quantisation),
+        sequence=config.parallel.sequence,
     )
     yield from tuning_problems(config.tuning, run_facts)

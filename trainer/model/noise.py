@@ -54,7 +54,7 @@ def noise_of(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
         document = torch.arange(rows, device=ids.device)[:, None].expand(rows, columns).reshape(-1)
         position = torch.arange(columns, device=ids.device).repeat(rows)
         is_token = batch["attention_mask"].reshape(-1).long()
-    elif "row_input_ids" in batch:
+    elif "row_slices" in batch:
         # A document that began in another slice has the hash and the length of all its tokens.
         ids = batch["row_input_ids"]
         first, last = batch["row_span"]

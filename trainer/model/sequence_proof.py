@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.model.sequence_attention import IMPOSSIBLE, SINKS
+
 NAME = "shardtune_token_local"
 """transformers' name of the attention in which each token sees itself alone."""
 TOLERANCE = 1e-6
@@ -53,6 +55,9 @@ class TokenLocalAttention:
         """q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`. Raises CannotBeCut without the row's slices."""
         if kwargs.get("row_slices") is None:
             raise CannotBeCut("its attention is not told how the row is cut (it does not hand on unknown arguments)")
+        for name in IMPOSSIBLE:
+            if kwargs.get(name) is not None:
+                raise CannotBeCut(f"its attention is given a {name}, which is not exchanged")
         numbers = {name: number for name, number in kwargs.items() if isinstance(number, bool | int | float)}
         self.calls.append(numbers)
         groups = query.shape[1] // key.shape[1]
@@ -62,7 +67,7 @@ class TokenLocalAttention:
         # dimension make the score depend on the position too, so that positions counted from the slice are found out.
         dimensions = torch.arange(query.shape[-1], device=query.device, dtype=query.dtype).cos()
         scores = (query * key + (query + key) * dimensions).sum(-1) * 0.1
-        for name in ("s_aux", "sinks"):
+        for name in SINKS:
             if kwargs.get(name) is not None:
                 scores = scores + kwargs[name].reshape(1, -1, 1)
         return (torch.tanh(scores).unsqueeze(-1).to(value.dtype) * value).transpose(1, 2).contiguous(), None

@@ -73,10 +73,16 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
     targets = batch["targets"].view(-1)
     if not path.fused:
         return nn.Identity(), _logits_at_rows(causal_lm, inputs, rows), targets[rows]
-    with flex.documents(inputs), rotary.whole_row(causal_lm, inputs):
-        hidden = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+    hidden = token_states(causal_lm.get_decoder(), inputs)  # type: ignore[operator]
     head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
     return head, hidden.reshape(-1, hidden.shape[-1])[rows], targets[rows]
+
+
+def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The hidden states of a model without its head, `[rows, T, width]`. `inputs`: those of `MODEL_INPUTS` that it is given."""
+    with flex.documents(inputs), rotary.whole_row(decoder, inputs):
+        states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+    return states
 
 
 def forward_pass(model: nn.Module, batch: dict[str, Any]) -> None:
@@ -84,6 +90,9 @@ def forward_pass(model: nn.Module, batch: dict[str, Any]) -> None:
     if hasattr(plain_model(model), "forward_path"):
         # Without target rows the head has nothing to do.
         supervised_rows(model, {**batch, "target_rows": batch["target_rows"][:0]})
+    elif "attention_mask" not in batch:  # a classifier on rows without padding
+        classifier: Any = plain_model(model)
+        token_states(classifier.base_model, {key: batch[key] for key in MODEL_INPUTS if key in batch})
     else:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 

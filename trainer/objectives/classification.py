@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, DataError
 from strategies.settings import DESCRIBES, setting
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import IGNORED
+from trainer.data.batches.cutting import IGNORED, Axis
 from trainer.data.config import DataFormat, Layout
 from trainer.data.document import WRONG_KIND, Document
 from trainer.data.fields import Refusal, label_of
@@ -25,6 +25,7 @@ from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.config import ModelKind
 from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels
+from trainer.objectives.pooled import PooledCollator, classifier_logits, of_own_sequences
 
 BALANCED = "balanced"
 LABEL_SEPARATOR = "|"
@@ -159,10 +160,13 @@ class LabelDataSpec(DataSpec):
         return f"label: {', '.join(names) or 'none'}"
 
 
-class LabelCollator(Collator):
+class LabelCollator(PooledCollator):
     """Adds `labels`, int64 `[S]`: label ids (or bits of `multi_label`), -100 for a filler row."""
 
+    axes = PooledCollator.axes | {"labels": Axis.sequence}
+
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+        super().add(batch, samples)
         batch["labels"] = torch.tensor([int(sample.marks[LABEL]) for sample in samples], dtype=torch.int64)
 
     def blank(self, sample: Sample) -> Sample:
@@ -268,13 +272,15 @@ class Classification(Objective):
         self._device_weights: Tensor | None = None
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run padded rows. A label of -100 (a filler row of an evaluation batch) adds nothing.
+        """Run padded rows, or one row without padding. A label of -100 (a filler row of an evaluation batch) adds nothing.
 
+        If ranks share the row, each has the terms of the documents whose last token it holds.
         Without gradients there is also `confusion [3, labels]`: for each label, how often it was right, predicted, and true.
         """
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-        loss, is_predicted, is_true = self._loss_and_predictions(logits, batch["labels"])
-        is_valid = (batch["labels"] >= 0)[:, None]
+        logits = classifier_logits(model, batch)
+        labels = of_own_sequences(batch, batch["labels"])
+        loss, is_predicted, is_true = self._loss_and_predictions(logits, labels)
+        is_valid = (labels >= 0)[:, None]
         all_right = (is_predicted == is_true).all(-1, keepdim=True)
         terms = {"loss": loss, "accuracy": (all_right & is_valid).sum().float()}
         if not torch.is_grad_enabled():  # an evaluation: F1 is computed from the summed confusion

@@ -10,12 +10,8 @@ stock model gives, in eager attention, for each document alone.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -23,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strategies.cache_dir import cache_directory
 from strategies.hardware import gpu_of
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.config import Layout
@@ -36,6 +31,7 @@ from trainer.model.config import ModelKind
 from trainer.model.kernels import kernel_versions
 from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
 from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, plain_model, summed_loss, supervised_rows
+from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
 TOLERANCE = 1e-5
 """Largest relative difference of losses, and of gradients by their norm. Computed in float64 if the model can."""
@@ -48,8 +44,6 @@ HALF_TOLERANCE = 0.1
 """`TOLERANCE` for kernels that exist in half precision only. A mask that is ignored changes gradients by half and more."""
 MAX_COPY_ELEMENTS = 20_000_000
 """Most elements of a small copy. A larger one has sizes in its configuration that shrinking does not know by name."""
-PROOF_VERSION = 6
-"""Part of the cache key. Raise it when what is proven, or how, changes, so that older proofs are not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +77,18 @@ def proven_paths(config: Any, build: Callable[[], nn.Module], attention: str, *,
 
     `config`: transformers' configuration. `build` makes its model on meta. `attention`: the kernel for documents in one row.
     """
-    settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     # Hosts with other cards may share the cache, and packages come and go.
     gpu_versions = [repr(gpu_of(torch.device("cuda"))), kernel_versions()] if on_gpu else False
-    fingerprint = {"config": settings, "attention": attention, "gpu": gpu_versions, "edition": PROOF_VERSION}
-    fingerprint |= {name: version(name) for name in ("torch", "transformers")}
-    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    file = cache_directory() / "proofs" / f"{key}.json"
-    try:
-        return _from_cache(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):  # not there, torn, or of other fields
-        paths = _prove(config, build, attention, on_gpu=on_gpu)
-    if not paths.tried:  # the reason may pass, such as too little memory: try again next time
-        return paths
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(paths)), encoding="utf-8")
-        temporary.replace(file)
-    except OSError:  # without a cache the next run proves it again
-        pass
+    file = proof_file(config, attention=attention, gpu=gpu_versions)
+    stored = read_proof(file)
+    if stored is not None:
+        try:
+            return _from_cache(stored)
+        except (TypeError, KeyError):  # of other fields
+            pass
+    paths = _prove(config, build, attention, on_gpu=on_gpu)
+    if paths.tried:  # else the reason may pass, such as too little memory: try again next time
+        keep_proof(file, asdict(paths))
     return paths
 
 
@@ -123,9 +109,10 @@ def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gp
         torch.default_generator.manual_seed(0)  # of the CPU alone: a GPU's is not ours to change
         return _proof_of(config, build()).find_paths(attention, on_gpu=on_gpu)
     except NotShrinkable as error:
-        return ProvenPaths(tried=False, reason=str(error))
+        return ProvenPaths(tried=False, reason=str(error), sequence_problem=str(error))
     except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; what it cannot do is not proven
-        return ProvenPaths(tried=False, reason=f"its small copy fails: {_error_line(error)}")
+        reason = f"its small copy fails: {error_line(error)}"
+        return ProvenPaths(tried=False, reason=reason, sequence_problem=reason)
     finally:
         torch.random.set_rng_state(rng_state)
         torch.set_default_dtype(default_dtype)
@@ -147,7 +134,7 @@ def _proof_of(config: Any, plain: Any) -> _Proof:
     raise first_error or NotShrinkable("it has no settings to make smaller")
 
 
-def _error_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """The type of an error and the first line of its message, at most 120 characters of it."""
     message = str(error).strip() or "no message"
     first_line = message.splitlines()[0]
@@ -262,7 +249,7 @@ class _Proof:
             try:
                 return self._compare_slices(path, row)
             except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then it may not be cut
-                failure = _error_line(error).removeprefix(f"{sequence_proof.CannotBeCut.__name__}: ")
+                failure = error_line(error).removeprefix(f"{sequence_proof.CannotBeCut.__name__}: ")
             # Recurrent layers have no code for several documents without packages for GPUs. On one document they run, and
             # show what a user needs to know: that tokens meet there.
             try:
@@ -304,7 +291,7 @@ class _Proof:
                 except torch.OutOfMemoryError:  # others fill the GPU: that may pass and proves nothing
                     raise
                 except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then the path is not right
-                    reason = _error_line(error)
+                    reason = error_line(error)
                 if not reason:
                     return path, ""
                 reasons.append(reason)
@@ -382,7 +369,7 @@ def fails_on_tokens(plain: Any) -> str:
     try:
         plain.train()(input_ids=torch.zeros(1, 23, dtype=torch.int64, device="meta"), use_cache=False)
     except (ValueError, TypeError) as error:
-        return _error_line(error).rstrip(".")
+        return error_line(error).rstrip(".")
     except Exception:  # noqa: BLE001 - a model may look at values, which meta does not have
         return ""
     return ""

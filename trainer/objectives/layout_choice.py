@@ -20,10 +20,11 @@ from trainer.model.attention import NAME
 from trainer.model.config import Attention, ModelConfig, ModelKind
 from trainer.model.flash import head_sizes, why_not_flash
 from trainer.model.kernels import missing_kernels
-from trainer.model.layout import AttentionLayout, KernelChoices, resolve_layout
+from trainer.model.layout import KERNELS_BY_SETTING, AttentionLayout, KernelChoices, resolve_layout
 from trainer.model.tied_heads import untied_as_stored
 from trainer.objectives.causal import STOCK_PATH, ForwardPath
 from trainer.objectives.forward_path import ProvenPaths, fails_on_tokens, proven_paths
+from trainer.objectives.pooled_proof import pooling_problem
 
 
 class Proofs:
@@ -201,8 +202,11 @@ def padded_model(
 ) -> tuple[Any, AttentionLayout]:
     """(a classifier or encoder-decoder model, its arrangement): the model on meta, for one document a row.
 
+    A classifier with `layout` padding_free is for rows that ranks share (`pooled_model`).
     `settings`: transformers' configuration. The model is built within `context`. Raises ConfigError.
     """
+    if kind is ModelKind.classifier and layout is Layout.padding_free:
+        return pooled_model(config, settings, context, objective)
     arrangement = resolve_layout(
         config,
         layout,
@@ -216,3 +220,52 @@ def padded_model(
     if kernel != arrangement.attention:
         arrangement.notes["model.attention"] = f"{kernel} (this architecture has no {arrangement.attention})"
     return model, replace(arrangement, attention=kernel)
+
+
+def why_not_shared(config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> str | None:
+    """Why ranks cannot share rows of a causal model (`parallel.sequence`); None if they can, with one of the kernels here.
+
+    `settings`: transformers' configuration of the model.
+    """
+    proofs = Proofs(config, settings, half_on_gpu=half_on_gpu)
+    kernels = KERNELS_BY_SETTING.get(config.attention)
+    if kernels is None:
+        kernels = _kernels(config, settings, proofs.eager_model, half_on_gpu=half_on_gpu).in_order()
+    problems = []
+    for kernel in kernels:
+        problem = proofs.paths(kernel).sequence_problem
+        if problem is None:
+            return None
+        problems.append(problem)
+    return problems[0]
+
+
+def why_not_pooled(config: ModelConfig, settings: Any, objective: str) -> str | None:
+    """Why ranks cannot share rows of a classifier (`parallel.sequence`); None if they can.
+
+    `settings`: transformers' configuration of the model.
+    """
+    attention.register()
+    experts.register()
+
+    def build() -> Any:
+        with meta_context():
+            return architecture(ModelKind.classifier, copy.deepcopy(settings), config, "eager", objective)[0]
+
+    if config.attention not in (Attention.auto, Attention.varlen):
+        return f"a classifier has the built-in attention kernel alone, and model.attention={config.attention}"
+    return pooling_problem(settings, build, NAME)
+
+
+def pooled_model(
+    config: ModelConfig, settings: Any, context: AbstractContextManager[None], objective: str
+) -> tuple[Any, AttentionLayout]:
+    """(a classifier for documents one after another in a row, its arrangement): the model on meta.
+
+    For `parallel.sequence`, where ranks share the rows. `settings`: transformers' configuration. The model is built within
+    `context`. If the architecture is not proven for it, the arrangement says why.
+    """
+    problem = why_not_pooled(config, settings, objective)
+    with context:
+        model, kernel = architecture(ModelKind.classifier, settings, config, NAME, objective)
+    return model, AttentionLayout(Layout.padding_free, kernel, {}, sequence_problem=problem)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from trainer.data.config import DataConfig, DataFormat, OverLength
+from trainer.data.batches.collate import Collator
+from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.document import WRONG_KIND, Document, Tally
 from trainer.data.store.sequences import REFERENCE, Sample
 from trainer.data.tokens.encode import Encoder
@@ -26,7 +27,9 @@ class PairDataSpec(UnlabelledDataSpec):
     sequences_per_document = 2
     over_length = ANSWER_POLICIES
 
-    def __init__(self, *, uses_reference: bool = False) -> None:
+    def __init__(self, *, uses_reference: bool = False, collator: type[Collator] = Collator) -> None:
+        """`collator`: the class that makes micro-batches of the pairs."""
+        self.collator_class = collator
         self.marks: dict[str, float] = {REJECTED: 0}
         if uses_reference:
             self.marks[REFERENCE] = 0.0
@@ -48,6 +51,9 @@ class PairDataSpec(UnlabelledDataSpec):
             for number, sample in enumerate(samples):
                 sample.marks[REJECTED] = number
             yield document, samples
+
+    def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
+        return self.collator_class(layout, pad_token_id)
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """A pair counts once, with its chosen answer."""

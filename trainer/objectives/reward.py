@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.settings import number
+from trainer.data.batches.cutting import IGNORED
 from trainer.data.config import Layout
 from trainer.model.config import ModelKind
 from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings
+from trainer.objectives.causal import counted_here
 from trainer.objectives.pairs import PairDataSpec, pair_problems, pair_terms
+from trainer.objectives.pooled import SUPERVISED, PooledCollator, classifier_logits, of_all_sequences
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,10 +44,14 @@ class Reward(Objective):
         self.config = config
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Score padded rows, chosen and rejected in turn; a pair without targets (a filler) counts nothing."""
-        scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        """Score answers, chosen and rejected in turn; a pair without targets (a filler) counts nothing.
+
+        If ranks share the row, all of them compute the loss of each pair, and one counts it.
+        """
+        scores = of_all_sequences(batch, classifier_logits(model, batch)[:, 0])
         chosen, rejected = scores.view(-1, 2).unbind(1)
-        is_counted = (batch["targets"] != -100).any(dim=1).view(-1, 2).all(dim=1).float()
+        is_supervised = batch[SUPERVISED] if SUPERVISED in batch else (batch["targets"] != IGNORED).any(dim=1)
+        is_counted = is_supervised.view(-1, 2).all(dim=1).float() * counted_here(batch)
         losses = -F.logsigmoid(chosen - rejected)
         if self.config.centre:
             losses = losses + self.config.centre * (chosen + rejected).square()
@@ -53,7 +60,7 @@ class Reward(Objective):
 
 REWARD = Family(
     settings=RewardConfig,
-    data_spec=lambda config: PairDataSpec(),
+    data_spec=lambda config: PairDataSpec(collator=PooledCollator),
     build=lambda config, references: Reward(config),
     problems=problems,
     kind=ModelKind.classifier,

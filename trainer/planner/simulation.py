@@ -21,6 +21,7 @@ from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.parts import attach_frozen, build_step, right_alone, tile
 from trainer.build.recomputation import micro_batch_of
+from trainer.build.sequence import step_layout
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import cut_of
@@ -277,7 +278,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         config.model,
         objective_config=config.objective,
         tuning_config=config.tuning,
-        layout=config.data.layout,
+        layout=step_layout(config),
         tokenizer=tokenizer,
         num_labels=family_of(config.objective).num_outputs or 2,
         context=meta_context(),

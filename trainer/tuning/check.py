@@ -51,6 +51,8 @@ class RunFacts:
     is_encoder_decoder: bool = False
     quantisation: str = "none"
     """`model.quantisation`."""
+    sequence: int = 1
+    """Ranks that share each row of documents (`parallel.sequence`)."""
 
 
 def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
@@ -65,6 +67,8 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
     yield from _strategy_problems(method, method_setting, run)
     yield from _layout_problems(method, method_setting, run.data)
     yield from _model_problems(method, method_setting, run)
+    if run.sequence > 1 and (reason := method.refused.get("sequence")):
+        yield f"parallel.sequence={run.sequence} with {method_setting}: {reason}; set parallel.sequence=1, or use tuning=lora"
     if run.quantisation != "none":
         yield from _quantisation_problems(tuning, method, method_setting, run.quantisation)
     if run.is_encoder_decoder and method.no_seq2seq:

@@ -16,6 +16,7 @@ PROPERTIES = {
     "padding_free": "padding-free rows and packing",
     "half": "bf16 and fp16",
     "quantised": "a quantised base",
+    "sequence": "rows that several ranks share (`parallel.sequence`)",
 }
 """What a method may be combined with, beside strategies. `half` is refused under the strategies that convert parameters."""
 
@@ -55,7 +56,10 @@ _VIRTUAL_TOKENS: dict[str, Any] = {
     "no_seq2seq": _CAUSAL_ONLY,
     "no_merge": "virtual tokens are inputs, not weights of the base",
     "no_new_tokens": _NO_PLACE,
-    "refused": {"padding_free": "virtual tokens stand before a document, which then needs a row of its own"},
+    "refused": {
+        "padding_free": "virtual tokens stand before a document, which then needs a row of its own",
+        "sequence": "each document has a row of its own, with virtual tokens before it, and rows of padding are not cut",
+    },
 }
 _TRAINS_BASE = {"quantised": "it trains the base itself, and a rounded weight cannot take a small step"}
 _READS_WEIGHT = {"quantised": "peft reads the base weight itself, or its shape, in every forward pass"}
@@ -95,6 +99,9 @@ METHODS: dict[str, Method] = {
         no_head="peft's files for it have no place for a head",
         no_seq2seq=_CAUSAL_ONLY,
         no_new_tokens=_NO_PLACE,
+        refused={
+            "sequence": "peft attends to the trained tokens beside the model's attention, which is not proven on slices of rows"
+        },
     ),
     "bottleneck": Method(
         title="small networks behind attention and feed-forward parts",

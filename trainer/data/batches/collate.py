@@ -38,6 +38,9 @@ class Collator:
     axes: ClassVar[Mapping[str, Axis]] = AXES
     """What each entry of a batch goes by, `add`'s included: without it a row is not cut (`parallel.sequence`)."""
 
+    keeps_row_ids = False
+    """Whether a cut batch has the ids of its whole row too (`row_input_ids`), as noise on embeddings needs them."""
+
     def __init__(self, layout: Layout, pad_token_id: int) -> None:
         assert layout is not Layout.auto, "the layout is resolved before batches are made"
         self.layout = layout
@@ -73,7 +76,7 @@ class Collator:
 
     def cut(self, batch: dict[str, Any], cut: Cut) -> dict[str, Any]:
         """This rank's slice of a micro-batch; see `cut_batch`. An objective may override it."""
-        return cut_batch(batch, cut, self.axes)
+        return cut_batch(batch, cut, self.axes, keep_row_ids=self.keeps_row_ids)
 
     def rows(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Tokens and targets."""

@@ -81,12 +81,15 @@ def cut_of(sequence_rank: int, sequence_size: int) -> Cut | None:
     return None if sequence_size == 1 else Cut(sequence_rank, sequence_size)
 
 
-def cut_batch(batch: Mapping[str, Any], cut: Cut, axes: Mapping[str, Axis]) -> dict[str, Any]:
+def cut_batch(
+    batch: Mapping[str, Any], cut: Cut, axes: Mapping[str, Axis], *, keep_row_ids: bool = False
+) -> dict[str, Any]:
     """This rank's slice of a batch that is one row without padding.
 
     Beside the entries, cut as `axes` says: `row_slices` (list of n + 1 borders), `row_span` (where this slice begins and ends),
     and `owner`: 1.0 on the first rank of the group, else 0.0. What belongs to a whole sequence, such as the loss of a pair, is
-    computed alike by all ranks of the group, and counts on the owner alone.
+    computed alike by all ranks of the group, and counts on the owner alone. With `keep_row_ids` there is also `row_input_ids`,
+    the ids of the whole row.
 
     Errors: ValueError for padded rows, and for an entry of which `axes` says nothing. Kept whole by mistake, it would count
     once for each rank.
@@ -117,6 +120,8 @@ def cut_batch(batch: Mapping[str, Any], cut: Cut, axes: Mapping[str, Axis]) -> d
             slices[name] = cut_batch(entry, cut, axes)
         else:
             slices[name] = entry
+    if keep_row_ids:
+        slices["row_input_ids"] = batch["input_ids"]
     slices["row_slices"] = cut.borders(num_tokens)
     slices["row_span"] = (start, stop)
     slices["owner"] = float(cut.sequence_rank == 0)

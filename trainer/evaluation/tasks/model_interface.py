@@ -204,8 +204,9 @@ class _ClassifierLogits:
     """Takes the place of the objective in a step module: returns the classifier's logits instead of a loss."""
 
     def terms(self, model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return {"logits": output.logits.float()}
+        from trainer.objectives.pooled import classifier_logits
+
+        return {"logits": classifier_logits(model, batch)}
 
 
 def _until_last_answer(document: Document) -> Document:

@@ -1,0 +1,113 @@
+"""Rows that ranks share: refused before data is read where the model or the settings do not allow it, and what is told."""
+
+from dataclasses import replace
+
+import pytest
+
+from launch.cluster.submission import refuse_unshared_rows
+from strategies.errors import ConfigError
+from tests.helpers.building import model_dir, run_config
+from tests.models.tiny import tiny_config
+from trainer.build.sequence import LayerHeads, check_sequence, heads_of, sequence_notes
+from trainer.config.parallel import ParallelConfig
+from trainer.model import sequence_proof
+from trainer.objectives.base import TeacherConfig
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.distillation import DistillationConfig
+from trainer.tuning.check import RunFacts
+from trainer.tuning.check import problems as tuning_problems
+from trainer.tuning.config import AdaptionPromptConfig, PrefixConfig, PromptConfig
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Tiny models, and proofs of this module alone."""
+    return tmp_path_factory.mktemp("sequence")
+
+
+@pytest.fixture(autouse=True)
+def cache(root, monkeypatch):
+    monkeypatch.setenv("SHARDTUNE_CACHE", str(root / "cache"))
+
+
+def config_of(model, degree, **changes):
+    return run_config(model, "fsdp2", "full", micro=1, parallel=ParallelConfig(sequence=degree), **changes)
+
+
+def other_model(root, model_type):
+    """The configuration alone of a model of another architecture."""
+    directory = root / f"other-{model_type}"
+    if not directory.exists():
+        tiny_config(model_type).save_pretrained(directory)
+    return directory
+
+
+def test_a_model_whose_rows_can_be_shared_is_let_through(root):
+    check_sequence(config_of(model_dir(root), 4))
+    check_sequence(config_of(model_dir(root), 2, objective=ClassificationConfig()))
+
+
+def test_more_ranks_than_query_heads_are_refused_with_the_model_s_number(root):
+    with pytest.raises(ConfigError, match=r"parallel\.sequence=8: model\.path=.*llama has 4 query heads.*=4 or less"):
+        check_sequence(config_of(model_dir(root), 8))
+
+
+def test_the_teacher_s_heads_count_as_the_model_s_do(root):
+    teacher = root / "few-heads"
+    settings = tiny_config("llama")
+    settings.num_attention_heads = settings.num_key_value_heads = 2
+    settings.save_pretrained(teacher)
+    objective = DistillationConfig(teacher=TeacherConfig(path=str(teacher)))
+    with pytest.raises(ConfigError, match=r"objective\.teacher\.path=.*few-heads has 2 query heads"):
+        check_sequence(config_of(model_dir(root), 4, objective=objective))
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "mamba"])
+def test_an_architecture_that_is_not_proven_is_refused_with_the_proof_s_reason(root, model_type):
+    with pytest.raises(ConfigError, match=rf"cannot share rows of .*\({model_type}\): .*; set parallel\.sequence=1"):
+        check_sequence(config_of(other_model(root, model_type), 2))
+
+
+def test_submitting_asks_the_same_where_the_model_is_here(root):
+    config = config_of(other_model(root, "llama4_text"), 2)
+    with pytest.raises(ConfigError, match=sequence_proof.MEETS_ELSEWHERE):
+        refuse_unshared_rows(config)
+    refuse_unshared_rows(replace(config, model=replace(config.model, path="some/model-of-the-hub")))
+    refuse_unshared_rows(replace(config, parallel=ParallelConfig()))
+
+
+def test_encoder_classifiers_are_refused_before_data_is_read(root):
+    with pytest.raises(ConfigError, match="does not score the last token"):
+        check_sequence(config_of(other_model(root, "bert"), 2, objective=ClassificationConfig()))
+
+
+@pytest.mark.parametrize("tuning", [PrefixConfig(), PromptConfig(), AdaptionPromptConfig()])
+def test_methods_with_rows_of_their_own_are_refused_when_composed(tuning):
+    config = config_of("model", 2)
+    rest = {"strategy": config.strategy, "precision": config.precision, "data": config.data}
+    facts = RunFacts(**rest, merge=False, sequence=2)
+    assert [line for line in tuning_problems(tuning, facts) if line.startswith("parallel.sequence=2 with tuning=")]
+    facts = replace(facts, sequence=1)
+    assert not [line for line in tuning_problems(tuning, facts) if "parallel" in line]
+
+
+def test_bytes_of_the_exchange_are_those_of_the_formula():
+    """By the rows of docs: Llama 8B, 32,768 tokens in bf16: 160, 120, 70 and 45 MiB that a rank sends in a layer."""
+    heads = LayerHeads(query=32, key_value=8, width=128)
+    sent = [heads.exchanged_elements(32768, ranks) * 2 / 2**20 for ranks in (2, 4, 8, 16)]
+    assert sent == [160, 120, 70, 45]
+
+
+def test_heads_that_divide_badly_and_groups_across_hosts_are_told(root):
+    settings = tiny_config("llama")
+    settings.num_attention_heads = 28
+    settings.num_key_value_heads = 4
+    assert heads_of(settings).busiest_share(8) == pytest.approx(32 / 28)
+    config = config_of(model_dir(root), 8)
+    told = sequence_notes(config, settings, ranks_per_host=4, tokens=1024)
+    assert len(told) == 2
+    assert told[0].startswith("28 query heads do not divide well by 8: the busiest rank has 1.14 times")
+    assert told[1].startswith("groups of 8 ranks cross hosts of 4: a rank sends up to ")
+    assert len(sequence_notes(config, settings, ranks_per_host=8, tokens=1024)) == 1
+    settings.num_attention_heads = 32
+    assert sequence_notes(config, settings, ranks_per_host=8, tokens=1024) == []

@@ -1,0 +1,26 @@
+"""Classifiers and reward models whose rows ranks share take the steps of one process on padded rows."""
+
+import itertools
+
+import pytest
+
+from tests.helpers.covering import chosen, takes
+from tests.parity.pooled import OBJECTIVES, SHARDING
+
+STRATEGIES = [name for name in SHARDING if name != "single"]
+CASES = list(itertools.product(OBJECTIVES, ("full", "lora"), STRATEGIES, (2, 4)))
+
+
+def marks(case):
+    """Each objective with each tuning, each degree, and engines that keep weights whole or gather them."""
+    objective, tuning, strategy, degree = case
+    return {(objective, tuning), degree, (strategy.startswith("zero"), strategy in ("fsdp2", "hsdp", "zero3"))}
+
+
+@pytest.mark.parametrize(("objective", "tuning", "strategy", "degree"), chosen(CASES, marks, takes))
+def test_ranks_that_share_rows_score_as_one_process_on_padded_rows(ranks, objective, tuning, strategy, degree):
+    """Four ranks; documents are uneven, and some of the classified ones end with the token that pads."""
+    curves = ranks[4].ask("pooled", "compare", objective, tuning, strategy, degree)
+    assert len(curves["found"]) == len(curves["expected"]) == 3
+    for found, expected in zip(curves["found"], curves["expected"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)

@@ -1,0 +1,171 @@
+"""Whether ranks can share rows of a run's models (`parallel.sequence`), and what a user should know of how they do.
+
+`check_sequence` needs the models' configurations alone, so a run is refused before its data is prepared. What the settings
+rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from strategies.base import Precision
+from strategies.errors import ConfigError
+from trainer.config.run import RunConfig
+from trainer.data.config import Layout
+from trainer.model.architecture import text_settings
+from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.loading import load_model_config
+from trainer.model.sequence_attention import head_shares
+from trainer.objectives.frozen_model import teacher_model
+from trainer.objectives.layout_choice import why_not_pooled, why_not_shared
+from trainer.objectives.registry import family_of
+
+QUERY_HEADS = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "decoder_attention_heads",
+    "swa_num_attention_heads",
+)
+"""Names under which configurations have the query heads of a layer: a number, or a list of one for each layer."""
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+UNEVEN = 1.1
+"""The busiest rank's share of the heads, over the mean, from which on a run says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHeads:
+    """The attention heads of a model's layers."""
+
+    query: int
+    """Query heads; of layers that differ, the fewest."""
+    key_value: int
+    """Key-value heads, which groups of query heads share."""
+    width: int
+    """Elements of a head."""
+
+    def busiest_share(self, ranks: int) -> float:
+        """Query heads of the rank that has most, over the mean of `ranks`."""
+        return -(-self.query // ranks) * ranks / self.query
+
+    def exchanged_elements(self, tokens: int, ranks: int) -> int:
+        """Elements that the busiest rank sends to others in a forward pass of one layer, for a row of `tokens` tokens."""
+        shares = head_shares(self.query, self.key_value, ranks)
+        local_tokens = -(-tokens // ranks)
+        own_key_heads = [end - first for first, end in shares.key_value]
+        sent_by_rank = []
+        for (first, end), key_heads in zip(shares.query, own_key_heads, strict=True):
+            queries = local_tokens * (self.query - (end - first))
+            keys_and_values = 2 * local_tokens * (sum(own_key_heads) - key_heads)
+            results = (tokens - local_tokens) * (end - first)
+            sent_by_rank.append((queries + keys_and_values + results) * self.width)
+        return max(sent_by_rank)
+
+
+def heads_of(model_config: Any) -> LayerHeads | None:
+    """The heads that a configuration of transformers tells of; None if it tells of none."""
+    text = text_settings(model_config)
+    query = _fewest(text, QUERY_HEADS)
+    if query is None:
+        return None
+    key_value = min(query, _fewest(text, KEY_VALUE_HEADS) or query)
+    if query % key_value:  # of layers that differ
+        key_value = query
+    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", query) // query
+    return LayerHeads(query, key_value, int(width))
+
+
+def _fewest(settings: Any, names: tuple[str, ...]) -> int | None:
+    """The smallest number above 0 that settings have under one of these names."""
+    numbers: list[int] = []
+    for name in names:
+        value = getattr(settings, name, None)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > 0:
+                numbers.append(number)
+    return min(numbers, default=None)
+
+
+def step_layout(config: RunConfig) -> Layout:
+    """The layout that the run's model is built for.
+
+    Classifiers have a padded row for each document, unless ranks share rows: those are without padding
+    (`trainer/objectives/pooled.py`). Raises ConfigError for a classifier that is asked for the latter by itself.
+    """
+    if family_of(config.objective).kind is not ModelKind.classifier:
+        return config.data.layout
+    if config.parallel.sequence > 1:
+        return Layout.padding_free
+    if config.data.layout is Layout.padding_free:
+        raise ConfigError(
+            f"data.layout=padding_free: objective={config.objective.name} needs a row for each document; use data.layout=padded"
+        )
+    return config.data.layout
+
+
+def check_sequence(config: RunConfig) -> None:
+    """Raise ConfigError if ranks cannot share rows of the run's model, or of its teacher. Reads configurations alone.
+
+    Proves it on small copies, which takes about a second for each model, once a host.
+    """
+    degree = config.parallel.sequence
+    if degree == 1:
+        return
+    models = {"model.path": config.model}
+    teacher = teacher_model(config.model, config.objective)
+    if teacher is not None:
+        models["objective.teacher.path"] = teacher
+    problems = []
+    for key, model in models.items():
+        problems += _model_problems(config, f"{key}={model.path}", model)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _model_problems(config: RunConfig, named: str, model: ModelConfig) -> list[str]:
+    """Why ranks cannot share rows of one model, a line each. `named`: the setting that names it."""
+    degree = config.parallel.sequence
+    settings = load_model_config(model)
+    heads = heads_of(settings)
+    if heads is not None and degree > heads.query:
+        return [
+            f"parallel.sequence={degree}: {named} has {heads.query} query heads in a layer, so that some rank would have none; "
+            f"set parallel.sequence={heads.query} or less"
+        ]
+    family = family_of(config.objective)
+    if family.kind is ModelKind.classifier:
+        problem = why_not_pooled(model, settings, family.name)
+    else:
+        half_on_gpu = str(config.run.device) != "cpu" and config.precision is not Precision.fp32
+        problem = why_not_shared(model, settings, half_on_gpu=half_on_gpu)
+    if problem is None:
+        return []
+    return [
+        f"parallel.sequence={degree}: ranks cannot share rows of {named} ({settings.model_type}): {problem}; set "
+        "parallel.sequence=1, or take a model of another architecture (docs/models.md lists those that can)"
+    ]
+
+
+def sequence_notes(config: RunConfig, model_config: Any, ranks_per_host: int, tokens: int) -> list[str]:
+    """What a user should know of how ranks share rows of up to `tokens` tokens, a sentence each."""
+    degree = config.parallel.sequence
+    heads = heads_of(model_config)
+    if degree == 1 or heads is None:
+        return []
+    notes = []
+    share = heads.busiest_share(degree)
+    if share >= UNEVEN:
+        notes.append(
+            f"{heads.query} query heads do not divide well by {degree}: the busiest rank has {share:.2f} times the mean"
+        )
+    # Groups are neighbouring ranks, so all of them lie within hosts if the degree divides the ranks of a host.
+    if ranks_per_host % degree:
+        element_bytes = 4 if config.precision is Precision.fp32 else 2
+        mib = heads.exchanged_elements(tokens, degree) * element_bytes / 2**20
+        notes.append(
+            f"groups of {degree} ranks cross hosts of {ranks_per_host}: a rank sends up to {mib:,.0f} MiB a layer, in the "
+            "forward pass and again in the backward pass"
+        )
+    return notes

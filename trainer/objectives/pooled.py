@@ -1,0 +1,97 @@
+"""Classifiers on rows without padding: the head sees one token of each sequence, wherever in the row that lies.
+
+transformers' classifiers take padded rows, score every token, and keep the score of each row's last token that is no padding.
+Here the decoder runs on documents one after another in a row, and the head on the kept tokens alone. Ranks can share such a
+row (`parallel.sequence`): a sequence belongs to the rank that holds its last token. That this is right for an architecture is
+proven (`trainer/objectives/pooled_proof.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from strategies.sequence import sum_over_group
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.cutting import AXES, Axis, Cut, rows_before
+from trainer.data.config import Layout
+from trainer.data.store.sequences import Sample
+from trainer.objectives.causal import MODEL_INPUTS, plain_model, token_states
+
+POOLED = "pooled_positions"
+"""Entry of a batch without padding: where in the row the token of each sequence is, int64 `[S]`, ascending."""
+OWN_SEQUENCES = "own_sequences"
+"""Entry of a cut batch: the first of the sequences whose token this rank's slice has, and the one after the last."""
+SUPERVISED = "is_supervised"
+"""Entry of a batch without padding: whether any token of a sequence is supervised, bool `[S]`. A filler has none."""
+HEAD = "score"
+"""transformers' name of the head in classifiers that keep the score of the last token."""
+
+
+class PooledCollator(Collator):
+    """Adds to rows without padding `pooled_positions` and `is_supervised`, and to cut ones `own_sequences`."""
+
+    axes = AXES | {POOLED: Axis.sequence, SUPERVISED: Axis.sequence}
+
+    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+        """Add what the pooled head needs; see the class."""
+        if self.layout is not Layout.padding_free:
+            return
+        starts = batch["document_bounds"]
+        positions = []
+        for start, sample in zip(starts, samples, strict=False):
+            positions.append(start + last_token(sample.input_ids, self.pad_token_id))
+        batch[POOLED] = torch.tensor(positions, dtype=torch.int64)
+        batch[SUPERVISED] = torch.tensor([bool(sample.supervised[1:].any()) for sample in samples])
+
+    def cut(self, batch: dict[str, Any], cut: Cut) -> dict[str, Any]:
+        """This rank's slice, and which sequences are its own; see the class."""
+        slices = super().cut(batch, cut)
+        start, stop = slices["row_span"]
+        first, end = rows_before(batch[POOLED], [start, stop])
+        slices[POOLED] = batch[POOLED][first:end] - start
+        slices[OWN_SEQUENCES] = (first, end)
+        return slices
+
+
+def last_token(ids: np.ndarray, pad_token_id: int) -> int:
+    """Where the last token of a sequence is that has not the id of padding; 0 if there is none.
+
+    A tokenizer may use its end token for padding. transformers' classifiers then keep the score of the token before it.
+    """
+    places = np.flatnonzero(ids != pad_token_id)
+    return int(places[-1]) if len(places) else 0
+
+
+def classifier_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Logits `[S, outputs]` float32 of each sequence in a batch; of a cut one, those of this rank's own sequences."""
+    if POOLED not in batch:
+        logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits.float()
+    classifier: Any = plain_model(model)
+    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    states = token_states(classifier.base_model, inputs)
+    # A rank may have no sequence of its own. Its head then gets no rows, and its part of the graph is still there.
+    pooled_logits: Tensor = getattr(classifier, HEAD)(states[0, batch[POOLED]])
+    return pooled_logits.float()
+
+
+def of_own_sequences(batch: dict[str, Any], by_sequence: Tensor) -> Tensor:
+    """The part `[s]` of a tensor `[S]` that belongs to this rank's own sequences; all of it if the row is whole."""
+    first, end = batch.get(OWN_SEQUENCES, (0, len(by_sequence)))
+    return by_sequence[first:end]
+
+
+def of_all_sequences(batch: dict[str, Any], own: Tensor) -> Tensor:
+    """`[S]` of all sequences in the row, from each rank's `own [s]`, with gradients. All ranks that share the row must call."""
+    if OWN_SEQUENCES not in batch:
+        return own
+    first, end = batch[OWN_SEQUENCES]
+    number = batch["num_sequences"]
+    # Zeros elsewhere: the sum over the ranks then has each sequence once.
+    spread = torch.cat([own.new_zeros(first), own, own.new_zeros(number - end)])
+    return sum_over_group(spread, batch["row_slices"])

@@ -1,0 +1,47 @@
+"""Keeps what was proven of architectures in this host's cache, a JSON file for each proof."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from strategies.cache_dir import cache_directory
+
+PROOF_VERSION = 6
+"""Part of the cache key. Raise it when what is proven, or how, changes, so that older proofs are not used."""
+
+
+def proof_file(config: Any, **circumstances: Any) -> Path:
+    """Where a proof about `config`, a configuration of transformers, is kept.
+
+    `circumstances`: what else the proof depends on. The versions of torch and transformers always count.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    fingerprint = {"config": settings, "edition": PROOF_VERSION, **circumstances}
+    fingerprint |= {name: version(name) for name in ("torch", "transformers")}
+    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return cache_directory() / "proofs" / f"{key}.json"
+
+
+def read_proof(file: Path) -> dict[str, Any] | None:
+    """What a proof found, by name; None if it is not there, or torn."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stored if isinstance(stored, dict) else None
+
+
+def keep_proof(file: Path, fields: dict[str, Any]) -> None:
+    """Write what a proof found. Without a cache, the next run proves it again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(fields), encoding="utf-8")
+        temporary.replace(file)
+    except OSError:
+        pass
