@@ -356,7 +356,7 @@ class OpenDirectory:
                     yield self.path.with_name(entry.name)
 
 
-def fill(descriptor: int, into: memoryview, offset: int) -> None:
+def read_exactly(descriptor: int, into: memoryview, offset: int) -> None:
     """Read exactly `len(into)` bytes from `offset` on. Errors: OSError, also if the file ends before."""
     while len(into):
         done = disk.read(descriptor, into, offset)
@@ -366,18 +366,18 @@ def fill(descriptor: int, into: memoryview, offset: int) -> None:
         offset += done
 
 
-def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
-    """The content of a regular file of at most `most` bytes. Errors: OSError.
+def read_bytes(path: Path, *, max_bytes: int, patient: bool = False) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes. Errors: OSError.
 
     `patient`: another host may have just written it, so wait until it is visible.
     """
     if patient:
-        return RetryingReader().read(path, lambda: read_bytes(path, most=most))
+        return RetryingReader().read(path, lambda: read_bytes(path, max_bytes=max_bytes))
     with open_regular(path) as (descriptor, size):
-        if size > most:
-            raise OSError(errno.EFBIG, f"has {size} bytes, more than {most}", str(path))
+        if size > max_bytes:
+            raise OSError(errno.EFBIG, f"has {size} bytes, more than {max_bytes}", str(path))
         data = bytearray(size)
-        fill(descriptor, memoryview(data), 0)
+        read_exactly(descriptor, memoryview(data), 0)
     return bytes(data)
 
 
@@ -396,7 +396,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
                 return f"{expected.name} has {size} bytes instead of {expected.size}"
             for offset in range(0, size, len(buffer)):
                 chunk = buffer[: min(len(buffer), size - offset)]
-                fill(descriptor, chunk, offset)
+                read_exactly(descriptor, chunk, offset)
                 digest.update(chunk)
         if digest.hexdigest() != expected.sha256:
             return f"{expected.name} does not have the bytes that were written"

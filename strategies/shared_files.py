@@ -20,11 +20,11 @@ MAX_BYTES = 2**20
 def read(path: Path) -> bytes:
     """The content of a file. Opening it makes an NFS client ask the server. If the handle is stale, it is opened once more."""
     try:
-        return atomic_io.read_bytes(path, most=MAX_BYTES)
+        return atomic_io.read_bytes(path, max_bytes=MAX_BYTES)
     except OSError as error:
         if error.errno != errno.ESTALE:
             raise
-        return atomic_io.read_bytes(path, most=MAX_BYTES)
+        return atomic_io.read_bytes(path, max_bytes=MAX_BYTES)
 
 
 def replace(path: Path, content: bytes, token: str) -> None:

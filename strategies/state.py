@@ -72,7 +72,7 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
     `patient`: another host has seen the file, so wait until it is visible here.
     """
     try:
-        raw = parse_json(read_bytes(path / PROGRESS, most=MAX_PROGRESS_BYTES, patient=patient))
+        raw = parse_json(read_bytes(path / PROGRESS, max_bytes=MAX_PROGRESS_BYTES, patient=patient))
         _check_fields(StateHeader, raw, except_field="progress")
         _check_fields(Progress, raw.get("progress"), keys=PROGRESS_KEYS)
         loss_scale = raw.get("loss_scale")
@@ -143,7 +143,7 @@ def _is_row_of_numbers(row: Any) -> bool:
 def read_index(path: Path, *, patient: bool = False) -> Index:
     """What tensors a saved state has, and where; `patient` where the file was seen. Errors: StorageError."""
     try:
-        return parse_index(read_bytes(path / INDEX, most=MAX_INDEX_BYTES, patient=patient))
+        return parse_index(read_bytes(path / INDEX, max_bytes=MAX_INDEX_BYTES, patient=patient))
     except OSError as error:
         raise StorageError(f"{path / INDEX}: {error_summary(error)}") from error
     except Malformed as error:

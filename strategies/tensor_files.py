@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.atomic_io import NewFile, RetryingReader, WrittenFile, fill, open_regular
+from strategies.atomic_io import NewFile, RetryingReader, WrittenFile, open_regular, read_exactly
 
 INDEX = "index.json"
 ELEMENT_BYTES = 4
@@ -198,7 +198,7 @@ def _fill_all(file: Path, targets: list[tuple[int, Tensor]]) -> None:
     """Fill each target tensor with the bytes from its offset on."""
     with open_regular(file) as (descriptor, _):
         for offset, target in targets:
-            fill(descriptor, target.numpy().data.cast("B"), offset)
+            read_exactly(descriptor, target.numpy().data.cast("B"), offset)
 
 
 def size_on_disk(head: bytes, local: Iterable[LocalElements]) -> int:

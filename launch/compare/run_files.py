@@ -174,7 +174,7 @@ def _read_identity(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        identity = json.loads(atomic_io.read_bytes(path, most=MOST_BYTES))
+        identity = json.loads(atomic_io.read_bytes(path, max_bytes=MOST_BYTES))
         if not isinstance(identity, dict):
             raise ValueError("it holds no object")
         for kind in KINDS:

@@ -71,7 +71,7 @@ def read_comparison_file(to: Path) -> list[ComparisonRow]:
     if not path.is_file():
         return []
     try:
-        record = json.loads(atomic_io.read_bytes(path, most=MAX_FILE_BYTES))
+        record = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_FILE_BYTES))
         version_of(record)  # refuses the file of a later version
         return [_row_from_json(point, to) for point in record["points"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -136,7 +136,7 @@ def _step(path: Path) -> int:
 def _read_progress(checkpoint: Path) -> dict[str, Any]:
     """`progress` in the `progress.json` of a checkpoint; empty if it cannot be read."""
     try:
-        contents = json.loads(atomic_io.read_bytes(checkpoint / "progress.json", most=MAX_FILE_BYTES))
+        contents = json.loads(atomic_io.read_bytes(checkpoint / "progress.json", max_bytes=MAX_FILE_BYTES))
         progress = contents["progress"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}

@@ -52,7 +52,7 @@ class JobRecord:
 def read_job_record(run_dir: Path) -> JobRecord | None:
     """The `job.json` of a run; None if there is none that can be read."""
     try:
-        contents = json.loads(atomic_io.read_bytes(run_dir / JOB_RECORD_FILE, most=MAX_FILE_BYTES))
+        contents = json.loads(atomic_io.read_bytes(run_dir / JOB_RECORD_FILE, max_bytes=MAX_FILE_BYTES))
         known_fields = {}
         for field in fields(JobRecord):
             key = FILE_KEYS.get(field.name, field.name)

@@ -74,6 +74,6 @@ def failed_part(parts: list[PipelinePart]) -> PipelinePart | None:
 def _read_json(path: Path) -> object:
     """The JSON value in a file; None if it cannot be read."""
     try:
-        return json.loads(atomic_io.read_bytes(path, most=MAX_FILE_BYTES))
+        return json.loads(atomic_io.read_bytes(path, max_bytes=MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError):
         return None

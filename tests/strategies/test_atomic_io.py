@@ -81,7 +81,7 @@ DATA = bytes(range(256)) * 9
 def test_atomic_io_short_writes_and_reads_lose_nothing(tmp_path, on):
     on(most=7)
     written = write_new(tmp_path / "a", DATA)
-    assert (tmp_path / "a").read_bytes() == DATA == read_bytes(tmp_path / "a", most=10**6)
+    assert (tmp_path / "a").read_bytes() == DATA == read_bytes(tmp_path / "a", max_bytes=10**6)
     assert written.size == len(DATA) and file_difference(tmp_path, written) is None
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_ends_too_early_is_not_waited_for(tmp_path, on):
 
     def look():
         with atomic_io.open_regular(tmp_path / "a") as (descriptor, size):
-            atomic_io.fill(descriptor, memoryview(bytearray(size + 1)), 0)
+            atomic_io.read_exactly(descriptor, memoryview(bytearray(size + 1)), 0)
 
     with pytest.raises(atomic_io.EndsTooEarly):
         RetryingReader().read(tmp_path / "a", look)
@@ -196,4 +196,4 @@ def test_only_regular_files_of_a_sane_size_are_read(tmp_path, kind):
     else:
         path.write_bytes(bytes(11))
     with pytest.raises(OSError, match=str(path) if kind != "large" else "more than 10"):
-        read_bytes(path, most=10)
+        read_bytes(path, max_bytes=10)

@@ -73,7 +73,9 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
         raise Malformed(OLD_FORMAT if OLD_METADATA in present else MISSING_MANIFEST)
     present.remove(MANIFEST)
     try:
-        content = reader.read(directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, most=MAX_MANIFEST_BYTES))
+        content = reader.read(
+            directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+        )
         files = _parse(parse_json(content))
     except OSError as error:
         raise Malformed(f"cannot be read ({error_summary(error)})") from error
@@ -94,7 +96,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
 def fingerprint(directory: Path) -> str | None:
     """The hash that a checkpoint's manifest has of itself, and so of all its files; None if it cannot be read."""
     try:
-        manifest = parse_json(read_bytes(directory / MANIFEST, most=MAX_MANIFEST_BYTES))
+        manifest = parse_json(read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES))
     except (OSError, Malformed):
         return None
     if not isinstance(manifest, dict):
@@ -181,7 +183,7 @@ def _wrong_step(directory: Path) -> str | None:
     if name is None:
         return None
     try:
-        header = parse_json(read_bytes(directory / PROGRESS, most=MAX_MANIFEST_BYTES))
+        header = parse_json(read_bytes(directory / PROGRESS, max_bytes=MAX_MANIFEST_BYTES))
         step = header["progress"]["step"]
     except (OSError, Malformed, KeyError, TypeError):
         return None  # loading it will say what is wrong

@@ -108,7 +108,7 @@ def _read_notes(staging: Path) -> list[PartNote]:
     """
     notes: list[PartNote] = []
     while (path := staging / NOTE.format(len(notes))).exists():
-        raw: Any = parse_json(atomic_io.read_bytes(path, most=MAX_NOTE_BYTES))
+        raw: Any = parse_json(atomic_io.read_bytes(path, max_bytes=MAX_NOTE_BYTES))
         try:
             parts = {str(name): FilePart(*part) for name, part in raw["parts"].items()}
             file = None

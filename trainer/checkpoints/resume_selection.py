@@ -86,7 +86,7 @@ def _read_record(path: Path) -> dict[str, str] | None:
     OSError.
     """
     try:
-        record: dict[str, str] = json.loads(atomic_io.read_bytes(path, most=MAX_RECORD_BYTES))
+        record: dict[str, str] = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_RECORD_BYTES))
     except FileNotFoundError:
         return None
     return record
@@ -95,7 +95,7 @@ def _read_record(path: Path) -> dict[str, str] | None:
 def _manifest_sha256(directory: Path) -> str | None:
     """The hash of a checkpoint's manifest; None if the checkpoint does not exist any more."""
     try:
-        return hashlib.sha256(atomic_io.read_bytes(directory / MANIFEST, most=MAX_MANIFEST_BYTES)).hexdigest()
+        return hashlib.sha256(atomic_io.read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -53,7 +53,7 @@ def read_rows(path: Path) -> MetricRows:
     Errors: OSError; ConfigError if a later version of shardtune wrote the file.
     """
     try:
-        raw = atomic_io.read_bytes(path, most=MAX_BYTES)
+        raw = atomic_io.read_bytes(path, max_bytes=MAX_BYTES)
     except FileNotFoundError:
         return MetricRows()
     content = MetricRows()

@@ -267,7 +267,7 @@ NOT_IN_FILE = ("other", "keys")
 
 def read_run_record(run_dir: Path) -> RunRecord:
     """The record of a run directory. Raises OSError or ValueError, whose texts say what is wrong, without the file's name."""
-    content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, most=MOST_BYTES))
+    content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, max_bytes=MOST_BYTES))
     if not isinstance(content, dict):
         raise ValueError("it holds no object")
     version_of(content)  # raises ValueError for a later version
@@ -284,7 +284,7 @@ def readable_run_record(run_dir: Path) -> RunRecord:
     It is an empty record if there is no file, or nothing in it can be read.
     """
     try:
-        content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, most=MOST_BYTES))
+        content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, max_bytes=MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return RunRecord()
     if not isinstance(content, dict):

@@ -17,7 +17,7 @@ MAX_BYTES = 2**20
 def read_text(path: Path) -> str:
     """The text of a run's `config.yaml`. Errors: ConfigError if it cannot be read, or is larger than a run writes."""
     try:
-        return atomic_io.read_bytes(path, most=MAX_BYTES).decode()
+        return atomic_io.read_bytes(path, max_bytes=MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         problem = "it is no UTF-8 text"
         if isinstance(error, OSError):

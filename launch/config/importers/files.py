@@ -105,7 +105,7 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = atomic_io.read_bytes(path.expanduser(), most=MAX_BYTES).decode()
+        content = atomic_io.read_bytes(path.expanduser(), max_bytes=MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = atomic_io.error_summary(error) if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(f"from={path}: cannot be read ({reason})") from error
