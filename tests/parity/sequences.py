@@ -45,6 +45,7 @@ from trainer.evaluation.by_position import with_position_groups
 from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import Trainer
 from trainer.model.attention import varlen_attention
+from trainer.model.config import Quantisation
 from trainer.model.sequence_attention import head_shares, over_slices
 from trainer.objectives import preference
 from trainer.objectives.pretrain import PretrainConfig
@@ -53,6 +54,10 @@ from trainer.objectives.sft import SftConfig, SftDataSpec
 STEPS = 3
 PREFERENCES = variants_of("dpo", "orpo", "simpo")
 SHARDING = {**STRATEGIES, "zero3": ZeroConfig(name=StrategyName.zero3, stage=3, persistence_threshold=0)}
+
+
+SAME_STEPS = ("plain", "full", "selective", "auto", "accumulation")
+"""Features with which one process takes the same steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +71,13 @@ class Case:
     degree: int = 2
     feature: str = "plain"
     """`plain`, a mode of recomputation, `accumulation`, `packing`, `short` (rows with fewer tokens than ranks), `routers` (with
-    losses for them), `short routers`, `bf16`."""
+    losses for them), `short routers`, `noise` on embeddings, `nf4` (a quantised base), `bf16`."""
 
     @property
     def oracle(self) -> tuple[str, ...]:
         """What the run of one process has in common with it."""
-        data = self.feature if self.feature in ("packing", "short", "routers", "short routers", "bf16") else "documents"
-        return self.objective, self.tuning, self.architecture, data
+        run = "documents" if self.feature in SAME_STEPS else self.feature
+        return self.objective, self.tuning, self.architecture, run
 
 
 def assert_rows_are_shared(batch: StepBatch, runtime: processes.Runtime) -> None:
@@ -117,6 +122,10 @@ def _run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
     )
     if case.feature == "bf16":
         config.precision = Precision.bf16
+    if case.feature == "noise":
+        config.model.neftune_alpha = 5.0
+    if case.feature == "nf4":
+        config.model.quantisation = Quantisation.nf4
     if case.feature.endswith("routers"):
         config.model.router_aux_loss = 0.5
         config.model.router_z_loss = 0.1

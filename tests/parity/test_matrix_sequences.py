@@ -7,6 +7,7 @@ import pytest
 from tests.helpers.covering import chosen, takes, values
 from tests.parity.matrix import names_for
 from tests.parity.sequences import FAULTS, Case
+from tests.parity.test_methods import BF16
 
 TOLERANCE = 1e-5
 STRATEGIES = names_for(4)
@@ -23,6 +24,8 @@ MATRIX = [
     *itertools.product(("sft", "dpo"), ("full", "lora"), ("llama",), STRATEGIES, (2, 4), FEATURES),
     *itertools.product(OBJECTIVES[1:], ("full",), ("llama",), ("fsdp2",), (2, 4), FEATURES),
     *itertools.product(("sft", "pretrain"), ("full", "lora"), ("llama",), STRATEGIES, (2, 4), ("packing", "short")),
+    *itertools.product(("sft",), ("full", "lora"), ("llama",), ("fsdp2", "zero2", "zero3"), (2, 4), ("noise",)),
+    *itertools.product(("sft", "dpo"), ("lora",), ("llama",), ("ddp", "fsdp2", "zero3"), (2, 4), ("nf4",)),
     *itertools.product(("sft",), ("full", "lora"), ARCHITECTURES[1:], ("fsdp2", "zero3"), (2, 4), ("plain",)),
     *itertools.product(("sft",), ("full",), MIXTURES, ("fsdp2", "zero3"), (2, 4), ("routers", "short routers")),
 ]
@@ -78,8 +81,19 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("case", chosen(MATRIX, met, takes), ids=lambda case: " ".join(map(str, case)))
 def test_shared_rows_train_as_one_process_does(ranks, case):
+    if "nf4" in case:
+        pytest.importorskip("bitsandbytes")
     curves = ranks[4].ask("sequences", "compare", *case)
     assert_close(curves["found"], curves["expected"])
+
+
+@pytest.mark.parametrize("strategy", ("fsdp2", "zero2"))
+def test_shared_rows_in_bf16_stay_as_near_as_other_strategies(ranks, strategy):
+    curves = ranks[4].ask("sequences", "compare", "sft", "full", "llama", strategy, 2, "bf16")
+    for (loss, norm), (right_loss, right_norm) in zip(curves["found"], curves["expected"], strict=True):
+        assert loss == pytest.approx(right_loss, rel=BF16)
+        assert norm == pytest.approx(right_norm, rel=BF16)
+    assert curves["found"] != curves["expected"]
 
 
 @pytest.mark.parametrize("case", chosen(OF_THREE, values, takes), ids=lambda case: " ".join(map(str, case)))
