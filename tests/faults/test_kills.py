@@ -30,5 +30,5 @@ def test_kills_at_random_moments_tear_and_lose_no_checkpoint_and_change_no_curve
     rows, weights = campaign.expected
     assert len(rows) > STEPS and weights
     tally = campaign.kill(KILLS)
-    assert tally.wrong == []
+    assert tally.wrong == [], "\n".join(tally.wrong)
     assert tally.kills == sum(tally.moments[moment] for moment in MOMENTS) == KILLS and tally.resumed and tally.finished
