@@ -40,7 +40,8 @@ def family_p(
         exchanged = rng.integers(0, 2, (num_draws, len(rows))).astype(float)
         chunks.append(_differences(metrics, rows, other_rows, weighted_metrics, exchanged))
     differences = np.nan_to_num(np.concatenate(chunks))
-    observed, by_chance = differences[0], differences[1:]
+    observed = differences[0]  # nothing was exchanged in the first row
+    by_chance = differences[1:]
     p_values = max_statistic_p(observed, by_chance).tolist()
     names = [metric.name for metric in metrics]
     return dict(zip(names, p_values, strict=True))
