@@ -155,7 +155,7 @@ def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Co
             card, Precision.bf16, 1, asked.ranks, config.batch["global"], DocumentLengths.uniform(asked.length, 1)
         )
         (found,) = simulate_variants(
-            [RunVariant(config, ())], job, asked.accumulation, replace(settings, workers=1), lambda *_: None
+            [RunVariant(config, ())], job, [asked.accumulation], replace(settings, workers=1), lambda *_: None
         )
         yield asked, found, job
 

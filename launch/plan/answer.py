@@ -97,8 +97,15 @@ def by_reason(answer: PlanAnswer) -> dict[str, str]:
 
 
 def stored(variant: RunVariant) -> str:
-    """What is stored otherwise than as numbers on the card: offload, the form of a quantised base, or both."""
+    """What is stored otherwise than whole and on the card: rows that ranks share, tiles, offload, a quantised base."""
     parts = []
+    config = variant.config
+    if config.parallel.sequence > 1:
+        parts.append(f"rows/{config.parallel.sequence}")
+    if config.strategy.mlp_tokens is not None:
+        parts.append("tiles")
+    if config.strategy.offload_activations:
+        parts.append("inputs")
     if variant.offload:
         parts.append("offload")
     quantisation = variant.config.model.quantisation

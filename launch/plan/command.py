@@ -97,8 +97,8 @@ def main(argv: list[str]) -> int:
     from launch.plan.answer import as_dict, text
     from launch.plan.job import job_of
     from trainer.model.loading import load_model_config
-    from trainer.planner.plan import micro_batches, run_variants
-    from trainer.planner.sweep import plan_variants
+    from trainer.planner.plan import FURTHER_SETTINGS, further_variants, run_variants
+    from trainer.planner.sweep import plan_variants, with_further
 
     config, typed = composed(request.of_run, request.card)
     # Whatever can be known to be wrong is reported before the data is prepared, which may take an hour.
@@ -106,8 +106,16 @@ def main(argv: list[str]) -> int:
     load_model_config(config.model)
     measured = measured_by(request, ["plan", *argv])
     job = job_of(config, measured.card)
-    micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
-    answer = plan_variants(variants, refused, job, micros, request.settings, _progress())
+    micro = config.batch["micro"] if "batch.micro" in typed else None
+    answer = plan_variants(variants, refused, job, micro, request.settings, _progress())
+    # What nothing fits otherwise is long rows as a rule: then ranks may share them.
+    for long_rows in FURTHER_SETTINGS:
+        if answer.best is not None:
+            break
+        variants, refused = further_variants(config, request.settings, typed, job.ranks, long_rows)
+        if variants:
+            print(f"nothing fits: looking at {len(variants)} further ways, with rows that ranks share", file=sys.stderr)
+            answer = with_further(answer, variants, refused, job, micro, request.settings, _progress())
     if request.words.as_json:
         print_json(as_dict(answer, request.of_run, measured.lines))
     else:

@@ -135,6 +135,7 @@ def _plan_as_it_ran(config: RunConfig, record: RunRecord, card: Card, settings: 
     """What a plan predicts for a run with the very settings that it had; or why that cannot be simulated, as a clause."""
     from launch.plan.job import job_of
     from strategies.base import ActivationCheckpointing, Precision
+    from trainer.config.parallel import readers_of
     from trainer.config.run import Device
     from trainer.planner.plan import RunVariant, rank_choices
     from trainer.planner.sweep import simulate_variants
@@ -156,9 +157,9 @@ def _plan_as_it_ran(config: RunConfig, record: RunRecord, card: Card, settings: 
     config.run.device = Device.cuda
     job = job_of(config, card)
     micro = record.micro_batch
-    accumulation = 2 if job.global_batch > job.ranks * micro else 1
+    accumulation = 2 if job.global_batch > readers_of(config, job.ranks) * micro else 1
     variant = RunVariant(config, words=())
-    (cost_model,) = simulate_variants([variant], job, accumulation, settings, lambda *_: None)
+    (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
     if isinstance(cost_model, str):
         return cost_model
     return rank_choices(variant, cost_model, job, [micro])[0]

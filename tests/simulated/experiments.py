@@ -7,9 +7,31 @@ import transformers
 
 from launch.config.choices import CONF_DIR
 from launch.config.compose import compose
+from trainer.config.parallel import readers_of
 from trainer.planner.depth_extrapolation import ExtrapolatedStep
 from trainer.planner.simulation import simulate_depth
 
+LLAMA3_8B = transformers.LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rope_parameters={
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    pad_token_id=0,
+)
+LONG_ROWS = ("llama3_8b_1m_lora_fsdp2", "llama3_8b_1m_full_fsdp2", "llama3_8b_3m_lora_fsdp2")
+"""Experiments whose ranks share rows of a million tokens and more."""
 MODELS = {
     "llama2_7b_lora_fsdp2": transformers.LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -38,18 +60,19 @@ MODELS = {
         max_position_embeddings=40960,
         pad_token_id=0,
     ),
+    **dict.fromkeys(LONG_ROWS, LLAMA3_8B),
 }
 """By the experiment that trains them, as their authors published them."""
 
 
-def simulated_experiment(name: str, place: Path) -> ExtrapolatedStep:
-    """The last rank's step of one full micro-batch, the model at its full depth."""
+def simulated_experiment(name: str, place: Path, *more: str) -> ExtrapolatedStep:
+    """The last rank's step of one full micro-batch, the model at its full depth; with `more` words."""
     MODELS[name].save_pretrained(place / name)
-    words = [f"experiment={name}", f"model.path={place / name}", "data.path=train.jsonl", "precision=bf16"]
+    words = [f"experiment={name}", f"model.path={place / name}", "data.path=train.jsonl", "precision=bf16", *more]
     config = compose(words, check=False).config
     text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
     world = int(re.search(r"^# Hardware: (\d+) GPUs", text, re.MULTILINE)[1])
     config.launcher.processes = world
-    config.batch["global"] = config.batch["micro"] * world
+    config.batch["global"] = config.batch["micro"] * readers_of(config, world)
     lengths = [config.data.max_length] * config.batch["micro"]
     return simulate_depth(config, lengths, rank=world - 1, world_size=world, local_world_size=world)

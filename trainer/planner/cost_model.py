@@ -37,6 +37,24 @@ Exchange = tuple[str, int, int, str, str]
 """Collective, ranks, hosts among which they are, type, and when: in `each` micro-batch but the last, the `last`, the `update`."""
 
 
+ALL_TO_ALL = "alltoall"
+"""How the names of collectives begin by which ranks that share a row exchange slices for heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowExchange:
+    """What one rank sends to those that share its rows, and gets from them, in one micro-batch (`parallel.sequence`).
+
+    Unlike the exchange of weights and gradients it grows with the tokens, and attention waits for it.
+    """
+
+    ranks: int = 1
+    hosts: int = 1
+    calls: int = 0
+    size: tuple[int, int] = (0, 0)
+    """Bytes of all calls at either size of micro-batch, with the part that a rank keeps."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatchSize:
     """The size of a simulated micro-batch, in the unit of its cost model."""
@@ -83,7 +101,8 @@ class CostModel:
     host_copy_bytes: tuple[float, float]
     """Bytes between host and device in one micro-batch of either size."""
     exchanged: dict[Exchange, tuple[int, int]]
-    """(calls, bytes of all calls) in a step."""
+    """(calls, bytes of all calls) in a step, without `row_exchange`."""
+    row_exchange: RowExchange
     host_bytes: int
     """Bytes that the engine keeps on the host."""
     host_inputs: tuple[OnHost, OnHost]
@@ -149,6 +168,10 @@ class CostModel:
             flops = linear * units + square * squares
         return flops, self._at_units(*self.moved_bytes, units), self._at_units(*self.host_copy_bytes, units)
 
+    def row_exchange_bytes(self, units: float) -> float:
+        """Bytes of `row_exchange` in micro-batches of so many units."""
+        return self._at_units(*self.row_exchange.size, units)
+
     def pinned_bytes(self, units: float) -> int:
         """Bytes of pinned host memory for the inputs of blocks, in micro-batches of so many units."""
         small, large = self.host_inputs
@@ -174,15 +197,18 @@ class CostModel:
         return large + (large - small) * (units - large_units) / (large_units - small_units)
 
 
-def sizes_for(built: Any, vocabulary: int, length: int, *, straight: bool) -> tuple[bool, list[list[int]]]:
+def sizes_for(
+    built: Any, vocabulary: int, length: int, *, straight: bool, slices: int = 1, in_tiles: bool = False
+) -> tuple[bool, list[list[int]]]:
     """(whether sizes are rows, lengths of the sequences of two micro-batches to simulate) for sequences of `length` tokens.
 
     Both micro-batches fill several of the head's chunks of logits: the second chunk is made while the first still lives.
     Without padding, short sequences say as much as long ones if attention's memory is linear in their length
-    (`straight`). Otherwise all sequences are long.
+    (`straight`). Otherwise all sequences are long. `slices`: ranks that share a row. `in_tiles`: MLPs take tiles, of which a
+    short sequence would be a single one.
     """
     per_document = built.data_spec.sequences_per_document
-    chunk_tokens = max(128, CHUNK_LOGITS // max(1, vocabulary))
+    chunk_tokens = slices * max(128, CHUNK_LOGITS // max(1, vocabulary))
     fills_chunks = chunk_tokens <= 4 * length  # else no micro-batch of a few rows fills one
     padded = built.layout is not Layout.padding_free
     if padded or not straight:
@@ -191,6 +217,8 @@ def sizes_for(built: Any, vocabulary: int, length: int, *, straight: bool) -> tu
             documents = -(-2 * chunk_tokens // (per_document * length))
         sequences = per_document * documents
         return padded, [[length] * sequences, [length] * (sequences + per_document)]
+    if in_tiles:
+        return False, [[-(-length // 2)] * per_document, [length] * per_document]
     if fills_chunks:
         short, long = 2 * chunk_tokens // per_document, 3 * chunk_tokens // per_document
         return False, [[short] * per_document, [long] * per_document]
@@ -304,6 +332,7 @@ def fit_cost_model(
             _exchanged(deep[1], accumulation, local_world_size),
             extrapolate,
         ),
+        row_exchange=_row_exchange_at_depth(shallow, deep, extrapolate, accumulation, local_world_size),
         host_bytes=extrapolate(shallow[1].host, deep[1].host),
         host_inputs=(
             host_inputs_at_depth(shallow[0], deep[0], extrapolate),
@@ -346,6 +375,8 @@ def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) ->
     calls: Counter[Exchange] = Counter()
     size_bytes: Counter[Exchange] = Counter()
     for collective in step.collectives:
+        if collective.name.startswith(ALL_TO_ALL):
+            continue
         if collective.phase.name in ("update", "between"):
             when = "update"
         elif collective.phase.micro == accumulation - 1:
@@ -357,3 +388,28 @@ def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) ->
         calls[key] += 1
         size_bytes[key] += collective.bytes
     return {key: (calls[key], size_bytes[key]) for key in calls}
+
+
+def _row_exchange(step: SimulatedStep, accumulation: int, local_world_size: int) -> tuple[int, int, int, int]:
+    """(ranks, hosts, calls, bytes) of what ranks that share a row exchange in one micro-batch."""
+    exchanges = [collective for collective in step.collectives if collective.name.startswith(ALL_TO_ALL)]
+    ranks: tuple[int, ...] = max((collective.ranks for collective in exchanges), key=len, default=(0,))
+    hosts = len({rank // local_world_size for rank in ranks})
+    size = sum(collective.bytes for collective in exchanges)
+    return len(ranks), hosts, len(exchanges) // accumulation, size // accumulation
+
+
+def _row_exchange_at_depth(
+    shallow: list[SimulatedStep],
+    deep: list[SimulatedStep],
+    extrapolate: Callable[[int, int], int],
+    accumulation: int,
+    local_world_size: int,
+) -> RowExchange:
+    """The row exchange of the whole model, from two sizes at two depths."""
+    sizes = []
+    for shallow_step, deep_step in zip(shallow, deep, strict=True):
+        *_, shallow_calls, shallow_bytes = _row_exchange(shallow_step, accumulation, local_world_size)
+        ranks, hosts, deep_calls, deep_bytes = _row_exchange(deep_step, accumulation, local_world_size)
+        sizes.append(extrapolate(shallow_bytes, deep_bytes))
+    return RowExchange(ranks, hosts, extrapolate(shallow_calls, deep_calls), (sizes[0], sizes[1]))

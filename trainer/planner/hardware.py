@@ -9,7 +9,7 @@ from typing import Any
 from strategies.base import Precision
 from strategies.hardware import Gpu, best_precision
 from strategies.pinned_memory import PROCESS_GIB
-from trainer.planner.cost_model import CostModel, MemoryPeak
+from trainer.planner.cost_model import ALL_TO_ALL, CostModel, MemoryPeak
 from trainer.planner.depth_extrapolation import ExtrapolatedStep
 from trainer.reporting.gpu_peaks import peak_tflops
 
@@ -145,7 +145,10 @@ def room_for_tensors(cost_model: CostModel, card: Card) -> float:
 
 def group_count(cost_model: CostModel | ExtrapolatedStep) -> int:
     """How many groups of ranks exchange something in a step."""
-    return len({key[1] for key in cost_model.exchanged if key[1] > 1})
+    # A group that shares rows is one of its own, also if it has as many ranks as another.
+    groups = {(key[1], key[0].startswith(ALL_TO_ALL)) for key in cost_model.exchanged if key[1] > 1}
+    shares_rows = isinstance(cost_model, CostModel) and cost_model.row_exchange.ranks > 1
+    return len(groups) + shares_rows
 
 
 def host_gib(cost_model: CostModel, ranks: int, units: float) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from strategies.base import (
     ActivationCheckpointing,
@@ -22,10 +23,12 @@ from strategies.errors import ConfigError
 from strategies.mesh import replica_count
 from strategies.registry import every_strategy
 from strategies.tensor_inventory import MemoryKind
+from trainer.config.parallel import ParallelConfig, readers_of
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
 from trainer.model.config import ModelKind as ModelKind
 from trainer.model.config import Quantisation
+from trainer.model.loading import load_model_config
 from trainer.objectives.registry import family_of
 from trainer.planner.cost_model import CostModel, MemoryPeak
 from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_inputs, room_for_tensors
@@ -155,6 +158,53 @@ def run_variants(
     return possible, refused
 
 
+FURTHER_DEGREES = (2, 4, 8)
+"""Numbers of ranks that a plan lets share a row, if nothing fits otherwise."""
+FURTHER_SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"mlp_tokens": 8192},
+    {"mlp_tokens": 8192, "offload_activations": True},
+)
+"""Settings of `strategy` for long rows that a plan tries beside, one after the other until something fits."""
+
+
+def further_variants(
+    config: RunConfig, settings: PlanConfig, typed: set[str], world: int, long_rows: dict[str, Any]
+) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
+    """(variants whose ranks share rows, with the settings `long_rows` of their strategy; those ruled out and why).
+
+    Blocks are recomputed whole, unless the recomputation was typed. No variants if ranks share rows already, or if
+    `parallel.sequence` or one of the settings was typed.
+    """
+    shares_rows = config.parallel.sequence > 1 or "parallel.sequence" in typed
+    if shares_rows or any(f"strategy.{key}" in typed for key in long_rows):
+        return [], []
+    strategy = replace(config.strategy, **long_rows)
+    if "strategy.activation_checkpointing" not in typed:
+        strategy = replace(strategy, activation_checkpointing=ActivationCheckpointing.full)
+    words = [f"strategy.{key}={str(value).lower()}" for key, value in long_rows.items()]
+    heads = getattr(load_model_config(config.model).get_text_config(), "num_attention_heads", None)
+    possible = []
+    refused = []
+    for degree in FURTHER_DEGREES:
+        if world % degree:
+            continue
+        too_few_heads = []
+        if heads is not None and degree > heads:
+            too_few_heads.append(
+                f"parallel.sequence={degree}: a layer has {heads} query heads, and a rank would have none; at most {heads}"
+            )
+        shared = replace(config, strategy=strategy, parallel=ParallelConfig(sequence=degree))
+        for variant in _every_variant(shared, settings, typed | {"strategy.activation_checkpointing"}):
+            variant = replace(variant, words=(*variant.words, f"parallel.sequence={degree}", *words))
+            problems = [*_problems(variant.config, world), *too_few_heads]
+            if problems:
+                refused.append((variant, problems[0]))
+            else:
+                possible.append(variant)
+    return possible, refused
+
+
 def _problems(config: RunConfig, world: int | None) -> list[str]:
     return [problem for problem in problems_of(config, world_size=world) if not problem.startswith(RUN_ONLY_PROBLEMS)]
 
@@ -202,14 +252,17 @@ def _strategies(requested: StrategyConfig, typed: set[str]) -> list[StrategyConf
     return [requested] if "strategy" in typed else every_strategy(requested)
 
 
-def micro_batches(job: PlannedRun, typed: int | None) -> list[int]:
-    """Micro-batches that divide a rank's part of a step: the one typed, or all divisors. None if the ranks' parts differ."""
-    samples_per_rank, remainder = divmod(job.global_batch, job.ranks)
+def micro_batches(job: PlannedRun, typed: int | None, sequence: int = 1) -> list[int]:
+    """Micro-batches that divide a reader's part of a step: the one typed, or all divisors. None if the parts differ.
+
+    `sequence`: how many ranks share a row, and so are one reader.
+    """
+    samples_per_reader, remainder = divmod(job.global_batch, job.ranks // sequence)
     if remainder:
         return []
     if typed is not None:
-        return [typed] if samples_per_rank % typed == 0 else []
-    return divisors(samples_per_rank)
+        return [typed] if samples_per_reader % typed == 0 else []
+    return divisors(samples_per_reader)
 
 
 def rank_choices(
@@ -238,7 +291,7 @@ def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: 
     """The memory, time and price of a step of `micro` documents per forward pass."""
     card = job.card
     strategy = variant.config.strategy
-    accumulation = job.global_batch // (job.ranks * micro)
+    accumulation = job.global_batch // (readers_of(variant.config, job.ranks) * micro)
     units = float(micro) if cost_model.rows else job.lengths.tokens_of_longest(micro)
     words = [*variant.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     peak = cost_model.peak_at(units)

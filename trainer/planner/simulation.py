@@ -22,7 +22,7 @@ from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.parts import attach_frozen, build_step, right_alone, tile
 from trainer.build.recomputation import micro_batch_of
 from trainer.build.sequence import step_layout
-from trainer.config.parallel import accumulation_steps
+from trainer.config.parallel import ParallelConfig, accumulation_steps
 from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import cut_of
 from trainer.model.config import ModelConfig
@@ -151,7 +151,14 @@ def simulate_form(
             details.update(notes=_notes_of(built), layout=str(built.layout), alone=right_alone(built, config.objective))
             parameters_by_depth[depth] = _parameter_counts(built)
             straight = parts.precision is not Precision.fp32  # whose attention keeps its scores
-            rows, lengths_by_size = sizes_for(built, vocabulary_of(truncated.model), length, straight=straight)
+            rows, lengths_by_size = sizes_for(
+                built,
+                vocabulary_of(truncated.model),
+                length,
+                straight=straight,
+                slices=runtime.sequence_size,
+                in_tiles=config.strategy.mlp_tokens is not None,
+            )
             batches = []
             sizes = []
             for lengths in lengths_by_size:
@@ -208,7 +215,10 @@ def end_blocks_of(config: RunConfig) -> int:
         return end_blocks
     with TemporaryDirectory() as directory, simulated_rank(0, 1) as runtime:
         depth = pattern.first + (pattern.period or 1)
-        truncated = replace(config, model=truncated_model(config.model, depth, Path(directory)))
+        # Blocks are the same whoever shares their rows, and one rank shares none.
+        truncated = replace(
+            config, model=truncated_model(config.model, depth, Path(directory)), parallel=ParallelConfig(sequence=1)
+        )
         units = step_parts(truncated, [1], runtime).built.step_module.shard_units()
     # ZeRO-3 keeps up to MAX_LIVE_PARAMETERS elements gathered: as many blocks as hold these.
     elements_per_block = [sum(parameter.numel() for parameter in unit.parameters()) for unit in units]

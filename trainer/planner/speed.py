@@ -75,6 +75,8 @@ def step_time(
     # Nothing hides what comes before the first product of a micro-batch, or after the last.
     unhidden_s = overlappable_s / max(1, cost_model.blocks * load.micro_batches)
     exposed_s = max(overlappable_s - compute_s, 0.0) + min(unhidden_s, compute_s) + update_exchange_s
+    # Attention waits for the heads of the other slices, and what follows waits for its own tokens.
+    waited_s = load.micro_batches * row_exchange_s(cost_model, load.units, card)
     update_s = cost_model.update_bytes / memory_bytes_per_s
     update_s += load.micro_batches * crossed / host_bytes_per_s
     if cost_model.host_bytes > 2**20:
@@ -84,8 +86,8 @@ def step_time(
     return StepTime(
         products_s=card.pace * products_s,
         moves_s=card.pace * moves_s,
-        exchange_s=card.pace * (overlappable_s + update_exchange_s),
-        exposed_s=card.pace * exposed_s,
+        exchange_s=card.pace * (overlappable_s + update_exchange_s + waited_s),
+        exposed_s=card.pace * (exposed_s + waited_s),
         update_s=card.pace * update_s,
     )
 
@@ -107,6 +109,20 @@ def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[f
         else:
             overlappable_s += seconds
     return overlappable_s, update_exchange_s
+
+
+def row_exchange_s(cost_model: CostModel, units: float, card: Card) -> float:
+    """Seconds in which ranks that share a row exchange slices for heads, in a micro-batch of `units`."""
+    exchange = cost_model.row_exchange
+    if exchange.ranks == 1:
+        return 0.0
+    latency_s = exchange.calls * COLLECTIVE_LATENCY_S * (1 + math.log2(exchange.hosts))
+    size = cost_model.row_exchange_bytes(units)
+    ranks_a_host = exchange.ranks / exchange.hosts
+    within_host = size * (ranks_a_host - 1) / exchange.ranks / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
+    # All cards of a host send at a time through its links to the others.
+    between_hosts = size * (1 - 1 / exchange.hosts) * card.gpus_per_node / (card.node_gb_s * 1e9 * LINK_EFFICIENCY)
+    return latency_s + max(within_host, between_hosts)
 
 
 def ring_bytes_per_s(card: Card, ranks: int, hosts: int) -> float:

@@ -311,7 +311,7 @@ class Planner:
             lengths=self.lengths,
         )
         variant = RunVariant(replace(self.config, strategy=replace(strategy, activation_checkpointing=mode)), ())
-        micros = [1] if cost_model.alone else micro_batches(job, self.micro)
+        micros = [1] if cost_model.alone else micro_batches(job, self.micro, self.config.parallel.sequence)
         return rank_choices(variant, cost_model, job, micros)[0]
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from strategies.errors import ConfigError
 from strategies.parent_death import die_with_parent
+from trainer.config.parallel import readers_of
 from trainer.config.run import RunConfig
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import simulable, why_not_simulated
-from trainer.planner.plan import Choice, PlanConfig, PlannedRun, RunVariant, rank_choices
+from trainer.planner.plan import Choice, PlanConfig, PlannedRun, RunVariant, micro_batches, rank_choices
 
 ProgressCallback = Callable[[int, int, str], None]
 """Called with (variants done, all variants, the words of the one that is done)."""
@@ -47,20 +48,24 @@ def plan_variants(
     variants: list[RunVariant],
     refused: list[tuple[RunVariant, str]],
     job: PlannedRun,
-    micros: list[int],
+    micro: int | None,
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """Simulate each of `variants`, for all of these micro-batches. Raises ConfigError if none could be simulated.
+    """Simulate each of `variants`, for the micro-batch that was typed, or for all. Raises ConfigError if none could be simulated.
 
     `refused`: variants that were ruled out before, and why.
     """
-    # Two micro-batches tell the last one from the others; the cost model has any number of them.
-    accumulates = job.global_batch // (job.ranks * micros[0]) > 1
-    cost_models = simulate_variants(variants, job, 2 if accumulates else 1, settings, on_progress)
+    micros_by_variant = [micro_batches(job, micro, variant.config.parallel.sequence) for variant in variants]
+    accumulations = []
+    for variant, micros in zip(variants, micros_by_variant, strict=True):
+        # Two micro-batches tell the last one from the others; the cost model has any number of them.
+        readers = readers_of(variant.config, job.ranks)
+        accumulations.append(2 if job.global_batch // (readers * micros[0]) > 1 else 1)
+    cost_models = simulate_variants(variants, job, accumulations, settings, on_progress)
     refused = list(refused)
     planned: list[tuple[CostModel, list[Choice]]] = []
-    for variant, cost_model in zip(variants, cost_models, strict=True):
+    for variant, cost_model, micros in zip(variants, cost_models, micros_by_variant, strict=True):
         if isinstance(cost_model, str):
             refused.append((variant, cost_model))
         else:
@@ -81,6 +86,29 @@ def plan_variants(
     )
 
 
+def with_further(
+    answer: PlanAnswer,
+    variants: list[RunVariant],
+    refused: list[tuple[RunVariant, str]],
+    job: PlannedRun,
+    micro: int | None,
+    settings: PlanConfig,
+    on_progress: ProgressCallback,
+) -> PlanAnswer:
+    """`answer`, in which nothing fits, with these further variants. They are left out if none of them can be simulated."""
+    try:
+        further = plan_variants(variants, refused, job, micro, settings, on_progress)
+    except ConfigError as error:
+        left_out = [(variant, error.problems[0]) for variant in variants]
+        return replace(answer, refused=[*answer.refused, *refused, *left_out])
+    return replace(
+        further,
+        best_choices=sorted([*answer.best_choices, *further.best_choices], key=_rank_key),
+        all_choices=sorted([*answer.all_choices, *further.all_choices], key=_rank_key),
+        refused=[*answer.refused, *further.refused],
+    )
+
+
 def _rank_key(choice: Choice) -> tuple[bool, float]:
     """Those that fit first, the fastest first; then those that do not, the one that lacks least memory first."""
     if choice.fits:
@@ -89,9 +117,13 @@ def _rank_key(choice: Choice) -> tuple[bool, float]:
 
 
 def simulate_variants(
-    variants: list[RunVariant], job: PlannedRun, accumulation: int, settings: PlanConfig, on_progress: ProgressCallback
+    variants: list[RunVariant],
+    job: PlannedRun,
+    accumulations: list[int],
+    settings: PlanConfig,
+    on_progress: ProgressCallback,
 ) -> list[CostModel | str]:
-    """The cost model of each variant, or why it cannot be simulated."""
+    """The cost model of each variant, or why it cannot be simulated. `accumulations`: micro-batches to simulate of each."""
     length = int(job.lengths.longest[0])
     cost_models: list[CostModel | str] = [""] * len(variants)
     workers = settings.workers or len(os.sched_getaffinity(0))
@@ -110,7 +142,7 @@ def simulate_variants(
     ) as pool:
         order = sorted(range(len(variants)), key=lambda i: -_expected_duration(variants[i]))
         running: dict[Future[CostModel | str], int] = {
-            pool.submit(_simulate, variants[i].config, length, accumulation, job, settings.exact): i for i in order
+            pool.submit(_simulate, variants[i].config, length, accumulations[i], job, settings.exact): i for i in order
         }
         try:
             for done, future in enumerate(as_completed(running), 1):

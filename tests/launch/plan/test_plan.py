@@ -175,6 +175,38 @@ def refused_by_train(verb, *words):
     return world, [p for p in problems_of(config, world_size=world) if not p.startswith("data.path: not set")]
 
 
+def test_where_nothing_fits_ranks_may_share_rows(capsys, tmp_path):
+    """Long rows of a wide MLP, on cards that are too small for a whole row, for half of it, and not for a quarter."""
+    wide = model_dir(tmp_path, intermediate_size=4096, max_position_embeddings=262144)
+    words = ["strategy=fsdp2", "strategy.activation_checkpointing=full", "tuning=lora", "data.max_length=262144"]
+    words.append("budget.steps=1")
+    asked = ["hardware=l4", "hardware.memory_gib=5", *GPUS, *words, "batch.global=8"]
+    code, out = plan(capsys, wide, *asked, "--json")
+    answer = json.loads(out[out.index("{") : out.rindex("}") + 1])
+    assert code == 0 and "nothing fits: looking at 2 further ways, with rows that ranks share" in out
+    assert [way["words"][2] if way["fits"] else way["fits"] for way in answer["ways"]] == [
+        "parallel.sequence=4",
+        False,
+        False,
+    ]
+    assert "a layer has 4 query heads, and a rank would have none" in json.dumps(answer)
+    assert refused_by_train("submit", f"model.path={wide}", *words, *GPUS, *answer["best"]) == (8, [])
+    code, out = plan(capsys, wide, *asked, "parallel.sequence=2")
+    assert code == 69 and "further ways" not in out, "what was typed stays"
+
+
+def test_host_memory_that_is_not_there_keeps_a_way_from_fitting(capsys, model):
+    """Inputs of blocks wait on the host: pinned memory of all ranks of a node, and their processes."""
+    asked = ["hardware=l4", *GPUS, "strategy=fsdp2", "strategy.activation_checkpointing=full", "data.max_length=256"]
+    asked += ["strategy.offload_activations=true", "batch.global=8"]
+    code, out = plan(capsys, model, *asked, "--json")
+    way = json.loads(out[out.index("{") : out.rindex("}") + 1])["ways"][0]
+    # Two blocks of 256 x 32 values in bf16: 16 KiB each.
+    assert code == 0 and way["host_gib"] == pytest.approx(4 * (3 + 2 * 2**14 / 2**30))
+    code, out = plan(capsys, model, *asked, "launcher.mem=10G", "parallel.sequence=1")
+    assert code == 69 and "takes 12 GiB of a node's 10 GiB of host memory" in " ".join(out.split())
+
+
 def test_the_words_to_paste_make_a_run(capsys, model):
     """The table is narrow; the words that it ends with are a run of as many ranks; JSON says the same."""
     asked = [
@@ -279,7 +311,7 @@ def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
     config, typed = composed([f"model.path={model}", "strategy.activation_checkpointing=none"], card)
     found, _ = run_variants(config, settings, typed, 1)
     told = []
-    forms = sweep.simulate_variants(found, job(card), 1, settings, lambda *said: told.append(said))
+    forms = sweep.simulate_variants(found, job(card), [1] * len(found), settings, lambda *said: told.append(said))
     by_name = dict(zip([way.name for way in found], forms, strict=True))
     assert by_name["zero3"] == "done" and by_name["zero2"] == by_name["fsdp2"] == sweep.WORKER_KILLED
     assert len(told) == len(found)
