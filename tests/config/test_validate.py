@@ -88,12 +88,12 @@ def test_advice_of_the_settings_group_goes_before_that_of_the_class():
 
 @pytest.mark.parametrize("key", sorted(RANGED))
 def test_a_number_outside_its_range_is_refused(key):
-    under, typed = overrides.settings()[key].under, overrides.settings()[key].type
+    setting = overrides.settings()[key]
     group = key.split(".")[0]
-    choice = [f"{group}={under[-1]}"] if under else []
+    choice = [f"{group}={setting.available_under[-1]}"] if setting.available_under else []
     for value in (-1, -0.5):
         whole = value == int(value)
-        if not whole and typed not in (float, float | None):
+        if not whole and setting.type not in (float, float | None):
             continue
         key = key.replace("*", "first")
         found = problems(*choice, f"{key}={value}", world_size=None)
