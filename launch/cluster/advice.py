@@ -107,11 +107,7 @@ def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
             "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
         )
     partitions = list_partitions()
-    if slurm.partition:
-        names = slurm.partition.split(",")
-    else:
-        names = [partition.name for partition in partitions if partition.is_default]
-    candidates = [partition for partition in partitions if partition.name in names]
+    candidates = partitions_of_job(slurm, partitions)
     # A QOS, a reservation or an option that is not read here may lift a partition's limits.
     limits_hold = not (slurm.qos or slurm.reservation or slurm.extra)
     if candidates and limits_hold:
@@ -131,6 +127,14 @@ def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
         *_restart_lines(slurm, run_dirs),
         *_price_lines(slurm, candidates, len(run_dirs)),
     ]
+
+
+def partitions_of_job(slurm: SlurmConfig, partitions: list[Partition]) -> list[Partition]:
+    """Those of the cluster's partitions in which the job may run: the ones that it names, else the default."""
+    if not slurm.partition:
+        return [partition for partition in partitions if partition.is_default]
+    names = slurm.partition.split(",")
+    return [partition for partition in partitions if partition.name in names]
 
 
 def as_submitted(slurm: SlurmConfig) -> SlurmConfig:

@@ -18,10 +18,10 @@ from trainer.model.rules import read_config
 from trainer.reporting.gpu_peaks import peak_tflops
 from trainer.tuning.base import FullConfig
 
-PRACTICE = 0.5
-"""Share of a card's peak rate that a step of long documents reaches, reckoned."""
-SPARE = 1.25
-"""By how much longer than expected a step may take."""
+REACHED_PEAK_SHARE = 0.5
+"""Share of a card's peak rate that a step of long documents is taken to reach."""
+STEP_MARGIN = 1.25
+"""How many times as long as expected a step may take."""
 MINUTE_S = 60
 
 
@@ -36,7 +36,7 @@ def long_step_notes(config: RunConfig, step_s: float | None, save_s: float = 0.0
 
 
 def _timeout_notes(config: RunConfig, step_s: float) -> list[str]:
-    """Whether exchanges may wait for a whole step.
+    """A note if `run.timeout_s` is too short for exchanges that wait for a whole step; else none.
 
     NCCL counts from the moment at which an exchange is queued, and a host may queue a step's exchanges long before the GPU comes
     to them.
@@ -51,7 +51,10 @@ def _timeout_notes(config: RunConfig, step_s: float) -> list[str]:
 
 
 def _lead_notes(config: RunConfig, step_s: float, save_s: float) -> list[str]:
-    """Whether `launcher.signal_lead_s` leaves the time for a step and two saves. Only SLURM has it, and 0 sends no signal."""
+    """A note if `launcher.signal_lead_s` is too short for a step and two saves; else none.
+
+    Only SLURM sends this signal, and with 0 it sends none.
+    """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig) or not slurm.signal_lead_s:
         return []
@@ -70,25 +73,25 @@ def needed_lead_s(step_s: float, save_s: float) -> int:
 
     One minute more, since SLURM may send its signal so late.
     """
-    return MINUTE_S * (math.ceil((SPARE * step_s + 2 * save_s) / MINUTE_S) + 1)
+    return MINUTE_S * (math.ceil((STEP_MARGIN * step_s + 2 * save_s) / MINUTE_S) + 1)
 
 
 def needed_timeout_s(step_s: float) -> int:
     """`run.timeout_s` for steps of so many seconds, in whole minutes: no exchange of a step is then taken for late."""
-    return MINUTE_S * (math.ceil(SPARE * step_s / LATE_SHARE / MINUTE_S) + 1)
+    return MINUTE_S * (math.ceil(STEP_MARGIN * step_s / LATE_SHARE / MINUTE_S) + 1)
 
 
-def reckoned_step_s(config: RunConfig, flops_per_token: float, tokens: float, kinds: Iterable[str]) -> float | None:
-    """Seconds of a step of `tokens`, all ranks together, on the slowest of the cards that the site's words `kinds` name.
+def reckoned_step_s(config: RunConfig, flops_per_token: float, tokens: float, gpu_kinds: Iterable[str]) -> float | None:
+    """Seconds of a step of `tokens`, all ranks together, on the slowest of the cards that the site's words `gpu_kinds` name.
 
     `flops_per_token` counts forward and backward; what is recomputed comes on top. None if a card or its rate is not known.
     """
-    rates = [_tflops(kind, config.precision) for kind in kinds]
+    rates = [_tflops(kind, config.precision) for kind in gpu_kinds]
     if not rates or not all(rates):
         return None
     ranks = config.launcher.per_node * config.launcher.nodes
     recomputed = 4 / 3 if config.strategy.activation_checkpointing is ActivationCheckpointing.full else 1.0
-    return recomputed * flops_per_token * tokens / (ranks * PRACTICE * min(rates) * 1e12)
+    return recomputed * flops_per_token * tokens / (ranks * REACHED_PEAK_SHARE * min(rates) * 1e12)
 
 
 def _tflops(kind: str, precision: Precision) -> float:
@@ -99,7 +102,7 @@ def _tflops(kind: str, precision: Precision) -> float:
     return min((peak_tflops(card["name"]) or 0.0 for card in cards), default=0.0)
 
 
-def longest_step_s(config: RunConfig, kinds: Iterable[str]) -> float | None:
+def longest_step_s(config: RunConfig, gpu_kinds: Iterable[str]) -> float | None:
     """Seconds of a step whose documents are all as long as `data.max_length`; None if it cannot be reckoned.
 
     Reads the config.json of the model, and neither weights nor data: for a job that is submitted.
@@ -116,7 +119,8 @@ def longest_step_s(config: RunConfig, kinds: Iterable[str]) -> float | None:
     per_weight = 6.0 if isinstance(config.tuning, FullConfig) else 4.0
     length = config.data.max_length
     tokens = config.batch["global"] * length
-    return reckoned_step_s(config, per_weight * weights + 6.0 * layers * width * length, tokens, kinds)
+    flops_per_token = per_weight * weights + 6.0 * layers * width * length
+    return reckoned_step_s(config, flops_per_token, tokens, gpu_kinds)
 
 
 def _weights_per_token(text: dict[str, Any]) -> float:

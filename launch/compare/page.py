@@ -75,12 +75,12 @@ def render_page(
             "facts": run_facts(run),
             "profile": profile_context(run),
         }
+    # The verdict stands at the head of the page.
+    sections_below = [(title, lines) for title, lines in sections if title != "verdict"]
     return template.render(
         comparison=comparison,
         tables=_with_sort_values(tables),
-        sections=[
-            (title, lines) for title, lines in sections if title != "verdict"
-        ],  # it stands at the head of the page
+        sections=sections_below,
         plots=comparison_plots(comparison),
         vega_script=vega_script(),
         reload_after_s=reload_after_s,

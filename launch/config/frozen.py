@@ -144,9 +144,7 @@ class DifferingSetting:
 
     key: str
     value_in_run_dir: Any
-    """The value in the run directory."""
     value_in_command: Any
-    """The value of the command."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.value_in_run_dir} there, {self.value_in_command} here"

@@ -81,8 +81,7 @@ def main(argv: list[str]) -> int:
 
 def preflight(words: list[str], as_json: bool) -> int:
     """Check the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
-    from launch.cluster.preflight.answer import as_dict
-    from launch.cluster.preflight.answer import report_text as page
+    from launch.cluster.preflight.answer import as_dict, report_text
     from launch.cluster.preflight.coordinator import run_preflight
     from launch.cluster.preflight.targets import preflight_targets
 
@@ -91,7 +90,7 @@ def preflight(words: list[str], as_json: bool) -> int:
     if as_json:
         print_json(as_dict(request, reports, verdict))
     else:
-        print(page(request, reports, verdict))
+        print(report_text(request, reports, verdict))
     return UNFIT if verdict.problems else 0
 
 

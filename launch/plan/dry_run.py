@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from launch.cluster.advice import as_submitted, gpu_kinds_of_job, list_partitions
+from launch.cluster.advice import as_submitted, gpu_kinds_of_job, list_partitions, partitions_of_job
 from launch.cluster.long_steps import long_step_notes, reckoned_step_s
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.hardware import advice
@@ -95,7 +95,7 @@ def describe(config: RunConfig) -> DryRun:
         *repetition_warning(global_batch, epochs, steps),
         *_long_step_notes(config, built, samples),
         *memory.lines,
-        *_deferred_gradient_lines(config.strategy, trained, world, accumulation=accumulation),
+        *_deferred_gradient_lines(config.strategy, trained, accumulation=accumulation),
     ]
     precision_advice = advice(config.precision, str(config.run.device))
     if precision_advice:
@@ -127,15 +127,15 @@ def _long_step_notes(config: RunConfig, built: Built, samples: SampledLengths) -
     if not isinstance(config.launcher, SlurmConfig):
         return []
     slurm = as_submitted(config.launcher)
-    partitions = [part for part in list_partitions() if part.name in (slurm.partition or "").split(",")]
+    gpu_kinds = gpu_kinds_of_job(slurm, partitions_of_job(slurm, list_partitions()))
     # A token's attention is as long as its document: on average over tokens, not over documents.
     mean_length = float(samples.squares.sum()) / float(samples.tokens.sum())
     flops = model_flops_per_token(built, mean_length, 0.5)
-    step_s = reckoned_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds_of_job(slurm, partitions))
+    step_s = reckoned_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds)
     return [f"warning: {note}" for note in long_step_notes(config, step_s)]
 
 
-def _deferred_gradient_lines(strategy: StrategyConfig, trained: int, world: int, *, accumulation: int) -> list[str]:
+def _deferred_gradient_lines(strategy: StrategyConfig, trained: int, *, accumulation: int) -> list[str]:
     """A line on the memory of whole gradients, if FSDP2 reduces them only after the last micro-batch of a step.
 
     The simulation is of a single micro-batch, so its estimate does not have them.

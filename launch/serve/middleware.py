@@ -69,7 +69,7 @@ class GatewayMiddleware:
         if path not in OPEN_PATHS:
             raise RefusedRequest(404, f"{path}: there is no such address here; there are {', '.join(OPEN_PATHS)}")
         if method != OPEN_PATHS[path]:
-            raise RefusedRequest(405, f"{method} {path}: is request_body with {OPEN_PATHS[path]}")
+            raise RefusedRequest(405, f"{method} {path}: is asked with {OPEN_PATHS[path]}")
         if self.key and path != "/health":
             scheme, _, sent_key = headers.get("authorization", "").partition(" ")
             # compare_digest takes the same time wherever two keys differ, so that a key cannot be guessed letter by letter.

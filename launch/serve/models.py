@@ -86,11 +86,10 @@ def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> C
 
     logging.set_verbosity_error()  # else lines about settings that do not matter while an answer is shown
     torch_device = chosen_device(device)
+    weights_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = load_export(path, dtype=dtype if dtype == "auto" else _torch_dtype(dtype), for_generation=True).to(
-            torch_device
-        )
+        model = load_export(path, dtype=weights_dtype, for_generation=True).to(torch_device)
     except (OSError, ValueError) as error:
         base_text = f" on the base {base}" if base else ""
         raise ConfigError(f"{path}: cannot be loaded{base_text} ({' '.join(str(error).split())[:300]})") from error

@@ -79,6 +79,8 @@ def _position_overrides(exported: ExportedModel) -> str | None:
     for name in ("max_position_embeddings", "rope_parameters"):
         if name in text_settings:
             positions[name] = text_settings[name]
+    if not positions:
+        return None
     return json.dumps({"text_config": positions} if "text_config" in settings else positions)
 
 

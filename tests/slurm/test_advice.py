@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.advice import check_job, list_partitions, ranks_lines
+from launch.cluster.advice import check_job, list_partitions, partitions_of_job, ranks_lines
 from launch.cluster.array_size import refuse_large_arrays
 from launch.config.prices import price_by_word
 from launch.main import main
@@ -57,6 +57,14 @@ def test_slurm_partitions_are_read_from_sinfo(sinfo):
     assert (
         found["main", 0].is_default and not found["gpu", 4].is_default and clock(found["free", 0].limit_s) == "any time"
     )
+
+
+@pytest.mark.parametrize(
+    ("named", "found"), [(None, ["main"]), ("free", ["free"]), ("gpu,free", ["gpu", "gpu", "free"]), ("none", [])]
+)
+def test_a_job_runs_in_the_partitions_that_it_names_else_in_the_default(sinfo, named, found):
+    partitions = partitions_of_job(SlurmConfig(partition=named), list_partitions())
+    assert [partition.name for partition in partitions] == found
 
 
 def test_a_job_that_fits_the_larger_nodes_of_a_mixed_partition_is_not_refused(sinfo, tmp_path):

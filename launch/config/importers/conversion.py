@@ -1,4 +1,4 @@
-"""The result of a translation: each foreign setting has words of ours, is needless here, or has no equivalent."""
+"""The result of a translation: each foreign setting has words of ours, is not needed here, or has no equivalent."""
 
 from __future__ import annotations
 

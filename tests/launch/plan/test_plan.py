@@ -478,7 +478,7 @@ def test_dry_run_reports_the_simulated_step(capsys, model, tmp_path, monkeypatch
     assert told is not None and told[1] == str(found.peak)
     assert "launcher.signal_lead_s" not in out
     asked = ["launcher=slurm", "launcher.nodes=2", "launcher.gres=gpu:h100:8", "strategy=ddp", "batch.global=32"]
-    monkeypatch.setattr(long_steps, "PRACTICE", 1e-12)  # a step takes hours
+    monkeypatch.setattr(long_steps, "REACHED_PEAK_SHARE", 1e-12)  # a step takes hours
     assert command.main(["train", "--dry-run", *words, *asked]) == 0
     out = capsys.readouterr().out
     assert "batch: 32 = 2 micro x 1 accumulation x 16 ranks" in out

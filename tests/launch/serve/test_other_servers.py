@@ -61,6 +61,9 @@ def test_serve_adapter_with_own_positions_overrides_those_of_the_base(tmp_path):
     overrides = json.loads(words[words.index("--hf-overrides") + 1])
     assert overrides == {"max_position_embeddings": 2048, "rope_parameters": rope}
     assert sglang_command(exported, ServeConfig()) is None
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    assert "--hf-overrides" not in vllm_command(exported, ServeConfig())
+    assert sglang_command(exported, ServeConfig()) is not None
 
 
 def test_serve_names_adapter_kinds_that_vllm_and_sglang_do_not_take(site, capsys):
