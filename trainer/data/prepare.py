@@ -105,7 +105,7 @@ class Preparation:
     The entry in `config.cache_dir` is named by a fingerprint over the bytes of the inputs, the tokenizer with its chat
     template, the options and how the objective reads. `seed` decides held-out shares and resampling. If the template writes
     today's date, `choose_date` decides which one, by default the day of the first preparation into this cache. `stop` is asked
-    between blocks. `say` prints a line.
+    between blocks. `print_line` prints a line of progress.
 
     No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted if `stop` says
     so.

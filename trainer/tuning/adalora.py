@@ -104,8 +104,8 @@ class RankAllocation:
         if step < last_allocation and not finite:  # the step was skipped, and its gradients are worth nothing
             return
 
-        has_importance = any(bool(importance.any()) for importance in self.allocator.exp_avg_ipt.values())
-        if step >= last_allocation and not has_importance:
+        # Asked only when the ranks have to be settled: the answer waits for the device.
+        if step >= last_allocation and not self._has_importance():
             # No step has measured importance yet (all were skipped), and without it every entry would tie.
             if not finite:  # the next step has to settle the ranks
                 return
@@ -152,6 +152,10 @@ class RankAllocation:
         if all(bool(mask.all()) for mask in masks.values()):
             return None
         return {name: mask.view(-1).tolist() for name, mask in masks.items()}
+
+    def _has_importance(self) -> bool:
+        """Whether any step has measured the importance of entries. Waits for the device."""
+        return any(bool(importance.any()) for importance in self.allocator.exp_avg_ipt.values())
 
     def _adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The current parameters A, E and B, by the names that peft's allocator uses."""

@@ -15,9 +15,9 @@ from strategies.errors import ConfigError
 from trainer.data.config import BalanceConfig, BalanceTarget
 
 _RANDOM_STREAM = 3
+"""Keeps these draws apart from those of the training order, which uses the same seed."""
 MAX_LISTED_NAMES = 10
 """Most names of groups in a message."""
-"""Keeps these draws apart from those of the training order, which uses the same seed."""
 
 
 Shares = dict[str, float | str | None]

@@ -250,6 +250,7 @@ class SpanFinder:
             # A template trims a beginning or an end of the whitespace. A mark inside that part would keep it from being
             # trimmed, and the text would differ. So the outermost mark that works is found by bisection.
             begin = bisect_left(range(trimmed_begin), True, key=lambda position: try_marks(position, trimmed_end))
+            # The second search is for what `try_marks` does to the turn: the position that it finds is not needed.
             length = len(content)
             bisect_left(
                 range(length - trimmed_end), True, key=lambda num_trimmed: try_marks(begin, length - num_trimmed)
