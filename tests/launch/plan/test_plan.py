@@ -29,6 +29,7 @@ from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
 from trainer.planner import plan as plan_module
 from trainer.planner import sweep
+from trainer.planner.cost_model import RowExchange
 from trainer.planner.lengths import DocumentLengths
 from trainer.planner.plan import PlanConfig, PlannedRun, RunVariant, micro_batches, rank_choices, run_variants
 from trainer.planner.simulation import simulate_depth
@@ -431,6 +432,7 @@ class Form:
     """As much of a form as speeds ask for."""
 
     blocks, accumulation, update_bytes, host_bytes = 4, 2, 0.0, 0
+    row_exchange = RowExchange()
     exchanged = {  # noqa: RUF012 - never changed
         ("allgather_base", 8, 1, "bfloat16", "each"): (4, 8_000_000_000),
         ("allgather_base", 8, 1, "bfloat16", "last"): (4, 8_000_000_000),
