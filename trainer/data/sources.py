@@ -392,7 +392,9 @@ def _measure_first_block(source_input: Input, make: Callable[[RowRange], Block])
     block = make(first_range)
     assert block.sequences is not None and block.documents is not None
     sequences = block.sequences
-    column_bytes = len(sequences.lengths) * (len(sequences.columns) + 3) * NUMBER_BYTES
+    # Joining the blocks adds three numbers for each sequence: its offset, its document and its source.
+    num_columns = len(sequences.columns) + 3
+    column_bytes = len(sequences.lengths) * num_columns * NUMBER_BYTES
     bytes_per_token = 5 if sequences.weights is None else 9  # the id, the mask, and perhaps the weight
     token_bytes = bytes_per_token * len(sequences.tokens)
     return bytes_read, len(first_range.rows), block.documents.nbytes + token_bytes + column_bytes

@@ -60,7 +60,10 @@ class Adapter:
         """The adapter that training continues from; None without one."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Wrap in a PeftModel. Raises ConfigError, with what exists, if a target matches nothing."""
+        """Wrap a model, which is on meta, in a PeftModel as the settings say, and find its values in `tuning.from`.
+
+        Raises ConfigError if a target matches no module, or if the adapter of `tuning.from` does not fit.
+        """
         if self.config.targets != []:  # empty: experts or routers alone
             check_targets(model, self.config.targets)
         settings = self._peft_settings(model)

@@ -144,7 +144,9 @@ def check_mergeable(model: nn.Module, trained_names: set[str]) -> None:
                 f"export.merge=true: {layer} shares its weight with the embeddings, and folding the adapter into one would "
                 "change the other; leave the head out of tuning.targets, or use export.merge=false"
             )
-        if ".lora_embedding_" in name and any(n.startswith(f"{layer}.lora_magnitude_vector") for n in trained_names):
+        if ".lora_embedding_" in name and any(
+            other.startswith(f"{layer}.lora_magnitude_vector") for other in trained_names
+        ):
             raise ConfigError(
                 "export.merge=true: DoRA on an embedding cannot be folded here; leave the embeddings out of "
                 "tuning.targets, or use export.merge=false"

@@ -296,11 +296,11 @@ def _personal_data_tile(audit: Audit) -> Tile:
     scope = f"in {plural(privacy.scanned, 'document')} searched"
     if not privacy.documents:
         return Tile("Personal data", "0", f"none found {scope}{limits}", Level.good, "privacy")
-    num_documents = f"{privacy.documents:,}"
+    shown_number = f"{privacy.documents:,}"
     treatment = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(privacy.mode)
     if treatment:
         note = f"documents with findings, {treatment}{limits}"
-        return Tile("Personal data", num_documents, note, Level.good, "privacy")
+        return Tile("Personal data", shown_number, note, Level.good, "privacy")
     harmful_types = [type_ for type_ in privacy.types if HARMFUL_TYPES.search(type_)]
     level = Level.look
     note = f"documents with findings {scope}{limits}"
@@ -308,7 +308,7 @@ def _personal_data_tile(audit: Audit) -> Tile:
         level = Level.act
         note = f"documents left in, with {', '.join(harmful_types[:3])}{limits}"
     advice = "data.privacy.mode=redact replaces what was found"
-    return Tile("Personal data", num_documents, note, level, "privacy", advice)
+    return Tile("Personal data", shown_number, note, level, "privacy", advice)
 
 
 def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
