@@ -106,13 +106,19 @@ def step_layout(config: RunConfig) -> Layout:
 
 
 def check_sequence(config: RunConfig) -> None:
-    """Raise ConfigError if ranks cannot share rows of the run's model, or of its teacher. Reads configurations alone.
+    """Raise ConfigError if ranks cannot share rows of the run's model, or of its teacher (`sequence_problems`)."""
+    problems = sequence_problems(config)
+    if problems:
+        raise ConfigError(problems)
+
+
+def sequence_problems(config: RunConfig) -> list[str]:
+    """Why ranks cannot share rows of the run's model, or of its teacher, a line each. Reads configurations alone.
 
     Proves it on small copies, which takes about a second for each model, once a host.
     """
-    degree = config.parallel.sequence
-    if degree == 1:
-        return
+    if config.parallel.sequence == 1:
+        return []
     models = {"model.path": config.model}
     teacher = teacher_model(config.model, config.objective)
     if teacher is not None:
@@ -120,8 +126,7 @@ def check_sequence(config: RunConfig) -> None:
     problems = []
     for key, model in models.items():
         problems += _model_problems(config, f"{key}={model.path}", model)
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 def _model_problems(config: RunConfig, named: str, model: ModelConfig) -> list[str]:

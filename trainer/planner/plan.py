@@ -23,12 +23,12 @@ from strategies.errors import ConfigError
 from strategies.mesh import replica_count
 from strategies.registry import every_strategy
 from strategies.tensor_inventory import MemoryKind
+from trainer.build.sequence import sequence_problems
 from trainer.config.parallel import ParallelConfig, readers_of
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
 from trainer.model.config import ModelKind as ModelKind
 from trainer.model.config import Quantisation
-from trainer.model.loading import load_model_config
 from trainer.objectives.registry import family_of
 from trainer.planner.cost_model import CostModel, MemoryPeak
 from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_inputs, room_for_tensors
@@ -183,21 +183,16 @@ def further_variants(
     if "strategy.activation_checkpointing" not in typed:
         strategy = replace(strategy, activation_checkpointing=ActivationCheckpointing.full)
     words = [f"strategy.{key}={str(value).lower()}" for key, value in long_rows.items()]
-    heads = getattr(load_model_config(config.model).get_text_config(), "num_attention_heads", None)
     possible = []
     refused = []
     for degree in FURTHER_DEGREES:
         if world % degree:
             continue
-        too_few_heads = []
-        if heads is not None and degree > heads:
-            too_few_heads.append(
-                f"parallel.sequence={degree}: a layer has {heads} query heads, and a rank would have none; at most {heads}"
-            )
         shared = replace(config, strategy=strategy, parallel=ParallelConfig(sequence=degree))
+        of_model = sequence_problems(shared)
         for variant in _every_variant(shared, settings, typed | {"strategy.activation_checkpointing"}):
             variant = replace(variant, words=(*variant.words, f"parallel.sequence={degree}", *words))
-            problems = [*_problems(variant.config, world), *too_few_heads]
+            problems = [*_problems(variant.config, world), *of_model]
             if problems:
                 refused.append((variant, problems[0]))
             else:

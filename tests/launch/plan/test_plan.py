@@ -190,7 +190,7 @@ def test_where_nothing_fits_ranks_may_share_rows(capsys, tmp_path):
         False,
         False,
     ]
-    assert "a layer has 4 query heads, and a rank would have none" in json.dumps(answer)
+    assert "has 4 query heads in a layer, so that some rank would have none" in json.dumps(answer)
     assert refused_by_train("submit", f"model.path={wide}", *words, *GPUS, *answer["best"]) == (8, [])
     code, out = plan(capsys, wide, *asked, "parallel.sequence=2")
     assert code == 69 and "further ways" not in out, "what was typed stays"
