@@ -99,17 +99,19 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
 
 
 def refuse_unshared_rows(config: RunConfig) -> None:
-    """Raise ConfigError if ranks cannot share the model's rows, although `parallel.sequence` asks for it.
+    """Raise ConfigError if ranks cannot share the rows of the model or its teacher, although `parallel.sequence` asks for it.
 
-    If the model is not on this host, the job itself finds out, before it prepares data.
+    If one of them is not on this host, the job itself finds out, before it prepares data.
     """
     if config.parallel.sequence == 1:
         return
+    from trainer.build.sequence import check_sequence
     from trainer.model.rules import read_config
+    from trainer.objectives.frozen_model import teacher_model
 
-    if read_config(config.model.path) is not None:
-        from trainer.build.sequence import check_sequence
-
+    teacher = teacher_model(config.model, config.objective)
+    models = [config.model] if teacher is None else [config.model, teacher]
+    if all(read_config(model.path) is not None for model in models):
         check_sequence(config)
 
 

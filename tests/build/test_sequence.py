@@ -73,6 +73,8 @@ def test_submitting_asks_the_same_where_the_model_is_here(root):
     with pytest.raises(ConfigError, match=sequence_proof.MEETS_ELSEWHERE):
         refuse_unshared_rows(config)
     refuse_unshared_rows(replace(config, model=replace(config.model, path="some/model-of-the-hub")))
+    distillation = DistillationConfig(teacher=TeacherConfig(path="some/teacher-of-the-hub"))
+    refuse_unshared_rows(config_of(model_dir(root), 2, objective=distillation))
     refuse_unshared_rows(replace(config, parallel=ParallelConfig()))
 
 

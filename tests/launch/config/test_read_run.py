@@ -450,6 +450,7 @@ def test_verbs_read_a_run_through_one_function():
         "config/earlier_words.py",
         "config/frozen.py",
         "config/read_run.py",
+        "doctor/verify_rank.py",
         "evaluate/command.py",
         "evaluate/words.py",
         "runs/status_lineage.py",
