@@ -80,8 +80,11 @@ def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
     Errors: ConfigError for an adapter, ShardtuneError if the converter fails, DriftError.
     """
     from trainer.export.gguf import verify_gguf, write_gguf
+    from trainer.tuning.bottleneck import CONFIG_FILE
+    from trainer.tuning.initial_adapter import SETTINGS
 
-    if not (directory / "config.json").is_file():
+    # Not told by config.json: an adapter has one, too, if its training changed the base's positions.
+    if (directory / SETTINGS).is_file() or (directory / CONFIG_FILE).is_file():
         raise ConfigError(
             f"gguf={request.kind}: {directory} is an adapter, and this method cannot be folded into its base"
         )

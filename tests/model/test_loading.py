@@ -19,6 +19,17 @@ def test_an_adapter_in_the_place_of_a_model(tmp_path):
             load(ModelConfig(path=str(tmp_path)))
 
 
+def test_an_adapter_with_positions_of_its_own_in_the_place_of_a_model(tmp_path):
+    """Its directory has the base's config.json with these positions, which made it look like a model."""
+    path = model_dir(tmp_path)
+    (path / "adapter_config.json").write_text("{}")
+    load_model_config(ModelConfig(path=str(path)))  # a model beside which somebody left an adapter's settings
+    for file in path.glob("*.safetensors"):
+        file.rename(path / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"is an adapter; give its base as model.path"):
+        load_model_config(ModelConfig(path=str(path)))
+
+
 def test_a_model_without_a_tokenizer(tmp_path):
     path = model_dir(tmp_path)
     for file in path.glob("*token*"):

@@ -85,6 +85,7 @@ def load_model_config(config: ModelConfig) -> Any:
     path = resolve_path(config)
     if Path(path).is_dir():
         check_small_files(Path(path))
+        _refuse_adapter(Path(path))
     try:
         model_config = AutoConfig.from_pretrained(
             path,
@@ -155,18 +156,22 @@ def check_files(config: ModelConfig) -> None:
         files.close()
 
 
-def _is_adapter(directory: Path) -> bool:
-    return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
+def _refuse_adapter(directory: Path) -> None:
+    """Raise ConfigError if a model directory holds an adapter alone.
+
+    It may have a config.json all the same: that of its base with the positions of the training.
+    """
+    weight_files = {file.name for file in directory.glob("*.safetensors")}
+    if (directory / "adapter_config.json").is_file() and weight_files <= {"adapter_model.safetensors"}:
+        raise ConfigError(
+            f"model.path={directory}: is an adapter; give its base as model.path, and this directory as tuning.from to train "
+            "it further, or in model.adapters to fold it into the base"
+        )
 
 
 def _config_error(path: str, error: Exception, config: ModelConfig) -> ConfigError:
     """What is wrong with a model directory whose config.json could not be read."""
     directory = Path(path)
-    if _is_adapter(directory):
-        return ConfigError(
-            f"model.path={path}: is an adapter; give its base as model.path, and this directory as tuning.from to train "
-            "it further, or in model.adapters to fold it into the base"
-        )
     if "does not recognize this architecture" in str(error):
         import transformers
 
