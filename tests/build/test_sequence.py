@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import transformers
 
 from launch.cluster.submission import refuse_unshared_rows
 from strategies.errors import ConfigError
@@ -14,6 +15,7 @@ from trainer.model import sequence_proof
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.distillation import DistillationConfig
+from trainer.planner.plan import PlanConfig, further_variants
 from trainer.tuning.check import RunFacts
 from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.config import AdaptionPromptConfig, PrefixConfig, PromptConfig
@@ -78,6 +80,12 @@ def test_submitting_asks_the_same_where_the_model_is_here(root):
     refuse_unshared_rows(replace(config, parallel=ParallelConfig()))
 
 
+def test_a_plan_offers_no_shared_rows_that_the_run_would_refuse(root):
+    config = replace(config_of(other_model(root, "llama4_text"), 1), parallel=ParallelConfig())
+    possible, refused = further_variants(config, PlanConfig(), set(), 8, {})
+    assert not possible and any(sequence_proof.MEETS_ELSEWHERE in reason for _, reason in refused)
+
+
 def test_encoder_classifiers_are_refused_before_data_is_read(root):
     with pytest.raises(ConfigError, match="does not score the last token"):
         check_sequence(config_of(other_model(root, "bert"), 2, objective=ClassificationConfig()))
@@ -91,6 +99,12 @@ def test_methods_with_rows_of_their_own_are_refused_when_composed(tuning):
     assert [line for line in tuning_problems(tuning, facts) if line.startswith("parallel.sequence=2 with tuning=")]
     facts = replace(facts, sequence=1)
     assert not [line for line in tuning_problems(tuning, facts) if "parallel" in line]
+
+
+def test_heads_of_latent_attention_are_as_wide_as_queries_and_values_are():
+    config = transformers.DeepseekV3Config()
+    assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (128, 64, 128)
+    assert heads_of(config) == LayerHeads(query=128, key_value=128, width=160)
 
 
 def test_bytes_of_the_exchange_are_those_of_the_formula():

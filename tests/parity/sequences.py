@@ -84,8 +84,9 @@ def assert_rows_are_shared(batch: StepBatch, runtime: processes.Runtime) -> None
     """Ranks of a group hold slices of the same rows. Of other rows they would exchange heads, silently if lengths agree."""
     local = []
     for micro_batch in batch.micro_batches:
-        # Borders, counts and lengths are those of the whole row: alike for all who share it.
+        # Borders, counts and ids are those of the whole row: alike for all who share it.
         local.append((micro_batch["document_bounds"], micro_batch["row_slices"], micro_batch["num_sequences"]))
+        local.append(micro_batch["row_input_ids"].tolist())
     by_rank = processes.gather_objects(local, runtime)
     first = runtime.reader * runtime.sequence_size
     assert by_rank[first : first + runtime.sequence_size] == [local] * runtime.sequence_size
@@ -183,6 +184,7 @@ def curve(trainer: Trainer, world: int, first_step: int = 0, steps: int = STEPS)
     """Loss, gradient norm and the objective's metrics of some steps. All `world` ranks must call, or one that is alone."""
     names = ("loss", *trainer.engine.step_module.objective.metrics)
     rows = []
+    trainer.loader.collator.keeps_row_ids = True
     for batch in trainer.loader.steps(first_step * GLOBAL_BATCH, steps):
         if world > 1:
             assert_rows_are_shared(batch, trainer.engine.runtime)
@@ -268,7 +270,10 @@ def resumed(job: Job) -> dict[str, Curve]:
 
 
 def evaluated(job: Job) -> list[dict[str, float]]:
-    """Held-out loss, also by position, and accuracy with a group of 1, 2 and 4 ranks; batches of several documents."""
+    """Held-out loss, also by position, and accuracy with a group of 1, 2 and 4 ranks; batches of several documents.
+
+    `batch <number>` is the summed loss of a micro-batch, in the order of the documents.
+    """
     config, data = _run_of(job, Case())
     held_out = data.evaluation
     assert held_out is not None
@@ -284,7 +289,13 @@ def evaluated(job: Job) -> list[dict[str, float]]:
         whole_batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
         batches = partial(with_position_groups, whole_batches, [4, 8, 16, 1024])
         count = int(held_out.counts["loss"].sum())
-        values.append(dict(LossEvaluator(batches, count=count, prefix="eval").run(trainer.engine)))
+        evaluator = LossEvaluator(batches, count=count, prefix="eval", ranks_per_row=degree)
+        batch_sums: list[float] = []
+        evaluator.on_batch_sums = lambda sums, kept=batch_sums: kept.extend(sums["eval/loss"])
+        metrics = dict(evaluator.run(trainer.engine))
+        # Fewer readers have fewer turns without a micro-batch, which sum to 0.
+        metrics |= {f"batch {number}": batch_sum for number, batch_sum in enumerate(batch_sums) if batch_sum}
+        values.append(metrics)
     return values
 
 

@@ -1,15 +1,19 @@
 """What a rank is expected to exchange, beside what its simulated step does, and what is counted on the way."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from strategies.base import Precision
-from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, count_communication
+from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, count_communication
+from strategies.sequence import with_sequence
 from strategies.simulation import simulated_rank
 from tests.helpers.building import model_dir
 from tests.simulated.cases import LENGTHS, Case
+from trainer.config.parallel import ParallelConfig
 from trainer.planner.communication_volume import expected_bytes
+from trainer.planner.cost_model import ALL_TO_ALL as SIMULATED_EXCHANGE
 from trainer.planner.simulate import simulate
 from trainer.planner.simulation import step_parts
 
@@ -24,7 +28,7 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
     config = case.config(model_dir(tmp_path), RANKS)
     with simulated_rank(0, RANKS, local_world_size=2) as runtime:
         parts = step_parts(config, LENGTHS, runtime)
-        expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches)
+        expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS))
         with count_communication() as counted:
             step = simulate(parts, runtime, repeat=0)
     done = Counter()
@@ -37,3 +41,18 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
     steps = 2
     small = steps * sum(each.bytes for each in step.collectives if each.bytes <= 1024) + 4096
     assert all(steps * done[name] <= counted.sizes[name] <= steps * done[name] + small for name in done)
+
+
+@pytest.mark.parametrize(("mode", "degree"), [("none", 2), ("full", 4)])
+def test_as_much_of_shared_rows_is_exchanged_as_is_expected(tmp_path, mode, degree):
+    """Four heads of two key-value heads: with four ranks, two of them have the same one."""
+    case = Case("fsdp2", "lora", "bf16", mode, False, 2)
+    config = replace(case.config(model_dir(tmp_path), RANKS), parallel=ParallelConfig(sequence=degree))
+    with simulated_rank(0, RANKS, local_world_size=2) as all_ranks:
+        runtime = with_sequence(all_ranks, degree)
+        parts = step_parts(config, LENGTHS, runtime)
+        micro_batches = len(parts.batches)
+        expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS))
+        step = simulate(parts, runtime, repeat=0)
+    done = sum(each.bytes for each in step.collectives if each.name.startswith(SIMULATED_EXCHANGE))
+    assert expected[ALL_TO_ALL] == pytest.approx(done, rel=0.05) and done > 0

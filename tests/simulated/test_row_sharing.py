@@ -12,7 +12,7 @@ from tests.simulated.cases import Case
 from trainer.config.parallel import ParallelConfig
 from trainer.planner.cost_model import ALL_TO_ALL
 from trainer.planner.hardware import card_named, group_count
-from trainer.planner.simulation import simulate_form, simulate_run
+from trainer.planner.simulation import simulate_depth, simulate_form, simulate_run
 from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, row_exchange_s, step_time
 
 RANKS = 8
@@ -107,6 +107,17 @@ def test_uneven_heads_and_tokens_are_exchanged_by_the_formula(tmp_path, rank):
         forward.append(max(of_slice, of_row) * head_size * 2)
     found = sorted(each.bytes for each in row_exchanges(step))
     assert found == sorted(forward * 2 * 2)  # two blocks, and the gradients of each exchange
+
+
+def test_a_plan_goes_by_the_rank_with_most_heads(tmp_path):
+    """Four heads over three ranks: the last has two of them, and so twice the attention of the first."""
+    config = config_of(model_dir(tmp_path), 3, tuning="full", mode="none", ranks=3)
+    first, busiest = (simulate_run(config, [TOKENS], rank=rank, world_size=3) for rank in (0, 2))
+    assert busiest.flops > 1.5 * first.flops
+    planned = simulate_depth(config, [TOKENS], world_size=3)
+    assert planned.total == busiest.peak[1].total
+    cost = simulate_form(config, TOKENS, accumulation=1, world_size=3)
+    assert cost.peak_at(TOKENS).total == pytest.approx(busiest.peak[1].total, rel=0.01)
 
 
 def test_the_exchange_of_rows_is_waited_for(model):

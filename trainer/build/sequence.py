@@ -44,7 +44,7 @@ class LayerHeads:
     key_value: int
     """Key-value heads, which groups of query heads share."""
     width: int
-    """Elements of a head."""
+    """Elements of a head; where those of queries and of values differ, the mean of both."""
 
     def busiest_share(self, ranks: int) -> float:
         """Query heads of the rank that has most, over the mean of `ranks`."""
@@ -63,6 +63,20 @@ class LayerHeads:
             sent_by_rank.append((queries + keys_and_values + results) * self.width)
         return max(sent_by_rank)
 
+    def counted_elements(self, tokens: float, ranks: int) -> float:
+        """Elements that rank 0's four exchanges in a forward pass of one layer are counted with, for a row of `tokens` tokens.
+
+        An exchange is counted by the larger of what is sent and what arrives, this rank's own part included.
+        """
+        shares = head_shares(self.query, self.key_value, ranks)
+        elements = 0.0
+        # Queries and results go by the shares of query heads, keys and values by those of key-value heads.
+        for by_rank in (shares.query, shares.key_value):
+            first, end = by_rank[0]
+            all_heads = sum(share_end - share_first for share_first, share_end in by_rank)
+            elements += 2 * max(tokens / ranks * all_heads, tokens * (end - first)) * self.width
+        return elements
+
 
 def heads_of(model_config: Any) -> LayerHeads | None:
     """The heads that a configuration of transformers tells of; None if it tells of none."""
@@ -74,6 +88,13 @@ def heads_of(model_config: Any) -> LayerHeads | None:
     if query % key_value:  # of layers that differ
         key_value = query
     width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", query) // query
+    latent_widths: list[Any] = [
+        getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    ]
+    if all(
+        isinstance(part, int) for part in latent_widths
+    ):  # latent attention, whose `head_dim` is the rotated part alone
+        width = sum(latent_widths) // 2
     return LayerHeads(query, key_value, int(width))
 
 

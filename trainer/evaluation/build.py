@@ -71,6 +71,7 @@ def build_evaluators(
         loss_batches,
         count=exact_sum(held_out.counts["loss"][sequences]),
         prefix="eval",
+        ranks_per_row=runtime.sequence_size,
         perplexity=built.step_module.objective.perplexity,
         stop_now=watch_for_stop(),
         ahead=None if data_spec.ahead is None else partial(batches, ahead=data_spec.ahead),

@@ -45,6 +45,7 @@ class LossEvaluator:
         *,
         count: float,
         prefix: str,
+        ranks_per_row: int = 1,
         perplexity: bool = True,
         stop_now: Callable[[], bool] | None = None,
         ahead: Callable[[], Iterable[dict[str, Any]]] | None = None,
@@ -54,6 +55,8 @@ class LossEvaluator:
         self._count = count
         """Denominator of the whole set, all ranks together."""
         self._prefix = prefix
+        self._ranks_per_row = ranks_per_row
+        """Neighbouring ranks that have the same micro-batches, and a share of each one's sums (`parallel.sequence`)."""
         self._perplexity = perplexity
         self._stop_now = stop_now or (lambda: False)
         self._ahead = ahead
@@ -99,7 +102,9 @@ class LossEvaluator:
         """The sums of all ranks by term. Hands the sums of each micro-batch to `on_batch_sums`. All ranks must call."""
         terms = sorted(sums)
         batch_terms = sorted(batch_sums)
-        ordered_batch_sums = [_batch_sums_in_order(batch_sums[term], engine) for term in batch_terms]
+        ordered_batch_sums = []
+        for term in batch_terms:
+            ordered_batch_sums.append(_batch_sums_in_order(batch_sums[term], engine, self._ranks_per_row))
         # One reduction for everything: the sums, then those of each micro-batch.
         flat_sums = [sums[term].view(-1) for term in terms]
         reduced = dist_sum(torch.cat([*flat_sums, *ordered_batch_sums])).cpu()
@@ -133,15 +138,16 @@ class LossEvaluator:
             raise Interrupted
 
 
-def _batch_sums_in_order(own_sums: list[torch.Tensor], engine: Engine) -> torch.Tensor:
+def _batch_sums_in_order(own_sums: list[torch.Tensor], engine: Engine, ranks_per_row: int) -> torch.Tensor:
     """float64 [micro-batches of all ranks]: this rank's sums at their positions, zeros at those of other ranks.
 
-    Micro-batches go to the ranks in turns, so a sum over ranks puts all of them in the order of the documents.
+    Micro-batches go to the readers in turns, so a sum over ranks puts all of them in the order of the documents. The
+    `ranks_per_row` ranks of a reader each add their share to the same position.
     """
     stacked = torch.stack(own_sums)
-    by_rank = stacked.new_zeros((len(own_sums), engine.dp_size))
-    by_rank[:, engine.dp_rank] = stacked
-    return by_rank.view(-1)
+    by_reader = stacked.new_zeros((len(own_sums), engine.dp_size // ranks_per_row))
+    by_reader[:, engine.dp_rank // ranks_per_row] = stacked
+    return by_reader.view(-1)
 
 
 def f1_scores(confusion: torch.Tensor) -> tuple[float, float]:

@@ -6,26 +6,47 @@ step.
 
 from __future__ import annotations
 
-from strategies.base import DdpConfig, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
-from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
+from typing import Any
+
+from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
+from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
 from strategies.mesh import replica_count
 from strategies.parameters import named_parameters
 from strategies.runtime import Runtime
+from trainer.build.sequence import heads_of
+from trainer.model.architecture import width_and_blocks
 from trainer.step import Built
 
 
 def expected_bytes(
-    built: Built, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
+    built: Built,
+    strategy: StrategyConfig,
+    precision: Precision,
+    runtime: Runtime,
+    micro_batches: int,
+    tokens_of_row: float,
 ) -> dict[str, float] | None:
-    """Bytes by collective: of the whole that is gathered or reduced; None if they are not known.
+    """Bytes by collective: of the whole that is gathered or reduced, and of what ranks that share rows exchange.
 
-    They are not known for bases that are stored packed, and for ZeRO-3: how often that gathers follows from what it has
-    seen on the way.
+    `tokens_of_row`: tokens of a reader's micro-batch, on average. None if the bytes are not known. They are not for bases that
+    are stored packed, and for ZeRO-3: how often that gathers follows from what it has seen on the way.
     """
     if built.quantised or (isinstance(strategy, ZeroConfig) and strategy.stage == 3):
         return None
     if runtime.world_size == 1:
         return {}
+    bytes_by_collective = _parameter_bytes(built, strategy, precision, runtime, micro_batches)
+    if runtime.sequence_size > 1:
+        row_bytes = _row_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
+        if row_bytes:
+            bytes_by_collective[ALL_TO_ALL] = row_bytes * micro_batches
+    return bytes_by_collective
+
+
+def _parameter_bytes(
+    built: Built, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
+) -> dict[str, float]:
+    """`expected_bytes` of parameters and gradients."""
     parameters = {id(parameter): parameter for _, parameter in named_parameters(built.step_module)}
     trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)
     gathered_itemsize = 4 if precision is Precision.fp32 else 2
@@ -67,3 +88,32 @@ def _fsdp2_bytes(
     if copies > 1:
         bytes_by_collective[ALL_REDUCE] = 4 * trained_elements * copies / runtime.world_size
     return bytes_by_collective
+
+
+def _row_bytes(built: Built, strategy: StrategyConfig, precision: Precision, degree: int, tokens: float) -> float:
+    """Bytes of rank 0's exchanges of slices for heads in a micro-batch, a row of `tokens` tokens; 0 if heads are not known.
+
+    Left out: the replayed documents that a reference reads by themselves.
+    """
+    step = built.step_module
+    _, blocks = width_and_blocks(built.plain)
+    modes = step.plan.recomputation or [strategy.activation_checkpointing] * blocks
+    recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
+    # A block exchanges in its forward and backward pass, and once more if it is computed again. What only reads, the pass of a
+    # reference or one that looks ahead, is a forward pass.
+    block_passes = 2 * blocks + recomputed_blocks
+    forward_passes = 1 if step.objective.uses_reference and built.tuning.keeps_base else 0
+    if step.objective.look_ahead_terms:
+        forward_passes += 1 + forward_passes
+    block_passes += forward_passes * blocks
+    elements = _elements_of_layer(built.config, degree, tokens) * block_passes
+    if step.teacher is not None:
+        _, teacher_blocks = width_and_blocks(step.teacher)
+        elements += _elements_of_layer(step.teacher.config, degree, tokens) * teacher_blocks
+    return elements * (4 if precision is Precision.fp32 else 2)
+
+
+def _elements_of_layer(model_config: Any, degree: int, tokens: float) -> float:
+    """Elements that a forward pass of one layer exchanges; 0 if the configuration tells of no heads."""
+    heads = heads_of(model_config)
+    return 0.0 if heads is None else heads.counted_elements(tokens, degree)

@@ -21,7 +21,7 @@ from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.parts import attach_frozen, build_step, right_alone, tile
 from trainer.build.recomputation import micro_batch_of
-from trainer.build.sequence import step_layout
+from trainer.build.sequence import heads_of, step_layout
 from trainer.config.parallel import ParallelConfig, accumulation_steps
 from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import cut_of
@@ -75,13 +75,15 @@ def simulate_depth(
     config: RunConfig,
     lengths: list[int],
     *,
-    rank: int = 0,
+    rank: int | None = None,
     world_size: int = 1,
     local_world_size: int = 8,
     exact: bool = False,
     device: torch.device = SIMULATED,
 ) -> ExtrapolatedStep:
     """`simulate_run` of the whole model, from two models of few blocks; with `exact`, from the model itself.
+
+    `rank`: None for the busiest of those that share a row (`busiest_rank`).
 
     Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
     """
@@ -94,7 +96,7 @@ def simulate_depth(
             return simulate_run(
                 truncated,
                 lengths,
-                rank=rank,
+                rank=busiest_rank(config) if rank is None else rank,
                 world_size=world_size,
                 local_world_size=local_world_size,
                 device=device,
@@ -130,7 +132,8 @@ def simulate_form(
     blocks = pattern.number
     period = None if exact else pattern.period
     # The last rank's part of the gradients is reduced first, when everything else is still live.
-    rank = world_size - 1 if _reduces_by_bucket(config) else 0
+    # It is also the last of those that share a row, which has as many heads and tokens as any.
+    rank = world_size - 1 if _reduces_by_bucket(config) else busiest_rank(config)
     end_blocks = end_blocks_of(config) if period else END_BLOCKS
     sequences = data_spec_of(config.objective).sequences_per_document
     details: dict[str, Any] = {}  # of the model as it was built, at whatever depth
@@ -234,6 +237,18 @@ def ends_may_overlap(config: RunConfig) -> bool:
     if block_pattern(config.model).first:
         return False
     return not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 2
+
+
+def busiest_rank(config: RunConfig) -> int:
+    """The first rank that attends with most heads, of those that share a row: rank 0 if each has equally many."""
+    degree = config.parallel.sequence
+    if degree == 1:
+        return 0
+    heads = heads_of(load_model_config(config.model))
+    if heads is None or heads.query % degree == 0:
+        return 0
+    # Heads are dealt by `head_shares`, whose last share is the number rounded up.
+    return degree - 1
 
 
 def _reduces_by_bucket(config: RunConfig) -> bool:

@@ -85,8 +85,10 @@ def run_facts(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts
     built = run_parts.built
     runtime = run_parts.runtime
     prediction = predicted(built, record, str(config.optim.name), device_gib(runtime))
+    loader = run_parts.loader
+    tokens_of_row = float(loader.unit_tokens.mean()) * config.batch["micro"]
     prediction.exchanged_bytes = expected_bytes(
-        built, config.strategy, run_parts.precision, runtime, run_parts.loader.accumulation
+        built, config.strategy, run_parts.precision, runtime, loader.accumulation, tokens_of_row
     )
     record.receipt = Receipt(predicted=prediction)
     return record
