@@ -243,7 +243,7 @@ class Counterfactual(Task):
             comparative = "likelier" if effect > 0 else "less likely"
             yield (
                 f"{group}: the model holds these texts {comparative} than about the other groups, "
-                f" by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {num_cases} cases; p {p:.3g}, for all groups "
+                f"by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {num_cases} cases; p {p:.3g}, for all groups "
                 "together)"
             )
         if len(rows) < MIN_CASES:

@@ -46,9 +46,11 @@ class DocumentTask(Task):
             if not isinstance(default, int):
                 continue
             setting = self.option_values[name]
-            smallest, bound = (0, "") if name == "seed" else (1, " above 0")
-            if not isinstance(setting, int) or setting < smallest:
-                yield f"{self.key}.options.{name}={setting}: must be a whole number{bound}"
+            if name == "seed":
+                if not isinstance(setting, int) or setting < 0:
+                    yield f"{self.key}.options.{name}={setting}: must be a whole number"
+            elif not isinstance(setting, int) or setting < 1:
+                yield f"{self.key}.options.{name}={setting}: must be a whole number above 0"
 
     def parse_case(self, case: Case) -> None:
         """Check that a language model would learn something from the row. Raises Refusal."""

@@ -52,4 +52,4 @@ def problems(config: LoggingConfig) -> Iterator[str]:
         if find_spec(kind.package) is None:
             command = install_command(kind.extra) if kind.extra else f"pip install {kind.package}"
             typed_value = str(getattr(config, kind.setting)).lower()
-            yield (f"logging.{kind.setting}={typed_value}: needs the package {kind.package} ({command})")
+            yield f"logging.{kind.setting}={typed_value}: needs the package {kind.package} ({command})"
