@@ -58,11 +58,6 @@ def group_of_slices(row_slices: list[int]) -> Any:
     return group
 
 
-def group_of_runtime(runtime: Runtime) -> Any:
-    """This rank's sequence-parallel group; None if `parallel.sequence=1`."""
-    return None if runtime.sequence_size == 1 else _GROUPS[runtime.sequence_size][1]
-
-
 class AllToAll(torch.autograd.Function):
     """All-to-all of a flat tensor within a sequence-parallel group. All ranks of the group must call, forward and backward.
 

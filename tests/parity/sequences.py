@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision, StrategyName, ZeroConfig
 from strategies.communication_counters import ALL_TO_ALL, count_communication
-from strategies.sequence import SumOverGroup, group_of_runtime, with_sequence
+from strategies.sequence import SumOverGroup, group_of_slices, with_sequence
 from tests.helpers.building import (
     GLOBAL_BATCH,
     STRATEGIES,
@@ -404,7 +404,7 @@ def beside_deepspeed(job: Job, degree: int) -> list[float]:
         return torch.nn.functional.scaled_dot_product_attention(*by_head, is_causal=True).transpose(1, 2)
 
     theirs = [tensor[:, :, start:stop].transpose(1, 2).contiguous().requires_grad_() for tensor in row]
-    their_output = DistributedAttention(causal, group_of_runtime(runtime), scatter_idx=2, gather_idx=1)(*theirs, 0)
+    their_output = DistributedAttention(causal, group_of_slices(row_slices), scatter_idx=2, gather_idx=1)(*theirs, 0)
     (their_output * weights).sum().backward()
 
     ours = [tensor[:, :, start:stop].clone().requires_grad_() for tensor in row]

@@ -14,6 +14,8 @@ from strategies.runtime import Runtime, free_host_memory, peak_memory_gib
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepBatch
 from trainer.loop import Trainer
+from trainer.model.config import ModelKind
+from trainer.objectives.registry import family_of
 from trainer.planner.hardware import GIB
 from trainer.planner.lengths import divisors
 from trainer.reporting.run_record import PredictedCost, RunRecord
@@ -127,6 +129,10 @@ def _remedies(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
         remedies.append(f"data.max_length below {config.data.max_length}")
     if str(config.tuning.name) == "full":
         remedies.append("tuning=lora")
+    more_to_share = 2 * runtime.sequence_size
+    takes_rows = family_of(config.objective).kind is not ModelKind.encoder_decoder
+    if takes_rows and runtime.world_size % more_to_share == 0:
+        remedies.append(f"parallel.sequence={more_to_share}, if single documents are too long (docs/long-context.md)")
     is_sharded = str(config.strategy.name) in ("fsdp2", "zero3")
     remedies.append("more ranks" if is_sharded else "strategy=fsdp2 or zero3 on more ranks")
     return (
