@@ -42,10 +42,10 @@ def metric_names(bounds: list[int]) -> list[str]:
 def with_position_groups(
     batches: Callable[[], Iterable[dict[str, Any]]], bounds: list[int]
 ) -> Iterator[dict[str, Any]]:
-    """The batches that `batches` makes, each saying of which group every supervised row is.
+    """The micro-batches that `batches` makes, each with the group of positions that every target belongs to.
 
-    `row_source` (int64, one for each supervised row) is a place in `source_names`, as in training on several sources.
-    Objectives that have no loss of single tokens do not look at them.
+    `row_source` (int64, one for each target) is an index into `source_names`, as in training on several sources. Objectives that
+    have no loss of single tokens do not look at them.
     """
     names = [f"{GROUP}{bound}" for bound in bounds]
     for batch in batches():

@@ -35,8 +35,8 @@ class LossEvaluator:
     """Yields `loss`, `perplexity` (of language models), `accuracy` (of tokens, documents or pairs) and other summed terms.
 
     If the objective counts confusions (classification), `f1_macro` and `f1_micro` too. If the batches tell positions apart
-    (`with_position_groups`), the loss of each group too. The metrics of `parts` come from the same
-    pass: each micro-batch then has documents of one source.
+    (`with_position_groups`), the loss of each group too. The metrics of `parts` come from the same pass: each micro-batch then
+    has documents of one source.
     """
 
     def __init__(
