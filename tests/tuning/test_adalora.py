@@ -13,6 +13,7 @@ from tests.helpers.exports import assert_same_logits, export, logits_of, plain_b
 from trainer.data.config import DataConfig, Layout
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.optim.config import AdamwConfig
+from trainer.tuning.adalora import RankAllocation
 from trainer.tuning.config import AdaLoraConfig
 
 STEPS = 10
@@ -56,10 +57,13 @@ def kept(trainer):
     return {name: (p != 0).view(-1).tolist() for name, p in named if ".lora_E." in name}
 
 
-def test_a_run_takes_the_steps_of_plain_peft(root, runtime):
+def test_a_run_takes_the_steps_of_plain_peft(root, runtime, monkeypatch):
     import peft
     from transformers import AutoModelForCausalLM
 
+    has_importance = RankAllocation._has_importance
+    waits = []
+    monkeypatch.setattr(RankAllocation, "_has_importance", lambda self: waits.append(1) or has_importance(self))
     ours = trainer_of(root, runtime)
     settings = peft.AdaLoraConfig(
         init_r=4,
@@ -94,6 +98,7 @@ def test_a_run_takes_the_steps_of_plain_peft(root, runtime):
         of_peft = {name: (p != 0).view(-1).tolist() for name, p in theirs.items() if ".lora_E." in name}
         assert kept(ours) == of_peft, step
         budgets.append(sum(map(sum, of_peft.values())))
+    assert len(waits) == 1, "only the step that settles the ranks may wait for the device"
     assert budgets[1] == 4 * 14 > budgets[3] > budgets[5] > budgets[-1] == 2 * 14
     assert len({sum(mask) for mask in kept(ours).values()}) > 1, "no rank has moved: the comparison is blind"
     for name, value in named_parameters(ours.engine.step_module):
