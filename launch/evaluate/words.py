@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.evaluate import EvaluationJob
 
-GROUPS_BESIDE_RUN = frozenset({"evaluation", "strategy", "launcher", "run", "precision", "logging"})
+GROUPS_BESIDE_RUN = frozenset({"evaluation", "strategy", "parallel", "launcher", "run", "precision", "logging"})
 """Groups of settings that can be typed beside a run."""
 AGAINST_PREFIX = "against."
 """Before a setting: it allows what the run of `against=` reaches out to."""

@@ -367,6 +367,12 @@ def test_foreign_run_link_does_not_decide_where_results_are_written(tmp_path):
     assert not may_write_results(run)
 
 
+def test_ranks_of_an_evaluation_may_share_rows_whatever_the_run_did(site, tmp_path):
+    """The held-out loss of a document that fits no single rank needs them."""
+    config = load_frozen(of_somebody(site, tmp_path / "theirs") / "config.yaml")
+    assert recompose(config, ["parallel.sequence=2"], GROUPS_BESIDE_RUN).parallel.sequence == 2
+
+
 def test_foreign_run_configuration_resolves_nothing_when_it_is_evaluated(site, tmp_path, monkeypatch):
     monkeypatch.setenv("OF_THE_READER", "not-to-be-told")
     theirs = of_somebody(site, tmp_path / "theirs")
