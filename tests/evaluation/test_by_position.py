@@ -55,9 +55,9 @@ def test_loss_by_position_is_that_of_the_tokens_there(tmp_path, runtime, model, 
     trainer = trainer_for(config, data, runtime)
     batches = partial(eval_batches, data.train, EvalShare(7, 0, 1), trainer.loader.collator, "cpu")
     count = exact_sum(data.train.counts["loss"])
-    plain = dict(LossEvaluator(batches, count=count, prefix="eval").run(trainer.engine))
+    plain = dict(LossEvaluator(batches, count=count).run(trainer.engine))
     grouped = partial(with_position_groups, batches, BOUNDS)
-    found = dict(LossEvaluator(grouped, count=count, prefix="eval").run(trainer.engine))
+    found = dict(LossEvaluator(grouped, count=count).run(trainer.engine))
 
     sums = losses_by_hand(model, data.train)
     expected = {}

@@ -70,7 +70,6 @@ def build_evaluators(
     loss_evaluator = LossEvaluator(
         loss_batches,
         count=exact_sum(held_out.counts["loss"][sequences]),
-        prefix="eval",
         ranks_per_row=runtime.sequence_size,
         perplexity=built.step_module.objective.perplexity,
         stop_now=watch_for_stop(),

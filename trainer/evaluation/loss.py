@@ -32,7 +32,7 @@ class EvaluationPart:
 
 
 class LossEvaluator:
-    """Yields `loss`, `perplexity` (of language models), `accuracy` (of tokens, documents or pairs) and other summed terms.
+    """Yields `eval/loss`, `eval/perplexity` (of language models), `eval/accuracy` (of tokens, documents or pairs) and others.
 
     If the objective counts confusions (classification), `f1_macro` and `f1_micro` too. If the batches tell positions apart
     (`with_position_groups`), the loss of each group too. The metrics of `parts` come from the same pass: each micro-batch then
@@ -44,7 +44,6 @@ class LossEvaluator:
         batches: Callable[[], Iterable[dict[str, Any]]],
         *,
         count: float,
-        prefix: str,
         ranks_per_row: int = 1,
         perplexity: bool = True,
         stop_now: Callable[[], bool] | None = None,
@@ -54,7 +53,6 @@ class LossEvaluator:
         self._batches = batches
         self._count = count
         """Denominator of the whole set, all ranks together."""
-        self._prefix = prefix
         self._ranks_per_row = ranks_per_row
         """Neighbouring ranks that have the same micro-batches, and a share of each one's sums (`parallel.sequence`)."""
         self._perplexity = perplexity
@@ -88,7 +86,7 @@ class LossEvaluator:
         totals = self._reduce(sums, batch_sums, engine)
         whole_totals = {term: total.sum(0) for term, total in totals.items()}
         for name, value in self._metrics(whole_totals, self._count).items():
-            yield f"{self._prefix}/{name}", value
+            yield f"eval/{name}", value
         for row, part in enumerate(self._parts):
             part_totals = {term: total[row] for term, total in totals.items()}
             values = self._metrics(part_totals, part.count)
@@ -110,7 +108,7 @@ class LossEvaluator:
         reduced = dist_sum(torch.cat([*flat_sums, *ordered_batch_sums])).cpu()
         sizes = [part.numel() for part in flat_sums]
         by_batch = reduced[sum(sizes) :].view(len(batch_terms), -1)
-        self.on_batch_sums({f"{self._prefix}/{term}": by_batch[row].tolist() for row, term in enumerate(batch_terms)})
+        self.on_batch_sums({f"eval/{term}": by_batch[row].tolist() for row, term in enumerate(batch_terms)})
         pieces = reduced[: sum(sizes)].split(sizes)
         return {term: piece.view(sums[term].shape) for term, piece in zip(terms, pieces, strict=True)}
 
