@@ -137,7 +137,9 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
     if global_batch is None or micro_batch is None:
         yield "batch: needs both batch.global and batch.micro"
         return
-    # Ranks that share their rows count as one reader. A wrong number of them is reported by itself.
+    if world_size is not None and world_size % config.parallel.sequence:
+        return  # reported by itself; who reads documents of their own is open until it is mended
+    # Ranks that share their rows count as one reader.
     readers = max(1, readers_of(config, world_size or 1))
     named_readers = "the ranks" if world_size is None else name_of_readers(config, readers)
     if micro_batch == AUTO:
