@@ -93,14 +93,21 @@ def test_divergence_of_held_out_losses_is_a_paired_test():
     assert few.bound is None and not few.is_worse  # 20 %: too few micro-batches for a test, too little without one
 
 
+def sums_in_order(own_sums, *, rank, ranks, ranks_per_row=1):
+    """What a rank hands over of the sums of its micro-batches."""
+    tensors = [torch.tensor(value, dtype=torch.float64) for value in own_sums]
+    return _batch_sums_in_order(tensors, SimpleNamespace(dp_rank=rank, dp_size=ranks), ranks_per_row)
+
+
 def test_ranks_take_micro_batches_in_turns():
-    parts = [
-        _batch_sums_in_order(
-            [torch.tensor(value, dtype=torch.float64) for value in own], SimpleNamespace(dp_rank=rank, dp_size=2)
-        )
-        for rank, own in enumerate(([1.0, 3.0], [2.0, 0.0]))
-    ]
+    parts = [sums_in_order(own, rank=rank, ranks=2) for rank, own in enumerate(([1.0, 3.0], [2.0, 0.0]))]
     assert sum(parts).tolist() == [1.0, 2.0, 3.0, 0.0]  # as one rank has them; the last one has run out
+
+
+def test_ranks_that_share_rows_add_their_parts_of_a_micro_batch():
+    own = ([0.25, 1.0], [0.75, 2.0], [0.5, 0.0], [1.5, 0.0])
+    parts = [sums_in_order(sums, rank=rank, ranks=4, ranks_per_row=2) for rank, sums in enumerate(own)]
+    assert sum(parts).tolist() == [1.0, 2.0, 3.0, 0.0]
 
 
 def test_divergence_has_the_same_micro_batches_on_another_number_of_ranks():
