@@ -1,11 +1,14 @@
 """A row of documents is cut into slices for the ranks that share it, and nothing of it is lost or counted twice."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.runtime import Runtime
 from tests.helpers.covering import examples
 from trainer.data.batches.collate import Collator
 from trainer.data.batches.cutting import AXES, Axis, Cut, cut_batch, cut_of, moved_rows
@@ -96,8 +99,9 @@ def test_padded_rows_are_not_cut():
 
 
 def test_rank_that_shares_its_rows_with_nobody_has_no_cut():
-    assert cut_of(0, 1) is None
-    assert cut_of(3, 4) == Cut(3, 4)
+    runtime = Runtime(7, 8, 7, 8, torch.device("cpu"), None)
+    assert cut_of(runtime) is None
+    assert cut_of(replace(runtime, sequence_size=4)) == Cut(3, 4)
 
 
 @given(st.lists(st.integers(2, 9), min_size=2, max_size=6), st.integers(2, 4), st.integers(0, 99))

@@ -285,7 +285,7 @@ def evaluated(job: Job) -> list[dict[str, float]]:
             config, parallel=ParallelConfig(sequence=degree), batch={"global": 16, "micro": 16 // readers}
         )
         trainer = trainer_for(changed, data, runtime)
-        share = EvalShare(5, runtime.reader, readers, cut=cut_of(runtime.sequence_rank, runtime.sequence_size))
+        share = EvalShare(5, runtime.reader, readers, cut=cut_of(runtime))
         whole_batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
         batches = partial(with_position_groups, whole_batches, [4, 8, 16, 1024])
         count = int(held_out.counts["loss"].sum())

@@ -132,7 +132,7 @@ def build_loader(
             config.batch["micro"],
             runtime.reader,
             runtime.readers,
-            cut_of(runtime.sequence_rank, runtime.sequence_size),
+            cut_of(runtime),
         ),
         collator=built.collator,
         device=runtime.device,
@@ -175,7 +175,7 @@ def build_engine(
     built.step_module.neftune_alpha = config.model.neftune_alpha
     built.collator.keeps_row_ids = config.model.neftune_alpha > 0
     built.substitutions.update(lstm.lstm_substitutions(built.step_module, precision, runtime.device))
-    cut = cut_of(runtime.sequence_rank, runtime.sequence_size)
+    cut = cut_of(runtime)
     longest_batch = workload(config, data, cut)
     micro_batches_per_step = accumulation_steps(config, runtime.world_size)
     plan_checkpointing(built, longest_batch, config.strategy, precision, runtime)

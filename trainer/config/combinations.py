@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from strategies.base import StrategyConfig, StrategyName
 from strategies.registry import STRATEGIES
+from trainer.config.parallel import ONE_PROCESS, UNSHARED
 from trainer.optim.config import OptimConfig, OptimName
 from trainer.optim.support import SUPPORT
 from trainer.tuning.base import TuningConfig
@@ -71,7 +72,6 @@ FEATURES: dict[str, Feature] = {
 COMPILED = ("full", "freeze", "lora")
 """Methods that were run compiled and took the same steps."""
 NOT_COMPILED = "it is not proven to take the same steps compiled"
-ONE_PROCESS = "strategy=single is one process, and a row is shared by several"
 INSTEAD = "strategy=ddp, or tuning=lora"
 """What to choose instead if a method refuses a strategy."""
 
@@ -112,7 +112,7 @@ def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimN
     if reason and counts_here:
         return Cell(CellState.refused, reason, asked_feature.instead)
     if feature == "sequence" and strategy is StrategyName.single:
-        return Cell(CellState.refused, ONE_PROCESS, "parallel.sequence=1, or use strategy=fsdp2")
+        return Cell(CellState.refused, ONE_PROCESS, UNSHARED)
     if feature == "compile" and row not in COMPILED:
         return Cell(CellState.refused, NOT_COMPILED, asked_feature.instead)
     reason = method.optimizers.get(str(optim))

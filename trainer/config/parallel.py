@@ -12,6 +12,10 @@ from typing import Any, Protocol
 
 from strategies.settings import number
 
+ONE_PROCESS = "strategy=single is one process, and a row is shared by several"
+UNSHARED = "parallel.sequence=1, or use strategy=fsdp2"
+"""Why `strategy=single` shares no rows, and what to set instead."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
@@ -54,10 +58,7 @@ def problems(config: BatchedRun, world_size: int | None, strategy_name: str) -> 
     if degree == 1:
         return
     if strategy_name == "single":
-        yield (
-            f"parallel.sequence={degree}: strategy=single is one process, and a row is shared by several; set "
-            "parallel.sequence=1, or use strategy=fsdp2"
-        )
+        yield f"parallel.sequence={degree}: {ONE_PROCESS}; set {UNSHARED}"
     elif world_size is not None and world_size % degree:
         legal = [str(divisor) for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         yield (

@@ -54,7 +54,7 @@ def build_evaluators(
         config.max_documents,
         data_spec.sequences_per_document,
         by_source=bool(parts),
-        cut=cut_of(runtime.sequence_rank, runtime.sequence_size),
+        cut=cut_of(runtime),
     )
     batches = partial(eval_batches, held_out, share, built.collator, runtime.device)
     sequences = share.sequences(held_out)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from trainer.model.kernels import kernel_versions
 from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
 from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, plain_model, summed_loss, supervised_rows
 from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
+
+Proved = TypeVar("Proved")
 
 TOLERANCE = 1e-5
 """Largest relative difference of losses, and of gradients by their norm. Computed in float64 if the model can."""
@@ -120,12 +123,20 @@ def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gp
 
 def _proof_of(config: Any, plain: Any) -> _Proof:
     """A proof on the first small copy that can be run. If none can, raises the error of the first."""
+    return on_small_copy(config, plain, partial(_Proof, config, plain))
+
+
+def on_small_copy(config: Any, plain: nn.Module, compute: Callable[[Any, torch.dtype], Proved]) -> Proved:
+    """`compute(small configuration, type)` of the first small copy for which it succeeds; if there is none, the first error.
+
+    In float64, and in float32 if that fails: the code of some models fixes a type.
+    """
     first_error: Exception | None = None
     with without_kernel_packages():
         for small in small_copies(config, plain):
-            for dtype in (torch.float64, torch.float32):  # the code of some models fixes a type
+            for dtype in (torch.float64, torch.float32):
                 try:
-                    return _Proof(config, plain, small, dtype)
+                    return compute(small, dtype)
                 except NotShrinkable as error:  # another type would not help
                     first_error = first_error or error
                     break

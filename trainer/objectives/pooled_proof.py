@@ -19,11 +19,10 @@ from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.model import rotary, sequence_proof
 from trainer.model.architecture import auto_class, set_dropout, text_settings
-from trainer.model.compat import without_kernel_packages
 from trainer.model.config import ModelKind
-from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
+from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds
 from trainer.objectives.causal import MODEL_INPUTS, token_states
-from trainer.objectives.forward_path import MAX_COPY_ELEMENTS, TOLERANCE, error_line
+from trainer.objectives.forward_path import MAX_COPY_ELEMENTS, TOLERANCE, error_line, on_small_copy
 from trainer.objectives.pooled import HEAD, PooledCollator, classifier_logits
 from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
@@ -60,18 +59,9 @@ def _first_answer(config: Any, plain: nn.Module, attention: str) -> str | None:
     """The answer of the first small copy that can be run. If none can, raises the error of the first."""
     if not isinstance(getattr(plain, HEAD, None), nn.Module):
         return f"its classifier ({type(plain).__name__}) does not score the last token"
-    first_error: Exception | None = None
-    with without_kernel_packages():
-        for small in small_copies(config, plain):
-            for dtype in (torch.float64, torch.float32):  # the code of some models fixes a type
-                try:
-                    return _PoolingProof(config, plain, small, dtype).problem(attention)
-                except NotShrinkable as error:  # another type would not help
-                    first_error = first_error or error
-                    break
-                except Exception as error:  # noqa: BLE001 - an architecture may fail in any way
-                    first_error = first_error or error
-    raise first_error or NotShrinkable("it has no settings to make smaller")
+    return on_small_copy(
+        config, plain, lambda small, dtype: _PoolingProof(config, plain, small, dtype).problem(attention)
+    )
 
 
 class _PoolingProof:

@@ -90,7 +90,7 @@ def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
         built.step_module.plan.optimizer_hooks.begin(PROBE_STEPS + 1)
     runtime = inputs.runtime
     micro_batches = min(2, accumulation_steps(config, runtime.world_size))
-    cut = cut_of(runtime.sequence_rank, runtime.sequence_size)
+    cut = cut_of(runtime)
     longest = longest_micro_batch(built, workload(config, inputs.data, cut))
     trainer = minimal_trainer(engine)
     try:

@@ -329,6 +329,6 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
 
 def _micro_batch_of(parts: StepParts, lengths: list[int], micro_batches: int, runtime: Runtime) -> dict[str, Any]:
     """One of `micro_batches` alike micro-batches of a step, of sequences of these lengths; of this rank's slice."""
-    batch = micro_batch_of(parts.built, lengths, cut_of(runtime.sequence_rank, runtime.sequence_size))
+    batch = micro_batch_of(parts.built, lengths, cut_of(runtime))
     batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * micro_batches)
     return batch

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from strategies.runtime import Runtime
 
 IGNORED = -100
 """Target of a position that is not supervised."""
@@ -76,9 +79,9 @@ class Cut:
         return borders[self.sequence_rank], borders[self.sequence_rank + 1]
 
 
-def cut_of(sequence_rank: int, sequence_size: int) -> Cut | None:
-    """The cut of a rank; None if it shares its rows with nobody."""
-    return None if sequence_size == 1 else Cut(sequence_rank, sequence_size)
+def cut_of(runtime: Runtime) -> Cut | None:
+    """The cut of this rank; None if it shares its rows with nobody."""
+    return None if runtime.sequence_size == 1 else Cut(runtime.sequence_rank, runtime.sequence_size)
 
 
 def cut_batch(

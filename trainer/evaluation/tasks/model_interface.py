@@ -171,7 +171,7 @@ class ModelInterface:
             return self.cached_losses[cache_key]
         # One sequence in a micro-batch, so that the sums of a batch are those of a sequence.
         runtime = self.runtime
-        cut = cut_of(runtime.sequence_rank, runtime.sequence_size)
+        cut = cut_of(runtime)
         share = EvalShare(1, runtime.reader, runtime.readers, max_rows, cut=cut)
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)
         own_losses: dict[int, tuple[float, float]] = {}
