@@ -16,7 +16,7 @@ from strategies.runtime import SIMULATED
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
 from trainer.build.sequence import check_sequence
-from trainer.config.parallel import accumulation_steps, name_of_readers, readers_of
+from trainer.config.parallel import accumulation_steps, readers_of
 from trainer.config.run import MICRO, STRATEGY, RunConfig, SlurmConfig
 from trainer.data.batches.order import steps_from_budget
 from trainer.data.prepare import PreparedData
@@ -27,6 +27,7 @@ from trainer.planner.lengths import SampledLengths, sampled_lengths
 from trainer.planner.micro_batch import preview_micro
 from trainer.planner.simulation import simulate_depth
 from trainer.planner.strategy_choice import preview_strategy
+from trainer.reporting.numbers import name_of_readers
 from trainer.session.run_facts import model_flops_per_token, repetition_warning
 from trainer.step import Built
 
@@ -74,7 +75,7 @@ def describe(config: RunConfig) -> DryRun:
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
     world = config.launcher.per_node * config.launcher.nodes
-    readers = name_of_readers(config, readers_of(config, world))
+    readers = name_of_readers(readers_of(config, world), config.parallel.sequence)
     accumulation = accumulation_steps(config, world)
     steps = steps_from_budget(config.budget, samples.order, samples.tokens, global_batch)
     epochs = steps * global_batch / samples.order.num_units

@@ -1,5 +1,6 @@
 """One form of a step answers for every micro-batch as the simulation of that micro-batch does."""
 
+import math
 from dataclasses import astuple, replace
 
 import pytest
@@ -12,6 +13,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, takes, values
 from tests.simulated.cases import CHECKPOINTING, NATIVE, STRATEGIES, WHOLE, Case
 from trainer.data.config import Layout
+from trainer.planner.cost_model import most_hosts_of_a_group
 from trainer.planner.depth_extrapolation import END_BLOCKS, shallow_depths
 from trainer.planner.memory_tracker import ALLOCATION_GRAIN
 from trainer.planner.model_blocks import block_pattern
@@ -208,3 +210,13 @@ def test_cost_model_of_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, k
     few, exact = (simulate_form(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True))
     found, whole = few.peak_at(256), exact.peak_at(256)
     assert found.phase == whole.phase and found.total == pytest.approx(whole.total, rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks_per_host", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("degree", [2, 3, 4, 8])
+def test_the_group_on_most_hosts_is_counted(degree, ranks_per_host):
+    """All groups of neighbouring ranks are looked at, on as many hosts as it takes for them to end with a host."""
+    ranks = range(math.lcm(degree, ranks_per_host))
+    groups = [ranks[first : first + degree] for first in ranks[::degree]]
+    hosts_of_groups = [len({rank // ranks_per_host for rank in group}) for group in groups]
+    assert most_hosts_of_a_group(degree, ranks_per_host) == max(hosts_of_groups)

@@ -38,13 +38,6 @@ def readers_of(config: BatchedRun, world_size: int) -> int:
     return world_size // config.parallel.sequence
 
 
-def name_of_readers(config: BatchedRun, readers: int) -> str:
-    """The readers as a message names them: `4 ranks`, or `2 groups of 4 ranks`."""
-    degree = config.parallel.sequence
-    plural = "s" if readers > 1 else ""
-    return f"{readers} rank{plural}" if degree == 1 else f"{readers} group{plural} of {degree} ranks"
-
-
 def accumulation_steps(config: BatchedRun, world_size: int) -> int:
     """Micro-batches of each reader in one optimizer step; 0 if `batch.global` is smaller than one of each reader."""
     documents_per_pass = config.batch["micro"] * readers_of(config, world_size)

@@ -24,7 +24,7 @@ from trainer.config.evaluation import problems as evaluation_problems
 from trainer.config.gates import paper_words
 from trainer.config.gates import problems as gate_problems
 from trainer.config.launching import problems as launcher_problems
-from trainer.config.parallel import name_of_readers, readers_of
+from trainer.config.parallel import readers_of
 from trainer.config.ranges import range_problems
 from trainer.config.resuming import KINDS, flat, plain
 from trainer.config.run import AUTO, Device, LauncherName, RunConfig
@@ -37,6 +37,7 @@ from trainer.objectives.registry import family_of, model_problems
 from trainer.objectives.registry import problems as objective_problems
 from trainer.optim.support import problems as optimizer_problems
 from trainer.reporting.energy import problems as energy_problems
+from trainer.reporting.numbers import name_of_readers
 from trainer.reporting.profile import profile_problems
 from trainer.reporting.trackers.registry import problems as tracker_problems
 from trainer.tuning.check import RunFacts
@@ -141,7 +142,7 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
         return  # reported by itself; who reads documents of their own is open until it is mended
     # Ranks that share their rows count as one reader.
     readers = max(1, readers_of(config, world_size or 1))
-    named_readers = "the ranks" if world_size is None else name_of_readers(config, readers)
+    named_readers = "the ranks" if world_size is None else name_of_readers(readers, config.parallel.sequence)
     if micro_batch == AUTO:
         if global_batch % readers:
             legal = _nearest_multiples(global_batch, readers)

@@ -393,10 +393,20 @@ def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) ->
 def _row_exchange(step: SimulatedStep, accumulation: int, local_world_size: int) -> tuple[int, int, int, int]:
     """(ranks, hosts, calls, bytes) of what ranks that share a row exchange in one micro-batch."""
     exchanges = [collective for collective in step.collectives if collective.name.startswith(ALL_TO_ALL)]
-    ranks: tuple[int, ...] = max((collective.ranks for collective in exchanges), key=len, default=(0,))
-    hosts = len({rank // local_world_size for rank in ranks})
+    degree = max((len(collective.ranks) for collective in exchanges), default=1)
     size = sum(collective.bytes for collective in exchanges)
-    return len(ranks), hosts, len(exchanges) // accumulation, size // accumulation
+    hosts = most_hosts_of_a_group(degree, local_world_size)
+    return degree, hosts, len(exchanges) // accumulation, size // accumulation
+
+
+def most_hosts_of_a_group(degree: int, local_world_size: int) -> int:
+    """Hosts of the group that lies on most of them, if `degree` neighbouring ranks form a group.
+
+    Hosts of six ranks have groups of four on one host and across two. Every step waits for the group across two.
+    """
+    # Groups begin at each multiple of the greatest common divisor within a host. The last one reaches furthest.
+    last_begin = local_world_size - math.gcd(degree, local_world_size)
+    return (last_begin + degree - 1) // local_world_size + 1
 
 
 def _row_exchange_at_depth(

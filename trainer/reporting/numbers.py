@@ -24,3 +24,9 @@ def readable(value: float) -> str:
     if math.isfinite(value) and abs(value) >= 1e6:
         return f"{value:.1e}"
     return f"{value:.4f}"
+
+
+def name_of_readers(readers: int, degree: int) -> str:
+    """Who reads documents of their own: `4 ranks`, or `2 groups of 4 ranks` if `degree` ranks share each row."""
+    plural = "s" if readers > 1 else ""
+    return f"{readers} rank{plural}" if degree == 1 else f"{readers} group{plural} of {degree} ranks"

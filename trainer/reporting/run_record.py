@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from strategies import atomic_io
 from trainer.reporting.file_version import FILE_VERSION, version_of
+from trainer.reporting.numbers import name_of_readers
 
 RUN_RECORD = "run.json"
 MOST_BYTES = 2**24
@@ -158,10 +159,7 @@ class RunRecord:
     @property
     def readers(self) -> str:
         """Who reads documents of their own, as the arithmetic of a batch names them: `4 ranks`, `2 groups of 4 ranks`."""
-        plural = "s" if self.world_size > self.sequence_size else ""
-        if self.sequence_size == 1:
-            return f"{self.world_size} rank{plural}"
-        return f"{self.world_size // self.sequence_size} group{plural} of {self.sequence_size} ranks"
+        return name_of_readers(self.world_size // self.sequence_size, self.sequence_size)
 
     # Where it runs.
     host: str = ""
