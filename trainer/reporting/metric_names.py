@@ -1,0 +1,142 @@
+"""Names of metrics in trackers, beside those in `metrics.jsonl`: one table for every tracker and for those who read them back.
+
+What a step logs is `train/NAME`, as transformers' Trainer writes it, so that one panel holds runs of both. Figures that the
+Trainer does not have stand in groups of their own: `speed/`, `time/`, `memory/`, `data/`, `experts/`, `gpu/`.
+Names of evaluations and of the summary are the same in both places: settings, gates and saved views go by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+FIRST_EDITION = 1
+"""Edition of the names of runs that record none: trackers have the names of `metrics.jsonl`."""
+EDITION = 2
+"""Edition of the names that a new run uses. A run that goes on keeps the edition it began with."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedMetric:
+    """A metric as trackers show it."""
+
+    name: str
+    unit: str
+    hidden: bool = False
+    """Whether W&B draws no panel of it: a counter, which is of use as an x axis alone."""
+
+
+METRIC_NAMES: dict[str, TrackedMetric] = {
+    "step": TrackedMetric("train/global_step", "steps", hidden=True),
+    "epoch": TrackedMetric("train/epoch", "epochs", hidden=True),
+    "tokens": TrackedMetric("train/num_tokens", "tokens since the start", hidden=True),
+    "supervised_tokens": TrackedMetric("train/num_supervised_tokens", "tokens since the start", hidden=True),
+    "loss": TrackedMetric("train/loss", "nats"),
+    "grad_norm": TrackedMetric("train/grad_norm", "nats"),
+    "lr": TrackedMetric("train/learning_rate", "per step"),
+    "accuracy": TrackedMetric("train/accuracy", "share"),
+    "margin": TrackedMetric("train/rewards/margins", "nats"),
+    "chosen_reward": TrackedMetric("train/rewards/chosen", "nats"),
+    "rejected_reward": TrackedMetric("train/rewards/rejected", "nats"),
+    "skipped": TrackedMetric("train/skipped", "1 if the update was skipped"),
+    "outlier/loss": TrackedMetric("train/outlier/loss", "standard deviations"),
+    "outlier/grad_norm": TrackedMetric("train/outlier/grad_norm", "standard deviations"),
+    "tokens_per_s": TrackedMetric("speed/tokens_per_s", "tokens/s, all ranks"),
+    "tokens_per_s_per_rank": TrackedMetric("speed/tokens_per_s_per_rank", "tokens/s"),
+    "supervised_tokens_per_s": TrackedMetric("speed/supervised_tokens_per_s", "tokens/s, all ranks"),
+    "mfu": TrackedMetric("speed/mfu", "share of the device's peak"),
+    "step_s": TrackedMetric("time/step_s", "seconds"),
+    "forward_s": TrackedMetric("time/forward_s", "seconds, mean of the ranks"),
+    "backward_s": TrackedMetric("time/backward_s", "seconds, mean of the ranks"),
+    "optimizer_s": TrackedMetric("time/optimizer_s", "seconds, mean of the ranks"),
+    "data_wait_s": TrackedMetric("time/data_wait_s", "seconds, mean of the ranks"),
+    "blocks_s": TrackedMetric("time/blocks_s", "seconds, median of the ranks"),
+    "blocks_s/worst": TrackedMetric("time/blocks_s/worst", "seconds"),
+    "blocks_s/rank": TrackedMetric("time/blocks_s/rank", "rank"),
+    "checkpoint_stall_s": TrackedMetric("time/checkpoint_stall_s", "seconds"),
+    "checkpoint_write_s": TrackedMetric("time/checkpoint_write_s", "seconds"),
+    "memory_gib": TrackedMetric("memory/peak_gib", "GiB, largest of the ranks"),
+    "memory_reserved_gib": TrackedMetric("memory/reserved_gib", "GiB, largest of the ranks"),
+    "step_tokens": TrackedMetric("data/step_tokens", "tokens of the step"),
+    "balance": TrackedMetric("data/balance", "mean over largest share of the ranks"),
+}
+"""By the name in `metrics.jsonl`. A name that is not here follows `tracked_name`."""
+
+TRAINING_S = TrackedMetric("time/training_s", "seconds of steps since the start", hidden=True)
+"""A counter that trackers alone get: `metrics.jsonl` has the seconds of each step."""
+PAIR_ACCURACY = TrackedMetric("train/rewards/accuracies", "share")
+"""`accuracy` of an objective that compares rewards, as TRL calls it."""
+GROUP_OF_FAMILY = {"step_tokens/": "data/", "experts/": "", "gpu/": ""}
+"""What comes before the names of a family, such as `step_tokens/SOURCE`; any other family of a step is below `train/`."""
+EVALUATION_NAMES = ("eval/", "test/", "final/", "overfitting/", "output/", "forgetting")
+"""How names of evaluations and of the summary begin."""
+POSITIONS = ("step", "tokens", "epoch")
+"""Names in every row, also in one of an evaluation: how far the run was."""
+GROUPS = ("train/", "speed/", "time/", "memory/", "data/", "experts/", "gpu/")
+"""How the names begin that steps have in trackers."""
+
+
+class XAxis(StrEnum):
+    """What W&B draws metrics over."""
+
+    step = "step"
+    tokens = "tokens"
+    epoch = "epoch"
+    seconds = "seconds"
+
+    @property
+    def tracked_name(self) -> str:
+        """The metric of the axis in trackers."""
+        return TRAINING_S.name if self is XAxis.seconds else METRIC_NAMES[str(self)].name
+
+
+def tracked_name(name: str) -> str:
+    """The name in trackers of a metric of `metrics.jsonl`; that of an evaluation stays as it is.
+
+    `loss` is `train/loss`, a term `kl` of an objective `train/kl`, `step_tokens/web` is `data/step_tokens/web`.
+    """
+    if name in METRIC_NAMES:
+        return METRIC_NAMES[name].name
+    if name.startswith(EVALUATION_NAMES):
+        return name
+    for family, group in GROUP_OF_FAMILY.items():
+        if name.startswith(family):
+            return group + name
+    return f"train/{name}"
+
+
+def tracked_row(row: Mapping[str, Any], *, step: int, training_s: float) -> dict[str, Any]:
+    """A row of `metrics.jsonl` under the names that trackers show, with the step and the seconds of all steps so far.
+
+    A row without a `loss` is of an evaluation: of its names only those in `POSITIONS` change.
+    """
+    is_of_step = "loss" in row
+    compares_rewards = is_of_step and "margin" in row
+    tracked = {METRIC_NAMES["step"].name: step, TRAINING_S.name: training_s}
+    for name, metric in row.items():
+        if compares_rewards and name == "accuracy":
+            tracked[PAIR_ACCURACY.name] = metric
+        elif is_of_step or name in POSITIONS:
+            tracked[tracked_name(name)] = metric
+        else:
+            tracked[name] = metric
+    return tracked
+
+
+def recorded_name(tracked: str) -> str | None:
+    """The name in `metrics.jsonl` of what a tracker has of a step; None if it is an evaluation's, or not in that file."""
+    if tracked == TRAINING_S.name or not tracked.startswith(GROUPS):
+        return None
+    if tracked == PAIR_ACCURACY.name:
+        return "accuracy"
+    if tracked in _NAME_OF_TRACKED:
+        return _NAME_OF_TRACKED[tracked]
+    for family, group in GROUP_OF_FAMILY.items():
+        if tracked.startswith(group + family):
+            return tracked.removeprefix(group)
+    return tracked.removeprefix("train/")
+
+
+_NAME_OF_TRACKED = {metric.name: name for name, metric in METRIC_NAMES.items()}
