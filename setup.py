@@ -33,6 +33,7 @@ setup(
     package_data={
         "conf": ["*.yaml", "*/*.yaml", "*/*.md"],
         "trainer.data.report": ["*.j2", "*.css"],
+        "trainer.pages": ["*.j2", "*.css", "*.js"],
         "launch.compare": ["*.j2"],
         "trainer.evaluation.report": ["*.j2"],
         "trainer.evaluation.tasks": ["*.json"],
@@ -107,6 +108,7 @@ setup(
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",
             "playwright>=1.60",  # drives the Chromium that is installed; no browser of its own is fetched
+            "axe-playwright-python>=0.1.8",  # axe-core: what people with assistive technology would meet on a page
             "pytest>=9",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",

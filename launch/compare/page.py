@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from launch.compare.comparison import Comparison
 from launch.compare.run_files import RecordedRun
-from strategies.cache_dir import cache_directory
-from strategies.errors import StorageError
 from strategies.extras import install_command
-from trainer.reporting.status import write_atomic, write_text_atomic
+from trainer.pages.vega import vega_script
+from trainer.reporting.status import write_atomic
 
 REQUIRED_PACKAGES = ("altair", "vl_convert")
 """Packages of the extra `report` that draw the plots."""
@@ -28,25 +24,6 @@ def missing_packages(page_name: str = "compare.html") -> str | None:
     if not missing:
         return None
     return f"{page_name} needs {' and '.join(missing)}: {install_command('report')}"
-
-
-@cache
-def vega_script() -> str:
-    """The JavaScript of Vega, which draws plots in a browser, as one text to embed in the page.
-
-    Bundling it takes seconds, so the text is kept in the cache directory.
-    """
-    cached = cache_directory() / "pages" / f"vega-{version('vl-convert-python')}.js"
-    try:
-        return cached.read_text(encoding="utf-8")
-    except OSError:
-        from vl_convert import javascript_bundle
-
-        # `</script` in the code would end the page's script element.
-        script = javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]  # its stub forgets the default
-    with suppress(StorageError):  # without a writable cache directory, the next page bundles it anew
-        write_text_atomic(cached, script)
-    return script
 
 
 def render_page(

@@ -56,9 +56,33 @@ class Page:
         """Of all elements that the selector names."""
         return self.tab.locator(selector).all_inner_texts()
 
+    def themed(self, *, dark: bool) -> None:
+        """The page in the other theme, as if the reader had changed that of the system."""
+        self.tab.emulate_media(color_scheme="dark" if dark else "light")
+
+    def resized(self, width: int) -> None:
+        """The page in a window of another width, in pixels."""
+        self.tab.set_viewport_size({"width": width, "height": HEIGHT})
+
+    def is_too_wide(self) -> bool:
+        """Whether the page as a whole scrolls sideways: what is wide has to scroll inside a box of its own."""
+        return self.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+
     def screenshot(self, path: Path) -> None:
         """All of the page as PNG."""
         self.tab.screenshot(path=str(path), full_page=True)
+
+
+def axe_problems(page: Page) -> list[str]:
+    """What axe-core finds on a page as it is shown now, a line for each element: rule, element, what is wrong."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page.tab).response["violations"]
+    return [
+        f"{rule['id']}: {' '.join(node['target'])}: {' '.join(node['failureSummary'].split())}"
+        for rule in found
+        for node in rule["nodes"]
+    ]
 
 
 @dataclass
@@ -67,11 +91,11 @@ class Browser:
 
     chromium: Any
 
-    def open(self, path: Path, *, dark: bool = False) -> Page:
-        """A file in a tab of its own, offline, once it is loaded."""
+    def open(self, path: Path, *, dark: bool = False, width: int = WIDTH) -> Page:
+        """A file in a tab of its own, offline, once it is loaded; `width` is the window's, in pixels."""
         address = path.resolve().as_uri()
         context = self.chromium.new_context(
-            offline=True, viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="dark" if dark else "light"
+            offline=True, viewport={"width": width, "height": HEIGHT}, color_scheme="dark" if dark else "light"
         )
         page = Page(context.new_page())
         page.tab.set_default_timeout(1000 * seconds(15))

@@ -1,0 +1,100 @@
+"use strict";
+for (const table of document.querySelectorAll("table.sortable")) {
+  const headings = [...table.querySelectorAll("th[data-column]")];
+  headings.forEach((heading, column) => heading.querySelector("button").addEventListener("click", () => {
+    const down = heading.getAttribute("aria-sort") === "ascending";
+    headings.forEach((other) => other.removeAttribute("aria-sort"));
+    heading.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const value = (row) => row.cells[column].dataset.value;
+    const rows = [...table.tBodies[0].rows].sort((a, b) => {
+      const x = value(a), y = value(b);
+      if (x === "" || y === "") return (x === "") - (y === "");  // what has no value stays last
+      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return down ? -order : order;
+    });
+    table.tBodies[0].append(...rows);
+  }));
+}
+for (const command of document.querySelectorAll(".command")) {
+  if (!navigator.clipboard) break;  // a browser may deny it to a file
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = "Copy";
+  button.setAttribute("aria-label", "Copy: " + command.textContent.trim());
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(command.querySelector("pre").textContent);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(command.querySelector("pre"));
+      button.textContent = "Selected";
+    }
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
+  command.append(button);
+}
+const showScrollHints = () => {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const hint = box.nextElementSibling;
+    if (hint && hint.classList.contains("scroll-hint")) hint.hidden = box.scrollWidth <= box.clientWidth + 1;
+  }
+};
+addEventListener("resize", showScrollHints);
+document.addEventListener("toggle", showScrollHints, true);
+showScrollHints();
+
+const plots = {};  // Vega's views by the id of their figure
+if (window.vegaEmbed) {
+  const style = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  const isDark = matchMedia("(prefers-color-scheme: dark)");
+  const theme = () => {
+    const ink = style("ink"), soft = style("soft"), line = style("line");
+    const tones = {};
+    for (const tone of ["good", "bad", "warning", "note", "soft", "ink"]) tones[tone] = {fill: style(tone), stroke: style(tone), color: style(tone)};
+    return {
+      background: null,
+      font: "system-ui, sans-serif",
+      view: {stroke: line},
+      axis: {labelColor: soft, titleColor: ink, gridColor: line, domainColor: soft, tickColor: soft, labelFontSize: 12, titleFontSize: 12},
+      legend: {labelColor: ink, titleColor: ink, labelFontSize: 12, orient: "top", columns: innerWidth < 640 ? 1 : 3, symbolStrokeWidth: 2.5},
+      header: {labelColor: ink, titleColor: ink}, title: {color: ink}, text: {color: ink}, rule: {color: soft},
+      mark: {color: isDark.matches ? "#56b4e9" : "#0072b2"},
+      style: tones,
+      // Okabe and Ito's colours in the order that stands out from the page; black, or white, is left to texts.
+      range: {category: isDark.matches
+        ? ["#56b4e9", "#e69f00", "#2cc295", "#cc79a7", "#f0e442", "#e8702a", "#9db7ff", "#c0c7d1"]
+        : ["#0072b2", "#d55e00", "#009e73", "#b4578c", "#8a6d00", "#3d8fc4", "#5b3fa8", "#5b6470"]},
+    };
+  };
+  const fitted = (spec, width) => {  // plots beneath each other cannot be fitted by Vega: their axes are left room
+    const copy = structuredClone(spec);
+    if (copy.vconcat) copy.vconcat.forEach((part) => { part.width = Math.max(width - 86, 160); });
+    else if (!copy.hconcat && !copy.facet && !copy.repeat) {
+      copy.width = width;
+      copy.autosize = {type: "fit-x", contains: "padding"};
+    }
+    return copy;
+  };
+  const draw = async () => {
+    for (const figure of document.querySelectorAll("figure.plot")) {
+      const drawing = figure.querySelector(".drawing");
+      if (!drawing.clientWidth) continue;  // in a folded part: drawn when it is opened
+      const spec = JSON.parse(figure.querySelector("script").textContent);
+      spec.description = figure.querySelector("h2").textContent;
+      if (plots[figure.id]) plots[figure.id].finalize();
+      plots[figure.id] = await vegaEmbed(drawing, fitted(spec, drawing.clientWidth), {renderer: "svg", config: theme(), mode: "vega-lite",
+        actions: {export: true, source: false, compiled: false, editor: false}});
+      drawing.querySelector("details > summary")?.setAttribute("aria-label", "Save this plot: " + spec.description);
+    }
+  };
+  let drawn = draw(), width = innerWidth, waiting = 0;
+  const again = () => { drawn = drawn.then(draw); };
+  isDark.addEventListener("change", again);
+  document.addEventListener("toggle", (event) => { if (event.target.querySelector("figure.plot")) again(); }, true);
+  addEventListener("resize", () => {
+    if (innerWidth === width) return;  // a phone's address bar changes the height alone
+    width = innerWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(again, 200);
+  });
+}

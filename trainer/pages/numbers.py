@@ -1,0 +1,72 @@
+"""Numbers on pages, as people write them."""
+
+from __future__ import annotations
+
+import math
+
+UNKNOWN = "\N{EN DASH}"
+"""What stands for a number that is not known."""
+BYTES_OF_UNIT = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number: 27,051 for 27051.2, 2.336, 3.4e-05, 1.0e+236. Whole numbers keep all their digits up to a thousand million.
+
+    `digits`: significant digits of a number that is not whole and below ten thousand.
+    """
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a number" if math.isnan(value) else f"{value}".replace("inf", "infinite")
+    size = abs(value)
+    if size >= 1e9:
+        return f"{value:.1e}"
+    if isinstance(value, int) or size >= 10_000 or value == 0:
+        return f"{value:,.0f}"
+    if size < 1e-3:
+        return f"{value:.1e}"
+    decimals = max(digits - 1 - math.floor(math.log10(size)), 0)
+    return f"{value:,.{decimals}f}"
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """A difference: `number` with its sign, +0.125 or -0.125."""
+    if value is None or math.isnan(value):
+        return number(value, digits)
+    return f"+{number(value, digits)}" if value > 0 else number(value, digits)
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage that never rounds something to nothing, nor a part to the whole: 41.3%, <0.1%."""
+    if share is None or not math.isfinite(share):
+        return UNKNOWN
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    if 0.9995 <= share < 1:
+        return ">99.9%"
+    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time in its two largest units: 0.35 s, 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    if seconds is None or not math.isfinite(seconds):
+        return UNKNOWN
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    for large, small, large_s, small_s in (("min", "s", 60, 1), ("h", "min", 3600, 60), ("d", "h", 86400, 3600)):
+        count, rest = divmod(round(seconds / small_s), large_s // small_s)
+        if large == "d" or count * large_s < {"min": 3600, "h": 86400}[large]:
+            return f"{count} {large} {rest} {small}" if rest else f"{count} {large}"
+    raise AssertionError("days have no upper end")
+
+
+def byte_size(num_bytes: float | None) -> str:
+    """An amount of memory or storage: 812 B, 1.4 MiB, 12.6 GiB."""
+    if num_bytes is None or not math.isfinite(num_bytes):
+        return UNKNOWN
+    for unit, size in BYTES_OF_UNIT.items():
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,.0f} B"
