@@ -23,7 +23,7 @@ from launch.config.verb_words import (
     setting_words,
     word,
 )
-from launch.output import Column, TableRow, fold_all, table
+from launch.output import Column, TableRow, fold, fold_all, table
 from strategies.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -245,6 +245,7 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
     from launch.compare.answer import as_dict, as_text
     from launch.compare.comparison import compare
     from launch.compare.page import missing_packages
+    from launch.compare.workspace import why_no_workspace
 
     comparison = compare(rows, price_of)
     comparison_json = as_dict(comparison)
@@ -261,8 +262,8 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
     else:
         print(as_text(comparison), flush=True)
     # The page comes after the tables: somebody else's directory may refuse it, and the tables are there by then.
-    if run_page is not None and missing is None:
-        written = _write_run_page(comparison, run_page)
+    if run_page is not None:
+        written = _write_run_files(comparison, run_page, with_page=missing is None)
     if as_json or not (written or run_page is not None):
         return
     last_lines = []
@@ -270,6 +271,9 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
         last_lines.append(f"written: {', '.join(written)}")
     if missing:
         last_lines.append(missing)
+    not_in_wandb = why_no_workspace(comparison)
+    if not_in_wandb and to is not None:
+        last_lines += fold(not_in_wandb, 0)
     print("\n" + "\n".join(last_lines), flush=True)
 
 
@@ -280,12 +284,11 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
     """
     from launch.compare.answer import as_csv, as_html, as_markdown
     from launch.compare.page import missing_packages, write_plot_images
-    from launch.compare.workspace import workspace_script
+    from launch.compare.workspace import write_workspace
     from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
     from trainer.reporting.status import write_text_atomic
 
     has_packages = missing_packages() is None
-    wandb_script = workspace_script(comparison, to)
     # The plots first: the Markdown page links to them.
     plot_images = write_plot_images(comparison, to) if has_packages else []
     versioned_json = {VERSION_KEY: FILE_VERSION, **comparison_json}
@@ -300,24 +303,34 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
     written += ["compare.csv", "compare.json"]
     if plot_images:
         written.append(f"plots/*.png ({len(plot_images)})")
-    if wandb_script is not None:
-        write_text_atomic(to / "workspace.py", wandb_script)
-        written.append("workspace.py (for W&B)")
+    workspace = write_workspace(comparison, to)
+    if workspace is not None:
+        written.append(f"{workspace} (for W&B)")
     return written
 
 
-def _write_run_page(comparison: Comparison, page: Path) -> list[str]:
-    """Write the page of a single run into its run directory; returns its path, or nothing if it cannot be written.
+def _write_run_files(comparison: Comparison, page: Path, *, with_page: bool) -> list[str]:
+    """Write the page of a single run into its run directory, and the script that shows the run in W&B.
 
-    The directory may be somebody else's, so a failure is only printed: the comparison itself has succeeded.
+    Returns the files as the last line names them; nothing if they cannot be written. The directory may be somebody
+    else's, so a failure is only printed: the comparison itself has succeeded. `with_page` is false without the extra
+    `report`.
     """
     from launch.compare.run_report import write
+    from launch.compare.workspace import write_workspace
 
+    written = []
     try:
-        return [str(write(page.parent, comparison))]
+        if with_page:
+            written.append(str(write(page.parent, comparison)))
+        workspace = write_workspace(comparison, page.parent)
     except StorageError as error:
         print(f"{error}; to=<directory> writes elsewhere", file=sys.stderr, flush=True)
-        return []
+        return written
+    if workspace is not None:
+        name = workspace if written else str(page.parent / workspace)
+        written.append(f"{name} (for W&B)")
+    return written
 
 
 def rows_from_words(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:

@@ -88,14 +88,14 @@ def baseline_index(runs: list[RecordedRun], run_index: int, first: int) -> int |
     """
     if run_index < first:
         return None
-    settings = _step_settings(runs[run_index])
+    settings = step_settings(runs[run_index])
     for earlier in range(run_index):
-        if runs[earlier].steps and _step_settings(runs[earlier]) == settings:
+        if runs[earlier].steps and step_settings(runs[earlier]) == settings:
             return earlier
     return first
 
 
-def _step_settings(run: RecordedRun) -> dict[str, Any]:
+def step_settings(run: RecordedRun) -> dict[str, Any]:
     """The settings that decide what is computed in a step: two runs with equal ones must have equal losses."""
     return {key: value for key, value in run.config.items() if _decides_steps(key)}
 

@@ -89,7 +89,12 @@ def _run_one_by_one(jobs: list[Composed], run_dirs: list[Path], labels: list[str
             exit_codes.append(error.exit_code)
         if exit_codes[-1] in (75, 130):  # asked to stop: the points after this one are not wanted now
             break
+    from launch.compare.workspace import workspace_line
+    from launch.output import fold
     from launch.sweep.multirun_answer import points_table
 
     print(f"\n{points_table(labels, run_dirs, exit_codes)}")
+    in_wandb = workspace_line(run_dirs, run_dirs[0].parent)
+    if in_wandb is not None:
+        print("\n".join(fold(in_wandb, 0)))
     return next((exit_code for exit_code in exit_codes if exit_code), 0)

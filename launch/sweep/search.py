@@ -193,6 +193,8 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
 
     Raises ConfigError, StorageError.
     """
+    from launch.compare.workspace import workspace_line
+    from launch.output import fold
     from launch.sweep.search_answer import search_table
 
     study = open_study(search, search_dir)
@@ -205,8 +207,11 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
         ) from error
     if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
-    print(search_table(study, search, search_dir), flush=True)
     trials = study.get_trials(deepcopy=False)
+    in_wandb = workspace_line([search_dir / str(trial.number) for trial in trials], search_dir)
+    if in_wandb is not None:  # before the table: its last line is the one to copy
+        print("\n".join(fold(in_wandb, 0)), file=sys.stderr, flush=True)
+    print(search_table(study, search, search_dir), flush=True)
     if exit_code or any(trial.state.name == "COMPLETE" for trial in trials):
         return exit_code
     # Without a single result the search failed, with the code of its first failure.

@@ -1,12 +1,13 @@
 """`shardtune compare` over axes: real points on two ranks, one refused, one that fails, stopped by Ctrl-C and gone on with."""
 
+import base64
 import contextlib
 import io
 import json
 import os
 import re
-import runpy
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.helpers.launching import clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.wandb_files import record, summary
+from tests.helpers.wandb_server import wandb_server
 from tests.helpers.warm import command_warm, forked
 from trainer.reporting.status import State, write_status
 
@@ -167,23 +169,56 @@ def test_compare_points_directory_read_again_gives_the_same_comparison(compared,
     assert "## What it took" in page and "refused: strategy=single" in page
 
 
-def test_wandb_has_a_named_group_and_a_workspace(compared, site):
-    """Read back with W&B's own tools: names, group, columns of the axes, how each ended; and the script for its pages."""
+def test_wandb_has_a_named_group(compared, site):
+    """Read back with W&B's own tools: names, group, columns of the axes, how each ended."""
     for run, lr, code in (("lr1e-4-ddp-repeat2", 1e-4, 0), ("lr1e-4-fsdp2-repeat2", 1e-4, 0), ("lr1e30-ddp", 1e30, 70)):
         part = sorted((site / "to" / run / "wandb").glob("offline-run-*"))[-1]
         told, found = record(part, "run"), summary(part)
         assert (told["display_name"], told["run_group"], found["exit_code"]) == (run, "to", code)
         assert (found["config"]["lr"], found["config"]["world_size"]) == (lr, 2)
         assert found["config"]["strategy"] in run
+
+
+def test_wandb_gets_a_section_for_each_question_and_a_report(compared, site):
+    """The script is run as a user runs it, after `wandb sync`; a stand-in keeps what both send."""
     pytest.importorskip("wandb_workspaces")
-    script = runpy.run_path(str(site / "to/workspace.py"))
-    assert sorted(script["COLUMNS"]) == ["lr", "strategy"] and len(script["VERDICT"]) == 4
-    shown = script["workspace"]("us")
-    assert (shown.entity, shown.project, shown.name) == ("us", "shardtune", "to")
-    sent = shown._to_model().model_dump_json()
-    assert '"to"' in sent and "final/tokens_per_s" in sent and "run_dir" not in sent
-    report = script["report"]("us")
-    assert report.title == "to" and len(report.blocks) == 4
+    part = sorted((site / "to/lr1e-4-ddp-repeat2/wandb").glob("offline-run-*"))[-1]
+    run_id = part.name.rpartition("-")[2]
+    with wandb_server() as server:
+        env = {**clean_environment(), **server.environment, "WANDB_SILENT": "true"}
+        for words in (["-m", "wandb", "sync", str(part)], [str(site / "to/workspace.py")]):
+            done = subprocess.run([sys.executable, *words], env=env, cwd=site, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+    assert len(server.rows(run_id)) == 4 and server.summary(run_id)["state"] == "done"
+    assert server.ending(run_id)["exitcode"] == 0
+
+    (view,) = server.variables("UpsertView2")
+    (report,) = server.variables("upsertView")
+    assert (view["entityName"], view["projectName"], view["displayName"]) == ("us", "shardtune", "to")
+    section = json.loads(view["spec"])["section"]
+    questions = ["Which is fastest?", "What does each need?", "Is it the same loss?", "What does each cost?"]
+    sections = {each["name"]: each["panels"] for each in section["panelBankConfig"]["sections"]}
+    assert list(sections) == ["Points", "Which settings are best?", *questions]
+    (runs,) = section["runSets"]
+    assert [key["name"] for key in runs["grouping"]] == ["strategy.value", "lr.value"]
+    ids = sorted(id_in_wandb(run) for run in (site / "to").glob("*/run.json"))
+    (filtered,) = runs["filters"]["filters"]
+    assert (filtered["key"]["name"], filtered["value"]) == ("name", ids)
+    baseline = base64.b64decode(runs["baselineRunId"]).decode()
+    assert baseline == f"Run:v1:{id_in_wandb(site / 'to/lr1e-4-ddp/run.json')}:shardtune:us"
+    blocks = json.loads(report["spec"])["blocks"]
+    titles = [block["children"][0]["text"] for block in blocks if block["type"] == "heading"]
+    assert titles == ["Verdict", "Points", "Which settings are best?", *questions] and report["type"] == "runs/draft"
+    (table,) = [block["content"] for block in blocks if block["type"] == "markdown-block"]
+    assert table == sections["Points"][0]["config"]["value"]
+    header, _, *rows = table.splitlines()
+    assert header.startswith("| run | strategy | lr | steps | loss |") and len(rows) == 4
+    assert rows[2].startswith("| lr1e-4-single | single | 1e-4 | - ") and "refused: strategy=single" in rows[2]
+
+
+def id_in_wandb(run_json: Path) -> str:
+    parts = sorted(run_json.parent.glob("wandb/offline-run-*"))
+    return parts[-1].name.rpartition("-")[2]
 
 
 def listed(site, *more: str) -> list[str]:

@@ -26,7 +26,9 @@ def test_points_are_runs_and_end_with_a_table(tmp_path, capfd):
     assert failed.split()[0] == "failed" and failed.endswith("optim.lr=1e30")
     assert "not finite for 2 steps" in " ".join(" ".join(more).split())
     assert max(map(len, (head, done, failed, *more))) <= 80
-    assert link == f"side by side: shardtune compare {tmp_path / 'sweep'}"
+    side_by_side, *not_in_wandb = link.splitlines()
+    assert side_by_side == f"side by side: shardtune compare {tmp_path / 'sweep'}"
+    assert " ".join(not_in_wandb).startswith("not in W&B: these runs were recorded with logging.wandb=disabled")
     written = [(tmp_path / "sweep" / str(n) / "config.yaml").read_text().split("lr: ")[1].split()[0] for n in (0, 1)]
     assert [float(rate) for rate in written] == [1e-3, 1e30]
     assert not (tmp_path / "sweep/2").exists()

@@ -1,0 +1,160 @@
+"""The script `workspace.py`, which makes a saved view and a report in W&B, before its values are filled in."""
+
+from __future__ import annotations
+
+from string import Template
+
+SCRIPT = Template('''"""These runs in W&B: a saved view of the project's workspace, and a report. Made by shardtune compare.
+
+    $install && wandb login
+    python workspace.py              # or: python workspace.py <team or user>
+
+Offline runs must have been uploaded before (`wandb sync`, as the last line of each run says). Change what you like: the
+same command makes a new view and a new report.
+"""
+
+import sys
+
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
+TITLE = $title
+ENTITY = $entity
+PROJECT = $project
+FILTERS = [$filters]
+"""Finds these runs, and no others of the project."""
+COLUMNS = $columns
+"""Settings in which the runs differ."""
+GROUP_BY = $group_by
+"""Axes: the runs of one point, such as its repeats, are one group."""
+BASELINE = $baseline
+"""Id of the run that the others are compared with."""
+SUMMARY = $summary
+VERDICT = $verdict
+POINTS = "\\n".join($points)
+
+# Metrics by the names that these runs log them under.
+X = $x
+LOSS = $loss
+GRAD_NORM = $grad_norm
+TOKENS_PER_S = $tokens_per_s
+MEMORY_GIB = $memory_gib
+HELD_OUT = $held_out
+FINAL = $final
+
+
+def column(name):
+    """A setting as W&B names its column: `lr`, or `config.parallel.sequence` of the whole configuration."""
+    first, *below = name.split(".")
+    return "config:" + ".".join([first, "value", *below])
+
+
+def settings_plot(metric):
+    """Every differing setting beside the metric: a line for each run."""
+    columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in COLUMNS]
+    return wr.ParallelCoordinatesPlot(columns=[*columns, wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(metric))])
+
+
+def questions():
+    """(question, the panels that answer it) for each section."""
+    return [
+$questions
+    ]
+
+
+def workspace(entity):
+    """A saved view: these runs alone, what differs as columns, the first point as the baseline."""
+    pinned = ["run:displayName", *map(column, COLUMNS), *(f"summary:{name}" for name in SUMMARY)]
+    points = ws.Section(name="Points", panels=[wr.MarkdownPanel(markdown=POINTS)], is_open=True)
+    points.layout_settings = ws.SectionLayoutSettings(columns=1, rows=1)
+    return ws.Workspace(
+        entity=entity,
+        project=PROJECT,
+        name=TITLE,
+        sections=[points, *(ws.Section(name=name, panels=panels, is_open=True) for name, panels in questions())],
+        settings=ws.WorkspaceSettings(x_axis=X, max_runs=$max_runs),
+        runset_settings=ws.RunsetSettings(
+            filters=FILTERS,
+            groupby=[ws.Config(name) for name in GROUP_BY],
+            order=[ws.Ordering(ws.Metric("CreatedTimestamp"), ascending=True)],
+            pinned_columns=pinned,
+            baseline_run=BASELINE,
+        ),
+    )
+
+
+def report(entity):
+    """The verdict, the points as a table, and the same panels, a heading for each question."""
+    blocks = [wr.H1("Verdict"), wr.UnorderedList(VERDICT), wr.H1("Points"), wr.MarkdownBlock(POINTS)]
+    for name, panels in questions():
+        runs = wr.Runset(
+            entity=entity,
+            project=PROJECT,
+            name=TITLE,
+            filters=FILTERS,
+            groupby=[f"config.{column}" for column in GROUP_BY],
+            order=[wr.OrderBy("CreatedTimestamp", ascending=True)],
+        )
+        blocks += [wr.H1(name), wr.PanelGrid(runsets=[runs], panels=panels)]
+    return wr.Report(entity=entity, project=PROJECT, title=TITLE[:128], blocks=blocks, width="fluid")
+
+
+if __name__ == "__main__":
+    import wandb
+
+    owner = sys.argv[1] if len(sys.argv) > 1 else ENTITY or wandb.Api().default_entity
+    print("workspace:", workspace(owner).save().url)
+    print("report:   ", report(owner).save(draft=True).url)
+''')
+
+FASTEST = (
+    'wr.BarPlot(title="tokens/s, median", metrics=["final/tokens_per_s"])',
+    'wr.BarPlot(title="seconds a step, median", metrics=["final/step_s"])',
+    'wr.LinePlot(title="tokens/s", x=X, y=TOKENS_PER_S)',
+)
+"""This and the next: panels that answer a question, in Python."""
+MEMORY = (
+    'wr.BarPlot(title="memory in GiB, the largest of all ranks", metrics=["final/memory_gib"])',
+    'wr.LinePlot(title="memory in GiB", x=X, y=MEMORY_GIB)',
+)
+RESERVED = 'wr.BarPlot(title="memory that the allocator reserved, in GiB", metrics=["final/memory_reserved_gib"])'
+LOSSES = (
+    'wr.LinePlot(title="loss", x=X, y=LOSS)',
+    "wr.LinePlot(title=HELD_OUT, x=X, y=[HELD_OUT])",
+    'wr.LinePlot(title="gradient norm", x=X, y=GRAD_NORM, log_y=True)',
+)
+BY_POSITION = 'wr.LinePlot(title="held-out loss by position", x=X, metric_regex="eval/loss_by_position/.*")'
+SETTINGS = (
+    "wr.BarPlot(title=FINAL, metrics=[FINAL])",
+    "settings_plot(FINAL)",
+    "wr.ParameterImportancePlot(with_respect_to=FINAL)",
+)
+COSTS = (
+    'wr.BarPlot(title="seconds in all", metrics=["_runtime"])',
+    'wr.ScatterPlot(title=f"{FINAL} against seconds", x="_runtime", y=FINAL)',
+    'wr.ScatterPlot(title=f"{FINAL} against memory in GiB", x="final/memory_gib", y=FINAL)',
+)
+LONGEST_LINE = 100
+"""Characters of a list of texts on one line."""
+
+
+def script_text(questions: list[tuple[str, list[str]]], *, filters: str, install: str, **values: object) -> str:
+    """The script with its values, each written as Python.
+
+    `questions`: (question, its panels in Python) of each section. `filters`: Python, too. `install`: a command for the shell.
+    """
+    sections = []
+    for question, panels in questions:
+        panel_lines = "".join(f"                {panel},\n" for panel in panels)
+        sections.append(f"        (\n            {question!r},\n            [\n{panel_lines}            ],\n        ),")
+    literals = {name: python(value) for name, value in values.items()}
+    return SCRIPT.substitute(questions="\n".join(sections), filters=filters, install=install, **literals)
+
+
+def python(value: object) -> str:
+    """The value as Python source. A long list of texts has one on each line."""
+    source = repr(value)
+    if not isinstance(value, list) or len(source) <= LONGEST_LINE:
+        return source
+    lines = [f"    {entry!r},\n" for entry in value]
+    return f"[\n{''.join(lines)}]"
