@@ -281,6 +281,8 @@ class Progress:
     """`loss` of each of the last steps, the newest last."""
     wandb_id: str | None = None
     """The W&B run that a resumed run continues."""
+    metric_names: int = 1
+    """Edition of the names of metrics in that run (`trainer/reporting/metric_names.py`)."""
 
     def as_json(self) -> dict[str, Any]:
         """The fields under their keys in `progress.json` and `run.json`."""

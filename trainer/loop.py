@@ -212,7 +212,12 @@ class Trainer:
             source_tokens=batch.source_tokens,
             source_counts=batch.source_counts,
             balance=batch.balance,
+            epoch=self._epoch(),
         )
+
+    def _epoch(self) -> float:
+        """Passes over the training data so far, as a fraction: 2.5 is the middle of the third."""
+        return self.progress.samples / self.loader.order.num_units
 
     def _loss_of(self, terms: dict[str, Tensor], scale: float) -> Tensor:
         """The loss of a micro-batch for the backward pass; takes the model's own part out of `terms`."""
@@ -326,7 +331,7 @@ class Trainer:
         if not values:
             return values
         step = self.progress.step
-        self.metrics.log({**values, "tokens": self.progress.tokens}, step=step)
+        self.metrics.log({**values, "tokens": self.progress.tokens, "epoch": self._epoch()}, step=step)
         tables: dict[str, Table] = {}
         for evaluator in self.evaluators:
             tables.update(getattr(evaluator, "tables", {}))

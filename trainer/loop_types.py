@@ -57,6 +57,9 @@ class LoopSettings:
 class SampleOrder(Protocol):
     """The order in which a run consumes its samples. Places are positions in it, counted from 0."""
 
+    num_units: int
+    """Samples of an epoch."""
+
     def set_skipped(self, places: Iterable[tuple[int, int]]) -> None:
         """Leave out exactly these places, each as (first, count); replaces what was set before."""
 

@@ -14,6 +14,7 @@ from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.config.resuming import KINDS, flat
+from trainer.reporting.metric_names import POSITIONS
 from trainer.reporting.metric_rows import METRICS, MetricRows, read_rows
 from trainer.reporting.run_record import (
     MOST_BYTES,
@@ -199,7 +200,7 @@ def _split_by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]
             continue
         metrics: dict[str, float] = {}
         for name, number in row.items():
-            if name not in ("step", "tokens") and isinstance(number, int | float):
+            if name not in POSITIONS and isinstance(number, int | float):
                 metrics[name] = number
         evaluations[row["step"]] = metrics
     return steps, evaluations

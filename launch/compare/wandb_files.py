@@ -17,6 +17,7 @@ from typing import Any
 from launch.compare.run_files import RecordedRun
 from strategies.errors import ConfigError
 from trainer.config.resuming import flat
+from trainer.reporting.metric_names import EDITION, METRIC_NAMES, TRAINING_S, recorded_name
 from trainer.reporting.run_record import record_of
 from trainer.reporting.status import State
 from trainer.reporting.trackers.wandb_server import fetch
@@ -27,6 +28,8 @@ NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 """What W&B writes for a number that is not finite, since JSON has none."""
 SERVER_PREFIX = "wandb:"
 """How a run on a server is named: wandb:<entity>/<project>/<run id>."""
+FIRST_EDITION_STEP = "train_step"
+"""The step in rows of W&B of before metrics had names of their own there."""
 RUN_PAGE_URL = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+)/runs/(?P<run>[^/?#]+).*")
 """Address of a run's page in W&B."""
 
@@ -132,12 +135,18 @@ def _recorded_run(
     for key, value in wandb_config.items():
         if key != "config" and not key.startswith("_"):  # W&B's own keys begin with _
             run_json[key] = value
+    # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
+    record = record_of(run_json, type_errors=[])
+    if record.metric_names > EDITION:
+        raise ConfigError(
+            f"{directory}: W&B has its metrics under names of edition {record.metric_names}, and this shardtune knows editions "
+            f"up to {EDITION}: use a later shardtune"
+        )
     return RecordedRun(
         directory=directory,
         config=flat(config),
         identity={},
-        # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
-        record=record_of(run_json, type_errors=[]),
+        record=record,
         status=status,
         failure={},
         steps=history.steps,
@@ -175,28 +184,61 @@ class _LoggedSteps:
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add(self, logged: dict[str, Any]) -> None:
-        """Split a row of W&B into the row of its training step and its held-out metrics; a row without a step is ignored."""
-        train_step = logged.get("train_step")
-        if not isinstance(train_step, int | float):
-            return
-        step = int(train_step)
+        """Split a row of W&B into the row of its training step and its held-out metrics; a row without a step is ignored.
+
+        The row's names may be of any edition (`trainer/reporting/metric_names.py`).
+        """
         row = {}
         for name, logged_value in logged.items():
             # W&B's own names begin with _. A row from a server has null where another row has a number.
-            if not name.startswith("_") and name != "train_step" and logged_value is not None:
+            if not name.startswith("_") and logged_value is not None:
                 row[name] = _finite_or_none(logged_value)
-        step_row: dict[str, Any] = {"step": step}
-        held_out: dict[str, float] = {}
-        for name, value in row.items():
-            # `blocks_s/worst` and `loss/a` are of the step, as `blocks_s` and `loss` are; `eval/loss` is not, without `eval`.
-            if "/" not in name or name.partition("/")[0] in row:
-                step_row[name] = value
-            elif isinstance(value, int | float):
+        if FIRST_EDITION_STEP in row:
+            step = row.pop(FIRST_EDITION_STEP)
+            step_row, others = _split_first_edition(row)
+        else:
+            step = row.get(METRIC_NAMES["step"].name)
+            step_row, others = _split_row(row)
+        if not isinstance(step, int | float):
+            return
+        step = int(step)
+        if "loss" in step_row:
+            self.steps[step] = {"step": step, **step_row}
+        held_out = {}
+        for name, value in others.items():
+            # A table has its sizes under its own name and a dot: `eval/facts/worst_rows.nrows`.
+            is_of_table = f"{name.rpartition('.')[0]}._type" in row
+            if isinstance(value, int | float) and not is_of_table:
                 held_out[name] = value
-        if "loss" in row:
-            self.steps[step] = step_row
         if held_out:
             self.evaluations[step] = self.evaluations.get(step, {}) | held_out
+
+
+def _split_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is of the training step, by its names in `metrics.jsonl`; the rest) of a row of W&B."""
+    step_row = {}
+    others = {}
+    for tracked, value in row.items():
+        name = recorded_name(tracked)
+        if name is not None:
+            step_row[name] = value
+        elif tracked != TRAINING_S.name:  # the files of a run have no such counter
+            others[tracked] = value
+    return step_row, others
+
+
+def _split_first_edition(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is of the training step; the rest) of a row of W&B of before metrics had names of their own there."""
+    step_row = {}
+    others = {}
+    for name, value in row.items():
+        # `blocks_s/worst` and `loss/a` are of the step, as `blocks_s` and `loss` are; `eval/loss` is not, without `eval`.
+        is_of_step = "/" not in name or name.partition("/")[0] in row
+        if is_of_step:
+            step_row[name] = value
+        else:
+            others[name] = value
+    return step_row, others
 
 
 def _finite_or_none(logged: Any) -> Any:
@@ -221,7 +263,8 @@ def _status_from_wandb(exit_record: dict[str, Any], summary: dict[str, Any], sta
     else:
         exit_code = exit_record.get("exit_code", 0)
         state = State.done if exit_code == 0 else State.failed
-    return {"step": summary.get("train_step"), "time": last_seen_at, "state": state}
+    step = summary.get(METRIC_NAMES["step"].name, summary.get(FIRST_EDITION_STEP))
+    return {"step": step, "time": last_seen_at, "state": state}
 
 
 def _unix_time(iso_time: object) -> float | None:

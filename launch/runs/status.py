@@ -315,7 +315,7 @@ def _last_held_out_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
     metrics = {}
     for key in evaluations[-1]:
         metric = metrics_tail.finite_number(evaluations[-1], key)
-        if key != "tokens" and metric is not None:
+        if key not in ("tokens", "epoch") and metric is not None:
             metrics[key] = metric
     return metrics
 

@@ -14,6 +14,8 @@ from strategies.base import Progress
 from tests.helpers.building import model_dir
 from tests.helpers.covering import whole
 from tests.helpers.tokenizers import WORDS, write_jsonl
+from tests.helpers.wandb_files import record as tracked_record
+from tests.helpers.wandb_files import summary
 from tests.monitors.test_detector_runs import rows, train
 from trainer.evaluation.loss import _batch_sums_in_order
 from trainer.monitors.config import ChallengesConfig, DivergenceConfig, Reaction
@@ -213,7 +215,8 @@ HIGH = ("optim.lr=3", "schedule.warmup_share=0", "evaluation.every_steps=10", "c
 
 def test_divergence_of_a_run_is_reported_everywhere(site, capfd):
     run_dir = site / "high"
-    assert train(site, run_dir, *HIGH, "export.at_end=true") == 0
+    tracked = ("logging.wandb=offline", "logging.alerts=[diverged]", "logging.tags=[first]")
+    assert train(site, run_dir, *HIGH, *tracked, "export.at_end=true") == 0
     last_lines = capfd.readouterr().out.split("done: 30 steps")[1]
     record = json.loads((run_dir / "run.json").read_text())["challenges"]["divergence"]
     assert record["found"] and record["verdict"] == "diverged" and record["first_step"] == 20
@@ -223,6 +226,12 @@ def test_divergence_of_a_run_is_reported_everywhere(site, capfd):
     assert "- **diverged**, since step 20" in (run_dir / "export" / "README.md").read_text()
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("done", "diverged, since step 20")
+    (part,) = (run_dir / "wandb").glob("offline-run-*")
+    in_wandb = summary(part)
+    assert (in_wandb["state"], in_wandb["exit_code"], in_wandb["tags"]) == ("finished", 0, ["first", "diverged"])
+    assert in_wandb["summary"]["state"] == "diverged" and "final/eval/loss" in in_wandb["summary"]
+    alert = tracked_record(part, "alert")
+    assert alert["title"].endswith(": diverged") and "the training loss went from" in alert["text"]
     # Sums of micro-batches are those of the metric: eval/loss is a mean over targets.
     before = json.loads((run_dir / "held-out-before.json").read_text())
     evaluations = [row for row in rows(run_dir) if "eval/loss" in row]

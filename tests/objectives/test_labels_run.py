@@ -50,7 +50,7 @@ def test_accuracy_is_logged_at_every_step_and_f1_at_evaluations(shell):
     evaluated = {row["step"] for row in rows_of("run") if "eval/f1_macro" in row and "eval/f1_micro" in row}
     assert {3, 6} <= evaluated
     shown = inspected(next(Path("run/wandb").glob("offline-run-*")))
-    for name in ('"accuracy"', '"eval/f1_macro"'):
+    for name in ('"train/accuracy"', '"eval/f1_macro"'):
         assert name in shown or name.replace('"', '\\"') in shown, name
 
 

@@ -122,7 +122,7 @@ def test_tensorboard_run_reads_back(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 1.5)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 1.5)]
 
 
 def test_tracker_that_fails_is_reported_and_costs_the_run_nothing(tmp_path):

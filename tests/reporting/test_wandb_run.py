@@ -113,6 +113,7 @@ def test_wandb_run_that_diverges_is_failed_and_its_alert_says_why(site):
     part = part_of(site / "diverged")
     found, alert = summary(part), record(part, "alert")
     assert (found["state"], found["exit_code"], found["summary"]["state"]) == ("failed", 70, "diverged")
+    assert found["tags"] == ["diverged"]
     assert alert["title"] == "single-full-lr1e30: diverged" and "not finite for 2 steps" in alert["text"]
 
 
@@ -189,6 +190,9 @@ def test_wandb_run_says_how_it_ended():
     )
     assert RunEnding.by(Diverged("x")).alert is Alert.diverged and RunEnding.by(RuntimeError("x")).exit_code == 70
     assert RunEnding.by(KeyboardInterrupt()).exit_code == 130 and RunEnding(State.done).alert is None
+    went_on = RunEnding(State.done, diverged=True)
+    assert (went_on.alert, went_on.tracked_state) == (Alert.diverged, "diverged")
+    assert RunEnding(State.preempted).tracked_state == "preempted" and RunEnding(State.done).tracked_state == "done"
 
 
 def test_points_of_a_sweep_share_a_group_and_are_columns(site, monkeypatch):

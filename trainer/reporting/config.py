@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from strategies.settings import DESCRIBES, Reach, number, setting
+from trainer.reporting.metric_names import XAxis
 
 
 class WandbMode(StrEnum):
@@ -60,6 +61,8 @@ class LoggingConfig:
     """Tags in trackers; an empty list takes WANDB_TAGS (a,b)."""
     columns: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Settings that are also columns of the run table, such as optim.weight_decay, or name=text for one of your own."""
+    x: XAxis = setting(XAxis.step, reach=Reach.tracker)
+    """What W&B draws metrics over: `step`, `tokens`, `epoch`, or `seconds` of training steps."""
     alerts: list[Alert] = setting(default_factory=list, reach=Reach.tracker)
     """Ends of a run of which W&B sends a message (Slack, e-mail): `failed`, `diverged`, `preempted`."""
     artifacts: bool = setting(False, reach=Reach.tracker)

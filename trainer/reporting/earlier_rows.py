@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from trainer.reporting.metric_names import POSITIONS
+
 SPEED = ("tokens_per_s", "tokens_per_s_per_rank", "mfu", "supervised_tokens_per_s", "step_s")
 
 
@@ -21,6 +23,8 @@ class EarlierResults:
     last_row: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, float] = field(default_factory=dict)
     """As `Meter.speed`, over steps instead of logging intervals."""
+    training_s: float = 0.0
+    """Seconds of all their steps."""
 
 
 def earlier_results(rows: Iterable[dict[str, Any]]) -> EarlierResults:
@@ -35,9 +39,10 @@ def earlier_results(rows: Iterable[dict[str, Any]]) -> EarlierResults:
                     values_by_rate.setdefault(rate, []).append(row[rate])
             continue
         # A row without a loss is of an evaluation.
-        metrics = {name: metric for name, metric in row.items() if name not in ("step", "tokens")}
+        metrics = {name: metric for name, metric in row.items() if name not in POSITIONS}
         if row["step"] == 0:
             results.before = metrics
         results.after = metrics
+    results.training_s = sum(values_by_rate.get("step_s", []))
     results.speed = {rate: median(values) for rate, values in values_by_rate.items()}
     return results

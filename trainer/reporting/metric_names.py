@@ -60,7 +60,7 @@ METRIC_NAMES: dict[str, TrackedMetric] = {
     "memory_gib": TrackedMetric("memory/peak_gib", "GiB, largest of the ranks"),
     "memory_reserved_gib": TrackedMetric("memory/reserved_gib", "GiB, largest of the ranks"),
     "step_tokens": TrackedMetric("data/step_tokens", "tokens of the step"),
-    "balance": TrackedMetric("data/balance", "mean over largest share of the ranks"),
+    "balance": TrackedMetric("data/balance", "share of the ranks' time that is work"),
 }
 """By the name in `metrics.jsonl`. A name that is not here follows `tracked_name`."""
 

@@ -48,6 +48,8 @@ class StepRecord:
     """See `StepBatch.source_counts`."""
     balance: float = 1.0
     """See `StepBatch.balance`."""
+    epoch: float = 0.0
+    """Passes over the training data since the start of the run."""
     expert_tokens: Tensor | None = None
     """int64 `[layers, experts]`: how many tokens chose each expert on this rank."""
 
@@ -317,6 +319,7 @@ class Meter:
             "loss": sums["loss"] / loss_count,
             "grad_norm": grad_norm,
             "lr": record.lr,
+            "epoch": record.epoch,
             "tokens": record.total_tokens,
             "step_tokens": record.tokens,
             "supervised_tokens": record.total_supervised_tokens,

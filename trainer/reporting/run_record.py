@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from strategies import atomic_io
 from trainer.reporting.file_version import FILE_VERSION, version_of
+from trainer.reporting.metric_names import FIRST_EDITION
 from trainer.reporting.numbers import name_of_readers
 
 RUN_RECORD = "run.json"
@@ -147,6 +148,8 @@ class RunRecord:
 
     # The arithmetic of a step and of the run.
     world_size: int = 0
+    hosts: int = 0
+    """How many hosts the ranks are on; 0 in records of early versions."""
     sequence_size: int = 1
     """Ranks that share each row of documents (`parallel.sequence`)."""
     global_batch: int = 0
@@ -210,6 +213,8 @@ class RunRecord:
 
     # From here on a key is in the file once there is something to say.
     identity: dict[str, Any] | None = None
+    metric_names: int = FIRST_EDITION
+    """Edition of the names of metrics in trackers (`trainer/reporting/metric_names.py`)."""
     from_environment: dict[str, str] | None = None
     """Settings that a variable such as WANDB_ENTITY decided, and their values, by key (`logging.entity`)."""
     accepted: list[str] | None = None

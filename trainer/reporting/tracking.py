@@ -13,6 +13,7 @@ from strategies.errors import StorageError
 from strategies.redaction import redacted
 from trainer.reporting.earlier_rows import EarlierResults
 from trainer.reporting.jsonl import JsonlTracker
+from trainer.reporting.metric_names import EDITION, FIRST_EDITION, tracked_row
 from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun, Tracker
 from trainer.reporting.trackers.environment import apply_environment
 from trainer.reporting.trackers.registry import enabled_trackers
@@ -32,11 +33,20 @@ class Trackers:
         rows: JsonlTracker | None = None,
         trackers: Sequence[Tracker] = (),
         print_line: Callable[[str], None] = print,
+        metric_names: int = EDITION,
     ) -> None:
+        """`metric_names`: edition of the names in trackers."""
         self._rows = rows
         self._trackers = list(trackers)
         self._print_line = print_line
         self._hints: list[tuple[str, str]] = []
+        self._metric_names = metric_names
+        self._training_s = 0.0 if rows is None else rows.earlier.training_s
+
+    def write_rows(self, rows: JsonlTracker) -> None:
+        """Also write the rows to this file, and count the seconds of steps from its earlier rows on."""
+        self._rows = rows
+        self._training_s = rows.earlier.training_s
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         """Record numbers of one step everywhere. A failing tracker is dropped with a message. Errors: StorageError."""
@@ -45,7 +55,11 @@ class Trackers:
                 self._rows.log(metrics, step=step)
             except OSError as error:
                 raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
-        self._for_each(lambda tracker: tracker.log(metrics, step=step))
+        tracked = metrics
+        if self._metric_names != FIRST_EDITION:
+            self._training_s += float(metrics.get("step_s") or 0.0)
+            tracked = tracked_row(metrics, step=step, training_s=self._training_s)
+        self._for_each(lambda tracker: tracker.log(tracked, step=step))
 
     def tables(self, tables: dict[str, Table], *, step: int) -> None:
         """Show tables of one step, by name, in the trackers."""
@@ -72,6 +86,7 @@ class Trackers:
                 self._rows.rewind(step)
             except OSError as error:
                 raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
+            self._training_s = self._rows.earlier.training_s
 
     def move_to(self, run_dir: Path) -> None:
         """Follow the run's directory to its new name: the open file takes further rows as before."""
@@ -147,7 +162,7 @@ def open_trackers(tracked_run: TrackedRun, environment: dict[str, str] | None = 
     what it would show is in `metrics.jsonl`.
     """
     opened = open_without_rows(tracked_run, environment)
-    opened.trackers._rows = JsonlTracker(tracked_run.run_dir / "metrics.jsonl", tracked_run.resumed_at)
+    opened.trackers.write_rows(JsonlTracker(tracked_run.run_dir / "metrics.jsonl", tracked_run.resumed_at))
     return opened
 
 
@@ -178,5 +193,5 @@ def open_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | Non
         if note:
             opened.substitutions[f"logging.{kind.setting}"] = redacted(note)
         trackers.append(tracker)
-    opened.trackers = Trackers(None, trackers, tracked_run.print_line)
+    opened.trackers = Trackers(None, trackers, tracked_run.print_line, tracked_run.metric_names)
     return opened

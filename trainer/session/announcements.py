@@ -17,12 +17,14 @@ from trainer.config.resuming import plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import preview, summary
+from trainer.monitors.divergence import Verdict
 from trainer.monitors.stragglers import ReportSlow, SlowRank
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.predicted_vs_measured import measured
 from trainer.reporting.console import Console
 from trainer.reporting.energy import energy_of_run, metering
-from trainer.reporting.findings import status_note
+from trainer.reporting.findings import findings_in, status_note
+from trainer.reporting.metric_names import EDITION
 from trainer.reporting.metrics import Meter
 from trainer.reporting.outcome import Outcome
 from trainer.reporting.run_record import RunRecord
@@ -77,6 +79,9 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
     context.attempt.require_ownership(context.runtime)
     if not context.runtime.is_main:
         return Trackers()
+    if progress.wandb_id is None:  # a run that begins in trackers now; any other keeps the names it has there
+        progress.metric_names = EDITION
+    record.metric_names = progress.metric_names
     opened = open_trackers(
         TrackedRun(
             config=config.logging,
@@ -87,6 +92,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
             settings=tracker_settings(config, record),
             data=Path(record.data_directory),
             print_line=context.console.print_line,
+            metric_names=record.metric_names,
         )
     )
     context.attempt.on_move.append(opened.trackers.move_to)
@@ -171,6 +177,8 @@ def record_end(
         raise
     finally:
         context.console.leave()
+        if ending.state is not State.preempted:  # one that was stopped goes on, and may recover
+            ending = _with_divergence(ending, outcome)
         # A run that failed has no speed in its outcome yet.
         speed = outcome.speed or meter.speed()
         last_row = {**outcome.last_row, **meter.peaks}
@@ -183,6 +191,14 @@ def record_end(
                 context.console.print_line(f"{name + ':':<11} {link}")
         record.challenges = outcome.challenges
         record_measured(record, meter, checkpoints, context)
+
+
+def _with_divergence(ending: RunEnding, outcome: Outcome) -> RunEnding:
+    """The ending, marked as diverged if the losses at the end are worse than at the run's beginning."""
+    for finding in findings_in(outcome.challenges):
+        if finding.name == Verdict.diverged:
+            return replace(ending, diverged=True, reason=ending.reason or finding.text)
+    return ending
 
 
 def record_measured(record: RunRecord, meter: Meter, checkpoints: Checkpoints, context: RunContext) -> None:
@@ -250,7 +266,13 @@ def track_evaluation(
             run_id="",
             name=f"evaluate-{name}",
             resumed_at=0,
-            settings={**model, **facts, "against": report.get("against", {}).get("what"), "config": plain(config)},
+            settings={
+                **model,
+                **facts,
+                "against": report.get("against", {}).get("what"),
+                "metric_names": EDITION,
+                "config": plain(config),
+            },
             print_line=print_line,
         )
     )

@@ -123,6 +123,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         attention=built.attention,
         layout=str(built.layout),
         world_size=runtime.world_size,
+        hosts=runtime.hosts,
         sequence_size=runtime.sequence_size,
         global_batch=config.batch["global"],
         micro_batch=config.batch["micro"],

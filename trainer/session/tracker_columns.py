@@ -13,8 +13,8 @@ from trainer.reporting.config import COLUMNS
 from trainer.reporting.numbers import short
 from trainer.reporting.run_record import RunRecord
 
-FACTS = ("world_size", "accumulation", "total_steps", "attention", "layout", "device_name")
-"""Fields of `run.json` on how steps are computed that become columns."""
+FACTS = ("world_size", "hosts", "accumulation", "total_steps", "attention", "layout", "device_name", "metric_names")
+"""Fields of `run.json` on how steps are computed, and under which names they are logged, that become columns."""
 PATHS = ("model.path", "data.path")
 MAX_PATH_CHARACTERS = 80
 """Characters of a column that names paths."""
@@ -34,6 +34,9 @@ def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
         columns[name] = _column_content(key, settings.get(key))
     for key in FACTS:
         columns[key] = getattr(record, key)
+    columns["parameters"] = record.sharding.parameters
+    columns["trainable"] = record.sharding.trainable_parameters
+    columns["rank"] = settings.get("tuning.rank")  # of an adapter
     columns["base_model"] = record.base_model
     columns["run_dir"] = config.run.dir
     columns["precision"] = record.precision

@@ -1,6 +1,8 @@
 """Runs read out of W&B's own files: as their directories say it."""
 
+import json
 import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +52,56 @@ def test_wandb_files_are_compared_and_left_as_they_are(run, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "same loss as run, to the last digit over 4 steps" in said and "what differs" not in said
     assert (tmp_path / "answer/compare.md").is_file()
+
+
+EARLIER = Path(__file__).parents[2] / "golden" / "first_edition_names.tar.gz"
+"""A run of revision e367b717, which wrote the names of `metrics.jsonl` to trackers: W&B's files, a tiny model, the data.
+
+Its checkpoint of step 2 of 4 is there. The archive is never made anew by a later version: that is what it is for.
+"""
+EARLIER_WORDS = (
+    "train model.path=llama data.path=train.jsonl data.eval_path=eval.jsonl logging.report=false batch.global=8 budget.steps=4 "
+    "evaluation.every_steps=2 export.at_end=false run.device=cpu precision=fp32 data.cache_dir=cache logging.wandb=offline "
+    "logging.every_steps=1 run.matmul=blas run.dir=run logging.tensorboard=true checkpoint.every_steps=2 tuning=lora "
+    "tuning.rank=2 run.accept=[code,versions]"
+)
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch):
+    """W&B's files of the earlier run. Its directory is `run`, below the current one."""
+    with tarfile.open(EARLIER) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    (part,) = Path("run/wandb").glob("offline-run-*")
+    return part
+
+
+def test_wandb_files_with_earlier_names_are_read_and_compared_with_todays(earlier, run, capsys):
+    ours, theirs = read_recorded_run(Path("run")), read_wandb_directory(earlier)
+    assert theirs.steps == ours.steps and list(ours.steps) == [1, 2, 3, 4]
+    assert theirs.evaluations == ours.evaluations and list(ours.evaluations) == [0, 2, 4]
+    assert (theirs.record.metric_names, read_wandb_directory(run[1]).record.metric_names) == (1, 2)
+    assert theirs.ended is None and theirs.status["step"] == 4
+    capsys.readouterr()
+    assert command_here(["compare", str(earlier), str(run[1]), "to=answer", "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)["runs"]
+    losses = [read_wandb_directory(part).steps[4]["loss"] for part in (earlier, run[1])]
+    assert [point["measured"]["loss"] for point in points] == losses and None not in losses
+
+
+def test_a_run_that_goes_on_keeps_the_names_it_began_with(earlier):
+    assert command_here(EARLIER_WORDS.split()) == 0
+    assert json.loads(Path("run/run.json").read_text())["metric_names"] == 1
+    ours, theirs = read_recorded_run(Path("run")), read_wandb_directory(earlier)
+    assert len(wandb_files.part_directories(earlier)) == 2
+    assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations
+    assert "epoch" not in ours.steps[2] and ours.steps[4]["epoch"] == 2.0
+    records = list(wandb_files._read_wandb_records(wandb_files.part_directories(earlier)[-1]))
+    names = {name for record in records if record["type"] == "history" for name in record["history"]["item"]}
+    assert {"train_step", "loss", "tokens", "eval/loss"} < names and not any("train/" in name for name in names)
+    axes = {each["metric"].get("step_metric") for each in records if each["type"] == "metric"}
+    assert axes == {"tokens", None}
 
 
 def test_wandb_file_that_is_torn_is_read_up_to_the_damage(run, tmp_path):
@@ -105,7 +157,11 @@ def test_wandb_directory_of_another_program_is_refused(run, monkeypatch, tmp_pat
 @pytest.fixture
 def server(run, monkeypatch):
     """Stands for W&B's public API, with a run as its offline files have it, and a key."""
-    records = list(wandb_files._read_wandb_records(run[1]))
+    return serving(run[1], monkeypatch)
+
+
+def serving(part, monkeypatch):
+    records = list(wandb_files._read_wandb_records(part))
     config = next(each["run"]["config"]["update"] for each in records if each["type"] == "run")
     summary = {}
     for each in records:
@@ -144,6 +200,17 @@ def test_wandb_server_has_what_the_run_directory_has(run, server, tmp_path, caps
     before = sorted(Path.cwd().iterdir())
     assert command_here(["compare", "wandb:team/project/x1"]) == 0
     assert sorted(Path.cwd().iterdir()) == before, "no page is written beside a run that is elsewhere"
+
+
+def test_wandb_server_with_earlier_names_has_what_the_run_directory_has(earlier, monkeypatch):
+    has = serving(earlier, monkeypatch)
+    ours, theirs = read_recorded_run(Path("run")), read_from_wandb_server(Path("wandb:team/project/x1"))
+    assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations and theirs.record.metric_names == 1
+    has.config = has.config | {"metric_names": 3}
+    with pytest.raises(
+        ConfigError, match=r"edition 3, and this shardtune knows editions up to 2: use a later shardtune"
+    ):
+        read_from_wandb_server(Path("wandb:team/project/x1"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from strategies.errors import Diverged, NotRunOwner, Preempted
 from trainer.reporting.config import Alert, LoggingConfig
+from trainer.reporting.metric_names import EDITION
 from trainer.reporting.status import State
 
 
@@ -30,6 +31,8 @@ class TrackedRun:
     """Directory of the prepared data."""
     print_line: Callable[[str], None]
     """Prints a line that the user should see."""
+    metric_names: int = EDITION
+    """Edition of the names of metrics (`trainer/reporting/metric_names.py`)."""
 
     @property
     def project(self) -> str:
@@ -46,15 +49,21 @@ class RunEnding:
     """That of the command line."""
     reason: str = ""
     diverged: bool = False
+    """Whether the run diverged: it broke off for that, or went on to its end and its losses are worse than at its start."""
     exported: Path | None = None
     """Directory of the export that was written."""
 
     @property
     def alert(self) -> Alert | None:
-        """The kind of alert that `logging.alerts` may ask for at this end; None for a run that is done."""
-        if self.state is State.done:
-            return None
-        return Alert.diverged if self.diverged else Alert(str(self.state))
+        """The kind of alert that `logging.alerts` may ask for at this end; None for a run that is done and did not diverge."""
+        if self.diverged:
+            return Alert.diverged
+        return None if self.state is State.done else Alert(str(self.state))
+
+    @property
+    def tracked_state(self) -> str:
+        """The state that trackers show: `done`, `failed`, `preempted` or `diverged`."""
+        return str(self.alert or self.state)
 
     @classmethod
     def by(cls, error: BaseException) -> RunEnding:

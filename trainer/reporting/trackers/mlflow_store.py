@@ -91,7 +91,7 @@ class MlflowRun:
         self.log(values, step=self._step)
 
     def close(self, ending: RunEnding) -> None:
-        self._client.set_tag(self._id, "state", str(ending.alert or ending.state))
+        self._client.set_tag(self._id, "state", ending.tracked_state)
         if ending.reason:
             self._client.set_tag(self._id, "reason", ending.reason[:MAX_CHARACTERS])
         self._client.set_terminated(self._id, STATES[ending.state])

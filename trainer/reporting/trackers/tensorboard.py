@@ -40,5 +40,5 @@ class TensorboardFiles:
                 self._writer.add_scalar(key, value)
 
     def close(self, ending: RunEnding) -> None:
-        self._writer.add_text("state", f"{ending.state} {ending.reason}".strip())
+        self._writer.add_text("state", f"{ending.tracked_state} {ending.reason}".strip())
         self._writer.close()

@@ -45,7 +45,7 @@ class TrackioRun:
         import trackio
 
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.log({"state": str(ending.alert or ending.state)}, step=self._step)
+            self._run.log({"state": ending.tracked_state}, step=self._step)
             if ending.alert in self._tracked_run.config.alerts:
                 level = trackio.AlertLevel.WARN if ending.state is State.preempted else trackio.AlertLevel.ERROR
                 self._run.alert(f"{self._tracked_run.name}: {ending.alert}", ending.reason, level=level)

@@ -1,4 +1,4 @@
-"""Weights & Biases: rows on a tokens axis, a summary, how the run ended, and alerts. The run id survives a resume."""
+"""Weights & Biases: rows, a summary, how the run ended, and alerts. The run id survives a resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from trainer.reporting.config import WandbMode
+from trainer.reporting.config import Alert, WandbMode
+from trainer.reporting.metric_names import FIRST_EDITION, METRIC_NAMES, TRAINING_S
 from trainer.reporting.status import State
 from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
 from trainer.reporting.trackers.wandb_server import address, no_server
@@ -121,9 +122,15 @@ class WandbRun:
         self._run.use_artifact(artifact)
 
     def _define_axes(self) -> None:
-        """Draw all metrics over tokens, so that runs with different batches compare."""
-        self._run.define_metric("tokens")
-        self._run.define_metric("*", step_metric="tokens")
+        """Draw all metrics over what `logging.x` names, and no panels of counters."""
+        if self._tracked_run.metric_names == FIRST_EDITION:  # drawn over tokens, whatever `logging.x` says
+            self._run.define_metric("tokens")
+            self._run.define_metric("*", step_metric="tokens")
+            return
+        self._run.define_metric("*", step_metric=self._tracked_run.config.x.tracked_name)
+        for metric in (*METRIC_NAMES.values(), TRAINING_S):
+            if metric.hidden:
+                self._run.define_metric(metric.name, hidden=True)
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._keep_row(metrics, step)
@@ -134,7 +141,9 @@ class WandbRun:
 
     def _log_row(self, metrics: dict[str, Any], step: int) -> None:
         """Hand a row to W&B's process. Raises ConnectionError if that has ended."""
-        self._run.log({"train_step": step, **metrics}, step=step)
+        if self._tracked_run.metric_names == FIRST_EDITION:
+            metrics = {"train_step": step, **metrics}
+        self._run.log(metrics, step=step)
 
     def _keep_row(self, metrics: dict[str, Any], step: int) -> None:
         """Keep the row for a new process of W&B, and forget the oldest ones beyond `KEPT_BYTES`."""
@@ -201,7 +210,8 @@ class WandbRun:
         """Set the run's state, send the alert and register the export if asked for, and wait for the upload."""
         if ending.state is State.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
-        self._run.summary.update({"state": str(ending.alert or ending.state)})
+        self._run.summary.update({"state": ending.tracked_state})
+        self._set_diverged_tag(is_set=ending.diverged)
         if ending.alert in self._tracked_run.config.alerts:
             level = "WARN" if ending.state is State.preempted else "ERROR"
             self._run.alert(
@@ -217,6 +227,14 @@ class WandbRun:
         except TimeoutError:
             run_files = _relative_to_here(Path(self._run.dir).parent)
             self.hint = ("W&B", f"wandb sync {shlex.quote(run_files)}   (not all was uploaded in time)")
+
+    def _set_diverged_tag(self, *, is_set: bool) -> None:
+        """Add the tag `diverged`, or remove the one that an earlier end of this run left."""
+        tags = [tag for tag in self._run.tags or () if tag != Alert.diverged]
+        if is_set:
+            tags.append(str(Alert.diverged))
+        if tags != [*(self._run.tags or ())]:
+            self._run.tags = tags
 
 
 def _by_reference(directory: Path, name: str, kind: str, settings: dict[str, Any]) -> Any:
