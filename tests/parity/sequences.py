@@ -121,6 +121,10 @@ def _run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
         parallel=ParallelConfig(sequence=case.degree),
         data=DataConfig(packing=case.feature == "packing", max_length=64),
     )
+    if case.degree == 3:
+        # Adam's first step is as long for a gradient of 1e-7, which is rounding, as for one of 1e-2. In these uneven rows a
+        # few elements have such a gradient, and every strategy drifts from one process by 2e-5 in two steps.
+        config.optim.eps = 1e-5
     if case.feature == "bf16":
         config.precision = Precision.bf16
     if case.feature == "noise":
