@@ -138,7 +138,7 @@ def _run(
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
     request.must_save()
     trackers = open_records(config, run_record, progress, context)
-    meter = Meter(runtime, run_record.flops_per_token, run_record.reference_tflops, built.step_module.objective.metrics)
+    meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units())
     challenges = challenges_of(config, built, total_steps, context)
     monitors = monitors_of(config, data, loader, challenges, context)

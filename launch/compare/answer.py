@@ -19,6 +19,7 @@ MeasureColumn = tuple[str, Callable[[ComparedRun], str]]
 UNKNOWN = "-"
 """The cell of a number that is not known."""
 LOSS_DIFFERENCE = "loss diff"
+MFU = "MFU"
 
 
 def _number(value: float | None, number_format: str) -> str:
@@ -72,7 +73,7 @@ MAIN_COLUMNS: tuple[MeasureColumn, ...] = (
     ("tokens/s", lambda run: _rate(run.measured.tokens_per_s)),
     # A model that learns labels has no supervised tokens: its rate of 0 is no measurement.
     ("supervised/s", lambda run: _rate(run.measured.supervised_tokens_per_s or None)),
-    ("MFU", lambda run: _number(run.measured.mfu, ".1%")),
+    (MFU, lambda run: _number(run.measured.mfu, ".1%")),
     ("GiB", lambda run: _number(run.measured.memory_gib, ".3g")),
 )
 COST_COLUMNS: tuple[MeasureColumn, ...] = (
@@ -97,7 +98,8 @@ EXCHANGE_COLUMNS: tuple[MeasureColumn, ...] = (
 def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
     """(title, columns) of each table of the comparison; the first has no title.
 
-    Of the others, columns that are unknown for every run are left out, and so are tables without a column.
+    The first has no MFU if no run has one. Of the others, columns that are unknown for every run are left out, and so are
+    tables without a column.
     """
     begun = comparison.begun_runs
     details: list[tuple[str, tuple[MeasureColumn, ...]]] = [("what it took", COST_COLUMNS)]
@@ -109,6 +111,8 @@ def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
     main_columns = list(MAIN_COLUMNS)
     if len(comparison.runs) == 1:  # there is no other run that its loss could differ from
         main_columns = [(heading, cell_of) for heading, cell_of in MAIN_COLUMNS if heading != LOSS_DIFFERENCE]
+    if begun and all(run.measured.mfu is None for run in begun):  # on CPUs, as a rule
+        main_columns = [(heading, cell_of) for heading, cell_of in main_columns if heading != MFU]
     titled_columns = [("", main_columns)]
     for title, columns in details:
         known_columns = [column for column in columns if _is_known(column, begun)]

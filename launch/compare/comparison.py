@@ -215,7 +215,8 @@ def _notes(rows: list[RepeatedRun], names: list[str]) -> list[str]:
     runs: list[RecordedRun] = []
     for row in rows:
         runs += row.repeats
-    notes = _notes_on_machines([run.record for run in runs if not run.record.is_empty])
+    notes = _note_on_peaks(runs)
+    notes += _notes_on_machines([run.record for run in runs if not run.record.is_empty])
     if any(_has_few_steps(row.measured) for row in rows):
         notes.append(
             f"Speeds of runs with less than {FIRST_STEPS} steps behind the first logging interval say little; take "
@@ -243,17 +244,26 @@ def _notes(rows: list[RepeatedRun], names: list[str]) -> list[str]:
     return notes
 
 
+def _note_on_peaks(runs: list[RecordedRun]) -> list[str]:
+    """A caveat if runs measured their MFU against different peaks."""
+    peaks = []
+    for run in runs:
+        has_mfu = any("mfu" in row for row in run.steps.values())
+        if has_mfu and run.record.reference_tflops:
+            peaks.append(run.record.reference_tflops)
+    # Earlier versions measured the peak of a CPU in each run anew: up to a percent is noise.
+    if not peaks or max(peaks) <= 1.01 * min(peaks):
+        return []
+    figures = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
+    return [
+        f"MFU is of different peaks ({figures} TFLOP/s a device) and cannot be compared; set logging.reference_tflops to one "
+        "figure for all"
+    ]
+
+
 def _notes_on_machines(records: list[RunRecord]) -> list[str]:
     """Caveats about runs of different machines or revisions, whose speeds cannot be compared as they are."""
     notes = []
-    peaks = [record.reference_tflops for record in records if record.reference_tflops]
-    # On CPUs each run measures the peak anew: up to a percent is noise.
-    if peaks and max(peaks) > 1.01 * min(peaks):
-        figures = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
-        notes.append(
-            f"MFU is of different peaks ({figures} TFLOP/s a device) and cannot be compared; set "
-            "logging.reference_tflops to one figure for all"
-        )
     values_by_fact: dict[str, set[str | None]] = {
         "hosts": {record.host for record in records},
         "devices": {record.device for record in records},

@@ -187,6 +187,26 @@ def test_start_screen_names_an_unknown_card_and_too_little_memory():
     assert text.count("no MFU: the peak of NVIDIA Z9000 is not known: set logging.reference_tflops") == 1
 
 
+def test_a_cpu_has_an_mfu_where_the_setting_gives_its_peak():
+    """What it measures of itself at the start gave 117 to 360 % on a busy machine."""
+    peak, source = reference_tflops(None, torch.device("cpu"))
+    measured = RunRecord(device="cpu", reference_tflops=peak, reference_tflops_source=source)
+    assert peak > 0 and measured.mfu_tflops is None
+    assert "no MFU: the peak of a CPU is not known: set logging.reference_tflops" in start_text(with_sizes(measured))
+    peak, source = reference_tflops(0.5, torch.device("cpu"))
+    given = replace(measured, reference_tflops=peak, reference_tflops_source=source)
+    assert given.mfu_tflops == 0.5 and "MFU against 0.50 TFLOP/s" in start_text(with_sizes(given))
+    card = RunRecord(device="cuda:0", reference_tflops=125.0, reference_tflops_source="data sheet")
+    assert card.mfu_tflops == 125.0
+
+
+def with_sizes(record):
+    """The record with what its start screen needs besides."""
+    sharding = Sharding(parameters=10, trainable_parameters=5, exchange="gloo", held_per_rank=[10])
+    sizes = {"global_batch": 1, "micro_batch": 1, "accumulation": 1, "world_size": 1, "tokens_per_step": 1}
+    return replace(record, sharding=sharding, total_steps=1, receipt=Receipt(predicted=PredictedCost()), **sizes)
+
+
 def reference_tflops_of(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -125,6 +125,28 @@ def test_tensorboard_run_reads_back(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 1.5)]
 
 
+def test_trackers_count_the_seconds_of_all_steps_also_after_a_resume_and_a_rollback(tmp_path):
+    seen = []
+
+    class Rows:
+        hint = None
+
+        def log(self, metrics, *, step):
+            seen.append((metrics["train/global_step"], metrics["time/training_s"]))
+
+    path = tmp_path / "metrics.jsonl"
+    first = Trackers(JsonlTracker(path, 0), [Rows()])
+    for step in (1, 2, 3):
+        first.log({"loss": 1.0, "step_s": 0.5}, step=step)
+    first.rewind(2)
+    first.log({"loss": 1.0, "step_s": 0.25}, step=3)
+    first.log({"eval/loss": 1.0, "tokens": 5}, step=3)
+    resumed = Trackers(JsonlTracker(path, 3), [Rows()])
+    resumed.log({"loss": 1.0, "step_s": 1.0}, step=4)
+    assert seen == [(1, 0.5), (2, 1.0), (3, 1.5), (3, 1.25), (3, 1.25), (4, 2.25)]
+    assert "time/training_s" not in path.read_text()
+
+
 def test_tracker_that_fails_is_reported_and_costs_the_run_nothing(tmp_path):
     class Broken:
         hint = None

@@ -72,7 +72,7 @@ def test_wandb_run_is_named_by_what_it_is_and_its_table_has_medians(site):
     assert {key: columns.get(key) for key in expected} == expected
     assert found["config"]["config"]["optim"]["lr"] == 2e-4, "and the whole configuration"
     numbers = found["summary"]
-    names = ["tokens_per_s", "supervised_tokens_per_s", "step_s", "mfu", "memory_gib", "loss", "eval/loss"]
+    names = ["tokens_per_s", "supervised_tokens_per_s", "step_s", "memory_gib", "loss", "eval/loss"]
     assert all(numbers[f"final/{name}"] > 0 for name in names)
     assert numbers["state"] == "done"
     made = record(part, "artifact")

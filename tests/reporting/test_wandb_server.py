@@ -56,3 +56,6 @@ def test_online_run_sends_the_messages_that_were_asked_for(sent):
     (alert,) = sent.variables("NotifyScriptableRunAlert")
     assert (alert["runName"], alert["title"], alert["severity"]) == ("diverged", "ddp-diverged: diverged", "ERROR")
     assert alert["text"].endswith("loss is not finite")
+    calls = [call for call in sent.variables("UpsertBucket") if call["tags"] is not None]
+    tags = {call["name"]: call["tags"] for call in calls}  # as they were sent last
+    assert tags == {"done": ["small"], "preempted": ["small"], "diverged": ["small", "diverged"]}

@@ -84,4 +84,4 @@ class LoggingConfig:
     report: bool = setting(True, reach=DESCRIBES)
     """Write `report.html` when the run has ended: its plots, numbers and settings in one file (needs the `report` extra)."""
     reference_tflops: float | None = number(None, above=0, advice="null takes what is known of the device")
-    """Peak TFLOP/s of one device for MFU; default: known for common GPUs, measured for CPUs."""
+    """Peak TFLOP/s of one device for MFU; default: known for common GPUs. Runs on CPUs have no MFU without it."""

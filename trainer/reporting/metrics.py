@@ -20,6 +20,7 @@ from strategies.runtime import Runtime, dist_sum, peak_memory_gib
 from trainer.reporting import expert_load, gpu_meters
 from trainer.reporting.block_times import BlockTimer
 from trainer.reporting.gpu_peaks import peak_tflops
+from trainer.reporting.run_record import REFERENCE_TFLOPS
 from trainer.reporting.step_times import PARTS, PartTimes, timed_engine
 
 COUNTED_IN = 2
@@ -361,12 +362,12 @@ def reference_tflops(configured: float | None, device: torch.device) -> tuple[fl
     `configured`: `logging.reference_tflops`. The figure is None for a GPU that is not known. On a CPU it is measured now.
     """
     if configured is not None:
-        return configured, "logging.reference_tflops"
+        return configured, REFERENCE_TFLOPS
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         tflops = peak_tflops(name)
         if not tflops:
-            return tflops, f"the peak of {name} is not known: set logging.reference_tflops"
+            return tflops, f"the peak of {name} is not known: set {REFERENCE_TFLOPS}"
         return tflops, f"data sheet, dense bf16 or fp16, {name}"
     return measured_matmul_tflops(), f"fp32 matrix product measured at start, {torch.get_num_threads()} threads"
 

@@ -21,6 +21,8 @@ from trainer.reporting.numbers import name_of_readers
 RUN_RECORD = "run.json"
 MOST_BYTES = 2**24
 """Bytes of a record that are read at most: somebody else may have written the file."""
+REFERENCE_TFLOPS = "logging.reference_tflops"
+"""Setting of the peak that MFU is measured against, and the source of a peak that it gave."""
 TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
@@ -200,8 +202,18 @@ class RunRecord:
     base_parameters: int = 0
     flops_per_token: float = 0.0
     reference_tflops: float | None = None
-    """Of a device; None if unknown, so that there is no MFU."""
+    """Of a device; None if unknown."""
     reference_tflops_source: str = ""
+
+    @property
+    def mfu_tflops(self) -> float | None:
+        """Peak TFLOP/s that MFU is measured against; None: no MFU.
+
+        The peak of a CPU is one matrix product at the start. Others may have used the processor then, so that the MFU of two
+        runs could not be compared, and could be above 100 %.
+        """
+        is_measured = self.device.startswith("cpu") and self.reference_tflops_source != REFERENCE_TFLOPS
+        return None if is_measured else self.reference_tflops
 
     # What it was computed with.
     versions: dict[str, str] = field(default_factory=dict)

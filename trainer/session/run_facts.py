@@ -38,7 +38,15 @@ from trainer.reporting.metrics import flops_per_token, reference_tflops
 from trainer.reporting.numbers import readable
 from trainer.reporting.outcome import Outcome
 from trainer.reporting.resolution import Resolution
-from trainer.reporting.run_record import RUN_RECORD, Receipt, RunOutcome, RunRecord, Sharding, TuningStart
+from trainer.reporting.run_record import (
+    REFERENCE_TFLOPS,
+    RUN_RECORD,
+    Receipt,
+    RunOutcome,
+    RunRecord,
+    Sharding,
+    TuningStart,
+)
 from trainer.reporting.status import write_text_atomic
 from trainer.session.base_files import base_commit
 from trainer.session.identity import versions_of
@@ -301,9 +309,11 @@ def start_text(record: RunRecord) -> str:
     lines += record.routers
     if record.packed_weights:
         lines.append(_packed_text(record.packed_weights))
-    tflops = record.reference_tflops
+    tflops = record.mfu_tflops
     if tflops:
         lines.append(f"MFU against {tflops:.2f} TFLOP/s a device ({record.reference_tflops_source})")
+    elif record.reference_tflops:
+        lines.append(f"no MFU: the peak of a CPU is not known: set {REFERENCE_TFLOPS}")
     else:
         lines.append(f"no MFU: {record.reference_tflops_source}")
     unused = record.weights_left_out

@@ -76,7 +76,7 @@ def test_compare_two_strategies_of_one_command(runs, capsys):
     for found, run in ((ddp, runs / "runs/0"), (fsdp2, runs / "runs/1")):
         outcome, measured = json.loads((run / "run.json").read_text())["outcome"], found["measured"]
         assert measured["tokens_per_s"] == pytest.approx(outcome["speed"]["tokens_per_s"], rel=1e-12)
-        assert measured["mfu"] == pytest.approx(outcome["speed"]["mfu"], rel=1e-12)
+        assert measured["mfu"] is None and "mfu" not in outcome["speed"], "on CPUs"
         assert (measured["warmup_steps"], measured["loss"]) == (1, outcome["last_row"]["loss"])
         assert measured["memory_gib"] == outcome["last_row"]["memory_gib"]  # a peak never falls
         assert (measured["before"], measured["after"]) == (outcome["before"], outcome["after"])
