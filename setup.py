@@ -37,7 +37,9 @@ setup(
         "launch.compare": ["*.j2"],
         "trainer.evaluation.report": ["*.j2"],
         "trainer.evaluation.tasks": ["*.json"],
+        "launch.plan": ["*.j2"],
         "launch.review": ["*.j2"],
+        "launch.sweep": ["*.j2"],
         "trainer.reporting.documents": ["*.j2"],
     },
     # What people copy and submit by hand; `pip show -f shardtune` lists where.

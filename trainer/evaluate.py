@@ -357,6 +357,7 @@ def _report(
     comparisons = {}
     regressions: list[str] = []
     shown_tables: dict[str, Table] = {}
+    rows_of_other: dict[str, list[TaskRow]] = {}
     for task in tasks:
         rows = model.rows[task.name]
         resampled = resample_metrics(task, rows, bootstrap)
@@ -367,6 +368,7 @@ def _report(
             continue
         other_rows, other_metrics = other
         shown_tables |= row_tables(task, rows, other_rows)
+        rows_of_other[task.name] = other_rows or []
         comparisons[task.name] = comparison.compare_task(task, model, resampled, other_rows, other_metrics, bootstrap)
         if job.gate:
             regressions += comparison.regressions(task, comparisons[task.name]["metrics"])
@@ -380,7 +382,7 @@ def _report(
     record.write_report(directory, report, models)
     if job.run is not None and job.kept and job.recorded and not job.accepted:
         keep_report(Path(job.run), EVALUATION, report)
-    write_text_atomic(directory / record.PAGE, page.render_page(report, tasks, models))
+    write_text_atomic(directory / record.PAGE, page.render_page(report, tasks, models, rows_of_other))
     return report, shown_tables
 
 

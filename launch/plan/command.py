@@ -44,6 +44,7 @@ class PlanWords(VerbWords):
     measured: str | None = word(
         "use what that run measured on this card: step time, memory, checkpoints", key="from", like="runs/first"
     )
+    to: Path | None = word("also write plan.html, a page of the plan, into this directory", like="<directory>")
     settings: list[str] = setting_words(and_flags=True)
     as_json: bool = flag("print the plan as JSON, for a script", key="--json")
 
@@ -68,7 +69,7 @@ OF_GROUPS = {
     "plan.theirs=[pure_bf16]": "also show what other trainers would hold: stock_loss, fused_loss, fp32_head, pure_bf16",
     "plan.workers=0": "processes that simulate; 0 takes one per core",
 }
-USAGE = f"""usage: shardtune plan [--json] hardware=<card> [key=value ...]
+USAGE = f"""usage: shardtune plan [--json] hardware=<card> [to=<directory>] [key=value ...]
 
   shardtune plan model.path=models/llama3-8b data.max_length=4096 hardware=h100_80g \\
       launcher.nodes=4 launcher.gpus_per_node=8
@@ -120,6 +121,13 @@ def main(argv: list[str]) -> int:
         print_json(as_dict(answer, request.of_run, measured.lines))
     else:
         print(text(answer, request.of_run, measured.lines), flush=True)
+    if request.words.to is not None:
+        from launch.plan.page import PAGE_FILE, plan_page
+        from trainer.reporting.status import write_text_atomic
+
+        page = request.words.to.expanduser() / PAGE_FILE
+        write_text_atomic(page, plan_page(answer, request.of_run, measured.lines))
+        print(f"written: {page}", file=sys.stderr if request.words.as_json else sys.stdout, flush=True)
     return 0 if answer.best is not None else 69
 
 

@@ -199,11 +199,8 @@ def _escaped_formula(text: str) -> str:
 
 def review_page(sheet: Sheet, config: ReviewConfig) -> str:
     """The review as one HTML file that needs no network; prompts and answers are data in it, never markup."""
-    from jinja2 import Environment, PackageLoader
+    from trainer.pages.render import render
 
-    environment = Environment(
-        loader=PackageLoader("launch.review", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     questions = {OVERALL: "Which answer is better, all in all?", **config.rubric}
     # Only what the page shows: the key, which says whose answers these are, stays out of it.
     items = [{"id": item.id, "prompt": item.prompt, "a": item.a, "b": item.b} for item in sheet.items]
@@ -213,4 +210,4 @@ def review_page(sheet: Sheet, config: ReviewConfig) -> str:
         "questions": [{"name": name, "text": text} for name, text in questions.items()],
         "items": items,
     }
-    return environment.get_template("review.html.j2").render(data=page_data)
+    return render("launch.review", "review.html.j2", data=page_data)

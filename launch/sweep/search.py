@@ -20,6 +20,7 @@ from launch.compare.progress import RunsProgress, run_with_progress
 from launch.sweep.sweeper import Prune, Search, search_listing
 from strategies.errors import ConfigError, NotRunOwner, ShardtuneError, StorageError
 from trainer.reporting.results import rows
+from trainer.reporting.status import write_text_atomic
 from trainer.session.lease import InUse, Lease
 from trainer.stopping.signals import pending
 
@@ -212,6 +213,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     if in_wandb is not None:  # before the table: its last line is the one to copy
         print("\n".join(fold(in_wandb, 0)), file=sys.stderr, flush=True)
     print(search_table(study, search, search_dir), flush=True)
+    print(f"written: {write_search_page(study, search, search_dir)}", file=sys.stderr, flush=True)
     if exit_code or any(trial.state.name == "COMPLETE" for trial in trials):
         return exit_code
     # Without a single result the search failed, with the code of its first failure.
@@ -219,6 +221,15 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
         if trial.user_attrs.get("code"):
             return trial.user_attrs["code"]
     return 0
+
+
+def write_search_page(study: Study, search: Search, search_dir: Path) -> Path:
+    """Write `search.html` into the directory of the search, and return its path. Errors: StorageError."""
+    from launch.sweep.page import PAGE_FILE, search_page
+
+    page = search_dir / PAGE_FILE
+    write_text_atomic(page, search_page(study, search, search_dir))
+    return page
 
 
 def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTrial) -> int:
@@ -239,6 +250,7 @@ def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTr
                 exit_code = _run_trial(trial, search, search_dir, run_trial)
             except KeyboardInterrupt:  # between two runs
                 exit_code = 130
+        write_search_page(study, search, search_dir)  # for whoever watches the search
         if exit_code in (*STOP_EXIT_CODES, *FATAL_EXIT_CODES):
             return exit_code
     return 75

@@ -93,8 +93,9 @@ def words_of(text):
     found = Checker(text)
     assert len(text.encode()) < 400_000
     assert len(found.ids) == len(set(found.ids)), "ids are unique"
-    assert {value[1:] for _, name, value in found.attributes if name == "href"} <= set(found.ids)
-    assert not {"script", "iframe", "img", "link", "object"} & set(found.tags)
+    assert {value[1:] for tag, name, value in found.attributes if (tag, name) == ("a", "href")} <= set(found.ids)
+    assert not {"iframe", "img", "object"} & set(found.tags)
+    assert found.tags.count("script") == found.tags.count("link") == 1, "the shared script, and an icon that is empty"
     assert not [a for a in found.attributes if a[1].startswith("on") or a[1] in ("src", "xlink:href")]
     assert not re.search(r"https?://|url\(|@import", text)
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\ud800-\udfff]", text)

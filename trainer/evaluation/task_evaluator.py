@@ -12,7 +12,7 @@ from strategies.errors import DataError, ShardtuneError
 from strategies.runtime import broadcast_object
 from trainer.data.document import RefusedDocument
 from trainer.data.report.progress import PreparationProgress
-from trainer.evaluation.tasks.base import TaskRow
+from trainer.evaluation.tasks.base import TaskRow, user_turn
 from trainer.evaluation.tasks.model_interface import FirstRequest
 from trainer.evaluation.tasks.prepared import PreparedTask
 
@@ -95,11 +95,15 @@ class TaskEvaluator:
         Errors begin with the task's key (`evaluation.tasks.NAME`): DataError, ConfigError, those of servers.
         """
         try:
-            return prepared.task.run(prepared.cases, self.model)
+            rows = prepared.task.run(prepared.cases, self.model)
         except RefusedDocument as error:  # one row that the chat template cannot write
             raise DataError(f"{prepared.task.key}: {error}") from None
         except ShardtuneError as error:  # the same on all ranks
             raise type(error)(f"{prepared.task.key}: {error}") from None
+        user_turns = {case.location: case.user_turn or user_turn(case.document) for case in prepared.cases}
+        for row in rows:
+            row.question = user_turns.get(row.where, "")
+        return rows
 
     def run_tasks(self, names: Collection[str] | None = None) -> Iterator[FinishedTask]:
         """Run every task, or those of these names, and yield each one when it is done.

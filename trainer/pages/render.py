@@ -40,22 +40,28 @@ def render(
 
     Errors: jinja2.UndefinedError for a name without a value.
     """
-    environment = page_environment(package)
-    if filters or finalize:
-        environment = environment.overlay(**({"finalize": finalize} if finalize else {}))
-        environment.filters = environment.filters | dict(filters or {})
+    environment = page_environment(package, finalize, tuple((filters or {}).items()))
     return environment.get_template(template).render(NO_VALUES | values)
 
 
 @cache
-def page_environment(package: str) -> Environment:
+def page_environment(
+    package: str,
+    finalize: Callable[[Any], Any] | None = None,
+    filters: tuple[tuple[str, Callable[..., Any]], ...] = (),
+) -> Environment:
     """Jinja's environment for the templates of a package; kept, since compiling them takes longer than filling them."""
     from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 
     # Shared templates come first: a package's own `base.html.j2` would change its pages alone, and unnoticed.
     loader = ChoiceLoader([FileSystemLoader(Path(__file__).parent), PackageLoader(package, ".")])
     environment = Environment(
-        loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=finalize,
     )
     environment.filters |= {
         "number": number,
@@ -65,6 +71,7 @@ def page_environment(package: str) -> Environment:
         "bytes": byte_size,
         "script_json": script_json,
     }
+    environment.filters |= dict(filters)
     return environment
 
 

@@ -22,6 +22,7 @@ from tests.helpers.launching import clean_environment, command_here, free_port
 from tests.helpers.speed import seconds
 from tests.helpers.warm import command_warm, forked
 from trainer.config.run import LauncherConfig
+from trainer.pages.numbers import number
 
 TEXT = "a quick brown fox jumps over the lazy dog hello world you are helpful assistant"
 WORDS = TEXT.split()
@@ -216,13 +217,16 @@ def test_evaluate_against_the_base_shows_differences_and_changed_rows(site, eval
     assert loss["low"] <= loss["difference"] <= loss["high"]
     page = (site / "all" / "evaluation.html").read_text()
     losses = sorted((row["scores"]["nats"] / row["scores"]["targets"] for row in rows["loss"]), reverse=True)
-    shown = page.split("<h3>Worst rows</h3>")[1].split("</table>")[0]
-    assert '<th scope="col">loss</th>' in shown  # what rows are ordered by, not its sum over a row's targets
-    assert re.findall(r"</td><td>([\d.]+)</td>", shown) == [f"{loss:.4g}" for loss in losses[:20]]
-    assert ">answer</th>" not in shown and ">base</th>" not in shown, "columns of answers that nobody wrote"
-    assert page.count('>answer</th><th scope="col" class="text">base</th>') > 1
-    assert "Wrong before, right now" in page and "data:image/svg+xml;base64," in page
-    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    shown = page.split("<h3>Worst rows</h3>")[1].split("<h3>")[0]
+    # What rows are ordered by is their mean loss, and not its sum over a row's targets.
+    assert re.findall(r'<span class="label">loss: </span>([\d.]+)', shown) == [number(loss) for loss in losses[:20]]
+    assert "<span>answer</span>" not in shown and "base's answer" not in shown, "columns of answers that nobody wrote"
+    assert page.count("<span>answer</span><span>base&#39;s answer</span>") > 1
+    assert "wrong before, right now" in page and 'aria-label="confusion matrix of labels"' in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+    overview = page.split('id="all-tasks"')[1].split("</table>")[0]
+    assert re.findall(r'href="#task-\d+">([\w-]+)<', overview) == list(report["tasks"])
+    assert overview.count('class="interval') == len(report["tasks"])
     assert not [word for word in ("http://", "https://") if word in page]
 
 

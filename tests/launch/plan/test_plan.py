@@ -265,10 +265,16 @@ def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ra
     assert verb == "train" or compose([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
 
 
-def test_plan_says_that_nothing_fits(capsys, model):
-    code, out = plan(capsys, model, "hardware=l4", "hardware.memory_gib=0.5", "strategy=single")
+def test_plan_says_that_nothing_fits(capsys, model, tmp_path):
+    code, out = plan(capsys, model, "hardware=l4", "hardware.memory_gib=0.5", "strategy=single", f"to={tmp_path}")
     assert code == 69, out
     assert "Nothing fits" in out and "too large" in out
+    page = (tmp_path / "plan.html").read_text()
+    assert f"written: {tmp_path}/plan.html" in out and "Nothing fits" in page and "<b>too large</b>" in page
+    # The parts of a bar add up to what the way needs.
+    (label,) = set(re.findall(r'aria-label="(single, nothing recomputed[^"]*)"', page))
+    *parts, total, card = map(float, re.findall(r" ([\d.]+)(?: GiB|$)", label))
+    assert sum(parts) == pytest.approx(total, abs=0.06) and total > card == 0.5
 
 
 def test_plan_shows_separately_what_another_trainer_holds(capsys, model):

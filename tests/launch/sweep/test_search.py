@@ -170,6 +170,12 @@ def test_search_that_is_stopped_and_resumed_is_the_same_search(site, capsys):
     out = capsys.readouterr().out
     assert "failed" in out and "the reason is long long" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
+    page = (base / "search.html").read_text()
+    assert f"Best: trial {best[0]}, eval/loss" in page and f"shardtune export {base / best[0]}" in page
+    assert "Trials that failed" in page and "the reason is long long" in page
+    assert page.count("<figcaption>") == 2 and page.count("<title>trial ") == 2 * 3, (
+        "a drawing a setting, a point a trial"
+    )
     with pytest.raises(ConfigError, match=r"sweeper.seed: 0 there, 1 here"):
         run_search(plan_search([*asked, "sweeper.seed=1"]), base, here)
 

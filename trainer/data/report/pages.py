@@ -9,11 +9,23 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import Any
 
 from trainer.data.config import CardConfig
 from trainer.data.report.audit import Audit, DecodedSample
-from trainer.data.report.wording import known_gaps, overall_level, templates, tiles, visible
+from trainer.data.report.wording import (
+    Level,
+    known_gaps,
+    overall_level,
+    plural,
+    reason_text,
+    templates,
+    tiles,
+    visible,
+)
+from trainer.pages.pieces import PageCard, Tone
+from trainer.pages.render import render
 
 MAX_TEXT_CHARACTERS = 200
 """Characters of any text but a sample: what is longer is cut, and stands in audit.json."""
@@ -28,12 +40,35 @@ def audit_page(audit: Audit, stated: CardConfig) -> str:
     """
     all_tiles = tiles(audit)
     level, verdict = overall_level(all_tiles)
-    environment = templates(_shorten, autoescape=True)
-    # Only the page needs it; the environment of the card is another one.
-    environment.filters["runs"] = sample_runs
-    return environment.get_template("page.html.j2").render(
-        audit=audit, tiles=all_tiles, level=level, words=verdict, gaps=known_gaps(audit, stated), card=stated
+    cards = []
+    for tile in all_tiles:
+        cards.append(PageCard(tile.what, tile.value, tile.note, TONES[tile.level], href=f"#{tile.anchor}"))
+    return render(
+        "trainer.data.report",
+        "page.html.j2",
+        filters=PAGE_FILTERS,
+        finalize=_shown,
+        audit=audit,
+        cards=cards,
+        tone=TONES[level],
+        words=verdict,
+        advice=[tile for tile in all_tiles if tile.level in (Level.act, Level.look)],
+        gaps=known_gaps(audit, stated),
+        card=stated,
+        plural=plural,
     )
+
+
+TONES: dict[Level, Tone] = {Level.good: "good", Level.look: "warning", Level.act: "bad", Level.none: ""}
+"""How a level is tinted."""
+
+
+def _shown(expression: Any) -> Any:
+    """What the page inserts for an expression of its template: a text as `_shorten` has it; all else as it is."""
+    from markupsafe import Markup
+
+    is_plain_text = isinstance(expression, str) and not isinstance(expression, Markup)
+    return _shorten(expression) if is_plain_text else expression
 
 
 def _shorten(text: str) -> str:
@@ -75,6 +110,13 @@ def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTE
     return page_runs
 
 
+PAGE_FILTERS: dict[str, Callable[..., Any]] = {
+    "reason": reason_text,
+    "count": lambda number: f"{number:,.0f}",
+    "figure": lambda number: f"{number:,.4g}",
+    "runs": sample_runs,
+}
+"""What the page's template has beside the filters of all pages."""
 HUB_LICENCES = re.compile(
     r"(apache-2\.0|mit|openrail|bigscience-.*|creativeml-.*|bsd(-.*)?|cc(-.*)?|cc0-1\.0|[al]?gpl(-.*)?|mpl-2\.0|odc-by|"
     r"odbl|pddl|cdla-.*|gfdl|isc|unlicense|wtfpl|zlib|llama.*|gemma|etalab-2\.0|afl-3\.0|artistic-2\.0|bsl-1\.0|"

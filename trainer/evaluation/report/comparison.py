@@ -22,7 +22,7 @@ from trainer.evaluation.report.intervals import (
 )
 from trainer.evaluation.report.permutation_test import family_p
 from trainer.evaluation.report.record import EvaluatedModel, same_rows
-from trainer.evaluation.tasks.base import Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Metric, Task, TaskRow, prompt_end
 
 MAX_CHANGED_ROWS = 20
 """Most rows that are listed of those that turned right, and of those that turned wrong."""
@@ -164,7 +164,8 @@ def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: 
         if row.scores[score] == other.scores[score]:
             continue
         side = "won" if row.scores[score] > other.scores[score] else "lost"
-        changed[side].append({"where": row.where, "prompt": row.prompt, "answer": row.answer, "other": other.answer})
+        prompt = prompt_end(row.prompt)
+        changed[side].append({"where": row.where, "prompt": prompt, "answer": row.answer, "other": other.answer})
     return {
         "num_won": len(changed["won"]),
         "num_lost": len(changed["lost"]),

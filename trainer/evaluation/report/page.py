@@ -1,113 +1,359 @@
-"""`evaluation.html`: an evaluation in one file that needs no network and runs no script (`page.html.j2`)."""
+"""`evaluation.html`: an evaluation in one file that needs no network (`page.html.j2`): verdict, all tasks, then rows."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from trainer.evaluation.report.record import BASE, TUNED, EvaluatedModel
+from trainer.evaluation.report.intervals import BETTER, DIFFERS, NO_DIFFERENCE, TOO_FEW_CASES, WORSE
+from trainer.evaluation.report.page_rows import TaskRows, short, shown_rows
+from trainer.evaluation.report.record import TUNED, EvaluatedModel
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask, confusion
+from trainer.pages.numbers import number, signed
+from trainer.pages.pieces import (
+    Callout,
+    IntervalBar,
+    PageCard,
+    PageCell,
+    PageColumn,
+    PageTable,
+    Tone,
+)
+from trainer.pages.render import render
 
-PICTURE_PACKAGES = ("altair", "vl_convert")
-"""Packages of the extra `report` that draw the confusion matrix. Without them it is a table of numbers."""
-MAX_WORST_ROWS = 20
-"""Rows of each task that are shown, the worst first."""
 MOST_LABELS = 40
-"""A confusion matrix with more labels is not drawn."""
+"""A confusion matrix with more labels is not shown."""
+TONES: dict[str, Tone] = {BETTER: "good", WORSE: "bad", DIFFERS: "note", TOO_FEW_CASES: "warning", NO_DIFFERENCE: ""}
+"""How a verdict is tinted."""
+Record = dict[str, Any]
+"""A part of `evaluation.json`."""
 
 
-def render_page(report: dict[str, Any], tasks: Sequence[Task], models: dict[str, EvaluatedModel]) -> str:
-    """The report's page as HTML, with a part for each task. Texts of rows are escaped.
+@dataclass(frozen=True, slots=True)
+class TaskPart:
+    """What the page shows of one task, folded."""
 
-    `models`: the evaluated models by arm (tuned or base). The keys of `parts` are read by `page.html.j2`.
+    name: str
+    anchor: str
+    headline: str
+    """Its leading metric in a few words, for the line that opens it."""
+    about: str
+    metrics: PageTable
+    notes: list[str]
+    matrix: tuple[list[str], list[list[int]]] | None
+    """(labels, rows by true and predicted label) of a classification with few labels."""
+    rows: TaskRows
+
+
+def render_page(
+    report: Record,
+    tasks: Sequence[Task],
+    models: dict[str, EvaluatedModel],
+    other_rows: Mapping[str, Sequence[TaskRow]] | None = None,
+) -> str:
+    """The report's page as HTML. Texts of rows are escaped, and cut so that the page stays below 1.5 MB.
+
+    `models`: the evaluated models by arm (tuned or base). `other_rows`: those of the model that is compared with, by task, as
+    far as they are known.
     """
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("trainer.evaluation.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = format_number
-    can_draw = all(find_spec(package) is not None for package in PICTURE_PACKAGES)
     compared_tasks = report.get("against", {}).get("tasks", {})
+    all_rows = shown_rows(tasks, models[TUNED].rows, other_rows or {}, compared_tasks)
     parts = []
-    for task in tasks:
-        rows = models[TUNED].rows[task.name]
-        base_answers = {}
-        if BASE in models:
-            base_answers = {row.where: row.answer for row in models[BASE].rows[task.name]}
+    for index, task in enumerate(tasks):
         matrix = None
         if isinstance(task, ClassificationTask):
-            matrix = confusion(rows)
-        picture = None
-        if can_draw and matrix and len(matrix[0]) <= MOST_LABELS:
-            picture = confusion_picture(*matrix)
-        score_name, score_of_row = row_value(task, rows)
+            matrix = confusion(models[TUNED].rows[task.name])
+        if matrix is not None and len(matrix[0]) > MOST_LABELS:
+            matrix = None
+        task_record = report["tasks"][task.name]
+        compared = compared_tasks.get(task.name)
         parts.append(
-            {
-                "name": task.name,
-                "said": report["tasks"][task.name],
-                "apart": compared_tasks.get(task.name),
-                "worst": worst_rows_first(task, rows)[:MAX_WORST_ROWS],
-                "score": score_name,
-                "value": score_of_row,
-                "base": base_answers,
-                "matrix": matrix,
-                "picture": picture,
-            }
+            TaskPart(
+                name=task.name,
+                anchor=f"task-{index}",
+                headline=_headline(task_record, compared),
+                about=f"{task_record['kind']}, {number(task_record['num_rows'])} rows of {_source(task_record)}",
+                metrics=_metrics_table(task_record, compared, _other_name(report)),
+                notes=_notes(task_record, compared),
+                matrix=matrix,
+                rows=all_rows[task.name],
+            )
         )
-    return environment.get_template("page.html.j2").render(report=report, parts=parts)
-
-
-def worst_rows_first(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """The rows of a task from bad to good, by what each contributes to the first metric (`row_value`)."""
-    metric = task.metrics_for(rows)[0]
-    _, score_of_row = row_value(task, rows)
-    small_is_bad = metric.ratio is None or metric.greater_is_better
-    sign = 1 if small_is_bad else -1
-    return sorted(rows, key=lambda row: sign * score_of_row(row))
-
-
-def row_value(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskRow], float]]:
-    """What a row contributes to the first metric: its name, and a function that computes it.
-
-    A loss is divided by the targets of the row, so that it compares with the loss over all rows.
-    """
-    metric = task.metrics_for(rows)[0]
-    if metric.ratio is None:
-        first_score = next(iter(rows[0].scores))
-        return first_score, lambda row: float(next(iter(row.scores.values())))
-    numerator, denominator = metric.ratio
-    if denominator is None:
-        return numerator, lambda row: row.scores[numerator]
-    return metric.name, lambda row: float(metric.from_sums(row.scores[numerator], row.scores[denominator] or 1.0))
-
-
-def confusion_picture(names: list[str], counts: list[list[int]]) -> str:
-    """A heat map of a confusion matrix, as a `data:` address of an SVG. `counts`: rows [true label][predicted label]."""
-    import altair as alt
-    import vl_convert
-
-    cells = []
-    for true, row in zip(names, counts, strict=True):
-        for predicted, count in zip(names, row, strict=True):
-            cells.append({"true": true, "predicted": predicted, "rows": count})
-    base = alt.Chart(alt.Data(values=cells)).encode(
-        x=alt.X("predicted:N", sort=names, title="predicted"), y=alt.Y("true:N", sort=names, title="true")
+    return render(
+        "trainer.evaluation.report",
+        "page.html.j2",
+        filters={"short": short},
+        against=report.get("against", {}).get("what", ""),
+        regressions=report.get("regressions", []),
+        title=_title(report["model"]),
+        verdict=_verdict(report),
+        cards=_cards(report),
+        callouts=_callouts(report),
+        overview=_overview(report, parts),
+        parts=parts,
+        other=_other_name(report),
+        facts=_facts(report),
     )
-    heat = base.mark_rect().encode(color=alt.Color("rows:Q", scale=alt.Scale(scheme="blues"), title="rows"))
-    largest_count = max(max(row) for row in counts)
-    # Numbers are white on dark cells.
-    text_color = alt.condition(alt.datum.rows > largest_count / 2, alt.value("white"), alt.value("black"))
-    chart = (heat + base.mark_text().encode(text="rows:Q", color=text_color)).properties(
-        width=alt.Step(44), height=alt.Step(32)
-    )
-    svg = vl_convert.vegalite_to_svg(chart.to_dict())
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def format_number(number: float | None) -> str:
-    """A number with four digits; a dash for None."""
-    return "-" if number is None else f"{number:.4g}"
+def _title(model: Record) -> str:
+    """The evaluated model in words: its run or path, checkpoint and adapters."""
+    title = str(model["run"] or model["path"])
+    if model["checkpoint"]:
+        title += f", {model['checkpoint']}"
+    if model["adapters"]:
+        title += f" with {', '.join(model['adapters'])}"
+    return title
+
+
+def _other_name(report: Record) -> str:
+    """What the compared model is called in headings; empty if nothing is compared."""
+    if "against" not in report:
+        return ""
+    return "base" if report["against"]["what"] == "base" else "other"
+
+
+def _source(task_record: Record) -> str:
+    """Where the rows of a task come from."""
+    if task_record["path"]:
+        return str(task_record["path"])
+    return "data that lm-eval makes" if task_record["kind"] == "lm_eval" else "the run's evaluation documents"
+
+
+def _leading(task_record: Record, compared: Record | None) -> tuple[str, Record, Record | None]:
+    """(name, record, comparison) of the metric that stands for a task: its first one. The comparison is None without one."""
+    name, metric = next(iter(task_record["metrics"].items()))
+    return name, metric, None if compared is None else compared["metrics"].get(name)
+
+
+def _verdicts(report: Record) -> dict[str, str]:
+    """The verdict on the leading metric of each compared task, by task."""
+    verdicts = {}
+    for name, compared in report.get("against", {}).get("tasks", {}).items():
+        _, _, difference = _leading(report["tasks"][name], compared)
+        if difference is not None:
+            verdicts[name] = difference["verdict"]
+    return verdicts
+
+
+def _verdict(report: Record) -> Callout:
+    """The sentence at the top of the page: in how many tasks the model is better or worse, or how to find out."""
+    if "against" not in report:
+        run = report["model"]["run"]
+        text = "Intervals show how far chance reaches. Whether tuning made the model better shows a comparison with its base."
+        commands = [f"shardtune evaluate {run} against=base"] if run else []
+        if not run:
+            text = (
+                "Intervals show how far chance reaches. Give against=<run or model> to compare this model with another."
+            )
+        return Callout("note", f"{_tasks(len(report['tasks']))} measured, and compared with nothing", text, commands)
+    what = report["against"]["what"]
+    if report.get("regressions"):
+        return Callout("bad", f"Worse than {what}", "More than these metrics may lose:", ())
+    verdicts = list(_verdicts(report).values())
+    num_better = verdicts.count(BETTER)
+    num_worse = verdicts.count(WORSE)
+    unclear = len(verdicts) - num_better - num_worse
+    if not verdicts:
+        return Callout("note", f"Nothing could be compared with {what}", "The two have no task in common.")
+    said = [f"better in {num_better}"] if num_better else []
+    said += [f"worse in {num_worse}"] if num_worse else []
+    said += [f"no difference shown in {unclear}"] if unclear and said else []
+    heading = f"Against {what}: {', '.join(said)} of {_tasks(len(verdicts))}"
+    if not said:
+        heading = f"Against {what}: no difference shown in any of {_tasks(len(verdicts))}"
+    text = "A task counts by its first metric, and as better or worse only if the whole 95 % interval of the difference is."
+    tone: Tone = "note"
+    if num_worse:
+        tone = "warning" if num_better else "bad"
+    elif num_better:
+        tone = "good"
+    return Callout(tone, heading, text)
+
+
+def _tasks(count: int) -> str:
+    return f"{count} task" if count == 1 else f"{count} tasks"
+
+
+def _cards(report: Record) -> list[PageCard]:
+    """How many tasks have which verdict; without a comparison the number of tasks. Then how many rows were asked."""
+    names_by_verdict: dict[str, list[str]] = {}
+    for name, verdict in _verdicts(report).items():
+        names_by_verdict.setdefault(verdict, []).append(name)
+    cards = []
+    for verdict, tone in TONES.items():
+        names = names_by_verdict.get(verdict, [])
+        # Nothing worse is good news, and stands there.
+        if names or (verdict == WORSE and names_by_verdict):
+            shown_tone = tone if names else ""
+            cards.append(PageCard(verdict.capitalize(), str(len(names)), _some(names), shown_tone))
+    num_rows = sum(task["num_rows"] for task in report["tasks"].values())
+    seconds = sum(task["seconds"] for task in report["tasks"].values())
+    about = f"of {_tasks(len(report['tasks']))}, in {number(seconds, 2)} s"
+    cards.append(PageCard("Rows asked", number(num_rows), about))
+    return cards
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
+def _callouts(report: Record) -> list[Callout]:
+    """What a reader should know beside the verdict: accepted differences, tasks without a comparison, further metrics."""
+    callouts = []
+    against = report.get("against")
+    worse = []
+    for name, compared in (against["tasks"] if against else {}).items():
+        leading, _, _ = _leading(report["tasks"][name], compared)
+        for metric, difference in compared["metrics"].items():
+            if metric != leading and difference["verdict"] == WORSE:
+                worse.append(f"{name}: {metric}")
+    if worse:
+        text = f"{_some(worse)}. These are no first metrics of their tasks, which the verdict goes by."
+        callouts.append(Callout("warning", "Worse in further metrics", text))
+    accepted = report["model"].get("accepted") or []
+    if accepted:
+        callouts.append(Callout("warning", "Not quite the model or the data of the run", "; ".join(accepted)))
+    if against and against["not_there"]:
+        text = f"{', '.join(against['not_there'])}: {against['what']} has no such task."
+        callouts.append(Callout("note", "Not compared", text))
+    return callouts
+
+
+def _overview(report: Record, parts: Sequence[TaskPart]) -> PageTable:
+    """The table of all tasks, each by its first metric."""
+    other = _other_name(report)
+    compared_tasks = report["against"]["tasks"] if other else {}
+    columns = [PageColumn("task"), PageColumn("rows"), PageColumn("metric")]
+    if other:
+        columns += [
+            PageColumn(other),
+            PageColumn("tuned" if other == "base" else "this model"),
+            PageColumn("difference"),
+        ]
+        columns += [PageColumn("95 % interval"), PageColumn("verdict")]
+    else:
+        columns += [PageColumn("value"), PageColumn("95 % interval")]
+    columns.append(PageColumn("better is"))
+    rows = []
+    for part in parts:
+        task_record = report["tasks"][part.name]
+        name, metric, difference = _leading(task_record, compared_tasks.get(part.name))
+        row = [
+            PageCell(part.name, part.name, href=f"#{part.anchor}"),
+            PageCell(number(task_record["num_rows"]), task_record["num_rows"]),
+            PageCell(name, name),
+        ]
+        if other:
+            row += _difference_cells(metric, difference)
+        else:
+            row += [PageCell(number(metric["value"]), metric["value"]), _interval_cell(metric)]
+        direction = _direction(metric["greater_is_better"])
+        rows.append([*row, PageCell(direction, direction)])
+    caption = "Every task by its first metric."
+    if other:
+        caption += " Bars show the difference and its interval, each on a scale of its own; the line is no difference."
+    return PageTable(columns, rows, caption, id="all-tasks")
+
+
+def _difference_cells(metric: Record, difference: Record | None) -> list[PageCell]:
+    """The cells of a comparison: value of the other model, value, difference, interval, verdict."""
+    value = PageCell(number(metric["value"]), metric["value"])
+    if difference is None:
+        nothing = PageCell("\N{EN DASH}")
+        return [nothing, value, nothing, nothing, PageCell("not compared", "not compared")]
+    tone = TONES.get(difference["verdict"], "")
+    low = difference["low"]
+    change = difference["difference"]
+    high = difference["high"]
+    bar = None
+    if math.isfinite(low + change + high):
+        reach = 1.1 * max(abs(low), abs(change), abs(high)) or 1.0
+        bar = IntervalBar(low, change, high, -reach, reach, tone=tone)
+    interval = PageCell("", change, note=f"{signed(low)} to {signed(high)}", interval=bar)
+    return [
+        PageCell(number(difference["value"]), difference["value"]),
+        value,
+        PageCell(signed(change), change),
+        interval,
+        PageCell(difference["verdict"], difference["verdict"], tone=tone),
+    ]
+
+
+def _value_cell(metric: Record) -> PageCell:
+    """A value, with its interval below."""
+    interval = _interval_cell(metric).text if metric.get("low") is not None else ""
+    return PageCell(number(metric["value"]), metric["value"], note=interval)
+
+
+def _interval_cell(metric: Record) -> PageCell:
+    """The interval of a value; without a picture, since values of different metrics share no scale."""
+    if metric.get("low") is None:
+        return PageCell("\N{EN DASH}")
+    return PageCell(f"{number(metric['low'])} to {number(metric['high'])}", metric["low"])
+
+
+def _direction(greater_is_better: bool | None) -> str:
+    """Which way a metric gets better, in a word."""
+    if greater_is_better is None:
+        return "neither"
+    return "higher" if greater_is_better else "lower"
+
+
+def _metrics_table(task_record: Record, compared: Record | None, other: str) -> PageTable:
+    """Every metric of a task, with what it is."""
+    columns = [PageColumn("metric"), PageColumn("value")]
+    if compared is not None:
+        columns += [PageColumn(other), PageColumn("difference"), PageColumn("its 95 % interval")]
+        columns += [PageColumn("p"), PageColumn("verdict")]
+    rows = []
+    for name, metric in task_record["metrics"].items():
+        about = [metric["says"], f"{_direction(metric['greater_is_better'])} is better", metric.get("signature", "")]
+        row = [PageCell(name, name, note="; ".join(filter(None, about))), _value_cell(metric)]
+        if compared is not None:
+            difference = compared["metrics"].get(name)
+            other_value, _, change, interval, verdict = _difference_cells(metric, difference)
+            p = None if difference is None else difference["p"]
+            row += [other_value, change, interval, PageCell(number(p, 2), p), verdict]
+        rows.append(row)
+    return PageTable(columns, rows)
+
+
+def _notes(task_record: Record, compared: Record | None) -> list[str]:
+    """What a reader must know about the numbers of a task."""
+    notes = list(task_record.get("notes", ()))
+    if compared is not None and not compared["paired"]:
+        notes.append(
+            "The other model answered other rows, or its rows are not known: the numbers are compared, not the rows, and the "
+            "interval is this model's own."
+        )
+    return notes
+
+
+def _headline(task_record: Record, compared: Record | None) -> str:
+    """The leading metric of a task in a few words: `exact_match 0.62, base 0.01: better`."""
+    name, metric, difference = _leading(task_record, compared)
+    headline = f"{name} {number(metric['value'])}"
+    if difference is None:
+        return headline
+    return f"{headline}, was {number(difference['value'])}: {difference['verdict']}"
+
+
+def _facts(report: Record) -> list[tuple[str, str]]:
+    """How the numbers came about, for the folded part at the end."""
+    model = report["model"]
+    facts = [
+        ("model", str(model["path"])),
+        ("processes", f"{report['processes']}, {report['strategy']}, {report['device']}, {report['precision']}"),
+        ("intervals", str(report["method"])),
+    ]
+    if report.get("server"):
+        facts.append(("server", str(report["server"])))
+    versions = report.get("versions") or {}
+    facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return facts

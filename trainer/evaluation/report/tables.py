@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer.evaluation.report.comparison import changed_rows, right_or_wrong_score
-from trainer.evaluation.report.page import MAX_WORST_ROWS, row_value, worst_rows_first
-from trainer.evaluation.tasks.base import Task, TaskRow
+from trainer.evaluation.report.page_rows import MAX_WORST_ROWS, row_value, worst_rows_first
+from trainer.evaluation.tasks.base import Task, TaskRow, prompt_end
 from trainer.reporting.trackers.base import Table
 
 
@@ -40,5 +40,6 @@ def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskR
     cells = []
     for row in worst_rows_first(task, rows)[:MAX_WORST_ROWS]:
         answer_before = answers_before.get(row.where, "")
-        cells.append([row.where, score_of_row(row), row.prompt, row.answer, answer_before, row.reference, row.note])
+        prompt = prompt_end(row.prompt)
+        cells.append([row.where, score_of_row(row), prompt, row.answer, answer_before, row.reference, row.note])
     return Table(["row", score_name, "prompt", "answer", "answer before", "reference", "note"], cells)

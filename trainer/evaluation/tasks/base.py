@@ -33,6 +33,8 @@ class Case:
     """The prompt and its reference answer; None if the kind makes its own prompts from `fields`."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Columns of the row as they were read. `Task.parse_case` replaces them with what the kind needs later."""
+    user_turn: str = ""
+    """What the user asked last, of a case whose `document` is not kept. Only the report shows it."""
 
 
 @dataclass(slots=True)
@@ -46,7 +48,7 @@ class TaskRow:
     where: str
     """`file:line`."""
     prompt: str
-    """The end of the prompt, as text."""
+    """The prompt as text; of a long one its last characters (`model_interface.SHOWN_CHARACTERS`)."""
     answer: str
     reference: str
     scores: dict[str, float]
@@ -57,6 +59,8 @@ class TaskRow:
     """What was wrong with the answer, if the kind can say it."""
     items: dict[str, Any] = field(default_factory=dict)
     """Inputs of metrics that are not numbers, by metric name, as JSON values."""
+    question: str = ""
+    """What the user asked last, without system prompt and earlier turns; empty if the prompt is all there is to show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,8 @@ class Metric:
         return ratio
 
 
+PROMPT_END_CHARACTERS = 400
+"""Most characters of a prompt that `prompt_end` keeps."""
 FORMATS_WITH_ANSWER = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt_completion, DataFormat.pair)
 """Formats with a prompt and its answer."""
 
@@ -248,6 +254,26 @@ class Task(ABC):
     def signatures(self) -> dict[str, str]:
         """What besides the rows decides its numbers, by metric: library versions, tokenisers, normalisation."""
         return {}
+
+
+def user_turn(document: Document | None) -> str:
+    """What the user asked last in a document: the last user turn before the last answer, or its prompt; empty for a text."""
+    if document is None:
+        return ""
+    if document.prompt is not None:
+        return document.prompt
+    turns = document.messages or []
+    roles = [turn["role"] for turn in turns]
+    num_before_answer = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
+    for turn in reversed(turns[:num_before_answer]):
+        if turn["role"] == "user":
+            return str(turn["content"])
+    return ""
+
+
+def prompt_end(prompt: str) -> str:
+    """The last characters of a prompt, for tables of trackers and the report's list of rows that changed sides."""
+    return prompt if len(prompt) <= PROMPT_END_CHARACTERS else f"…{prompt[-PROMPT_END_CHARACTERS:]}"
 
 
 def documents_of(cases: Sequence[Case]) -> list[Document]:

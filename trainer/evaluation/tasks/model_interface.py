@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trainer.step import Built
 
 TokenIds = list[int]
-SHOWN_CHARACTERS = 400
+SHOWN_CHARACTERS = 4000
 """A prompt in a report is cut to this many characters, its last ones."""
 
 

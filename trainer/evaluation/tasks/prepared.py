@@ -17,8 +17,9 @@ from trainer.data.store.sequences import TokenDataset
 from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.base import Case, Task
+from trainer.evaluation.tasks.base import Case, Task, user_turn
 from trainer.evaluation.tasks.held_out import HeldOut
+from trainer.evaluation.tasks.model_interface import SHOWN_CHARACTERS
 from trainer.evaluation.tasks.registry import build_tasks
 from trainer.evaluation.tasks.source import read_cases
 from trainer.objectives.base import ObjectiveConfig
@@ -273,4 +274,9 @@ def _sequence_cases(dataset: TokenDataset | None, directory: Any) -> list[Case]:
     """One case for each sequence of a data set."""
     assert dataset is not None
     table = DocumentTable(directory)
-    return [Case(table.document(int(number)).location) for number in dataset.documents.tolist()]
+    cases = []
+    for number in dataset.documents.tolist():
+        document = table.document(int(number))
+        # Not the document itself: a data set may have a million of them, and the report needs only what was asked.
+        cases.append(Case(document.location, user_turn=user_turn(document)[:SHOWN_CHARACTERS]))
+    return cases

@@ -1,0 +1,254 @@
+"""`plan.html`: a plan in one file that needs no network: what to run, the memory of each way beside the card's, speeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.plan.answer import by_reason, checkpoint_gib, checkpoint_s, command_of, costs, stored, why
+from strategies.tensor_inventory import MemoryKind
+from trainer.pages.numbers import duration, number
+from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable
+from trainer.pages.render import render
+from trainer.planner.hardware import GIB
+from trainer.planner.plan import Choice, PlannedRun
+from trainer.planner.sweep import PlanAnswer
+
+PAGE_FILE = "plan.html"
+MAX_BARS = 40
+"""Ways whose memory is drawn; the table has all."""
+LONGEST_BAR = 1.6
+"""What a bar may be at most, as a multiple of the card's memory. Longer ones are cut, and say so."""
+PARTS: dict[str, str] = {
+    MemoryKind.parameters: "parameters",
+    MemoryKind.gathered: "gathered parameters",
+    MemoryKind.gradients: "gradients",
+    MemoryKind.optimizer: "optimizer",
+    MemoryKind.activations: "activations",
+    MemoryKind.logits: "logits",
+    MemoryKind.communication: "communication",
+    MemoryKind.other: "other tensors",
+    "process": "process, allocator, NCCL",
+}
+"""Parts of a card's memory from left to right, with their names on the page."""
+SMALLEST_GIB = 0.005
+"""Smaller parts are left out: they would be shown as 0.00."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBar:
+    """The memory of one way to run, as a bar of parts beside the memory of the card."""
+
+    name: str
+    parts: list[tuple[int, str, float, float]]
+    """(number of the colour, name, GiB, width in percent) of each part, from left to right."""
+    total_gib: float
+    is_cut: bool
+    fits: bool
+    verdict: str
+
+
+def plan_page(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> str:
+    """The page of a plan as HTML. `words` are those that were typed; `calibrated` are lines on what `from=` has measured."""
+    bars = memory_bars(answer)
+    refused = [(ways, reason) for reason, ways in by_reason(answer).items()]
+    return render(
+        "launch.plan",
+        "page.html.j2",
+        about=_about(answer),
+        verdict=_verdict(answer, words),
+        cards=_cards(answer),
+        notes=_notes(answer),
+        bars=bars,
+        legend=_legend(bars),
+        left_out_bars=len(answer.best_choices) - len(bars),
+        card_gib=answer.job.card.memory_gib,
+        card_position=100 / _scale(answer),
+        ways=_ways_table(answer),
+        refused=refused,
+        facts=_facts(answer, words),
+        calibrated=[line.strip() for line in calibrated],
+    )
+
+
+def _legend(bars: list[MemoryBar]) -> list[tuple[int, str]]:
+    """(number of its colour, name) of each part that any bar has, from left to right."""
+    shown = {}
+    for bar in bars:
+        for index, name, _, _ in bar.parts:
+            shown[index] = name
+    return sorted(shown.items())
+
+
+def _about(answer: PlanAnswer) -> str:
+    """The job in one line: the model, the cards, a step."""
+    job = answer.job
+    cost_model = answer.cost_model
+    nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
+    return (
+        f"{cost_model.parameters / 1e9:.2f} billion parameters, {cost_model.trained / 1e9:.3f} trained, {job.precision}, on "
+        f"{job.ranks} x {job.card.name} ({nodes}); a step is {number(job.global_batch)} x "
+        f"{number(round(job.lengths.mean))} tokens"
+    )
+
+
+def way_name(choice: Choice) -> str:
+    """A way to run in words: `fsdp2, full recomputation, micro-batch 8`."""
+    mode = str(choice.variant.config.strategy.activation_checkpointing)
+    parts = [choice.variant.name, "nothing recomputed" if mode == "none" else f"{mode} recomputation"]
+    kept = stored(choice.variant)
+    parts += [kept] if kept else []
+    return ", ".join([*parts, f"micro-batch {choice.micro}"])
+
+
+def _verdict(answer: PlanAnswer, words: list[str]) -> Callout:
+    """What to run, with its command; or that nothing fits, and what would help."""
+    best = answer.best
+    if best is None:
+        least = answer.best_choices[0]
+        lacks = f"{number(-least.fit.margin / GIB, 3)} GiB more than the card has"
+        advice = "Take more cards, a smaller data.max_length, tuning=lora, or a card with more memory."
+        if not least.fits_host and least.fit.margin >= 0:
+            lacks = f"{number(least.host_gib, 3)} GiB of a node's memory, which has {number(least.node_gib, 3)}"
+            advice = "Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out."
+        return Callout("bad", "Nothing fits", f"The smallest way, {way_name(least)}, takes {lacks}. {advice}")
+    lines = command_of(words, best, answer.job)
+    command = [line for line in lines if not line.startswith("(")]
+    missing = [line.strip("()") for line in lines if line.startswith("(")]
+    text = f"The fastest way that fits, {number(round(best.tokens_per_s))} tokens a second of all cards"
+    text = f"{text} ({missing[0]})." if missing else f"{text}."
+    return Callout("good", f"Take {way_name(best)}", text, ["\n".join(command)])
+
+
+def _cards(answer: PlanAnswer) -> list[PageCard]:
+    """Memory, speed, time and price of the best way; of the smallest one if none fits."""
+    job = answer.job
+    choice = answer.best or answer.best_choices[0]
+    left_gib = choice.fit.margin / GIB
+    left = f"{number(left_gib, 3)} GiB left on each card" if left_gib >= 0 else f"{number(-left_gib, 3)} GiB too much"
+    memory = f"{number(choice.fit.total / GIB, 3)} of {number(job.card.memory_gib, 3)} GiB"
+    cards = [PageCard("Memory of a card", memory, left, "good" if left_gib >= 0 else "bad")]
+    if answer.best is not None:
+        of_one = f"{number(round(choice.tokens_per_s / job.ranks))} each card"
+        cards.append(PageCard("Speed", f"{number(round(choice.tokens_per_s))} tokens/s", of_one))
+        cards.append(PageCard("A step", duration(choice.step.total_s), _slowest_part(choice)))
+    if choice.hours is not None:
+        price = "price not known" if choice.price is None else f"${choice.price:,.2f} for {job.ranks} cards"
+        cards.append(PageCard("The budget", duration(3600 * choice.hours), price))
+    checkpoint = f"{duration(checkpoint_s(answer, choice))} to write"
+    cards.append(PageCard("A checkpoint", f"{number(checkpoint_gib(answer, choice), 3)} GiB", checkpoint))
+    cards.append(PageCard("Host memory", f"{number(choice.host_gib, 3)} GiB", "of a node, about"))
+    return cards
+
+
+def _slowest_part(choice: Choice) -> str:
+    """The largest part of a step's time, with its share."""
+    step = choice.step
+    parts = {
+        "matrix products": step.products_s,
+        "what memory bounds": step.moves_s,
+        "waiting for exchange": step.exposed_s,
+        "the update": step.update_s,
+    }
+    name = max(parts, key=lambda part: parts[part])
+    return f"most: {name}, {parts[name] / max(step.total_s, 1e-12):.0%}"
+
+
+def _notes(answer: PlanAnswer) -> list[Callout]:
+    """What the plan chose, and what it does not know."""
+    notes = []
+    if answer.cost_model.notes:
+        notes.append(Callout("note", "Chosen for you", "; ".join(answer.cost_model.notes)))
+    if answer.best is not None and answer.best.hours is None:
+        notes.append(Callout("note", "What the run costs", "; ".join(costs(answer.best, answer.job))))
+    return notes
+
+
+def memory_parts(choice: Choice) -> dict[str, float]:
+    """GiB on a card by part, under the keys of `PARTS`. Their sum is the memory that the way needs."""
+    # A run of `from=` may have measured more tensors than the simulation has: each kind gets its share of that.
+    factor = choice.fit.live / max(choice.peak.total, 1) / GIB
+    parts = {str(kind): factor * size for kind, size in choice.peak.kinds.items()}
+    parts["process"] = (choice.fit.context + choice.fit.allocator + choice.fit.exchange) / GIB
+    return parts
+
+
+def _scale(answer: PlanAnswer) -> float:
+    """How long the axis of the bars is, as a multiple of the card's memory."""
+    largest = max(choice.fit.total for choice in answer.best_choices[:MAX_BARS]) / GIB
+    return min(LONGEST_BAR, max(1.1, 1.04 * largest / answer.job.card.memory_gib))
+
+
+def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
+    """A bar for each way, in the order of the answer."""
+    axis_gib = _scale(answer) * answer.job.card.memory_gib
+    bars = []
+    for choice in answer.best_choices[:MAX_BARS]:
+        by_part = memory_parts(choice)
+        drawn = []
+        position_gib = 0.0
+        for index, (part, name) in enumerate(PARTS.items()):
+            size_gib = by_part.get(str(part), 0.0)
+            if size_gib < SMALLEST_GIB:
+                continue
+            end_gib = min(position_gib + size_gib, axis_gib)
+            drawn.append((index, name, size_gib, 100 * (end_gib - position_gib) / axis_gib))
+            position_gib = end_gib
+        total_gib = choice.fit.total / GIB
+        bars.append(
+            MemoryBar(way_name(choice), drawn, total_gib, total_gib > axis_gib, choice.fits, why(choice, answer))
+        )
+    return bars
+
+
+def _ways_table(answer: PlanAnswer) -> PageTable:
+    """Every way with its memory, speed and parts of memory."""
+    parts = [memory_parts(choice) for choice in answer.best_choices]
+    shown = []
+    for part in PARTS:
+        largest = max(by_part.get(str(part), 0.0) for by_part in parts)
+        if largest >= SMALLEST_GIB:
+            shown.append(part)
+    columns = [PageColumn("strategy"), PageColumn("recomputed"), PageColumn("stored"), PageColumn("micro-batch")]
+    columns += [PageColumn("tokens/s", "speed", best="largest"), PageColumn("of the fastest", "speed")]
+    columns += [
+        PageColumn("needs", "memory of a card, GiB", best="smallest"),
+        PageColumn("left", "memory of a card, GiB"),
+    ]
+    columns += [PageColumn(PARTS[part], "of that, GiB") for part in shown]
+    rows = []
+    for choice, by_part in zip(answer.best_choices, parts, strict=True):
+        mode = str(choice.variant.config.strategy.activation_checkpointing)
+        total = choice.fit.total / GIB
+        left = choice.fit.margin / GIB
+        speed = PageCell("\N{EN DASH}")
+        if choice.fits:
+            speed = PageCell(number(round(choice.tokens_per_s)), choice.tokens_per_s)
+        kept = stored(choice.variant) or "whole"
+        reason = why(choice, answer)
+        row = [PageCell(choice.variant.name, choice.variant.name), PageCell(mode, mode), PageCell(kept, kept)]
+        row += [PageCell(str(choice.micro), choice.micro, note=f"largest {choice.largest_micro}"), speed]
+        row.append(PageCell(reason, reason, tone="" if choice.fits else "bad"))
+        row += [PageCell(f"{total:.1f}", total), PageCell(f"{left:+.1f}", left)]
+        for part in shown:
+            size = max(by_part.get(str(part), 0.0), 0.0)
+            row.append(PageCell(f"{size:.2f}", size))
+        rows.append(row)
+    return PageTable(columns, rows, "Every way with its best micro-batch.")
+
+
+def _facts(answer: PlanAnswer, words: list[str]) -> list[tuple[str, str]]:
+    """What the plan was made from, for the folded part at the end."""
+    job: PlannedRun = answer.job
+    card = job.card
+    price = "not known" if card.price_per_hour is None else f"${card.price_per_hour:,.2f} an hour"
+    facts = [
+        ("typed", " ".join(words)),
+        ("card", f"{card.name}, {number(card.memory_gib, 3)} GiB, {price}"),
+        ("figures of the card from", ", ".join([*card.sources, card.date])),
+        (
+            "documents",
+            f"{number(round(job.lengths.mean))} tokens on average, {number(int(job.lengths.longest[0]))} the longest",
+        ),
+        ("rows", answer.cost_model.layout),
+    ]
+    return [(name, fact) for name, fact in facts if fact]

@@ -1,0 +1,186 @@
+"""Pages of an evaluation, an audit, a review, a plan and a search in Chromium: axe-core, narrow windows, what clicks do."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch.plan.page import plan_page
+from launch.review.prompts import Prompt
+from launch.review.sheet import make_sheet, review_page
+from launch.sweep.page import search_page
+from launch.sweep.space import SearchedSetting
+from strategies.tensor_inventory import MemoryKind
+from tests.data.test_report import everything
+from tests.evaluation.test_page import TASKS, evaluation
+from tests.helpers.browser import axe_problems
+from trainer.config.review import ReviewConfig
+from trainer.evaluation.report.page import render_page
+from trainer.planner.hardware import GIB, Card, fit_in_memory
+
+OPEN_ALL = "document.querySelectorAll('details').forEach(each => { each.open = true; })"
+
+
+def check(page, problems=None):
+    """Nothing that axe-core finds in either theme, and nothing wider than a window of 400 pixels."""
+    for theme in ("light", "dark"):
+        page.tab.emulate_media(color_scheme=theme)
+        assert axe_problems(page) == []
+    page.tab.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    assert not page.errors and not page.requests
+
+
+def opened(browser, tmp_path, text):
+    path = tmp_path / "page.html"
+    path.write_text(text)
+    page = browser.open(path)
+    page.evaluate(OPEN_ALL)
+    return page
+
+
+def test_evaluation_page_filters_its_rows(browser, tmp_path):
+    page = opened(browser, tmp_path, render_page(*evaluation(TASKS)))
+    rows = page.tab.locator("#task-0 .row:visible")
+    shown = {}
+    for name in ("all", "lost", "won", "wrong"):
+        page.tab.locator(f"#task-0 input[value={name}]").check()
+        shown[name] = rows.count()
+    assert shown == {"all": 4 + 6 + 20, "lost": 4, "won": 20, "wrong": 10}
+    page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = false; })")
+    page.click("#all-tasks a >> text=sums")
+    page.wait("document.getElementById('task-1').open")
+    page.evaluate(OPEN_ALL)
+    check(page)
+
+
+def test_audit_page_has_no_problem_that_axe_finds(browser, tmp_path):
+    made, _ = everything(tmp_path)
+    page = browser.open(made.directory / "audit.html")
+    page.evaluate(OPEN_ALL)
+    check(page)
+
+
+def test_review_page_shows_what_was_chosen_and_folds_long_prompts(browser, tmp_path):
+    prompts = [Prompt(f"p:{n}", f"Why {n}? " + "and so on " * 100 * (n == 0), None) for n in range(4)]
+    answers = {"tuned": ["because", "so", "", "x"], "base": ["a longer answer " * 20, "no", "it is", "y"]}
+    config = ReviewConfig(rubric={"kind": "Which one is kinder?"}, repeats=0.0)
+    sheet = make_sheet(prompts, answers, {}, config, salt="1")
+    path = tmp_path / "page.html"
+    path.write_text(review_page(sheet, config))
+    page = browser.open(path)
+    page.tab.fill("#name", "Ada")
+    page.click("#begin")
+    at = {
+        item["prompt"][:6]: number
+        for number, item in enumerate(json.loads(page.evaluate("JSON.stringify(data.items)")))
+    }
+    page.evaluate(f"go({at['Why 0?']})")
+    assert page.texts("#unfold") == ["show the whole prompt (1,007 characters)"]
+    folded = page.evaluate("$('prompt').clientHeight")
+    page.tab.keyboard.press("p")
+    assert page.evaluate("$('prompt').clientHeight") > folded
+    heights = page.evaluate("['a', 'b'].map(side => $(`card-${side}`).getBoundingClientRect().height)")
+    assert heights[0] == pytest.approx(heights[1], abs=0.5), "cards are of equal height, whatever is in them"
+    # An item is complete when all questions are answered: only then one can go on.
+    assert page.evaluate("$('next').disabled")
+    page.tab.keyboard.press("ArrowRight")
+    assert page.evaluate("place") == at["Why 0?"]
+    page.tab.keyboard.press("1")
+    assert page.evaluate("$('next').disabled") and page.texts(".answer.chosen h2 span") == ["✓ better"]
+    page.evaluate("choose('tie'); go(place ? place - 1 : 1)")
+    page.evaluate(f"go({at['Why 0?']})")
+    assert page.evaluate("$('next').disabled") == (at["Why 0?"] == 3)
+    check(page)
+    page.evaluate(f"go({at['Why 2?']})")
+    assert page.texts(".answer .empty") == ["(empty)"]
+
+
+def planned():
+    """An answer with one way that fits and one that does not, in figures that are made up."""
+    card = Card(name="NVIDIA A10G", memory_gib=22.0, price_per_hour=1.0, sources=["here"], date="2026-01")
+    choices = []
+    for name, activations in (("fsdp2", 9.0), ("ddp", 60.0)):
+        config = SimpleNamespace(
+            strategy=SimpleNamespace(activation_checkpointing="none", mlp_tokens=None, offload_activations=False),
+            parallel=SimpleNamespace(sequence=1),
+            model=SimpleNamespace(quantisation="none"),
+            optim=SimpleNamespace(name="adamw"),
+            budget=SimpleNamespace(steps=10, epochs=None, tokens=None),
+            data=SimpleNamespace(path="train.jsonl", sources=None),
+        )
+        kinds = {MemoryKind.parameters: round(4 * GIB), MemoryKind.activations: round(activations * GIB)}
+        peak = SimpleNamespace(total=sum(kinds.values()), kinds=kinds)
+        fit = fit_in_memory(peak.total, 1, 22.0)
+        step = SimpleNamespace(total_s=2.0, products_s=1.5, moves_s=0.3, exposed_s=0.1, update_s=0.1)
+        choice = SimpleNamespace(
+            variant=SimpleNamespace(config=config, name=name, offload=False, words=()), words=(f"strategy={name}",),
+            micro=1, largest_micro=2, peak=peak, fit=fit, step=step, tokens_per_s=4605.0, host_gib=6.0, node_gib=None,
+            hours=0.6, price=2.43, fits=fit.margin >= 0, fits_host=True,
+        )  # fmt: skip
+        choices.append(choice)
+    lengths = SimpleNamespace(mean=2048.0, longest=[2048])
+    job = SimpleNamespace(
+        card=card, precision="bf16", nodes=1, ranks=4, ranks_per_node=4, global_batch=32, lengths=lengths
+    )
+    model = SimpleNamespace(parameters=8.07e9, trained=42_000_000, notes=("attention is flash",), layout="packed")
+    refused = [(choices[1].variant, "runs in one process")]
+    return SimpleNamespace(
+        job=job, best=choices[0], best_choices=choices, all_choices=choices, refused=refused, cost_model=model
+    )
+
+
+def test_plan_page_stacks_memory_against_the_card(browser, tmp_path):
+    page = opened(browser, tmp_path, plan_page(planned(), ["model.path=m"]))
+    boxes = "[...document.querySelectorAll('.stack')].map(each => each.getBoundingClientRect())"
+    ends = page.evaluate(
+        "[...document.querySelectorAll('.stack')].map(each => ({limit: each.querySelector('.limit').getBoundingClientRect().left,"
+        " end: each.querySelector('.fill i:last-child').getBoundingClientRect().right}))"
+    )
+    assert page.evaluate(f"{boxes}.length") == 2
+    assert ends[0]["end"] < ends[0]["limit"] and ends[1]["end"] > ends[1]["limit"]
+    assert "4,605 tokens/s" in " ".join(page.texts(".card .value"))
+    check(page)
+
+
+def searched():
+    """A search with trials that are done, one that failed and one that diverged, and its study."""
+    space = (
+        SearchedSetting("optim.lr", "tag(log,interval(1e-5,1e-2))", low=1e-5, high=1e-2, log=True),
+        SearchedSetting("tuning.rank", "8,16", choices=("8", "16")),
+    )
+    trials = []
+    for number, (rate, value) in enumerate([(1e-4, 2.5), (3e-4, 2.2), (1e-3, 2.4), (9e-3, 90.0), (2e-5, None)]):
+        trials.append(
+            SimpleNamespace(
+                number=number, value=value, state=SimpleNamespace(name="FAIL" if value is None else "COMPLETE"),
+                params={"optim.lr": rate, "tuning.rank": ("8", "16")[number % 2]}, intermediate_values={},
+                user_attrs={"reason": "out of memory"} if value is None else {},
+            )
+        )  # fmt: skip
+    search = SimpleNamespace(
+        space=space, fixed=("tuning=lora",), metric="eval/loss", greater_is_better=False,
+        settings=SimpleNamespace(trials=6), trial_words=lambda params: [each.word(params[each.key]) for each in space],
+    )  # fmt: skip
+    return SimpleNamespace(get_trials=lambda deepcopy: trials), search
+
+
+def test_search_page_draws_each_setting_and_names_failures(browser, tmp_path):
+    study, search = searched()
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "report.html").write_text("")
+    page = opened(browser, tmp_path, search_page(study, search, tmp_path))
+    assert "Best: trial 1, eval/loss 2.200" in page.texts(".action h2")[0]
+    for selector in ("svg", ".best.point", ".point.beyond"):
+        assert page.tab.locator(selector).count() == 2, selector
+    # A smaller loss is lower in the drawing.
+    tops = page.evaluate(
+        "[...document.querySelector('svg').querySelectorAll('.point')]"
+        ".map(each => [each.textContent, each.getBoundingClientRect().top])"
+    )
+    ordered = [text.split(":")[0] for text, _ in sorted(tops, key=lambda each: -each[1])]
+    assert ordered == ["trial 1", "trial 2", "trial 0", "trial 3"]
+    assert page.evaluate("document.querySelector('tbody a').getAttribute('href')") == str(Path("1/report.html"))
+    assert "out of memory" in page.texts(".callout")[0]
+    check(page)

@@ -1,0 +1,190 @@
+"""The rows of a task on its page: the worst ones, those that turned right or wrong, and how much text of them is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.evaluation.report.comparison import right_or_wrong_score
+from trainer.evaluation.tasks.base import Task, TaskRow
+from trainer.pages.numbers import number
+
+MAX_WORST_ROWS = 20
+"""Rows of each task that are shown, the worst first."""
+MAX_ROWS = 400
+"""Rows of all tasks together. With more tasks, each one shows fewer."""
+MAX_TEXT_BYTES = 400_000
+"""Most bytes of all texts that a click shows. If there are more, each text is cut to the largest of `TEXT_LIMITS` that fits."""
+TEXT_LIMITS = (8000, 4000, 2000, 1000, 500, 250, 120, 60)
+SHORT_CHARACTERS = 120
+"""Characters of a question or an answer in the list of rows, before a click."""
+WRONG = "wrong"
+LOST = "lost"
+WON = "won"
+FILTERS = {LOST: "right before, wrong now", WON: "wrong before, right now", WRONG: "wrong"}
+"""Filters of rows, with what they show."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownRow:
+    """One row as the page shows it. Texts are cut."""
+
+    where: str
+    """`file:line`."""
+    sides: tuple[str, ...]
+    """The filters that it passes: `wrong`, `lost`, `won`."""
+    score: str
+    """Right or wrong, or what it contributes to the first metric."""
+    question: str
+    """What the user asked last, or the end of the prompt, in one short line."""
+    texts: dict[str, str]
+    """Prompt, answer, answer of the other model, reference and note, under the names that the page shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRows:
+    """The rows of one task that the page shows."""
+
+    rows: list[ShownRow]
+    columns: list[str]
+    """The texts that rows have beside the prompt, in their order."""
+    score: str
+    """What `ShownRow.score` is."""
+    filters: list[tuple[str, str, int, int]]
+    """(name, what it shows, rows that it shows, rows of the task that it stands for) of each filter."""
+    left_out: int
+    """Rows of the task that are not shown."""
+
+
+def shown_rows(
+    tasks: Sequence[Task],
+    rows_by_task: Mapping[str, Sequence[TaskRow]],
+    other_rows: Mapping[str, Sequence[TaskRow]],
+    compared_tasks: Mapping[str, Any],
+) -> dict[str, TaskRows]:
+    """The rows that the page shows, by task.
+
+    `other_rows`: those of the other model, by task, as far as they are known. `compared_tasks`: what `evaluation.json` says of
+    each compared task.
+    """
+    # A task shows up to three kinds of rows.
+    limit = min(max(MAX_ROWS // (3 * max(len(tasks), 1)), 3), MAX_WORST_ROWS)
+    chosen = {}
+    for task in tasks:
+        changed = compared_tasks.get(task.name, {}).get("changed", {})
+        chosen[task.name] = _chosen_rows(task, rows_by_task[task.name], other_rows.get(task.name, ()), changed, limit)
+    texts: list[str] = []
+    for found in chosen.values():
+        for row in found.rows:
+            texts += row.texts.values()
+    text_limit = _text_limit(texts)
+    for found in chosen.values():
+        for row in found.rows:
+            for name, text in row.texts.items():
+                row.texts[name] = _cut(text, text_limit, keep_end=name == "prompt")
+    return chosen
+
+
+def _text_limit(texts: Sequence[str]) -> int:
+    """The largest of `TEXT_LIMITS` with which all texts together are at most `MAX_TEXT_BYTES`; else the smallest."""
+    sizes = [(len(text), len(text.encode())) for text in texts if text]
+    for limit in TEXT_LIMITS:
+        num_bytes = sum(size * min(1.0, limit / length) for length, size in sizes)
+        if num_bytes <= MAX_TEXT_BYTES:
+            return limit
+    return TEXT_LIMITS[-1]
+
+
+def _chosen_rows(
+    task: Task, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], changed: dict[str, Any], limit: int
+) -> TaskRows:
+    """The rows of one task to show: up to `limit` of those that were lost, that were won, and of the worst."""
+    score_name, score_of_row = row_value(task, rows)
+    other_answers = {row.where: row.answer for row in other_rows}
+    right_score = right_or_wrong_score(task, rows)
+    sides: dict[str, list[str]] = {}
+    for side in (LOST, WON):
+        for row in changed.get(side, ())[:limit]:
+            other_answers.setdefault(row["where"], row["other"])
+            sides.setdefault(row["where"], []).append(side)
+    ordered = worst_rows_first(task, rows)
+    worst = {row.where for row in ordered[:limit]}
+    shown = []
+    for row in ordered:
+        row_sides = sides.get(row.where, [])
+        if row.where not in worst and not row_sides:
+            continue
+        value = number(score_of_row(row))
+        if right_score is not None:
+            is_right = row.scores[right_score] == 1
+            value = "right" if is_right else WRONG
+            if not is_right:
+                row_sides = [*row_sides, WRONG]
+        shown.append(_shown_row(row, tuple(row_sides), value, other_answers.get(row.where, "")))
+    filters = []
+    num_wrong = 0 if right_score is None else sum(row.scores[right_score] != 1 for row in rows)
+    totals = {LOST: changed.get("num_lost", 0), WON: changed.get("num_won", 0), WRONG: num_wrong}
+    for name, description in FILTERS.items():
+        num_shown = sum(name in row.sides for row in shown)
+        if num_shown:
+            filters.append((name, description, num_shown, totals[name]))
+    names = set().union(*(row.texts for row in shown))
+    columns = [name for name in ("answer", "other", "reference") if name in names]
+    heading = score_name if right_score is None else "result"
+    return TaskRows(shown, columns, heading, filters, len(rows) - len(shown))
+
+
+def _shown_row(row: TaskRow, sides: tuple[str, ...], value: str, other_answer: str) -> ShownRow:
+    """A row with its texts still whole."""
+    texts = {
+        "prompt": row.prompt,
+        "answer": row.answer,
+        "other": other_answer,
+        "reference": row.reference,
+        "note": row.note,
+    }
+    texts = {name: text for name, text in texts.items() if text.strip()}
+    # Without a known question the end of the prompt is the nearest to one.
+    question = _one_line(row.question, keep_end=False) if row.question.strip() else _one_line(row.prompt, keep_end=True)
+    return ShownRow(row.where, sides, value, question, texts)
+
+
+def short(text: str) -> str:
+    """The beginning of a text on one line."""
+    return _one_line(text, keep_end=False)
+
+
+def _one_line(text: str, *, keep_end: bool) -> str:
+    return _cut(" ".join(text.split()), SHORT_CHARACTERS, keep_end=keep_end)
+
+
+def _cut(text: str, limit: int, *, keep_end: bool) -> str:
+    """At most `limit` characters of a text, its first or its last ones."""
+    if len(text) <= limit:
+        return text
+    return f"…{text[-limit:]}" if keep_end else f"{text[:limit]}…"
+
+
+def worst_rows_first(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """The rows of a task from bad to good, by what each contributes to the first metric (`row_value`)."""
+    metric = task.metrics_for(rows)[0]
+    _, score_of_row = row_value(task, rows)
+    small_is_bad = metric.ratio is None or metric.greater_is_better
+    sign = 1 if small_is_bad else -1
+    return sorted(rows, key=lambda row: sign * score_of_row(row))
+
+
+def row_value(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskRow], float]]:
+    """What a row contributes to the first metric: its name, and a function that computes it.
+
+    A loss is divided by the targets of the row, so that it compares with the loss over all rows.
+    """
+    metric = task.metrics_for(rows)[0]
+    if metric.ratio is None:
+        first_score = next(iter(rows[0].scores))
+        return first_score, lambda row: float(next(iter(row.scores.values())))
+    numerator, denominator = metric.ratio
+    if denominator is None:
+        return numerator, lambda row: row.scores[numerator]
+    return metric.name, lambda row: float(metric.from_sums(row.scores[numerator], row.scores[denominator] or 1.0))
