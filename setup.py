@@ -35,6 +35,7 @@ setup(
         "trainer.data.report": ["*.j2", "*.css"],
         "trainer.pages": ["*.j2", "*.css", "*.js"],
         "launch.compare": ["*.j2"],
+        "launch.notebook": ["*.j2"],
         "trainer.evaluation.report": ["*.j2"],
         "trainer.evaluation.tasks": ["*.json"],
         "launch.plan": ["*.j2"],

@@ -4,6 +4,7 @@
 
     run = shardtune.train(model_path="models/smollm2", data_path="train.jsonl", tuning="lora", **{"batch.global": 64})
     run.status["state"], run.metrics(), run.model()
+    shardtune.evaluate(run, against="base").metrics()
 
 Training takes place in processes of its own, started by the same launcher as the command's, so that a notebook stays as it is.
 """
@@ -15,31 +16,37 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from launch.config.frozen import Composed
+    from launch.notebook.results import ComparisonResult, EvaluationResult, PlanResult
 
-__all__ = ["Run", "RunFailed", "compose", "main", "train"]
+__all__ = ["Run", "RunFailed", "compare", "compose", "evaluate", "main", "plan", "train"]
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("launch", "trainer", "strategies", "conf")
+VERB_GROUPS = ("compare", "plan", "hardware")
+"""Groups of words that are of a verb and not of a run, such as `compare.steps`."""
+NOT_MET = 69
+"""Exit code of a command that worked, and whose answer is bad: nothing fits, or a metric fell."""
 
 
 class RunFailed(Exception):
     """A command that did not end well."""
 
-    def __init__(self, message: str, code: int, run: Run) -> None:
+    def __init__(self, message: str, code: int, run: Run | None) -> None:
         super().__init__(message)
         self.code = code
         """The exit code of the command line."""
         self.run = run
-        """The run, with whatever the command left in its directory."""
+        """The run, with whatever the command left in its directory; None for a command that is not of one run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +147,76 @@ def train(*words: str, **settings: Any) -> Run:
     return run
 
 
+def evaluate(run: Run | str | Path | None = None, *words: str, **settings: Any) -> EvaluationResult:
+    """Measure a run or a model, as `shardtune evaluate` does; what it prints is printed as it comes.
+
+    `run`: the run; None with `model_path=<directory>`. Further words are keywords, too: `against="base"`,
+    `checkpoint="best"`, `to="reports/first"`, `evaluation_tasks=["loss"]`. A metric that fell against an evaluation.json
+    is no error: `regressions` names it. Raises ConfigError or DataError before anything starts, RunFailed.
+    """
+    all_words = [*_run_words(run), *_words(words, settings)]
+    _refuse_other_packages()
+    from launch.evaluate.words import make_plan, parse_words
+    from launch.notebook.results import EvaluationResult
+
+    directory = Path(make_plan(parse_words(all_words)).job.to).absolute()
+    result = EvaluationResult(directory)
+    _run("evaluate", all_words, run if isinstance(run, Run) else Run(directory), expected=(0, NOT_MET))
+    return result
+
+
+def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: Any) -> ComparisonResult:
+    """Compare runs that exist, or train every point of some axes and compare those, as `shardtune compare` does.
+
+    `runs`: runs, or directories that hold them, all compared with the first. With settings, new points are trained:
+    `strategy=["ddp", "fsdp2"]` is an axis, `compare_steps=20` is of the comparison. `to`: where the runs of new points go,
+    and the files of the answer. Raises ConfigError before anything starts, RunFailed if no point succeeds.
+    """
+    words: list[str] = []
+    for run in runs:
+        words += _run_words(run)
+    is_new = bool(settings) or any("=" in word for word in words)
+    _refuse_other_packages()
+    from launch.compare.command import rows_from_words
+    from launch.compare.comparison import compare as compare_rows
+    from launch.config.prices import price_of
+    from launch.notebook.results import ComparisonResult
+    from strategies.errors import ConfigError
+
+    if is_new:
+        from launch.compare.points import plan_points
+
+        words += _words((), settings, axes=True)
+        # Planned here, so that what is wrong is an error before anything starts.
+        default_directory = Path("runs") / plan_points(words).name
+        to = default_directory if to is None else Path(to)
+        _run("compare", [*words, f"to={to}"], Run(to))
+        words = [str(to)]
+    rows, problems = rows_from_words(words)
+    if problems:
+        raise ConfigError(problems)
+    if to is not None and not is_new:
+        _run("compare", [*words, f"to={to}"], Run(Path(to)))
+    return ComparisonResult(compare_rows(rows, price_of))
+
+
+def plan(*words: str, **settings: Any) -> PlanResult:
+    """What a run will need and how fast it will be on a card, as `shardtune plan` reckons it; nothing is trained.
+
+    Takes what `compose` takes, and `hardware="h100_80g"`, `plan_offload=True`, `from_="runs/first"`. That nothing fits is no
+    error: `fits` says so. Raises RunFailed, with the message of the command.
+    """
+    all_words = _words(words, settings)
+    _refuse_other_packages()
+    from launch.notebook.results import PlanResult
+
+    # Its own stdout is the JSON alone: a line of a library between would break it.
+    with tempfile.TemporaryFile() as answer:
+        _run("plan", ["--json", *all_words], None, expected=(0, NOT_MET), answer=answer)
+        answer.seek(0)
+        return PlanResult(json.loads(answer.read()))
+
+
 def main() -> int:
     """The command `shardtune`; returns the exit code."""
     try:
@@ -152,31 +229,42 @@ def main() -> int:
     return command()
 
 
-def _run(verb: str, words: list[str], run: Run) -> None:
-    """Run a verb in a process of its own, its output printed here. Raises RunFailed."""
+def _run(
+    verb: str,
+    words: list[str],
+    run: Run | None,
+    *,
+    expected: tuple[int, ...] = (0,),
+    answer: IO[bytes] | None = None,
+) -> None:
+    """Run a verb in a process of its own, its output printed here. Raises RunFailed for a code that is not `expected`.
+
+    `answer`: a file for its stdout. Then only its messages are printed.
+    """
     search_path = [str(ROOT)]
     if os.environ.get("PYTHONPATH"):
         search_path.append(os.environ["PYTHONPATH"])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
     command = [sys.executable, "-P", "-u", "-m", "launch.main", verb, *words]
+    stdout = subprocess.PIPE if answer is None else answer
+    stderr = subprocess.STDOUT if answer is None else subprocess.PIPE
     # In a session of its own, so that an interrupt reaches it once: from us, and not from the terminal as well.
-    with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
+    with subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, text=True, start_new_session=True) as process:
+        output = process.stdout if answer is None else process.stderr
+        assert output is not None
         last_lines: list[str] = []
         try:
-            for line in process.stdout:
+            for line in output:
                 print(line, end="", flush=True)
                 last_lines = [*last_lines[-9:], line.rstrip()]
             code = process.wait()
         except BaseException:
             process.send_signal(signal.SIGINT)
-            process.stdout.close()
+            output.close()
             process.wait()
             raise
-    if code:
-        reason = run.status.get("reason") if verb == "train" else None
+    if code not in expected:
+        reason = run.status.get("reason") if verb == "train" and run is not None else None
         raise RunFailed(f"shardtune {verb} ended with {code}: {reason or ' '.join(last_lines[-2:])}", code, run)
 
 
@@ -199,8 +287,15 @@ def _refuse_other_packages() -> None:
         )
 
 
-def _words(words: tuple[str, ...], settings: dict[str, Any]) -> list[str]:
-    """The words of the command line for words and keywords."""
+def _run_words(run: Run | str | Path | None) -> list[str]:
+    """A run, or a word, as it is typed; none for None."""
+    if run is None:
+        return []
+    return [str(run.dir) if isinstance(run, Run) else str(run)]
+
+
+def _words(words: tuple[str, ...], settings: dict[str, Any], *, axes: bool = False) -> list[str]:
+    """The words of the command line for words and keywords. With `axes`, a list may stand for several values."""
     command_words = list(words)
     if not settings:
         return command_words
@@ -209,13 +304,41 @@ def _words(words: tuple[str, ...], settings: dict[str, Any]) -> list[str]:
     from launch.config.overrides import settings as all_settings
 
     settings_by_key = all_settings()
-    key_by_name = {key.replace(".", "_").rstrip("_"): key.rstrip("_") for key in settings_by_key}
+    # `evaluation.tasks` stands for `evaluation.tasks.*.kind` and its like: a table, or a list of choices.
+    keys = [*settings_by_key, *(key.partition(".*")[0] for key in settings_by_key)]
+    key_by_name = {key.replace(".", "_").rstrip("_"): key.rstrip("_") for key in keys}
     for name, value in settings.items():
         key = name
         if name not in choices_by_group() and find_setting(settings_by_key, name) is None:
-            key = key_by_name.get(name.rstrip("_"), name)
-        command_words.append(f"{key}={_text(value)}")
+            key = key_by_name.get(name.rstrip("_"), _key_of_verb(name))
+        setting = find_setting(settings_by_key, key)
+        takes_list = setting is None or setting.type is Any or "list" in str(setting.type)
+        if key in choices_by_group():
+            takes_list = False
+        if axes and isinstance(value, list | tuple) and (not takes_list or _holds_lists(value)):
+            text = ",".join(map(_value_of_axis, value))
+        else:
+            text = _text(value)
+        command_words.append(f"{key}={text}")
     return command_words
+
+
+def _key_of_verb(name: str) -> str:
+    """The word of a verb that a keyword names: `compare_steps` is `compare.steps`, `from_` is `from`."""
+    group, _, rest = name.partition("_")
+    if group in VERB_GROUPS and rest:
+        return f"{group}.{rest}"
+    return name.rstrip("_")
+
+
+def _holds_lists(values: list[Any] | tuple[Any, ...]) -> bool:
+    return any(isinstance(entry, list | tuple) for entry in values)
+
+
+def _value_of_axis(value: Any) -> str:
+    """One of several values. Text with a comma is quoted, since a comma would begin the next value."""
+    text = _text(value)
+    return _quote(text) if isinstance(value, str | Path) and "," in text else text
 
 
 def _text(value: Any) -> str:

@@ -17,6 +17,7 @@ from launch.compare.workspace_script import BY_POSITION, COSTS, FASTEST, LOSSES,
 from strategies.errors import ShardtuneError
 from strategies.extras import install_command
 from trainer.reporting.config import COLUMNS
+from trainer.reporting.metric_names import EDITION, FIRST_EDITION, XAxis, tracked_name
 from trainer.reporting.numbers import readable, short
 from trainer.reporting.status import write_text_atomic
 
@@ -58,11 +59,11 @@ def workspace_script(comparison: Comparison, to: Path) -> str | None:
         verdict=[run.verdict for run in comparison.runs],
         points=_points_table(comparison, axes, watched),
         max_runs=max(10, len(runs)),
-        x="tokens",
-        loss=["loss"],
-        grad_norm=["grad_norm"],
-        tokens_per_s=["tokens_per_s"],
-        memory_gib=["memory_gib"],
+        x=_x_axis(runs),
+        loss=_names_in_wandb("loss", runs),
+        grad_norm=_names_in_wandb("grad_norm", runs),
+        tokens_per_s=_names_in_wandb("tokens_per_s", runs),
+        memory_gib=_names_in_wandb("memory_gib", runs),
         held_out=watched,
         final=final,
     )
@@ -120,6 +121,29 @@ def _wandb_mode(run: RecordedRun) -> str:
     if mode == "auto":  # then WANDB_MODE decided when the run started
         mode = (run.record.from_environment or {}).get("logging.wandb") or mode
     return mode
+
+
+def _names_in_wandb(metric: str, runs: list[RecordedRun]) -> list[str]:
+    """What a metric of steps is called in W&B: several names if the runs began with different editions of them."""
+    # A run that waits has no record yet, and will begin with today's names.
+    editions = {EDITION if run.record.is_empty else run.record.metric_names for run in runs}
+    return [metric if edition == FIRST_EDITION else tracked_name(metric) for edition in sorted(editions)]
+
+
+def _x_axis(runs: list[RecordedRun]) -> str:
+    """The metric that all of these runs can be drawn over.
+
+    It is the axis of `logging.x`, or tokens if the batches differ: a step of one run is then not a step of another. Runs of
+    different editions of the names share W&B's own count of steps alone.
+    """
+    (first_name, *other_names) = _names_in_wandb("tokens", runs)
+    if other_names:
+        return "Step"
+    axes = {str(run.config.get("logging.x", XAxis.step)) for run in runs}
+    batches = {run.config.get("batch.global") for run in runs}
+    if first_name == "tokens" or len(batches) > 1 or len(axes) > 1:
+        return first_name
+    return XAxis(axes.pop()).tracked_name
 
 
 def _questions(comparison: Comparison, axes: dict[str, tuple[Any, ...]]) -> list[tuple[str, list[str]]]:

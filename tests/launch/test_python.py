@@ -1,5 +1,6 @@
 """shardtune as a module: composing, a run in processes of its own, what it left, and packages of the same names."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
-from tests.helpers.warm import heard
+from tests.helpers.warm import forked, heard
 
 
 def test_a_directory_may_be_typed_as_text(tmp_path):
@@ -56,10 +57,16 @@ def test_keywords_are_the_words_of_the_command_line():
 class Warm:
     """As `subprocess.Popen` of what `shardtune` starts, forked."""
 
-    def __init__(self, command, env, **_):
+    def __init__(self, command, env, stdout, **_):
         python, safe_path, unbuffered, *words = command
         assert (safe_path, unbuffered) == ("-P", "-u")
-        self.process, self.stdout = heard([python, *words], env, cwd=Path.cwd())
+        if stdout is None:
+            self.process, self.stdout = heard([python, *words], env, cwd=Path.cwd())
+        else:
+            reads, writes = os.pipe()
+            self.process = forked([python, *words], env, stdout.fileno(), errors=writes, cwd=Path.cwd())
+            os.close(writes)
+            self.stdout = self.stderr = os.fdopen(reads)
         self.wait = self.process.wait
 
     def __enter__(self):
@@ -97,9 +104,50 @@ def test_python_api_runs_and_reads_what_the_run_left(tmp_path, monkeypatch, caps
     # What starts has been seen to start.
     monkeypatch.setattr(shardtune, "subprocess", SimpleNamespace(Popen=Warm, PIPE=None, STDOUT=None))
     assert (run.export("merged", merge=True) / "model.safetensors").exists()
+    _check_results(tmp_path, run)
     with pytest.raises(shardtune.RunFailed) as failed:
         shardtune.train(tuning="lora", **asked | {"optim_lr": 1e-3})
     assert failed.value.code == 64 and failed.value.run == run
+
+
+def _check_results(tmp_path, run):
+    """Evaluate, compare and plan what `test_python_api_runs_and_reads_what_the_run_left` has trained."""
+    task = {"evaluation.tasks.facts.kind": "loss", "evaluation.tasks.facts.path": "train.jsonl"}
+    measured = shardtune.evaluate(run, to="measured", against="base", run_device="cpu", **task)
+    assert measured.directory == tmp_path / "measured" and measured.page.is_file()
+    loss = measured.metrics().set_index("metric").loc["loss"]
+    assert loss.difference == pytest.approx(loss.value - loss.other) and loss.verdict
+    assert set(measured.rows().arm) == {"base", "tuned"}
+    compared = shardtune.compare(run, to="compared")
+    assert list(compared.runs()["steps"]) == [2] and (tmp_path / "compared/compare.csv").is_file()
+    plan = {"hardware": "a10g", "strategy": "ddp", "strategy.activation_checkpointing": "none", "batch_micro": 1}
+    expected = shardtune.plan(model_path=tmp_path / "llama", plan_workers=1, **plan)
+    assert expected.fits and "strategy=ddp" in expected.words and len(expected.ways()) == 1
+    with pytest.raises(shardtune.RunFailed, match=r"there is no such card") as failed:
+        shardtune.plan(model_path=tmp_path / "llama", hardware="h900")
+    assert (failed.value.code, failed.value.run) == (64, None)
+    with pytest.raises(ConfigError, match=r"nothing to compare"):
+        shardtune.compare(model_path=tmp_path / "llama", data_path="train.jsonl", strategy=["ddp"])
+    with pytest.raises(ConfigError, match=r"there is no such directory"):
+        shardtune.evaluate("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"strategy": ["ddp", "fsdp2"], "optim_lr": [1e-4, 2e-4]}, ["strategy=ddp,fsdp2", "optim.lr=0.0001,0.0002"]),
+        ({"data_path": ["a,b.jsonl", "c"]}, ['data.path=["a,b.jsonl","c"]']),
+        ({"model_path": ["a,b", "c"]}, ['model.path="a,b",c']),
+        ({"tuning_targets": [["q_proj", "v_proj"], ["q_proj"]]}, ['tuning.targets=["q_proj","v_proj"],["q_proj"]']),
+        (
+            {"compare_steps": 20, "compare_skip": ["strategy=ddp"]},
+            ["compare.steps=20", 'compare.skip=["strategy=ddp"]'],
+        ),
+        ({"evaluation_tasks": ["loss"], "from_": "runs/x"}, ['evaluation.tasks=["loss"]', "from=runs/x"]),
+    ],
+)
+def test_lists_are_axes_where_a_setting_takes_one_value(settings, words):
+    assert shardtune._words((), settings, axes=True) == words
 
 
 def test_python_packages_of_the_same_names_are_named_in_the_first_line(tmp_path):

@@ -13,7 +13,7 @@ from launch.compare.command import print_and_write_comparison
 from launch.compare.comparison import compare
 from launch.compare.page import sort_value
 from launch.compare.settings import ComparisonRow, read_comparison_file, write_comparison_file
-from launch.compare.workspace import workspace_script
+from launch.compare.workspace import workspace_line, workspace_script
 from launch.config.prices import price_of
 from strategies.errors import ConfigError
 
@@ -114,6 +114,76 @@ def test_compare_page_links_the_wandb_team_that_a_variable_decided(rows, recorde
     (run / "run.json").write_text(json.dumps(recorded))
     text = workspace_script(compare([ComparisonRow((run,), "b")]), run)
     assert f"ENTITY = {entity!r}" in text and "ws.Metric(\"Group\").isin(['g'])" in text
+
+
+@pytest.mark.parametrize(
+    ("editions", "settings", "loss", "x"),
+    [
+        ((1, 1), ("", ""), ["loss"], "tokens"),
+        ((1, 2), ("", ""), ["loss", "train/loss"], "Step"),
+        ((2, 2), ("", ""), ["train/loss"], "train/global_step"),
+        ((2, 2), ("x: seconds", "x: seconds"), ["train/loss"], "time/training_s"),
+        ((2, 2), ("x: epoch", "x: step"), ["train/loss"], "train/num_tokens"),
+        ((2, 2), ("", "batch: {global: 8}"), ["train/loss"], "train/num_tokens"),
+    ],
+)
+def test_compare_page_in_wandb_has_the_names_of_each_run(rows, editions, settings, loss, x):
+    """Of runs that began before metrics had names of their own in trackers, too, and beside later ones."""
+    for row, edition, setting in zip(rows, editions, settings, strict=False):
+        other = setting if setting.startswith("batch") else "batch: {global: 4}"
+        axis = setting if setting.startswith("x") else "tags: []"
+        for run in row.directories:
+            (run / "config.yaml").write_text(f"strategy: {{name: a}}\nlogging: {{wandb: offline, {axis}}}\n{other}\n")
+            (run / "run.json").write_text(json.dumps({"metric_names": edition}))
+    script = workspace_script(compare(rows), rows[0].directories[0])
+    assert f"\nLOSS = {loss!r}\n" in script and f"\nX = {x!r}\n" in script
+
+
+def trials(root, count: int) -> list:
+    """Run directories of a search: each has a learning rate of its own, and one of two methods."""
+    run_dirs = []
+    for number in range(count):
+        run = root / str(number)
+        run.mkdir(parents=True)
+        method = ("lora", "full")[number % 2]
+        config = f"strategy: {{name: ddp}}\ntuning: {{name: {method}}}\noptim: {{lr: {0.001 * (number + 1)}}}\n"
+        (run / "config.yaml").write_text(f"{config}logging: {{wandb: offline}}\nevaluation: {{watch: eval/accuracy}}\n")
+        rows = [{"step": 1, "loss": 2.0}, {"step": 1, "eval/accuracy": 0.5}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (run / "status.json").write_text(json.dumps({"state": "done"}))
+        outcome = {"progress": {"wandb_id": f"id{number}"}}
+        (run / "run.json").write_text(json.dumps({"outcome": outcome, "metric_names": 2}))
+        run_dirs.append(run)
+    return run_dirs
+
+
+def test_search_in_wandb_is_grouped_by_its_choices_alone(tmp_path):
+    """A number that each trial has for itself would make groups of one run."""
+    run_dirs = [*trials(tmp_path / "search", 6), tmp_path / "search/not-begun"]
+    line = workspace_line(run_dirs, tmp_path / "search")
+    assert line == f"in W&B: {tmp_path / 'search/workspace.py'} makes a view and a report of these runs there"
+    script = (tmp_path / "search/workspace.py").read_text()
+    assert "COLUMNS = ['tuning', 'lr']" in script and "GROUP_BY = ['tuning']" in script
+    assert "BASELINE = 'id0'" in script and "FINAL = 'final/eval/accuracy'" in script
+    assert "'Which settings are best?'" in script and "['id0', 'id1', 'id2', 'id3', 'id4', 'id5']" in script
+    assert "'Which learns best?'" in script and "'Is it the same loss?'" not in script
+    assert workspace_line([tmp_path / "search/not-begun"], tmp_path / "search") is None
+
+
+def test_single_run_in_wandb_has_questions_of_its_own(tmp_path, capsys):
+    (run,) = trials(tmp_path / "runs", 1)
+    print_and_write_comparison([ComparisonRow((run,))], None, as_json=False)
+    assert f"written: {run / 'report.html'}, workspace.py (for W&B)" in " ".join(capsys.readouterr().out.split())
+    script = (run / "workspace.py").read_text()
+    assert "'Does it learn?'" in script and "BASELINE = None" in script and "GROUP_BY = []" in script
+    compile(script, "workspace.py", "exec")
+
+
+def test_comparison_that_is_not_in_wandb_says_why(rows, tmp_path, capsys):
+    print_and_write_comparison(rows, tmp_path / "to", as_json=False)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not in W&B: these runs were recorded with logging.wandb=disabled, which debug= sets too" in out
+    assert not (tmp_path / "to/workspace.py").exists()
 
 
 def test_compare_page_leaves_warm_up_steps_out_of_speeds(rows):

@@ -199,6 +199,9 @@ def test_wandb_gets_a_section_for_each_question_and_a_report(compared, site):
     questions = ["Which is fastest?", "What does each need?", "Is it the same loss?", "What does each cost?"]
     sections = {each["name"]: each["panels"] for each in section["panelBankConfig"]["sections"]}
     assert list(sections) == ["Points", "Which settings are best?", *questions]
+    loss = sections["Is it the same loss?"][0]["config"]
+    assert (loss["metrics"], loss["xAxis"]) == (["train/loss"], "train/global_step")
+    assert {"train/loss", "train/global_step"} <= {*server.rows(run_id)[0]}
     (runs,) = section["runSets"]
     assert [key["name"] for key in runs["grouping"]] == ["strategy.value", "lr.value"]
     ids = sorted(id_in_wandb(run) for run in (site / "to").glob("*/run.json"))

@@ -1,0 +1,56 @@
+"""Renders what a notebook shows of an object: a heading, cards, call-outs, tables and a picture of curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launch.notebook.curve import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Picture
+from trainer.pages.pieces import Callout, PageCard, PageTable
+from trainer.pages.render import render
+
+MOST_ROWS = 50
+"""Rows of a table in a notebook; the DataFrame has all of them."""
+MOST_CALLOUTS = 8
+
+
+def fragment(
+    heading: str,
+    *,
+    lead: Callout | None = None,
+    cards: Sequence[PageCard] = (),
+    callouts: Sequence[Callout] = (),
+    lines: Sequence[str] = (),
+    tables: Sequence[PageTable] = (),
+    picture: Picture | None = None,
+    footer: str = "",
+) -> str:
+    """HTML for a notebook: no script, nothing that is fetched, every text escaped, less than 200 KB.
+
+    `lead` is the answer, and stands first.
+    """
+    return render(
+        "launch.notebook",
+        "fragment.html.j2",
+        heading=heading,
+        lead=lead,
+        cards=list(cards),
+        callouts=list(callouts)[:MOST_CALLOUTS],
+        lines=list(lines)[:MOST_ROWS],
+        tables=[_shortened(table) for table in tables],
+        picture=picture,
+        footer=footer,
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        top=TOP,
+        bottom=HEIGHT - BOTTOM,
+    )
+
+
+def _shortened(table: PageTable) -> PageTable:
+    """The first rows of a long table, with a caption that says how many there are."""
+    if len(table.rows) <= MOST_ROWS:
+        return table
+    caption = f"{table.caption} the first {MOST_ROWS} of {len(table.rows):,} rows".strip()
+    return PageTable(table.columns, table.rows[:MOST_ROWS], caption)

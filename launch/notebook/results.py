@@ -1,0 +1,360 @@
+"""What `shardtune.compare`, `evaluate` and `plan` return: numbers as pandas tables, and their page for a notebook."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+from dataclasses import dataclass, replace
+from itertools import compress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.notebook.curve import Curve, picture, smoothed
+from launch.notebook.fragment import fragment
+from strategies.errors import ConfigError
+from trainer.pages.numbers import UNKNOWN, duration, number, signed
+from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable, Tone, worst_first
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from launch.compare.comparison import ComparedRun, Comparison
+
+TONE_OF_VERDICT: dict[str, Tone] = {"better": "good", "worse": "bad"}
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonResult:
+    """Runs beside each other, as `shardtune compare` shows them."""
+
+    comparison: Comparison
+
+    @property
+    def verdict(self) -> list[str]:
+        """A sentence for each run: its loss, speed and memory beside those of the first."""
+        return [run.verdict for run in self.comparison.runs]
+
+    @property
+    def notes(self) -> list[str]:
+        """What limits how far the numbers can be compared."""
+        return list(self.comparison.notes)
+
+    def runs(self) -> pd.DataFrame:
+        """One row for each run, with the columns of `compare.csv`: measurements, verdict, and settings that differ."""
+        import pandas as pd
+
+        from launch.compare.answer import as_csv
+
+        return pd.read_csv(io.StringIO(as_csv(self.comparison))).set_index("name")
+
+    def metrics(self) -> pd.DataFrame:
+        """One row for each step and each evaluation of all runs, as in `Run.metrics()`, with `run` and `repeat`."""
+        import pandas as pd
+
+        rows = []
+        for run in self.comparison.runs:
+            for repeat, recorded in enumerate(run.repeated.repeats, 1):
+                name = {"run": run.name, "repeat": repeat}
+                rows += [{**name, **row} for row in recorded.steps.values()]
+                rows += [{**name, "step": step, **metrics} for step, metrics in recorded.evaluations.items()]
+        return pd.DataFrame(rows)
+
+    def __str__(self) -> str:
+        from launch.compare.answer import as_text
+
+        return as_text(self.comparison)
+
+    def _repr_html_(self) -> str:
+        """The verdict, a table of the runs, and their losses."""
+        curves = []
+        for run in self.comparison.begun_runs[:MOST_CURVES]:
+            losses = [(step, row["loss"]) for step, row in run.first_repeat.steps.items() if row["loss"] is not None]
+            curves.append(Curve(run.name, smoothed(losses)))
+        failed = []
+        for run in self.comparison.runs:
+            if run.repeated.state not in ("done", "running"):
+                failed.append(Callout("warning", run.name, run.repeated.reason or run.repeated.state))
+        return fragment(
+            f"{len(self.comparison.runs)} runs, compared with {self.comparison.first}",
+            callouts=failed,
+            lines=self.verdict,
+            tables=[_table_of_runs(self.comparison.runs)],
+            picture=picture(curves, x_title="steps", description="Training loss of each run over its steps"),
+            footer=f"{MOST_CURVES} runs are drawn" if len(self.comparison.begun_runs) > MOST_CURVES else "",
+        )
+
+
+MOST_CURVES = 16
+
+
+def _table_of_runs(runs: tuple[ComparedRun, ...]) -> PageTable:
+    """What was reached and what it took, a row for each run; columns that no run has a number in are left out."""
+    columns = [
+        PageColumn("run"),
+        PageColumn("state"),
+        PageColumn("steps"),
+        PageColumn("loss"),
+        PageColumn("held-out loss", best="smallest"),
+        PageColumn("speed", best="largest", unit="tokens/s"),
+        PageColumn("memory", best="smallest", unit="GiB"),
+    ]
+    rows = [_cells_of_run(run) for run in runs]
+    known = []
+    for index in range(len(columns)):
+        known.append(index < 2 or any(row[index].text != UNKNOWN for row in rows))
+    shown_rows = [list(compress(row, known)) for row in rows]
+    return PageTable(list(compress(columns, known)), shown_rows)
+
+
+def _cells_of_run(run: ComparedRun) -> list[PageCell]:
+    measured = run.measured
+    state = run.repeated.state
+    held_out = _number_cell(measured.after.get("eval/loss"), digits=5)
+    speed = _number_cell(measured.tokens_per_s)
+    memory = _number_cell(measured.memory_gib, digits=3)
+    if state != "done":  # what broke off is never the best of a column
+        held_out, speed, memory = (replace(cell, sort_value=None) for cell in (held_out, speed, memory))
+    return [
+        PageCell(run.name, run.name),
+        PageCell(state, state),
+        _number_cell(measured.steps or None),
+        _number_cell(measured.loss, digits=5),
+        held_out,
+        speed,
+        memory,
+    ]
+
+
+def _number_cell(value: float | None, digits: int = 4) -> PageCell:
+    """A cell with a number as people write it, with so many significant digits; a dash without one."""
+    return PageCell(number(value, digits), value)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """What an evaluation measured, read from its directory."""
+
+    directory: Path
+    """It holds evaluation.json, evaluation_rows.jsonl and evaluation.html."""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """`evaluation.json`; empty as long as the evaluation has not ended, as when SLURM has only queued it."""
+        from trainer.evaluation.report.record import REPORT
+
+        try:
+            content = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    @property
+    def page(self) -> Path:
+        """The page for a browser."""
+        from trainer.evaluation.report.record import PAGE
+
+        return self.directory / PAGE
+
+    @property
+    def regressions(self) -> list[str]:
+        """Metrics that fell against the `evaluation.json` of `against=`, as sentences; empty without one."""
+        return list(self.report.get("regressions") or ())
+
+    def metrics(self) -> pd.DataFrame:
+        """One row for each metric of each task: its value with a 95 % interval, and how it compares with the other model."""
+        import pandas as pd
+
+        return pd.DataFrame(_metric_rows(self.report))
+
+    def rows(self) -> pd.DataFrame:
+        """One row for each question and model (`arm` is `tuned` or `base`): prompt, answer, reference and scores."""
+        import pandas as pd
+
+        from trainer.evaluation.report.record import ROWS
+
+        try:
+            lines = (self.directory / ROWS).read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return pd.DataFrame()
+        rows = []
+        for line in lines:
+            row = json.loads(line)
+            scores = row.pop("scores", None) or {}
+            rows.append(row | {f"score/{name}": score for name, score in scores.items()})
+        return pd.DataFrame(rows)
+
+    def __str__(self) -> str:
+        from launch.evaluate.answer import report_text
+
+        return report_text(self.report) if self.report else f"{self.directory}: not evaluated yet"
+
+    def _repr_html_(self) -> str:
+        """All metrics in one table, and what got worse before it."""
+        report = self.report
+        if not report:
+            return fragment(str(self))
+        rows = _metric_rows(report)
+        callouts = [Callout("bad", "Worse than before", line) for line in self.regressions]
+        notes = []
+        for name, task in report.get("tasks", {}).items():
+            notes += [Callout("note", name, note) for note in task.get("notes", ())]
+        model = report.get("model", {})
+        heading = str(model.get("run") or model.get("path") or self.directory)
+        if report.get("against"):
+            heading += f", against {report['against']['what']}"
+        return fragment(
+            heading,
+            callouts=worst_first(callouts + notes),
+            tables=[_table_of_metrics(rows)],
+            footer=f"page: {self.page}",
+        )
+
+
+def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A dictionary for each metric of a report; the keys of a comparison are there if the report has one."""
+    against = report.get("against") or {}
+    rows = []
+    for name, task in report.get("tasks", {}).items():
+        compared_metrics = against.get("tasks", {}).get(name, {}).get("metrics", {})
+        for metric, estimate in task["metrics"].items():
+            row = {"task": name, "metric": metric, "value": estimate["value"]}
+            row |= {"low": estimate.get("low"), "high": estimate.get("high"), "rows": task.get("num_rows")}
+            row["greater_is_better"] = estimate.get("greater_is_better")
+            if against:
+                compared = compared_metrics.get(metric, {})
+                row |= {"other": compared.get("value"), "difference": compared.get("difference")}
+                row |= {"difference_low": compared.get("low"), "difference_high": compared.get("high")}
+                row |= {"p": compared.get("p"), "verdict": compared.get("verdict", "")}
+            rows.append(row)
+    return rows
+
+
+def _table_of_metrics(rows: list[dict[str, Any]]) -> PageTable:
+    """The metrics of all tasks: value and interval, and, of a comparison, the difference and its verdict."""
+    is_compared = any("verdict" in row for row in rows)
+    columns = [PageColumn("task"), PageColumn("metric"), PageColumn("value"), PageColumn("95 % interval")]
+    if is_compared:  # the verdict first: on a narrow screen the rest is beyond the edge
+        columns[2:2] = [PageColumn("verdict"), PageColumn("difference")]
+        columns.append(PageColumn("other"))
+    table_rows = []
+    for row in rows:
+        interval = UNKNOWN
+        if row["low"] is not None:
+            interval = f"{number(row['low'])} to {number(row['high'])}"
+        cells = [
+            PageCell(row["task"], row["task"]),
+            PageCell(row["metric"], row["metric"]),
+            _number_cell(row["value"]),
+            PageCell(interval, interval),
+        ]
+        if is_compared:
+            verdict = row["verdict"]
+            difference = PageCell(signed(row["difference"]), row["difference"])
+            cells[2:2] = [PageCell(verdict, verdict, tone=TONE_OF_VERDICT.get(verdict, "")), difference]
+            cells.append(_number_cell(row["other"]))
+        table_rows.append(cells)
+    return PageTable(columns, table_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanResult:
+    """What a run is expected to take on a card, and the ways to run it."""
+
+    answer: dict[str, Any]
+    """As `shardtune plan --json` prints it. Sizes are GiB, times seconds or hours, prices US dollars."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether any way to run fits the card."""
+        return self.answer["best"] is not None
+
+    @property
+    def words(self) -> list[str]:
+        """The settings of the fastest way that fits, for `shardtune.train(*plan.words)`. Errors: ConfigError if none fits."""
+        if not self.fits:
+            raise ConfigError("nothing fits: take more cards, a smaller data.max_length or tuning=lora")
+        chosen_keys = {word.partition("=")[0] for word in self.answer["best"]}
+        typed = [word for word in self.answer["typed"] if word.partition("=")[0] not in chosen_keys]
+        return [*typed, *self.answer["best"]]
+
+    def ways(self, *, every: bool = False) -> pd.DataFrame:
+        """One row for each way to run, the best first; with `every`, also with each micro-batch that was looked at."""
+        import pandas as pd
+
+        return pd.json_normalize(self.answer["all" if every else "ways"], sep="/")
+
+    def left_out(self) -> pd.DataFrame:
+        """The ways that cannot run, and why."""
+        import pandas as pd
+
+        return pd.DataFrame(self.answer["left_out"])
+
+    def __str__(self) -> str:
+        model = self.answer["model"]
+        job = self.answer["job"]
+        cards = f"{job['nodes'] * job['gpus_per_node']} x {self.answer['hardware']['name']}"
+        what = f"{model['parameters']:,} parameters, {model['trained']:,} trained, on {cards}"
+        if not self.fits:
+            return f"{what}: nothing fits"
+        return f"{what}: {' '.join(self.answer['best'])}"
+
+    def _repr_html_(self) -> str:
+        """Cards of the best way, its settings to copy, and a table of all ways."""
+        cards = []
+        if self.fits:
+            best = next(way for way in self.answer["ways"] if way["words"] == self.answer["best"])
+            cards = _cards_of_way(best, self.answer)
+            lead = Callout("good", "Fastest way that fits", "", [f"shardtune train {shlex.join(self.words)}"])
+        else:
+            advice = "Take more cards, a smaller data.max_length, tuning=lora or a larger card."
+            lead = Callout("bad", "Nothing fits", advice)
+        callouts = [Callout("note", "To know", note) for note in self.answer["notes"]]
+        return fragment(
+            str(self),
+            lead=lead,
+            cards=cards,
+            callouts=callouts,
+            tables=[_table_of_ways(self.answer["ways"])],
+            footer="Expected, not measured: memory of tensors is simulated, speeds are reckoned (docs/planning.md).",
+        )
+
+
+def _cards_of_way(way: dict[str, Any], answer: dict[str, Any]) -> list[PageCard]:
+    """Memory, speed, time and price of a way to run."""
+    card_gib = answer["hardware"]["memory_gib"]
+    needed_gib = card_gib - way["margin_gib"]
+    cards = [
+        PageCard("memory", f"{needed_gib:.1f} GiB", f"of {card_gib:.1f}; most in {way['peak_at']}"),
+        PageCard("speed", f"{number(way['tokens_per_s'])} tokens/s", f"{way['step_s']['total']:.2f} s a step"),
+    ]
+    if way["hours"] is not None:
+        cards.append(PageCard("duration", duration(way["hours"] * 3600), "the whole budget"))
+    if way["price"] is not None:
+        cards.append(PageCard("price", f"${way['price']:,.2f}", "all cards"))
+    return cards
+
+
+def _table_of_ways(ways: list[dict[str, Any]]) -> PageTable:
+    """The ways to run: what each needs, and how fast it is."""
+    columns = [
+        PageColumn("strategy"),
+        PageColumn("settings"),
+        PageColumn("room left", unit="GiB"),
+        PageColumn("speed", unit="tokens/s", best="largest"),
+        PageColumn("why"),
+    ]
+    rows = []
+    for way in ways:
+        settings = " ".join(word for word in way["words"] if not word.startswith("strategy="))
+        speed = way["tokens_per_s"] if way["fits"] else None
+        rows.append(
+            [
+                PageCell(way["strategy"], way["strategy"]),
+                PageCell(settings, settings),
+                PageCell(f"{way['margin_gib']:+.1f}", way["margin_gib"]),
+                _number_cell(speed),
+                PageCell(way["why"], way["why"]),
+            ]
+        )
+    return PageTable(columns, rows)
