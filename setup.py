@@ -36,6 +36,7 @@ setup(
         "trainer.pages": ["*.j2", "*.css", "*.js"],
         "launch.compare": ["*.j2"],
         "launch.notebook": ["*.j2"],
+        "launch.compare.run_page": ["*.j2"],
         "trainer.evaluation.report": ["*.j2"],
         "trainer.evaluation.tasks": ["*.json"],
         "launch.plan": ["*.j2"],

@@ -265,10 +265,14 @@ def _run_directories(run: ComparedRun) -> list[str]:
 
 
 def as_html(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
-    """The comparison as one HTML file with plots. Needs the extra `report`.
+    """The comparison as one HTML file with plots, or the page of its only run. Needs the extra `report`; a run's page does not.
 
     `reload_after_s`: seconds after which a browser reloads it; None for a page that will not change any more.
     """
+    if len(comparison.runs) == 1:
+        from launch.compare.run_page.page import run_page
+
+        return run_page(comparison, reload_after_s=reload_after_s)
     from launch.compare.page import render_page
 
     return render_page(comparison, cell_tables(comparison), sections(comparison), reload_after_s=reload_after_s)

@@ -255,7 +255,7 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
         run_page = _page_path(rows, None)
     else:
         written = _write_comparison_files(comparison, comparison_json, to)
-    missing = missing_packages(run_page.name if run_page else "compare.html")
+    missing = missing_packages(f"{run_page.name} with plots" if run_page else "compare.html")
 
     if as_json:
         print(json.dumps(comparison_json, indent=1, allow_nan=False), flush=True)
@@ -263,7 +263,7 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
         print(as_text(comparison), flush=True)
     # The page comes after the tables: somebody else's directory may refuse it, and the tables are there by then.
     if run_page is not None:
-        written = _write_run_files(comparison, run_page, with_page=missing is None)
+        written = _write_run_files(comparison, run_page)
     if as_json or not (written or run_page is not None):
         return
     last_lines = []
@@ -309,20 +309,18 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
     return written
 
 
-def _write_run_files(comparison: Comparison, page: Path, *, with_page: bool) -> list[str]:
+def _write_run_files(comparison: Comparison, page: Path) -> list[str]:
     """Write the page of a single run into its run directory, and the script that shows the run in W&B.
 
     Returns the files as the last line names them; nothing if they cannot be written. The directory may be somebody
-    else's, so a failure is only printed: the comparison itself has succeeded. `with_page` is false without the extra
-    `report`.
+    else's, so a failure is only printed: the comparison itself has succeeded.
     """
     from launch.compare.run_report import write
     from launch.compare.workspace import write_workspace
 
     written = []
     try:
-        if with_page:
-            written.append(str(write(page.parent, comparison)))
+        written.append(str(write(page.parent, comparison)))
         workspace = write_workspace(comparison, page.parent)
     except StorageError as error:
         print(f"{error}; to=<directory> writes elsewhere", file=sys.stderr, flush=True)

@@ -23,10 +23,10 @@ def write(run_dir: Path, comparison: Comparison, *, reload_after_s: float | None
 
     `comparison` is of this run alone. A browser reloads the page after `reload_after_s` seconds.
     """
-    from launch.compare.answer import as_html
+    from launch.compare.run_page.page import run_page
 
     path = run_dir / REPORT
-    write_text_atomic(path, as_html(comparison, reload_after_s=reload_after_s))
+    write_text_atomic(path, run_page(comparison, reload_after_s=reload_after_s))
     return path
 
 
@@ -35,25 +35,23 @@ def at_end(config: RunConfig, run_dir: Path | None) -> None:
 
     No error of the page is an error of the run: it is only printed. `run_dir` is None for a run without a directory.
     """
-    from launch.compare.page import missing_packages
-
     if run_dir is None or not run_dir.is_dir() or not config.logging.report:
         return
     if read_status(run_dir).get("state") in NO_PAGE:
         return
     if not (run_dir / "run.json").is_file():
         return  # it failed before its first step, and the page would have nothing to show
-    missing = missing_packages(REPORT)
-    if missing is not None:
-        print(f"report:     {missing}", flush=True)
-        return
     from launch.compare.comparison import compare
+    from launch.compare.page import missing_packages
     from launch.compare.settings import ComparisonRow
     from launch.config.prices import price_of
 
     try:
         comparison = compare([ComparisonRow((run_dir,))], price_of)
         print(f"report:     {write(run_dir, comparison)}", flush=True)
+        missing = missing_packages(f"{REPORT} with plots")
+        if missing is not None:
+            print(f"            {missing}", flush=True)
     except ShardtuneError as error:
         print(f"no {REPORT}: {error}", file=sys.stderr, flush=True)
     except Exception as error:  # noqa: BLE001 - the run is what was asked for: it does not fail for its page

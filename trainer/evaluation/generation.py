@@ -30,6 +30,7 @@ class GeneratedAnswer:
     """Number in the evaluation set."""
     answer: str
     reference: str
+    prompt: str = ""
 
 
 class GenerationEvaluator:
@@ -56,8 +57,8 @@ class GenerationEvaluator:
         self.runtime = runtime
         self.writer = Writer(tokenizer, generation_config, runtime, batch=share.batch, stop_now=stop_now)
         self._sets = sources_in(dataset) if share.by_source else {}
-        self.on_answers: Callable[[list[tuple[str, str]]], None] = lambda pairs: None
-        """Called with (answer, reference) of every document after each evaluation."""
+        self.on_answers: Callable[[list[GeneratedAnswer]], None] = lambda answers: None
+        """Called with the answers to all documents after each evaluation."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none.
@@ -66,7 +67,7 @@ class GenerationEvaluator:
         1 if they were gathered once for all answers, 0 if block by block in each pass.
         """
         answers = self.answers(engine)
-        self.on_answers([(answer.answer, answer.reference) for answer in answers])
+        self.on_answers(answers)
         metrics = self._metrics(answers) if self.runtime.is_main else None
         yield from broadcast_object(metrics, self.runtime).items()
         assert self.writer.throughput is not None
@@ -96,7 +97,8 @@ class GenerationEvaluator:
         answers = []
         for written in self.writer.answers(engine, prompts, self.settings):
             reference = self._reference(samples[written.prompt])
-            answers.append(GeneratedAnswer(documents[written.prompt], written.text.strip(), reference))
+            prompt = self.tokenizer.decode(prompts[written.prompt], skip_special_tokens=True).strip()
+            answers.append(GeneratedAnswer(documents[written.prompt], written.text.strip(), reference, prompt))
         return answers
 
     def _reference(self, sample: Sample) -> str:

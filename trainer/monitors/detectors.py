@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from strategies.base import Engine, Progress
 from strategies.errors import LimitExceeded, StorageError
+from trainer.evaluation.generation import GeneratedAnswer
 from trainer.evaluation.report.tables import row_tables
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.written import WrittenTask
@@ -19,6 +20,7 @@ from trainer.monitors.base_model_rows import BaseRows
 from trainer.monitors.config import ChallengesConfig, Reaction
 from trainer.monitors.first_evaluation import HeldOutBefore, KeptHeldOut
 from trainer.monitors.first_rows import FirstRows
+from trainer.monitors.kept_answers import GENERATED, KeptAnswer, KeptAnswers
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.trackers.base import Table
 
@@ -54,6 +56,8 @@ class Challenges:
         """What ends the run once its state is saved."""
         self.first = FirstRows(None)
         """Rows of each task's first evaluation, for the tables of rows that changed sides since."""
+        self.kept_answers = KeptAnswers(None)
+        """Keeps the first answers of the first evaluation and of the newest."""
         self.kept_before: KeptHeldOut | None = None
         """Keeps the evaluation before the first step; None: a resumed run does not know it."""
         self.before = HeldOutBefore()
@@ -109,7 +113,7 @@ class Challenges:
         """Take a finished task: its written answers, and how its first metric changed from the base's, if the base was asked."""
         task = done.prepared.task
         if isinstance(task, WrittenTask):
-            self.add_answers((row.answer, row.reference) for row in done.rows)
+            self.add_answers(task.name, [KeptAnswer(row.prompt, row.answer, row.reference) for row in done.rows])
         if self.base is None or self.base.tasks is None or task.name not in self.base.tasks:
             return
         base_task = self.base.tasks[task.name]
@@ -117,10 +121,16 @@ class Challenges:
         values = (base_task.value, done.metrics[metric.name])
         self._compared_tasks.append(forgetting.compare(task.name, metric, base_task.rows, done.rows, values))
 
-    def add_answers(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Take pairs of (written answer, reference), for the next evaluation."""
-        for text, reference in pairs:
-            self._answers.append(ModelAnswer(text, reference))
+    def add_answers(self, task: str, answers: Sequence[KeptAnswer]) -> None:
+        """Take the answers that were written for a task, for the next evaluation; the first of them are kept."""
+        for answer in answers:
+            self._answers.append(ModelAnswer(answer.answer, answer.reference))
+        self.kept_answers.add(task, answers)
+
+    def add_generated(self, answers: Sequence[GeneratedAnswer]) -> None:
+        """Take the answers to the run's own evaluation documents."""
+        kept = [KeptAnswer(answer.prompt, answer.answer, answer.reference) for answer in answers]
+        self.add_answers(GENERATED, kept)
 
     # -- what is found ---------------------------------------------------------------------------------------------
 
@@ -130,6 +140,7 @@ class Challenges:
         `values`: its metrics by name. Returns the numbers that are logged beside them, such as `forgetting`.
         """
         self._add_to_history(progress, values)
+        self.kept_answers.write(progress.step)
         evidence = Evidence(
             progress.step, values, self.planned_evaluations, progress.evaluations, self._answers, self._compared_tasks
         )

@@ -51,6 +51,7 @@ if (window.vegaEmbed) {
     const ink = style("ink"), soft = style("soft"), line = style("line");
     const tones = {};
     for (const tone of ["good", "bad", "warning", "note", "soft", "ink"]) tones[tone] = {fill: style(tone), stroke: style(tone), color: style(tone)};
+    tones.best = {stroke: style("ink"), color: style("ink")};
     return {
       background: null,
       font: "system-ui, sans-serif",
@@ -75,26 +76,32 @@ if (window.vegaEmbed) {
     }
     return copy;
   };
-  const draw = async () => {
+  const keepChoices = (spec, view) => {  // what the reader has chosen in the menus of the plot that is replaced
+    for (const param of spec.params || []) if (param.bind && param.bind.input) param.value = view.signal(param.name);
+  };
+  const draw = async (anew) => {
     for (const figure of document.querySelectorAll("figure.plot")) {
-      const drawing = figure.querySelector(".drawing");
-      if (!drawing.clientWidth) continue;  // in a folded part: drawn when it is opened
+      const drawing = figure.querySelector(".drawing"), old = plots[figure.id];
+      if (!drawing.clientWidth || (old && !anew)) continue;  // in a folded part: drawn when it is opened
       const spec = JSON.parse(figure.querySelector("script").textContent);
       spec.description = figure.querySelector("h2").textContent;
-      if (plots[figure.id]) plots[figure.id].finalize();
+      if (old) {
+        keepChoices(spec, old.view);
+        old.finalize();
+      }
       plots[figure.id] = await vegaEmbed(drawing, fitted(spec, drawing.clientWidth), {renderer: "svg", config: theme(), mode: "vega-lite",
         actions: {export: true, source: false, compiled: false, editor: false}});
       drawing.querySelector("details > summary")?.setAttribute("aria-label", "Save this plot: " + spec.description);
     }
   };
-  let drawn = draw(), width = innerWidth, waiting = 0;
-  const again = () => { drawn = drawn.then(draw); };
-  isDark.addEventListener("change", again);
-  document.addEventListener("toggle", (event) => { if (event.target.querySelector("figure.plot")) again(); }, true);
+  let drawn = draw(false), width = innerWidth, waiting = 0;
+  const again = (anew) => { drawn = drawn.then(() => draw(anew)); };
+  isDark.addEventListener("change", () => again(true));
+  document.addEventListener("toggle", (event) => { if (event.target.querySelector("figure.plot")) again(false); }, true);
   addEventListener("resize", () => {
     if (innerWidth === width) return;  // a phone's address bar changes the height alone
     width = innerWidth;
     clearTimeout(waiting);
-    waiting = setTimeout(again, 200);
+    waiting = setTimeout(() => again(true), 200);
   });
 }

@@ -24,6 +24,8 @@ class PageCard:
     arrow: Arrow = ""
     href: str = ""
     """Where a click on the card leads; `#section` or a file beside the page."""
+    unit: str = ""
+    """Of the value, after it in small type."""
 
 
 @dataclass(frozen=True, slots=True)

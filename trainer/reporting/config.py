@@ -82,6 +82,6 @@ class LoggingConfig:
     slow_rank: float = number(1.5, least=0, advice="1.5 names a rank that takes half as long again; 0 never looks")
     """Times the median of the others that a rank computes, in five logging intervals in a row, to be called slow; 0: never."""
     report: bool = setting(True, reach=DESCRIBES)
-    """Write `report.html` when the run has ended: its plots, numbers and settings in one file (needs the `report` extra)."""
+    """Write `report.html` when the run has ended: verdict, numbers and settings; the extra `report` adds plots."""
     reference_tflops: float | None = number(None, above=0, advice="null takes what is known of the device")
     """Peak TFLOP/s of one device for MFU; default: known for common GPUs. Runs on CPUs have no MFU without it."""

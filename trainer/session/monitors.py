@@ -18,6 +18,7 @@ from trainer.monitors.config import GENERAL, Reaction
 from trainer.monitors.detectors import Challenges, WatchedTasks
 from trainer.monitors.first_evaluation import KeptHeldOut
 from trainer.monitors.first_rows import FirstRows
+from trainer.monitors.kept_answers import KeptAnswers
 from trainer.optim.schedule import warmup_steps
 from trainer.session.announcements import RunContext, challenge_reporter
 from trainer.step import Built
@@ -33,6 +34,7 @@ def challenges_of(config: RunConfig, built: Built, total_steps: int, context: Ru
     comparable_term = built.step_module.objective.comparable_term
     challenges = Challenges(config.challenges, planned_evaluations, comparable_term, context.console.print_line, events)
     challenges.kept_before = KeptHeldOut(context.run_dir, context.runtime)
+    challenges.kept_answers = KeptAnswers(context.run_dir if context.runtime.is_main else None)
     challenges.window = divergence.window_of(total_steps)
     challenges.first_judged = divergence.first_judged(warmup_steps(config.schedule, total_steps))
     challenges.on_record = challenge_reporter(context)
@@ -54,7 +56,7 @@ def with_tasks(
     """
     for evaluator in evaluators:
         if isinstance(evaluator, GenerationEvaluator):
-            evaluator.on_answers = challenges.add_answers
+            evaluator.on_answers = challenges.add_generated
         if isinstance(evaluator, LossEvaluator):
             evaluator.on_batch_sums = challenges.add_batch_sums
     if not tasks:

@@ -61,8 +61,8 @@ def test_compare_follow_ends_with_the_run(run, monkeypatch, capsys):
     finally:
         lease.release()
     assert rests == [follow.PAGE_INTERVAL_S] * 2 and all(REFRESH in each for each in seen)
-    assert ["running at step 7" in each for each in seen] == [True, True]
-    assert REFRESH not in page(run) and "done, 9 steps" in page(run)
+    assert ["Running: step 7" in each for each in seen] == [True, True]
+    assert REFRESH not in page(run) and "Trained 9 steps" in page(run)
     said = capsys.readouterr()
     assert "until all runs have ended; Ctrl-C ends it" in said.err and f"written: {run / 'report.html'}" in said.out
 
@@ -74,7 +74,7 @@ def test_compare_follow_ends_at_ctrl_c_with_a_still_page(run, monkeypatch, capsy
     at_each_rest(monkeypatch, pressed)
     with Lease.acquire(run, 60):
         assert main(["compare", str(run), "--follow"]) == 130
-    assert REFRESH not in page(run) and "running at step 7" in page(run)
+    assert REFRESH not in page(run) and "Running: step 7" in page(run)
     assert "Traceback" not in capsys.readouterr().err
 
 

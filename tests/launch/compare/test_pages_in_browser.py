@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from tests.helpers.browser import axe_problems
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import write_chat_data
@@ -75,21 +76,46 @@ def test_compare_page_of_several_runs_in_the_browser(site, browser):
     assert not page.errors and not page.requests
 
 
-def test_compare_page_of_one_run_in_the_browser(site, browser):
-    """Written as the run ended, with the step that its guard told of, all settings, and what stood in for one."""
-    page = browser.open(site / "runs" / "lora" / "report.html")
-    all_are_drawn(page, ["loss", "held-out", "course", "memory", "parts"])
-    assert page.texts("h1") == ["Run lora"]
-    assert drawn(page, "loss", "line mark") == 1 and drawn(page, "course", "line mark") == 3
+def test_page_of_one_run_in_the_browser(site, browser):
+    """Written as the run ended, on a phone and on a screen, light and dark, with all that is folded opened."""
+    page = browser.open(site / "runs" / "lora" / "report.html", width=400)
+    page.wait("document.querySelectorAll('#loss svg.marks').length === 1")
+    assert not page.is_too_wide() and axe_problems(page) == []
+    assert page.texts("h1") == ["Run lora"] and page.texts(".action h2") != []
     events = [json.loads(line) for line in (site / "runs" / "lora" / "events.jsonl").read_text().splitlines()]
     assert events and drawn(page, "loss", "rule mark") == len(events)
-    zooms(page, "course")
+    assert drawn(page, "loss", "line mark") == 3  # each step's loss, the smoothed one, and the held-out one
+
+    axis = "[...document.querySelectorAll('#loss .role-axis-label text')].map(text => text.textContent).join(' ')"
+    linear = page.evaluate(axis)
+    page.tab.locator("#loss select").nth(2).select_option("log")
+    page.wait(f"{axis} !== {linear!r}")
+    curve = "document.querySelectorAll('#loss .mark-line path')[1].getAttribute('d')"
+    smooth = page.evaluate(curve)
+    page.tab.locator("#loss select").nth(1).select_option("much")
+    page.wait(f"{curve} !== {smooth!r}")
+
+    page.resized(1200)
+    page.themed(dark=True)
+    assert not page.tab.locator("#settings td").first.is_visible()
+    page.evaluate("document.querySelectorAll('details.folded').forEach(part => { part.open = true; })")
+    page.wait("document.querySelectorAll('figure.plot svg.marks').length === 4")
+    assert page.evaluate("[...document.querySelectorAll('figure.plot')].map(plot => plot.id)") == [
+        *("loss", "held-out", "course", "parts"),
+    ]
+    assert drawn(page, "course", "line mark") == 3
+    page.wait("document.querySelector('#loss .role-axis-title text').getAttribute('fill') === '#e7ecf2'")
+    # A plot that is drawn anew keeps what was chosen.
+    assert page.evaluate("[...document.querySelectorAll('#loss select')].map(menu => menu.value)") == [
+        "step",
+        "much",
+        "log",
+    ]
+    assert axe_problems(page) == []
     said = page.evaluate("document.body.innerText")
     assert all(f"step {event['step']}: " in said for event in events) and "standard deviations above" in said
-    assert "precision: auto -> fp32" in said and "done, 6 steps, loss" in said
-    assert not page.tab.locator("text=tuning.rank").first.is_visible()
-    page.click("#settings summary")
-    assert page.tab.locator("text=tuning.rank").first.is_visible()
+    assert "precision: auto -> fp32" in said and "Trained 6 steps" in said
+    assert page.tab.locator("#settings td:text-is('lora')").first.is_visible()
     assert not page.errors and not page.requests
 
 

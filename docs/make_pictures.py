@@ -1,0 +1,150 @@
+"""Takes the pictures of `docs/pictures`, one of each page, from runs that it makes itself.
+
+    python docs/make_pictures.py --site /tmp/site           # all; what the site has already is not made again
+    python docs/make_pictures.py --site /tmp/site run audit # these
+
+The runs are those of `shardtune demo`: a small real model on real data, some minutes on two CPU cores. Needs the extra `test`
+and an installed Chromium. A picture has at most 150 KB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+PICTURES = ROOT / "docs" / "pictures"
+MAX_BYTES = 150 * 1024
+WIDTH = 1200
+"""Pixels of the browser's window; the picture is as wide."""
+COLORS = (256, 128, 64, 32)
+"""Sizes of the palette that are tried until the file is small enough."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A page and how it comes about."""
+
+    page: str
+    """The file below the site; a pattern, of which the first match counts."""
+    commands: tuple[str, ...]
+    """Commands of shardtune that make it, in the site."""
+    height: int = 1050
+    """Pixels from the top of the page that are shown."""
+
+
+DEMO = "demo run.dir=runs/demo evaluation.every_steps=3"
+POINTS = "compare model.path=model data.path=train.jsonl data.eval_path=held-out.jsonl debug=tiny run.device=cpu budget.steps=12"
+PAGES = {
+    "run": Picture("runs/demo/report.html", (DEMO, "compare runs/demo")),
+    "audit": Picture("audit.html", (DEMO,)),
+    "evaluation": Picture(
+        "runs/demo/evaluation.html",
+        (DEMO, "evaluate runs/demo against=base evaluation.tasks=[loss] data.max_documents=64"),
+    ),
+    "compare": Picture(
+        "reports/compare.html", (f"{POINTS} tuning=full,lora optim.lr=1e-3,3e-3 evaluation.every_steps=4 to=reports",)
+    ),
+}
+"""By the name of the picture's file. What one command has made stands for the next."""
+
+
+def main() -> None:
+    """Make the site's pages and their pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--site", type=Path, required=True, help="directory for the runs; kept")
+    parser.add_argument("names", nargs="*", choices=[[], *PAGES], help="pictures to take; default: all")
+    words = parser.parse_args()
+    site = words.site.resolve()
+    prepare(site)
+    names = words.names or list(PAGES)
+    for name in names:
+        make_page(PAGES[name], site)
+    take(names, site)
+
+
+def prepare(site: Path) -> None:
+    """The tiny model and data of the comparison, in the site, which becomes the working directory."""
+    from tests.helpers.models import tiny_model_dir
+    from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
+
+    site.mkdir(parents=True, exist_ok=True)
+    os.chdir(site)
+    if not Path("model").exists():
+        tokenizer = tiny_tokenizer()
+        tiny_model_dir(Path("model"), "llama", vocab_size=len(tokenizer) + 10)
+        tokenizer.save_pretrained("model")
+    write_jsonl(Path("train.jsonl"), chat_rows(200))
+    write_jsonl(Path("held-out.jsonl"), chat_rows(40, seed=7))
+
+
+def make_page(picture: Picture, site: Path) -> None:
+    """Run the commands of a page unless it is there; SystemExit if one fails."""
+    from tests.helpers.launching import command_here
+
+    if page_of(picture, site) is not None:
+        return
+    for command in picture.commands:
+        done = site / ".done" / command.replace("/", "_")[:200]
+        if done.exists():
+            continue
+        print(f"$ shardtune {command}", flush=True)
+        code = command_here(command.split())
+        if code != 0:
+            raise SystemExit(f"shardtune {command}: exit code {code}")
+        done.parent.mkdir(exist_ok=True)
+        done.touch()
+
+
+def page_of(picture: Picture, site: Path) -> Path | None:
+    """The page's file, if it is there. The audit lies with the data that the demo's run has read."""
+    if picture.page != "audit.html":
+        return next(iter(sorted(site.glob(picture.page))), None)
+    from trainer.reporting.run_record import readable_run_record
+
+    directory = readable_run_record(site / "runs" / "demo").data_directory
+    page = Path(directory) / "audit.html"
+    return page if directory and page.exists() else None
+
+
+def take(names: list[str], site: Path) -> None:
+    """Take the pictures of these pages."""
+    from tests.helpers.browser import started
+
+    PICTURES.mkdir(exist_ok=True)
+    with started() as browser:
+        for name in names:
+            picture = PAGES[name]
+            page_file = page_of(picture, site)
+            if page_file is None:
+                raise SystemExit(f"{picture.page}: its commands did not write it")
+            page = browser.open(page_file, width=WIDTH)
+            page.tab.wait_for_timeout(3000)  # plots are drawn after the page is loaded
+            height = min(picture.height, page.evaluate("document.documentElement.scrollHeight"))
+            clip = {"x": 0, "y": 0, "width": WIDTH, "height": height}
+            png = small_png(page.tab.screenshot(full_page=True, clip=clip))
+            (PICTURES / f"{name}.png").write_bytes(png)
+            print(f"docs/pictures/{name}.png: {len(png):,} bytes", flush=True)
+
+
+def small_png(png: bytes) -> bytes:
+    """The picture with as large a palette as `MAX_BYTES` allows. ValueError if none is small enough."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    for num_colors in COLORS:
+        file = io.BytesIO()
+        image.quantize(num_colors, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        if len(file.getvalue()) <= MAX_BYTES:
+            return file.getvalue()
+    raise ValueError(f"no palette makes the picture smaller than {MAX_BYTES} bytes: show less of the page")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""What stands on a run's page besides its verdict: cards, what it took against what was planned, settings, links, answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.compare.comparison import ComparedRun
+from launch.compare.run_files import RecordedRun, RunMeasurements
+from launch.compare.run_page.held_out import MetricChange, best_step, card_changes, metric_changes
+from strategies.errors import ShardtuneError
+from trainer.pages.numbers import UNKNOWN, byte_size, duration, number, percent
+from trainer.pages.pieces import PageCard, PageCell, PageColumn, PageTable, Tone
+from trainer.reporting.numbers import short
+from trainer.reporting.results import EVALUATION, REVIEW, kept_reports
+from trainer.reporting.run_record import MeasuredCost, PredictedCost, Receipt
+
+GIB = 2**30
+NEARLY_FULL = 0.92
+"""Share of a card's memory from which on longer rows may not fit."""
+CPU = "cpu"
+PLACES = {"run.dir", "data.cache_dir"}
+"""Settings that only say where files are: they are among all settings, and not among those that were chosen."""
+RESOLVED = "substitutions."
+"""How keys begin under which the run keeps what `auto` became."""
+
+
+def cards(compared: ComparedRun) -> list[PageCard]:
+    """The numbers at the head: held-out metrics before and after, duration, speed, memory."""
+    run = compared.first_repeat
+    measured = compared.measured
+    held_out = [_metric_card(run, change) for change in card_changes(metric_changes(run))]
+    found: list[PageCard | None] = [*held_out, *_training_loss_cards(run, has_held_out=bool(held_out))]
+    found += [_duration_card(run), _speed_card(run, measured), _memory_card(run, measured)]
+    return [card for card in found if card is not None]
+
+
+def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
+    notes = []
+    if change.before is not None:
+        notes.append(f"before training {change.shown(change.before)}")
+    if change.judgement:
+        notes.append(change.judgement)
+    best = best_step(run)
+    is_watched = change == metric_changes(run)[0]
+    if is_watched and best is not None and not best.is_last and best.beats_beginning:
+        notes.append(f"best {change.shown(best.value)} at step {best.step}")
+    return PageCard(change.title, change.shown(change.after), ", ".join(notes), change.tone, change.arrow)
+
+
+def _training_loss_cards(run: RecordedRun, *, has_held_out: bool) -> list[PageCard]:
+    """The training loss of a run that nothing held out was evaluated in; it has no tone, since it is no measure of quality."""
+    losses = [row["loss"] for row in run.steps.values() if isinstance(row.get("loss"), int | float)]
+    if has_held_out or not losses:
+        return []
+    change = MetricChange("loss", losses[-1], losses[0] if len(losses) > 1 else None)
+    note = f"first step {number(losses[0])}" if len(losses) > 1 else ""
+    return [PageCard("Training loss", number(losses[-1]), note, "", change.arrow)]
+
+
+def _duration_card(run: RecordedRun) -> PageCard | None:
+    seconds = sum(row.get("step_s") or 0.0 for row in run.steps.values())
+    if not seconds:
+        return None
+    steps = len(run.steps)
+    note = f"{steps:,} step{'s' if steps != 1 else ''}, without start and evaluations"
+    return PageCard("Duration", duration(seconds), note)
+
+
+def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
+    if not measured.tokens_per_s:
+        return None
+    notes = []
+    if measured.step_s:
+        notes.append(f"{duration(measured.step_s)} a step")
+    if run.record.world_size:
+        ranks = run.record.world_size
+        notes.append("1 rank" if ranks == 1 else f"{ranks} ranks together")
+    if measured.mfu is not None and _mfu_means_something(run):
+        notes.append(f"MFU {percent(measured.mfu)}")
+    return PageCard("Speed", number(measured.tokens_per_s, digits=3), ", ".join(notes), unit="tokens/s")
+
+
+def _mfu_means_something(run: RecordedRun) -> bool:
+    """Whether there is a peak to hold the speed against: a CPU's, measured on a busy machine, is none."""
+    return run.record.device != CPU or run.config.get("logging.reference_tflops") is not None
+
+
+def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
+    if measured.memory_gib is None:
+        return None
+    predicted = _predicted(run)
+    note = "largest peak of a rank"
+    tone: Tone = ""
+    if run.record.device == CPU:
+        note += ", libraries included"
+    elif predicted.device_gib:
+        share = measured.memory_gib / predicted.device_gib
+        note = f"{percent(share)} of a card's {number(predicted.device_gib, digits=3)} GiB"
+        if share > NEARLY_FULL:
+            tone = "warning"
+            note += ": longer rows may not fit"
+    return PageCard("Memory", byte_size(measured.memory_gib * GIB), note, tone)
+
+
+def _predicted(run: RecordedRun) -> PredictedCost:
+    receipt = run.record.receipt or Receipt()
+    return receipt.predicted or PredictedCost()
+
+
+def cost_table(compared: ComparedRun) -> PageTable | None:
+    """What the run took beside what was planned, a row each, with its unit; None if nothing was measured."""
+    run = compared.first_repeat
+    measured = compared.measured
+    predicted = _predicted(run)
+    taken = (run.record.receipt or Receipt()).measured or MeasuredCost()
+    planned_gib = predicted.memory_gib
+    planned_step_s = predicted.step_s
+    if run.record.device == CPU:
+        # The measured peak has the process's libraries in it, and a CPU's own peak is no yardstick: these are no pairs.
+        planned_gib = None
+        planned_step_s = None
+    planned_exchange = _bytes(measured.planned_exchanged_gib)
+    rows = [
+        _cost_row("Memory of a rank", byte_size, _bytes(planned_gib), _bytes(measured.memory_gib)),
+        _cost_row("Reserved by the allocator", byte_size, None, _bytes(measured.memory_reserved_gib)),
+        _cost_row("Time of a step", duration, planned_step_s, measured.step_s),
+        _cost_row("Exchanged in a step, rank 0", byte_size, planned_exchange, _bytes(measured.exchanged_gib)),
+        _cost_row("Waited for the exchange in a step", duration, None, measured.exposed_s),
+        _cost_row("Size of a checkpoint", byte_size, predicted.checkpoint_bytes, taken.checkpoint_bytes),
+        _cost_row("Writing a checkpoint", duration, None, measured.checkpoint_s),
+        _cost_row("Start to first step, without evaluation", duration, None, _start_s(measured)),
+        _cost_row("Price of a million tokens, US$", number, None, compared.summary.dollars_per_million),
+    ]
+    columns = [PageColumn("what"), PageColumn("planned"), PageColumn("taken")]
+    columns.append(PageColumn("taken / planned", note="1 is as planned, 2 twice as much"))
+    measured_rows = [row for row in rows if row is not None]
+    return PageTable(columns, measured_rows, "Taken against planned") if measured_rows else None
+
+
+def _cost_row(
+    what: str, written: Callable[[float], str], planned: float | None, taken: float | None
+) -> list[PageCell] | None:
+    """A row of the table; None if nothing was taken. `written`: a value with its unit."""
+    if not taken:
+        return None
+    planned_cell = PageCell(written(planned), planned) if planned else PageCell(UNKNOWN)
+    ratio_cell = PageCell(f"{taken / planned:.2f}", taken / planned) if planned else PageCell(UNKNOWN)
+    return [PageCell(what, what), planned_cell, PageCell(written(taken), taken), ratio_cell]
+
+
+def _bytes(gib: float | None) -> float | None:
+    return None if gib is None else gib * GIB
+
+
+def _start_s(measured: RunMeasurements) -> float | None:
+    if measured.start_s is None:
+        return None
+    return measured.start_s - (measured.evaluation_before_s or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A run's settings as (key, value): those that are no defaults, and all."""
+
+    chosen: list[tuple[str, str]]
+    all: list[tuple[str, str]]
+
+
+def settings(run: RecordedRun) -> Settings:
+    """The settings of a run. Of a `config.yaml` that this version cannot read, none count as chosen."""
+    defaults = _defaults(run.directory)
+    chosen = []
+    everything = []
+    for key, value in run.config.items():
+        everything.append((key, _written(value)))
+        is_default = key in defaults and defaults[key] == value
+        is_chosen = key not in PLACES and not key.startswith(RESOLVED) and value not in (None, [], {})
+        if defaults and not is_default and is_chosen:
+            chosen.append((key, _written(value)))
+    return Settings(chosen, everything)
+
+
+def _written(value: Any) -> str:
+    """A value as it is typed: true, 2e-4, [q_proj,v_proj], none."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    return short(value)
+
+
+def _defaults(run_dir: Path) -> dict[str, Any]:
+    """The defaults of a run's settings by dotted key; empty if they cannot be read, as of a run of another version."""
+    from launch.config.frozen import load_frozen
+    from trainer.config.resuming import defaults_of
+
+    try:
+        return defaults_of(load_frozen(run_dir / "config.yaml"))
+    except (ShardtuneError, OSError, ValueError, TypeError):
+        return {}
+
+
+def provenance(run: RecordedRun) -> list[tuple[str, str]]:
+    """(name, text) of where the run comes from; what was not recorded has no row."""
+    record = run.record
+    methods = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
+    batch = ""
+    if record.global_batch and record.micro_batch and record.accumulation and record.world_size:
+        batch = f"{record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x {record.readers}"
+    parameters = ""
+    if record.sharding.parameters:
+        share = record.sharding.trainable_parameters / record.sharding.parameters
+        parameters = (
+            f"{record.sharding.parameters:,}, trained {record.sharding.trainable_parameters:,} ({percent(share)})"
+        )
+    versions = ", ".join(f"{package} {version}" for package, version in record.versions.items())
+    rows = (
+        ("directory", str(run.directory)),
+        ("model", record.base_model),
+        ("data", record.data_directory),
+        ("method", ", ".join(filter(None, methods))),
+        ("parameters", parameters),
+        ("batch", batch),
+        ("device", record.device_name or record.device),
+        ("host", record.host),
+        ("command", record.command),
+        ("revision", record.git_revision),
+        ("versions", versions),
+        ("configuration", record.config_sha256),
+        ("data fingerprint", record.data_fingerprint),
+    )
+    return [(name, text) for name, text in rows if text]
+
+
+def links(run: RecordedRun) -> list[tuple[str, str]]:
+    """(words, address relative to the page) of the other pages about the run that are there."""
+    places: list[tuple[str, Path]] = []
+    if run.record.data_directory:
+        places.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))
+    places.append(("evaluation", run.directory / "evaluation.html"))
+    for kind, words in ((EVALUATION, "newest evaluation report"), (REVIEW, "review by people")):
+        places += [(words, report.path) for report in kept_reports(run.directory, kind)[:1]]
+    places += [("model card", run.directory / "export" / "README.md"), ("metrics", run.directory / "metrics.jsonl")]
+    places.append(("run record", run.directory / "run.json"))
+    return [(words, address(run.directory, path)) for words, path in places if path.is_file()]
+
+
+def address(run_dir: Path, path: Path) -> str:
+    """A file's address from the page in the run directory: relative, so that both can be moved together."""
+    relative = os.path.relpath(path.absolute(), run_dir.absolute())
+    return relative.replace(os.sep, "/")

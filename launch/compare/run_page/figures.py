@@ -1,0 +1,422 @@
+"""Plots of one run as Vega-Lite specifications, each with its data inside. The page fits them to its width and theme."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from launch.compare.events import notable_steps
+from launch.compare.profiles import ProfiledSteps
+from launch.compare.run_files import RecordedRun
+from launch.compare.run_page.held_out import BestStep, best_step, watched_metric
+
+Spec = dict[str, Any]
+"""A specification in Vega-Lite, or a part of one."""
+Row = dict[str, Any]
+"""One row of a plot's data."""
+MAX_POINTS = 400
+"""Steps of a curve that are drawn; of a longer run evenly spread ones, and those that stood out."""
+SMOOTHINGS = {"none": 0.0, "some": 0.03, "much": 0.12}
+"""What the reader can choose, and the share of the run's steps that the exponential mean is over."""
+MIN_SMOOTHED_STEPS = 3
+"""Steps that it is over at least: of a short run a share of them would smooth nothing."""
+HEIGHT = 300
+STRIP_HEIGHT = 110
+"""Pixels of a plot, and of each of several beneath each other."""
+COURSE = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
+"""Metrics of steps that are drawn beneath each other, and the titles of their axes."""
+NUMBER_FORMATS = {"grad_norm": ".4~g", "lr": "~e", "tokens_per_s": ","}
+"""How the labels of those axes are written."""
+TRAINING = "training"
+HELD_OUT = "held-out"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One plot of the page."""
+
+    name: str
+    """Id of its element."""
+    title: str
+    caption: str
+    spec: Spec
+
+
+X_MENU: Spec = {
+    "name": "over",
+    "value": "step",
+    "bind": {"input": "select", "options": ["step", "tokens", "seconds"], "name": "over"},
+}
+"""The menu that chooses what the x axis shows."""
+X_TITLE: Spec = {"expr": "{step: 'step', tokens: 'tokens', seconds: 'seconds of training'}[over]"}
+ZOOM: Spec = {
+    "name": "zoom",
+    "select": {"type": "interval", "encodings": ["x"], "zoom": "wheel![event.ctrlKey]"},
+    "bind": "scales",
+}
+"""Dragging moves the plot. The wheel alone scrolls the page, which most readers want."""
+ZOOM_HINT = "Drag to move, Ctrl and the wheel to zoom, double-click to go back."
+CHOSEN_X: Spec = {"calculate": "datum[over]", "as": "x"}
+
+
+def figures(
+    run: RecordedRun, parts_s: dict[str, float], profile: ProfiledSteps | None
+) -> tuple[list[Figure], list[Figure]]:
+    """(plots that everybody sees, plots for those who look closer); those for which there are no numbers are left out.
+
+    `parts_s`: seconds of each part of a step, by its name.
+    """
+    positions = step_positions(run)
+    shown = [_loss_figure(run, positions)]
+    closer = [
+        _metrics_figure(run, positions),
+        _course_figure(run, positions),
+        _parts_figure(parts_s),
+        _profile_figure(profile),
+    ]
+    return _known(shown), _known(closer)
+
+
+def _known(candidates: list[Figure | None]) -> list[Figure]:
+    return [figure for figure in candidates if figure is not None]
+
+
+def step_positions(run: RecordedRun) -> dict[int, Row]:
+    """Step, tokens and seconds of training at each step of a run; the evaluation before the first step is at 0."""
+    positions: dict[int, Row] = {0: {"step": 0, "tokens": 0, "seconds": 0.0}}
+    elapsed = accumulate(row.get("step_s") or 0.0 for row in run.steps.values())
+    for (step, row), seconds in zip(run.steps.items(), elapsed, strict=True):
+        positions[step] = {"step": step, "tokens": row.get("tokens"), "seconds": round(seconds, 3)}
+    return positions
+
+
+def drawn_steps(run: RecordedRun) -> list[int]:
+    """The steps that are drawn: all of a short run; of a long one evenly spread ones, the last, and those that stood out."""
+    steps = list(run.steps)
+    stride = max(1, math.ceil(len(steps) / MAX_POINTS))
+    # A run may have thousands of outliers; a page has room for the latest.
+    notable = {step.step for step in notable_steps(run)[-MAX_POINTS:]}
+    last = len(steps) - 1
+    return [step for index, step in enumerate(steps) if index % stride == 0 or index == last or step in notable]
+
+
+def weight_of(share: float, num_steps: int) -> float:
+    """The weight of what came before in an exponential mean over a share of the steps; 0 smooths nothing."""
+    if share == 0:
+        return 0.0
+    # A mean over N steps has its centre of mass where an exponential one with this weight has it.
+    span = max(share * num_steps, MIN_SMOOTHED_STEPS)
+    return 1 - 2 / (span + 1)
+
+
+def smoothed(values: dict[int, float], weight: float) -> dict[int, float]:
+    """The exponential mean of finite values by step, without the bias towards 0 at the beginning."""
+    mean = 0.0
+    norm = 0.0
+    result = {}
+    for step, value in values.items():
+        mean = weight * mean + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        result[step] = mean / norm
+    return result
+
+
+def _rounded(value: float) -> float:
+    """A number with the six digits that a plot can show: the page is half as large."""
+    return float(f"{value:.6g}")
+
+
+def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
+    """Training and held-out loss in one plot, with the best step marked; None if no step has a finite loss."""
+    losses = {}
+    for step, row in run.steps.items():
+        if isinstance(row.get("loss"), int | float):
+            losses[step] = float(row["loss"])
+    if not losses:
+        return None
+    curves = {name: smoothed(losses, weight_of(share, len(losses))) for name, share in SMOOTHINGS.items()}
+    rows = []
+    for step in drawn_steps(run):
+        if step in losses:
+            values = {name: _rounded(curve[step]) for name, curve in curves.items()}
+            rows.append({"series": TRAINING, **positions[step], "loss": _rounded(losses[step]), **values})
+    held_out_rows = _held_out_rows(run, positions, "eval/loss")
+    caption = "The pale line is each step's own loss."
+    if held_out_rows:
+        caption += " Held-out loss is that of documents the model is not trained on."
+    best = best_step(run)
+    layers = _training_layers(rows) + _held_out_layers(held_out_rows)
+    if best is not None and best.beats_beginning:
+        layers += _best_layers(run, best, positions)
+        caption += f" ★ marks step {best.step}, the best by {watched_metric(run)}."
+    notable_rows = _notable_rows(run, positions)
+    if notable_rows:
+        layers.append(_notable_layer(notable_rows))
+        caption += " Dotted lines: steps that stood out; the pointer says why."
+    menus = [
+        X_MENU,
+        {
+            "name": "smoothing",
+            "value": "some",
+            "bind": {"input": "select", "options": [*SMOOTHINGS], "name": "smoothing"},
+        },
+        {
+            "name": "scale",
+            "value": "linear",
+            "bind": {"input": "select", "options": ["linear", "log"], "name": "loss axis"},
+        },
+    ]
+    spec = {"height": HEIGHT, "params": menus, "layer": layers}
+    # Vega's type of an axis cannot be a choice of the reader's, so the numbers are made logarithms, and the labels losses.
+    return Figure("loss", "Training and held-out loss", f"{caption} {ZOOM_HINT}", spec)
+
+
+def _loss_y(field: str) -> list[Spec]:
+    """Transforms that compute `y`, the loss or its logarithm, of a field that may itself be an expression."""
+    return [
+        {"calculate": field, "as": "v"},
+        {"calculate": "scale == 'log' ? (datum.v > 0 ? log(datum.v) / LN10 : null) : datum.v", "as": "y"},
+        {"filter": "isValid(datum.y)"},
+    ]
+
+
+LOSS_AXIS: Spec = {
+    "field": "y",
+    "type": "quantitative",
+    "title": "loss",
+    "scale": {"zero": False},
+    "axis": {"labelExpr": "scale == 'log' ? format(pow(10, datum.value), '.3~g') : format(datum.value, '.4~g')"},
+}
+X_AXIS: Spec = {
+    "field": "x",
+    "type": "quantitative",
+    "axis": {"title": X_TITLE, "tickMinStep": {"expr": "over == 'seconds' ? 0.001 : 1"}},
+    "scale": {"zero": False, "nice": False},
+}
+SERIES: Spec = {
+    "field": "series",
+    "type": "nominal",
+    "title": None,
+    "scale": {"domain": [TRAINING, HELD_OUT]},
+    "legend": {"symbolOpacity": 1, "symbolType": "stroke", "symbolSize": 300},
+}
+"""Colour of the two curves. Held-out losses have points as well, for those who see no difference of colours."""
+
+
+def _tooltip(value: str, title: str) -> list[Spec]:
+    return [
+        {"field": "step", "type": "quantitative"},
+        {"field": "tokens", "type": "quantitative", "format": ","},
+        {"field": "seconds", "type": "quantitative", "format": ".1f"},
+        {"field": value, "type": "quantitative", "title": title, "format": ".5~g"},
+    ]
+
+
+def _training_layers(rows: list[Row]) -> list[Spec]:
+    """Each step's loss, pale, and the smoothed line over it."""
+    encoding = {"x": X_AXIS, "y": LOSS_AXIS, "color": SERIES}
+    return [
+        {
+            "data": {"values": rows},
+            "params": [ZOOM],
+            "transform": [CHOSEN_X, *_loss_y("datum.loss")],
+            "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.35},
+            "encoding": encoding,
+        },
+        {
+            "data": {"values": rows},
+            "transform": [CHOSEN_X, *_loss_y("datum[smoothing]")],
+            "mark": {"type": "line", "strokeWidth": 2.2},
+            "encoding": encoding,
+        },
+        {
+            "data": {"values": rows},
+            "transform": [CHOSEN_X, *_loss_y("datum[smoothing]")],
+            "mark": {"type": "point", "opacity": 0, "size": 60},
+            "encoding": {"x": X_AXIS, "y": LOSS_AXIS, "tooltip": _tooltip("loss", "training loss")},
+        },
+    ]
+
+
+def _held_out_layers(rows: list[Row]) -> list[Spec]:
+    if not rows:
+        return []
+    return [
+        {
+            "data": {"values": rows},
+            "transform": [CHOSEN_X, *_loss_y("datum.value")],
+            "mark": {"type": "line", "strokeWidth": 2.2, "point": {"size": 55, "filled": True}},
+            "encoding": {"x": X_AXIS, "y": LOSS_AXIS, "color": SERIES, "tooltip": _tooltip("value", "held-out loss")},
+        }
+    ]
+
+
+def _held_out_rows(run: RecordedRun, positions: dict[int, Row], metric: str) -> list[Row]:
+    """A row for each evaluation with a finite value of a metric."""
+    rows = []
+    for step, metrics in run.evaluations.items():
+        value = metrics.get(metric)
+        if value is not None and math.isfinite(value):
+            position = positions.get(step, {"step": step, "tokens": None, "seconds": None})
+            rows.append({"series": HELD_OUT, **position, "value": _rounded(value), "metric": metric})
+    return _thinned(rows)
+
+
+def _thinned(rows: list[Row]) -> list[Row]:
+    """Evenly spread rows, `MAX_POINTS` at most, the last among them."""
+    stride = max(1, math.ceil(len(rows) / MAX_POINTS))
+    last = len(rows) - 1
+    return [row for index, row in enumerate(rows) if index % stride == 0 or index == last]
+
+
+def _best_layers(run: RecordedRun, best: BestStep, positions: dict[int, Row]) -> list[Spec]:
+    """A star at the best step, at the height of its held-out loss, with its number beside it."""
+    loss = run.evaluations[best.step].get("eval/loss")
+    if loss is None or not math.isfinite(loss):
+        return []
+    position = positions.get(best.step, {"step": best.step, "tokens": None, "seconds": None})
+    near_the_end = best.step > 0.8 * max(run.steps, default=best.step)
+    base: Spec = {
+        "data": {"values": [{**position, "value": _rounded(loss)}]},
+        "transform": [CHOSEN_X, *_loss_y("datum.value")],
+    }
+    encoding: Spec = {"x": X_AXIS, "y": LOSS_AXIS}
+    label = {
+        "type": "text",
+        "text": f"★ best: step {best.step}",
+        "dy": -14,
+        "fontSize": 13,
+        "fontWeight": 600,
+        "style": "ink",
+    }
+    label |= {"align": "right" if near_the_end else "left", "strokeWidth": 0}
+    ring = {"type": "point", "size": 190, "strokeWidth": 2, "filled": False, "style": "best"}
+    return [{**base, "mark": ring, "encoding": encoding}, {**base, "mark": label, "encoding": encoding}]
+
+
+def _notable_rows(run: RecordedRun, positions: dict[int, Row]) -> list[Row]:
+    rows = []
+    for notable in notable_steps(run)[-MAX_POINTS:]:
+        position = positions.get(notable.step, {"step": notable.step, "tokens": None, "seconds": None})
+        rows.append({**position, "what": notable.text[:200]})
+    return rows
+
+
+def _notable_layer(rows: list[Row]) -> Spec:
+    tooltip = [{"field": "step", "type": "quantitative"}, {"field": "what", "type": "nominal"}]
+    return {
+        "data": {"values": rows},
+        "transform": [CHOSEN_X],
+        "mark": {"type": "rule", "strokeDash": [2, 3], "strokeWidth": 1.5, "style": "bad"},
+        "encoding": {"x": X_AXIS, "tooltip": tooltip},
+    }
+
+
+def _metrics_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
+    """One held-out metric, which the reader chooses; None if there is none beside the loss."""
+    names: dict[str, None] = {}
+    for metrics in run.evaluations.values():
+        names |= dict.fromkeys(metrics)
+    names.pop("eval/loss", None)
+    rows: list[Row] = []
+    for name in names:
+        rows += _held_out_rows(run, positions, name)
+    if not rows:
+        return None
+    known = list(dict.fromkeys(row["metric"] for row in rows))
+    menu = {"name": "metric", "value": known[0], "bind": {"input": "select", "options": known, "name": "metric"}}
+    spec = {
+        "height": HEIGHT // 2,
+        "data": {"values": rows},
+        "params": [X_MENU, menu, ZOOM],
+        "transform": [{"filter": "datum.metric == metric"}, CHOSEN_X],
+        "mark": {"type": "line", "point": {"size": 45, "filled": True}},
+        "encoding": {
+            "x": X_AXIS,
+            "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
+            "tooltip": [{"field": "metric", "type": "nominal"}, *_tooltip("value", "value")],
+        },
+    }
+    return Figure("held-out", "Other held-out metrics", "Before the first step, and after each evaluation.", spec)
+
+
+def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
+    """Gradient norm, learning rate and speed beneath each other; None if no row has any of them."""
+    strips: list[Spec] = []
+    steps = drawn_steps(run)
+    for metric, title in COURSE.items():
+        rows = []
+        for step in steps:
+            value = run.steps[step].get(metric)
+            if isinstance(value, int | float) and math.isfinite(value):
+                rows.append({**positions[step], metric: _rounded(value)})
+        if rows:
+            y_axis = {"format": NUMBER_FORMATS[metric]}
+            strips.append(
+                {
+                    "height": STRIP_HEIGHT,
+                    "data": {"values": rows},
+                    "params": [ZOOM | {"name": "along"}],
+                    "transform": [CHOSEN_X],
+                    "mark": {"type": "line", "strokeWidth": 1.5},
+                    "encoding": {
+                        "x": {**X_AXIS, "axis": {**X_AXIS["axis"], "title": None}},
+                        "y": {
+                            "field": metric,
+                            "type": "quantitative",
+                            "title": title,
+                            "axis": y_axis,
+                            "scale": {"zero": False},
+                        },
+                        "tooltip": _tooltip(metric, title),
+                    },
+                }
+            )
+    if not strips:
+        return None
+    strips[-1]["encoding"]["x"] = X_AXIS  # the lowest alone names the axis that all share
+    spec = {"params": [X_MENU], "vconcat": strips, "spacing": 8}
+    return Figure("course", "Gradients, learning rate, speed", ZOOM_HINT, spec)
+
+
+def _parts_figure(parts_s: dict[str, float]) -> Figure | None:
+    """One bar of the parts of a step; None if they were not timed."""
+    if not parts_s:
+        return None
+    order = list(parts_s)
+    rows = []
+    for index, (part, seconds) in enumerate(parts_s.items()):
+        rows.append({"part": part, "ms": _rounded(1000 * seconds), "order": index})
+    spec = {
+        "height": 46,
+        "data": {"values": rows},
+        "mark": {"type": "bar"},
+        "encoding": {
+            "x": {"field": "ms", "type": "quantitative", "title": "milliseconds of a step"},
+            "color": {"field": "part", "type": "nominal", "sort": order, "title": None},
+            "order": {"field": "order"},
+            "tooltip": [{"field": "part", "type": "nominal"}, {"field": "ms", "type": "quantitative", "format": ".2f"}],
+        },
+    }
+    return Figure("parts", "Parts of a step", "Medians. Communication is part of where it is waited for.", spec)
+
+
+def _profile_figure(profile: ProfiledSteps | None) -> Figure | None:
+    """Allocated memory over the traced steps, a line for each rank; None if the run was not profiled."""
+    if profile is None or not profile.memory:
+        return None
+    spec = {
+        "height": HEIGHT // 2,
+        "data": {"values": profile.memory},
+        "mark": {"type": "line", "interpolate": "step-after"},
+        "encoding": {
+            "x": {"field": "ms", "type": "quantitative", "title": "milliseconds"},
+            "y": {"field": "GiB", "type": "quantitative", "title": "GiB"},
+            "color": {"field": "rank", "type": "nominal", "title": "rank"},
+        },
+    }
+    first_step, last_step = profile.steps
+    caption = f"Steps {first_step} to {last_step}; on a CPU what was allocated since the trace began."
+    return Figure("profile-memory", "Memory in the profiled steps", caption, spec)

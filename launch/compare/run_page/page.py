@@ -1,0 +1,89 @@
+"""Puts the page of one run together (`run.html.j2`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from launch.compare.comparison import Comparison
+from launch.compare.events import notable_steps, resolved_settings
+from launch.compare.profiles import OPERATORS, RANKS, read_profile
+from launch.compare.run_page import contents, figures
+from launch.compare.run_page.answers import answer_pairs
+from launch.compare.run_page.verdict import callouts, verdict_on
+from strategies.extras import install_command
+from trainer.pages.pieces import PageCell, PageColumn, PageTable
+from trainer.pages.render import render
+from trainer.pages.vega import vega_script
+
+MAX_NOTABLE = 50
+"""Steps that stood out which are listed: the last ones."""
+PACKAGE = "launch.compare.run_page"
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileTables:
+    """What the page shows of a profiled run."""
+
+    steps: tuple[int, int]
+    is_of_device: bool
+    traces: str
+    tables: list[PageTable]
+
+
+def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
+    """The HTML page of a comparison's only run; a browser reloads it after `reload_after_s` seconds."""
+    compared = comparison.runs[0]
+    run = compared.first_repeat
+    profile = read_profile(run.directory)
+    profile_tables = None
+    if profile is not None:
+        tables = [
+            _text_table(RANKS, profile.ranks, "Ranks"),
+            _text_table(OPERATORS, profile.operators, "Operators, all ranks"),
+        ]
+        profile_tables = ProfileTables(profile.steps, profile.measured_on == "device", profile.traces, tables)
+    main_plots, closer_plots = figures.figures(run, compared.summary.parts_s, profile)
+    notable = notable_steps(run)
+    return render(
+        PACKAGE,
+        "run.html.j2",
+        name=compared.name,
+        model=PurePath(run.record.base_model or "").name,
+        run=run,
+        verdict=verdict_on(run),
+        cards=contents.cards(compared),
+        callouts=callouts(run),
+        main_plots=main_plots,
+        closer_plots=closer_plots,
+        answers=answer_pairs(run),
+        costs=contents.cost_table(compared),
+        settings=contents.settings(run),
+        provenance=contents.provenance(run),
+        links=contents.links(run),
+        notable=notable[-MAX_NOTABLE:],
+        notable_left_out=max(len(notable) - MAX_NOTABLE, 0),
+        resolved=resolved_settings(comparison),
+        notes=comparison.notes,
+        profile=profile_tables,
+        vega_script=vega_script(),
+        install_command=install_command("report"),
+        reload_after_s=reload_after_s,
+    )
+
+
+def _text_table(headings: list[str], rows: list[list[str]], caption: str) -> PageTable:
+    """A table of cells that are text already, sorted by the numbers they begin with."""
+    cells = []
+    for row in rows:
+        cells.append([PageCell(text, _sort_value(text)) for text in row])
+    columns = [PageColumn(heading) for heading in headings]
+    return PageTable(columns, cells, caption)
+
+
+def _sort_value(text: str) -> float | str:
+    """The number that a cell begins with, else its text."""
+    try:
+        return float(text.replace(",", "").split("%")[0])
+    except ValueError:
+        return text

@@ -1,0 +1,247 @@
+"""The verdict on a run in one sentence, and call-outs about what a reader should know, each with the words to type."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from launch.compare.curves import first_step_not_finite
+from launch.compare.run_files import RecordedRun
+from launch.compare.run_page.held_out import MetricChange, best_step, metric_changes
+from trainer.data.report.audit import AUDIT, DOCUMENT_LEAK_KINDS
+from trainer.pages.numbers import number
+from trainer.pages.pieces import Callout, Tone, worst_first
+from trainer.reporting.findings import SHOWN_REMEDIES, RecordedFinding, findings_in
+from trainer.reporting.results import read_json
+from trainer.reporting.status import State
+
+HEADINGS = {
+    "diverged": "The run diverged",
+    "worse than before training": "The model is worse than before training",
+    "overfitting": "The run overfits",
+    "forgetting": "The model forgets what it knew",
+    "instability": "Training was unstable",
+    "output": "Answers are degenerate",
+}
+"""What the findings are called on the page; any other has its own name."""
+BAD_FINDINGS = {"diverged", "worse than before training"}
+"""Findings after which the last weights are of no use. The others are warnings."""
+LOWER_RATE = 0.1
+"""The learning rate that is proposed after a divergence, as a share of the run's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunVerdict:
+    """What came of a run."""
+
+    tone: Tone
+    heading: str
+    text: str
+    commands: tuple[str, ...] = ()
+
+
+def verdict_on(run: RecordedRun) -> RunVerdict:
+    """The verdict on a run: how it ended, else what its detectors found, else whether the watched metric got better."""
+    if run.state != State.done:
+        return _verdict_on_unfinished(run)
+    findings = findings_in(run.record.challenges)
+    changes = metric_changes(run)
+    steps = _steps_text(run)
+    worst = next((finding for finding in findings if finding.name in BAD_FINDINGS), None)
+    if worst is not None:
+        text = f"{worst.says[:1].upper()}{worst.says[1:]}. {steps}."
+        if worst.remedies:
+            text += f" Try: {'; '.join(worst.remedies[:SHOWN_REMEDIES])}."
+        return RunVerdict("bad", HEADINGS[worst.name], text, _commands_after(run, worst))
+    broken_step = first_step_not_finite(run)
+    if broken_step is not None:
+        heading = f"The loss is not a number from step {broken_step} on"
+        return RunVerdict("bad", heading, f"{steps}.", (_again_with_lower_rate(run),))
+    watched = changes[0] if changes else None
+    if watched is None:
+        text = (
+            f"{steps}. Nothing held out was evaluated, so nobody knows whether the model got better on new documents."
+        )
+        return RunVerdict("note", "Trained, not evaluated", text)
+    return _verdict_on_metric(run, watched, findings, steps)
+
+
+def _verdict_on_metric(
+    run: RecordedRun, watched: MetricChange, findings: list[RecordedFinding], steps: str
+) -> RunVerdict:
+    """The verdict on a finished run by its watched metric, and by findings that leave the model usable."""
+    change = f"{watched.title} went from {watched.change}"
+    if watched.before is None:
+        return RunVerdict(
+            "note", f"{watched.title}: {watched.change}", f"{steps}. It was not evaluated before the first step."
+        )
+    if watched.tone == "bad":
+        return RunVerdict("bad", f"{watched.title} got worse", f"{change}. {steps}.", _export_best(run))
+    if findings:
+        names = ", ".join(finding.name for finding in findings)
+        return RunVerdict("warning", f"Better, but: {names}", f"{change}. {steps}.", _export_best(run))
+    if watched.tone == "good":
+        return RunVerdict("good", f"{watched.title} got better", f"{change}. {steps}.")
+    return RunVerdict("warning", f"{watched.title} did not change", f"{change}. {steps}.")
+
+
+def _verdict_on_unfinished(run: RecordedRun) -> RunVerdict:
+    """The verdict on a run that is not done: where it stands, why it ended, and how it goes on."""
+    directory = shlex.quote(str(run.directory))
+    total = run.record.total_steps
+    step = run.status.get("step") or max(run.steps, default=0)
+    place = f"step {step} of {total}" if total else f"step {step}"
+    reason = " ".join(str(run.status.get("reason") or run.failure.get("message") or "").split())
+    if run.state == State.running:
+        return RunVerdict("note", f"Running: {place}", "", (f"shardtune logs {directory}",))
+    if run.state == State.preempted:
+        text = f"{reason}. The same command goes on from its last checkpoint." if reason else ""
+        return RunVerdict(
+            "warning", f"Stopped at {place}", text or "The same command goes on from its last checkpoint."
+        )
+    if run.state == State.failed:
+        return RunVerdict("bad", f"Failed at {place}", reason, (f"shardtune logs {directory}",))
+    return RunVerdict("note", run.state.capitalize(), reason)
+
+
+def _steps_text(run: RecordedRun) -> str:
+    """How far a run came: `Trained 40 steps, 12,345 tokens`."""
+    steps = max(run.steps, default=0)
+    tokens = run.steps[steps].get("tokens") if steps else None
+    text = "Trained 1 step" if steps == 1 else f"Trained {steps:,} steps"
+    return f"{text}, {tokens:,} tokens" if tokens else text
+
+
+def callouts(run: RecordedRun) -> list[Callout]:
+    """What a reader should know beside the verdict, the worst first."""
+    found = [*_finding_callouts(run), *_leak_callouts(run), *_straggler_callouts(run), *_gate_callouts(run)]
+    found += [*_best_step_callouts(run), *_course_callouts(run)]
+    return worst_first(found)
+
+
+def _finding_callouts(run: RecordedRun) -> list[Callout]:
+    """One for each finding of the detectors, but for the one that is the verdict."""
+    verdict_heading = verdict_on(run).heading
+    found = []
+    for finding in findings_in(run.record.challenges):
+        heading = HEADINGS.get(finding.name, finding.name.capitalize())
+        if heading == verdict_heading:
+            continue
+        tone: Tone = "bad" if finding.name in BAD_FINDINGS else "warning"
+        text = f"Since step {finding.step}: {finding.says}."
+        if finding.remedies:
+            text += f" Try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}."
+        found.append(Callout(tone, heading, text, _commands_after(run, finding)))
+    return found
+
+
+def _commands_after(run: RecordedRun, finding: RecordedFinding) -> tuple[str, ...]:
+    """Words to type after a finding: the best checkpoint where one is better, or the run again with a lower rate."""
+    if finding.name == "diverged":
+        return (_again_with_lower_rate(run),)
+    return _export_best(run)
+
+
+def _again_with_lower_rate(run: RecordedRun) -> str:
+    """The command that trains the same with a tenth of the learning rate, in a directory of its own."""
+    directory = shlex.quote(str(run.directory))
+    rate = run.config.get("optim.lr")
+    lower_rate = f"{LOWER_RATE * rate:g}" if isinstance(rate, int | float) else "1e-5"
+    return f"shardtune train {directory}/config.yaml run.dir={directory}-lower-rate optim.lr={lower_rate}"
+
+
+def _export_best(run: RecordedRun) -> tuple[str, ...]:
+    """The command that exports the best checkpoint; none if the last is the best, or none beats the model before training."""
+    best = best_step(run)
+    if best is None or best.is_last or not best.beats_beginning:
+        return ()
+    return (f"shardtune export {shlex.quote(str(run.directory))} checkpoint=best",)
+
+
+def _best_step_callouts(run: RecordedRun) -> list[Callout]:
+    """An earlier step that was better than the last one, or that none was better than the model before training."""
+    best = best_step(run)
+    changes = metric_changes(run)
+    if best is None or not changes:
+        return []
+    watched = changes[0]
+    if not best.beats_beginning:
+        before = watched.shown(watched.before) if watched.before is not None else ""
+        text = f"{watched.title} was {before} before training, and {watched.shown(best.value)} at best, at step {best.step}."
+        return [Callout("warning", "No step is better than the model before training", text)]
+    if best.is_last:
+        return []
+    text = f"{watched.title} was {watched.shown(best.value)} there, and {watched.shown(watched.after)} at the end."
+    return [Callout("note", f"Step {best.step} was the best", text, _export_best(run))]
+
+
+def _leak_callouts(run: RecordedRun) -> list[Callout]:
+    """Held-out documents that training has seen, by held-out split, from the audit of the data."""
+    audit = read_json(run.directory / run.record.data_directory / AUDIT) if run.record.data_directory else {}
+    directory = shlex.quote(str(run.directory))
+    again = f"shardtune train {directory}/config.yaml run.dir={directory}-clean data.leakage.policy=drop_train"
+    found = []
+    for split, leaks in (audit.get("leakage") or {}).items():
+        by_kind = leaks.get("train") or {}
+        num_documents = sum(by_kind.get(kind) or 0 for kind in DOCUMENT_LEAK_KINDS)
+        # Taken out before training: nothing of it was learned.
+        if not num_documents or leaks.get("policy") == "drop_train":
+            continue
+        text = f"{num_documents:,} training documents are in the held-out data ({split}) too. "
+        text += "Its numbers are better than those on new documents would be."
+        found.append(Callout("warning", "Training documents in the held-out data", text, (again,)))
+    return found
+
+
+def _straggler_callouts(run: RecordedRun) -> list[Callout]:
+    """Ranks that held the others up."""
+    outcome = run.record.outcome
+    if outcome is None or not outcome.slow_ranks:
+        return []
+    lines = [_slow_rank_text(slow_rank) for slow_rank in outcome.slow_ranks]
+    heading = "A rank held the others up" if len(lines) == 1 else f"{len(lines)} ranks held the others up"
+    return [Callout("warning", heading, f"{'. '.join(lines)}.", ("shardtune doctor",))]
+
+
+def _slow_rank_text(slow_rank: dict[str, Any]) -> str:
+    until = f" to {slow_rank['until_step']}" if slow_rank.get("until_step") else " on"
+    factor = number(slow_rank.get("factor"), digits=2)
+    place = f"Rank {slow_rank.get('rank')} on {slow_rank.get('host')}"
+    return f"{place} computes {factor} times as long as the others, from step {slow_rank.get('from_step')}{until}"
+
+
+def _gate_callouts(run: RecordedRun) -> list[Callout]:
+    """Why nothing was exported."""
+    if run.record.not_exported:
+        files = ", ".join(run.record.not_exported[:3])
+        return [
+            Callout("bad", "Nothing was exported", f"Files of the base model changed while the run trained: {files}.")
+        ]
+    return []
+
+
+def _course_callouts(run: RecordedRun) -> list[Callout]:
+    """What happened on the way: resumed, stopped early, steps that stood out, lines that cannot be read."""
+    found = []
+    if run.record.resumed_from:
+        text = f"From {run.record.resumed_from}. Duration, speed and memory are those of all attempts where they were recorded."
+        if run.record.accepted:
+            text += f" Accepted differences: {'; '.join(run.record.accepted)}."
+        found.append(Callout("note", "The run was resumed", text))
+    outcome = run.record.outcome
+    if outcome is not None and outcome.stopped_early:
+        patience = run.config.get("evaluation.patience")
+        text = f"The watched metric had not improved for {patience} evaluations."
+        found.append(Callout("note", "The run stopped early", text))
+    # What a detector found has a call-out of its own.
+    outliers = [event for event in run.events if event.get("event") != "challenge"]
+    if outliers:
+        heading = "1 step stood out" if len(outliers) == 1 else f"{len(outliers)} steps stood out"
+        found.append(
+            Callout("note", heading, f"The last was step {outliers[-1]['step']}. What was done is told below.")
+        )
+    if run.unreadable_lines:
+        text = f"{run.unreadable_lines} lines of metrics.jsonl or events.jsonl are no rows, and are left out here."
+        found.append(Callout("warning", "Part of the run cannot be read", text))
+    return found

@@ -1,0 +1,269 @@
+"""`report.html` of one run: what each kind of end says first, and that a long or an old run still has a page."""
+
+import json
+import re
+import tarfile
+import time
+
+import pytest
+
+from launch.compare.comparison import compare
+from launch.compare.run_page import contents, figures, page
+from launch.compare.run_page.answers import answer_pairs
+from launch.compare.run_page.held_out import MetricChange, best_step, metric_changes
+from launch.compare.run_page.verdict import callouts, verdict_on
+from launch.compare.settings import ComparisonRow
+from tests.helpers.launching import ROOT
+from trainer.monitors.kept_answers import FILE, GENERATED, MAX_ROWS, KeptAnswer, KeptAnswers
+from trainer.reporting.results import keep_report
+
+CONFIG = {"strategy": {"name": "single"}, "optim": {"lr": 3.0}, "evaluation": {"watch": "eval/loss"}}
+DIVERGED = {
+    "found": True,
+    "verdict": "diverged",
+    "first_step": 20,
+    "says": "diverged: the training loss went from 5.88 at step 1 to 23.2",
+    "remedies": ["a lower optim.lr", "schedule.warmup_share=0.1"],
+}
+OVERFIT = {"found": True, "first_step": 54, "says": "held-out loss rises", "remedies": ["fewer epochs"]}
+
+
+def run_of(directory, held_out=(3.0, 2.5, 2.0), *, status=None, steps=20, config=CONFIG, **record):
+    """A run directory with an evaluation at each of `held_out`, evenly spread over its steps; the first is before them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(json.dumps(config))
+    rows = []
+    for step in range(1, steps + 1):
+        row = {"step": step, "loss": 3 - step / (2 * steps), "tokens": 100 * step, "step_s": 0.5, "tokens_per_s": 200.0}
+        rows.append(row | {"memory_gib": 1.5, "grad_norm": 1.0, "lr": 1e-4})
+    for index, loss in enumerate(held_out):
+        rows.append({"step": index * steps // max(len(held_out) - 1, 1), "eval/loss": loss})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "status.json").write_text(json.dumps(status or {"state": "done"}))
+    (directory / "run.json").write_text(json.dumps({"device": "cpu", "world_size": 1, "total_steps": steps, **record}))
+    return directory
+
+
+def compared(directory):
+    return compare([ComparisonRow((directory,))])
+
+
+def read(directory):
+    return compared(directory).runs[0].first_repeat
+
+
+def html(directory) -> str:
+    """The page without its scripts: what a reader sees, the plots aside."""
+    text = page.run_page(compared(directory))
+    return re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+
+
+def test_verdicts_differ_by_how_a_run_ended(tmp_path):
+    runs = {
+        "good": run_of(tmp_path / "good"),
+        "diverged": run_of(tmp_path / "diverged", (3.0, 9.0), challenges={"divergence": DIVERGED}),
+        "overfit": run_of(tmp_path / "overfit", (3.0, 2.0, 2.5), challenges={"overfitting": OVERFIT}),
+        "worse": run_of(tmp_path / "worse", (3.0, 3.2)),
+        "unevaluated": run_of(tmp_path / "unevaluated", ()),
+        "stopped": run_of(tmp_path / "stopped", status={"state": "preempted", "step": 7, "reason": "SIGTERM"}),
+        "failed": run_of(tmp_path / "failed", status={"state": "failed", "step": 7, "reason": "out of memory"}),
+        "running": run_of(tmp_path / "running", status={"state": "running", "step": 7, "time": time.time()}),
+    }
+    verdicts = {name: verdict_on(read(directory)) for name, directory in runs.items()}
+    assert {name: (verdict.tone, verdict.heading) for name, verdict in verdicts.items()} == {
+        "good": ("good", "Held-out loss got better"),
+        "diverged": ("bad", "The run diverged"),
+        "overfit": ("warning", "Better, but: overfitting"),
+        "worse": ("bad", "Held-out loss got worse"),
+        "unevaluated": ("note", "Trained, not evaluated"),
+        "stopped": ("warning", "Stopped at step 7 of 20"),
+        "failed": ("bad", "Failed at step 7 of 20"),
+        "running": ("note", "Running: step 7 of 20"),
+    }
+    assert verdicts["good"].text == "Held-out loss went from 3.000 to 2.000 (-33.3%). Trained 20 steps, 2,000 tokens."
+    directory = runs["diverged"]
+    again = f"shardtune train {directory}/config.yaml run.dir={directory}-lower-rate optim.lr=0.3"
+    assert verdicts["diverged"].commands == (again,)
+    assert verdicts["overfit"].commands == (f"shardtune export {runs['overfit']} checkpoint=best",)
+    for directory in runs.values():
+        assert verdict_on(read(directory)).heading in html(directory)
+
+
+def test_what_a_reader_should_know_comes_worst_first(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    leaks = {"policy": "report", "train": {"exact": 2, "normalized": 1, "near": 0, "prompt": 9}}
+    (data / "audit.json").write_text(json.dumps({"leakage": {"eval": leaks}}))
+    slow = {"rank": 3, "host": "node7", "factor": 1.8, "from_step": 10, "until_step": None}
+    record = {
+        "challenges": {"forgetting": {"found": True, "first_step": 3, "says": "maths fell", "remedies": ["replay"]}},
+        "resumed_from": "step-000010",
+        "data_directory": str(data),
+        "not_exported": ["model.safetensors"],
+        "outcome": {"slow_ranks": [slow], "stopped_early": True},
+    }
+    directory = run_of(tmp_path / "run", (3.0, 2.0, 2.5), **record)
+    (directory / "events.jsonl").write_text(json.dumps({"step": 5, "action": "note", "values": {"loss": 9.5}}) + "\n")
+    found = callouts(read(directory))
+    assert [(callout.tone, callout.heading) for callout in found] == [
+        ("bad", "Nothing was exported"),
+        ("warning", "The model forgets what it knew"),
+        ("warning", "Training documents in the held-out data"),
+        ("warning", "A rank held the others up"),
+        ("note", "Step 10 was the best"),
+        ("note", "The run was resumed"),
+        ("note", "The run stopped early"),
+        ("note", "1 step stood out"),
+    ]
+    assert found[2].text.startswith("3 training documents")
+    assert found[3].text == "Rank 3 on node7 computes 1.8 times as long as the others, from step 10 on."
+    assert callouts(read(run_of(tmp_path / "plain"))) == []
+    (data / "audit.json").write_text(json.dumps({"leakage": {"eval": leaks | {"policy": "drop_train"}}}))
+    assert "Training documents in the held-out data" not in html(directory)
+
+
+def test_cards_before_and_after(tmp_path):
+    cards = contents.cards(compared(run_of(tmp_path / "run", (3.0, 2.0, 2.5))).runs[0])
+    shown = [(card.label, card.value, card.tone, card.arrow) for card in cards]
+    assert shown == [
+        ("Held-out loss", "2.500", "good", "down"),
+        *(("Duration", "10 s", "", ""), ("Speed", "200", "", ""), ("Memory", "1.5 GiB", "", "")),
+    ]
+    assert cards[0].note == "before training 3.000, better, best 2.000 at step 10"
+    unevaluated = contents.cards(compared(run_of(tmp_path / "none", ())).runs[0])
+    assert unevaluated[0].label == "Training loss" and not unevaluated[0].tone
+    device = {"device": "cuda", "receipt": {"predicted": {"device_gib": 1.6, "memory_gib": 1.4}}}
+    full = contents.cards(compared(run_of(tmp_path / "full", **device)).runs[0])[-1]
+    assert full.tone == "warning" and full.note.startswith("93.8% of a card's 1.60 GiB")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "larger", "tone"),
+    [
+        *(("eval/accuracy", 0.5, 0.7, True, "good"), ("eval/accuracy", 0.7, 0.5, True, "bad")),
+        *(("eval/margin", -1.0, 2.0, True, "good"), ("eval/x", 1.0, 2.0, None, ""), ("eval/loss", 2.0, 2.0, False, "")),
+    ],
+)
+def test_better_and_worse_go_by_the_direction_of_the_metric(name, before, after, larger, tone):
+    assert MetricChange(name, after, before, larger).tone == tone
+
+
+def test_best_step_is_held_against_the_model_before_training(tmp_path):
+    best = best_step(read(run_of(tmp_path / "worse", (2.0, 3.0, 2.5))))
+    assert (best.step, best.beats_beginning, best.is_last) == (20, False, True)
+    config = CONFIG | {"evaluation": {"watch": "eval/loss", "greater_is_better": True}}
+    best = best_step(read(run_of(tmp_path / "larger", (2.0, 3.0, 2.5), config=config)))
+    assert (best.step, best.beats_beginning) == (10, True)
+    assert metric_changes(read(tmp_path / "larger"))[0].tone == "good"
+
+
+def test_taken_stands_beside_planned_only_where_both_mean_the_same(tmp_path):
+    receipt = {"predicted": {"memory_gib": 3.0, "step_s": 0.25, "checkpoint_bytes": 100.0}}
+    receipt["measured"] = {"checkpoint_bytes": 150.0, "checkpoint_s": 2.0}
+
+    def rows(device):
+        table = contents.cost_table(compared(run_of(tmp_path / device, device=device, receipt=receipt)).runs[0])
+        return {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+
+    assert rows("cuda")["Memory of a rank"] == ["3.0 GiB", "1.5 GiB", "0.50"]
+    assert rows("cpu")["Memory of a rank"] == [contents.UNKNOWN, "1.5 GiB", contents.UNKNOWN]
+    assert rows("cuda")["Time of a step"] == ["0.25 s", "0.50 s", "2.00"]
+    assert rows("cpu")["Size of a checkpoint"] == ["100 B", "150 B", "1.50"]
+
+
+def test_answers_of_the_newest_evaluation_beside_the_base(tmp_path):
+    directory = run_of(tmp_path / "run")
+    rows = [{"where": f"q:{n}", "prompt": f"<b>{n}</b>", "answer": "Paris", "other": "Rome"} for n in range(9)]
+    changed = {"won": rows, "lost": rows[:1], "num_won": 9, "num_lost": 1}
+    report = {"time": 1.0, "against": {"what": "base", "tasks": {"qa": {"changed": changed}}}}
+    keep_report(directory, "evaluation", report)
+    keep_report(directory, "evaluation", {"time": 2.0, "tasks": {}})
+    pairs = answer_pairs(read(directory))
+    assert [pair.change for pair in pairs] == ["right now", "wrong now", *(["right now"] * 4)]
+    text = html(directory)
+    assert "Answers before and after" in text and "&lt;b&gt;0&lt;/b&gt;" in text and "<b>0</b>" not in text
+    assert "Answers before" not in html(run_of(tmp_path / "without"))
+
+
+def test_answers_that_the_run_itself_wrote(tmp_path):
+    """Those of the first evaluation and of the newest, to the same prompts; a resumed run keeps the first."""
+    directory = run_of(tmp_path / "run")
+    for step, text in ((0, "hm"), (10, "mid"), (20, "Paris")):
+        kept = KeptAnswers(directory)
+        kept.add(GENERATED, [KeptAnswer(f"q{n}" + "x" * 3000, text, "Paris") for n in range(9)])
+        kept.write(step)
+        kept.write(step)  # nothing was written since
+    pairs = answer_pairs(read(directory))
+    assert len(pairs) == MAX_ROWS
+    assert (pairs[0].before, pairs[0].after, pairs[0].reference) == ("hm", "Paris", "Paris")
+    assert pairs[0].summary.startswith("held-out document: … x") and len((directory / FILE).read_bytes()) < 60_000
+    assert "Before training" in html(directory)
+    KeptAnswers(None).write(0)
+    anew = KeptAnswers(directory)
+    anew.add("qa", [KeptAnswer("q", "a", "r")])
+    anew.write(0)
+    assert answer_pairs(read(directory)) == []
+    (directory / FILE).write_text("[")
+    assert answer_pairs(read(directory)) == []
+
+
+def test_a_long_run_is_still_a_page(tmp_path):
+    """100,000 steps, an evaluation each hundred, and an outlier each hundred."""
+    steps = 100_000
+    directory = run_of(tmp_path / "long", tuple(3 - n / 1000 for n in range(1001)), steps=steps)
+    events = [
+        {"step": step, "action": "note", "values": {"loss": 9.5}, "scores": {"loss": 8.0}}
+        for step in range(1, steps, 100)
+    ]
+    (directory / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    text = page.run_page(compared(directory))
+    assert len(text) < 1_500_000
+    run = read(directory)
+    drawn = figures.drawn_steps(run)
+    assert drawn[-1] == steps and len(drawn) <= 2 * figures.MAX_POINTS + 1
+    assert "950 earlier ones are in events.jsonl" in text
+
+
+def test_curves_are_smoothed_over_all_steps():
+    assert figures.smoothed({1: 4.0, 2: 2.0, 3: 2.0}, 0.0) == {1: 4.0, 2: 2.0, 3: 2.0}
+    smooth = figures.smoothed({1: 4.0, 2: 2.0}, 0.5)
+    assert smooth == {1: 4.0, 2: pytest.approx((0.5 * 4 + 2) / 1.5)}
+    assert [figures.weight_of(share, 1000) for share in (0.0, 0.03)] == [0.0, pytest.approx(29 / 31)]
+    assert figures.weight_of(0.03, 10) == 0.5
+    constant = figures.smoothed(dict.fromkeys(range(50), 3.0), 0.95)
+    assert list(constant.values()) == pytest.approx([3.0] * 50)
+
+
+def test_page_of_a_run_of_before_there_were_records(tmp_path):
+    directory = run_of(tmp_path / "old", ())
+    (directory / "run.json").unlink()
+    text = html(directory)
+    assert "Trained, not evaluated" in text and "Settings that were chosen" not in text
+    for file in ("metrics.jsonl", "status.json"):
+        (directory / file).unlink()
+    assert "Not started" in html(directory)
+
+
+def test_pages_of_runs_that_an_earlier_version_wrote(tmp_path):
+    archive = ROOT / "tests" / "golden" / "earlier_version.tar.gz"
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    headings = {
+        name: verdict_on(read(tmp_path / "runs" / name)).heading for name in ("finished", "classifier", "stopped")
+    }
+    assert headings == {
+        "finished": "Held-out loss got better",
+        "classifier": "Trained, not evaluated",
+        "stopped": "Stopped at step 1 of 12",
+    }
+    for name in headings:
+        text = html(tmp_path / "runs" / name)
+        assert headings[name] in text and "Settings that were chosen" in text and "Where it comes from" in text
+
+
+def test_page_without_the_extra_report_lacks_its_plots_alone(tmp_path, monkeypatch):
+    directory = run_of(tmp_path / "run")
+    monkeypatch.setattr("trainer.pages.vega.find_spec", lambda name: None)
+    text = page.run_page(compared(directory))
+    assert "Held-out loss got better" in text and "Plots need the extra" in text
+    assert 'class="plot"' not in text and "unsafe-eval" not in text
