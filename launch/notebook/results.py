@@ -190,23 +190,25 @@ class EvaluationResult:
         return report_text(self.report) if self.report else f"{self.directory}: not evaluated yet"
 
     def _repr_html_(self) -> str:
-        """All metrics in one table, and what got worse before it."""
+        """The verdict and the cards of its page, and all metrics in one table."""
+        from trainer.evaluation.report.page import report_callouts, report_cards, report_verdict
+
         report = self.report
         if not report:
             return fragment(str(self))
-        rows = _metric_rows(report)
-        callouts = [Callout("bad", "Worse than before", line) for line in self.regressions]
-        notes = []
-        for name, task in report.get("tasks", {}).items():
-            notes += [Callout("note", name, note) for note in task.get("notes", ())]
-        model = report.get("model", {})
-        heading = str(model.get("run") or model.get("path") or self.directory)
+        callouts = [Callout("bad", "Worse than it may be", line) for line in self.regressions]
+        callouts += report_callouts(report)
+        for name, task in report["tasks"].items():
+            callouts += [Callout("note", name, note) for note in task["notes"]]
+        heading = str(report["model"]["run"] or report["model"]["path"])
         if report.get("against"):
             heading += f", against {report['against']['what']}"
         return fragment(
             heading,
-            callouts=worst_first(callouts + notes),
-            tables=[_table_of_metrics(rows)],
+            lead=report_verdict(report),
+            cards=report_cards(report),
+            callouts=worst_first(callouts),
+            tables=[_table_of_metrics(_metric_rows(report))],
             footer=f"page: {self.page}",
         )
 

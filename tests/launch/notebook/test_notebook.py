@@ -89,12 +89,14 @@ REPORT = {
     "tasks": {
         "facts": {
             "num_rows": 40,
+            "seconds": 2.0,
             "metrics": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "greater_is_better": True}},
             "notes": ["<i>few</i> rows"],
         }
     },
     "against": {
         "what": "base",
+        "not_there": [],
         "tasks": {
             "facts": {
                 "metrics": {
@@ -126,7 +128,7 @@ def test_evaluation_is_tables_and_a_view(tmp_path):
     assert result.rows().to_dict("records") == [{"task": "facts", "arm": "tuned", "prompt": "p", "score/right": 1.0}]
     assert result.regressions == REPORT["regressions"] and result.page == tmp_path / "evaluation.html"
     html = without_scripts(result._repr_html_())
-    assert html.index("accuracy 0.5, before 0.7") < html.index("&lt;i&gt;few") < html.index("<table")
+    assert html.index("Worse than base") < html.index("accuracy 0.5, before 0.7") < html.index("&lt;i&gt;few")
     assert "0.4000 to 0.6000" in html and "worse" in html and "-0.2000" in html
 
 

@@ -89,9 +89,9 @@ def render_page(
         against=report.get("against", {}).get("what", ""),
         regressions=report.get("regressions", []),
         title=_title(report["model"]),
-        verdict=_verdict(report),
-        cards=_cards(report),
-        callouts=_callouts(report),
+        verdict=report_verdict(report),
+        cards=report_cards(report),
+        callouts=report_callouts(report),
         overview=_overview(report, parts),
         parts=parts,
         other=_other_name(report),
@@ -139,7 +139,7 @@ def _verdicts(report: Record) -> dict[str, str]:
     return verdicts
 
 
-def _verdict(report: Record) -> Callout:
+def report_verdict(report: Record) -> Callout:
     """The sentence at the top of the page: in how many tasks the model is better or worse, or how to find out."""
     if "against" not in report:
         run = report["model"]["run"]
@@ -178,7 +178,7 @@ def _tasks(count: int) -> str:
     return f"{count} task" if count == 1 else f"{count} tasks"
 
 
-def _cards(report: Record) -> list[PageCard]:
+def report_cards(report: Record) -> list[PageCard]:
     """How many tasks have which verdict; without a comparison the number of tasks. Then how many rows were asked."""
     names_by_verdict: dict[str, list[str]] = {}
     for name, verdict in _verdicts(report).items():
@@ -203,7 +203,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
 
 
-def _callouts(report: Record) -> list[Callout]:
+def report_callouts(report: Record) -> list[Callout]:
     """What a reader should know beside the verdict: accepted differences, tasks without a comparison, further metrics."""
     callouts = []
     against = report.get("against")
