@@ -112,6 +112,13 @@ class Run:
 
         return AutoTokenizer.from_pretrained(self.dir / "export")
 
+    def _repr_html_(self) -> str:
+        """For a notebook: how the run went, what a reader should know about it, and its losses."""
+        _refuse_other_packages()
+        from launch.notebook.run_view import run_view
+
+        return run_view(self.dir)
+
     def _json(self, name: str) -> dict[str, Any]:
         """A JSON object of the run directory; empty if it is missing or unreadable."""
         try:

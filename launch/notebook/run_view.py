@@ -1,0 +1,52 @@
+"""What a notebook shows of a run: its verdict, cards, call-outs and losses, as on its page, without a script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.compare.comparison import compare
+from launch.compare.run_files import RecordedRun
+from launch.compare.run_page.contents import cards
+from launch.compare.run_page.verdict import callouts, verdict_on
+from launch.compare.run_report import REPORT
+from launch.compare.settings import ComparisonRow
+from launch.config.prices import price_of
+from launch.notebook.curve import Curve, Picture, picture, smoothed
+from launch.notebook.fragment import fragment
+from strategies.errors import ConfigError
+from trainer.pages.pieces import Callout
+
+
+def run_view(run_dir: Path) -> str:
+    """HTML of a run. One that has not begun, or whose files cannot be read, is a sentence."""
+    try:
+        comparison = compare([ComparisonRow((run_dir,))], price_of)
+    except ConfigError as error:
+        return fragment(str(run_dir), lead=Callout("note", "No run to show", "; ".join(error.problems)))
+    compared = comparison.runs[0]
+    run = compared.first_repeat
+    verdict = verdict_on(run)
+    report = run_dir / REPORT
+    return fragment(
+        str(run_dir),
+        cards=cards(compared),
+        lead=Callout(verdict.tone, verdict.heading, verdict.text, verdict.commands),
+        callouts=callouts(run),
+        picture=_losses(run),
+        footer=f"page with all plots and settings: {report}" if report.is_file() else "",
+    )
+
+
+def _losses(run: RecordedRun) -> Picture | None:
+    """Training loss, smoothed over its own faint line, and held-out loss."""
+    losses = [(step, row["loss"]) for step, row in run.steps.items() if row["loss"] is not None]
+    held_out = []
+    for step, metrics in run.evaluations.items():
+        if metrics.get("eval/loss") is not None:
+            held_out.append((step, metrics["eval/loss"]))
+    curves = [
+        Curve("training loss of a step", losses, style="faint"),
+        Curve("training loss", smoothed(losses)),
+        Curve("held-out loss", held_out, style="dots"),
+    ]
+    return picture(curves, x_title="steps", description="Training loss and held-out loss over the steps of the run")
