@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from launch.compare import repeats
-from launch.compare.comparison import ComparedRun, Comparison, rounded
+from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.conclusion import Conclusion
+from launch.compare.curves import rounded
 from launch.compare.events import notable_step_lines, resolved_settings
 from launch.output import Column, TableRow, fold_all, table
 from trainer.reporting.numbers import short
@@ -20,6 +23,10 @@ UNKNOWN = "-"
 """The cell of a number that is not known."""
 LOSS_DIFFERENCE = "loss diff"
 MFU = "MFU"
+ANSWER = "answer"
+"""Title of the section that Markdown and HTML show first."""
+MAX_LISTED_VALUES = 8
+"""Values of a setting that differs which are listed one a run; of more runs each value stands once, with its count."""
 
 
 def _number(value: float | None, number_format: str) -> str:
@@ -160,9 +167,9 @@ def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
     """(title, lines) of each section below the tables; a section without lines is shown nowhere."""
     differences = []
     for difference in comparison.differences:
-        values = ", ".join(short(value) for value in difference.values)
-        differences.append(f"{difference.key}: {values}")
+        differences.append(f"{difference.key}: {_listed_values(difference.values)}")
     return [
+        (ANSWER, comparison.conclusion.lines),
         ("verdict", [run.verdict for run in comparison.runs]),
         ("loss curves", _curve_lines(comparison)),
         ("held-out metrics, before and after", _evaluation_lines(comparison)),
@@ -171,6 +178,14 @@ def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
         ("resolved", resolved_settings(comparison)),
         ("to know", list(comparison.notes)),
     ]
+
+
+def _listed_values(values: Sequence[Any]) -> str:
+    """The values of a setting in the order of the runs, or of many runs each value once with the number of its runs."""
+    if len(values) <= MAX_LISTED_VALUES:
+        return ", ".join(short(value) for value in values)
+    counts = Counter(short(value) for value in values)
+    return ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
 
 
 def _curve_lines(comparison: Comparison) -> list[str]:
@@ -234,6 +249,9 @@ def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()
     """The comparison as a Markdown page; `pictures` are (title, path relative to the page) of plots."""
     is_single_run = len(comparison.runs) == 1
     lines = [f"# Run {comparison.first}" if is_single_run else "# Comparison"]
+    if comparison.conclusion.sentences:
+        lines += ["", " ".join(comparison.conclusion.sentences)]
+        lines += _take_when_lines(comparison.conclusion)
     for title, headings, rows in cell_tables(comparison):
         lines.append("")
         if title:
@@ -241,7 +259,7 @@ def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()
         lines += [_markdown_row(headings), _markdown_row(["---"] * len(headings))]
         lines += [_markdown_row([f"`{name}`", *cells]) for name, *cells in rows]
     for title, sentences in sections(comparison):
-        if sentences:
+        if sentences and title != ANSWER:
             lines += ["", f"## {_capitalised(title)}", "", *(f"- {sentence}" for sentence in sentences)]
     for title, path in pictures:
         lines += ["", f"## {title}", "", f"![{title}]({path})"]
@@ -251,6 +269,19 @@ def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()
         if run_dirs:
             lines.append(f"- {run.name}: {', '.join(run_dirs)}")
     return "\n".join(lines) + "\n"
+
+
+def _take_when_lines(conclusion: Conclusion) -> list[str]:
+    """A Markdown table of which point to take when, and what to run if no difference is shown."""
+    lines = []
+    if conclusion.take:
+        lines += ["", _markdown_row(["for", "take", "why", "words"]), _markdown_row(["---"] * 4)]
+        for choice in conclusion.take:
+            words = f"`{choice.words}`" if choice.words else "-"
+            lines.append(_markdown_row([choice.goal, f"`{choice.point.name}`", choice.why, words]))
+    if conclusion.to_learn_more:
+        lines += ["", conclusion.to_learn_more]
+    return lines
 
 
 def _capitalised(title: str) -> str:
@@ -273,9 +304,9 @@ def as_html(comparison: Comparison, *, reload_after_s: float | None = None) -> s
         from launch.compare.run_page.page import run_page
 
         return run_page(comparison, reload_after_s=reload_after_s)
-    from launch.compare.page import render_page
+    from launch.compare.comparison_page import comparison_page
 
-    return render_page(comparison, cell_tables(comparison), sections(comparison), reload_after_s=reload_after_s)
+    return comparison_page(comparison, sections(comparison), reload_after_s=reload_after_s)
 
 
 def _markdown_row(cells: list[str]) -> str:
@@ -287,9 +318,36 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values, as in `compare.json`. Sizes are GiB, times seconds, speeds those of all ranks together."""
     return {
         "first": comparison.first,
+        "answer": _answer_as_dict(comparison.conclusion),
         "runs": [_run_as_dict(comparison, run_index) for run_index in range(len(comparison.runs))],
         "notes": list(comparison.notes),
     }
+
+
+def _answer_as_dict(conclusion: Conclusion) -> dict[str, Any]:
+    """The answer as JSON values: its sentences, what to take when, and the jobs by quality, the best first."""
+    take = []
+    for choice in conclusion.take:
+        take.append({"for": choice.goal, "run": choice.point.name, "why": choice.why, "words": choice.words})
+    ranked = conclusion.ranked
+    quality = None
+    if ranked is not None:
+        jobs = []
+        for job, difference in zip(ranked.jobs, ranked.differences, strict=True):
+            jobs.append(
+                {
+                    "runs": [point.name for point in job.points],
+                    "value": ranked.value(job),
+                    "shown_worse": difference is not None and difference.is_shown,
+                    "interval": None if difference is None else difference.interval,
+                }
+            )
+        quality = {
+            "metric": ranked.metric.name,
+            "greater_is_better": ranked.metric.greater_is_better,
+            "jobs": jobs,
+        }
+    return {"sentences": list(conclusion.sentences), "take": take, "quality": quality}
 
 
 def _run_as_dict(comparison: Comparison, run_index: int) -> dict[str, Any]:
@@ -307,6 +365,7 @@ def _run_as_dict(comparison: Comparison, run_index: int) -> dict[str, Any]:
         "reason": run.repeated.reason,
         "measured": asdict(run.measured) | asdict(run.summary),
         "against": run.against,
+        "same_job": run.is_same_job,
         "loss_difference": loss_difference,
         "not_comparable": list(run.not_comparable),
         "verdict": run.verdict,
@@ -382,7 +441,7 @@ def _summary_cells(run: ComparedRun) -> dict[str, Any]:
     """The figures of a run's repeats by column of the CSV; the parts of a step have a column each."""
     cells = asdict(run.summary)
     # Its slowest and fastest repeat, and `<part>_s`, have columns of one number each.
-    for field_of_several in ("tokens_per_s_repeats", "parts_s"):
+    for field_of_several in ("tokens_per_s_repeats", "memory_gib_repeats", "parts_s"):
         del cells[field_of_several]
     for part in (*repeats.STEP_PARTS, "rest"):
         cells[f"{part}_s"] = run.summary.parts_s.get(part)

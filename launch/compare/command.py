@@ -71,8 +71,8 @@ With run directories, compare reads runs that exist and computes nothing anew. T
 directory that holds runs (from `train -m` or `compare`) stands for all of them. You can also name a run by W&B's own
 directory (runs/a/wandb/offline-run-...), as wandb:<entity>/<project>/<run id>, or by the address of its page.
 
-to= writes compare.md, compare.csv and compare.json. With the extra `report` it also writes compare.html and
-plots/*.png. The page of a single run is its report.html, also without to=.
+to= writes compare.md, compare.html, compare.csv and compare.json. With the extra `report` compare.html has plots, and
+plots/*.png are written. The page of a single run is its report.html, also without to=.
 
 The exit code is 64 if a word cannot be used, 75 or 130 if compare was stopped, and a run's own code if no run
 succeeded. docs/comparing.md explains each number."""
@@ -133,7 +133,7 @@ def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> No
     if page is None:
         raise ConfigError("--follow: name a directory for the page that is written again; to=reports/now")
     missing = missing_packages(page.name)
-    if missing is not None:
+    if missing is not None and len(rows) == 1:
         raise ConfigError(f"--follow: {missing}")
 
     # On stderr: with --json, stdout holds nothing but the JSON of the comparison.
@@ -185,7 +185,6 @@ def _comparison_directory(words: list[str]) -> Path | None:
 def _compare_new_points(words: CompareWords) -> int:
     """Run every combination of the settings typed, then print and write how the runs compare; returns the exit code."""
     from launch.compare.follow import PeriodicPage
-    from launch.compare.page import missing_packages
     from launch.compare.points import STOP_EXIT_CODES, plan_points, run_points
     from trainer.stopping.signals import hold, release
 
@@ -198,11 +197,6 @@ def _compare_new_points(words: CompareWords) -> int:
     if words.dry_run:
         print(points_listing(plan, to))
         return 0
-    if words.follow:
-        missing = missing_packages()
-        if missing is not None:
-            raise ConfigError(f"--follow: {missing}")
-
     print(points_listing(plan, to), file=sys.stderr, flush=True)
     rows = plan.rows(to)
     pages = None
@@ -255,7 +249,7 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
         run_page = _page_path(rows, None)
     else:
         written = _write_comparison_files(comparison, comparison_json, to)
-    missing = missing_packages(f"{run_page.name} with plots" if run_page else "compare.html")
+    missing = missing_packages(f"{run_page.name} with plots" if run_page else "compare.html with plots")
 
     if as_json:
         print(json.dumps(comparison_json, indent=1, allow_nan=False), flush=True)
@@ -280,7 +274,7 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
 def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, Any], to: Path) -> list[str]:
     """Write every file of the comparison into `to`; returns what was written, as the last line of the command names it.
 
-    Without the extra `report` there are no plots and no HTML page.
+    Without the extra `report` there are no plots, and no page of a single run.
     """
     from launch.compare.answer import as_csv, as_html, as_markdown
     from launch.compare.page import missing_packages, write_plot_images
@@ -288,7 +282,9 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
     from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
     from trainer.reporting.status import write_text_atomic
 
+    # Without the extra `report` the page of a comparison only lacks its plots.
     has_packages = missing_packages() is None
+    has_page = has_packages or len(comparison.runs) > 1
     # The plots first: the Markdown page links to them.
     plot_images = write_plot_images(comparison, to) if has_packages else []
     versioned_json = {VERSION_KEY: FILE_VERSION, **comparison_json}
@@ -297,7 +293,7 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
     write_text_atomic(to / "compare.json", json.dumps(versioned_json, indent=1, allow_nan=False) + "\n")
 
     written = [str(to / "compare.md")]
-    if has_packages:
+    if has_page:
         write_text_atomic(to / "compare.html", as_html(comparison))
         written.append("compare.html")
     written += ["compare.csv", "compare.json"]

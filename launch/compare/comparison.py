@@ -3,52 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 
+from launch.compare.compared_axes import ComparedAxis, compared_axes
+from launch.compare.compared_run import ComparedRun as ComparedRun
+from launch.compare.conclusion import Conclusion, conclude
 from launch.compare.curves import (
     FIRST_STEPS,
     SAME_LOSS_TOLERANCE,
-    LossDifference,
     baseline_index,
     compare_losses,
     first_step_not_finite,
+    rounded,
+    step_settings,
     why_not_comparable,
 )
-from launch.compare.names import SettingDifference, run_names, setting_differences
-from launch.compare.repeats import REFUSED, RepeatedRun, RepeatsSummary, read_repeats
+from launch.compare.names import ABSENT, FIRST_IN_NAME, SettingDifference, run_names, setting_differences
+from launch.compare.quality import ComparedJob, quality_difference, watched_metric, why_other_questions
+from launch.compare.repeats import REFUSED, RepeatedRun, read_repeats
 from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.settings import ComparisonRow
+from trainer.reporting.numbers import readable
 from trainer.reporting.run_record import RunRecord
-
-
-@dataclass(frozen=True, slots=True)
-class ComparedRun:
-    """One row of a comparison."""
-
-    name: str
-    repeated: RepeatedRun
-    against: str | None
-    """Name of the baseline, whose loss this run's is compared with: the first run, or the first with the same steps."""
-    loss_difference: LossDifference | None
-    """Of this run's loss curve from the baseline's; None for the first run, and if the curves cannot be compared."""
-    not_comparable: tuple[str, ...]
-    """Why the loss curves cannot be compared: `key: value and value` for each setting; empty if they can."""
-    verdict: str
-
-    @property
-    def first_repeat(self) -> RecordedRun:
-        """The run of the first repeat: its loss curve stands for all repeats."""
-        return self.repeated.first_repeat
-
-    @property
-    def measured(self) -> RunMeasurements:
-        """Speed, memory and losses over all repeats."""
-        return self.repeated.measured
-
-    @property
-    def summary(self) -> RepeatsSummary:
-        """Spread of the repeats, parts of a step, and the price."""
-        return self.repeated.summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +38,10 @@ class Comparison:
     differences: tuple[SettingDifference, ...]
     notes: tuple[str, ...]
     """Caveats for the reader, such as speeds of different machines."""
+    axes: tuple[ComparedAxis, ...]
+    """Settings along which the points differ, the first typed one first."""
+    conclusion: Conclusion
+    """The answer in a few sentences, and which point to take when."""
 
     @property
     def begun_runs(self) -> list[ComparedRun]:
@@ -85,12 +66,21 @@ def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | Non
             first = number
             break
     runs = [_compared_run(repeated_runs, names, row_index, first) for row_index in range(len(rows))]
+    run_by_name = {run.name: run for run in runs}
+    runs = [replace(run, verdict=_verdict(run, run_by_name, is_first=run.name == names[first])) for run in runs]
     notes = _notes(repeated_runs, names)
-    return Comparison(tuple(runs), names[first], tuple(differences), tuple(notes))
+    return Comparison(
+        runs=tuple(runs),
+        first=names[first],
+        differences=tuple(differences),
+        notes=tuple(notes),
+        axes=tuple(compared_axes(names, differences, rows[0].typed_keys)),
+        conclusion=conclude(runs, differences),
+    )
 
 
 def _compared_run(rows: list[RepeatedRun], names: list[str], row_index: int, first: int) -> ComparedRun:
-    """Row `row_index` compared with its baseline: the loss difference, and the verdict as one sentence.
+    """Row `row_index` compared with its baseline, without a verdict yet.
 
     `first` is the index of the run that the others are compared with. The baseline may be a later one: see `baseline_index`.
     """
@@ -99,37 +89,82 @@ def _compared_run(rows: list[RepeatedRun], names: list[str], row_index: int, fir
     baseline = None
     if row_index != first and repeated.state != REFUSED:
         baseline = baseline_index([row.first_repeat for row in rows], row_index, first)
+    if baseline is None:
+        return ComparedRun(names[row_index], repeated, None, None, ())
+    baseline_run = rows[baseline].first_repeat
+    why_not = why_not_comparable(baseline_run, repeated.first_repeat)
+    loss_difference = None
+    if not why_not:
+        loss_difference = compare_losses(baseline_run, repeated.first_repeat)
+    is_same_job = not why_not and step_settings(baseline_run) == step_settings(repeated.first_repeat)
+    return ComparedRun(names[row_index], repeated, names[baseline], loss_difference, tuple(why_not), is_same_job)
 
-    clauses: list[str] = []
-    why_not: list[str] = []
-    difference = None
-    if baseline is not None:
-        baseline_run = rows[baseline].first_repeat
-        why_not = why_not_comparable(baseline_run, repeated.first_repeat)
-        if not why_not:
-            difference = compare_losses(baseline_run, repeated.first_repeat)
-        clauses.append(_loss_verdict(names[baseline], difference, why_not))
-        # Speed and memory are relative to the run whose loss is compared: a sentence has one baseline.
-        clauses += _speed_and_memory_clauses(rows[baseline], repeated)
-    broken_step = first_step_not_finite(repeated.first_repeat)
+
+def _verdict(run: ComparedRun, run_by_name: dict[str, ComparedRun], *, is_first: bool) -> str:
+    """The verdict on a run as one sentence: how it ended, its loss or quality, speed and memory.
+
+    All of it has one baseline. Points of the same job are held to its loss, others are compared by their held-out metric.
+    """
+    clauses = [run.repeated.ended] if run.repeated.ended else []
+    if len(run_by_name) == 1:
+        clauses = [_single_run_verdict(run.repeated)]
+    elif is_first:
+        clauses += _own_numbers(run)
+    elif run.against is not None:
+        baseline = run_by_name[run.against]
+        clauses.append(_loss_verdict(run) if run.is_same_job else _quality_verdict(baseline, run))
+        clauses += _speed_and_memory_clauses(baseline.repeated, run.repeated)
+    broken_step = first_step_not_finite(run.first_repeat)
     if broken_step is not None:
         clauses.append(f"its loss is NaN or infinite from step {broken_step} on")
+    return f"{run.name}: {'; '.join(clauses)}"
 
-    ended = [repeated.ended] if repeated.ended else []
-    if len(rows) == 1:
-        verdict = "; ".join([f"{names[0]}: {_single_run_verdict(repeated)}", *clauses])
-    elif row_index == first:
-        verdict = "; ".join([f"{names[row_index]} is what the others are compared with", *ended, *clauses])
+
+def _own_numbers(run: ComparedRun) -> list[str]:
+    """Clauses on the run that the others are compared with: its last held-out metric, speed and memory."""
+    numbers = []
+    metric = watched_metric([ComparedJob((run,), {})])
+    if metric is not None and metric.name in run.measured.after:
+        numbers.append(f"{metric.name} {readable(run.measured.after[metric.name])}")
+    if run.measured.tokens_per_s:
+        numbers.append(f"{run.measured.tokens_per_s:,.0f} tokens/s")
+    if run.measured.memory_gib:
+        numbers.append(f"{run.measured.memory_gib:.3g} GiB")
+    clauses = [", ".join(numbers)] if numbers else []
+    return [*clauses, "the others are compared with it"]
+
+
+def _quality_verdict(baseline: ComparedRun, run: ComparedRun) -> str:
+    """A clause on how the held-out metric of a run compares with that of a baseline that trains another job."""
+    jobs = [ComparedJob((baseline,), {}), ComparedJob((run,), {})]
+    metric = watched_metric(jobs)
+    if metric is None or not all(job.values(metric.name) for job in jobs):
+        if run.not_comparable:
+            return _loss_verdict(run)
+        return f"trains another job than {baseline.name}{_other_settings(baseline, run)}; no held-out metric of both to compare"
+    other_questions = why_other_questions(baseline.first_repeat, run.first_repeat, metric.name)
+    if other_questions is not None:
+        return f"its {metric.name} cannot be compared with that of {baseline.name} (other {other_questions})"
+    baseline_value = median(jobs[0].values(metric.name))
+    value = median(jobs[1].values(metric.name))
+    quality = quality_difference(jobs[0], jobs[1], metric.name)
+    evidence = quality.evidence_text or "one run each"
+    if not quality.is_shown:
+        judgement = "no difference shown from"
+    elif metric.is_better(value, baseline_value):
+        judgement = "better than"
     else:
-        verdict = f"{names[row_index]}: {'; '.join([*ended, *clauses])}"
-    return ComparedRun(
-        name=names[row_index],
-        repeated=repeated,
-        against=None if baseline is None else names[baseline],
-        loss_difference=difference,
-        not_comparable=tuple(why_not),
-        verdict=verdict,
-    )
+        judgement = "worse than"
+    return f"{metric.name} {readable(value)}, {judgement} {baseline.name} ({readable(baseline_value)}; {evidence})"
+
+
+def _other_settings(baseline: ComparedRun, run: ComparedRun) -> str:
+    """The first settings in which the steps of two runs differ, in parentheses."""
+    settings = step_settings(baseline.first_repeat)
+    other_settings = step_settings(run.first_repeat)
+    keys = [key for key in settings | other_settings if settings.get(key, ABSENT) != other_settings.get(key, ABSENT)]
+    telling = sorted(keys, key=lambda key: key not in FIRST_IN_NAME)
+    return f" (other {', '.join(telling[:3])})" if keys else ""
 
 
 def _single_run_verdict(run: RepeatedRun) -> str:
@@ -150,31 +185,23 @@ def _single_run_verdict(run: RepeatedRun) -> str:
     return ", ".join(clauses)
 
 
-def _loss_verdict(baseline_name: str, difference: LossDifference | None, why_not: list[str]) -> str:
-    """A clause on how the run's loss compares with the baseline's, such as `same loss as ddp within 3e-7`.
-
-    `why_not` are the reasons why the curves cannot be compared; `difference` is None if there are some, or if no step has a
-    loss in both runs.
-    """
-    if why_not:
-        settings = [line.split(":")[0] for line in why_not]
+def _loss_verdict(run: ComparedRun) -> str:
+    """A clause on how the run's loss compares with its baseline's, such as `same loss as ddp within 3e-7`."""
+    if run.not_comparable:
+        settings = [line.split(":")[0] for line in run.not_comparable]
         more = f" and {len(settings) - 3} more" if len(settings) > 3 else ""
-        return f"its losses cannot be compared with those of {baseline_name} (other {', '.join(settings[:3])}{more})"
+        return f"its losses cannot be compared with those of {run.against} (other {', '.join(settings[:3])}{more})"
+    difference = run.loss_difference
     if difference is None:
-        return f"no step to compare with {baseline_name}"
+        return f"no step to compare with {run.against}"
     over_steps = ""
     if difference.steps < FIRST_STEPS:
         over_steps = f" over {difference.steps} step{'s' if difference.steps > 1 else ''}"
     if difference.early == 0:
-        return f"same loss as {baseline_name}, to the last digit{over_steps}"
+        return f"same loss as {run.against}, to the last digit{over_steps}"
     if difference.same:
-        return f"same loss as {baseline_name} within {rounded(difference.early)}{over_steps}"
-    return f"not the loss of {baseline_name}: it differs by {rounded(difference.early)} at step {difference.early_step}"
-
-
-def rounded(difference: float) -> str:
-    """A relative difference to one digit: `3e-7`, or `0` if there is none."""
-    return f"{difference:.1g}".replace("e-0", "e-") if difference else "0"
+        return f"same loss as {run.against} within {rounded(difference.early)}{over_steps}"
+    return f"not the loss of {run.against}: it differs by {rounded(difference.early)} at step {difference.early_step}"
 
 
 def _speed_and_memory_clauses(baseline: RepeatedRun, run: RepeatedRun) -> list[str]:

@@ -80,6 +80,11 @@ def _relative_difference(reference: float, value: float) -> float:
     return abs(reference - value) / scale
 
 
+def rounded(difference: float) -> str:
+    """A relative difference to one digit: `3e-7`, or `0` if there is none."""
+    return f"{difference:.1g}".replace("e-0", "e-") if difference else "0"
+
+
 def baseline_index(runs: list[RecordedRun], run_index: int, first: int) -> int | None:
     """Index of the run whose loss run `run_index` is compared with: the earliest with the same steps, else `first`.
 

@@ -57,7 +57,7 @@ def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
     for run in runs:
         config_keys |= dict.fromkeys(run.config)
     for key in config_keys:
-        if not _is_below(key, PER_RUN_KEYS) and _differs(key, runs):
+        if not is_below(key, PER_RUN_KEYS) and _differs(key, runs):
             values = tuple(run.config.get(key, ABSENT) for run in runs)
             differences.append(SettingDifference(key, values))
 
@@ -127,7 +127,7 @@ def _name_suffixes(differences: list[SettingDifference]) -> list[list[str]]:
     values_by_key = {difference.key: difference.values for difference in differences}
     settings = []
     for key in values_by_key:
-        if not key.startswith("run.json ") and not _is_below(key, NOT_NAMED):
+        if not key.startswith("run.json ") and not is_below(key, NOT_NAMED):
             settings.append(key)
     telling_settings = [key for key in FIRST_IN_NAME if key in settings]
     other_settings = [key for key in settings if key not in FIRST_IN_NAME]
@@ -176,6 +176,6 @@ def _word_characters(value_text: str) -> str:
     return re.sub(r"[^\w.]+", "_", value_text).strip("_")
 
 
-def _is_below(key: str, prefixes: tuple[str, ...]) -> bool:
+def is_below(key: str, prefixes: tuple[str, ...]) -> bool:
     """Whether a dotted key is one of the prefixes, or below one."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

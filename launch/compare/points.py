@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster.array_size import refuse_large_arrays
-from launch.compare.settings import CompareConfig, ComparisonRow, write_comparison_file
+from launch.compare.settings import CompareConfig, ComparisonRow, keys_of_words, write_comparison_file
 from launch.config.axes import Axes, excluded_points, name_in_trackers, point_label, read_axes
 from launch.config.verb_words import read_group
 from strategies.errors import ConfigError, NotRunOwner
@@ -82,6 +82,7 @@ class PointsPlan:
             config=config,
             warmup=self.settings.warmup,
             price_per_hour=self.settings.price_per_hour,
+            typed_keys=keys_of_words(self.words),
         )
 
     def runs(self, to: Path) -> Iterator[tuple[RequestedPoint, Path]]:

@@ -42,6 +42,8 @@ class RepeatsSummary:
     """Runs that took a step."""
     tokens_per_s_repeats: tuple[float, ...]
     """Each repeat's median."""
+    memory_gib_repeats: tuple[float, ...]
+    """Each repeat's largest peak of all ranks and steps."""
     parts_s: dict[str, float]
     """Seconds of the parts of a step, medians: data, forward, backward, optimizer, and what is left; empty where not timed."""
     dollars_per_million: float | None
@@ -110,9 +112,11 @@ def read_repeats(row: ComparisonRow, price_of: Callable[[str], float | None]) ->
     if traced_exposed_s is not None:
         combined = replace(combined, exposed_s=traced_exposed_s)
     speeds = [measured.tokens_per_s for measured in begun if measured.tokens_per_s is not None]
+    memory_peaks = _known_numbers([measured.memory_gib for measured in begun])
     summary = RepeatsSummary(
         repeats=sum(measured.steps > 0 for measured in per_repeat),
         tokens_per_s_repeats=tuple(speeds),
+        memory_gib_repeats=tuple(memory_peaks),
         parts_s=_step_parts_s(runs, row.warmup, combined.step_s),
         dollars_per_million=_dollars_per_million(row, runs[0].record, combined.tokens_per_s, price_of),
     )

@@ -262,7 +262,7 @@ def measure(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
         exchanged_bytes=_null_as_zero(measured.exchanged_bytes or {}),
         exposed_s=measured.exposed_s,
         before=run.evaluations.get(0, {}),
-        after=_last_held_out_metrics(run),
+        after=last_held_out_metrics(run),
     )
 
 
@@ -273,7 +273,7 @@ def _quartiles(values: list[float]) -> tuple[float, float] | None:
     return low, high
 
 
-def _last_held_out_metrics(run: RecordedRun) -> dict[str, float]:
+def last_held_out_metrics(run: RecordedRun) -> dict[str, float]:
     """Held-out metrics of the last evaluation after the first step; empty if there was none."""
     last_step = max(run.evaluations, default=0)
     return run.evaluations[last_step] if last_step > 0 else {}

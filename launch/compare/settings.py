@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ class ComparisonRow:
     """The settings of a refused point, by dotted key; other points have theirs in their run directories."""
     warmup: int = 1
     price_per_hour: float | None = None
+    typed_keys: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of the command's words in their order, which is that of the axes; empty for runs that existed."""
+
+
+def keys_of_words(words: Sequence[str]) -> tuple[str, ...]:
+    """The keys of words such as `strategy=ddp,fsdp2`, in their order."""
+    return tuple(word.partition("=")[0] for word in words)
 
 
 def write_comparison_file(to: Path, rows: list[ComparisonRow], words: list[str]) -> None:
@@ -57,7 +65,9 @@ def write_comparison_file(to: Path, rows: list[ComparisonRow], words: list[str])
     for row in rows:
         # Relative, so that a comparison can be moved or mounted elsewhere.
         directories = [str(path.relative_to(to)) for path in row.directories]
-        points.append({**asdict(row), "directories": directories})
+        point = {**asdict(row), "directories": directories}
+        del point["typed_keys"]  # they follow from the words
+        points.append(point)
     record = {VERSION_KEY: FILE_VERSION, "words": words, "points": points}
     write_text_atomic(to / COMPARISON_FILE, json.dumps(record, indent=1) + "\n")
 
@@ -73,7 +83,8 @@ def read_comparison_file(to: Path) -> list[ComparisonRow]:
     try:
         record = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_FILE_BYTES))
         version_of(record)  # refuses the file of a later version
-        return [_row_from_json(point, to) for point in record["points"]]
+        typed_keys = keys_of_words(record.get("words") or [])
+        return [replace(_row_from_json(point, to), typed_keys=typed_keys) for point in record["points"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); name the run directories below {to} instead, or repeat the command that made it"

@@ -236,6 +236,10 @@ def test_divergence_of_a_run_is_reported_everywhere(site, capfd):
     before = json.loads((run_dir / "held-out-before.json").read_text())
     evaluations = [row for row in rows(run_dir) if "eval/loss" in row]
     assert before["values"]["eval/loss"] == evaluations[0]["eval/loss"] and len(before["batches"]["eval/loss"]) == 9
+    # Those of the last evaluation are kept too: `shardtune compare` pairs two runs by them.
+    last = json.loads((run_dir / "held-out-last.json").read_text())
+    growth = sum(last["batches"]["eval/loss"]) / sum(before["batches"]["eval/loss"])
+    assert last["step"] == 30 and growth == pytest.approx(evaluations[-1]["eval/loss"] / evaluations[0]["eval/loss"])
     # The same command with stop: a checkpoint, 69, and a way on.
     stopped = site / "stopped"
     assert train(site, stopped, *HIGH, "challenges.divergence.action=stop") == 69

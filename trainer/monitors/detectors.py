@@ -60,6 +60,8 @@ class Challenges:
         """Keeps the first answers of the first evaluation and of the newest."""
         self.kept_before: KeptHeldOut | None = None
         """Keeps the evaluation before the first step; None: a resumed run does not know it."""
+        self.kept_last: KeptHeldOut | None = None
+        """Keeps the last evaluation, which `shardtune compare` pairs with that of another run; None: it is not kept."""
         self.before = HeldOutBefore()
         self.window = divergence.MIN_WINDOW
         """How many last steps the training loss now is the median of."""
@@ -162,16 +164,21 @@ class Challenges:
         if progress.step == 0:
             self._remember_before(values)
         else:
+            self._keep_last(progress.step, values)
             self._judge_divergence(progress, values)
         self.on_record(self.record)
         return logged
 
     def _remember_before(self, values: dict[str, float]) -> None:
         """Keep the evaluation before the first step. Errors: StorageError."""
-        metrics = {name: values[name] for name in (divergence.LOSS, divergence.MARGIN) if name in values}
-        self.before = HeldOutBefore(metrics, self._batch_sums)
+        self.before = HeldOutBefore(_paired_metrics(values), self._batch_sums)
         if self.kept_before is not None:
             self.kept_before.write(self.before)
+
+    def _keep_last(self, step: int, values: dict[str, float]) -> None:
+        """Keep the evaluation after `step` in place of the one before it. Errors: StorageError."""
+        if self.kept_last is not None and self._batch_sums:
+            self.kept_last.write(HeldOutBefore(_paired_metrics(values), self._batch_sums, step))
 
     def _judge_divergence(self, progress: Progress, values: dict[str, float]) -> None:
         """Compare the losses with those at the run's beginning, and record or report whether it diverged.
@@ -288,6 +295,11 @@ class Challenges:
                 f"step {self.ends.step}: {self.ends.challenge}: {self.ends.says}. A checkpoint of this step is there; the same "
                 f"command with {key} continues. Try: {'; '.join(self.ends.remedies)}"
             )
+
+
+def _paired_metrics(values: dict[str, float]) -> dict[str, float]:
+    """The metrics that are compared by micro-batch."""
+    return {name: values[name] for name in (divergence.LOSS, divergence.MARGIN) if name in values}
 
 
 class WatchedTasks:

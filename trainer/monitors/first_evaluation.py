@@ -1,4 +1,7 @@
-"""The evaluation before the first step, by micro-batch, kept in the run directory. Later ones are paired with it."""
+"""Evaluations by micro-batch, kept in the run directory: the one before the first step, and the last one.
+
+Later evaluations are paired with the one before the first step. `shardtune compare` pairs the last ones of two runs.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ FILE = "held-out-before.json"
 
 @dataclass(slots=True)
 class HeldOutBefore:
-    """Metrics before the first step; empty if nothing was evaluated then."""
+    """Metrics of one evaluation, as a rule of that before the first step; empty if nothing was evaluated then."""
 
     values: dict[str, float] = field(default_factory=dict)
     """By name, as `eval/loss`."""
     batches: dict[str, list[float]] = field(default_factory=dict)
     """Sums over each micro-batch in the order of the documents, by the same names."""
+    step: int = 0
+    """The step after which it was evaluated."""
 
     def pairs_with(self, name: str, batches: Mapping[str, list[float]]) -> tuple[list[float], list[float]] | None:
         """(sums before the first step, sums now) of a metric over each micro-batch, which have the same documents.
@@ -40,10 +45,10 @@ class HeldOutBefore:
 
 
 class KeptHeldOut:
-    """The file with the evaluation before the first step, so that a resumed run still knows it."""
+    """A file with one evaluation by micro-batch. Of the one before the first step a resumed run still knows it by this file."""
 
-    def __init__(self, run_dir: Path, runtime: Runtime) -> None:
-        self.path = run_dir / FILE
+    def __init__(self, run_dir: Path, runtime: Runtime, name: str = FILE) -> None:
+        self.path = run_dir / name
         self.runtime = runtime
 
     def read(self) -> HeldOutBefore:

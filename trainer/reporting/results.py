@@ -20,6 +20,8 @@ from trainer.reporting.status import write_text_atomic
 REPORTS = "reports"
 EVALUATION = "evaluation"
 REVIEW = "review"
+LAST_HELD_OUT = "held-out-last.json"
+"""Sums of the last evaluation by micro-batch, in the run directory: two runs are compared by them in pairs."""
 
 
 @dataclass(frozen=True, slots=True)

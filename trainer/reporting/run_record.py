@@ -128,6 +128,10 @@ class RunOutcome:
     experts: list[dict[str, Any]] = field(default_factory=list)
     slow_ranks: list[dict[str, Any]] = field(default_factory=list)
     stopped_early: bool = False
+    watch: str | None = None
+    """Metric that decides the best checkpoint."""
+    greater_is_better: bool | None = None
+    """Whether a larger value of it is better; None in records of earlier versions."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from trainer.monitors.first_evaluation import KeptHeldOut
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import KeptAnswers
 from trainer.optim.schedule import warmup_steps
+from trainer.reporting.results import LAST_HELD_OUT
 from trainer.session.announcements import RunContext, challenge_reporter
 from trainer.step import Built
 
@@ -35,6 +36,7 @@ def challenges_of(config: RunConfig, built: Built, total_steps: int, context: Ru
     challenges = Challenges(config.challenges, planned_evaluations, comparable_term, context.console.print_line, events)
     challenges.kept_before = KeptHeldOut(context.run_dir, context.runtime)
     challenges.kept_answers = KeptAnswers(context.run_dir if context.runtime.is_main else None)
+    challenges.kept_last = KeptHeldOut(context.run_dir, context.runtime, LAST_HELD_OUT)
     challenges.window = divergence.window_of(total_steps)
     challenges.first_judged = divergence.first_judged(warmup_steps(config.schedule, total_steps))
     challenges.on_record = challenge_reporter(context)

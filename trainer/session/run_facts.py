@@ -365,6 +365,8 @@ def outcome_record(outcome: Outcome) -> RunOutcome:
         experts=outcome.experts,
         slow_ranks=outcome.slow_ranks,
         stopped_early=outcome.stopped_early,
+        watch=outcome.watch,
+        greater_is_better=outcome.greater_is_better,
     )
 
 

@@ -12,7 +12,7 @@ from tests.helpers.tokenizers import write_chat_data
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
-PLOTS = ["loss", "held-out", "course", "speed", "memory", "parts", "trade"]
+PLOTS = ["difference", "loss", "held-out", "trade", "speed", "memory", "parts", "course"]
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +58,36 @@ def zooms(page, plot: str) -> None:
 
 
 def test_compare_page_of_several_runs_in_the_browser(site, browser):
-    page = browser.open(site / "reports" / "compare.html")
+    """Wide and dark: plots, sorting, a click in the legend. Narrow and light: nothing wider than the window."""
+    page = browser.open(site / "reports" / "compare.html", dark=True)
     all_are_drawn(page, PLOTS)
     assert drawn(page, "loss", "line mark") == 2 and drawn(page, "held-out", "line mark") == 2
-    assert drawn(page, "course", "line mark") == 6
-    assert [drawn(page, plot, "bar") for plot in ("speed", "memory", "parts")] == [2, 4, 10]
+    assert drawn(page, "difference", "line mark") == 1 and drawn(page, "course", "line mark") == 2
+    assert [drawn(page, plot, "bar") for plot in ("speed", "memory", "parts")] == [2, 2, 10]
     zooms(page, "loss")
+    assert axe_problems(page) == []
 
-    first = "document.querySelector('table.sortable')"
-    names = f"[...{first}.tBodies[0].rows].map(row => row.cells[0].textContent)"
-    losses = page.evaluate(f"[...{first}.tBodies[0].rows].map(row => Number(row.cells[2].dataset.value))")
-    assert losses[1] < losses[0] and page.evaluate(names) == ["lora", "other"]
-    page.click("th button:text-is('loss')")
-    assert page.evaluate(names) == ["other", "lora"]
-    page.click("th button:text-is('loss')")
+    title = "document.querySelector('#loss .role-title-text').textContent"
+    assert page.evaluate(title) == "tokens"  # as was chosen for the zoom
+    faded = "document.querySelectorAll('#loss .mark-line path[opacity=\"0.1\"]').length"
+    page.tab.locator("#loss .role-legend-label text").first.click()
+    page.wait(f"{faded} === 1")
+
+    first = "document.querySelector('#points')"
+    names = f"[...{first}.tBodies[0].rows].map(row => row.cells[0].dataset.value)"
     assert page.evaluate(names) == ["lora", "other"]
+    page.click("#points th button:text-is('last loss')")
+    assert page.evaluate(names) == ["other", "lora"]
+    page.click("#points th button:text-is('last loss')")
+    assert page.evaluate(names) == ["lora", "other"]
+    assert "1 of 1 points that should only compute elsewhere has another loss" in page.texts(".action h2")[0]
+
+    page.resized(400)
+    page.themed(dark=False)
+    page.wait("document.querySelector('#parts svg.marks').getBoundingClientRect().width < 400")
+    for summary in page.tab.locator("details.folded > summary").all():
+        summary.click()
+    assert not page.is_too_wide() and axe_problems(page) == []
     assert not page.errors and not page.requests
 
 
@@ -123,4 +138,4 @@ def test_pictures_of_each_plot(site):
     shown = {path.name: path.read_bytes() for path in (site / "reports" / "plots").iterdir()}
     assert set(shown) == {f"{name}.png" for name in PLOTS}
     assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in shown.values())
-    assert "![Loss](plots/loss.png)" in (site / "reports" / "compare.md").read_text()
+    assert "![Training loss](plots/loss.png)" in (site / "reports" / "compare.md").read_text()

@@ -1,0 +1,229 @@
+"""Plots of what the points of a comparison cost: speed, memory, the parts of a step, and quality against cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.curve_plots import course_plot, difference_plot, held_out_plot, loss_plot
+from launch.compare.quality import watched_metric_name
+from launch.compare.vega_specs import HEIGHT, LEGEND_CONFIG, SCHEMA, WIDTH, PagePlot, Spec, name_lookup, point_encoding
+
+SPARE_X: Spec = {"scale": {"zero": False, "padding": 24}, "axis": {"tickCount": 6}}
+PARTS = ("data", "forward", "backward", "optimizer", "rest")
+ROW_HEIGHT = 40
+"""Pixels of a point's row in a bar chart: its name stands above its bar, so that a narrow window has room for both."""
+COSTS = {
+    "seconds of steps": "seconds of steps",
+    "GiB": "GiB, largest peak of all ranks",
+    "GiB saved": "GiB of a checkpoint",
+    "dollars a million tokens": "US dollars for a million tokens",
+}
+"""What the reader can choose for the axis below "Quality against cost", and what it is then called."""
+
+
+def comparison_plots(comparison: Comparison) -> list[PagePlot]:
+    """The plots of a comparison in the order of the page; those without numbers are left out."""
+    same_jobs = any(run.is_same_job for run in comparison.runs)
+    curves = [loss_plot(comparison), held_out_plot(comparison)]
+    difference = difference_plot(comparison)
+    # Strategies are compared by their difference, methods by their quality.
+    curves.insert(0 if same_jobs else 2, difference)
+    plots = [*curves, quality_against_cost_plot(comparison), speed_plot(comparison), memory_plot(comparison)]
+    plots += [step_parts_plot(comparison), course_plot(comparison)]
+    return [plot for plot in plots if plot is not None]
+
+
+def has_same_meaning(run: ComparedRun) -> bool:
+    """Whether planned and measured memory of a run mean the same: tensors of a whole step, simulated and on a GPU.
+
+    On a CPU the resident set has libraries in it, and the quick estimate leaves out the logits.
+    """
+    by_simulation = (run.measured.planned_by or "").startswith("simulation")
+    return by_simulation and run.first_repeat.record.device not in ("", "cpu")
+
+
+def _bar_spec(rows: list[dict[str, Any]], runs: Sequence[ComparedRun], layers: list[Spec]) -> Spec:
+    return {
+        "$schema": SCHEMA,
+        "config": LEGEND_CONFIG,
+        "width": WIDTH,
+        "height": ROW_HEIGHT * len(runs),
+        "data": {"values": rows},
+        "encoding": {
+            "y": {
+                "field": "point",
+                "type": "nominal",
+                "sort": [run.name for run in runs],
+                "title": None,
+                "scale": {"paddingInner": 0.55, "paddingOuter": 0.55},
+                "axis": {
+                    "labelAlign": "left",
+                    "labelPadding": -4,
+                    "labelOffset": -17,
+                    "labelLimit": 600,
+                    "ticks": False,
+                    "domain": False,
+                    "zindex": 1,
+                    "minExtent": 0,
+                    "maxExtent": 0,
+                },
+            }
+        },
+        "layer": layers,
+    }
+
+
+def speed_plot(comparison: Comparison) -> PagePlot | None:
+    """A bar of tokens/s for each point, with the spread of its repeats; None if no speed is known."""
+    runs = comparison.begun_runs
+    rows: list[dict[str, Any]] = []
+    has_spread = False
+    for run in runs:
+        if run.measured.tokens_per_s is not None:
+            # A single run shows the middle half of its steps.
+            slowest, fastest = run.summary.spread or run.measured.tokens_per_s_quartiles or (None, None)
+            has_spread |= run.summary.spread is not None
+            rows.append({"point": run.name, "speed": run.measured.tokens_per_s, "slowest": slowest, "fastest": fastest})
+    if not rows:
+        return None
+    numbers = [{"field": field, "type": "quantitative", "format": ",.1f"} for field in ("speed", "slowest", "fastest")]
+    x = {"field": "speed", "type": "quantitative", "title": "tokens/s, all ranks together", "axis": {"tickCount": 6}}
+    spread = {"x": {"field": "slowest", "type": "quantitative"}, "x2": {"field": "fastest"}}
+    layers: list[Spec] = [
+        {"mark": "bar", "encoding": {"x": x, "tooltip": [{"field": "point", "type": "nominal"}, *numbers]}},
+        {
+            "transform": [{"filter": "isValid(datum.slowest)"}],
+            "mark": {"type": "rule", "strokeWidth": 3, "style": "ink"},
+            "encoding": spread,
+        },
+    ]
+    what = (
+        "from the slowest to the fastest repeat" if has_spread else "the middle half of the steps: each point ran once"
+    )
+    return PagePlot("speed", "Speed", f"Median tokens/s. The dark line is {what}.", _bar_spec(rows, runs, layers))
+
+
+def memory_plot(comparison: Comparison) -> PagePlot | None:
+    """A bar of GiB for each point, and a mark for what was planned if it means the same; None if no memory is known."""
+    runs = comparison.begun_runs
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        if run.measured.memory_gib is not None:
+            planned = run.measured.planned_gib if has_same_meaning(run) else None
+            rows.append({"point": run.name, "GiB": run.measured.memory_gib, "planned": planned})
+    if not rows:
+        return None
+    numbers = [{"field": field, "type": "quantitative", "format": ".4f"} for field in ("GiB", "planned")]
+    on_cpu = any(run.first_repeat.record.device == "cpu" for run in runs)
+    x = {"field": "GiB", "type": "quantitative", "title": "GiB", "axis": {"tickCount": 6}}
+    layers: list[Spec] = [
+        {"mark": "bar", "encoding": {"x": x, "tooltip": [{"field": "point", "type": "nominal"}, *numbers]}}
+    ]
+    caption = "Largest peak of all ranks."
+    if on_cpu:
+        caption += " On a CPU this is the process with its libraries, so that a plan of tensors is not shown beside it."
+    if any(row["planned"] is not None for row in rows):
+        layers.append(
+            {
+                "transform": [{"filter": "isValid(datum.planned)"}],
+                "mark": {"type": "tick", "thickness": 3, "style": "ink"},
+                "encoding": {"x": {"field": "planned", "type": "quantitative"}},
+            }
+        )
+        caption += " The dark tick is what the simulation planned."
+    return PagePlot("memory", "Memory", caption, _bar_spec(rows, runs, layers))
+
+
+def step_parts_plot(comparison: Comparison) -> PagePlot | None:
+    """A stacked bar for each point: milliseconds of each part of a step; None if no run timed them."""
+    runs = comparison.begun_runs
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        for part, seconds in run.summary.parts_s.items():
+            rows.append({"point": run.name, "part": part, "ms": round(1000 * seconds, 3), "order": PARTS.index(part)})
+    if not rows:
+        return None
+    encoding = {
+        "x": {"field": "ms", "type": "quantitative", "title": "ms of a step", "axis": {"tickCount": 6}},
+        "color": {"field": "part", "type": "nominal", "sort": list(PARTS), "title": None},
+        "order": {"field": "order", "type": "quantitative"},
+        "tooltip": [
+            {"field": "point", "type": "nominal"},
+            {"field": "part", "type": "nominal"},
+            {"field": "ms", "type": "quantitative", "format": ".2f"},
+        ],
+    }
+    caption = "Medians over the steps. Communication is part of where it is waited for."
+    return PagePlot("parts", "A step's parts", caption, _bar_spec(rows, runs, [{"mark": "bar", "encoding": encoding}]))
+
+
+def _costs(run: ComparedRun) -> dict[str, float | None]:
+    """What a point cost, by the name of the cost in the menu; None if it is not known."""
+    return {
+        "seconds of steps": sum(row.get("step_s") or 0.0 for row in run.first_repeat.steps.values()),
+        "GiB": run.measured.memory_gib,
+        "GiB saved": run.measured.checkpoint_gib,
+        "dollars a million tokens": run.summary.dollars_per_million,
+    }
+
+
+def quality_against_cost_plot(comparison: Comparison) -> PagePlot | None:
+    """A mark for each point: its watched metric, or last loss, against a cost that the reader chooses; None below two points."""
+    runs = comparison.begun_runs
+    watched = watched_metric_name(runs)
+    is_held_out = watched is not None and all(watched in run.measured.after for run in runs)
+    rows: list[dict[str, Any]] = []
+    known_costs: set[str] = set()
+    drawn: list[ComparedRun] = []
+    for run in runs:
+        quality = run.measured.after[str(watched)] if is_held_out else run.measured.loss
+        if quality is not None:
+            costs = _costs(run)
+            rows.append({"p": len(drawn), "quality": quality, **costs})
+            drawn.append(run)
+            known_costs |= {name for name, cost in costs.items() if cost is not None}
+    if len(rows) < 2 or not known_costs:
+        return None
+    choices = [name for name in COSTS if name in known_costs]
+    qualities = [row["quality"] for row in rows]
+    # At least a thousandth: values that differ by rounding alone are drawn at the same height.
+    margin = max(0.1 * (max(qualities) - min(qualities)), 1e-3 * abs(max(qualities)))
+    names = " : ".join(f"against === '{choice}' ? '{COSTS[choice]}'" for choice in choices)
+    menu = {"input": "select", "options": choices, "name": "against "}
+    y_title = str(watched) if is_held_out else "last training loss"
+    domain = [min(qualities) - margin, max(qualities) + margin]
+    spec = {
+        "$schema": SCHEMA,
+        "config": LEGEND_CONFIG,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "title": {
+            "text": {"expr": f"{names} : ''"},
+            "orient": "bottom",
+            "anchor": "middle",
+            "fontSize": 12,
+            "offset": 6,
+        },
+        "data": {"values": rows},
+        "params": [{"name": "against", "value": choices[0], "bind": menu}],
+        "transform": [
+            name_lookup(comparison, drawn),
+            {"calculate": "datum[against]", "as": "x"},
+            {"filter": "isValid(datum.x)"},
+        ],
+        "mark": {"type": "point", "filled": True, "size": 130, "opacity": 0.85},
+        "encoding": {
+            "x": {"field": "x", "type": "quantitative", "title": None, **SPARE_X},
+            "y": {"field": "quality", "type": "quantitative", "title": y_title, "scale": {"domain": domain}},
+            **point_encoding(comparison, dashed=False),
+            "tooltip": [
+                {"field": "point", "type": "nominal"},
+                {"field": "quality", "type": "quantitative", "format": ".6g", "title": y_title},
+                {"field": "x", "type": "quantitative", "format": ".6g", "title": "cost"},
+            ],
+        },
+    }
+    caption = "Left is cheaper. Point at a mark to see its name and numbers."
+    return PagePlot("trade", "Quality against cost", caption, spec)
