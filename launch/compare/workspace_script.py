@@ -9,7 +9,7 @@ SCRIPT = Template('''"""These runs in W&B: a saved view of the project's workspa
     $install && wandb login
     python workspace.py              # or: python workspace.py <team or user>
 
-Offline runs must have been uploaded before (`wandb sync`, as the last line of each run says). Change what you like: the
+Offline runs must have been uploaded before (`wandb sync`, as the last lines of each run say). Change what you like: the
 same command makes a new view and a new report.
 """
 

@@ -222,6 +222,7 @@ def test_divergence_of_a_run_is_reported_everywhere(site, capfd):
     assert record["found"] and record["verdict"] == "diverged" and record["first_step"] == 20
     assert "warning:    diverged, since step 20: the training loss went from" in last_lines
     assert "best:       no checkpoint has a better eval/loss than before training" in last_lines
+    assert last_lines.strip().splitlines()[-1] == "next:       train again in another run.dir, with a lower optim.lr"
     assert not re.search(r"\d{12}", last_lines) and readable(1.0162e236) == "1.0e+236"  # of the perplexity
     assert "- **diverged**, since step 20" in (run_dir / "export" / "README.md").read_text()
     status = json.loads((run_dir / "status.json").read_text())

@@ -32,7 +32,8 @@ from trainer.reporting.status import State, write_status
 from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
 from trainer.reporting.tracking import Trackers, open_trackers, open_without_rows, summary_of
 from trainer.session.attempt import Attempt
-from trainer.session.run_facts import end_text, outcome_record, start_text, write_run_record
+from trainer.session.last_lines import end_text
+from trainer.session.run_facts import outcome_record, start_text, write_run_record
 from trainer.session.tracker_columns import name_of, tracker_settings
 from trainer.stopping.preempt import Agreement
 
@@ -229,7 +230,7 @@ def close_records(
         record.energy = energy_of_run(context.run_dir)
         record.outcome = outcome_record(outcome)
         write_run_record(context.run_dir, record)
-        context.console.print_line(end_text(context.run_dir, outcome, exported, trackers.hints))
+        context.console.print_line(end_text(record, context.run_dir, outcome, exported, trackers.hints))
     processes.barrier(context.runtime)
 
 

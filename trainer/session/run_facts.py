@@ -6,7 +6,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,14 @@ from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
-from trainer.monitors.stragglers import SlowRank
 from trainer.planner.communication_volume import expected_bytes
 from trainer.planner.predicted_vs_measured import memory_text, predicted
 from trainer.reporting.code_revision import revision
 from trainer.reporting.documents.facts import ModelFacts, gather
 from trainer.reporting.documents.questions import read_answers
 from trainer.reporting.energy import energy_of_run
-from trainer.reporting.findings import SHOWN_REMEDIES, findings_in
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.metrics import flops_per_token, reference_tflops
-from trainer.reporting.numbers import readable
 from trainer.reporting.outcome import Outcome
 from trainer.reporting.resolution import Resolution
 from trainer.reporting.run_record import (
@@ -53,8 +50,6 @@ from trainer.session.identity import versions_of
 from trainer.step import Built
 from trainer.tuning.initial_adapter import adapter_hash
 
-MIN_METRIC_WIDTH = 22
-"""Columns of the names of metrics in the last lines of a run."""
 PACKAGES = (
     *("torch", "transformers", "peft", "deepspeed", "datasets", "hydra-core", "wandb", "accelerate", "flash-attn"),
     *("flash-linear-attention", "causal-conv1d", "mamba-ssm"),
@@ -381,54 +376,3 @@ def model_facts(config: RunConfig, record: RunRecord, outcome: Outcome, run_dir:
     facts.tokens = outcome.progress.tokens
     facts.artefact = artefact_of(run_dir, facts.step, config.checkpoint.fallback_dir)
     return facts
-
-
-def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequence[tuple[str, str]]) -> str:
-    """The last lines of a run: its metrics, findings, and where its files are. `hints`: (tracker, link)."""
-    speed = ""
-    if outcome.speed:
-        speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)"
-    lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
-    width = max([MIN_METRIC_WIDTH, *map(len, outcome.after)])
-    for name, metric_value in outcome.after.items():
-        before = outcome.before.get(name)
-        before_text = "" if before is None else f"   (before: {readable(before)})"
-        lines.append(f"  {name:<{width}} {readable(metric_value)}{before_text}")
-    lines += _finding_lines(run_dir, outcome)
-    lines += [f"slow:       {SlowRank(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
-    if export is not None:
-        lines.append(f"model:      {export}")
-    lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
-    lines += [f"{name + ':':<11} {link}" for name, link in hints]
-    return "\n".join(lines)
-
-
-def _finding_lines(run_dir: Path, outcome: Outcome) -> list[str]:
-    """Warnings of the detectors with remedies, then the export command for the best checkpoint if it is not the last.
-
-    Empty if the detectors have found nothing.
-    """
-    findings = findings_in(outcome.challenges)
-    lines = []
-    for finding in findings:
-        lines.append(f"warning:    {finding.text}")
-        lines.append(f"            try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}")
-    if not findings:
-        return lines
-
-    best_step = outcome.progress.best_step
-    best = outcome.progress.best_metric
-    before = outcome.before.get(outcome.watch)
-    if best_step is None or best is None or outcome.watch not in outcome.after:
-        return lines
-    # A checkpoint is worth naming only if it is better than the model before training.
-    improvement = None
-    if before is not None:
-        improvement = best - before if outcome.greater_is_better else before - best
-    if improvement is not None and improvement <= 0:
-        lines.append(f"best:       no checkpoint has a better {outcome.watch} than before training ({before:.4f})")
-    elif best_step != outcome.progress.step:
-        lines.append(
-            f"best:       step {best_step} had {outcome.watch} {best:.4f}: shardtune export {run_dir} checkpoint=best"
-        )
-    return lines

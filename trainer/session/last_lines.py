@@ -1,0 +1,102 @@
+"""The last lines of a run: what was measured, what was found, which weights are the best, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.monitors.stragglers import SlowRank
+from trainer.objectives.base import ModelKind
+from trainer.objectives.registry import FAMILIES
+from trainer.reporting.findings import SHOWN_REMEDIES, findings_in
+from trainer.reporting.numbers import readable
+from trainer.reporting.outcome import Outcome
+from trainer.reporting.run_record import RUN_RECORD, RunRecord
+
+MIN_METRIC_WIDTH = 22
+"""Columns of the names of metrics."""
+
+
+def end_text(
+    record: RunRecord, run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequence[tuple[str, str]]
+) -> str:
+    """The last lines of a run. `export`: its directory, if one was written. `hints`: (tracker, link)."""
+    speed = ""
+    if outcome.speed:
+        speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)"
+    lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
+    width = max([MIN_METRIC_WIDTH, *map(len, outcome.after)])
+    for name, metric_value in outcome.after.items():
+        before = outcome.before.get(name)
+        before_text = "" if before is None else f"   (before: {readable(before)})"
+        lines.append(f"  {name:<{width}} {readable(metric_value)}{before_text}")
+    lines += _finding_lines(outcome)
+    lines += _best_lines(run_dir, outcome)
+    lines += [f"slow:       {SlowRank(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
+    if export is not None:
+        lines.append(f"model:      {export}")
+    lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
+    lines += [f"{name + ':':<11} {link}" for name, link in hints]
+    next_step = _next_step(record, run_dir, outcome, export)
+    if next_step is not None:
+        lines.append(f"next:       {next_step}")
+    return "\n".join(lines)
+
+
+def _finding_lines(outcome: Outcome) -> list[str]:
+    """Warnings of the detectors, each with its remedies."""
+    lines = []
+    for finding in findings_in(outcome.challenges):
+        lines.append(f"warning:    {finding.text}")
+        lines.append(f"            try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}")
+    return lines
+
+
+def _best_lines(run_dir: Path, outcome: Outcome) -> list[str]:
+    """One line if the last weights are not the best: those of an earlier step are, or the model before training was."""
+    best = outcome.progress.best_metric
+    if outcome.watch not in outcome.after or best is None:
+        return []
+    if not _has_improved(outcome):
+        before = readable(outcome.before[outcome.watch])
+        return [f"best:       no checkpoint has a better {outcome.watch} than before training ({before})"]
+    if _best_is_earlier(outcome):
+        step = outcome.progress.best_step
+        return [f"best:       step {step} had {outcome.watch} {readable(best)}: {_export_of_best(run_dir)}"]
+    return []
+
+
+def _has_improved(outcome: Outcome) -> bool:
+    """Whether the best watched metric is better than before training; True if it was not measured before."""
+    best = outcome.progress.best_metric
+    before = outcome.before.get(outcome.watch)
+    if best is None or before is None:
+        return True
+    return best > before if outcome.greater_is_better else best < before
+
+
+def _best_is_earlier(outcome: Outcome) -> bool:
+    """Whether another step than the last one had the best watched metric."""
+    return outcome.progress.best_step not in (None, outcome.progress.step)
+
+
+def _export_of_best(run_dir: Path) -> str:
+    """The command that exports the checkpoint of the best step."""
+    return f"shardtune export {shlex.quote(str(run_dir))} checkpoint=best"
+
+
+def _next_step(record: RunRecord, run_dir: Path, outcome: Outcome, export: Path | None) -> str | None:
+    """What the user does next, as a command if there is one; None if gates kept the model from being exported."""
+    findings = findings_in(outcome.challenges)
+    if not _has_improved(outcome):
+        remedy = findings[0].remedies[0] if findings and findings[0].remedies else "a lower optim.lr"
+        return f"train again in another run.dir, with {remedy}"
+    if _best_is_earlier(outcome):
+        return _export_of_best(run_dir)
+    if export is None:
+        return None if record.gates else f"shardtune export {shlex.quote(str(run_dir))}"
+    family = FAMILIES.get(record.objective)
+    if family is not None and family.kind is ModelKind.causal:
+        return f"shardtune chat {shlex.quote(str(run_dir))}"
+    return f"read {export / 'README.md'}, the model card"
