@@ -1,9 +1,13 @@
 """Scores by median and median absolute deviation, against numpy's, and what joins the window."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from trainer.monitors.anomalies import Guards
+from trainer.monitors.guard_config import Action, GuardsConfig
 from trainer.monitors.rolling import DEVIATIONS_PER_MAD, MAX_SCORE, MIN_SPREAD, RollingWindow
 
 CPU = torch.device("cpu")
@@ -45,3 +49,49 @@ def test_rolling_window_leaves_outliers_out_and_a_flat_curve_has_none():
     for odd in ([torch.nan, 9.0], [9.0, torch.inf]):  # alike, however a strategy says that a norm is not finite
         assert np.isnan(rolling.scores(torch.tensor(odd).double()).tolist()).all()
     assert rolling.scores(torch.tensor([1e30, 1.0]).double()).tolist()[0] == MAX_SCORE
+
+
+def test_the_spread_of_few_steps_is_widened():
+    """From the sixth step on, so that a run that breaks early is seen; by five times the spread at first."""
+    rolling = RollingWindow(100, CPU)
+    values = np.random.default_rng(1).lognormal(size=(30, 2)) + 1
+    for number, row in enumerate(values):
+        scores = rolling.scores(torch.tensor(row)).tolist()
+        if number < 5:
+            assert np.isnan(scores).all()
+        else:
+            wide = max(25 / number, 1)
+            assert scores == pytest.approx([expected(values[:number, i], row[i]) / wide for i in range(2)], rel=1e-12)
+        rolling.push(torch.tensor(row), torch.tensor(True))
+
+
+def judged(losses, action=Action.note):
+    """The steps that stand out by their loss, and the median that the window ends with."""
+    runtime = SimpleNamespace(device=CPU, is_main=True, world_size=1)
+    told = []
+    guards = Guards(GuardsConfig(loss=action), 10, runtime, lambda outlier: told.append(outlier.step))
+    for number, loss in enumerate(losses, 1):
+        row = {"step": number, "loss": loss, "grad_norm": 1.0}
+        guards.note_step(number)
+        guards.mark_outliers([row])
+        assert ("outlier/loss" in row) == (number in told)
+        if number % 7 == 0:  # a run that is resumed judges likewise
+            guards.restore_window(guards.window())
+    return told, float(np.median([step["loss"] for step in guards.window()]))
+
+
+def test_a_level_that_stays_is_told_once_and_does_not_become_the_median():
+    noise = np.random.default_rng(0).normal(0, 0.05, size=200)
+    told, median = judged([(10.0 if n < 30 else 127.0) + noise[n] for n in range(200)])
+    assert told == [31] and median == pytest.approx(10, abs=0.1)
+    # It comes back, and another jump is another one. A lone step joins as ever.
+    told, median = judged([(127.0 if 40 <= n < 60 or n in (80, 100) else 10.0) + noise[n] for n in range(120)])
+    assert told == [41, 81, 101] and median == pytest.approx(10, abs=0.1)
+
+
+def test_a_jump_at_the_seventh_step_is_seen_and_a_curve_that_falls_has_none():
+    assert judged([10.9, 10.8, 10.7, 10.6, 10.5, 10.4, 781.0, 500.0, 127.0])[0] == [7]
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        falling = 3 + 8 * np.exp(-np.arange(60) / 10) + rng.normal(0, 0.1, size=60)
+        assert judged(falling.tolist())[0] == []

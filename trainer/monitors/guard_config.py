@@ -34,8 +34,8 @@ class GuardsConfig:
     grad_norm: Action = setting(Action.note, reach=DESCRIBES)
     """A step's gradient norm before clipping that stands out: `note`, `skip` or `rollback`, likewise."""
     window: int = number(100, least=10, most=1000, advice="100 as a rule")
-    """Steps with whose median a step is compared: the newest ones that were not left out. None stands out before there is a
-    quarter of them."""
+    """Steps with whose median a step is compared: the newest ones that were not left out. Steps are judged from the 6th one on,
+    with a wider spread until there is a quarter of them."""
     threshold: float = number(8.0, above=0, advice="6 to 10 as a rule; lower finds more, false alarms too")
     """Standard deviations above that median from which a step stands out, reckoned from the median absolute deviation."""
     replicas_every_steps: int = number(100, least=0, advice="100 as a rule; 0 never compares")

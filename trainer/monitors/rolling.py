@@ -12,6 +12,8 @@ DEVIATIONS_PER_MAD = 1.4826
 """Standard deviations of normal values in one median absolute deviation."""
 MIN_SPREAD = 0.01
 """Share of the median that a standard deviation is at least: what hardly moves makes no outliers of trifles."""
+MIN_STEPS = 5
+"""Steps without which nothing is judged."""
 MAX_SCORE = 1e6
 """Largest score."""
 
@@ -29,8 +31,8 @@ class RollingWindow:
         newest = rows[-window:]
         if newest:
             self.window[-len(newest) :] = torch.tensor(newest, dtype=torch.float64)
-        self.min_steps = max(5, window // 4)
-        """Steps without which nothing is judged."""
+        self.steady_steps = max(MIN_STEPS, window // 4)
+        """Steps from which the spread counts as it is. That of fewer steps may be small by chance, and is widened."""
 
     def scores(self, values: Tensor) -> Tensor:
         """How many robust standard deviations each value of a step is above the median of the window: float64 [width].
@@ -40,9 +42,15 @@ class RollingWindow:
         middle = _median(self.window)
         spread = DEVIATIONS_PER_MAD * _median((self.window - middle).abs())
         spread = torch.maximum(spread, MIN_SPREAD * middle.abs())
-        scores = ((values - middle) / spread).clamp(max=MAX_SCORE)
-        has_enough = (~self.window.isnan()).sum(0) >= self.min_steps
+        num_steps = (~self.window.isnan()).sum(0)
+        widening = (self.steady_steps / num_steps.clamp(min=1).double()).clamp(min=1.0)
+        scores = ((values - middle) / (spread * widening)).clamp(max=MAX_SCORE)
+        has_enough = num_steps >= MIN_STEPS
         return torch.where(has_enough & values.isfinite().all(), scores, torch.nan)
+
+    def newest_scores(self) -> Tensor:
+        """The scores of the newest step in the window, by the window that it is in: float64 [width]."""
+        return self.scores(self.window[-1])
 
     def push(self, values: Tensor, joins: Tensor) -> None:
         """Let a step take the place of the oldest one, if `joins` (0-d bool on the device) says so."""

@@ -129,8 +129,8 @@ def _chosen_rows(
         num_shown = sum(name in row.sides for row in shown)
         if num_shown:
             filters.append((name, description, num_shown, totals[name]))
-    names = set().union(*(row.texts for row in shown))
-    columns = [name for name in ("answer", "other", "reference") if name in names]
+    names: set[str] = set().union(*(row.texts for row in shown))
+    columns: list[str] = [name for name in ("answer", "other", "reference") if name in names]
     heading = score_name if right_score is None else "result"
     return TaskRows(shown, columns, heading, filters, len(rows) - len(shown))
 
