@@ -18,6 +18,7 @@ IDENTITY_KINDS = ("data", "order", "objective")
 SPEED_SETTINGS = (
     *(
         "strategy",
+        "parallel",
         "launcher",
         "logging",
         "profile",
