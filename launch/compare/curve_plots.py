@@ -161,8 +161,11 @@ def _notable_rows(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
     """A row for each step that stood out: its position, and what a guard or detector found there."""
     notable_rows = []
     for run in runs:
+        notables = notable_steps(run.first_repeat)
+        if not notables:
+            continue
         row_by_step = {row["step"]: row for row in drawn_steps(run, 1)}
-        for notable in notable_steps(run.first_repeat):
+        for notable in notables:
             row = row_by_step.get(notable.step, {})
             position = {"step": notable.step, "tokens": row.get("tokens"), "seconds": row.get("seconds")}
             notable_rows.append({"point": run.name, **position, "what": notable.text})
