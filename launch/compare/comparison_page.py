@@ -38,9 +38,9 @@ def comparison_page(
         "comparison.html.j2",
         heading=f"Comparison of {len(comparison.runs)} points",
         axes=_axis_lines(comparison),
-        answer=_answer(conclusion),
-        callouts=worst_first(_callouts(comparison)),
-        cards=_cards(conclusion),
+        answer=answer_of(conclusion),
+        callouts=worst_first(point_callouts(comparison)),
+        cards=recommendation_cards(conclusion),
         take=conclusion.take,
         to_learn_more=conclusion.to_learn_more,
         table=points_table(comparison),
@@ -61,7 +61,7 @@ def _axis_lines(comparison: Comparison) -> list[tuple[str, str]]:
     ]
 
 
-def _answer(conclusion: Conclusion) -> tuple[Tone, str, str]:
+def answer_of(conclusion: Conclusion) -> tuple[Tone, str, str]:
     """(tone, heading, text): the sentence about quality or parity is the heading, the others follow."""
     if not conclusion.sentences:
         return "note", "Nothing to compare", ""
@@ -71,12 +71,12 @@ def _answer(conclusion: Conclusion) -> tuple[Tone, str, str]:
     return conclusion.tone, heading, " ".join(others)
 
 
-def _cards(conclusion: Conclusion) -> list[PageCard]:
+def recommendation_cards(conclusion: Conclusion) -> list[PageCard]:
     """A card for each recommended point."""
     return [PageCard(f"For {choice.goal}", choice.point.name, choice.why, "good") for choice in conclusion.take]
 
 
-def _callouts(comparison: Comparison) -> list[Callout]:
+def point_callouts(comparison: Comparison) -> list[Callout]:
     """What a reader should know of points that have no result: failed, refused, diverged, not done."""
     tones: dict[str, Tone] = {
         State.failed: "bad",

@@ -56,6 +56,7 @@ def workspace_script(comparison: Comparison, to: Path) -> str | None:
         group_by=grouping,
         baseline=_baseline(comparison),
         summary=list(summary),
+        answer=comparison.conclusion.lines,
         verdict=[run.verdict for run in comparison.runs],
         points=_points_table(comparison, axes, watched),
         max_runs=max(10, len(runs)),

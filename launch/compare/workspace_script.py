@@ -30,7 +30,10 @@ GROUP_BY = $group_by
 BASELINE = $baseline
 """Id of the run that the others are compared with."""
 SUMMARY = $summary
+ANSWER = $answer
+"""Whether the points differ, and which one to take for what."""
 VERDICT = $verdict
+"""A sentence on each point."""
 POINTS = "\\n".join($points)
 
 # Metrics by the names that these runs log them under.
@@ -49,6 +52,11 @@ def column(name):
     return "config:" + ".".join([first, "value", *below])
 
 
+def answer_and_points():
+    """The answer and the table of the points, as Markdown."""
+    return "\\n".join([*(f"- {line}" for line in ANSWER or VERDICT), "", POINTS])
+
+
 def settings_plot(metric):
     """Every differing setting beside the metric: a line for each run."""
     columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in COLUMNS]
@@ -65,7 +73,7 @@ $questions
 def workspace(entity):
     """A saved view: these runs alone, what differs as columns, the first point as the baseline."""
     pinned = ["run:displayName", *map(column, COLUMNS), *(f"summary:{name}" for name in SUMMARY)]
-    points = ws.Section(name="Points", panels=[wr.MarkdownPanel(markdown=POINTS)], is_open=True)
+    points = ws.Section(name="Points", panels=[wr.MarkdownPanel(markdown=answer_and_points())], is_open=True)
     points.layout_settings = ws.SectionLayoutSettings(columns=1, rows=1)
     return ws.Workspace(
         entity=entity,
@@ -84,8 +92,8 @@ def workspace(entity):
 
 
 def report(entity):
-    """The verdict, the points as a table, and the same panels, a heading for each question."""
-    blocks = [wr.H1("Verdict"), wr.UnorderedList(VERDICT), wr.H1("Points"), wr.MarkdownBlock(POINTS)]
+    """The answer, the points as a table, the same panels with a heading for each question, and a sentence on each point."""
+    blocks = [wr.H1("Answer"), wr.UnorderedList(ANSWER or VERDICT), wr.H1("Points"), wr.MarkdownBlock(POINTS)]
     for name, panels in questions():
         runs = wr.Runset(
             entity=entity,
@@ -96,6 +104,7 @@ def report(entity):
             order=[wr.OrderBy("CreatedTimestamp", ascending=True)],
         )
         blocks += [wr.H1(name), wr.PanelGrid(runsets=[runs], panels=panels)]
+    blocks += [wr.H1("Verdict on each point"), wr.UnorderedList(VERDICT)]
     return wr.Report(entity=entity, project=PROJECT, title=TITLE[:128], blocks=blocks, width="fluid")
 
 

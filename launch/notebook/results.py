@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,11 @@ class ComparisonResult:
     def verdict(self) -> list[str]:
         """A sentence for each run: its loss, speed and memory beside those of the first."""
         return [run.verdict for run in self.comparison.runs]
+
+    @property
+    def answer(self) -> list[str]:
+        """Whether the runs differ, and which one to take for what, in sentences; empty for a single run."""
+        return self.comparison.conclusion.lines
 
     @property
     def notes(self) -> list[str]:
@@ -66,19 +71,21 @@ class ComparisonResult:
         return as_text(self.comparison)
 
     def _repr_html_(self) -> str:
-        """The verdict, a table of the runs, and their losses."""
+        """The answer, what to take when, a table of the runs, and their losses."""
+        from launch.compare.comparison_page import answer_of, point_callouts, recommendation_cards
+
+        conclusion = self.comparison.conclusion
+        tone, heading, text = answer_of(conclusion)
         curves = []
         for run in self.comparison.begun_runs[:MOST_CURVES]:
             losses = [(step, row["loss"]) for step, row in run.first_repeat.steps.items() if row["loss"] is not None]
             curves.append(Curve(run.name, smoothed(losses)))
-        failed = []
-        for run in self.comparison.runs:
-            if run.repeated.state not in ("done", "running"):
-                failed.append(Callout("warning", run.name, run.repeated.reason or run.repeated.state))
         return fragment(
             f"{len(self.comparison.runs)} runs, compared with {self.comparison.first}",
-            callouts=failed,
-            lines=self.verdict,
+            lead=Callout(tone, heading, text) if conclusion.sentences else None,
+            cards=recommendation_cards(conclusion),
+            callouts=worst_first(point_callouts(self.comparison)),
+            lines=[] if conclusion.sentences else self.verdict,
             tables=[_table_of_runs(self.comparison.runs)],
             picture=picture(curves, x_title="steps", description="Training loss of each run over its steps"),
             footer=f"{MOST_CURVES} runs are drawn" if len(self.comparison.begun_runs) > MOST_CURVES else "",
@@ -89,15 +96,18 @@ MOST_CURVES = 16
 
 
 def _table_of_runs(runs: tuple[ComparedRun, ...]) -> PageTable:
-    """What was reached and what it took, a row for each run; columns that no run has a number in are left out."""
+    """What was reached and what it took, a row for each run; columns that no run has a number in are left out.
+
+    No cell is marked as the best: the answer names one only where chance does not explain the difference.
+    """
     columns = [
         PageColumn("run"),
         PageColumn("state"),
         PageColumn("steps"),
         PageColumn("loss"),
-        PageColumn("held-out loss", best="smallest"),
-        PageColumn("speed", best="largest", unit="tokens/s"),
-        PageColumn("memory", best="smallest", unit="GiB"),
+        PageColumn("held-out loss"),
+        PageColumn("speed", unit="tokens/s"),
+        PageColumn("memory", unit="GiB"),
     ]
     rows = [_cells_of_run(run) for run in runs]
     known = []
@@ -110,19 +120,14 @@ def _table_of_runs(runs: tuple[ComparedRun, ...]) -> PageTable:
 def _cells_of_run(run: ComparedRun) -> list[PageCell]:
     measured = run.measured
     state = run.repeated.state
-    held_out = _number_cell(measured.after.get("eval/loss"), digits=5)
-    speed = _number_cell(measured.tokens_per_s)
-    memory = _number_cell(measured.memory_gib, digits=3)
-    if state != "done":  # what broke off is never the best of a column
-        held_out, speed, memory = (replace(cell, sort_value=None) for cell in (held_out, speed, memory))
     return [
         PageCell(run.name, run.name),
         PageCell(state, state),
         _number_cell(measured.steps or None),
         _number_cell(measured.loss, digits=5),
-        held_out,
-        speed,
-        memory,
+        _number_cell(measured.after.get("eval/loss"), digits=5),
+        _number_cell(measured.tokens_per_s),
+        _number_cell(measured.memory_gib, digits=3),
     ]
 
 

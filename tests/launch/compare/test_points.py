@@ -211,9 +211,11 @@ def test_wandb_gets_a_section_for_each_question_and_a_report(compared, site):
     assert baseline == f"Run:v1:{id_in_wandb(site / 'to/lr1e-4-ddp/run.json')}:shardtune:us"
     blocks = json.loads(report["spec"])["blocks"]
     titles = [block["children"][0]["text"] for block in blocks if block["type"] == "heading"]
-    assert titles == ["Verdict", "Points", "Which settings are best?", *questions] and report["type"] == "runs/draft"
+    assert titles == ["Answer", "Points", "Which settings are best?", *questions, "Verdict on each point"]
+    assert report["type"] == "runs/draft"
     (table,) = [block["content"] for block in blocks if block["type"] == "markdown-block"]
-    assert table == sections["Points"][0]["config"]["value"]
+    answer, _, same_table = sections["Points"][0]["config"]["value"].partition("\n\n")
+    assert table == same_table and "lr1e-4-fsdp2" in answer
     header, _, *rows = table.splitlines()
     assert header.startswith("| run | strategy | lr | steps | loss |") and len(rows) == 4
     assert rows[2].startswith("| lr1e-4-single | single | 1e-4 | - ") and "refused: strategy=single" in rows[2]

@@ -51,7 +51,7 @@ def test_comparison_is_tables_and_a_view(compared):
     metrics = compared.metrics()
     assert list(metrics[metrics.loss.notna()].groupby("run").size()) == [6, 6, 2]
     assert set(metrics.repeat) == {1} and metrics[metrics.run == "a"]["eval/loss"].dropna().tolist() == [3.2, 2.5]
-    assert "verdict:" in str(compared) and compared.verdict[1].startswith("b: same loss as a")
+    assert "verdict:" in str(compared) and compared.answer and compared.verdict[1].startswith("b: same loss as a")
     html = without_scripts(compared._repr_html_())
     assert "out of memory" in html and html.count("<polyline") == 3 and "<b>" not in html
 
