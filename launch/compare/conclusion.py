@@ -102,7 +102,9 @@ def conclude(points: Sequence[ComparedRun], differences: Sequence[SettingDiffere
     unequal = [point for point in parity if point.loss_difference is not None and not point.loss_difference.same]
     sentences = {"unfinished": _unfinished_sentence(points), "parity": _parity_sentence(parity, unequal)}
     ranked = None
-    if len(jobs) > 1:
+    if len(jobs) == 1:
+        sentences["seeds"] = _seeds_sentence(jobs[0])
+    else:
         metric = watched_metric(jobs)
         ranked = rank(jobs, metric) if metric is not None else None
         sentences["quality"] = _quality_sentence(jobs, ranked, differences)
@@ -134,8 +136,25 @@ def conclude(points: Sequence[ComparedRun], differences: Sequence[SettingDiffere
         to_learn_more=TO_LEARN_MORE if ranked is not None and not is_quality_shown else "",
         ranked=ranked,
         unfinished=sentences["unfinished"],
-        headline=sentences["parity"] if unequal or len(jobs) == 1 else sentences["quality"],
+        headline=_headline(sentences, unequal=bool(unequal)),
     )
+
+
+def _headline(sentences: dict[str, str], *, unequal: bool) -> str:
+    """The sentence that answers first: broken parity, else quality, else parity, seeds or cost, the first that there is."""
+    order: tuple[str, ...] = ("quality", "parity", "seeds", "cost", "unfinished")
+    if unequal:
+        order = ("parity", *order)
+    return next((sentences[kind] for kind in order if sentences.get(kind)), "Nothing to compare.")
+
+
+def _seeds_sentence(job: ComparedJob) -> str:
+    """How far the watched metric of one job differs between its seeds; empty for one seed, and without held-out data."""
+    metric = watched_metric([job])
+    if job.seeds < 2 or metric is None:
+        return ""
+    values = job.values(metric.name)
+    return f"One job with {job.seeds} seeds: {metric.name} is {readable(min(values))} to {readable(max(values))}."
 
 
 def _among_the_best(sentence: str) -> str:

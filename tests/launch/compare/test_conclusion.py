@@ -162,6 +162,12 @@ def test_seeds_say_how_far_a_job_differs_from_itself_and_strategies_do_not(tmp_p
     assert ranked is not None and not ranked.has_evidence, "two strategies of one seed are no repeats"
 
 
+def test_points_that_differ_in_their_seed_alone_say_how_far_it_matters(tmp_path):
+    rows = [point(tmp_path, f"seed{seed}", settings={"run.seed": seed}, scale=1 + seed / 100) for seed in (1, 2, 3)]
+    found = compare(rows).conclusion
+    assert found.headline == "One job with 3 seeds: eval/loss is 3.0300 to 3.0900." and found.ranked is None
+
+
 def test_test_documents_decide_nothing_and_are_never_marked(tmp_path):
     rows = []
     for name, scale, test_loss in (("full", 1.0, 5.0), ("lora", 1.5, 1.0)):
