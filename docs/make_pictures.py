@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -37,20 +38,39 @@ class Picture:
     """Commands of shardtune that make it, in the site."""
     height: int = 1050
     """Pixels from the top of the page that are shown."""
+    script: str = ""
+    """JavaScript that brings the page to where it is shown."""
 
 
 DEMO = "demo run.dir=runs/demo evaluation.every_steps=3"
-POINTS = "compare model.path=model data.path=train.jsonl data.eval_path=held-out.jsonl debug=tiny run.device=cpu budget.steps=12"
+TASKS = (
+    "evaluation.tasks=[loss,token_accuracy] evaluation.tasks.notes.kind=summarisation evaluation.tasks.notes.path={held_out} "
+    "evaluation.tasks.notes.max_rows=8 evaluation.tasks.notes.write.max_new_tokens=48"
+)
+TINY = "model.path=model data.path=train.jsonl data.eval_path=held-out.jsonl debug=tiny run.device=cpu"
+POINTS = "tuning=full,lora optim.lr=1e-3,1e-2 budget.steps=12 evaluation.every_steps=4 to=reports"
+SPACE = (
+    "optim.lr=tag(log,interval(1e-4,1e-1)) tuning=choice(lora,full) budget.steps=8 sweeper.trials=8 run.dir=runs/search"
+)
 PAGES = {
     "run": Picture("runs/demo/report.html", (DEMO, "compare runs/demo")),
     "audit": Picture("audit.html", (DEMO,)),
-    "evaluation": Picture(
-        "runs/demo/evaluation.html",
-        (DEMO, "evaluate runs/demo against=base evaluation.tasks=[loss] data.max_documents=64"),
+    "evaluation": Picture("runs/demo/evaluation.html", (DEMO, f"evaluate runs/demo against=base {TASKS}")),
+    "review": Picture(
+        "runs/demo/review/review.html",
+        (DEMO, "review make runs/demo prompts=prompts.jsonl n=4 review.write.max_new_tokens=48"),
+        # Into the first pair of answers, the first of which is chosen.
+        script="document.getElementById('name').value = 'Ada'; document.getElementById('begin').click();",
     ),
-    "compare": Picture(
-        "reports/compare.html", (f"{POINTS} tuning=full,lora optim.lr=1e-3,3e-3 evaluation.every_steps=4 to=reports",)
+    "plan": Picture(
+        "plan/plan.html",
+        (
+            DEMO,
+            "plan model.path={model} data.path={train} tuning=lora hardware=l4 batch.global=8 budget.epochs=3 to=plan",
+        ),
     ),
+    "compare": Picture("reports/compare.html", (f"compare {TINY} {POINTS}",)),
+    "search": Picture("runs/search/search.html", (f"train -m sweeper=optuna {TINY} {SPACE}",)),
 }
 """By the name of the picture's file. What one command has made stands for the next."""
 
@@ -94,12 +114,31 @@ def make_page(picture: Picture, site: Path) -> None:
         done = site / ".done" / command.replace("/", "_")[:200]
         if done.exists():
             continue
-        print(f"$ shardtune {command}", flush=True)
-        code = command_here(command.split())
+        words = command.format(**demo_files(site)).split()
+        print(f"$ shardtune {' '.join(words)}", flush=True)
+        code = command_here(words)
         if code != 0:
             raise SystemExit(f"shardtune {command}: exit code {code}")
         done.parent.mkdir(exist_ok=True)
         done.touch()
+
+
+def demo_files(site: Path) -> dict[str, str]:
+    """Model and data of the demo's run, by the names that commands have for them; empty before there is a run.
+
+    Writes `prompts.jsonl`: the held-out conversations without their last answer.
+    """
+    config_file = site / "runs" / "demo" / "config.yaml"
+    if not config_file.exists():
+        return {}
+    from trainer.reporting.settings_file import read_tree
+
+    config = read_tree(config_file)
+    held_out = config["data"]["eval_path"]
+    rows = [json.loads(line) for line in Path(held_out).read_text(encoding="utf-8").splitlines()]
+    prompts = [json.dumps({"messages": row["messages"][:-1]}) for row in rows]
+    (site / "prompts.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    return {"model": config["model"]["path"], "train": config["data"]["path"], "held_out": held_out}
 
 
 def page_of(picture: Picture, site: Path) -> Path | None:
@@ -125,6 +164,8 @@ def take(names: list[str], site: Path) -> None:
             if page_file is None:
                 raise SystemExit(f"{picture.page}: its commands did not write it")
             page = browser.open(page_file, width=WIDTH)
+            if picture.script:
+                page.evaluate(f"() => {{ {picture.script} }}")
             page.tab.wait_for_timeout(3000)  # plots are drawn after the page is loaded
             height = min(picture.height, page.evaluate("document.documentElement.scrollHeight"))
             clip = {"x": 0, "y": 0, "width": WIDTH, "height": height}

@@ -15,6 +15,7 @@ from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.store.sequences import TokenDataset
+from trainer.monitors.kept_answers import GENERATED, read_kept_answers
 
 SIZES = {"ward": 40, "web": 24}
 
@@ -142,6 +143,10 @@ def test_evaluation_sets_by_name_have_the_metrics_of_each_alone(site, capsys):
             assert rows[-1][f"eval/{name}/{metric}"] == pytest.approx(other[-1][f"eval/{metric}"])
     assert min(rows[-1]["eval/ward/loss"], rows[-1]["eval/general/loss"]) < rows[-1]["eval/loss"]
     assert "eval/loss/ward" not in rows[-1]
+    kept = read_kept_answers(Path("named"))
+    assert (kept["first"]["step"], kept["last"]["step"]) == (0, rows[-1]["step"])
+    prompts = [[row["prompt"] for row in kept[end]["tasks"][GENERATED]] for end in ("first", "last")]
+    assert prompts[0] == prompts[1] and len(prompts[0]) == 6 and all(prompts[0])  # three of each set
     words = "model.path=llama data.cache_dir=cache run.device=cpu run.dir=unknown budget.steps=1"
     assert command_here(["train", *words.split(), *NAMED.split(), "evaluation.watch=eval/genral/loss"]) != 0
     assert "of their parts there are eval/ward/loss" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.wandb_files import inspected, record, summary
 from tests.helpers.warm import heard
 from tests.reporting.test_tracking import tracked
+from trainer.monitors.kept_answers import read_kept_answers
 from trainer.reporting.config import Alert, LoggingConfig, WandbMode
 from trainer.reporting.status import State
 from trainer.reporting.trackers import reachable, weights_and_biases
@@ -335,6 +336,10 @@ def test_wandb_tables_have_the_rows_of_tasks_where_asked_for(site):
         site / "tables", site / "tables-stopped", ignore=shutil.ignore_patterns("wandb", "step-000025", "status.json")
     )
     assert command_here(["train", *words(site, "tables-stopped", *shared)]) == 0
+    kept, resumed = (read_kept_answers(site / name) for name in ("tables", "tables-stopped"))
+    assert resumed == kept and (kept["first"]["step"], kept["last"]["step"]) == (0, 25)
+    answers = [row["answer"] for row in kept["last"]["tasks"]["facts"]]
+    assert set(answers) & {"fox", "dog", "lazy | world", "7"}
     assert shown_tables(part_of(site / "tables-stopped"))["eval/facts/changed_rows"] == changed, (
         "after a stop since the first one"
     )

@@ -22,6 +22,8 @@ SMALLER_IS_BETTER = {"loss", "perplexity", "nats", "calibration_error"}
 """Last parts of names of metrics that are to fall."""
 WATCHED = "eval/loss"
 """What decides the best checkpoint if the settings name nothing else."""
+REWARD = "eval/reward"
+"""What decides it in online reinforcement learning."""
 MAX_CARDS = 3
 """Held-out metrics at the head of the page."""
 SHARES = {"accuracy", "f1", "macro_f1", "exact_match", "right"}
@@ -123,13 +125,17 @@ def card_changes(changes: list[MetricChange]) -> list[MetricChange]:
 
 
 def watched_metric(run: RecordedRun) -> str:
-    """The metric that decides the best checkpoint (`evaluation.watch`)."""
-    return str(run.config.get("evaluation.watch") or WATCHED)
+    """The metric that decides the best checkpoint: `evaluation.watch`, or what stands in for it if that is null."""
+    setting = run.config.get("evaluation.watch")
+    if setting:
+        return str(setting)
+    has_reward = any(REWARD in metrics for metrics in run.evaluations.values())
+    return REWARD if has_reward else WATCHED
 
 
 def _direction(run: RecordedRun, name: str) -> bool | None:
     """Whether a larger value is better; None if that is not known."""
-    if name == watched_metric(run):
+    if name == run.config.get("evaluation.watch"):
         return bool(run.config.get("evaluation.greater_is_better", False))
     last_part = name.rsplit("/", 1)[-1]
     if last_part in LARGER_IS_BETTER:
@@ -148,7 +154,7 @@ def best_step(run: RecordedRun) -> BestStep | None:
     before = values.pop(0, None)
     if not values:
         return None
-    greater_is_better = bool(run.config.get("evaluation.greater_is_better", False))
+    greater_is_better = bool(_direction(run, watched))
     choose = max if greater_is_better else min
     step = choose(values, key=lambda candidate: values[candidate])
     best = values[step]

@@ -155,6 +155,11 @@ def test_best_step_is_held_against_the_model_before_training(tmp_path):
     best = best_step(read(run_of(tmp_path / "larger", (2.0, 3.0, 2.5), config=config)))
     assert (best.step, best.beats_beginning) == (10, True)
     assert metric_changes(read(tmp_path / "larger"))[0].tone == "good"
+    unset = run_of(tmp_path / "reward", (2.0, 3.0, 2.5), config=CONFIG | {"evaluation": {"watch": None}})
+    assert best_step(read(unset)).step == 20
+    metrics = unset / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("eval/loss", "eval/reward"))
+    assert best_step(read(unset)).step == 10 and verdict_on(read(unset)).heading == "Held-out reward got better"
 
 
 def test_taken_stands_beside_planned_only_where_both_mean_the_same(tmp_path):
