@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class Picture:
 
 
 DEMO = "demo run.dir=runs/demo evaluation.every_steps=3"
+DEMO_DATA = "model.path={model} data.path={train} data.eval_path={held_out}"
 TASKS = (
     "evaluation.tasks=[loss,token_accuracy] evaluation.tasks.notes.kind=summarisation evaluation.tasks.notes.path={held_out} "
     "evaluation.tasks.notes.max_rows=8 evaluation.tasks.notes.write.max_new_tokens=48"
@@ -54,7 +56,7 @@ SPACE = (
 )
 PAGES = {
     "run": Picture("runs/demo/report.html", (DEMO, "compare runs/demo")),
-    "audit": Picture("audit.html", (DEMO,)),
+    "audit": Picture("audit/*/audit.html", (DEMO, f"prepare {DEMO_DATA} data.max_length=256 data.cache_dir=audit")),
     "evaluation": Picture("runs/demo/evaluation.html", (DEMO, f"evaluate runs/demo against=base {TASKS}")),
     "review": Picture(
         "runs/demo/review/review.html",
@@ -126,7 +128,7 @@ def make_page(picture: Picture, site: Path) -> None:
 def demo_files(site: Path) -> dict[str, str]:
     """Model and data of the demo's run, by the names that commands have for them; empty before there is a run.
 
-    Writes `prompts.jsonl`: the held-out conversations without their last answer.
+    Copies the data into the site, whose names pages show, and writes `prompts.jsonl`: conversations without their last answer.
     """
     config_file = site / "runs" / "demo" / "config.yaml"
     if not config_file.exists():
@@ -138,18 +140,14 @@ def demo_files(site: Path) -> dict[str, str]:
     rows = [json.loads(line) for line in Path(held_out).read_text(encoding="utf-8").splitlines()]
     prompts = [json.dumps({"messages": row["messages"][:-1]}) for row in rows]
     (site / "prompts.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    return {"model": config["model"]["path"], "train": config["data"]["path"], "held_out": held_out}
+    shutil.copy(config["data"]["path"], site / "notes.jsonl")
+    shutil.copy(held_out, site / "held-out-notes.jsonl")
+    return {"model": config["model"]["path"], "train": "notes.jsonl", "held_out": "held-out-notes.jsonl"}
 
 
 def page_of(picture: Picture, site: Path) -> Path | None:
-    """The page's file, if it is there. The audit lies with the data that the demo's run has read."""
-    if picture.page != "audit.html":
-        return next(iter(sorted(site.glob(picture.page))), None)
-    from trainer.reporting.run_record import readable_run_record
-
-    directory = readable_run_record(site / "runs" / "demo").data_directory
-    page = Path(directory) / "audit.html"
-    return page if directory and page.exists() else None
+    """The page's file, if it is there."""
+    return next(iter(sorted(site.glob(picture.page))), None)
 
 
 def take(names: list[str], site: Path) -> None:

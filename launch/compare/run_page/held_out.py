@@ -125,16 +125,21 @@ def card_changes(changes: list[MetricChange]) -> list[MetricChange]:
 
 
 def watched_metric(run: RecordedRun) -> str:
-    """The metric that decides the best checkpoint: `evaluation.watch`, or what stands in for it if that is null."""
-    setting = run.config.get("evaluation.watch")
-    if setting:
-        return str(setting)
+    """The metric that decides the best checkpoint: what the run recorded, else `evaluation.watch`, else what is usual."""
+    outcome = run.record.outcome
+    recorded = outcome.watch if outcome is not None else None
+    named = recorded or run.config.get("evaluation.watch")
+    if named:
+        return str(named)
     has_reward = any(REWARD in metrics for metrics in run.evaluations.values())
     return REWARD if has_reward else WATCHED
 
 
 def _direction(run: RecordedRun, name: str) -> bool | None:
     """Whether a larger value is better; None if that is not known."""
+    outcome = run.record.outcome
+    if outcome is not None and name == outcome.watch and outcome.greater_is_better is not None:
+        return outcome.greater_is_better
     if name == run.config.get("evaluation.watch"):
         return bool(run.config.get("evaluation.greater_is_better", False))
     last_part = name.rsplit("/", 1)[-1]

@@ -155,6 +155,8 @@ def test_best_step_is_held_against_the_model_before_training(tmp_path):
     best = best_step(read(run_of(tmp_path / "larger", (2.0, 3.0, 2.5), config=config)))
     assert (best.step, best.beats_beginning) == (10, True)
     assert metric_changes(read(tmp_path / "larger"))[0].tone == "good"
+    recorded = {"outcome": {"watch": "eval/loss", "greater_is_better": True}}
+    assert best_step(read(run_of(tmp_path / "recorded", (2.0, 3.0, 2.5), **recorded))).step == 10
     unset = run_of(tmp_path / "reward", (2.0, 3.0, 2.5), config=CONFIG | {"evaluation": {"watch": None}})
     assert best_step(read(unset)).step == 20
     metrics = unset / "metrics.jsonl"
