@@ -132,6 +132,9 @@ class Family:
         "data.max_length": data.max_length
     }
     """The positions that the model must have, by the setting that asks for them."""
+    rollout: Callable[[Any], Any] | None = None
+    """How the answers of a round are written (`RolloutConfig` in `rollouts.py`), if its batches are rounds: the model writes what
+    it learns from, and the settings derive from `RoundsConfig`. None: the data has what it learns."""
     replays: bool = False
     """Whether it can use sources that are marked `replay`."""
     generates_answers: bool = False
