@@ -1,0 +1,121 @@
+"""Answers that the model has written, as sequences to learn from, and the prompts that they were written to.
+
+The contract between a round (`trainer/rollout`) and a loss over its answers (`trainer/objectives/policy.py`): a sequence is a
+prompt with one answer, of which the answer is supervised, its end token included. `ROW_ENTRIES` are numbers for each supervised
+row. A step's counts, in `batch["totals"]`, are `loss` (what the loop divides all terms by), `tokens` (learned tokens) and
+`answers` (learned answers) of all ranks together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from strategies.errors import DataError
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.cutting import AXES, Axis
+from trainer.data.config import DataConfig, Layout, OverLength
+from trainer.data.document import WRONG_KIND, Document, Tally
+from trainer.data.store.sequences import Sample
+from trainer.data.tokens.encode import Encoder
+from trainer.objectives.base import UnlabelledDataSpec
+
+ADVANTAGES = "advantages"
+"""How much better the answer of a row is than what it is compared with."""
+LOSS_WEIGHTS = "loss_weights"
+"""What a row counts for in the loss (`objective.normalise`); the weights of a step are for the count `totals["loss"]`."""
+WRITER_LOGPS = "writer_logps"
+"""Log-probability of a row's token when it was written."""
+OLD_LOGPS = "old_logps"
+"""Log-probability before the first update of the round. Absent where a round is one step: it is that of now."""
+REFERENCE_LOGPS = "reference_logps_by_token"
+"""Log-probability under the reference model. Absent without a reference."""
+ROW_ENTRIES = (ADVANTAGES, LOSS_WEIGHTS, WRITER_LOGPS, OLD_LOGPS, REFERENCE_LOGPS)
+"""Entries of a batch with a float32 for each supervised row."""
+ANSWER_LENGTHS = "answer_lengths"
+"""float32 [sequences]: learned tokens of each answer; 0 for a sequence that fills up a micro-batch."""
+ANSWER_COUNTS = ("loss", "tokens", "answers")
+"""Names of a step's counts."""
+
+
+@dataclass(slots=True)
+class AnswerSample(Sample):
+    """A prompt with one answer."""
+
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    """float32 [learned tokens] each, by names of `ROW_ENTRIES`; every sample of a step has the same names."""
+
+
+class AnswerCollator(Collator):
+    """Adds `ROW_ENTRIES`, as far as the samples have them, and `ANSWER_LENGTHS`."""
+
+    axes = AXES | dict.fromkeys(ROW_ENTRIES, Axis.supervised_row) | {ANSWER_LENGTHS: Axis.sequence}
+
+    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+        """Add the entries; of sequences that are no answers (a plan's), zeros for those that every loss reads."""
+        lengths = [float(np.count_nonzero(sample.supervised[1:])) for sample in samples]
+        batch[ANSWER_LENGTHS] = torch.tensor(lengths, dtype=torch.float32)
+        answers = [sample for sample in samples if isinstance(sample, AnswerSample)]
+        if len(answers) < len(samples):
+            num_rows = int(sum(lengths))
+            batch[ADVANTAGES] = torch.zeros(num_rows)
+            batch[LOSS_WEIGHTS] = torch.zeros(num_rows)
+            return
+        for name in answers[0].rows:
+            rows = np.concatenate([answer.rows[name] for answer in answers])
+            batch[name] = torch.from_numpy(rows.astype(np.float32, copy=False))
+
+    def blank(self, sample: Sample) -> Sample:
+        """The sample with nothing to learn."""
+        nothing = np.zeros_like(sample.supervised)
+        if not isinstance(sample, AnswerSample):
+            return Sample(sample.input_ids, nothing, sample.marks)
+        rows = {name: numbers[:0] for name, numbers in sample.rows.items()}
+        return AnswerSample(sample.input_ids, nothing, sample.marks, rows=rows)
+
+
+class PromptDataSpec(UnlabelledDataSpec):
+    """Prompts that the model answers: a sequence is a prompt with the template's generation prefix, nothing supervised.
+
+    Of a row that ends in an answer, the prompt is what stands before it. A prompt is never cut: one of more than
+    `data.max_length` tokens is dropped, or ends the run with `data.over_length=fail`.
+    """
+
+    over_length = (OverLength.truncate, OverLength.drop, OverLength.fail)
+
+    def refuses(self, document: Document) -> tuple[str, str] | None:
+        if document.chosen and document.rejected:
+            return WRONG_KIND, "has two answers to compare, and this objective needs prompts; use objective=dpo"
+        return super().refuses(document)
+
+    def sequences(
+        self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
+    ) -> Iterator[tuple[Document, list[Sample]]]:
+        """One sequence for each prompt that fits."""
+        for document, ids in encoder.encode_prompts(documents):
+            if len(ids) <= config.max_length:
+                yield document, [Sample(ids, np.zeros(len(ids), dtype=bool))]
+                continue
+            if config.over_length is OverLength.fail:
+                raise DataError(
+                    f"{document.location}: the prompt has {len(ids)} tokens, more than data.max_length={config.max_length}; "
+                    "raise data.max_length, or set data.over_length=drop"
+                )
+            tally.drop("tokenise", "too_long", document.location)
+            yield document, []
+
+    def counts(self, sample: Sample) -> dict[str, float]:
+        """Each prompt counts once. The counts of a step are those of its answers, which a round makes."""
+        return dict.fromkeys(ANSWER_COUNTS, 1)
+
+    def check(self, train: Any) -> None:
+        """Raise DataError if there is no prompt left."""
+        if not len(train):
+            raise DataError("data.path: no prompt is left; see what was dropped in the data report")
+
+    def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
+        return AnswerCollator(layout, pad_token_id)
