@@ -84,8 +84,11 @@ def settings_classes() -> dict[str, dict[str, type]]:
     return VARIANTS
 
 
-SHARED_SETTINGS = {"hsdp": "fsdp2", "zero1": "zero", "zero2": "zero", "zero3": "zero"}
-"""Strategies that have the settings of another one."""
+SHARED_SETTINGS = {
+    "strategy": {"hsdp": "fsdp2", "zero1": "zero", "zero2": "zero", "zero3": "zero"},
+    "objective": dict.fromkeys(("dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "cispo", "max_rl"), "grpo"),
+}
+"""Choices that have the settings of another one, by group."""
 REGISTRIES = {
     "strategy": "VARIANTS in trainer/config/tree.py",
     "tuning": "TUNINGS in trainer/tuning/config.py",
@@ -99,12 +102,12 @@ REGISTRIES = {
 def settings_class_of(group: str, name: str) -> type:
     """The settings dataclass of a group's choice, such as `LoraConfig` for `tuning`, `lora`.
 
-    Some strategies share a class: the three stages of ZeRO, and hsdp, which is fsdp2 with replicas. Errors: ConfigError for a
-    file of `conf/` without a class.
+    Some choices share a class: the three stages of ZeRO, hsdp, which is fsdp2 with replicas, and the kin of GRPO. Errors:
+    ConfigError for a file of `conf/` without a class.
     """
     classes = settings_classes()[group]
-    if group == "strategy" and name not in classes:
-        name = SHARED_SETTINGS.get(name, name)
+    if name not in classes:
+        name = SHARED_SETTINGS.get(group, {}).get(name, name)
     if name not in classes:
         from strategies.errors import ConfigError
 

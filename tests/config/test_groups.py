@@ -9,7 +9,13 @@ from importlib.util import find_spec
 import pytest
 import yaml
 
-from launch.config.choices import CONF_DIR, choices_by_group, settings_class_of, settings_classes
+from launch.config.choices import (
+    CONF_DIR,
+    SHARED_SETTINGS,
+    choices_by_group,
+    settings_class_of,
+    settings_classes,
+)
 from launch.config.compose import compose
 from trainer.config import run as run_config
 from trainer.objectives.registry import FAMILIES
@@ -78,7 +84,9 @@ def test_config_choice_composes_to_its_own_settings(group, choice):
     if group in settings_classes():
         assert type(getattr(config, group)) is settings_class_of(group, choice)
     if group in (*settings_classes(), "schedule", "optim"):
-        assert str(getattr(config, group).name) == choice
+        is_recipe = choice in SHARED_SETTINGS.get(group, {}) and group == "objective"
+        named = getattr(config, group).recipe if is_recipe else getattr(config, group).name
+        assert str(named) == choice
 
 
 def test_config_choices_are_the_names_of_the_settings():
@@ -90,7 +98,7 @@ def test_config_choices_are_the_names_of_the_settings():
         ("optim", run_config.OptimConfig().name),
     ):
         assert choices_by_group()[group] == sorted(member.value for member in type(names))
-    assert choices_by_group()["objective"] == sorted(FAMILIES)
+    assert choices_by_group()["objective"] == sorted([*FAMILIES, *SHARED_SETTINGS["objective"]])
 
 
 def plain(value):

@@ -484,9 +484,10 @@ def attach_frozen(
     family = family_of(objective)
     step = built.step_module
     tuning = built.tuning
-    if not family.compares_distributions(objective):
+    if family.compares_distributions(objective):
+        check_head(step.model, f"objective={family.name}")
+    elif not family.compares_with_start(objective):
         return
-    check_head(step.model, f"objective={family.name}")
     has_teacher = family.teacher(objective) is not None
     if not has_teacher and tuning.keeps_base:
         return

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from trainer.data.config import DataFormat
 from trainer.data.objective_spec import DataSpec
 from trainer.model.rules import kind_problems
-from trainer.objectives import classification, distillation, kto, preference, pretrain, reward, seq2seq, sft
+from trainer.objectives import (
+    classification,
+    distillation,
+    grpo,
+    kto,
+    preference,
+    pretrain,
+    reward,
+    seq2seq,
+    sft,
+)
 from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels
 
 FAMILIES: dict[str, Family] = {
@@ -23,6 +33,7 @@ FAMILIES: dict[str, Family] = {
         seq2seq.SEQ2SEQ,
         kto.KTO,
         distillation.DISTILLATION,
+        grpo.GRPO,
     )
 }
 """By name, in the order in which they are listed to users."""

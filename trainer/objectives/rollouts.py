@@ -70,6 +70,7 @@ class RoundsConfig(ObjectiveConfig):
     idle_groups: IdleGroups = setting(IdleGroups.keep, reach=DESCRIBES)
     """Groups in which all answers score alike: `keep`, `drop` (saves their computation), or `replace` by further prompts."""
     rollout: RolloutConfig = group(RolloutConfig)
+    """How the answers of a round are written, and how often they are used."""
 
 
 def stop_problems(config: RoundsConfig) -> Iterator[str]:
