@@ -247,6 +247,8 @@ class Progress:
     """Optimizer steps taken."""
     samples: int = 0
     """Documents (packs) consumed since the start of the run, without those that are skipped."""
+    round_step: int = 0
+    """Steps taken of the round that is being learned from (`objective=grpo`). 0 between rounds, and where there are none."""
     tokens: int = 0
     """Tokens consumed, all ranks together."""
     supervised_tokens: int = 0

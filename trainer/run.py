@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.base import Engine, Progress
+from strategies.base import Engine, Precision, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
 from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
+from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
 from trainer.checkpoints.layout import checkpoint_dirs_of
@@ -40,6 +41,7 @@ from trainer.monitors.anomaly_log import AnomalyLog
 from trainer.monitors.detectors import Challenges
 from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.reference import RecordingSettings, record_reference_logps
+from trainer.objectives.registry import family_of
 from trainer.planner.fit_check import must_fit
 from trainer.planner.micro_batch import settle_micro
 from trainer.planner.oom_probe import TrialInputs
@@ -49,6 +51,7 @@ from trainer.reporting.console import Console
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.metrics import Meter
 from trainer.reporting.profile import Profiler
+from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import (
     RunContext,
     close_records,
@@ -117,7 +120,7 @@ def _run(
     # Before a checkpoint is loaded: the reference is the initial model.
     record_reference(config, data, engine, built, context)
     checkpoints, resumed_from, progress = resume(config, engine, context)
-    loader, total_steps = build_loader(config, data, built, engine, runtime)
+    loader, total_steps = loader_of(config, data, built, tokenizer, engine, progress, resumed_from, precision, context)
     run_record = run_facts(
         config,
         checked,
@@ -251,6 +254,38 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
     return checkpoints, resumed_from, progress
 
 
+def loader_of(
+    config: RunConfig,
+    data: PreparedData,
+    built: Built,
+    tokenizer: Any,
+    engine: Engine,
+    progress: Progress,
+    resumed_from: Path | None,
+    precision: Precision,
+    context: RunContext,
+) -> tuple[StepLoader | RolloutLoader, int]:
+    """(the batches of this rank, of prepared documents or of rounds; the optimizer steps of the run). All ranks must call.
+
+    `resumed_from`: the checkpoint that was loaded. Errors: those of rewards, StorageError.
+    """
+    if family_of(config.objective).rollout is None:
+        return build_loader(config, data, built, engine, context.runtime)
+
+    from trainer.rollout.rewards.scorer import open_scorer
+
+    def watch_for_stop() -> Callable[[], bool]:
+        return context.agreement.for_loop().ask_and_wait
+
+    scorer = open_scorer(config.objective, context.runtime, context.run_dir, stop_asked=context.agreement.asked_here)
+    context.attempt.at_end.callback(scorer.close)
+    inputs = RoundInputs(tokenizer, precision, scorer, progress, watch_for_stop, context.attempt.tell_phase)
+    loader, steps = build_round_loader(config, data, built, engine, context.runtime, inputs)
+    if resumed_from is not None:
+        loader.restore(resumed_from)
+    return loader, steps
+
+
 def evaluators_of(
     config: RunConfig,
     data: PreparedData,
@@ -304,7 +339,11 @@ def asking_of(
 
 
 def monitors_of(
-    config: RunConfig, data: PreparedData, loader: StepLoader, challenges: Challenges, context: RunContext
+    config: RunConfig,
+    data: PreparedData,
+    loader: StepLoader | RolloutLoader,
+    challenges: Challenges,
+    context: RunContext,
 ) -> Monitors:
     """What may end the run early, or leave an update out."""
     anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.print_line)

@@ -54,7 +54,7 @@ from trainer.objectives.base import ObjectiveConfig, ReferenceModels
 from trainer.objectives.causal import plain_model
 from trainer.objectives.frozen_model import common_layout, frozen_model, teacher_model
 from trainer.objectives.layout_choice import causal_model, padded_model
-from trainer.objectives.registry import build_objective, data_spec_of, family_of
+from trainer.objectives.registry import build_objective, data_spec_of, family_of, written_tokens
 from trainer.objectives.routed import added_losses
 from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
@@ -199,7 +199,7 @@ def build_engine(
 def workload(config: RunConfig, data: PreparedData, cut: Cut | None = None) -> Workload:
     """The largest forward pass that a rank of this run makes, of whole rows or of the slice that `cut` takes."""
     row_tokens = config.data.max_length if config.data.packing else None
-    return Workload(data.train, config.batch["micro"], row_tokens, cut)
+    return Workload(data.train, config.batch["micro"], row_tokens, cut, written_tokens(config.objective))
 
 
 def build_model(
@@ -270,7 +270,7 @@ def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
     family = family_of(config.objective)
     # Each side of an encoder-decoder has positions of its own, which are checked below.
     if family.kind is not ModelKind.encoder_decoder:
-        longest = int(data.train.lengths.max(initial=0))
+        longest = int(data.train.lengths.max(initial=0)) + written_tokens(config.objective)
         positions = getattr(text, "max_position_embeddings", None)
         rotary = bool(getattr(text, "rope_parameters", None))
         check_positions(config.tuning, longest, positions, rotary=rotary)

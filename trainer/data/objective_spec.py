@@ -46,6 +46,9 @@ class DataSpec:
     ahead: AheadOf | None = None
     """What is looked at of each sequence before the first backward pass of a step; mostly nothing."""
 
+    has_answers = True
+    """Whether the data has what is learned; False if the model writes it."""
+
     def identity(self) -> dict[str, Any]:
         """Settings of the objective that change prepared bytes, as JSON values. The fingerprint has its class anyway."""
         return {}

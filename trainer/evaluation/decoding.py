@@ -70,16 +70,23 @@ class GenerateAnswers:
     """Takes the place of the objective in a step module: writes answers instead of computing a loss.
 
     `synced`: every forward pass is a collective, so a rank whose answers are finished keeps calling until all ranks are.
+    `keep_logprobs`: also return the log-probability of each drawn token; the temperature is above 0 then.
     """
 
-    def __init__(self, config: Any, settings: WritingConfig, tokenizer: Any, *, synced: bool) -> None:
+    def __init__(
+        self, config: Any, settings: WritingConfig, tokenizer: Any, *, synced: bool, keep_logprobs: bool = False
+    ) -> None:
+        assert settings.temperature or not keep_logprobs, "greedy answers have no law that they were drawn by"
         self.config = config
         self.settings = settings
         self.tokenizer = tokenizer
         self.synced = synced
+        self.keep_logprobs = keep_logprobs
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Generate an answer to each prompt. Returns `answers`, int64 [S, M]: the new tokens, padded on the right.
+
+        With `keep_logprobs` also `logprobs`, float32 [S, M], which mean nothing after the end of an answer.
 
         `batch["input_ids"]` are the prompts, padded on the left. `batch["seeds"]` has a seed for each row; `batch["room"]`, if
         it is there, is the largest number of new tokens.
@@ -95,15 +102,19 @@ class GenerateAnswers:
             criteria.append(StopAtText(self.tokenizer, self.settings.stop, begin))
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("room", config.max_new_tokens)
+        processors = [*self._processors(batch["seeds"], begin)]
         with stock_attention(causal_model):
             ids = causal_model.generate(
                 **prompts,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([*self._processors(batch["seeds"], begin)]),
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList(criteria),
                 synced_gpus=self.synced,
             )
-        return {"answers": ids[:, begin:]}
+        terms = {"answers": ids[:, begin:]}
+        if self.keep_logprobs:
+            terms["logprobs"] = torch.stack(processors[-1].logprobs, dim=1)
+        return terms
 
     def _processors(self, seeds: Sequence[int], begin: int) -> Iterator[Any]:
         """The logits processors that sample: temperature, top-k, top-p, then the noise. Temperature 0 is greedy and has none.
@@ -121,22 +132,32 @@ class GenerateAnswers:
             yield TopKLogitsWarper(settings.top_k)
         if settings.top_p < 1:
             yield TopPLogitsWarper(settings.top_p)
-        yield SeededNoise(seeds, begin)
+        yield SeededNoise(seeds, begin, keep_logprobs=self.keep_logprobs)
 
 
 class SeededNoise:
     """A logits processor that adds Gumbel noise. A row's noise depends on its own seed and on the position in its answer."""
 
-    def __init__(self, seeds: Sequence[int], begin: int) -> None:
+    def __init__(self, seeds: Sequence[int], begin: int, *, keep_logprobs: bool = False) -> None:
         """`begin`: position of the first new token in `input_ids`."""
         self.seeds = torch.tensor(list(seeds))
         self.begin = begin
+        self.keep_logprobs = keep_logprobs
+        self.logprobs: list[Tensor] = []
+        """float32 [S] for each position: log-probability of the token that is drawn there, where it is kept."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`scores [S, V]` with noise."""
         position = input_ids.shape[1] - self.begin
         noise = gumbel(self.seeds.to(scores.device), position, scores.shape[1])
-        return scores + noise.to(scores.dtype)
+        noisy_scores = scores + noise.to(scores.dtype)
+        if self.keep_logprobs:
+            # Greedy search takes the highest of these: the token that is drawn.
+            drawn = noisy_scores.argmax(dim=-1)
+            logits = scores.float()
+            drawn_logits = logits.gather(1, drawn[:, None])[:, 0]
+            self.logprobs.append(drawn_logits - logits.logsumexp(dim=-1))
+        return noisy_scores
 
 
 def gumbel(seeds: Tensor, position: int, tokens: int) -> Tensor:

@@ -56,14 +56,13 @@ class AnswerCollator(Collator):
     axes = AXES | dict.fromkeys(ROW_ENTRIES, Axis.supervised_row) | {ANSWER_LENGTHS: Axis.sequence}
 
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add the entries; of sequences that are no answers (a plan's), zeros for those that every loss reads."""
+        """Add the entries; zeros for sequences that are no answers (those of a plan), nothing where nothing is learned."""
         lengths = [float(np.count_nonzero(sample.supervised[1:])) for sample in samples]
         batch[ANSWER_LENGTHS] = torch.tensor(lengths, dtype=torch.float32)
         answers = [sample for sample in samples if isinstance(sample, AnswerSample)]
-        if len(answers) < len(samples):
-            num_rows = int(sum(lengths))
-            batch[ADVANTAGES] = torch.zeros(num_rows)
-            batch[LOSS_WEIGHTS] = torch.zeros(num_rows)
+        num_rows = int(sum(lengths))
+        if len(answers) < len(samples) or not num_rows:
+            batch.update({name: torch.zeros(num_rows) for name in ROW_ENTRIES})
             return
         for name in answers[0].rows:
             rows = np.concatenate([answer.rows[name] for answer in answers])
@@ -86,6 +85,8 @@ class PromptDataSpec(UnlabelledDataSpec):
     """
 
     over_length = (OverLength.truncate, OverLength.drop, OverLength.fail)
+
+    has_answers = False
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.chosen and document.rejected:

@@ -44,6 +44,12 @@ def family_of(config: ObjectiveConfig) -> Family:
     return FAMILIES[config.name]
 
 
+def written_tokens(config: ObjectiveConfig) -> int:
+    """Tokens of the longest answer that the model writes behind a document to learn from it; 0 if the data has the answers."""
+    rollout = family_of(config).rollout
+    return 0 if rollout is None else int(rollout(config).max_new_tokens)
+
+
 def data_spec_of(config: ObjectiveConfig) -> DataSpec:
     """How data is read for it."""
     return family_of(config).data_spec(config)
