@@ -67,7 +67,7 @@ class Trainer:
         self.outcome = Outcome(
             progress,
             challenges=self.evaluation_monitor.record,
-            watch=settings.evaluation.watch,
+            watch=settings.evaluation.watched,
             greater_is_better=bool(settings.evaluation.greater_is_better),
         )
         self.current_batch: StepBatch | None = None

@@ -15,6 +15,7 @@ from strategies.errors import Preempted
 from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
+from trainer.build.reward_evaluator import build_reward_evaluators
 from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
@@ -151,7 +152,7 @@ def _run(
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
-        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, challenges, context),
+        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, loader, challenges, context),
         sinks=Sinks(
             meter, trackers, console, checkpoints, profiler.at_step, lambda: attempt.require_ownership(runtime)
         ),
@@ -293,10 +294,27 @@ def evaluators_of(
     built: Built,
     tokenizer: Any,
     engine: Engine,
+    loader: StepLoader | RolloutLoader,
     challenges: Challenges,
     context: RunContext,
 ) -> list[Evaluator]:
-    """The evaluators that the configuration asks for; empty without held-out data and tasks."""
+    """The evaluators that the configuration asks for; empty without held-out data and tasks.
+
+    Rounds are evaluated by the rewards of `loader`. Errors: those of `build_evaluators`, and of rewards.
+    """
+
+    def watch_for_stop() -> Callable[[], bool]:
+        return context.agreement.for_loop().ask_and_wait
+
+    def asking() -> ModelInterface:
+        return asking_of(config, data, built, tokenizer, engine, context.runtime, watch_for_stop())
+
+    if isinstance(loader, RolloutLoader):
+        scorer = loader.maker.scorer
+        of_rewards = build_reward_evaluators(
+            config, data, built, tokenizer, engine, context.runtime, scorer, watch_for_stop()
+        )
+        return with_tasks(config, challenges, of_rewards, tasks, asking, context)
     evaluators = build_evaluators(
         replace(config.evaluation, tasks=asked_tasks(config)),
         config.model,
@@ -305,14 +323,8 @@ def evaluators_of(
         tokenizer,
         engine,
         context.runtime,
-        watch_for_stop=lambda: context.agreement.for_loop().ask_and_wait,
+        watch_for_stop,
     )
-
-    def asking() -> ModelInterface:
-        return asking_of(
-            config, data, built, tokenizer, engine, context.runtime, context.agreement.for_loop().ask_and_wait
-        )
-
     return with_tasks(config, challenges, evaluators, tasks, asking, context)
 
 

@@ -130,3 +130,19 @@ def register_schemas() -> None:
     for group, nodes in settings_classes().items():
         for name, settings in nodes.items():
             store.store(group=group, name=f"schema_{name}", node=settings)
+
+
+@cache
+def entry_class_by_table() -> dict[str, type]:
+    """Tables whose entries the user names, such as `data.sources.<name>`, with the settings class of an entry."""
+    from trainer.data.config import SourceConfig
+    from trainer.evaluation.base import TaskConfig
+    from trainer.objectives.rollouts import RewardEntry
+    from trainer.optim.config import GroupRule
+
+    return {
+        "data.sources": SourceConfig,
+        "optim.groups": GroupRule,
+        "evaluation.tasks": TaskConfig,
+        "objective.rewards": RewardEntry,
+    }

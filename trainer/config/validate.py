@@ -27,6 +27,7 @@ from trainer.config.launching import problems as launcher_problems
 from trainer.config.parallel import name_of_readers, readers_of
 from trainer.config.ranges import range_problems
 from trainer.config.resuming import KINDS, flat, plain
+from trainer.config.rewards import problems as reward_problems
 from trainer.config.rounds import answer_batch_problems
 from trainer.config.rounds import problems as round_problems
 from trainer.config.run import AUTO, Device, LauncherName, RunConfig
@@ -74,6 +75,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         *_data(config),
         *evaluation_problems(config),
         *round_problems(config),
+        *reward_problems(config),
         *gate_problems(config),
         *paper_words(config),
         *config.review.problems(),

@@ -9,7 +9,7 @@ row. A step's counts, in `batch["totals"]`, are `loss` (what the loop divides al
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ import torch
 from strategies.errors import DataError
 from trainer.data.batches.collate import Collator
 from trainer.data.batches.cutting import AXES, Axis
-from trainer.data.config import DataConfig, Layout, OverLength
+from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.document import WRONG_KIND, Document, Tally
+from trainer.data.fields import KeptColumns
 from trainer.data.store.sequences import Sample
 from trainer.data.tokens.encode import Encoder
 from trainer.objectives.base import UnlabelledDataSpec
@@ -84,9 +85,18 @@ class PromptDataSpec(UnlabelledDataSpec):
     `data.max_length` tokens is dropped, or ends the run with `data.over_length=fail`.
     """
 
+    formats = (DataFormat.prompt,)
     over_length = (OverLength.truncate, OverLength.drop, OverLength.fail)
 
     has_answers = False
+
+    def __init__(self, kept: KeptColumns | None = None) -> None:
+        """`kept`: the columns of a row that rewards read."""
+        self.kept = kept or KeptColumns()
+
+    def identity(self) -> dict[str, Any]:
+        kept = self.kept or KeptColumns()
+        return {"kept": asdict(kept)}
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.chosen and document.rejected:

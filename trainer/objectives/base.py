@@ -144,6 +144,8 @@ class Family:
     """Whether answers can be generated and scored in evaluations."""
     scores_labels: bool = False
     """Whether evaluations count labels by their names (F1)."""
+    watched_metric: str = "eval/loss"
+    """What `evaluation.watch=null` stands for: the metric that decides the best checkpoint."""
     better_when_larger: tuple[str, ...] = ("accuracy",)
     """Metrics of evaluations of which more is better."""
 

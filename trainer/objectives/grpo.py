@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.data.config import DataConfig
-from trainer.objectives.answers import PromptDataSpec
 from trainer.objectives.base import Family, OtherSettings
 from trainer.objectives.grpo_config import Baseline, ClipForm, GrpoConfig, KlEstimator, KlPlace, Scale
 from trainer.objectives.policy import Policy
+from trainer.objectives.reward_functions import prompt_spec
 from trainer.objectives.rollouts import IdleGroups, stop_problems
 
 
@@ -77,11 +77,12 @@ def max_positions(config: GrpoConfig, data: DataConfig) -> dict[str, int]:
 
 GRPO = Family(
     settings=GrpoConfig,
-    data_spec=lambda config: PromptDataSpec(),
+    data_spec=prompt_spec,
     build=Policy,
     problems=problems,
     compares_with_start=lambda config: config.kl.weight > 0,
     max_positions=max_positions,
     rollout=lambda config: config.rollout,
+    watched_metric="eval/reward",
     better_when_larger=("reward",),
 )

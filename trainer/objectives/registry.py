@@ -18,7 +18,7 @@ from trainer.objectives import (
     seq2seq,
     sft,
 )
-from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels
+from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels, formats_of
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -72,9 +72,13 @@ def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator
             f"data.sources.{replayed_sources[0]}.replay=true: objective={config.name} replays nothing; set it to false, or "
             "take objective=sft or objective=pretrain"
         )
-    reads_labels = DataFormat.labelled in family.data_spec(config).formats
+    formats = family.data_spec(config).formats
+    reads_labels = DataFormat.labelled in formats
     if other_settings.data.format is DataFormat.labelled and not reads_labels:
         yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
+    for key, data_format in formats_of(other_settings.data).items():
+        if data_format is DataFormat.prompt and data_format not in formats:
+            yield f"{key}.format=prompt: reads no answers to learn from; add objective=grpo, which writes its own, or drop it"
 
 
 def model_problems(config: ObjectiveConfig, other_settings: OtherSettings, model_config: dict | None) -> Iterator[str]:

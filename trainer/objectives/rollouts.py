@@ -20,7 +20,7 @@ class IdleGroups(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class RewardConfig:
+class RewardEntry:
     """One reward: a built-in kind, a function in a Python file, or a reward model. Exactly one of the three is set."""
 
     kind: str = setting("", reach=DESCRIBES)
@@ -65,7 +65,7 @@ class RoundsConfig(ObjectiveConfig):
 
     group_size: int = number(8, least=1, advice="8 as a rule, 16 to 64 where few answers are right")
     """Answers that are written to each prompt; `batch.global` must be a multiple of it."""
-    rewards: dict[str, RewardConfig] = setting(default_factory=dict, reach=DESCRIBES)
+    rewards: dict[str, RewardEntry] = setting(default_factory=dict, reach=DESCRIBES)
     """What scores the answers, by a name of your choice; a file `rewards.py` stands for each of its functions."""
     idle_groups: IdleGroups = setting(IdleGroups.keep, reach=DESCRIBES)
     """Groups in which all answers score alike: `keep`, `drop` (saves their computation), or `replace` by further prompts."""

@@ -19,7 +19,7 @@ class PromptReader:
         self.dataset = dataset
         self.table = table
         self.order = order
-        self._has_sources = len(set(dataset.sources.tolist())) > 1
+        self._has_sources = has_sources(dataset)
 
     def read(self, first_sample: int, count: int) -> list[Prompt]:
         """The prompts that are consumed as number `first_sample` up to `first_sample + count`."""
@@ -28,18 +28,27 @@ class PromptReader:
 
     def prompt(self, sequence: int, place: int) -> Prompt:
         """Sequence `sequence` of the data set as prompt number `place` of the run."""
-        document = self.table.document(int(self.dataset.documents[sequence]))
-        source = ""
-        if self._has_sources:
-            source = self.dataset.source_names[int(self.dataset.sources[sequence])]
-        return Prompt(
-            place=place,
-            ids=self.dataset.sample(sequence).input_ids.tolist(),
-            text=text_of(document),
-            columns=document.columns or {},
-            origin=document.location,
-            source=source,
-        )
+        return read_prompt(self.dataset, self.table, sequence, place, names_source=self._has_sources)
+
+
+def has_sources(dataset: TokenDataset) -> bool:
+    """Whether the sequences of a data set come from several sources."""
+    return len(set(dataset.sources.tolist())) > 1
+
+
+def read_prompt(
+    dataset: TokenDataset, table: DocumentTable, sequence: int, place: int, *, names_source: bool
+) -> Prompt:
+    """Sequence `sequence` of a data set as a prompt. `table`: the documents that its sequences were made of."""
+    document = table.document(int(dataset.documents[sequence]))
+    return Prompt(
+        place=place,
+        ids=dataset.sample(sequence).input_ids.tolist(),
+        text=text_of(document),
+        columns=document.columns or {},
+        origin=document.location,
+        source=dataset.source_names[int(dataset.sources[sequence])] if names_source else "",
+    )
 
 
 def text_of(document: Document) -> str | list[dict[str, Any]]:
