@@ -4,7 +4,8 @@ Run as `make_preference_vectors.py`: `PYTHONPATH=. python tests/golden/make_grpo
 installed. The tests need no trl: they read the recorded numbers.
 
 `use_bias_correction_kl` is on in TRL since 1.16.0 and was off before, so that every case says it. All of it is computed in
-float64, so that no processor's rounding is in the numbers.
+float64, so that no processor's rounding is in the numbers: TRL's own head rounds log-probabilities to float32, so they are
+made of the model's logits here.
 """
 
 import json
@@ -19,7 +20,7 @@ from tests.golden.make_preference_vectors import VOCABULARY, fill, fingerprints,
 FILE = Path(__file__).with_name("grpo_vectors.json")
 LONGEST = 9
 """`max_new_tokens`."""
-NOW, OLD, REFERENCE = 0.0, 0.06, 0.3
+NOW, OLD, REFERENCE = 0.0, 0.35, 0.7
 """Phases of `fill`: the policy, the one that wrote, and the one that the divergence is measured from."""
 ADVANTAGES = [1.3, -0.4, -0.9, 0.7, -1.1, 0.2]
 CASES = {
@@ -76,6 +77,15 @@ def _padded_floats(rows: list[list[float]]) -> torch.Tensor:
     return torch.tensor([row + [0.0] * (longest - len(row)) for row in rows], dtype=torch.float64)
 
 
+def in_float64(model, input_ids, attention_mask, num_answer_tokens: int, *, temperature: float):
+    """(log-probabilities, entropies, no loss of routers): what `_get_per_token_logps_and_entropies` returns, unrounded."""
+    # Positions as TRL's model counts them: a padded prompt does not begin at 0, which no rotary embedding sees.
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -num_answer_tokens - 1 : -1]
+    log_probabilities = (logits / temperature).log_softmax(-1)
+    logps = log_probabilities.gather(2, input_ids[:, -num_answer_tokens:, None])[..., 0]
+    return logps, torch.special.entr(log_probabilities.exp()).sum(-1).detach(), None
+
+
 def record(case: dict, directory: str) -> dict:
     """Loss, metrics and gradients of one case."""
     from datasets import Dataset
@@ -110,6 +120,9 @@ def record(case: dict, directory: str) -> dict:
     )
     trainer.beta = beta
     trainer.current_gradient_accumulation_steps = 1
+    trainer._get_per_token_logps_and_entropies = lambda model, ids, mask, number, **_: in_float64(
+        model, ids, mask, number, temperature=temperature
+    )
     prompts = [prompt for prompt, _ in rows]
     written = [answer for _, answer in rows]
     inputs = {

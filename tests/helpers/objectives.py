@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from trainer.objectives.base import ObjectiveConfig, TeacherConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.grpo_config import ClipForm, GrpoConfig, ImportanceLevel, KlConfig
 from trainer.objectives.kto import KtoConfig
 from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
 from trainer.objectives.pretrain import PretrainConfig
@@ -53,6 +54,16 @@ OBJECTIVE_TESTS: dict[str, ObjectiveTests] = {
         {"distillation": DistillationConfig(teacher=TeacherConfig(path="teacher"))},
         "tests/objectives/test_distillation.py",
         "teachers.py",
+    ),
+    "grpo": ObjectiveTests(
+        {
+            "grpo": GrpoConfig(group_size=4),
+            "grpo by answer": GrpoConfig(group_size=4, importance_level=ImportanceLevel.sequence),
+            "grpo unbounded": GrpoConfig(group_size=4, clip_form=ClipForm.none),
+            "grpo near its start": GrpoConfig(group_size=4, kl=KlConfig(weight=0.1)),
+        },
+        "tests/objectives/test_policy.py",
+        "rounds.py",
     ),
 }
 

@@ -64,7 +64,7 @@ def model(phase: float = NOW):
 
     made = fill(LlamaForCausalLM(model_config()), phase)
     fuse_head(made, made.config)
-    return made
+    return made.double()
 
 
 def samples(config: GrpoConfig, *, has_old: bool = True) -> tuple[list[AnswerSample], dict[str, float]]:
