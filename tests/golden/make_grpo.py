@@ -79,7 +79,7 @@ def _padded_floats(rows: list[list[float]]) -> torch.Tensor:
 
 def in_float64(model, input_ids, attention_mask, num_answer_tokens: int, *, temperature: float):
     """(log-probabilities, entropies, no loss of routers): what `_get_per_token_logps_and_entropies` returns, unrounded."""
-    # Positions as TRL's model counts them: a padded prompt does not begin at 0, which no rotary embedding sees.
+    # Positions of a left-padded prompt do not begin at 0. With rotary embeddings only distances count.
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -num_answer_tokens - 1 : -1]
     log_probabilities = (logits / temperature).log_softmax(-1)
     logps = log_probabilities.gather(2, input_ids[:, -num_answer_tokens:, None])[..., 0]

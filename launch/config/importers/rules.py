@@ -53,6 +53,7 @@ OBJECTIVES = {
     "classification": "cls classification",
     "seq2seq": "seq2seq",
     "distillation": "distillation",
+    "grpo": "grpo",
 }
 LOSS_TYPES_OF_DPO = ("ipo", "hinge")
 """Values of `objective.loss_type` under objective=dpo that others take for objectives of their own."""

@@ -1,0 +1,71 @@
+"""Steps of online learning: the texts, the gradients and the metrics of one process, under every strategy."""
+
+import itertools
+
+import pytest
+
+from tests.helpers.covering import chosen, takes, values
+from tests.parity.rounds import FEATURES, STEPS, VARIANTS
+
+TOLERANCE = 1e-5
+STRATEGIES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+MATRIX = [
+    *itertools.product(VARIANTS, ("full", "lora"), STRATEGIES, ("plain", "accumulation", "several")),
+    *itertools.product(("grpo near its start",), ("lora",), ("ddp", "fsdp2", "zero3"), ("nf4",)),
+    *itertools.product(VARIANTS, ("full", "lora"), ("fsdp2", "zero2", "zero3"), ("shared rows",)),
+]
+
+
+def is_legal(case) -> bool:
+    _, _, strategy, feature = case
+    return feature in FEATURES and not (strategy == "hsdp" and feature == "shared rows")
+
+
+def met(case):
+    """Each value of each axis, and with a divergence both kinds of reference, whole and in pieces."""
+    variant, tuning, strategy, feature = case
+    marks = values(case)
+    if "start" in variant:
+        marks |= {("reference", tuning, strategy == "ddp"), ("reference", feature)}
+    return marks
+
+
+def failures(compared) -> list[str]:
+    """What of the steps is not that of `single`."""
+    found = []
+    for number, step in enumerate(compared, start=1):
+        own, right = step["found"], step["expected"]
+        if own["texts"] != right["texts"]:
+            return [*found, f"step {number}: other answers"]
+        for name, value in right["values"].items():
+            bound = TOLERANCE * (right["size"] if name == "loss" else abs(value)) + 1e-9
+            if abs(own["values"][name] - value) > bound and "sampling" not in name:
+                found.append(f"step {number}: {name} {own['values'][name]} instead of {value}")
+        for kind, (difference, largest, rounding) in step["kinds"].items():
+            if difference > TOLERANCE * largest + rounding:
+                found.append(f"step {number}: gradient of {kind} differs by {difference:.2e} of {largest:.2e}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variant", "tuning", "strategy", "feature"), chosen([case for case in MATRIX if is_legal(case)], met, takes)
+)
+def test_rounds_are_those_of_one_process(ranks, variant, tuning, strategy, feature):
+    world = 4 if strategy == "hsdp" else 2
+    compared = ranks[world].ask("rounds", "compare", variant, tuning, strategy, feature)
+    assert len(compared) == STEPS
+    assert failures(compared) == []
+    norms = [step["expected"]["values"]["grad_norm"] for step in compared]
+    assert min(norms) > 1e-3, "nothing was learned, so nothing was compared"
+    for step in compared:
+        differences = step["expected"]["values"]["sampling/sampling_logp_difference/mean"]
+        assert feature == "several" or differences < 1e-4
+    if "start" in variant:
+        divergences = [step["expected"]["values"]["kl"] for step in compared]
+        assert abs(divergences[0]) < 1e-6 < divergences[-1]
+
+
+def test_one_groups_advantages_doubled_on_one_rank_are_seen(ask):
+    compared = ask("rounds", "compare", "grpo", "full", "fsdp2", "plain", True)
+    assert any("gradient of" in failure for failure in failures(compared[:1]))
+    assert any("grad_norm" in failure for failure in failures(compared[:1]))
