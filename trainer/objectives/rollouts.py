@@ -26,7 +26,7 @@ class RewardEntry:
     kind: str = setting("", reach=DESCRIBES)
     """A built-in reward, as `maths` or `length`; an unknown one is refused with a list of all."""
     function: str | None = setting(None, reach=Reach.code)
-    """`FILE.py:NAME`: a function of a Python file, which is run in worker processes."""
+    """`<file>:<name>`: a function of a Python file, which is run in worker processes."""
     path: str | None = setting(None, reach=DESCRIBES)
     """Directory of a reward model, as `objective=reward` exports it."""
     weight: float = number(1.0, advice="1 as a rule; 0 measures a reward without learning from it")
@@ -66,7 +66,7 @@ class RoundsConfig(ObjectiveConfig):
     group_size: int = number(8, least=1, advice="8 as a rule, 16 to 64 where few answers are right")
     """Answers that are written to each prompt; `batch.global` must be a multiple of it."""
     rewards: dict[str, RewardEntry] = setting(default_factory=dict, reach=DESCRIBES)
-    """What scores the answers, by a name of your choice; a file `rewards.py` stands for each of its functions."""
+    """What scores the answers, by a name of your choice; a Python file stands for each of its functions."""
     idle_groups: IdleGroups = setting(IdleGroups.keep, reach=DESCRIBES)
     """Groups in which all answers score alike: `keep`, `drop` (saves their computation), or `replace` by further prompts."""
     rollout: RolloutConfig = group(RolloutConfig)
