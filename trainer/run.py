@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.base import Engine, Precision, Progress
+from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
 from strategies.runtime import call_on_main
@@ -43,6 +43,7 @@ from trainer.monitors.detectors import Challenges
 from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.reference import RecordingSettings, record_reference_logps
 from trainer.objectives.registry import family_of
+from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.fit_check import must_fit
 from trainer.planner.micro_batch import settle_micro
 from trainer.planner.oom_probe import TrialInputs
@@ -111,7 +112,8 @@ def _run(
     context = RunContext(sha256, runtime, console, Agreement(request, runtime), attempt)
     precision = resolve_precision(config.precision, runtime)
     checked = check_identity(config, data, context)
-    config = settle_choices(config, TrialInputs(tokenizer, data, precision, runtime), context, freeze)
+    inputs = TrialInputs(tokenizer, data, precision, runtime)
+    config = settle_choices(config, inputs, context, freeze)
     # Refused here, before there are weights, rather than by the allocator an hour later.
     attempt.phase = "simulating whether the run fits"
     checked |= must_fit(config, data, precision, runtime, console.print_line) | staged.record()
@@ -121,7 +123,7 @@ def _run(
     # Before a checkpoint is loaded: the reference is the initial model.
     record_reference(config, data, engine, built, context)
     checkpoints, resumed_from, progress = resume(config, engine, context)
-    loader, total_steps = loader_of(config, data, built, tokenizer, engine, progress, resumed_from, precision, context)
+    loader, total_steps = loader_of(config, inputs, built, engine, progress, resumed_from, context)
     run_record = run_facts(
         config,
         checked,
@@ -152,7 +154,7 @@ def _run(
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
-        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, loader, challenges, context),
+        evaluators=evaluators_of(config, inputs, tasks, built, engine, loader, challenges, context),
         sinks=Sinks(
             meter, trackers, console, checkpoints, profiler.at_step, lambda: attempt.require_ownership(runtime)
         ),
@@ -257,13 +259,11 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
 
 def loader_of(
     config: RunConfig,
-    data: PreparedData,
+    inputs: TrialInputs,
     built: Built,
-    tokenizer: Any,
     engine: Engine,
     progress: Progress,
     resumed_from: Path | None,
-    precision: Precision,
     context: RunContext,
 ) -> tuple[StepLoader | RolloutLoader, int]:
     """(the batches of this rank, of prepared documents or of rounds; the optimizer steps of the run). All ranks must call.
@@ -271,17 +271,21 @@ def loader_of(
     `resumed_from`: the checkpoint that was loaded. Errors: those of rewards, StorageError.
     """
     if family_of(config.objective).rollout is None:
-        return build_loader(config, data, built, engine, context.runtime)
+        return build_loader(config, inputs.data, built, engine, context.runtime)
 
     from trainer.rollout.rewards.scorer import open_scorer
+
+    assert isinstance(config.objective, RoundsConfig), "the settings of every family with rollouts"
 
     def watch_for_stop() -> Callable[[], bool]:
         return context.agreement.for_loop().ask_and_wait
 
     scorer = open_scorer(config.objective, context.runtime, context.run_dir, stop_asked=context.agreement.asked_here)
     context.attempt.at_end.callback(scorer.close)
-    inputs = RoundInputs(tokenizer, precision, scorer, progress, watch_for_stop, context.attempt.tell_phase)
-    loader, steps = build_round_loader(config, data, built, engine, context.runtime, inputs)
+    of_rounds = RoundInputs(
+        inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.tell_phase
+    )
+    loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, of_rounds)
     if resumed_from is not None:
         loader.restore(resumed_from)
     return loader, steps
@@ -289,10 +293,9 @@ def loader_of(
 
 def evaluators_of(
     config: RunConfig,
-    data: PreparedData,
+    inputs: TrialInputs,
     tasks: list[PreparedTask],
     built: Built,
-    tokenizer: Any,
     engine: Engine,
     loader: StepLoader | RolloutLoader,
     challenges: Challenges,
@@ -302,6 +305,8 @@ def evaluators_of(
 
     Rounds are evaluated by the rewards of `loader`. Errors: those of `build_evaluators`, and of rewards.
     """
+    data = inputs.data
+    tokenizer = inputs.tokenizer
 
     def watch_for_stop() -> Callable[[], bool]:
         return context.agreement.for_loop().ask_and_wait

@@ -132,6 +132,18 @@ def register_schemas() -> None:
             store.store(group=group, name=f"schema_{name}", node=settings)
 
 
+def add_table_entry(tree: Any, key: str) -> None:
+    """Add the entry that `key` is a setting of to its table in a composed tree, with its defaults, unless it is there."""
+    from omegaconf import OmegaConf
+
+    for table, entry_class in entry_class_by_table().items():
+        if not key.startswith(f"{table}."):
+            continue
+        entry_name, _, setting_name = key.removeprefix(f"{table}.").partition(".")
+        if setting_name and entry_name not in OmegaConf.select(tree, table):
+            OmegaConf.update(tree, f"{table}.{entry_name}", entry_class(), force_add=True)
+
+
 @cache
 def entry_class_by_table() -> dict[str, type]:
     """Tables whose entries the user names, such as `data.sources.<name>`, with the settings class of an entry."""

@@ -23,7 +23,7 @@ from launch.config.broken_files import composition_problem, suspected_files
 from launch.config.choices import (
     CONF_DIR,
     USER_CONFIG_DIRS,
-    entry_class_by_table,
+    add_table_entry,
     register_schemas,
     settings_class_of,
     settings_classes,
@@ -365,19 +365,13 @@ def _has_begun(parsed: overrides.ParsedWords) -> bool:
 
 
 def _set_value(tree: DictConfig, key: str, value: Any) -> None:
-    """Set one value in the tree. An entry that a table (`entry_class_by_table`) lacks is first added with its defaults.
+    """Set one value in the tree. An entry that a table lacks is first added with its defaults.
 
     Errors: those of OmegaConf, ValueError.
     """
     from omegaconf import OmegaConf
 
-    for table, entry_class in entry_class_by_table().items():
-        if not key.startswith(f"{table}."):
-            continue
-        entry_name, _, setting_name = key.removeprefix(f"{table}.").partition(".")
-        if setting_name and entry_name not in OmegaConf.select(tree, table):
-            OmegaConf.update(tree, f"{table}.{entry_name}", entry_class(), force_add=True)
-
+    add_table_entry(tree, key)
     if isinstance(value, dict):
         holder = OmegaConf.select(tree, key)
     else:

@@ -180,12 +180,15 @@ def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, fl
 def _arguments(group: Group, answers: list[int], step: int) -> dict[str, Any]:
     """The arguments of `AnswersOfGroup` for some answers of a group."""
     chosen = [group.answers[answer] for answer in answers]
+    texts = [answer.text for answer in chosen]
+    ids = [answer.ids for answer in chosen]
+    truncated = [not answer.ended for answer in chosen]
     return {
         "prompt": group.prompt.text,
         "columns": group.prompt.columns,
-        "texts": [answer.text for answer in chosen],
-        "ids": [list(map(int, answer.ids)) for answer in chosen],
-        "truncated": [not answer.ended for answer in chosen],
+        "texts": texts,
+        "ids": ids,
+        "truncated": truncated,
         "step": step,
     }
 
