@@ -22,14 +22,14 @@ def even(completion_ids, completions, step, **_):
 
 
 @pytest.fixture(scope="module")
-def words(runs):
+def words(site):
     """Words of a run of rounds, whose rewards wait at the third step for as long as there is a file `hold`."""
-    write_jsonl(runs.root / "prompts.jsonl", [{"prompt": f"question {n}", "answer": str(n)} for n in range(24)])
-    (runs.root / "rewards.py").write_text(REWARDS.format(held=str(runs.root)))
+    write_jsonl(site.root / "prompts.jsonl", [{"prompt": f"question {n}", "answer": str(n)} for n in range(24)])
+    (site.root / "rewards.py").write_text(REWARDS.format(held=str(site.root)))
     return [
-        *("objective=grpo", "objective.group_size=4", f"objective.rewards={runs.root / 'rewards.py'}"),
+        *("objective=grpo", "objective.group_size=4", f"objective.rewards={site.root / 'rewards.py'}"),
         *("objective.rollout.max_new_tokens=6", "batch.global=8", "batch.micro=3", "tuning=full", "budget.steps=5"),
-        f"data.path={runs.root / 'prompts.jsonl'}",
+        f"data.path={site.root / 'prompts.jsonl'}",
     ]
 
 
