@@ -273,6 +273,7 @@ def loader_of(
     if family_of(config.objective).rollout is None:
         return build_loader(config, inputs.data, built, engine, context.runtime)
 
+    from trainer.rollout.record import RoundRecord
     from trainer.rollout.rewards.scorer import open_scorer
 
     assert isinstance(config.objective, RoundsConfig), "the settings of every family with rollouts"
@@ -286,6 +287,9 @@ def loader_of(
         inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.tell_phase
     )
     loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, of_rounds)
+    record = RoundRecord(context.run_dir, config.objective.rollout.record)
+    processes.call_on_main(lambda: record.take_back(progress.step), context.runtime)
+    loader.maker.on_round = lambda made, step: processes.call_on_main(lambda: record.write(made, step), context.runtime)
     if resumed_from is not None:
         loader.restore(resumed_from)
     return loader, steps

@@ -66,6 +66,8 @@ class RoundMaker:
     """Asked on all ranks between two phases: whether to stop."""
     tell_phase: Callable[[str], None] = lambda phase: None
     """Called with what the run is at, for messages about a rank that fails or stands still."""
+    on_round: Callable[[Round, int], None] = lambda made, step: None
+    """Called on all ranks with each new round, and the optimizer steps taken before it."""
     _seconds: dict[str, float] = field(default_factory=dict)
 
     def make(self, first_sample: int, step: int) -> Round:
@@ -94,6 +96,7 @@ class RoundMaker:
         self._weigh(made)
         self.tell_phase("training")
         made.facts = round_metrics(written.groups, written.scores) | facts | self._speeds(written.groups)
+        self.on_round(made, step)
         return made
 
     def _write(self, first_sample: int, count: int, step: int) -> _Written:
