@@ -138,8 +138,10 @@ def compare(
     return compared
 
 
-def steps_of(config: RunConfig, data: PreparedData, runtime: Runtime, *, fault: bool = False) -> list[dict[str, Any]]:
-    """Five steps: their texts, values and gradients. All ranks of `runtime` must call; rank 0 alone has gradients."""
+def steps_of(
+    config: RunConfig, data: PreparedData, runtime: Runtime, *, fault: bool = False, num_steps: int = STEPS
+) -> list[dict[str, Any]]:
+    """Some steps: their texts, values and gradients. All ranks of `runtime` must call; rank 0 alone has gradients."""
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, data, Precision.fp32, runtime)
     progress = Progress()
@@ -155,7 +157,7 @@ def steps_of(config: RunConfig, data: PreparedData, runtime: Runtime, *, fault: 
     names = ("loss", *built.step_module.objective.metrics)
     steps = []
     before = weights(engine)
-    for batch in loader.steps(0, STEPS):
+    for batch in loader.steps(0, num_steps):
         record = trainer.train_step(batch)
         after = weights(engine)
         sums = [record.local_sums[name].double() for name in names]
