@@ -277,6 +277,8 @@ class Progress:
     """Sum of the training losses of the steps since the last evaluation."""
     interval_steps: int = 0
     """Number of these steps."""
+    reward_blocks: list[dict[str, float]] = field(default_factory=list)
+    """Sums of rewards and their company over blocks of steps (`trainer/monitors/rewards.py`); empty without rewards."""
     first_loss: float | None = None
     """Training loss of step 1, before any update, to compare the last steps with. None in states of earlier versions."""
     recent_losses: list[dict[str, float]] = field(default_factory=list)

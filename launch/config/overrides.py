@@ -311,7 +311,8 @@ def _add_setting(parsed: ParsedWords, settings_by_key: dict[str, Setting], key: 
             parsed.values.append(TypedValue(f"{key}.{name or kind}.kind", kind, word))
         return
     if key == REWARDS_TABLE and not text.startswith("{") and text != "null":
-        _add_rewards(parsed, _list_entries(text) or [text], word)
+        entries = _list_entries(text)
+        _add_rewards(parsed, [text] if entries is None else entries, word)
         return
     # Paths hold spaces, colons and equals signs that the grammar would take apart.
     setting = find_setting(settings_by_key, key)
@@ -327,6 +328,9 @@ def _add_rewards(parsed: ParsedWords, entries: list[str], word: str) -> None:
     Each entry is a kind, a Python file that stands for its reward functions, or one function of a file.
     """
     parsed.replaced_tables.add(REWARDS_TABLE)
+    # Of several such words the last one counts, as of any setting. Entries that were typed by themselves stay.
+    table_word = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
+    parsed.values = [value for value in parsed.values if not table_word.match(value.word)]
     for entry in entries:
         path, function = split_function(entry)
         if path.suffix != ".py":

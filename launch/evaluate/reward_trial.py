@@ -26,7 +26,6 @@ COLUMNS = (
     Column("unscored", is_number=True),
 )
 SHOWN_GROUPS = 3
-HARD, EASY = 0.05, 0.95
 
 
 def is_trial(words: EvaluateWords) -> bool:

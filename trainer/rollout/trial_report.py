@@ -27,17 +27,20 @@ def trial_report(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str,
     for name in scores[0].by_reward:
         of_reward = np.stack([score.by_reward[name] for score in scores])
         by_reward[name] = _summary(of_reward)
+    truncated = [not answer.ended for answer in answers]
+    idle_shares = {str(size): idle_share(rewards, size) for size in GROUP_SIZES}
+    shown_groups = [_shown_group(group, score) for group, score in zip(groups, scores, strict=True)]
     return {
         "prompts": len(groups),
         "draws": len(groups[0].answers),
         "reward": _summary(rewards),
         "rewards": by_reward,
         "timed_out": sum(score.timed_out for score in scores),
-        "idle_share_by_group_size": {str(size): idle_share(rewards, size) for size in GROUP_SIZES},
+        "idle_share_by_group_size": idle_shares,
         "mean_length": float(lengths.mean()),
         "longest": int(lengths.max()),
-        "truncated_share": float(np.mean([not answer.ended for answer in answers])),
-        "groups": [_shown_group(group, score) for group, score in zip(groups, scores, strict=True)],
+        "truncated_share": float(np.mean(truncated)),
+        "groups": shown_groups,
     }
 
 

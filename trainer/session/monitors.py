@@ -18,6 +18,7 @@ from trainer.monitors.config import GENERAL, Reaction
 from trainer.monitors.detectors import Challenges, WatchedTasks
 from trainer.monitors.first_evaluation import KeptHeldOut
 from trainer.monitors.first_rows import FirstRows
+from trainer.objectives.rollouts import RoundsConfig
 from trainer.optim.schedule import warmup_steps
 from trainer.session.announcements import RunContext, challenge_reporter
 from trainer.step import Built
@@ -35,6 +36,9 @@ def challenges_of(config: RunConfig, built: Built, total_steps: int, context: Ru
     challenges.kept_before = KeptHeldOut(context.run_dir, context.runtime)
     challenges.window = divergence.window_of(total_steps)
     challenges.first_judged = divergence.first_judged(warmup_steps(config.schedule, total_steps))
+    if isinstance(config.objective, RoundsConfig):
+        rewards = config.objective.rewards
+        challenges.controls = [f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0]
     challenges.on_record = challenge_reporter(context)
     return challenges
 
