@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from strategies.base import Engine, Precision, Progress
@@ -15,12 +16,13 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import cut_of
 from trainer.data.batches.loader import Share
 from trainer.data.batches.mixing import build_order
-from trainer.data.batches.order import steps_from_budget
+from trainer.data.batches.order import Order, steps_from_budget
 from trainer.data.prepare import PreparedData
 from trainer.data.store.documents import DocumentTable
 from trainer.evaluation.full_weights import USABLE_SHARE, cache_bytes
 from trainer.model.loading import generation_config
 from trainer.objectives.grpo_config import GrpoConfig
+from trainer.objectives.registry import family_of
 from trainer.rollout.dealing import Dealer
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.maker import RoundMaker
@@ -55,6 +57,45 @@ def prompts_per_round(config: RunConfig) -> int:
     settings: Any = config.objective
     answers: int = config.batch["global"] * settings.rollout.steps
     return answers // int(settings.group_size)
+
+
+def documents_per_step(config: RunConfig) -> float:
+    """Documents that a step consumes; prompts on average over the steps of a round, where the model writes the answers."""
+    global_batch: int = config.batch["global"]
+    if family_of(config.objective).rollout is None:
+        return global_batch
+    settings: Any = config.objective
+    return global_batch / (settings.group_size * settings.rollout.iterations)
+
+
+def steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> int:
+    """Optimizer steps of the budget; of rounds, `budget.epochs` are passes over the prompts, the last round taken whole."""
+    if family_of(config.objective).rollout is None or config.budget.steps is not None:
+        return steps_from_budget(config.budget, order, unit_tokens, config.batch["global"])
+    settings: Any = config.objective
+    rounds = steps_from_budget(config.budget, order, unit_tokens, prompts_per_round(config))
+    return rounds * int(settings.rollout.steps * settings.rollout.iterations)
+
+
+def writing_lines(config: RunConfig, built: Built, longest_prompt: int) -> list[str]:
+    """What writing the answers of a round takes, for a run that is not started; empty if the data has what is learned.
+
+    Computed from sizes: between two steps there are weights, whole on each rank if they fit, and the keys of the answers.
+    """
+    if family_of(config.objective).rollout is None:
+        return []
+    settings: Any = config.objective
+    rollout = settings.rollout
+    answers = config.batch["global"] * rollout.steps
+    rows = rollout.rows or min(answers, MOST_ROWS["cpu" if str(config.run.device) == "cpu" else "cuda"])
+    tokens = longest_prompt + rollout.max_new_tokens
+    itemsize = 4 if config.precision is Precision.fp32 else 2
+    weights = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
+    keys = cache_bytes(built.config, rows, tokens, itemsize) / 2**30
+    return [
+        f"writing: {prompts_per_round(config)} prompts x {settings.group_size} answers a round, at most {rows} at a time: "
+        f"keys of {rows} x {tokens:,} tokens take {keys:.2f} GiB, and whole weights {weights:.2f} GiB"
+    ]
 
 
 def build_round_loader(
@@ -102,10 +143,7 @@ def build_round_loader(
     if most_difference is None:
         most_difference = MOST_DIFFERENCE[inputs.precision]
     loader = RolloutLoader(maker, share, inputs.progress, most_difference)
-    steps_per_round = settings.rollout.steps * settings.rollout.iterations
-    steps = config.budget.steps
-    if steps is None:
-        steps = steps_from_budget(config.budget, order, loader.unit_tokens, num_prompts) * steps_per_round
+    steps = steps_of_run(config, order, loader.unit_tokens)
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(steps)
     return loader, steps

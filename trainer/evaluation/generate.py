@@ -118,7 +118,7 @@ class Writer:
         # A decoder continues the row that holds the prompt, so prompts are padded on the left and take positions.
         is_decoder_only = not model.config.is_encoder_decoder
         answer_limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)
-        _check_rows("prompt", prompts, position_limit(model.config) if is_decoder_only else None)
+        check_rows("prompt", prompts, position_limit(model.config) if is_decoder_only else None)
         rows = [(prompt, draw) for prompt in range(len(prompts)) for draw in range(settings.draws)]
         limits = [answer_limits[prompt] for prompt, _ in rows]
         lengths = []
@@ -144,7 +144,7 @@ class Writer:
 
         own_answers: dict[int, WrittenAnswer] = {}
         end_ids = ending_ids(config)
-        for row_numbers, terms in self._run_batches(
+        for row_numbers, terms in self.run_batches(
             engine, batches, objective, make_batch, gathered_once=gathering.gathered_once, averaged=averaged
         ):
             logprobs = terms["logprobs"].cpu().numpy() if keep_logprobs else None
@@ -153,7 +153,7 @@ class Writer:
                 if logprobs is not None:
                     answer = replace(answer, logprobs=logprobs[index, : len(answer.ids)].copy())
                 own_answers[row] = answer
-        answers: list[WrittenAnswer] = self._gather_by_number(own_answers)
+        answers: list[WrittenAnswer] = self.gather_by_number(own_answers)
         seconds = max(gather_objects(time.perf_counter() - began, self.runtime))
         self.throughput = GenerationThroughput(sum(len(answer.ids) for answer in answers), seconds, gathering)
         return answers
@@ -176,11 +176,11 @@ class Writer:
         model = model_of(engine)
         decoder_start = self.generation_config.decoder_start_token_id if model.config.is_encoder_decoder else None
         limit = position_limit(model.config)
-        _check_rows("context", [context for context, _ in pairs], None)
+        check_rows("context", [context for context, _ in pairs], None)
         if decoder_start is None:
             # The last token of a continuation is only a target: it takes no position.
             inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
-            _check_rows("pair", inputs, None if limit is None else limit + 1)
+            check_rows("pair", inputs, None if limit is None else limit + 1)
 
         def make_batch(numbers: list[int]) -> dict[str, Any]:
             batch_pairs = [pairs[number] for number in numbers]
@@ -190,7 +190,7 @@ class Writer:
         batches = self._own_batches(engine, lengths, None)
         gathered_once = decide_gathering(engine, self.runtime, 0).gathered_once
         own_likelihoods: dict[int, Likelihood] = {}
-        for numbers, terms in self._run_batches(
+        for numbers, terms in self.run_batches(
             engine, batches, ScoreContinuations(), make_batch, gathered_once=gathered_once
         ):
             logprobs = terms["logprobs"].tolist()
@@ -198,7 +198,7 @@ class Writer:
             for number, logprob, missed in zip(numbers, logprobs, misses, strict=True):
                 tokens = len(pairs[number][1])
                 own_likelihoods[number] = Likelihood(logprob, tokens, greedy=missed == 0)
-        return self._gather_by_number(own_likelihoods)
+        return self.gather_by_number(own_likelihoods)
 
     def _own_batches(
         self, engine: Engine, lengths: Sequence[int], budget: int | None, kinds: Sequence[int] | None = None
@@ -211,7 +211,7 @@ class Writer:
             budget = None
         return [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=size, budget=budget, kinds=kinds)]
 
-    def _run_batches(
+    def run_batches(
         self,
         engine: Engine,
         batches: list[list[int]],
@@ -243,7 +243,7 @@ class Writer:
             finally:
                 step.objective = training_objective
 
-    def _gather_by_number(self, own_results: dict[int, Any]) -> list[Any]:
+    def gather_by_number(self, own_results: dict[int, Any]) -> list[Any]:
         """The results of all ranks, in the order of their numbers. All ranks must call."""
         results: dict[int, Any] = {}
         for rank_results in gather_objects(own_results, self.runtime):
@@ -305,7 +305,7 @@ def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], max_new_tok
     return tokens
 
 
-def _check_rows(what: str, rows: Sequence[Sequence[int]], most: int | None) -> None:
+def check_rows(what: str, rows: Sequence[Sequence[int]], most: int | None) -> None:
     """Raise DataError for rows without tokens, or with `most` or more."""
     for number, row in enumerate(rows):
         if len(row) == 0:

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.runtime import Runtime, derive_seed
 from trainer.evaluation.base import WritingConfig
-from trainer.evaluation.generate import Writer
+from trainer.evaluation.group_answers import GroupWriter
 from trainer.objectives.rollouts import RolloutConfig
 from trainer.rollout.types import Answer, Group, Prompt
 
 if TYPE_CHECKING:
     from strategies.base import Engine
-    from trainer.evaluation.generate import GenerationThroughput
 
 END_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """What is taken of a model's generation_config while training."""
@@ -42,12 +41,9 @@ class OwnWriter:
         """`rows`: most answers that this rank writes at a time. `stop_now`, asked on all ranks after each batch, ends it."""
         self.settings = settings
         self.seed = seed
-        self._writer = Writer(tokenizer, end_tokens_only(generation_config), runtime, batch=rows, stop_now=stop_now)
-
-    @property
-    def throughput(self) -> GenerationThroughput | None:
-        """The speed of the last round; None before the first."""
-        return self._writer.throughput
+        self._writer = GroupWriter(
+            tokenizer, end_tokens_only(generation_config), runtime, batch=rows, stop_now=stop_now
+        )
 
     def write(self, engine: Engine, prompts: Sequence[Prompt], draws: int) -> list[Group]:
         """See `AnswerWriter.write`. Errors: DataError for a prompt that leaves no position for an answer, Interrupted."""
@@ -61,9 +57,7 @@ class OwnWriter:
         for prompt in prompts:
             seeds.append([derive_seed(self.seed, "answer", prompt.place, draw) for draw in range(draws)])
         # The weights that train, not their average: what is learned is how likely these weights made the answers.
-        written = self._writer.answers(
-            engine, [prompt.ids for prompt in prompts], settings, seeds=seeds, averaged=False, keep_logprobs=True
-        )
+        written = self._writer.group_answers(engine, [prompt.ids for prompt in prompts], settings, seeds)
         groups = [Group(prompt, []) for prompt in prompts]
         for answer in written:
             assert answer.logprobs is not None
