@@ -106,7 +106,9 @@ class GroupWriter(Writer):
         ):
             ids_of_rows = terms["answers"].tolist()
             logprobs = terms["logprobs"].cpu().numpy()
-            drawn = [(parts[number].prompt, draw) for number in part_numbers for draw in parts[number].draws]
+            drawn = []
+            for number in part_numbers:
+                drawn += [(parts[number].prompt, draw) for draw in parts[number].draws]
             for row, (prompt, draw) in enumerate(drawn):
                 answer = cut_answer(prompt, draw, ids_of_rows[row], settings.stop, end_ids, self.tokenizer)
                 answer = replace(answer, logprobs=logprobs[row, : len(answer.ids)].copy())

@@ -23,7 +23,7 @@ from trainer.rollout.look_back import PolicyLogps, ReferenceLogps, RowScorer, an
 from trainer.rollout.metrics import round_metrics
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.round import Round, rewards_of
-from trainer.rollout.types import AnswerWriter, Group, RewardScorer, Scores
+from trainer.rollout.types import AnswerWriter, Group, RewardScorer, Scores, all_answers
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -45,7 +45,11 @@ class _Written:
 
     def select(self, numbers: Sequence[int]) -> _Written:
         """The groups of these numbers."""
-        return _Written([self.groups[number] for number in numbers], [self.scores[number] for number in numbers])
+        selected = _Written()
+        for number in numbers:
+            selected.groups.append(self.groups[number])
+            selected.scores.append(self.scores[number])
+        return selected
 
 
 @dataclass(slots=True)
@@ -154,7 +158,8 @@ class RoundMaker:
         if settings.idle_groups is IdleGroups.drop:
             made.is_learned &= ~idle(rewards)[:, None]
         if settings.mask_truncated:
-            made.is_learned &= np.array([[answer.ended for answer in group.answers] for group in made.groups])
+            has_ended = [answer.ended for answer in all_answers(made.groups)]
+            made.is_learned &= np.reshape(has_ended, made.is_learned.shape)
         num_answers = rewards.size
         several_updates = settings.rollout.steps * settings.rollout.iterations > 1
         kl_in_reward = settings.kl.weight > 0 and settings.kl.place is KlPlace.reward
@@ -213,6 +218,9 @@ class RoundMaker:
     def _speeds(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Seconds of the parts of a round, of the slowest rank, and the speed of writing. All ranks must call."""
         by_rank = gather_objects(self._seconds, self.runtime)
-        seconds = {name: max(of_rank[name] for of_rank in by_rank) for name in self._seconds}
-        tokens = sum(len(answer.ids) for group in groups for answer in group.answers)
+        seconds = dict.fromkeys(self._seconds, 0.0)
+        for of_rank in by_rank:
+            for name, rank_seconds in of_rank.items():
+                seconds[name] = max(seconds[name], rank_seconds)
+        tokens = sum(len(answer.ids) for answer in all_answers(groups))
         return {**seconds, "written_tokens_per_s": tokens / max(seconds["write_s"], 1e-9)}

@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.rollout.groups import idle
 from trainer.rollout.round import rewards_of
-from trainer.rollout.types import Group, Scores
+from trainer.rollout.types import Group, Scores, all_answers
 
 
 def round_metrics(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str, float]:
@@ -33,7 +33,7 @@ def round_metrics(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str
 
 def _lengths(groups: Sequence[Group]) -> dict[str, float]:
     """How long answers are, in tokens with their end token, and how many of them were cut off."""
-    answers = [answer for group in groups for answer in group.answers]
+    answers = all_answers(groups)
     lengths = np.array([len(answer.ids) for answer in answers], dtype=np.float64)
     ended = np.array([answer.ended for answer in answers])
     metrics = {

@@ -58,4 +58,9 @@ def text_of(document: Document) -> str | list[dict[str, Any]]:
     turns = document.messages
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
-    return [{name: part for name, part in turn.items() if name not in ("train", "weight")} for turn in turns]
+    return [_as_written(turn) for turn in turns]
+
+
+def _as_written(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without what says how it is learned."""
+    return {name: part for name, part in turn.items() if name not in ("train", "weight")}

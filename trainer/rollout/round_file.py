@@ -8,7 +8,7 @@ import numpy as np
 
 from strategies.errors import StorageError
 from trainer.rollout.round import Round
-from trainer.rollout.types import Answer, Group, Prompt, Scores
+from trainer.rollout.types import Answer, Group, Prompt, Scores, all_answers
 
 ROUND_FILE = "round.safetensors"
 
@@ -17,20 +17,23 @@ def round_bytes(made: Round) -> bytes:
     """A round as the content of `ROUND_FILE`: tokens, rewards, advantages and log-probabilities, but no texts."""
     from safetensors.numpy import save
 
-    answers = [answer for group in made.groups for answer in group.answers]
+    answers = all_answers(made.groups)
+    prompts = [group.prompt for group in made.groups]
+    prompt_ids = [prompt.ids for prompt in prompts]
+    answer_ids = [answer.ids for answer in answers]
     arrays = {
         "numbers": np.array([made.first_sample, made.num_prompts, made.group_size], np.int64),
-        "places": np.array([group.prompt.place for group in made.groups], np.int64),
-        "prompt_lengths": np.array([len(group.prompt.ids) for group in made.groups], np.int64),
-        "prompt_ids": _joined([group.prompt.ids for group in made.groups], np.int32),
-        "answer_lengths": np.array([len(answer.ids) for answer in answers], np.int64),
-        "answer_ids": _joined([answer.ids for answer in answers], np.int32),
-        "ended": np.array([answer.ended for answer in answers], np.uint8),
+        "prompt_lengths": _lengths(prompt_ids),
+        "prompt_ids": _joined(prompt_ids, np.int32),
+        "answer_lengths": _lengths(answer_ids),
+        "answer_ids": _joined(answer_ids, np.int32),
         "rewards": np.stack([scores.total for scores in made.scores]),
         "advantages": made.advantages,
         "is_learned": made.is_learned.astype(np.uint8),
-        "writer_logps": _joined([answer.logprobs for answer in answers], np.float32),
     }
+    arrays["places"] = np.array([prompt.place for prompt in prompts], np.int64)
+    arrays["ended"] = np.array([answer.ended for answer in answers], np.uint8)
+    arrays["writer_logps"] = _joined([answer.logprobs for answer in answers], np.float32)
     for name, by_answer in (("old", made.old_logps), ("reference", made.reference_logps)):
         numbers = sorted(by_answer)
         arrays[f"{name}_answers"] = np.array(numbers, np.int64)
@@ -75,6 +78,10 @@ def round_of(content: bytes, where: str) -> Round:
         )
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
         raise StorageError(f"{where}: holds no round of answers ({error}); it is damaged") from error
+
+
+def _lengths(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array([len(row) for row in rows], np.int64)
 
 
 def _joined(rows: Sequence[Sequence[int] | np.ndarray], dtype: type) -> np.ndarray:

@@ -54,6 +54,14 @@ class Group:
     answers: list[Answer]
 
 
+def all_answers(groups: Sequence[Group]) -> list[Answer]:
+    """The answers of all groups, group by group."""
+    answers: list[Answer] = []
+    for group in groups:
+        answers += group.answers
+    return answers
+
+
 @dataclass(slots=True)
 class Scores:
     """The rewards of one group."""
