@@ -11,7 +11,7 @@ from strategies.base import Progress
 from strategies.errors import DataError, Diverged, Interrupted
 from tests.helpers.building import model_dir, take_steps
 from tests.helpers.rounds import prompts_of, round_config, round_trainer, share_of_even_ids, texts_of
-from trainer.evaluation import decoding
+from trainer.evaluation import decoding, group_answers
 from trainer.objectives.grpo_config import Normalise
 from trainer.objectives.policy import WRITER_DIFFERENCE
 from trainer.objectives.rollouts import IdleGroups
@@ -50,7 +50,7 @@ def test_a_draw_belongs_to_its_place_and_number_whatever_is_written_at_a_time(ro
         return draw(scores, seeds, position)
 
     draw = decoding.draw_in_two_levels
-    monkeypatch.setattr(decoding, "draw_in_two_levels", measured)
+    monkeypatch.setattr(group_answers, "draw_in_two_levels", measured)
     curves = []
     texts = []
     for micro, rows in ((4, 1), (3, 7), (16, 64)):
