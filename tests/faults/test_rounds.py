@@ -59,12 +59,12 @@ def test_a_stop_while_answers_are_scored_loses_no_step_and_changes_no_curve(runs
 
 
 def test_a_stop_between_the_steps_of_a_round_keeps_the_round(runs, words):
-    """Rounds of two steps, taken twice: stopped at each step in turn, started again each time."""
+    """Rounds of two steps, taken twice: stopped between two of them, and started again."""
     words = [*words, "objective.rollout.steps=2", "objective.rollout.iterations=2", "budget.steps=6"]
     code, said = runs.run("rounds-calm", *words)
     assert code == 0, said
     between = 0
-    for step in (1, 3):
+    for step in (1, 3) if EVERYTHING else (1,):
         process = runs.start("rounds-stopped", *words, **runs.held_at("rounds-stopped", step))
         runs.wait_for_step("rounds-stopped", step, process)
         process.send_signal(signal.SIGTERM)
