@@ -27,6 +27,7 @@ TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_c
 CHOICES = [(g, c) for g, names in choices_by_group().items() for c in names if g not in ("experiment", "local")]
 PRESETS = [("data", "audited"), ("data", "gdpr"), ("data", "hipaa")]  # name what differs from `default` only
 NEEDS = {"tuning=freeze": ["tuning.layers=last-2"], "tuning=peft": ["tuning.type=hra"]}  # have no default that runs
+NEEDS |= {f"objective={choice}": ["objective.rewards=[maths]"] for choice in ("grpo", *SHARED_SETTINGS["objective"])}
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     **{
         f"schedule/{schedule}": {name for name, schedules in MEANT_UNDER.items() if schedule not in schedules}

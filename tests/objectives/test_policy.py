@@ -9,13 +9,14 @@ import torch
 
 from tests.golden.make_grpo import ADVANTAGES, CASES, FILE, LONGEST, NOW, OLD, REFERENCE, answers, logps
 from tests.golden.make_preference_vectors import fill, fingerprints, model_config
+from trainer.config.run import RunConfig
 from trainer.data.config import Layout
 from trainer.losses.fuse import fuse_head
 from trainer.losses.next_token import LossHead
 from trainer.losses.row_logps import row_logps
 from trainer.objectives.answers import AnswerCollator, AnswerSample
 from trainer.objectives.base import ReferenceModels
-from trainer.objectives.grpo import problems
+from trainer.objectives.grpo import problems, without_effect
 from trainer.objectives.grpo_config import (
     Baseline,
     ClipForm,
@@ -219,9 +220,16 @@ def test_log_probabilities_by_row_have_the_values_gradients_and_entropy_of_all_l
     torch.testing.assert_close(other_entropy.double(), entropy, rtol=1e-5, atol=1e-5)
 
 
+def test_bounds_of_a_ratio_that_is_always_one_are_told():
+    assert without_effect(GrpoConfig()) == []
+    told = without_effect(GrpoConfig(clip_high=0.28, importance_level=ImportanceLevel.sequence))
+    assert told == ["objective.importance_level=sequence", "objective.clip_high=0.28"]
+    assert without_effect(GrpoConfig(clip_high=0.28, rollout=RolloutConfig(iterations=2))) == []
+
+
 def test_settings_that_do_nothing_or_cannot_be_are_refused():
     def first_of(**settings) -> str:
-        return next(iter(problems(GrpoConfig(**settings), None)), "")
+        return next(iter(problems(GrpoConfig(**settings), RunConfig())), "")
 
     assert first_of() == ""
     assert "objective.baseline=group" in first_of(group_size=1)

@@ -18,6 +18,7 @@ from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, alone, model_dir, r
 from tests.helpers.objectives import OBJECTIVE_TESTS
 from tests.helpers.stores import write
 from tests.parity.base import Job
+from tests.parity.plan import CASES
 from trainer.build.parts import build_engine
 from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.config.parallel import ParallelConfig
@@ -95,12 +96,13 @@ def config_of(job: Job, variant: str, tuning: str, strategy: str, feature: str) 
     config = run_config(
         model,
         strategy,
-        tuning,
+        "full",
         micro=2 if feature == "accumulation" else GLOBAL_BATCH // readers,
         steps=STEPS,
         objective=replace(VARIANTS[variant], rollout=rollout),
         optim=SgdConfig(lr=RATE, momentum=0.0, max_grad_norm=0.0),
     )
+    config.tuning = CASES[tuning]
     if feature == "nf4":
         config.model.quantisation = Quantisation.nf4
     if feature == "shared rows":

@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 
+from strategies.base import StrategyName
 from tests.helpers.covering import chosen, takes, values
+from tests.parity.plan import CASES
 from tests.parity.rounds import FEATURES, STEPS, VARIANTS
+from trainer.config.combinations import CellState, cell, row_of
 
 TOLERANCE = 1e-5
 STRATEGIES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
@@ -27,6 +30,9 @@ def met(case):
     marks = values(case)
     if "start" in variant:
         marks |= {("reference", tuning, strategy == "ddp"), ("reference", feature)}
+    # Ratios of whole answers, and the divergence of whole answers, are sums over the ranks that share a row.
+    if variant in ("grpo by answer", "grpo of the round"):
+        marks |= {("whole answers", variant, feature == "shared rows")}
     return marks
 
 
@@ -60,9 +66,32 @@ def test_rounds_are_those_of_one_process(ranks, variant, tuning, strategy, featu
     for step in compared:
         differences = step["expected"]["values"]["sampling/sampling_logp_difference/mean"]
         assert feature == "several" or differences < 1e-4
-    if "start" in variant:
+    if variant in ("grpo near its start", "grpo of the round"):
         divergences = [step["expected"]["values"]["kl"] for step in compared]
         assert abs(divergences[0]) < 1e-6 < divergences[-1]
+
+
+METHODS = [
+    (case, strategy)
+    for case, strategy in itertools.product(CASES, STRATEGIES)
+    if cell(row_of(CASES[case]), StrategyName(strategy), "rounds").state is CellState.tested
+]
+
+
+def kinds_of_method(case):
+    """What of a method writing and learning meet: its parameters, and whether its base can be switched to."""
+    name, strategy = case
+    kinds = {"virtual": ("prefix", "prompt", "p_tuning", "adaption"), "own": ("bottleneck", "freeze")}
+    kind = next((kind for kind, names in kinds.items() if name.startswith(names)), "peft")
+    return {(kind, strategy.startswith("zero")), strategy == "zero3"}
+
+
+@pytest.mark.parametrize(("case", "strategy"), chosen(METHODS, kinds_of_method, takes))
+def test_every_method_writes_and_learns_as_in_one_process(ranks, case, strategy):
+    world = 4 if strategy == "hsdp" else 2
+    compared = ranks[world].ask("rounds", "compare", "grpo near its start", case, strategy, "plain")
+    assert failures(compared) == []
+    assert abs(compared[0]["expected"]["values"]["kl"]) <= 1e-6
 
 
 def test_one_groups_advantages_doubled_on_one_rank_are_seen(ask):

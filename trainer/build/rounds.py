@@ -21,6 +21,7 @@ from trainer.data.prepare import PreparedData
 from trainer.data.store.documents import DocumentTable
 from trainer.evaluation.full_weights import USABLE_SHARE, cache_bytes
 from trainer.model.loading import generation_config
+from trainer.objectives.grpo import without_effect
 from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.registry import family_of
 from trainer.rollout.dealing import Dealer
@@ -112,6 +113,11 @@ def build_round_loader(
         built.substitutions["generation_config.json"] = (
             f"only its end tokens hold while training, without {', '.join(ignored)}: answers are drawn by the probabilities that "
             "are learned"
+        )
+    unused = without_effect(settings)
+    if unused:
+        built.substitutions["objective.rollout.steps"] = (
+            f"1, so that {', '.join(unused)} changes nothing: the policy that learns is the one that wrote"
         )
     share = Share(num_prompts, config.batch["micro"], runtime.reader, runtime.readers, cut_of(runtime))
     longest = int(data.train.lengths.max(initial=0)) + settings.rollout.max_new_tokens

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.config.run import RunConfig
-from trainer.data.config import OverLength
-from trainer.objectives.answers import PromptDataSpec
 from trainer.objectives.registry import family_of
 from trainer.objectives.rollouts import IdleGroups, RoundsConfig
 
@@ -61,11 +59,6 @@ def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.packing:
         yield "data.packing=true: the rows of a step are answers that the model writes; set data.packing=false"
-    if data.over_length not in PromptDataSpec.over_length:
-        yield (
-            f"data.over_length={data.over_length.value}: a prompt is never cut; set data.over_length={OverLength.drop.value} or "
-            f"data.over_length={OverLength.fail.value}"
-        )
 
 
 def _noise(config: RunConfig) -> Iterator[str]:

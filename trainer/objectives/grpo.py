@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.data.config import DataConfig
+from trainer.objectives.answers import PromptDataSpec
 from trainer.objectives.base import Family, OtherSettings
 from trainer.objectives.grpo_config import Baseline, ClipForm, GrpoConfig, KlEstimator, KlPlace, Scale
 from trainer.objectives.policy import Policy
@@ -16,7 +17,10 @@ from trainer.objectives.rollouts import IdleGroups, stop_problems
 
 
 def problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the objective's own settings, one line each."""
+    """What is wrong with the objective's own settings, and with what becomes of long prompts, one line each."""
+    over_length = other_settings.data.over_length
+    if over_length not in PromptDataSpec.over_length:
+        yield f"data.over_length={over_length.value}: a prompt is never cut; set data.over_length=drop or data.over_length=fail"
     yield from stop_problems(config)
     yield from _group_problems(config)
     yield from _clip_problems(config)
@@ -67,6 +71,16 @@ def _clip_problems(config: GrpoConfig) -> Iterator[str]:
             f"objective.clip_high={config.clip_high:g}: objective.clip_form=none bounds nothing; leave it out, or set "
             "objective.clip_form=ppo"
         )
+
+
+def without_effect(config: GrpoConfig) -> list[str]:
+    """Settings of the ratio that change nothing, as `key=value`: where a round is one step, every ratio is 1."""
+    if config.rollout.steps * config.rollout.iterations > 1:
+        return []
+    defaults = GrpoConfig()
+    names = ("importance_level", "clip", "clip_high", "clip_negative")
+    changed = [name for name in names if getattr(config, name) != getattr(defaults, name)]
+    return [f"objective.{name}={getattr(config, name)}" for name in changed]
 
 
 def max_positions(config: GrpoConfig, data: DataConfig) -> dict[str, int]:
