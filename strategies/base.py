@@ -182,6 +182,8 @@ class StepPlan:
     """Decay of the moving average of the weights, which is evaluated and exported in place of the weights. 0: no average."""
     optimizer_hooks: OptimizerStepHooks | None = None
     """What the tuning method does around each optimizer step; None if it does nothing."""
+    keeps_start: bool = False
+    """Whether the engine keeps a copy of the trained weights as they begin, for `Engine.inference(at_start=True)`."""
 
 
 def plan_of(step_module: nn.Module) -> StepPlan:
@@ -343,10 +345,11 @@ class Engine(Protocol):
         updates stay as they are. The filter is called whenever the gradients are finite.
         """
 
-    def inference(self, *, averaged: bool = True) -> AbstractContextManager[nn.Module]:
+    def inference(self, *, averaged: bool = True, at_start: bool = False) -> AbstractContextManager[nn.Module]:
         """The step module in eval mode, for forward passes without gradients. Restores training mode. All ranks must enter.
 
         If the run averages weights, the averages are in place inside the context; with `averaged=False`, the trained weights.
+        With `at_start` they are those that the run began with, which the engine has if the plan says `keeps_start`.
         """
 
     def state(self, progress: Progress) -> RankState:

@@ -25,12 +25,17 @@ LOGPS = "logps"
 class RowScorer(Protocol):
     """Stands in for the objective during a pass."""
 
+    at_start: bool
+    """Whether the trained weights of the pass are those that the run began with."""
+
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`LOGPS`, float32 `[N]`: the log-probability of the token of each supervised row."""
 
 
 class PolicyLogps:
     """Log-probabilities under the weights that are being trained."""
+
+    at_start = False
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
@@ -42,15 +47,23 @@ class PolicyLogps:
 
 
 class ReferenceLogps(PolicyLogps):
-    """Log-probabilities under the policy as the run began: a frozen copy if there is one, else the model with its adapter off."""
+    """Log-probabilities under the policy as the run began.
+
+    It is the model with the adapter's first values, where the engine keeps them. Else it is a frozen copy if there is one, and
+    without one the model with its adapter off.
+    """
 
     def __init__(self, temperature: float, references: ReferenceModels) -> None:
         super().__init__(temperature)
-        assert references.teacher is not None or references.reference is not None, "the run has no reference"
+        has_model = references.teacher is not None or references.reference is not None
+        assert references.keeps_start or has_model, "the run has no reference"
         self.references = references
+        self.at_start = references.keeps_start
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """See `RowScorer`."""
+        if self.at_start:
+            return super().terms(model, batch)
         if self.references.teacher is not None:
             return super().terms(self.references.teacher, batch)
         assert self.references.reference is not None
@@ -73,7 +86,7 @@ def answer_logps(
     rows, with the same answers. `check_stop` is called after each micro-batch and may raise, on all ranks alike.
     """
     pieces: list[tuple[int, np.ndarray]] = []
-    with engine.inference(averaged=False) as module:
+    with engine.inference(averaged=False, at_start=scorer.at_start) as module:
         # Through the root module's own forward: a sharding engine gathers parameters only there.
         step: Any = module
         objective = step.objective
