@@ -65,7 +65,6 @@ FEATURES: dict[str, Feature] = {
     "fp16": Feature("fp16", "precision=fp16", "half", "fp32 or strategy=ddp", SHARDED),
     "quantised": Feature("a quantised base", "model.quantisation=nf4", "quantised", "model.quantisation=none"),
     "sequence": Feature("rows that several ranks share", "parallel.sequence=2", "sequence", "parallel.sequence=1"),
-    "rounds": Feature("answers that the model writes to learn from", "objective=grpo", "rounds", "objective=sft"),
     "compile": Feature("torch.compile", "strategy.compile=true", instead="strategy.compile=false"),
     "rounds": Feature("answers that the model writes", "objective=grpo"),
 }
