@@ -16,7 +16,7 @@ class IdleGroups(StrEnum):
 
     keep = "keep"
     drop = "drop"
-    replace = "replace"
+    replace = "replace"  # type: ignore[assignment]  # hides a method of str that nobody calls on it
 
 
 @dataclass(kw_only=True, slots=True)
