@@ -273,6 +273,7 @@ def loader_of(
     if family_of(config.objective).rollout is None:
         return build_loader(config, inputs.data, built, engine, context.runtime)
 
+    from trainer.evaluation.endpoint.judge import Judge
     from trainer.rollout.record import RoundRecord
     from trainer.rollout.rewards.scorer import open_scorer
 
@@ -281,7 +282,12 @@ def loader_of(
     def watch_for_stop() -> Callable[[], bool]:
         return context.agreement.for_loop().ask_and_wait
 
-    scorer = open_scorer(config.objective, context.runtime, context.run_dir, stop_asked=context.agreement.asked_here)
+    judge = None
+    if config.evaluation.judge.url:
+        judge = Judge(config.evaluation.judge, context.runtime, watch_for_stop())
+    scorer = open_scorer(
+        config.objective, context.runtime, context.run_dir, stop_asked=context.agreement.asked_here, judge=judge
+    )
     context.attempt.at_end.callback(scorer.close)
     of_rounds = RoundInputs(
         inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.tell_phase

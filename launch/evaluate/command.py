@@ -38,8 +38,9 @@ evaluate runs evaluation tasks on a checkpoint and writes their metrics with con
 tasks, it runs those of the run's configuration. If there are none either, it measures loss, bits per byte and token
 accuracy on the run's evaluation documents.
 
-With the words of a run that learns from rewards (objective=grpo), it tries them: it writes the first groups of the
-run's first round, scores them, and says how many teach something and how long a round takes. Nothing is trained.
+With the words of a run that learns from rewards (objective=grpo), or such a run without tasks, it tries the rewards:
+it writes the first groups of the run's first round, scores them, and says how many teach something and how long a round
+takes. Nothing is trained.
 
 Beside a run you can set evaluation.*, strategy, launcher.*, run.*, precision and logging.*. Beside model.path you can
 set everything. With launcher=slurm, the evaluation is submitted as a job on one node.

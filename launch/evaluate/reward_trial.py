@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from trainer.stopping.signals import hold
 if TYPE_CHECKING:
     from launch.evaluate.words import EvaluateWords
     from trainer.config.run import RunConfig
+    from trainer.reward_trial import RewardTrialJob
 
 CONFIG_FILE = "job.yaml"
+JOB_FILE = "job.json"
 COLUMNS = (
     Column("reward"),
     Column("mean", is_number=True),
@@ -29,15 +32,32 @@ SHOWN_GROUPS = 3
 
 
 def is_trial(words: EvaluateWords) -> bool:
-    """Whether these words are those of a run that learns from rewards, and name nothing else to evaluate."""
+    """Whether these words are those of a run that learns from rewards, or name such a run, and nothing else to evaluate."""
     from launch.config.compose import compose
-    from trainer.objectives.registry import family_of
+    from trainer.objectives.registry import FAMILIES, family_of
 
-    names_objective = any(setting.startswith("objective=") for setting in words.settings)
     names_tasks = any(setting.startswith(("evaluation.tasks", "evaluation.server")) for setting in words.settings)
-    if words.run is not None or words.against is not None or names_tasks or not names_objective:
+    if words.against is not None or names_tasks:
+        return False
+    if words.run is not None:
+        objective = _objective_without_tasks(words.run)
+        return objective in FAMILIES and FAMILIES[objective].rollout is not None
+    if not any(setting.startswith("objective=") for setting in words.settings):
         return False
     return family_of(compose(words.settings, check=False).config.objective).rollout is not None
+
+
+def _objective_without_tasks(run: Path) -> str:
+    """The objective of a run that has no evaluation tasks; empty if it has some, or cannot be read."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        has_tasks = bool(tree["evaluation"].get("tasks"))
+        name = str(tree["objective"]["name"])
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return ""
+    return "" if has_tasks else name
 
 
 def run_trial(words: EvaluateWords) -> int:
@@ -50,11 +70,17 @@ def run_trial(words: EvaluateWords) -> int:
     from launch.config.frozen import identity, to_yaml
     from strategies.errors import Preempted
     from trainer.reporting.status import write_text_atomic
-    from trainer.reward_trial import REPORT, trial_worker
+    from trainer.reward_trial import REPORT, RewardTrialJob, trial_worker
 
-    config = trial_config(words)
-    to = Path(words.to or Path("runs") / f"evaluate-{Path(str(config.model.path)).name}")
+    job = RewardTrialJob()
+    if words.run is None:
+        config = trial_config(words)
+        to = Path(words.to or Path("runs") / f"evaluate-{Path(str(config.model.path)).name}")
+    else:
+        config, job = _trial_of_run(words.run, words)
+        to = Path(words.to or (words.run if job.copies else Path("runs") / f"evaluate-{words.run.resolve().name}"))
     directory = to / "evaluation"
+    write_text_atomic(directory / JOB_FILE, json.dumps(asdict(job)) + "\n")
     config.run.dir = str(directory)
     sha256 = identity(config)
     write_text_atomic(
@@ -66,7 +92,7 @@ def run_trial(words: EvaluateWords) -> int:
             before = state_before_start(directory)
             code = 0
             try:
-                trial_worker(config, directory, to)
+                trial_worker(config, job, directory, to)
             except Preempted as stop:
                 code = 130 if stop.signal_name == "SIGINT" else 0
             code = record_outcome(directory, code, before, verb="evaluate")
@@ -84,17 +110,35 @@ def run_trial(words: EvaluateWords) -> int:
     return 0
 
 
+def _trial_of_run(run: Path, words: EvaluateWords) -> tuple[RunConfig, RewardTrialJob]:
+    """The configuration and job that try a checkpoint of a run by its rewards. Errors: ConfigError."""
+    from launch.config.read_run import may_write_results
+    from launch.evaluate.words import config_of_run
+    from trainer.reward_trial import RewardTrialJob
+
+    config, checkpoint, _ = config_of_run(run, words)
+    # In a run of somebody else's, the copies are not the file that this user has allowed.
+    copies = str(run) if may_write_results(run) else None
+    return _settled(config), RewardTrialJob(checkpoint, copies)
+
+
 def trial_config(words: EvaluateWords) -> RunConfig:
     """The configuration of the run, as it would train, but that nothing is left to choose. Errors: ConfigError."""
-    from launch.config.compose import compose, world_size_of
-    from strategies.base import AutoConfig, Fsdp2Config, SingleConfig
-    from strategies.errors import ConfigError
-    from trainer.config.run import AUTO, LauncherName
+    from launch.config.compose import compose
 
     settings = list(words.settings)
     if not any(setting.startswith("budget") for setting in settings):
         settings.append("budget.steps=1")
-    config = compose(settings).config
+    return _settled(compose(settings).config)
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """A configuration in which nothing is left to choose. Errors: ConfigError for a job of SLURM."""
+    from launch.config.compose import world_size_of
+    from strategies.base import AutoConfig, Fsdp2Config, SingleConfig
+    from strategies.errors import ConfigError
+    from trainer.config.run import AUTO, LauncherName
+
     if config.launcher.name is LauncherName.slurm:
         raise ConfigError("launcher=slurm: rewards are tried on this machine; leave it out, or allocate one with srun")
     if isinstance(config.strategy, AutoConfig):
@@ -185,13 +229,14 @@ def run_as_rank() -> int:
     from launch.config.process_role import export_torchrun_variables
     from strategies.errors import Preempted
     from trainer.reporting.status import read_failure
-    from trainer.reward_trial import trial_worker
+    from trainer.reward_trial import RewardTrialJob, trial_worker
 
     export_torchrun_variables()
     die_with_parent()
     frozen = Path(os.environ["SHARDTUNE_CONFIG"])
     try:
-        trial_worker(load_frozen(frozen), frozen.parent, frozen.parent.parent)
+        job = RewardTrialJob(**json.loads((frozen.parent / JOB_FILE).read_text(encoding="utf-8")))
+        trial_worker(load_frozen(frozen), job, frozen.parent, frozen.parent.parent)
     except Preempted:
         return 0
     except Exception:

@@ -85,6 +85,12 @@ def test_a_run_keeps_its_rewards_and_what_was_written(site, capsys):
     assert command_here(train) == 0
     assert parquet.read_table(run / "rounds" / "round-000003.parquet") == last_round
 
+    capsys.readouterr()
+    assert command_here(["evaluate", str(run), f"to={site / 'tuned'}"]) == 0
+    assert "a round of 2 prompts" in capsys.readouterr().out
+    report = json.loads((site / "tuned" / REPORT).read_text())
+    assert report["checkpoint"] == str(run / "checkpoints" / "step-000003")
+
 
 @pytest.mark.parametrize(
     ("more", "problem"),
@@ -115,6 +121,11 @@ def test_a_column_that_is_missing_is_refused_before_anything_starts(site, tmp_pa
         "data.columns.result=NAME"
     )
     compose(words(site, "budget.steps=1", f"objective.rewards={tmp_path / 'rewards.py'}", "data.columns.result=answer"))
+    with pytest.raises(ConfigError) as refused:
+        compose(words(site, "budget.steps=1", "objective.rewards=[json_schema,maths]"))
+    assert [problem.partition(";")[0] for problem in refused.value.problems] == [
+        'objective.rewards.json_schema: needs the column "schema"'
+    ]
 
 
 def test_short_forms_of_rewards(site):

@@ -212,6 +212,31 @@ def test_a_run_that_is_asked_to_stop_does_not_wait(reward_file, tmp_path):
     assert time.monotonic() - began < 30
 
 
+class StandInJudge:
+    """Grades by the number in the answer; says nothing of others."""
+
+    def verdicts(self, questions):
+        answers = [question.partition("<answer>\n")[2].partition("\n</answer>")[0] for question in questions]
+        self.asked = questions
+        return [f"Grade: {answer}" if answer.isdigit() else "I cannot say." for answer in answers]
+
+
+def test_a_judge_gives_grades_beside_functions(reward_file, tmp_path):
+    judge = StandInJudge()
+    rewards = functions(reward_file, "hangs", timeout_s=1.5) | {"judge": RewardEntry(kind="judge", weight=2.0)}
+    scorer = scorer_of(rewards, tmp_path, judge=judge)
+    (scores,) = scorer.score([group(["10", "1", "none", "hang"], {"answer": "the right one"})], step=0)
+    scorer.close()
+    np.testing.assert_equal(scores.by_reward["judge"], [1.0, 0.0, np.nan, np.nan])
+    np.testing.assert_equal(scores.total, [3.0, 1.0, 1.0, np.nan])
+    assert "<reference>\nthe right one\n</reference>" in judge.asked[0]
+    alone = scorer_of({"judge": RewardEntry(kind="judge")}, tmp_path, judge=judge)
+    alone.start()
+    (scores,) = alone.score([group(["4", "none"])], step=0)
+    np.testing.assert_equal(scores.total, [1 / 3, np.nan])
+    assert "<reference>" not in judge.asked[0]
+
+
 def test_workers_are_no_ranks():
     environment = worker_environment(
         {"RANK": "1", "SLURM_JOB_ID": "2", "MASTER_ADDR": "a", "HOME": "/h", "PYTHONPATH": "/p"}
@@ -270,6 +295,14 @@ def test_built_in_rewards_of_form():
     ]
     written = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
     assert [calls.score(text, 1, {"messages": reference}) for text in (written, "add")] == [1.0, 0.0]
+
+
+def test_math_verify_compares_results_in_latex():
+    pytest.importorskip("math_verify")
+    reward = KINDS["math_verify"]({})
+    answers = {"1/2": r"It is $\frac{2}{4}$.", "$x^2+1$": "$1+x^2$", "#### 42": r"so \boxed{42}", "(1,2)": "$(1, 2)$"}
+    assert all(reward.score(answer, 1, {"answer": reference}) == 1 for reference, answer in answers.items())
+    assert reward.score("41", 1, {"answer": "42"}) == 0
 
 
 @pytest.mark.parametrize(

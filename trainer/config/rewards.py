@@ -16,7 +16,7 @@ from trainer.evaluation.tasks.registry import metric_directions
 from trainer.objectives.base import formats_of
 from trainer.objectives.reward_functions import function_of, problems_of_function
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
-from trainer.rollout.rewards.kinds import KINDS, kind_problems
+from trainer.rollout.rewards.kinds import KINDS, JudgeReward, kind_problems
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -40,6 +40,11 @@ def problems(config: RunConfig) -> Iterator[str]:
     own_problems: list[str] = []
     for name, reward in objective.rewards.items():
         own_problems += _of_reward(name, reward)
+        if reward.kind == JudgeReward.kind and config.evaluation.judge.url is None:
+            own_problems.append(
+                f"objective.rewards.{name}.kind=judge: asks a judge, and there is none; give "
+                "evaluation.judge.url=http://host:port/v1 of an OpenAI-compatible server"
+            )
     yield from own_problems
     if all(reward.weight == 0 for reward in objective.rewards.values()):
         yield "objective.rewards: every weight is 0, so that nothing is learned from; leave the weight of one out"
@@ -130,5 +135,9 @@ def _missing_columns(name: str, reward: RewardEntry, columns: set[str]) -> list[
             return []
         needed = [column for column, is_required in function.columns.items() if is_required]
         return [column for column in needed if column not in columns and column not in reward.options]
-    column = reward.options.get("reference")
-    return [str(column)] if column and column not in columns else []
+    alternatives = KINDS[reward.kind](reward.options).needed_columns()
+    # Of a conversation, the answer at its end is the reference.
+    has_answer = not columns.isdisjoint({"messages", "conversation", "conversations"})
+    if not alternatives or not columns.isdisjoint(alternatives) or ("completion" in alternatives and has_answer):
+        return []
+    return alternatives[:1]

@@ -51,10 +51,17 @@ class RewardKind(ABC):
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
         """The score of one answer. Raises BadScore for a row that the kind cannot judge."""
 
+    def needed_columns(self) -> list[str]:
+        """Columns of which a row must have one; empty if it needs none."""
+        if not self.compares:
+            return []
+        column = self.option_values["reference"]
+        return [str(column)] if column else ["answer", *REFERENCE_COLUMNS]
+
     def references(self, columns: Mapping[str, Any]) -> list[str]:
         """The right answers of a row. Raises BadScore if it has none."""
-        column = self.option_values.get("reference")
-        names = [str(column)] if column else REFERENCE_COLUMNS
+        column = self.option_values["reference"]
+        names = [str(column)] if column else list(REFERENCE_COLUMNS)
         for name in names:
             value = columns.get(name)
             texts = value if isinstance(value, list) else [value]
@@ -143,6 +150,9 @@ class JsonSchemaReward(RewardKind):
         if file is not None and not Path(str(file)).expanduser().is_file():
             yield f"{key}.options.schema={file}: no such file; give a file with a JSON schema"
 
+    def needed_columns(self) -> list[str]:
+        return [] if self.option_values["schema"] else ["schema"]
+
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
         import json
 
@@ -162,6 +172,9 @@ class ToolCallsReward(RewardKind):
     """1 if the answer makes the calls of the reference, as the task `tool_calls` has it."""
 
     kind = ToolCalls.kind
+
+    def needed_columns(self) -> list[str]:
+        return [*super().needed_columns(), "messages"]
 
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
         return float(parse_tool_calls(text) == self._reference_calls(columns))
@@ -223,6 +236,25 @@ class FormatReward(RewardKind):
         return float(re.fullmatch(self.option_values["pattern"], text.strip(), re.DOTALL) is not None)
 
 
+class JudgeReward(RewardKind):
+    """The grade of the judge of `evaluation.judge`, from 0 (worthless) to 1. It is asked by the trainer, not by workers."""
+
+    kind = "judge"
+    options: ClassVar[dict[str, Any]] = {
+        "rubric": "A good answer is right, helpful, complete, and no longer than it must be."
+    }
+
+    def needed_columns(self) -> list[str]:
+        return []
+
+    def problems(self, key: str) -> Iterator[str]:
+        if not str(self.option_values["rubric"]).strip():
+            yield f"{key}.options.rubric: is empty; say what a good answer is, or leave it out"
+
+    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+        raise NotImplementedError  # `trainer/rollout/rewards/judged.py` asks the judge
+
+
 KINDS: dict[str, type[RewardKind]] = {
     kind.kind: kind
     for kind in (
@@ -234,6 +266,7 @@ KINDS: dict[str, type[RewardKind]] = {
         ToolCallsReward,
         LengthReward,
         FormatReward,
+        JudgeReward,
     )
 }
 """All built-in rewards by name, in the order in which users see them."""

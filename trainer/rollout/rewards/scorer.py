@@ -12,6 +12,8 @@ from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, gather_objects, longer_timeout
 from trainer.objectives.reward_functions import Convention, function_of
 from trainer.rollout.rewards.copies import copied_functions
+from trainer.rollout.rewards.judged import VerdictSource, judge_answers
+from trainer.rollout.rewards.kinds import JudgeReward
 from trainer.rollout.rewards.process import Call, Reply, Stopped, WorkerPool
 from trainer.rollout.types import Group, Scores
 
@@ -29,10 +31,11 @@ class WorkerScorer:
         run_dir: Path | None,
         *,
         stop_asked: Callable[[], bool] = lambda: False,
+        judge: VerdictSource | None = None,
         workers: int = 1,
     ) -> None:
         """`run_dir`: where copies of reward files and the logs of workers are. `stop_asked`: whether this process was asked to
-        stop; no collective. `workers`: processes of this rank.
+        stop; no collective. `judge`: for rewards of that kind. `workers`: processes of this rank.
         """
         self.rewards: Mapping[str, RewardEntry] = config.rewards
         self.runtime = runtime
@@ -40,7 +43,12 @@ class WorkerScorer:
         setup: dict[str, dict[str, Any]] = {}
         self._one_by_one = set()
         """Rewards that are called with one answer at a time, so that a time limit is that of an answer."""
+        self._judged = [name for name, reward in config.rewards.items() if reward.kind == JudgeReward.kind]
+        """Rewards that the judge gives."""
+        self._judge = judge
         for name, reward in config.rewards.items():
+            if name in self._judged:
+                continue
             if name in functions:
                 file, function = functions[name]
                 setup[name] = {"file": str(file), "function": function, "options": dict(reward.options)}
@@ -53,6 +61,8 @@ class WorkerScorer:
                 options["limit"] = config.rollout.max_new_tokens
             setup[name] = {"kind": reward.kind, "options": options}
         log_dir = (run_dir or Path()) / "logs"
+        if not setup:  # the judge alone scores
+            workers = 0
         logs = [log_dir / f"rewards-rank-{runtime.rank}-{number}.log" for number in range(workers)]
         self._pool = WorkerPool(setup, logs, stop_asked)
 
@@ -70,15 +80,30 @@ class WorkerScorer:
         # Ranks wait for the one whose calls take longest, at worst until each has reached its time limit.
         answers = sum(len(group.answers) for group in groups)
         longest_s = sum(reward.timeout_s for reward in self.rewards.values()) * answers
-        scores: list[Scores | None] = [None] * len(groups)
+        collected: dict[int, tuple[Scores, list[int]]] = {}
         with longer_timeout(self.runtime, longest_s):
             for rank_scores in self._on_all_ranks(lambda: self._score_own(groups, own_numbers, step)):
-                for number, of_group in rank_scores.items():
-                    scores[number] = of_group
-        return [of_group for of_group in scores if of_group is not None]
+                collected |= rank_scores
+        scores = [collected[number][0] for number in range(len(groups))]
+        left_out = [collected[number][1] for number in range(len(groups))]
+        self._add_verdicts(groups, scores, left_out)
+        return scores
 
-    def _score_own(self, groups: Sequence[Group], numbers: Sequence[int], step: int) -> dict[int, Scores]:
-        """The scores of these groups, by their number. Local."""
+    def _add_verdicts(self, groups: Sequence[Group], scores: list[Scores], left_out: list[list[int]]) -> None:
+        """Add the rewards that the judge gives. `left_out`: answers of each group that have no total. All ranks must call."""
+        weights = {name: reward.weight for name, reward in self.rewards.items()}
+        for name in self._judged:
+            assert self._judge is not None, "composing refuses a judge without an address"
+            graded = judge_answers(self._judge, self.rewards[name].options, groups)
+            for of_group, without_total, grades in zip(scores, left_out, graded, strict=True):
+                of_group.by_reward[name] = grades
+                of_group.total = weighted_total(of_group.by_reward, weights)
+                of_group.total[without_total] = np.nan
+
+    def _score_own(
+        self, groups: Sequence[Group], numbers: Sequence[int], step: int
+    ) -> dict[int, tuple[Scores, list[int]]]:
+        """(scores, answers that have no total since a reward had no time for them) of these groups, by their number. Local."""
         placed_calls: list[tuple[int, list[int], Call]] = []
         for number in numbers:
             placed_calls += self._calls_of(number, groups[number], step)
@@ -88,12 +113,16 @@ class WorkerScorer:
             by_number[number] = _Collected(len(groups[number].answers), self.rewards)
         for (number, answers, call), reply in zip(placed_calls, replies, strict=True):
             by_number[number].add(call.reward, answers, reply)
-        return {number: collected.scores() for number, collected in by_number.items()}
+        return {
+            number: (collected.scores(), sorted(collected.without_total)) for number, collected in by_number.items()
+        }
 
     def _calls_of(self, number: int, group: Group, step: int) -> Iterator[tuple[int, list[int], Call]]:
         """(number of the group, numbers of the answers, call) of each call that a group needs."""
         every_answer = list(range(len(group.answers)))
         for name, reward in self.rewards.items():
+            if name in self._judged:
+                continue
             parts = [every_answer]
             if name in self._one_by_one:
                 parts = [[answer] for answer in every_answer]
@@ -194,12 +223,18 @@ def _arguments(group: Group, answers: list[int], step: int) -> dict[str, Any]:
 
 
 def open_scorer(
-    config: RoundsConfig, runtime: Runtime, run_dir: Path | None, *, stop_asked: Callable[[], bool] = lambda: False
+    config: RoundsConfig,
+    runtime: Runtime,
+    run_dir: Path | None,
+    *,
+    stop_asked: Callable[[], bool] = lambda: False,
+    judge: VerdictSource | None = None,
 ) -> WorkerScorer:
     """The scorer of a run, its rewards loaded. All ranks must call. Raises DataError or Interrupted on all ranks alike.
 
-    `run_dir`: has the copies of reward files. `stop_asked`: whether this process was asked to stop; no collective.
+    `run_dir`: has the copies of reward files. `stop_asked`: whether this process was asked to stop; no collective. `judge`: for
+    rewards of that kind.
     """
-    scorer = WorkerScorer(config, runtime, run_dir, stop_asked=stop_asked)
+    scorer = WorkerScorer(config, runtime, run_dir, stop_asked=stop_asked, judge=judge)
     scorer.start()
     return scorer
