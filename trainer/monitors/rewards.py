@@ -14,7 +14,9 @@ False alarms, by simulation: `tests/monitors/test_rewards.py`, and the table in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -161,9 +163,28 @@ def _collapse(finding: Any, reward: list[float], entropy: list[float], length: l
         yield finding("longer", says, length=length[-1])
 
 
+def without_carry_over(p_value: float, values: Sequence[float]) -> float:
+    """A p-value of a trend, corrected for noise that carries over from one value to the next.
+
+    Such noise looks like a trend: the variance of the test's score grows by (1 + r) / (1 - r), where r is the correlation of
+    neighbours around a straight line (Bayley and Hammersley 1946).
+    """
+    places = np.arange(len(values))
+    rest = np.asarray(values) - np.polyval(np.polyfit(places, values, 1), places)
+    variance = float(np.dot(rest, rest))
+    if variance <= 0:
+        return p_value
+    carried = min(0.95, max(0.0, float(np.dot(rest[1:], rest[:-1])) / variance))
+    normal = NormalDist()
+    score = normal.inv_cdf(1 - min(1 - 1e-15, max(1e-15, p_value)))
+    return 1 - normal.cdf(score * math.sqrt((1 - carried) / (1 + carried)))
+
+
 def falls(values: Sequence[float], level: float = FALLING_LEVEL) -> bool:
     """Whether a series falls: by its trend, and by more than the noise of one value."""
-    if len(values) < MIN_EVALUATIONS or rising_p_value([-value for value in values]) > level:
+    if len(values) < MIN_EVALUATIONS:
+        return False
+    if without_carry_over(rising_p_value([-value for value in values]), values) > level:
         return False
     quarter = max(1, len(values) // 4)
     first = float(np.mean(values[:quarter]))
