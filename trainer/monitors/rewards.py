@@ -172,7 +172,7 @@ def without_carry_over(p_value: float, values: Sequence[float]) -> float:
     places = np.arange(len(values))
     rest = np.asarray(values) - np.polyval(np.polyfit(places, values, 1), places)
     variance = float(np.dot(rest, rest))
-    if variance <= 0:
+    if variance <= 1e-12 * float(np.ptp(values)) ** 2:  # a straight line has no noise but rounding
         return p_value
     carried = min(0.95, max(0.0, float(np.dot(rest[1:], rest[:-1])) / variance))
     normal = NormalDist()
