@@ -67,6 +67,28 @@ def test_a_draw_belongs_to_its_place_and_number_whatever_is_written_at_a_time(ro
             assert step == pytest.approx(first, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_a_prompt_computed_once_for_its_answers_gives_the_same_steps(tmp_path, runtime, architecture):
+    """Beside answers each with its prompt; in whole groups and in parts of them. gemma2 has windows and capped scores."""
+    model = model_dir(tmp_path, architecture, **({"sliding_window": 8} if architecture == "gemma2" else {}))
+    curves = []
+    tokens = []
+    for shares, micro in ((False, 16), (True, 16), (True, 3)):
+        trainer = round_trainer(
+            config := round_config(tmp_path, model, "single", micro=micro), prompts_of(config), runtime
+        )
+        dealer = trainer.loader.maker.dealer
+        assert dealer.shares_prompts
+        trainer.loader.maker.dealer = replace(dealer, shares_prompts=shares)
+        curves.append(take_steps(trainer, 3))
+        batch = next(trainer.loader.steps(12, 1))
+        tokens.append(sum(micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches))
+    for curve in curves[1:]:
+        for step, apart in zip(curve, curves[0], strict=True):
+            assert step == pytest.approx(apart, rel=1e-5, abs=1e-6)
+    assert tokens[1] < tokens[2] < tokens[0]
+
+
 def smallest_gap(scores, seeds, position):
     """How far the two best noisy scores of a draw are apart, at the level where they are closest."""
     missing = -scores.shape[1] % decoding.DRAW_BLOCK

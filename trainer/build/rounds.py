@@ -13,14 +13,19 @@ from strategies.base import Engine, Precision, Progress
 from strategies.runtime import Runtime, gather_objects
 from trainer.build.recomputation import device_gib
 from trainer.config.run import RunConfig
-from trainer.data.batches.cutting import cut_of
+from trainer.data.batches.cutting import Cut, cut_of
 from trainer.data.batches.loader import Share
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import Order, steps_from_budget
+from trainer.data.config import Layout
 from trainer.data.prepare import PreparedData
 from trainer.data.store.documents import DocumentTable
 from trainer.evaluation.full_weights import USABLE_SHARE, cache_bytes
+from trainer.evaluation.group_answers import shares_prompts
+from trainer.model.architecture import text_settings
+from trainer.model.attention import NAME as ATTENTION
 from trainer.model.loading import generation_config
+from trainer.objectives.causal import plain_model
 from trainer.objectives.grpo import without_effect
 from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.registry import family_of
@@ -139,7 +144,15 @@ def build_round_loader(
         prompts=PromptReader(data.train, DocumentTable(data.directory), order),
         writer=writer,
         scorer=inputs.scorer,
-        dealer=Dealer(share.micro_batch, share.reader, share.readers, share.cut, collator, runtime.device),
+        dealer=Dealer(
+            share.micro_batch,
+            share.reader,
+            share.readers,
+            share.cut,
+            collator,
+            runtime.device,
+            shares_prompts=may_share_prompts(config, built, share.cut, runtime),
+        ),
         runtime=runtime,
         references=objective.references,
         stop_now=inputs.watch_for_stop(),
@@ -153,6 +166,26 @@ def build_round_loader(
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(steps)
     return loader, steps
+
+
+def may_share_prompts(config: RunConfig, built: Built, cut: Cut | None, runtime: Runtime) -> bool:
+    """Whether the answers to a prompt may share it in a row while they are learned: `[prompt | answer | answer ...]`.
+
+    Only our own attention knows of it, on CPUs, and only layers that meet other tokens in attention alone come to the same: those
+    whose cache is keys and values. Losses of routers count tokens, so that a prompt would count less. A compiled block would be
+    compiled anew for other branches.
+    """
+    model = plain_model(built.step_module.model)
+    return (
+        runtime.device.type == "cpu"
+        and cut is None
+        and built.layout is Layout.padding_free
+        and built.attention == ATTENTION
+        and built.step_module.added_losses is None
+        and not config.strategy.compile
+        and getattr(text_settings(built.config), "attention_chunk_size", None) is None
+        and shares_prompts(model)
+    )
 
 
 def rows_in_memory(built: Built, engine: Engine, runtime: Runtime, tokens: int) -> int:

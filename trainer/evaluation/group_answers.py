@@ -118,13 +118,14 @@ class GroupWriter(Writer):
 
 def shares_prompts(model: Any) -> bool:
     """Whether a model is called here, and not by `generate`: its cache is rows of keys and values that can be selected."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     path = getattr(model, "forward_path", STOCK_PATH)
     arguments = inspect.signature(model.forward).parameters
     if path.alone or not path.positions or any(name not in arguments for name in NEEDED_ARGUMENTS):
         return False
-    return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 class GroupAnswers:

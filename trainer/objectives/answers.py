@@ -17,7 +17,7 @@ import torch
 
 from strategies.errors import DataError
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import AXES, Axis
+from trainer.data.batches.cutting import AXES, IGNORED, Axis
 from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.document import WRONG_KIND, Document, Tally
 from trainer.data.fields import KeptColumns
@@ -47,6 +47,8 @@ ANSWER_COUNTS = ("loss", "tokens", "answers")
 class AnswerSample(Sample):
     """A prompt with one answer."""
 
+    prompt: int = 0
+    """Number of the prompt in its round: samples of one prompt may share it."""
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     """float32 [learned tokens] each, by names of `ROW_ENTRIES`; every sample of a step has the same names."""
 
@@ -69,6 +71,20 @@ class AnswerCollator(Collator):
             rows = np.concatenate([answer.rows[name] for answer in answers])
             batch[name] = torch.from_numpy(rows.astype(np.float32, copy=False))
 
+    def with_shared_prompts(self, samples: Sequence[AnswerSample]) -> dict[str, Any]:
+        """Samples as one micro-batch in which the answers to a prompt stand behind it once: `[prompt | answer | answer ...]`.
+
+        Samples of one prompt must be neighbours. Beside what a batch without padding has: `branches`, where the answers of each
+        document begin, and `row_targets` (int64), the target of each supervised row, since the last position of a prompt has one
+        for each answer.
+        """
+        row = _SharedRow()
+        for sample in samples:
+            row.add(sample)
+        batch = row.batch(len(samples))
+        self.add(batch, samples)
+        return batch
+
     def blank(self, sample: Sample) -> Sample:
         """The sample with nothing to learn."""
         nothing = np.zeros_like(sample.supervised)
@@ -76,6 +92,65 @@ class AnswerCollator(Collator):
             return Sample(sample.input_ids, nothing, sample.marks)
         rows = {name: numbers[:0] for name, numbers in sample.rows.items()}
         return AnswerSample(sample.input_ids, nothing, sample.marks, rows=rows)
+
+
+class _SharedRow:
+    """A row in the making, in which answers share their prompts."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.bounds = [0]
+        self.branches: list[list[int]] = []
+        self.target_rows: list[int] = []
+        self.row_targets: list[int] = []
+        self.num_targets: list[int] = []
+        self.longest = 0
+        self._prompt: int | None = None
+        self._prompt_length = 0
+
+    def add(self, sample: AnswerSample) -> None:
+        """Add an answer, behind its prompt if the last one had another."""
+        begin = sample.answer_begin()
+        answer = sample.input_ids[begin:].tolist()
+        if sample.prompt != self._prompt:
+            self._prompt = sample.prompt
+            self._prompt_length = begin
+            self.bounds.append(len(self.ids))
+            self.branches.append([])
+            self.ids += sample.input_ids[:begin].tolist()
+            self.positions += range(begin)
+        assert begin == self._prompt_length, "answers that share a prompt begin at the same place"
+        document_begin = self.bounds[-1]
+        answer_begin = len(self.ids)
+        self.branches[-1].append(answer_begin - document_begin)
+        # The last token of the prompt predicts the first one of the answer, and each token of the answer the next one.
+        self.target_rows += [document_begin + begin - 1, *range(answer_begin, answer_begin + len(answer) - 1)]
+        self.row_targets += answer
+        self.num_targets.append(len(answer))
+        self.ids += answer
+        self.positions += range(begin, begin + len(answer))
+        self.longest = max(self.longest, begin + len(answer))
+
+    def batch(self, num_sequences: int) -> dict[str, Any]:
+        """The row as a batch."""
+        bounds = [*self.bounds[1:], len(self.ids)]
+        boundaries = torch.tensor(bounds, dtype=torch.int32)
+        return {
+            "input_ids": torch.tensor([self.ids]),
+            "position_ids": torch.tensor([self.positions]),
+            "targets": torch.full((1, len(self.ids)), IGNORED),
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+            "document_bounds": bounds,
+            "branches": self.branches,
+            "target_rows": torch.tensor(self.target_rows),
+            "row_targets": torch.tensor(self.row_targets),
+            "row_sequence": torch.from_numpy(np.repeat(np.arange(num_sequences), self.num_targets)),
+            "num_sequences": num_sequences,
+        }
 
 
 class PromptDataSpec(UnlabelledDataSpec):

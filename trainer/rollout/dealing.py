@@ -35,30 +35,71 @@ class Dealer:
     cut: Cut | None
     collator: AnswerCollator
     device: torch.device
+    shares_prompts: bool = False
+    """Whether answers to one prompt lie behind it once, in one micro-batch as far as that holds them."""
 
-    def num_micro_batches(self, num_answers: int) -> int:
-        """Micro-batches of each reader for so many answers; at least one."""
-        return max(1, -(-num_answers // (self.micro_batch * self.readers)))
+    def num_micro_batches(self, num_answers: int, group_size: int) -> int:
+        """Micro-batches of each reader for so many answers, `group_size` to a prompt; at least one."""
+        if not self.shares_prompts:
+            return max(1, -(-num_answers // (self.micro_batch * self.readers)))
+        parts, size = self._parts_of_group(group_size)
+        num_parts = -(-num_answers // group_size) * parts
+        return max(1, -(-num_parts // (self.micro_batch // size * self.readers)))
+
+    def _parts_of_group(self, group_size: int) -> tuple[int, int]:
+        """(parts that a group is divided into, answers of the largest part): as few as micro-batches hold."""
+        parts = -(-group_size // self.micro_batch)
+        return parts, -(-group_size // parts)
 
     def deal(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> tuple[list[DealtMicroBatch], float]:
         """(the micro-batches of this reader, the balance of the whole step as `StepBatch.balance` has it).
 
         Every reader gets as many micro-batches as the others. One without an answer gets `filler` with nothing to learn.
         """
-        costs = np.array([len(sample.input_ids) for sample in samples], dtype=np.int64)
-        num_slots = self.num_micro_batches(len(samples)) * self.readers
+        units = self._units(samples)
+        costs = np.array([self._cost(samples, unit) for unit in units], dtype=np.int64)
+        per_slot = self.micro_batch // max(map(len, units), default=1)
+        num_slots = max(1, -(-len(units) // (per_slot * self.readers))) * self.readers
         # Sorted by load, so that the readers' m-th micro-batches weigh about the same and none waits long.
-        slots = deal(costs, num_slots, self.micro_batch)
+        slots = deal(costs, num_slots, per_slot)
         loads = np.array([costs[slot].sum() for slot in slots], dtype=np.float64).reshape(-1, self.readers)
         balance = float(loads.mean(axis=1).sum() / max(1.0, loads.max(axis=1).sum()))
-        return [self._collate(samples, slot, filler) for slot in slots[self.reader :: self.readers]], balance
+        own_micro_batches = []
+        for slot in slots[self.reader :: self.readers]:
+            positions: list[int] = []
+            for unit in slot:
+                positions += units[unit]
+            own_micro_batches.append(self._collate(samples, positions, filler))
+        return own_micro_batches, balance
+
+    def _units(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
+        """Positions of the answers that stay together: each alone, or those to one prompt."""
+        if not self.shares_prompts:
+            return [[position] for position in range(len(samples))]
+        by_prompt: dict[int, list[int]] = {}
+        for position, sample in enumerate(samples):
+            by_prompt.setdefault(sample.prompt, []).append(position)
+        units: list[list[int]] = []
+        for positions in by_prompt.values():
+            _, size = self._parts_of_group(len(positions))
+            units += [positions[start : start + size] for start in range(0, len(positions), size)]
+        return units
+
+    def _cost(self, samples: Sequence[AnswerSample], unit: list[int]) -> int:
+        """Tokens that are computed for a unit."""
+        first = samples[unit[0]]
+        tokens = len(first.input_ids)
+        for position in unit[1:]:
+            tokens += len(samples[position].input_ids) - first.answer_begin()
+        return tokens
 
     def _collate(self, samples: Sequence[AnswerSample], slot: list[int], filler: AnswerSample) -> DealtMicroBatch:
         """The micro-batch of the answers at these positions."""
         if not slot:
             blank = self.collator.blank(filler)
             return DealtMicroBatch(pin_batch(self.collator([blank], self.cut), self.device), [None])
-        batch = self.collator([samples[position] for position in slot], self.cut)
+        dealt = [samples[position] for position in slot]
+        batch = self.collator.with_shared_prompts(dealt) if self.shares_prompts else self.collator(dealt, self.cut)
         return DealtMicroBatch(pin_batch(batch, self.device), [*slot])
 
     def local_tokens(self, dealt: Sequence[DealtMicroBatch]) -> int:

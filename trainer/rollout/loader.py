@@ -50,7 +50,7 @@ class RolloutLoader:
         """Micro-batches of each reader in a step in which every answer is learned."""
         settings = self.maker.settings
         answers = self.maker.prompts_per_round * settings.group_size // settings.rollout.steps
-        return self.maker.dealer.num_micro_batches(answers)
+        return self.maker.dealer.num_micro_batches(answers, settings.group_size)
 
     @property
     def samples_per_step(self) -> float:

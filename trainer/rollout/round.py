@@ -68,7 +68,7 @@ class Round:
         ids = np.array([*group.prompt.ids, *answer.ids], dtype=np.int32)
         supervised = np.zeros(len(ids), dtype=bool)
         supervised[len(group.prompt.ids) :] = True
-        return AnswerSample(ids, supervised)
+        return AnswerSample(ids, supervised, prompt=number // self.group_size)
 
     def samples(
         self, numbers: Sequence[int], normalise: Normalise, max_new_tokens: int
