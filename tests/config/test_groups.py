@@ -43,7 +43,7 @@ PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
 def data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", "only for this test")
-    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "train.jsonl").write_text('{"answer": "what rewards compare with"}\n')
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
