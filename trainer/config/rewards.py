@@ -117,7 +117,7 @@ def _first_columns(data_input: Input) -> set[str] | None:
     except (ShardtuneError, ValueError, OSError):
         return None
     parsed = row.parse()
-    if not isinstance(parsed, Row):
+    if not isinstance(parsed, Row) or not parsed.fields:
         return None
     columns = {*parsed.fields, *parsed.unread_columns} | data_input.columns.keys()
     verl_model = parsed.fields.get("reward_model")
