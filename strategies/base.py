@@ -182,6 +182,8 @@ class StepPlan:
     """Decay of the moving average of the weights, which is evaluated and exported in place of the weights. 0: no average."""
     optimizer_hooks: OptimizerStepHooks | None = None
     """What the tuning method does around each optimizer step; None if it does nothing."""
+    keeps_start: bool = False
+    """Whether the engine keeps a copy of the trained weights as they begin, for `Engine.inference(at_start=True)`."""
 
 
 def plan_of(step_module: nn.Module) -> StepPlan:
@@ -247,6 +249,8 @@ class Progress:
     """Optimizer steps taken."""
     samples: int = 0
     """Documents (packs) consumed since the start of the run, without those that are skipped."""
+    round_step: int = 0
+    """Steps taken of the round that is being learned from (`objective=grpo`). 0 between rounds, and where there are none."""
     tokens: int = 0
     """Tokens consumed, all ranks together."""
     supervised_tokens: int = 0
@@ -275,6 +279,8 @@ class Progress:
     """Sum of the training losses of the steps since the last evaluation."""
     interval_steps: int = 0
     """Number of these steps."""
+    reward_blocks: list[dict[str, float]] = field(default_factory=list)
+    """Sums of rewards and their company over blocks of steps (`trainer/monitors/rewards.py`); empty without rewards."""
     first_loss: float | None = None
     """Training loss of step 1, before any update, to compare the last steps with. None in states of earlier versions."""
     recent_losses: list[dict[str, float]] = field(default_factory=list)
@@ -341,10 +347,11 @@ class Engine(Protocol):
         updates stay as they are. The filter is called whenever the gradients are finite.
         """
 
-    def inference(self, *, averaged: bool = True) -> AbstractContextManager[nn.Module]:
+    def inference(self, *, averaged: bool = True, at_start: bool = False) -> AbstractContextManager[nn.Module]:
         """The step module in eval mode, for forward passes without gradients. Restores training mode. All ranks must enter.
 
         If the run averages weights, the averages are in place inside the context; with `averaged=False`, the trained weights.
+        With `at_start` they are those that the run began with, which the engine has if the plan says `keeps_start`.
         """
 
     def state(self, progress: Progress) -> RankState:

@@ -80,6 +80,11 @@ class NativeEngine:
         if plan.ema_decay:
             weights = [self._local(parameter.detach()) for _, parameter in self.trainable]
             self.average = WeightAverage(plan.ema_decay, weights)
+        self.start: WeightAverage | None = None
+        """The trained weights as they began, if the run keeps them: an average that is never updated."""
+        if plan.keeps_start:
+            weights = [self._local(parameter.detach()) for _, parameter in self.trainable]
+            self.start = WeightAverage(1.0, weights)
 
     def close(self) -> None:
         """Let go of gradients and optimizer state. See `Engine.close`."""
@@ -103,11 +108,15 @@ class NativeEngine:
         loss.backward()
 
     @contextmanager
-    def inference(self, *, averaged: bool = True) -> Iterator[nn.Module]:
+    def inference(self, *, averaged: bool = True, at_start: bool = False) -> Iterator[nn.Module]:
         """The step module in eval mode, without gradients. All ranks enter."""
         self.step_module.eval()
+        weights: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
+        if at_start:
+            assert self.start is not None, "the plan does not say `keeps_start`"
+            weights = self._swapped(self.start)
         try:
-            with torch.no_grad(), self._autocast(), self._averaged() if averaged else nullcontext():
+            with torch.no_grad(), self._autocast(), weights:
                 yield self.step_module
         finally:
             self.step_module.train()

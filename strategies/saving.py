@@ -7,7 +7,7 @@ Each rank writes one file of tensors. Rank 0 adds the index of where each tensor
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -59,6 +59,8 @@ class FileOutcome:
     """None if the rank has nothing to write."""
     problem: str | None = None
     """Why it could not be written; None if it was."""
+    attached: list[WrittenFile] = field(default_factory=list)
+    """What was written beside it, see `RankState.attachments`."""
 
 
 class RankState:
@@ -78,6 +80,8 @@ class RankState:
         self._head, self.parts = layout(self.local, self._file)
         self.header = header
         """The content of `progress.json`."""
+        self.attachments: dict[str, bytes] = {}
+        """Further files of the state by name, on the rank that writes them: what a run must know beside its tensors."""
 
     @property
     def num_elements(self) -> int:
@@ -101,7 +105,8 @@ class RankState:
 
         Raises StorageError on every rank if it has not.
         """
-        sizes = gather_objects(size_on_disk(self._head, self.local), self.runtime)
+        attached_bytes = sum(map(len, self.attachments.values()))
+        sizes = gather_objects(size_on_disk(self._head, self.local) + attached_bytes, self.runtime)
         problem = None
         if self.runtime.is_main:
             problem = missing_space(path, sum(sizes) + SPARE_BYTES)
@@ -110,9 +115,10 @@ class RankState:
     def write_part(self, path: Path) -> FileOutcome:
         """Write this rank's file into the existing directory `path`, durably. No collective, no errors."""
         try:
+            attached = [write_new(path / name, content) for name, content in self.attachments.items()]
             if not self.local:
-                return FileOutcome()
-            return FileOutcome(write_tensors(path / self._file, self._head, self.local))
+                return FileOutcome(attached=attached)
+            return FileOutcome(write_tensors(path / self._file, self._head, self.local), attached=attached)
         except Exception as error:  # noqa: BLE001 - whatever it is (a lost device too), all ranks must learn of it
             return FileOutcome(problem=error_summary(error))
 
@@ -122,9 +128,13 @@ class RankState:
         Returns every file of the state on rank 0, an empty list on other ranks. Raises StorageError on every rank if any of
         them could not write.
         """
-        gathered = gather_objects((self.parts, outcome.written), self.runtime)
-        parts_by_rank: list[dict[str, FilePart]] = [parts for parts, _ in gathered]
-        files: list[WrittenFile] = [file for _, file in gathered if file is not None]
+        gathered = gather_objects((self.parts, outcome.written, outcome.attached), self.runtime)
+        parts_by_rank: list[dict[str, FilePart]] = [parts for parts, _, _ in gathered]
+        files: list[WrittenFile] = []
+        for _, file, attached in gathered:
+            files += attached
+            if file is not None:
+                files.append(file)
         _raise_on_all_ranks(outcome.problem, self.runtime)
 
         problem = None

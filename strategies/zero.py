@@ -76,6 +76,8 @@ class ZeroEngine:
         self.masters = Fp32Masters(engine, config.stage, runtime.rank, self.trainable)
         self.average: WeightAverage | None = None
         """Of the fp32 masters; None if the run has no average."""
+        self.start: WeightAverage | None = None
+        """The fp32 masters as they began, if the run keeps them: an average that is never updated."""
         if config.stage == 3:
             self.full_parameters: FullParameters = ZeroFullParameters(step_module, engine.optimizer.parameter_offload)
         else:
@@ -124,11 +126,15 @@ class ZeroEngine:
         return StepResult(grad_norm=norm, skipped=torch.tensor(float(skipped), device=device))
 
     @contextmanager
-    def inference(self, *, averaged: bool = True) -> Iterator[nn.Module]:
+    def inference(self, *, averaged: bool = True, at_start: bool = False) -> Iterator[nn.Module]:
         """The step module in eval mode, without gradients; stage 3 gathers each layer as it runs. All ranks enter."""
         self.step_module.eval()
+        weights: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
+        if at_start:
+            assert self.start is not None, "the plan does not say `keeps_start`"
+            weights = self._swapped(self.start)
         try:
-            with torch.no_grad(), self._averaged() if averaged else nullcontext():
+            with torch.no_grad(), weights:
                 yield self.step_module
         finally:
             self.step_module.train()
@@ -139,12 +145,18 @@ class ZeroEngine:
         if self.average is None:
             yield
             return
-        self.average.swap()
+        with self._swapped(self.average):
+            yield
+
+    @contextmanager
+    def _swapped(self, average: WeightAverage) -> Iterator[None]:
+        """Put other weights in place of the trained ones, and restore these. All ranks enter."""
+        average.swap()
         self.refresh_compute_copies()
         try:
             yield
         finally:
-            self.average.swap()
+            average.swap()
             self.refresh_compute_copies()
 
     # -- training state ------------------------------------------------------------------------------------------
@@ -350,6 +362,8 @@ class ZeroStrategy:
         ema_decay = plan_of(step_module).ema_decay
         if ema_decay:
             zero_engine.average = WeightAverage(ema_decay, zero_engine._flat_groups())
+        if plan_of(step_module).keeps_start:
+            zero_engine.start = WeightAverage(1.0, zero_engine._flat_groups())
         return zero_engine
 
     def _partition(

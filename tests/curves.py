@@ -47,6 +47,8 @@ CASES = {
     "reward": f"{PAIRS} objective=reward",
     "kto": "data.path=thumbs.jsonl data.eval_path=thumbs_eval.jsonl objective=kto tuning=lora",
     "kto of pairs, recorded": f"{PAIRS} objective=kto",
+    "grpo": "data.path=prompts.jsonl objective=grpo objective.rewards=[f1] objective.group_size=4 objective.kl.weight=0.1 "
+    "objective.rollout.max_new_tokens=12",
     "distillation": f"{CHAT} objective=distillation objective.teacher.path=teacher objective.sft_weight=0.3 tuning=lora",
 }
 STRATEGIES = ("single", "fsdp2", "zero2")
@@ -73,6 +75,7 @@ def write_site(site: Path) -> None:
         thumbs = [{**row, "label": number % 3 != 0} for number, row in enumerate(answers)]
         write_jsonl(site / f"thumbs{suffix}.jsonl", thumbs)
     write_jsonl(site / "general.jsonl", chat_rows(24, seed=2))
+    write_jsonl(site / "prompts.jsonl", [{"prompt": row["prompt"], "answer": row["chosen"]} for row in pair_rows(24)])
     texts = [{"text": " ".join(turn["content"] for turn in row["messages"])} for row in chat_rows(48, seed=3)]
     write_jsonl(site / "texts.jsonl", texts)
     labels = [{**row, "label": ("fox", "dog", "hen")[number % 7 % 3]} for number, row in enumerate(texts)]

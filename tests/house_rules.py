@@ -18,7 +18,9 @@ MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 8
 FOREIGN = {"varlen_attention"}
 """Functions that mirror an interface of another library."""
-OBJECTIVES = re.compile(r"(^|[^a-z-])(kto|dpo|orpo|simpo|seq2seq|distil\w*|classification|multi_label|rated)([^a-z]|$)")
+OBJECTIVES = re.compile(
+    r"(^|[^a-z-])(kto|dpo|orpo|simpo|grpo|dapo|gspo|rloo|seq2seq|distil\w*|classification|multi_label|rated)([^a-z]|$)"
+)
 """What trainer/data and strategies must not know: an objective says what it reads (trainer/data/objective_spec.py)."""
 OWNERS = {  # external package -> the only places that may import it
     "deepspeed": ("strategies/",),

@@ -16,10 +16,12 @@ from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Interrupted, Preempted
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.quantised_model import build_as_stored
+from trainer.build.rounds import steps_of_run
 from trainer.build.sequence import check_sequence
 from trainer.checkpoints.manifest import fingerprint
 from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
+from trainer.data.batches.mixing import build_order
 from trainer.data.prepare import ChooseDate, PreparedData
 from trainer.data.report.progress import PrintLine, print_on_rank_0
 from trainer.evaluation.report import comparison, page, record
@@ -35,6 +37,7 @@ from trainer.evaluation.tasks.prepared import TaskContext, tasks_on_run_document
 from trainer.model.loading import load_tokenizer
 from trainer.model.quantised_checkpoints import quantising_library
 from trainer.model.rules import read_config
+from trainer.objectives.registry import family_of
 from trainer.planner.oom_report import reporting_evaluation_out_of_memory
 from trainer.reporting.console import Console
 from trainer.reporting.results import EVALUATION, keep_report
@@ -205,6 +208,10 @@ def _tell_length(
     """Tell a tuning method that changes with the step (such as AdaLoRA) how many steps the run had."""
     if opened.record is not None and opened.record.total_steps is not None:
         built.step_module.plan.optimizer_hooks.begin(opened.record.total_steps)  # type: ignore[union-attr]
+    elif family_of(config.objective).rollout is not None:
+        _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)
+        steps = steps_of_run(config, order, data.train.lengths)
+        built.step_module.plan.optimizer_hooks.begin(steps)  # type: ignore[union-attr]
     else:
         build_loader(config, data, built, engine, runtime)
 

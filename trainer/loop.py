@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
@@ -66,7 +67,7 @@ class Trainer:
         self.outcome = Outcome(
             progress,
             challenges=self.evaluation_monitor.record,
-            watch=settings.evaluation.watch,
+            watch=settings.evaluation.watched,
             greater_is_better=bool(settings.evaluation.greater_is_better),
         )
         self.current_batch: StepBatch | None = None
@@ -130,7 +131,7 @@ class Trainer:
         total = self.settings.total_steps
         remaining = 0 if self._make_up_evaluation() else total - self.progress.step
         # Closing the generator ends its thread, also where a step raises.
-        with closing(self.loader.steps(self.progress.samples, remaining)) as batches:
+        with closing(self._steps(remaining)) as batches:
             for batch in batches:
                 # The question whether to stop travels while the step computes; the answer is read below.
                 self.agreement.ask()
@@ -152,6 +153,13 @@ class Trainer:
                     self.outcome.stopped_early = True
                     break
         self._flush()
+
+    def _steps(self, num_steps: int) -> Generator[StepBatch, None, None]:
+        """The loader's batches. A stop while one is made, as a round of answers is, saves and ends the run."""
+        try:
+            yield from self.loader.steps(self.progress.samples, num_steps)
+        except Interrupted:
+            self._stop_for_signal()
 
     def train_step(self, batch: StepBatch) -> StepRecord:
         """One optimizer step over a list of micro-batches. All ranks must call. Reads nothing from the device.
@@ -193,6 +201,7 @@ class Trainer:
         self.guards.note_step(self.progress.samples)
         self.progress.step += 1
         self.progress.samples += batch.samples
+        self.progress.round_step = batch.round_step
         self.progress.tokens += batch.tokens
         self.progress.supervised_tokens += batch.supervised_tokens
         self.current_batch = None
@@ -213,6 +222,8 @@ class Trainer:
             source_counts=batch.source_counts,
             balance=batch.balance,
             epoch=self._epoch(),
+            facts=batch.facts,
+            round_s=batch.round_s,
         )
 
     def _epoch(self) -> float:
@@ -249,7 +260,8 @@ class Trainer:
         self.guards.stop_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
 
         self._settle()  # a checkpoint that is being written is of a step before this one
-        loaded = self.engine.load(self.checkpoints.roll_back())
+        checkpoint = self.checkpoints.roll_back()
+        loaded = self.engine.load(checkpoint)
         # Field by field, since `self.outcome` holds the same object.
         for field in fields(Progress):
             setattr(self.progress, field.name, getattr(loaded, field.name))
@@ -257,6 +269,7 @@ class Trainer:
         self.progress.skipped_samples = [*skipped_before, *new_places]
         self.progress.rollbacks = rollbacks
         self.progress.outliers += 1
+        self.loader.restore(checkpoint)
         self._saved_step = self.progress.step
         self._being_saved = self._on_disk = replace(self.progress)
 
@@ -283,6 +296,7 @@ class Trainer:
             return
         self.outcome.last_row = rows[-1]
         self.display.progress(rows[-1], self._course)
+        self.loader.check_rows(rows)
         self.guards.stop_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.places)
 
     def _report_checkpoint(self, rows: list[dict]) -> None:
@@ -388,7 +402,11 @@ class Trainer:
             self.progress.recent_steps = self.guards.window()
             self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
             self._being_saved = replace(self.progress)
-            self._note_saved(self.checkpoints.save(self.engine, self.progress, must_succeed=must_succeed))
+            attachments = self.loader.attachments()
+            saved = self.checkpoints.save(
+                self.engine, self.progress, must_succeed=must_succeed, attachments=attachments
+            )
+            self._note_saved(saved)
         self.meter.restart_clock()
 
     def _settle(self) -> None:

@@ -9,7 +9,7 @@ that does not. "Local": the call never communicates. Unless something else is sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +80,19 @@ class BatchLoader(Protocol):
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
         """Batches of `num_steps` steps, of which the first begins after `first_sample` consumed samples.
 
-        Local. A thread makes them ahead; closing the generator stops it. Raises what the thread raised.
+        Local, and a thread makes them ahead; closing the generator stops it. Raises what the thread raised. If batches are rounds
+        (`trainer/rollout/loader.py`), each is made when it is asked for: all ranks must take it, and Interrupted is raised on all
+        of them if the run is asked to stop meanwhile.
         """
+
+    def attachments(self) -> dict[str, bytes]:
+        """Files that a checkpoint of this moment needs beside the state, by name: a round that is not used up."""
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint that the engine has loaded: read its attachments. All ranks must call. Errors: StorageError."""
+
+    def check_rows(self, rows: list[Row]) -> None:
+        """Look at the rows of steps since the last call. Raises Diverged, on all ranks alike, for answers of other weights."""
 
 
 # -- sinks: where numbers, lines and checkpoints go ----------------------------------------------------------------------
@@ -178,9 +189,10 @@ class CheckpointStore(Protocol):
     def pending_is_written(self, step: int) -> bool:
         """Whether every rank has written its part of the pending one. All ranks must call, after the same steps."""
 
-    def save(self, engine: Engine, progress: Progress, *, must_succeed: bool) -> bool:
+    def save(self, engine: Engine, progress: Progress, *, must_succeed: bool, attachments: Mapping[str, bytes]) -> bool:
         """Begin a checkpoint of this moment; with `must_succeed`, finish it. Whether it succeeded so far. All ranks must call.
 
+        `attachments`: files beside the state, by name.
         A pending one has to be settled before. Without `must_succeed`, a failure is a warning until too many follow each other.
         """
 

@@ -15,6 +15,8 @@ from strategies.errors import Preempted
 from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
+from trainer.build.reward_evaluator import build_reward_evaluators
+from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
 from trainer.checkpoints.layout import checkpoint_dirs_of
@@ -40,6 +42,8 @@ from trainer.monitors.anomaly_log import AnomalyLog
 from trainer.monitors.detectors import Challenges
 from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.reference import RecordingSettings, record_reference_logps
+from trainer.objectives.registry import family_of
+from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.fit_check import must_fit
 from trainer.planner.micro_batch import settle_micro
 from trainer.planner.oom_probe import TrialInputs
@@ -49,6 +53,7 @@ from trainer.reporting.console import Console
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.metrics import Meter
 from trainer.reporting.profile import Profiler
+from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import (
     RunContext,
     close_records,
@@ -107,7 +112,8 @@ def _run(
     context = RunContext(sha256, runtime, console, Agreement(request, runtime), attempt)
     precision = resolve_precision(config.precision, runtime)
     checked = check_identity(config, data, context)
-    config = settle_choices(config, TrialInputs(tokenizer, data, precision, runtime), context, freeze)
+    inputs = TrialInputs(tokenizer, data, precision, runtime)
+    config = settle_choices(config, inputs, context, freeze)
     # Refused here, before there are weights, rather than by the allocator an hour later.
     attempt.phase = "simulating whether the run fits"
     checked |= must_fit(config, data, precision, runtime, console.print_line) | staged.record()
@@ -117,7 +123,7 @@ def _run(
     # Before a checkpoint is loaded: the reference is the initial model.
     record_reference(config, data, engine, built, context)
     checkpoints, resumed_from, progress = resume(config, engine, context)
-    loader, total_steps = build_loader(config, data, built, engine, runtime)
+    loader, total_steps = loader_of(config, inputs, built, engine, progress, resumed_from, context)
     run_record = run_facts(
         config,
         checked,
@@ -148,7 +154,7 @@ def _run(
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
-        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, challenges, context),
+        evaluators=evaluators_of(config, inputs, tasks, built, engine, loader, challenges, context),
         sinks=Sinks(
             meter, trackers, console, checkpoints, profiler.at_step, lambda: attempt.require_ownership(runtime)
         ),
@@ -251,17 +257,79 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
     return checkpoints, resumed_from, progress
 
 
+def loader_of(
+    config: RunConfig,
+    inputs: TrialInputs,
+    built: Built,
+    engine: Engine,
+    progress: Progress,
+    resumed_from: Path | None,
+    context: RunContext,
+) -> tuple[StepLoader | RolloutLoader, int]:
+    """(the batches of this rank, of prepared documents or of rounds; the optimizer steps of the run). All ranks must call.
+
+    `resumed_from`: the checkpoint that was loaded. Errors: those of rewards, StorageError.
+    """
+    if family_of(config.objective).rollout is None:
+        return build_loader(config, inputs.data, built, engine, context.runtime)
+
+    from trainer.evaluation.endpoint.judge import Judge
+    from trainer.rollout.record import RoundRecord
+    from trainer.rollout.rewards.scorer import open_scorer
+
+    assert isinstance(config.objective, RoundsConfig), "the settings of every family with rollouts"
+
+    def watch_for_stop() -> Callable[[], bool]:
+        return context.agreement.for_loop().ask_and_wait
+
+    judge = None
+    if config.evaluation.judge.url:
+        judge = Judge(config.evaluation.judge, context.runtime, watch_for_stop())
+    scorer = open_scorer(
+        config.objective, context.runtime, context.run_dir, stop_asked=context.agreement.asked_here, judge=judge
+    )
+    context.attempt.at_end.callback(scorer.close)
+    of_rounds = RoundInputs(
+        inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.tell_phase
+    )
+    loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, of_rounds)
+    record = RoundRecord(context.run_dir, config.objective.rollout.record)
+    processes.call_on_main(lambda: record.take_back(progress.step), context.runtime)
+    loader.maker.on_round = lambda made, step: processes.call_on_main(lambda: record.write(made, step), context.runtime)
+    if resumed_from is not None:
+        loader.restore(resumed_from)
+    return loader, steps
+
+
 def evaluators_of(
     config: RunConfig,
-    data: PreparedData,
+    inputs: TrialInputs,
     tasks: list[PreparedTask],
     built: Built,
-    tokenizer: Any,
     engine: Engine,
+    loader: StepLoader | RolloutLoader,
     challenges: Challenges,
     context: RunContext,
 ) -> list[Evaluator]:
-    """The evaluators that the configuration asks for; empty without held-out data and tasks."""
+    """The evaluators that the configuration asks for; empty without held-out data and tasks.
+
+    Rounds are evaluated by the rewards of `loader`. Errors: those of `build_evaluators`, and of rewards.
+    """
+    data = inputs.data
+    tokenizer = inputs.tokenizer
+
+    def watch_for_stop() -> Callable[[], bool]:
+        return context.agreement.for_loop().ask_and_wait
+
+    def asking() -> ModelInterface:
+        return asking_of(config, data, built, tokenizer, engine, context.runtime, watch_for_stop())
+
+    if isinstance(loader, RolloutLoader):
+        scorer = loader.maker.scorer
+        of_rewards = build_reward_evaluators(
+            config, data, built, tokenizer, engine, context.runtime, scorer, watch_for_stop()
+        )
+        return with_tasks(config, challenges, of_rewards, tasks, asking, context)
     evaluators = build_evaluators(
         replace(config.evaluation, tasks=asked_tasks(config)),
         config.model,
@@ -270,14 +338,8 @@ def evaluators_of(
         tokenizer,
         engine,
         context.runtime,
-        watch_for_stop=lambda: context.agreement.for_loop().ask_and_wait,
+        watch_for_stop,
     )
-
-    def asking() -> ModelInterface:
-        return asking_of(
-            config, data, built, tokenizer, engine, context.runtime, context.agreement.for_loop().ask_and_wait
-        )
-
     return with_tasks(config, challenges, evaluators, tasks, asking, context)
 
 
@@ -304,7 +366,11 @@ def asking_of(
 
 
 def monitors_of(
-    config: RunConfig, data: PreparedData, loader: StepLoader, challenges: Challenges, context: RunContext
+    config: RunConfig,
+    data: PreparedData,
+    loader: StepLoader | RolloutLoader,
+    challenges: Challenges,
+    context: RunContext,
 ) -> Monitors:
     """What may end the run early, or leave an update out."""
     anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.print_line)

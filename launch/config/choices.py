@@ -84,8 +84,11 @@ def settings_classes() -> dict[str, dict[str, type]]:
     return VARIANTS
 
 
-SHARED_SETTINGS = {"hsdp": "fsdp2", "zero1": "zero", "zero2": "zero", "zero3": "zero"}
-"""Strategies that have the settings of another one."""
+SHARED_SETTINGS = {
+    "strategy": {"hsdp": "fsdp2", "zero1": "zero", "zero2": "zero", "zero3": "zero"},
+    "objective": dict.fromkeys(("dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "cispo", "max_rl"), "grpo"),
+}
+"""Choices that have the settings of another one, by group."""
 REGISTRIES = {
     "strategy": "VARIANTS in trainer/config/tree.py",
     "tuning": "TUNINGS in trainer/tuning/config.py",
@@ -99,12 +102,12 @@ REGISTRIES = {
 def settings_class_of(group: str, name: str) -> type:
     """The settings dataclass of a group's choice, such as `LoraConfig` for `tuning`, `lora`.
 
-    Some strategies share a class: the three stages of ZeRO, and hsdp, which is fsdp2 with replicas. Errors: ConfigError for a
-    file of `conf/` without a class.
+    Some choices share a class: the three stages of ZeRO, hsdp, which is fsdp2 with replicas, and the kin of GRPO. Errors:
+    ConfigError for a file of `conf/` without a class.
     """
     classes = settings_classes()[group]
-    if group == "strategy" and name not in classes:
-        name = SHARED_SETTINGS.get(name, name)
+    if name not in classes:
+        name = SHARED_SETTINGS.get(group, {}).get(name, name)
     if name not in classes:
         from strategies.errors import ConfigError
 
@@ -127,3 +130,31 @@ def register_schemas() -> None:
     for group, nodes in settings_classes().items():
         for name, settings in nodes.items():
             store.store(group=group, name=f"schema_{name}", node=settings)
+
+
+def add_table_entry(tree: Any, key: str) -> None:
+    """Add the entry that `key` is a setting of to its table in a composed tree, with its defaults, unless it is there."""
+    from omegaconf import OmegaConf
+
+    for table, entry_class in entry_class_by_table().items():
+        if not key.startswith(f"{table}."):
+            continue
+        entry_name, _, setting_name = key.removeprefix(f"{table}.").partition(".")
+        if setting_name and entry_name not in OmegaConf.select(tree, table):
+            OmegaConf.update(tree, f"{table}.{entry_name}", entry_class(), force_add=True)
+
+
+@cache
+def entry_class_by_table() -> dict[str, type]:
+    """Tables whose entries the user names, such as `data.sources.<name>`, with the settings class of an entry."""
+    from trainer.data.config import SourceConfig
+    from trainer.evaluation.base import TaskConfig
+    from trainer.objectives.rollouts import RewardEntry
+    from trainer.optim.config import GroupRule
+
+    return {
+        "data.sources": SourceConfig,
+        "optim.groups": GroupRule,
+        "evaluation.tasks": TaskConfig,
+        "objective.rewards": RewardEntry,
+    }

@@ -20,7 +20,14 @@ import yaml
 
 from launch.config import hints, overrides
 from launch.config.broken_files import composition_problem, suspected_files
-from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS, register_schemas, settings_class_of, settings_classes
+from launch.config.choices import (
+    CONF_DIR,
+    USER_CONFIG_DIRS,
+    add_table_entry,
+    register_schemas,
+    settings_class_of,
+    settings_classes,
+)
 from launch.config.earlier_words import earlier_config_of_same_words, keep_first_budget
 from launch.config.frozen import Composed, default_run_dir, is_finished, load_frozen
 from strategies.base import Precision, StrategyName
@@ -31,19 +38,14 @@ from strategies.runtime import missing_cuda
 from trainer.config.resuming import flat, plain
 from trainer.config.run import TEMPLATE_DATE, Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
-from trainer.data.config import SourceConfig
-from trainer.evaluation.base import TaskConfig
 from trainer.export.config import settle_merge
-from trainer.optim.config import GroupRule
+from trainer.objectives.registry import family_of
 from trainer.optim.schedule import ScheduleConfig
 from trainer.reporting.settings_file import literal
 from trainer.tuning.initial_adapter import adopt_adapter_settings
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-ENTRY_CLASS_BY_TABLE = {"data.sources": SourceConfig, "optim.groups": GroupRule, "evaluation.tasks": TaskConfig}
-"""Tables whose entries the user names, such as `data.sources.<name>`, with the settings class of an entry."""
 
 __all__ = ["Composed", "compose", "default_run_dir", "is_finished", "load_frozen"]
 
@@ -65,6 +67,8 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
         typed = {typed_value.key for typed_value in parsed.values}
         config.substitutions |= adopt_adapter_settings(config.tuning, typed)
         config.substitutions |= settle_merge(config.export, config.tuning)
+        if config.evaluation.watch is None:
+            config.evaluation.watch = family_of(config.objective).watched_metric
         if check:
             for problem in _reasons_to_refuse_start(config, argv):
                 if not _repeats_a_word_problem(problem, parsed.meant_keys):
@@ -361,19 +365,13 @@ def _has_begun(parsed: overrides.ParsedWords) -> bool:
 
 
 def _set_value(tree: DictConfig, key: str, value: Any) -> None:
-    """Set one value in the tree. An entry that a table (`ENTRY_CLASS_BY_TABLE`) lacks is first added with its defaults.
+    """Set one value in the tree. An entry that a table lacks is first added with its defaults.
 
     Errors: those of OmegaConf, ValueError.
     """
     from omegaconf import OmegaConf
 
-    for table, entry_class in ENTRY_CLASS_BY_TABLE.items():
-        if not key.startswith(f"{table}."):
-            continue
-        entry_name, _, setting_name = key.removeprefix(f"{table}.").partition(".")
-        if setting_name and entry_name not in OmegaConf.select(tree, table):
-            OmegaConf.update(tree, f"{table}.{entry_name}", entry_class(), force_add=True)
-
+    add_table_entry(tree, key)
     if isinstance(value, dict):
         holder = OmegaConf.select(tree, key)
     else:

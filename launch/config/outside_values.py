@@ -6,9 +6,11 @@ value only if this user typed it once (`launch.config.read_run`): the run may be
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,6 +154,8 @@ def _outside_values_of(config: RunConfig, key: str, value: Any, reach: Reach) ->
     """The values behind one setting that reaches out: several for a list of paths, or a flag that allows several things."""
     if reach is Reach.address:
         yield from _endpoint_value(config, key)
+    elif reach is Reach.code and key.endswith(".function"):
+        yield _reward_code_value(key, str(value))
     elif reach is Reach.code:
         yield from _model_code_values(config, key)
     elif reach is Reach.network:
@@ -176,6 +180,15 @@ def _endpoint_value(config: RunConfig, key: str) -> Iterator[OutsideValue]:
         settings[f"{group}.key_env"] = server.key_env
         sent_data += f", and your environment variable {server.key_env}"
     yield OutsideValue(Reach.address, settings, settings, f"sends {sent_data} to that address")
+
+
+def _reward_code_value(key: str, function: str) -> OutsideValue:
+    """The Python file whose reward function `key` names, as `FILE.py:NAME`. It is remembered by its content, not its path."""
+    file = function if function.endswith(".py") else function.rpartition(":")[0]
+    identity = None
+    with suppress(OSError):  # a missing file runs nothing
+        identity = {"code": hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}
+    return OutsideValue(Reach.code, {key: function}, identity, f"runs the Python code in {file}")
 
 
 def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:

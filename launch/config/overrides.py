@@ -22,10 +22,13 @@ from launch.config.choices import (
 )
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import read_word
+from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, functions_of, split_function
 from trainer.optim.schedule import MEANT_UNDER
 
 TASKS_TABLE = "evaluation.tasks"
 """A table for which a list of kinds can be typed: `[json,json:strict]` makes the entries `json` and `strict` of kind json."""
+REWARDS_TABLE = "objective.rewards"
+"""A table for which Python files and kinds can be typed: `rewards.py` makes an entry of each reward function of the file."""
 GATES = "gates"
 """A table of bounds such as `eval/loss<2`, which Hydra's grammar cannot read."""
 RESOLVED_BY_EACH_RANK = re.compile(r"\$\{\s*(now|hydra)\s*:")
@@ -252,7 +255,7 @@ def _add_file(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: st
             parsed.problems.append(f"{source}: {RANKS_DISAGREE}")
         elif "_target_" in source:
             parsed.problems.append(f"{source}: {NO_TARGET}")
-        elif key == TASKS_TABLE and isinstance(value, list):
+        elif key in (TASKS_TABLE, REWARDS_TABLE) and isinstance(value, list):
             _add_setting(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", source)
         else:
             parsed.values.append(TypedValue(field_key(settings_by_key, key), value, source))
@@ -307,12 +310,44 @@ def _add_setting(parsed: ParsedWords, settings_by_key: dict[str, Setting], key: 
             kind, _, name = entry.partition(":")
             parsed.values.append(TypedValue(f"{key}.{name or kind}.kind", kind, word))
         return
+    if key == REWARDS_TABLE and not text.startswith("{") and text != "null":
+        entries = _list_entries(text)
+        _add_rewards(parsed, [text] if entries is None else entries, word)
+        return
     # Paths hold spaces, colons and equals signs that the grammar would take apart.
     setting = find_setting(settings_by_key, key)
     if setting is not None and _is_text_type(setting.type) and not _is_hydra_syntax(text):
         parsed.values.append(TypedValue(key, text, word))
         return
     _add_setting_by_grammar(parsed, settings_by_key, key, text, word)
+
+
+def _add_rewards(parsed: ParsedWords, entries: list[str], word: str) -> None:
+    """Add the rewards of `objective.rewards=[maths,rewards.py,more.py:brief]` to `parsed`.
+
+    Each entry is a kind, a Python file that stands for its reward functions, or one function of a file.
+    """
+    parsed.replaced_tables.add(REWARDS_TABLE)
+    # Of several such words the last one counts, as of any setting. Entries that were typed by themselves stay.
+    table_word = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
+    parsed.values = [value for value in parsed.values if not table_word.match(value.word)]
+    for entry in entries:
+        path, function = split_function(entry)
+        if path.suffix != ".py":
+            kind, _, name = entry.partition(":")
+            parsed.values.append(TypedValue(f"{REWARDS_TABLE}.{name or kind}.kind", kind, word))
+            continue
+        names = [function]
+        if not function:
+            try:
+                names = [*functions_of(path)]
+            except ConfigError as error:
+                parsed.problems += [f"{word}: {problem}" for problem in error.problems]
+                continue
+            if not names:
+                parsed.problems.append(f"{word}: {path.name} has no reward function; {WHAT_IS_A_REWARD}")
+        for name in names:
+            parsed.values.append(TypedValue(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", word))
 
 
 def _add_setting_by_grammar(

@@ -26,6 +26,7 @@ KINDS_WIDTH = max(map(len, KINDS_READ))
 KINDS = "\n".join(f"  {kind:<{KINDS_WIDTH}}  {reads}" for kind, reads in KINDS_READ.items())
 USAGE = f"""usage: shardtune evaluate <run directory> [evaluation.tasks=...] [against=...] [key=value ...] [--json]
        shardtune evaluate model.path=<directory> [adapter=<directory>] evaluation.tasks... [against=...] [--json]
+       shardtune evaluate objective=grpo <words of a run> [--json]
 
   shardtune evaluate runs/first against=base
   shardtune evaluate runs/first evaluation.tasks=[loss,bits_per_byte] checkpoint=best
@@ -36,6 +37,10 @@ USAGE = f"""usage: shardtune evaluate <run directory> [evaluation.tasks=...] [ag
 evaluate runs evaluation tasks on a checkpoint and writes their metrics with confidence intervals. If you name no
 tasks, it runs those of the run's configuration. If there are none either, it measures loss, bits per byte and token
 accuracy on the run's evaluation documents.
+
+With the words of a run that learns from rewards (objective=grpo), or such a run without tasks, it tries the rewards:
+it writes the first groups of the run's first round, scores them, and says how many teach something and how long a round
+takes. Nothing is trained.
 
 Beside a run you can set evaluation.*, strategy, launcher.*, run.*, precision and logging.*. Beside model.path you can
 set everything. With launcher=slurm, the evaluation is submitted as a job on one node.
@@ -61,11 +66,14 @@ def main(argv: list[str]) -> int:
     if asks or not argv:
         show_help(USAGE)
         return 0 if argv else 64
+    from launch.evaluate.reward_trial import is_trial, run_trial
     from launch.evaluate.words import make_plan, parse_words
     from strategies.errors import ConfigError
     from trainer.config.run import LauncherName
 
     words = parse_words(argv)
+    if is_trial(words):
+        return run_trial(words)
     evaluation_plan = make_plan(words)
     if evaluation_plan.config.launcher.name is LauncherName.slurm:
         from launch.evaluate.slurm import submit

@@ -143,7 +143,7 @@ def _plan_for_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, 
     from launch.config.read_run import may_write_results
     from trainer.evaluate import EvaluationJob
 
-    config, checkpoint, accepted = _config_of_run(run, evaluate_words)
+    config, checkpoint, accepted = config_of_run(run, evaluate_words)
     # A run that may be somebody else's gets no files, and its metrics are not recorded in it.
     is_own_run = may_write_results(run)
     default_directory = run if is_own_run else Path("runs") / f"evaluate-{run.resolve().name}"
@@ -199,7 +199,7 @@ def _missing_model(config: RunConfig) -> list[str]:
     ]
 
 
-def _config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, str, list[str]]:
+def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, str, list[str]]:
     """(the configuration of a run with the typed words on top, the checkpoint's path, accepted differences of the base model).
 
     Errors: ConfigError.

@@ -325,7 +325,7 @@ def warn_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) 
     from trainer.config.evaluation import more_is_better
     from trainer.reporting.results import at_step
 
-    watch = config.evaluation.watch
+    watch = config.evaluation.watched
     step = int(checkpoint.name.rpartition("-")[2])
     before = at_step(run_dir, 0).get(watch)
     best = at_step(run_dir, step).get(watch)

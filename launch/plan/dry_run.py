@@ -15,10 +15,10 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
+from trainer.build.rounds import documents_per_step, steps_of_run, writing_lines
 from trainer.build.sequence import check_sequence
 from trainer.config.parallel import accumulation_steps, readers_of
 from trainer.config.run import MICRO, STRATEGY, RunConfig, SlurmConfig
-from trainer.data.batches.order import steps_from_budget
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import preview, summary
 from trainer.model.loading import load_tokenizer
@@ -77,8 +77,8 @@ def describe(config: RunConfig) -> DryRun:
     world = config.launcher.per_node * config.launcher.nodes
     readers = name_of_readers(readers_of(config, world), config.parallel.sequence)
     accumulation = accumulation_steps(config, world)
-    steps = steps_from_budget(config.budget, samples.order, samples.tokens, global_batch)
-    epochs = steps * global_batch / samples.order.num_units
+    steps = steps_of_run(config, samples.order, samples.tokens)
+    epochs = steps * documents_per_step(config) / samples.order.num_units
     documents = len(data.train) // sequences
     tokens_per_step = samples.mean * global_batch
     total = sum(element_counts(built.step_module).values())
@@ -93,6 +93,7 @@ def describe(config: RunConfig) -> DryRun:
         f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
         f"tokens per step: about {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
+        *writing_lines(config, built, int(data.train.lengths.max(initial=0))),
         *repetition_warning(global_batch, epochs, steps),
         *_long_step_notes(config, built, samples),
         *memory.lines,

@@ -7,7 +7,7 @@ from trainer.build.parts import prepare_data
 from trainer.build.sequence import check_sequence
 from trainer.config.run import RunConfig
 from trainer.model.loading import load_tokenizer
-from trainer.objectives.registry import data_spec_of
+from trainer.objectives.registry import data_spec_of, written_tokens
 from trainer.planner.hardware import Card
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
 from trainer.planner.plan import PlannedRun
@@ -25,7 +25,9 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
     if config.data.path or config.data.sources:
         lengths = _measured_lengths(config, sequences_per_document)
     else:
-        lengths = DocumentLengths.uniform(config.data.max_length, sequences_per_document)
+        # Behind a prompt stands the answer that the model writes, if the data has none.
+        longest = config.data.max_length + written_tokens(config.objective)
+        lengths = DocumentLengths.uniform(longest, sequences_per_document)
     return PlannedRun(
         card=card,
         precision=config.precision,

@@ -21,7 +21,7 @@ NO_ANSWER = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ReviewPrompt:
     """One prompt that every model answers."""
 
     location: str
@@ -32,7 +32,7 @@ class Prompt:
     """The conversation that the model continues, each turn with `role` and `content`; None for a plain text."""
 
 
-def draw_prompts(path: str, n: int, seed: int) -> list[Prompt]:
+def draw_prompts(path: str, n: int, seed: int) -> list[ReviewPrompt]:
     """Draw `n` different prompts from the files at `path` at random by `seed`; all of them if there are fewer.
 
     Errors: ConfigError, DataError with file and line.
@@ -41,7 +41,7 @@ def draw_prompts(path: str, n: int, seed: int) -> list[Prompt]:
     for file in files:
         if is_hub(file):
             raise ConfigError(f"prompts={file}: would be fetched from a hub; download its files and give their path")
-    prompt_by_text: dict[str, Prompt] = {}
+    prompt_by_text: dict[str, ReviewPrompt] = {}
     for row in Origin("prompts", files).rows():
         parsed = row.parse()
         if isinstance(parsed, Rejected):
@@ -54,7 +54,7 @@ def draw_prompts(path: str, n: int, seed: int) -> list[Prompt]:
     return random.Random(f"prompts {seed}").sample(prompts, min(n, len(prompts)))
 
 
-def write_task_rows(path: Path, prompts: list[Prompt]) -> None:
+def write_task_rows(path: Path, prompts: list[ReviewPrompt]) -> None:
     """Write the prompts as rows of an evaluation task, by which the models answer them. Errors: StorageError."""
     # A file has one form of rows: plain texts alone, or conversations throughout.
     all_plain = all(prompt.turns is None for prompt in prompts)
@@ -69,7 +69,7 @@ def write_task_rows(path: Path, prompts: list[Prompt]) -> None:
     write_text_atomic(path, "".join(lines))
 
 
-def _prompt_of_row(row: Row) -> Prompt:
+def _prompt_of_row(row: Row) -> ReviewPrompt:
     """The prompt in a row of data, from the first of `COLUMNS` that it has. Raises DataError if it has none."""
     location = f"{row.file}:{row.line}"
     fields = row.fields
@@ -84,15 +84,15 @@ def _prompt_of_row(row: Row) -> Prompt:
     if not isinstance(content, str) or not content.strip():
         raise DataError(f"{location}: {column} is {str(content)[:40]!r}; it must be a text")
     if column != "instruction":
-        return Prompt(location, content, None)
+        return ReviewPrompt(location, content, None)
     # Data in the style of Alpaca has what an instruction is about in a column of its own.
     context = fields.get("input")
     has_context = isinstance(context, str) and bool(context.strip())
     text = f"{content}\n\n{context}" if has_context else content
-    return Prompt(location, text, [{"role": "user", "content": text}])
+    return ReviewPrompt(location, text, [{"role": "user", "content": text}])
 
 
-def _prompt_of_conversation(location: str, messages: Any) -> Prompt:
+def _prompt_of_conversation(location: str, messages: Any) -> ReviewPrompt:
     """The prompt of a conversation: its turns up to the last one of the user. Raises DataError if it is no conversation."""
     turns = messages if isinstance(messages, list) else []
     last_user_turn = None
@@ -104,9 +104,9 @@ def _prompt_of_conversation(location: str, messages: Any) -> Prompt:
         raise DataError(f"{location}: messages must be turns with a role and a text, one of the user's at least")
     prompt_turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns[: last_user_turn + 1]]
     if len(prompt_turns) == 1:
-        return Prompt(location, prompt_turns[0]["content"], prompt_turns)
+        return ReviewPrompt(location, prompt_turns[0]["content"], prompt_turns)
     text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt_turns)
-    return Prompt(location, text, prompt_turns)
+    return ReviewPrompt(location, text, prompt_turns)
 
 
 def _is_turn(turn: Any) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.review.prompts import Prompt
+from launch.review.prompts import ReviewPrompt
 from strategies.errors import ConfigError, DataError
 from trainer.config.review import OVERALL, ReviewConfig
 from trainer.reporting.jsonl import json_text
@@ -64,7 +64,11 @@ class Sheet:
 
 
 def make_sheet(
-    prompts: list[Prompt], answers: dict[str, list[str]], about: dict[str, Any], config: ReviewConfig, salt: str = ""
+    prompts: list[ReviewPrompt],
+    answers: dict[str, list[str]],
+    about: dict[str, Any],
+    config: ReviewConfig,
+    salt: str = "",
 ) -> Sheet:
     """Pair the tuned model's answers with those of each other arm, in random order and on random sides.
 
@@ -112,7 +116,7 @@ class _AnswerPair:
 
 
 def _pair_answers(
-    prompts: list[Prompt], answers: dict[str, list[str]], rng: random.Random
+    prompts: list[ReviewPrompt], answers: dict[str, list[str]], rng: random.Random
 ) -> tuple[list[_AnswerPair], list[dict[str, Any]]]:
     """(pairs whose answers differ, key rows of the pairs whose answers are equal), with a random side for the tuned model.
 

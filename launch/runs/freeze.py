@@ -14,6 +14,7 @@ from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfi
 from strategies.errors import ConfigError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.reporting.status import FROZEN, write_text_atomic
+from trainer.rollout.rewards import copies
 from trainer.session.lease import InUse, refuse_in_use
 from trainer.stopping.signals import pending
 
@@ -52,6 +53,9 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
         )
     refuse_queued(run_dir)
     refuse_in_use(run_dir, config.run.lease_s, pending)
+    rewards = getattr(config.objective, "rewards", {})
+    if rewards:
+        copies.renew_copies(rewards, run_dir, has_progress=bool(checkpoints), accept=config.run.accept)
 
     config.run.dir = str(run_dir)
     words = " ".join(json.dumps(word) for word in composed.overrides)

@@ -56,7 +56,7 @@ class Search:
     @property
     def metric(self) -> str:
         """The held-out metric that the search improves."""
-        return self.first_job.config.evaluation.watch
+        return self.first_job.config.evaluation.watched
 
     @property
     def greater_is_better(self) -> bool:
@@ -190,9 +190,9 @@ def _search_problems(first_job: Composed, settings: SweeperConfig, sweeper: str)
     config = first_job.config
     problems = []
     has_evaluation_data = config.data.eval_path is not None or config.data.eval_share
-    if not has_evaluation_data and config.evaluation.watch not in metric_directions(config.evaluation.tasks):
+    if not has_evaluation_data and config.evaluation.watched not in metric_directions(config.evaluation.tasks):
         problems.append(
-            f"sweeper={sweeper}: there is no evaluation data that trials could be judged by ({config.evaluation.watch}); give "
+            f"sweeper={sweeper}: there is no evaluation data that trials could be judged by ({config.evaluation.watched}); give "
             "data.eval_path or data.eval_share=0.05"
         )
     if settings.prune is Prune.median and not config.evaluation.every_steps:

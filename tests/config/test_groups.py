@@ -9,7 +9,13 @@ from importlib.util import find_spec
 import pytest
 import yaml
 
-from launch.config.choices import CONF_DIR, choices_by_group, settings_class_of, settings_classes
+from launch.config.choices import (
+    CONF_DIR,
+    SHARED_SETTINGS,
+    choices_by_group,
+    settings_class_of,
+    settings_classes,
+)
 from launch.config.compose import compose
 from trainer.config import run as run_config
 from trainer.objectives.registry import FAMILIES
@@ -21,6 +27,7 @@ TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_c
 CHOICES = [(g, c) for g, names in choices_by_group().items() for c in names if g not in ("experiment", "local")]
 PRESETS = [("data", "audited"), ("data", "gdpr"), ("data", "hipaa")]  # name what differs from `default` only
 NEEDS = {"tuning=freeze": ["tuning.layers=last-2"], "tuning=peft": ["tuning.type=hra"]}  # have no default that runs
+NEEDS |= {f"objective={choice}": ["objective.rewards=[maths]"] for choice in ("grpo", *SHARED_SETTINGS["objective"])}
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     **{
         f"schedule/{schedule}": {name for name, schedules in MEANT_UNDER.items() if schedule not in schedules}
@@ -36,7 +43,7 @@ PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
 def data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", "only for this test")
-    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "train.jsonl").write_text('{"answer": "what rewards compare with"}\n')
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -78,7 +85,9 @@ def test_config_choice_composes_to_its_own_settings(group, choice):
     if group in settings_classes():
         assert type(getattr(config, group)) is settings_class_of(group, choice)
     if group in (*settings_classes(), "schedule", "optim"):
-        assert str(getattr(config, group).name) == choice
+        is_recipe = choice in SHARED_SETTINGS.get(group, {}) and group == "objective"
+        named = getattr(config, group).recipe if is_recipe else getattr(config, group).name
+        assert str(named) == choice
 
 
 def test_config_choices_are_the_names_of_the_settings():
@@ -90,7 +99,7 @@ def test_config_choices_are_the_names_of_the_settings():
         ("optim", run_config.OptimConfig().name),
     ):
         assert choices_by_group()[group] == sorted(member.value for member in type(names))
-    assert choices_by_group()["objective"] == sorted(FAMILIES)
+    assert choices_by_group()["objective"] == sorted([*FAMILIES, *SHARED_SETTINGS["objective"]])
 
 
 def plain(value):

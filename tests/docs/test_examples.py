@@ -143,6 +143,7 @@ def test_every_topic_page_has_examples():
         "choosing-a-strategy",
         "torchrun-and-slurm",
         "preference-tuning",
+        "reinforcement",
         "objectives",
         "challenges",
         "ethics",

@@ -100,6 +100,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
     (tmp_path / "d.jsonl").write_text("{}\n")
+    (tmp_path / "rewards.py").write_text("def right_number(completions): ...\n")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"")

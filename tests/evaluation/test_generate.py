@@ -10,7 +10,7 @@ from strategies.errors import DataError
 from tests.helpers import writing as make
 from tests.helpers.building import alone
 from trainer.evaluation.base import WritingConfig
-from trainer.evaluation.decoding import gumbel
+from trainer.evaluation.decoding import draw_in_two_levels, gumbel
 from trainer.evaluation.generate import sharded_batches
 
 PROMPTS = make.prompts(7)
@@ -172,3 +172,22 @@ def test_generation_measures_its_tokens_per_second(llama):
     assert writer.throughput.tokens == sum(len(one.ids) for one in found) and writer.throughput.tokens_per_s > 0
     assert str(writer.throughput).startswith(f"{writer.throughput.tokens} tokens written in ")
     assert not writer.throughput.gathering.sharded
+
+
+def test_draws_in_two_levels_are_those_of_the_softmax():
+    """900 tokens, so that the last block is not full: each token as often as its probability says, and that is what is kept."""
+    scores = torch.randn(1, 900, generator=torch.Generator().manual_seed(3)) * 2
+    scores[0, 700:] = -torch.inf  # tokens that must not come
+    draws = 60_000
+    drawn, logprobs = draw_in_two_levels(scores.expand(draws, -1), torch.arange(draws), 5)
+    law = scores[0].log_softmax(0)
+    assert torch.allclose(logprobs, law[drawn], atol=1e-5)
+    expected = law.double().exp() * draws
+    counts = torch.bincount(drawn, minlength=900).double()
+    often = expected >= 5
+    assert often.sum() > 300 and counts[700:].sum() == 0
+    chi_squared = float(((counts - expected)[often] ** 2 / expected[often]).sum())
+    freedom = int(often.sum())
+    assert abs(chi_squared - freedom) < 5 * (2 * freedom) ** 0.5
+    again, _ = draw_in_two_levels(scores.expand(draws, -1), torch.arange(draws), 6)
+    assert float((again == drawn).double().mean()) < 0.1  # another position is another draw

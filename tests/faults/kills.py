@@ -30,16 +30,19 @@ from launch.runs.freeze import freeze
 from tests.faults.runs import Runs, environment
 from tests.helpers.launching import ROOT, free_port
 from tests.helpers.speed import seconds
+from tests.helpers.tokenizers import write_jsonl
 from tests.helpers.warm import Forked, Nursery
 
 SHARED = "-shared-rows"
 """End of the name of a strategy whose two ranks share each row of documents."""
-RANKS = {"single": 1, "fsdp2": 2, "zero2": 2, "zero3": 2, f"fsdp2{SHARED}": 2}
+ROUNDS = "-rounds"
+"""End of the name of a strategy whose runs write what they learn from, in rounds of two steps."""
+RANKS = {"single": 1, "fsdp2": 2, "zero2": 2, "zero3": 2, f"fsdp2{SHARED}": 2, f"fsdp2{ROUNDS}": 2}
 """Strategies, and the number of ranks of each."""
 STEPS = 12
 MOMENTS = {"any": 5, "saving": 3, "export": 2}
 """When is killed, and how often that is drawn: any moment from the start on, a checkpoint or the export being written."""
-MEASURED = ("step", "loss", "grad_norm", "lr", "tokens", "eval/loss", "eval/accuracy")
+MEASURED = ("step", "loss", "grad_norm", "lr", "tokens", "eval/loss", "eval/accuracy", "reward", "eval/reward")
 LIMIT_S, PEER_S = 120, 25
 """Seconds that a run may take on the machine that `tests/helpers/speed.py` measures by; that a rank waits for its peer."""
 
@@ -108,14 +111,19 @@ class Campaign:
 
     def _begin(self, name: str) -> Path:
         self.run, self._said = self.runs.root / f"{self.strategy}-{name}", 0
+        kind = [
+            *("model.dropout=0.1", "batch.global=4"),
+            *(f"data.eval_path={self.runs.root / 'eval.jsonl'}", "evaluation.every_steps=5"),
+        ]
+        if self.strategy.endswith(SHARED):
+            kind += ["launcher.processes=2", "parallel.sequence=2"]
+        if self.strategy.endswith(ROUNDS):
+            kind = rounds_words(self.runs.root)
         words = self.runs.words(
             self.run.name,
-            f"strategy={self.strategy.removesuffix(SHARED)}",
-            *(["launcher.processes=2", "parallel.sequence=2"] if self.strategy.endswith(SHARED) else []),
-            *("tuning=full", "model.dropout=0.1", f"budget.steps={STEPS}", "batch.global=4"),
-            f"run.timeout_s={PEER_S}",
+            f"strategy={self.strategy.removesuffix(SHARED).removesuffix(ROUNDS)}",
+            *("tuning=full", f"budget.steps={STEPS}", f"run.timeout_s={PEER_S}", *kind),
             *("checkpoint.every_steps=1", "checkpoint.background=true", "export.at_end=true"),
-            *(f"data.eval_path={self.runs.root / 'eval.jsonl'}", "evaluation.every_steps=5"),
         )
         freeze(compose(words[4:]), self.run)
         return self.run
@@ -236,6 +244,20 @@ class Campaign:
             self.tally.changed.append(f"{self.run.name}: its rows differ from {first} on")
         if weights != all_weights:
             self.tally.changed.append(f"{self.run.name}: the export differs")
+
+
+def rounds_words(root: Path) -> list[str]:
+    """Words of a run that writes what it learns from: two prompts with four answers each a step, rounds of two steps."""
+    prompts, rewards = root / "prompts.jsonl", root / "rewards.py"
+    if not rewards.exists():
+        write_jsonl(prompts, [{"prompt": f"question {number}", "answer": str(number)} for number in range(24)])
+        even = "[sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]"
+        rewards.write_text(f"def even(completion_ids, completions, **_):\n    return {even}\n")
+    return [
+        *("objective=grpo", "objective.group_size=4", f"objective.rewards={rewards}", "batch.global=8"),
+        *("objective.rollout.max_new_tokens=6", "objective.rollout.steps=2"),
+        *(f"data.path={prompts}", "data.eval_share=0.1", "evaluation.every_steps=5"),
+    ]
 
 
 def whole(checkpoint: Path) -> bool:

@@ -5,6 +5,16 @@ from dataclasses import dataclass
 from trainer.objectives.base import ObjectiveConfig, TeacherConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.grpo_config import (
+    Baseline,
+    ClipForm,
+    GrpoConfig,
+    ImportanceLevel,
+    KlConfig,
+    KlPlace,
+    Normalise,
+    Scale,
+)
 from trainer.objectives.kto import KtoConfig
 from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
 from trainer.objectives.pretrain import PretrainConfig
@@ -53,6 +63,23 @@ OBJECTIVE_TESTS: dict[str, ObjectiveTests] = {
         {"distillation": DistillationConfig(teacher=TeacherConfig(path="teacher"))},
         "tests/objectives/test_distillation.py",
         "teachers.py",
+    ),
+    "grpo": ObjectiveTests(
+        {
+            "grpo": GrpoConfig(group_size=4),
+            "grpo by answer": GrpoConfig(group_size=4, importance_level=ImportanceLevel.sequence),
+            "grpo unbounded": GrpoConfig(group_size=4, clip_form=ClipForm.none),
+            "grpo near its start": GrpoConfig(group_size=4, kl=KlConfig(weight=0.1)),
+            "grpo of the round": GrpoConfig(
+                group_size=4,
+                baseline=Baseline.batch,
+                scale=Scale.batch_std,
+                normalise=Normalise.answer,
+                kl=KlConfig(weight=0.1, place=KlPlace.reward),
+            ),
+        },
+        "tests/objectives/test_policy.py",
+        "rounds.py",
     ),
 }
 

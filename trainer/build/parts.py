@@ -15,6 +15,7 @@ from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.recomputation import Workload, check_host_memory, expect_memory, longest_lengths, plan_checkpointing
+from trainer.build.references import attach_frozen, reference_models
 from trainer.build.sequence import sequence_notes, step_layout
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig, kept_date
@@ -50,18 +51,17 @@ from trainer.model.rules import check_kind
 from trainer.model.sequence_attention import register_flash
 from trainer.model.tiles import tile_mlps
 from trainer.model.weights import WeightSource, fill_buffers
-from trainer.objectives.base import ObjectiveConfig, ReferenceModels
+from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.causal import plain_model
-from trainer.objectives.frozen_model import common_layout, frozen_model, teacher_model
+from trainer.objectives.frozen_model import common_layout, teacher_model
 from trainer.objectives.layout_choice import causal_model, padded_model
-from trainer.objectives.registry import build_objective, data_spec_of, family_of
+from trainer.objectives.registry import build_objective, data_spec_of, family_of, written_tokens
 from trainer.objectives.routed import added_losses
-from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
 from trainer.step import Built, TrainStep
 from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
-from trainer.tuning.build import build_tuning, merge_adapters, merge_initial_adapter, optimizer_hooks
+from trainer.tuning.build import build_tuning, merge_adapters, optimizer_hooks
 from trainer.tuning.check import check_positions
 from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.expert_lora import use_low_rank
@@ -199,7 +199,7 @@ def build_engine(
 def workload(config: RunConfig, data: PreparedData, cut: Cut | None = None) -> Workload:
     """The largest forward pass that a rank of this run makes, of whole rows or of the slice that `cut` takes."""
     row_tokens = config.data.max_length if config.data.packing else None
-    return Workload(data.train, config.batch["micro"], row_tokens, cut)
+    return Workload(data.train, config.batch["micro"], row_tokens, cut, written_tokens(config.objective))
 
 
 def build_model(
@@ -270,7 +270,7 @@ def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
     family = family_of(config.objective)
     # Each side of an encoder-decoder has positions of its own, which are checked below.
     if family.kind is not ModelKind.encoder_decoder:
-        longest = int(data.train.lengths.max(initial=0))
+        longest = int(data.train.lengths.max(initial=0)) + written_tokens(config.objective)
         positions = getattr(text, "max_position_embeddings", None)
         rotary = bool(getattr(text, "rope_parameters", None))
         check_positions(config.tuning, longest, positions, rotary=rotary)
@@ -369,7 +369,7 @@ def build_step(
     model.train()
 
     # The step module, and how it gets its batches.
-    step = TrainStep(model, build_objective(objective_config, _reference_models(tuning)), blocks)
+    step = TrainStep(model, build_objective(objective_config, reference_models(tuning)), blocks)
     step.plan.optimizer_hooks = optimizer_hooks(tuning)
     data_spec = family.data_spec(objective_config)
     decoder_start = two_sides.decoder_start if two_sides else None
@@ -421,11 +421,6 @@ def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement
         arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
 
 
-def _reference_models(tuning: Tuning, teacher: Any = None) -> ReferenceModels:
-    """What an objective may compare with: the base under the adapter if the tuning keeps it, and a teacher if there is one."""
-    return ReferenceModels(tuning.reference if tuning.keeps_base else None, teacher)
-
-
 def _equip(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> None:
     """The last changes to a tuned model: pack its base, fuse adapters, and add the losses of routers and logits."""
     step = built.step_module
@@ -465,35 +460,3 @@ def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
     unpacked_note = unquantised_note(built.plain, {*built.quantised, *built.vocabulary, *trained_names})
     if unpacked_note is not None:
         built.substitutions["model.quantisation"] = f"{scheme} -> {unpacked_note}"
-
-
-def attach_frozen(
-    built: Built,
-    config: ModelConfig,
-    objective: ObjectiveConfig,
-    tuning_config: TuningConfig,
-    source: WeightSource,
-    tokenizer: Any,
-) -> None:
-    """Give the step module the frozen model that its objective compares with: a teacher, or the model before training.
-
-    With a new adapter, the model before training is the tuned model with the adapter off. With an adapter that was trained before
-    (`tuning.from`) it is the base with that adapter. Raises ConfigError if a teacher has another vocabulary, or a head that
-    cannot be compared.
-    """
-    family = family_of(objective)
-    step = built.step_module
-    tuning = built.tuning
-    if not family.compares_distributions(objective):
-        return
-    check_head(step.model, f"objective={family.name}")
-    has_teacher = family.teacher(objective) is not None
-    if not has_teacher and tuning.keeps_base:
-        return
-    # A teacher has weights of its own, whatever the run begins with.
-    start = None if has_teacher else merge_initial_adapter(built.plain, tuning_config)
-    frozen = frozen_model(config, objective, built.config, built.arrangement, source, start, tokenizer)
-    step.teacher = frozen.model
-    source.teacher = frozen.weights
-    step.objective = build_objective(objective, _reference_models(tuning, frozen.model))
-    step.add_block_classes(frozen.block_classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
@@ -211,20 +211,29 @@ class Checkpoints:
         if self._pending is not None:
             self._pending.linger(limit_s)
 
-    def save(self, engine: Engine, progress: Progress, *, must_succeed: bool = True) -> bool:
+    def save(
+        self,
+        engine: Engine,
+        progress: Progress,
+        *,
+        must_succeed: bool = True,
+        attachments: Mapping[str, bytes] | None = None,
+    ) -> bool:
         """Write a checkpoint of this moment, publish it, and delete what `checkpoint.keep` no longer keeps. All ranks must call.
 
         A pending checkpoint must be published before. If the run's directory cannot take the checkpoint,
         `checkpoint.fallback_dir` is tried. If that fails too, nothing half-written stays, and StorageError is raised on every
         rank with `must_succeed`, or after `checkpoint.max_failures` in a row. Otherwise the run continues with a warning, and
         False is returned. Without `must_succeed` and with `checkpoint.background`, the checkpoint is only begun, and is then
-        pending.
+        pending. `attachments`: files beside the state by name, which rank 0 writes.
         """
         began = time.monotonic()
         with self._patience(progress.step, 0):  # rank 0 may still be writing its rows to the disk
             state = engine.state(progress)
             num_elements = sum(gather_objects(state.num_elements, self.runtime))
             size = FLOAT32_BYTES * num_elements
+        if attachments and self.runtime.is_main:
+            state.attachments = dict(attachments)
         checkpoint = PendingCheckpoint.begin(progress, state, began, self.checkpoint_dirs)
         checkpoint.size = size
         with self._patience(progress.step, size):

@@ -38,6 +38,8 @@ class PartNote:
     """None if the rank holds nothing that is written."""
     progress: str
     """What becomes `progress.json`."""
+    attached: list[WrittenFile]
+    """What was written beside it, see `RankState.attachments`."""
 
 
 def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> None:
@@ -53,6 +55,7 @@ def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> No
         "parts": parts,
         "file": file,
         "progress": state.header.decode(),
+        "attached": [[attached.name, attached.size, attached.sha256] for attached in outcome.attached],
     }
     write_new(staging / NOTE.format(state.runtime.rank), json.dumps(note).encode())
 
@@ -93,6 +96,8 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
     if not is_complete:
         return False
     files = [note.file for note in notes if note.file is not None]
+    for note in notes:
+        files += note.attached
     files.append(write_new(staging / INDEX, index_json(note.parts for note in notes)))
     files.append(write_new(staging / PROGRESS, notes[0].progress.encode()))
     write_manifest(staging, files)
@@ -114,7 +119,8 @@ def _read_notes(staging: Path) -> list[PartNote]:
             file = None
             if raw["file"] is not None:
                 file = WrittenFile(*raw["file"])
-            notes.append(PartNote(raw["world_size"], parts, file, raw["progress"]))
+            attached = [WrittenFile(*written) for written in raw.get("attached", ())]
+            notes.append(PartNote(raw["world_size"], parts, file, raw["progress"], attached))
         except (KeyError, TypeError, AttributeError) as error:
             raise Malformed(f"{path.name} is no note of a rank") from error
     return notes

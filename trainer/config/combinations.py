@@ -66,6 +66,7 @@ FEATURES: dict[str, Feature] = {
     "quantised": Feature("a quantised base", "model.quantisation=nf4", "quantised", "model.quantisation=none"),
     "sequence": Feature("rows that several ranks share", "parallel.sequence=2", "sequence", "parallel.sequence=1"),
     "compile": Feature("torch.compile", "strategy.compile=true", instead="strategy.compile=false"),
+    "rounds": Feature("answers that the model writes", "objective=grpo"),
 }
 """Every feature."""
 

@@ -13,9 +13,12 @@ from trainer.evaluation.tasks import registry
 from trainer.model.config import ModelKind
 from trainer.monitors.config import GENERAL, Reaction, limit_of
 from trainer.objectives.registry import FAMILIES, build_objective, family_of
+from trainer.objectives.rollouts import RoundsConfig
 
 FORGOTTEN = ("forgetting",)
 """What `challenges.forgetting` yields; less is better."""
+REWARDS = ("eval/reward", "eval/pass_at_")
+"""Beginnings of the metrics of objectives whose batches are rounds; more is better."""
 GENERATED = ("eval/bleu", "eval/rougeL")
 """Metrics of answers that are generated; more is better."""
 
@@ -35,33 +38,35 @@ def problems(config: RunConfig) -> Iterator[str]:
             )
     if evaluation.patience > 0 and evaluation.every_steps == 0:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
-    if not re.fullmatch(r"eval/[\w./-]+", evaluation.watch) and evaluation.watch not in FORGOTTEN:
-        yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
+    if not re.fullmatch(r"eval/[\w./-]+", evaluation.watched) and evaluation.watched not in FORGOTTEN:
+        yield f"evaluation.watch={evaluation.watched}: must name an evaluation metric, such as eval/loss or eval/accuracy"
     elif evaluation.greater_is_better not in (None, more_is_better(config)):
         typed = str(evaluation.greater_is_better).lower()
         right = str(more_is_better(config)).lower()
         word = "larger" if more_is_better(config) else "smaller"
         yield (
-            f"evaluation.greater_is_better={typed}: with evaluation.watch={evaluation.watch} a {word} value is better; leave it "
-            f"out, or set it to {right}"
+            f"evaluation.greater_is_better={typed}: with evaluation.watch={evaluation.watched} a {word} value is better; leave "
+            f"it out, or set it to {right}"
         )
     if evaluation.tasks or has_general:
         yield from _watched_task(config, has_data=has_data)
     yield from _tasks(config)
     yield from _forgetting(config)
     yield from _generate(config, has_data=has_data)
-    is_of_task = evaluation.watch in registry.metric_directions(evaluation.tasks)
-    is_f1 = evaluation.watch.rpartition("/")[2].startswith("f1_")
+    is_of_task = evaluation.watched in registry.metric_directions(evaluation.tasks)
+    is_f1 = evaluation.watched.rpartition("/")[2].startswith("f1_")
     if is_f1 and not is_of_task and not family_of(config.objective).scores_labels:
-        yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
+        yield f"evaluation.watch={evaluation.watched}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
 def more_is_better(config: RunConfig) -> bool:
     """Whether a larger value of the watched metric is better, as the task or the objective says whose metric it is."""
-    watch = config.evaluation.watch
+    watch = config.evaluation.watched
     larger_by_task = registry.metric_directions(asked_tasks(config)).get(watch)
     if larger_by_task is not None:
         return larger_by_task
+    if watch.startswith(REWARDS):
+        return True
     name = watch.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
     if "loss" in (name, *watch.split("/")[1:2]):
         return False
@@ -114,7 +119,7 @@ def _of_file(word: str, error: ShardtuneError) -> str:
 def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     """What is wrong with the answers that are written to held-out prompts."""
     samples = config.evaluation.generate.samples
-    watch = config.evaluation.watch
+    watch = config.evaluation.watched
     if watch in GENERATED and not samples:
         yield f"evaluation.watch={watch}: needs answers to score; set evaluation.generate.samples=100"
     if samples and not has_data:
@@ -122,7 +127,7 @@ def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
             f"evaluation.generate.samples={samples}: there is no evaluation data; give data.eval_path or "
             "data.eval_share=0.05, or set it to 0"
         )
-    if samples and not family_of(config.objective).generates_answers:
+    if samples and not family_of(config.objective).generates_answers and not isinstance(config.objective, RoundsConfig):
         yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
     yield from config.evaluation.generate.problems("evaluation.generate")
 
@@ -189,7 +194,7 @@ def _watched_task(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     """What is wrong with `evaluation.watch` if there are tasks: it must name one of their metrics, or one of held-out data."""
     tasks = asked_tasks(config)
     metrics = registry.metric_directions(tasks)
-    watch = config.evaluation.watch
+    watch = config.evaluation.watched
     if watch in metrics:
         return
     if not has_data:

@@ -39,10 +39,14 @@ def readers_of(config: BatchedRun, world_size: int) -> int:
 
 
 def accumulation_steps(config: BatchedRun, world_size: int) -> int:
-    """Micro-batches of each reader in one optimizer step; 0 if `batch.global` is smaller than one of each reader."""
+    """Micro-batches of each reader in one optimizer step. Written answers (`objective=grpo`) need not divide evenly."""
     documents_per_pass = config.batch["micro"] * readers_of(config, world_size)
-    accumulation: int = config.batch["global"] // documents_per_pass
-    return accumulation
+    return -(-int(config.batch["global"]) // documents_per_pass)
+
+
+def samples_per_reader(config: BatchedRun, world_size: int) -> int:
+    """Documents or answers of a step that each reader takes, at most."""
+    return -(-int(config.batch["global"]) // readers_of(config, world_size))
 
 
 def problems(config: BatchedRun, world_size: int | None, strategy_name: str) -> Iterator[str]:

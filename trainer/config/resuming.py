@@ -17,6 +17,7 @@ KINDS = {
     "base": "files of the base model, of a teacher and of adapters, and what is done to them",
     "tuning": "what is trained: the method and its settings",
     "objective": "the loss and its settings",
+    "rewards": "the files of reward functions that score written answers",
     "order": "seed, global batch, packing and mixing: which documents a step sees",
     "optimizer": "optimizer, schedule, and what is done about outliers",
     "precision": "in which precision is computed",

@@ -239,8 +239,9 @@ class BatchSettings:
     """The entries of `batch`, which is a table because `global` is a keyword of Python."""
 
     global_: int = number(32, least=1, advice="documents a step, 32 to 256 as a rule", resume="order")
-    """Documents (packs with `data.packing=true`, pairs of answers with `objective=dpo`) in one optimizer step, all ranks
-    together. Sets the noise of the gradient. Must be a multiple of `batch.micro` x ranks; accumulation is derived."""
+    """Documents (packs with `data.packing=true`, pairs of answers with `objective=dpo`, written answers with `objective=grpo`) in
+    one optimizer step, all ranks together. Sets the noise of the gradient. Must be a multiple of `batch.micro` x ranks, for
+    written answers of `objective.group_size`; accumulation is derived."""
     micro: int = number(4, least=1, advice="1 uses the least memory")
     """Most documents (packs) in one forward pass of one rank. Raise it until memory is full; the result does not change.
     `auto`: as many as memory allows, found at the first start (docs/planning.md)."""

@@ -27,6 +27,9 @@ from trainer.config.launching import problems as launcher_problems
 from trainer.config.parallel import readers_of
 from trainer.config.ranges import range_problems
 from trainer.config.resuming import KINDS, flat, plain
+from trainer.config.rewards import problems as reward_problems
+from trainer.config.rounds import answer_batch_problems
+from trainer.config.rounds import problems as round_problems
 from trainer.config.run import AUTO, Device, LauncherName, RunConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
@@ -72,6 +75,8 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         *_model(config),
         *_data(config),
         *evaluation_problems(config),
+        *round_problems(config),
+        *reward_problems(config),
         *gate_problems(config),
         *paper_words(config),
         *config.review.problems(),
@@ -140,6 +145,9 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
         return
     if world_size is not None and world_size % config.parallel.sequence:
         return  # reported by itself; who reads documents of their own is open until it is mended
+    if family_of(config.objective).rollout is not None:
+        yield from answer_batch_problems(config)
+        return
     # Ranks that share their rows count as one reader.
     readers = max(1, readers_of(config, world_size or 1))
     named_readers = "the ranks" if world_size is None else name_of_readers(readers, config.parallel.sequence)

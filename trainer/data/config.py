@@ -12,7 +12,19 @@ HELD_OUT = ("eval", "test")
 """Splits that are never trained on."""
 DataFormat = StrEnum(
     "DataFormat",
-    ["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pair", "text", "labelled", "preference", "thumbs"],
+    [
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "pair",
+        "text",
+        "labelled",
+        "preference",
+        "thumbs",
+        "prompt",
+    ],
 )
 OverLength = Enum(  # no StrEnum: a member `split` would hide the method of strings
     "OverLength",

@@ -42,7 +42,7 @@ class Document:
     Conversations: `messages`, and perhaps `tools`. Prompt and completion: both, with `separator` between them if there is no
     chat template. Text: `text`, and `label` if it is labelled. Preference pairs: `messages` is the shared prompt,
     `chosen` and `rejected` are the turns that follow it. Thumbs up or down: `messages` or prompt and completion, and
-    `desirable`.
+    `desirable`. Prompts alone: `messages` that end before an answer, or `prompt` without a completion; and `columns`.
     """
 
     file: str
@@ -59,6 +59,8 @@ class Document:
     desirable: bool | None = None
     separator: str = ""
     tools: list[dict[str, Any]] | None = None
+    columns: dict[str, Any] | None = None
+    """Columns that are kept as they are, since rewards read them. No stage looks into them."""
     group: str | None = None
     """What the row belongs to (`data.group_by`). It may name a person, so that only a digest of it leaves the process."""
 
@@ -70,10 +72,10 @@ class Document:
     def conversation(self) -> list[Message]:
         """The turns, without rejected answers; prompt and completion as two turns. Empty for a text."""
         if self.prompt is not None:
-            return [
-                {"role": "user", "content": self.prompt},
-                {"role": "assistant", "content": self.completion},
-            ]
+            question = {"role": "user", "content": self.prompt}
+            if self.completion is None:
+                return [question]
+            return [question, {"role": "assistant", "content": self.completion}]
         return [*(self.messages or []), *(self.chosen or [])]
 
     def take_turns(self) -> list[Message]:

@@ -36,6 +36,37 @@ class Fault:
         return f"<{self.message}>"
 
 
+@dataclass(frozen=True, slots=True)
+class KeptColumns:
+    """Columns of the data that are kept beside the prompts, because something else than the loss reads them (rewards)."""
+
+    required: tuple[str, ...] = ()
+    """A row without one of these is a bad row."""
+    optional: tuple[str, ...] = ()
+    """Kept where a row has them."""
+    all: bool = False
+    """Whether all columns are kept, since a reward function takes whatever there is (`**kwargs`)."""
+
+    def values_of(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """What is kept of a row. Raises Refusal: missing_reward_column, or that of a value which could not be read."""
+        names = list(fields) if self.all else [*self.required, *self.optional]
+        values = {name: fields[name] for name in names if fields.get(name) is not None}
+        verl_model = fields.get("reward_model")
+        wants_truth = "ground_truth" in names and "ground_truth" not in values
+        # verl's data sets have the right answer inside of this column.
+        if wants_truth and isinstance(verl_model, dict) and "ground_truth" in verl_model:
+            values["ground_truth"] = verl_model["ground_truth"]
+        for name in self.required:
+            if name not in values:
+                raise Refusal(
+                    "missing_reward_column", f"no column {name!r}, which a reward needs; the row has {sorted(fields)}"
+                )
+        for name, value in values.items():
+            if isinstance(value, Fault):
+                raise Refusal(value.reason, f'column "{name}": {value.message}')
+        return values
+
+
 class Refusal(Exception):
     """Why a row is no document: a reason code to count by, and a message with the value and the constraint."""
 

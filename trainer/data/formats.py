@@ -1,4 +1,4 @@
-"""Recognises which of nine formats a row has, by its columns, and makes a document of every row that fits.
+"""Recognises which of ten formats a row has, by its columns, and makes a document of every row that fits.
 
 A row that cannot be a document is `Rejected` with a reason and a message, never changed to fit. Columns that fit several
 formats, and columns that fit none, are errors: a guess here would train on the wrong text.
@@ -18,6 +18,7 @@ from trainer.data.fields import (
     CARRIERS,
     VERDICTS,
     Fault,
+    KeptColumns,
     Refusal,
     UnreadColumns,
     group_of,
@@ -43,6 +44,7 @@ NEEDS = {
     DataFormat.text: '"text": a text',
     DataFormat.preference: '"prompt" (or "conversations"), "chosen" and "rejected"; or the two as whole conversations',
     DataFormat.thumbs: '"prompt" and "completion", or "messages"; and "label": true/false, or "thumbs": up/down',
+    DataFormat.prompt: '"prompt" (or question, problem, query, instruction, messages): a text or a list of messages',
 }
 Spelling = tuple[str, ...]
 """Columns that make a format, such as ("prompt", "completion") and ("question", "answer")."""
@@ -56,6 +58,7 @@ _SPELLINGS_AS_TEXT = {  # the columns that make a format, likeliest spelling fir
     DataFormat.text: "text | content",
     DataFormat.preference: "prompt chosen rejected | question chosen rejected | conversations chosen rejected | chosen rejected",
     DataFormat.thumbs: "prompt completion label | prompt completion thumbs | messages label | messages thumbs",
+    DataFormat.prompt: "prompt | question | problem | query | instruction | messages | conversation | conversations",
 }
 SPELLINGS: dict[DataFormat, list[Spelling]] = {}
 """For each format the sets of columns that make it, likeliest first."""
@@ -144,7 +147,8 @@ def _advice_for_no_format(
     pairs = ",".join(f"{expected}:{name}" for expected, name in example_columns.items())
     example = f"{setting}='{{{pairs}}}'"
     remedy = f"try {example}, or rename them" if suggested else f"rename them with {setting}, as in {example},"
-    needs = "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items())
+    recognised = [format for format in NEEDS if format is not DataFormat.prompt]
+    needs = "\n".join(f"  {format.value}: {NEEDS[format]}" for format in recognised)
     return f"{remedy} to one of\n{needs}"
 
 
@@ -170,6 +174,9 @@ def _fitting_formats(
     """
     fitting: dict[DataFormat, Spelling] = {}
     for format, spellings in SPELLINGS.items():
+        # Every row with a question has a prompt: that format is meant only where the objective says so.
+        if format is DataFormat.prompt:
+            continue
         for spelling in spellings:
             uses_renamed_columns = columns.keys() <= {*_readable_columns(spelling, format)}
             if uses_renamed_columns and all(name in fields for name in spelling):
@@ -242,8 +249,9 @@ class RowReader:
     """Reads the rows of one source in one format. Raises ConfigError if `columns` cannot belong to it.
 
     `columns`: the source's name of each renamed column, by the expected name. `label`: reads a label. `ignored` columns
-    (`data.ignore_columns`) count as not there. Other columns that are not read are listed by `unread`; with `refuses`, a row with
-    a column that carries meaning is rejected. `group`: the column in which every row must have a group.
+    (`data.ignore_columns`) count as not there. Other columns that are not read are listed by `unread`; a row with a column that
+    carries meaning is rejected, unless `take_all` was called. `group`: the column in which every row must have a group. `kept`:
+    columns that are kept beside a prompt.
     """
 
     def __init__(
@@ -254,8 +262,8 @@ class RowReader:
         source: str,
         label: Callable[[Any], str] = label_of,
         ignored: Collection[str] = (),
-        refuses: bool = True,
         group: str | None = None,
+        kept: KeptColumns | None = None,
     ) -> None:
         self.format = format
         self.columns = dict(columns)
@@ -263,12 +271,18 @@ class RowReader:
         self.ignored = frozenset(ignored)
         self.label_of = label
         self.group = group
+        self.kept = kept if format is DataFormat.prompt else None
         self._setting = _columns_setting(source)
-        _check_columns(columns, [format], self._setting)
+        kept_names: tuple[str, ...] = ()
+        if self.kept is not None:
+            kept_names = (*self.kept.required, *self.kept.optional)
+        spelled_columns = {name: column for name, column in columns.items() if name not in kept_names}
+        if self.kept is None or not self.kept.all:  # a function that takes whatever there is takes any name
+            _check_columns(spelled_columns, [format], self._setting)
         likeliest, *other_spellings = SPELLINGS[format]
         # Instructions come before input and output, which they have too.
         spellings = [likeliest, *_ALSO_READS.get(format, ()), *other_spellings]
-        optional = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS}
+        optional = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS, *kept_names}
         using_all_renamed = [spelling for spelling in spellings if columns.keys() <= {*spelling, *optional}]
         self._spellings = using_all_renamed or spellings
 
@@ -276,16 +290,23 @@ class RowReader:
         if group:
             columns_in_settings.append(group)
         # `a.b` may be a column of that name, or b inside the column a.
-        also_read = {*columns_in_settings, *(name.split(".")[0] for name in columns_in_settings)}
+        also_read = {*columns_in_settings, *(name.split(".")[0] for name in columns_in_settings), *kept_names}
+        if "ground_truth" in kept_names:
+            also_read.add("reward_model")  # where verl's data sets have it
         self._read_columns: dict[Spelling, tuple[str, ...]] = {}
         """The columns that are read, by the spelling that a row has."""
         needed_columns = {*CARRIERS[format]}
         for spelling in self._spellings:
             self._read_columns[spelling] = (*_readable_columns(spelling, format), *also_read)
             needed_columns.update(self._read_columns[spelling])
-        self.needed_columns = frozenset(needed_columns)
-        """Columns that decide over a document: of a table no others need be read."""
-        self.unread = UnreadColumns(CARRIERS[format] if refuses else (), self.ignored, self._setting)
+        self.needed_columns = None if self.kept is not None and self.kept.all else frozenset(needed_columns)
+        """Columns that decide over a document: of a table no others need be read; None: all are."""
+        self.unread = UnreadColumns(CARRIERS[format], self.ignored, self._setting)
+
+    def take_all(self) -> RowReader:
+        """From now on, take rows with columns that carry meaning but are not read. Returns the reader."""
+        self.unread.refused = ()
+        return self
 
     def __call__(self, row: Row | Rejected) -> Document | Rejected:
         """The document of a parsed row, or why there is none. A rejected row stays so. Never raises for what a row holds."""
@@ -321,6 +342,12 @@ class RowReader:
                 # A template must not write tools once more that the system turn lists already.
                 if not names_all_tools(document.messages[0]["content"], tools):
                     document.tools = tools
+        if self.kept is not None:
+            document.columns = self.kept.values_of(fields)
+            if document.completion is not None:  # the answer at the end of a conversation
+                document.columns.setdefault("completion", document.completion)
+                document.completion = None
+            read_columns = (*read_columns, *document.columns)
         if row.made_columns:
             read_columns = (*read_columns, *row.made_columns)
         self.unread.note(fields, row.unread_columns, read_columns)
@@ -349,7 +376,9 @@ class RowReader:
                 message = f'"{last_column}" is {show_value(fields[last_column])}; it must be {VERDICTS}'
                 raise Refusal("bad_label", message)
             spelling = spelling[:-1]
-        if self.format is DataFormat.preference:
+        if self.format is DataFormat.prompt:
+            _read_prompt_alone(document, fields, spelling, self.ignored)
+        elif self.format is DataFormat.preference:
             _read_preference(document, fields, spelling, self.ignored)
         elif self.format in (DataFormat.text, DataFormat.labelled):
             document.text = text_of(fields, spelling[0])
@@ -400,6 +429,24 @@ def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling,
         if not is_nothing(fields.get("history")):
             earlier = history_of(fields["history"])
             document.messages = [*earlier, *document.take_turns()]
+
+
+def _read_prompt_alone(
+    document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]
+) -> None:
+    """Fill a document with a prompt. An answer at the end of a conversation becomes its completion. Raises Refusal."""
+    column = spelling[0]
+    if not _is_turns(fields[column]):
+        document.prompt = text_of(fields, column)
+        if column == "instruction" and fields.get("input") not in (None, ""):
+            document.prompt += "\n\n" + text_of(fields, "input")
+        return
+    turns = _turns_or_text(fields, column, "user", ignored)
+    while turns and turns[-1]["role"] == "assistant":
+        document.completion = turns.pop()["content"]
+    if not turns:
+        raise Refusal("no_prompt", f'"{column}" has no turn before its answer')
+    document.messages = turns
 
 
 def _is_turns(field: Any) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.data.batches.collate import Collator
 from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.document import Document, Tally
-from trainer.data.fields import label_of
+from trainer.data.fields import KeptColumns, label_of
 from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import Sample, TokenDataset
@@ -43,8 +43,13 @@ class DataSpec:
     """What it lets become of documents longer than `data.max_length`."""
     marks: dict[str, float] = {}  # noqa: RUF012 - never changed
     """Marks that every sequence carries while training, each with a value that it may have."""
+    kept: KeptColumns | None = None
+    """Columns of the rows that are kept with the documents, beside what is tokenised."""
     ahead: AheadOf | None = None
     """What is looked at of each sequence before the first backward pass of a step; mostly nothing."""
+
+    has_answers = True
+    """Whether the data has what is learned; False if the model writes it."""
 
     def identity(self) -> dict[str, Any]:
         """Settings of the objective that change prepared bytes, as JSON values. The fingerprint has its class anyway."""

@@ -229,7 +229,8 @@ class Preparation:
 
     def _readers(self) -> dict[tuple[str, str], RowReader]:
         """A reader for each input, by (split, source), in the format that its first row has."""
-        return readers_of(self.inputs, label=self.data_spec.label, preferred=self.data_spec.formats)
+        spec = self.data_spec
+        return readers_of(self.inputs, label=spec.label, preferred=spec.formats, kept=spec.kept)
 
     def _refuse_rendered_rows(self) -> None:
         """Raise DataError for rows that hold a rendered chat template, unless the user has typed what becomes of it."""

@@ -14,7 +14,7 @@ from typing import Any
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.config import HELD_OUT, BalanceConfig, DataConfig, DataFormat, FilterConfig, Layout, PrivacyConfig
 from trainer.data.document import Document, Rejected, Row
-from trainer.data.fields import label_of
+from trainer.data.fields import KeptColumns, label_of
 from trainer.data.formats import RowReader, recognise
 from trainer.data.read.json_rows import Line
 from trainer.data.read.origin import Origin
@@ -208,25 +208,29 @@ def readers_of(
     *,
     label: Callable[[Any], str] = label_of,
     preferred: tuple[DataFormat, ...] = (),
-    refuses: bool = True,
+    kept: KeptColumns | None = None,
+    takes_all: bool = False,
 ) -> dict[tuple[str, str], RowReader]:
     """A reader for each input, by its id. Its format is that of the settings, or recognised from the first row that can be read.
 
-    `label` reads a label; `preferred`: the formats that decide if several fit; `refuses`: see `RowReader`. Also tells each input
-    which columns its reader needs. Raises ConfigError and DataError.
+    `label` reads a label; `preferred`: the formats that decide if several fit; `kept`: see `RowReader`. Also tells each
+    input which columns its reader needs. Raises ConfigError and DataError.
     """
     readers = {}
     for source_input in inputs:
         first_row: Row | Rejected
         if source_input.format is DataFormat.auto:
             first_row = _first_readable_row(source_input)
-            format = recognise(
-                first_row,
-                source_input.columns,
-                source=source_input.source,
-                ignored=source_input.ignored,
-                preferred=preferred,
-            )
+            if preferred == (DataFormat.prompt,):  # what else the rows have are columns for rewards
+                format = DataFormat.prompt
+            else:
+                format = recognise(
+                    first_row,
+                    source_input.columns,
+                    source=source_input.source,
+                    ignored=source_input.ignored,
+                    preferred=preferred,
+                )
         else:
             first_row = next(source_input.origin.rows()).parse()
             format = source_input.format
@@ -244,15 +248,17 @@ def readers_of(
             source=source_input.source,
             label=label,
             ignored=source_input.ignored,
-            refuses=refuses,
             group=source_input.group if needs_group else None,
+            kept=kept,
         )
+        if takes_all:
+            reader.take_all()
         readers[source_input.id] = reader
         source_input.needed_columns = reader.needed_columns
 
         document = reader(first_row)
-        if isinstance(document, Rejected) and document.reason.startswith("unread_"):
-            # Every row has the column that the first one has: stop before any work.
+        if isinstance(document, Rejected) and document.reason.startswith(("unread_", "missing_reward_column")):
+            # Every row has the columns that the first one has: stop before any work.
             raise DataError(str(document))
     return readers
 
@@ -317,7 +323,7 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     for path in expand(paths, key, remote=config.remote):
         file_input = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
         # What is compared are texts: a picture beside them matters to nobody.
-        (reader,) = readers_of([file_input], refuses=False).values()
+        (reader,) = readers_of([file_input], takes_all=True).values()
         for row in file_input.origin.rows(file_input.needed_columns):
             document = reader(row.parse())
             if not isinstance(document, Document):

@@ -95,6 +95,10 @@ class TaskConfig:
     """Largest loss of a metric against an earlier report, by its name; without it a loss beyond the interval counts."""
 
 
+LOSS = "eval/loss"
+"""The loss on held-out data."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
     """When held-out data is evaluated and what its result decides."""
@@ -110,8 +114,9 @@ class EvaluationConfig:
     loss_by_position: bool | None = setting(None, reach=DESCRIBES)
     """Also tell the loss by the position in the document, as `eval/loss_by_position/2048` (the tokens from 1,024 to 2,047); null:
     if a document is above 8,192 tokens."""
-    watch: str = setting("eval/loss", reach=DESCRIBES)
-    """Metric that decides the best checkpoint and early stopping; `eval/loss/NAME` is the loss on one of `data.sources`."""
+    watch: str | None = setting(None, reach=DESCRIBES)
+    """Metric that decides the best checkpoint and early stopping; null: `eval/reward` with `objective=grpo`, else `eval/loss`.
+    `eval/loss/NAME` is the loss on one of `data.sources`."""
     greater_is_better: bool | None = setting(None, reach=DESCRIBES)
     """Whether a larger value of the watched metric is better; null: as the metric itself says."""
     patience: int = number(0, least=0, advice="0 never stops early")
@@ -134,6 +139,11 @@ class EvaluationConfig:
     """Bootstrap resamples behind each interval of `shardtune evaluate`."""
     resample_seed: int = number(0, least=0, advice="the default is 0")
     """Seed of the bootstrap."""
+
+    @property
+    def watched(self) -> str:
+        """The metric that is watched. Composing puts that of the objective in the place of null."""
+        return self.watch or LOSS
 
 
 class Evaluator(Protocol):

@@ -9,9 +9,9 @@ from trainer.evaluation.base import EvaluationConfig
 
 def check_watched_metric(settings: EvaluationConfig, values: dict[str, float]) -> None:
     """Raise ConfigError if the evaluation did not yield the watched metric."""
-    if settings.watch not in values:
+    if settings.watched not in values:
         raise ConfigError(
-            f"evaluation.watch={settings.watch}: the evaluation yields {', '.join(values)}; watch one of them"
+            f"evaluation.watch={settings.watched}: the evaluation yields {', '.join(values)}; watch one of them"
         )
 
 
@@ -20,7 +20,7 @@ def record_evaluation(settings: EvaluationConfig, progress: Progress, values: di
 
     `values`: the metrics of the evaluation by name. An improvement of the watched metric counts from `min_delta` on.
     """
-    watched_value = values[settings.watch]
+    watched_value = values[settings.watched]
     if progress.best_metric is None:
         improvement = float("inf")  # the first evaluation is the best so far, also with a NaN
     elif settings.greater_is_better:
@@ -42,6 +42,6 @@ def early_stopping_reason(settings: EvaluationConfig, progress: Progress) -> str
     if settings.patience == 0 or progress.stale_evaluations < settings.patience:
         return None
     return (
-        f"stopping early: {settings.watch} has not improved for {settings.patience} evaluations "
+        f"stopping early: {settings.watched} has not improved for {settings.patience} evaluations "
         f"(best {progress.best_metric:.4f} at step {progress.best_step})"
     )

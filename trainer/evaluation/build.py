@@ -103,12 +103,12 @@ def _check_watched(
     part_metrics = [*position_metrics]
     for names in parts.values():
         part_metrics += names.values()
-    if config.watch.count("/") > 1 and config.watch not in {*part_metrics, *metric_directions(config.tasks)}:
+    if config.watched.count("/") > 1 and config.watched not in {*part_metrics, *metric_directions(config.tasks)}:
         known = f"of their parts there are {', '.join(part_metrics)}"
         if not part_metrics:
             known = f"all {len(held_out)} are of one source ({', '.join(sources_in(held_out).values())}); "
             known += "watch eval/loss, draw others by run.seed, hold out more, or name sets in data.eval_path"
-        raise ConfigError(f"evaluation.watch={config.watch}: the evaluation documents have no such part; {known}")
+        raise ConfigError(f"evaluation.watch={config.watched}: the evaluation documents have no such part; {known}")
 
 
 def build_model_interface(

@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, derive_seed, gather_objects
@@ -43,6 +45,8 @@ class WrittenAnswer:
     """Whether it ended at an end token or a stop string, and not because it reached the longest length."""
     draw: int = 0
     """Number of the draw, if a prompt is answered several times."""
+    logprobs: np.ndarray | None = None
+    """float32 [len(ids)]: log-probability of each token where it was drawn, after the temperature; None unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +93,24 @@ class Writer:
         self.on_batch: Callable[[int, int], None] = lambda done, batches: None
         """Called after each batch with the number of finished batches of this rank, and of all its batches."""
 
-    def answers(self, engine: Engine, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
+    def answers(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        settings: WritingConfig,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+        averaged: bool = True,
+        keep_logprobs: bool = False,
+    ) -> list[WrittenAnswer]:
         """What the model writes to each prompt, in their order and draw by draw, the same list on every rank.
 
         All ranks must call with the same prompts (token ids; for an encoder, if the model has one). An answer ends at the
-        model's last position at the latest. Raises, on all ranks or none, DataError for a prompt without tokens or one that
-        the model has no positions for, and Interrupted if the run is asked to stop.
+        model's last position at the latest. `seeds`: a seed for each draw of each prompt; None: by `settings.seed` and the
+        numbers of prompt and draw. `averaged`: see `Engine.inference`. `keep_logprobs`: keep those of the drawn tokens.
+
+        Raises, on all ranks or none, DataError for a prompt without tokens or one that the model has no positions for, and
+        Interrupted if the run is asked to stop.
         """
         began = time.perf_counter()
         model = model_of(engine)
@@ -102,7 +118,7 @@ class Writer:
         # A decoder continues the row that holds the prompt, so prompts are padded on the left and take positions.
         is_decoder_only = not model.config.is_encoder_decoder
         answer_limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)
-        _check_rows("prompt", prompts, position_limit(model.config) if is_decoder_only else None)
+        check_rows("prompt", prompts, position_limit(model.config) if is_decoder_only else None)
         rows = [(prompt, draw) for prompt in range(len(prompts)) for draw in range(settings.draws)]
         limits = [answer_limits[prompt] for prompt, _ in rows]
         lengths = []
@@ -110,26 +126,34 @@ class Writer:
             lengths.append(len(prompts[prompt]) + (limit if is_decoder_only else 0))
         batches = self._own_batches(engine, lengths, settings.batch_tokens, limits)
         gathering = self._decide_gathering(engine, model, batches, lengths, settings.beams)
-        objective = GenerateAnswers(config, settings, self.tokenizer, synced=not gathering.gathered_once)
+        objective = GenerateAnswers(
+            config, settings, self.tokenizer, synced=not gathering.gathered_once, keep_logprobs=keep_logprobs
+        )
+
+        def seed_of(prompt: int, draw: int) -> int:
+            return derive_seed(settings.seed, "draw", prompt, draw) if seeds is None else seeds[prompt][draw]
 
         def make_batch(row_numbers: list[int]) -> dict[str, Any]:
             batch_prompts = [prompts[rows[row][0]] for row in row_numbers]
             return {
                 "input_ids": padded(batch_prompts, self.tokenizer.pad_token_id, left=is_decoder_only),
                 "attention_mask": mask_of(batch_prompts, left=is_decoder_only),
-                "seeds": [derive_seed(settings.seed, "draw", *rows[row]) for row in row_numbers],
+                "seeds": [seed_of(*rows[row]) for row in row_numbers],
                 "room": limits[row_numbers[0]],  # the same in all rows of a batch
             }
 
         own_answers: dict[int, WrittenAnswer] = {}
         end_ids = ending_ids(config)
-        for row_numbers, terms in self._run_batches(
-            engine, batches, objective, make_batch, gathered_once=gathering.gathered_once
+        for row_numbers, terms in self.run_batches(
+            engine, batches, objective, make_batch, gathered_once=gathering.gathered_once, averaged=averaged
         ):
-            for row, ids in zip(row_numbers, terms["answers"].tolist(), strict=True):
-                prompt, draw = rows[row]
-                own_answers[row] = cut_answer(prompt, draw, ids, settings.stop, end_ids, self.tokenizer)
-        answers: list[WrittenAnswer] = self._gather_by_number(own_answers)
+            logprobs = terms["logprobs"].cpu().numpy() if keep_logprobs else None
+            for index, (row, ids) in enumerate(zip(row_numbers, terms["answers"].tolist(), strict=True)):
+                answer = cut_answer(*rows[row], ids, settings.stop, end_ids, self.tokenizer)
+                if logprobs is not None:
+                    answer = replace(answer, logprobs=logprobs[index, : len(answer.ids)].copy())
+                own_answers[row] = answer
+        answers: list[WrittenAnswer] = self.gather_by_number(own_answers)
         seconds = max(gather_objects(time.perf_counter() - began, self.runtime))
         self.throughput = GenerationThroughput(sum(len(answer.ids) for answer in answers), seconds, gathering)
         return answers
@@ -152,11 +176,11 @@ class Writer:
         model = model_of(engine)
         decoder_start = self.generation_config.decoder_start_token_id if model.config.is_encoder_decoder else None
         limit = position_limit(model.config)
-        _check_rows("context", [context for context, _ in pairs], None)
+        check_rows("context", [context for context, _ in pairs], None)
         if decoder_start is None:
             # The last token of a continuation is only a target: it takes no position.
             inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
-            _check_rows("pair", inputs, None if limit is None else limit + 1)
+            check_rows("pair", inputs, None if limit is None else limit + 1)
 
         def make_batch(numbers: list[int]) -> dict[str, Any]:
             batch_pairs = [pairs[number] for number in numbers]
@@ -166,7 +190,7 @@ class Writer:
         batches = self._own_batches(engine, lengths, None)
         gathered_once = decide_gathering(engine, self.runtime, 0).gathered_once
         own_likelihoods: dict[int, Likelihood] = {}
-        for numbers, terms in self._run_batches(
+        for numbers, terms in self.run_batches(
             engine, batches, ScoreContinuations(), make_batch, gathered_once=gathered_once
         ):
             logprobs = terms["logprobs"].tolist()
@@ -174,7 +198,7 @@ class Writer:
             for number, logprob, missed in zip(numbers, logprobs, misses, strict=True):
                 tokens = len(pairs[number][1])
                 own_likelihoods[number] = Likelihood(logprob, tokens, greedy=missed == 0)
-        return self._gather_by_number(own_likelihoods)
+        return self.gather_by_number(own_likelihoods)
 
     def _own_batches(
         self, engine: Engine, lengths: Sequence[int], budget: int | None, kinds: Sequence[int] | None = None
@@ -187,7 +211,7 @@ class Writer:
             budget = None
         return [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=size, budget=budget, kinds=kinds)]
 
-    def _run_batches(
+    def run_batches(
         self,
         engine: Engine,
         batches: list[list[int]],
@@ -195,9 +219,13 @@ class Writer:
         make_batch: Callable[[list[int]], dict[str, Any]],
         *,
         gathered_once: bool,
+        averaged: bool = True,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """This rank's row numbers of each batch, and what `objective` returns for them. All ranks must exhaust it."""
-        with engine.inference() as module, engine.full_parameters.gathered() if gathered_once else nullcontext():
+        with (
+            engine.inference(averaged=averaged) as module,
+            engine.full_parameters.gathered() if gathered_once else nullcontext(),
+        ):
             step: Any = module
             # The model is called through the root module's own forward: only there are its parameters gathered.
             training_objective = step.objective
@@ -215,7 +243,7 @@ class Writer:
             finally:
                 step.objective = training_objective
 
-    def _gather_by_number(self, own_results: dict[int, Any]) -> list[Any]:
+    def gather_by_number(self, own_results: dict[int, Any]) -> list[Any]:
         """The results of all ranks, in the order of their numbers. All ranks must call."""
         results: dict[int, Any] = {}
         for rank_results in gather_objects(own_results, self.runtime):
@@ -277,7 +305,7 @@ def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], max_new_tok
     return tokens
 
 
-def _check_rows(what: str, rows: Sequence[Sequence[int]], most: int | None) -> None:
+def check_rows(what: str, rows: Sequence[Sequence[int]], most: int | None) -> None:
     """Raise DataError for rows without tokens, or with `most` or more."""
     for number, row in enumerate(rows):
         if len(row) == 0:

@@ -188,14 +188,24 @@ class _RowCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
-    ) -> Tensor:
-        """The negative log-likelihood of each row, `[N]`, in float32 or wider."""
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        settings: HeadSettings,
+        with_entropy: bool = False,
+    ) -> Any:
+        """The negative log-likelihood of each row, `[N]`, in float32 or wider.
+
+        `with_entropy`: (that, the entropy in nats of each row's distribution, which has no gradient).
+        """
         softcap, scale, training = settings
         chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
         head_weight = weight  # in its own type, for the backward pass
         weight = weight.to(hidden.dtype)
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        entropy = torch.empty_like(nll) if with_entropy else None
         grad_hidden = torch.empty_like(hidden) if training and ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), chunk_rows):
             chunk = hidden[start : start + chunk_rows]
@@ -203,6 +213,10 @@ class _RowCrossEntropy(torch.autograd.Function):
             logits = _logits(chunk, weight, bias, softcap, scale)
             log_probabilities = F.log_softmax(logits, dim=-1)
             nll[start : start + chunk_rows] = -log_probabilities.gather(1, target[:, None])[:, 0]
+            if entropy is not None:
+                # The mean of -log p: logits are finite, so p log p needs no care at 0.
+                products = log_probabilities.exp().mul_(log_probabilities)
+                entropy[start : start + chunk_rows] = -products.sum(-1)
             if grad_hidden is not None:
                 grad = _product_gradient(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
                 torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
@@ -212,17 +226,20 @@ class _RowCrossEntropy(torch.autograd.Function):
         else:
             ctx.save_for_backward(grad_hidden)
         ctx.settings = softcap, scale, chunk_rows
-        return nll
+        if entropy is None:
+            return nll
+        ctx.mark_non_differentiable(entropy)
+        return nll, entropy
 
     @staticmethod
-    def backward(ctx: Any, row_weight: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, row_weight: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
         """Gradients for the weights `row_weight [N]` of the rows; the head's are summed over logits that are made again."""
         grad_hidden, *saved_for_head = ctx.saved_tensors
         hidden_gradient = None
         if grad_hidden is not None:
             hidden_gradient = grad_hidden * row_weight[:, None].to(grad_hidden.dtype)
         if not saved_for_head:
-            return hidden_gradient, None, None, None, None
+            return hidden_gradient, None, None, None, None, None
 
         hidden, weight, bias, targets = saved_for_head
         softcap, scale, chunk_rows = ctx.settings
@@ -248,7 +265,7 @@ class _RowCrossEntropy(torch.autograd.Function):
             grad_weight = grad_weight.to(head_dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return hidden_gradient, grad_weight, grad_bias, None, None
+        return hidden_gradient, grad_weight, grad_bias, None, None, None
 
 
 class LossComparison(Protocol):

@@ -50,11 +50,13 @@ def varlen_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     document_bounds: list[int] | None = None,
+    branches: list[list[int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each document of a row; q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`.
 
-    `document_bounds` is `cu_seq_lens_q` on the host: with it the CPU path reads no tensor.
+    `document_bounds` is `cu_seq_lens_q` on the host: with it the CPU path reads no tensor. `branches`: for each document, where
+    its branches begin; a branch sees what stands before the first one, and itself (answers to one prompt). On CPUs alone.
     """
     if cu_seq_lens_q is None:
         raise ValueError(
@@ -73,9 +75,12 @@ def varlen_attention(
     if _has_chunks(module) or getattr(module, "attn_temperature_tuning", False):
         documents = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
         query, document_bounds, cu_seq_lens_q = _by_document_position(module, query, documents)
+    if branches is not None and (query.device.type == "cuda" or _has_chunks(module)):
+        raise ValueError("branches of a document are not implemented on GPUs and for attention in chunks")
     if sinks is None and _has_varlen_kernel(query, value, softcap, dropout):
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
+    branches_left = iter(branches if branches is not None else [])
     lengths = [stop - start for start, stop in pairwise(bounds)]
     # On CPUs the bfloat16 backward pass of SDPA is slower than the float32 one, so that casting pays.
     compute_dtype = (
@@ -84,7 +89,9 @@ def varlen_attention(
     operands = [t.to(compute_dtype) for t in (query, key, value)]
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
         rule = AttentionRule(scaling, dropout, sliding_window, softcap, causal, sinks)
-        out = _attend_by_document(operands, lengths, lambda q, k, v: _attend_one_document(q, k, v, rule))
+        out = _attend_by_document(
+            operands, lengths, lambda q, k, v: _attend_one_document(q, k, v, rule, next(branches_left, []))
+        )
     return out.to(output_dtype).transpose(1, 2).contiguous(), None
 
 
@@ -179,12 +186,28 @@ class AttentionRule:
         distance = position[:, None] - position[None, :]
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
+    def branch_mask(self, length: int, starts: list[int], device: torch.device) -> Tensor:
+        """The keys that each query sees in a document whose branches begin at `starts`, bool `[T, T]`."""
+        index = torch.arange(length, device=device)
+        begins = torch.tensor(starts, device=device)
+        branch = torch.searchsorted(begins, index, right=True)  # 0 before the first branch
+        # A token's position is counted as if its branch were the only one.
+        position = index - torch.where(branch > 0, begins[(branch - 1).clamp(min=0)] - starts[0], 0)
+        is_same = (branch[None, :] == 0) | (branch[None, :] == branch[:, None])
+        visible = (index[:, None] >= index[None, :]) & is_same
+        if self.window is None:
+            return visible
+        return visible & (position[:, None] - position[None, :] < self.window)
 
-def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+
+def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: list[int]) -> Tensor:
     """Attention within one document: q `[1, heads, T, width]`, k and v with as many heads or fewer."""
     if q.device.type == "cuda":
         return _attend_on_gpu(q, k, v, rule)
-    mask = rule.mask(q.shape[2], q.device)
+    if branches:
+        mask: Tensor | None = rule.branch_mask(q.shape[2], branches, q.device)
+    else:
+        mask = rule.mask(q.shape[2], q.device)
     if rule.softcap is not None or rule.sinks is not None:
         return _attend_by_scores(q, k, v, rule, mask)
     return F.scaled_dot_product_attention(

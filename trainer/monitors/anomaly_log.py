@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from strategies.errors import StorageError
-from trainer.data.batches.loader import StepLoader
+from trainer.data.batches.loader import Share
+from trainer.data.batches.order import Order
 from trainer.data.store.documents import DocumentTable, schema
 from trainer.monitors.anomalies import Outlier
 from trainer.monitors.guard_config import DONE
@@ -24,10 +25,23 @@ ORIGIN_FIELDS = ("source", "file", "line")
 """Fields of a document that say where it came from."""
 
 
+class SampledDocuments(Protocol):
+    """Knows which documents a step consumes."""
+
+    @property
+    def order(self) -> Order: ...
+
+    @property
+    def share(self) -> Share: ...
+
+    def documents(self, first_sample: int) -> list[int]:
+        """Rows of `documents.arrow` of what begins after `first_sample` consumed samples: a global batch, or a round."""
+
+
 class AnomalyLog:
     """Called with each outlier, on rank 0 only. Errors: StorageError if the file cannot be written."""
 
-    def __init__(self, run_dir: Path, data: Path, loader: StepLoader, print_line: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, data: Path, loader: SampledDocuments, print_line: Callable[[str], None]) -> None:
         """`data`: directory of the prepared data set; `print_line`: prints a line on the screen."""
         self.path = run_dir / EVENTS
         self.data = data

@@ -58,6 +58,14 @@ class DivergenceConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RewardsWatchConfig:
+    """Rewards that are cheated, a policy that collapses, groups that teach nothing (`objective=grpo`)."""
+
+    action: Reaction = setting(Reaction.note, reach=DESCRIBES)
+    """`note` it, `stop` the run with exit code 69 at the next evaluation, or `off`."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ChallengesConfig:
     """Detectors of what may go wrong beside single steps (docs/challenges.md)."""
 
@@ -71,6 +79,8 @@ class ChallengesConfig:
     language than the right ones."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     """Losses that are worse than before training."""
+    rewards: RewardsWatchConfig = field(default_factory=RewardsWatchConfig)
+    """Rewards of `objective=grpo` that are cheated, a policy that collapses, and groups that teach nothing."""
 
 
 GENERAL = "general"

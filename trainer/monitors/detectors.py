@@ -14,7 +14,7 @@ from trainer.evaluation.generation import GeneratedAnswer
 from trainer.evaluation.report.tables import row_tables
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.written import WrittenTask
-from trainer.monitors import degenerate_answers, divergence, forgetting, instability, overfitting
+from trainer.monitors import degenerate_answers, divergence, forgetting, instability, overfitting, rewards
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
 from trainer.monitors.base_model_rows import BaseRows
 from trainer.monitors.config import ChallengesConfig, Reaction
@@ -27,6 +27,7 @@ from trainer.reporting.trackers.base import Table
 DETECTORS: dict[str, Any] = {"overfitting": overfitting, "forgetting": forgetting, "output": degenerate_answers}
 """What looks at an evaluation, by the name of its settings."""
 HELD_OUT = "eval/loss"
+HELD_OUT_REWARD = "eval/reward"
 
 
 class Challenges:
@@ -63,6 +64,8 @@ class Challenges:
         self.kept_last: KeptHeldOut | None = None
         """Keeps the last evaluation, which `shardtune compare` pairs with that of another run; None: it is not kept."""
         self.before = HeldOutBefore()
+        self.controls: list[str] | None = None
+        """Metrics of rewards of weight 0; None: the run does not learn from rewards, but from a loss that can be compared."""
         self.window = divergence.MIN_WINDOW
         """How many last steps the training loss now is the median of."""
         self.first_judged = divergence.FIRST_JUDGED
@@ -93,6 +96,9 @@ class Challenges:
 
     def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
         """Take the training losses of steps: for the mean since the last evaluation, and for divergence if there is none."""
+        if self.controls is not None:
+            self._take_rewards(progress, rows, self.controls)
+            return
         new_losses: list[dict[str, float]] = []
         for row in rows:
             loss = row.get(self.compared_term, row["loss"])
@@ -106,6 +112,27 @@ class Challenges:
         progress.recent_losses = all_losses[-divergence.MAX_WINDOW :]
         if not self.before.values and not progress.evaluations:
             self._judge_divergence(progress, {})
+
+    def _take_rewards(self, progress: Progress, rows: Iterable[dict[str, Any]], controls: list[str]) -> None:
+        """Take the rewards of steps, and judge them after each full block. The loss of such a run is 0 by construction."""
+        for row in rows:
+            if rewards.REWARD not in row:
+                continue
+            progress.interval_loss += row[rewards.REWARD]
+            progress.interval_steps += 1
+            if rewards.add_step(progress.reward_blocks, row, controls):
+                self._judge_rewards(progress, int(row["step"]))
+
+    def _judge_rewards(self, progress: Progress, step: int) -> None:
+        """Report what is wrong with the rewards of a run, each verdict once."""
+        if self.controls is None or self.config.rewards.action is Reaction.off:
+            return
+        blocks = progress.reward_blocks
+        for finding in rewards.find_problems(self.config.rewards, step, blocks, progress.evaluations, self.controls):
+            is_new = finding.verdict not in self._verdicts
+            self._verdicts.add(finding.verdict)
+            if is_new:
+                self._report(finding, again=False)
 
     def add_batch_sums(self, batch_sums: dict[str, list[float]]) -> None:
         """Take the sums over each micro-batch of the evaluation documents, by metric, before `evaluated` is called."""
@@ -151,7 +178,8 @@ class Challenges:
         logged: dict[str, float] = {}
         for name, detector in DETECTORS.items():
             config = getattr(self.config, name)
-            if config.action is Reaction.off:
+            is_about_loss = detector is overfitting
+            if config.action is Reaction.off or (is_about_loss and self.controls is not None):
                 continue
             metrics = detector.logged_metrics(evidence)
             logged |= metrics
@@ -161,7 +189,9 @@ class Challenges:
             finding = detector.find_problem(config, evidence)
             if finding is not None:
                 self._report(finding, again=was_found)
-        if progress.step == 0:
+        if self.controls is not None:
+            self._judge_rewards(progress, progress.step)
+        elif progress.step == 0:
             self._remember_before(values)
         else:
             self._keep_last(progress.step, values)
@@ -231,7 +261,7 @@ class Challenges:
 
         Nothing is added if no step was taken since the last evaluation.
         """
-        held_out = values.get(HELD_OUT)
+        held_out = values.get(HELD_OUT if self.controls is None else HELD_OUT_REWARD)
         num_steps = progress.interval_steps
         if held_out is None or not math.isfinite(held_out) or (progress.step and not num_steps):
             return
@@ -248,7 +278,7 @@ class Challenges:
         finding = instability.find_problem(progress)
         if finding is not None:
             self._report(finding, again=False)
-        if not progress.evaluations:
+        if not progress.evaluations and self.controls is None:
             self._judge_divergence(progress, {})
         recovered_at = self.record.get(divergence.NAME, {}).get("recovered_at")
         if recovered_at is not None:

@@ -95,6 +95,8 @@ class ReferenceModels:
     """Switches the tuned model's adapter off; None if no adapter can be switched off."""
     teacher: nn.Module | None = None
     """A second, frozen model; None without one."""
+    keeps_start: bool = False
+    """Whether the engine has a copy of the trained weights as the run began (`StepPlan.keeps_start`)."""
 
 
 def _no_problems(config: Any, other_settings: OtherSettings) -> Iterator[str]:
@@ -126,18 +128,26 @@ class Family:
     was put in their place, by key."""
     compares_distributions: Callable[[Any], bool] = lambda config: False
     """Whether it compares distributions over the vocabulary, with a teacher or with the model as it was."""
+    compares_with_start: Callable[[Any], bool] = lambda config: False
+    """Whether it compares log-probabilities of texts that are not known beforehand with those of the model as the run began. That
+    model is then kept: as the tuned one with its adapter off, or as a frozen copy."""
     teacher: Callable[[Any], TeacherConfig | None] = lambda config: None
     """Settings of the teacher model; None without a teacher."""
     max_positions: Callable[[Any, DataConfig], dict[str, int]] = lambda config, data: {
         "data.max_length": data.max_length
     }
     """The positions that the model must have, by the setting that asks for them."""
+    rollout: Callable[[Any], Any] | None = None
+    """How the answers of a round are written (`RolloutConfig` in `rollouts.py`), if its batches are rounds: the model writes what
+    it learns from, and the settings derive from `RoundsConfig`. None: the data has what it learns."""
     replays: bool = False
     """Whether it can use sources that are marked `replay`."""
     generates_answers: bool = False
     """Whether answers can be generated and scored in evaluations."""
     scores_labels: bool = False
     """Whether evaluations count labels by their names (F1)."""
+    watched_metric: str = "eval/loss"
+    """What `evaluation.watch=null` stands for: the metric that decides the best checkpoint."""
     better_when_larger: tuple[str, ...] = ("accuracy",)
     """Metrics of evaluations of which more is better."""
 

@@ -24,6 +24,7 @@ MODEL_INPUTS = (
     "max_length_q",
     "max_length_k",
     "document_bounds",
+    "branches",
     "row_slices",
 )
 """What of a batch the model itself is given."""
@@ -70,12 +71,13 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
     if not path.positions:
         inputs.pop("position_ids", None)
     rows = batch["target_rows"]
-    targets = batch["targets"].view(-1)
+    # Where answers share their prompt, its last position has a target for each of them.
+    row_targets = batch["row_targets"] if "row_targets" in batch else batch["targets"].view(-1)[rows]
     if not path.fused:
-        return nn.Identity(), _logits_at_rows(causal_lm, inputs, rows), targets[rows]
+        return nn.Identity(), _logits_at_rows(causal_lm, inputs, rows), row_targets
     hidden = token_states(causal_lm.get_decoder(), inputs)  # type: ignore[operator]
     head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
-    return head, hidden.reshape(-1, hidden.shape[-1])[rows], targets[rows]
+    return head, hidden.reshape(-1, hidden.shape[-1])[rows], row_targets
 
 
 def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:

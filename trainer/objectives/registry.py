@@ -7,8 +7,18 @@ from collections.abc import Iterator
 from trainer.data.config import DataFormat
 from trainer.data.objective_spec import DataSpec
 from trainer.model.rules import kind_problems
-from trainer.objectives import classification, distillation, kto, preference, pretrain, reward, seq2seq, sft
-from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels
+from trainer.objectives import (
+    classification,
+    distillation,
+    grpo,
+    kto,
+    preference,
+    pretrain,
+    reward,
+    seq2seq,
+    sft,
+)
+from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels, formats_of
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -23,6 +33,7 @@ FAMILIES: dict[str, Family] = {
         seq2seq.SEQ2SEQ,
         kto.KTO,
         distillation.DISTILLATION,
+        grpo.GRPO,
     )
 }
 """By name, in the order in which they are listed to users."""
@@ -31,6 +42,12 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: ObjectiveConfig) -> Family:
     """The objective whose settings these are; plain settings, with no choice made, are those of sft."""
     return FAMILIES[config.name]
+
+
+def written_tokens(config: ObjectiveConfig) -> int:
+    """Tokens of the longest answer that the model writes behind a document to learn from it; 0 if the data has the answers."""
+    rollout = family_of(config).rollout
+    return 0 if rollout is None else int(rollout(config).max_new_tokens)
 
 
 def data_spec_of(config: ObjectiveConfig) -> DataSpec:
@@ -55,9 +72,13 @@ def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator
             f"data.sources.{replayed_sources[0]}.replay=true: objective={config.name} replays nothing; set it to false, or "
             "take objective=sft or objective=pretrain"
         )
-    reads_labels = DataFormat.labelled in family.data_spec(config).formats
+    formats = family.data_spec(config).formats
+    reads_labels = DataFormat.labelled in formats
     if other_settings.data.format is DataFormat.labelled and not reads_labels:
         yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
+    for key, data_format in formats_of(other_settings.data).items():
+        if data_format is DataFormat.prompt and data_format not in formats:
+            yield f"{key}.format=prompt: reads no answers to learn from; add objective=grpo, which writes its own, or drop it"
 
 
 def model_problems(config: ObjectiveConfig, other_settings: OtherSettings, model_config: dict | None) -> Iterator[str]:

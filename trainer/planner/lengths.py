@@ -11,6 +11,7 @@ from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import Order
 from trainer.data.config import DataConfig
 from trainer.data.store.sequences import TokenDataset
+from trainer.objectives.registry import written_tokens
 
 LARGEST_MICRO = 1024
 """Largest micro-batch that a plan considers."""
@@ -84,7 +85,8 @@ class SampledLengths:
 
 def sampled_lengths(config: RunConfig, train: TokenDataset, sequences_per_document: int) -> SampledLengths:
     """How a run draws `train`. Errors: those of `build_order`."""
-    lengths = train.lengths.astype(np.int64)
+    # What the model writes is learned behind its prompt: at most as long as it may be.
+    lengths = train.lengths.astype(np.int64) + written_tokens(config.objective)
     units, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
     if units is None:  # each document is drawn alone
         return SampledLengths(order, lengths, lengths**2)

@@ -16,7 +16,7 @@ import torch
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.errors import DoesNotFit
 from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_objects
-from trainer.config.parallel import readers_of
+from trainer.config.parallel import samples_per_reader
 from trainer.config.run import AUTO, MICRO, RunConfig, asked_micro
 from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import data_spec_of
@@ -42,11 +42,11 @@ def settle_micro(
     runtime = inputs.runtime
     batch, earlier_resolution = broadcast_object((config.batch, config.resolution(MICRO)), runtime)
     config = _with_micro(config, batch["micro"], earlier_resolution)
-    samples_per_reader = batch["global"] // readers_of(config, runtime.world_size)
+    samples = samples_per_reader(config, runtime.world_size)
     if batch["micro"] != AUTO:
         # One that an earlier start chose need not divide the part of each reader any more.
         was_open = asked_micro(batch, config.substitutions) == AUTO
-        if not was_open or samples_per_reader % batch["micro"] == 0:
+        if not was_open or samples % batch["micro"] == 0:
             return config
     announce("choosing the micro-batch (batch.micro=auto): simulating a step")
     # All ranks take the same micro-batch, so the smallest device decides.
@@ -61,7 +61,7 @@ def settle_micro(
     # The plan may be too optimistic: real steps have the last word.
     while runs_out_of_memory(_with_micro(config, micro, None), inputs, _trial_of(micro)):
         trials.append(OutOfMemoryTrial(micro))
-        smaller_micros = [divisor for divisor in divisors(samples_per_reader) if divisor < micro]
+        smaller_micros = [divisor for divisor in divisors(samples) if divisor < micro]
         if not smaller_micros:
             raise DoesNotFit(
                 f"batch.micro=auto: a step of one document in each forward pass runs out of memory ({plan_summary}); shorten "
@@ -128,7 +128,7 @@ def propose_micro(
     sequences = data_spec_of(config.objective).sequences_per_document
     lengths = sampled_lengths(config, prepared.train, sequences).lengths(config.data, sequences)
     longest = int(lengths.longest[0]) // sequences
-    micros = divisors(config.batch["global"] // readers_of(config, world_size))
+    micros = divisors(samples_per_reader(config, world_size))
     reason = ""
     for mode in recomputation_modes(config.strategy.activation_checkpointing):
         step = single_step_config(_with_micro(config, 1, None), world_size, mode_if_auto=mode)
@@ -159,7 +159,7 @@ def simulated_form(config: RunConfig, length: int, ranks: tuple[int, int], kind:
     from trainer.planner.simulation import simulate_form
 
     device = SIMULATED if kind == "cuda" else torch.device("cpu")
-    accumulation = config.batch["global"] // readers_of(config, ranks[0])
+    accumulation = samples_per_reader(config, ranks[0])
     try:
         return simulate_form(
             config, length, accumulation=accumulation, world_size=ranks[0], local_world_size=ranks[1], device=device

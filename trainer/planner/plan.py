@@ -23,6 +23,7 @@ from strategies.errors import ConfigError
 from strategies.mesh import replica_count
 from strategies.registry import every_strategy
 from strategies.tensor_inventory import MemoryKind
+from trainer.build.rounds import documents_per_step
 from trainer.build.sequence import sequence_problems
 from trainer.config.parallel import ParallelConfig, readers_of
 from trainer.config.run import RunConfig
@@ -435,7 +436,7 @@ def _budget_hours(config: RunConfig, job: PlannedRun, step: StepTime, tokens: fl
     elif budget.tokens is not None:
         steps = budget.tokens / tokens
     elif budget.epochs is not None and job.lengths.units_per_epoch is not None:
-        steps = budget.epochs * job.lengths.units_per_epoch / job.global_batch
+        steps = budget.epochs * job.lengths.units_per_epoch / documents_per_step(config)
     else:
         return None
     return steps * step.total_s / 3600

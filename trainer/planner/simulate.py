@@ -251,10 +251,10 @@ class WatchedEngine:
         return self.engine.forward(batch, last=last)
 
     @contextmanager
-    def inference(self, *, averaged: bool = True) -> Iterator[nn.Module]:
+    def inference(self, *, averaged: bool = True, at_start: bool = False) -> Iterator[nn.Module]:
         """A pass without gradients before the step's own: counted with the first forward pass."""
         self.at("forward")
-        with self.engine.inference(averaged=averaged) as module:
+        with self.engine.inference(averaged=averaged, at_start=at_start) as module:
             yield module
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

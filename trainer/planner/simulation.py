@@ -19,8 +19,9 @@ from strategies.runtime import SIMULATED, Runtime
 from strategies.sequence import with_sequence
 from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
-from trainer.build.parts import attach_frozen, build_step, right_alone, tile
+from trainer.build.parts import build_step, right_alone, tile
 from trainer.build.recomputation import micro_batch_of
+from trainer.build.references import attach_frozen
 from trainer.build.sequence import heads_of, step_layout
 from trainer.config.parallel import ParallelConfig, accumulation_steps
 from trainer.config.run import RunConfig

@@ -51,6 +51,10 @@ class StepRecord:
     """See `StepBatch.balance`."""
     epoch: float = 0.0
     """Passes over the training data since the start of the run."""
+    facts: dict[str, float] = field(default_factory=dict)
+    """See `StepBatch.facts`."""
+    round_s: float = 0.0
+    """See `StepBatch.round_s`."""
     expert_tokens: Tensor | None = None
     """int64 `[layers, experts]`: how many tokens chose each expert on this rank."""
 
@@ -141,9 +145,12 @@ class Meter:
         # Counting costs a little in each exchange, so it is on in one step of an attempt only.
         if self._steps != COUNTED_IN or self.runtime.world_size == 1:
             yield
-            return
-        with count_communication() as self.exchanged:
-            yield
+        else:
+            with count_communication() as self.exchanged:
+                yield
+        # What the blocks compute between steps (evaluations, answers of a round) is no part of a step.
+        if self.block_timer is not None:
+            self.block_timer.is_on = False
 
     def restart_clock(self) -> None:
         """Leave out the time since the last flush (evaluation, checkpoint) from the speed of the next steps."""
@@ -182,9 +189,12 @@ class Meter:
         # The device has just caught up, so the interval's wall time is true even where single steps' would not be.
         step_s = (time.perf_counter() - self._clock) / len(records)
         self._clock = time.perf_counter()
+        # Writing and scoring answers is no training: speeds are those of the rest.
+        round_s = sum(record.round_s for record in records) / len(records)
+        train_s = max(step_s - round_s, 1e-9)
         mean_tokens = sum(record.tokens for record in records) / len(records)
         mean_supervised_tokens = sum(record.supervised_tokens for record in records) / len(records)
-        self._intervals.append((mean_tokens, mean_supervised_tokens, step_s))
+        self._intervals.append((mean_tokens, mean_supervised_tokens, train_s))
 
         # The columns apart again, now of all ranks together.
         term_sums = table[:, : len(terms)].tolist()
@@ -198,7 +208,10 @@ class Meter:
         rows = []
         for number, record in enumerate(records):
             sums = dict(zip(terms, term_sums[number], strict=True))
-            row = self._row(record, sums, waits_s[number], grad_norms[number], step_s)
+            row = self._row(record, sums, waits_s[number], grad_norms[number], train_s)
+            if round_s:
+                row |= {"step_s": step_s, "train_s": train_s}
+            row |= record.facts
             if expert_tokens is not None:
                 row |= expert_load.expert_metrics(expert_tokens[number])
             # Without timed parts there is nothing to zip: the means over ranks of what was timed.

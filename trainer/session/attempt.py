@@ -60,6 +60,8 @@ class Attempt:
     """The path of the directory before somebody renamed it while the run was under way."""
     on_move: list[Callable[[Path], None]] = field(default_factory=list)
     """Called with the new path of the directory after it was renamed."""
+    at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What is closed when the attempt ends, however it ends: processes of this rank."""
     at_timeout: Callable[[Exchange], None] | None = None
     """Called with an exchange for which NCCL is about to end this process."""
     when_cut_off: Callable[[CutOffRank], None] | None = None
@@ -85,6 +87,10 @@ class Attempt:
             if lost is not None:
                 raise LeaseLost(lost) from stop
             raise
+
+    def tell_phase(self, phase: str) -> None:
+        """Note what the attempt is at."""
+        self.phase = phase
 
     def at_step(self, step: int) -> None:
         """Note the step that is being taken."""
@@ -213,6 +219,8 @@ def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Ite
             if error is caught:
                 raise
             raise error from caught
+        finally:
+            attempt.at_end.close()
 
 
 def _write_stopped(attempt: Attempt, error: BaseException) -> None:

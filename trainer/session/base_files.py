@@ -123,7 +123,9 @@ def _reads_start(config: RunConfig, *, teacher: bool, start: bool) -> bool:
     """
     if not isinstance(config.tuning, LoraConfig) or rewrites_base(config.tuning.init):
         return True
-    return start or (teacher and family_of(config.objective).compares_distributions(config.objective))
+    family = family_of(config.objective)
+    compares = family.compares_distributions(config.objective) or family.compares_with_start(config.objective)
+    return start or (teacher and compares)
 
 
 def use_recorded_base(

@@ -29,6 +29,7 @@ from trainer.config.tree import kind_of
 from trainer.data.config import identifying
 from trainer.data.prepare import PreparedData
 from trainer.reporting.status import write_text_atomic
+from trainer.rollout.rewards.copies import recorded_digests
 from trainer.session.base_files import IDENTITY, base_files
 
 ACCEPTED = "accepted"
@@ -66,6 +67,8 @@ def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) ->
     if files:
         identity["base"] |= base_files(config)
         identity["code"] = {"source": source_digest()}
+        if config.run.dir is not None:
+            identity["rewards"] |= recorded_digests(Path(config.run.dir))
     else:
         identity["base"] = {}
         identity["code"] = {}
@@ -179,7 +182,7 @@ def _compare_ranks(identity_by_rank: list[tuple[str, Identity]], accept: list[st
     for rank, (host, identity) in enumerate(identity_by_rank):
         expected = first
         if not identity["code"]:  # this rank read no files
-            expected = {**first, "base": {}, "code": {}}
+            expected = {**first, "base": {}, "code": {}, "rewards": {}}
         changed = differences(expected, identity, accept=accept)
         if changed:
             refusal = (

@@ -19,6 +19,7 @@ from trainer.monitors.detectors import Challenges, WatchedTasks
 from trainer.monitors.first_evaluation import KeptHeldOut
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import KeptAnswers
+from trainer.objectives.rollouts import RoundsConfig
 from trainer.optim.schedule import warmup_steps
 from trainer.reporting.results import LAST_HELD_OUT
 from trainer.session.announcements import RunContext, challenge_reporter
@@ -39,6 +40,9 @@ def challenges_of(config: RunConfig, built: Built, total_steps: int, context: Ru
     challenges.kept_last = KeptHeldOut(context.run_dir, context.runtime, LAST_HELD_OUT)
     challenges.window = divergence.window_of(total_steps)
     challenges.first_judged = divergence.first_judged(warmup_steps(config.schedule, total_steps))
+    if isinstance(config.objective, RoundsConfig):
+        rewards = config.objective.rewards
+        challenges.controls = [f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0]
     challenges.on_record = challenge_reporter(context)
     return challenges
 

@@ -45,6 +45,7 @@ from trainer.reporting.run_record import (
     TuningStart,
 )
 from trainer.reporting.status import write_text_atomic
+from trainer.rollout.loader import RolloutLoader
 from trainer.session.base_files import base_commit
 from trainer.session.identity import versions_of
 from trainer.step import Built
@@ -74,7 +75,7 @@ class RunParts:
     built: Built
     source: WeightSource
     """The source of the initial values."""
-    loader: StepLoader
+    loader: StepLoader | RolloutLoader
     total_steps: int
     resumed_from: Path | None
 
@@ -132,7 +133,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         micro_batch=config.batch["micro"],
         accumulation=loader.accumulation,
         total_steps=run_parts.total_steps,
-        epochs=run_parts.total_steps * config.batch["global"] / loader.order.num_units,
+        epochs=run_parts.total_steps * loader.samples_per_step / loader.order.num_units,
         tokens_per_step=round(mean_tokens * config.batch["global"]),
         host=socket.gethostname(),
         device=str(runtime.device),

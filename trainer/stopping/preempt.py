@@ -35,6 +35,10 @@ class Agreement:
         """Steps between two questions."""
         self._asked_at = time.monotonic()
 
+    def asked_here(self) -> bool:
+        """Whether this process was asked to stop. No collective: the other ranks may not know yet."""
+        return self._request.signal_name is not None
+
     def for_loop(self) -> Agreement:
         """An agreement for another loop."""
         return Agreement(self._request, self._runtime)

@@ -77,7 +77,7 @@ def merge_initial_adapter(model: nn.Module, tuning: TuningConfig) -> MergedAdapt
     if reason:
         raise ConfigError(
             f"tuning.from={directory}: the objective compares with the model that this run begins with, and that "
-            f"cannot be built: {reason}; set objective.forgetting.kl_weight=0"
+            f"cannot be built: {reason}; set objective.forgetting.kl_weight=0 (sft), or objective.kl.weight=0 (grpo)"
         )
     return MergedAdapters(model, [directory], "tuning.from")
 

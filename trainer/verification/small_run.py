@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, SingleConfig, StrategyConfig, StrategyName
+from strategies.errors import ConfigError
 from trainer.config.parallel import ParallelConfig, accumulation_steps
 from trainer.config.run import AUTO, LauncherConfig, RunConfig
 from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.registry import family_of
 from trainer.optim.config import SgdConfig
 from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.tuning.base import TuningConfig
@@ -67,7 +69,15 @@ def number_of_ranks(config: RunConfig) -> int:
 
 
 def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_ranks: int | None) -> SmallRun:
-    """The run on the copies in `model` and `teacher`; `user_ranks`: ranks of the run itself, None if they are not known."""
+    """The run on the copies in `model` and `teacher`; `user_ranks`: ranks of the run itself, None if they are not known.
+
+    Raises ConfigError for an objective that writes what it learns from: there is nothing to compare before it has written.
+    """
+    if family_of(config.objective).rollout is not None:
+        raise ConfigError(
+            f"objective={config.objective.name}: the model writes what it learns from, and a random small copy writes nothing "
+            "worth comparing; verify the same strategy and tuning with objective=sft"
+        )
     changes: list[str] = []
     ranks = number_of_ranks(config)
     degree = sequence_degree(config)

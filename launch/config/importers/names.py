@@ -144,6 +144,37 @@ DATA = {
     **_rules("pref_loss", lambda value, _: _pair_loss(value)),
     **_rules("simpo_gamma", renamed_to("objective.gamma")),
 }
+REINFORCEMENT = {  # of TRL's GRPOConfig, then of verl
+    **_rules("num_generations", renamed_to("objective.group_size")),
+    **_rules("max_completion_length max_response_length", renamed_to("objective.rollout.max_new_tokens")),
+    **_rules("max_prompt_length", renamed_to("data.max_length")),
+    **_rules("num_iterations ppo_epochs", renamed_to("objective.rollout.iterations")),
+    **_rules("epsilon clip_ratio clip_ratio_low", renamed_to("objective.clip")),
+    **_rules("epsilon_high clip_ratio_high", renamed_to("objective.clip_high")),
+    **_rules("clip_ratio_c", renamed_to("objective.clip_negative")),
+    **_rules("kl_loss_coef kl_coef", renamed_to("objective.kl.weight")),
+    **_rules("mask_truncated_completions", renamed_to("objective.mask_truncated")),
+    **_rules("importance_sampling_level", renamed_to("objective.importance_level")),
+    **_rules("scale_rewards", choice("objective.scale", rules.REWARD_SCALES)),
+    **_rules("loss_agg_mode", choice("objective.normalise", rules.LOSS_SUMS)),
+    **_rules("adv_estimator", choice("objective", rules.ADVANTAGE_ESTIMATORS)),
+    **_rules(
+        "reward_funcs reward_weights custom_reward_function",
+        without_equivalent(
+            "objective.rewards=rewards.py takes each function of a file; objective.rewards.<name>.weight weighs it"
+        ),
+    ),
+    **_rules(
+        "steps_per_generation ppo_mini_batch_size",
+        without_equivalent(
+            "objective.rollout.steps says how many optimizer steps the answers of a round are divided into"
+        ),
+    ),
+    **_rules(
+        "use_vllm vllm_mode vllm_gpu_memory_utilization",
+        without_equivalent("the run's own engine writes the answers, under every strategy"),
+    ),
+}
 OPTIMIZER = {
     **_rules("learning_rate", renamed_to("optim.lr")),
     **_rules("weight_decay", renamed_to("optim.weight_decay")),
@@ -200,7 +231,7 @@ REPORTING = {
     ),
     **_rules("predict_with_generate", without_equivalent("evaluation.generate.samples=N writes and scores answers")),
 }
-RULES_BY_NAME: dict[str, Rule] = {**RUN, **MODEL, **DATA, **OPTIMIZER, **REPORTING}
+RULES_BY_NAME: dict[str, Rule] = {**RUN, **MODEL, **DATA, **REINFORCEMENT, **OPTIMIZER, **REPORTING}
 
 
 def normalised_name(name: str) -> str:

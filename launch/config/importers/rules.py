@@ -53,7 +53,23 @@ OBJECTIVES = {
     "classification": "cls classification",
     "seq2seq": "seq2seq",
     "distillation": "distillation",
+    "grpo": "grpo",
 }
+REWARD_SCALES = {"std": "group true", "batch_std": "batch", "none": "none false"}
+"""What advantages are divided by, and TRL's names for it."""
+LOSS_SUMS = {
+    "token": "token-mean",
+    "answer": "seq-mean-token-mean",
+    "constant": "seq-mean-token-sum-norm",
+    "sum": "seq-mean-token-sum",
+}
+"""What the loss of a policy is divided by, and verl's names for it."""
+ADVANTAGE_ESTIMATORS = {
+    "grpo": "grpo",
+    "rloo": "rloo",
+    "reinforce_pp": "reinforce_plus_plus reinforce_plus_plus_baseline",
+}
+"""Our choices, and verl's names of the estimators that they differ by."""
 LOSS_TYPES_OF_DPO = ("ipo", "hinge")
 """Values of `objective.loss_type` under objective=dpo that others take for objectives of their own."""
 ATTENTION = {

@@ -358,6 +358,7 @@ def test_overrides_suggested_for_other_trainers_options_compose(tmp_path):
         "quantization_bit": "4",
         "pref_loss": "ipo",
     }
+    text |= {"scale_rewards": "group", "loss_agg_mode": "token-mean", "adv_estimator": "rloo"}
     text |= {"dataset_text_field": "body", "wandb_mode": "offline", "data.shuffle": "true", "val_set_size": "0.1"}
     answered = 0
     for name in RULES_BY_NAME:

@@ -458,6 +458,7 @@ def test_verbs_read_a_run_through_one_function():
         "config/read_run.py",
         "doctor/verify_rank.py",
         "evaluate/command.py",
+        "evaluate/reward_trial.py",
         "evaluate/words.py",
         "runs/status_lineage.py",
         "train.py",

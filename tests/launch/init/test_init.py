@@ -261,9 +261,14 @@ def test_a_file_of_llama_factory_trains(tmp_path, capsys):
             "liger_rope",
         ),
         (
-            "model_name_or_path: m\nstage: grpo\nreport_to: mlflow, swanlab\nsave_strategy: 'no'",
+            "model_name_or_path: m\nstage: ppo\nreport_to: mlflow, swanlab\nsave_strategy: 'no'",
             {"logging.mlflow": True, "logging.wandb": "disabled", "checkpoint.every_minutes": 0, "objective": None},
             "stage",
+        ),
+        (
+            "model_name_or_path: m\nrl: grpo\nnum_generations: 16\nepsilon_high: 0.28\nscale_rewards: false\nuse_vllm: true",
+            {"objective": "grpo", "objective.group_size": 16, "objective.clip_high": 0.28, "objective.scale": "none"},
+            "use_vllm",
         ),
         (
             "model_name_or_path: m\nstage: cls\nsave_strategy: epoch",

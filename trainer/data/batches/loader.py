@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,12 @@ class StepBatch:
     """Tokens of the global batch by source, where the training data has several."""
     source_counts: dict[str, float] = field(default_factory=dict)
     """The count of `loss` by source, likewise."""
+    facts: dict[str, float] = field(default_factory=dict)
+    """Further metrics of the step for its row, the same on all ranks."""
+    round_step: int = 0
+    """Steps taken of the round after this one, if batches are rounds; 0 after its last step, and where there are none."""
+    round_s: float = 0.0
+    """Seconds of this rank in which the batch was made between two steps, as a round is, and not beside them."""
     balance: float = 1.0
     """Mean over the ranks' tokens (costs, of long documents) as a share of the busiest rank's, micro-batch by micro-batch; 1
     where none waits."""
@@ -115,6 +122,11 @@ class StepLoader:
         # The cost decides which rank gets which unit, see `_slots`.
         self._unit_costs = self.unit_tokens
 
+    @property
+    def samples_per_step(self) -> float:
+        """Documents (packs) that a step consumes."""
+        return self.share.global_batch
+
     def weigh_attention(self, tokens_per_square: int) -> None:
         """Deal the units of every step by what they cost with attention, not by their tokens alone.
 
@@ -157,6 +169,16 @@ class StepLoader:
             return units
         begins = self._unit_begins[units]
         return self._unit_sequences[concatenated_ranges(begins, self._unit_begins[units + 1] - begins)]
+
+    def attachments(self) -> dict[str, bytes]:
+        """Files that a checkpoint needs beside the state: none, since the order depends on the samples consumed alone."""
+        return {}
+
+    def restore(self, checkpoint: Path) -> None:
+        """Nothing: see `attachments`."""
+
+    def check_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Nothing: the data has what is learned."""
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
         """Batches of `num_steps` steps; `first_sample` is the number of samples consumed before the first one.

@@ -77,7 +77,7 @@ class ReportWriter:
         audit = self.audit(totals, columns, selection)
         audit.samples = samples
         for name, split in audit.splits.items():
-            self._refuse_useless_split(name, split, audit.flow)
+            self._refuse_useless_split(name, split, audit.flow, has_answers=data_spec.has_answers)
         # An empty evaluation file would otherwise be noticed only at the first evaluation.
         for source in audit.sources:
             if source.split != "train" and not source.kept:
@@ -163,10 +163,12 @@ class ReportWriter:
             turns_histogram=audit_schema.make_histogram(num_turns) if num_turns.any() else None,
         )
 
-    def _refuse_useless_split(self, name: str, split: audit_schema.Split, flow: list[audit_schema.StageReport]) -> None:
+    def _refuse_useless_split(
+        self, name: str, split: audit_schema.Split, flow: list[audit_schema.StageReport], *, has_answers: bool
+    ) -> None:
         """Raise DataError if a split would teach nothing: no document is left, or too few tokens are supervised.
 
-        `flow` tells which stage took most documents, so that the error can name its setting.
+        `flow` tells which stage took most documents, so that the error can name its setting. `has_answers`: see `DataSpec`.
         """
         has_own_files = getattr(self.config, f"{name}_path", None) is not None
         key = f"data.{name}_path" if has_own_files else "data.path"
@@ -188,7 +190,7 @@ class ReportWriter:
                 f"{key}: no document of the {name} split has a supervised token to learn "
                 f"(dropped: {', '.join(drop_counts) or 'none'}); {advice}fix the data"
             )
-        if not split.labelled and split.supervised_share < self.config.min_supervised_share:
+        if has_answers and not split.labelled and split.supervised_share < self.config.min_supervised_share:
             raise DataError(
                 f"{key}: only {split.supervised_share:.4%} of the {name} tokens are supervised, less than "
                 f"data.min_supervised_share={self.config.min_supervised_share}; fix the data or lower the limit"

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.config import DataFormat
 from trainer.data.report.audit import Audit
 
 if TYPE_CHECKING:
@@ -366,4 +367,6 @@ def _privacy_gaps(audit: Audit) -> list[str]:
         gaps.append(f"personal data was looked for in {privacy.scanned:,} of {plural(documents, 'document')}")
     if privacy is not None and not privacy.people_and_places:
         gaps.append("names of people, places and organisations were not looked for (data.privacy.engine=presidio)")
+    if any(source.format == DataFormat.prompt for source in audit.sources):
+        gaps.append("personal data was not looked for in columns that are kept for rewards")
     return gaps

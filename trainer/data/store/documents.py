@@ -24,7 +24,7 @@ TURNS = ("messages", "chosen", "rejected")
 
 @cache
 def schema() -> pa.Schema:
-    """The columns; what a document does not have is null. Tools and calls of tools are JSON texts."""
+    """The columns; what a document does not have is null. Tools, calls of tools and kept columns are JSON texts."""
     import pyarrow as pa
 
     def texts(*names: str) -> list[tuple[str, pa.DataType]]:
@@ -43,7 +43,7 @@ def schema() -> pa.Schema:
             *texts("source", "file"),
             ("line", pa.int64()),
             *((name, pa.list_(turn)) for name in TURNS),
-            *texts("prompt", "completion", "text", "label", "separator", "tools"),
+            *texts("prompt", "completion", "text", "label", "separator", "tools", "columns"),
             ("desirable", pa.bool_()),
         ]
     )
@@ -66,7 +66,7 @@ def to_batch(documents: list[Document]) -> pa.RecordBatch:
 
 
 def _table_row(document: Document) -> dict[str, Any]:
-    """A document as a row of the table: what it does not have is left out, tools and calls are JSON texts."""
+    """A document as a row of the table: what it does not have is left out, tools, calls and kept columns are JSON texts."""
     row: dict[str, Any] = {}
     for name in schema().names:
         field = getattr(document, name)
@@ -75,7 +75,7 @@ def _table_row(document: Document) -> dict[str, Any]:
     for name in TURNS:
         if name in row:
             row[name] = [_with_json_text(turn, "tool_calls") for turn in row[name]]
-    return _with_json_text(row, "tools")
+    return _with_json_text(_with_json_text(row, "tools"), "columns")
 
 
 def _with_json_text(fields: dict[str, Any], name: str) -> dict[str, Any]:
@@ -118,8 +118,9 @@ class DocumentTable:
         for name in TURNS:
             if fields[name] is not None:
                 fields[name] = [_document_turn(turn) for turn in fields[name]]
-        if fields["tools"]:
-            fields["tools"] = json.loads(fields["tools"])
+        for name in ("tools", "columns"):
+            if fields.get(name):  # data that an earlier version prepared has no kept columns
+                fields[name] = json.loads(fields[name])
         fields["separator"] = fields["separator"] or ""
         return Document(**fields)
 

@@ -103,6 +103,41 @@ class Encoder:
             answers = [(document, _messages(document)) for document in batch]
             yield from zip(batch, self.encode_answers(answers, fast=fast), strict=True)
 
+    def encode_prompts(self, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        """(document, tokens of its prompt as int32 [n]) in order; the prompt ends where the model would begin to answer.
+
+        Of a conversation that ends in an answer, the prompt is what stands before it. The chat template writes the header of the
+        answer to come; without a template it is the text, or the prompt and its separator, after BOS. Errors: those of `encode`.
+        """
+        remaining = iter(documents)
+        while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
+            rendered = [self._render_prompt(document) for document in batch]
+            encodings, _ = self.tokenize(rendered)
+            for document, encoding in zip(batch, encodings, strict=True):
+                ids = np.array(encoding.ids, dtype=np.int32)
+                has_template = self.template is not None and document.text is None
+                adds_bos = not has_template and self.opening[:1] == [self.bos_id] and ids[:1].tolist() != [self.bos_id]
+                if adds_bos:
+                    ids = np.concatenate([np.array(self.opening[:1], np.int32), ids])
+                yield document, ids
+
+    def _render_prompt(self, document: Document) -> RenderedText:
+        """The text of a document up to where the model would begin to answer, nothing of it learned."""
+        turns = _messages(document)
+        if turns is None and document.prompt is not None and self.template is not None:
+            turns = document.conversation()
+        if turns is None:
+            text = self.escape_text(document, document.text or document.prompt or "") + document.separator
+            return RenderedText(text, [], escaped=ESCAPE in text)
+        if self.template is None:
+            self.template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
+        while turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        unlearned = [{**turn, "train": False} for turn in turns]
+        escaped = self._escape_messages(document, unlearned)
+        text = self.template.render_prompt(escaped, document.location, document.tools)
+        return RenderedText(text, [], escaped=escaped is not unlearned)
+
     def encode_answers(self, answers: list[DocumentTurns], *, fast: bool = True) -> list[Sample]:
         """A sample of each document, made of the messages beside it; see `DocumentTurns`."""
         rendered = self._render_all(answers, fast=fast)

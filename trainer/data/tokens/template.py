@@ -181,6 +181,14 @@ class ChatTemplate:
         text, _ = self._apply_all([job])[0]
         return text
 
+    def render_prompt(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
+        """A conversation up to where the assistant would answer: with the header of the turn to come. Raises RefusedDocument."""
+        job = self._make_job(messages, location, tools)
+        if job.chat is not None:
+            return self._guard(partial(job.chat.apply, prompt=True), job.chat.messages, location=location)
+        text, _ = self._apply_all([job], add_generation_prompt=True)[0]
+        return text
+
     def first_content_begin(self, messages: Sequence[Message], location: str, tools: Tools = None) -> int | None:
         """The character of the rendered text at which the first message after the system turns begins.
 

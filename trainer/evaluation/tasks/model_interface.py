@@ -224,9 +224,9 @@ def last_answer(document: Document) -> dict[str, Any] | None:
     """The last answer of a document as a turn; None if it has none."""
     if document.messages is not None:
         return next((turn for turn in reversed(document.messages) if turn["role"] == "assistant"), None)
-    if document.prompt is None:
+    if document.prompt is None or document.completion is None:
         return None
-    return {"role": "assistant", "content": document.completion or ""}
+    return {"role": "assistant", "content": document.completion}
 
 
 def softmax(logits: Sequence[float]) -> list[float]:

@@ -22,12 +22,17 @@ def pass_at_k_metrics(draws: int) -> tuple[Metric, ...]:
 
     pass@k is the chance that one of k answers is right, so it is for tasks whose answers are right or wrong.
     """
-    powers_of_two = [2**power for power in range(1, draws.bit_length())]
     metrics = []
-    for k in sorted({*powers_of_two, draws} - {1}):  # pass@1 is the task's own metric
+    for k in powers_up_to(draws):  # pass@1 is the task's own metric
         name = f"{PASS_PREFIX}{k}"
         metrics.append(Metric(name, f"share of rows of which one of {k} answers is right, 0 to 1", ratio=(name, None)))
     return tuple(metrics)
+
+
+def powers_up_to(draws: int) -> list[int]:
+    """2, 4, 8 ... below `draws`, and `draws` itself; empty for one draw."""
+    powers_of_two = [2**power for power in range(1, draws.bit_length())]
+    return sorted({*powers_of_two, draws} - {1})
 
 
 def texts_by_prompt(written: Sequence[WrittenAnswer], num_prompts: int) -> list[list[str]]:

@@ -141,7 +141,7 @@ def _document_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
         format = config.format
         if format is DataFormat.auto:
             format = recognise(first, config.columns, source=task.name, preferred=task.formats)
-        reader = RowReader(format, config.columns, source=task.name, refuses=False)
+        reader = RowReader(format, config.columns, source=task.name).take_all()
     except (DataError, ConfigError) as error:
         raise type(error)(with_task_keys(str(error))) from None
 

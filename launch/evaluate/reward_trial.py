@@ -1,0 +1,250 @@
+"""`shardtune evaluate <words of a run with objective=grpo>`: tries the rewards on answers of the model before a run is queued."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.output import Column, TableRow, fold, print_json, stdout_to_stderr, table
+from trainer.stopping.signals import hold
+
+if TYPE_CHECKING:
+    from launch.evaluate.words import EvaluateWords
+    from trainer.config.run import RunConfig
+    from trainer.reward_trial import RewardTrialJob
+
+CONFIG_FILE = "job.yaml"
+JOB_FILE = "job.json"
+COLUMNS = (
+    Column("reward"),
+    Column("mean", is_number=True),
+    Column("least", is_number=True),
+    Column("most", is_number=True),
+    Column("spread in a group", is_number=True),
+    Column("idle groups", is_number=True),
+    Column("unscored", is_number=True),
+)
+SHOWN_GROUPS = 3
+
+
+def is_trial(words: EvaluateWords) -> bool:
+    """Whether these words are those of a run that learns from rewards, or name such a run, and nothing else to evaluate."""
+    from launch.config.compose import compose
+    from trainer.objectives.registry import FAMILIES, family_of
+
+    names_tasks = any(setting.startswith(("evaluation.tasks", "evaluation.server")) for setting in words.settings)
+    if words.against is not None or names_tasks:
+        return False
+    if words.run is not None:
+        objective = _objective_without_tasks(words.run)
+        return objective in FAMILIES and FAMILIES[objective].rollout is not None
+    if not any(setting.startswith("objective=") for setting in words.settings):
+        return False
+    return family_of(compose(words.settings, check=False).config.objective).rollout is not None
+
+
+def _objective_without_tasks(run: Path) -> str:
+    """The objective of a run that has no evaluation tasks; empty if it has some, or cannot be read."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        has_tasks = bool(tree["evaluation"].get("tasks"))
+        name = str(tree["objective"]["name"])
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return ""
+    return "" if has_tasks else name
+
+
+def run_trial(words: EvaluateWords) -> int:
+    """Write and score the first groups of the run's first round, print what they say, and return the exit code.
+
+    Errors: ConfigError for words that could not start the run.
+    """
+    from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
+    from launch.cluster.torchrun import RankProgram
+    from launch.config.frozen import identity, to_yaml
+    from strategies.errors import Preempted
+    from trainer.reporting.status import write_text_atomic
+    from trainer.reward_trial import REPORT, RewardTrialJob, trial_worker
+
+    job = RewardTrialJob()
+    if words.run is None:
+        config = trial_config(words)
+        to = Path(words.to or Path("runs") / f"evaluate-{Path(str(config.model.path)).name}")
+    else:
+        config, job = _trial_of_run(words.run, words)
+        to = Path(words.to or (words.run if job.copies else Path("runs") / f"evaluate-{words.run.resolve().name}"))
+    directory = to / "evaluation"
+    write_text_atomic(directory / JOB_FILE, json.dumps(asdict(job)) + "\n")
+    config.run.dir = str(directory)
+    sha256 = identity(config)
+    write_text_atomic(
+        directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}"
+    )
+    with stdout_to_stderr(words.as_json):
+        if config.launcher.in_place:
+            hold()
+            before = state_before_start(directory)
+            code = 0
+            try:
+                trial_worker(config, job, directory, to)
+            except Preempted as stop:
+                code = 130 if stop.signal_name == "SIGINT" else 0
+            code = record_outcome(directory, code, before, verb="evaluate")
+        else:
+            code = run_supervised(
+                config, directory, sha256, program=RankProgram("launch.evaluate.reward_trial", CONFIG_FILE)
+            )
+    if code:
+        return code
+    report: dict[str, Any] = json.loads((to / REPORT).read_text(encoding="utf-8"))
+    if words.as_json:
+        print_json(report)
+    else:
+        print(f"{trial_text(report)}\n\nwritten: {to / REPORT}", flush=True)
+    return 0
+
+
+def _trial_of_run(run: Path, words: EvaluateWords) -> tuple[RunConfig, RewardTrialJob]:
+    """The configuration and job that try a checkpoint of a run by its rewards. Errors: ConfigError."""
+    from launch.config.read_run import may_write_results
+    from launch.evaluate.words import config_of_run
+    from trainer.reward_trial import RewardTrialJob
+
+    config, checkpoint, _ = config_of_run(run, words)
+    # In a run of somebody else's, the copies are not the file that this user has allowed.
+    copies = str(run) if may_write_results(run) else None
+    return _settled(config), RewardTrialJob(checkpoint, copies)
+
+
+def trial_config(words: EvaluateWords) -> RunConfig:
+    """The configuration of the run, as it would train, but that nothing is left to choose. Errors: ConfigError."""
+    from launch.config.compose import compose
+
+    settings = list(words.settings)
+    if not any(setting.startswith("budget") for setting in settings):
+        settings.append("budget.steps=1")
+    return _settled(compose(settings).config)
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """A configuration in which nothing is left to choose. Errors: ConfigError for a job of SLURM."""
+    from launch.config.compose import world_size_of
+    from strategies.base import AutoConfig, Fsdp2Config, SingleConfig
+    from strategies.errors import ConfigError
+    from trainer.config.run import AUTO, LauncherName
+
+    if config.launcher.name is LauncherName.slurm:
+        raise ConfigError("launcher=slurm: rewards are tried on this machine; leave it out, or allocate one with srun")
+    if isinstance(config.strategy, AutoConfig):
+        config.strategy = SingleConfig() if (world_size_of(config) or 1) == 1 else Fsdp2Config()
+    if config.batch["micro"] == AUTO:
+        config.batch["micro"] = 1
+    config.evaluation.tasks = {}
+    return config
+
+
+def trial_text(report: dict[str, Any]) -> str:
+    """A report for people."""
+    lines = [
+        f"{report['prompts']} prompts, {report['draws']} answers each, of {report['mean_length']:.0f} tokens on average "
+        f"({100 * report['truncated_share']:.0f} % cut off at {report['max_new_tokens']})",
+        "",
+    ]
+    rows = [_row("all together", report["reward"])]
+    if len(report["rewards"]) > 1:
+        rows += [_row(name, of_reward) for name, of_reward in report["rewards"].items()]
+    else:
+        rows = [_row(*entry) for entry in report["rewards"].items()]
+    lines += [*table(COLUMNS, rows), ""]
+    shares = [
+        f"{size}: {_percent(share)}" for size, share in report["idle_share_by_group_size"].items() if share is not None
+    ]
+    lines += fold(f"idle groups expected by objective.group_size: {', '.join(shares)}")
+    lines += fold(
+        f"a round of {report['prompts_per_round']} prompts: about {report['round_s']:.0f} s for writing and scoring "
+        f"(here {report['write_s']:.1f} s and {report['reward_s']:.1f} s)"
+    )
+    for line in _advice(report):
+        lines += fold(line)
+    for group in report["groups"][:SHOWN_GROUPS]:
+        lines += ["", *fold(f"{group['where']}: {_one_line(group['prompt'])}")]
+        for name in ("best", "worst"):
+            if name in group:
+                answer = group[name]
+                lines += fold(f"  {name}, {answer['reward']:.3g}: {_one_line(answer['answer'])}")
+    return "\n".join(lines)
+
+
+def _row(name: str, summary: dict[str, Any]) -> TableRow:
+    """A row of the table of rewards."""
+    numbers = ["-" if summary[key] is None else f"{summary[key]:.3g}" for key in ("mean", "least", "most", "spread")]
+    return TableRow([name, *numbers, _percent(summary["idle_share"]), str(summary["unscored"])])
+
+
+def _percent(share: float) -> str:
+    """A share for people."""
+    return f"{100 * share:.0f} %"
+
+
+def _one_line(text: str) -> str:
+    """A text without line breaks and with no more than 200 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:200]}..."
+
+
+def _advice(report: dict[str, Any]) -> list[str]:
+    """What to do before the run is started, if something stands against it."""
+    advice = []
+    share = report["reward"]["idle_share"]
+    if report["reward"]["mean"] is None:
+        advice.append("No answer was scored: the run would learn nothing. Look at what the rewards return.")
+    elif share == 1:
+        advice.append(
+            "In no group do the answers score differently, so nothing would be learned: take easier prompts, tune with "
+            "objective=sft first, or mend the reward."
+        )
+    elif share > 0.5:
+        advice.append(
+            f"{_percent(share)} of the groups are idle and teach nothing: objective.idle_groups=replace, a larger "
+            "objective.group_size, or prompts that the model solves sometimes."
+        )
+    if report["truncated_share"] > 0.5:
+        advice.append(
+            "Most answers were cut off: raise objective.rollout.max_new_tokens, or let the reward score truncated answers 0."
+        )
+    return advice
+
+
+def run_as_rank() -> int:
+    """Run as one rank that our launcher has started; returns the exit code."""
+    hold()
+    from launch.cluster.torchrun import die_with_parent
+    from launch.config.compose import load_frozen
+    from launch.config.process_role import export_torchrun_variables
+    from strategies.errors import Preempted
+    from trainer.reporting.status import read_failure
+    from trainer.reward_trial import RewardTrialJob, trial_worker
+
+    export_torchrun_variables()
+    die_with_parent()
+    frozen = Path(os.environ["SHARDTUNE_CONFIG"])
+    try:
+        job = RewardTrialJob(**json.loads((frozen.parent / JOB_FILE).read_text(encoding="utf-8")))
+        trial_worker(load_frozen(frozen), job, frozen.parent, frozen.parent.parent)
+    except Preempted:
+        return 0
+    except Exception:
+        if read_failure(frozen.parent):
+            return 70  # the launcher shows the first failure
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_as_rank())

@@ -1,0 +1,105 @@
+"""What is said of rewards: cheating, collapse and idle groups; blocks of any length; and false alarms on noise."""
+
+import numpy as np
+import pytest
+
+from strategies.base import Progress
+from trainer.monitors import rewards
+from trainer.monitors.config import ChallengesConfig, Reaction, RewardsWatchConfig
+from trainer.monitors.detectors import Challenges
+
+CONTROL = "rewards/control/mean"
+
+
+def verdicts(rows, controls=(CONTROL,), evaluations=()):
+    """The verdicts on a run, and the step at which each was first found."""
+    blocks, found = [], {}
+    for step, row in enumerate(rows, start=1):
+        if rewards.add_step(blocks, row, controls):
+            for finding in rewards.find_problems(RewardsWatchConfig(), step, blocks, evaluations, controls):
+                found.setdefault(finding.verdict, step)
+    return found
+
+
+def rows_of(reward, control=None, **others):
+    names = {rewards.REWARD: reward, CONTROL: control, **others}
+    given = {name: values for name, values in names.items() if values is not None}
+    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 47, 48, 49, 96, 97, 400])
+def test_blocks_hold_the_mean_of_every_full_block(steps):
+    blocks = []
+    for value in range(steps):
+        rewards.add_step(blocks, {rewards.REWARD: value}, ())
+    assert sum(block[rewards.STEPS] for block in blocks) == steps
+    assert len(blocks) <= rewards.MOST_BLOCKS
+    size = int(blocks[0][rewards.STEPS])
+    means = rewards.series(blocks, rewards.REWARD)
+    assert means == [pytest.approx(number * size + (size - 1) / 2) for number in range(steps // size)]
+
+
+def test_a_control_that_falls_while_the_reward_rises_is_cheating():
+    drawn = np.random.default_rng(0)
+    steps = np.arange(60)
+    reward = 0.1 + 0.01 * steps + drawn.normal(0, 0.05, 60)
+    control = 0.8 - 0.01 * steps + drawn.normal(0, 0.05, 60)
+    assert verdicts(rows_of(reward, control)).keys() == {"cheated"}
+    assert not verdicts(rows_of(reward, -control))
+    assert not verdicts(rows_of(np.full(60, 0.5) + drawn.normal(0, 0.05, 60), control))
+
+
+def test_held_out_rewards_that_fall_are_cheating():
+    reward = np.linspace(0.1, 0.8, 40)
+    evaluations = [{"step": step, "train": step / 10, "held_out": 0.5 - step / 40} for step in range(10)]
+    assert verdicts(rows_of(reward), (), evaluations).keys() == {"cheated"}
+    assert not verdicts(rows_of(reward), (), [{**evaluation, "held_out": 0.5} for evaluation in evaluations])
+
+
+def test_collapse_length_and_idle_groups():
+    level = np.full(30, 0.5)
+    rising = np.linspace(0.1, 0.9, 30)
+    falling = np.geomspace(3.0, 0.05, 30)
+    assert verdicts(rows_of(rising, **{rewards.ENTROPY: falling})).keys() == {"collapsed"}
+    assert not verdicts(rows_of(rising, **{rewards.ENTROPY: np.linspace(3.0, 0.5, 30)}))
+    longer = np.linspace(100, 300, 30)
+    assert verdicts(rows_of(level, **{rewards.LENGTH: longer})).keys() == {"longer"}
+    assert not verdicts(rows_of(rising, **{rewards.LENGTH: longer}))
+    idle = {rewards.IDLE: np.full(30, 0.95)}
+    assert verdicts(rows_of(level, **idle)).keys() == {"idle"}
+    assert not verdicts(rows_of(rising, **idle))  # everything is solved
+
+
+@pytest.mark.parametrize("carried", [0.0, 0.5])
+def test_noise_raises_few_alarms(carried):
+    """Runs of 200 steps whose reward rises while a control hovers, with noise that carries over from step to step or not."""
+    drawn = np.random.default_rng(1)
+    runs = 40
+    alarms = 0
+    for _ in range(runs):
+        noise = drawn.normal(0, 0.05, (2, 200))
+        for step in range(1, 200):
+            noise[:, step] += carried * noise[:, step - 1]
+        reward = np.linspace(0.1, 0.7, 200) + noise[0]
+        alarms += bool(verdicts(rows_of(reward, 0.5 + noise[1])))
+    assert alarms <= 1
+
+
+def test_a_run_that_learns_from_rewards_is_not_judged_by_its_loss():
+    lines = []
+    challenges = Challenges(ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop)), 4, "loss", lines.append)
+    challenges.controls = [CONTROL]
+    progress = Progress()
+    for step in range(1, 41):
+        progress.step = step
+        row = {"step": step, "loss": (-1) ** step * 0.1, rewards.REWARD: step / 40, CONTROL: 1 - step / 40}
+        challenges.rows(progress, [row])
+    assert progress.first_loss is None
+    assert progress.recent_losses == []
+    challenges.evaluated(progress, {"eval/reward": 0.5})
+    assert progress.evaluations[-1] == {"step": 40.0, "train": pytest.approx(20.5 / 40), "held_out": 0.5}
+    (line,) = lines
+    assert line.startswith("warning: rewards at step ")
+    assert "while the control rewards/control/mean fell" in line
+    assert challenges.record["rewards"]["verdict"] == "cheated"
+    assert challenges.ends is not None

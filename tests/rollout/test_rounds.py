@@ -1,0 +1,216 @@
+"""Rounds in one process: what is written, dealt, counted and kept, with the product's engine and loader."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from strategies import runtime as processes
+from strategies.base import Progress
+from strategies.errors import DataError, Diverged, Interrupted
+from tests.helpers.building import model_dir, take_steps
+from tests.helpers.rounds import prompts_of, round_config, round_trainer, share_of_even_ids, texts_of
+from trainer.evaluation import decoding, group_answers
+from trainer.objectives.grpo_config import Normalise
+from trainer.objectives.policy import WRITER_DIFFERENCE
+from trainer.objectives.rollouts import IdleGroups
+from trainer.rollout.round_file import ROUND_FILE
+
+CLOSE = 1e-3
+"""Distance of the two best noisy scores of a draw above which no rounding of float32 changes it."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rounds")
+    model_dir(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return processes.start("cpu", timeout_s=60, threads=1)
+
+
+def made_trainer(root, runtime, *, micro=4, progress=None, reward=share_of_even_ids, stop_now=lambda: False, **changes):
+    config = round_config(root, root / "llama", "single", micro=micro, **changes)
+    return round_trainer(config, prompts_of(config), runtime, progress=progress, reward=reward, stop_now=stop_now)
+
+
+def test_a_draw_belongs_to_its_place_and_number_whatever_is_written_at_a_time(root, runtime, monkeypatch):
+    """Rows at a time and micro-batches change rounding alone: the same tokens, and the same steps.
+
+    The seed is one with which no draw of the first two rounds is closer than `CLOSE`; closer ones may change by rounding.
+    """
+    gaps = []
+
+    def measured(scores, seeds, position):
+        gaps.append(smallest_gap(scores, seeds, position))
+        return draw(scores, seeds, position)
+
+    draw = decoding.draw_in_two_levels
+    monkeypatch.setattr(group_answers, "draw_in_two_levels", measured)
+    curves = []
+    texts = []
+    for micro, rows in ((4, 1), (3, 7), (16, 64)):
+        trainer = made_trainer(root, runtime, micro=micro, rollout={"rows": rows})
+        curves.append(take_steps(trainer, 2))
+        texts.append(texts_of(trainer))
+    assert min(gaps) > CLOSE
+    assert texts[0] == texts[1] == texts[2]
+    lengths = [len(ids) for group in texts[0] for ids in group]
+    assert len(lengths) == 32 and max(lengths) <= 8
+    assert len({tuple(ids) for group in texts[0] for ids in group}) > 16  # draws differ
+    for curve in curves[1:]:
+        for step, first in zip(curve, curves[0], strict=True):
+            assert step == pytest.approx(first, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_a_prompt_computed_once_for_its_answers_gives_the_same_steps(tmp_path, runtime, architecture):
+    """Beside answers each with its prompt; in whole groups and in parts of them. gemma2 has windows and capped scores."""
+    model = model_dir(tmp_path, architecture, **({"sliding_window": 8} if architecture == "gemma2" else {}))
+    curves = []
+    tokens = []
+    for shares, micro in ((False, 16), (True, 16), (True, 3)):
+        trainer = round_trainer(
+            config := round_config(tmp_path, model, "single", micro=micro), prompts_of(config), runtime
+        )
+        dealer = trainer.loader.maker.dealer
+        assert dealer.shares_prompts
+        trainer.loader.maker.dealer = replace(dealer, shares_prompts=shares)
+        curves.append(take_steps(trainer, 3))
+        batch = next(trainer.loader.steps(12, 1))
+        tokens.append(sum(micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches))
+    for curve in curves[1:]:
+        for step, apart in zip(curve, curves[0], strict=True):
+            assert step == pytest.approx(apart, rel=1e-5, abs=1e-6)
+    assert tokens[1] < tokens[2] < tokens[0]
+
+
+def smallest_gap(scores, seeds, position):
+    """How far the two best noisy scores of a draw are apart, at the level where they are closest."""
+    missing = -scores.shape[1] % decoding.DRAW_BLOCK
+    padded = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf).unflatten(1, (-1, decoding.DRAW_BLOCK))
+    blocks = padded.logsumexp(-1).double() + decoding.gumbel(seeds, 2 * position, padded.shape[1])
+    chosen = padded[torch.arange(len(scores)), blocks.argmax(-1)].double()
+    tokens = chosen + decoding.gumbel(seeds, 2 * position + 1, decoding.DRAW_BLOCK)
+    gaps = []
+    for level in (blocks, tokens):
+        best = level.topk(2, dim=-1).values
+        gaps.append(float((best[:, 0] - best[:, 1]).min()))
+    return min(gaps)
+
+
+def test_prompts_are_neither_skipped_nor_taken_twice(root, runtime):
+    """14 prompts, 4 a round: the second epoch begins in the middle of the fourth round, in an order of its own."""
+    trainer = made_trainer(root, runtime)
+    take_steps(trainer, 7)
+    scorer = trainer.loader.maker.scorer
+    places = [group.prompt.place for groups in scorer.scored for group in groups]
+    assert places == list(range(28)) and trainer.progress.samples == 28
+    prompts = [tuple(group.prompt.ids) for groups in scorer.scored for group in groups]
+    assert sorted(prompts[:14]) == sorted(prompts[14:])
+    assert prompts[:14] != prompts[14:]
+
+
+def test_the_counts_of_a_step_are_those_of_the_learned_answers(root, runtime):
+    """The first answer of each group is unscored, and truncated ones are left out: neither in sums nor in counts.
+
+    An `e` ends an answer, so that some end.
+    """
+
+    def reward(group):
+        return [np.nan, *share_of_even_ids(group)[1:]]
+
+    leave_out = {"mask_truncated": True, "normalise": Normalise.answer, "rollout": {"stop": ["e"]}}
+    trainer = made_trainer(root, runtime, micro=3, reward=reward, **leave_out)
+    batch = next(trainer.loader.steps(0, 1))
+    made = trainer.loader.current
+    learned = [a for group in made.groups for a in group.answers[1:] if a.ended]
+    assert 0 < len(learned) < 12
+    tokens = sum(len(answer.ids) for answer in learned)
+    assert batch.totals == {"loss": len(learned), "tokens": tokens, "answers": len(learned)}
+    weights = np.concatenate([micro["loss_weights"] for micro in batch.micro_batches])
+    assert weights.sum() == pytest.approx(len(learned)) and len(weights) == tokens
+    assert batch.samples == 4 and batch.facts["answers/unscored"] == 4
+
+
+def test_a_round_of_several_steps_goes_on_from_its_checkpoint(root, runtime, tmp_path):
+    """Two steps taken twice each: stopped after the first or the third, the rest of the round is the same."""
+    rounds = {"steps": 2, "iterations": 2}
+    whole = made_trainer(root, runtime, rollout=rounds)
+    expected = take_steps(whole, 5)
+    assert len(whole.loader.maker.scorer.scored) == 2 and whole.progress.samples == 8
+    for stopped_after in (1, 3):
+        first = made_trainer(root, runtime, rollout=rounds)
+        take_steps(first, stopped_after)
+        assert first.progress.samples == 0 and first.progress.round_step == stopped_after
+        state = tmp_path / f"state{stopped_after}"
+        state.mkdir()
+        rank_state = first.engine.state(first.progress)
+        rank_state.attachments = first.loader.attachments()
+        rank_state.save(state)
+        assert (state / ROUND_FILE).exists()
+
+        second = made_trainer(root, runtime, rollout=rounds)
+        loaded = second.engine.load(state)
+        for name in ("step", "samples", "round_step", "tokens"):
+            setattr(second.progress, name, getattr(loaded, name))
+        second.loader.restore(state)
+        assert take_steps(second, 5 - stopped_after) == expected[stopped_after:]
+        assert len(second.loader.maker.scorer.scored) == 1
+
+
+def test_idle_groups_are_dropped_or_replaced(root, runtime):
+    """Groups of prompts with an even place score alike."""
+
+    def reward(group):
+        return [1.0] * 4 if group.prompt.place % 2 == 0 else [float(answer.draw) for answer in group.answers]
+
+    dropped = made_trainer(root, runtime, reward=reward, idle_groups=IdleGroups.drop)
+    batch = next(dropped.loader.steps(0, 1))
+    assert batch.totals["answers"] == 8 and batch.facts["frac_reward_zero_std"] == 0.5
+
+    replaced = made_trainer(root, runtime, reward=reward, idle_groups=IdleGroups.replace)
+    batches = list(replaced.loader.steps(0, 1))
+    made = replaced.loader.current
+    assert [group.prompt.place for group in made.groups] == [1, 3, 5, 7]
+    assert batches[0].samples == 8 and batches[0].totals["answers"] == 16
+    assert batches[0].facts["groups/replaced"] == 4 and batches[0].facts["groups/missing"] == 0
+
+
+def test_rewards_that_tell_nothing_apart_end_the_run(root, runtime):
+    trainer = made_trainer(root, runtime, reward=lambda group: [0.5] * 4, idle_groups=IdleGroups.replace)
+    with pytest.raises(
+        DataError, match=r"in none of \d+ groups of 4 answers do the rewards differ .rewards lie between 0.5"
+    ):
+        next(trainer.loader.steps(0, 1))
+
+
+def test_a_step_without_anything_learned_moves_nothing_but_the_count(root, runtime):
+    trainer = made_trainer(root, runtime, micro=3, reward=lambda group: [np.nan] * 4)
+    assert take_steps(trainer, 1) == [(0.0, 0.0)]
+    assert trainer.progress.samples == 4
+
+
+def test_a_stop_while_a_round_is_made_is_raised_before_the_next_part(root, runtime):
+    calls = []
+
+    def stop_now():
+        calls.append(1)
+        return len(calls) > 2
+
+    trainer = made_trainer(root, runtime, stop_now=stop_now, rollout={"rows": 4})
+    with pytest.raises(Interrupted):
+        next(trainer.loader.steps(0, 1))
+    assert trainer.loader.maker.scorer.scored == []
+
+
+def test_answers_of_other_weights_end_the_run(root, runtime):
+    trainer = made_trainer(root, runtime)
+    trainer.loader.check_rows([{"step": 1, WRITER_DIFFERENCE: 1e-5}, {"step": 2}])
+    with pytest.raises(Diverged, match=r"step 3: .* differ by 0.25 nats a token, more than 0.001"):
+        trainer.loader.check_rows([{"step": 3, WRITER_DIFFERENCE: 0.25}])
+    assert replace(Progress(round_step=3)).as_json()["round_step"] == 3

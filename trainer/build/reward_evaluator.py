@@ -1,0 +1,58 @@
+"""Builds the evaluator of objectives whose batches are rounds: rewards of answers to held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from strategies.base import Engine
+from strategies.runtime import Runtime
+from trainer.config.run import RunConfig
+from trainer.data.batches.loader import EvalShare
+from trainer.data.prepare import PreparedData
+from trainer.data.store.documents import DocumentTable
+from trainer.evaluation.base import Evaluator
+from trainer.evaluation.generate import Writer
+from trainer.model.loading import generation_config
+from trainer.objectives.rollouts import RoundsConfig
+from trainer.rollout.evaluator import RewardEvaluator, evaluation_writing
+from trainer.rollout.prompts import has_sources, read_prompt
+from trainer.rollout.types import RewardScorer
+from trainer.step import Built
+
+
+def build_reward_evaluators(
+    config: RunConfig,
+    data: PreparedData,
+    built: Built,
+    tokenizer: Any,
+    engine: Engine,
+    runtime: Runtime,
+    scorer: RewardScorer,
+    stop_now: Callable[[], bool],
+) -> list[Evaluator]:
+    """The evaluator of rewards; none without held-out prompts. `scorer` is that of training.
+
+    `evaluation.generate.samples` is the number of prompts that are answered; with 0, `evaluation.max_documents` is.
+    """
+    settings = config.objective
+    assert isinstance(settings, RoundsConfig)
+    held_out = data.evaluation
+    if held_out is None or len(held_out) == 0:
+        return []
+    generate = config.evaluation.generate
+    most = generate.samples or config.evaluation.max_documents
+    share = EvalShare(config.evaluation.batch, engine.dp_rank, engine.dp_size, most, by_source=True)
+    table = DocumentTable(data.directory)
+    names_source = has_sources(held_out)
+    prompts = []
+    for place, sequence in enumerate(share.sequences(held_out).tolist()):
+        prompts.append(read_prompt(held_out, table, sequence, place, names_source=names_source))
+    writer = Writer(
+        tokenizer,
+        generation_config(config.model, built.config, None),
+        runtime,
+        batch=config.evaluation.batch,
+        stop_now=stop_now,
+    )
+    return [RewardEvaluator(prompts, writer, scorer, evaluation_writing(settings.rollout, generate))]

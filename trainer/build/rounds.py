@@ -1,0 +1,204 @@
+"""Builds the loader of objectives whose batches are rounds: answers that the run's own engine writes, scored by rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from strategies.base import Engine, Precision, Progress
+from strategies.runtime import Runtime, gather_objects
+from trainer.build.recomputation import device_gib
+from trainer.config.run import RunConfig
+from trainer.data.batches.cutting import Cut, cut_of
+from trainer.data.batches.loader import Share
+from trainer.data.batches.mixing import build_order
+from trainer.data.batches.order import Order, steps_from_budget
+from trainer.data.config import Layout
+from trainer.data.prepare import PreparedData
+from trainer.data.store.documents import DocumentTable
+from trainer.evaluation.full_weights import USABLE_SHARE, cache_bytes
+from trainer.evaluation.group_answers import shares_prompts
+from trainer.model.architecture import text_settings
+from trainer.model.attention import NAME as ATTENTION
+from trainer.model.loading import generation_config
+from trainer.objectives.causal import plain_model
+from trainer.objectives.grpo import without_effect
+from trainer.objectives.grpo_config import GrpoConfig
+from trainer.objectives.registry import family_of
+from trainer.rollout.dealing import Dealer
+from trainer.rollout.loader import RolloutLoader
+from trainer.rollout.maker import RoundMaker
+from trainer.rollout.prompts import PromptReader
+from trainer.rollout.types import RewardScorer
+from trainer.rollout.writer import OwnWriter, left_out
+from trainer.step import Built
+
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+"""Most answers that a rank writes at a time, by type of device: more are no faster."""
+MOST_DIFFERENCE = {Precision.fp32: 0.001, Precision.bf16: 0.1, Precision.fp16: 0.1}
+"""Nats between the log-probabilities of writing and of learning: in float32 about 1e-5 by rounding, in bf16 about 0.01."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundInputs:
+    """What making rounds takes beside the parts of any run."""
+
+    tokenizer: Any
+    precision: Precision
+    """Of the run, resolved."""
+    scorer: RewardScorer
+    progress: Progress
+    watch_for_stop: Callable[[], Callable[[], bool]]
+    """Makes a function that says, on all ranks alike, whether the run must stop."""
+    tell_phase: Callable[[str], None] = lambda phase: None
+    """Called with what the run is at."""
+
+
+def prompts_per_round(config: RunConfig) -> int:
+    """Prompts whose answers make the steps of a round."""
+    settings: Any = config.objective
+    answers: int = config.batch["global"] * settings.rollout.steps
+    return answers // int(settings.group_size)
+
+
+def documents_per_step(config: RunConfig) -> float:
+    """Documents that a step consumes; prompts on average over the steps of a round, where the model writes the answers."""
+    global_batch: int = config.batch["global"]
+    if family_of(config.objective).rollout is None:
+        return global_batch
+    settings: Any = config.objective
+    return global_batch / (settings.group_size * settings.rollout.iterations)
+
+
+def steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> int:
+    """Optimizer steps of the budget; of rounds, `budget.epochs` are passes over the prompts, the last round taken whole."""
+    if family_of(config.objective).rollout is None or config.budget.steps is not None:
+        return steps_from_budget(config.budget, order, unit_tokens, config.batch["global"])
+    settings: Any = config.objective
+    rounds = steps_from_budget(config.budget, order, unit_tokens, prompts_per_round(config))
+    return rounds * int(settings.rollout.steps * settings.rollout.iterations)
+
+
+def writing_lines(config: RunConfig, built: Built, longest_prompt: int) -> list[str]:
+    """What writing the answers of a round takes, for a run that is not started; empty if the data has what is learned.
+
+    Computed from sizes: between two steps there are weights, whole on each rank if they fit, and the keys of the answers.
+    """
+    if family_of(config.objective).rollout is None:
+        return []
+    settings: Any = config.objective
+    rollout = settings.rollout
+    answers = config.batch["global"] * rollout.steps
+    rows = rollout.rows or min(answers, MOST_ROWS["cpu" if str(config.run.device) == "cpu" else "cuda"])
+    tokens = longest_prompt + rollout.max_new_tokens
+    itemsize = 4 if config.precision is Precision.fp32 else 2
+    weights = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
+    keys = cache_bytes(built.config, rows, tokens, itemsize) / 2**30
+    return [
+        f"writing: {prompts_per_round(config)} prompts x {settings.group_size} answers a round, at most {rows} at a time: "
+        f"keys of {rows} x {tokens:,} tokens take {keys:.2f} GiB, and whole weights {weights:.2f} GiB"
+    ]
+
+
+def build_round_loader(
+    config: RunConfig, data: PreparedData, built: Built, engine: Engine, runtime: Runtime, inputs: RoundInputs
+) -> tuple[RolloutLoader, int]:
+    """(the batches of this rank, the optimizer steps that the budget makes of them). All ranks must call."""
+    settings: Any = config.objective
+    assert isinstance(settings, GrpoConfig)
+    _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)
+    num_prompts = prompts_per_round(config)
+    generation = generation_config(config.model, built.config, None)
+    ignored = left_out(generation)
+    if ignored:
+        built.substitutions["generation_config.json"] = (
+            f"only its end tokens hold while training, without {', '.join(ignored)}: answers are drawn by the probabilities that "
+            "are learned"
+        )
+    unused = without_effect(settings)
+    if unused:
+        built.substitutions["objective.rollout.steps"] = (
+            f"1, so that {', '.join(unused)} changes nothing: the policy that learns is the one that wrote"
+        )
+    share = Share(num_prompts, config.batch["micro"], runtime.reader, runtime.readers, cut_of(runtime))
+    longest = int(data.train.lengths.max(initial=0)) + settings.rollout.max_new_tokens
+    writer = OwnWriter(
+        inputs.tokenizer,
+        generation,
+        settings.rollout,
+        runtime,
+        seed=config.run.seed,
+        rows=settings.rollout.rows or rows_in_memory(built, engine, runtime, longest),
+        stop_now=inputs.watch_for_stop(),
+    )
+    collator: Any = built.collator
+    objective: Any = built.step_module.objective
+    maker = RoundMaker(
+        settings,
+        num_prompts,
+        engine,
+        prompts=PromptReader(data.train, DocumentTable(data.directory), order),
+        writer=writer,
+        scorer=inputs.scorer,
+        dealer=Dealer(
+            share.micro_batch,
+            share.reader,
+            share.readers,
+            share.cut,
+            collator,
+            runtime.device,
+            shares_prompts=may_share_prompts(config, built, share.cut, runtime),
+        ),
+        runtime=runtime,
+        references=objective.references,
+        stop_now=inputs.watch_for_stop(),
+        tell_phase=inputs.tell_phase,
+    )
+    most_difference = settings.rollout.most_difference
+    if most_difference is None:
+        most_difference = MOST_DIFFERENCE[inputs.precision]
+    loader = RolloutLoader(maker, share, inputs.progress, most_difference)
+    steps = steps_of_run(config, order, loader.unit_tokens)
+    if built.step_module.plan.optimizer_hooks is not None:
+        built.step_module.plan.optimizer_hooks.begin(steps)
+    return loader, steps
+
+
+def may_share_prompts(config: RunConfig, built: Built, cut: Cut | None, runtime: Runtime) -> bool:
+    """Whether the answers to a prompt may share it in a row while they are learned: `[prompt | answer | answer ...]`.
+
+    Only our own attention knows of it, on CPUs, and only layers that meet other tokens in attention alone come to the same: those
+    whose cache is keys and values. Losses of routers count tokens, so that a prompt would count less. A compiled block would be
+    compiled anew for other branches.
+    """
+    model = plain_model(built.step_module.model)
+    return (
+        runtime.device.type == "cpu"
+        and cut is None
+        and built.layout is Layout.padding_free
+        and built.attention == ATTENTION
+        and built.step_module.added_losses is None
+        and not config.strategy.compile
+        and getattr(text_settings(built.config), "attention_chunk_size", None) is None
+        and shares_prompts(model)
+    )
+
+
+def rows_in_memory(built: Built, engine: Engine, runtime: Runtime, tokens: int) -> int:
+    """Answers that a rank writes at a time: a power of two whose keys and values of `tokens` tokens fit beside whole weights.
+
+    By the memory that devices have, not by what is free at the moment: a resumed run must write as many at a time, to round
+    alike. All ranks must call; the rank with the least memory decides.
+    """
+    itemsize = min(p.element_size() for p in built.step_module.parameters() if p.is_floating_point())
+    held = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0
+    room = USABLE_SHARE * device_gib(runtime) * 2**30 - held - (engine.full_parameters.gather_bytes() or 0)
+    room = min(gather_objects(room, runtime))
+    rows = MOST_ROWS[runtime.device.type]
+    while rows > 1 and cache_bytes(built.config, rows, tokens, itemsize) > room:
+        rows //= 2
+    return rows

@@ -1,0 +1,146 @@
+"""Rules between rewards, data and evaluation: a function that there is, options that its kind has, columns that the data has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+
+from strategies.errors import ConfigError, ShardtuneError
+from trainer.config.evaluation import FORGOTTEN, REWARDS, asked_tasks
+from trainer.config.run import RunConfig
+from trainer.data.config import DataFormat
+from trainer.data.document import Row
+from trainer.data.read.paths import is_address, is_hub
+from trainer.data.sources import Input, inputs_of
+from trainer.evaluation.tasks.registry import metric_directions
+from trainer.objectives.base import formats_of
+from trainer.objectives.reward_functions import function_of, problems_of_function
+from trainer.objectives.rollouts import RewardEntry, RoundsConfig
+from trainer.rollout.rewards.kinds import KINDS, JudgeReward, kind_problems
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the rewards of a run, one line each. Reads the syntax of reward files, and first rows of the data."""
+    objective = config.objective
+    yield from _watch_problems(config)
+    if not isinstance(objective, RoundsConfig):
+        return
+    if not objective.rewards:
+        yield (
+            f"objective.rewards: not set, and objective={objective.name} learns from nothing else; give a file of functions "
+            f"(objective.rewards=rewards.py), or built-in ones of {', '.join(KINDS)} (objective.rewards=[maths])"
+        )
+        return
+    for key, data_format in formats_of(config.data).items():
+        if data_format not in (DataFormat.auto, DataFormat.prompt):
+            yield (
+                f"{key}.format={data_format}: objective={objective.name} reads prompts; set {key}.format=prompt, which "
+                "takes what stands before the answer"
+            )
+    own_problems: list[str] = []
+    for name, reward in objective.rewards.items():
+        own_problems += _of_reward(name, reward)
+        if reward.kind == JudgeReward.kind and config.evaluation.judge.url is None:
+            own_problems.append(
+                f"objective.rewards.{name}.kind=judge: asks a judge, and there is none; give "
+                "evaluation.judge.url=http://host:port/v1 of an OpenAI-compatible server"
+            )
+    yield from own_problems
+    if all(reward.weight == 0 for reward in objective.rewards.values()):
+        yield "objective.rewards: every weight is 0, so that nothing is learned from; leave the weight of one out"
+    if not own_problems:
+        yield from _column_problems(config, objective)
+
+
+def _watch_problems(config: RunConfig) -> Iterator[str]:
+    """A watched metric that belongs to the other kind of objective."""
+    watch = config.evaluation.watched
+    if watch in metric_directions(asked_tasks(config)) or watch in FORGOTTEN:
+        return
+    is_of_rewards = watch.startswith((*REWARDS, "eval/completions/"))
+    name = config.objective.name
+    if isinstance(config.objective, RoundsConfig):
+        if not is_of_rewards:
+            yield f"evaluation.watch={watch}: objective={name} has no such metric; leave it out, or watch eval/reward"
+    elif is_of_rewards:
+        yield f"evaluation.watch={watch}: objective={name} has no rewards; leave it out, or set evaluation.watch=eval/loss"
+
+
+def _of_reward(name: str, reward: RewardEntry) -> Iterator[str]:
+    """What is wrong with one reward by itself."""
+    key = f"objective.rewards.{name}"
+    if not name.replace("-", "_").isidentifier():
+        yield f"{key}: the name stands in metrics (rewards/{name}/mean); use letters, digits, - and _"
+    if not math.isfinite(reward.weight):
+        yield f"{key}.weight={reward.weight}: must be a finite number; 1 as a rule, 0 for a control"
+    given = [word for word in ("kind", "function", "path") if getattr(reward, word)]
+    if len(given) != 1:
+        said = " and ".join(f"{key}.{word}" for word in given) or key
+        yield f"{said}: give one of kind ({', '.join(KINDS)}), function (FILE.py:NAME) and path"
+    elif reward.path is not None:
+        yield f"{key}.path={reward.path}: reward models are not read yet; call one in a reward function"
+    elif reward.function is not None:
+        yield from problems_of_function(name, reward)
+    else:
+        yield from kind_problems(reward.kind, reward.options, key)
+
+
+def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str]:
+    """Rewards that name a column which the data lacks, by the first row of each file that is on this machine."""
+    if config.data.remote:  # its files are looked at when the data is prepared
+        return
+    try:
+        inputs = inputs_of(config.data)
+    except ShardtuneError:  # other rules, or the preparation, say what is wrong with the data
+        return
+    for data_input in inputs:
+        columns = _first_columns(data_input)
+        if columns is None:
+            continue
+        for name, reward in objective.rewards.items():
+            missing = _missing_columns(name, reward, columns)
+            if not missing:
+                continue
+            has = ", ".join(sorted(columns))
+            needs = ", ".join(f'"{column}"' for column in missing)
+            setting = "data.columns" if data_input.source == "data" else f"data.sources.{data_input.source}.columns"
+            yield (
+                f"objective.rewards.{name}: needs the column {needs}; {data_input.key} has {has}; rename one with "
+                f"{setting}.{missing[0]}=NAME"
+            )
+
+
+def _first_columns(data_input: Input) -> set[str] | None:
+    """The columns of the first row of an input, as rewards see them; None if it is not on this machine or cannot be read."""
+    if any(is_hub(str(path)) or is_address(str(path)) for path in data_input.origin.paths):
+        return None
+    try:
+        (row,) = islice(data_input.origin.rows(), 1)
+    except (ShardtuneError, ValueError, OSError):
+        return None
+    parsed = row.parse()
+    if not isinstance(parsed, Row) or not parsed.fields:
+        return None
+    columns = {*parsed.fields, *parsed.unread_columns} | data_input.columns.keys()
+    verl_model = parsed.fields.get("reward_model")
+    if isinstance(verl_model, dict):
+        columns.update(verl_model)
+    return columns
+
+
+def _missing_columns(name: str, reward: RewardEntry, columns: set[str]) -> list[str]:
+    """The columns that a reward cannot do without, and that are not there."""
+    if reward.function is not None:
+        try:
+            function = function_of(reward.function, f"objective.rewards.{name}.function")
+        except ConfigError:
+            return []
+        needed = [column for column, is_required in function.columns.items() if is_required]
+        return [column for column in needed if column not in columns and column not in reward.options]
+    alternatives = KINDS[reward.kind](reward.options).needed_columns()
+    # Of a conversation, the answer at its end is the reference.
+    has_answer = not columns.isdisjoint({"messages", "conversation", "conversations"})
+    if not alternatives or not columns.isdisjoint(alternatives) or ("completion" in alternatives and has_answer):
+        return []
+    return alternatives[:1]

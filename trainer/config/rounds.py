@@ -1,0 +1,73 @@
+"""Rules for objectives whose batches are rounds of answers that the model writes: what a run must not combine them with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.config.run import RunConfig
+from trainer.objectives.registry import family_of
+from trainer.objectives.rollouts import IdleGroups, RoundsConfig
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with a run that writes what it learns from, one line each; nothing for other runs."""
+    settings = config.objective
+    if family_of(settings).rollout is None:
+        return
+    assert isinstance(settings, RoundsConfig)
+    yield from _budget(config, settings)
+    yield from _data(config)
+    yield from _noise(config)
+
+
+def answer_batch_problems(config: RunConfig) -> Iterator[str]:
+    """Whether `batch.global`, which counts answers, holds whole groups. Nothing else has to divide it."""
+    settings = config.objective
+    assert isinstance(settings, RoundsConfig)
+    answers = config.batch["global"]
+    size = settings.group_size
+    if size < 1 or answers % size == 0:
+        return
+    below = answers // size * size
+    sizes = [below, below + size] if below else [size]
+    legal = " or ".join(f"batch.global={size}" for size in sizes)
+    divisors = [str(number) for number in range(2, min(answers, 64) + 1) if answers % number == 0]
+    if divisors:
+        legal += f", or objective.group_size={' or '.join(divisors[-4:])}"
+    yield (
+        f"batch.global={answers}: counts answers, and must be a multiple of objective.group_size={size}, the answers to one "
+        f"prompt; set {legal}"
+    )
+
+
+def _budget(config: RunConfig, settings: RoundsConfig) -> Iterator[str]:
+    """Budgets that nobody can turn into steps."""
+    if config.budget.tokens is not None:
+        yield (
+            f"budget.tokens={config.budget.tokens}: nobody knows how long answers will be; set budget.steps, or budget.epochs "
+            "for passes over the prompts"
+        )
+    if config.budget.epochs is not None and settings.idle_groups is IdleGroups.replace:
+        yield (
+            f"budget.epochs={config.budget.epochs:g} with objective.idle_groups=replace: a step takes any number of prompts; "
+            "set budget.steps, or objective.idle_groups=drop"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    """Settings of data that do not go with prompts."""
+    data = config.data
+    if data.packing:
+        yield "data.packing=true: the rows of a step are answers that the model writes; set data.packing=false"
+
+
+def _noise(config: RunConfig) -> Iterator[str]:
+    """Noise of training, without which the answers were drawn."""
+    reason = "answers are written without it, so the model would learn about answers that it did not write; set it to 0"
+    if config.model.neftune_alpha:
+        yield f"model.neftune_alpha={config.model.neftune_alpha:g}: {reason}"
+    if config.model.dropout:
+        yield f"model.dropout={config.model.dropout:g}: {reason}"
+    dropout = getattr(config.tuning, "dropout", 0.0)
+    if dropout:
+        yield f"tuning.dropout={dropout:g}: {reason}"

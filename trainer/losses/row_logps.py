@@ -1,0 +1,52 @@
+"""Log-probability of each supervised token at a temperature, with its gradient, and the entropy of each distribution.
+
+Both come out of the output head's own call, like the next-token loss: logits exist only at supervised rows, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.losses.next_token import LossHead, _RowCrossEntropy, computes_loss
+
+
+@dataclass(frozen=True, slots=True)
+class _RowLogps:
+    """Passed to a head's call to compute log-probabilities by row in place of the plain loss."""
+
+    temperature: float
+
+    def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What `row_logps` returns, for rows `hidden [N, H]` with `targets [N]`."""
+        # A soft cap c and a factor s give c tanh(s x / c). Divided by the temperature that is the same function with both
+        # c and s divided by it, so values and gradients need no code of their own.
+        softcap = None if head.softcap is None else head.softcap / self.temperature
+        settings = softcap, head.logit_scale / self.temperature, torch.is_grad_enabled()
+        results: Any = _RowCrossEntropy.apply(hidden, head.training_weight, head.bias, targets, settings, True)
+        nll, entropy = results
+        return -nll, entropy
+
+
+def row_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(log-probability of each target, entropy in nats of each distribution), `[N]` float32, for rows `hidden [N, H]`.
+
+    Logits are divided by `temperature` first. Gradients flow through the log-probabilities alone. Calls `head` exactly once, as
+    a module, also for no rows: a sharded head is gathered on all ranks together.
+    """
+    if computes_loss(head):
+        return head(hidden, targets=targets, against=_RowLogps(temperature))
+    # An adapter on the head adds to its logits, so these must be made.
+    log_probabilities = (head(hidden).float() / temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropy = _entropy(log_probabilities)
+    return log_probabilities.gather(1, targets[:, None])[:, 0], entropy
+
+
+def _entropy(log_probabilities: Tensor) -> Tensor:
+    """The entropy `[n]` of the distributions `[n, V]`."""
+    # A token that is impossible (log-probability -inf) adds 0, not nan.
+    return torch.special.entr(log_probabilities.exp()).sum(-1)

@@ -1,0 +1,194 @@
+"""Runs that learn from rewards (`objective=grpo`): rewards that are cheated, policies that collapse, groups that teach nothing.
+
+Steps are collected in at most `MOST_BLOCKS` blocks of equally many steps. A block has the means of the steps' metrics. If all are
+full, neighbours become one, so that a run of any length is judged by 24 to 48 numbers.
+
+- Cheating: what is trained rises while something that was only measured falls. That is a control (a reward of weight 0), or
+  `eval/reward`. Either alone is no sign: rewards rise in every good run, and controls hover. Both are tested for a trend (Mann
+  and Kendall, one-sided); besides, the fall must be larger than the noise of a block.
+- Collapse: the entropy fell below a tenth of that of the first block; or answers are twice as long, and the reward did not rise.
+- Idle: in nine of ten groups all answers score alike.
+
+False alarms, by simulation: `tests/monitors/test_rewards.py`, and the table in docs/challenges.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from trainer.monitors.base import Finding
+from trainer.monitors.config import Reaction, RewardsWatchConfig
+from trainer.monitors.trend import rising_p_value
+
+NAME = "rewards"
+MOST_BLOCKS = 48
+MIN_BLOCKS = 12
+"""Full blocks before which nothing is judged."""
+RISING_LEVEL = 0.01
+"""Level of the test that the trained reward rises."""
+FALLING_LEVEL = 1e-4
+"""Level of the test that a control falls. It is looked at after each block, so that chance has many tries."""
+MIN_EVALUATIONS = 6
+"""Evaluations before which `eval/reward` is not judged."""
+COLLAPSED_ENTROPY = 0.1
+LONGER = 2.0
+IDLE_SHARE = 0.9
+SATURATED = 0.99
+"""Share of the largest reward seen, from which on idle groups are no fault: everything is solved."""
+STEPS = "steps"
+"""Key of a block: how many steps it has. All other keys are sums over them."""
+REWARD, ENTROPY, LENGTH, IDLE = "reward", "entropy", "completions/mean_length", "frac_reward_zero_std"
+REMEDIES = {
+    "cheated": (
+        "read answers: rounds/ in the run directory",
+        "give the reward what makes an answer good (`truncated`, a length, a format)",
+        "give the control a weight",
+        "objective.kl.weight=0.01",
+        "an earlier checkpoint: checkpoint=best",
+    ),
+    "collapsed": (
+        "a lower optim.lr",
+        "objective.kl.weight=0.01",
+        "objective.clip_high=0.28",
+        "a larger objective.group_size",
+    ),
+    "longer": (
+        "a reward of kind length",
+        "score truncated answers 0",
+        "objective.scale=none objective.normalise=constant",
+    ),
+    "idle": (
+        "shardtune evaluate <the words of the run>: rates of the prompts",
+        "objective.idle_groups=replace",
+        "a larger objective.group_size",
+        "prompts that the model solves sometimes",
+    ),
+}
+
+
+def add_step(blocks: list[dict[str, float]], row: Mapping[str, Any], controls: Sequence[str]) -> bool:
+    """Add a step to the blocks, in place; returns whether it has filled one. `controls`: metrics of rewards of weight 0."""
+    block_size = int(blocks[0][STEPS]) if len(blocks) > 1 else 1
+    if not blocks or blocks[-1][STEPS] >= block_size:
+        if len(blocks) == MOST_BLOCKS:
+            blocks[:] = [_joined(*blocks[number : number + 2]) for number in range(0, MOST_BLOCKS, 2)]
+            block_size *= 2
+        blocks.append({STEPS: 0.0})
+    block = blocks[-1]
+    block[STEPS] += 1
+    for name in (REWARD, ENTROPY, LENGTH, IDLE, *controls):
+        if name in row:
+            block[name] = block.get(name, 0.0) + float(row[name])
+    return block[STEPS] >= block_size
+
+
+def _joined(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    """Two blocks as one."""
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in first | second}
+
+
+def series(blocks: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    """The mean of a metric in each full block; empty if a block lacks it."""
+    if not blocks:
+        return []
+    size = blocks[0][STEPS]
+    full = [block for block in blocks if block[STEPS] >= size]
+    if not all(name in block for block in full):
+        return []
+    return [block[name] / block[STEPS] for block in full]
+
+
+def find_problems(
+    config: RewardsWatchConfig,
+    step: int,
+    blocks: Sequence[Mapping[str, float]],
+    evaluations: Sequence[Mapping[str, float]],
+    controls: Sequence[str],
+) -> Iterator[Finding]:
+    """What is wrong with the rewards of a run so far.
+
+    `evaluations`: `train` and `held_out` reward of each one, `train` being the mean since the one before.
+    """
+    reward = series(blocks, REWARD)
+    if len(reward) < MIN_BLOCKS:
+        return
+    stops = config.action is Reaction.stop
+
+    def finding(verdict: str, says: str, **numbers: float) -> Finding:
+        return Finding(
+            challenge=NAME,
+            step=step,
+            says=says,
+            numbers=numbers,
+            remedies=REMEDIES[verdict],
+            stops=stops,
+            verdict=verdict,
+        )
+
+    if rising_p_value(reward) < RISING_LEVEL:
+        falling = {name: series(blocks, name) for name in controls}
+        for name, values in falling.items():
+            if falls(values):
+                says = f"the trained reward rose from {reward[0]:.3g} to {reward[-1]:.3g} while the control {name} fell"
+                yield finding("cheated", f"{says} from {values[0]:.3g} to {values[-1]:.3g}", control=values[-1])
+    after_start = [evaluation for evaluation in evaluations if evaluation["step"]]
+    held_out = [evaluation["held_out"] for evaluation in after_start]
+    trained = [evaluation["train"] for evaluation in after_start]
+    if len(held_out) >= MIN_EVALUATIONS and rising_p_value(trained) < RISING_LEVEL and falls(held_out, RISING_LEVEL):
+        says = f"the trained reward rose from {trained[0]:.3g} to {trained[-1]:.3g} while eval/reward fell"
+        yield finding("cheated", f"{says} from {held_out[0]:.3g} to {held_out[-1]:.3g}", held_out=held_out[-1])
+    yield from _collapse(finding, reward, series(blocks, ENTROPY), series(blocks, LENGTH))
+    idle = series(blocks, IDLE)
+    best = max(reward)
+    is_solved = best > 0 and reward[-1] >= SATURATED * best and reward[-1] > 2 * reward[0]
+    if idle and np.mean(idle[-MIN_BLOCKS // 2 :]) >= IDLE_SHARE and not is_solved:
+        share = float(np.mean(idle[-MIN_BLOCKS // 2 :]))
+        yield finding(
+            "idle", f"in {100 * share:.0f} % of the groups all answers score alike, and teach nothing", idle=share
+        )
+
+
+def _collapse(finding: Any, reward: list[float], entropy: list[float], length: list[float]) -> Iterator[Finding]:
+    """A policy that stopped exploring, or answers that grow without gain. `finding` makes one."""
+    if entropy and entropy[0] > 0 and entropy[-1] < COLLAPSED_ENTROPY * entropy[0]:
+        says = f"the entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g} nats a token: the model hardly explores any more"
+        yield finding("collapsed", says, entropy=entropy[-1])
+    if length and length[-1] > LONGER * length[0] and rising_p_value(reward) > 0.5:
+        says = f"answers grew from {length[0]:.0f} to {length[-1]:.0f} tokens, and the reward did not rise"
+        yield finding("longer", says, length=length[-1])
+
+
+def without_carry_over(p_value: float, values: Sequence[float]) -> float:
+    """A p-value of a trend, corrected for noise that carries over from one value to the next.
+
+    Such noise looks like a trend: the variance of the test's score grows by (1 + r) / (1 - r), where r is the correlation of
+    neighbours around a straight line (Bayley and Hammersley 1946).
+    """
+    places = np.arange(len(values))
+    rest = np.asarray(values) - np.polyval(np.polyfit(places, values, 1), places)
+    variance = float(np.dot(rest, rest))
+    if variance <= 1e-12 * float(np.ptp(values)) ** 2:  # a straight line has no noise but rounding
+        return p_value
+    carried = min(0.95, max(0.0, float(np.dot(rest[1:], rest[:-1])) / variance))
+    normal = NormalDist()
+    score = normal.inv_cdf(1 - min(1 - 1e-15, max(1e-15, p_value)))
+    return 1 - normal.cdf(score * math.sqrt((1 - carried) / (1 + carried)))
+
+
+def falls(values: Sequence[float], level: float = FALLING_LEVEL) -> bool:
+    """Whether a series falls: by its trend, and by more than the noise of one value."""
+    if len(values) < MIN_EVALUATIONS:
+        return False
+    if without_carry_over(rising_p_value([-value for value in values]), values) > level:
+        return False
+    quarter = max(1, len(values) // 4)
+    first = float(np.mean(values[:quarter]))
+    last = float(np.mean(values[-quarter:]))
+    # Differences of neighbours have twice the variance of the noise, whatever the trend is.
+    noise = float(np.std(np.diff(values))) / np.sqrt(2)
+    return first - last > noise

@@ -1,0 +1,207 @@
+"""Answers that the model has written, as sequences to learn from, and the prompts that they were written to.
+
+The contract between a round (`trainer/rollout`) and a loss over its answers (`trainer/objectives/policy.py`): a sequence is a
+prompt with one answer, of which the answer is supervised, its end token included. `ROW_ENTRIES` are numbers for each supervised
+row. A step's counts, in `batch["totals"]`, are `loss` (what the loop divides all terms by), `tokens` (learned tokens) and
+`answers` (learned answers) of all ranks together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from strategies.errors import DataError
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.cutting import AXES, IGNORED, Axis
+from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
+from trainer.data.document import WRONG_KIND, Document, Tally
+from trainer.data.fields import KeptColumns
+from trainer.data.store.sequences import Sample
+from trainer.data.tokens.encode import Encoder
+from trainer.objectives.base import UnlabelledDataSpec
+
+ADVANTAGES = "advantages"
+"""How much better the answer of a row is than what it is compared with."""
+LOSS_WEIGHTS = "loss_weights"
+"""What a row counts for in the loss (`objective.normalise`); the weights of a step are for the count `totals["loss"]`."""
+WRITER_LOGPS = "writer_logps"
+"""Log-probability of a row's token when it was written."""
+OLD_LOGPS = "old_logps"
+"""Log-probability before the first update of the round. Absent where a round is one step: it is that of now."""
+REFERENCE_LOGPS = "reference_logps_by_token"
+"""Log-probability under the reference model. Absent without a reference."""
+ROW_ENTRIES = (ADVANTAGES, LOSS_WEIGHTS, WRITER_LOGPS, OLD_LOGPS, REFERENCE_LOGPS)
+"""Entries of a batch with a float32 for each supervised row."""
+ANSWER_LENGTHS = "answer_lengths"
+"""float32 [sequences]: learned tokens of each answer; 0 for a sequence that fills up a micro-batch."""
+ANSWER_COUNTS = ("loss", "tokens", "answers")
+"""Names of a step's counts."""
+
+
+@dataclass(slots=True)
+class AnswerSample(Sample):
+    """A prompt with one answer."""
+
+    prompt: int = 0
+    """Number of the prompt in its round: samples of one prompt may share it."""
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    """float32 [learned tokens] each, by names of `ROW_ENTRIES`; every sample of a step has the same names."""
+
+
+class AnswerCollator(Collator):
+    """Adds `ROW_ENTRIES`, as far as the samples have them, and `ANSWER_LENGTHS`."""
+
+    axes = AXES | dict.fromkeys(ROW_ENTRIES, Axis.supervised_row) | {ANSWER_LENGTHS: Axis.sequence}
+
+    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+        """Add the entries; zeros for sequences that are no answers (those of a plan), nothing where nothing is learned."""
+        lengths = [float(np.count_nonzero(sample.supervised[1:])) for sample in samples]
+        batch[ANSWER_LENGTHS] = torch.tensor(lengths, dtype=torch.float32)
+        answers = [sample for sample in samples if isinstance(sample, AnswerSample)]
+        num_rows = int(sum(lengths))
+        if len(answers) < len(samples) or not num_rows:
+            batch.update({name: torch.zeros(num_rows) for name in ROW_ENTRIES})
+            return
+        for name in answers[0].rows:
+            rows = np.concatenate([answer.rows[name] for answer in answers])
+            batch[name] = torch.from_numpy(rows.astype(np.float32, copy=False))
+
+    def with_shared_prompts(self, samples: Sequence[AnswerSample]) -> dict[str, Any]:
+        """Samples as one micro-batch in which the answers to a prompt stand behind it once: `[prompt | answer | answer ...]`.
+
+        Samples of one prompt must be neighbours. Beside what a batch without padding has: `branches`, where the answers of each
+        document begin, and `row_targets` (int64), the target of each supervised row, since the last position of a prompt has one
+        for each answer.
+        """
+        row = _SharedRow()
+        for sample in samples:
+            row.add(sample)
+        batch = row.batch(len(samples))
+        self.add(batch, samples)
+        return batch
+
+    def blank(self, sample: Sample) -> Sample:
+        """The sample with nothing to learn."""
+        nothing = np.zeros_like(sample.supervised)
+        if not isinstance(sample, AnswerSample):
+            return Sample(sample.input_ids, nothing, sample.marks)
+        rows = {name: numbers[:0] for name, numbers in sample.rows.items()}
+        return AnswerSample(sample.input_ids, nothing, sample.marks, rows=rows)
+
+
+class _SharedRow:
+    """A row in the making, in which answers share their prompts."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.bounds = [0]
+        self.branches: list[list[int]] = []
+        self.target_rows: list[int] = []
+        self.row_targets: list[int] = []
+        self.num_targets: list[int] = []
+        self.longest = 0
+        self._prompt: int | None = None
+        self._prompt_length = 0
+
+    def add(self, sample: AnswerSample) -> None:
+        """Add an answer, behind its prompt if the last one had another."""
+        begin = sample.answer_begin()
+        answer = sample.input_ids[begin:].tolist()
+        if sample.prompt != self._prompt:
+            self._prompt = sample.prompt
+            self._prompt_length = begin
+            self.bounds.append(len(self.ids))
+            self.branches.append([])
+            self.ids += sample.input_ids[:begin].tolist()
+            self.positions += range(begin)
+        assert begin == self._prompt_length, "answers that share a prompt begin at the same place"
+        document_begin = self.bounds[-1]
+        answer_begin = len(self.ids)
+        self.branches[-1].append(answer_begin - document_begin)
+        # The last token of the prompt predicts the first one of the answer, and each token of the answer the next one.
+        self.target_rows += [document_begin + begin - 1, *range(answer_begin, answer_begin + len(answer) - 1)]
+        self.row_targets += answer
+        self.num_targets.append(len(answer))
+        self.ids += answer
+        self.positions += range(begin, begin + len(answer))
+        self.longest = max(self.longest, begin + len(answer))
+
+    def batch(self, num_sequences: int) -> dict[str, Any]:
+        """The row as a batch."""
+        bounds = [*self.bounds[1:], len(self.ids)]
+        boundaries = torch.tensor(bounds, dtype=torch.int32)
+        return {
+            "input_ids": torch.tensor([self.ids]),
+            "position_ids": torch.tensor([self.positions]),
+            "targets": torch.full((1, len(self.ids)), IGNORED),
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+            "document_bounds": bounds,
+            "branches": self.branches,
+            "target_rows": torch.tensor(self.target_rows),
+            "row_targets": torch.tensor(self.row_targets),
+            "row_sequence": torch.from_numpy(np.repeat(np.arange(num_sequences), self.num_targets)),
+            "num_sequences": num_sequences,
+        }
+
+
+class PromptDataSpec(UnlabelledDataSpec):
+    """Prompts that the model answers: a sequence is a prompt with the template's generation prefix, nothing supervised.
+
+    Of a row that ends in an answer, the prompt is what stands before it. A prompt is never cut: one of more than
+    `data.max_length` tokens is dropped, or ends the run with `data.over_length=fail`.
+    """
+
+    formats = (DataFormat.prompt,)
+    over_length = (OverLength.truncate, OverLength.drop, OverLength.fail)
+
+    has_answers = False
+
+    def __init__(self, kept: KeptColumns | None = None) -> None:
+        """`kept`: the columns of a row that rewards read."""
+        self.kept = kept or KeptColumns()
+
+    def identity(self) -> dict[str, Any]:
+        kept = self.kept or KeptColumns()
+        return {"kept": asdict(kept)}
+
+    def refuses(self, document: Document) -> tuple[str, str] | None:
+        if document.chosen and document.rejected:
+            return WRONG_KIND, "has two answers to compare, and this objective needs prompts; use objective=dpo"
+        return super().refuses(document)
+
+    def sequences(
+        self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
+    ) -> Iterator[tuple[Document, list[Sample]]]:
+        """One sequence for each prompt that fits."""
+        for document, ids in encoder.encode_prompts(documents):
+            if len(ids) <= config.max_length:
+                yield document, [Sample(ids, np.zeros(len(ids), dtype=bool))]
+                continue
+            if config.over_length is OverLength.fail:
+                raise DataError(
+                    f"{document.location}: the prompt has {len(ids)} tokens, more than data.max_length={config.max_length}; "
+                    "raise data.max_length, or set data.over_length=drop"
+                )
+            tally.drop("tokenise", "too_long", document.location)
+            yield document, []
+
+    def counts(self, sample: Sample) -> dict[str, float]:
+        """Each prompt counts once. The counts of a step are those of its answers, which a round makes."""
+        return dict.fromkeys(ANSWER_COUNTS, 1)
+
+    def check(self, train: Any) -> None:
+        """Raise DataError if there is no prompt left."""
+        if not len(train):
+            raise DataError("data.path: no prompt is left; see what was dropped in the data report")
+
+    def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
+        return AnswerCollator(layout, pad_token_id)

@@ -1,0 +1,102 @@
+"""Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) and its kin: rules of the settings, and the family.
+
+The settings are in `grpo_config.py`, the loss is in `policy.py`, and the advantages are in `trainer/rollout/groups.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.data.config import DataConfig
+from trainer.objectives.answers import PromptDataSpec
+from trainer.objectives.base import Family, OtherSettings
+from trainer.objectives.grpo_config import Baseline, ClipForm, GrpoConfig, KlEstimator, KlPlace, Scale
+from trainer.objectives.policy import Policy
+from trainer.objectives.reward_functions import prompt_spec
+from trainer.objectives.rollouts import IdleGroups, stop_problems
+
+
+def problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with the objective's own settings, and with what becomes of long prompts, one line each."""
+    over_length = other_settings.data.over_length
+    if over_length not in PromptDataSpec.over_length:
+        yield f"data.over_length={over_length.value}: a prompt is never cut; set data.over_length=drop or data.over_length=fail"
+    yield from stop_problems(config)
+    yield from _group_problems(config)
+    yield from _clip_problems(config)
+    kl = config.kl
+    if kl.place is KlPlace.reward and kl.estimator is not KlEstimator.k3:
+        yield (
+            f"objective.kl.estimator={kl.estimator}: in the reward the divergence is the plain difference of log-probabilities "
+            "(k1); leave it out, or set objective.kl.place=loss"
+        )
+
+
+def _group_problems(config: GrpoConfig) -> Iterator[str]:
+    """What a group of one answer cannot be compared with, and when a group without spread still teaches."""
+    if config.group_size == 1:
+        within_group = []
+        if config.baseline in (Baseline.group, Baseline.others):
+            within_group.append(f"objective.baseline={config.baseline}")
+        if config.scale is Scale.std:
+            within_group.append(f"objective.scale={config.scale}")
+        if within_group:
+            yield (
+                f"objective.group_size=1 with {' and '.join(within_group)}: one answer has nothing in its group to be compared "
+                "with; set objective.group_size=8, or objective.baseline=batch objective.scale=batch_std"
+            )
+    if config.idle_groups is not IdleGroups.keep and config.baseline in (Baseline.batch, Baseline.none):
+        yield (
+            f"objective.idle_groups={config.idle_groups} with objective.baseline={config.baseline}: a group in which all answers "
+            "score alike is compared with other groups, so it teaches something; set objective.idle_groups=keep, or "
+            "objective.baseline=group"
+        )
+
+
+def _clip_problems(config: GrpoConfig) -> Iterator[str]:
+    """Bounds of the ratio that the chosen form does not read, or needs."""
+    if config.clip_form is ClipForm.cispo and (config.clip_high is None or config.clip_high < 1):
+        given = "null" if config.clip_high is None else f"{config.clip_high:g}"
+        yield (
+            f"objective.clip_high={given}: objective.clip_form=cispo bounds the ratio itself with it, which is about 1; set "
+            "objective.clip_high=5"
+        )
+    if config.clip_form is not ClipForm.ppo and config.clip_negative is not None:
+        yield (
+            f"objective.clip_negative={config.clip_negative:g}: objective.clip_form={config.clip_form} does not read it; leave "
+            "it out, or set objective.clip_form=ppo"
+        )
+    if config.clip_form is ClipForm.none and config.clip_high is not None:
+        yield (
+            f"objective.clip_high={config.clip_high:g}: objective.clip_form=none bounds nothing; leave it out, or set "
+            "objective.clip_form=ppo"
+        )
+
+
+def without_effect(config: GrpoConfig) -> list[str]:
+    """Settings of the ratio that change nothing, as `key=value`: where a round is one step, every ratio is 1."""
+    if config.rollout.steps * config.rollout.iterations > 1:
+        return []
+    defaults = GrpoConfig()
+    names = ("importance_level", "clip", "clip_high", "clip_negative")
+    changed = [name for name in names if getattr(config, name) != getattr(defaults, name)]
+    return [f"objective.{name}={getattr(config, name)}" for name in changed]
+
+
+def max_positions(config: GrpoConfig, data: DataConfig) -> dict[str, int]:
+    """The positions of the longest prompt with the longest answer."""
+    longest_answer = config.rollout.max_new_tokens
+    return {"data.max_length + objective.rollout.max_new_tokens": data.max_length + longest_answer}
+
+
+GRPO = Family(
+    settings=GrpoConfig,
+    data_spec=prompt_spec,
+    build=Policy,
+    problems=problems,
+    compares_with_start=lambda config: config.kl.weight > 0,
+    max_positions=max_positions,
+    rollout=lambda config: config.rollout,
+    watched_metric="eval/reward",
+    better_when_larger=("reward",),
+)

@@ -1,0 +1,147 @@
+"""The policy-gradient loss over the tokens of written answers (`objective=grpo`), and its metrics.
+
+For answer i with advantage A and token t: the ratio r is exp(now - old), of log-probabilities at the temperature of writing. With
+`importance_level=sequence` its logarithm is the mean over the answer's tokens (GSPO, Zheng et al. 2025, arXiv:2507.18071). The
+loss of a token is, by `clip_form`:
+
+- `ppo`: `-min(r A, clamp(r, 1 - clip, 1 + clip_high) A)` (Schulman et al. 2017, arXiv:1707.06347), where `clip_negative` bounds
+  r from above first (Ye et al. 2020, arXiv:1912.09729);
+- `cispo`: `-min(r, clip_high) A now`, with no gradient through the minimum (MiniMax 2025, arXiv:2506.13585);
+- `none`: `-r A`.
+
+It is weighed by `normalise` and summed. The divergence from the reference is added to each token's loss before that. Where a
+round is one step, old is now without its gradient: r is 1 in value and no pass is needed for old.
+
+In this file N is the number of supervised rows of a micro-batch, and S the number of its sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.sequence import sum_over_group
+from trainer.losses.row_logps import row_logps
+from trainer.objectives.answers import (
+    ADVANTAGES,
+    ANSWER_LENGTHS,
+    LOSS_WEIGHTS,
+    OLD_LOGPS,
+    REFERENCE_LOGPS,
+    WRITER_LOGPS,
+)
+from trainer.objectives.base import Objective, ReferenceModels
+from trainer.objectives.causal import supervised_rows
+from trainer.objectives.grpo_config import ClipForm, GrpoConfig, ImportanceLevel, KlEstimator, KlPlace
+
+ENTROPY = "entropy"
+KL = "kl"
+LOW_CLIPPED = "clip_ratio/low_mean"
+HIGH_CLIPPED = "clip_ratio/high_mean"
+CLIPPED = "clip_ratio/region_mean"
+WRITER_DIFFERENCE = "sampling/sampling_logp_difference/mean"
+"""Names of metrics, as TRL's GRPOTrainer has them."""
+
+
+class Policy(Objective):
+    """The loss of written answers. Terms are summed so that the step's count of `loss` divides them:
+
+    - `loss`, which carries the gradient;
+    - `entropy`, `kl` (only if it has a weight, by k3 whatever the loss takes), and the shares of clipped tokens: means over the
+      learned tokens of the step;
+    - `sampling/sampling_logp_difference/mean`: how far the log-probabilities of writing lie from those of learning, in nats.
+    """
+
+    def __init__(self, config: GrpoConfig, references: ReferenceModels) -> None:
+        self.config = config
+        self.references = references
+        """What gives the reference its log-probabilities, in the passes of `trainer/rollout/look_back.py`."""
+        self.uses_kl = config.kl.weight > 0
+        kl_metrics = (KL,) if self.uses_kl else ()
+        self.metrics = (ENTROPY, *kl_metrics, LOW_CLIPPED, HIGH_CLIPPED, CLIPPED, WRITER_DIFFERENCE)
+
+    def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The terms that the class lists. All ranks that share rows must call. A micro-batch may hold no learned token."""
+        config = self.config
+        head, hidden, targets = supervised_rows(model, batch)
+        now, entropy = row_logps(head, hidden, targets, config.rollout.temperature)
+        advantages = batch[ADVANTAGES]
+        old = batch.get(OLD_LOGPS)
+        if old is None:
+            old = now.detach()
+        log_ratio = now - old
+        if config.importance_level is ImportanceLevel.sequence:
+            log_ratio = _answer_means(log_ratio, batch)
+        ratio = log_ratio.exp()
+
+        losses = self._policy_losses(ratio, now, advantages)
+        token_means = {ENTROPY: entropy, WRITER_DIFFERENCE: (old - batch[WRITER_LOGPS]).abs()}
+        if self.uses_kl:
+            difference = batch[REFERENCE_LOGPS] - now
+            token_means[KL] = _k3(difference)
+            if config.kl.place is KlPlace.loss:
+                losses = losses + config.kl.weight * _divergence(difference, ratio, config.kl.estimator)
+        low, high = self._clipped(ratio, advantages)
+        token_means |= {LOW_CLIPPED: low, HIGH_CLIPPED: high, CLIPPED: low + high}
+
+        # The loop divides each term by the step's count of `loss`; this factor makes it a mean over learned tokens instead.
+        totals = batch["totals"]
+        factor = totals["loss"] / max(1, totals["tokens"])
+        terms = {"loss": (losses * batch[LOSS_WEIGHTS]).sum()}
+        for name, values in token_means.items():
+            terms[name] = values.detach().float().sum() * factor
+        return terms
+
+    def _policy_losses(self, ratio: Tensor, now: Tensor, advantages: Tensor) -> Tensor:
+        """`[N]`: each token's loss without the divergence."""
+        config = self.config
+        if config.clip_form is ClipForm.none:
+            return -ratio * advantages
+        if config.clip_form is ClipForm.cispo:
+            return -ratio.detach().clamp(max=config.upper_clip) * advantages * now
+        bounded = ratio.clamp(1 - config.clip, 1 + config.upper_clip)
+        if config.clip_negative is not None:
+            # With a positive advantage the minimum takes the tighter bound above anyway.
+            ratio = ratio.clamp(max=config.clip_negative)
+        return -torch.minimum(ratio * advantages, bounded * advantages)
+
+    def _clipped(self, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        """`[N]` bool each: whether the bound below, or the one above, holds a token's ratio, so that it has no gradient."""
+        config = self.config
+        none = torch.zeros_like(ratio, dtype=torch.bool)
+        if config.clip_form is ClipForm.none:
+            return none, none
+        if config.clip_form is ClipForm.cispo:
+            return none, (ratio > config.upper_clip) & (advantages > 0)
+        low = (ratio < 1 - config.clip) & (advantages < 0)
+        high = (ratio > 1 + config.upper_clip) & (advantages > 0)
+        return low, high
+
+
+def _answer_means(values: Tensor, batch: dict[str, Any]) -> Tensor:
+    """`[N]`: for each row the mean of `values [N]` over the rows of its answer. All ranks that share rows must call.
+
+    If ranks share a row, an answer may lie on several of them: each has the mean of the whole answer.
+    """
+    row_sequence = batch["row_sequence"]
+    zeros = values.new_zeros(batch["num_sequences"])
+    sums = sum_over_group(zeros.index_add(0, row_sequence, values), batch.get("row_slices"))
+    # A sequence that only fills up a micro-batch has a length of 0, and no row that would take its mean.
+    return (sums / batch[ANSWER_LENGTHS].clamp(min=1))[row_sequence]
+
+
+def _k3(difference: Tensor) -> Tensor:
+    """The estimate of KL(now, reference) whose gradient GRPO takes, for `difference` = reference - now; never negative."""
+    return torch.expm1(difference) - difference
+
+
+def _divergence(difference: Tensor, ratio: Tensor, estimator: KlEstimator) -> Tensor:
+    """`[N]`: the estimate of the divergence that is added to the loss."""
+    if estimator is KlEstimator.k2:
+        return difference.square() / 2
+    if estimator is KlEstimator.k3_corrected:
+        # The expectation is over the old policy, which wrote the answer (DeepSeek-V3.2, arXiv:2512.02556).
+        return _k3(difference) * ratio
+    return _k3(difference)

@@ -1,0 +1,210 @@
+"""Reward functions of a Python file, read from its syntax: nothing of the file is run here.
+
+People have reward functions in three conventions, which the names of their parameters tell apart:
+
+- TRL's `f(prompts, completions, completion_ids, **columns) -> list[float | None]` is called with all answers of a group;
+- verifiers' `f(completion, answer, prompt, info, ...) -> float` is called with one answer;
+- verl's `f(data_source, solution_str, ground_truth, extra_info) -> float | {"score": ...}` too.
+
+Every other parameter is the name of a column of the data, and so the columns that a file needs are known before it runs.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strategies.errors import ConfigError
+from trainer.data.fields import KeptColumns
+
+if TYPE_CHECKING:
+    from trainer.objectives.answers import PromptDataSpec
+    from trainer.objectives.rollouts import RewardEntry, RoundsConfig
+
+
+class Convention(StrEnum):
+    """How a reward function wants to be called, by the parameter that tells."""
+
+    trl = "completions"
+    verifiers = "completion"
+    verl = "solution_str"
+
+
+WHAT_IS_A_REWARD = "one has a parameter `completions` (TRL), `completion` (verifiers) or `solution_str` (verl)"
+GIVEN = {
+    Convention.trl: ("prompts", "completions", "completion_ids", "truncated", "step", "log_metric", "log_extra"),
+    Convention.verifiers: ("prompt", "completion", "completion_ids", "truncated", "step", "log_metric", "log_extra"),
+    Convention.verl: ("solution_str", "completion_ids", "truncated", "step", "log_metric", "log_extra"),
+}
+"""Parameters that a function is given by their names; every other one is a column."""
+NOT_GIVEN = {
+    "trainer_state": "TRL's trainer is not there; `step` is the number of optimizer steps",
+    "environments": "answers have one turn here",
+    "state": "answers have one turn here, and `completion` is all that there is",
+    "parser": "read the answer in the function itself",
+}
+"""Parameters of the original libraries that nothing here stands for, each with why."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFunction:
+    """The signature of one reward function."""
+
+    name: str
+    convention: Convention
+    parameters: tuple[str, ...]
+    """Names of its parameters, without `*` and `**` ones."""
+    required: tuple[str, ...]
+    """Those of them that have no default."""
+    takes_all: bool
+    """Whether it has `**kwargs`, and so is given every column."""
+
+    @property
+    def columns(self) -> dict[str, bool]:
+        """The columns that it names, each with whether it cannot be called without it."""
+        given = GIVEN[self.convention]
+        return {name: name in self.required for name in self.parameters if name not in given and name not in NOT_GIVEN}
+
+
+def split_function(text: str) -> tuple[Path, str]:
+    """The file and the name of `FILE.py:NAME`; the name is empty if there is none."""
+    path, colon, name = text.rpartition(":")
+    if not colon or name.endswith(".py"):
+        return Path(text).expanduser(), ""
+    return Path(path).expanduser(), name
+
+
+def functions_of(path: Path) -> dict[str, RewardFunction]:
+    """The public reward functions of a file by name, in its order: those with a parameter of one of the conventions.
+
+    Raises ConfigError for a file that cannot be read, or is no Python.
+    """
+    try:
+        modified_ns = path.stat().st_mtime_ns
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give a Python file with reward functions"
+        ) from None
+    return _functions_of(path, modified_ns)
+
+
+@lru_cache(maxsize=32)
+def _functions_of(path: Path, modified_ns: int) -> dict[str, RewardFunction]:
+    """As `functions_of`; `modified_ns` is a part of the cache's key alone."""
+    try:
+        module = ast.parse(path.read_bytes(), str(path))
+    except (OSError, SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        place = f"{path}:{line}" if line else str(path)
+        raise ConfigError(f"{place}: is no Python file that can be read ({error}); mend it") from None
+    functions = {}
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            function = _signature(node)
+            if function is not None:
+                functions[node.name] = function
+    return functions
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> RewardFunction | None:
+    """The signature of a function; None if it is no reward function."""
+    arguments = node.args
+    positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    keyword_only = [argument.arg for argument in arguments.kwonlyargs]
+    parameters = (*positional, *keyword_only)
+    convention = next((convention for convention in Convention if convention.value in parameters), None)
+    if convention is None:
+        return None
+    # Defaults belong to the last positional parameters; of keyword-only ones each has its own, or None.
+    num_required = len(positional) - len(arguments.defaults)
+    required = positional[:num_required]
+    for name, default in zip(keyword_only, arguments.kw_defaults, strict=True):
+        if default is None:
+            required.append(name)
+    return RewardFunction(node.name, convention, parameters, tuple(required), takes_all=arguments.kwarg is not None)
+
+
+def function_of(setting: str, key: str) -> RewardFunction:
+    """The function that `FILE.py:NAME` names. `key`: the setting, for messages. Raises ConfigError if there is none."""
+    path, name = split_function(setting)
+    functions = functions_of(path)
+    if name in functions:
+        return functions[name]
+    known = ", ".join(functions) or "none"
+    if not name:
+        raise ConfigError(f"{key}={setting}: must be FILE.py:NAME; {path.name} has the reward functions {known}")
+    raise ConfigError(
+        f"{key}={setting}: {path.name} has no such reward function, but {known}; {WHAT_IS_A_REWARD}, and is defined in the file "
+        "itself"
+    )
+
+
+def kept_columns(rewards: Mapping[str, RewardEntry]) -> KeptColumns:
+    """The columns that rewards read. Raises ConfigError for a reward function that cannot be found."""
+    required: dict[str, None] = {}
+    optional: dict[str, None] = {}
+    takes_all = False
+    for name, reward in rewards.items():
+        if reward.function is None:
+            optional.update(dict.fromkeys(columns_of_kind(reward)))
+            continue
+        function = function_of(reward.function, f"objective.rewards.{name}.function")
+        takes_all |= function.takes_all
+        for column, is_required in function.columns.items():
+            if column not in reward.options:
+                (required if is_required else optional)[column] = None
+    only_optional = tuple(sorted(optional.keys() - required.keys()))
+    return KeptColumns(tuple(sorted(required)), only_optional, takes_all)
+
+
+def prompt_spec(config: RoundsConfig) -> PromptDataSpec:
+    """How prompts are read for these rewards. Of rewards that cannot be read nothing is kept: rules say what is wrong."""
+    # Imported here: worker processes and the command line read this module, and do without torch.
+    from trainer.objectives.answers import PromptDataSpec
+
+    try:
+        return PromptDataSpec(kept_columns(config.rewards))
+    except ConfigError:
+        return PromptDataSpec()
+
+
+REFERENCE_COLUMNS = ("references", "answer", "solution", "ground_truth", "completion", "response", "output", "target")
+"""Columns that may hold the right answer, for built-in rewards that compare with one: the first one that a row has."""
+KIND_COLUMNS = {
+    "exact_match": REFERENCE_COLUMNS,
+    "f1": REFERENCE_COLUMNS,
+    "maths": REFERENCE_COLUMNS,
+    "math_verify": REFERENCE_COLUMNS,
+    "judge": REFERENCE_COLUMNS,
+    "json_schema": ("schema",),
+    "tool_calls": ("tools", "answer", "completion", "messages"),
+}
+"""Columns that a built-in kind may read."""
+
+
+def columns_of_kind(reward: RewardEntry) -> tuple[str, ...]:
+    """The columns that a built-in reward may read: that of `options.reference`, if it is set."""
+    column = reward.options.get("reference")
+    return (str(column),) if column else KIND_COLUMNS.get(reward.kind, ())
+
+
+def problems_of_function(name: str, reward: RewardEntry) -> Iterator[str]:
+    """What is wrong with a reward function as its file defines it, one line each."""
+    key = f"objective.rewards.{name}"
+    assert reward.function is not None
+    try:
+        function = function_of(reward.function, f"{key}.function")
+    except ConfigError as error:
+        yield from error.problems
+        return
+    for parameter in function.required:
+        if parameter in NOT_GIVEN:
+            yield f"{key}.function={reward.function}: needs the parameter {parameter}, which is not given: {NOT_GIVEN[parameter]}"
+    for option in reward.options:
+        if option not in function.parameters:
+            yield f"{key}.options.{option}: {function.name} has no such parameter; it has {', '.join(function.parameters)}"

@@ -1,0 +1,102 @@
+"""Tries the rewards of a run on answers of the model as it is: the first groups of the run's first round. Nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies.base import Progress
+from strategies.build import resolve_precision
+from strategies.errors import Interrupted, Preempted
+from strategies.runtime import barrier
+from trainer.build.parts import build_engine
+from trainer.build.rounds import RoundInputs, build_round_loader, prompts_per_round
+from trainer.config.run import RunConfig
+from trainer.evaluation.endpoint.judge import Judge
+from trainer.model.loading import load_tokenizer
+from trainer.objectives.rollouts import RoundsConfig
+from trainer.reporting.status import write_text_atomic
+from trainer.rollout.rewards.scorer import open_scorer
+from trainer.rollout.trial_report import trial_report
+from trainer.run import meet
+from trainer.session.attempt import Attempt, rank_of_job
+from trainer.stopping.preempt import Agreement
+from trainer.stopping.signals import StopRequest
+
+REPORT = "rewards.json"
+MOST_PROMPTS = 8
+"""Prompts that are answered if `evaluation.generate.samples` is 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardTrialJob:
+    """What is tried beside the configuration. The command writes it to `job.json`; ranks read it by the names of these fields."""
+
+    checkpoint: str | None = None
+    """Directory of a run's checkpoint that writes; None: the model as it is."""
+    copies: str | None = None
+    """Directory of the run whose copies of reward files score; None: the files that the configuration names."""
+
+
+def trial_worker(config: RunConfig, job: RewardTrialJob, job_dir: Path, to: Path) -> None:
+    """Try the rewards as one rank of the job that the environment describes; rank 0 writes the report into `to`.
+
+    Raises what ended it. `job_dir` has the records of the processes.
+    """
+    with rank_of_job(job_dir, config.run.lease_s) as (request, attempt):
+        attempt.set_run_dir(job_dir, int(os.environ.get("RANK", 0)))
+        _try_rewards(config, job, to, request, attempt)
+
+
+def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: StopRequest, attempt: Attempt) -> None:
+    """Build the model, write and score the first groups of the first round, and write the report. All ranks must call."""
+    settings = config.objective
+    assert isinstance(settings, RoundsConfig)
+    tokenizer = load_tokenizer(config.model)
+    data, _, staged, runtime = meet(config, tokenizer, request, attempt)
+    precision = resolve_precision(config.precision, runtime)
+    agreement = Agreement(request, runtime)
+    scored_by = attempt.run_dir if job.copies is None else Path(job.copies)
+    judge = None
+    if config.evaluation.judge.url:
+        judge = Judge(config.evaluation.judge, runtime, agreement.for_loop().ask_and_wait)
+    scorer = open_scorer(settings, runtime, scored_by, stop_asked=agreement.asked_here, judge=judge)
+    attempt.at_end.callback(scorer.close)
+    attempt.phase = "building the model"
+    engine, built, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
+    if job.checkpoint is not None:
+        engine.load(Path(job.checkpoint))
+    inputs = RoundInputs(
+        tokenizer, precision, scorer, Progress(), lambda: agreement.for_loop().ask_and_wait, attempt.tell_phase
+    )
+    maker = build_round_loader(config, data, built, engine, runtime, inputs)[0].maker
+    wanted = prompts_per_round(config)
+    count = min(config.evaluation.generate.samples or MOST_PROMPTS, wanted)
+    try:
+        began = time.perf_counter()
+        groups = maker.writer.write(engine, maker.prompts.read(0, count), settings.group_size)
+        written_at = time.perf_counter()
+        scores = scorer.score(groups, step=0)
+        scored_at = time.perf_counter()
+    except Interrupted:
+        raise Preempted("asked to stop; the same command begins again") from None
+    if runtime.is_main:
+        report: dict[str, Any] = {
+            "model": config.model.path,
+            "checkpoint": job.checkpoint,
+            "objective": settings.name,
+            "group_size": settings.group_size,
+            "prompts_per_round": wanted,
+            "max_new_tokens": settings.rollout.max_new_tokens,
+            "write_s": written_at - began,
+            "reward_s": scored_at - written_at,
+            "round_s": (scored_at - began) * wanted / count,
+            **trial_report(groups, scores),
+        }
+        write_text_atomic(to / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    barrier(runtime)
+    staged.remove()

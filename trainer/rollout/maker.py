@@ -1,0 +1,226 @@
+"""Makes a round: prompts in the order of the run, answers, rewards, and what is compared with the past. All ranks must call."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from strategies.errors import DataError, Interrupted
+from strategies.runtime import Runtime, gather_objects
+from trainer.data.batches.collate import to_device
+from trainer.objectives.base import ReferenceModels
+from trainer.objectives.grpo_config import GrpoConfig, KlPlace
+from trainer.objectives.rollouts import IdleGroups
+from trainer.rollout.dealing import Dealer
+from trainer.rollout.groups import advantages, idle
+from trainer.rollout.look_back import PolicyLogps, ReferenceLogps, RowScorer, answer_logps
+from trainer.rollout.metrics import round_metrics
+from trainer.rollout.prompts import PromptReader
+from trainer.rollout.round import Round, rewards_of
+from trainer.rollout.types import AnswerWriter, Group, RewardScorer, Scores, all_answers
+
+if TYPE_CHECKING:
+    from strategies.base import Engine
+
+MOST_WRITTEN = 3
+"""Prompts answered for a round with `idle_groups=replace`, as a multiple of those that it needs."""
+LEAST_SHARE = 0.25
+"""Share of groups with spread that a further draw counts on at least, so that no draw is more than four times what is missing."""
+MOST_IDLE_DRAWS = 10
+"""Draws without one group that has spread, after which the run ends: its rewards tell no answers apart."""
+
+
+@dataclass(slots=True)
+class _Written:
+    """Groups that were written and scored for a round."""
+
+    groups: list[Group] = field(default_factory=list)
+    scores: list[Scores] = field(default_factory=list)
+
+    def select(self, numbers: Sequence[int]) -> _Written:
+        """The groups of these numbers."""
+        selected = _Written()
+        for number in numbers:
+            selected.groups.append(self.groups[number])
+            selected.scores.append(self.scores[number])
+        return selected
+
+
+@dataclass(slots=True)
+class RoundMaker:
+    """Makes the rounds of a run. Everything about a round is decided on the whole round, so alike on all ranks."""
+
+    settings: GrpoConfig
+    prompts_per_round: int
+    engine: Engine
+    prompts: PromptReader
+    writer: AnswerWriter
+    scorer: RewardScorer
+    dealer: Dealer
+    runtime: Runtime
+    references: ReferenceModels
+    """What gives the reference its log-probabilities, where the divergence from it has a weight."""
+    stop_now: Callable[[], bool] = lambda: False
+    """Asked on all ranks between two phases: whether to stop."""
+    tell_phase: Callable[[str], None] = lambda phase: None
+    """Called with what the run is at, for messages about a rank that fails or stands still."""
+    on_round: Callable[[Round, int], None] = lambda made, step: None
+    """Called on all ranks with each new round, and the optimizer steps taken before it."""
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def make(self, first_sample: int, step: int) -> Round:
+        """The round that begins after `first_sample` consumed prompts and `step` optimizer steps.
+
+        All ranks must call. Raises, on all ranks alike, DataError if a reward fails or no group has spread, and Interrupted if
+        the run is asked to stop.
+        """
+        self._seconds = {"write_s": 0.0, "reward_s": 0.0, "look_back_s": 0.0}
+        written = self._write(first_sample, self.prompts_per_round, step)
+        facts: dict[str, float] = {}
+        num_prompts = self.prompts_per_round
+        kept = written
+        if self.settings.idle_groups is IdleGroups.replace:
+            kept, num_prompts = self._replace_idle(written, first_sample, step)
+            facts["groups/replaced"] = num_prompts - len(kept.groups)
+            facts["groups/missing"] = self.prompts_per_round - len(kept.groups)
+        made = Round(
+            first_sample=first_sample,
+            num_prompts=num_prompts,
+            groups=kept.groups,
+            scores=kept.scores,
+            advantages=np.zeros((len(kept.groups), self.settings.group_size)),
+            is_learned=~np.isnan(rewards_of(kept.scores)),
+        )
+        self._weigh(made)
+        self.tell_phase("training")
+        made.facts = round_metrics(written.groups, written.scores) | facts | self._speeds(written.groups)
+        self.on_round(made, step)
+        return made
+
+    def _write(self, first_sample: int, count: int, step: int) -> _Written:
+        """Answers to `count` prompts, and their scores."""
+        prompts = self.prompts.read(first_sample, count)
+        with self._phase(f"writing answers (after step {step})", "write_s"):
+            groups = self.writer.write(self.engine, prompts, self.settings.group_size)
+        with self._phase(f"scoring answers (after step {step})", "reward_s"):
+            scores = self.scorer.score(groups, step=step)
+        return _Written(groups, scores)
+
+    def _replace_idle(self, written: _Written, first_sample: int, step: int) -> tuple[_Written, int]:
+        """(the first groups that have spread, prompts consumed up to the last of them). Adds what is drawn to `written`.
+
+        Prompts after the last group that is taken are not consumed: the next round answers them again, with its own weights.
+        """
+        wanted = self.prompts_per_round
+        draws = 1
+        while True:
+            with_spread = np.flatnonzero(~idle(rewards_of(written.scores))).tolist()
+            num_written = len(written.groups)
+            if len(with_spread) >= wanted or (with_spread and num_written >= MOST_WRITTEN * wanted):
+                break
+            if not with_spread and draws >= MOST_IDLE_DRAWS:
+                raise DataError(self._no_spread(written))
+            missing = wanted - len(with_spread)
+            count = math.ceil(missing / max(LEAST_SHARE, len(with_spread) / num_written))
+            if with_spread:
+                count = min(count, MOST_WRITTEN * wanted - num_written)
+            further = self._write(first_sample + num_written, count, step)
+            written.groups += further.groups
+            written.scores += further.scores
+            draws += 1
+        taken = with_spread[:wanted]
+        num_consumed = taken[-1] + 1 if len(taken) == wanted else num_written
+        return written.select(taken), num_consumed
+
+    def _no_spread(self, written: _Written) -> str:
+        """The error about rewards that tell no answers apart."""
+        rewards = rewards_of(written.scores)
+        known = rewards[~np.isnan(rewards)]
+        seen = "no answer was scored"
+        if len(known):
+            seen = f"rewards lie between {known.min():g} and {known.max():g}"
+        return (
+            f"objective.idle_groups=replace: in none of {len(written.groups)} groups of {self.settings.group_size} answers do "
+            f"the rewards differ ({seen}), so there is nothing to learn; give rewards that tell answers apart, easier prompts, "
+            "or a larger objective.group_size"
+        )
+
+    def _weigh(self, made: Round) -> None:
+        """Give a round its advantages, and the log-probabilities of the past that its loss reads."""
+        settings = self.settings
+        rewards = rewards_of(made.scores)
+        if settings.idle_groups is IdleGroups.drop:
+            made.is_learned &= ~idle(rewards)[:, None]
+        if settings.mask_truncated:
+            has_ended = [answer.ended for answer in all_answers(made.groups)]
+            made.is_learned &= np.reshape(has_ended, made.is_learned.shape)
+        num_answers = rewards.size
+        several_updates = settings.rollout.steps * settings.rollout.iterations > 1
+        kl_in_reward = settings.kl.weight > 0 and settings.kl.place is KlPlace.reward
+        # The divergence in the reward is that of every scored answer, learned or not.
+        asked = made.learned(range(num_answers))
+        if kl_in_reward:
+            asked = np.flatnonzero(~np.isnan(rewards).ravel()).tolist()
+        old_logps: dict[int, np.ndarray] = {}
+        if several_updates or kl_in_reward:
+            old_logps = self._look_back(made, asked, PolicyLogps(settings.rollout.temperature))
+        if settings.kl.weight > 0:
+            reference = ReferenceLogps(settings.rollout.temperature, self.references)
+            made.reference_logps = self._look_back(made, asked, reference)
+        if kl_in_reward:
+            rewards = self._with_divergence(rewards, old_logps, made.reference_logps)
+        if several_updates:
+            made.old_logps = old_logps
+        made.advantages = advantages(rewards, settings.baseline, settings.scale)
+
+    def _with_divergence(
+        self, rewards: np.ndarray, old_logps: dict[int, np.ndarray], reference_logps: dict[int, np.ndarray]
+    ) -> np.ndarray:
+        """Rewards less the divergence of each answer from the reference (k1: the sum of differences over its tokens)."""
+        flat = rewards.copy().ravel()
+        for number, old in old_logps.items():
+            difference = float(np.sum(old.astype(np.float64) - reference_logps[number]))
+            flat[number] -= self.settings.kl.weight * difference
+        return flat.reshape(rewards.shape)
+
+    def _look_back(self, made: Round, numbers: list[int], row_scorer: RowScorer) -> dict[int, np.ndarray]:
+        """float32 [tokens] of each of these answers, by its number: what `row_scorer` says of them."""
+        if not numbers:
+            return {}
+        with self._phase("looking back at the answers", "look_back_s"):
+            samples = [made.sequence(number) for number in numbers]
+            dealt, _ = self.dealer.deal(samples, samples[0])
+            answers: list[list[int | None]] = []
+            for micro_batch in dealt:
+                answers.append([None if place is None else numbers[place] for place in micro_batch.positions])
+            batches = [to_device(micro_batch.batch, self.dealer.device) for micro_batch in dealt]
+            return answer_logps(self.engine, batches, answers, row_scorer, self.runtime, self._check_stop)
+
+    def _check_stop(self) -> None:
+        if self.stop_now():
+            raise Interrupted
+
+    @contextmanager
+    def _phase(self, phase: str, name: str) -> Iterator[None]:
+        """Around a part of a round: tells what the run is at, adds its seconds, and stops before it if it is asked to."""
+        self._check_stop()
+        self.tell_phase(phase)
+        began = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - began
+
+    def _speeds(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Seconds of the parts of a round, of the slowest rank, and the speed of writing. All ranks must call."""
+        by_rank = gather_objects(self._seconds, self.runtime)
+        seconds = dict.fromkeys(self._seconds, 0.0)
+        for of_rank in by_rank:
+            for name, rank_seconds in of_rank.items():
+                seconds[name] = max(seconds[name], rank_seconds)
+        tokens = sum(len(answer.ids) for answer in all_answers(groups))
+        return {**seconds, "written_tokens_per_s": tokens / max(seconds["write_s"], 1e-9)}

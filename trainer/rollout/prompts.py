@@ -1,0 +1,66 @@
+"""Reads the prompts of a round: tokens from the prepared data, text and columns from the documents beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.data.batches.order import Order
+from trainer.data.document import Document
+from trainer.data.store.documents import DocumentTable
+from trainer.data.store.sequences import TokenDataset
+from trainer.rollout.types import Prompt
+
+
+class PromptReader:
+    """The prompts of a data set, in the order in which a run consumes them."""
+
+    def __init__(self, dataset: TokenDataset, table: DocumentTable, order: Order) -> None:
+        """`table`: the documents that the sequences of `dataset` were made of."""
+        self.dataset = dataset
+        self.table = table
+        self.order = order
+        self._has_sources = has_sources(dataset)
+
+    def read(self, first_sample: int, count: int) -> list[Prompt]:
+        """The prompts that are consumed as number `first_sample` up to `first_sample + count`."""
+        units = self.order.units(first_sample, count).tolist()
+        return [self.prompt(unit, first_sample + number) for number, unit in enumerate(units)]
+
+    def prompt(self, sequence: int, place: int) -> Prompt:
+        """Sequence `sequence` of the data set as prompt number `place` of the run."""
+        return read_prompt(self.dataset, self.table, sequence, place, names_source=self._has_sources)
+
+
+def has_sources(dataset: TokenDataset) -> bool:
+    """Whether the sequences of a data set come from several sources."""
+    return len(set(dataset.sources.tolist())) > 1
+
+
+def read_prompt(
+    dataset: TokenDataset, table: DocumentTable, sequence: int, place: int, *, names_source: bool
+) -> Prompt:
+    """Sequence `sequence` of a data set as a prompt. `table`: the documents that its sequences were made of."""
+    document = table.document(int(dataset.documents[sequence]))
+    return Prompt(
+        place=place,
+        ids=dataset.sample(sequence).input_ids.tolist(),
+        text=text_of(document),
+        columns=document.columns or {},
+        origin=document.location,
+        source=dataset.source_names[int(dataset.sources[sequence])] if names_source else "",
+    )
+
+
+def text_of(document: Document) -> str | list[dict[str, Any]]:
+    """The prompt of a document as rewards see it: messages up to the last answer, where it is a conversation, else a text."""
+    if document.messages is None:
+        return document.prompt or document.text or ""
+    turns = document.messages
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return [_as_written(turn) for turn in turns]
+
+
+def _as_written(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without what says how it is learned."""
+    return {name: part for name, part in turn.items() if name not in ("train", "weight")}

@@ -1,0 +1,106 @@
+"""`rounds/round-000013.parquet`: what was written and what it scored, of each round of a run, by the round's first step.
+
+A row is an answer. Only rank 0 writes. A run that is resumed takes back the rounds that begin after its checkpoint, as it does
+with the rows of `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strategies.errors import StorageError
+
+if TYPE_CHECKING:
+    from trainer.rollout.round import Round
+
+DIRECTORY = "rounds"
+_NAME = re.compile(r"round-(\d+)\.parquet")
+
+
+class RoundRecord:
+    """The rounds of a run as Parquet files."""
+
+    def __init__(self, run_dir: Path, most_groups: int | None = None) -> None:
+        """`most_groups`: groups of each round that are recorded, the first ones; None: all, 0: none."""
+        self.directory = run_dir / DIRECTORY
+        self.most_groups = most_groups
+
+    def take_back(self, step: int) -> None:
+        """Remove the rounds that begin after `step` steps. Errors: StorageError."""
+        for number, file in recorded_rounds(self.directory.parent).items():
+            if number > step:
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError as error:
+                    raise StorageError(f"{file}: cannot be removed ({error.strerror})") from error
+
+    def write(self, made: Round, step: int) -> None:
+        """Write a round that begins after `step` steps. Errors: StorageError."""
+        if self.most_groups == 0:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        rows = rows_of(made, self.most_groups)
+        table = pa.Table.from_pylist(rows)
+        file = self.directory / f"round-{step + 1:06d}.parquet"
+        unfinished = file.with_suffix(".unfinished")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            parquet.write_table(table, unfinished, compression="zstd")
+            unfinished.replace(file)
+        except OSError as error:
+            raise StorageError(
+                f"{file}: cannot be written ({error.strerror or error}); free space, or record fewer groups with "
+                "objective.rollout.record"
+            ) from error
+
+
+def rows_of(made: Round, most_groups: int | None = None) -> list[dict[str, Any]]:
+    """The answers of a round as rows: prompt, answer, rewards, advantage; those of the first `most_groups` groups."""
+    rows = []
+    for number, (group, scores) in enumerate(zip(made.groups, made.scores, strict=True)):
+        if most_groups is not None and number >= most_groups:
+            break
+        for place, answer in enumerate(group.answers):
+            row: dict[str, Any] = {
+                "place": group.prompt.place,
+                "where": group.prompt.origin,
+                "source": group.prompt.source,
+                "draw": answer.draw,
+                "prompt": prompt_text(group.prompt.text),
+                "answer": answer.text,
+                "ids": [int(token) for token in answer.ids],
+                "ended": answer.ended,
+                "reward": _number(scores.total[place]),
+                "advantage": _number(made.advantages[number, place]),
+                "learned": bool(made.is_learned[number, place]),
+            }
+            for name, of_reward in scores.by_reward.items():
+                row[f"rewards/{name}"] = _number(of_reward[place])
+            rows.append(row)
+    return rows
+
+
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as one text: itself, or its messages as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def _number(value: Any) -> float | None:
+    """A reward as a number; None where it did not apply."""
+    number = float(value)
+    return None if number != number else number  # nan alone differs from itself
+
+
+def recorded_rounds(run_dir: Path) -> dict[int, Path]:
+    """The files of a run's rounds by the number of their first step, ascending."""
+    files = {}
+    for file in sorted((run_dir / DIRECTORY).glob("round-*.parquet")):
+        match = _NAME.fullmatch(file.name)
+        if match is not None:
+            files[int(match[1])] = file
+    return dict(sorted(files.items()))

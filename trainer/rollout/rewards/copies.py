@@ -1,0 +1,177 @@
+"""The reward files of a run, copied into its directory with what they import from beside, and run from there.
+
+A run that is resumed next week must be scored by what scored it until then, whatever has become of the file. `rewards.json`
+holds, for each reward, the copy that it is run from, and the digest of every copied file.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strategies.errors import ConfigError
+from trainer.objectives.reward_functions import split_function
+
+if TYPE_CHECKING:
+    from trainer.objectives.rollouts import RewardEntry
+
+DIRECTORY = "rewards"
+MANIFEST = "rewards.json"
+
+
+def reward_files(rewards: Mapping[str, RewardEntry]) -> dict[Path, list[Path]]:
+    """The files that reward functions need, by the directory that they are imported from, in order.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    by_directory: dict[Path, list[Path]] = {}
+    for name in sorted(rewards):
+        setting = rewards[name].function
+        if setting is None:
+            continue
+        file = split_function(setting)[0].resolve()
+        if not file.is_file():
+            raise ConfigError(f"objective.rewards.{name}.function={setting}: there is no such file")
+        files = by_directory.setdefault(file.parent, [])
+        for needed in imported_files(file):
+            if needed not in files:
+                files.append(needed)
+    return by_directory
+
+
+def imported_files(file: Path) -> list[Path]:
+    """A Python file and those beside it that it imports, directly or through others; of a package all its Python files."""
+    found: list[Path] = []
+    waiting = [file]
+    while waiting:
+        current = waiting.pop()
+        if current in found:
+            continue
+        found.append(current)
+        for module in _imported_modules(current):
+            waiting += _files_of_module(file.parent, module)
+    return sorted(found)
+
+
+def _imported_modules(file: Path) -> Iterator[str]:
+    """The first parts of the names of the modules that a file imports."""
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (OSError, SyntaxError, ValueError):  # the reward file itself is refused elsewhere
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+def _files_of_module(directory: Path, module: str) -> list[Path]:
+    """The files of a module that lies in a directory; none if it does not."""
+    if (directory / f"{module}.py").is_file():
+        return [directory / f"{module}.py"]
+    if (directory / module).is_dir():
+        return sorted((directory / module).rglob("*.py"))
+    return []
+
+
+def digests_of(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
+    """SHA-256 of each file that reward functions need, by its path in the copy. Raises ConfigError, OSError."""
+    digests = {}
+    for number, (directory, files) in enumerate(reward_files(rewards).items()):
+        for file in files:
+            digests[f"{number}/{file.relative_to(directory)}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return digests
+
+
+def copy_rewards(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
+    """Copy the files of reward functions into a run directory, in place of earlier copies. Raises ConfigError, OSError."""
+    target = run_dir / DIRECTORY
+    by_directory = reward_files(rewards)
+    if not by_directory:
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    numbers = {directory: number for number, directory in enumerate(by_directory)}
+    for directory, files in by_directory.items():
+        for file in files:
+            copy = target / str(numbers[directory]) / file.relative_to(directory)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    functions = {}
+    for name, reward in rewards.items():
+        if reward.function is not None:
+            file, function = split_function(reward.function)
+            file = file.resolve()
+            functions[name] = {"file": f"{numbers[file.parent]}/{file.name}", "function": function}
+    manifest = {"functions": functions, "sha256": digests_of(rewards)}
+    # Written last: copies without it are not whole.
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any] | None:
+    """What `copy_rewards` wrote; None if the run has no copies."""
+    try:
+        manifest: dict[str, Any] = json.loads((run_dir / DIRECTORY / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest
+
+
+def copied_functions(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -> dict[str, tuple[Path, str]]:
+    """(file, function) of each reward that is a function: the run's copy if there is one, else the file itself."""
+    manifest = None if run_dir is None else read_manifest(run_dir)
+    functions = {}
+    for name, reward in rewards.items():
+        if reward.function is None:
+            continue
+        copied = None if manifest is None else manifest["functions"].get(name)
+        if copied is not None and run_dir is not None:
+            functions[name] = (run_dir.resolve() / DIRECTORY / copied["file"], copied["function"])
+        else:
+            file, function = split_function(reward.function)
+            functions[name] = (file.resolve(), function)
+    return functions
+
+
+def recorded_digests(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of each copied file as it is now, by its path; empty if the run has no copies."""
+    target = run_dir / DIRECTORY
+    manifest = read_manifest(run_dir)
+    if manifest is None:
+        return {}
+    digests = {}
+    for name in sorted(manifest["sha256"]):
+        file = target / name
+        digests[name] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
+    return digests
+
+
+def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progress: bool, accept: list[str]) -> None:
+    """Copy the reward files of a run that is about to start. Raises ConfigError if a run with progress has other ones now.
+
+    `accept`: what `run.accept` names. A run with progress keeps its copies if a file is gone.
+    """
+    if not any(reward.function for reward in rewards.values()):
+        return
+    manifest = read_manifest(run_dir)
+    if manifest is None or not has_progress or DIRECTORY in accept:
+        copy_rewards(rewards, run_dir)
+        return
+    try:
+        current = digests_of(rewards)
+    except (ConfigError, OSError):
+        return
+    recorded = manifest["sha256"]
+    changed = [name for name in sorted(recorded.keys() | current.keys()) if recorded.get(name) != current.get(name)]
+    if changed:
+        files = ", ".join(name.partition("/")[2] for name in changed)
+        raise ConfigError(
+            f"objective.rewards: {files} differs from the copy in {run_dir / DIRECTORY} that scored this run until now; add "
+            "run.accept=[rewards] to go on with the new one, or put the old one back"
+        )

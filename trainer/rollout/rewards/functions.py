@@ -1,0 +1,176 @@
+"""Calls reward functions in the conventions of TRL, verifiers and verl. Runs in worker processes.
+
+`trainer/objectives/reward_functions.py` tells the conventions apart from the file's syntax, before anything runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from trainer.objectives.reward_functions import Convention, RewardFunction, functions_of
+
+
+class BadScore(Exception):
+    """A reward has returned something that is no score. The message says what, and what is allowed."""
+
+
+@dataclass(slots=True)
+class AnswersOfGroup:
+    """Answers to one prompt, as rewards see them."""
+
+    prompt: str | list[dict[str, Any]]
+    columns: dict[str, Any]
+    texts: list[str]
+    ids: list[list[int]]
+    truncated: list[bool]
+    step: int
+
+    def completions(self) -> list[Any]:
+        """The answers in the form of the prompt: texts, or lists of one message."""
+        if isinstance(self.prompt, str):
+            return list(self.texts)
+        return [[{"role": "assistant", "content": text}] for text in self.texts]
+
+
+@dataclass(slots=True)
+class CallResult:
+    """What one call of a reward gave."""
+
+    scores: list[float | None]
+    """One for each answer; None: the reward does not apply to it."""
+    logged: dict[str, list[float]] = field(default_factory=dict)
+    """Numbers that the function logged itself, by name."""
+
+
+def load_function(file: Path, name: str) -> Callable[..., Any]:
+    """The function `name` of a Python file, which is run for it. Modules beside the file can be imported.
+
+    Raises what the file raises.
+    """
+    directory = str(file.parent)
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    module = sys.modules.get(file.stem)
+    if module is None or getattr(module, "__file__", None) != str(file):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None and spec.loader is not None, f"{file} is a Python file"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
+@dataclass(slots=True)
+class FunctionReward:
+    """A reward function of the user's."""
+
+    function: Callable[..., Any]
+    signature: RewardFunction
+    options: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, file: Path, name: str, options: Mapping[str, Any]) -> FunctionReward:
+        """Run the file, and take the function from it. Raises what the file raises."""
+        return cls(load_function(file, name), functions_of(file)[name], options)
+
+    def __call__(self, answers: AnswersOfGroup) -> CallResult:
+        """The scores of the answers. Raises BadScore, and what the function raises."""
+        result = CallResult([])
+        call = partial(self._call, answers, result)
+        if self.signature.convention is Convention.trl:
+            columns = {name: [value] * len(answers.texts) for name, value in answers.columns.items()}
+            given: dict[str, Any] = {
+                "prompts": [answers.prompt] * len(answers.texts),
+                "completions": answers.completions(),
+                "completion_ids": answers.ids,
+                "truncated": answers.truncated,
+            }
+            result.scores = _score_list(call(columns, given), len(answers.texts))
+            return result
+        for number, completion in enumerate(answers.completions()):
+            given = {"completion_ids": answers.ids[number], "truncated": answers.truncated[number]}
+            if self.signature.convention is Convention.verl:
+                given["solution_str"] = answers.texts[number]
+            else:
+                given |= {"prompt": answers.prompt, "completion": completion}
+            returned = call(answers.columns, given)
+            result.scores.append(_score_of_answer(returned, result))
+        return result
+
+    def _call(self, answers: AnswersOfGroup, result: CallResult, columns: dict[str, Any], given: dict[str, Any]) -> Any:
+        """Call the function with those of the arguments that it names. Numbers that it logs go into `result`."""
+
+        def log_metric(name: str, value: float) -> None:
+            result.logged.setdefault(str(name), []).append(float(value))
+
+        given |= {"step": answers.step, "log_metric": log_metric, "log_extra": lambda name, values: None}
+        available = {**columns, **given, **self.options}
+        if self.signature.takes_all:
+            arguments = available
+        else:
+            arguments = {name: available[name] for name in self.signature.parameters if name in available}
+        returned = self.function(**arguments)
+        if inspect.isawaitable(returned):
+            returned = asyncio.run(_wait_for(returned))
+        return returned
+
+
+async def _wait_for(awaitable: Any) -> Any:
+    """What an awaitable gives: `asyncio.run` takes coroutines alone."""
+    return await awaitable
+
+
+def _score_list(returned: Any, answers: int) -> list[float | None]:
+    """The scores of a function that scores all answers at once. Raises BadScore."""
+    if isinstance(returned, str | bytes | dict) or not hasattr(returned, "__len__"):
+        raise BadScore(
+            f"returned {_shown(returned)}; it must be a list with a number or None for each of {answers} answers"
+        )
+    if len(returned) != answers:
+        raise BadScore(f"returned {len(returned)} scores for {answers} answers")
+    return [score_of(score) for score in returned]
+
+
+def _score_of_answer(returned: Any, result: CallResult) -> float | None:
+    """The score of one answer. Of verl's dictionaries it is `score`; the other numbers are logged. Raises BadScore."""
+    if not isinstance(returned, dict):
+        return score_of(returned)
+    if "score" not in returned:
+        raise BadScore(f'returned {_shown(returned)}; a dictionary must have "score"')
+    for name, value in returned.items():
+        if name != "score" and isinstance(value, Real):
+            result.logged.setdefault(str(name), []).append(float(value))
+    return score_of(returned["score"])
+
+
+def score_of(returned: Any) -> float | None:
+    """A score as a float; None where the reward does not apply. Raises BadScore for a text, and for NaN and infinities."""
+    if returned is None:
+        return None
+    is_number = hasattr(returned, "__float__") and not isinstance(returned, str | bytes)
+    try:
+        score = float(returned) if is_number else math.nan
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise BadScore(
+            f"returned {_shown(returned)} as a score; it must be a finite number, or None if it does not apply"
+        )
+    return score
+
+
+def _shown(returned: Any) -> str:
+    """A returned value for a message."""
+    text = repr(returned)
+    return text if len(text) <= 80 else f"{text[:80]}..."

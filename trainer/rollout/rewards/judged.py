@@ -1,0 +1,61 @@
+"""The reward `judge`: the grade of a model behind an address, as the evaluation task of that name asks it.
+
+It is asked by rank 0 of the run and not in worker processes: verdicts are cached, and the budget is that of the whole command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from trainer.evaluation.tasks.judged import grade_of, grading_question
+from trainer.rollout.rewards.functions import BadScore
+from trainer.rollout.rewards.kinds import JudgeReward
+from trainer.rollout.types import Group, Prompt
+
+
+class VerdictSource(Protocol):
+    """What gives verdicts: `trainer.evaluation.endpoint.judge.Judge`."""
+
+    def verdicts(self, questions: Sequence[str]) -> list[str]:
+        """The verdict on each question, the same on every rank. All ranks must call."""
+
+
+def judge_answers(judge: VerdictSource, options: Mapping[str, Any], groups: Sequence[Group]) -> list[np.ndarray]:
+    """float64 [answers] of each group: the grade from 1 to 10 as a score from 0 to 1; nan for a verdict without a grade.
+
+    All ranks must call, with the same groups. Errors: those of the judge.
+    """
+    reward = JudgeReward(options)
+    questions = []
+    for group in groups:
+        reference = _reference(reward, group.prompt)
+        request = _request(group.prompt)
+        for answer in group.answers:
+            questions.append(grading_question(reward.option_values["rubric"], request, reference, answer.text.strip()))
+    verdicts = iter(judge.verdicts(questions))
+    scores = []
+    for group in groups:
+        grades = [grade_of(next(verdicts)) for _ in group.answers]
+        known = np.array([np.nan if grade is None else grade for grade in grades], np.float64)
+        scores.append((known - 1) / 9)
+    return scores
+
+
+def _reference(reward: JudgeReward, prompt: Prompt) -> str | None:
+    """The right answer of a row, which the judge sees; None if it has none."""
+    try:
+        return reward.references(prompt.columns)[0]
+    except BadScore:
+        return None
+
+
+def _request(prompt: Prompt) -> str:
+    """The prompt as the judge sees it: its text, or each turn as `role: content`."""
+    if isinstance(prompt.text, str):
+        return prompt.text
+    if len(prompt.text) == 1:
+        return str(prompt.text[0]["content"])
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt.text)

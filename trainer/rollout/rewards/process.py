@@ -1,0 +1,321 @@
+"""Worker processes of rewards, seen from the rank that started them: they are started, asked, killed and started again.
+
+A worker is a plain child (`python -m`), neither forked nor spawned by `multiprocessing`: it inherits no CUDA context, no
+threads and no store, and its main thread is free for the alarms that some reward functions set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import DataError
+from trainer.rollout.rewards.worker import LENGTH_BYTES, send
+
+ROOT = Path(__file__).resolve().parents[3]
+"""Directory of the packages, for the search path of a worker."""
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+RANK_PREFIXES = ("MASTER_", "SLURM_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "NCCL_")
+"""Variables by which libraries take a process for a rank of the job."""
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+NO_GPU = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+LOAD_S = 300.0
+"""Seconds that the reward files may take to be imported."""
+POLL_S = 0.2
+HOPELESS_TIMEOUTS = 8
+"""If so many calls of a reward took too long in a round and none was in time, the run ends."""
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a worker: no rank of the job, no GPU, one thread, and sets in the same order every time."""
+    cleaned = {}
+    for name, value in environment.items():
+        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES):
+            cleaned[name] = value
+    cleaned |= dict.fromkeys(ONE_THREAD, "1") | dict.fromkeys(NO_GPU, "")
+    cleaned["TOKENIZERS_PARALLELISM"] = "false"
+    cleaned["PYTHONHASHSEED"] = "0"
+    search_path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    cleaned["PYTHONPATH"] = os.pathsep.join(search_path)
+    return cleaned
+
+
+class WorkerDied(Exception):
+    """A worker process has ended by itself. The message says how."""
+
+
+class RewardProcess:
+    """One worker process. It is started with the first call, and again after `kill`."""
+
+    def __init__(self, rewards: dict[str, dict[str, Any]], log: Path) -> None:
+        """`rewards`: what `load_reward` takes, by name. `log`: where it writes what the rewards print."""
+        self._setup = {"rewards": rewards, "log": str(log)}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and not killed since."""
+        return self._process is not None
+
+    def start(self) -> None:
+        """Start the process, unless it runs. Its first message says that the rewards are loaded, or why not."""
+        if self._process is not None:
+            return
+        call_read, call_write = os.pipe()
+        answer_read, answer_write = os.pipe()
+        command = [
+            sys.executable,
+            "-m",
+            "trainer.rollout.rewards.worker",
+            str(call_read),
+            str(answer_write),
+            str(os.getpid()),
+        ]
+        self._process = subprocess.Popen(
+            command,
+            env=worker_environment(os.environ),
+            pass_fds=(call_read, answer_write),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the trainer, and `kill` ends what the worker started too
+        )
+        os.close(call_read)
+        os.close(answer_write)
+        self._calls = os.fdopen(call_write, "wb")
+        self.answer_fd = answer_read
+        self._pending = b""
+        with contextlib.suppress(BrokenPipeError):  # it died at once: `read` says how
+            send(self._calls, self._setup)
+
+    def ask(self, call: dict[str, Any]) -> None:
+        """Send a call. A worker reads each call before it runs anything, so that this does not wait for a reward."""
+        with contextlib.suppress(BrokenPipeError):  # it died meanwhile: `read` says how
+            send(self._calls, call)
+
+    def read(self) -> dict[str, Any] | None:
+        """The next message, if all of it has arrived. Call it once `answer_fd` can be read. Raises WorkerDied."""
+        chunk = os.read(self.answer_fd, 1 << 20)
+        if not chunk:
+            raise WorkerDied(self._cause_of_death())
+        self._pending += chunk
+        if len(self._pending) < LENGTH_BYTES:
+            return None
+        length = int.from_bytes(self._pending[:LENGTH_BYTES], "little")
+        if len(self._pending) < LENGTH_BYTES + length:
+            return None
+        message: dict[str, Any] = json.loads(self._pending[LENGTH_BYTES : LENGTH_BYTES + length])
+        self._pending = self._pending[LENGTH_BYTES + length :]
+        return message
+
+    def _cause_of_death(self) -> str:
+        """How the process ended."""
+        assert self._process is not None
+        code = self._process.wait()
+        if code >= 0:
+            return f"its process ended with exit code {code}"
+        hint = ""
+        if -code == signal.SIGKILL:
+            hint = ", as the kernel does where a host runs out of memory"
+        return f"its process was ended by {signal.Signals(-code).name}{hint}"
+
+    def kill(self) -> None:
+        """End the process and what it has started. May be called when there is none."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        with contextlib.suppress(OSError):
+            self._calls.close()
+        os.close(self.answer_fd)
+        self._process = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a reward."""
+
+    reward: str
+    answers: dict[str, Any]
+    """The arguments of `AnswersOfGroup`."""
+    origin: str
+    """Row of the prompt, as `file:line`."""
+    timeout_s: float
+
+
+@dataclass(slots=True)
+class Reply:
+    """What became of a call."""
+
+    scores: list[float | None] | None
+    """None: it took longer than its time limit."""
+    logged: dict[str, list[float]]
+
+
+class Stopped(Exception):
+    """The run was asked to stop while calls were waited for."""
+
+
+class WorkerPool:
+    """Several workers that share the calls of a round."""
+
+    def __init__(
+        self, rewards: dict[str, dict[str, Any]], logs: Sequence[Path], stop_asked: Callable[[], bool]
+    ) -> None:
+        """`logs`: the log of each worker. `stop_asked`: whether this process was asked to stop; no collective."""
+        self._workers = [RewardProcess(rewards, log) for log in logs]
+        self._stop_asked = stop_asked
+
+    def start(self) -> None:
+        """Start all workers, and wait until they have loaded the rewards. Raises DataError if one cannot, and Stopped."""
+        for worker in self._workers:
+            worker.start()
+        for worker in self._workers:
+            self._wait_until_ready(worker)
+
+    def _wait_until_ready(self, worker: RewardProcess) -> None:
+        """Wait for a worker that was just started. Raises DataError, and Stopped."""
+        deadline = time.monotonic() + LOAD_S
+        with selectors.DefaultSelector() as selector:
+            selector.register(worker.answer_fd, selectors.EVENT_READ)
+            while time.monotonic() < deadline:
+                self._check_stop()
+                if not selector.select(POLL_S):
+                    continue
+                try:
+                    message = worker.read()
+                except WorkerDied as death:
+                    raise DataError(f"objective.rewards: cannot be loaded: {death}") from None
+                if message is None:
+                    continue
+                if message.get("ready"):
+                    return
+                trace = message["traceback"]
+                raise DataError(f"objective.rewards.{message['reward']}: {message['problem']}\n{trace}")
+        worker.kill()
+        raise DataError(
+            f"objective.rewards: the files took longer than {LOAD_S:.0f} s to be imported; import less in them"
+        )
+
+    def run(self, calls: Sequence[Call]) -> list[Reply]:
+        """What became of each call, in order.
+
+        A call that takes too long costs its worker, which is started again. One that ends the process is tried once more. Raises
+        DataError for a reward that fails, with the row, and Stopped.
+        """
+        round_of_calls = _RoundOfCalls(calls)
+        busy: dict[
+            int, tuple[RewardProcess, int, float]
+        ] = {}  # by file descriptor: worker, number of its call, deadline
+        idle = [self._alive(worker) for worker in self._workers]
+        with selectors.DefaultSelector() as selector:
+            while round_of_calls.waiting or busy:
+                self._check_stop()
+                while idle and round_of_calls.waiting:
+                    worker = idle.pop()
+                    number = round_of_calls.waiting.popleft()
+                    worker.ask({"reward": calls[number].reward, "answers": calls[number].answers})
+                    selector.register(worker.answer_fd, selectors.EVENT_READ)
+                    busy[worker.answer_fd] = (worker, number, time.monotonic() + calls[number].timeout_s)
+                for key, _ in selector.select(POLL_S):
+                    worker, number, _ = busy[key.fd]
+                    if self._take_reply(round_of_calls, worker, number):
+                        selector.unregister(key.fd)
+                        del busy[key.fd]
+                        idle.append(self._alive(worker))
+                now = time.monotonic()
+                for fd, (worker, number, deadline) in list(busy.items()):
+                    if now > deadline:
+                        selector.unregister(fd)
+                        del busy[fd]
+                        worker.kill()
+                        idle.append(self._alive(worker))
+                        round_of_calls.note_timeout(number)
+        return [reply for reply in round_of_calls.replies if reply is not None]
+
+    def _take_reply(self, round_of_calls: _RoundOfCalls, worker: RewardProcess, number: int) -> bool:
+        """Read from a worker; returns whether it is done with its call."""
+        try:
+            message = worker.read()
+        except WorkerDied as death:
+            worker.kill()
+            round_of_calls.note_death(number, str(death))
+            return True
+        if message is None:
+            return False
+        round_of_calls.note_reply(number, message)
+        return True
+
+    def _alive(self, worker: RewardProcess) -> RewardProcess:
+        """The worker, started again if it was killed."""
+        if not worker.is_running:
+            worker.start()
+            self._wait_until_ready(worker)
+        return worker
+
+    def _check_stop(self) -> None:
+        if self._stop_asked():
+            raise Stopped
+
+    def close(self) -> None:
+        """End all workers. May be called twice."""
+        for worker in self._workers:
+            worker.kill()
+
+
+class _RoundOfCalls:
+    """The calls of a round, what became of them, and what is still to do."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = calls
+        self.replies: list[Reply | None] = [None] * len(calls)
+        self.waiting = deque(range(len(calls)))
+        self._timeouts: Counter[str] = Counter()
+        self._in_time: set[str] = set()
+        self._deaths: Counter[int] = Counter()
+
+    def note_reply(self, number: int, message: dict[str, Any]) -> None:
+        """Keep the scores of a call. Raises DataError if it failed."""
+        call = self.calls[number]
+        if "problem" in message:
+            trace = f"\n{message['traceback']}" if "traceback" in message else ""
+            raise DataError(f"objective.rewards.{call.reward}: {message['problem']} ({call.origin}){trace}")
+        self._in_time.add(call.reward)
+        self.replies[number] = Reply(message["scores"], message["logged"])
+
+    def note_timeout(self, number: int) -> None:
+        """Leave the answers of a call unscored. Raises DataError if the reward has been too slow all the time."""
+        call = self.calls[number]
+        self._timeouts[call.reward] += 1
+        self.replies[number] = Reply(None, {})
+        if call.reward not in self._in_time and self._timeouts[call.reward] >= HOPELESS_TIMEOUTS:
+            raise DataError(
+                f"objective.rewards.{call.reward}: {HOPELESS_TIMEOUTS} calls took longer than timeout_s={call.timeout_s:g}, and "
+                f"none was in time (the last one: {call.origin}); does it wait for something that never comes? Mend it, or "
+                f"raise objective.rewards.{call.reward}.timeout_s"
+            )
+
+    def note_death(self, number: int, cause: str) -> None:
+        """Try a call again whose process has ended. Raises DataError the second time."""
+        call = self.calls[number]
+        self._deaths[number] += 1
+        if self._deaths[number] > 1:
+            raise DataError(
+                f"objective.rewards.{call.reward}: {cause} ({call.origin}), twice with the same answers; the log of the worker "
+                "may say where"
+            )
+        self.waiting.append(number)

@@ -1,0 +1,240 @@
+"""Scores the answers of rounds: each rank scores some of the groups in its worker processes, and all ranks learn all scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from strategies.errors import DataError, Interrupted
+from strategies.runtime import Runtime, gather_objects, longer_timeout
+from trainer.objectives.reward_functions import Convention, function_of
+from trainer.rollout.rewards.copies import copied_functions
+from trainer.rollout.rewards.judged import VerdictSource, judge_answers
+from trainer.rollout.rewards.kinds import JudgeReward
+from trainer.rollout.rewards.process import Call, Reply, Stopped, WorkerPool
+from trainer.rollout.types import Group, Scores
+
+if TYPE_CHECKING:
+    from trainer.objectives.rollouts import RewardEntry, RoundsConfig
+
+
+class WorkerScorer:
+    """Scores groups by functions and built-in rewards. Group g is scored by rank g modulo the number of ranks."""
+
+    def __init__(
+        self,
+        config: RoundsConfig,
+        runtime: Runtime,
+        run_dir: Path | None,
+        *,
+        stop_asked: Callable[[], bool] = lambda: False,
+        judge: VerdictSource | None = None,
+        workers: int = 1,
+    ) -> None:
+        """`run_dir`: where copies of reward files and the logs of workers are. `stop_asked`: whether this process was asked to
+        stop; no collective. `judge`: for rewards of that kind. `workers`: processes of this rank.
+        """
+        self.rewards: Mapping[str, RewardEntry] = config.rewards
+        self.runtime = runtime
+        functions = copied_functions(config.rewards, run_dir)
+        setup: dict[str, dict[str, Any]] = {}
+        self._one_by_one = set()
+        """Rewards that are called with one answer at a time, so that a time limit is that of an answer."""
+        self._judged = [name for name, reward in config.rewards.items() if reward.kind == JudgeReward.kind]
+        """Rewards that the judge gives."""
+        self._judge = judge
+        for name, reward in config.rewards.items():
+            if name in self._judged:
+                continue
+            if name in functions:
+                file, function = functions[name]
+                setup[name] = {"file": str(file), "function": function, "options": dict(reward.options)}
+                signature = function_of(f"{file}:{function}", f"objective.rewards.{name}.function")
+                if signature.convention is not Convention.trl:
+                    self._one_by_one.add(name)
+                continue
+            options = dict(reward.options)
+            if reward.kind == "length" and options.get("limit") is None:
+                options["limit"] = config.rollout.max_new_tokens
+            setup[name] = {"kind": reward.kind, "options": options}
+        log_dir = (run_dir or Path()) / "logs"
+        if not setup:  # the judge alone scores
+            workers = 0
+        logs = [log_dir / f"rewards-rank-{runtime.rank}-{number}.log" for number in range(workers)]
+        self._pool = WorkerPool(setup, logs, stop_asked)
+
+    def start(self) -> None:
+        """Start the workers and load the rewards. All ranks must call. Raises DataError or Interrupted on all ranks alike."""
+        with longer_timeout(self.runtime, 600):
+            self._on_all_ranks(self._start_own)
+
+    def _start_own(self) -> None:
+        self._pool.start()
+
+    def score(self, groups: Sequence[Group], *, step: int) -> list[Scores]:
+        """The scores of each group, in order, the same on all ranks. See `RewardScorer`."""
+        own_numbers = range(self.runtime.rank, len(groups), self.runtime.world_size)
+        # Ranks wait for the one whose calls take longest, at worst until each has reached its time limit.
+        answers = sum(len(group.answers) for group in groups)
+        longest_s = sum(reward.timeout_s for reward in self.rewards.values()) * answers
+        collected: dict[int, tuple[Scores, list[int]]] = {}
+        with longer_timeout(self.runtime, longest_s):
+            for rank_scores in self._on_all_ranks(lambda: self._score_own(groups, own_numbers, step)):
+                collected |= rank_scores
+        scores = [collected[number][0] for number in range(len(groups))]
+        left_out = [collected[number][1] for number in range(len(groups))]
+        self._add_verdicts(groups, scores, left_out)
+        return scores
+
+    def _add_verdicts(self, groups: Sequence[Group], scores: list[Scores], left_out: list[list[int]]) -> None:
+        """Add the rewards that the judge gives. `left_out`: answers of each group that have no total. All ranks must call."""
+        weights = {name: reward.weight for name, reward in self.rewards.items()}
+        for name in self._judged:
+            assert self._judge is not None, "composing refuses a judge without an address"
+            graded = judge_answers(self._judge, self.rewards[name].options, groups)
+            for of_group, without_total, grades in zip(scores, left_out, graded, strict=True):
+                of_group.by_reward[name] = grades
+                of_group.total = weighted_total(of_group.by_reward, weights)
+                of_group.total[without_total] = np.nan
+
+    def _score_own(
+        self, groups: Sequence[Group], numbers: Sequence[int], step: int
+    ) -> dict[int, tuple[Scores, list[int]]]:
+        """(scores, answers that have no total since a reward had no time for them) of these groups, by their number. Local."""
+        placed_calls: list[tuple[int, list[int], Call]] = []
+        for number in numbers:
+            placed_calls += self._calls_of(number, groups[number], step)
+        replies = self._pool.run([call for _, _, call in placed_calls])
+        by_number = {}
+        for number in numbers:
+            by_number[number] = _Collected(len(groups[number].answers), self.rewards)
+        for (number, answers, call), reply in zip(placed_calls, replies, strict=True):
+            by_number[number].add(call.reward, answers, reply)
+        return {
+            number: (collected.scores(), sorted(collected.without_total)) for number, collected in by_number.items()
+        }
+
+    def _calls_of(self, number: int, group: Group, step: int) -> Iterator[tuple[int, list[int], Call]]:
+        """(number of the group, numbers of the answers, call) of each call that a group needs."""
+        every_answer = list(range(len(group.answers)))
+        for name, reward in self.rewards.items():
+            if name in self._judged:
+                continue
+            parts = [every_answer]
+            if name in self._one_by_one:
+                parts = [[answer] for answer in every_answer]
+            for answers in parts:
+                arguments = _arguments(group, answers, step)
+                yield number, answers, Call(name, arguments, group.prompt.origin, reward.timeout_s)
+
+    def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives on each rank. Raises what it raises on one of them, on all ranks alike."""
+        returned: Any = None
+        problem: str | None = None
+        was_stopped = False
+        try:
+            returned = work()
+        except Stopped:
+            was_stopped = True
+        except DataError as error:
+            problem = str(error)
+        except BaseException:
+            self.close()
+            raise
+        results = gather_objects((returned, problem, was_stopped), self.runtime)
+        problems = [rank_problem for _, rank_problem, _ in results if rank_problem is not None]
+        if problems or any(stopped for _, _, stopped in results):
+            self.close()
+        if problems:
+            raise DataError(problems[0])
+        if any(stopped for _, _, stopped in results):
+            raise Interrupted
+        return [rank_returned for rank_returned, _, _ in results]
+
+    def close(self) -> None:
+        """End the worker processes of this rank. Local; may be called twice."""
+        self._pool.close()
+
+
+class _Collected:
+    """The scores of one group, as they come in."""
+
+    def __init__(self, answers: int, rewards: Mapping[str, RewardEntry]) -> None:
+        self.rewards = rewards
+        self.by_reward = {name: np.full(answers, np.nan) for name in rewards}
+        self.num_timed_out = 0
+        self.without_total: set[int] = set()
+        self.logged: dict[str, list[float]] = {}
+
+    def add(self, reward: str, answers: list[int], reply: Reply) -> None:
+        """Add what became of one call."""
+        if reply.scores is None:
+            self.num_timed_out += len(answers)
+            if self.rewards[reward].weight != 0:
+                self.without_total.update(answers)
+            return
+        for answer, score in zip(answers, reply.scores, strict=True):
+            if score is not None:
+                self.by_reward[reward][answer] = score
+        for name, numbers in reply.logged.items():
+            self.logged.setdefault(f"{reward}/{name}", []).extend(numbers)
+
+    def scores(self) -> Scores:
+        """The scores of the group: an answer that a reward had no time for has no total, whatever the others say."""
+        total = weighted_total(self.by_reward, {name: reward.weight for name, reward in self.rewards.items()})
+        total[sorted(self.without_total)] = np.nan
+        return Scores(total, self.by_reward, self.num_timed_out, self.logged)
+
+
+def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """float64 [answers]: the sum of rewards times their weights; nan where none that has a weight applied.
+
+    A reward that does not apply to an answer counts for nothing, as in TRL.
+    """
+    (first, *_) = by_reward.values()
+    total = np.zeros(len(first))
+    applied = np.zeros(len(first), bool)
+    for name, scores in by_reward.items():
+        has_score = ~np.isnan(scores)
+        if weights[name] != 0:
+            total[has_score] += weights[name] * scores[has_score]
+            applied |= has_score
+    total[~applied] = np.nan
+    return total
+
+
+def _arguments(group: Group, answers: list[int], step: int) -> dict[str, Any]:
+    """The arguments of `AnswersOfGroup` for some answers of a group."""
+    chosen = [group.answers[answer] for answer in answers]
+    texts = [answer.text for answer in chosen]
+    ids = [answer.ids for answer in chosen]
+    truncated = [not answer.ended for answer in chosen]
+    return {
+        "prompt": group.prompt.text,
+        "columns": group.prompt.columns,
+        "texts": texts,
+        "ids": ids,
+        "truncated": truncated,
+        "step": step,
+    }
+
+
+def open_scorer(
+    config: RoundsConfig,
+    runtime: Runtime,
+    run_dir: Path | None,
+    *,
+    stop_asked: Callable[[], bool] = lambda: False,
+    judge: VerdictSource | None = None,
+) -> WorkerScorer:
+    """The scorer of a run, its rewards loaded. All ranks must call. Raises DataError or Interrupted on all ranks alike.
+
+    `run_dir`: has the copies of reward files. `stop_asked`: whether this process was asked to stop; no collective. `judge`: for
+    rewards of that kind.
+    """
+    scorer = WorkerScorer(config, runtime, run_dir, stop_asked=stop_asked, judge=judge)
+    scorer.start()
+    return scorer

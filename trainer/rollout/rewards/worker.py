@@ -1,0 +1,130 @@
+"""The program of a worker process: `python -m trainer.rollout.rewards.worker READ_FD WRITE_FD PARENT_PID`.
+
+It calls rewards in its main thread, so that functions may set alarms, with one thread for libraries that compute and with the
+default handlers of signals. Messages are JSON texts, each after its length in 8 bytes. The first one says which rewards there
+are; it is answered once they are loaded. Each further one is a call. What rewards print goes into a log, as far as it is short.
+
+It imports no torch: a worker starts in a fraction of a second, and is started again after each call that takes too long.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from strategies.parent_death import die_with_parent
+from trainer.rollout.rewards.functions import AnswersOfGroup, BadScore, CallResult, FunctionReward
+from trainer.rollout.rewards.kinds import KindReward
+
+LENGTH_BYTES = 8
+LOG_BYTES = 4 << 20
+"""Of what a worker's rewards print, so much is kept."""
+TRACEBACK_LINES = 24
+Reward = Callable[[AnswersOfGroup], CallResult]
+
+
+class CutLog(io.TextIOBase):
+    """A text stream into a file that takes the first `LOG_BYTES` bytes and forgets the rest."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file.open("ab", buffering=0)
+        self._left = LOG_BYTES
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def write(self, text: str) -> int:
+        if self._left > 0:
+            kept = text[: self._left].encode("utf-8", "replace")
+            self._left -= len(kept)
+            self._file.write(kept)
+            if self._left <= 0:
+                self._file.write(b"\n[what is printed from here on is not kept]\n")
+        return len(text)
+
+
+def send(stream: BinaryIO, message: Any) -> None:
+    """Write one message. Raises BrokenPipeError if nobody reads any more."""
+    text = json.dumps(message).encode()
+    stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> Any:
+    """Read one message. Raises EOFError if the other end is closed."""
+    head = stream.read(LENGTH_BYTES)
+    if len(head) < LENGTH_BYTES:
+        raise EOFError
+    return json.loads(stream.read(int.from_bytes(head, "little")))
+
+
+def load_reward(settings: dict[str, Any]) -> Reward:
+    """The reward of `{"kind" or "file" and "function", "options"}`. Raises what a reward file raises."""
+    if settings.get("file"):
+        return FunctionReward.load(Path(settings["file"]), settings["function"], settings["options"])
+    return KindReward(settings["kind"], settings["options"])
+
+
+def answer_call(rewards: dict[str, Reward], call: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one call: scores, or what went wrong."""
+    try:
+        result = rewards[call["reward"]](AnswersOfGroup(**call["answers"]))
+    except BadScore as error:
+        return {"problem": str(error)}
+    except BaseException:  # noqa: BLE001 - also SystemExit: whatever it is, the run ends with it
+        return {"problem": "raised an exception", "traceback": shown_traceback()}
+    return {"scores": result.scores, "logged": result.logged}
+
+
+def shown_traceback() -> str:
+    """The exception that is handled now with its last lines, without those of this program."""
+    kind, error, trace = sys.exc_info()
+    own_files = (__file__, str(Path(__file__).with_name("functions.py")))
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in own_files:
+        trace = trace.tb_next
+    lines = "".join(traceback.format_exception(kind, error, trace)).rstrip().splitlines()
+    return "\n".join(lines[-TRACEBACK_LINES:])
+
+
+def main(read_fd: int, write_fd: int, parent: int) -> None:
+    """Answer calls until the pipe is closed."""
+    die_with_parent(parent)
+    # The trainer blocks signals that ask it to save; a process that it starts inherits that.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    with os.fdopen(read_fd, "rb") as calls, os.fdopen(write_fd, "wb") as answers:
+        setup = receive(calls)
+        log = CutLog(Path(setup["log"]))
+        sys.stdout = sys.stderr = log  # type: ignore[assignment]
+        faulthandler.enable(log)  # of a crash in native code, the log has the place
+        rewards: dict[str, Reward] = {}
+        for name, settings in setup["rewards"].items():
+            try:
+                rewards[name] = load_reward(settings)
+            except BaseException:  # noqa: BLE001 - whatever a file raises is told
+                send(answers, {"reward": name, "problem": "cannot be loaded", "traceback": shown_traceback()})
+                return
+        send(answers, {"ready": True})
+        while True:
+            try:
+                call = receive(calls)
+            except EOFError:
+                return
+            send(answers, answer_call(rewards, call))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]))

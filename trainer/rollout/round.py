@@ -1,0 +1,101 @@
+"""A round: the answers to some prompts, what they are worth, and the sequences that are learned from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trainer.objectives.answers import (
+    ADVANTAGES,
+    LOSS_WEIGHTS,
+    OLD_LOGPS,
+    REFERENCE_LOGPS,
+    WRITER_LOGPS,
+    AnswerSample,
+)
+from trainer.objectives.grpo_config import Normalise
+from trainer.rollout.groups import answer_weights
+from trainer.rollout.types import Answer, Group, Scores
+
+
+@dataclass(slots=True)
+class Round:
+    """A round, the same on all ranks. Answers are numbered group by group: answer a of group g is `g * group_size + a`."""
+
+    first_sample: int
+    """Prompts that the run had consumed before it."""
+    num_prompts: int
+    """Prompts that it consumed, replaced ones included."""
+    groups: list[Group]
+    scores: list[Scores]
+    advantages: np.ndarray
+    """float64 [groups, answers]."""
+    is_learned: np.ndarray
+    """bool [groups, answers]: whether an answer is learned; the others count in no sum of a step."""
+    old_logps: dict[int, np.ndarray] = field(default_factory=dict)
+    """float32 [tokens] by number of the answer; empty if the round is one step."""
+    reference_logps: dict[int, np.ndarray] = field(default_factory=dict)
+    """Likewise; empty without a reference."""
+    facts: dict[str, float] = field(default_factory=dict)
+    """Metrics of the round for the row of its first step."""
+
+    @property
+    def group_size(self) -> int:
+        """Answers of a group."""
+        return len(self.groups[0].answers)
+
+    def answer(self, number: int) -> tuple[Group, Answer]:
+        """Answer `number` of the round, with its group."""
+        group, draw = divmod(number, self.group_size)
+        return self.groups[group], self.groups[group].answers[draw]
+
+    def part(self, index: int, parts: int) -> list[int]:
+        """Numbers of the answers of part `index` when whole groups are divided into `parts`, one after another."""
+        first = len(self.groups) * index // parts * self.group_size
+        end = len(self.groups) * (index + 1) // parts * self.group_size
+        return list(range(first, end))
+
+    def learned(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the answers that are learned."""
+        is_learned = self.is_learned.ravel()
+        return [number for number in numbers if is_learned[number]]
+
+    def sequence(self, number: int) -> AnswerSample:
+        """A prompt with answer `number`, without what a loss reads beside the tokens."""
+        group, answer = self.answer(number)
+        ids = np.array([*group.prompt.ids, *answer.ids], dtype=np.int32)
+        supervised = np.zeros(len(ids), dtype=bool)
+        supervised[len(group.prompt.ids) :] = True
+        return AnswerSample(ids, supervised, prompt=number // self.group_size)
+
+    def samples(
+        self, numbers: Sequence[int], normalise: Normalise, max_new_tokens: int
+    ) -> tuple[list[AnswerSample], dict[str, float]]:
+        """(the sequences of the learned answers among `numbers`, which are one step; the counts of the step)."""
+        learned = self.learned(numbers)
+        lengths = np.array([len(self.answer(number)[1].ids) for number in learned], dtype=np.int64)
+        weights, loss_count = answer_weights(lengths, normalise, max_new_tokens)
+        advantages = self.advantages.ravel()
+        samples = []
+        for number, weight in zip(learned, weights.tolist(), strict=True):
+            sample = self.sequence(number)
+            answer = self.answer(number)[1]
+            num_tokens = len(answer.ids)
+            sample.rows = {
+                ADVANTAGES: np.full(num_tokens, advantages[number], np.float32),
+                LOSS_WEIGHTS: np.full(num_tokens, weight, np.float32),
+                WRITER_LOGPS: answer.logprobs,
+            }
+            if self.old_logps:
+                sample.rows[OLD_LOGPS] = self.old_logps[number]
+            if self.reference_logps:
+                sample.rows[REFERENCE_LOGPS] = self.reference_logps[number]
+            samples.append(sample)
+        return samples, {"loss": loss_count, "tokens": int(lengths.sum()), "answers": len(learned)}
+
+
+def rewards_of(scores: Sequence[Scores]) -> np.ndarray:
+    """float64 [groups, answers]: the reward of each answer, nan where it is unscored."""
+    return np.stack([score.total for score in scores])

@@ -1,0 +1,96 @@
+"""A round in a checkpoint: what its remaining steps learn from, in one file that any strategy reads at any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from strategies.errors import StorageError
+from trainer.rollout.round import Round
+from trainer.rollout.types import Answer, Group, Prompt, Scores, all_answers
+
+ROUND_FILE = "round.safetensors"
+
+
+def round_bytes(made: Round) -> bytes:
+    """A round as the content of `ROUND_FILE`: tokens, rewards, advantages and log-probabilities, but no texts."""
+    from safetensors.numpy import save
+
+    answers = all_answers(made.groups)
+    prompts = [group.prompt for group in made.groups]
+    prompt_ids = [prompt.ids for prompt in prompts]
+    answer_ids = [answer.ids for answer in answers]
+    arrays = {
+        "numbers": np.array([made.first_sample, made.num_prompts, made.group_size], np.int64),
+        "prompt_lengths": _lengths(prompt_ids),
+        "prompt_ids": _joined(prompt_ids, np.int32),
+        "answer_lengths": _lengths(answer_ids),
+        "answer_ids": _joined(answer_ids, np.int32),
+        "rewards": np.stack([scores.total for scores in made.scores]),
+        "advantages": made.advantages,
+        "is_learned": made.is_learned.astype(np.uint8),
+    }
+    arrays["places"] = np.array([prompt.place for prompt in prompts], np.int64)
+    arrays["ended"] = np.array([answer.ended for answer in answers], np.uint8)
+    arrays["writer_logps"] = _joined([answer.logprobs for answer in answers], np.float32)
+    for name, by_answer in (("old", made.old_logps), ("reference", made.reference_logps)):
+        numbers = sorted(by_answer)
+        arrays[f"{name}_answers"] = np.array(numbers, np.int64)
+        arrays[f"{name}_logps"] = _joined([by_answer[number] for number in numbers], np.float32)
+    return save(arrays)
+
+
+def round_of(content: bytes, where: str) -> Round:
+    """The round whose `round_bytes` is `content`. Raises StorageError, which names `where`, for anything else."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        arrays = load(content)
+        first_sample, num_prompts, group_size = arrays["numbers"].tolist()
+        answer_lengths = arrays["answer_lengths"]
+        answer_ids = _split(arrays["answer_ids"], answer_lengths)
+        writer_logps = _split(arrays["writer_logps"], answer_lengths)
+        ended = arrays["ended"].astype(bool).tolist()
+        prompt_ids = _split(arrays["prompt_ids"], arrays["prompt_lengths"])
+        groups = []
+        for number, (place, ids) in enumerate(zip(arrays["places"].tolist(), prompt_ids, strict=True)):
+            answers = []
+            for draw in range(group_size):
+                answer = number * group_size + draw
+                answers.append(Answer(draw, answer_ids[answer].tolist(), writer_logps[answer], "", ended[answer]))
+            groups.append(Group(Prompt(place, ids.tolist(), "", {}, ""), answers))
+        logps = {}
+        for name in ("old", "reference"):
+            numbers = arrays[f"{name}_answers"]
+            parts = _split(arrays[f"{name}_logps"], answer_lengths[numbers])
+            logps[name] = dict(zip(numbers.tolist(), parts, strict=True))
+        return Round(
+            first_sample=first_sample,
+            num_prompts=num_prompts,
+            groups=groups,
+            scores=[Scores(total) for total in arrays["rewards"]],
+            advantages=arrays["advantages"],
+            is_learned=arrays["is_learned"].astype(bool),
+            old_logps=logps["old"],
+            reference_logps=logps["reference"],
+        )
+    except (SafetensorError, KeyError, ValueError, IndexError) as error:
+        raise StorageError(f"{where}: holds no round of answers ({error}); it is damaged") from error
+
+
+def _lengths(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array([len(row) for row in rows], np.int64)
+
+
+def _joined(rows: Sequence[Sequence[int] | np.ndarray], dtype: type) -> np.ndarray:
+    """Rows one after another."""
+    return np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.zeros(0, dtype)
+
+
+def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The rows of these lengths that lie one after another in `flat`."""
+    if int(lengths.sum()) != len(flat):
+        raise ValueError(f"{len(flat)} numbers for rows of {int(lengths.sum())}")
+    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -1,0 +1,104 @@
+"""What some groups of answers say about a run before it is started: how often rewards tell answers apart, and what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.rollout.groups import idle
+from trainer.rollout.record import prompt_text
+from trainer.rollout.round import rewards_of
+from trainer.rollout.types import Group, Scores
+
+GROUP_SIZES = (2, 4, 8, 16, 32)
+SHOWN_CHARACTERS = 300
+
+
+def trial_report(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str, Any]:
+    """Rates, spread, idle share and lengths of groups, as JSON values; a number is None where nothing was scored."""
+    rewards = rewards_of(scores)
+    answers: list[Any] = []
+    for group in groups:
+        answers += group.answers
+    lengths = np.array([len(answer.ids) for answer in answers])
+    by_reward: dict[str, Any] = {}
+    for name in scores[0].by_reward:
+        of_reward = np.stack([score.by_reward[name] for score in scores])
+        by_reward[name] = _summary(of_reward)
+    truncated = [not answer.ended for answer in answers]
+    idle_shares = {str(size): idle_share(rewards, size) for size in GROUP_SIZES}
+    shown_groups = [_shown_group(group, score) for group, score in zip(groups, scores, strict=True)]
+    return {
+        "prompts": len(groups),
+        "draws": len(groups[0].answers),
+        "reward": _summary(rewards),
+        "rewards": by_reward,
+        "timed_out": sum(score.timed_out for score in scores),
+        "idle_share_by_group_size": idle_shares,
+        "mean_length": float(lengths.mean()),
+        "longest": int(lengths.max()),
+        "truncated_share": float(np.mean(truncated)),
+        "groups": shown_groups,
+    }
+
+
+def _summary(rewards: np.ndarray) -> dict[str, float | None]:
+    """Mean, range, spread within groups, idle groups and unscored answers of `rewards [groups, answers]`, nan where unscored."""
+    known = rewards[~np.isnan(rewards)]
+    spreads = []
+    for group in rewards:
+        scored = group[~np.isnan(group)]
+        if len(scored) > 1:
+            spreads.append(float(scored.std(ddof=1)))
+    return {
+        "mean": float(known.mean()) if len(known) else None,
+        "least": float(known.min()) if len(known) else None,
+        "most": float(known.max()) if len(known) else None,
+        "spread": float(np.mean(spreads)) if spreads else None,
+        "idle_share": float(idle(rewards).mean()),
+        "unscored": int(np.isnan(rewards).sum()),
+    }
+
+
+def idle_share(rewards: np.ndarray, size: int) -> float | None:
+    """The expected share of groups of `size` answers that all score alike, by the rates seen; None where nothing was scored.
+
+    `rewards`: float64 [groups, answers]. Answers to a prompt are taken as independent, so the chance is the sum of the rate of
+    each score to the power of `size`. That of rare scores is underestimated by few answers.
+    """
+    shares = []
+    for group in rewards:
+        scored = group[~np.isnan(group)]
+        if len(scored):
+            _, counts = np.unique(scored, return_counts=True)
+            rates = counts / len(scored)
+            shares.append(float((rates**size).sum()))
+    return float(np.mean(shares)) if shares else None
+
+
+def _shown_group(group: Group, scores: Scores) -> dict[str, Any]:
+    """A group with its best and its worst answer."""
+    shown: dict[str, Any] = {"where": group.prompt.origin, "prompt": prompt_text(group.prompt.text)[-SHOWN_CHARACTERS:]}
+    scored = np.flatnonzero(~np.isnan(scores.total))
+    if not len(scored):
+        return shown
+    shown["mean"] = float(scores.total[scored].mean())
+    best = int(scored[np.argmax(scores.total[scored])])
+    worst = int(scored[np.argmin(scores.total[scored])])
+    for name, number in (("best", best), ("worst", worst)):
+        answer = group.answers[number]
+        of_answer = {reward: _number(of_reward[number]) for reward, of_reward in scores.by_reward.items()}
+        shown[name] = {
+            "reward": float(scores.total[number]),
+            "rewards": of_answer,
+            "ended": answer.ended,
+            "answer": answer.text[:SHOWN_CHARACTERS],
+        }
+    return shown
+
+
+def _number(reward: float) -> float | None:
+    """A reward as a JSON value: None for nan."""
+    return None if np.isnan(reward) else float(reward)

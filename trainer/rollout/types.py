@@ -1,0 +1,100 @@
+"""What the parts of a round hand to each other: prompts, written answers, their rewards, and who writes and who scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from strategies.base import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a round."""
+
+    place: int
+    """Number of the prompt among all that the run has consumed, from 0. The draws of its answers belong to this number."""
+    ids: list[int]
+    """Tokens, with the generation prefix of the chat template."""
+    text: str | list[dict[str, Any]]
+    """The prompt as rewards see it: a text, or the messages of a conversation."""
+    columns: dict[str, Any]
+    """The columns of its row that rewards may name."""
+    origin: str
+    """Where its row stands, as `file:line`."""
+    source: str = ""
+    """Name of its data source; empty where there is only one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer that was written to a prompt."""
+
+    draw: int
+    """Number of the answer in its group, from 0."""
+    ids: list[int]
+    """Tokens, with the end token that ended it. Never empty."""
+    logprobs: np.ndarray
+    """float32 [len(ids)]: log-probability of each drawn token at the temperature of writing."""
+    text: str
+    """The answer as text, without special tokens and without the stop string that ended it."""
+    ended: bool
+    """Whether it ended by itself, and not because it reached the longest length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The answers to one prompt."""
+
+    prompt: Prompt
+    answers: list[Answer]
+
+
+def all_answers(groups: Sequence[Group]) -> list[Answer]:
+    """The answers of all groups, group by group."""
+    answers: list[Answer] = []
+    for group in groups:
+        answers += group.answers
+    return answers
+
+
+@dataclass(slots=True)
+class Scores:
+    """The rewards of one group."""
+
+    total: np.ndarray
+    """float64 [answers]: the weighted sum that is learned from; nan where no reward applied to an answer (unscored)."""
+    by_reward: dict[str, np.ndarray] = field(default_factory=dict)
+    """float64 [answers] by the name of the reward, before its weight; nan where it did not apply."""
+    timed_out: int = 0
+    """Answers that a reward had no time to score."""
+    logged: dict[str, list[float]] = field(default_factory=dict)
+    """What reward functions logged themselves (`log_metric`), by name."""
+
+
+class RewardScorer(Protocol):
+    """Scores the answers of whole rounds."""
+
+    def score(self, groups: Sequence[Group], *, step: int) -> list[Scores]:
+        """The scores of each group, in order, the same on all ranks.
+
+        `step`: optimizer steps taken so far. All ranks must call with the whole round. Raises, on all ranks alike, DataError if
+        a reward fails, and Interrupted if the run is asked to stop meanwhile.
+        """
+
+    def close(self) -> None:
+        """End the worker processes of this rank. Local; may be called twice."""
+
+
+class AnswerWriter(Protocol):
+    """Writes the answers of a round with the weights that are being trained."""
+
+    def write(self, engine: Engine, prompts: Sequence[Prompt], draws: int) -> list[Group]:
+        """`draws` answers to each prompt, in the order of the prompts, the same on all ranks.
+
+        All ranks must call with the same prompts. Raises Interrupted, on all ranks alike, if the run is asked to stop.
+        """
