@@ -58,11 +58,11 @@ def _by_source(groups: Sequence[Group], rewards: np.ndarray, is_idle: np.ndarray
 
 
 def _logged(scores: Sequence[Scores]) -> dict[str, float]:
-    """Means of what reward functions logged themselves."""
+    """Means of what reward functions logged themselves, as `logged/NAME`: a name of theirs may be one of a run's own metrics."""
     values_by_name: dict[str, list[float]] = {}
     for score in scores:
         for name, values in score.logged.items():
-            values_by_name.setdefault(name, []).extend(values)
+            values_by_name.setdefault(f"logged/{name}", []).extend(values)
     return {name: _mean(np.array(values, dtype=np.float64)) for name, values in values_by_name.items()}
 
 
