@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.plan.page import plan_page
-from launch.review.prompts import Prompt
+from launch.review.prompts import ReviewPrompt
 from launch.review.sheet import make_sheet, review_page
 from launch.sweep.page import search_page
 from launch.sweep.space import SearchedSetting
@@ -63,7 +63,7 @@ def test_audit_page_has_no_problem_that_axe_finds(browser, tmp_path):
 
 
 def test_review_page_shows_what_was_chosen_and_folds_long_prompts(browser, tmp_path):
-    prompts = [Prompt(f"p:{n}", f"Why {n}? " + "and so on " * 100 * (n == 0), None) for n in range(4)]
+    prompts = [ReviewPrompt(f"p:{n}", f"Why {n}? " + "and so on " * 100 * (n == 0), None) for n in range(4)]
     answers = {"tuned": ["because", "so", "", "x"], "base": ["a longer answer " * 20, "no", "it is", "y"]}
     config = ReviewConfig(rubric={"kind": "Which one is kinder?"}, repeats=0.0)
     sheet = make_sheet(prompts, answers, {}, config, salt="1")
