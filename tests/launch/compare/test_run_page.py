@@ -235,8 +235,10 @@ def test_curves_are_smoothed_over_all_steps():
     assert figures.smoothed({1: 4.0, 2: 2.0, 3: 2.0}, 0.0) == {1: 4.0, 2: 2.0, 3: 2.0}
     smooth = figures.smoothed({1: 4.0, 2: 2.0}, 0.5)
     assert smooth == {1: 4.0, 2: pytest.approx((0.5 * 4 + 2) / 1.5)}
-    assert [figures.weight_of(share, 1000) for share in (0.0, 0.03)] == [0.0, pytest.approx(29 / 31)]
-    assert figures.weight_of(0.03, 10) == 0.5
+    assert [figures.weight_of(*steps) for steps in ((0.0, 0), (30, 3))] == [0.0, pytest.approx(29 / 31)]
+    # Of a run of a few steps, each choice still shows another curve.
+    short = [figures.weight_of(6 * share, least) for share, least in figures.SMOOTHINGS.values()]
+    assert short == [0.0, 0.5, pytest.approx(5 / 7)]
     constant = figures.smoothed(dict.fromkeys(range(50), 3.0), 0.95)
     assert list(constant.values()) == pytest.approx([3.0] * 50)
 
