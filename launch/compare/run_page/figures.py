@@ -145,7 +145,7 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     if held_out_rows:
         caption += " Held-out loss is that of documents the model is not trained on."
     best = best_step(run)
-    layers = _training_layers(rows) + _held_out_layers(held_out_rows)
+    layers = _training_layers(rows, has_held_out=bool(held_out_rows)) + _held_out_layers(held_out_rows)
     if best is not None and best.beats_beginning:
         layers += _best_layers(run, best, positions)
         caption += f" ★ marks step {best.step}, the best by {watched_metric(run)}."
@@ -168,7 +168,8 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     ]
     spec = {"height": HEIGHT, "params": menus, "layer": layers}
     # Vega's type of an axis cannot be a choice of the reader's, so the numbers are made logarithms, and the labels losses.
-    return Figure("loss", "Training and held-out loss", f"{caption} {ZOOM_HINT}", spec)
+    title = "Training and held-out loss" if held_out_rows else "Training loss"
+    return Figure("loss", title, f"{caption} {ZOOM_HINT}", spec)
 
 
 def _loss_y(field: str) -> list[Spec]:
@@ -212,9 +213,11 @@ def _tooltip(value: str, title: str) -> list[Spec]:
     ]
 
 
-def _training_layers(rows: list[Row]) -> list[Spec]:
+def _training_layers(rows: list[Row], *, has_held_out: bool) -> list[Spec]:
     """Each step's loss, pale, and the smoothed line over it."""
-    encoding = {"x": X_AXIS, "y": LOSS_AXIS, "color": SERIES}
+    # A single curve needs no legend.
+    series = SERIES if has_held_out else {**SERIES, "legend": None}
+    encoding = {"x": X_AXIS, "y": LOSS_AXIS, "color": series}
     return [
         {
             "data": {"values": rows},
