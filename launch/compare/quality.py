@@ -222,7 +222,7 @@ def watched_metric(jobs: Sequence[ComparedJob]) -> WatchedMetric | None:
         if name.startswith("test/"):
             continue
         if all(job.values(name) or job.is_broken or not job.done_runs for job in jobs):
-            larger = _watched_direction(first_run, name)
+            larger = watched_direction(first_run, name)
             if larger is not None and any(job.values(name) for job in jobs):
                 return WatchedMetric(name, larger)
     return None
@@ -236,7 +236,7 @@ def watched_metric_name(points: Sequence[ComparedRun]) -> str | None:
     return DEFAULT_WATCH if any(DEFAULT_WATCH in point.measured.after for point in points) else None
 
 
-def _watched_direction(run: RecordedRun, name: str) -> bool | None:
+def watched_direction(run: RecordedRun, name: str) -> bool | None:
     """Whether a larger value of the watched metric is better, as the run recorded it, its settings say, or its name."""
     outcome = run.record.outcome
     if outcome is not None and outcome.watch == name and outcome.greater_is_better is not None:

@@ -125,18 +125,19 @@ def _cards(answer: PlanAnswer) -> list[PageCard]:
     choice = answer.best or answer.best_choices[0]
     left_gib = choice.fit.margin / GIB
     left = f"{number(left_gib, 3)} GiB left on each card" if left_gib >= 0 else f"{number(-left_gib, 3)} GiB too much"
-    memory = f"{number(choice.fit.total / GIB, 3)} of {number(job.card.memory_gib, 3)} GiB"
-    cards = [PageCard("Memory of a card", memory, left, "good" if left_gib >= 0 else "bad")]
+    needed = number(choice.fit.total / GIB, 3)
+    unit = f"of {number(job.card.memory_gib, 3)} GiB"
+    cards = [PageCard("Memory of a card", needed, left, "good" if left_gib >= 0 else "bad", unit=unit)]
     if answer.best is not None:
         of_one = f"{number(round(choice.tokens_per_s / job.ranks))} each card"
-        cards.append(PageCard("Speed", f"{number(round(choice.tokens_per_s))} tokens/s", of_one))
+        cards.append(PageCard("Speed", number(round(choice.tokens_per_s)), of_one, unit="tokens/s"))
         cards.append(PageCard("A step", duration(choice.step.total_s), _slowest_part(choice)))
     if choice.hours is not None:
         price = "price not known" if choice.price is None else f"${choice.price:,.2f} for {job.ranks} cards"
         cards.append(PageCard("The budget", duration(3600 * choice.hours), price))
     checkpoint = f"{duration(checkpoint_s(answer, choice))} to write"
-    cards.append(PageCard("A checkpoint", f"{number(checkpoint_gib(answer, choice), 3)} GiB", checkpoint))
-    cards.append(PageCard("Host memory", f"{number(choice.host_gib, 3)} GiB", "of a node, about"))
+    cards.append(PageCard("A checkpoint", number(checkpoint_gib(answer, choice), 3), checkpoint, unit="GiB"))
+    cards.append(PageCard("Host memory", number(choice.host_gib, 3), "of a node, about", unit="GiB"))
     return cards
 
 

@@ -67,7 +67,9 @@ def search_page(study: Study, search: Search, search_dir: Path) -> str:
     sign = -1 if search.greater_is_better else 1
     done = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
     done.sort(key=lambda trial: (sign * (trial.value or 0.0), trial.number))
-    drawings = [drawing_of(setting, done, search) for setting in search.space] if len(done) > 1 else []
+    # An infinite metric has no place on an axis.
+    drawn = [trial for trial in done if math.isfinite(trial.value or 0.0)]
+    drawings = [drawing_of(setting, drawn, search) for setting in search.space] if len(drawn) > 1 else []
     space = [(setting.key, setting.text) for setting in search.space]
     return render(
         "launch.sweep",
@@ -96,13 +98,15 @@ def _verdict(done: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search:
     """The best trial with its words, and the command that exports its model; or that there is none."""
     num_open = sum(trial.state.name in ("RUNNING", "WAITING") for trial in trials)
     num_open += max(search.settings.trials - len(trials), 0)
-    going_on = f" {num_open} of {search.settings.trials} trials are not done yet." if num_open else ""
+    are = "is" if num_open == 1 else "are"
+    going_on = f"{num_open} of {search.settings.trials} trials {are} not done yet. " if num_open else ""
     if not done:
-        text = f"No trial is done, so there is no best one.{going_on}"
+        text = f"{going_on}No trial is done, so there is no best one."
         return Callout("warning" if num_open else "bad", "No result", text)
     best = done[0]
-    text = f"The words of the trial, and the command that exports its model:{going_on}"
-    commands = [shlex.join(search.trial_words(best.params)), f"shardtune export {run_directory(best, search_dir)}"]
+    text = f"{going_on}The words of the trial, and the command that exports its model:"
+    directory = shlex.quote(str(run_directory(best, search_dir)))
+    commands = [shlex.join(search.trial_words(best.params)), f"shardtune export {directory}"]
     return Callout("good", f"Best: trial {best.number}, {search.metric} {number(best.value)}", text, commands)
 
 
@@ -140,7 +144,8 @@ def _trials_table(
     columns += [PageColumn(setting.key, "settings") for setting in search.space]
     columns.append(PageColumn("what happened"))
     rows = []
-    for trial in [*done, *(trial for trial in trials if trial not in done)]:
+    done_numbers = {trial.number for trial in done}
+    for trial in [*done, *(trial for trial in trials if trial.number not in done_numbers)]:
         state = STATES[trial.state.name]
         page = run_directory(trial, search_dir) / RUN_PAGE
         href = str(page.relative_to(search_dir)) if page.is_file() else ""

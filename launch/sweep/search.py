@@ -213,7 +213,9 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     if in_wandb is not None:  # before the table: its last line is the one to copy
         print("\n".join(fold(in_wandb, 0)), file=sys.stderr, flush=True)
     print(search_table(study, search, search_dir), flush=True)
-    print(f"written: {write_search_page(study, search, search_dir)}", file=sys.stderr, flush=True)
+    page = write_search_page(study, search, search_dir)
+    if page is not None:
+        print(f"written: {page}", file=sys.stderr, flush=True)
     if exit_code or any(trial.state.name == "COMPLETE" for trial in trials):
         return exit_code
     # Without a single result the search failed, with the code of its first failure.
@@ -223,12 +225,19 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     return 0
 
 
-def write_search_page(study: Study, search: Search, search_dir: Path) -> Path:
-    """Write `search.html` into the directory of the search, and return its path. Errors: StorageError."""
+def write_search_page(study: Study, search: Search, search_dir: Path) -> Path | None:
+    """Write `search.html` into the directory of the search; returns its path.
+
+    No error of the page is an error of the search: it is only printed, and the result is None.
+    """
     from launch.sweep.page import PAGE_FILE, search_page
 
     page = search_dir / PAGE_FILE
-    write_text_atomic(page, search_page(study, search, search_dir))
+    try:
+        write_text_atomic(page, search_page(study, search, search_dir))
+    except Exception as error:  # noqa: BLE001 - hours of trials are still to come
+        print(f"no {PAGE_FILE}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return None
     return page
 
 

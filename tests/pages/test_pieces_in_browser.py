@@ -65,6 +65,8 @@ def test_every_piece_in_the_browser(browser, tmp_path, plots):
         assert page.evaluate("document.querySelector('#loss svg.marks').getBoundingClientRect().width") < 400
     assert not page.is_too_wide()
     assert page.tab.locator(".scroll-hint").first.is_visible()
+    assert page.evaluate("document.querySelector('.facts th').innerHTML") == "tuning.<wbr>rank"
+    assert page.evaluate("document.querySelector('caption span').getBoundingClientRect().right") < 400
     assert axe_problems(page) == []
 
     page.resized(1200)

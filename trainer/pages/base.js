@@ -1,4 +1,19 @@
 "use strict";
+// Long names break behind a character that joins their words (exact_|match, data.|eval_|path), and not amid a word.
+const JOINT = /(?<=[\w\])][_/=:]|[A-Za-z0-9\])][.,])(?=[A-Za-z[(])/;
+const breakNames = () => {
+  const texts = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+  const found = [];
+  while (texts.nextNode()) {
+    const isName = /\S{10}/.test(texts.currentNode.data) && JOINT.test(texts.currentNode.data);
+    if (isName && !texts.currentNode.parentElement.closest("pre, script, style, svg, select, textarea")) found.push(texts.currentNode);
+  }
+  for (const text of found) {
+    const parts = text.data.split(JOINT).flatMap((part) => [document.createElement("wbr"), part]);
+    text.replaceWith(...parts.slice(1));
+  }
+};
+breakNames();
 for (const table of document.querySelectorAll("table.sortable")) {
   const headings = [...table.querySelectorAll("th[data-column]")];
   headings.forEach((heading, column) => heading.querySelector("button").addEventListener("click", () => {

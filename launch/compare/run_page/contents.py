@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from launch.compare.comparison import ComparedRun
 from launch.compare.run_files import RecordedRun, RunMeasurements
-from launch.compare.run_page.held_out import MetricChange, best_step, card_changes, metric_changes
+from launch.compare.run_page.held_out import MetricChange, best_step, card_changes, metric_changes, watched_metric
 from strategies.errors import ShardtuneError
 from trainer.pages.numbers import UNKNOWN, byte_size, duration, number, percent
 from trainer.pages.pieces import PageCard, PageCell, PageColumn, PageTable, Tone
@@ -45,7 +46,7 @@ def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
     if change.judgement:
         notes.append(change.judgement)
     best = best_step(run)
-    is_watched = change == metric_changes(run)[0]
+    is_watched = change.name == watched_metric(run)
     if is_watched and best is not None and not best.is_last and best.beats_beginning:
         notes.append(f"best {change.shown(best.value)} at step {best.step}")
     return PageCard(change.title, change.shown(change.after), ", ".join(notes), change.tone, change.arrow)
@@ -252,4 +253,4 @@ def links(run: RecordedRun) -> list[tuple[str, str]]:
 def address(run_dir: Path, path: Path) -> str:
     """A file's address from the page in the run directory: relative, so that both can be moved together."""
     relative = os.path.relpath(path.absolute(), run_dir.absolute())
-    return relative.replace(os.sep, "/")
+    return quote(relative.replace(os.sep, "/"))  # a `#` or `%` in a directory's name would lead elsewhere

@@ -18,10 +18,8 @@ Row = dict[str, Any]
 """One row of a plot's data."""
 MAX_POINTS = 400
 """Steps of a curve that are drawn; of a longer run evenly spread ones, and those that stood out."""
-SMOOTHINGS = {"none": 0.0, "some": 0.03, "much": 0.12}
-"""What the reader can choose, and the share of the run's steps that the exponential mean is over."""
-MIN_SMOOTHED_STEPS = 3
-"""Steps that it is over at least: of a short run a share of them would smooth nothing."""
+SMOOTHINGS = {"none": (0.0, 0), "some": (0.03, 3), "much": (0.12, 6)}
+"""What the reader can choose: the share of the run's steps that the exponential mean is over, and the steps at least."""
 HEIGHT = 300
 STRIP_HEIGHT = 110
 """Pixels of a plot, and of each of several beneath each other."""
@@ -102,13 +100,11 @@ def drawn_steps(run: RecordedRun) -> list[int]:
     return [step for index, step in enumerate(steps) if index % stride == 0 or index == last or step in notable]
 
 
-def weight_of(share: float, num_steps: int) -> float:
-    """The weight of what came before in an exponential mean over a share of the steps; 0 smooths nothing."""
-    if share == 0:
-        return 0.0
+def weight_of(num_steps: float, min_steps: int) -> float:
+    """The weight of what came before in an exponential mean over so many steps, `min_steps` at least; 0 smooths nothing."""
     # A mean over N steps has its centre of mass where an exponential one with this weight has it.
-    span = max(share * num_steps, MIN_SMOOTHED_STEPS)
-    return 1 - 2 / (span + 1)
+    span = max(num_steps, min_steps)
+    return 1 - 2 / (span + 1) if span else 0.0
 
 
 def smoothed(values: dict[int, float], weight: float) -> dict[int, float]:
@@ -136,7 +132,9 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
             losses[step] = float(row["loss"])
     if not losses:
         return None
-    curves = {name: smoothed(losses, weight_of(share, len(losses))) for name, share in SMOOTHINGS.items()}
+    curves = {}
+    for name, (share, min_steps) in SMOOTHINGS.items():
+        curves[name] = smoothed(losses, weight_of(share * len(losses), min_steps))
     rows = []
     for step in drawn_steps(run):
         if step in losses:
@@ -147,7 +145,7 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     if held_out_rows:
         caption += " Held-out loss is that of documents the model is not trained on."
     best = best_step(run)
-    layers = _training_layers(rows) + _held_out_layers(held_out_rows)
+    layers = _training_layers(rows, has_held_out=bool(held_out_rows)) + _held_out_layers(held_out_rows)
     if best is not None and best.beats_beginning:
         layers += _best_layers(run, best, positions)
         caption += f" ★ marks step {best.step}, the best by {watched_metric(run)}."
@@ -170,7 +168,8 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     ]
     spec = {"height": HEIGHT, "params": menus, "layer": layers}
     # Vega's type of an axis cannot be a choice of the reader's, so the numbers are made logarithms, and the labels losses.
-    return Figure("loss", "Training and held-out loss", f"{caption} {ZOOM_HINT}", spec)
+    title = "Training and held-out loss" if held_out_rows else "Training loss"
+    return Figure("loss", title, f"{caption} {ZOOM_HINT}", spec)
 
 
 def _loss_y(field: str) -> list[Spec]:
@@ -214,9 +213,11 @@ def _tooltip(value: str, title: str) -> list[Spec]:
     ]
 
 
-def _training_layers(rows: list[Row]) -> list[Spec]:
+def _training_layers(rows: list[Row], *, has_held_out: bool) -> list[Spec]:
     """Each step's loss, pale, and the smoothed line over it."""
-    encoding = {"x": X_AXIS, "y": LOSS_AXIS, "color": SERIES}
+    # A single curve needs no legend.
+    series = SERIES if has_held_out else {**SERIES, "legend": None}
+    encoding = {"x": X_AXIS, "y": LOSS_AXIS, "color": series}
     return [
         {
             "data": {"values": rows},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from launch.compare.quality import DEFAULT_WATCH, direction_of, watched_direction
 from launch.compare.run_files import RecordedRun
 from trainer.pages.numbers import number, percent
 from trainer.pages.pieces import Arrow, Tone
@@ -16,17 +17,11 @@ TITLES = {
     "eval/reward": "Held-out reward",
 }
 """What people call the common metrics; any other has its own name."""
-LARGER_IS_BETTER = {"accuracy", "margin", "reward", "bleu", "rougeL", "f1", "macro_f1", "exact_match", "right"}
-"""Last parts of names of metrics that are to rise."""
-SMALLER_IS_BETTER = {"loss", "perplexity", "nats", "calibration_error"}
-"""Last parts of names of metrics that are to fall."""
-WATCHED = "eval/loss"
-"""What decides the best checkpoint if the settings name nothing else."""
 REWARD = "eval/reward"
-"""What decides it in online reinforcement learning."""
+"""What decides the best checkpoint in online reinforcement learning, if the settings name nothing else."""
 MAX_CARDS = 3
 """Held-out metrics at the head of the page."""
-SHARES = {"accuracy", "f1", "macro_f1", "exact_match", "right"}
+SHARES = {"accuracy", "token_accuracy", "f1", "f1_macro", "f1_micro", "exact_match", "win_rate"}
 """Last parts of names of metrics that are shares, and shown in percent."""
 
 
@@ -43,7 +38,7 @@ class MetricChange:
     @property
     def title(self) -> str:
         """Its name in words."""
-        return TITLES.get(self.name, self.name.removeprefix("eval/"))
+        return title_of(self.name)
 
     @property
     def gain(self) -> float | None:
@@ -113,7 +108,8 @@ def metric_changes(run: RecordedRun) -> list[MetricChange]:
     names = sorted(run.evaluations[last_step], key=lambda name: name != watched)
     changes = []
     for name in names:
-        greater_is_better = _direction(run, name)
+        # The setting is null where nobody typed it, so that the run's record, else the name, says it.
+        greater_is_better = watched_direction(run, name) if name == watched else direction_of(name)
         changes.append(MetricChange(name, run.evaluations[last_step][name], before.get(name), greater_is_better))
     return changes
 
@@ -132,34 +128,42 @@ def watched_metric(run: RecordedRun) -> str:
     if named:
         return str(named)
     has_reward = any(REWARD in metrics for metrics in run.evaluations.values())
-    return REWARD if has_reward else WATCHED
+    return REWARD if has_reward else DEFAULT_WATCH
 
 
-def _direction(run: RecordedRun, name: str) -> bool | None:
-    """Whether a larger value is better; None if that is not known."""
-    outcome = run.record.outcome
-    if outcome is not None and name == outcome.watch and outcome.greater_is_better is not None:
-        return outcome.greater_is_better
-    if name == run.config.get("evaluation.watch"):
-        return bool(run.config.get("evaluation.greater_is_better", False))
-    last_part = name.rsplit("/", 1)[-1]
-    if last_part in LARGER_IS_BETTER:
-        return True
-    return False if last_part in SMALLER_IS_BETTER else None
+def watched_change(run: RecordedRun) -> MetricChange | None:
+    """The change of the watched metric; None if the last evaluation has no number for it."""
+    changes = metric_changes(run)
+    return changes[0] if changes and changes[0].name == watched_metric(run) else None
+
+
+def watched_is_lost(run: RecordedRun) -> bool:
+    """Whether the watched metric was a number in an earlier evaluation and is none in the last one: NaN or infinite."""
+    watched = watched_metric(run)
+    has_it = [watched in run.evaluations[step] for step in sorted(run.evaluations)]
+    return any(has_it) and not has_it[-1]
+
+
+def title_of(name: str) -> str:
+    """What people call a metric."""
+    return TITLES.get(name, name.removeprefix("eval/"))
 
 
 def best_step(run: RecordedRun) -> BestStep | None:
-    """The best evaluation after the first step, by the watched metric; None if no evaluation has it."""
+    """The best evaluation after the first step, by the watched metric.
+
+    None if no evaluation has it, or nobody knows whether a larger value is better.
+    """
     watched = watched_metric(run)
+    greater_is_better = watched_direction(run, watched)
     values = {}
     for step, metrics in run.evaluations.items():
         value = metrics.get(watched)
         if value is not None and math.isfinite(value):
             values[step] = value
     before = values.pop(0, None)
-    if not values:
+    if not values or greater_is_better is None:
         return None
-    greater_is_better = bool(_direction(run, watched))
     choose = max if greater_is_better else min
     step = choose(values, key=lambda candidate: values[candidate])
     best = values[step]

@@ -8,7 +8,15 @@ from typing import Any
 
 from launch.compare.curves import first_step_not_finite
 from launch.compare.run_files import RecordedRun
-from launch.compare.run_page.held_out import MetricChange, best_step, metric_changes
+from launch.compare.run_page.held_out import (
+    MetricChange,
+    best_step,
+    metric_changes,
+    title_of,
+    watched_change,
+    watched_is_lost,
+    watched_metric,
+)
 from trainer.data.report.audit import AUDIT, DOCUMENT_LEAK_KINDS
 from trainer.pages.numbers import number
 from trainer.pages.pieces import Callout, Tone, worst_first
@@ -58,6 +66,9 @@ def verdict_on(run: RecordedRun) -> RunVerdict:
     if broken_step is not None:
         heading = f"The loss is not a number from step {broken_step} on"
         return RunVerdict("bad", heading, f"{steps}.", (_again_with_lower_rate(run),))
+    if watched_is_lost(run):
+        heading = f"{title_of(watched_metric(run))} is not a number at the end"
+        return RunVerdict("bad", heading, f"{steps}.", _export_best(run) or (_again_with_lower_rate(run),))
     watched = changes[0] if changes else None
     if watched is None:
         text = (
@@ -78,9 +89,12 @@ def _verdict_on_metric(
         )
     if watched.tone == "bad":
         return RunVerdict("bad", f"{watched.title} got worse", f"{change}. {steps}.", _export_best(run))
-    if findings:
+    if findings and watched.tone == "good":
         names = ", ".join(finding.name for finding in findings)
         return RunVerdict("warning", f"Better, but: {names}", f"{change}. {steps}.", _export_best(run))
+    if watched.gain is None:
+        text = f"{steps}. Its name does not say whether a larger value is better, so this page gives no verdict."
+        return RunVerdict("note", f"{watched.title}: {watched.change}", text)
     if watched.tone == "good":
         return RunVerdict("good", f"{watched.title} got better", f"{change}. {steps}.")
     return RunVerdict("warning", f"{watched.title} did not change", f"{change}. {steps}.")
@@ -162,10 +176,9 @@ def _export_best(run: RecordedRun) -> tuple[str, ...]:
 def _best_step_callouts(run: RecordedRun) -> list[Callout]:
     """An earlier step that was better than the last one, or that none was better than the model before training."""
     best = best_step(run)
-    changes = metric_changes(run)
-    if best is None or not changes:
+    watched = watched_change(run)
+    if best is None or watched is None:
         return []
-    watched = changes[0]
     if not best.beats_beginning:
         before = watched.shown(watched.before) if watched.before is not None else ""
         text = f"{watched.title} was {before} before training, and {watched.shown(best.value)} at best, at step {best.step}."

@@ -164,6 +164,40 @@ def test_best_step_is_held_against_the_model_before_training(tmp_path):
     assert best_step(read(unset)).step == 10 and verdict_on(read(unset)).heading == "Held-out reward got better"
 
 
+def add_evaluations(directory, rows):
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_direction_of_the_watched_metric_is_its_own_where_nobody_typed_it(tmp_path):
+    """`evaluation.greater_is_better` is null in config.yaml as a rule: the run's record says it, or the metric's name."""
+    for name, watch, record in (
+        ("named", "eval/accuracy", {}),
+        ("recorded", "eval/qa/x", {"outcome": {"watch": "eval/qa/x", "greater_is_better": True}}),
+    ):
+        config = CONFIG | {"evaluation": {"watch": watch, "greater_is_better": None}}
+        directory = run_of(tmp_path / name, (), config=config, **record)
+        add_evaluations(directory, [{"step": step, watch: value} for step, value in ((0, 0.5), (10, 0.9), (20, 0.8))])
+        run = read(directory)
+        assert verdict_on(run).heading.endswith("got better") and best_step(run).step == 10
+    unknown = run_of(tmp_path / "unknown", (), config=CONFIG | {"evaluation": {"watch": "eval/qa/x"}})
+    add_evaluations(unknown, [{"step": 0, "eval/qa/x": 0.5}, {"step": 20, "eval/qa/x": 0.8}])
+    verdict = verdict_on(read(unknown))
+    assert (verdict.tone, verdict.heading) == ("note", "qa/x: 0.5000 to 0.8000") and best_step(read(unknown)) is None
+
+
+def test_a_watched_metric_that_is_no_number_any_more_is_told(tmp_path):
+    directory = run_of(tmp_path / "run", (3.0, 2.0))
+    add_evaluations(directory, [{"step": 30, "eval/loss": None, "eval/accuracy": 0.1}])
+    verdict = verdict_on(read(directory))
+    assert (verdict.tone, verdict.heading) == ("bad", "Held-out loss is not a number at the end")
+    assert verdict.commands == (f"shardtune export {directory} checkpoint=best",)
+
+
+def test_addresses_of_other_pages_are_quoted(tmp_path):
+    assert contents.address(tmp_path / "run", tmp_path / "data #1" / "audit.html") == "../data%20%231/audit.html"
+
+
 def test_taken_stands_beside_planned_only_where_both_mean_the_same(tmp_path):
     receipt = {"predicted": {"memory_gib": 3.0, "step_s": 0.25, "checkpoint_bytes": 100.0}}
     receipt["measured"] = {"checkpoint_bytes": 150.0, "checkpoint_s": 2.0}
@@ -235,8 +269,10 @@ def test_curves_are_smoothed_over_all_steps():
     assert figures.smoothed({1: 4.0, 2: 2.0, 3: 2.0}, 0.0) == {1: 4.0, 2: 2.0, 3: 2.0}
     smooth = figures.smoothed({1: 4.0, 2: 2.0}, 0.5)
     assert smooth == {1: 4.0, 2: pytest.approx((0.5 * 4 + 2) / 1.5)}
-    assert [figures.weight_of(share, 1000) for share in (0.0, 0.03)] == [0.0, pytest.approx(29 / 31)]
-    assert figures.weight_of(0.03, 10) == 0.5
+    assert [figures.weight_of(*steps) for steps in ((0.0, 0), (30, 3))] == [0.0, pytest.approx(29 / 31)]
+    # Of a run of a few steps, each choice still shows another curve.
+    short = [figures.weight_of(6 * share, least) for share, least in figures.SMOOTHINGS.values()]
+    assert short == [0.0, 0.5, pytest.approx(5 / 7)]
     constant = figures.smoothed(dict.fromkeys(range(50), 3.0), 0.95)
     assert list(constant.values()) == pytest.approx([3.0] * 50)
 

@@ -1,19 +1,21 @@
 """`train -m sweeper=optuna`: the words of a space, what is refused, and real searches that are stopped and gone on with."""
 
 import json
+import math
 import re
 import shlex
 
 import pytest
 
 from launch.main import main
-from launch.sweep.search import evaluations, run_search
+from launch.sweep.search import evaluations, run_search, write_search_page
 from launch.sweep.space import SearchedSetting, read_space
 from launch.sweep.sweeper import plan_search
 from launch.train import launch_run
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
+from tests.launch.test_pages_in_browser import searched
 from trainer.reporting.status import State, write_status
 
 
@@ -220,3 +222,14 @@ def test_pruning_and_words_that_came_before(site, monkeypatch, capsys):
     assert run_search(plan_search(asked), two, told) == 0
     assert "the same words as trial" in capsys.readouterr().out
     assert len(list(two.glob("*/metrics.jsonl"))) == 2
+
+
+def test_page_of_a_search_leaves_out_what_has_no_place_and_never_ends_the_search(tmp_path, capsys):
+    study, search = searched()
+    trials = study.get_trials(deepcopy=False)
+    trials[3].value = math.inf
+    page = write_search_page(study, search, tmp_path).read_text()
+    assert "infinite" in page and "nan" not in page.split("<svg")[1].split("</svg>")[0]
+    (tmp_path / "full" / "search.html").mkdir(parents=True)
+    assert write_search_page(study, search, tmp_path / "full") is None
+    assert "no search.html: " in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,25 +144,29 @@ def report_verdict(report: Record) -> Callout:
     """The sentence at the top of the page: in how many tasks the model is better or worse, or how to find out."""
     if "against" not in report:
         run = report["model"]["run"]
-        text = "Intervals show how far chance reaches. Whether tuning made the model better shows a comparison with its base."
-        commands = [f"shardtune evaluate {run} against=base"] if run else []
+        text = "Intervals show how far chance reaches. A comparison with the base shows whether tuning made the model better."
+        commands = [f"shardtune evaluate {shlex.quote(str(run))} against=base"] if run else []
         if not run:
             text = (
                 "Intervals show how far chance reaches. Give against=<run or model> to compare this model with another."
             )
         return Callout("note", f"{_tasks(len(report['tasks']))} measured, and compared with nothing", text, commands)
     what = report["against"]["what"]
-    if report.get("regressions"):
-        return Callout("bad", f"Worse than {what}", "More than these metrics may lose:", ())
     verdicts = list(_verdicts(report).values())
     num_better = verdicts.count(BETTER)
     num_worse = verdicts.count(WORSE)
-    unclear = len(verdicts) - num_better - num_worse
+    num_different = verdicts.count(DIFFERS)
+    unclear = len(verdicts) - num_better - num_worse - num_different
     if not verdicts:
         return Callout("note", f"Nothing could be compared with {what}", "The two have no task in common.")
     said = [f"better in {num_better}"] if num_better else []
     said += [f"worse in {num_worse}"] if num_worse else []
+    said += [f"different in {num_different}"] if num_different else []  # neither direction of their metric is better
     said += [f"no difference shown in {unclear}"] if unclear and said else []
+    if report.get("regressions"):
+        counts = f"{', '.join(said)} of {_tasks(len(verdicts))}. " if said else ""
+        text = f"{counts[:1].upper()}{counts[1:]}These metrics became worse:"
+        return Callout("bad", f"Worse than {what}", text)
     heading = f"Against {what}: {', '.join(said)} of {_tasks(len(verdicts))}"
     if not said:
         heading = f"Against {what}: no difference shown in any of {_tasks(len(verdicts))}"
