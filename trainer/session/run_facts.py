@@ -23,6 +23,7 @@ from trainer.checkpoints.manifest import artefact_of
 from trainer.config.run import MATMUL, RunConfig, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
+from trainer.data.report.preview import is_prompts_alone
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
 from trainer.planner.communication_volume import expected_bytes
@@ -287,11 +288,14 @@ def start_text(record: RunRecord) -> str:
     ranks = record.readers
     if record.world_size != 1:
         ranks += f" (over {sharding.exchange})"
+    # The length of a written answer is not known: each prompt counts with the longest.
+    is_upper_bound = is_prompts_alone(record.data_report.get("train", {}))
+    approximation = "at most" if is_upper_bound else "about"
     lines = [
         f"parameters: {sharding.parameters:,}, trainable {sharding.trainable_parameters:,} ({share:.2%}); held per "
         f"rank {held}",
         f"batch: {record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
-        f"{ranks}; about {record.tokens_per_step:,} tokens a step, {record.total_steps} steps, "
+        f"{ranks}; {approximation} {record.tokens_per_step:,} tokens a step, {record.total_steps} steps, "
         f"{record.epochs:,.2f} epochs",
         f"precision {record.precision}, attention {record.attention}, layout {record.layout}",
     ]

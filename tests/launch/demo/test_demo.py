@@ -7,6 +7,7 @@ import pytest
 
 from launch.config.compose import compose
 from launch.demo import command as demo
+from launch.demo.results import evaluations
 from strategies.errors import DataError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
@@ -60,10 +61,10 @@ def test_the_command_is_a_legal_run(notes, tmp_path, monkeypatch):
     assert composed.config.budget.tokens == demo.TRAIN_TOKENS
 
 
-def test_the_first_and_the_last_evaluation_are_reported(tmp_path):
+def test_evaluations_are_reported_in_order(tmp_path):
     rows = [{"step": 0, "eval/loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 1, "eval/loss": 2.0, "tokens": 9}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert demo.held_out_metrics(tmp_path) == ({"eval/loss": 3.0}, {"eval/loss": 2.0})
+    assert evaluations(tmp_path, "eval/loss") == [{"eval/loss": 3.0}, {"eval/loss": 2.0}]
 
 
 def test_the_first_conversation_of_each_shown_section_is_answered():

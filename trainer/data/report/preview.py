@@ -162,4 +162,13 @@ def summary(report: dict[str, Any]) -> str:
         if doubled_bos:
             raise DataError(f"{split}: {doubled_bos} documents begin with two BOS; check model.chat_template")
     template = templates(visible, autoescape=False).get_template("terminal.txt.j2")
-    return template.render(report=report, said=REASON_TEXTS, not_asked=NOT_ASKED).rstrip("\n")
+    text = template.render(report=report, said=REASON_TEXTS, not_asked=NOT_ASKED, is_prompts_alone=is_prompts_alone)
+    return text.rstrip("\n")
+
+
+def is_prompts_alone(split: dict[str, Any]) -> bool:
+    """Whether the model writes the answers of a split while it trains. `split`: its part of `Audit.report`.
+
+    Preparation refuses a split without anything to learn, unless its documents are prompts or have labels.
+    """
+    return not split.get("labelled") and split.get("supervised_tokens") == 0

@@ -1,0 +1,61 @@
+"""What the demos share: the processes that they train in, and what they show of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def num_processes() -> int:
+    """Two ranks on a CPU, or as many GPUs as divide a batch of eight."""
+    import torch
+
+    devices = torch.cuda.device_count() or 2  # without a GPU: two ranks on the CPU
+    return next(divisor for divisor in (8, 4, 2, 1) if divisor <= devices)
+
+
+def run_dir_of(words: list[str]) -> Path:
+    """The run directory of a `train` command. The last word counts, so that a typed `run.dir=` overrides that of a demo."""
+    directories = [word.removeprefix("run.dir=") for word in words if word.startswith("run.dir=")]
+    return Path(directories[-1])
+
+
+def load_tokenizer(model: Path) -> Any:
+    """The tokenizer of a model directory, without a look at a model hub."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model, local_files_only=True)
+
+
+def evaluations(run_dir: Path, metric: str) -> list[dict[str, float]]:
+    """The held-out metrics of each evaluation that has `metric`, in order, from the run's `metrics.jsonl`."""
+    from trainer.reporting.results import rows
+
+    evaluated = [row for row in rows(run_dir) if metric in row]
+    return [_metrics_in(row) for row in evaluated]
+
+
+def _metrics_in(row: dict[str, Any]) -> dict[str, float]:
+    """The held-out metrics of a row, without its step and tokens."""
+    return {name: metric for name, metric in row.items() if name.startswith("eval/")}
+
+
+def greedy_answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int) -> str:
+    """The model's greedy answer on one line; one that is cut off at `max_new_tokens` ends in three dots."""
+    import torch
+
+    prompt_ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    with torch.no_grad():
+        output_ids = model.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    answer_ids = output_ids[0, prompt_ids.shape[1] :]
+    answer = " ".join(tokenizer.decode(answer_ids, skip_special_tokens=True).split())
+    is_cut = len(answer_ids) == max_new_tokens and answer_ids[-1] != tokenizer.eos_token_id
+    return f"{answer} ..." if is_cut else answer

@@ -1,0 +1,280 @@
+"""`shardtune demo objective=grpo`: a small real model learns from a reward to answer in exactly three words."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.config.help_text import show_help
+from launch.demo.embedded import MODEL_NAME, embedded_model
+from launch.demo.results import evaluations, greedy_answer, load_tokenizer, num_processes, run_dir_of
+from strategies.cache_dir import cache_directory
+from strategies.errors import ShardtuneError
+
+USAGE = """usage: shardtune demo objective=grpo [key=value ...]
+
+  shardtune demo objective=grpo
+  shardtune demo objective=grpo strategy=zero2
+
+This demo shows reinforcement learning with a reward. SmolLM2-135M-Instruct is asked to describe things in exactly three
+words. It writes eight answers to each prompt, a reward function counts their words, and the model learns to write more
+like the better answers. Nobody shows it a right one. The demo prints the reward function and the `train` command that it
+runs. Words that you type override the words of that command.
+
+There is no data to fetch: the prompts name 20 things to train on, and 8 others to evaluate with. A step takes 8 prompts
+with 8 answers of at most 12 tokens, and there are 20 steps.
+
+The demo ends with exit code 69 if the reward on the held-out prompts does not rise by 0.25. The reward knows nothing
+of meaning: it shows that the model learned the form of an answer, not that it describes better. At the end stands a
+command that trains the same with a reward that can be cheated. docs/reinforcement.md explains both."""
+TRAINED_SUBJECTS = [
+    "a garden",
+    "a river",
+    "a city",
+    "a poem",
+    "a storm",
+    "a forest",
+    "a mountain",
+    "a winter",
+    "the ocean",
+    "the moon",
+    "a library",
+    "a kitchen",
+    "a violin",
+    "a train",
+    "a market",
+    "a desert",
+    "a friend",
+    "a morning",
+    "a castle",
+    "a candle",
+]
+HELD_OUT_SUBJECTS = [
+    "a lighthouse",
+    "a bridge",
+    "an island",
+    "a summer",
+    "a painting",
+    "a village",
+    "a teacher",
+    "the stars",
+]
+REWARDS = '''"""The reward of `shardtune demo objective=grpo`: three words, and an end."""
+
+
+def three_words(completions, truncated):
+    """1 for three words, a third less for each word too many or too few, 0 for an answer that was cut off."""
+    scores = []
+    for answer, was_cut in zip(completions, truncated):
+        distance = abs(len(answer.split()) - 3)
+        score = max(0.0, 1 - distance / 3)
+        scores.append(0.0 if was_cut else score)
+    return scores
+'''
+CHEATABLE_REWARDS = '''"""A reward with a hole: an answer that is cut off after three words counts as three words."""
+
+
+def three_words(completions):
+    """1 for three words, a third less for each word too many or too few, however the answer ends."""
+    distances = [abs(len(answer.split()) - 3) for answer in completions]
+    return [max(0.0, 1 - distance / 3) for distance in distances]
+
+
+def ended(completions, truncated):
+    """1 for an answer that ends by itself. A control of weight 0: measured, not learned."""
+    return [0.0 if was_cut else 1.0 for was_cut in truncated]
+'''
+GROUP_SIZE = 8
+PROMPTS_PER_STEP = 8
+STEPS = 20
+ANSWER_TOKENS = 12
+"""Most tokens of an answer; one that is longer is cut off."""
+MIN_RISE = 0.25
+"""`eval/reward` must rise by this much from the base model to the end of the run."""
+NUM_SHOWN = 6
+"""Held-out prompts whose answers are printed at the end."""
+METRIC = "eval/reward"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoFiles:
+    """The files of the demo: prompts to train on and held out, the reward, and the reward that can be cheated."""
+
+    train: Path
+    held_out: Path
+    rewards: Path
+    cheatable_rewards: Path
+
+
+class NothingLearned(ShardtuneError):
+    """The reward on held-out prompts did not rise as it should."""
+
+    exit_code = 69
+
+
+def main(argv: list[str]) -> int:
+    """Run `shardtune demo` with typed words that hold `objective=grpo`; returns the exit code.
+
+    Errors: FetchError, StorageError, NothingLearned if the reward did not rise enough, and what training raises.
+    """
+    if {"-h", "--help"} & set(argv):
+        show_help(USAGE)
+        return 0
+    started_at = time.monotonic()
+    model = embedded_model()
+    files = write_files(cache_directory() / "demo" / "three-words")
+    words = [*training_words(model, files, Path("runs") / time.strftime("three-words-%Y%m%d-%H%M%S")), *argv]
+    run_dir = run_dir_of(words)
+    indented_rewards = REWARDS.rstrip("\n").replace("\n", "\n  | ")
+    print(
+        f"demo: {MODEL_NAME} learns to answer in exactly three words. Nobody shows it such an answer: a reward scores those "
+        f"that it writes.\n{files.rewards}:\n  | {indented_rewards}\n"
+        f"budget: {STEPS} steps of {PROMPTS_PER_STEP} prompts with {GROUP_SIZE} answers each; {len(TRAINED_SUBJECTS)} "
+        f"prompts to train on, {len(HELD_OUT_SUBJECTS)} held out\n"
+        f"$ shardtune train {shlex.join(words)}\n",
+        flush=True,
+    )
+    from launch.main import run_guarded
+
+    exit_code = run_guarded("train", words)
+    if exit_code:
+        return exit_code
+    print_answers(run_dir / "export")
+    rewards = [metrics[METRIC] for metrics in evaluations(run_dir, METRIC)]
+    print(closing_text(run_dir, time.monotonic() - started_at))
+    cheatable = [*training_words(model, files, Path(f"{run_dir}-cheatable"), cheatable=True), *without_run_dir(argv)]
+    print(f"\nThe same with a reward that can be cheated:\n$ shardtune train {shlex.join(cheatable)}", flush=True)
+    require_rise(rewards[0], rewards[-1])
+    return 0
+
+
+def write_files(directory: Path) -> DemoFiles:
+    """Write the prompts and the rewards into `directory`. Errors: StorageError."""
+    from trainer.reporting.status import write_text_atomic
+
+    files = DemoFiles(
+        train=directory / "train.jsonl",
+        held_out=directory / "held-out.jsonl",
+        rewards=directory / "rewards.py",
+        cheatable_rewards=directory / "cheatable.py",
+    )
+    for path, subjects in ((files.train, TRAINED_SUBJECTS), (files.held_out, HELD_OUT_SUBJECTS)):
+        lines = [json.dumps({"prompt": prompt_about(subject)}) + "\n" for subject in subjects]
+        write_text_atomic(path, "".join(lines))
+    write_text_atomic(files.rewards, REWARDS)
+    write_text_atomic(files.cheatable_rewards, CHEATABLE_REWARDS)
+    return files
+
+
+def prompt_about(subject: str) -> str:
+    """The prompt of a subject."""
+    return f"Describe {subject} in exactly three words."
+
+
+def training_words(model: Path, files: DemoFiles, run_dir: Path, *, cheatable: bool = False) -> list[str]:
+    """The words after `shardtune train`. `cheatable`: with the reward that can be cheated, and the control that sees it."""
+    answers_per_step = PROMPTS_PER_STEP * GROUP_SIZE
+    processes = num_processes()
+    rewards = [f"objective.rewards={files.rewards}"]
+    if cheatable:
+        rewards = [
+            f"objective.rewards.three_words.function={files.cheatable_rewards}:three_words",
+            f"objective.rewards.ended.function={files.cheatable_rewards}:ended",
+            "objective.rewards.ended.weight=0",
+        ]
+    return [
+        f"model.path={model}",
+        f"data.path={files.train}",
+        f"data.eval_path={files.held_out}",
+        f"data.cache_dir={cache_directory() / 'data'}",
+        "objective=grpo",
+        *rewards,
+        f"objective.group_size={GROUP_SIZE}",
+        f"objective.rollout.max_new_tokens={ANSWER_TOKENS}",
+        "tuning=lora",
+        "strategy=fsdp2",
+        "optim.lr=3e-4",
+        # Twenty steps are too few for a rate that rises and falls.
+        "schedule=constant",
+        "schedule.warmup_share=0",
+        f"batch.global={answers_per_step}",
+        f"batch.micro={answers_per_step // processes}",
+        f"budget.steps={STEPS}",
+        "evaluation.every_steps=5",
+        "logging.every_steps=1",
+        f"launcher.processes={processes}",
+        "export.verify=true",
+        f"run.dir={run_dir}",
+    ]
+
+
+def without_run_dir(argv: list[str]) -> list[str]:
+    """Typed words for another run beside this one."""
+    return [word for word in argv if not word.startswith("run.dir=")]
+
+
+def print_answers(export: Path) -> None:
+    """Print what the base and the tuned model answer to held-out prompts.
+
+    `export` is loaded by plain transformers and peft, which shows that it needs nothing of shardtune.
+    """
+    from trainer.export.load import load_export
+
+    model = load_export(export)
+    tokenizer = load_tokenizer(export)
+    print("\nthe export through plain transformers and peft, greedy answers to held-out prompts:", flush=True)
+    for subject in HELD_OUT_SUBJECTS[:NUM_SHOWN]:
+        prompt = prompt_about(subject)
+        with model.disable_adapter():
+            base_answer = greedy_answer(model, tokenizer, prompt, ANSWER_TOKENS)
+        tuned_answer = greedy_answer(model, tokenizer, prompt, ANSWER_TOKENS)
+        print(f"\n  {prompt}\n    base model:  {base_answer}\n    tuned model: {tuned_answer}", flush=True)
+
+
+def closing_text(run_dir: Path, duration_s: float) -> str:
+    """The last lines of the demo: rewards by step, held-out metrics before and after, what that shows, and where all is."""
+    from trainer.reporting.results import rows
+
+    held_out = evaluations(run_dir, METRIC)
+    before = held_out[0]
+    after = held_out[-1]
+    steps = [row for row in rows(run_dir) if "reward" in row]
+    lines = [
+        f"\ndemo finished in {duration_s / 60:.1f} minutes",
+        f"mean reward of the answers that were learned from, by step: {rewards_by_step(steps)}",
+        f"held-out, {len(HELD_OUT_SUBJECTS)} greedy answers     base     tuned",
+    ]
+    for label, name in (
+        ("reward", METRIC),
+        ("tokens of an answer", "eval/completions/mean_length"),
+        ("share cut off", "eval/completions/clipped_ratio"),
+    ):
+        lines.append(f"  {label:<24} {before[name]:>9.4f} {after[name]:>9.4f}")
+    lines += [
+        "This shows that the model learned a form from a reward alone: answers of three words that end. It does not show that",
+        "they describe well, for the reward does not look, and eight prompts tell only large differences.",
+        f"curves      {run_dir / 'report.html'}",
+        f"answers     {run_dir / 'rounds'} (a Parquet file for each step: prompts, answers, rewards, advantages)",
+        f"model       {run_dir / 'export'} (a PEFT adapter; its README.md is the model card)",
+    ]
+    return "\n".join(lines)
+
+
+def rewards_by_step(steps: list[dict[str, Any]], every: int = 4) -> str:
+    """The reward of the first step, of each `every`-th, and of the last, as `1: 0.06, 4: 0.41, ...`."""
+    last_step = steps[-1]["step"]
+    shown = [row for row in steps if row["step"] in (1, last_step) or row["step"] % every == 0]
+    return ", ".join(f"{row['step']}: {row['reward']:.2f}" for row in shown)
+
+
+def require_rise(before: float, after: float) -> None:
+    """Raise NothingLearned if the held-out reward did not rise by `MIN_RISE`."""
+    if after - before < MIN_RISE:
+        raise NothingLearned(
+            f"demo: {METRIC} went from {before:.4f} to {after:.4f}; it should rise by {MIN_RISE}. With the demo's own settings "
+            "this is a defect."
+        )
