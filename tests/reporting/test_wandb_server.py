@@ -15,6 +15,8 @@ ENDINGS = {
     "preempted": RunEnding(State.preempted, 75, "asked to stop"),
     "diverged": RunEnding(State.failed, 69, "loss is not finite", diverged=True),
 }
+LABELS = {"displayName": "look at this", "notes": "too high a rate?", "tags": ["small", "to discuss"]}
+"""What somebody has made of the run `diverged` in the app while it trained."""
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +28,14 @@ def sent(tmp_path_factory):
         for name, value in server.environment.items():
             variables.setenv(name, value)
         wandb.teardown()  # of another test, with another server
-        for run_id, ending in ENDINGS.items():
+        for run_id, ending in [*ENDINGS.items(), ("unreadable", RunEnding(State.done, diverged=True))]:
             run = tracked(root / run_id, logging, run_id=run_id, name=f"ddp-{run_id}", settings={"lr": 1e-4})
             opened = open_without_rows(run, {})
             assert "logging.wandb" not in opened.substitutions, "it is online"
             opened.trackers.log({"loss": 3.0, "tokens": 10, "eval/loss": 2.5}, step=1)
             opened.trackers.summarise({"final/loss": 3.0})
+            if run_id == "diverged":
+                server.labels[run_id] = LABELS
             opened.trackers.close(ending)
             assert opened.trackers.hints == [("W&B", f"{server.address}/us/shardtune/runs/{run_id}")]
         wandb.teardown()
@@ -53,9 +57,17 @@ def test_online_run_is_sent_whole(sent, run_id):
 
 
 def test_online_run_sends_the_messages_that_were_asked_for(sent):
-    (alert,) = sent.variables("NotifyScriptableRunAlert")
+    alert = sent.variables("NotifyScriptableRunAlert")[0]
     assert (alert["runName"], alert["title"], alert["severity"]) == ("diverged", "ddp-diverged: diverged", "ERROR")
     assert alert["text"].endswith("loss is not finite")
+
+
+def test_the_tag_of_a_diverged_run_leaves_what_people_have_written_in_the_app(sent):
     calls = [call for call in sent.variables("UpsertBucket") if call["tags"] is not None]
-    tags = {call["name"]: call["tags"] for call in calls}  # as they were sent last
-    assert tags == {"done": ["small"], "preempted": ["small"], "diverged": ["small", "diverged"]}
+    newest = {call["name"]: call for call in calls}
+    tags = {name: call["tags"] for name, call in newest.items()}
+    assert tags.pop("diverged") == ["small", "to discuss", "diverged"]
+    assert (newest["diverged"]["displayName"], newest["diverged"]["notes"]) == ("look at this", "too high a rate?")
+    # Of a run whose tags cannot be read none is touched.
+    assert tags == {"done": ["small"], "preempted": ["small"], "unreadable": ["small"]}
+    assert sent.summary("unreadable")["state"] == "diverged"

@@ -11,6 +11,8 @@ from trainer.reporting.trackers.reachable import unreachable
 
 TIMEOUT_S = 30
 """Seconds for each answer of a server that is there."""
+LABELS_S = 10
+"""Seconds for each answer about the labels of a run that ends: a job that is to end has no more time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,23 @@ class ServerRun:
     """Of its history, all of them."""
     created: str
     """When it began, in ISO 8601."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunLabels:
+    """What people change of a run in W&B's app."""
+
+    name: str
+    notes: str | None
+    tags: list[str]
+
+
+def fetch_labels(entity: str, project: str, run: str) -> RunLabels:
+    """The labels that a run has on W&B's server now. Raises whatever W&B's client raises if it cannot read them."""
+    import wandb
+
+    server_run = wandb.Api(timeout=LABELS_S).run(f"{entity}/{project}/{run}")
+    return RunLabels(str(server_run.name or run), server_run.notes, list(server_run.tags or ()))
 
 
 def fetch(entity: str, project: str, run: str) -> ServerRun:

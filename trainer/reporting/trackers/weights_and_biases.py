@@ -11,11 +11,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from strategies.redaction import redacted
 from trainer.reporting.config import Alert, WandbMode
 from trainer.reporting.metric_names import FIRST_EDITION, METRIC_NAMES, TRAINING_S
 from trainer.reporting.status import State
 from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
-from trainer.reporting.trackers.wandb_server import address, no_server
+from trainer.reporting.trackers.wandb_server import address, fetch_labels, no_server
 
 INIT_S = 30
 """Seconds that a server which answers is given to begin a run."""
@@ -211,7 +212,8 @@ class WandbRun:
         if ending.state is State.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
         self._run.summary.update({"state": ending.tracked_state})
-        self._set_diverged_tag(is_set=ending.diverged)
+        if ending.state is not State.preempted:  # a run that goes on has no time for it, and ends once more
+            self._set_diverged_tag(is_set=ending.diverged)
         if ending.alert in self._tracked_run.config.alerts:
             level = "WARN" if ending.state is State.preempted else "ERROR"
             self._run.alert(
@@ -229,12 +231,32 @@ class WandbRun:
             self.hint = ("W&B", f"wandb sync {shlex.quote(run_files)}   (not all was uploaded in time)")
 
     def _set_diverged_tag(self, *, is_set: bool) -> None:
-        """Add the tag `diverged`, or remove the one that an earlier end of this run left."""
-        tags = [tag for tag in self._run.tags or () if tag != Alert.diverged]
-        if is_set:
-            tags.append(str(Alert.diverged))
-        if tags != [*(self._run.tags or ())]:
-            self._run.tags = tags
+        """Add the tag `diverged`, or remove the one that an earlier end of this run left.
+
+        W&B's client sets all tags at once, and sends the run's name and notes with them. So what people have changed in the
+        app is read first, and sent again. Where it cannot be read, nothing is sent.
+        """
+        run = self._run
+        tag = str(Alert.diverged)
+        tags = list(run.tags or ())
+        if is_set == (tag in tags) or tag in self._tracked_run.config.tags:
+            return
+        if not run.offline:
+            try:
+                labels = fetch_labels(run.entity, run.project, run.id)
+            except Exception as error:  # noqa: BLE001  (whatever W&B's client raises)
+                reason = redacted(" ".join(str(error).split()) or type(error).__name__)
+                self._tracked_run.print_line(
+                    f"W&B: the tag {tag} stays as it is: the run's tags cannot be read ({reason})"
+                )
+                return
+            tags = labels.tags
+            if labels.name != run.name:
+                run.name = labels.name
+            if labels.notes != run.notes:
+                run.notes = labels.notes or ""
+        others = [other for other in tags if other != tag]
+        run.tags = [*others, tag] if is_set else others
 
 
 def _by_reference(directory: Path, name: str, kind: str, settings: dict[str, Any]) -> Any:
