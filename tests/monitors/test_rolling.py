@@ -65,16 +65,16 @@ def test_the_spread_of_few_steps_is_widened():
         rolling.push(torch.tensor(row), torch.tensor(True))
 
 
-def judged(losses, action=Action.note):
-    """The steps that stand out by their loss, and the median that the window ends with."""
+def judged(losses, action=Action.note, norms=None):
+    """The steps that stand out by their loss or norm (1 if not given), and the median loss that the window ends with."""
     runtime = SimpleNamespace(device=CPU, is_main=True, world_size=1)
     told = []
     guards = Guards(GuardsConfig(loss=action), 10, runtime, lambda outlier: told.append(outlier.step))
     for number, loss in enumerate(losses, 1):
-        row = {"step": number, "loss": loss, "grad_norm": 1.0}
+        row = {"step": number, "loss": loss, "grad_norm": 1.0 if norms is None else norms[number - 1]}
         guards.note_step(number)
         guards.mark_outliers([row])
-        assert ("outlier/loss" in row) == (number in told)
+        assert any(key.startswith("outlier/") for key in row) == (number in told)
         if number % 7 == 0:  # a run that is resumed judges likewise
             guards.restore_window(guards.window())
     return told, float(np.median([step["loss"] for step in guards.window()]))
@@ -84,6 +84,10 @@ def test_a_level_that_stays_is_told_once_and_does_not_become_the_median():
     noise = np.random.default_rng(0).normal(0, 0.05, size=200)
     told, median = judged([(10.0 if n < 30 else 127.0) + noise[n] for n in range(200)])
     assert told == [31] and median == pytest.approx(10, abs=0.1)
+    # Its gradient norms are higher, too, from the first step or from a later one: that is the same news.
+    for first in (30, 34):
+        norms = [1.0 if n < first else 40.0 for n in range(200)]
+        assert judged([(10.0 if n < 30 else 127.0) + noise[n] for n in range(200)], norms=norms)[0] == [31]
     # It comes back, and another jump is another one. A lone step joins as ever.
     told, median = judged([(127.0 if 40 <= n < 60 or n in (80, 100) else 10.0) + noise[n] for n in range(120)])
     assert told == [41, 81, 101] and median == pytest.approx(10, abs=0.1)

@@ -123,8 +123,8 @@ class Guards:
         """Judge a step against the window: (its scores float64 [2], whether its update is left out as 0-d bool).
 
         A step that is not left out joins the window, unless its loss is at the level of the step before it, which stood out too:
-        a run that has become bad must not become the measure of its own steps. Of such a level only the first step has a score
-        of its loss, so that it is told once. Nothing waits for the device.
+        a run that has become bad must not become the measure of its own steps. Such a level is told once: its later steps have
+        a score only where one may leave out their update. Nothing waits for the device.
         """
         scores = self._rolling.scores(values)
         # NaN compares as false: a step without a score never stands out.
@@ -134,8 +134,7 @@ class Guards:
         is_level = stands_out[0] & (self._rolling.newest_scores()[0] > self.config.threshold)
         joins_window = values.isfinite().all() & ~is_left_out & ~is_level
         self._rolling.push(values, joins_window)
-        scores[0] = torch.where(is_level & ~self._acting[0], torch.nan, scores[0])
-        return scores, is_left_out
+        return torch.where(is_level & ~self._acting, torch.nan, scores), is_left_out
 
     # -- between steps ---------------------------------------------------------------------------------------------------
 
