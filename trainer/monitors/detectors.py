@@ -161,6 +161,14 @@ class Challenges:
         kept = [KeptAnswer(answer.prompt, answer.answer, answer.reference) for answer in answers]
         self.add_answers(GENERATED, kept)
 
+    def move_to(self, run_dir: Path) -> None:
+        """Write further files into the run's directory under its new name."""
+        if self.events is not None:
+            self.events = run_dir / self.events.name
+        for kept in (self.first, self.kept_answers, self.kept_before, self.kept_last):
+            if kept is not None and kept.path is not None:
+                kept.path = run_dir / kept.path.name
+
     # -- what is found ---------------------------------------------------------------------------------------------
 
     def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:

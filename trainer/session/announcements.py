@@ -11,7 +11,7 @@ from typing import Any
 
 from strategies import runtime as processes
 from strategies.base import Progress
-from strategies.errors import ShardtuneError
+from strategies.errors import LimitExceeded, ShardtuneError
 from trainer.checkpoints.manager import Checkpoints
 from trainer.config.resuming import plain
 from trainer.config.run import RunConfig
@@ -169,16 +169,19 @@ def record_end(
     """
     meter, checkpoints = measures
     ending = RunEnding(State.done)
+    may_have_diverged = True
     try:
         yield
     except BaseException as error:
+        # A run that was stopped goes on, and may recover. One that something else broke off, as a full disk, failed for that.
+        may_have_diverged = isinstance(error, LimitExceeded)
         ending = RunEnding.by(error)
         if ending.state is State.failed and isinstance(error, Exception):  # not after a Ctrl-C
             checkpoints.linger(FAILED_SAVE_PATIENCE_S)
         raise
     finally:
         context.console.leave()
-        if ending.state is not State.preempted:  # one that was stopped goes on, and may recover
+        if may_have_diverged:
             ending = _with_divergence(ending, outcome)
         # A run that failed has no speed in its outcome yet.
         speed = outcome.speed or meter.speed()

@@ -44,6 +44,7 @@ def challenges_of(config: RunConfig, built: Built, total_steps: int, context: Ru
         rewards = config.objective.rewards
         challenges.controls = [f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0]
     challenges.on_record = challenge_reporter(context)
+    context.attempt.on_move.append(challenges.move_to)
     return challenges
 
 
