@@ -196,14 +196,15 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
         words += _words((), settings, axes=True)
         # Planned here, so that what is wrong is an error before anything starts.
         default_directory = Path("runs") / plan_points(words).name
-        to = default_directory if to is None else Path(to)
+        to = default_directory if to is None else Path(to).expanduser()
         _run("compare", [*words, f"to={to}"], Run(to))
         words = [str(to)]
     rows, problems = rows_from_words(words)
     if problems:
         raise ConfigError(problems)
     if to is not None and not is_new:
-        _run("compare", [*words, f"to={to}"], Run(Path(to)))
+        to = Path(to).expanduser()
+        _run("compare", [*words, f"to={to}"], Run(to))
     return ComparisonResult(compare_rows(rows, price_of))
 
 
