@@ -1,6 +1,6 @@
 "use strict";
 // Long names break behind a character that joins their words (exact_|match, data.|eval_|path), and not amid a word.
-const JOINT = /(?<=[\w\])][_/=:]|[A-Za-z0-9\])][.,])(?=[A-Za-z[(])/;
+const JOINT = /(?<=[\w\])][_/=:+]|[A-Za-z0-9\])][.,])(?=[A-Za-z[(])/;
 const breakNames = () => {
   const texts = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
   const found = [];

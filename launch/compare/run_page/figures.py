@@ -25,7 +25,12 @@ STRIP_HEIGHT = 110
 """Pixels of a plot, and of each of several beneath each other."""
 COURSE = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
 """Metrics of steps that are drawn beneath each other, and the titles of their axes."""
-NUMBER_FORMATS = {"grad_norm": ".4~g", "lr": "~e", "tokens_per_s": ","}
+COURSE_LABELS: dict[str, Spec] = {
+    "grad_norm": {"format": ".4~g"},
+    "lr": {"format": "~e"},
+    # An axis makes 1.5e+4 of 15,000 with "," as its format, since it keeps only digits that tell ticks apart.
+    "tokens_per_s": {"labelExpr": "format(datum.value, ',')"},
+}
 """How the labels of those axes are written."""
 TRAINING = "training"
 HELD_OUT = "held-out"
@@ -354,7 +359,6 @@ def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None
             if isinstance(value, int | float) and math.isfinite(value):
                 rows.append({**positions[step], metric: _rounded(value)})
         if rows:
-            y_axis = {"format": NUMBER_FORMATS[metric]}
             strips.append(
                 {
                     "height": STRIP_HEIGHT,
@@ -368,7 +372,7 @@ def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None
                             "field": metric,
                             "type": "quantitative",
                             "title": title,
-                            "axis": y_axis,
+                            "axis": COURSE_LABELS[metric],
                             "scale": {"zero": False},
                         },
                         "tooltip": _tooltip(metric, title),

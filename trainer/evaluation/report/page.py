@@ -13,7 +13,7 @@ from trainer.evaluation.report.page_rows import TaskRows, short, shown_rows
 from trainer.evaluation.report.record import TUNED, EvaluatedModel
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask, confusion
-from trainer.pages.numbers import number, signed
+from trainer.pages.numbers import duration, number, signed
 from trainer.pages.pieces import (
     Callout,
     IntervalBar,
@@ -197,7 +197,7 @@ def report_cards(report: Record) -> list[PageCard]:
             cards.append(PageCard(verdict.capitalize(), str(len(names)), _some(names), shown_tone))
     num_rows = sum(task["num_rows"] for task in report["tasks"].values())
     seconds = sum(task["seconds"] for task in report["tasks"].values())
-    about = f"of {_tasks(len(report['tasks']))}, in {number(seconds, 2)} s"
+    about = f"of {_tasks(len(report['tasks']))}, in {duration(seconds)}"
     cards.append(PageCard("Rows asked", number(num_rows), about))
     return cards
 
