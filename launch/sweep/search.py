@@ -259,8 +259,7 @@ def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTr
                 exit_code = _run_trial(trial, search, search_dir, run_trial)
             except KeyboardInterrupt:  # between two runs
                 exit_code = 130
-        with suppress(StorageError):  # for whoever watches: the search itself needs less room than its page
-            write_search_page(study, search, search_dir)
+        write_search_page(study, search, search_dir)  # for whoever watches the search
         if exit_code in (*STOP_EXIT_CODES, *FATAL_EXIT_CODES):
             return exit_code
     return 75

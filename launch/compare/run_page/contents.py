@@ -47,7 +47,7 @@ def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
         notes.append(change.judgement)
     best = best_step(run)
     is_watched = change.name == watched_metric(run)
-    if is_watched and best is not None and not best.is_last and best.beats_beginning:
+    if is_watched and best is not None and not best.last_is_as_good and best.beats_beginning:
         notes.append(f"best {change.shown(best.value)} at step {best.step}")
     return PageCard(change.title, change.shown(change.after), ", ".join(notes), change.tone, change.arrow)
 

@@ -34,6 +34,7 @@ COURSE_LABELS: dict[str, Spec] = {
 """How the labels of those axes are written."""
 TRAINING = "training"
 HELD_OUT = "held-out"
+HELD_OUT_LOSS = "eval/loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,13 @@ def figures(
     """
     positions = step_positions(run)
     shown = [_loss_figure(run, positions)]
-    closer = [
-        _metrics_figure(run, positions),
-        _course_figure(run, positions),
-        _parts_figure(parts_s),
-        _profile_figure(profile),
-    ]
+    closer = [_course_figure(run, positions), _parts_figure(parts_s), _profile_figure(profile)]
+    metrics = _metrics_figure(run, positions)
+    # A loss of online reinforcement learning, say, tells nothing: what the run goes by stands beside it.
+    if watched_metric(run) == HELD_OUT_LOSS:
+        closer.insert(0, metrics)
+    else:
+        shown.append(metrics)
     return _known(shown), _known(closer)
 
 
@@ -145,14 +147,15 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
         if step in losses:
             values = {name: _rounded(curve[step]) for name, curve in curves.items()}
             rows.append({"series": TRAINING, **positions[step], "loss": _rounded(losses[step]), **values})
-    held_out_rows = _held_out_rows(run, positions, "eval/loss")
+    held_out_rows = _held_out_rows(run, positions, HELD_OUT_LOSS)
     caption = "The pale line is each step's own loss."
     if held_out_rows:
         caption += " Held-out loss is that of documents the model is not trained on."
     best = best_step(run)
     layers = _training_layers(rows, has_held_out=bool(held_out_rows)) + _held_out_layers(held_out_rows)
-    if best is not None and best.beats_beginning:
-        layers += _best_layers(run, best, positions)
+    best_layers = _best_layers(run, best, positions) if best is not None and best.beats_beginning else []
+    if best is not None and best_layers:
+        layers += best_layers
         caption += f" ★ marks step {best.step}, the best by {watched_metric(run)}."
     notable_rows = _notable_rows(run, positions)
     if notable_rows:
@@ -279,7 +282,7 @@ def _thinned(rows: list[Row]) -> list[Row]:
 
 def _best_layers(run: RecordedRun, best: BestStep, positions: dict[int, Row]) -> list[Spec]:
     """A star at the best step, at the height of its held-out loss, with its number beside it."""
-    loss = run.evaluations[best.step].get("eval/loss")
+    loss = run.evaluations[best.step].get(HELD_OUT_LOSS)
     if loss is None or not math.isfinite(loss):
         return []
     position = positions.get(best.step, {"step": best.step, "tokens": None, "seconds": None})
@@ -322,10 +325,10 @@ def _notable_layer(rows: list[Row]) -> Spec:
 
 def _metrics_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     """One held-out metric, which the reader chooses; None if there is none beside the loss."""
-    names: dict[str, None] = {}
+    names: dict[str, None] = {watched_metric(run): None}  # the one that is shown first
     for metrics in run.evaluations.values():
         names |= dict.fromkeys(metrics)
-    names.pop("eval/loss", None)
+    names.pop(HELD_OUT_LOSS, None)
     rows: list[Row] = []
     for name in names:
         rows += _held_out_rows(run, positions, name)
@@ -345,7 +348,8 @@ def _metrics_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | Non
             "tooltip": [{"field": "metric", "type": "nominal"}, *_tooltip("value", "value")],
         },
     }
-    return Figure("held-out", "Other held-out metrics", "Before the first step, and after each evaluation.", spec)
+    title = "Other held-out metrics" if watched_metric(run) == HELD_OUT_LOSS else "Held-out metrics"
+    return Figure("held-out", title, "Before the first step, and after each evaluation.", spec)
 
 
 def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:

@@ -93,7 +93,8 @@ class BestStep:
 
     step: int
     value: float
-    is_last: bool
+    last_is_as_good: bool
+    """Whether the last evaluation has the same value: then nothing is gained by going back."""
     beats_beginning: bool
     """Whether it is better than before the first step; true if that was not evaluated."""
 
@@ -168,4 +169,5 @@ def best_step(run: RecordedRun) -> BestStep | None:
     step = choose(values, key=lambda candidate: values[candidate])
     best = values[step]
     beats_beginning = before is None or (best > before if greater_is_better else best < before)
-    return BestStep(step, best, is_last=step == max(run.evaluations), beats_beginning=beats_beginning)
+    last_is_as_good = values.get(max(run.evaluations)) == best
+    return BestStep(step, best, last_is_as_good, beats_beginning)

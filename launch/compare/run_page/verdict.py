@@ -168,7 +168,7 @@ def _again_with_lower_rate(run: RecordedRun) -> str:
 def _export_best(run: RecordedRun) -> tuple[str, ...]:
     """The command that exports the best checkpoint; none if the last is the best, or none beats the model before training."""
     best = best_step(run)
-    if best is None or best.is_last or not best.beats_beginning:
+    if best is None or best.last_is_as_good or not best.beats_beginning:
         return ()
     return (f"shardtune export {shlex.quote(str(run.directory))} checkpoint=best",)
 
@@ -183,7 +183,7 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
         before = watched.shown(watched.before) if watched.before is not None else ""
         text = f"{watched.title} was {before} before training, and {watched.shown(best.value)} at best, at step {best.step}."
         return [Callout("warning", "No step is better than the model before training", text)]
-    if best.is_last:
+    if best.last_is_as_good:
         return []
     text = f"{watched.title} was {watched.shown(best.value)} there, and {watched.shown(watched.after)} at the end."
     return [Callout("note", f"Step {best.step} was the best", text, _export_best(run))]

@@ -150,7 +150,9 @@ def test_better_and_worse_go_by_the_direction_of_the_metric(name, before, after,
 
 def test_best_step_is_held_against_the_model_before_training(tmp_path):
     best = best_step(read(run_of(tmp_path / "worse", (2.0, 3.0, 2.5))))
-    assert (best.step, best.beats_beginning, best.is_last) == (20, False, True)
+    assert (best.step, best.beats_beginning, best.last_is_as_good) == (20, False, True)
+    tied = best_step(read(run_of(tmp_path / "tied", (3.0, 2.0, 2.0))))
+    assert (tied.step, tied.last_is_as_good) == (10, True) and callouts(read(tmp_path / "tied")) == []
     config = CONFIG | {"evaluation": {"watch": "eval/loss", "greater_is_better": True}}
     best = best_step(read(run_of(tmp_path / "larger", (2.0, 3.0, 2.5), config=config)))
     assert (best.step, best.beats_beginning) == (10, True)
