@@ -296,7 +296,7 @@ def _run_directories(run: ComparedRun) -> list[str]:
 
 
 def as_html(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
-    """The comparison as one HTML file with plots, or the page of its only run. Needs the extra `report`; a run's page does not.
+    """The comparison as one HTML file, or the page of its only run. Without the extra `report` it only lacks its plots.
 
     `reload_after_s`: seconds after which a browser reloads it; None for a page that will not change any more.
     """
@@ -340,6 +340,8 @@ def _answer_as_dict(conclusion: Conclusion) -> dict[str, Any]:
                     "value": ranked.value(job),
                     "shown_worse": difference is not None and difference.is_shown,
                     "interval": None if difference is None else difference.interval,
+                    "seed_interval": None if difference is None else difference.seed_interval,
+                    "seeds": job.seeds,
                 }
             )
         quality = {

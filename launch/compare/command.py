@@ -119,7 +119,6 @@ def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> No
     Errors: ConfigError, StorageError, KeyboardInterrupt.
     """
     from launch.compare.follow import PAGE_INTERVAL_S, follow
-    from launch.compare.page import missing_packages
     from launch.compare.wandb_files import is_wandb_address, is_wandb_directory
 
     run_dirs: list[Path] = []
@@ -132,9 +131,6 @@ def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> No
     page = _page_path(rows, to)
     if page is None:
         raise ConfigError("--follow: name a directory for the page that is written again; to=reports/now")
-    missing = missing_packages(page.name)
-    if missing is not None and len(rows) == 1:
-        raise ConfigError(f"--follow: {missing}")
 
     # On stderr: with --json, stdout holds nothing but the JSON of the comparison.
     print(
@@ -274,7 +270,7 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
 def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, Any], to: Path) -> list[str]:
     """Write every file of the comparison into `to`; returns what was written, as the last line of the command names it.
 
-    Without the extra `report` there are no plots, and no page of a single run.
+    Without the extra `report` there are no plots, and the page lacks its own.
     """
     from launch.compare.answer import as_csv, as_html, as_markdown
     from launch.compare.page import missing_packages, write_plot_images
@@ -282,21 +278,16 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
     from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
     from trainer.reporting.status import write_text_atomic
 
-    # Without the extra `report` the page of a comparison only lacks its plots.
-    has_packages = missing_packages() is None
-    has_page = has_packages or len(comparison.runs) > 1
     # The plots first: the Markdown page links to them.
-    plot_images = write_plot_images(comparison, to) if has_packages else []
+    plot_images = write_plot_images(comparison, to) if missing_packages() is None else []
     versioned_json = {VERSION_KEY: FILE_VERSION, **comparison_json}
     write_text_atomic(to / "compare.md", as_markdown(comparison, plot_images))
     write_text_atomic(to / "compare.csv", as_csv(comparison))
     write_text_atomic(to / "compare.json", json.dumps(versioned_json, indent=1, allow_nan=False) + "\n")
 
-    written = [str(to / "compare.md")]
-    if has_page:
-        write_text_atomic(to / "compare.html", as_html(comparison))
-        written.append("compare.html")
-    written += ["compare.csv", "compare.json"]
+    write_text_atomic(to / "compare.html", as_html(comparison))
+
+    written = [str(to / "compare.md"), "compare.html", "compare.csv", "compare.json"]
     if plot_images:
         written.append(f"plots/*.png ({len(plot_images)})")
     workspace = write_workspace(comparison, to)

@@ -20,7 +20,16 @@ from launch.compare.curves import (
     why_not_comparable,
 )
 from launch.compare.names import ABSENT, FIRST_IN_NAME, SettingDifference, run_names, setting_differences
-from launch.compare.quality import ComparedJob, quality_difference, watched_metric, why_other_questions
+from launch.compare.quality import (
+    LEVEL,
+    ComparedJob,
+    comparable_jobs,
+    jobs_of,
+    pairwise_level,
+    quality_difference,
+    watched_metric,
+    why_other_questions,
+)
 from launch.compare.repeats import REFUSED, RepeatedRun, read_repeats
 from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.settings import ComparisonRow
@@ -66,8 +75,8 @@ def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | Non
             first = number
             break
     runs = [_compared_run(repeated_runs, names, row_index, first) for row_index in range(len(rows))]
-    run_by_name = {run.name: run for run in runs}
-    runs = [replace(run, verdict=_verdict(run, run_by_name, is_first=run.name == names[first])) for run in runs]
+    judged = _JudgedPoints.of(runs)
+    runs = [replace(run, verdict=_verdict(run, judged, is_first=run.name == names[first])) for run in runs]
     notes = _notes(repeated_runs, names)
     return Comparison(
         runs=tuple(runs),
@@ -100,19 +109,41 @@ def _compared_run(rows: list[RepeatedRun], names: list[str], row_index: int, fir
     return ComparedRun(names[row_index], repeated, names[baseline], loss_difference, tuple(why_not), is_same_job)
 
 
-def _verdict(run: ComparedRun, run_by_name: dict[str, ComparedRun], *, is_first: bool) -> str:
+@dataclass(frozen=True, slots=True)
+class _JudgedPoints:
+    """All points of a comparison, by name, as the verdict on one of them needs them."""
+
+    run_by_name: dict[str, ComparedRun]
+    job_by_name: dict[str, ComparedJob]
+    """The job of each point that took a step, with all its seeds."""
+    level: float
+    """Of the test of one pair of jobs: that of the answer, so that both say the same."""
+
+    @classmethod
+    def of(cls, runs: Sequence[ComparedRun]) -> _JudgedPoints:
+        """Of points without a verdict yet."""
+        jobs = jobs_of(runs)
+        job_by_name: dict[str, ComparedJob] = {}
+        for job in jobs:
+            job_by_name |= {point.name: job for point in job.points}
+        metric = watched_metric(jobs)
+        level = LEVEL if metric is None else pairwise_level(len(comparable_jobs(jobs, metric)))
+        return cls({run.name: run for run in runs}, job_by_name, level)
+
+
+def _verdict(run: ComparedRun, judged: _JudgedPoints, *, is_first: bool) -> str:
     """The verdict on a run as one sentence: how it ended, its loss or quality, speed and memory.
 
     All of it has one baseline. Points of the same job are held to its loss, others are compared by their held-out metric.
     """
     clauses = [run.repeated.ended] if run.repeated.ended else []
-    if len(run_by_name) == 1:
+    if len(judged.run_by_name) == 1:
         clauses = [_single_run_verdict(run.repeated)]
     elif is_first:
         clauses += _own_numbers(run)
     elif run.against is not None:
-        baseline = run_by_name[run.against]
-        clauses.append(_loss_verdict(run) if run.is_same_job else _quality_verdict(baseline, run))
+        baseline = judged.run_by_name[run.against]
+        clauses.append(_loss_verdict(run) if run.is_same_job else _quality_verdict(baseline, run, judged))
         clauses += _speed_and_memory_clauses(baseline.repeated, run.repeated)
     broken_step = first_step_not_finite(run.first_repeat)
     if broken_step is not None:
@@ -134,28 +165,46 @@ def _own_numbers(run: ComparedRun) -> list[str]:
     return [*clauses, "the others are compared with it"]
 
 
-def _quality_verdict(baseline: ComparedRun, run: ComparedRun) -> str:
-    """A clause on how the held-out metric of a run compares with that of a baseline that trains another job."""
-    jobs = [ComparedJob((baseline,), {}), ComparedJob((run,), {})]
-    metric = watched_metric(jobs)
-    if metric is None or not all(job.values(metric.name) for job in jobs):
+def _quality_verdict(baseline: ComparedRun, run: ComparedRun, judged: _JudgedPoints) -> str:
+    """A clause on how the held-out metric of a run compares with that of a baseline that trains another job.
+
+    It shows the values of the two points. What is known of chance comes from all seeds of their jobs.
+    """
+    pair = [ComparedJob((baseline,), {}), ComparedJob((run,), {})]
+    metric = watched_metric(pair)
+    if metric is None or not all(job.values(metric.name) for job in pair):
         if run.not_comparable:
             return _loss_verdict(run)
         return f"trains another job than {baseline.name}{_other_settings(baseline, run)}; no held-out metric of both to compare"
     other_questions = why_other_questions(baseline.first_repeat, run.first_repeat, metric.name)
     if other_questions is not None:
         return f"its {metric.name} cannot be compared with that of {baseline.name} (other {other_questions})"
-    baseline_value = median(jobs[0].values(metric.name))
-    value = median(jobs[1].values(metric.name))
-    quality = quality_difference(jobs[0], jobs[1], metric.name)
-    evidence = quality.evidence_text or "one run each"
+    baseline_value = readable(median(pair[0].values(metric.name)))
+    value = readable(median(pair[1].values(metric.name)))
+    # A point whose first repeat never began is in no job, and stands for itself.
+    jobs = [judged.job_by_name.get(job.points[0].name, job) for job in pair]
+    if jobs[0] is jobs[1]:
+        if baseline.first_repeat.config.get("run.seed") != run.first_repeat.config.get("run.seed"):
+            return f"{metric.name} {value}, with another seed than {baseline.name} ({baseline_value})"
+        jobs = pair  # the settings are the same, but their data is not
+    quality = quality_difference(jobs[0], jobs[1], metric.name, judged.level)
     if not quality.is_shown:
         judgement = "no difference shown from"
-    elif metric.is_better(value, baseline_value):
+    elif (quality.relative > 0) == metric.greater_is_better:
         judgement = "better than"
     else:
         judgement = "worse than"
-    return f"{metric.name} {readable(value)}, {judgement} {baseline.name} ({readable(baseline_value)}; {evidence})"
+    evidence = quality.evidence_text or _no_evidence_text((baseline, run), quality.seeds)
+    return f"{metric.name} {value}, {judgement} {baseline.name} ({baseline_value}; {evidence})"
+
+
+def _no_evidence_text(points: Sequence[ComparedRun], seeds: int) -> str:
+    """Why nothing is known of chance: `one run each`, or runs that say nothing of quality. `seeds`: of a point's job."""
+    if seeds > 1:
+        return f"{seeds} seeds differ by rounding alone"
+    if all(point.summary.repeats == 1 for point in points):
+        return "one run each"
+    return "one seed each: repeats of a seed say nothing of quality"
 
 
 def _other_settings(baseline: ComparedRun, run: ComparedRun) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launch.compare.comparison import ComparedRun, Comparison
-from launch.compare.conclusion import Conclusion, diverged, listed
+from launch.compare.conclusion import Conclusion, listed
 from launch.compare.cost_plots import comparison_plots
 from launch.compare.page_table import held_out_table, points_table
+from launch.compare.quality import diverged
 from launch.compare.repeats import REFUSED
 from trainer.pages.pieces import Callout, PageCard, Tone, worst_first
 from trainer.pages.render import render

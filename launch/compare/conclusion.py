@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from launch.compare.curves import rounded
 from launch.compare.names import ABSENT, NOT_NAMED, SettingDifference, is_below
-from launch.compare.quality import ComparedJob, RankedJobs, jobs_of, rank, watched_metric
-from trainer.reporting.findings import findings_in
+from launch.compare.quality import ComparedJob, RankedJobs, diverged, jobs_of, rank, watched_metric
 from trainer.reporting.numbers import readable, short
 from trainer.reporting.status import State
 
@@ -101,13 +100,15 @@ def conclude(points: Sequence[ComparedRun], differences: Sequence[SettingDiffere
     parity = [point for point in points if point.is_same_job]
     unequal = [point for point in parity if point.loss_difference is not None and not point.loss_difference.same]
     sentences = {"unfinished": _unfinished_sentence(points), "parity": _parity_sentence(parity, unequal)}
-    ranked = None
-    if len(jobs) == 1:
+    metric = watched_metric(jobs)
+    ranked = rank(jobs, metric) if metric is not None else None
+    if ranked is not None:
+        sentences["quality"] = _quality_sentence(jobs, ranked, differences)
+        sentences["evidence"] = _evidence_sentence(ranked)
+    elif len(jobs) == 1:
         sentences["seeds"] = _seeds_sentence(jobs[0])
     else:
-        metric = watched_metric(jobs)
-        ranked = rank(jobs, metric) if metric is not None else None
-        sentences["quality"] = _quality_sentence(jobs, ranked, differences)
+        sentences |= _without_quality(jobs)
 
     words_by_name = {}
     for number, point in enumerate(points):
@@ -127,7 +128,7 @@ def conclude(points: Sequence[ComparedRun], differences: Sequence[SettingDiffere
     tone: Tone = "note"
     if unequal:
         tone = "bad"
-    elif parity or is_quality_shown:
+    elif is_quality_shown or any(point.loss_difference is not None for point in parity):
         tone = "good"
     return Conclusion(
         sentences=tuple(sentence for sentence in sentences.values() if sentence),
@@ -142,7 +143,7 @@ def conclude(points: Sequence[ComparedRun], differences: Sequence[SettingDiffere
 
 def _headline(sentences: dict[str, str], *, unequal: bool) -> str:
     """The sentence that answers first: broken parity, else quality, else parity, seeds or cost, the first that there is."""
-    order: tuple[str, ...] = ("quality", "parity", "seeds", "cost", "unfinished")
+    order: tuple[str, ...] = ("quality", "parity", "seeds", "no quality", "cost", "unfinished")
     if unequal:
         order = ("parity", *order)
     return next((sentences[kind] for kind in order if sentences.get(kind)), "Nothing to compare.")
@@ -174,17 +175,6 @@ def _is_done(point: ComparedRun) -> bool:
     """Whether a repeat is done and none failed: later repeats may not have been started yet."""
     states = [run.state for run in point.repeated.repeats]
     return State.done in states and State.failed not in states
-
-
-def diverged(point: ComparedRun) -> bool:
-    """Whether any repeat's losses ended worse than they began, or are no numbers."""
-    for run in point.repeated.repeats:
-        names = {finding.name for finding in findings_in(run.record.challenges)}
-        if "diverged" in names:
-            return True
-        if run.steps and run.steps[max(run.steps)]["loss"] is None:
-            return True
-    return False
 
 
 def point_words(differences: Sequence[SettingDifference], number: int) -> str:
@@ -281,29 +271,39 @@ def _parity_sentence(parity: Sequence[ComparedRun], unequal: Sequence[ComparedRu
     return f"Strategies do not change the loss: {len(names)} points agree with the first one of the same settings, {within}."
 
 
-def _quality_sentence(
-    jobs: Sequence[ComparedJob], ranked: RankedJobs | None, differences: Sequence[SettingDifference]
-) -> str:
-    """Which job is best, in words: on which job is best on held-out data, and which are not shown to be worse."""
-    if ranked is None:
-        done_jobs = [job for job in jobs if job.done_runs]
-        if len(done_jobs) < 2:
-            return "Fewer than two jobs are done: their quality cannot be compared yet."
-        return (
-            "No held-out metric was asked of all jobs alike, so their quality is not compared: give data.eval_path, or the "
-            "same evaluation.tasks to all points."
-        )
+def _without_quality(jobs: Sequence[ComparedJob]) -> dict[str, str]:
+    """Why the quality of several jobs is not compared, by kind of sentence, with the seeds of the only one that is done."""
+    done_jobs = [job for job in jobs if job.done_runs]
+    if len(done_jobs) < 2:
+        seeds = _seeds_sentence(done_jobs[0]) if done_jobs else ""
+        return {"seeds": seeds, "no quality": "Fewer than two jobs are done: their quality cannot be compared yet."}
+    why = (
+        "No held-out metric was asked of all jobs alike, so their quality is not compared: give data.eval_path, or the "
+        "same evaluation.tasks to all points."
+    )
+    return {"no quality": why}
+
+
+def _evidence_sentence(ranked: RankedJobs) -> str:
+    """What the differences that are shown rest on; empty if none is shown, where the sentence on quality says it."""
+    if not ranked.shown_worse:
+        return ""
+    one_seed = all(job.seeds == 1 for job in ranked.jobs)
+    caveat = ", with one seed each: another seed may change it" if one_seed else ""
+    return f"The order by {ranked.metric.name} rests on {listed(ranked.sources)}{caveat}."
+
+
+def _quality_sentence(jobs: Sequence[ComparedJob], ranked: RankedJobs, differences: Sequence[SettingDifference]) -> str:
+    """Which job is best on held-out data, in words, and which are not shown to be worse."""
     metric = ranked.metric
     best = ranked.best
     name = job_name(best, jobs, differences)
     value = readable(ranked.value(best))
     if not ranked.shown_worse:
         values = [ranked.value(job) for job in ranked.jobs]
-        reason = (
-            "chance explains that much"
-            if ranked.has_evidence
-            else "each ran once, and nothing says how far such runs differ"
-        )
+        reason = "nothing says how far another seed, or other documents, would change it"
+        if ranked.sources:
+            reason = f"chance explains that much, judged by {listed(ranked.sources)}"
         return (
             f"No difference in {metric.name} shown between {len(values)} jobs: {readable(min(values))} to "
             f"{readable(max(values))} ({reason}). The {metric.word} is that of {name}."

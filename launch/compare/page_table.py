@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launch.compare.comparison import ComparedRun, Comparison
-from launch.compare.conclusion import diverged, is_memory_shown, is_sound, is_speed_shown
+from launch.compare.conclusion import is_memory_shown, is_sound, is_speed_shown
 from launch.compare.cost_plots import has_same_meaning
 from launch.compare.curves import rounded
-from launch.compare.quality import direction_of, watched_metric_name
+from launch.compare.quality import WatchedMetric, direction_of, diverged, jobs_of, rank, watched_metric_name
 from launch.compare.repeats import STEP_PARTS
 from trainer.pages.numbers import UNKNOWN, duration, number, percent
 from trainer.pages.pieces import PageCell, PageColumn, PageTable, Tone
@@ -194,17 +194,11 @@ def _comparable_mfu(comparison: Comparison) -> Callable[[ComparedRun], float | N
 
 def _quality_measures(comparison: Comparison) -> list[MeasureOfPoint]:
     """Held-out metrics, then the training loss and its difference."""
-    begun = comparison.begun_runs
-    ranked = comparison.conclusion.ranked
-    watched = watched_metric_name(begun)
     names = held_out_names(comparison)
     measures = []
     judged_names = [name for name in names if name.startswith(("eval/", "forgetting"))]
     for name in judged_names[:MAX_METRIC_COLUMNS]:
-        best = _best_direction(name)
-        says_the_same = name == watched or name.endswith("perplexity")
-        if says_the_same and (ranked is None or not ranked.shown_worse):
-            best = ""
+        best = _best_direction(comparison, name)
         measures.append(
             MeasureOfPoint(name, "held-out data", _metric_reader(name), best=best, note="At the last evaluation.")
         )
@@ -226,11 +220,20 @@ def _metric_reader(name: str) -> Callable[[ComparedRun], float | None]:
     return lambda run: run.measured.after.get(name)
 
 
-def _best_direction(name: str) -> Best:
-    larger = direction_of(name)
-    if larger is None:
+def _best_direction(comparison: Comparison, name: str) -> Best:
+    """Which cell of a held-out metric is the best one; empty if no difference of it is shown."""
+    ranked = comparison.conclusion.ranked
+    if name == "eval/perplexity":
+        name = "eval/loss"  # of which it is the exponential, and whose documents are kept
+    if ranked is None or ranked.metric.name != name:
+        larger = direction_of(name)
+        jobs = jobs_of(comparison.begun_runs)
+        if larger is None or len(jobs) < 2:
+            return ""
+        ranked = rank(jobs, WatchedMetric(name, larger))
+    if ranked is None or not ranked.shown_worse:
         return ""
-    return "largest" if larger else "smallest"
+    return "largest" if ranked.metric.greater_is_better else "smallest"
 
 
 def held_out_names(comparison: Comparison) -> list[str]:

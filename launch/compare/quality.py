@@ -3,11 +3,12 @@
 A job is what a step computes: method, learning rate, precision, data. Points of one job differ in strategy alone, and have the
 same quality. Two jobs differ for certain only if their difference is larger than what chance explains:
 
-- repeats, and points that differ in `run.seed` alone, say by how much one job differs from itself;
+- points or repeats that differ in `run.seed` alone say by how much one job differs from itself;
 - held-out documents, micro-batch by micro-batch in pairs, say how far the result depends on the documents chosen;
 - intervals of `shardtune evaluate` say the same of a task's metric.
 
-Of those that are known, all must agree. If none is known, no difference is shown.
+Of those that are known, all must agree. If none is known, no difference is shown. Repeats of one seed are no evidence: on a
+deterministic machine they agree to the last digits, however much another seed would change.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from launch.compare.curves import SAME_LOSS_TOLERANCE, step_settings
 from launch.compare.run_files import RecordedRun, last_held_out_metrics
 from strategies import atomic_io
+from trainer.reporting.findings import findings_in
 from trainer.reporting.results import EVALUATION, LAST_HELD_OUT, kept_reports
 from trainer.reporting.run_record import MOST_BYTES
 
@@ -56,10 +58,6 @@ class WatchedMetric:
         """What the best value of it is called."""
         return "highest" if self.greater_is_better else "lowest"
 
-    def is_better(self, value: float, other: float) -> bool:
-        """Whether a value is strictly better than another one."""
-        return value > other if self.greater_is_better else value < other
-
 
 @dataclass(frozen=True)
 class ComparedJob:
@@ -78,34 +76,26 @@ class ComparedJob:
         return runs
 
     def values(self, metric: str) -> list[float]:
-        """The metric at the last evaluation of each done run; runs without it are left out."""
-        values = []
+        """The metric at the last evaluation, one value for each seed: the median of its strategies and repeats.
+
+        Runs without the metric are left out.
+        """
+        values_by_seed: dict[Any, list[float]] = {}
         for run in self.done_runs:
             value = last_held_out_metrics(run).get(metric)
             if value is not None and math.isfinite(value):
-                values.append(value)
-        return values
+                values_by_seed.setdefault(run.config.get("run.seed"), []).append(value)
+        return [median(values) for values in values_by_seed.values()]
 
     @cached_property
     def seeds(self) -> int:
         """How many seeds the done runs have together."""
         return len({run.config.get("run.seed") for run in self.done_runs})
 
-    @cached_property
-    def trials(self) -> int:
-        """Runs that tell how far the job differs from itself: its seeds, or the repeats of one point.
-
-        Strategies do not count: they compute the same, and agree to the last digits.
-        """
-        most = self.seeds
-        for point in self.points:
-            most = max(most, sum(run.ended is None for run in point.repeated.repeats))
-        return most
-
     @property
     def is_broken(self) -> bool:
-        """Whether the last loss of a run is no number: such a job has no quality, whatever was measured before."""
-        return any(run.steps[max(run.steps)]["loss"] is None for run in self.done_runs)
+        """Whether a run that is done has diverged: such a job has no quality, whatever was measured before."""
+        return any(_run_diverged(run) for run in self.done_runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +104,10 @@ class QualityDifference:
 
     relative: float
     """(value - better value) / |better value|: positive for a loss that is higher."""
-    runs: int
-    """Trials of the job that has more of them; 1: nothing is known of how far one job differs from itself."""
     seeds: int
-    """Seeds of that job; 1: its trials are repeats of one seed, which say less."""
-    beyond_runs: bool | None
-    """Whether the ranges of the runs are apart; None if both jobs have one run."""
+    """Seeds of the job that has more of them."""
+    seed_interval: tuple[float, float] | None = None
+    """Of `relative`, over seeds; None if both jobs have one seed, or if their seeds differ by rounding alone."""
     interval: tuple[float, float] | None = None
     """Of `relative`, over held-out documents; None if it is not known."""
     beyond_reports: bool | None = None
@@ -128,32 +116,40 @@ class QualityDifference:
     @property
     def is_shown(self) -> bool:
         """Whether the difference is beyond everything that is known of chance."""
-        evidence = [known for known in (self.beyond_runs, self.beyond_reports) if known is not None]
-        if self.interval is not None:
-            low, high = self.interval
-            evidence.append(low > 0 or high < 0)
+        evidence = [] if self.beyond_reports is None else [self.beyond_reports]
+        for interval in (self.seed_interval, self.interval):
+            if interval is not None:
+                low, high = interval
+                # An interval on the other side of zero is evidence for the opposite.
+                evidence.append(low > 0 if self.relative > 0 else high < 0)
         # Rounding alone differs by less.
         return abs(self.relative) > SAME_LOSS_TOLERANCE and bool(evidence) and all(evidence)
 
     @property
-    def has_evidence(self) -> bool:
-        """Whether anything is known of chance."""
-        return not (self.beyond_runs is None and self.beyond_reports is None and self.interval is None)
+    def sources(self) -> list[str]:
+        """What the judgement rests on, as nouns; empty if nothing is known of chance."""
+        sources = []
+        if self.interval is not None:
+            sources.append("held-out documents")
+        if self.seed_interval is not None:
+            sources.append("seeds")
+        if self.beyond_reports is not None:
+            sources.append("intervals of shardtune evaluate")
+        return sources
 
     @property
     def evidence_text(self) -> str:
-        """What the judgement rests on, in words; empty if on nothing."""
+        """What the judgement rests on, with its numbers; empty if on nothing."""
         clauses = []
         if self.interval is not None:
             low, high = self.interval
             clauses.append(f"95 % interval over held-out documents {low:+.2%} to {high:+.2%}")
+        if self.seed_interval is not None:
+            low, high = self.seed_interval
+            clauses.append(f"95 % interval over {self.seeds} seeds {low:+.2%} to {high:+.2%}")
         if self.beyond_reports is not None:
             word = "apart" if self.beyond_reports else "overlap"
             clauses.append(f"intervals of shardtune evaluate {word}")
-        if self.beyond_runs is not None:
-            word = "more" if self.beyond_runs else "less"
-            trials = f"{self.seeds} seeds" if self.seeds > 1 else f"{self.runs} repeats of one seed"
-            clauses.append(f"{word} than {trials} differ")
         return "; ".join(clauses)
 
 
@@ -167,7 +163,7 @@ class RankedJobs:
     """Of each job from the best one; None for the best."""
 
     def value(self, job: ComparedJob) -> float:
-        """The metric of a job: the median of its runs."""
+        """The metric of a job: the median of its seeds."""
         return median(job.values(self.metric.name))
 
     @property
@@ -186,13 +182,29 @@ class RankedJobs:
         return [job for job, difference in zip(self.jobs, self.differences, strict=True) if _is_shown(difference)]
 
     @property
-    def has_evidence(self) -> bool:
-        """Whether of any two jobs something is known of chance."""
-        return any(difference is not None and difference.has_evidence for difference in self.differences)
+    def sources(self) -> list[str]:
+        """What the answer rests on, as nouns: of the differences that are shown, or of all if none is; empty if on nothing."""
+        known = [difference for difference in self.differences if difference is not None]
+        shown = [difference for difference in known if difference.is_shown]
+        sources: dict[str, None] = {}
+        for difference in shown or known:
+            sources |= dict.fromkeys(difference.sources)
+        return list(sources)
 
 
 def _is_shown(difference: QualityDifference | None) -> bool:
     return difference is not None and difference.is_shown
+
+
+def diverged(point: ComparedRun) -> bool:
+    """Whether any repeat's losses ended worse than they began, or are no numbers."""
+    return any(_run_diverged(run) for run in point.repeated.repeats)
+
+
+def _run_diverged(run: RecordedRun) -> bool:
+    if "diverged" in {finding.name for finding in findings_in(run.record.challenges)}:
+        return True
+    return bool(run.steps) and run.steps[max(run.steps)]["loss"] is None
 
 
 def jobs_of(points: Sequence[ComparedRun]) -> list[ComparedJob]:
@@ -257,41 +269,74 @@ def direction_of(name: str) -> bool | None:
     return True if parts[-1] in LARGER_IS_BETTER else None
 
 
+def comparable_jobs(jobs: Sequence[ComparedJob], metric: WatchedMetric) -> list[ComparedJob]:
+    """The jobs that have the metric, and were asked the same as the first one of them."""
+    measured = [job for job in jobs if job.values(metric.name) and not job.is_broken]
+    comparable = []
+    for job in measured:
+        first_run = measured[0].points[0].first_repeat
+        if why_other_questions(first_run, job.points[0].first_repeat, metric.name) is None:
+            comparable.append(job)
+    return comparable
+
+
+def pairwise_level(number_of_jobs: int) -> float:
+    """The level of each test if all pairs of the jobs are tested: the best was chosen among all, so every pair counts."""
+    pairs = number_of_jobs * (number_of_jobs - 1) // 2
+    return LEVEL / max(1, pairs)
+
+
 def rank(jobs: Sequence[ComparedJob], metric: WatchedMetric) -> RankedJobs | None:
     """The jobs that can be compared by the metric, the best first; None if fewer than two can be."""
-    first_run = jobs[0].points[0].first_repeat
-    comparable = []
-    for job in jobs:
-        same_questions = why_other_questions(first_run, job.points[0].first_repeat, metric.name) is None
-        if same_questions and job.values(metric.name) and not job.is_broken:
-            comparable.append(job)
+    comparable = comparable_jobs(jobs, metric)
     if len(comparable) < 2:
         return None
     sign = -1 if metric.greater_is_better else 1
     ranked = sorted(comparable, key=lambda job: sign * median(job.values(metric.name)))
-    pairs = len(ranked) * (len(ranked) - 1) / 2  # the best was chosen among all, so every pair counts as tested
+    level = pairwise_level(len(ranked))
     differences: list[QualityDifference | None] = [None]
-    differences += [quality_difference(ranked[0], job, metric.name, LEVEL / pairs) for job in ranked[1:]]
+    differences += [quality_difference(ranked[0], job, metric.name, level) for job in ranked[1:]]
     return RankedJobs(metric, ranked, differences)
 
 
 def quality_difference(baseline: ComparedJob, job: ComparedJob, metric: str, level: float = LEVEL) -> QualityDifference:
-    """How a metric of `job` differs from that of `baseline`; both have it. `level`: of the two-sided test over documents."""
-    baseline_values = baseline.values(metric)
-    values = job.values(metric)
-    reference = median(baseline_values)
-    relative = (median(values) - reference) / (abs(reference) or 1.0)
-    beyond_runs = None
-    if max(baseline.trials, job.trials) > 1:
-        beyond_runs = max(values) < min(baseline_values) or max(baseline_values) < min(values)
+    """How a metric of `job` differs from that of `baseline`; both have it. `level`: of each two-sided test."""
+    reference = median(baseline.values(metric))
+    relative = (median(job.values(metric)) - reference) / (abs(reference) or 1.0)
     return QualityDifference(
         relative=relative,
-        runs=max(baseline.trials, job.trials),
         seeds=max(baseline.seeds, job.seeds),
-        beyond_runs=beyond_runs,
+        seed_interval=_seed_interval(baseline, job, metric, level),
         interval=_document_interval(baseline, job, metric, level),
-        beyond_reports=_reports_apart(baseline, job, metric),
+        beyond_reports=_reports_apart(baseline, job, metric, relative),
     )
+
+
+def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, level: float) -> tuple[float, float] | None:
+    """Interval of the relative difference of a metric between the means over seeds, by Student's test with equal variances.
+
+    None without two seeds of either job, and if no seed differs by more than rounding: such seeds are like repeats.
+    """
+    from trainer.monitors.forgetting import student_quantile
+
+    old_values = baseline.values(metric)
+    new_values = job.values(metric)
+    freedom = len(old_values) + len(new_values) - 2
+    if freedom < 1:
+        return None
+    old_mean = fmean(old_values)
+    new_mean = fmean(new_values)
+    scale = abs(median(old_values)) or 1.0
+    deviations = [value - old_mean for value in old_values]
+    deviations += [value - new_mean for value in new_values]
+    squares = math.fsum(value**2 for value in deviations)
+    deviation = math.sqrt(squares / freedom) / scale
+    if deviation <= SAME_LOSS_TOLERANCE:
+        return None
+    relative = (new_mean - old_mean) / scale
+    error = deviation * math.sqrt(1 / len(old_values) + 1 / len(new_values))
+    margin = student_quantile(1 - level / 2, freedom) * error
+    return relative - margin, relative + margin
 
 
 def why_other_questions(baseline: RecordedRun, run: RecordedRun, metric: str) -> str | None:
@@ -391,13 +436,15 @@ def _kept_sums(run: RecordedRun, metric: str) -> list[float] | None:
         return None
 
 
-def _reports_apart(baseline: ComparedJob, job: ComparedJob, metric: str) -> bool | None:
-    """Whether the intervals of a task's metric in the newest evaluation reports of both jobs are apart; None if not known."""
+def _reports_apart(baseline: ComparedJob, job: ComparedJob, metric: str, relative: float) -> bool | None:
+    """Whether the intervals of a task's metric in the newest evaluation reports of both jobs are apart, on the side that
+    the relative difference is on; None if not known.
+    """
     first = _reported_interval(baseline.done_runs[0], metric)
     second = _reported_interval(job.done_runs[0], metric)
     if first is None or second is None:
         return None
-    return first[1] < second[0] or second[1] < first[0]
+    return first[1] < second[0] if relative > 0 else second[1] < first[0]
 
 
 def _reported_interval(run: RecordedRun, metric: str) -> tuple[float, float] | None:

@@ -31,7 +31,7 @@ BASELINE = $baseline
 """Id of the run that the others are compared with."""
 SUMMARY = $summary
 ANSWER = $answer
-"""Whether the points differ, and which one to take for what."""
+"""Whether the points differ, and which one to take for what; empty for a single run."""
 VERDICT = $verdict
 """A sentence on each point."""
 POINTS = "\\n".join($points)
@@ -104,7 +104,8 @@ def report(entity):
             order=[wr.OrderBy("CreatedTimestamp", ascending=True)],
         )
         blocks += [wr.H1(name), wr.PanelGrid(runsets=[runs], panels=panels)]
-    blocks += [wr.H1("Verdict on each point"), wr.UnorderedList(VERDICT)]
+    if ANSWER:  # else the verdict stood first
+        blocks += [wr.H1("Verdict on each point"), wr.UnorderedList(VERDICT)]
     return wr.Report(entity=entity, project=PROJECT, title=TITLE[:128], blocks=blocks, width="fluid")
 
 

@@ -85,7 +85,7 @@ class ComparisonResult:
             lead=Callout(tone, heading, text) if conclusion.sentences else None,
             cards=recommendation_cards(conclusion),
             callouts=worst_first(point_callouts(self.comparison)),
-            lines=[] if conclusion.sentences else self.verdict,
+            lines=_lines_below(conclusion.to_learn_more) if conclusion.sentences else self.verdict,
             tables=[_table_of_runs(self.comparison.runs)],
             picture=picture(curves, x_title="steps", description="Training loss of each run over its steps"),
             footer=f"{MOST_CURVES} runs are drawn" if len(self.comparison.begun_runs) > MOST_CURVES else "",
@@ -93,6 +93,11 @@ class ComparisonResult:
 
 
 MOST_CURVES = 16
+
+
+def _lines_below(to_learn_more: str) -> list[str]:
+    """What stands below the answer: what to run if it shows no difference."""
+    return [to_learn_more] if to_learn_more else []
 
 
 def _table_of_runs(runs: tuple[ComparedRun, ...]) -> PageTable:

@@ -148,8 +148,13 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
 def student_quantile(share: float, freedom: int) -> float:
     """The `share` quantile of Student's distribution with `freedom` degrees, by expansion 26.7.5 of Abramowitz and Stegun.
 
-    The standard library has only the normal distribution, whose quantile is the first term.
+    The standard library has only the normal distribution, whose quantile is the first term. One and two degrees, for which
+    the expansion is too small, have closed forms.
     """
+    if freedom == 1:
+        return math.tan(math.pi * (share - 0.5))
+    if freedom == 2:
+        return (2 * share - 1) / math.sqrt(2 * share * (1 - share))
     z = NormalDist().inv_cdf(share)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

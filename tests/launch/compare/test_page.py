@@ -238,6 +238,8 @@ def test_compare_page_without_its_plotting_package_leaves_the_rest(rows, tmp_pat
     assert written == {"compare.md", "compare.csv", "compare.json", "compare.html"}
     page = (tmp_path / "to" / "compare.html").read_text()
     assert not specs(page) and '<table class="data sortable" id="points">' in page and "vegaEmbed =" not in page
+    print_and_write_comparison(rows[1:2], tmp_path / "single", as_json=False)
+    assert "Plots need the extra" in (tmp_path / "single/compare.html").read_text()
 
 
 def test_rows_are_read_back_and_a_damaged_record_is_named(rows, tmp_path):
