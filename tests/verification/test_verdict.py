@@ -68,6 +68,16 @@ def test_in_half_precision_the_bound_is_the_rounding_of_one_process():
     ]
 
 
+def test_the_loss_of_one_process_may_be_right_by_chance():
+    single = step(loss=2.0, q=0.02, up=0.02)
+    near = step(loss=2.007, q=0.02, up=0.02)
+    assert judged(step(), half=(single, near)).problems == []
+    far = step(loss=2.009, q=0.02, up=0.02)
+    assert [problem.partition(" by ")[0] for problem in judged(step(), half=(single, far)).problems] == [
+        "bf16: loss differs"
+    ]
+
+
 def test_choices_of_routers_that_differ_are_noted():
     found = judged(step(expert_tokens=[[4, 2], [3, 3]]), single=step(expert_tokens=[[3, 3], [3, 3]]))
     assert found.notes == ["fp32: 1 choices of routers are others than in one process"]

@@ -14,7 +14,10 @@ BOUND = 1e-5
 TIMES_ROUNDING = 3.0
 """Bound in another precision: as many times what one process in that precision is away from itself in float32."""
 LEAST_BOUND = {Precision.bf16: 2.0**-10, Precision.fp16: 2.0**-13}
-"""Bound in another precision at least, an eighth of the type's own: a single number such as the loss may agree by chance."""
+"""Bound of gradients in another precision at least: an eighth of the type's own precision."""
+LEAST_BOUND_OF_LOSS = {Precision.bf16: 2.0**-8, Precision.fp16: 2.0**-11}
+"""Bound of the loss likewise: half of it. The loss is one number, which one process may come to by chance in any precision; that
+of a classifier is the mean of a few scores, each rounded to the type. Smaller faults show in float32."""
 LOSS = "loss"
 
 
@@ -143,8 +146,10 @@ def _bounds(precision: Precision, rounding: dict[str, float | None]) -> dict[str
     average = sum(of_gradients) / max(1, len(of_gradients))
     bounds = {}
     for quantity, distance in rounding.items():
-        usual = 0.0 if quantity == LOSS else average
-        bounds[quantity] = max(LEAST_BOUND[precision], TIMES_ROUNDING * max(distance or 0.0, usual))
+        if quantity == LOSS:
+            bounds[quantity] = max(LEAST_BOUND_OF_LOSS[precision], TIMES_ROUNDING * (distance or 0.0))
+        else:
+            bounds[quantity] = max(LEAST_BOUND[precision], TIMES_ROUNDING * max(distance or 0.0, average))
     return bounds
 
 
