@@ -38,14 +38,12 @@ class RewardTrialJob:
 
     checkpoint: str | None = None
     """Directory of a run's checkpoint that writes; None: the model as it is."""
-    copies: str | None = None
-    """Directory of the run whose copies of reward files score; None: the files that the configuration names."""
 
 
 def trial_worker(config: RunConfig, job: RewardTrialJob, job_dir: Path, to: Path) -> None:
     """Try the rewards as one rank of the job that the environment describes; rank 0 writes the report into `to`.
 
-    Raises what ended it. `job_dir` has the records of the processes.
+    Raises what ended it. `job_dir` has the records of the processes, and the copies of reward files.
     """
     with rank_of_job(job_dir, config.run.lease_s) as (request, attempt):
         attempt.set_run_dir(job_dir, int(os.environ.get("RANK", 0)))
@@ -60,11 +58,10 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     data, _, staged, runtime = meet(config, tokenizer, request, attempt)
     precision = resolve_precision(config.precision, runtime)
     agreement = Agreement(request, runtime)
-    scored_by = attempt.run_dir if job.copies is None else Path(job.copies)
     judge = None
     if config.evaluation.judge.url:
         judge = Judge(config.evaluation.judge, runtime, agreement.for_loop().ask_and_wait)
-    scorer = open_scorer(settings, runtime, scored_by, stop_asked=agreement.asked_here, judge=judge)
+    scorer = open_scorer(settings, runtime, attempt.run_dir, stop_asked=agreement.asked_here, judge=judge)
     attempt.at_end.callback(scorer.close)
     attempt.phase = "building the model"
     engine, built, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)

@@ -6,7 +6,6 @@ value only if this user typed it once (`launch.config.read_run`): the run may be
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from strategies.settings import Reach
 from trainer.config.reach import NAMED_TABLES, OF_EACH_START, reach_of
 from trainer.config.resuming import defaults_of, flat, plain
 from trainer.data.read.paths import is_address, is_hub
+from trainer.rollout.rewards.copies import code_digest
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
@@ -116,7 +116,11 @@ def reset_to_default(config: RunConfig, key: str) -> None:
     holder: Any = config
     *group_names, name = key.split(".")
     for group_name in group_names:
-        holder = getattr(holder, group_name)
+        if isinstance(holder, dict):  # an entry of a table, by its name or its number (`_with_undotted_names`)
+            entries = dict(enumerate(holder.values()))
+            holder = holder[group_name] if group_name in holder else entries[int(group_name)]
+        else:
+            holder = getattr(holder, group_name)
     default = getattr(type(holder)(), name)
     setattr(holder, name, default)
 
@@ -183,12 +187,20 @@ def _endpoint_value(config: RunConfig, key: str) -> Iterator[OutsideValue]:
 
 
 def _reward_code_value(key: str, function: str) -> OutsideValue:
-    """The Python file whose reward function `key` names, as `FILE.py:NAME`. It is remembered by its content, not its path."""
+    """The Python file whose reward function `key` names, as `FILE.py:NAME`.
+
+    It is remembered by its content and that of what it imports from beside, not by its path.
+    """
     file = function if function.endswith(".py") else function.rpartition(":")[0]
-    identity = None
-    with suppress(OSError):  # a missing file runs nothing
-        identity = {"code": hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}
+    identity = reward_code_identity(Path(file).expanduser().resolve())
     return OutsideValue(Reach.code, {key: function}, identity, f"runs the Python code in {file}")
+
+
+def reward_code_identity(file: Path) -> dict[str, Any] | None:
+    """What a reward file is remembered by; None if it cannot be read, and so runs nothing."""
+    with suppress(OSError):
+        return {"code": code_digest(file)}
+    return None
 
 
 def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:

@@ -15,15 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config import trusted_values
-from launch.config.outside_values import OutsideValue, outside_values, reset_to_default, shell_word
+from launch.config.outside_values import (
+    OutsideValue,
+    outside_values,
+    reset_to_default,
+    reward_code_identity,
+    shell_word,
+)
 from strategies.errors import ConfigError
 from strategies.settings import Reach
 from trainer.config.reach import OF_EACH_START, reach_of
 from trainer.config.resuming import flat, plain
+from trainer.rollout.rewards.copies import copied_functions
 from trainer.session.base_files import pin_commit
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
+    from trainer.objectives.rollouts import RewardEntry
 
 TASKS_PREFIX = "evaluation.tasks."
 WRITTEN_BY_EVALUATION = ("evaluation", "against", "reports")
@@ -37,8 +45,8 @@ def uses_model_alone(value: OutsideValue, config: RunConfig) -> bool:
 
     Passed as `RunReader.uses`.
     """
-    if value.reach is Reach.code:
-        return not any(key.startswith("evaluation.") for key in value.settings)
+    if value.reach is Reach.code:  # neither tasks nor rewards run
+        return not any(key.startswith(("evaluation.", "objective.rewards.")) for key in value.settings)
     return "model.chat_template" in value.settings
 
 
@@ -123,6 +131,19 @@ def read_run(
         trusted_values.remember(used)
         _print_unused(run_dir, unused)
     return config
+
+
+def use_trusted_copies(config: RunConfig, run: Path, settings: list[str]) -> None:
+    """Let the rewards of a run's configuration name the run's own copies of their files, which its training was scored by.
+
+    That is only done for a copy whose content this user has typed once: the run may be somebody else's, and its copies may be
+    other code than the files that the configuration names. A reward that `settings`, the typed words, set is left alone.
+    """
+    rewards: dict[str, RewardEntry] = getattr(config.objective, "rewards", {})
+    for name, (file, function) in copied_functions(rewards, run).items():
+        is_typed = any(setting.startswith(f"objective.rewards.{name}.") for setting in settings)
+        if not is_typed and trusted_values.is_remembered(reward_code_identity(file)):
+            rewards[name].function = f"{file}:{function}"
 
 
 def may_write_results(run_dir: Path) -> bool:

@@ -68,9 +68,11 @@ def run_trial(words: EvaluateWords) -> int:
     from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
     from launch.config.frozen import identity, to_yaml
+    from launch.config.read_run import may_write_results
     from strategies.errors import Preempted
     from trainer.reporting.status import write_text_atomic
     from trainer.reward_trial import REPORT, RewardTrialJob, trial_worker
+    from trainer.rollout.rewards.copies import copy_rewards
 
     job = RewardTrialJob()
     if words.run is None:
@@ -78,8 +80,11 @@ def run_trial(words: EvaluateWords) -> int:
         to = Path(words.to or Path("runs") / f"evaluate-{Path(str(config.model.path)).name}")
     else:
         config, job = _trial_of_run(words.run, words)
-        to = Path(words.to or (words.run if job.copies else Path("runs") / f"evaluate-{words.run.resolve().name}"))
+        beside = words.run if may_write_results(words.run) else Path("runs") / f"evaluate-{words.run.resolve().name}"
+        to = Path(words.to or beside)
     directory = to / "evaluation"
+    # The ranks run these copies, made now, and no file that lay in the directory before.
+    copy_rewards(getattr(config.objective, "rewards", {}), directory)
     write_text_atomic(directory / JOB_FILE, json.dumps(asdict(job)) + "\n")
     config.run.dir = str(directory)
     sha256 = identity(config)
@@ -112,14 +117,11 @@ def run_trial(words: EvaluateWords) -> int:
 
 def _trial_of_run(run: Path, words: EvaluateWords) -> tuple[RunConfig, RewardTrialJob]:
     """The configuration and job that try a checkpoint of a run by its rewards. Errors: ConfigError."""
-    from launch.config.read_run import may_write_results
     from launch.evaluate.words import config_of_run
     from trainer.reward_trial import RewardTrialJob
 
     config, checkpoint, _ = config_of_run(run, words)
-    # In a run of somebody else's, the copies are not the file that this user has allowed.
-    copies = str(run) if may_write_results(run) else None
-    return _settled(config), RewardTrialJob(checkpoint, copies)
+    return _settled(config), RewardTrialJob(checkpoint)
 
 
 def trial_config(words: EvaluateWords) -> RunConfig:

@@ -205,7 +205,7 @@ def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, 
     Errors: ConfigError.
     """
     from launch.config.compose import recompose
-    from launch.config.read_run import RunReader, read_run
+    from launch.config.read_run import RunReader, read_run, use_trusted_copies
     from launch.export.command import find_checkpoint, warn_if_base_was_better
     from trainer.config.run import kept_matmul
     from trainer.session.base_files import use_recorded_base
@@ -219,6 +219,7 @@ def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, 
         frozen.run.dir = None
         frozen.run.resume = "auto"
         frozen.run.matmul = kept_matmul(frozen)
+        use_trusted_copies(frozen, run, evaluate_words.settings)
         if main_plan is not None:
             frozen.evaluation = copy.deepcopy(main_plan.config.evaluation)
         return recompose(frozen, words, GROUPS_BESIDE_RUN)
@@ -250,6 +251,8 @@ def _is_used_by_evaluation(value: OutsideValue, config: RunConfig) -> bool:
     tasks = config.evaluation.tasks
     # The rows of a task's own file are few, and are prepared in the reader's cache.
     reads_data = not tasks or any(reads_rows_of_run(task) for task in tasks.values())
+    if any(key.startswith("objective.rewards.") for key in value.settings):
+        return not tasks  # then the rewards themselves are tried
     if any(key.startswith("evaluation.judge.") for key in value.settings):
         return any(asks_judge(task) for task in tasks.values())
     if value.reach is Reach.tracker or UNUSED_SETTINGS & value.settings.keys():

@@ -136,3 +136,30 @@ def test_copies_hold_what_the_file_imports_and_are_what_runs(reward_file, tmp_pa
     # One that is gone does not keep a run from going on with its copy.
     reward_file.unlink()
     renew_copies(rewards, run_dir, has_progress=True, accept=[])
+
+
+def test_copies_replace_nothing_that_is_the_users(reward_file, tmp_path):
+    run_dir = tmp_path / "run"
+    kept = run_dir / "rewards" / "mine.py"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("def right(completions): ...\n")
+    with pytest.raises(ConfigError, match="lies where the run keeps its copies"):
+        copy_rewards({"right": RewardEntry(function=f"{kept}:right")}, run_dir)
+    rewards = {"right": RewardEntry(function=f"{reward_file}:right")}
+    with pytest.raises(ConfigError, match=r"has no rewards.json of an earlier run"):
+        copy_rewards(rewards, run_dir)
+    assert kept.read_text() == "def right(completions): ...\n"
+
+
+def test_what_lies_in_a_run_directory_beside_the_copies_is_not_run(reward_file, tmp_path):
+    run_dir = tmp_path / "run"
+    rewards = {"right": RewardEntry(function=f"{reward_file}:right")}
+    copy_rewards(rewards, run_dir)
+    planted = run_dir / "rewards/0/json.py"
+    planted.write_text("")
+    renew_copies(rewards, run_dir, has_progress=True, accept=[])
+    assert not planted.exists()
+    # The manifest of a directory that was given away may say anything: the copies themselves are compared.
+    (run_dir / "rewards/0/rewards.py").write_text("")
+    with pytest.raises(ConfigError, match=r"rewards.py differs from the copy"):
+        renew_copies(rewards, run_dir, has_progress=True, accept=[])

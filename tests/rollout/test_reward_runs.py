@@ -91,6 +91,22 @@ def test_a_run_keeps_its_rewards_and_what_was_written(site, capsys):
     report = json.loads((site / "tuned" / REPORT).read_text())
     assert report["checkpoint"] == str(run / "checkpoints" / "step-000003")
 
+    # With the run's copies, whatever has become of the file; an export, which runs no reward, does without both.
+    text = (site / "rewards.py").read_text()
+    (site / "rewards.py").unlink()
+    assert command_here(["evaluate", str(run)]) == 0
+    assert (run / "evaluation" / "rewards" / "0" / "rewards.py").read_text() == text
+    assert command_here(["export", str(run), f"to={site / 'exported'}"]) == 0
+    # Copies of a content that this user never typed are not run, whoever owns the directory.
+    copy = run / "rewards" / "0" / "rewards.py"
+    copy.write_text(f"open({str(site / 'ran')!r}, 'w')\n\n{text}")
+    capsys.readouterr()
+    assert command_here(["evaluate", str(run)]) == 64
+    assert f"runs the Python code in {site / 'rewards.py'}" in capsys.readouterr().err
+    (site / "rewards.py").write_text(text)
+    assert command_here(["evaluate", str(run)]) == 0
+    assert not (site / "ran").exists()
+
 
 @pytest.mark.parametrize(
     ("more", "problem"),

@@ -10,7 +10,7 @@ import ast
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,17 +90,28 @@ def digests_of(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
     return digests
 
 
+def code_digest(file: Path) -> str:
+    """SHA-256 of a reward file and of what it imports from beside, names included. Raises OSError."""
+    digest = hashlib.sha256()
+    for needed in imported_files(file):
+        content = hashlib.sha256(needed.read_bytes()).hexdigest()
+        digest.update(f"{needed.relative_to(file.parent)} {content}\n".encode())
+    return digest.hexdigest()
+
+
 def copy_rewards(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
     """Copy the files of reward functions into a run directory, in place of earlier copies. Raises ConfigError, OSError."""
     target = run_dir / DIRECTORY
     by_directory = reward_files(rewards)
     if not by_directory:
         return
-    shutil.rmtree(target, ignore_errors=True)
+    _refuse_to_replace(target, by_directory)
+    draft = target.with_name(f"{DIRECTORY}.unfinished")
+    shutil.rmtree(draft, ignore_errors=True)
     numbers = {directory: number for number, directory in enumerate(by_directory)}
     for directory, files in by_directory.items():
         for file in files:
-            copy = target / str(numbers[directory]) / file.relative_to(directory)
+            copy = draft / str(numbers[directory]) / file.relative_to(directory)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
     functions = {}
@@ -110,17 +121,36 @@ def copy_rewards(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
             file = file.resolve()
             functions[name] = {"file": f"{numbers[file.parent]}/{file.name}", "function": function}
     manifest = {"functions": functions, "sha256": digests_of(rewards)}
-    # Written last: copies without it are not whole.
-    (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)
+
+
+def _refuse_to_replace(target: Path, sources: Iterable[Path]) -> None:
+    """Raise ConfigError if what lies where copies go is not a run's copies, or is what is to be copied (`sources`)."""
+    for directory in sources:
+        if directory.is_relative_to(target.resolve()):
+            raise ConfigError(
+                f"objective.rewards: {directory} lies where the run keeps its copies of reward files, which are replaced; move "
+                "the file to another directory, or choose another run.dir"
+            )
+    if target.exists() and read_manifest(target.parent) is None:
+        raise ConfigError(
+            f"{target}: is there, and has no {MANIFEST} of an earlier run; the run would replace it by its copies of reward "
+            "files: move it away, or choose another run.dir"
+        )
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any] | None:
-    """What `copy_rewards` wrote; None if the run has no copies."""
+    """What `copy_rewards` wrote; None if the run has no copies, or a file that says something else."""
     try:
-        manifest: dict[str, Any] = json.loads((run_dir / DIRECTORY / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = json.loads((run_dir / DIRECTORY / MANIFEST).read_text(encoding="utf-8"))
+        functions = {}
+        for name, copy in manifest["functions"].items():
+            functions[name] = {"file": str(copy["file"]), "function": str(copy["function"])}
+        return {"functions": functions, "sha256": dict(manifest["sha256"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return manifest
 
 
 def copied_functions(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -> dict[str, tuple[Path, str]]:
@@ -167,7 +197,7 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
         current = digests_of(rewards)
     except (ConfigError, OSError):
         return
-    recorded = manifest["sha256"]
+    recorded = recorded_digests(run_dir)
     changed = [name for name in sorted(recorded.keys() | current.keys()) if recorded.get(name) != current.get(name)]
     if changed:
         files = ", ".join(name.partition("/")[2] for name in changed)
@@ -175,3 +205,5 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
             f"objective.rewards: {files} differs from the copy in {run_dir / DIRECTORY} that scored this run until now; add "
             "run.accept=[rewards] to go on with the new one, or put the old one back"
         )
+    # Afresh, though they are the same: nothing else that lies in a directory which somebody may have given away is run.
+    copy_rewards(rewards, run_dir)
