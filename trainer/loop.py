@@ -269,6 +269,9 @@ class Trainer:
         self.progress.skipped_samples = [*skipped_before, *new_places]
         self.progress.rollbacks = rollbacks
         self.progress.outliers += 1
+        if self.progress.samples == outlier.first_sample:
+            # The checkpoint stands in the round of the outlier itself, whose prompts are left out: begin another one.
+            self.progress.round_step = 0
         self.loader.restore(checkpoint)
         self._saved_step = self.progress.step
         self._being_saved = self._on_disk = replace(self.progress)

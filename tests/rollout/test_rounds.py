@@ -1,6 +1,7 @@
 """Rounds in one process: what is written, dealt, counted and kept, with the product's engine and loader."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from strategies.base import Progress
 from strategies.errors import DataError, Diverged, Interrupted
 from tests.helpers.building import model_dir, take_steps
 from tests.helpers.rounds import prompts_of, round_config, round_trainer, share_of_even_ids, texts_of
+from trainer.data.batches.order import GlobalOrder
 from trainer.evaluation import decoding, group_answers
+from trainer.monitors.anomalies import Outlier
+from trainer.monitors.guard_config import Action
 from trainer.objectives.grpo_config import Normalise
 from trainer.objectives.policy import WRITER_DIFFERENCE
 from trainer.objectives.rollouts import IdleGroups
@@ -161,6 +165,31 @@ def test_a_round_of_several_steps_goes_on_from_its_checkpoint(root, runtime, tmp
         second.loader.restore(state)
         assert take_steps(second, 5 - stopped_after) == expected[stopped_after:]
         assert len(second.loader.maker.scorer.scored) == 1
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["its own round", "a later round"])
+def test_a_rollback_into_a_round_leaves_out_the_round_that_stands_out(root, runtime, tmp_path, step):
+    """Rounds of two steps, a checkpoint after the first one."""
+    trainer = made_trainer(root, runtime, rollout={"steps": 2})
+    take_steps(trainer, 1)
+    state = trainer.engine.state(trainer.progress)
+    state.attachments = trainer.loader.attachments()
+    state.save(tmp_path)
+    take_steps(trainer, step - 1)
+    first_sample = 0 if step == 2 else 8
+    outlier = Outlier(step=step, values={}, scores={}, action=Action.rollback, first_sample=first_sample)
+    trainer.checkpoints = SimpleNamespace(pending=None, roll_back=lambda: tmp_path)
+    trainer._roll_back(outlier)
+    assert (trainer.progress.step, trainer.progress.round_step) == (1, int(step == 3))
+    scorer = trainer.loader.maker.scorer
+    scorer.scored.clear()
+    take_steps(trainer, 2)
+    # Of 14 prompts in epochs, the next round has those that follow what is left out.
+    first_place = first_sample + 8
+    dataset = trainer.loader.maker.prompts.dataset
+    units = GlobalOrder(14, trainer.settings.seed, shuffle=True).units(first_place, 8)
+    prompts = [tuple(group.prompt.ids) for group in scorer.scored[0]]
+    assert prompts == [tuple(dataset.sample(int(unit)).input_ids.tolist()) for unit in units]
 
 
 def test_idle_groups_are_dropped_or_replaced(root, runtime):
