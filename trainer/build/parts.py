@@ -270,10 +270,11 @@ def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
     family = family_of(config.objective)
     # Each side of an encoder-decoder has positions of its own, which are checked below.
     if family.kind is not ModelKind.encoder_decoder:
-        longest = int(data.train.lengths.max(initial=0)) + written_tokens(config.objective)
+        written = written_tokens(config.objective)
+        longest = int(data.train.lengths.max(initial=0)) + written
         positions = getattr(text, "max_position_embeddings", None)
         rotary = bool(getattr(text, "rope_parameters", None))
-        check_positions(config.tuning, longest, positions, rotary=rotary)
+        check_positions(config.tuning, longest, positions, rotary=rotary, written_tokens=written)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "

@@ -130,22 +130,31 @@ def _model_problems(method: Method, method_setting: str, run: RunFacts) -> Itera
         yield f"model.add_tokens with {method_setting}: {method.no_new_tokens}; use tuning=lora or tuning=full"
 
 
-def check_positions(tuning: TuningConfig, longest_tokens: int, max_positions: int | None, *, rotary: bool) -> None:
+def check_positions(
+    tuning: TuningConfig, longest_tokens: int, max_positions: int | None, *, rotary: bool, written_tokens: int = 0
+) -> None:
     """Raise ConfigError if the longest document, with virtual tokens before it, has more tokens than the model has positions.
 
     `max_positions` of None: the model has no limit. `rotary`: its positions are rotary, so that it can be given more of them.
+    `written_tokens`: of the longest document, those of the longest answer that the model writes to it.
     """
     if max_positions is None or max_positions < 1:  # XLNet has -1, which means any number
         return
     if longest_tokens > max_positions:
         remedy = f"Set data.max_length={max_positions}"
+        document = "document"
+        if written_tokens:
+            document = f"prompt with an answer of {written_tokens} tokens"
+            remedy = "Set a smaller objective.rollout.max_new_tokens"
+            if written_tokens < max_positions:
+                remedy += f", or data.max_length={max_positions - written_tokens}"
         if rotary:
             room = f"model.positions={longest_tokens}, as a rule with model.rope.type=yarn"
             remedy += f", or give the model room: {room} (docs/long-context.md)"
         else:
             remedy += ", or take a model with more positions: its own are not rotary, and cannot be extended"
         raise ConfigError(
-            f"data: the longest document takes {longest_tokens} tokens, and the model has {max_positions} positions "
+            f"data: the longest {document} takes {longest_tokens} tokens, and the model has {max_positions} positions "
             f"(max_position_embeddings): what lies beyond was never learned, or is not there. {remedy}"
         )
     if not isinstance(tuning, VirtualConfig):
