@@ -32,11 +32,15 @@ Reward = Callable[[AnswersOfGroup], CallResult]
 
 
 class CutLog(io.TextIOBase):
-    """A text stream into a file that takes the first `LOG_BYTES` bytes and forgets the rest."""
+    """A text stream into a file that takes the first `LOG_BYTES` bytes and forgets the rest.
+
+    A worker goes on with the log of the one before it, but begins it anew once it is full: a run may start many.
+    """
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("ab", buffering=0)
+        is_full = file.exists() and file.stat().st_size >= LOG_BYTES
+        self._file = file.open("wb" if is_full else "ab", buffering=0)
         self._left = LOG_BYTES
 
     def writable(self) -> bool:
