@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies.errors import ConfigError
+from strategies.atomic_io import error_summary
+from strategies.errors import ConfigError, StorageError
 from trainer.objectives.reward_functions import split_function
 
 if TYPE_CHECKING:
@@ -100,12 +101,22 @@ def code_digest(file: Path) -> str:
 
 
 def copy_rewards(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
-    """Copy the files of reward functions into a run directory, in place of earlier copies. Raises ConfigError, OSError."""
+    """Copy the files of reward functions into a run directory, in place of earlier copies. Raises ConfigError, StorageError."""
     target = run_dir / DIRECTORY
     by_directory = reward_files(rewards)
     if not by_directory:
         return
     _refuse_to_replace(target, by_directory)
+    try:
+        _replace_copies(rewards, by_directory, target)
+    except OSError as error:
+        raise StorageError(
+            f"{target}: reward files cannot be copied there ({error_summary(error)}); make room, or choose another run.dir"
+        ) from error
+
+
+def _replace_copies(rewards: Mapping[str, RewardEntry], by_directory: dict[Path, list[Path]], target: Path) -> None:
+    """Copy files (`reward_files`) into `target`, which appears whole or not at all. Raises OSError."""
     draft = target.with_name(f"{DIRECTORY}.unfinished")
     shutil.rmtree(draft, ignore_errors=True)
     numbers = {directory: number for number, directory in enumerate(by_directory)}
@@ -183,9 +194,10 @@ def recorded_digests(run_dir: Path) -> dict[str, str]:
 
 
 def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progress: bool, accept: list[str]) -> None:
-    """Copy the reward files of a run that is about to start. Raises ConfigError if a run with progress has other ones now.
+    """Copy the reward files of a run that is about to start.
 
-    `accept`: what `run.accept` names. A run with progress keeps its copies if a file is gone.
+    Raises ConfigError if a run with progress has other ones now, and StorageError. `accept`: what `run.accept` names. A
+    run with progress keeps its copies if a file is gone.
     """
     if not any(reward.function for reward in rewards.values()):
         return
