@@ -93,6 +93,8 @@ PROMPTS_PER_STEP = 8
 STEPS = 20
 ANSWER_TOKENS = 12
 """Most tokens of an answer; one that is longer is cut off."""
+CHEATABLE_ANSWER_TOKENS = 5
+"""The same for the reward that can be cheated. Answers must be cut off often, or the model never meets the hole."""
 MIN_RISE = 0.25
 """`eval/reward` must rise by this much from the base model to the end of the run."""
 NUM_SHOWN = 6
@@ -147,7 +149,11 @@ def main(argv: list[str]) -> int:
     rewards = [metrics[METRIC] for metrics in evaluations(run_dir, METRIC)]
     print(closing_text(run_dir, time.monotonic() - started_at))
     cheatable = [*training_words(model, files, Path(f"{run_dir}-cheatable"), cheatable=True), *without_run_dir(argv)]
-    print(f"\nThe same with a reward that can be cheated:\n$ shardtune train {shlex.join(cheatable)}", flush=True)
+    print(
+        "\nThe same with a reward that can be cheated: it does not look whether an answer ends, and answers are cut off after "
+        f"{CHEATABLE_ANSWER_TOKENS} tokens. Watch rewards/ended/mean, a control:\n$ shardtune train {shlex.join(cheatable)}",
+        flush=True,
+    )
     require_rise(rewards[0], rewards[-1])
     return 0
 
@@ -176,11 +182,16 @@ def prompt_about(subject: str) -> str:
 
 
 def training_words(model: Path, files: DemoFiles, run_dir: Path, *, cheatable: bool = False) -> list[str]:
-    """The words after `shardtune train`. `cheatable`: with the reward that can be cheated, and the control that sees it."""
+    """The words after `shardtune train`.
+
+    `cheatable`: with the reward that can be cheated, the control that sees it, and answers so short that it is met.
+    """
     answers_per_step = PROMPTS_PER_STEP * GROUP_SIZE
     processes = num_processes()
     rewards = [f"objective.rewards={files.rewards}"]
+    answer_tokens = ANSWER_TOKENS
     if cheatable:
+        answer_tokens = CHEATABLE_ANSWER_TOKENS
         rewards = [
             f"objective.rewards.three_words.function={files.cheatable_rewards}:three_words",
             f"objective.rewards.ended.function={files.cheatable_rewards}:ended",
@@ -194,7 +205,7 @@ def training_words(model: Path, files: DemoFiles, run_dir: Path, *, cheatable: b
         "objective=grpo",
         *rewards,
         f"objective.group_size={GROUP_SIZE}",
-        f"objective.rollout.max_new_tokens={ANSWER_TOKENS}",
+        f"objective.rollout.max_new_tokens={answer_tokens}",
         "tuning=lora",
         "strategy=fsdp2",
         "optim.lr=3e-4",
