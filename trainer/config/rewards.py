@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -72,8 +71,6 @@ def _of_reward(name: str, reward: RewardEntry) -> Iterator[str]:
     key = f"objective.rewards.{name}"
     if not name.replace("-", "_").isidentifier():
         yield f"{key}: the name stands in metrics (rewards/{name}/mean); use letters, digits, - and _"
-    if not math.isfinite(reward.weight):
-        yield f"{key}.weight={reward.weight}: must be a finite number; 1 as a rule, 0 for a control"
     given = [word for word in ("kind", "function", "path") if getattr(reward, word)]
     if len(given) != 1:
         said = " and ".join(f"{key}.{word}" for word in given) or key

@@ -29,7 +29,9 @@ class RewardEntry:
     """`<file>:<name>`: a function of a Python file, which is run in worker processes."""
     path: str | None = setting(None, reach=DESCRIBES)
     """Directory of a reward model, as `objective=reward` exports it."""
-    weight: float = setting(1.0, reach=DESCRIBES)
+    weight: float = number(
+        1.0, least=-1000, most=1000, advice="1 as a rule; 0 measures a reward without learning from it"
+    )
     """What the reward is multiplied by in the sum; 0 measures it without learning from it (a control)."""
     options: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES)
     """What its kind or function lets one choose; an unknown one is refused with a list of all."""
