@@ -22,6 +22,7 @@ EXTRAS = {
     "tensorboard": "TensorBoard",
     "report": "the pages with plots, report.html of a run and compare.html",
     "evaluate": "metrics of classifiers, and answers checked by a JSON schema",
+    "maths": "rewards that compare mathematical results, by math-verify",
     "lm_eval": "tasks of lm-evaluation-harness",
     "endpoint": "models behind an OpenAI-compatible address that judge or write answers",
     "serve": "the server of shardtune serve, where vLLM is not installed",

@@ -86,7 +86,8 @@ def test_advice_of_the_settings_group_goes_before_that_of_the_class():
     assert line.endswith("1 is greedy; 4 is usual for summaries and translation")
 
 
-@pytest.mark.parametrize("key", sorted(RANGED))
+# The weight of a reward may be negative: a penalty.
+@pytest.mark.parametrize("key", sorted(set(RANGED) - {"objective.rewards.*.weight"}))
 def test_a_number_outside_its_range_is_refused(key):
     setting = overrides.settings()[key]
     group = key.split(".")[0]
@@ -98,6 +99,13 @@ def test_a_number_outside_its_range_is_refused(key):
         key = key.replace("*", "first")
         found = problems(*choice, f"{key}={value}", world_size=None)
         assert any(line.startswith(f"{key}={value:g}: must be ") for line in found), found
+
+
+def test_a_weight_of_a_reward_may_be_negative_but_not_without_bounds():
+    key = "objective.rewards.first.weight"
+    rest = ("objective=grpo", "objective.rewards.first.kind=maths")
+    assert not any(line.startswith(key) for line in problems(*rest, f"{key}=-0.5", world_size=None))
+    assert any(line.startswith(f"{key}=-1001: must be ") for line in problems(*rest, f"{key}=-1001", world_size=None))
 
 
 @pytest.mark.parametrize("value", [".nan", "inf", "nan"])

@@ -95,15 +95,11 @@ class TaskEvaluator:
         Errors begin with the task's key (`evaluation.tasks.NAME`): DataError, ConfigError, those of servers.
         """
         try:
-            rows = prepared.task.run(prepared.cases, self.model)
+            return prepared.task.run(prepared.cases, self.model)
         except RefusedDocument as error:  # one row that the chat template cannot write
             raise DataError(f"{prepared.task.key}: {error}") from None
         except ShardtuneError as error:  # the same on all ranks
             raise type(error)(f"{prepared.task.key}: {error}") from None
-        user_turns = {case.location: case.user_turn or user_turn(case.document) for case in prepared.cases}
-        for row in rows:
-            row.question = user_turns.get(row.where, "")
-        return rows
 
     def run_tasks(self, names: Collection[str] | None = None) -> Iterator[FinishedTask]:
         """Run every task, or those of these names, and yield each one when it is done.
@@ -119,9 +115,17 @@ class TaskEvaluator:
             self.current_task = prepared.task.name
             writer.throughput = None
             rows = self._run(prepared)
+            _add_questions(prepared, rows)
             metrics: dict[str, float] = {}
             if self.model.runtime.is_main:
                 metrics = prepared.task.compute_metrics(rows)
             metrics = broadcast_object(metrics, self.model.runtime)
             seconds = time.perf_counter() - began
             yield FinishedTask(prepared, rows, metrics, seconds, writer.throughput)
+
+
+def _add_questions(prepared: PreparedTask, rows: list[TaskRow]) -> None:
+    """Give each report row the user's turn of its document, which a page shows in place of the whole prompt."""
+    user_turns = {case.location: case.user_turn or user_turn(case.document) for case in prepared.cases}
+    for row in rows:
+        row.question = user_turns.get(row.where, "")

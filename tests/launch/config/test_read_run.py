@@ -448,11 +448,12 @@ def test_verbs_read_a_run_through_one_function():
     """Who reads a frozen configuration without it starts or follows what this user has started, or compares texts with it.
 
     `earlier_words.py` takes one of the budgets that were typed now. `words.py` of evaluate asks whether a value that counts as
-    a secret now is the run's own.
+    a secret now is the run's own. The page of a run asks which of its settings are no defaults.
     """
     allowed = {
         "cluster/node.py",
         "cluster/oom_retry.py",
+        "compare/run_page/contents.py",
         "config/earlier_words.py",
         "config/frozen.py",
         "config/read_run.py",
