@@ -6,7 +6,7 @@ that travel with the batch (`cu_seq_lens_q`) and never builds a mask over the wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -90,7 +90,7 @@ def varlen_attention(
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
         rule = AttentionRule(scaling, dropout, sliding_window, softcap, causal, sinks)
         out = _attend_by_document(
-            operands, lengths, lambda q, k, v: _attend_one_document(q, k, v, rule, next(branches_left, []))
+            operands, lengths, lambda q, k, v: _attend_one_document(q, k, v, rule, next(branches_left, ()))
         )
     return out.to(output_dtype).transpose(1, 2).contiguous(), None
 
@@ -186,7 +186,7 @@ class AttentionRule:
         distance = position[:, None] - position[None, :]
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
-    def branch_mask(self, length: int, starts: list[int], device: torch.device) -> Tensor:
+    def branch_mask(self, length: int, starts: Sequence[int], device: torch.device) -> Tensor:
         """The keys that each query sees in a document whose branches begin at `starts`, bool `[T, T]`."""
         index = torch.arange(length, device=device)
         begins = torch.tensor(starts, device=device)
@@ -200,8 +200,11 @@ class AttentionRule:
         return visible & (position[:, None] - position[None, :] < self.window)
 
 
-def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: list[int]) -> Tensor:
-    """Attention within one document: q `[1, heads, T, width]`, k and v with as many heads or fewer."""
+def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: Sequence[int] = ()) -> Tensor:
+    """Attention within one document: q `[1, heads, T, width]`, k and v with as many heads or fewer.
+
+    `branches`: where its branches begin; none if it has none. On CPUs alone.
+    """
     if q.device.type == "cuda":
         return _attend_on_gpu(q, k, v, rule)
     if branches:
