@@ -103,8 +103,10 @@ def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
     steps_taken = max(1, row["step"] - schedule.first_step)
     steps_left = schedule.total_steps - row["step"]
     eta_s = (time.perf_counter() - schedule.started_at) / steps_taken * steps_left
-    fields = [
-        f"step {row['step']}/{schedule.total_steps}",
+    fields = [f"step {row['step']}/{schedule.total_steps}"]
+    if "reward" in row:  # of answers that the model wrote: their loss is near 0 by construction and tells nothing
+        fields.append(f"reward {row['reward']:.3f}")
+    fields += [
         f"loss {row['loss']:.4f}",
         f"grad {row['grad_norm']:.3f}",
         f"lr {row['lr']:.2e}",
@@ -156,6 +158,7 @@ def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: di
         if steps_to_evaluation:
             next_evaluation = f"eval in {min(steps_to_evaluation, steps_left)}"  # there is one at the end, too
     fields = [
+        field_by_name.get("reward", ""),
         field_by_name["loss"],
         field_by_name["eta"],
         field_by_name.get("skipped:", ""),
