@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.output import Column, TableRow, fold, print_json, stdout_to_stderr, table
+from trainer.pages.numbers import percent
 from trainer.stopping.signals import hold
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def trial_text(report: dict[str, Any]) -> str:
         rows = [_row(*entry) for entry in report["rewards"].items()]
     lines += [*table(COLUMNS, rows), ""]
     shares = [
-        f"{size}: {_percent(share)}" for size, share in report["idle_share_by_group_size"].items() if share is not None
+        f"{size}: {percent(share)}" for size, share in report["idle_share_by_group_size"].items() if share is not None
     ]
     lines += fold(f"idle groups expected by objective.group_size: {', '.join(shares)}")
     lines += fold(
@@ -186,12 +187,7 @@ def trial_text(report: dict[str, Any]) -> str:
 def _row(name: str, summary: dict[str, Any]) -> TableRow:
     """A row of the table of rewards."""
     numbers = ["-" if summary[key] is None else f"{summary[key]:.3g}" for key in ("mean", "least", "most", "spread")]
-    return TableRow([name, *numbers, _percent(summary["idle_share"]), str(summary["unscored"])])
-
-
-def _percent(share: float) -> str:
-    """A share for people."""
-    return f"{100 * share:.0f} %"
+    return TableRow([name, *numbers, percent(summary["idle_share"]), str(summary["unscored"])])
 
 
 def _one_line(text: str) -> str:
@@ -213,7 +209,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
         )
     elif share > 0.5:
         advice.append(
-            f"{_percent(share)} of the groups are idle and teach nothing: objective.idle_groups=replace, a larger "
+            f"{percent(share)} of the groups are idle and teach nothing: objective.idle_groups=replace, a larger "
             "objective.group_size, or prompts that the model solves sometimes."
         )
     if report["truncated_share"] > 0.5:

@@ -37,9 +37,10 @@ from trainer.data.prepare import Preparation
 from trainer.data.report.audit import Audit
 from trainer.data.report.pages import audit_page, datacard
 from trainer.data.report.preview import summary
-from trainer.data.report.wording import Level, known_gaps, overall_level, percent, tiles
+from trainer.data.report.wording import Level, known_gaps, overall_level, tiles
 from trainer.objectives.classification import LabelDataSpec
 from trainer.objectives.pairs import PairDataSpec
+from trainer.pages.numbers import percent
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "hr", "img", "input", "link"}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.config import DataFormat
 from trainer.data.report.audit import Audit
+from trainer.pages.numbers import percent
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -44,15 +45,6 @@ def _visible_character(character: str) -> str:
 def plural(amount: int, word: str) -> str:
     """`1 row`, `2 rows`; with thousands separators."""
     return f"{amount:,} {word if amount == 1 else word + 's'}"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage that never rounds something to nothing, nor a part to the whole."""
-    if 0 < share < 0.0005:
-        return "<0.1%"
-    if 0.9995 <= share < 1:
-        return ">99.9%"
-    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
 
 
 def reason_text(code: str) -> str:
