@@ -43,6 +43,12 @@ def server():
         process.kill()
 
 
+def stop(process):
+    """Stop all threads of the process. A signal that was sent alone leaves the store's thread time for one more answer."""
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
 def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, monkeypatch, capfd):
     process, store = server
     monkeypatch.setattr(heartbeat, "ANSWER_S", 0.2)
@@ -57,7 +63,7 @@ def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, mon
         ended.set()
 
     beats.when_cut_off = end
-    os.kill(process.pid, signal.SIGSTOP)
+    stop(process)
     # The exchange times out: whoever looks for its cause must not wait for the store, which is what kept such a rank for ever.
     cause = beats.cause(RuntimeError("[gloo] Timed out waiting 30000ms for recv operation to complete"))
     assert isinstance(cause, CutOffRank) and cause.retry == "node_fail"
@@ -83,7 +89,7 @@ def test_a_store_that_answers_again_is_used_again(server):
     process, store = server
     bounded = BoundedStore(store, 0.2)
     bounded.set("key", "1")
-    os.kill(process.pid, signal.SIGSTOP)
+    stop(process)
     for _ in range(2):  # the second fails without waiting behind the first
         with pytest.raises(Unanswered):
             bounded.get("key")
