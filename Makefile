@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: install demo test test-all test-fast test-slurm faults check format lock bench bench-scaling bench-gpu bench-data bench-rl gpu-proof clean
+.PHONY: install demo test test-all test-fast test-slurm faults check format docs lock bench bench-scaling bench-gpu bench-data bench-rl gpu-proof clean
 
 # The environment is rebuilt only when the dependency list changes.
 $(STAMP): setup.py pyproject.toml
@@ -51,6 +51,11 @@ check: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# The site of the documentation, into site/. To look at it: python3 -m http.server --directory site
+docs: $(STAMP)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The images' packages: those that decide a result as they are installed here (and so tested), the rest the newest that fit.
 DECIDE = torch|transformers|tokenizers|accelerate|peft|datasets|deepspeed|hydra-core|safetensors|pyarrow|bitsandbytes|numpy

@@ -97,6 +97,7 @@ setup(
         "torchao": TORCHAO,
         "compressed": COMPRESSED,
         "qlora": ["bitsandbytes>=0.50"],  # 4- and 8-bit bases, and 8-bit AdamW
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],  # the site: make docs
         "test": [
             *PII,
             *REPORT,

@@ -74,7 +74,7 @@ def test_doctor_looks_for_every_extra_for_users(monkeypatch):
     monkeypatch.setattr("setuptools.setup", lambda **settings: asked.update(settings))
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py")
-    assert set(machine.EXTRAS) == set(asked["extras_require"]) - {"test", "check"}
+    assert set(machine.EXTRAS) == set(asked["extras_require"]) - {"test", "check", "docs"}
 
 
 def test_doctor_packages_that_are_missing_or_old_are_problems(capsys, monkeypatch):

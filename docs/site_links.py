@@ -1,0 +1,88 @@
+"""Makes the repository's other files a part of the site.
+
+Pages link to files outside docs/: to CONTRIBUTING.md, to an experiment, to a kept result. In a clone such a link opens the
+file. The site has no clone beside it. So each file that a page links to becomes a file of the site, below repository/.
+MkDocs calls the two functions `on_...`.
+"""
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = "repository"
+"""Folder of the site for files from outside docs/."""
+LINK = re.compile(r"(?P<text>!?\[(?:[^\[\]]|\[[^\[\]]*\])*\])\((?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)")
+"""A link with its text, its target, and its anchor if there is one. A link within the page has no target, and is left alone."""
+CODE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
+"""Code, in which nothing is a link."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the files outside docs/ that a page links to. An added page is read in turn for links of its own."""
+    waiting = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
+    met = set(waiting)
+    while waiting:
+        page = waiting.pop()
+        for path in linked_files(page):
+            if path in met or path.startswith("docs/"):
+                continue
+            met.add(path)
+            files.append(File.generated(config, site_path(path), abs_src_path=str(ROOT / path)))
+            if path.endswith(".md"):
+                waiting.append(path)
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point each link to where its file lies in the site. A link to a folder becomes its text, since a site shows no folders."""
+    here = repository_path(page.file.src_uri)
+
+    def in_site(match: re.Match[str]) -> str:
+        target = target_path(here, match["target"])
+        if target is None:
+            return match[0]
+        if (ROOT / target).is_dir():
+            return match["text"].strip("[]")
+        # Kept results of comparisons leave their plots out.
+        if match["text"].startswith("!") and not (ROOT / target).is_file():
+            return ""
+        link = os.path.relpath(site_path(target), PurePosixPath(page.file.src_uri).parent)
+        return f"{match['text']}({link}{match['anchor'] or ''})"
+
+    # Every second piece is code.
+    pieces = CODE.split(markdown)
+    pieces[::2] = [LINK.sub(in_site, piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def linked_files(page: str) -> list[str]:
+    """Files that the page links to. `page` and the answer: paths from the root of the repository."""
+    text = CODE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    targets = [target_path(page, match["target"]) for match in LINK.finditer(text)]
+    return [target for target in targets if target is not None and (ROOT / target).is_file()]
+
+
+def target_path(page: str, link: str) -> str | None:
+    """The path from the root of the repository that a link of `page` names; None for an address in the net."""
+    if ":" in link:
+        return None
+    return os.path.normpath(PurePosixPath(page).parent / link)
+
+
+def site_path(path: str) -> str:
+    """Where a file of the repository lies in the site."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return f"{OUTSIDE}/{path}"
+
+
+def repository_path(site_file: str) -> str:
+    """Where a file of the site lies in the repository: the inverse of `site_path`."""
+    if site_file.startswith(f"{OUTSIDE}/"):
+        return site_file.removeprefix(f"{OUTSIDE}/")
+    return f"docs/{site_file}"
