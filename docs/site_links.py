@@ -1,8 +1,9 @@
-"""Makes the repository's other files a part of the site.
+"""What the site adds to the pages: the repository's other files, and links to the glossary. MkDocs calls the functions `on_...`.
 
 Pages link to files outside docs/: to CONTRIBUTING.md, to an experiment, to a kept result. In a clone such a link opens the
 file. The site has no clone beside it. So each file that a page links to becomes a file of the site, below repository/.
-MkDocs calls the two functions `on_...`.
+
+The first use of each word of docs/glossary.md on a page becomes a link to its explanation.
 """
 
 import os
@@ -18,6 +19,7 @@ OUTSIDE = "repository"
 """Folder of the site for files from outside docs/."""
 LINK = re.compile(r"(?P<text>!?\[(?:[^\[\]]|\[[^\[\]]*\])*\])\((?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)")
 """A link with its text, its target, and its anchor if there is one. A link within the page has no target, and is left alone."""
+GLOSSARY = "glossary.md"
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
 """Code, in which nothing is a link."""
 
@@ -57,7 +59,33 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     # Every second piece is code.
     pieces = CODE.split(markdown)
     pieces[::2] = [LINK.sub(in_site, piece) for piece in pieces[::2]]
-    return "".join(pieces)
+    linked = "".join(pieces)
+    if here.startswith("docs/") and page.file.src_uri != GLOSSARY:
+        return with_glossary_links(linked, glossary_terms())
+    return linked
+
+
+def glossary_terms() -> list[str]:
+    """The words that the glossary explains: its headings of the third level."""
+    return re.findall(r"^### (.+)$", (ROOT / "docs" / GLOSSARY).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def with_glossary_links(markdown: str, terms: list[str]) -> str:
+    """Link the first use of each term to the glossary. Code, headings and links stay as they are."""
+    anchors = {term.lower(): re.sub(r"[^\w]+", "-", term.lower()) for term in terms}
+    # The longest first: "LoRA rank" before "LoRA".
+    alternatives = "|".join(re.escape(term) for term in sorted(anchors, key=len, reverse=True))
+    untouched = rf"{CODE.pattern}|{LINK.pattern}|^#[^\n]*|<[^>]+>|^:::[^\n]*"
+    pattern = re.compile(rf"(?P<untouched>{untouched})|\b(?P<term>{alternatives})(?P<plural>s?)\b", re.M | re.S | re.I)
+    met = set()
+
+    def linked(match: re.Match[str]) -> str:
+        if match["untouched"] or match["term"].lower() in met:
+            return match[0]
+        met.add(match["term"].lower())
+        return f"[{match[0]}]({GLOSSARY}#{anchors[match['term'].lower()]})"
+
+    return pattern.sub(linked, markdown)
 
 
 def linked_files(page: str) -> list[str]:
