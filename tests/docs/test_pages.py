@@ -78,6 +78,14 @@ def test_the_table_of_models_is_that_of_the_sweep():
     assert written.count("| llama | LlamaForCausalLM |") == 1
 
 
+def test_the_diagrams_are_those_of_their_script():
+    drawn = runpy.run_path(str(ROOT / "docs" / "make_diagrams.py"))["DIAGRAMS"]
+    for name, draw in drawn.items():
+        assert (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8") == draw(), (
+            "run: python docs/make_diagrams.py"
+        )
+
+
 def test_the_table_of_optimizers_is_that_of_validation():
     written = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
     remade = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["optimizers_page"]
