@@ -201,13 +201,20 @@ def lora_targets(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def tuning_method(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Our `tuning` for another trainer's name of a method: lora, qlora, full, freeze or oft."""
+    """Our `tuning` for a method's name in another trainer or in a course, such as qlora, prefix_tuning or adapters."""
     words_by_name = {
         "lora": {"tuning": "lora"},
         "qlora": {"tuning": "lora", "model.quantisation": "nf4"},
         "full": {"tuning": "full"},
         "freeze": {"tuning": "freeze"},
         "oft": {"tuning": "oft"},
+        "prompt_tuning": {"tuning": "prompt"},
+        "prefix_tuning": {"tuning": "prefix"},
+        "ptuning": {"tuning": "p_tuning"},
+        "adapter": {"tuning": "bottleneck"},
+        "adapters": {"tuning": "bottleneck"},
+        "houlsby": {"tuning": "bottleneck"},
+        "pfeiffer": {"tuning": "bottleneck", "tuning.placement": "pfeiffer"},
     }
     words = words_by_name.get(value.lower())
     if words is None:

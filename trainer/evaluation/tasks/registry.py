@@ -59,6 +59,7 @@ TASK_KINDS: dict[str, type[Task]] = {
     )
 }
 """All kinds by name, in the order in which users see them."""
+TASK_KINDS |= {"rouge": written.Summarisation, "bleu": written.Translation}  # by the metric that they are known for
 
 
 def build_tasks(tasks: Mapping[str, TaskConfig]) -> list[Task]:
