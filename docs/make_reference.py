@@ -89,10 +89,14 @@ def table(group: str, settings: type, names: list[str]) -> list[str]:
 
 
 def table_rows(
-    prefix: str, settings: type, names: list[str], better_advice: Mapping[str, str] | None = None
+    prefix: str, settings: type, names: list[str], better_advice: Mapping[str, str] | None = None, held: Any = None
 ) -> list[str]:
-    """The rows of some fields, depth first; `better_advice` is what the group that holds them says about some of them."""
-    made, hints, docs, rows = settings(), get_type_hints(settings), all_docstrings(settings), list[str]()
+    """The rows of some fields, depth first; `better_advice` is what the group that holds them says about some of them.
+
+    `held`: the settings as the group that holds them makes them. Its defaults count, and not those of the class.
+    """
+    hints, docs, rows = get_type_hints(settings), all_docstrings(settings), list[str]()
+    made = held if isinstance(held, settings) else settings()
     for n in names:
         key, hint = f"{prefix}.{n}", hints[n]
         traits = traits_of(settings, n, better_advice)
@@ -100,7 +104,8 @@ def table_rows(
         if below is not None:
             inner, between = below
             rows.append(f"| **`{key}`** | | | {docs[n]} |")
-            rows += table_rows(key + between, inner, [f.name for f in fields(inner)], traits.advice_below)
+            inner_names = [f.name for f in fields(inner)]
+            rows += table_rows(key + between, inner, inner_names, traits.advice_below, getattr(made, n))
         else:
             rows.append(row(key, values_of(hint), getattr(made, n), docs[n], traits))
     return rows
