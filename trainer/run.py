@@ -384,7 +384,7 @@ def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
     return LoopSettings(
         total_steps=total_steps,
         seed=config.run.seed,
-        lr=config.optim.lr,
+        lr=config.optim.peak_lr,
         schedule=config.schedule,
         evaluation=replace(config.evaluation, greater_is_better=more_is_better(config)),
         log_every=config.logging.every_steps,

@@ -219,7 +219,7 @@ def points_listing(plan: PointsPlan, to: Path) -> str:
     rows = []
     for point in plan.points:
         refusals = fold_all([f"refused: {problem}" for problem in point.refusals], indent=4)
-        rows.append(TableRow((point.name, " ".join(point.words)), refusals))
+        rows.append(TableRow((point.name, " ".join([*point.words, *plan.rate_words(point)])), refusals))
     lines = [heading, *table((Column(), Column()), rows, indent=2), *plan.partial_settings]
     if plan.left_out:
         lines.append(f"left out by compare.skip and compare.where: {plan.left_out}")

@@ -99,7 +99,11 @@ def conclude(points: Sequence[ComparedRun], differences: Sequence[SettingDiffere
 
     parity = [point for point in points if point.is_same_job]
     unequal = [point for point in parity if point.loss_difference is not None and not point.loss_difference.same]
-    sentences = {"unfinished": _unfinished_sentence(points), "parity": _parity_sentence(parity, unequal)}
+    sentences = {
+        "unfinished": _unfinished_sentence(points),
+        "parity": _parity_sentence(parity, unequal),
+        "rates": _rates_sentence(points, differences),
+    }
     metric = watched_metric(jobs)
     ranked = rank(jobs, metric) if metric is not None else None
     if ranked is not None:
@@ -147,6 +151,22 @@ def _headline(sentences: dict[str, str], *, unequal: bool) -> str:
     if unequal:
         order = ("parity", *order)
     return next((sentences[kind] for kind in order if sentences.get(kind)), "Nothing to compare.")
+
+
+def _rates_sentence(points: Sequence[ComparedRun], differences: Sequence[SettingDifference]) -> str:
+    """Which points trained at which learning rate, if the rate follows from other settings; empty if it does not differ."""
+    rates = next((difference.values for difference in differences if difference.key == "optim.lr"), ())
+    others = [difference for difference in differences if difference.key != "optim.lr"]
+    words = [point_words(others, number) for number in range(len(points))]
+    # An axis of its own splits points that have the same other settings.
+    is_axis = len(set(words)) < len(set(zip(words, rates, strict=False)))
+    if not rates or is_axis:
+        return ""
+    names_by_rate: dict[str, list[str]] = {}
+    for point, rate in zip(points, rates, strict=True):
+        names_by_rate.setdefault(short(rate), []).append(point.name)
+    parts = [f"{rate} for {listed(names)}" for rate, names in names_by_rate.items()]
+    return f"The points trained at different learning rates (optim.lr): {', '.join(parts)}."
 
 
 def _seeds_sentence(job: ComparedJob) -> str:

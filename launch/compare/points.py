@@ -60,6 +60,15 @@ class PointsPlan:
         digest = hashlib.sha256(json.dumps(identities).encode()).hexdigest()
         return f"compare-{digest[:8]}"
 
+    def rate_words(self, point: RequestedPoint) -> list[str]:
+        """The learning rate of a point as a word, if the points have different ones that follow from their other settings."""
+        rates = {other.composed.config.optim.lr for other in self.points}
+        is_axis = any(word.startswith("optim.lr=") for word in point.words)
+        rate = point.composed.config.optim.lr
+        if len(rates) == 1 or is_axis or rate is None:
+            return []
+        return [f"(optim.lr={rate:g})"]
+
     def rows(self, to: Path) -> list[ComparisonRow]:
         """The rows that `comparison.json` in `to` keeps: for each point, the directories of its runs or why it was refused."""
         return [self._row(point, to) for point in self.points]

@@ -11,7 +11,6 @@ import copy
 import os
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +28,14 @@ from launch.config.choices import (
     settings_classes,
 )
 from launch.config.earlier_words import earlier_config_of_same_words, keep_first_budget
-from launch.config.frozen import Composed, default_run_dir, is_finished, load_frozen
+from launch.config.frozen import Composed, default_run_dir, is_finished, keep_rate_of_checkpoint, load_frozen
+from launch.config.learning_rate import keep_rate, rate_problems, settle_rate
+from launch.config.secrets import secret_problems
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError, key_of_problem
 from strategies.hardware import Gpu, best_precision, listed_gpus
-from strategies.redaction import secret_in
 from strategies.runtime import missing_cuda
-from trainer.config.resuming import flat, plain
+from trainer.config.resuming import plain
 from trainer.config.run import TEMPLATE_DATE, Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.export.config import settle_merge
@@ -67,6 +67,8 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
         typed = {typed_value.key for typed_value in parsed.values}
         config.substitutions |= adopt_adapter_settings(config.tuning, typed)
         config.substitutions |= settle_merge(config.export, config.tuning)
+        settle_rate(config)
+        keep_rate_of_checkpoint(config)
         if config.evaluation.watch is None:
             config.evaluation.watch = family_of(config.objective).watched_metric
         if check:
@@ -171,6 +173,7 @@ def _reasons_to_refuse_start(config: RunConfig, argv: list[str]) -> list[str]:
     if earlier_config is None:
         return problems
     keep_first_budget(config, earlier_config)
+    keep_rate(config, earlier_config)
     return refusals(config, written=earlier_config)
 
 
@@ -181,28 +184,10 @@ def refusals(config: RunConfig, *, written: RunConfig | None = None) -> list[str
     """
     return [
         *problems_of(config, world_size=world_size_of(config)),
+        *rate_problems(config),
         *_device_problems(config),
-        *_secret_problems(config, written),
+        *secret_problems(config, written),
     ]
-
-
-def _secret_problems(config: RunConfig, written: RunConfig | None) -> Iterator[str]:
-    """A problem for each value that looks like a password or token, except for those that `written` holds already.
-
-    Typed values are written into config.yaml, the run record and the model card, and are sent to trackers.
-    """
-    written_values = {} if written is None else flat(asdict(written))
-    for key, value in flat(asdict(config)).items():
-        if key in written_values and written_values[key] == value:
-            continue
-        entries = value if isinstance(value, list) else [value]
-        for entry in entries:
-            secret_kind = secret_in(entry) if isinstance(entry, str) else None
-            if secret_kind is not None:
-                yield (
-                    f"{key}: holds {secret_kind}, which would be written into config.yaml and the model card and sent to "
-                    "trackers; leave it in the environment, or in a file that only you can read (as ~/.netrc for addresses)"
-                )
 
 
 def world_size_of(config: RunConfig) -> int | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.choices import settings_class_of, settings_classes
+from launch.config.learning_rate import keep_rate
 from launch.config.trusted_values import is_remembered
 from launch.config.user_files import user_files_may_apply
 from strategies.errors import ConfigError
@@ -185,6 +186,8 @@ def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_
                 f"{path}: is torn, as by a power cut; delete it, and the same command writes it again and continues"
             ) from error
         raise
+    if has_progress:
+        keep_rate(config, before)
     changed = differences(config, before)
     if changed and has_progress and _only_defaults_changed(composed, changed, before, path):
         _copy_identifying(config, before)
@@ -246,11 +249,25 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
     if not path.exists() or not (has_checkpoint or is_finished(run_dir)):
         return
     before = load_frozen(path)
+    keep_rate(composed.config, before)
     changed = differences(composed.config, before)
     if changed and _only_defaults_changed(composed, changed, before, path):
         _copy_identifying(composed.config, before)
     if not changed:
         _keep_control_tokens(composed.config, before)
+
+
+def keep_rate_of_checkpoint(config: RunConfig) -> None:
+    """Give a run that starts from a checkpoint (`run.resume=<directory>`) the rate of that run, if neither was set by hand."""
+    if config.run.resume in ("auto", "never"):
+        return
+    checkpoint = Path(config.run.resume).expanduser().absolute()
+    # Two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005.
+    for run_dir in list(checkpoint.parents)[1:3]:
+        if (run_dir / "config.yaml").is_file():
+            with suppress(ConfigError):  # what is wrong with the file is said when the checkpoint is read
+                keep_rate(config, load_frozen(run_dir / "config.yaml"))
+            return
 
 
 def _only_defaults_changed(composed: Composed, changed: list[DifferingSetting], before: RunConfig, path: Path) -> bool:

@@ -263,6 +263,8 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     if "launcher.gpus_per_node" in typed and getattr(config.launcher, "gpus_per_node", 1) == 0:
         raise ConfigError("launcher.gpus_per_node=0: asks for nodes without GPUs; give the cards of a node to plan for")
     config.run.device = Device.cuda
+    if config.optim.lr is None:
+        config.optim.lr = 1.0  # no usual rate is known, and a plan does not depend on it
     # launcher=local resolves `auto` for this machine; the plan is for another one.
     precision = Precision.auto if "precision" in config.substitutions else config.precision
     config = replace(config, precision=card.precision(precision))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from trainer.build.recomputation import longest_lengths
 from trainer.build.rounds import documents_per_step, steps_of_run, writing_lines
 from trainer.build.sequence import check_sequence
 from trainer.config.parallel import accumulation_steps, readers_of
-from trainer.config.run import MICRO, STRATEGY, RunConfig, SlurmConfig
+from trainer.config.run import LR, MICRO, STRATEGY, RunConfig, SlurmConfig
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import is_prompts_alone, preview, summary
 from trainer.model.loading import load_tokenizer
@@ -28,6 +28,7 @@ from trainer.planner.micro_batch import preview_micro
 from trainer.planner.simulation import simulate_depth
 from trainer.planner.strategy_choice import preview_strategy
 from trainer.reporting.numbers import name_of_readers
+from trainer.session.rate_text import learning_rate_of, rate_lines
 from trainer.session.run_facts import model_flops_per_token, repetition_warning
 from trainer.step import Built
 
@@ -86,6 +87,7 @@ def describe(config: RunConfig) -> DryRun:
     total = sum(element_counts(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     memory = _memory(config, built, data, world)
+    rate = learning_rate_of(config, steps)
     lines = [
         summary(data.report),
         preview(data.train, tokenizer, built.data_spec, data.label_names, width=100),
@@ -95,6 +97,7 @@ def describe(config: RunConfig) -> DryRun:
         f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
         f"tokens per step: {approximation} {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
+        *rate_lines(rate, steps),
         *writing_lines(config, built, int(data.train.lengths.max(initial=0))),
         *repetition_warning(global_batch, epochs, steps),
         *_long_step_notes(config, built, samples),
@@ -104,7 +107,7 @@ def describe(config: RunConfig) -> DryRun:
     precision_advice = advice(config.precision, str(config.run.device))
     if precision_advice:
         lines.append(f"advice: {precision_advice}")
-    for key in (STRATEGY, MICRO):
+    for key in (STRATEGY, MICRO, LR):
         if key in config.substitutions:
             lines.append(f"resolved: {key}: {config.substitutions[key]}")
     lines += [f"resolved: {key}: {note}" for key, note in built.substitutions.items()]
@@ -117,6 +120,7 @@ def describe(config: RunConfig) -> DryRun:
         "trainable_parameters": trained,
         "batch": {"global": global_batch, "micro": micro, "accumulation": accumulation},
         "steps": steps,
+        "learning_rate": asdict(rate),
         "epochs": epochs,
         "documents": documents,
         "tokens_per_step": tokens_per_step,

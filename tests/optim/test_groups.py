@@ -38,7 +38,7 @@ def test_matrices_decay_and_vectors_do_not():
 def test_optimizer_group_of_a_partitioned_parameter_is_by_its_full_shape():
     parameter = nn.Parameter(torch.zeros(0))
     parameter.ds_shape = torch.Size([4, 4])
-    (group,) = group_parameters(AdamwConfig(weight_decay=0.1), [("layers.0.q.weight", parameter)], ())
+    (group,) = group_parameters(AdamwConfig(lr=1.0, weight_decay=0.1), [("layers.0.q.weight", parameter)], ())
     assert group.weight_decay == 0.1 and group.matrices
 
 
@@ -82,7 +82,7 @@ def test_optimizer_layer_decay_knows_the_layers_of_every_architecture(architectu
 
 def test_a_model_without_numbered_blocks_is_refused():
     with pytest.raises(ConfigError, match=r"optim\.layer_decay=0\.9: .*set optim\.layer_decay=1"):
-        by_name(AdamwConfig(layer_decay=0.9), {"encoder.weight": (2, 2)})
+        by_name(AdamwConfig(lr=1.0, layer_decay=0.9), {"encoder.weight": (2, 2)})
 
 
 def test_rules_multiply_rates_and_replace_decay():
@@ -99,7 +99,7 @@ def test_rules_multiply_rates_and_replace_decay():
 
 def test_optimizer_group_rule_that_matches_nothing_lists_what_exists():
     with pytest.raises(ConfigError, match=r"optim\.groups\.x\.match=score: matches none of the 6 .*lm_head\.weight"):
-        by_name(AdamwConfig(groups={"x": GroupRule(match="score")}))
+        by_name(AdamwConfig(lr=1.0, groups={"x": GroupRule(match="score")}))
 
 
 def test_optimizer_group_rules_that_match_the_same_parameter_are_refused():
@@ -107,4 +107,4 @@ def test_optimizer_group_rules_that_match_the_same_parameter_are_refused():
     with pytest.raises(
         ConfigError, match=r"optim\.groups\.b\.match=head: lm_head\.weight is matched by optim\.groups\.a"
     ):
-        by_name(AdamwConfig(groups=rules))
+        by_name(AdamwConfig(lr=1.0, groups=rules))

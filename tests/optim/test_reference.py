@@ -148,7 +148,10 @@ def test_8_bit_adamw_follows_adamw():
 
 @pytest.mark.parametrize(
     ("config", "package", "extra"),
-    [(ScheduleFreeConfig(), "schedulefree", "schedule_free"), (Adamw8bitConfig(), "bitsandbytes", "qlora")],
+    [
+        (ScheduleFreeConfig(lr=1e-3), "schedulefree", "schedule_free"),
+        (Adamw8bitConfig(lr=1e-3), "bitsandbytes", "qlora"),
+    ],
 )
 def test_a_missing_package_is_named_with_its_extra(config, package, extra, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)

@@ -26,7 +26,7 @@ def made(tmp_path_factory):
     """(configuration that asks, data): a model whose parameters count, and an optimizer that ZeRO has not."""
     root = tmp_path_factory.mktemp("auto")
     path = model_dir(root, hidden_size=128, intermediate_size=512)
-    config = replace(run_config(path, "single", "full", micro=4), strategy=AutoConfig(), optim=MuonConfig())
+    config = replace(run_config(path, "single", "full", micro=4), strategy=AutoConfig(), optim=MuonConfig(lr=2e-5))
     return config, data_set(root, uneven=False)
 
 

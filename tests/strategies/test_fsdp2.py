@@ -32,7 +32,7 @@ def pins(monkeypatch):
 
 def take(tmp_path, strategy, rank, ranks):
     """The engine after a forward pass, as one of several ranks: real tensors, exchanges that bring nothing."""
-    config = run_config(model_dir(tmp_path), strategy, "full", micro=2, optim=AdamwConfig(ema_decay=0.9))
+    config = run_config(model_dir(tmp_path), strategy, "full", micro=2, optim=AdamwConfig(lr=2e-5, ema_decay=0.9))
     with simulated_rank(rank, ranks, device=torch.device("cpu")) as runtime:
         config = replace(config, batch={"global": 2 * ranks, "micro": 2})
         trainer = trainer_for(config, data_set(tmp_path, uneven=False), runtime)

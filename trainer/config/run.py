@@ -48,8 +48,8 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-AUTO, MICRO, STRATEGY, MATMUL = "auto", "batch.micro", "strategy", "run.matmul"
-RESOLVED = (MICRO, STRATEGY, MATMUL)
+AUTO, MICRO, STRATEGY, MATMUL, LR = "auto", "batch.micro", "strategy", "run.matmul", "optim.lr"
+RESOLVED = (MICRO, STRATEGY, MATMUL, LR)
 """Settings that the run resolves once. Every later start reads the choice back."""
 TEMPLATE_DATE = "data.date"
 """The substitution that has the date which the chat template writes for today."""

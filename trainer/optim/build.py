@@ -48,30 +48,32 @@ def build_optimizer(
             bitsandbytes = import_package(config.name)
             return bitsandbytes.optim.AdamW8bit(
                 group_dicts,
-                lr=config.lr,
+                lr=config.peak_lr,
                 betas=_betas(config),
                 eps=config.eps,
                 min_8bit_size=config.min_8bit_elements,
             )
         case ScheduleFreeConfig():
             schedulefree = import_package(config.name)
-            averaging = schedulefree.AdamWScheduleFree(group_dicts, lr=config.lr, betas=_betas(config), eps=config.eps)
+            averaging = schedulefree.AdamWScheduleFree(
+                group_dicts, lr=config.peak_lr, betas=_betas(config), eps=config.eps
+            )
             # It holds two sets of weights, and refuses to step before it is told which one is live.
             averaging.train()
             return averaging
         case AdamwConfig():
-            return torch.optim.AdamW(group_dicts, lr=config.lr, betas=_betas(config), eps=config.eps, fused=True)
+            return torch.optim.AdamW(group_dicts, lr=config.peak_lr, betas=_betas(config), eps=config.eps, fused=True)
         case LionConfig():
             from trainer.optim.lion import Lion
 
-            return Lion(group_dicts, lr=config.lr, betas=_betas(config))
+            return Lion(group_dicts, lr=config.peak_lr, betas=_betas(config))
         case AdafactorConfig():
             from trainer.optim.whole import ShardedAdafactor
 
             default_moment_eps = None
             return ShardedAdafactor(
                 group_dicts,
-                lr=config.lr,
+                lr=config.peak_lr,
                 beta2_decay=-config.decay_exponent,
                 eps=(default_moment_eps, config.eps_scale),
                 d=config.clip_threshold,
@@ -80,7 +82,7 @@ def build_optimizer(
             return _muon(config, groups)
         case SgdConfig():
             return torch.optim.SGD(
-                group_dicts, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+                group_dicts, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
             )
     # A settings class that nobody has added above.
     raise TypeError(f"no optimizer is known for {type(config).__name__}")
@@ -103,7 +105,7 @@ def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optim
         optimizers.append(
             ShardedMuon(
                 matrix_groups,
-                lr=config.lr,
+                lr=config.peak_lr,
                 momentum=config.momentum,
                 nesterov=config.nesterov,
                 ns_steps=config.iterations,
@@ -113,6 +115,6 @@ def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optim
         )
     if other_groups:
         optimizers.append(
-            torch.optim.AdamW(other_groups, lr=config.lr, betas=_betas(config), eps=config.eps, fused=True)
+            torch.optim.AdamW(other_groups, lr=config.peak_lr, betas=_betas(config), eps=config.eps, fused=True)
         )
     return cast(torch.optim.Optimizer, CombinedOptimizer(*optimizers))

@@ -45,8 +45,8 @@ class OptimConfig:
 
     name: OptimName = setting(OptimName.adamw, reach=DESCRIBES)
     """Which optimizer runs; set by the group choice `optim=<name>`."""
-    lr: float = number(2e-5, above=0, advice="about 2e-5 for full tuning, 2e-4 for LoRA")
-    """Peak learning rate; about 1e-5 to 5e-5 for full tuning, 1e-4 to 5e-4 for LoRA."""
+    lr: float | None = number(None, above=0, advice="about 2e-5 for full tuning, 2e-4 for LoRA")
+    """Peak learning rate; null takes the usual one of the optimizer, tuning method and objective (docs/peft.md)."""
     weight_decay: float = number(0.0, least=0, advice="0 to 0.1 as a rule")
     """Weight decay on matrices; norms, biases and other vectors never decay."""
     max_grad_norm: float = number(1.0, least=0, advice="0 switches clipping off")
@@ -59,6 +59,12 @@ class OptimConfig:
     """Decay of an average of the weights that is evaluated and exported in their place; 0 is off, 0.99 to 0.9999 as a rule."""
     groups: dict[str, GroupRule] = field(default_factory=dict)
     """Exceptions by a name of your choice, as in `optim.groups.head.match=score optim.groups.head.lr_factor=10`."""
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr` as a number. Composition has settled it: see `trainer/optim/rates.py`."""
+        assert self.lr is not None, "optim.lr: not settled"
+        return self.lr
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,8 +91,6 @@ class AdafactorConfig(OptimConfig):
     """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235): second moments as a row and a column, steps relative to weights."""
 
     name: OptimName = OptimName.adafactor
-    lr: float = 1e-3
-    """Peak rate relative to the root mean square of each parameter; capped by 1/sqrt(step); about 1e-3."""
     decay_exponent: float = number(0.8, least=0, most=1, advice="0.8 in the paper")
     """The second moments average over more steps later in the run: step t counts `t ** -decay_exponent`, 0 to 1."""
     clip_threshold: float = number(1.0, least=1, advice="1 in the paper")
@@ -100,8 +104,6 @@ class LionConfig(OptimConfig):
     """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum, half of AdamW's state."""
 
     name: OptimName = OptimName.lion
-    lr: float = 3e-6
-    """Peak learning rate; three to ten times smaller than AdamW's, with a weight decay as many times larger."""
     betas: list[float] = setting(default_factory=lambda: [0.9, 0.99], reach=DESCRIBES)
     """Weight of the momentum in the update, and its own decay rate, each in [0, 1)."""
 
@@ -139,8 +141,6 @@ class SgdConfig(OptimConfig):
     """Stochastic gradient descent with momentum; weight decay is added to the gradient (L2)."""
 
     name: OptimName = OptimName.sgd
-    lr: float = 1e-2
-    """Peak learning rate; hundreds of times larger than AdamW's as a rule."""
     momentum: float = number(0.9, least=0, below=1, advice="0.9 (sgd) or 0.95 (muon) as a rule")
     """Decay rate of the momentum, in [0, 1); 0 keeps no state."""
     nesterov: bool = setting(False, reach=DESCRIBES)

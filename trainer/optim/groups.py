@@ -73,7 +73,7 @@ def group_parameters(
         is_block_matrix = dimensions == 2 and BLOCK.search(name) is not None
         key = (factor, decay, is_block_matrix)
         if key not in groups:
-            groups[key] = ParameterGroup(config.lr * factor, decay, is_block_matrix)
+            groups[key] = ParameterGroup(config.peak_lr * factor, decay, is_block_matrix)
         groups[key].names.append(name)
         groups[key].parameters.append(parameter)
     return list(groups.values())

@@ -164,6 +164,8 @@ class RunRecord:
     total_steps: int = 0
     epochs: float = 0.0
     tokens_per_step: int = 0
+    learning_rate: dict[str, Any] = field(default_factory=dict)
+    """The highest rate of the run, the usual one, steps of warm-up, and the schedule."""
 
     @property
     def readers(self) -> str:

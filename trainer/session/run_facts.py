@@ -7,7 +7,7 @@ import platform
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from trainer.reporting.status import write_text_atomic
 from trainer.rollout.loader import RolloutLoader
 from trainer.session.base_files import base_commit
 from trainer.session.identity import versions_of
+from trainer.session.rate_text import LearningRate, learning_rate_of, rate_lines
 from trainer.step import Built
 from trainer.tuning.initial_adapter import adapter_hash
 
@@ -135,6 +136,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         accumulation=loader.accumulation,
         total_steps=run_parts.total_steps,
         epochs=run_parts.total_steps * loader.samples_per_step / loader.order.num_units,
+        learning_rate=asdict(learning_rate_of(config, run_parts.total_steps)),
         tokens_per_step=round(mean_tokens * config.batch["global"]),
         host=socket.gethostname(),
         device=str(runtime.device),
@@ -299,6 +301,7 @@ def start_text(record: RunRecord) -> str:
         f"{record.epochs:,.2f} epochs",
         f"precision {record.precision}, attention {record.attention}, layout {record.layout}",
     ]
+    lines += rate_lines(LearningRate(**record.learning_rate), record.total_steps)
     lines += repetition_warning(record.global_batch, record.epochs, record.total_steps)
     lines += memory_text(record)
     if record.advice:

@@ -42,6 +42,11 @@ class TuningConfig:
     name: TuningName = setting(TuningName.full, reach=DESCRIBES)
     """Which method runs; set by the group choice `tuning=<name>`, not by hand."""
 
+    @property
+    def method(self) -> str:
+        """The name of the method: the choice of `tuning=`, or peft's own name for a method of `tuning=peft`."""
+        return str(self.name)
+
 
 @dataclass(kw_only=True, slots=True)
 class FullConfig(TuningConfig):

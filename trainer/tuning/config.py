@@ -153,6 +153,11 @@ class PeftConfig(AdapterConfig):
     options: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES)
     """Options of peft's config class for that method, as pairs; targets and modules_to_save have keys of their own."""
 
+    @property
+    def method(self) -> str:
+        """peft's name of the method, as the user typed it."""
+        return str(self.name) if self.type is None else self.type.lower()
+
 
 @dataclass(kw_only=True, slots=True)
 class VirtualConfig(TuningConfig):

@@ -44,6 +44,8 @@ ZERO_SETTINGS = {
         note="export/ always holds whole weights", not_needed=True
     ),
 }
+ADAM_RATE = "1e-3"
+"""The learning rate of DeepSpeed's Adam and AdamW if the file gives none."""
 NOT_PASSED_ON = "it is not passed on to DeepSpeed: what its engine is told is derived from strategy.*"
 
 
@@ -257,6 +259,10 @@ def _add_optimizer(block: Mapping[str, Any], conversion: ConvertedSettings, name
             conversion.add_translation(full_name, value, TranslatedSetting(note=note, not_needed=True))
         else:
             conversion.add_translation(full_name, value, TranslatedSetting(note=NOT_PASSED_ON))
+    is_adam = "adam" in to_cli_text(kind).lower()
+    if is_adam and "lr" not in parameters and not _is_auto(block.get("params")):
+        translation = TranslatedSetting({"optim.lr": ADAM_RATE})
+        conversion.add_translation(f"{name}.params.lr", f"{ADAM_RATE} (what DeepSpeed does)", translation)
     for key in block.keys() - {"type", "params"}:
         conversion.add_unsupported(f"{name}.{key}", block[key], NOT_PASSED_ON)
 

@@ -42,6 +42,20 @@ DEFAULTS = {
     HUGGING_FACE: {**COMMON_DEFAULTS, "per_device_train_batch_size": "8"},
 }
 """Defaults of the other trainers that differ from ours: what they do if their file says nothing."""
+TRL_RATES = {
+    "2e-5": ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "packing"),
+    "1e-6": (
+        *(
+            "num_generations",
+            "max_completion_length",
+            "precompute_ref_log_probs",
+            "desirable_weight",
+            "undesirable_weight",
+        ),
+    ),
+    "1e-4": ("center_rewards_coefficient",),
+}
+"""TRL's own default of `learning_rate`, by settings of which its file has one: of SFT; of GRPO, DPO and KTO; of rewards."""
 OVERRIDING_SETTINGS = {
     "warmup_steps": ("warmup_ratio",),
     "num_train_epochs": ("max_steps", "epochs"),
@@ -184,6 +198,11 @@ def _defaults_that_hold(trainer: str, typed_by_name: Mapping[str, str]) -> dict[
         overriding = (key, *OVERRIDING_SETTINGS.get(key, ()))
         if not any(name in typed_by_name for name in overriding):
             defaults[key] = value
+    if trainer == HUGGING_FACE and "learning_rate" in defaults:
+        for rate, names in TRL_RATES.items():
+            if any(name in typed_by_name for name in names):
+                defaults["learning_rate"] = rate
+                break
     return defaults
 
 

@@ -313,11 +313,17 @@ def test_axes_are_in_the_order_of_the_command_and_none_follows_from_another(tmp_
         for strategy in ("ddp", "fsdp2"):
             settings = {"tuning.name": tuning, "optim.lr": rate, "strategy.name": strategy}
             rows.append(point(tmp_path, f"{strategy}-{tuning}", settings=settings))
-    axes = compare(rows).axes
-    assert [(axis.title, axis.values) for axis in axes] == [
+    comparison = compare(rows)
+    assert [(axis.title, axis.values) for axis in comparison.axes] == [
         ("strategy", ["ddp", "fsdp2"]),
         ("tuning", ["full", "lora"]),
     ]
+    [told] = [sentence for sentence in comparison.conclusion.sentences if "learning rates" in sentence]
+    assert told.startswith("The points trained at different learning rates (optim.lr): 1e-4 for ddp-full")
+    assert "1e-3 for ddp-lora" in told
+    # An axis of its own says so itself.
+    rows = [point(tmp_path, f"rate{rate}", settings={"optim.lr": rate}) for rate in (1e-4, 1e-3)]
+    assert not any("learning rates" in sentence for sentence in compare(rows).conclusion.sentences)
 
 
 def test_the_answer_stands_in_text_markdown_and_page(tmp_path):

@@ -510,7 +510,7 @@ def test_config_dir_of_a_user_offers_choices(own):
     config = compose(rest, check=False).config
     assert (str(config.tuning.name), config.tuning.rank, config.optim.lr) == ("lora", 4, 1e-4)
     config = compose(["experiment=mine", "tuning.alpha=8", "~optim.lr"], check=False).config
-    assert (config.tuning.rank, config.tuning.alpha, config.optim.lr) == (4, 8.0, 2e-5)
+    assert (config.tuning.rank, config.tuning.alpha, config.optim.lr) == (4, 8.0, 2e-4)
     assert expand(["tuning=glob(s*)", "strategy=glob([zero*,ddp],exclude=zero1)"])[0] == [
         "tuning=small",
         "strategy=ddp",

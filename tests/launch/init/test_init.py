@@ -73,7 +73,7 @@ def test_init_sets_what_is_typed_and_shows_the_defaults(tmp_path, capsys):
     assert compose(["all.yaml"], check=False).yaml == typed.yaml
     assert set(settings()) >= SHOWN
     assert "# merge: null" in text and "# processes: null" in text and "# precision" not in text
-    assert "# Peak learning rate; about 1e-5 to 5e-5 for full tuning" in text
+    assert "# Peak learning rate; null takes the usual one" in text
 
 
 def test_init_writes_a_file_once_and_only_of_what_could_run(tmp_path, capsys):
@@ -229,6 +229,11 @@ def test_a_file_of_llama_factory_trains(tmp_path, capsys):
             "gradient_checkpointing",
         ),
         (
+            "model_name_or_path: m\ndataset_text_field: text\nmax_steps: 7\nodd: 1",
+            {"optim.lr": 2e-5, "budget.steps": 7},
+            "odd",
+        ),
+        (
             "model_name_or_path: m\ndataset_name: trl-lib/Capybara\nodd: 1\nmax_steps: 7\n"
             "deepspeed: {zero_optimization: {stage: 1}}",
             {"data.path": "hub:trl-lib/Capybara", "budget.steps": 7, "batch.micro": 8, "strategy": "zero1"},
@@ -253,6 +258,11 @@ def test_a_file_of_llama_factory_trains(tmp_path, capsys):
             "datasets.split",
         ),
         ("train_batch_size: 8\nzero_optimization: {stage: auto}\nodd: 1", {"batch.global": 8}, "odd"),
+        (
+            "zero_optimization: {stage: 1}\noptimizer: {type: AdamW}\nodd: 1",
+            {"optim": "adamw", "optim.lr": 1e-3},
+            "odd",
+        ),
         ("base_model: m\ngradient_accumulation_steps: .inf\nodd: 1\noptimizer: x", {"batch.micro": 1}, "odd"),
         (
             "base_model: m\noptimizer: paged_adamw_32bit\nwandb_name: x\nliger_rope: true\ncut_cross_entropy: true\n"
@@ -267,7 +277,13 @@ def test_a_file_of_llama_factory_trains(tmp_path, capsys):
         ),
         (
             "model_name_or_path: m\nrl: grpo\nnum_generations: 16\nepsilon_high: 0.28\nscale_rewards: false\nuse_vllm: true",
-            {"objective": "grpo", "objective.group_size": 16, "objective.clip_high": 0.28, "objective.scale": "none"},
+            {
+                "objective": "grpo",
+                "optim.lr": 1e-6,
+                "objective.group_size": 16,
+                "objective.clip_high": 0.28,
+                "objective.scale": "none",
+            },
             "use_vllm",
         ),
         (

@@ -1,0 +1,77 @@
+"""Writes the tables of learning rates in `docs/peft.md` from `trainer/optim/rates.py`.
+
+python docs/make_rates.py
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from trainer.optim.rates import ADAMW_FACTORS, METHODS, OBJECTIVES, OWN_RATES, UsualRate  # noqa: E402
+from trainer.tuning.table import METHODS as CHOICES  # noqa: E402
+
+PAGE = ROOT / "docs" / "peft.md"
+BEGIN, END = "<!-- made by docs/make_rates.py from trainer/optim/rates.py -->", "<!-- end -->"
+HEADER = ["| {} | default | advised | source |", "|---|---|---|---|"]
+
+
+def row(name: str, rate: UsualRate) -> str:
+    """The row of one rate."""
+    return f"| {name} | {short(rate.usual)} | {short(rate.low)} to {short(rate.high)} | {rate.source} |"
+
+
+def short(rate: float) -> str:
+    """A rate as it is typed: `2e-4`, `0.3`."""
+    if rate >= 0.01:
+        return f"{rate:g}"
+    digits, _, exponent = f"{rate:e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+def typed(method: str) -> str:
+    """A method as it is typed behind `tuning=`; one of `tuning=peft` has its name behind `tuning.type=`."""
+    return f"`{method}`" if method in CHOICES else f"`peft`, `tuning.type={method}`"
+
+
+def tables() -> str:
+    """The three tables: by method, by objective, by optimizer."""
+    by_method = [row(typed(method), rate) for method, rate in METHODS.items()]
+    same: dict[int, list[str]] = {}
+    for objective, rates in OBJECTIVES.items():
+        same.setdefault(id(rates), []).append(objective)
+    by_objective = []
+    for objectives in same.values():
+        rates = OBJECTIVES[objectives[0]]
+        names = ", ".join(f"`{objective}`" for objective in objectives)
+        by_objective += [row(f"{names}: full tuning", rates.full), row(f"{names}: LoRA", rates.lora)]
+    by_optimizer = []
+    for optimizer, (factor, source) in ADAMW_FACTORS.items():
+        if source:
+            by_optimizer.append(f"| `{optimizer}` | {factor:g} times AdamW's | | {source.partition(': ')[2] or '-'} |")
+    for (optimizer, method), rate in OWN_RATES.items():
+        by_optimizer.append(row(f"`{optimizer}` with {typed(method)}", rate))
+    parts = [
+        "With AdamW, for `objective=sft`, `pretrain` and `distillation`:",
+        "\n".join([HEADER[0].format("`tuning=`"), HEADER[1], *by_method]),
+        "With AdamW, for other objectives:",
+        "\n".join([HEADER[0].format("`objective=`"), HEADER[1], *by_objective]),
+        "With other optimizers:",
+        "\n".join([HEADER[0].format("`optim=`"), HEADER[1], *by_optimizer]),
+    ]
+    return "\n\n".join(parts)
+
+
+def page(text: str) -> str:
+    """`docs/peft.md` with its tables made anew."""
+    pattern = rf"({re.escape(BEGIN)}\n).*?({re.escape(END)})"
+    return re.sub(pattern, lambda match: f"{match[1]}{tables()}\n{match[2]}", text, count=1, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")

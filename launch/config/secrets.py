@@ -1,0 +1,29 @@
+"""Finds passwords and tokens among the values of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from strategies.redaction import secret_in
+from trainer.config.resuming import flat
+from trainer.config.run import RunConfig
+
+
+def secret_problems(config: RunConfig, written: RunConfig | None) -> Iterator[str]:
+    """A problem for each value that looks like a password or token, except for those that `written` holds already.
+
+    Typed values are written into config.yaml, the run record and the model card, and are sent to trackers.
+    """
+    written_values = {} if written is None else flat(asdict(written))
+    for key, value in flat(asdict(config)).items():
+        if key in written_values and written_values[key] == value:
+            continue
+        entries = value if isinstance(value, list) else [value]
+        for entry in entries:
+            secret_kind = secret_in(entry) if isinstance(entry, str) else None
+            if secret_kind is not None:
+                yield (
+                    f"{key}: holds {secret_kind}, which would be written into config.yaml and the model card and sent to "
+                    "trackers; leave it in the environment, or in a file that only you can read (as ~/.netrc for addresses)"
+                )

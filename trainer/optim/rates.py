@@ -1,0 +1,164 @@
+"""The usual learning rates: what `optim.lr` is if it is not set, by optimizer, tuning method and objective.
+
+The tables below are the only place that knows a rate. docs/peft.md and docs/optimizers.md are made from them. A rate has a
+source: a paper, peft's comparison of methods, or a measurement of ours on the demo's model. Where there is none of these, the
+rate is a multiple of a known one, and its source says so. What is in no table must be given by the user.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from trainer.optim.config import MuonConfig, MuonScale, OptimConfig, OptimName
+
+COMPARISON = "peft's method comparison with Llama 3.2 3B"
+"""github.com/huggingface/peft, method_comparison/MetaMathQA at 5d602fd: 5,000 steps of mathematics, test accuracy by rate."""
+DEMO = "measured with SmolLM2-135M"
+"""benchmarks/results/methods/compare.md: the held-out loss fell at this rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsualRate:
+    """A learning rate to start from, and the rates that are advised besides."""
+
+    usual: float
+    low: float
+    high: float
+    """The highest rate that is advised, for models of less than about a billion parameters."""
+    source: str
+
+    def times(self, factor: float, source: str) -> UsualRate:
+        """The rate of another objective or optimizer, as a multiple of this one; two digits are kept."""
+        usual, low, high = (float(f"{rate * factor:.2g}") for rate in (self.usual, self.low, self.high))
+        return UsualRate(usual, low, high, source)
+
+
+_FULL = UsualRate(2e-5, 1e-5, 1e-4, "Touvron et al. 2023, arXiv:2307.09288")
+_LORA = UsualRate(2e-4, 1e-4, 3e-3, "Dettmers et al. 2023, arXiv:2305.14314")
+METHODS: dict[str, UsualRate] = {
+    "full": _FULL,
+    "freeze": replace(_FULL, source="as for full"),
+    "lora": _LORA,
+    "adalora": UsualRate(5e-4, 2e-4, 3e-3, "Zhang et al. 2023, arXiv:2303.10512"),
+    "loha": replace(_LORA, source="as for lora, of which it is a relative; not measured"),
+    "lokr": UsualRate(3e-3, 5e-4, 6e-3, COMPARISON),
+    "oft": UsualRate(1e-4, 1e-4, 1e-3, COMPARISON),
+    "boft": UsualRate(1e-4, 1e-4, 1e-3, "as for oft, of which it is a relative; not measured"),
+    "vera": UsualRate(4e-3, 1e-3, 2e-2, "Kopiczko et al. 2023, arXiv:2310.11454"),
+    "ia3": UsualRate(5e-3, 1e-3, 1e-2, COMPARISON),
+    "ln": UsualRate(1e-3, 5e-4, 1e-2, "five times that of lora; not measured"),
+    "bottleneck": UsualRate(1e-3, 1e-4, 3e-3, DEMO),
+    "prefix": UsualRate(5e-3, 1e-3, 1e-2, COMPARISON),
+    "prompt": UsualRate(1e-2, 1e-3, 1e-1, DEMO),
+    "p_tuning": UsualRate(1e-4, 1e-4, 3e-3, COMPARISON),
+    "adaption_prompt": UsualRate(5e-3, 5e-3, 1.5e-2, COMPARISON),
+    "c3a": UsualRate(0.3, 0.1, 0.3, COMPARISON),
+    "glora": UsualRate(1e-4, 1e-4, 5e-4, COMPARISON),
+    "gralora": UsualRate(2e-4, 1e-4, 1e-3, COMPARISON),
+    "hira": UsualRate(4.5e-3, 1e-3, 4.5e-3, COMPARISON),
+    "miss": UsualRate(1e-4, 1e-4, 1e-3, COMPARISON),
+    "peanut": UsualRate(1e-4, 1e-4, 1e-3, COMPARISON),
+    "road": UsualRate(1e-3, 1e-3, 5e-3, COMPARISON),
+}
+"""AdamW, for objectives that imitate text (`IMITATING`). A method of `tuning=peft` stands under its `tuning.type`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveRates:
+    """AdamW's rates for an objective that does more than imitate text. Other adapters differ from it as LoRA does."""
+
+    full: UsualRate
+    lora: UsualRate
+
+
+IMITATING = ("sft", "pretrain", "distillation")
+_PREFERENCES = ObjectiveRates(
+    full=UsualRate(1e-6, 5e-7, 5e-6, "the default of TRL for DPO"),
+    lora=UsualRate(2e-5, 5e-6, 5e-5, "a tenth of that for imitation; not measured"),
+)
+_REINFORCEMENT = ObjectiveRates(
+    full=UsualRate(1e-6, 3e-7, 5e-6, "Shao et al. 2024, arXiv:2402.03300"),
+    lora=UsualRate(1e-5, 1e-5, 3e-4, "ten times that of full tuning; not measured"),
+)
+OBJECTIVES: dict[str, ObjectiveRates] = {
+    "classification": ObjectiveRates(
+        full=UsualRate(3e-5, 1e-5, 2e-4, "Devlin et al. 2018, arXiv:1810.04805"), lora=_LORA
+    ),
+    "seq2seq": ObjectiveRates(full=UsualRate(1e-4, 3e-5, 3e-4, "transformers' page on T5"), lora=_LORA),
+    "dpo": _PREFERENCES,
+    "simpo": _PREFERENCES,
+    "kto": _PREFERENCES,
+    "orpo": ObjectiveRates(
+        full=UsualRate(8e-6, 5e-6, 2e-5, "Hong et al. 2024, arXiv:2403.07691"),
+        lora=UsualRate(1e-4, 2e-5, 2e-4, "about ten times that of full tuning; not measured"),
+    ),
+    "reward": ObjectiveRates(
+        full=UsualRate(9e-6, 5e-6, 2e-5, "Ouyang et al. 2022, arXiv:2203.02155"),
+        lora=UsualRate(1e-4, 2e-5, 2e-4, "ten times that of full tuning; not measured"),
+    ),
+    **dict.fromkeys(("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "cispo", "max_rl"), _REINFORCEMENT),
+}
+
+ADAMW_FACTORS: dict[OptimName, tuple[float, str]] = {
+    OptimName.adamw: (1, ""),
+    OptimName.adamw_8bit: (1, "AdamW's rate"),
+    OptimName.schedule_free: (1, "AdamW's rate"),
+    OptimName.muon: (1, "AdamW's rate: Liu et al. 2025, arXiv:2502.16982"),
+    OptimName.lion: (0.15, "0.15 times AdamW's: Chen et al. 2023, arXiv:2302.06675"),
+}
+"""Optimizers whose rates are a multiple of AdamW's, whatever the method and the objective: the factor, and its source."""
+OWN_RATES: dict[tuple[OptimName, str], UsualRate] = {
+    (OptimName.adafactor, "full"): UsualRate(1e-3, 3e-4, 1e-2, "Raffel et al. 2019, arXiv:1910.10683"),
+    (OptimName.adafactor, "lora"): UsualRate(
+        5e-2, 1e-2, 1e-1, "50 times that of full: matrix B starts at zero; not measured"
+    ),
+    (OptimName.sgd, "full"): UsualRate(1e-2, 1e-3, 1e-1, "500 times that of AdamW; not measured"),
+}
+"""Optimizers whose rates are no multiple of AdamW's, by method. For the objectives of `IMITATING`, and seq2seq."""
+
+
+def usual_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | None:
+    """The usual learning rate of a combination; None if no table has it. `method`: `TuningConfig.method`."""
+    if isinstance(optim, MuonConfig) and optim.scale is MuonScale.original:
+        return None  # its updates are of another size, and nobody has given a rate for fine-tuning
+    if optim.name not in ADAMW_FACTORS:
+        return OWN_RATES.get((optim.name, method)) if objective in (*IMITATING, "seq2seq") else None
+    rate = _adamw_rate(method, objective)
+    factor, source = ADAMW_FACTORS[optim.name]
+    if rate is None or factor == 1:
+        return rate
+    return rate.times(factor, source)
+
+
+def _adamw_rate(method: str, objective: str) -> UsualRate | None:
+    """AdamW's usual rate; None if no table has the method or the objective."""
+    rate = METHODS.get(method)
+    if rate is None or objective in IMITATING:
+        return rate
+    rates = OBJECTIVES.get(objective)
+    if rates is None:
+        return None
+    if method in ("full", "freeze"):
+        return rates.full
+    if method == "lora":
+        return rates.lora
+    factor = rates.lora.usual / _LORA.usual
+    return (
+        rate if factor == 1 else rate.times(factor, f"{factor:g} times that for imitation, as with lora; not measured")
+    )
+
+
+def missing_rate(optim: OptimConfig, method: str, objective: str) -> str:
+    """The problem of a run whose `optim.lr` is not set and in no table: what to give, and the rates of its neighbours."""
+    neighbours = []
+    candidates = [(optim, "lora"), (optim, "full"), (OptimConfig(), method), (OptimConfig(), "lora")]
+    for other_optim, other_method in candidates:
+        rate = usual_rate(other_optim, other_method, objective)
+        words = f"optim={other_optim.name} and {other_method}"
+        if rate is not None and not any(words in neighbour for neighbour in neighbours):
+            neighbours.append(f"{rate.usual:g} with {words}")
+    near = f"; usual rates nearby: {', '.join(neighbours)}" if neighbours else ""
+    return (
+        f"optim.lr: not set, and no usual rate is known for optim={optim.name}, {method} and objective={objective}; give "
+        f"one, as in optim.lr=1e-4{near}"
+    )

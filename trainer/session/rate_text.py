@@ -1,0 +1,53 @@
+"""What a run says of its learning rate and its length before it trains, in `--dry-run` and on the start screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config.run import RunConfig
+from trainer.optim.rates import usual_rate
+from trainer.optim.schedule import warmup_steps
+
+FEW_STEPS = 20
+"""A run of fewer steps is noted: a usual learning rate hardly moves a model in so few."""
+HIGH_RATE = 20
+"""A learning rate of more than this many times the usual one is noted."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRate:
+    """The learning rate of a run, and what belongs to it."""
+
+    peak: float = 0.0
+    """`optim.lr`."""
+    usual: float | None = None
+    """The usual rate of this optimizer, tuning method and objective; None if none is known."""
+    warmup_steps: int = 0
+    schedule: str = ""
+
+
+def learning_rate_of(config: RunConfig, total_steps: int) -> LearningRate:
+    """The learning rate of a run of `total_steps`."""
+    usual = usual_rate(config.optim, config.tuning.method, str(config.objective.name))
+    return LearningRate(
+        peak=config.optim.peak_lr,
+        usual=usual.usual if usual is not None else None,
+        warmup_steps=warmup_steps(config.schedule, total_steps),
+        schedule=str(config.schedule.name),
+    )
+
+
+def rate_lines(rate: LearningRate, total_steps: int) -> list[str]:
+    """The line on rate, warm-up and schedule, and a note if the run takes few steps or its rate is far above the usual one."""
+    lines = [f"learning rate: {rate.peak:g} after {rate.warmup_steps} steps of warm-up, then {rate.schedule}"]
+    if total_steps < FEW_STEPS:
+        lines.append(
+            f"note: the run takes only {total_steps} steps, and few models learn a task in fewer than {FEW_STEPS}; for more, "
+            "raise budget.epochs or budget.steps, or lower batch.global"
+        )
+    if rate.usual is not None and rate.peak > HIGH_RATE * rate.usual:
+        lines.append(
+            f"note: optim.lr={rate.peak:g} is {rate.peak / rate.usual:,.0f} times the usual rate of this optimizer, method and "
+            f"objective ({rate.usual:g}), and may destroy what the model knows"
+        )
+    return lines
