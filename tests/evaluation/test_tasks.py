@@ -211,4 +211,6 @@ def test_bootstrap_difference_is_reported_only_beyond_chance_and_rounding():
 def test_kinds_have_the_names_of_the_metrics_that_they_are_known_for():
     for metric, kind in (("rouge", "summarisation"), ("bleu", "translation")):
         assert TASK_KINDS[metric] is TASK_KINDS[kind]
-        assert any(metric in each.name for each in TASK_KINDS[metric]("mine", TaskConfig(kind=metric, path="x")).metrics)
+        assert any(
+            metric in each.name for each in TASK_KINDS[metric]("mine", TaskConfig(kind=metric, path="x")).metrics
+        )

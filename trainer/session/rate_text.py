@@ -41,8 +41,9 @@ def rate_lines(rate: LearningRate, total_steps: int) -> list[str]:
     """The line on rate, warm-up and schedule, and a note if the run takes few steps or its rate is far above the usual one."""
     lines = [f"learning rate: {rate.peak:g} after {rate.warmup_steps} steps of warm-up, then {rate.schedule}"]
     if total_steps < FEW_STEPS:
+        steps = "1 step" if total_steps == 1 else f"{total_steps} steps"
         lines.append(
-            f"note: the run takes only {total_steps} steps, and few models learn a task in fewer than {FEW_STEPS}; for more, "
+            f"note: the run takes only {steps}, and few models learn a task in fewer than {FEW_STEPS}; for more, "
             "raise budget.epochs or budget.steps, or lower batch.global"
         )
     if rate.usual is not None and rate.peak > HIGH_RATE * rate.usual:

@@ -484,6 +484,8 @@ def test_dry_run_reports_the_simulated_step(capsys, model, tmp_path, monkeypatch
     lengths = sorted(prepare_data(config, load_tokenizer(config.model)).train.lengths.tolist())[-2:]
     found = simulate_depth(config, lengths, device=torch.device("cpu"))
     assert told is not None and told[1] == str(found.peak)
+    assert "learning rate: 0.0002 after 0 steps of warm-up, then cosine\nnote: the run takes only 1 step," in out
+    assert "resolved: optim.lr: 0.0002 (usual for lora" in out
     assert "launcher.signal_lead_s" not in out
     asked = ["launcher=slurm", "launcher.nodes=2", "launcher.gres=gpu:h100:8", "strategy=ddp", "batch.global=32"]
     monkeypatch.setattr(long_steps, "REACHED_PEAK_SHARE", 1e-12)  # a step takes hours
