@@ -150,7 +150,7 @@ def _adamw_rate(method: str, objective: str) -> UsualRate | None:
 
 def missing_rate(optim: OptimConfig, method: str, objective: str) -> str:
     """The problem of a run whose `optim.lr` is not set and in no table: what to give, and the rates of its neighbours."""
-    neighbours = []
+    neighbours: list[str] = []
     candidates = [(optim, "lora"), (optim, "full"), (OptimConfig(), method), (OptimConfig(), "lora")]
     for other_optim, other_method in candidates:
         rate = usual_rate(other_optim, other_method, objective)
