@@ -260,7 +260,7 @@ def _add_optimizer(block: Mapping[str, Any], conversion: ConvertedSettings, name
         else:
             conversion.add_translation(full_name, value, TranslatedSetting(note=NOT_PASSED_ON))
     is_adam = "adam" in to_cli_text(kind).lower()
-    if is_adam and "lr" not in parameters and not _is_auto(block.get("params")):
+    if is_adam and "lr" not in parameters and block.get("params") != "auto":
         translation = TranslatedSetting({"optim.lr": ADAM_RATE})
         conversion.add_translation(f"{name}.params.lr", f"{ADAM_RATE} (what DeepSpeed does)", translation)
     for key in block.keys() - {"type", "params"}:
