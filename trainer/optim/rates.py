@@ -44,7 +44,7 @@ METHODS: dict[str, UsualRate] = {
     "lokr": UsualRate(3e-3, 5e-4, 6e-3, COMPARISON),
     "oft": UsualRate(1e-4, 1e-4, 1e-3, COMPARISON),
     "boft": UsualRate(1e-4, 1e-4, 1e-3, "as for oft, of which it is a relative; not measured"),
-    "vera": UsualRate(4e-3, 1e-3, 2e-2, "Kopiczko et al. 2023, arXiv:2310.11454"),
+    "vera": UsualRate(1e-3, 1e-3, 2e-2, COMPARISON),
     "ia3": UsualRate(5e-3, 1e-3, 1e-2, COMPARISON),
     "ln": UsualRate(1e-3, 5e-4, 1e-2, "five times that of lora; not measured"),
     "bottleneck": UsualRate(1e-3, 1e-4, 3e-3, DEMO),
