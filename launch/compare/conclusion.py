@@ -99,11 +99,8 @@ def conclude(points: Sequence[ComparedRun], differences: Sequence[SettingDiffere
 
     parity = [point for point in points if point.is_same_job]
     unequal = [point for point in parity if point.loss_difference is not None and not point.loss_difference.same]
-    sentences = {
-        "unfinished": _unfinished_sentence(points),
-        "parity": _parity_sentence(parity, unequal),
-        "rates": _rates_sentence(points, differences),
-    }
+    sentences = {"unfinished": _unfinished_sentence(points), "parity": _parity_sentence(parity, unequal)}
+    sentences["rates"] = _rates_sentence(points, differences)
     metric = watched_metric(jobs)
     ranked = rank(jobs, metric) if metric is not None else None
     if ranked is not None:
@@ -159,8 +156,7 @@ def _rates_sentence(points: Sequence[ComparedRun], differences: Sequence[Setting
     others = [difference for difference in differences if difference.key != "optim.lr"]
     words = [point_words(others, number) for number in range(len(points))]
     # An axis of its own splits points that have the same other settings.
-    is_axis = len(set(words)) < len(set(zip(words, rates, strict=False)))
-    if not rates or is_axis:
+    if not rates or len(set(words)) < len(set(zip(words, rates, strict=True))):
         return ""
     names_by_rate: dict[str, list[str]] = {}
     for point, rate in zip(points, rates, strict=True):
