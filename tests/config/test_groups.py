@@ -26,7 +26,10 @@ from trainer.optim.support import SUPPORT
 TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_config.RunConfig)}
 CHOICES = [(g, c) for g, names in choices_by_group().items() for c in names if g not in ("experiment", "local")]
 PRESETS = [("data", "audited"), ("data", "gdpr"), ("data", "hipaa")]  # name what differs from `default` only
-NEEDS = {"tuning=freeze": ["tuning.layers=last-2"], "tuning=peft": ["tuning.type=hra"]}  # have no default that runs
+NEEDS = {
+    "tuning=freeze": ["tuning.layers=last-2"],
+    "tuning=peft": ["tuning.type=hra", "optim.lr=1e-3"],
+}  # have no default that runs
 NEEDS |= {f"objective={choice}": ["objective.rewards=[maths]"] for choice in ("grpo", *SHARED_SETTINGS["objective"])}
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     **{
