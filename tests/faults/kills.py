@@ -42,6 +42,9 @@ RANKS = {"single": 1, "fsdp2": 2, "zero2": 2, "zero3": 2, f"fsdp2{SHARED}": 2, f
 STEPS = 12
 MOMENTS = {"any": 5, "saving": 3, "export": 2}
 """When is killed, and how often that is drawn: any moment from the start on, a checkpoint or the export being written."""
+ROUND_MOMENTS = {"any": 3, "saving": 2, "export": 1, "writing": 5, "scoring": 5, "between": 4}
+"""The same for runs of rounds: also while answers are written or scored, and between the two steps of a round."""
+ALL_MOMENTS = (*MOMENTS, *(moment for moment in ROUND_MOMENTS if moment not in MOMENTS))
 MEASURED = ("step", "loss", "grad_norm", "lr", "tokens", "eval/loss", "eval/accuracy", "reward", "eval/reward")
 LIMIT_S, PEER_S = 120, 25
 """Seconds that a run may take on the machine that `tests/helpers/speed.py` measures by; that a rank waits for its peer."""
@@ -69,7 +72,7 @@ class Tally:
 
     @property
     def kills(self) -> int:
-        return sum(self.moments[moment] for moment in MOMENTS)
+        return sum(self.moments[moment] for moment in ALL_MOMENTS)
 
     @property
     def wrong(self) -> list[str]:
@@ -167,23 +170,38 @@ class Campaign:
         return killed
 
     def _moment(self) -> str:
-        return self.chance.choices(list(MOMENTS), list(MOMENTS.values()))[0]
+        moments = ROUND_MOMENTS if self.strategy.endswith(ROUNDS) else MOMENTS
+        return self.chance.choices(list(moments), list(moments.values()))[0]
 
     def _wait(self, moment: str, ranks: list[Forked]) -> bool:
         """Wait for the moment; False where the run was over before it came."""
-        there = {"saving": "checkpoints/.step-*.writing", "export": ".export.writing", "any": ""}[moment]
-        met, skip = set(), self.chance.randrange(4) if moment == "saving" else 0
+        # What is there of earlier starts counts for nothing.
+        met = before = self._signs(moment) if moment in ROUND_MOMENTS and moment not in MOMENTS else frozenset()
+        skip = 0 if moment == "export" else self.chance.randrange(4)
         until = time.monotonic() + (self.chance.random() * 0.9 * self.takes_s if moment == "any" else seconds(LIMIT_S))
         while time.monotonic() < until:
             if any(rank.poll() is not None for rank in ranks):
                 return False
-            if there:
-                met |= {path.name for path in self.run.glob(there)}
-                if len(met) > skip:
+            if moment != "any":
+                met |= self._signs(moment)
+                if len(met - before) > skip:
                     time.sleep(self.chance.random() * 0.15)
                     break
             time.sleep(0.01)
         return all(rank.poll() is None for rank in ranks)
+
+    def _signs(self, moment: str) -> frozenset[str]:
+        """What shows from outside that a moment has begun, as often as it has: a name for each time."""
+        if moment == "scoring":
+            marker = self.runs.root / SCORING_MARKER
+            return frozenset([str(marker.stat().st_mtime_ns)] if marker.exists() else [])
+        if moment in ("writing", "between"):
+            # A row is there when its step is over. After an odd one the run is between the two steps of a round.
+            rows = self.run / "metrics.jsonl"
+            steps = re.findall(r'"step": (\d+)', rows.read_text(errors="replace")) if rows.exists() else []
+            return frozenset(step for step in steps if int(step) % 2 == (moment == "between"))
+        pattern = {"saving": "checkpoints/.step-*.writing", "export": ".export.writing"}[moment]
+        return frozenset(path.name for path in self.run.glob(pattern))
 
     def _end(self, rank: Forked, ranks: list[Forked]) -> None:
         try:
@@ -246,13 +264,24 @@ class Campaign:
             self.tally.changed.append(f"{self.run.name}: the export differs")
 
 
+SCORING_MARKER = "scoring"
+"""File beside the rewards of runs of rounds that each call of a reward touches, before it waits a moment."""
+REWARDS = """
+import pathlib, time
+
+def even(completion_ids, completions, **_):
+    pathlib.Path({marker!r}).touch()
+    time.sleep(0.05)
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+"""
+
+
 def rounds_words(root: Path) -> list[str]:
     """Words of a run that writes what it learns from: two prompts with four answers each a step, rounds of two steps."""
     prompts, rewards = root / "prompts.jsonl", root / "rewards.py"
     if not rewards.exists():
         write_jsonl(prompts, [{"prompt": f"question {number}", "answer": str(number)} for number in range(24)])
-        even = "[sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]"
-        rewards.write_text(f"def even(completion_ids, completions, **_):\n    return {even}\n")
+        rewards.write_text(REWARDS.format(marker=str(root / SCORING_MARKER)))
     return [
         *("objective=grpo", "objective.group_size=4", f"objective.rewards={rewards}", "batch.global=8"),
         *("objective.rollout.max_new_tokens=6", "objective.rollout.steps=2"),
@@ -299,10 +328,15 @@ def main() -> int:
 
 def summary(tallies: list[Tally], root: Path) -> int:
     """Print what was done and what is wrong; the exit code."""
-    columns = ("strategy", "kills", *MOMENTS, "one rank", "resumed", "runs", "torn", "lost", "changed", "failed")
+    columns = ("strategy", "kills", *ALL_MOMENTS, "one rank", "resumed", "runs", "torn", "lost", "changed", "failed")
     print("\n" + "".join(f"{name:>10}" for name in columns))
     for tally in tallies:
-        counts = [tally.kills, *(tally.moments[name] for name in (*MOMENTS, "one rank")), tally.resumed, tally.finished]
+        counts = [
+            tally.kills,
+            *(tally.moments[name] for name in (*ALL_MOMENTS, "one rank")),
+            tally.resumed,
+            tally.finished,
+        ]
         counts += [len(each) for each in (tally.torn, tally.lost, tally.changed, tally.failed)]
         print("".join(f"{value:>10}" for value in (tally.strategy, *counts)))
     wrong = [text for tally in tallies for text in tally.wrong]

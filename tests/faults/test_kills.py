@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.faults.kills import MOMENTS, RANKS, STEPS, Campaign
+from tests.faults.kills import RANKS, STEPS, Campaign
 from tests.helpers.covering import EVERYTHING, SEED
 from tests.helpers.warm import Nursery, nursery
 
@@ -31,4 +31,4 @@ def test_kills_at_random_moments_tear_and_lose_no_checkpoint_and_change_no_curve
     assert len(rows) > STEPS and weights
     tally = campaign.kill(KILLS)
     assert tally.wrong == [], "\n".join(tally.wrong)
-    assert tally.kills == sum(tally.moments[moment] for moment in MOMENTS) == KILLS and tally.resumed and tally.finished
+    assert tally.kills == KILLS and tally.resumed and tally.finished
