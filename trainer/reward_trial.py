@@ -1,4 +1,7 @@
-"""Tries the rewards of a run on answers of the model as it is: the first groups of the run's first round. Nothing is trained."""
+"""Tries the rewards of a run on answers of the model as it is: the first groups of the run's first round. Nothing is kept.
+
+The answers are learned from once, to know how long that takes; the model that was changed is thrown away.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strategies.base import Progress
+from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Interrupted, Preempted
 from strategies.runtime import barrier
@@ -19,9 +22,12 @@ from trainer.config.run import RunConfig
 from trainer.evaluation.endpoint.judge import Judge
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.rollouts import RoundsConfig
+from trainer.planner.minimal_step import minimal_trainer
 from trainer.reporting.status import write_text_atomic
+from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.rewards.scorer import open_scorer
 from trainer.rollout.trial_report import trial_report
+from trainer.rollout.types import Group, Scores
 from trainer.run import meet
 from trainer.session.attempt import Attempt, rank_of_job
 from trainer.stopping.preempt import Agreement
@@ -70,7 +76,8 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     inputs = RoundInputs(
         tokenizer, precision, scorer, Progress(), lambda: agreement.for_loop().ask_and_wait, attempt.tell_phase
     )
-    maker = build_round_loader(config, data, built, engine, runtime, inputs)[0].maker
+    loader, _ = build_round_loader(config, data, built, engine, runtime, inputs)
+    maker = loader.maker
     wanted = prompts_per_round(config)
     count = min(config.evaluation.generate.samples or MOST_PROMPTS, wanted)
     try:
@@ -79,6 +86,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
         written_at = time.perf_counter()
         scores = scorer.score(groups, step=0)
         scored_at = time.perf_counter()
+        train_s = _training_s(loader, engine, groups, scores)
     except Interrupted:
         raise Preempted("asked to stop; the same command begins again") from None
     if runtime.is_main:
@@ -91,9 +99,24 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
             "max_new_tokens": settings.rollout.max_new_tokens,
             "write_s": written_at - began,
             "reward_s": scored_at - written_at,
-            "round_s": (scored_at - began) * wanted / count,
+            "train_s": train_s,
+            "round_s": (scored_at - began + train_s) * wanted / count,
             **trial_report(groups, scores),
         }
         write_text_atomic(to / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     barrier(runtime)
     staged.remove()
+
+
+def _training_s(loader: RolloutLoader, engine: Engine, groups: list[Group], scores: list[Scores]) -> float:
+    """Seconds in which the steps of a round would learn from these groups, by one step that is taken. All ranks must call."""
+    loader.maker.tell_phase("training, to measure it")
+    began = time.perf_counter()
+    made = loader.maker.weighed_round(groups, scores)
+    batch = loader.step_batch(made, 0)
+    looked_back_at = time.perf_counter()
+    minimal_trainer(engine).train_step(batch)
+    barrier(engine.runtime)
+    rollout = loader.maker.settings.rollout
+    # The step holds a part of the groups, and each part is learned from several times.
+    return looked_back_at - began + (time.perf_counter() - looked_back_at) * rollout.steps * rollout.iterations

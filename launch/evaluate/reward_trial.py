@@ -170,8 +170,8 @@ def trial_text(report: dict[str, Any]) -> str:
     ]
     lines += fold(f"idle groups expected by objective.group_size: {', '.join(shares)}")
     lines += fold(
-        f"a round of {report['prompts_per_round']} prompts: about {report['round_s']:.0f} s for writing and scoring "
-        f"(here {report['write_s']:.1f} s and {report['reward_s']:.1f} s)"
+        f"a round of {report['prompts_per_round']} prompts: about {report['round_s']:.0f} s, planned from {report['prompts']} "
+        f"prompts: writing {report['write_s']:.1f} s, scoring {report['reward_s']:.1f} s, training {report['train_s']:.1f} s"
     )
     for line in _advice(report):
         lines += fold(line)

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.cluster.long_steps import long_step_notes
 from launch.output import Column, TableRow, fold, fold_all, table
+from launch.plan.round_lines import round_facts, round_lines
 from trainer.config.run import LauncherConfig
 from trainer.model.config import Quantisation
 from trainer.planner.hardware import GIB, fit_in_memory
@@ -180,9 +181,20 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
             f"exchange {step.exposed_s:.2f} (of {step.exchange_s:.2f}, the rest hidden), update {step.update_s:.2f}",
             2,
         ),
+        *_round(best, job),
         *fold_all(costs(best, job), indent=0),
         *fold_all(_long_step_notes(answer, best), indent=0),
     ]
+
+
+def _round(best: Choice, job: PlannedRun) -> list[str]:
+    """Seconds of a round; no lines if the data has what is learned."""
+    if job.round is None or best.round is None:
+        return []
+    folded = []
+    for entry in round_lines(job.round, best.round):
+        folded += fold(entry, 2)
+    return folded
 
 
 def _nothing_fits(least: Choice) -> list[str]:
@@ -401,6 +413,7 @@ def _choice(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
             "update": choice.step.update_s,
             "total": choice.step.total_s,
         },
+        "round_s": round_facts(choice.round),
         "host_gib": choice.host_gib,
         "hours": choice.hours,
         "price": choice.price,

@@ -223,6 +223,7 @@ def _card_problems(card: Card) -> list[str]:
         "disk_gb_s",
         "gpus_per_node",
         "pace",
+        "writing_pace",
         "tensors",
     )
     problems = []
@@ -230,6 +231,8 @@ def _card_problems(card: Card) -> list[str]:
         figure = getattr(card, name)
         if figure <= 0:
             problems.append(f"hardware.{name}={figure:g}: must be above 0")
+    if card.scoring_s is not None and card.scoring_s < 0:
+        problems.append(f"hardware.scoring_s={card.scoring_s:g}: must be at least 0; leave it out if it is not known")
     if card.allocator < 0:
         problems.append(f"hardware.allocator={card.allocator:g}: must be at least 0; 0.05 is the allowance")
     if len(card.capability) != 2:

@@ -9,6 +9,7 @@ import torch
 
 from launch.cluster.advice import as_submitted, gpu_kinds_of_job, list_partitions, partitions_of_job
 from launch.cluster.long_steps import long_step_notes, reckoned_step_s
+from launch.plan.round_lines import dry_run_lines
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.hardware import advice
 from strategies.parameters import element_counts, meta_context, named_parameters
@@ -99,6 +100,7 @@ def describe(config: RunConfig) -> DryRun:
         f"{epochs:,.2f} of {documents:,} documents",
         *rate_lines(rate, steps),
         *writing_lines(config, built, int(data.train.lengths.max(initial=0))),
+        *dry_run_lines(config, built, data.train.lengths, samples.mean, _gpu_kinds(config), (total, trained)),
         *repetition_warning(global_batch, epochs, steps),
         *_long_step_notes(config, built, samples),
         *memory.lines,
@@ -130,12 +132,19 @@ def describe(config: RunConfig) -> DryRun:
     return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
 
 
+def _gpu_kinds(config: RunConfig) -> set[str]:
+    """The cluster's names for the cards that the job may be given; empty on this machine."""
+    if not isinstance(config.launcher, SlurmConfig):
+        return set()
+    slurm = as_submitted(config.launcher)
+    return gpu_kinds_of_job(slurm, partitions_of_job(slurm, list_partitions()))
+
+
 def _long_step_notes(config: RunConfig, built: Built, samples: SampledLengths) -> list[str]:
     """A warning if a step takes longer than SLURM leaves a job to save; none if the cards of the job are not known."""
     if not isinstance(config.launcher, SlurmConfig):
         return []
-    slurm = as_submitted(config.launcher)
-    gpu_kinds = gpu_kinds_of_job(slurm, partitions_of_job(slurm, list_partitions()))
+    gpu_kinds = _gpu_kinds(config)
     # A token's attention is as long as its document: on average over tokens, not over documents.
     mean_length = float(samples.squares.sum()) / float(samples.tokens.sum())
     flops = model_flops_per_token(built, mean_length, 0.5)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
+from trainer.build.rounds import prompts_per_round
+from trainer.objectives.registry import written_tokens
+from trainer.reporting.metric_rows import METRICS, read_rows
 from trainer.reporting.run_record import RUN_RECORD, MeasuredCost, RunRecord, read_run_record
 
 if TYPE_CHECKING:
@@ -63,6 +67,20 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
             peaks = f"{peak_gib:.2f} GiB at most, {simulated_gib:.2f} simulated"
             lines.append(f"tensors take {card.tensors:.2f} x what is simulated ({peaks})")
 
+        if choice.round is not None:
+            rounds = _measured_rounds(Path(run_dir).expanduser())
+            if rounds is None:
+                missing.append("it has written no round after its first, so writing is reckoned as without it")
+            else:
+                planned_s = choice.round.write_s * rounds.longest_answer / written_tokens(config.objective)
+                answers = prompts_per_round(config) * int(getattr(config.objective, "group_size", 1))
+                card = replace(card, writing_pace=rounds.write_s / planned_s, scoring_s=rounds.score_s / answers)
+                lines.append(
+                    f"writing takes {card.writing_pace:.2f} x what is reckoned ({rounds.write_s:.3g} s a round whose longest "
+                    f"answer has {rounds.longest_answer:.0f} tokens, {planned_s:.3g} reckoned), and rewards "
+                    f"{rounds.score_s:.3g} s a round"
+                )
+
     allocator = _measured_allocator(measured)
     if allocator is None:
         missing.append("it tells no memory that the allocator reserved")
@@ -80,6 +98,32 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
     calibrated_lines = [f"  {line}" for line in lines]
     missing_lines = [f"  not calibrated: {reason}" for reason in missing]
     return Calibrated(card, (heading, *calibrated_lines, *missing_lines))
+
+
+@dataclass(frozen=True, slots=True)
+class _MeasuredRounds:
+    """What the rounds of a run took, medians of all but the first."""
+
+    write_s: float
+    score_s: float
+    longest_answer: float
+    """Tokens of the longest answer of a round: the others wait for it."""
+
+
+def _measured_rounds(run_dir: Path) -> _MeasuredRounds | None:
+    """What the rounds in `metrics.jsonl` took; None if there are fewer than two, or not all has been logged."""
+    names = ("write_s", "reward_s", "completions/max_length")
+    rows = [row for row in read_rows(run_dir / METRICS).rows if row.keys() >= {*names}]
+    # The first round holds what libraries set up when a model is first called.
+    if len(rows) < 2:
+        return None
+    write_s, score_s, longest = (_median_of(rows[1:], name) for name in names)
+    return _MeasuredRounds(write_s, score_s, longest) if write_s > 0 and longest > 0 else None
+
+
+def _median_of(rows: list[dict[str, Any]], name: str) -> float:
+    """The median of a metric over some rows that have it."""
+    return float(median(row[name] for row in rows))
 
 
 def _measured_allocator(measured: MeasuredCost) -> float | None:

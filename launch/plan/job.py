@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from launch.cluster.advice import mebibytes
 from trainer.build.parts import prepare_data
 from trainer.build.sequence import check_sequence
 from trainer.config.run import RunConfig
-from trainer.model.loading import load_tokenizer
+from trainer.model.loading import load_model_config, load_tokenizer
 from trainer.objectives.registry import data_spec_of, written_tokens
 from trainer.planner.hardware import Card
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
 from trainer.planner.plan import PlannedRun
+from trainer.planner.round_time import round_load
 
 
 def job_of(config: RunConfig, card: Card) -> PlannedRun:
@@ -22,8 +27,18 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
     """
     check_sequence(config)
     sequences_per_document = data_spec_of(config.objective).sequences_per_document
+    prompt_tokens = float(config.data.max_length)
+    longest_prompt = config.data.max_length
     if config.data.path or config.data.sources:
-        lengths = _measured_lengths(config, sequences_per_document)
+        data = prepare_data(config, load_tokenizer(config.model))
+        lengths = sampled_lengths(config, data.train, sequences_per_document).lengths(
+            config.data, sequences_per_document
+        )
+        # A prompt is learned with each of its answers, so that a micro-batch may hold the longest prompt several times.
+        repeats = int(getattr(config.objective, "group_size", 1))
+        lengths = replace(lengths, longest=np.repeat(lengths.longest, repeats))
+        prompt_tokens = float(data.train.lengths.mean())
+        longest_prompt = int(data.train.lengths.max())
     else:
         # Behind a prompt stands the answer that the model writes, if the data has none.
         longest = config.data.max_length + written_tokens(config.objective)
@@ -36,6 +51,7 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
         global_batch=config.batch["global"],
         node_gib=_node_gib(config, card),
         lengths=lengths,
+        round=round_load(config, load_model_config(config.model), prompt_tokens, longest_prompt),
     )
 
 
@@ -43,9 +59,3 @@ def _node_gib(config: RunConfig, card: Card) -> float | None:
     """Memory that a job has of a node: what it asks SLURM for, else what the card's hosts have; None if neither is known."""
     requested_mib = mebibytes(getattr(config.launcher, "mem", None))
     return requested_mib / 1024 if requested_mib else card.node_memory_gib
-
-
-def _measured_lengths(config: RunConfig, sequences_per_document: int) -> DocumentLengths:
-    """The lengths of the run's training documents, from its prepared data."""
-    data = prepare_data(config, load_tokenizer(config.model))
-    return sampled_lengths(config, data.train, sequences_per_document).lengths(config.data, sequences_per_document)

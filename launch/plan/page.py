@@ -132,6 +132,12 @@ def _cards(answer: PlanAnswer) -> list[PageCard]:
         of_one = f"{number(round(choice.tokens_per_s / job.ranks))} each card"
         cards.append(PageCard("Speed", number(round(choice.tokens_per_s)), of_one, unit="tokens/s"))
         cards.append(PageCard("A step", duration(choice.step.total_s), _slowest_part(choice)))
+    if choice.round is not None:
+        parts = f"writing {duration(choice.round.write_s)}, training {duration(choice.round.train_s)}"
+        rewards = (
+            "; rewards not known" if choice.round.score_s is None else f", rewards {duration(choice.round.score_s)}"
+        )
+        cards.append(PageCard("A round", duration(choice.round.total_s), f"at most, planned: {parts}{rewards}"))
     if choice.hours is not None:
         price = "price not known" if choice.price is None else f"${choice.price:,.2f} for {job.ranks} cards"
         cards.append(PageCard("The budget", duration(3600 * choice.hours), price))

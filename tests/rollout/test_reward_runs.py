@@ -46,6 +46,8 @@ def test_rewards_are_tried_before_a_run_is_started(site, capsys):
     assert json.loads(capsys.readouterr().out) == report
     assert (report["prompts"], report["draws"], report["prompts_per_round"]) == (2, 4, 2)
     assert report["rewards"].keys() == {"vowels", "ends"}
+    seconds = [report["write_s"], report["reward_s"], report["train_s"]]
+    assert min(seconds) > 0 and report["round_s"] == pytest.approx(sum(seconds))
     assert 0 <= report["reward"]["least"] <= report["reward"]["mean"] <= report["reward"]["most"]
     shares = report["idle_share_by_group_size"]
     assert shares["2"] >= shares["8"] >= shares["32"] >= 0
@@ -87,7 +89,7 @@ def test_a_run_keeps_its_rewards_and_what_was_written(site, capsys):
 
     capsys.readouterr()
     assert command_here(["evaluate", str(run), f"to={site / 'tuned'}"]) == 0
-    assert "a round of 2 prompts" in capsys.readouterr().out
+    assert "a round of 2 prompts: about" in capsys.readouterr().out
     report = json.loads((site / "tuned" / REPORT).read_text())
     assert report["checkpoint"] == str(run / "checkpoints" / "step-000003")
 

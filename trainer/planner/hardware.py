@@ -51,6 +51,10 @@ class Card:
     """Share of what is allocated that torch's allocator reserves beyond it; an allowance, set it to what you measured."""
     pace: float = 1.0
     """Seconds that a step takes for each that is reckoned; 1 where nothing was measured."""
+    writing_pace: float = 1.0
+    """Seconds that writing a round's answers takes for each that is reckoned; 1 where nothing was measured."""
+    scoring_s: float | None = None
+    """Seconds that rewards take for each answer of a round, all ranks together; null where nothing was measured."""
     tensors: float = 1.0
     """Bytes that tensors take for each that is simulated; 1 where nothing was measured."""
     node_memory_gib: float | None = None

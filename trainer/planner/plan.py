@@ -37,6 +37,7 @@ from trainer.planner.lengths import LARGEST_MICRO, DocumentLengths, divisors
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerMemory, PeerSetting, ShardCounts, peer_memory
 from trainer.planner.peer_memory import problems_of as problems_of_theirs
+from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, round_time
 from trainer.planner.speed import MicroBatchLoad, StepTime, step_time
 from trainer.tuning.base import TuningName
 
@@ -99,6 +100,8 @@ class Choice:
     """For the budget."""
     price: float | None
     """US dollars for the budget, all cards."""
+    round: RoundTime | None = None
+    """Seconds of a round, if the model writes what it learns from."""
     peer_memory: PeerMemory | None = None
     """The memory of the same step in another trainer, if `plan.theirs` asks for it."""
 
@@ -125,6 +128,8 @@ class PlannedRun:
     lengths: DocumentLengths
     node_gib: float | None = None
     """Memory of a node in GiB; None if it is not known."""
+    round: RoundLoad | None = None
+    """What a round asks for, if the model writes what it learns from."""
 
     @property
     def ranks(self) -> int:
@@ -305,7 +310,9 @@ def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: 
     load = _average_load(cost_model, job, micro, accumulation)
     step = step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
     tokens = job.lengths.mean * job.global_batch
-    hours = _budget_hours(variant.config, job, step, tokens)
+    of_round = _round_time(variant.config, cost_model, job, step)
+    step_s = step.total_s if of_round is None else of_round.seconds_per_step
+    hours = _budget_hours(variant.config, job, step_s, tokens)
     price = None
     if hours is not None and card.price_per_hour is not None:
         price = hours * job.ranks * card.price_per_hour
@@ -323,6 +330,29 @@ def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: 
         node_gib=job.node_gib,
         hours=hours,
         price=price,
+        round=of_round,
+    )
+
+
+def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step: StepTime) -> RoundTime | None:
+    """Seconds of a round of this run; None if the data has what is learned."""
+    if job.round is None:
+        return None
+    model = WritingModel(
+        cost_model.parameters,
+        cost_model.blocks,
+        cost_model.vocabulary,
+        itemsize=4 if job.precision is Precision.fp32 else 2,
+    )
+    return round_time(
+        job.round,
+        model,
+        replace(config, precision=job.precision),
+        job.card,
+        ranks=job.ranks,
+        nodes=job.nodes,
+        step_s=step.total_s,
+        other_bytes=sum(cost_model.resting.values()),
     )
 
 
@@ -428,8 +458,8 @@ def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
     return int(min(units, LARGEST_MICRO)) if cost_model.rows else job.lengths.units_within(units)
 
 
-def _budget_hours(config: RunConfig, job: PlannedRun, step: StepTime, tokens: float) -> float | None:
-    """Hours of the budget; None without one, or if it is in epochs and there is no data to count."""
+def _budget_hours(config: RunConfig, job: PlannedRun, step_s: float, tokens: float) -> float | None:
+    """Hours of the budget with steps of `step_s` seconds; None without a budget, or for epochs of data that was not given."""
     budget = config.budget
     if budget.steps is not None:
         steps = float(budget.steps)
@@ -439,4 +469,4 @@ def _budget_hours(config: RunConfig, job: PlannedRun, step: StepTime, tokens: fl
         steps = budget.epochs * job.lengths.units_per_epoch / documents_per_step(config)
     else:
         return None
-    return steps * step.total_s / 3600
+    return steps * step_s / 3600

@@ -109,7 +109,7 @@ class RolloutLoader:
             if self.current is None or not step_of_round:
                 self.current = self.maker.make(first_sample, self.progress.step)
                 step_of_round = 0
-            batch = self._step_batch(self.current, step_of_round % rollout.steps)
+            batch = self.step_batch(self.current, step_of_round % rollout.steps)
             if not step_of_round:
                 batch.facts = dict(self.current.facts)
             step_of_round += 1
@@ -121,8 +121,8 @@ class RolloutLoader:
             batch.round_s = time.perf_counter() - began
             yield batch
 
-    def _step_batch(self, made: Round, part: int) -> StepBatch:
-        """The batch of one step of a round, on the device. It consumes no prompt."""
+    def step_batch(self, made: Round, part: int) -> StepBatch:
+        """The batch of step `part` of a round, on the device. It consumes no prompt."""
         settings = self.maker.settings
         numbers = made.part(part, settings.rollout.steps)
         samples, totals = made.samples(numbers, settings.normalise, settings.rollout.max_new_tokens)

@@ -72,7 +72,7 @@ class RoundMaker:
     """Called with what the run is at, for messages about a rank that fails or stands still."""
     on_round: Callable[[Round, int], None] = lambda made, step: None
     """Called on all ranks with each new round, and the optimizer steps taken before it."""
-    _seconds: dict[str, float] = field(default_factory=dict)
+    _seconds: dict[str, float] = field(default_factory=lambda: {"write_s": 0.0, "reward_s": 0.0, "look_back_s": 0.0})
 
     def make(self, first_sample: int, step: int) -> Round:
         """The round that begins after `first_sample` consumed prompts and `step` optimizer steps.
@@ -80,7 +80,7 @@ class RoundMaker:
         All ranks must call. Raises, on all ranks alike, DataError if a reward fails or no group has spread, and Interrupted if
         the run is asked to stop.
         """
-        self._seconds = {"write_s": 0.0, "reward_s": 0.0, "look_back_s": 0.0}
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
         written = self._write(first_sample, self.prompts_per_round, step)
         facts: dict[str, float] = {}
         num_prompts = self.prompts_per_round
@@ -89,18 +89,28 @@ class RoundMaker:
             kept, num_prompts = self._replace_idle(written, first_sample, step)
             facts["groups/replaced"] = num_prompts - len(kept.groups)
             facts["groups/missing"] = self.prompts_per_round - len(kept.groups)
-        made = Round(
-            first_sample=first_sample,
-            num_prompts=num_prompts,
-            groups=kept.groups,
-            scores=kept.scores,
-            advantages=np.zeros((len(kept.groups), self.settings.group_size)),
-            is_learned=~np.isnan(rewards_of(kept.scores)),
-        )
-        self._weigh(made)
+        made = self.weighed_round(kept.groups, kept.scores, first_sample, num_prompts)
         self.tell_phase("training")
         made.facts = round_metrics(written.groups, written.scores) | facts | self._speeds(written.groups)
         self.on_round(made, step)
+        return made
+
+    def weighed_round(
+        self, groups: list[Group], scores: list[Scores], first_sample: int = 0, num_prompts: int = 0
+    ) -> Round:
+        """A round of answers that were scored, with all that its loss reads. It consumes `num_prompts` after `first_sample`.
+
+        All ranks must call. Raises Interrupted, on all ranks alike, if the run is asked to stop.
+        """
+        made = Round(
+            first_sample=first_sample,
+            num_prompts=num_prompts,
+            groups=groups,
+            scores=scores,
+            advantages=np.zeros((len(groups), self.settings.group_size)),
+            is_learned=~np.isnan(rewards_of(scores)),
+        )
+        self._weigh(made)
         return made
 
     def _write(self, first_sample: int, count: int, step: int) -> _Written:

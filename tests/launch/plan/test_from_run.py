@@ -84,6 +84,37 @@ def test_plan_from_a_run_uses_what_the_run_measured(capsys, tmp_path, words):
     assert "writes checkpoints at 3 GB/s" in said and "the figures above were measured" in said
 
 
+def test_a_plan_of_rounds_counts_writing_and_takes_its_pace_from_a_run(capsys, tmp_path, words):
+    """Ten steps of two prompts with four answers each: the budget is all rounds, and a run has measured both parts."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def even(completions):\n    return [len(text) % 2 for text in completions]\n")
+    of_run = [*words, "objective=grpo", f"objective.rewards={rewards}", "objective.group_size=4"]
+    of_run += ["objective.rollout.max_new_tokens=20"]
+    asked = [*of_run, *CARD, "launcher.gpus_per_node=2", "--json"]
+    code, out, answer = plan(capsys, *asked)
+    assert code == 0, out
+    (before,) = answer["ways"]
+    planned = before["round_s"]
+    assert planned["scoring"] is None and planned["training"] == pytest.approx(before["step_s"]["total"])
+    assert planned["total"] == pytest.approx(planned["writing"] + planned["training"])
+    assert before["hours"] == pytest.approx(10 * planned["total"] / 3600)
+
+    run = write_run(tmp_path / "run", of_run, {"device_name": GPU, "step_s": before["step_s"]["total"]})
+    # Answers of ten tokens at most took as long as twenty were planned to take, so writing is half as fast.
+    rows = [{"write_s": 1.0, "reward_s": 9.0, "completions/max_length": 10}]
+    rows += 2 * [{"write_s": planned["writing"], "reward_s": 0.4, "completions/max_length": 10}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": n, **row}) + "\n" for n, row in enumerate(rows)))
+    code, out, answer = plan(capsys, *asked, f"from={run}")
+    assert code == 0, out
+    (after,) = answer["ways"]
+    assert after["round_s"]["writing"] == pytest.approx(2 * planned["writing"])
+    assert after["round_s"]["scoring"] == pytest.approx(0.4)
+    assert after["hours"] == pytest.approx(10 * after["round_s"]["total"] / 3600)
+    code, out, _ = plan(capsys, *asked[:-1], f"from={run}")
+    said = " ".join(out.split())
+    assert "writing takes 2.00 x what is reckoned" in said and "a round of 2 prompts x 4 answers of 20 tokens" in said
+
+
 def test_plan_from_a_run_keeps_and_names_what_the_run_does_not_tell(capsys, tmp_path, words):
     """A peak below the simulated one is no proof: its longest documents need not have come together."""
     run = write_run(tmp_path / "run", words, {"device_name": GPU, "memory_gib": 1e-6, "step_s": None})

@@ -1,0 +1,83 @@
+"""Seconds of a round on a GPU: against the time that its bytes and operations alone take, worked out by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from strategies.base import Fsdp2Config, Precision, SingleConfig
+from tests.helpers.building import model_dir, run_config
+from trainer.model.loading import load_model_config
+from trainer.objectives.grpo_config import GrpoConfig, KlConfig
+from trainer.objectives.rollouts import RolloutConfig
+from trainer.planner.hardware import card_named
+from trainer.planner.round_time import BLOCK_LAUNCH_S, WritingModel, round_load, round_time
+
+CARD = card_named("NVIDIA H100 80GB HBM3")
+LARGE = WritingModel(parameters=8_000_000_000, blocks=32, vocabulary=128_256, itemsize=2)
+SMALL = WritingModel(parameters=100_000_000, blocks=30, vocabulary=32_000, itemsize=2)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run of 64 prompts with 8 answers a step."""
+    llama_dir = model_dir(tmp_path_factory.mktemp("rounds"))
+    objective = GrpoConfig(group_size=8, rollout=RolloutConfig(max_new_tokens=256, rows=256))
+    made = run_config(llama_dir, "fsdp2", "full", micro=8, objective=objective)
+    made.batch["global"] = 512
+    return replace(made, strategy=Fsdp2Config(), precision=Precision.bf16)
+
+
+def planned(config, model=LARGE, card=CARD, *, ranks=8, step_s=4.0, other_bytes=0.0, key_bytes=131_072.0):
+    load = round_load(config, load_model_config(config.model), 100.0, 200)
+    load = replace(load, key_bytes=key_bytes)
+    return round_time(load, model, config, card, ranks=ranks, nodes=1, step_s=step_s, other_bytes=other_bytes)
+
+
+def test_the_load_of_a_round_is_that_of_its_settings(config):
+    objective = replace(
+        config.objective, kl=KlConfig(weight=0.1), rollout=replace(config.objective.rollout, steps=2, iterations=3)
+    )
+    load = round_load(replace(config, objective=objective), load_model_config(config.model), 100.0, 200)
+    assert (load.prompts, load.group_size, load.answers, load.new_tokens) == (128, 8, 1024, 256)
+    assert (load.steps, load.passes) == (6, 2)
+    assert round_load(config, load_model_config(config.model), 100.0, 200).passes == 0
+
+
+def test_a_large_model_writes_as_fast_as_memory_reads_its_weights(config):
+    """64 rows a rank in one batch: 16 GB of weights at 3,350 GB/s are 4.8 ms, the kernels' launches 16 ms: 256 tokens of them."""
+    fast_host = planned(config, replace(LARGE, blocks=1))
+    reading_s = 256 * 16e9 / 3350e9
+    assert reading_s < fast_host.write_s < 2.5 * reading_s
+    launching_s = 256 * 32 * BLOCK_LAUNCH_S
+    assert launching_s < planned(config).write_s < 1.2 * launching_s
+    # A small model is bound by launches however few its bytes are.
+    assert planned(config, SMALL).write_s > 256 * 30 * BLOCK_LAUNCH_S
+
+
+def test_fewer_rows_at_a_time_take_more_batches(config):
+    few_rows = replace(config, objective=replace(config.objective, rollout=replace(config.objective.rollout, rows=16)))
+    assert planned(few_rows).write_s == pytest.approx(4 * planned(config).write_s, rel=0.1)
+
+
+def test_weights_that_do_not_fit_whole_are_gathered_for_every_token(config):
+    fits = planned(config)
+    too_full = planned(config, other_bytes=70 * 2**30)
+    assert fits.gathers_once and not too_full.gathers_once
+    gather_s = 16e9 * 7 / 8 / 450e9
+    assert too_full.write_s > 256 * gather_s > fits.write_s
+    assert planned(replace(config, strategy=SingleConfig()), ranks=1, other_bytes=70 * 2**30).gathers_once
+
+
+def test_training_counts_every_step_and_every_look_back(config):
+    assert planned(config).train_s == pytest.approx(4.0)
+    several = replace(config.objective, rollout=replace(config.objective.rollout, steps=2, iterations=2))
+    assert planned(replace(config, objective=several)).train_s == pytest.approx(4 * 4.0 + 2 * 4.0 / 3)
+
+
+def test_rewards_count_once_they_were_measured(config):
+    assert planned(config).score_s is None
+    measured = planned(config, card=replace(CARD, scoring_s=0.01, writing_pace=2.0))
+    assert measured.score_s == pytest.approx(5.12)
+    assert measured.write_s == pytest.approx(2 * planned(config).write_s)
+    assert measured.total_s == pytest.approx(measured.write_s + 5.12 + 4.0)
+    assert measured.seconds_per_step == measured.total_s

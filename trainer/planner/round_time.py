@@ -1,0 +1,199 @@
+"""Seconds of a round of online learning on a GPU, from sizes and the card's rates: writing the answers, and learning from them.
+
+Every answer is taken to be as long as it may be, so both are upper bounds for the kernels that are assumed. A decode step reads
+all weights and the keys of its rows, multiplies every weight with each row, and launches kernels block by block. It takes as
+long as the slowest of the three. What rewards take is not known before they have run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
+from trainer.build.rounds import MOST_ROWS, prompts_per_round
+from trainer.config.parallel import readers_of
+from trainer.config.run import RunConfig
+from trainer.evaluation.full_weights import USABLE_SHARE, cache_bytes
+from trainer.objectives.registry import family_of, written_tokens
+from trainer.planner.hardware import Card
+from trainer.planner.speed import MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY, ring_bytes_per_s
+
+BLOCK_LAUNCH_S = 0.5e-3
+"""Seconds in which a host launches the kernels of one block for one token, uncompiled. An assumption."""
+KEY_COPIES = 3
+"""Times that the keys of all rows are read or written for a token: the cache is one tensor, copied to add a column; attention."""
+LOGIT_PASSES = 6
+"""Times that the logits of a row are read or written to draw a token from them, in float32."""
+FORWARD_SHARE = 1 / 3
+"""Share of a training step that a pass without gradients over the same answers takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundLoad:
+    """What a round asks of a run: sizes that are known without simulating a step."""
+
+    prompts: int
+    """Prompts of a round."""
+    group_size: int
+    """Answers to a prompt."""
+    rows: int
+    """Most answers that a rank writes at a time."""
+    prompt_tokens: float
+    """Mean length of a prompt."""
+    longest_prompt: int
+    """Tokens of the longest one."""
+    new_tokens: int
+    """Longest answer in tokens."""
+    key_bytes: float
+    """Bytes of the keys and values of one token in all layers."""
+    parts: int
+    """Optimizer steps that the answers of a round make, each taken once."""
+    iterations: int
+    """How often each of these steps is taken."""
+    passes: int
+    """Passes without gradients over all answers of a round: what the policy and the reference say of them."""
+
+    @property
+    def answers(self) -> int:
+        """Answers of a round."""
+        return self.prompts * self.group_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a round, repeated ones included."""
+        return self.parts * self.iterations
+
+    def with_answers_of(self, tokens: float) -> RoundLoad:
+        """The same round with answers of so many tokens."""
+        return replace(self, new_tokens=max(1, round(tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class WritingModel:
+    """What of a model and a card decides how long writing takes."""
+
+    parameters: int
+    """Of the whole model; of experts, all of them: the rows of a batch choose most."""
+    blocks: int
+    vocabulary: int
+    itemsize: int
+    """Bytes of a weight in the type that computes."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.parameters * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTime:
+    """Seconds of one round, and where its weights lie meanwhile."""
+
+    write_s: float
+    score_s: float | None
+    """None if no run has measured the rewards."""
+    train_s: float
+    """All optimizer steps of the round, and the passes without gradients before them."""
+    gathers_once: bool
+    """Whether every rank has all weights while it writes; else each token gathers them block by block."""
+    writing_bytes: int
+    """Bytes that weights and keys take on a rank while it writes."""
+    steps: int
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the round, without the rewards if these are not known."""
+        return self.write_s + (self.score_s or 0.0) + self.train_s
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Seconds of the round for each of its optimizer steps."""
+        return self.total_s / self.steps
+
+
+def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longest_prompt: int) -> RoundLoad | None:
+    """The load of a run whose batches are rounds on GPUs; None for other runs. `model_config`: of transformers."""
+    if family_of(config.objective).rollout is None:
+        return None
+    settings: Any = config.objective
+    rollout = settings.rollout
+    prompts = prompts_per_round(config)
+    itemsize = 4 if config.precision is Precision.fp32 else 2
+    has_reference = settings.kl.weight > 0
+    takes_several_steps = rollout.steps * rollout.iterations > 1
+    return RoundLoad(
+        prompts=prompts,
+        group_size=int(settings.group_size),
+        rows=rollout.rows or MOST_ROWS["cuda"],
+        prompt_tokens=prompt_tokens,
+        longest_prompt=longest_prompt,
+        new_tokens=written_tokens(config.objective),
+        key_bytes=float(cache_bytes(model_config, 1, 1, itemsize)),
+        parts=int(rollout.steps),
+        iterations=int(rollout.iterations),
+        passes=int(takes_several_steps) + int(has_reference),
+    )
+
+
+def round_time(
+    load: RoundLoad,
+    model: WritingModel,
+    config: RunConfig,
+    card: Card,
+    *,
+    ranks: int,
+    nodes: int,
+    step_s: float,
+    other_bytes: float,
+) -> RoundTime:
+    """The seconds of a round on `ranks` cards of `nodes` hosts.
+
+    `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds between two steps, whole weights not counted.
+    """
+    readers = readers_of(config, ranks)
+    rows_of_part = min(load.rows, load.group_size)
+    parts_of_batch = max(1, load.rows // rows_of_part)
+    parts = load.prompts * -(-load.group_size // rows_of_part)
+    rows = min(parts_of_batch, -(-parts // readers)) * rows_of_part
+    batches = -(-parts // (parts_of_batch * readers))
+    key_bytes = rows * load.key_bytes * (load.longest_prompt + load.new_tokens)
+    writing_bytes = model.weight_bytes + round(key_bytes)
+    is_sharded = shards_weights(config.strategy) and ranks > 1
+    room = USABLE_SHARE * (card.memory_gib * 2**30 - other_bytes)
+    gathers_once = not is_sharded or writing_bytes <= room
+    gather_s = 0.0
+    if is_sharded:
+        gather_s = model.weight_bytes * (ranks - 1) / ranks / ring_bytes_per_s(card, ranks, nodes)
+
+    mean_tokens = load.prompt_tokens + load.new_tokens / 2
+    token_s = decode_s(model, card, config.precision, rows=rows, key_bytes=rows * load.key_bytes * mean_tokens)
+    # A prompt is computed once for its group where the weights are whole, else for each of its answers.
+    prompts_of_rank = load.prompts / readers * (1 if gathers_once else load.group_size)
+    flops = 2 * model.parameters * prompts_of_rank * load.prompt_tokens
+    prefill_s = flops / (card.tflops(config.precision) * 1e12 * PRODUCT_EFFICIENCY)
+    write_s = batches * load.new_tokens * (token_s if gathers_once else max(token_s, gather_s)) + prefill_s
+    if gathers_once:
+        write_s += gather_s
+    score_s = None if card.scoring_s is None else load.answers * card.scoring_s
+    return RoundTime(
+        write_s=card.writing_pace * write_s,
+        score_s=score_s,
+        train_s=step_s * (load.steps + load.passes * FORWARD_SHARE * load.parts),
+        gathers_once=gathers_once,
+        writing_bytes=writing_bytes,
+        steps=load.steps,
+    )
+
+
+def decode_s(model: WritingModel, card: Card, precision: Precision, *, rows: int, key_bytes: float) -> float:
+    """Seconds in which a rank writes one token of each of `rows` answers, whose keys take `key_bytes` bytes."""
+    moved = model.weight_bytes + KEY_COPIES * key_bytes + LOGIT_PASSES * 4 * rows * model.vocabulary
+    moves_s = moved / (card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
+    products_s = 2 * model.parameters * rows / (card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY)
+    return max(moves_s, products_s, model.blocks * BLOCK_LAUNCH_S)
+
+
+def shards_weights(strategy: StrategyConfig) -> bool:
+    """Whether a rank holds a part of the weights between two steps."""
+    return isinstance(strategy, Fsdp2Config) or (isinstance(strategy, ZeroConfig) and strategy.stage == 3)
