@@ -116,7 +116,7 @@ def _training_s(loader: RolloutLoader, engine: Engine, groups: list[Group], scor
     batch = loader.step_batch(made, 0)
     looked_back_at = time.perf_counter()
     minimal_trainer(engine).train_step(batch)
-    barrier(engine.runtime)
+    barrier(loader.maker.runtime)
     rollout = loader.maker.settings.rollout
     # The step holds a part of the groups, and each part is learned from several times.
     return looked_back_at - began + (time.perf_counter() - looked_back_at) * rollout.steps * rollout.iterations
