@@ -184,3 +184,48 @@ def test_flex_attention_proves_sinks_soft_caps_and_chunks_on_this_gpu(kind, kern
         plain = transformers.AutoModelForCausalLM.from_config(config)
     found = forward_path._prove(config, lambda: plain, kernel, on_gpu=True)
     assert found.padding_free is not None, found.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 48])
+def test_answers_that_share_a_prompt_attend_on_a_gpu_as_on_the_cpu(dtype, window):
+    """The kernel in half precision, and branch by branch in float32; outputs and gradients, against float32 on the CPU."""
+    bounds, branches = [0, 400, 700], [[100, 180, 181], [40, 200]]
+    drawn = torch.Generator().manual_seed(0)
+    row = [torch.randn(1, heads, 700, 64, generator=drawn) for heads in (8, 2, 2)]
+    direction = torch.randn(1, 700, 8, 64, generator=drawn)
+
+    def computed(device, dtype):
+        operands = [t.to(device, dtype).requires_grad_() for t in row]
+        boundaries = torch.tensor(bounds, dtype=torch.int32, device=device)
+        out, _ = attention.varlen_attention(
+            torch.nn.Module(),
+            *operands,
+            None,
+            sliding_window=window,
+            cu_seq_lens_q=boundaries,
+            document_bounds=bounds,
+            branches=branches,
+        )
+        gradients = torch.autograd.grad((out * direction.to(device, dtype)).sum(), operands)
+        return [t.float().cpu() for t in (out, *gradients)]
+
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-4
+    for found, right in zip(computed("cuda", dtype), computed("cpu", torch.float32), strict=True):
+        assert (found - right).norm() <= tolerance * right.norm()
+
+
+def test_a_prompt_computed_once_for_its_answers_gives_the_same_steps_on_a_gpu(tmp_path, runtime):
+    """In bf16 by the variable-length kernel, beside answers each with its prompt."""
+    from tests.helpers.rounds import prompts_of, round_config, round_trainer
+
+    curves = []
+    for shares in (False, True):
+        config = round_config(tmp_path, model_dir(tmp_path), "single", micro=16, rollout={"share_prompts": shares})
+        config = replace(config, precision=Precision.bf16)
+        trainer = round_trainer(config, prompts_of(config), runtime)
+        assert trainer.loader.maker.dealer.shares_prompts is shares
+        curves.append(take_steps(trainer, 2))
+    for (loss, norm), (right_loss, right_norm) in zip(*curves, strict=True):
+        assert loss == pytest.approx(right_loss, abs=2e-2)
+        assert norm == pytest.approx(right_norm, rel=5e-2)

@@ -146,7 +146,8 @@ def test_attention_kernel_of_a_gpu_gets_heads_of_one_size(monkeypatch, values):
         return torch.cat(made, dim=2)[0].transpose(0, 1)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    found = attention._varlen_kernel(query, key, value, bounds, 7, None, None, True)
+    boundaries = attention.KeyBoundaries(bounds, bounds, 7, 7)
+    found = attention._varlen_kernel(query, key, value, boundaries, None, None, True)
     expected, _ = attention.varlen_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds)
     assert found.shape == (1, 12, 4, values) and torch.allclose(found, expected, atol=1e-6)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from strategies.base import Engine, Precision, Progress
+from strategies.errors import ConfigError
 from strategies.runtime import Runtime, gather_objects
 from trainer.build.recomputation import device_gib
 from trainer.config.run import RunConfig
@@ -24,6 +25,7 @@ from trainer.evaluation.full_weights import USABLE_SHARE, cache_bytes
 from trainer.evaluation.group_answers import shares_prompts
 from trainer.model.architecture import text_settings
 from trainer.model.attention import NAME as ATTENTION
+from trainer.model.flex import NAME as FLEX
 from trainer.model.loading import generation_config
 from trainer.objectives.causal import plain_model
 from trainer.objectives.grpo import without_effect
@@ -169,23 +171,40 @@ def build_round_loader(
 
 
 def may_share_prompts(config: RunConfig, built: Built, cut: Cut | None, runtime: Runtime) -> bool:
-    """Whether the answers to a prompt may share it in a row while they are learned: `[prompt | answer | answer ...]`.
+    """Whether the answers to a prompt share it in a row while they are learned: `[prompt | answer | answer ...]`.
 
-    Only our own attention knows of it, on CPUs, and only layers that meet other tokens in attention alone come to the same: those
-    whose cache is keys and values. Losses of routers count tokens, so that a prompt would count less. A compiled block would be
-    compiled anew for other branches.
+    By itself on CPUs alone: the kernels of GPUs have not been measured with it. Errors: ConfigError if
+    `objective.rollout.share_prompts=true` asks for what this model or these settings cannot do.
     """
-    model = plain_model(built.step_module.model)
-    return (
-        runtime.device.type == "cpu"
-        and cut is None
-        and built.layout is Layout.padding_free
-        and built.attention == ATTENTION
-        and built.step_module.added_losses is None
-        and not config.strategy.compile
-        and getattr(text_settings(built.config), "attention_chunk_size", None) is None
-        and shares_prompts(model)
-    )
+    settings: Any = config.objective
+    wanted: bool | None = settings.rollout.share_prompts
+    if wanted is False or (wanted is None and runtime.device.type != "cpu"):
+        return False
+    reason = why_not_shared(config, built, cut)
+    if wanted and reason is not None:
+        raise ConfigError(f"objective.rollout.share_prompts=true: {reason}; leave it out")
+    return reason is None
+
+
+def why_not_shared(config: RunConfig, built: Built, cut: Cut | None) -> str | None:
+    """Why answers cannot share their prompt in a row; None if they can.
+
+    Only our own attention functions know of branches. Only layers that meet other tokens in attention alone come to the same:
+    those whose cache is keys and values.
+    """
+    if cut is not None:
+        return "ranks share rows (parallel.sequence)"
+    if built.layout is not Layout.padding_free or built.attention not in (ATTENTION, FLEX):
+        return f"data.layout={built.layout} with attention {built.attention} does not know answers that share a prompt"
+    if built.step_module.added_losses is not None:
+        return "losses of routers count tokens, and a prompt would count less"
+    if config.strategy.compile:
+        return "strategy.compile would compile the blocks anew for other answers"
+    if getattr(text_settings(built.config), "attention_chunk_size", None) is not None:
+        return "this model attends in chunks"
+    if not shares_prompts(plain_model(built.step_module.model)):
+        return "layers of this model keep more of earlier tokens than keys and values"
+    return None
 
 
 def rows_in_memory(built: Built, engine: Engine, runtime: Runtime, tokens: int) -> int:

@@ -24,6 +24,8 @@ from trainer.model.sequence_attention import over_slices
 NAME = "shardtune_varlen"
 
 
+LONGEST_UNDER_ONE_MASK = 128
+"""Tokens of a document with branches up to which one mask for all of it is faster on CPUs than a call for each branch."""
 SMALLEST_STRETCH = 1024
 """Fewest queries of a stretch, where a window is computed in stretches: shorter ones would be many small kernels."""
 
@@ -56,7 +58,7 @@ def varlen_attention(
     """Attention within each document of a row; q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`.
 
     `document_bounds` is `cu_seq_lens_q` on the host: with it the CPU path reads no tensor. `branches`: for each document, where
-    its branches begin; a branch sees what stands before the first one, and itself (answers to one prompt). On CPUs alone.
+    its branches begin; a branch sees what stands before the first one, and itself (answers to one prompt).
     """
     if cu_seq_lens_q is None:
         raise ValueError(
@@ -75,10 +77,18 @@ def varlen_attention(
     if _has_chunks(module) or getattr(module, "attn_temperature_tuning", False):
         documents = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
         query, document_bounds, cu_seq_lens_q = _by_document_position(module, query, documents)
-    if branches is not None and (query.device.type == "cuda" or _has_chunks(module)):
-        raise ValueError("branches of a document are not implemented on GPUs and for attention in chunks")
+    if branches is not None and (_has_chunks(module) or not causal):
+        raise ValueError("branches of a document are not implemented for attention in chunks or to later tokens")
     if sinks is None and _has_varlen_kernel(query, value, softcap, dropout):
-        return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
+        boundaries = KeyBoundaries(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        if branches is not None:
+            assert document_bounds is not None, "branches come with the boundaries of their documents"
+            segments = segments_of(document_bounds, branches)
+            boundaries = segments.boundaries(query.device)
+            rows = segments.key_rows.to(query.device, non_blocking=True)
+            # The gradients of a prompt's keys are added up over its branches.
+            key, value = key.index_select(2, rows), value.index_select(2, rows)
+        return _varlen_kernel(query, key, value, boundaries, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     branches_left = iter(branches if branches is not None else [])
     lengths = [stop - start for start, stop in pairwise(bounds)]
@@ -167,6 +177,59 @@ def _attend_by_document(
 
 
 @dataclass(frozen=True, slots=True)
+class KeyBoundaries:
+    """Where the queries and keys of each sequence begin and end, as variable-length kernels take them."""
+
+    queries: Tensor
+    """int32 [sequences + 1], on the device."""
+    keys: Tensor
+    longest_query: int | None
+    """Queries of the longest sequence; None if it is not known."""
+    longest_key: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Documents with branches as sequences for a kernel: what stands before the branches, then each branch.
+
+    The queries of all sequences are the row as it is. The keys of a branch are those before the branches, and its own, so a
+    kernel that aligns causality at the last key sees the branch as if it were the only one.
+    """
+
+    key_rows: Tensor
+    """int64 [keys]: the position in the row of each key of all sequences."""
+    query_bounds: list[int]
+    key_bounds: list[int]
+
+    def boundaries(self, device: torch.device) -> KeyBoundaries:
+        """The bounds as tensors on a device, which nobody waits for."""
+        queries = torch.tensor(self.query_bounds, dtype=torch.int32).to(device, non_blocking=True)
+        keys = torch.tensor(self.key_bounds, dtype=torch.int32).to(device, non_blocking=True)
+        return KeyBoundaries(queries, keys, _longest(self.query_bounds), _longest(self.key_bounds))
+
+
+def segments_of(bounds: Sequence[int], branches: Sequence[Sequence[int]]) -> Segments:
+    """The sequences of documents between `bounds` whose branches begin at `branches`, counted from their document's begin."""
+    key_rows = []
+    query_bounds = [0]
+    key_bounds = [0]
+    for (start, stop), begins in zip(pairwise(bounds), branches, strict=True):
+        trunk = torch.arange(start, start + begins[0])
+        key_rows.append(trunk)
+        query_bounds.append(start + begins[0])
+        key_bounds.append(key_bounds[-1] + begins[0])
+        for begin, end in pairwise([*begins, stop - start]):
+            key_rows += [trunk, torch.arange(start + begin, start + end)]
+            query_bounds.append(start + end)
+            key_bounds.append(key_bounds[-1] + begins[0] + end - begin)
+    return Segments(torch.cat(key_rows), query_bounds, key_bounds)
+
+
+def _longest(bounds: Sequence[int]) -> int:
+    return max(stop - start for start, stop in pairwise(bounds))
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionRule:
     """How a layer attends within a document."""
 
@@ -186,6 +249,13 @@ class AttentionRule:
         distance = position[:, None] - position[None, :]
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
+    def last_mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """The keys that each query sees if the queries are the last tokens of the keys, bool `[queries, keys]`."""
+        query = torch.arange(keys - queries, keys, device=device)
+        distance = query[:, None] - torch.arange(keys, device=device)[None, :]
+        visible = distance >= 0
+        return visible if self.window is None else visible & (distance < self.window)
+
     def branch_mask(self, length: int, starts: Sequence[int], device: torch.device) -> Tensor:
         """The keys that each query sees in a document whose branches begin at `starts`, bool `[T, T]`."""
         index = torch.arange(length, device=device)
@@ -203,14 +273,32 @@ class AttentionRule:
 def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: Sequence[int] = ()) -> Tensor:
     """Attention within one document: q `[1, heads, T, width]`, k and v with as many heads or fewer.
 
-    `branches`: where its branches begin; none if it has none. On CPUs alone.
+    `branches`: where its branches begin; none if it has none.
     """
-    if q.device.type == "cuda":
+    on_gpu = q.device.type == "cuda"
+    if branches and (on_gpu or q.shape[2] > LONGEST_UNDER_ONE_MASK):
+        return _attend_branch_by_branch(q, k, v, rule, branches)
+    if on_gpu:
         return _attend_on_gpu(q, k, v, rule)
     if branches:
-        mask: Tensor | None = rule.branch_mask(q.shape[2], branches, q.device)
-    else:
-        mask = rule.mask(q.shape[2], q.device)
+        return _attend_with_mask(q, k, v, rule, rule.branch_mask(q.shape[2], branches, q.device))
+    return _attend_with_mask(q, k, v, rule, rule.mask(q.shape[2], q.device))
+
+
+def _attend_branch_by_branch(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: Sequence[int]) -> Tensor:
+    """Attention within one document with branches: each branch sees what stands before the first one, and itself."""
+    trunk = branches[0]
+    pieces = [_attend_one_document(q[:, :, :trunk], k[:, :, :trunk], v[:, :, :trunk], rule)]
+    for begin, end in pairwise([*branches, q.shape[2]]):
+        keys = torch.cat([k[:, :, :trunk], k[:, :, begin:end]], dim=2)
+        values = torch.cat([v[:, :, :trunk], v[:, :, begin:end]], dim=2)
+        mask = rule.last_mask(end - begin, keys.shape[2], q.device)
+        pieces.append(_attend_with_mask(q[:, :, begin:end], keys, values, rule, mask))
+    return torch.cat(pieces, dim=2)
+
+
+def _attend_with_mask(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
+    """Attention of queries to the keys that `mask` shows, bool `[queries, keys]`; None: as the rule says."""
     if rule.softcap is not None or rule.sinks is not None:
         return _attend_by_scores(q, k, v, rule, mask)
     return F.scaled_dot_product_attention(
@@ -309,8 +397,7 @@ def _varlen_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seq_lens: Tensor,
-    max_length: int | None,
+    boundaries: KeyBoundaries,
     scaling: float | None,
     window: int | None,
     causal: bool,
@@ -323,15 +410,16 @@ def _varlen_kernel(
         v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = (t.squeeze(0).transpose(0, 1).contiguous() for t in (q, k, v))  # [T, heads, D]
     left_window = window - 1 if window is not None else -1
-    longest = int(max_length) if max_length is not None else q.shape[0]
+    longest_query = q.shape[0] if boundaries.longest_query is None else int(boundaries.longest_query)
+    longest_key = k.shape[0] if boundaries.longest_key is None else int(boundaries.longest_key)
     out: Any = varlen_attn(
         q,
         k,
         v,
-        cu_seq_lens,
-        cu_seq_lens,
-        longest,
-        longest,
+        boundaries.queries,
+        boundaries.keys,
+        longest_query,
+        longest_key,
         scale=scaling,
         window_size=(left_window, 0 if causal else left_window),
         enable_gqa=grouped,

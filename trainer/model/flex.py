@@ -40,6 +40,8 @@ class PackedRow:
     """Where each document begins in the row, and where the last one ends, int32 `[documents + 1]`."""
     length: int | None
     """Tokens of the row, if the model is given a slice of them; None if it is given all."""
+    branches: list[list[int]] | None = None
+    """Where the branches of each document begin, counted from the document's begin; None if there are none."""
 
     def length_of(self, given: int) -> int:
         """Tokens of the row, where the model is `given` so many."""
@@ -49,6 +51,22 @@ class PackedRow:
         """The document of each position of the row, int64 `[T]`."""
         places = torch.arange(self.length_of(given), device=self.bounds.device)
         return torch.bucketize(places, self.bounds, right=True)
+
+    def branches_and_places(self) -> tuple[Tensor, Tensor]:
+        """(the branch of each position of the row, 0 before the first one; its place if its branch were the only one)."""
+        assert self.branches is not None
+        bounds = self.bounds.tolist()
+        branch_numbers: list[int] = []
+        places: list[int] = []
+        for start, stop, begins in zip(bounds, bounds[1:], self.branches, strict=False):
+            branch_numbers += [0] * begins[0]
+            places += range(start, start + begins[0])
+            ends = [*begins[1:], stop - start]
+            for number, (begin, end) in enumerate(zip(begins, ends, strict=True), start=1):
+                branch_numbers += [number] * (end - begin)
+                places += range(start + begins[0], start + begins[0] + end - begin)
+        device = self.bounds.device
+        return torch.tensor(branch_numbers, device=device), torch.tensor(places, device=device)
 
 
 _ROW: ContextVar[PackedRow | None] = ContextVar("row", default=None)
@@ -78,7 +96,7 @@ def documents(inputs: dict[str, Any]) -> Iterator[None]:
     bounds = inputs.get("cu_seq_lens_q")
     row_slices = inputs.get("row_slices")
     length = None if row_slices is None else row_slices[-1]
-    token = _ROW.set(None if bounds is None else PackedRow(bounds, length))
+    token = _ROW.set(None if bounds is None else PackedRow(bounds, length, inputs.get("branches")))
     try:
         yield
     finally:
@@ -137,10 +155,20 @@ def block_mask(
     def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask_function(batch, head, query, key) & (document_of_position[query] == document_of_position[key])
 
+    visible = same_document
+    if row.branches is not None:
+        branch, place = row.branches_and_places()
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            # Causality and windows go by places, which lie in the same document: an answer sees its prompt as if no other answer
+            # stood between.
+            same_branch = (branch[key] == 0) | (branch[key] == branch[query])
+            return same_document(batch, head, place[query], place[key]) & same_branch
+
     if _has_no_values(device):
-        return flex_shapes.block_mask(same_document, batch_size, q_length, kv_length, device)
+        return flex_shapes.block_mask(visible, batch_size, q_length, kv_length, device)
     build_mask = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    return build_mask(same_document, batch_size, None, q_length, kv_length, device=str(device))
+    return build_mask(visible, batch_size, None, q_length, kv_length, device=str(device))
 
 
 def flex_attention(

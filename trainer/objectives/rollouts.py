@@ -55,6 +55,8 @@ class RolloutConfig:
     """Times that the answers of a round are learned from."""
     rows: int | None = number(None, least=1, advice="null takes as many as memory allows", resume=FREE)
     """Answers that a rank writes at a time; null: as many as memory allows. Changes them by rounding only."""
+    share_prompts: bool | None = setting(None, reach=DESCRIBES, resume=FREE)
+    """Whether a prompt is computed once for its answers while they are learned; null: on CPUs, where the model allows it."""
     record: int | None = number(None, least=0, advice="null records all groups, 0 none", resume=FREE)
     """Groups of each round whose answers and rewards are written to `rounds/` in the run directory; null: all."""
     most_difference: float | None = number(
