@@ -1,10 +1,11 @@
 """Benchmark of learning from rewards: shardtune's `objective=grpo` beside TRL's `GRPOTrainer`, in answers per CPU second.
 
-    python benchmarks/reinforcement.py [--seeds 0,1,2] [--tasks words,story] [--steps 20] [--turn 2]
+    python benchmarks/reinforcement.py [--seeds 0,1,2] [--tasks words,story] [--steps 20] [--turn 1] [--again]
 
 Both train SmolLM2-135M-Instruct with LoRA in float32 on one thread, with the same prompts, the same file of rewards and the
-same batch: 8 prompts with 8 answers a step. For each task and seed both are started, and take turns of `--turn` steps; the
-order is reversed each time. Makes `benchmarks/results/reinforcement.json` and `.md`.
+same batch. For each task and seed both are started, and take turns of `--turn` steps; the order is reversed each time. A pair
+of runs that was measured is kept, so that an interrupted benchmark goes on where it was. Makes
+`benchmarks/results/reinforcement.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ OURS = "shardtune"
 PEER = "TRL"
 SCRIPTS = {OURS: ("reinforce_shardtune.py", None), PEER: ("reinforce_trl.py", "trl")}
 """The script of each trainer, and its environment; None: this one."""
+PROMPTS = 2
+GROUP = 8
+"""Prompts of a step, and answers to each (the default of `peers/rounds.py`)."""
 LAST_STEPS = 5
 """The reward that a run has reached is the mean over its last steps: that of one step is noisy."""
 REWARDS = '''"""Rewards in TRL's convention, which both trainers call as they are."""
@@ -68,13 +72,17 @@ class Task:
     reward: str
     new: int
     """Longest answer in tokens."""
+    micro: int
+    """Answers in a forward pass while learning."""
+    steps: int
+    """Steps of a run; the first one is not measured."""
     goal: float
     """shardtune should write, score and learn at least this many times as many answers per CPU second as the peer."""
 
 
 TASKS = (
-    Task("words", "Describe {} in exactly three words.", "three_words", new=12, goal=2.5),
-    Task("story", "Write a long story about {}.", "different_words", new=128, goal=1.2),
+    Task("words", "Describe {} in exactly three words.", "three_words", new=12, micro=16, steps=20, goal=2.5),
+    Task("story", "Write a long story about {}.", "different_words", new=128, micro=8, steps=3, goal=1.2),
 )
 
 
@@ -103,7 +111,7 @@ class Run:
 
     def __init__(self, name: str, task: Task, seed: int, args: argparse.Namespace, model: Path) -> None:
         self.measured = Measured()
-        self.steps = args.steps
+        self.steps = args.steps or task.steps
         self.turn = args.turn
         self.patience_s = args.patience
         self.out = WORK / "reinforcement" / f"{task.name}-{seed}-{name.lower()}"
@@ -115,7 +123,7 @@ class Run:
         script, environment_name = SCRIPTS[name]
         command = [python_of(environment_name), str(HERE / "peers" / script), f"--model={model}", f"--out={self.out}"]
         command += [f"--inputs={inputs_of(task)}", f"--reward={task.reward}", f"--new={task.new}", f"--seed={seed}"]
-        command += [f"--{option}={getattr(args, option)}" for option in ("steps", "turn", "micro")]
+        command += [f"--steps={self.steps}", f"--turn={self.turn}", f"--micro={task.micro}", f"--prompts={PROMPTS}"]
         one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "RAYON", "ARROW")}
         environment = {**os.environ, **one_thread, "BENCH_PIPES": f"{go_read},{report_write}"}
         environment.pop("PYTHONPATH", None)
@@ -180,10 +188,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2", help="a pair of runs for each")
     parser.add_argument("--tasks", default=",".join(task.name for task in TASKS))
-    parser.add_argument("--steps", type=int, default=20, help="steps of a run")
-    parser.add_argument("--turn", type=int, default=2, help="steps of a trainer until it is the other's turn")
-    parser.add_argument("--micro", type=int, default=32, help="answers in a forward pass")
-    parser.add_argument("--patience", type=float, default=900, help="longest silence of a trainer in seconds")
+    parser.add_argument("--steps", type=int, help="steps of a run; default: 20 of words, 3 of story")
+    parser.add_argument("--turn", type=int, default=1, help="steps of a trainer until it is the other's turn")
+    parser.add_argument("--patience", type=float, default=3600, help="longest silence of a trainer in seconds")
+    parser.add_argument("--again", action="store_true", help="measure pairs anew that were measured")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -218,21 +226,34 @@ def run_pair(task: Task, seed: int, args: argparse.Namespace, model: Path) -> di
         for name in names:
             runs[name] = Run(name, task, seed, args, model)
             runs[name].take_turn()
-        for turn in range(1, math.ceil(args.steps / args.turn)):
+        for turn in range(1, math.ceil((args.steps or task.steps) / args.turn)):
             order = names if turn % 2 == 0 else names[::-1]
             for name in order:
                 runs[name].take_turn()
                 rate = answers_per_cpu_s(runs[name].measured)
-                print(f"  {task.name}, seed {seed}, {name}: {rate:.2f} answers/CPU-s", flush=True)
+                print(f"  {task.name}, seed {seed}, step {turn + 1}, {name}: {rate:.2f} answers/CPU-s", flush=True)
     finally:
         for run in runs.values():
             run.end()
     return {name: run.measured for name, run in runs.items()}
 
 
-def answers_per_cpu_s(measured: Measured, answers_per_step: int = 64) -> float:
+def kept_pair(task: Task, seed: int, args: argparse.Namespace, model: Path) -> dict[str, Measured]:
+    """Both trainers with one seed: as they were measured before with these settings, or now. Raises Failed."""
+    name = f"{task.name}-{seed}-{args.steps or task.steps}-{PROMPTS}-{task.micro}-{args.turn}.json"
+    path = WORK / "reinforcement" / "pairs" / name
+    if path.exists() and not args.again:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {trainer: Measured(**measured) for trainer, measured in kept.items()}
+    pair = run_pair(task, seed, args, model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({trainer: asdict(measured) for trainer, measured in pair.items()}), encoding="utf-8")
+    return pair
+
+
+def answers_per_cpu_s(measured: Measured) -> float:
     """The rate of the steps after the first, which holds the start of the process."""
-    return answers_per_step / median(measured.cpu_s[1:])
+    return PROMPTS * GROUP / median(measured.cpu_s[1:])
 
 
 def summary(task: Task, pairs: list[dict[str, Measured]]) -> dict[str, Any]:
@@ -250,6 +271,8 @@ def summary(task: Task, pairs: list[dict[str, Measured]]) -> dict[str, Any]:
         learns_as_much = difference >= -2 * standard_error
     return {
         "task": task.name,
+        "steps": len(pairs[0][OURS].cpu_s),
+        "micro": task.micro,
         "rates": rates,
         "ratio": median(ratios),
         "ratios": ratios,
@@ -273,22 +296,22 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{result['hardware']}; load average {result['load'][0]:.1f} to {result['load'][1]:.1f} while it ran. "
         f"{'; '.join(result['versions'])}. SmolLM2-135M-Instruct, LoRA of rank 16 on all linear layers, float32, one thread, "
-        f"8 prompts with 8 answers a step, {result['micro']} answers in a forward pass, {result['steps']} steps in turns of "
-        f"{result['turn']}, seeds {result['seeds']}. A step writes answers, scores them and trains on them; its CPU seconds "
-        "hold the processes of rewards. Rates are medians over the steps after the first. "
+        f"{PROMPTS} prompts with {GROUP} answers a step, in turns of {result['turn']}, seeds {result['seeds']}. "
+        "A step writes answers, scores them and trains on them; its CPU seconds hold the processes of rewards. "
+        "Rates are medians over the steps after the first. "
         "[How it is measured](../README.md#learning-from-rewards).",
         "",
-        "| task | trainer | tokens of an answer | answers/CPU-s, by seed | peak MB | reward of the first step | "
-        f"of the last {LAST_STEPS}, by seed |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| task | steps | answers a pass | trainer | tokens of an answer | answers/CPU-s, by seed | peak MB | "
+        f"reward of the first step | of the last {LAST_STEPS}, by seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
         for name in SCRIPTS:
             rates = ", ".join(f"{rate:.2f}" for rate in row["rates"][name])
             rewards = ", ".join(f"{reward:.3f}" for reward in row["last_rewards"][name])
             lines.append(
-                f"| {row['task']} | {name} | {row['tokens_of_an_answer'][name]:.1f} | {rates} | {row['peak_mb'][name]:,.0f} | "
-                f"{row['first_reward'][name]:.3f} | {rewards} |"
+                f"| {row['task']} | {row['steps']} | {row['micro']} | {name} | {row['tokens_of_an_answer'][name]:.1f} | "
+                f"{rates} | {row['peak_mb'][name]:,.0f} | {row['first_reward'][name]:.3f} | {rewards} |"
             )
     lines.append("")
     for row in result["rows"]:
@@ -321,7 +344,7 @@ def main() -> int:
     for task in tasks:
         write_inputs(task, model)
         try:
-            measured[task.name] = [run_pair(task, seed, args, model) for seed in seeds]
+            measured[task.name] = [kept_pair(task, seed, args, model) for seed in seeds]
         except Failed as failed:
             print(f"{task.name}: {failed}", file=sys.stderr)
             return 1
@@ -334,9 +357,7 @@ def main() -> int:
         "minutes": (time.monotonic() - started_at) / 60,
         "load": [min(loads), max(loads)],
         "seeds": args.seeds,
-        "steps": args.steps,
         "turn": args.turn,
-        "micro": args.micro,
         "rows": [summary(task, measured[task.name]) for task in tasks],
         "measured": {
             name: [{k: asdict(v) for k, v in pair.items()} for pair in pairs] for name, pairs in measured.items()
