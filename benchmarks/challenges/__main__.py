@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.challenges import course as courses
-from benchmarks.challenges import losses, people
+from benchmarks.challenges import losses, people, rewards
 from benchmarks.challenges.language import base_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "challenges.json"
 SEEDS, NULLS, OF_REMEDIES = range(5), range(20), range(3)
+MADE_UP = range(100)
 DRIFT = "3e-4"
 """A rate at which the model that knows the language gets worse at it by a percent or two."""
 
@@ -94,6 +95,21 @@ def divergence(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def made_up_rewards(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]:
+    """Made-up metrics of runs that learn from rewards, with problems of several strengths and without; and the demo's runs."""
+    found = {name: [rewards.made_up(course, seed) for seed in MADE_UP] for name, course in rewards.FAULTY.items()}
+    for name, course in rewards.HONEST.items():
+        found[f"none: {name}"] = [rewards.made_up(course, seed) for seed in MADE_UP]
+    return found | rewards.demo_runs()
+
+
+def real_rewards(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]:
+    """Runs of the small model that learn a letter at the cost of its language, and honest ones."""
+    cheated = [rewards.real(directory, base, f"cheated-{seed}", seed, honest=False) for seed in SEEDS]
+    honest = [rewards.real(directory, base, f"honest-{seed}", seed, honest=True) for seed in NULLS]
+    return {"a letter is rewarded, the language is a control": cheated, "none: the language is rewarded": honest}
+
+
 PARTS: dict[str, Part] = {
     "overfitting": overfitting,
     "forgetting": forgetting,
@@ -102,10 +118,13 @@ PARTS: dict[str, Part] = {
     "people": wronged,
     "canaries": canaries,
     "divergence": divergence,
+    "rewards": made_up_rewards,
+    "real rewards": real_rewards,
 }
 
 
 FOUND = {"people": ["found"], "canaries": ["found"], "divergence": ["diverged", "worse", "recovered"]}
+FOUND |= {"rewards": [*rewards.VERDICTS], "real rewards": [*rewards.VERDICTS]}
 """What is counted of each run of a part, unless it is overfitting and forgetting."""
 
 

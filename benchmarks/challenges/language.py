@@ -16,10 +16,15 @@ KNOWN, OTHER = 0, 1
 """The language that the model knows, and one that it does not."""
 
 
+def followers(language: int) -> dict[str, list[str]]:
+    """The four words of a language that may follow each word."""
+    rules = random.Random(f"language {language}")
+    return {word: rules.sample(WORDS, FOLLOWERS) for word in WORDS}
+
+
 def sentences(language: int, seed: object, count: int) -> list[str]:
     """Sentences of a language, in which each word has four that may follow it."""
-    rules = random.Random(f"language {language}")
-    follow = {word: rules.sample(WORDS, FOLLOWERS) for word in WORDS}
+    follow = followers(language)
     drawn, found = random.Random(f"{language} {seed}"), []
     for _ in range(count):
         words = [drawn.choice(WORDS)]

@@ -38,8 +38,8 @@ MIN_EVALUATIONS = 6
 COLLAPSED_ENTROPY = 0.1
 LONGER = 2.0
 IDLE_SHARE = 0.9
-SATURATED = 0.99
-"""Share of the largest reward seen, from which on idle groups are no fault: everything is solved."""
+SATURATED = 0.95
+"""Share of the best block's reward, from which on idle groups are no fault: everything is solved."""
 STEPS = "steps"
 """Key of a block: how many steps it has. All other keys are sums over them."""
 REWARD, ENTROPY, LENGTH, IDLE = "reward", "entropy", "completions/mean_length", "frac_reward_zero_std"
@@ -144,13 +144,18 @@ def find_problems(
         yield finding("cheated", f"{says} from {held_out[0]:.3g} to {held_out[-1]:.3g}", held_out=held_out[-1])
     yield from _collapse(finding, reward, series(blocks, ENTROPY), series(blocks, LENGTH))
     idle = series(blocks, IDLE)
-    best = max(reward)
-    is_solved = best > 0 and reward[-1] >= SATURATED * best and reward[-1] > 2 * reward[0]
-    if idle and np.mean(idle[-MIN_BLOCKS // 2 :]) >= IDLE_SHARE and not is_solved:
-        share = float(np.mean(idle[-MIN_BLOCKS // 2 :]))
+    recent_blocks = MIN_BLOCKS // 2
+    share = float(np.mean(idle[-recent_blocks:])) if idle else 0.0
+    if share >= IDLE_SHARE and not _is_solved(reward, float(np.mean(reward[-recent_blocks:]))):
         yield finding(
             "idle", f"in {100 * share:.0f} % of the groups all answers score alike, and teach nothing", idle=share
         )
+
+
+def _is_solved(reward: Sequence[float], recent: float) -> bool:
+    """Whether rewards rose, and are near the best that was seen. `recent`: their mean over the last blocks."""
+    level = max(recent, reward[-1])
+    return rising_p_value(reward) < RISING_LEVEL and level >= SATURATED * max(reward) and level >= 1.5 * reward[0]
 
 
 def _collapse(finding: Any, reward: list[float], entropy: list[float], length: list[float]) -> Iterator[Finding]:
@@ -167,14 +172,17 @@ def without_carry_over(p_value: float, values: Sequence[float]) -> float:
     """A p-value of a trend, corrected for noise that carries over from one value to the next.
 
     Such noise looks like a trend: the variance of the test's score grows by (1 + r) / (1 - r), where r is the correlation of
-    neighbours around a straight line (Bayley and Hammersley 1946).
+    neighbours around a straight line (Bayley and Hammersley 1946). In a short series, r comes out too small by (2 + 4 r) / n
+    (Marriott and Pope 1954, with a line taken off), which is undone.
     """
-    places = np.arange(len(values))
+    count = len(values)
+    places = np.arange(count)
     rest = np.asarray(values) - np.polyval(np.polyfit(places, values, 1), places)
     variance = float(np.dot(rest, rest))
     if variance <= 1e-12 * float(np.ptp(values)) ** 2:  # a straight line has no noise but rounding
         return p_value
-    carried = min(0.95, max(0.0, float(np.dot(rest[1:], rest[:-1])) / variance))
+    seen = float(np.dot(rest[1:], rest[:-1])) / variance
+    carried = min(0.98, max(0.0, (seen + 2 / count) / (1 - 4 / count)))
     normal = NormalDist()
     score = normal.inv_cdf(1 - min(1 - 1e-15, max(1e-15, p_value)))
     return 1 - normal.cdf(score * math.sqrt((1 - carried) / (1 + carried)))

@@ -20,11 +20,11 @@ def rising_p_value(values: Sequence[float]) -> float:
     count = len(values)
     if count < 2:
         return 1.0
-    signs: list[float] = []  # of each pair: 1 if it rises, -1 if it falls, 0 for a tie
-    for position, earlier in enumerate(values):
-        signs += [np.sign(later - earlier) for later in values[position + 1 :]]
+    series = np.asarray(values, np.float64)
+    earlier, later = np.triu_indices(count, k=1)
+    signs = np.sign(series[later] - series[earlier])  # of each pair: 1 if it rises, -1 if it falls, 0 for a tie
     num_ties = len(signs) - int(np.count_nonzero(signs))
-    num_falls = sum(sign < 0 for sign in signs)
+    num_falls = int(np.count_nonzero(signs < 0))
     if not num_ties and count <= MAX_EXACT:
         return float(_falls_distribution(count)[: num_falls + 1].sum())
 
