@@ -54,8 +54,8 @@ USAGE = f"""usage: shardtune serve <run or export> [serve.<name>=...] [--dry-run
   SERVE_KEY=... shardtune serve runs/first serve.host=0.0.0.0 serve.port=8080 serve.key_env=SERVE_KEY
 
 serve offers one exported model at an OpenAI-compatible address: /v1/chat/completions, /v1/completions, /v1/models and
-/health. If vLLM is installed, vLLM computes the answers; if not, the server of transformers does. By default only
-this machine can reach it (127.0.0.1).
+/health. If vLLM is installed, or serve.python names a Python that has it, vLLM computes the answers; if not, the
+server of transformers does. By default only this machine can reach it (127.0.0.1).
 
 {help_rows(ServeWords, group_rows("serve", ServeConfig))}"""
 
@@ -101,21 +101,27 @@ def main(argv: list[str]) -> int:
 def chosen_engine(config: ServeConfig, exported: ExportedModel) -> str:
     """The engine that will serve an export: `vllm` or `transformers`.
 
-    Errors: ConfigError if the one that `serve.engine` asks for is not installed, or cannot serve this kind of adapter.
+    Errors: ConfigError if vLLM is asked for (`serve.engine`, `serve.python`) and is not there, or cannot serve this adapter.
     """
     from launch.serve.other_servers import vllm_command
+    from launch.serve.vllm_environment import find_vllm_python
 
     if config.engine == "transformers":
         return "transformers"
-    is_installed = find_spec("vllm") is not None and shutil.which("vllm") is not None
+    if config.python is None:
+        is_installed = find_spec("vllm") is not None and shutil.which("vllm") is not None
+    else:
+        config.python = find_vllm_python(config.python)
+        is_installed = True
+    is_asked_for = config.engine == "vllm" or config.python is not None
     is_supported = vllm_command(exported, config) is not None
-    if config.engine == "vllm" and not is_installed:
+    if is_asked_for and not is_installed:
         raise ConfigError(
             "serve.engine=vllm: vLLM is not installed in this environment, and its releases up to 0.32 ask for an older "
-            "transformers than shardtune; install it in an environment of its own, and start there what --print shows, or set "
+            "transformers than shardtune; install it in an environment of its own and set serve.python=<its Python>, or set "
             "serve.engine=transformers"
         )
-    if config.engine == "vllm" and not is_supported:
+    if is_asked_for and not is_supported:
         raise ConfigError(
             f"serve.engine=vllm: vLLM takes no {exported.settings.get('peft_type', 'such')} adapter; export with merge=true, or "
             "serve.engine=transformers"
@@ -125,13 +131,14 @@ def chosen_engine(config: ServeConfig, exported: ExportedModel) -> str:
 
 def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, words: ServeWords) -> int:
     """Print what `serve` would start (`--dry-run`), or the commands for vLLM and SGLang (`--print`); returns the exit code 0."""
-    from launch.serve.other_servers import sglang_command, shell_text, vllm_command
+    from launch.serve.other_servers import computed_type, sglang_command, shell_text, vllm_command
 
     plan = {
         "model": config.name or exported.name,
         "directory": str(exported.path),
         "base": exported.base,
         "engine": engine,
+        "dtype": computed_type(exported, config),
         "address": f"http://{config.host}:{config.port}/v1",
         "key": config.key_env,
         "vllm": shell_text(vllm_command(exported, config)),
@@ -146,18 +153,24 @@ def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, words:
         return 0
     base = f" on {exported.base}" if exported.base else ""
     key = f"the key in {config.key_env}" if config.key_env else "no key"
-    print(f"would serve {plan['model']} ({exported.path}{base}) at {plan['address']} with {engine}, {key}")
+    dtype = "" if plan["dtype"] == "auto" else f" in {plan['dtype']}"
+    print(f"would serve {plan['model']} ({exported.path}{base}) at {plan['address']} with {engine}{dtype}, {key}")
     return 0
 
 
 def start_vllm(exported: ExportedModel, config: ServeConfig) -> int:
     """Replace this process by vLLM, with our middleware in front of all its addresses."""
-    from launch.serve.other_servers import shell_text, vllm_command, vllm_environment
+    from launch.serve.other_servers import computed_type, shell_text, vllm_command, vllm_environment
+    from launch.serve.vllm_environment import gateway_directory
 
     command = vllm_command(exported, config, middleware=True)
     assert command is not None
+    environment = os.environ | vllm_environment(exported, config)
+    if config.python is not None:
+        environment["PYTHONPATH"] = str(gateway_directory())
+    print(f"computes in {computed_type(exported, config)} (serve.dtype)", flush=True)
     print(f"starting {shell_text(command)}", flush=True)
-    os.execvpe(command[0], command, {**os.environ, **vllm_environment(exported, config)})
+    os.execvpe(command[0], command, environment)
 
 
 def print_serve_commands(directory: Path) -> None:

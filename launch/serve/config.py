@@ -45,6 +45,8 @@ class ServeConfig:
     """The name by which clients ask for the model. null: the name of the run."""
     engine: EngineKind = EngineKind.auto
     """What computes the answers: auto, transformers or vllm."""
+    python: str | None = None
+    """The Python of an environment that has vLLM, such as ~/vllm/bin/python. null: vLLM of this environment."""
     max_tokens: int = number(1024, least=1, advice="1024 is usual")
     """Most new tokens in an answer, also if a request names no number."""
     max_requests: int = number(256, least=1, advice="256 is usual")
@@ -56,7 +58,7 @@ class ServeConfig:
     device: str = "auto"
     """The device: auto, cpu, cuda, cuda:1."""
     dtype: ServedType = ServedType.auto
-    """Data type: auto (as stored), float32, bfloat16, float16."""
+    """Data type that is computed in: auto (the stored one), float32, bfloat16, float16."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings, one line each: values out of bounds, and an address without a key."""
@@ -65,6 +67,8 @@ class ServeConfig:
             setting = getattr(self, field.name)
             if traits.bounds is not None and not traits.bounds.holds(setting):
                 yield f"serve.{field.name}={setting}: must be {traits.bounds}; {traits.advice}"
+        if self.python is not None and self.engine is EngineKind.transformers:
+            yield f"serve.python={self.python}: is for vLLM, and serve.engine=transformers needs none; leave one of them out"
         if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
             yield (
                 "serve.key_env: is no name of an environment variable (and not shown, since it may be a key); put the key into a "

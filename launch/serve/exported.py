@@ -60,6 +60,23 @@ def compare_base(exported: ExportedModel, *, accept: bool) -> list[str]:
     return refuse_another_base(exported.path, base, accept=accept)
 
 
+def stored_type(exported: ExportedModel) -> str | None:
+    """The type in which the weights of a whole model, or of an adapter's base, are stored, such as `float32`.
+
+    None if its config.json does not say, or the base is not a directory here.
+    """
+    directory = exported.path if exported.base is None else Path(exported.base)
+    if not (directory / MODEL_FILE).is_file():
+        return None
+    settings = read_object(directory / MODEL_FILE)
+    # transformers 5 writes `dtype`, earlier versions wrote `torch_dtype`. A larger model has it in the part for text.
+    for part in (settings, settings.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key):
+                return str(part[key])
+    return None
+
+
 def find_export(word: str) -> ExportedModel:
     """The export that a command-line word names: a run directory, or the directory of an export.
 

@@ -9,11 +9,13 @@ import json
 from typing import Any
 
 from launch.serve.config import ServeConfig, ServedType
-from launch.serve.exported import MODEL_FILE, ExportedModel
+from launch.serve.exported import MODEL_FILE, ExportedModel, stored_type
 from strategies.small_files import read_object
 
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
+VLLM_MODULE = "vllm.entrypoints.cli.main"
+"""The module behind vLLM's command `vllm`."""
 MIDDLEWARE = "launch.serve.middleware.VllmMiddleware"
 
 
@@ -23,13 +25,14 @@ def vllm_command(exported: ExportedModel, config: ServeConfig, *, middleware: bo
     `middleware`: with our checks in front of all addresses. The key is not in the command: vLLM reads VLLM_API_KEY.
     """
     name = config.name or exported.name
+    vllm = ["vllm"] if config.python is None else [config.python, "-m", VLLM_MODULE]
     if exported.base is None:
-        command = ["vllm", "serve", str(exported.path), "--served-model-name", name]
+        command = [*vllm, "serve", str(exported.path), "--served-model-name", name]
     elif exported.is_plain_lora:
         lora_rank = int(exported.settings.get("r", 8))
         max_rank = next((rank for rank in VLLM_LORA_RANKS if rank >= lora_rank), VLLM_LORA_RANKS[-1])
         adapter = json.dumps({"name": name, "path": str(exported.path)})
-        command = ["vllm", "serve", exported.base, "--tokenizer", str(exported.path)]
+        command = [*vllm, "serve", exported.base, "--tokenizer", str(exported.path)]
         command += ["--served-model-name", f"{name}-base"]
         command += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", adapter]
         position_overrides = _position_overrides(exported)
@@ -42,8 +45,7 @@ def vllm_command(exported: ExportedModel, config: ServeConfig, *, middleware: bo
         command += ["--generation-config", str(exported.path)]
     command += ["--host", config.host, "--port", str(config.port)]
     command += ["--override-generation-config", json.dumps({"max_new_tokens": config.max_tokens})]
-    if config.dtype is not ServedType.auto:
-        command += ["--dtype", str(config.dtype)]
+    command += _type_arguments(exported, config)
     return [*command, "--middleware", MIDDLEWARE] if middleware else command
 
 
@@ -61,9 +63,21 @@ def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | 
     else:
         return None
     command += ["--host", config.host, "--port", str(config.port)]
+    return command + _type_arguments(exported, config)
+
+
+def computed_type(exported: ExportedModel, config: ServeConfig) -> str:
+    """The type that another server is told to compute in: `serve.dtype`, or the stored one; `auto` if nobody knows it."""
     if config.dtype is not ServedType.auto:
-        command += ["--dtype", str(config.dtype)]
-    return command
+        return str(config.dtype)
+    stored = stored_type(exported)
+    return stored if stored in tuple(ServedType) else str(ServedType.auto)
+
+
+def _type_arguments(exported: ExportedModel, config: ServeConfig) -> list[str]:
+    """The type as an argument of vLLM or SGLang. Left to themselves, both compute a float32 model in 16 bits."""
+    dtype = computed_type(exported, config)
+    return [] if dtype == ServedType.auto else ["--dtype", dtype]
 
 
 def _position_overrides(exported: ExportedModel) -> str | None:

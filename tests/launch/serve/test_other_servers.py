@@ -1,6 +1,8 @@
 """The commands for vLLM and SGLang use arguments that these have (`arguments.json`: read from their sources), and no key."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from launch.serve.exported import ExportedModel, find_export
 from launch.serve.middleware import VllmMiddleware
 from launch.serve.other_servers import MIDDLEWARE, sglang_command, vllm_command, vllm_environment
 from strategies.errors import ConfigError
-from tests.helpers.launching import command_here
+from tests.helpers.launching import ROOT, clean_environment, command_here
+from tests.helpers.speed import seconds
 
 KNOWN = {
     engine: {f"--{name}" for source in sources for name in source["arguments"]}
@@ -98,6 +101,74 @@ def test_serve_middleware_stands_before_the_application_of_vllm(monkeypatch):
     assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 401
     assert client.post("/v1/completions", json={"model": "tuned-base"}, headers=key).status_code == 404
     assert client.post("/v1/completions", json={"prompt": "x" * 2000}, headers=key).status_code == 413
+
+
+@pytest.fixture
+def vllm_python(tmp_path):
+    """The path of a Python that finds a package vllm, as that of vLLM's own environment does. It is no vLLM."""
+    package = tmp_path / "their" / "vllm" / "entrypoints" / "cli"
+    package.mkdir(parents=True)
+    (package / "main.py").write_text(
+        "import json, os, sys\n"
+        "import launch.serve.middleware\n"
+        "print(json.dumps({'arguments': sys.argv[1:], 'modules': sorted(sys.modules), 'path': os.environ['PYTHONPATH']}))\n"
+    )
+    python = tmp_path / "python"
+    # -S: this Python has no packages but those of its own environment.
+    python.write_text(
+        f'#!/bin/sh\nPYTHONPATH={tmp_path / "their"}${{PYTHONPATH:+:$PYTHONPATH}} exec {sys.executable} -S "$@"\n'
+    )
+    python.chmod(0o755)
+    return python
+
+
+def test_serve_starts_vllm_of_another_environment_behind_the_gateway(site, vllm_python, tmp_path):
+    env = clean_environment(SHARDTUNE_CACHE=str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "launch.main", "serve", str(site / "full"), f"serve.python={vllm_python}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=seconds(120))
+    assert done.returncode == 0, done.stderr
+    *said, answer = done.stdout.splitlines()
+    started = json.loads(answer)
+    assert "computes in float32 (serve.dtype)" in said
+    assert started["arguments"][:2] == ["serve", str(site / "full" / "export")]
+    assert {"--middleware", MIDDLEWARE, "--dtype", "float32"} <= set(started["arguments"])
+    # Of this environment it has the gateway alone: no library of ours may stand in for one of vLLM's.
+    assert "launch.serve.middleware" in started["modules"] and "transformers" not in started["modules"]
+    shown = started["path"].split(":")
+    assert str(tmp_path / "cache" / "gateway") in shown
+    assert sorted(entry.name for entry in (tmp_path / "cache" / "gateway").iterdir()) == ["launch", "strategies"]
+
+
+def test_serve_python_that_cannot_serve_is_refused(site, tmp_path, capsys):
+    run = str(site / "lora")
+    (tmp_path / "file").touch()
+    for words, said in (
+        (["serve.python=nowhere"], "serve.python=nowhere: there is no such program"),
+        ([f"serve.python={tmp_path / 'file'}"], "there is no such program"),
+        ([f"serve.python={sys.executable}"], "is no Python that has vLLM"),
+        ([f"serve.python={sys.executable}", "serve.engine=transformers"], "leave one of them out"),
+    ):
+        assert command_here(["serve", run, *words]) == 64
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "typed", "expected"),
+    [
+        ({"dtype": "float32"}, "auto", "float32"),
+        ({"torch_dtype": "bfloat16"}, "auto", "bfloat16"),
+        ({"text_config": {"dtype": "float16"}}, "auto", "float16"),
+        ({"dtype": "float32"}, "bfloat16", "bfloat16"),
+        ({"dtype": "float8_e4m3fn"}, "auto", "auto"),
+        ({}, "auto", "auto"),
+    ],
+)
+def test_serve_tells_another_server_the_stored_type(tmp_path, settings, typed, expected):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    exported, config = ExportedModel(tmp_path, "x", None, settings), ServeConfig(dtype=ServedType(typed))
+    for words in (vllm_command(exported, config), sglang_command(exported, config)):
+        told = words[words.index("--dtype") + 1] if "--dtype" in words else "auto"
+        assert told == expected
 
 
 REFUSED = {
