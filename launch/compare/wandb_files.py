@@ -17,7 +17,7 @@ from typing import Any
 from launch.compare.run_files import RecordedRun
 from strategies.errors import ConfigError
 from trainer.config.resuming import flat
-from trainer.reporting.metric_names import EDITION, METRIC_NAMES, TRAINING_S, recorded_name
+from trainer.reporting.metric_names import EDITION, METRIC_NAMES, TRAINING_S, rated_row, recorded_name
 from trainer.reporting.run_record import record_of
 from trainer.reporting.status import State
 from trainer.reporting.trackers.wandb_server import fetch
@@ -28,6 +28,8 @@ NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 """What W&B writes for a number that is not finite, since JSON has none."""
 SERVER_PREFIX = "wandb:"
 """How a run on a server is named: wandb:<entity>/<project>/<run id>."""
+KTO = "kto"
+"""The objective that rates answers one by one."""
 FIRST_EDITION_STEP = "train_step"
 """The step in rows of W&B of before metrics had names of their own there."""
 RUN_PAGE_URL = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+)/runs/(?P<run>[^/?#]+).*")
@@ -142,14 +144,18 @@ def _recorded_run(
             f"{directory}: W&B has its metrics under names of edition {record.metric_names}, and this shardtune knows editions "
             f"up to {EDITION}: use a later shardtune"
         )
+    settings = flat(config)
+    steps = history.steps
+    if settings.get("objective.name") == KTO:
+        steps = {step: rated_row(row) for step, row in steps.items()}
     return RecordedRun(
         directory=directory,
-        config=flat(config),
+        config=settings,
         identity={},
         record=record,
         status=status,
         failure={},
-        steps=history.steps,
+        steps=steps,
         evaluations=history.evaluations,
     )
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.reporting.metric_names import METRIC_NAMES, XAxis, recorded_name, tracked_name, tracked_row
+from trainer.reporting.metric_names import METRIC_NAMES, XAxis, rated_row, recorded_name, tracked_name, tracked_row
 
 FAMILIES = ("step_tokens/web", "loss/web", "experts/unused", "gpu/3/power_w", "router/z_loss", "logits/z_loss", "kl")
 
@@ -35,6 +35,18 @@ def test_a_row_is_renamed_by_what_it_is_of():
     evaluation = {"eval/loss": 1.0, "eval/accuracy": 0.5, "mine/score": 3.0, "tokens": 64, "epoch": 0.5}
     unchanged = {"eval/loss": 1.0, "eval/accuracy": 0.5, "mine/score": 3.0}
     assert tracked_row(evaluation, step=3, training_s=1.5) == {**counters, **unchanged}
+
+
+def test_rewards_of_rated_answers_have_the_names_of_pairs_in_runs_that_begin_now():
+    step = {"loss": 0.5, "kl": 0.1, "desirable_reward": 0.3, "undesirable_reward": -0.2, "margin": 0.5, "accuracy": 1.0}
+    tracked = tracked_row(step, step=3, training_s=1.5)
+    assert (tracked["train/rewards/chosen"], tracked["train/rewards/rejected"]) == (0.3, -0.2)
+    read = {recorded_name(name): value for name, value in tracked.items() if recorded_name(name)}
+    assert rated_row(read) == {**step, "step": 3}
+    # A run that began under the second edition goes on with the names that it has.
+    earlier = tracked_row(step, step=3, training_s=1.5, edition=2)
+    assert (earlier["train/desirable_reward"], earlier["train/undesirable_reward"]) == (0.3, -0.2)
+    assert rated_row({"desirable_reward": 0.3}) == {"desirable_reward": 0.3}
 
 
 def test_an_axis_is_a_counter_that_every_row_has():

@@ -22,6 +22,8 @@ RUNS = {
     "logging.reference_tflops=1",
     "pretrain": f"objective=pretrain {TEXTS}",
     "dpo": "objective=dpo data.path=pairs.jsonl data.eval_path=pairs.jsonl",
+    "orpo": "objective=orpo data.path=pairs.jsonl data.eval_path=pairs.jsonl",
+    "simpo": "objective=simpo data.path=pairs.jsonl data.eval_path=pairs.jsonl",
     "reward": "objective=reward data.path=pairs.jsonl data.eval_path=pairs.jsonl",
     "kto": "objective=kto data.path=pairs.jsonl data.eval_path=pairs.jsonl",
     "classification": "objective=classification data.path=labels.jsonl data.eval_path=labels.jsonl",
@@ -30,7 +32,7 @@ RUNS = {
     "seq2seq": "objective=seq2seq model.path=t5 data.path=asked.jsonl data.eval_path=asked.jsonl data.max_length=128 "
     "objective.max_target=64",
 }
-"""Words of a run by its objective; orpo and simpo log what dpo does."""
+"""Words of a run by its objective."""
 COUNTERS = {"train/global_step", "train/epoch", "train/num_tokens", "train/num_supervised_tokens", "time/training_s"}
 IN_ALL = COUNTERS | {
     *("train/loss", "train/grad_norm", "train/learning_rate", "time/step_s", "time/data_wait_s", "memory/peak_gib"),
@@ -38,13 +40,15 @@ IN_ALL = COUNTERS | {
     *("data/step_tokens", "data/balance"),
 }
 """What every run logs of a step."""
-REWARDS = {"train/rewards/margins", "train/rewards/accuracies"}
-PAIRS = REWARDS | {"train/rewards/chosen", "train/rewards/rejected"}
+PAIRS = {f"train/rewards/{name}" for name in ("margins", "accuracies", "chosen", "rejected")}
+"""What an objective over pairs, or over answers that are rated one by one, logs in TRL, too."""
 TERMS = {
     "sft": {"time/forward_s", "time/backward_s", "time/optimizer_s", "speed/mfu"},
     "dpo": PAIRS,
+    "orpo": PAIRS,
+    "simpo": PAIRS,
     "reward": PAIRS,
-    "kto": REWARDS | {"train/kl", "train/desirable_reward", "train/undesirable_reward"},
+    "kto": PAIRS | {"train/kl"},
     "classification": {"train/accuracy"},
     "distillation": {"train/divergence", "train/sft_loss"},
 }
@@ -163,7 +167,7 @@ def test_trackers_have_the_same_names_and_numbers_of_a_run(held, objective):
 
 
 def test_a_run_says_which_names_it_has_and_wandb_hides_counters(held):
-    assert {run["run.json"] for run in held.values()} == {run["config"]["metric_names"] for run in held.values()} == {2}
+    assert {run["run.json"] for run in held.values()} == {run["config"]["metric_names"] for run in held.values()} == {3}
     for objective, run in held.items():
         hidden = {each["name"] for each in run["definitions"] if each.get("options", {}).get("hidden")}
         assert hidden == COUNTERS

@@ -14,7 +14,9 @@ from typing import Any
 
 FIRST_EDITION = 1
 """Edition of the names of runs that record none: trackers have the names of `metrics.jsonl`."""
-EDITION = 2
+RATED_REWARDS_EDITION = 3
+"""Edition from which on the rewards of answers that are rated one by one have the names of pairs (`RATED_REWARDS`)."""
+EDITION = 3
 """Edition of the names that a new run uses. A run that goes on keeps the edition it began with."""
 
 
@@ -73,6 +75,8 @@ TRAINING_S = TrackedMetric("time/training_s", "seconds of steps since the start"
 """A counter that trackers alone get: `metrics.jsonl` has the seconds of each step."""
 PAIR_ACCURACY = TrackedMetric("train/rewards/accuracies", "share")
 """`accuracy` of an objective that compares rewards, as TRL calls it."""
+RATED_REWARDS = {"desirable_reward": "chosen_reward", "undesirable_reward": "rejected_reward"}
+"""Rewards of answers that are rated one by one (KTO), by the metric of pairs whose name they share, as in TRL."""
 GROUP_OF_FAMILY = {"step_tokens/": "data/", "experts/": "", "gpu/": ""}
 """What comes before the names of a family, such as `step_tokens/SOURCE`; any other family of a step is below `train/`."""
 EVALUATION_NAMES = ("eval/", "test/", "final/", "overfitting/", "output/", "forgetting")
@@ -112,10 +116,11 @@ def tracked_name(name: str) -> str:
     return f"train/{name}"
 
 
-def tracked_row(row: Mapping[str, Any], *, step: int, training_s: float) -> dict[str, Any]:
+def tracked_row(row: Mapping[str, Any], *, step: int, training_s: float, edition: int = EDITION) -> dict[str, Any]:
     """A row of `metrics.jsonl` under the names that trackers show, with the step and the seconds of all steps so far.
 
-    A row without a `loss` is of an evaluation: of its names only those in `POSITIONS` change.
+    A row without a `loss` is of an evaluation: of its names only those in `POSITIONS` change. `edition`: of the run's names,
+    the second or a later one.
     """
     is_of_step = "loss" in row
     compares_rewards = is_of_step and "margin" in row
@@ -123,6 +128,8 @@ def tracked_row(row: Mapping[str, Any], *, step: int, training_s: float) -> dict
     for name, metric in row.items():
         if compares_rewards and name == "accuracy":
             tracked[PAIR_ACCURACY.name] = metric
+        elif is_of_step and name in RATED_REWARDS and edition >= RATED_REWARDS_EDITION:
+            tracked[tracked_name(RATED_REWARDS[name])] = metric
         elif is_of_step or name in POSITIONS:
             tracked[tracked_name(name)] = metric
         else:
@@ -142,6 +149,15 @@ def recorded_name(tracked: str) -> str | None:
         if tracked.startswith(group + family):
             return tracked.removeprefix(group)
     return tracked.removeprefix("train/")
+
+
+def rated_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A step of a run that rates answers one by one, with its rewards under their names in `metrics.jsonl`.
+
+    `row`: the step by `recorded_name`, which takes these rewards for those of pairs.
+    """
+    rated_names = {of_pairs: rated for rated, of_pairs in RATED_REWARDS.items()}
+    return {rated_names.get(name, name): metric for name, metric in row.items()}
 
 
 _NAME_OF_TRACKED = {metric.name: name for name, metric in METRIC_NAMES.items()}

@@ -58,7 +58,7 @@ class Trackers:
         tracked = metrics
         if self._metric_names != FIRST_EDITION:
             self._training_s += float(metrics.get("step_s") or 0.0)
-            tracked = tracked_row(metrics, step=step, training_s=self._training_s)
+            tracked = tracked_row(metrics, step=step, training_s=self._training_s, edition=self._metric_names)
         self._for_each(lambda tracker: tracker.log(tracked, step=step))
 
     def tables(self, tables: dict[str, Table], *, step: int) -> None:

@@ -124,6 +124,7 @@ def test_compare_page_links_the_wandb_team_that_a_variable_decided(rows, recorde
         ((1, 1), ("", ""), ["loss"], "tokens"),
         ((1, 2), ("", ""), ["loss", "train/loss"], "Step"),
         ((2, 2), ("", ""), ["train/loss"], "train/global_step"),
+        ((2, 3), ("", ""), ["train/loss"], "train/global_step"),
         ((2, 2), ("x: seconds", "x: seconds"), ["train/loss"], "time/training_s"),
         ((2, 2), ("x: epoch", "x: step"), ["train/loss"], "train/num_tokens"),
         ((2, 2), ("", "batch: {global: 8}"), ["train/loss"], "train/num_tokens"),

@@ -81,7 +81,7 @@ def test_wandb_files_with_earlier_names_are_read_and_compared_with_todays(earlie
     ours, theirs = read_recorded_run(Path("run")), read_wandb_directory(earlier)
     assert theirs.steps == ours.steps and list(ours.steps) == [1, 2, 3, 4]
     assert theirs.evaluations == ours.evaluations and list(ours.evaluations) == [0, 2, 4]
-    assert (theirs.record.metric_names, read_wandb_directory(run[1]).record.metric_names) == (1, 2)
+    assert (theirs.record.metric_names, read_wandb_directory(run[1]).record.metric_names) == (1, 3)
     assert theirs.ended is None and theirs.status["step"] == 4
     capsys.readouterr()
     assert command_here(["compare", str(earlier), str(run[1]), "to=answer", "--json"]) == 0
@@ -206,9 +206,9 @@ def test_wandb_server_with_earlier_names_has_what_the_run_directory_has(earlier,
     has = serving(earlier, monkeypatch)
     ours, theirs = read_recorded_run(Path("run")), read_from_wandb_server(Path("wandb:team/project/x1"))
     assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations and theirs.record.metric_names == 1
-    has.config = has.config | {"metric_names": 3}
+    has.config = has.config | {"metric_names": 4}
     with pytest.raises(
-        ConfigError, match=r"edition 3, and this shardtune knows editions up to 2: use a later shardtune"
+        ConfigError, match=r"edition 4, and this shardtune knows editions up to 3: use a later shardtune"
     ):
         read_from_wandb_server(Path("wandb:team/project/x1"))
 
