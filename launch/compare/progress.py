@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from launch.runs.metrics_tail import last_rows
 from launch.streams import draw
 from strategies.errors import ConfigError, ShardtuneError
+from trainer.pages.numbers import duration
 from trainer.reporting.metric_rows import METRICS
 from trainer.reporting.run_record import readable_run_record
 
@@ -95,7 +96,7 @@ class RunsProgress:
             self._durations_s.append(duration_s)
             tokens_per_s = outcome.speed.get("tokens_per_s") if outcome is not None else None
             speed = f", {tokens_per_s:,.0f} tokens/s" if tokens_per_s else ""
-            self._print(f"{self._heading()}: done in {duration_text(duration_s)}{speed}")
+            self._print(f"{self._heading()}: done in {duration(duration_s)}{speed}")
         elif exit_code in (75, 130):  # preempted, or stopped by Ctrl-C: the run can be continued
             self._print(f"{self._heading()}: {reason or 'stopped'}")
         else:
@@ -115,7 +116,7 @@ class RunsProgress:
         line = f"{self._heading()}: {state}"
         seconds_left = self._seconds_left(now, step)
         if seconds_left is not None:
-            line += f", about {duration_text(seconds_left)} left"
+            line += f", about {duration(round(seconds_left))} left"
         return line
 
     def _seconds_left(self, now: float, step: int) -> float | None:
@@ -148,14 +149,6 @@ class RunsProgress:
                 print(line[:MAX_LINE_LENGTH], end="", file=self._stderr, flush=True)
             else:
                 print(line, file=self._stderr, flush=True)
-
-
-def duration_text(seconds: float) -> str:
-    """A duration in the unit that fits: `45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _last_step(run_dir: Path) -> int:

@@ -18,6 +18,7 @@ from launch.runs.queue import Queue, QueuedJob
 from launch.runs.sparkline import sparkline
 from launch.runs.status import LOST, NOT_STARTED, QUEUED, STOPPED_OR_HANGS, UNKNOWN, RunView, age, one_line
 from strategies.atomic_io import size_text
+from trainer.pages.numbers import duration
 from trainer.reporting.status import State
 
 MAX_LISTED_JOBS = 20
@@ -133,7 +134,7 @@ def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
         _step(run),
         _loss(run.loss),
         _rate(run.tokens_per_s),
-        clock(run.left_s),
+        "-" if run.left_s is None else duration(run.left_s),
         _number(run.memory_gib, ".3g"),
         "-" if run.last_seen_s is None else age(run.last_seen_s),
     )
@@ -228,7 +229,7 @@ def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
         if run.step_s is not None:
             rate += f", {run.step_s:.3g} s a step"
         if run.left_s is not None:
-            rate += f", {clock(run.left_s)} left"
+            rate += f", {duration(run.left_s)} left"
         facts.append(("rate", rate))
     if run.memory_gib is not None:
         facts.append(("memory", f"{run.memory_gib:.3g} GiB, the largest peak of a rank"))
@@ -376,16 +377,6 @@ def _steps(steps: int | None) -> str:
     if steps is None:
         return "-"
     return str(steps) if steps < 1e5 else f"{steps / 1e3:,.0f}k"
-
-
-def clock(seconds: float | None) -> str:
-    """A duration as `h:mm:ss`; from 100 hours on, as days and hours."""
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
-    total_s = int(seconds)
-    if total_s >= 100 * 3600:
-        return f"{total_s // 86400} d {total_s % 86400 // 3600} h"
-    return f"{total_s // 3600}:{total_s % 3600 // 60:02d}:{total_s % 60:02d}"
 
 
 def as_dict(status: RunsStatus, damaged: Mapping[Path, str] | None) -> dict[str, Any]:

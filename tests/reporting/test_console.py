@@ -64,7 +64,7 @@ def wide() -> list[str]:
 
 def test_console_lines_stay_above_the_progress_bar(wide):
     assert wide[:2] == ["a start screen", "evaluation at step 10"]
-    assert wide[2].startswith("step 20/20 ━━━━━━━━━━") and "loss 1.0000" in wide[2] and "eta 0:00" in wide[2]
+    assert wide[2].startswith("step 20/20 ━━━━━━━━━━") and "loss 1.0000" in wide[2] and "eta 0 s" in wide[2]
     assert wide[3:] == ["the end", ""]
 
 
@@ -76,13 +76,13 @@ def test_console_bar_of_a_run_that_ends_early_keeps_a_line_of_its_own():
         and "4,812 tok/s" in bar
         and "mem 12.3 GiB" in bar
         and "eval in 1" in bar
-        and "eta 0:10" in bar
+        and "eta 10 s" in bar
     )
 
 
 def test_console_in_a_narrow_terminal_leaves_out_what_matters_least():
     *_, bar, _, _ = shown(52, end=False)
-    assert "loss 1.2500" in bar and "eta 0:10" in bar and "tok/s" not in bar and "━" in bar
+    assert "loss 1.2500" in bar and "eta 10 s" in bar and "tok/s" not in bar and "━" in bar
 
 
 @pytest.mark.parametrize("why", ["no terminal", "dumb"])

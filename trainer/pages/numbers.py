@@ -1,4 +1,4 @@
-"""Numbers on pages, as people write them."""
+"""Numbers as people write them: on pages, on the screen, in tables."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def duration(seconds: float | None) -> str:
     """A time in its two largest units: 0.35 s, 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
-    if seconds < 1:
+    if 0 < seconds < 1:
         return f"{1000 * seconds:.0f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
     if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{seconds:.0f} s"
     for large, small, large_s, small_s in (("min", "s", 60, 1), ("h", "min", 3600, 60), ("d", "h", 86400, 3600)):
         count, rest = divmod(round(seconds / small_s), large_s // small_s)
         if large == "d" or count * large_s < {"min": 3600, "h": 86400}[large]:

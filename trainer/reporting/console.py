@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from strategies.redaction import redacted
+from trainer.pages.numbers import duration
 
 MIN_BAR_WIDTH = 10
 """Columns that the bar keeps. Fields beside it are left out before it gets shorter."""
@@ -117,7 +118,7 @@ def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
     fields += [
         f"mem {row['memory_gib']:.1f} GiB",
         f"wait {row['data_wait_s'] * 1e3:.0f} ms",
-        f"eta {_clock_text(eta_s)}",
+        f"eta {duration(round(eta_s))}",
     ]
     if row.get("skipped"):
         fields.append("skipped: not finite")
@@ -170,12 +171,3 @@ def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: di
         field_by_name.get("mfu", ""),
     ]
     return [field for field in fields if field]
-
-
-def _clock_text(seconds: float) -> str:
-    """Seconds as 2:05:09, and below an hour as 5:09."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{seconds:02d}"
-    return f"{minutes}:{seconds:02d}"

@@ -138,7 +138,7 @@ def test_hundreds_of_runs_are_read_from_few_bytes_of_few_files(tmp_path):
     assert re.match(r"300 runs: 1\d\d running, |300 runs: 1\d\d lost, ", lines[-1]) and "100 failed" in lines[-1]
     shown = [line for line in lines if line.startswith("sweep/")]
     assert [line.split()[0] for line in shown] == [f"sweep/{number}" for number in range(300)], "not in their order"
-    assert shown[1].split()[1:6] == ["running", "3/10", "2.0000", "1,000", "0:00:14"]
+    assert shown[1].split()[1:7] == ["running", "3/10", "2.0000", "1,000", "14", "s"]
     assert lines.count("  no space left") == 100
 
 
