@@ -33,7 +33,8 @@ def write(run_dir: Path, comparison: Comparison, *, reload_after_s: float | None
 def at_end(config: RunConfig, run_dir: Path | None) -> None:
     """Write the page of a run that has ended, if `logging.report` is on, and print where it is.
 
-    No error of the page is an error of the run: it is only printed. `run_dir` is None for a run without a directory.
+    If the run is a point of a job array, the array's view in W&B is written anew as well. No error of these files is an error
+    of the run: it is only printed. `run_dir` is None for a run without a directory.
     """
     if run_dir is None or not run_dir.is_dir() or not config.logging.report:
         return
@@ -44,6 +45,7 @@ def at_end(config: RunConfig, run_dir: Path | None) -> None:
     from launch.compare.comparison import compare
     from launch.compare.page import missing_packages
     from launch.compare.settings import ComparisonRow
+    from launch.compare.workspace import renew_workspace
     from launch.config.prices import price_of
 
     try:
@@ -52,6 +54,7 @@ def at_end(config: RunConfig, run_dir: Path | None) -> None:
         missing = missing_packages(f"{REPORT} with plots")
         if missing is not None:
             print(f"            {missing}", flush=True)
+        renew_workspace(run_dir)
     except ShardtuneError as error:
         print(f"no {REPORT}: {error}", file=sys.stderr, flush=True)
     except Exception as error:  # noqa: BLE001 - the run is what was asked for: it does not fail for its page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,6 +98,19 @@ def workspace_line(run_dirs: Sequence[Path], to: Path) -> str | None:
     return f"in W&B: {to / WORKSPACE} makes a view and a report of these runs there"
 
 
+def renew_workspace(run_dir: Path) -> None:
+    """Write the `workspace.py` of a job array anew, when the job of `run_dir`, one of its points, has ended.
+
+    The submission wrote the first one, before any point had an id in W&B or a result. Does nothing outside of SLURM, where the
+    command that starts the points writes the script when all have ended. Errors: StorageError, ConfigError.
+    """
+    sweep_dir = run_dir.resolve().parent
+    if "SLURM_JOB_ID" not in os.environ or not (sweep_dir / WORKSPACE).is_file():
+        return
+    run_dirs = [path for path in sweep_dir.iterdir() if path.name.isdecimal() and is_run_directory(path)]
+    workspace_line(sorted(run_dirs, key=lambda path: int(path.name)), sweep_dir)
+
+
 def why_no_workspace(comparison: Comparison) -> str | None:
     """Why W&B can show none of these runs, as a line for people; None if it has some, or if none was started."""
     if runs_in_wandb(comparison) or not any(run.repeated.state != REFUSED for run in comparison.runs):
@@ -128,7 +142,8 @@ def _names_in_wandb(metric: str, runs: list[RecordedRun]) -> list[str]:
     """What a metric of steps is called in W&B: several names if the runs began with different editions of them."""
     # A run that waits has no record yet, and will begin with today's names.
     editions = {EDITION if run.record.is_empty else run.record.metric_names for run in runs}
-    return [metric if edition == FIRST_EDITION else tracked_name(metric) for edition in sorted(editions)]
+    names = [metric if edition == FIRST_EDITION else tracked_name(metric) for edition in sorted(editions)]
+    return list(dict.fromkeys(names))  # later editions differ in few names
 
 
 def _x_axis(runs: list[RecordedRun]) -> str:
@@ -279,7 +294,7 @@ def _points_table(comparison: Comparison, axes: dict[str, tuple[Any, ...]], watc
     for cells in zip(headings, *rows, strict=True):
         if any(cell != UNKNOWN for cell in cells[1:]):
             columns.append(cells)
-    lines = [f"| {' | '.join(map(_markdown_cell, cells))} |" for cells in zip(*columns, strict=True)]
+    lines = [f"| {' | '.join(map(markdown_cell, cells))} |" for cells in zip(*columns, strict=True)]
     lines.insert(1, f"| {' | '.join(['---'] * len(columns))} |")
     return lines
 
@@ -302,7 +317,7 @@ def _cell(number: float | None, written: Callable[[float], str]) -> str:
     return UNKNOWN if number is None else written(number)
 
 
-def _markdown_cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """A cell that cannot end early: a bar would begin another one, and a line break the text below the table."""
     one_line = " ".join(text.split())
     if len(one_line) > MOST_CELL_CHARACTERS:

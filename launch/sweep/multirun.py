@@ -70,7 +70,9 @@ def multirun(words: list[str], *, launch: RunPoint, show: Callable[[Composed], N
     if jobs[0].config.launcher.name.value == "slurm":
         from launch.cluster.submission import submit_array
 
-        return submit_array(jobs, run_dirs)
+        exit_code = submit_array(jobs, run_dirs)
+        _print_workspace(run_dirs)  # each job that ends writes it anew, with what is known then
+        return exit_code
     return _run_one_by_one(jobs, run_dirs, labels, launch)
 
 
@@ -89,12 +91,18 @@ def _run_one_by_one(jobs: list[Composed], run_dirs: list[Path], labels: list[str
             exit_codes.append(error.exit_code)
         if exit_codes[-1] in (75, 130):  # asked to stop: the points after this one are not wanted now
             break
-    from launch.compare.workspace import workspace_line
-    from launch.output import fold
     from launch.sweep.multirun_answer import points_table
 
     print(f"\n{points_table(labels, run_dirs, exit_codes)}")
+    _print_workspace(run_dirs)
+    return next((exit_code for exit_code in exit_codes if exit_code), 0)
+
+
+def _print_workspace(run_dirs: list[Path]) -> None:
+    """Write the script that shows the points in W&B into their common directory, and print a line about it."""
+    from launch.compare.workspace import workspace_line
+    from launch.output import fold
+
     in_wandb = workspace_line(run_dirs, run_dirs[0].parent)
     if in_wandb is not None:
         print("\n".join(fold(in_wandb, 0)))
-    return next((exit_code for exit_code in exit_codes if exit_code), 0)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from launch.compare.workspace import SUMMARY_COLUMNS, WORKSPACE, markdown_cell
+from launch.compare.workspace_script import COSTS, FASTEST, LOSSES, MEMORY, SETTINGS, script_text
 from launch.sweep.space import RANGE_TOLERANCE, SearchedSetting
 from launch.sweep.sweeper import Prune, Search, plan_search
 from strategies.errors import ConfigError
+from strategies.extras import install_command
+from trainer.reporting.config import COLUMNS
+from trainer.reporting.metric_names import XAxis, tracked_name
 
 MAX_LISTED_VALUES = 1000
 """Values of a range that are listed in a sweep file at most."""
@@ -16,7 +21,8 @@ MAX_LISTED_VALUES = 1000
 def write_sweep(words: list[str], *, print_only: bool = False) -> int:
     """Write `sweep.yaml` into the directory of the search, and print how the sweep is started; returns the exit code.
 
-    With `print_only`, the file is printed instead. Errors: ConfigError with every problem, StorageError.
+    `workspace.py` beside it shows the trials in W&B, once there are some. With `print_only`, the file is printed instead. Errors:
+    ConfigError with every problem, StorageError.
     """
     import yaml
 
@@ -30,8 +36,11 @@ def write_sweep(words: list[str], *, print_only: bool = False) -> int:
     path = search.directory / "sweep.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, sweep_yaml)
+    view = path.with_name(WORKSPACE)
+    write_text_atomic(view, sweep_workspace(search))
     print(f"written: {path}\nbegin it:   wandb sweep {shlex.quote(str(path))}")
     print("work on it: wandb agent <the name it tells>   (as often as you like, where the model and the data are)")
+    print(f"look at it: python {shlex.quote(str(view))}   (makes a view and a report of the trials in W&B)")
     return 0
 
 
@@ -54,6 +63,8 @@ def sweep_config(search: Search) -> dict[str, Any]:
         raise ConfigError(problems)
     agent_words = ("run.dir=", "logging.wandb=")  # W&B names the directory of a trial, and must receive its metrics
     fixed = [word for word in search.fixed if not word.startswith(agent_words)]
+    if logging.group is None:
+        fixed.append(f"logging.group={trials_group(search)}")
     sweep: dict[str, Any] = {"project": logging.project or "shardtune"}
     if logging.entity is not None:
         sweep["entity"] = logging.entity
@@ -63,6 +74,56 @@ def sweep_config(search: Search) -> dict[str, Any]:
     sweep["parameters"] = {setting.key: sweep_parameter(setting) for setting in search.space}
     sweep["command"] = ["${env}", "shardtune", "train", *fixed, "logging.wandb=online", "${args_no_hyphens}"]
     return sweep
+
+
+def trials_group(search: Search) -> str:
+    """The group of the trials in W&B, by which `workspace.py` finds them."""
+    return search.first_job.config.logging.group or search.directory.resolve().name
+
+
+def sweep_workspace(search: Search) -> str:
+    """The script that shows the trials in W&B, as `launch/compare/workspace.py` writes it for runs that are here.
+
+    The trials are not here: the agent's hosts have them. So the script knows what is searched, and no results.
+    """
+    logging = search.first_job.config.logging
+    columns = {setting.key: COLUMNS.get(setting.key, f"config.{setting.key}") for setting in search.space}
+    direction = "largest" if search.greater_is_better else "smallest"
+    final = f"final/{search.metric}"
+    points = ["| setting | searched |", "|---|---|"]
+    points += [f"| {setting.key} | {markdown_cell(setting.text)} |" for setting in search.space]
+    return script_text(
+        [
+            ("Which settings are best?", list(SETTINGS)),
+            ("Which learns best?", list(LOSSES)),
+            ("Which is fastest?", list(FASTEST)),
+            ("What does each need?", list(MEMORY)),
+            ("What does each cost?", list(COSTS)),
+        ],
+        install=install_command("workspace"),
+        filters=f'ws.Metric("Group").isin([{trials_group(search)!r}])',
+        title=search.directory.resolve().name,
+        entity=logging.entity,
+        project=logging.project or "shardtune",
+        columns=list(columns.values()),
+        # A number that each trial has for itself would make groups of one run.
+        group_by=[columns[setting.key] for setting in search.space if setting.choices],
+        baseline=None,
+        summary=list(dict.fromkeys(["final/loss", final, *SUMMARY_COLUMNS])),
+        answer=[],
+        verdict=[
+            f"The trial with the {direction} {final} is the best one: the first section shows it beside the settings."
+        ],
+        points=points,
+        max_runs=max(10, search.settings.trials),
+        x=XAxis(logging.x).tracked_name,
+        loss=[tracked_name("loss")],
+        grad_norm=[tracked_name("grad_norm")],
+        tokens_per_s=[tracked_name("tokens_per_s")],
+        memory_gib=[tracked_name("memory_gib")],
+        held_out=search.metric,
+        final=final,
+    )
 
 
 def sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`train -m sweeper=wandb`: a file that W&B reads as the search that was typed, and whose trials are legal commands."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_wandb_sweep_agent_starts_commands_that_compose(words, capsys):
     assert main(["train", "-m", *words, *SPACE, "sweeper.trials=7"]) == 0
     said = capsys.readouterr().out
     path = said.splitlines()[0].removeprefix("written: ")
-    assert f"wandb sweep {path}" in said
+    assert f"wandb sweep {path}" in said and f"python {Path(path).with_name('workspace.py')}" in said
     with Path(path).open() as file:
         sweep = yaml.safe_load(file)
     assert sweep["run_cap"] == 7
@@ -59,6 +60,23 @@ def test_wandb_sweep_agent_starts_commands_that_compose(words, capsys):
     assert (config.optim.lr, config.tuning.rank, config.run.seed) == (1.2345678e-05, 16, 3)
     assert config.tuning.targets == ["v_proj", "k_proj"] and config.optim.weight_decay == 0.25
     assert config.run.dir is None and str(config.logging.wandb) == "online"
+    # The view finds the trials by the group that their command gives them.
+    workspace = runpy.run_path(str(Path(path).with_name("workspace.py")))
+    (group,) = workspace["FILTERS"]
+    assert config.logging.group == "search" and str(group) == str(workspace["ws"].Metric("Group").isin(["search"]))
+    assert workspace["COLUMNS"] == [
+        "lr",
+        "config.tuning.rank",
+        "config.optim.weight_decay",
+        "seed",
+        "config.tuning.targets",
+    ]
+    assert (
+        workspace["GROUP_BY"] == ["config.tuning.rank", "config.tuning.targets"]
+        and workspace["FINAL"] == "final/eval/loss"
+    )
+    view = workspace["workspace"]("team")
+    assert [section.name for section in view.sections][:2] == ["Points", "Which settings are best?"]
 
 
 def test_wandb_sweep_dry_run_prints_the_file_and_refuses_what_wandb_lacks(words, capsys):
