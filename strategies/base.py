@@ -269,6 +269,8 @@ class Progress:
     """Steps whose loss or gradient norm stood out."""
     recent_steps: list[dict[str, float]] = field(default_factory=list)
     """Loss and gradient norm of the last steps, with which the anomaly guards compare the next ones."""
+    level_rows: list[dict[str, float]] = field(default_factory=list)
+    """The last steps as the search for levels remembers them (`trainer/monitors/levels.py`)."""
     rollbacks: int = 0
     """Times that the run went back to a checkpoint, since a step stood out."""
     skipped_samples: list[dict[str, int]] = field(default_factory=list)

@@ -17,6 +17,7 @@ from trainer.evaluation.best import check_watched_metric, early_stopping_reason,
 from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
 from trainer.model.routing import ADDED_LOSS, EXPERT_TOKENS
 from trainer.monitors.anomalies import OUTLIERS, Outlier, RollBack
+from trainer.monitors.levels import LOOK_BACK
 from trainer.objectives.step_totals import look_ahead, routing_context
 from trainer.optim.schedule import lr_factor_at
 from trainer.reporting.console import RunSchedule
@@ -98,9 +99,11 @@ class Trainer:
         evaluation_s = time.perf_counter() - evaluation_began
 
         # A rollback needs a checkpoint to go back to, also in a run that begins with another run's state.
-        if self.guards.goes_back and not self.checkpoints.any():
-            self._saved_step = -1
-            self._save()
+        if self.guards.goes_back:
+            self.checkpoints.look_back = LOOK_BACK
+            if not self.checkpoints.any():
+                self._saved_step = -1
+                self._save()
 
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
         gc.collect()
@@ -243,30 +246,35 @@ class Trainer:
 
     def _restore_from_progress(self) -> None:
         """Put the anomaly guards and the sample order where `self.progress` says the run stands."""
-        self.guards.restore_window(self.progress.recent_steps)
+        self.guards.restore_window(self.progress.recent_steps, self.progress.level_rows)
         self.guards.replicas.start_at(self.progress.step)
         # Samples that rollbacks left out for good. All of them: this replaces the order's earlier list.
         skipped = [(place["first"], place["count"]) for place in self.progress.skipped_samples]
         self.loader.order.set_skipped(skipped)
 
     def _roll_back(self, outlier: Outlier) -> None:
-        """Go back to the last checkpoint and skip the samples of the outlier's step from now on. All ranks must call."""
+        """Go back to a checkpoint from before the outlier and skip its samples from now on. All ranks must call."""
         self.agreement.stop_now()  # takes in an answer that may be on its way
         self.check_ownership()
         # The checkpoint knows nothing of what happened after it: keep that over the load.
         skipped_before = self.progress.skipped_samples
         rollbacks = self.progress.rollbacks + 1
-        skipped_now = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
+        # Steps of one round consume its samples once, so that several steps may have fewer than a batch each.
+        global_batch = self.loader.share.global_batch
+        num_consumed = self.progress.samples - outlier.first_sample
+        num_samples = min(outlier.num_steps * global_batch, max(num_consumed, global_batch))
+        skipped_now = self.loader.order.places(outlier.first_sample, num_samples)
         self.guards.stop_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
 
         self._settle()  # a checkpoint that is being written is of a step before this one
-        checkpoint = self.checkpoints.roll_back()
+        checkpoint = self.checkpoints.roll_back(outlier.last_good_step)
         loaded = self.engine.load(checkpoint)
         # Field by field, since `self.outcome` holds the same object.
         for field in fields(Progress):
             setattr(self.progress, field.name, getattr(loaded, field.name))
         new_places = [{"first": first, "count": count} for first, count in skipped_now]
         self.progress.skipped_samples = [*skipped_before, *new_places]
+        self.guards.note_return(self.progress.step)
         self.progress.rollbacks = rollbacks
         self.progress.outliers += 1
         if self.progress.samples == outlier.first_sample:
@@ -403,6 +411,7 @@ class Trainer:
             self.check_ownership()
             self._compare_replicas(now=True)  # a checkpoint of replicas that differ would be worth nothing
             self.progress.recent_steps = self.guards.window()
+            self.progress.level_rows = self.guards.levels.rows
             self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
             self._being_saved = replace(self.progress)
             attachments = self.loader.attachments()

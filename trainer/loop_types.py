@@ -9,7 +9,7 @@ that does not. "Local": the call never communicates. Unless something else is sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from strategies.runtime import Runtime
     from trainer.data.batches.loader import Share, StepBatch
+    from trainer.monitors.levels import LevelWatch
     from trainer.reporting.console import RunSchedule
     from trainer.reporting.earlier_rows import EarlierResults
     from trainer.reporting.metrics import RankTime, StepRecord
@@ -199,8 +200,11 @@ class CheckpointStore(Protocol):
     def publish_pending(self) -> bool:
         """Wait for the pending one and publish it; whether that succeeded. All ranks must call."""
 
-    def roll_back(self) -> Path:
-        """Directory of the newest checkpoint that is whole; newer ones are moved aside. All ranks must call."""
+    look_back: int
+    """Steps before the newest checkpoint within which all are kept, and one more from before."""
+
+    def roll_back(self, last_good_step: int) -> Path:
+        """Directory of the newest checkpoint up to that step; newer ones are moved aside. All ranks must call."""
 
 
 @dataclass(slots=True)
@@ -250,8 +254,17 @@ class StepGuards(Protocol):
     @property
     def replicas(self) -> ReplicaMonitor: ...
 
-    def restore_window(self, recent: list[dict[str, float]]) -> None:
-        """Begin with the loss and gradient norm of these steps, oldest first, and forget what was seen since."""
+    @property
+    def levels(self) -> LevelWatch: ...
+
+    def restore_window(self, recent: list[dict[str, float]], level_rows: Sequence[dict[str, float]]) -> None:
+        """Begin with the loss and gradient norm of these steps, oldest first, and forget what was seen since.
+
+        `level_rows`: what `levels` remembered.
+        """
+
+    def note_return(self, step: int) -> None:
+        """Remember that the run went back to the checkpoint of this step."""
 
     def window(self) -> list[dict[str, float]]:
         """Loss and gradient norm of the last steps, for a checkpoint. Waits for the device."""

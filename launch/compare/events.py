@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.compare.comparison import ComparedRun, Comparison
 from launch.compare.run_files import RecordedRun
-from trainer.monitors.guard_config import DONE, Action
+from trainer.monitors.guard_config import DONE, Action, outlier_text
 
 MAX_STEPS = 20
 """Notable steps of a run that are listed: the last ones."""
@@ -45,7 +45,9 @@ def _event_text(event: dict[str, Any]) -> str:
     action = event.get("action")
     # An action of a later version is shown as it is.
     done = DONE[Action(action)] if action in set(Action) else str(action)
-    sentence = f"{_outlier_text(event) or 'stood out'}; {done}"
+    level_began = event.get("began") if event.get("is_level") else None
+    what = outlier_text(event.get("values") or {}, event.get("scores") or {}, level_began)
+    sentence = f"{what or 'stood out'}; {done}"
     documents = [f"{document.get('file')}:{document.get('line')}" for document in event.get("documents") or []]
     if not documents:
         return sentence
@@ -53,20 +55,6 @@ def _event_text(event: dict[str, Any]) -> str:
     if len(documents) > MAX_DOCUMENTS:
         sentence += f" and {len(documents) - MAX_DOCUMENTS} more"
     return sentence
-
-
-def _outlier_text(event: dict[str, Any]) -> str:
-    """The numbers that stood out, such as `loss 9.5 (7.1 standard deviations above the median)`."""
-    scores = event.get("scores") or {}
-    clauses = []
-    for name, number in (event.get("values") or {}).items():
-        if not isinstance(number, int | float):
-            continue
-        clause = f"{name} {number:.4g}"
-        if name in scores:
-            clause += f" ({scores[name]:.1f} standard deviations above the median)"
-        clauses.append(clause)
-    return " and ".join(clauses)
 
 
 def notable_step_lines(comparison: Comparison) -> list[str]:

@@ -128,7 +128,7 @@ def test_anomaly_rollback_is_the_run_on_data_without_those_documents(root, tmp_p
         "rollback",
         [33, 34, 35, 36],
     )
-    assert "the run goes back to its last checkpoint" in capfd.readouterr().out
+    assert "the run goes back to a checkpoint from before it" in capfd.readouterr().out
     # What was given up stays so in a run that goes on from here.
     state = tmp_path / "back" / "checkpoints" / "step-000010"
     assert run(root, tmp_path / "on", *words, f"run.resume={state}") == 0

@@ -76,7 +76,7 @@ def judged(losses, action=Action.note, norms=None):
         guards.mark_outliers([row])
         assert any(key.startswith("outlier/") for key in row) == (number in told)
         if number % 7 == 0:  # a run that is resumed judges likewise
-            guards.restore_window(guards.window())
+            guards.restore_window(guards.window(), [dict(each) for each in guards.levels.rows])
     return told, float(np.median([step["loss"] for step in guards.window()]))
 
 

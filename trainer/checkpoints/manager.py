@@ -58,6 +58,9 @@ class Checkpoints:
         """Age of the pending checkpoint, in seconds, when the last message said that it is still being written."""
         self._verified: set[Path] = set()
         """Checkpoints of this branch that are known to be complete: the one resumed from, and those written by this process."""
+        self.look_back = 0
+        """Steps before the newest checkpoint within which all are kept, and one more from before: for a rollback that goes
+        further back than to the last one."""
         self._failures = 0
         """Checkpoints in a row that could not be written."""
         self._undeletable: set[Path] = set()
@@ -148,16 +151,22 @@ class Checkpoints:
         """Whether there are checkpoints of this run. All ranks must call. Errors: StorageError on every rank."""
         return call_on_main(lambda: bool(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
-    def roll_back(self) -> Path:
-        """The newest complete checkpoint of this branch, from which the run continues now. All ranks must call.
+    def roll_back(self, last_good_step: int) -> Path:
+        """The newest complete checkpoint of this branch up to that step, from which the run continues now.
 
-        Errors: StorageError on every rank if there is none.
+        If there is none, it is the oldest one, and a line says so. All ranks must call. Errors: StorageError on every rank if
+        there is no checkpoint at all.
         """
-        path = choose_checkpoint(self.checkpoint_dirs, "auto", self.runtime)
+        path = choose_checkpoint(self.checkpoint_dirs, "auto", self.runtime, last_step=last_good_step)
         if path is None:
             raise StorageError(f"there is no checkpoint in {self.checkpoint_dirs[0]} to go back to; was it deleted?")
-        self.start_from(path)
         step = int(path.name.removeprefix("step-"))
+        if step > last_good_step:
+            self.print_line(
+                f"warning: there is no checkpoint of step {last_good_step} or before; the run goes back to the oldest one, of "
+                f"step {step} (checkpoint.keep={self.config.keep})"
+            )
+        self.start_from(path)
         self.schedule.note_attempt(step, took_s=None)
         return path
 
@@ -417,7 +426,10 @@ class Checkpoints:
         self.print_line(text)
 
     def _delete_old(self, best_step: int | None) -> None:
-        """Delete checkpoints older than the newest `checkpoint.keep` complete ones, but not the best. A failure is a warning."""
+        """Delete checkpoints older than the newest `checkpoint.keep` complete ones, but not the best. A failure is a warning.
+
+        Nor those that `look_back` keeps.
+        """
         try:
             checkpoints = checkpoints_in(self.checkpoint_dirs)
         except StorageError as error:
@@ -428,6 +440,9 @@ class Checkpoints:
         if len(verified_steps) < self.config.keep:
             return
         oldest_kept_step = verified_steps[-self.config.keep]
+        if self.look_back:
+            old_enough = [step for step in verified_steps if step <= verified_steps[-1] - self.look_back]
+            oldest_kept_step = min(oldest_kept_step, max(old_enough, default=verified_steps[0]))
         for step, path in checkpoints:
             if step < oldest_kept_step and step != best_step:
                 self._delete(path)

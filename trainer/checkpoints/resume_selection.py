@@ -138,20 +138,28 @@ def _newest_with_manifest(checkpoint_dirs: list[Path]) -> Path | None:
     return None
 
 
-def _candidates(checkpoint_dirs: list[Path], resume: str) -> tuple[str, list[Path]]:
+def _candidates(checkpoint_dirs: list[Path], resume: str, last_step: int | None) -> tuple[str, list[Path]]:
     """(the value of `run.resume` that counts, the run's checkpoints from the newest on if that is `auto`). On rank 0.
 
-    Errors: OSError, StorageError.
+    With `last_step`, those up to this step; if there are none, all others from the oldest on. Errors: OSError, StorageError.
     """
     restore_replaced(checkpoint_dirs)
     effective = effective_resume(checkpoint_dirs, resume)
     if effective != "auto":
         return effective, []
-    return effective, [path for _, path in reversed(checkpoints_in(checkpoint_dirs))]
+    checkpoints = checkpoints_in(checkpoint_dirs)
+    if last_step is None:
+        return effective, [path for _, path in reversed(checkpoints)]
+    early = [path for step, path in reversed(checkpoints) if step <= last_step]
+    return effective, early + [path for step, path in checkpoints if step > last_step]
 
 
-def choose_checkpoint(checkpoint_dirs: list[Path], resume: str, runtime: Runtime) -> Path | None:
+def choose_checkpoint(
+    checkpoint_dirs: list[Path], resume: str, runtime: Runtime, *, last_step: int | None = None
+) -> Path | None:
     """The checkpoint to resume from, the same on all ranks; None to start afresh. All ranks must call.
+
+    `last_step`: the newest one up to this step is wanted; if none of these can be used, the oldest of the later ones.
 
     Errors: ConfigError if a named one cannot be used. StorageError if there are checkpoints and none can be used, or if they
     cannot be listed: starting afresh would lose what they hold.
@@ -159,7 +167,7 @@ def choose_checkpoint(checkpoint_dirs: list[Path], resume: str, runtime: Runtime
     if resume == "never":
         return None
     requested = resume
-    resume, candidates = call_on_main(lambda: _candidates(checkpoint_dirs, requested), runtime)
+    resume, candidates = call_on_main(lambda: _candidates(checkpoint_dirs, requested, last_step), runtime)
     if requested != resume and runtime.is_main:
         print(
             f"run.resume={requested}: this run has begun from it already and continues from what it has made since, as with "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,14 @@ from strategies.base import UpdateFilter
 from strategies.errors import Diverged
 from strategies.runtime import Runtime, dist_sum
 from trainer.monitors.guard_config import Action, GuardsConfig
+from trainer.monitors.levels import Level, LevelWatch
 from trainer.monitors.replicas import ReplicaCheck
 from trainer.monitors.rolling import RollingWindow
 
 WATCHED = ("loss", "grad_norm")
 """Numbers of a step that are judged, in the order of the window's columns."""
+FRUITLESS_RETURNS = 2
+"""Returns to one checkpoint, each of which was followed by a step that stands out, after which it is taken for bad itself."""
 OUTLIERS = tuple(f"outlier/{name}" for name in WATCHED)
 """Keys of a row for the score of each number that stands out."""
 
@@ -34,11 +37,22 @@ class Outlier:
     """How far, in standard deviations above the median."""
     action: Action
     first_sample: int
-    """How many samples the run had consumed before it."""
+    """How many samples the run had consumed before the first of its steps."""
+    began: int
+    """The step from which on it stands out: `step`, or an earlier one for a level, or for a rise that ended in this step."""
+    num_steps: int = 1
+    """Steps whose samples may be the cause, from `first_sample` on: of a level also that of the last update before it began."""
+    is_level: bool = False
+    """Whether it has stayed so, and `values` are medians of the last steps."""
+
+    @property
+    def last_good_step(self) -> int:
+        """The last step whose checkpoint is from before it. What makes a level is the update of the step before its first."""
+        return self.began - 1 if self.num_steps == 1 else self.began - 2
 
 
 class RollBack(Exception):
-    """Raised on all ranks alike: the run is to continue from its last checkpoint, without the samples of this step."""
+    """Raised on all ranks alike: the run is to continue from a checkpoint before this, without its samples."""
 
     def __init__(self, outlier: Outlier) -> None:
         super().__init__(f"step {outlier.step} stands out")
@@ -73,14 +87,20 @@ class Guards:
         device = runtime.device if self.skips else torch.device("cpu")
         self._acting = torch.tensor([action is not Action.note for action in self.actions], device=device)
         self._rolling = RollingWindow(config.window, device)
+        self.levels = LevelWatch(config.threshold, config.window)
+        self._returned_to = -1
+        """Step of the checkpoint that the run went back to last; -1 if it never did."""
+        self._fruitless = 0
+        """How often in a row it then stood out in the very next step."""
         self._pending: list[tuple[int, Tensor | None]] = []
         """Samples consumed before each step since the last look, and its scores where it was judged before its update."""
         self._scores_before_update: Tensor | None = None
         self._skipped_in_a_row: list[tuple[int, float]] = []
         """First sample and gradient norm of each of the last steps whose updates were left out, all in a row."""
 
-    def restore_window(self, recent: list[dict[str, float]]) -> None:
-        """Begin with the window of a checkpoint, oldest step first, and forget what was seen since."""
+    def restore_window(self, recent: list[dict[str, float]], level_rows: Sequence[dict[str, float]] = ()) -> None:
+        """Begin with the window of a checkpoint, oldest step first, and what its `LevelWatch` saw; forget what came since."""
+        self.levels = LevelWatch(self.config.threshold, self.config.window, level_rows)
         rows = []
         for step in recent:
             rows.append([step[name] for name in WATCHED])
@@ -123,18 +143,21 @@ class Guards:
         """Judge a step against the window: (its scores float64 [2], whether its update is left out as 0-d bool).
 
         A step that is not left out joins the window, unless its loss is at the level of the step before it, which stood out too:
-        a run that has become bad must not become the measure of its own steps. Such a level is told once: its later steps have
-        a score only where one may leave out their update. Nothing waits for the device.
+        a run that has become bad must not become the measure of its own steps. A level of the gradient norm alone joins, since
+        norms may rise for good reasons. Either is told once: its later steps have a score only where one may leave out their
+        update. Nothing waits for the device.
         """
         scores = self._rolling.scores(values)
         # NaN compares as false: a step without a score never stands out.
         stands_out = scores > self.config.threshold
         is_left_out = (stands_out & self._acting).any()
         # The first step of a level has joined the window, and the others have not: it is the newest one there.
-        is_level = stands_out[0] & (self._rolling.newest_scores()[0] > self.config.threshold)
-        joins_window = values.isfinite().all() & ~is_left_out & ~is_level
+        is_level = stands_out & (self._rolling.newest_scores() > self.config.threshold)
+        joins_window = values.isfinite().all() & ~is_left_out & ~is_level[0]
         self._rolling.push(values, joins_window)
-        return torch.where(is_level & ~self._acting, torch.nan, scores), is_left_out
+        # A loss at a level has been told, and a gradient norm beside it is the same news.
+        is_told = (is_level | is_level[0]) & ~self._acting
+        return torch.where(is_told, torch.nan, scores), is_left_out
 
     # -- between steps ---------------------------------------------------------------------------------------------------
 
@@ -157,7 +180,10 @@ class Guards:
                     outlier_scores[name] = score
                     row[key] = score
             if outlier_scores:
-                self._report(row, outlier_scores, first_sample)
+                self._report(self._outlier(row, outlier_scores, first_sample))
+            for level in self.levels.add(row, first_sample, list(outlier_scores)):
+                row[f"outlier/{level.name}"] = level.score
+                self._report(self._outlier_of_level(level, row["step"], first_sample))
             if row.get("skipped"):
                 self._skipped_in_a_row = [*self._skipped_in_a_row, (first_sample, row["grad_norm"])]
             else:
@@ -182,23 +208,60 @@ class Guards:
             scores_by_step.append(scores.tolist())
         return scores_by_step
 
-    def _report(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> None:
-        """Hand a step that stands out to `on_outlier`, on rank 0. Raises RollBack if its action is a rollback.
-
-        `scores`: of the numbers that stand out. If both do, the stronger of their two actions holds.
-        """
+    def _outlier(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:
+        """A step that stands out. `scores`: of the numbers that do. If both do, the stronger of their two actions holds."""
+        step = row["step"]
         actions = [action for name, action in zip(WATCHED, self.actions, strict=True) if name in scores]
         outlier = Outlier(
-            step=row["step"],
+            step=step,
             values={name: row[name] for name in scores},
             scores=scores,
             action=max(actions, key=list(Action).index),  # Action lists them from weak to strong
             first_sample=first_sample,
+            began=step,
         )
+        if outlier.action is not Action.rollback:
+            return outlier
+        self._fruitless = self._fruitless + 1 if step == self._returned_to + 1 else 0
+        began = self.levels.began(list(scores))
+        if began is None and self._fruitless >= FRUITLESS_RETURNS:
+            began = step  # other samples each time, and the same: it is the checkpoint that is at a level
+        return outlier if began is None else self._from_before(outlier, began)
+
+    def _outlier_of_level(self, level: Level, step: int, first_sample: int) -> Outlier:
+        """A level that was found in this step. Its updates are made: only a rollback helps, and `skip` is as `note`."""
+        action = self.actions[WATCHED.index(level.name)]
+        outlier = Outlier(
+            step=step,
+            values={level.name: level.value},
+            scores={level.name: level.score},
+            action=action if action is Action.rollback else Action.note,
+            first_sample=first_sample,
+            began=level.began,
+            is_level=True,
+        )
+        return self._from_before(outlier, level.began)
+
+    def _from_before(self, outlier: Outlier, began: int) -> Outlier:
+        """The outlier as one that began in an earlier step, with the samples from the update before that step on."""
+        update = self.levels.samples_before_update_of(began)
+        if update is None:
+            return replace(outlier, began=began)
+        update_step, first_sample = update
+        return replace(outlier, began=began, first_sample=first_sample, num_steps=outlier.step - update_step + 1)
+
+    def _report(self, outlier: Outlier) -> None:
+        """Hand a step that stands out to `on_outlier`, on rank 0. Raises RollBack if its action is a rollback."""
         if self.runtime.is_main:
             self.on_outlier(outlier)
         if outlier.action is Action.rollback:
             raise RollBack(outlier)
+
+    def note_return(self, step: int) -> None:
+        """Remember that the run went back to the checkpoint of this step."""
+        if step != self._returned_to:
+            self._fruitless = 0
+        self._returned_to = step
 
     def stop_if_diverged(
         self, rollbacks: int, samples: int, places: Callable[[int, int], list[tuple[int, int]]]

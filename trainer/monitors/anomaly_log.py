@@ -15,7 +15,7 @@ from trainer.data.batches.loader import Share
 from trainer.data.batches.order import Order
 from trainer.data.store.documents import DocumentTable, schema
 from trainer.monitors.anomalies import Outlier
-from trainer.monitors.guard_config import DONE
+from trainer.monitors.guard_config import DONE, outlier_text
 from trainer.reporting.jsonl import json_text
 
 EVENTS = "events.jsonl"
@@ -55,7 +55,8 @@ class AnomalyLog:
         if document_numbers:
             table = DocumentTable(self.data)
             documents = [_document_record(table, number) for number in document_numbers]
-        places = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
+        num_samples = outlier.num_steps * self.loader.share.global_batch
+        places = self.loader.order.places(outlier.first_sample, num_samples)
         event = {"event": "outlier", "time": time.time(), **asdict(outlier), "places": places, "documents": documents}
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -69,10 +70,9 @@ class AnomalyLog:
 
         `places`: ranges (first, count) of the step's samples in the run's order. `documents`: their records; empty if unknown.
         """
-        clauses = []
-        for name, number in outlier.values.items():
-            clauses.append(f"{name} {number:.4g} ({outlier.scores[name]:.1f} standard deviations above the median)")
-        verb = "stands" if len(clauses) == 1 else "stand"
+        what = outlier_text(outlier.values, outlier.scores, outlier.began if outlier.is_level else None)
+        if not outlier.is_level:
+            what += " stands out" if len(outlier.values) == 1 else " stand out"
         first_sample, _ = places[0]
         last_range_first, last_range_count = places[-1]
         last_sample = last_range_first + last_range_count - 1
@@ -83,8 +83,8 @@ class AnomalyLog:
             if len(documents) > MAX_DOCUMENTS:
                 named_documents += f" and {len(documents) - MAX_DOCUMENTS} more"
         return (
-            f"step {outlier.step}: {' and '.join(clauses)} {verb} out; {DONE[outlier.action]}. Samples {first_sample} to "
-            f"{last_sample} of the run's order{named_documents} ({EVENTS})"
+            f"step {outlier.step}: {what}; {DONE[outlier.action]}. Samples {first_sample} to {last_sample} of the run's "
+            f"order{named_documents} ({EVENTS})"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from strategies.settings import DESCRIBES, number, setting
 
@@ -19,9 +21,27 @@ class Action(StrEnum):
 DONE = {
     Action.note: "noted",
     Action.skip: "its update was left out",
-    Action.rollback: "the run goes back to its last checkpoint and passes over its samples",
+    Action.rollback: "the run goes back to a checkpoint from before it and passes over its samples",
 }
 """How the screen describes each action."""
+
+
+def outlier_text(values: Mapping[str, Any], scores: Mapping[str, float], level_began: int | None = None) -> str:
+    """The numbers that stand out and how far, such as `loss 9.5 (12.1 standard deviations above the median)`.
+
+    `level_began`: the first step of a level; the numbers are then medians of the last steps.
+    """
+    clauses = []
+    for name, value in values.items():
+        if not isinstance(value, int | float):
+            continue
+        clause = f"{name} {value:.4g}"
+        if level_began is not None:
+            clause = f"{name} stays at {value:.4g} since step {level_began}"
+        if name in scores:
+            clause += f" ({scores[name]:.1f} standard deviations above the median)"
+        clauses.append(clause)
+    return " and ".join(clauses)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,8 +49,8 @@ class GuardsConfig:
     """What is done about steps whose loss or gradient norm stands out from those before."""
 
     loss: Action = setting(Action.note, reach=DESCRIBES)
-    """A step's loss that stands out: `note` it, `skip` the update, which costs a small reduction each step, or `rollback` to the
-    last checkpoint and pass over its samples."""
+    """A step's loss that stands out: `note` it, `skip` the update, which costs a small reduction each step, or `rollback` to a
+    checkpoint from before it and pass over its samples."""
     grad_norm: Action = setting(Action.note, reach=DESCRIBES)
     """A step's gradient norm before clipping that stands out: `note`, `skip` or `rollback`, likewise."""
     window: int = number(100, least=10, most=1000, advice="100 as a rule")

@@ -350,7 +350,7 @@ def write_run_record(run_dir: Path, record: RunRecord) -> None:
     write_text_atomic(run_dir / RUN_RECORD, json_text(record.as_json(), indent=1, default=str))
 
 
-_RESUME_ONLY = ("recent", "evaluations", "interval_loss", "interval_steps", "first_loss", "recent_losses")
+_RESUME_ONLY = ("recent", "evaluations", "interval_loss", "interval_steps", "first_loss", "recent_losses", "level_rows")
 """Keys of the progress that only a resumed run needs, and `run.json` leaves out."""
 
 
