@@ -20,6 +20,11 @@ WIDTH = 860
 """Size of a plot in pixels; a page fits the width to its window."""
 THEME_COLORS = 8
 """Colours of the page's theme. An axis with more values has a scheme of its own."""
+LEGEND_SYMBOLS: dict[str, Spec] = {
+    "strokeDash": {"symbolType": "stroke", "symbolSize": 700, "symbolStrokeWidth": 2},
+    "shape": {"symbolSize": 160},
+}
+"""How the legend draws a value: a piece of line long enough to show its dashes, or the mark."""
 DASHES = [[1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [12, 5], [4, 1, 1, 1, 1, 1]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 NAME_PIXELS = 280
@@ -125,7 +130,7 @@ def point_encoding(comparison: Comparison, *, dashed: bool) -> Spec:
                 "type": "nominal",
                 "title": axes[number][0],
                 "scale": {"domain": values, "range": marks},
-                "legend": {"labelLimit": NAME_PIXELS, "symbolLimit": 40, "symbolSize": 160},
+                "legend": {"labelLimit": NAME_PIXELS, "symbolLimit": 40, **LEGEND_SYMBOLS[channel]},
             }
     return encoding
 

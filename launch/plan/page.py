@@ -215,8 +215,9 @@ def _ways_table(answer: PlanAnswer) -> PageTable:
         largest = max(by_part.get(str(part), 0.0) for by_part in parts)
         if largest >= SMALLEST_GIB:
             shown.append(part)
-    columns = [PageColumn("strategy"), PageColumn("recomputed"), PageColumn("stored"), PageColumn("micro-batch")]
-    columns += [PageColumn("tokens/s", "speed", best="largest"), PageColumn("of the fastest", "speed")]
+    # What becomes of a way stands beside its name, where a phone shows it without scrolling.
+    columns = [PageColumn("strategy"), PageColumn("speed"), PageColumn("tokens/s", best="largest")]
+    columns += [PageColumn("recomputed"), PageColumn("stored"), PageColumn("micro-batch")]
     columns += [
         PageColumn("needs", "memory of a card, GiB", best="smallest"),
         PageColumn("left", "memory of a card, GiB"),
@@ -232,9 +233,10 @@ def _ways_table(answer: PlanAnswer) -> PageTable:
             speed = PageCell(number(round(choice.tokens_per_s)), choice.tokens_per_s)
         kept = stored(choice.variant) or "whole"
         reason = why(choice, answer)
-        row = [PageCell(choice.variant.name, choice.variant.name), PageCell(mode, mode), PageCell(kept, kept)]
-        row += [PageCell(str(choice.micro), choice.micro, note=f"largest {choice.largest_micro}"), speed]
-        row.append(PageCell(reason, reason, tone="" if choice.fits else "bad"))
+        row = [PageCell(choice.variant.name, choice.variant.name)]
+        row += [PageCell(reason, reason, tone="" if choice.fits else "bad"), speed]
+        row += [PageCell(mode, mode), PageCell(kept, kept)]
+        row.append(PageCell(str(choice.micro), choice.micro, note=f"largest {choice.largest_micro}"))
         row += [PageCell(f"{total:.1f}", total), PageCell(f"{left:+.1f}", left)]
         for part in shown:
             size = max(by_part.get(str(part), 0.0), 0.0)

@@ -6,6 +6,7 @@ import pytest
 
 from trainer.data.document import Document
 from trainer.evaluation.base import TaskConfig
+from trainer.evaluation.report.change_scale import Change, ChangeScale
 from trainer.evaluation.report.comparison import compare_task
 from trainer.evaluation.report.intervals import Bootstrap, confidence_intervals, resample_metrics
 from trainer.evaluation.report.page import render_page
@@ -67,10 +68,37 @@ def test_the_verdict_and_all_tasks_come_first():
     overview = page.split('id="all-tasks"')[1].split("</table>")[0]
     cells = re.findall(r'<tr><th scope="row".*?</tr>', overview, re.DOTALL)
     shown = [" ".join(re.sub("<[^>]*>", " ", cell).split()) for cell in cells]
-    assert shown[0].startswith("facts 40 exact_match 0.1000 0.7500 +0.6500") and shown[0].endswith("✓ better higher")
-    assert shown[1].endswith("no difference shown higher") and shown[2].endswith("✕ worse lower")
+    # The verdict stands beside the name.
+    assert shown[0].startswith("facts ✓ better exact_match 0.1000 0.7500 +0.6500") and shown[0].endswith("higher 40")
+    assert shown[1].startswith("sums no difference shown exact_match") and shown[2].startswith("held ✕ worse ")
     assert page.index('id="all-tasks"') < page.index('id="task-0"') and " open>" not in page, "tasks are folded"
     assert "162,755" in page, "a perplexity as people write it"
+
+
+def test_bars_of_a_table_share_a_scale_that_it_shows():
+    """Metrics have different units: what is shared is the change in percent of the larger value, right of the middle better."""
+    page = render_page(*evaluation(TASKS))
+    overview = page.split('id="all-tasks"')[1].split("</table>")[0]
+    scale = re.findall(r'<span class="scale">(.*?)</span></th>', overview)
+    assert [re.findall(r"<span>(.*?)</span>", one) for one in scale] == [["-100%", "0", "+100%"]]
+    dots = [float(left) for left in re.findall(r'class="dot" style="left:(.*?)%"', overview)]
+    # Of facts 0.75 is the larger, and 0.65 of it was gained; sums stay; a loss of 12 was 10.4.
+    assert dots == pytest.approx([50 + 50 * 0.65 / 0.75, 50, 50 - 50 * 1.6 / 12], abs=0.01)
+    assert 'aria-label="86.7% better, between +' in overview and 'aria-label="13.3% worse, between -' in overview
+
+
+def test_a_scale_has_round_ends_and_bars_beyond_it_end_at_its_edge():
+    up, none = {"value": 0.3, "greater_is_better": True}, {"value": 0.0, "difference": 0.3, "low": 0.2, "high": 0.4}
+    change = Change.of(up, none)
+    assert (change.low, change.value, change.high) == pytest.approx((2 / 3, 1, 4 / 3)), "of a base of 0, too"
+    assert (
+        ChangeScale.over([change]).reach == 1 and ChangeScale.over([change]).bar(change, "good").position(4 / 3) == 100
+    )
+    assert ChangeScale.over([Change(-0.013, 0.004, 0.018), None]).labels == ("-2%", "0", "+2%")
+    assert (
+        Change.of({"value": 0.0, "greater_is_better": True}, {"value": 0, "difference": 0, "low": 0, "high": 0}) is None
+    )
+    assert Change.of(up, None) is None and ChangeScale.over([]).reach == 0.01
 
 
 @pytest.mark.parametrize(

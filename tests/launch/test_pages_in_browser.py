@@ -48,6 +48,10 @@ def test_evaluation_page_filters_its_rows(browser, tmp_path):
         page.tab.locator(f"#task-0 input[value={name}]").check()
         shown[name] = rows.count()
     assert shown == {"all": 4 + 6 + 20, "lost": 4, "won": 20, "wrong": 10}
+    page.resized(400)
+    verdicts = "[...document.querySelectorAll('#all-tasks tbody td:nth-child(2)')]"
+    assert page.evaluate(f"Math.max(...{verdicts}.map(each => each.getBoundingClientRect().right))") <= 400
+    page.resized(1200)
     page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = false; })")
     page.click("#all-tasks a >> text=sums")
     page.wait("document.getElementById('task-1').open")

@@ -61,6 +61,8 @@ class IntervalBar:
     maximum: float
     zero: float = 0.0
     tone: Tone = ""
+    label: str = ""
+    """What a screen reader says of it; empty says the numbers."""
 
     def position(self, number: float) -> float:
         """Where a number is on the scale, in percent of its width; a number beyond an end is at that end."""
@@ -82,6 +84,8 @@ class PageColumn:
     unit: str = ""
     note: str = ""
     """A sentence on what the column is, which the pointer shows at the heading."""
+    scale: tuple[str, str, str] | None = None
+    """What stands below the heading of interval bars: at the left end of their scale, in its middle, at its right end."""
 
 
 @dataclass(frozen=True, slots=True)

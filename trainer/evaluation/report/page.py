@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.evaluation.report.change_scale import Change, ChangeScale
 from trainer.evaluation.report.intervals import BETTER, DIFFERS, NO_DIFFERENCE, TOO_FEW_CASES, WORSE
 from trainer.evaluation.report.page_rows import TaskRows, short, shown_rows
 from trainer.evaluation.report.record import TUNED, EvaluatedModel
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask, confusion
-from trainer.pages.numbers import duration, number, signed
+from trainer.pages.numbers import UNKNOWN, duration, number, signed
 from trainer.pages.pieces import (
     Callout,
-    IntervalBar,
     PageCard,
     PageCell,
     PageColumn,
@@ -25,6 +24,11 @@ from trainer.pages.pieces import (
 )
 from trainer.pages.render import render
 
+BARS = (
+    "Bars are on one scale: the change in percent of the larger of both values, with its interval. Right of the middle is "
+    "better."
+)
+"""What a table says of its bars."""
 MOST_LABELS = 40
 """A confusion matrix with more labels is not shown."""
 TONES: dict[str, Tone] = {BETTER: "good", WORSE: "bad", DIFFERS: "note", TOO_FEW_CASES: "warning", NO_DIFFERENCE: ""}
@@ -234,60 +238,51 @@ def _overview(report: Record, parts: Sequence[TaskPart]) -> PageTable:
     """The table of all tasks, each by its first metric."""
     other = _other_name(report)
     compared_tasks = report["against"]["tasks"] if other else {}
-    columns = [PageColumn("task"), PageColumn("rows"), PageColumn("metric")]
+    leading = [_leading(report["tasks"][part.name], compared_tasks.get(part.name)) for part in parts]
+    scale = ChangeScale.over(Change.of(metric, difference) for _, metric, difference in leading)
+    # The verdict stands beside the name, where a phone shows it without scrolling.
+    columns = [PageColumn("task")]
     if other:
-        columns += [
-            PageColumn(other),
-            PageColumn("tuned" if other == "base" else "this model"),
-            PageColumn("difference"),
-        ]
-        columns += [PageColumn("95 % interval"), PageColumn("verdict")]
+        columns += [PageColumn("verdict"), PageColumn("metric"), PageColumn(other)]
+        columns += [PageColumn("tuned" if other == "base" else "this model"), PageColumn("difference")]
+        columns.append(PageColumn("95 % interval", scale=scale.labels))
     else:
-        columns += [PageColumn("value"), PageColumn("95 % interval")]
-    columns.append(PageColumn("better is"))
+        columns += [PageColumn("metric"), PageColumn("value"), PageColumn("95 % interval")]
+    columns += [PageColumn("better is"), PageColumn("rows")]
     rows = []
-    for part in parts:
-        task_record = report["tasks"][part.name]
-        name, metric, difference = _leading(task_record, compared_tasks.get(part.name))
-        row = [
-            PageCell(part.name, part.name, href=f"#{part.anchor}"),
-            PageCell(number(task_record["num_rows"]), task_record["num_rows"]),
-            PageCell(name, name),
-        ]
+    for part, (name, metric, difference) in zip(parts, leading, strict=True):
+        num_rows = report["tasks"][part.name]["num_rows"]
+        row = [PageCell(part.name, part.name, href=f"#{part.anchor}")]
         if other:
-            row += _difference_cells(metric, difference)
+            row += [_verdict_cell(difference), PageCell(name, name), *_difference_cells(metric, difference, scale)]
         else:
-            row += [PageCell(number(metric["value"]), metric["value"]), _interval_cell(metric)]
+            row += [PageCell(name, name), PageCell(number(metric["value"]), metric["value"]), _interval_cell(metric)]
         direction = _direction(metric["greater_is_better"])
-        rows.append([*row, PageCell(direction, direction)])
+        rows.append([*row, PageCell(direction, direction), PageCell(number(num_rows), num_rows)])
     caption = "Every task by its first metric."
     if other:
-        caption += " Bars show the difference and its interval, each on a scale of its own; the line is no difference."
+        caption += f" {BARS}"
     return PageTable(columns, rows, caption, id="all-tasks")
 
 
-def _difference_cells(metric: Record, difference: Record | None) -> list[PageCell]:
-    """The cells of a comparison: value of the other model, value, difference, interval, verdict."""
+def _verdict_cell(difference: Record | None) -> PageCell:
+    """The verdict on a compared metric."""
+    if difference is None:
+        return PageCell("not compared", "not compared")
+    return PageCell(difference["verdict"], difference["verdict"], tone=TONES.get(difference["verdict"], ""))
+
+
+def _difference_cells(metric: Record, difference: Record | None, scale: ChangeScale) -> list[PageCell]:
+    """The cells of a comparison: value of the other model, value, difference, interval."""
     value = PageCell(number(metric["value"]), metric["value"])
     if difference is None:
-        nothing = PageCell("\N{EN DASH}")
-        return [nothing, value, nothing, nothing, PageCell("not compared", "not compared")]
-    tone = TONES.get(difference["verdict"], "")
-    low = difference["low"]
+        nothing = PageCell(UNKNOWN)
+        return [nothing, value, nothing, nothing]
     change = difference["difference"]
-    high = difference["high"]
-    bar = None
-    if math.isfinite(low + change + high):
-        reach = 1.1 * max(abs(low), abs(change), abs(high)) or 1.0
-        bar = IntervalBar(low, change, high, -reach, reach, tone=tone)
-    interval = PageCell("", change, note=f"{signed(low)} to {signed(high)}", interval=bar)
-    return [
-        PageCell(number(difference["value"]), difference["value"]),
-        value,
-        PageCell(signed(change), change),
-        interval,
-        PageCell(difference["verdict"], difference["verdict"], tone=tone),
-    ]
+    bar = scale.bar(Change.of(metric, difference), TONES.get(difference["verdict"], ""))
+    interval = PageCell("", change, note=f"{signed(difference['low'])} to {signed(difference['high'])}", interval=bar)
+    other_value = PageCell(number(difference["value"]), difference["value"])
+    return [other_value, value, PageCell(signed(change), change), interval]
 
 
 def _value_cell(metric: Record) -> PageCell:
@@ -312,21 +307,33 @@ def _direction(greater_is_better: bool | None) -> str:
 
 def _metrics_table(task_record: Record, compared: Record | None, other: str) -> PageTable:
     """Every metric of a task, with what it is."""
-    columns = [PageColumn("metric"), PageColumn("value")]
-    if compared is not None:
-        columns += [PageColumn(other), PageColumn("difference"), PageColumn("its 95 % interval")]
-        columns += [PageColumn("p"), PageColumn("verdict")]
+    if compared is None:
+        rows = [[_metric_cell(name, metric), _value_cell(metric)] for name, metric in task_record["metrics"].items()]
+        return PageTable([PageColumn("metric"), PageColumn("value")], rows)
+    pairs = [(metric, compared["metrics"].get(name)) for name, metric in task_record["metrics"].items()]
+    scale = ChangeScale.over(Change.of(metric, difference) for metric, difference in pairs)
+    columns = [PageColumn("metric"), PageColumn("verdict"), PageColumn("value"), PageColumn(other)]
+    columns += [PageColumn("difference"), PageColumn("its 95 % interval", scale=scale.labels), PageColumn("p")]
     rows = []
-    for name, metric in task_record["metrics"].items():
-        about = [metric["says"], f"{_direction(metric['greater_is_better'])} is better", metric.get("signature", "")]
-        row = [PageCell(name, name, note="; ".join(filter(None, about))), _value_cell(metric)]
-        if compared is not None:
-            difference = compared["metrics"].get(name)
-            other_value, _, change, interval, verdict = _difference_cells(metric, difference)
-            p = None if difference is None else difference["p"]
-            row += [other_value, change, interval, PageCell(number(p, 2), p), verdict]
-        rows.append(row)
-    return PageTable(columns, rows)
+    for name, (metric, difference) in zip(task_record["metrics"], pairs, strict=True):
+        other_value, _, change, interval = _difference_cells(metric, difference, scale)
+        p = None if difference is None else difference["p"]
+        row = [
+            _metric_cell(name, metric),
+            _verdict_cell(difference),
+            _value_cell(metric),
+            other_value,
+            change,
+            interval,
+        ]
+        rows.append([*row, PageCell(number(p, 2), p)])
+    return PageTable(columns, rows, BARS)
+
+
+def _metric_cell(name: str, metric: Record) -> PageCell:
+    """The name of a metric, with what it is below."""
+    about = [metric["says"], f"{_direction(metric['greater_is_better'])} is better", metric.get("signature", "")]
+    return PageCell(name, name, note="; ".join(filter(None, about)))
 
 
 def _notes(task_record: Record, compared: Record | None) -> list[str]:

@@ -1,0 +1,72 @@
+"""One scale for differences of metrics of different units: the change in percent of the larger of both values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.pages.numbers import percent
+from trainer.pages.pieces import IntervalBar, Tone
+
+REACHES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Ends that a scale may have, as shares; one that needs more ends at 100 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a metric changed against the other model, as shares of the larger of both values. Positive is better."""
+
+    low: float
+    value: float
+    high: float
+
+    @classmethod
+    def of(cls, metric: dict[str, Any], difference: dict[str, Any] | None) -> Change | None:
+        """The change of a metric of `evaluation.json`, with its 95 % interval; None without one, or if both values are 0.
+
+        Where neither direction is better, positive is larger.
+        """
+        if difference is None:
+            return None
+        larger = max(abs(metric["value"]), abs(difference["value"]))
+        sign = -1 if metric["greater_is_better"] is False else 1
+        numbers = [sign * difference[name] for name in ("low", "difference", "high")]
+        if larger == 0 or not all(math.isfinite(number) for number in (larger, *numbers)):
+            return None
+        low, value, high = (number / larger for number in numbers)
+        return cls(min(low, high), value, max(low, high))
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeScale:
+    """The scale that all bars of a table share: from `-reach` to `reach`, with no change in the middle."""
+
+    reach: float
+
+    @classmethod
+    def over(cls, changes: Iterable[Change | None]) -> ChangeScale:
+        """The smallest scale that shows these changes whole, if one of `REACHES` does."""
+        farthest = 0.0
+        for change in changes:
+            if change is not None:
+                farthest = max(farthest, abs(change.low), abs(change.high))
+        return cls(next((reach for reach in REACHES if reach >= farthest), REACHES[-1]))
+
+    @property
+    def labels(self) -> tuple[str, str, str]:
+        """What stands at its left end, in its middle and at its right end."""
+        return f"-{self.reach:.0%}", "0", f"+{self.reach:.0%}"
+
+    def bar(self, change: Change | None, tone: Tone) -> IntervalBar | None:
+        """The picture of a change; None without one. What is beyond the scale ends at its edge."""
+        if change is None:
+            return None
+        words = "better" if change.value > 0 else "worse"
+        label = f"{percent(abs(change.value))} {words}, between {_signed(change.low)} and {_signed(change.high)}"
+        return IntervalBar(change.low, change.value, change.high, -self.reach, self.reach, tone=tone, label=label)
+
+
+def _signed(share: float) -> str:
+    return f"{'-' if share < 0 else '+'}{percent(abs(share))}"
