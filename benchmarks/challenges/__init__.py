@@ -1,6 +1,6 @@
 """How often the detectors find what is there and call what is not, in real runs of a model that a laptop trains in seconds.
 
-    python -m benchmarks.challenges [directory] [overfitting|forgetting|none|remedies|people|canaries ...]
+    python -m benchmarks.challenges [directory] [overfitting|forgetting|none|remedies|people|canaries|divergence|guards ...]
 
 A Llama of 0.1 million parameters knows a made-up language: each word has four that may follow it. It is tuned at five
 strengths of overfitting (fewer and fewer documents), of forgetting (another language, at higher and higher rates), of a group

@@ -110,6 +110,14 @@ def real_rewards(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]
     return {"a letter is rewarded, the language is a control": cheated, "none: the language is rewarded": honest}
 
 
+def guards(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]:
+    """Runs in which nothing stands out, and runs in which something does."""
+    return {
+        kind: [courses.guarded(directory, base, kind, f"guarded-{number}-{seed}", seed) for seed in NULLS]
+        for number, kind in enumerate((*courses.UNTOUCHED, *courses.TOLD))
+    }
+
+
 PARTS: dict[str, Part] = {
     "overfitting": overfitting,
     "forgetting": forgetting,
@@ -120,10 +128,16 @@ PARTS: dict[str, Part] = {
     "divergence": divergence,
     "rewards": made_up_rewards,
     "real rewards": real_rewards,
+    "guards": guards,
 }
 
 
-FOUND = {"people": ["found"], "canaries": ["found"], "divergence": ["diverged", "worse", "recovered"]}
+FOUND = {
+    "people": ["found"],
+    "canaries": ["found"],
+    "divergence": ["diverged", "worse", "recovered"],
+    "guards": ["told"],
+}
 FOUND |= {"rewards": [*rewards.VERDICTS], "real rewards": [*rewards.VERDICTS]}
 """What is counted of each run of a part, unless it is overfitting and forgetting."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ HEALTHY = (
     "what it knows",
 )
 """Runs that must not be called diverged, whatever else is found of them."""
+UNTOUCHED = ("what it knows", "another language", "random weights (Gemma)", "dpo")
+"""Runs in which the guards must undo nothing."""
+ODD_BATCH = "one batch of random words"
+WORSE_DATA = "data that get worse within ten steps, by 1.2 % of the words each"
+DISTURBED_AT = 30
+"""The step of the odd batch, and the one before the data get worse."""
+TOLD = (ODD_BATCH, WORSE_DATA, "a rate of 3", "a plateau")
+"""Runs of which the guards must tell."""
 DIVERGING = ("a rate of 3", "a rate of 3 after half warm-up", "a plateau")
 """Runs that must be."""
 
@@ -45,6 +55,38 @@ def course(directory: Path, base: Path, kind: str, name: str, seed: int) -> dict
         "diverged": verdict == "diverged",
         "worse": verdict == "worse than before training",
         "recovered": found.get("recovered_at") is not None,
+    }
+
+
+def guarded(directory: Path, base: Path, kind: str, name: str, seed: int) -> dict[str, Any]:
+    """One run of a kind: what the guards told of it, how often it went back, and its held-out loss before and at the end.
+
+    A run that must not be touched, or that has one odd batch, is one that may go back. Of the others the guards only tell.
+    """
+    data = directory / name
+    data.mkdir(exist_ok=True)
+    words = [f"model.path={base}", f"run.seed={seed}", f"budget.steps={STEPS}", "checkpoint.every_steps=10"]
+    if kind in (*UNTOUCHED, ODD_BATCH):
+        words += ["guards.loss=rollback", "guards.grad_norm=rollback"]
+    if kind in (ODD_BATCH, WORSE_DATA):
+        words += [*_disturbed(data, kind, seed), "optim.lr=1e-4", "data.shuffle=false"]
+    else:
+        words += _words(directory, data, kind, seed)
+    run = directory / f"{name}-run"
+    record = train(run, words)
+    losses = [row["eval/loss"] for row in record["evaluations"]]
+    events = []
+    if (run / "events.jsonl").exists():
+        lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        events = [event for event in map(json.loads, lines) if event["event"] == "outlier"]
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return {
+        "before": losses[0],
+        "last": losses[-1],
+        "outliers": sum(not event["is_level"] for event in events),
+        "levels": sum(event["is_level"] for event in events),
+        "rollbacks": record["outcome"]["progress"]["rollbacks"],
+        "told": bool(events),
     }
 
 
@@ -84,6 +126,21 @@ def _texts(data: Path, language: int, seed: int, documents: int = 8 * STEPS) -> 
     train_path = write(data / "train.jsonl", sentences(language, f"course {seed}", documents))
     held_path = write(data / "held.jsonl", sentences(language, f"course held {seed}", HELD_OUT))
     return [f"data.path={train_path}", f"data.eval_path={held_path}"]
+
+
+def _disturbed(data: Path, kind: str, seed: int) -> list[str]:
+    """Sentences of the known language, in which some words of some steps are replaced by random ones."""
+    drawn = random.Random(f"disturbed {seed}")
+    rows = []
+    for number, text in enumerate(sentences(KNOWN, f"course {seed}", 8 * (STEPS + 10))):
+        step = number // 8 + 1
+        if kind == ODD_BATCH:
+            odd_share = float(step == DISTURBED_AT)
+        else:
+            odd_share = 0.012 * min(max(step - DISTURBED_AT, 0), 10)
+        rows.append(" ".join(drawn.choice(WORDS) if drawn.random() < odd_share else word for word in text.split()))
+    held_path = write(data / "held.jsonl", sentences(KNOWN, f"course held {seed}", HELD_OUT))
+    return [f"data.path={write(data / 'train.jsonl', rows)}", f"data.eval_path={held_path}"]
 
 
 def _files(data: Path, rows: Any, seed: int) -> list[str]:

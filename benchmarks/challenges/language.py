@@ -80,10 +80,17 @@ def _untrained(directory: Path) -> Path:
 
 def train(run: Path, words: list[str]) -> dict[str, Any]:
     """What a run wrote into `run.json`, with the rows of its evaluations; its screen goes into a file."""
-    own = {"run.dir": run, "run.device": "cpu", "run.threads": 1, "run.matmul": "blas", "logging.wandb": "disabled"}
+    own = {
+        "run.dir": run,
+        "logging.report": "false",
+        "run.device": "cpu",
+        "run.threads": 1,
+        "run.matmul": "blas",
+        "logging.wandb": "disabled",
+    }
     own |= {"objective": "pretrain", "data.max_length": 64, "batch.global": 8, "batch.micro": 8, "schedule": "constant"}
     own |= {"data.cache_dir": run.parent / "cache", "checkpoint.save_final": "false", "export.at_end": "false"}
-    own |= {"launcher.processes": 1, "strategy": "single"}
+    own |= {"launcher.processes": 1, "strategy": "single", "logging.report": "false"}
     given = dict(word.split("=", 1) for word in words)
     _command(run, "train", [f"{key}={value}" for key, value in {**own, **given}.items()])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
