@@ -33,7 +33,7 @@ ODD_BATCH = "one batch of random words"
 WORSE_DATA = "data that get worse within ten steps, by 1.2 % of the words each"
 DISTURBED_AT = 30
 """The step of the odd batch, and the one before the data get worse."""
-TOLD = (ODD_BATCH, WORSE_DATA, "a rate of 3", "a plateau")
+TOLD = (ODD_BATCH, WORSE_DATA, "a rate of 3 after half warm-up", "a plateau")
 """Runs of which the guards must tell."""
 DIVERGING = ("a rate of 3", "a rate of 3 after half warm-up", "a plateau")
 """Runs that must be."""

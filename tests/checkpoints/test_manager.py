@@ -118,6 +118,24 @@ DAMAGE = {
 }
 
 
+def test_a_rollback_finds_a_checkpoint_from_before_what_it_undoes(made):
+    kept = made(keep=1)
+    kept.all.look_back = 20
+    kept.save(10, 20, 30, 40, 45)
+    # Those of the last 20 steps, and one from before.
+    assert kept.steps == [20, 30, 40, 45]
+    assert kept.all.roll_back(38).name == "step-000030" and kept.steps == [20, 30]
+    assert not any("there is no checkpoint" in line for line in kept.said)
+    kept.save(35)
+    flip(kept.directory / "step-000020" / "a.safetensors", 5)
+    # The one from before is damaged: the oldest of the others is taken, and that is said.
+    assert kept.all.roll_back(25).name == "step-000030" and kept.steps == [20, 30]
+    assert any(
+        "there is no checkpoint of step 25 or before; the run goes back to the oldest one, of step 30" in line
+        for line in kept.said
+    )
+
+
 @pytest.mark.parametrize(("damage", "said"), DAMAGE.values(), ids=DAMAGE)
 def test_damaged_checkpoint_is_named_passed_over_and_moved_away(made, damage, said, capsys):
     run = made()

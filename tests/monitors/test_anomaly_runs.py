@@ -12,6 +12,7 @@ from strategies.native import NativeEngine
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import WORDS
 from trainer.evaluation.loss import LossEvaluator
+from trainer.monitors.anomalies import Guards
 
 BATCH, STEPS, ODD = 4, 12, 9
 
@@ -141,6 +142,38 @@ def test_anomaly_rollback_before_the_first_checkpoint_has_one_to_go_back_to(root
     progress = json.loads((tmp_path / "back" / "run.json").read_text())["outcome"]["progress"]
     assert progress["rollbacks"] == 1
     assert [row["step"] for row in rows(tmp_path / "back")] == list(range(1, 11))
+
+
+def test_a_level_in_a_run_is_undone_from_before_it_began(root, tmp_path, monkeypatch):
+    """The loss of steps 30 to 37 rises, once, and stays, while checkpoints are written every four steps."""
+    write(tmp_path / "all.jsonl", [number % (8 * BATCH) for number in range(60 * BATCH)])
+    real = Guards.mark_outliers
+
+    def mark_outliers(guards, rows):
+        for row in rows:
+            if guards._returned_to < 0:
+                row["loss"] *= 1 + 0.02 * min(max(row["step"] - 29, 0), 8)
+        real(guards, rows)
+
+    monkeypatch.setattr(Guards, "mark_outliers", mark_outliers)
+    words = (
+        "guards.loss=rollback",
+        "guards.window=40",
+        "checkpoint.every_steps=4",
+        f"data.path={tmp_path / 'all.jsonl'}",
+    )
+    assert run(root, tmp_path / "back", *words, "budget.steps=48", "optim.lr=1e-6") == 0
+    progress = json.loads((tmp_path / "back" / "run.json").read_text())["outcome"]["progress"]
+    [event] = outliers(tmp_path / "back")
+    began, step = event["began"], event["step"]
+    assert 28 <= began <= 32 and began < step <= 45 and progress["rollbacks"] == 1
+    # Checkpoints from the update on that led to its first step are given up, and the samples from there on left out.
+    given_up = sorted(path.name for path in (tmp_path / "back" / "checkpoints" / "given-up-1").glob("step-*"))
+    assert given_up and given_up[0] <= "step-000032" and (began - 1) <= int(given_up[0].removeprefix("step-"))
+    [passed] = progress["passed"]
+    assert passed["first"] == BATCH * (began - 2) and passed["first"] + passed["count"] == BATCH * step
+    losses = [row["loss"] for row in rows(tmp_path / "back")]
+    assert len(losses) == 48 and max(losses[30:]) < 1.1 * max(losses[:28])
 
 
 def test_anomaly_rollbacks_without_end_stop_the_run(root, tmp_path, capfd):

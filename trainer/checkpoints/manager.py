@@ -442,7 +442,7 @@ class Checkpoints:
         oldest_kept_step = verified_steps[-self.config.keep]
         if self.look_back:
             old_enough = [step for step in verified_steps if step <= verified_steps[-1] - self.look_back]
-            oldest_kept_step = min(oldest_kept_step, max(old_enough, default=verified_steps[0]))
+            oldest_kept_step = min(oldest_kept_step, max(old_enough, default=0))
         for step, path in checkpoints:
             if step < oldest_kept_step and step != best_step:
                 self._delete(path)
