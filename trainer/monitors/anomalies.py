@@ -14,7 +14,7 @@ from strategies.base import UpdateFilter
 from strategies.errors import Diverged
 from strategies.runtime import Runtime, dist_sum
 from trainer.monitors.guard_config import Action, GuardsConfig
-from trainer.monitors.levels import Level, LevelWatch
+from trainer.monitors.levels import LevelWatch, RaisedLevel
 from trainer.monitors.replicas import ReplicaCheck
 from trainer.monitors.rolling import RollingWindow
 
@@ -228,7 +228,7 @@ class Guards:
             began = step  # other samples each time, and the same: it is the checkpoint that is at a level
         return outlier if began is None else self._from_before(outlier, began)
 
-    def _outlier_of_level(self, level: Level, step: int, first_sample: int) -> Outlier:
+    def _outlier_of_level(self, level: RaisedLevel, step: int, first_sample: int) -> Outlier:
         """A level that was found in this step. Its updates are made: only a rollback helps, and `skip` is as `note`."""
         action = self.actions[WATCHED.index(level.name)]
         outlier = Outlier(

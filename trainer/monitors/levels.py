@@ -33,7 +33,7 @@ LOOK_BACK = 2 * LEVEL_STEPS
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class RaisedLevel:
     """A number that has risen and stays."""
 
     name: str
@@ -56,7 +56,7 @@ class LevelWatch:
         """The last steps, oldest first: `step`, `samples` consumed before it, the numbers, and `told/NAME` if a number was told
         at this step, or is at a level that was. A checkpoint has them."""
 
-    def add(self, row: Mapping[str, Any], first_sample: int, told: Sequence[str]) -> list[Level]:
+    def add(self, row: Mapping[str, Any], first_sample: int, told: Sequence[str]) -> list[RaisedLevel]:
         """Take the numbers of a step, and return the levels that it shows for the first time.
 
         `told`: numbers that stand out in this step by themselves. A step whose update was left out is passed over.
@@ -79,7 +79,7 @@ class LevelWatch:
             newest[f"told/{name}"] = 1.0
         return found
 
-    def _level_of(self, name: str) -> Level | None:
+    def _level_of(self, name: str) -> RaisedLevel | None:
         """The level at which a number stands; None if it stands at none."""
         values = [row[name] for row in self.rows]
         before = values[:-LEVEL_STEPS]
@@ -93,7 +93,7 @@ class LevelWatch:
         began = self._first_above(name, middle)
         if self.rows[-1]["step"] - began < LEVEL_STEPS // 2:  # it has just come back
             return None
-        return Level(name, now, score, began)
+        return RaisedLevel(name, now, score, began)
 
     def began(self, names: Sequence[str]) -> int | None:
         """The step at which the rise began that ends in the next step, by the earliest of these numbers; None if just there.
