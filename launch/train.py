@@ -70,7 +70,7 @@ COMMON_SETTINGS = {
     "batch.global=64 batch.micro=4": (
         "documents in a step, and most documents in one forward pass (auto: what memory allows)"
     ),
-    "optim.lr=2e-4": "peak learning rate",
+    "optim.lr=2e-4": "peak learning rate; default: the usual one of the method, objective and optimizer (docs/peft.md)",
     "precision=bf16": "fp32, bf16, fp16 or auto",
     "launcher.processes=8": "ranks on this host; default: one per GPU",
     "run.dir=runs/first": "the run directory; the same command resumes the run",

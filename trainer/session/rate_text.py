@@ -11,7 +11,7 @@ from trainer.optim.schedule import warmup_steps
 FEW_STEPS = 20
 """A run of fewer steps is noted: a usual learning rate hardly moves a model in so few."""
 HIGH_RATE = 20
-"""A learning rate of more than this many times the usual one is noted."""
+"""A learning rate of more than this many times the usual one is noted, unless it is advised for small models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,16 @@ class LearningRate:
     """`optim.lr`."""
     usual: float | None = None
     """The usual rate of this optimizer, tuning method and objective; None if none is known."""
+    highest_advised: float | None = None
     warmup_steps: int = 0
     schedule: str = ""
+
+    @property
+    def is_far_too_high(self) -> bool:
+        """Whether the rate is far above the usual one, and above all that are advised."""
+        if self.usual is None or self.highest_advised is None:
+            return False
+        return self.peak > max(HIGH_RATE * self.usual, self.highest_advised)
 
 
 def learning_rate_of(config: RunConfig, total_steps: int) -> LearningRate:
@@ -32,6 +40,7 @@ def learning_rate_of(config: RunConfig, total_steps: int) -> LearningRate:
     return LearningRate(
         peak=config.optim.peak_lr,
         usual=usual.usual if usual is not None else None,
+        highest_advised=usual.high if usual is not None else None,
         warmup_steps=warmup_steps(config.schedule, total_steps),
         schedule=str(config.schedule.name),
     )
@@ -46,7 +55,7 @@ def rate_lines(rate: LearningRate, total_steps: int) -> list[str]:
             f"note: the run takes only {steps}, and few models learn a task in fewer than {FEW_STEPS}; for more, "
             "raise budget.epochs or budget.steps, or lower batch.global"
         )
-    if rate.usual is not None and rate.peak > HIGH_RATE * rate.usual:
+    if rate.usual is not None and rate.is_far_too_high:
         lines.append(
             f"note: optim.lr={rate.peak:g} is {rate.peak / rate.usual:,.0f} times the usual rate of this optimizer, method and "
             f"objective ({rate.usual:g}), and may destroy what the model knows"

@@ -144,6 +144,8 @@ def test_few_steps_and_rates_far_above_the_usual_one_are_noted():
     assert ["only 19 steps" in line for line in lines(19)] == [False, True]
     [_, note] = lines(100, "tuning=lora", "optim.lr=10")
     assert "optim.lr=10 is 50,000 times the usual rate" in note
+    # 30 times the usual rate of LoRA with grpo, and advised for small models.
+    assert len(lines(100, "tuning=lora", "objective=grpo", "optim.lr=3e-4")) == 1
     # Without a usual rate there is nothing to compare with.
     assert len(lines(100, "tuning=peft", "tuning.type=waveft", "optim.lr=10")) == 1
 
