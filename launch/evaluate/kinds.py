@@ -16,7 +16,9 @@ KINDS_READ = {
         "further right answers"
     ),
     "translation": "rows with a text and its translation, in any format that data.path takes",
+    "bleu": "rows with a text and its translation, in any format that data.path takes",
     "summarisation": "rows with a text and its summary, in any format that data.path takes",
+    "rouge": "rows with a text and its summary, in any format that data.path takes",
     "classification": 'rows with "text" and "label"; a label is a name, a whole number or true/false',
     "multiple_choice": (
         'rows with "question", "choices" (a list of texts) and "answer": the right choice by its text, its letter (A is '

@@ -18,6 +18,7 @@ STILL_SO = {
     "papers.md": {"Nobody has measured `forgetting` yet"},
     "planning.md": {"No GPU run was used yet"},
     "preference-tuning.md": {"No held-out accuracy of them has been measured yet"},
+    "reinforcement.md": {"not run on a GPU yet"},
     "reliability.md": {"no run directory yet"},
     "security.md": {"not yet"},
     "slurm.md": {"no step of this run was measured yet"},
@@ -26,7 +27,7 @@ STILL_SO = {
 }
 """Sentences with a "not yet" that are true today, or that describe a moment of a run, by page. Look again before you add one."""
 INSTALLED = re.compile(r"pip install ((?:'[^']*'|[\w./\[\]=<>-]+| )+)")
-OTHERS = {"pre-commit", "llmcompressor"}
+OTHERS = {"pre-commit", "llmcompressor", "vllm"}
 """Projects of PyPI that pages install beside those of setup.py."""
 
 
