@@ -104,8 +104,9 @@ def rank(args: argparse.Namespace) -> int:
     from strategies.runtime import gather_objects
     from trainer.build.parts import build_engine
     from trainer.model.loading import load_tokenizer
-    from trainer.run import asking_of, meet
+    from trainer.run import meet
     from trainer.session.attempt import rank_of_job
+    from trainer.session.evaluators import asking_of
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from trainer.config.run import RunConfig, kept_date
 from trainer.data.batches.mixing import build_order
 from trainer.data.prepare import ChooseDate, PreparedData
 from trainer.data.report.progress import PrintLine, print_on_rank_0
+from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.report import comparison, page, record
 from trainer.evaluation.report.intervals import Bootstrap, confidence_intervals, resample_metrics
 from trainer.evaluation.report.record import BASE, TUNED, EarlierEvaluation, EvaluatedModel
@@ -37,21 +38,30 @@ from trainer.evaluation.tasks.prepared import TaskContext, tasks_on_run_document
 from trainer.model.loading import load_tokenizer
 from trainer.model.quantised_checkpoints import quantising_library
 from trainer.model.rules import read_config
+from trainer.objectives.reference import RecordingSettings, record_reference_logps
 from trainer.objectives.registry import family_of
+from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.oom_report import reporting_evaluation_out_of_memory
 from trainer.reporting.console import Console
-from trainer.reporting.results import EVALUATION, keep_report
+from trainer.reporting.jsonl import json_text
+from trainer.reporting.results import EVALUATION, TEST, keep_report
 from trainer.reporting.status import write_text_atomic
 from trainer.reporting.trackers.base import Table
-from trainer.run import asking_of, meet
+from trainer.rollout.rewards.scorer import open_scorer
+from trainer.run import meet
 from trainer.session.announcements import track_evaluation
 from trainer.session.attempt import Attempt, rank_of_job
+from trainer.session.evaluators import asking_of, build_test_evaluators
 from trainer.session.run_data import DataRecord, RowsNeeded, data_of_run, data_record
 from trainer.session.run_facts import versions
+from trainer.session.test_documents import CheckpointWeights, keep_result, metrics_on_test, num_documents
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
 
+EVALUATION_SPLIT = "eval"
+TEST_FILE = "test.json"
+"""The report of an evaluation of the test documents, in the directory of its processes."""
 GIVE_FILE = "Give the task a file of its own (evaluation.tasks.NAME.path=FILE)"
 
 
@@ -90,6 +100,8 @@ class EvaluationJob:
     Such a report is about weights that the run never had, so it is no record of the run."""
     recorded: bool = True
     """Whether the report may be written to the run's records. False for a run of another user."""
+    split: str = EVALUATION_SPLIT
+    """`test`: the metrics of the run's test documents are measured, and no task is run."""
 
 
 def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> None:
@@ -124,6 +136,11 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             else:
                 engine, step, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
         built = engine, step
+        if job.split == TEST:
+            attempt.phase = "evaluating the test documents"
+            _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, Agreement(request, runtime))
+            staged.remove()
+            return
         if step.step_module.plan.optimizer_hooks is not None:
             _tell_length(config, data, step, engine, runtime, opened)
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, stop_now))
@@ -153,6 +170,67 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             track_evaluation(config, job_dir, report, shown_tables, console.print_line)
     processes.barrier(runtime)
     staged.remove()
+
+
+def _evaluate_test(
+    config: RunConfig,
+    job: EvaluationJob,
+    data: PreparedData,
+    tokenizer: Any,
+    model: tuple[Engine, Built],
+    job_dir: Path,
+    runtime: processes.Runtime,
+    agreement: Agreement,
+) -> None:
+    """Measure a checkpoint on the run's test documents, and let rank 0 keep a record of this look. All ranks must call.
+
+    `model`: the engine with the weights of before the training, and what it was built from. Errors: ConfigError without test
+    documents, StorageError, Preempted, those of rewards.
+    """
+    engine, built = model
+    if data.test is None:
+        raise ConfigError(
+            f"split=test: {job.run} has no test documents left: all of them were dropped as copies or leaks"
+        )
+    assert job.run is not None
+    assert job.checkpoint is not None
+    if built.step_module.objective.uses_reference and not built.tuning.keeps_base:
+        # The loss compares with the initial model, which the engine has until the checkpoint is loaded.
+        recording = RecordingSettings(
+            built.collator,
+            built.data_spec.ahead,
+            max_batch=config.evaluation.batch,
+            directory=job_dir / "reference",
+            key=job.checkpoint,
+        )
+        stop_now = agreement.for_loop().ask_and_wait
+        record_reference_logps({"test": data.test}, engine, recording, runtime, stop_now)
+    _refuse_deleted(job, runtime)
+    progress = engine.load(Path(job.checkpoint))
+
+    def watch_for_stop() -> Callable[[], bool]:
+        return agreement.for_loop().ask_and_wait
+
+    with ExitStack() as at_end:
+        scorer = None
+        if isinstance(config.objective, RoundsConfig):
+            judge = None
+            if config.evaluation.judge.url:
+                judge = Judge(config.evaluation.judge, runtime, watch_for_stop())
+            scorer = open_scorer(config.objective, runtime, job_dir, stop_asked=agreement.asked_here, judge=judge)
+            at_end.callback(scorer.close)
+        evaluators = build_test_evaluators(config, data, built, tokenizer, engine, runtime, scorer, watch_for_stop)
+        metrics = metrics_on_test(evaluators, engine)
+    weights = CheckpointWeights(
+        run_dir=Path(job.run),
+        step=progress.step,
+        checkpoint=Path(job.checkpoint).name,
+        artefact=None if job.accepted else fingerprint(Path(job.checkpoint)),
+    )
+    if runtime.is_main:
+        result = keep_result(weights, metrics, num_documents(data), recorded=job.recorded)
+        write_text_atomic(job_dir / TEST_FILE, json_text(result, indent=1) + "\n")
+    processes.barrier(runtime)
 
 
 def _refuse_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
@@ -189,12 +267,15 @@ class _RunData:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
         self.record = data_record(Path(self.job.data_run))
         keys = tasks_on_run_documents(asked_tasks(config))
+        needed = RowsNeeded(f"{', '.join(keys)}: asks the run's own documents", GIVE_FILE) if keys else None
+        if self.job.split == TEST:
+            needed = RowsNeeded("split=test: asks the run's test documents", "Bring the rows back")
         # An objective is changed in place: the model is built from the same configuration.
         config.objective, data, self.accepted = data_of_run(
             config,
             self.record,
             tokenizer,
-            needed=RowsNeeded(f"{', '.join(keys)}: asks the run's own documents", GIVE_FILE) if keys else None,
+            needed=needed,
             accept=self.job.accept_data,
             stop=stop,
             print_line=print_line,

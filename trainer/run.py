@@ -15,22 +15,20 @@ from strategies.errors import Preempted
 from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
-from trainer.build.reward_evaluator import build_reward_evaluators
 from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
-from trainer.checkpoints.layout import checkpoint_dirs_of
+from trainer.checkpoints.layout import STEP_DIR, checkpoint_dirs_of
 from trainer.checkpoints.manager import Checkpoints
+from trainer.checkpoints.manifest import artefact_of
 from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.recovery import recover
 from trainer.checkpoints.resume_selection import choose_checkpoint
 from trainer.config.evaluation import asked_tasks, more_is_better
-from trainer.config.run import RunConfig, kept_date, kept_matmul
+from trainer.config.run import RunConfig, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.base import Evaluator
-from trainer.evaluation.build import build_evaluators, build_model_interface
-from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext, prepare_tasks
 from trainer.export.gates.judge import judge_at_end
 from trainer.export.write import write_export
@@ -52,6 +50,7 @@ from trainer.planner.strategy_choice import settle_strategy
 from trainer.reporting.console import Console
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.metrics import Meter
+from trainer.reporting.outcome import Outcome
 from trainer.reporting.profile import Profiler
 from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import (
@@ -65,11 +64,13 @@ from trainer.session.announcements import (
 )
 from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced
 from trainer.session.base_files import BASE, at_commit, changed_files, files_among
+from trainer.session.evaluators import build_test_evaluators, evaluators_of
 from trainer.session.identity import agree_on_run, compare_identity
 from trainer.session.matmul import settle_matmul
-from trainer.session.monitors import challenges_of, with_tasks
+from trainer.session.monitors import challenges_of
 from trainer.session.run_facts import RunParts, model_facts, run_facts
 from trainer.session.template_date import date_of_run, keep_date
+from trainer.session.test_documents import CheckpointWeights, result_at_end
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
@@ -164,6 +165,8 @@ def _run(
         attempt.phase = "training"
         with metering_energy(config, context), reporting_out_of_memory(trainer, config, run_record, runtime), profiler:
             outcome = trainer.fit()
+        attempt.phase = "evaluating the test documents"
+        run_record.test = measure_test(config, inputs, built, engine, loader, outcome, context)
         attempt.phase = "export"
         attempt.require_ownership(runtime)
         of_model = model_facts(config, run_record, outcome, context.run_dir)
@@ -301,68 +304,35 @@ def loader_of(
     return loader, steps
 
 
-def evaluators_of(
+def measure_test(
     config: RunConfig,
     inputs: TrialInputs,
-    tasks: list[PreparedTask],
     built: Built,
     engine: Engine,
     loader: StepLoader | RolloutLoader,
-    challenges: Challenges,
+    outcome: Outcome,
     context: RunContext,
-) -> list[Evaluator]:
-    """The evaluators that the configuration asks for; empty without held-out data and tasks.
+) -> dict[str, Any] | None:
+    """What `run.json` says of the test documents, with the weights that `engine` has now; None if there are none.
 
-    Rounds are evaluated by the rewards of `loader`. Errors: those of `build_evaluators`, and of rewards.
+    All ranks must call. Notes the metrics in `outcome`. Errors: StorageError, Preempted, those of rewards.
     """
-    data = inputs.data
-    tokenizer = inputs.tokenizer
+    step = outcome.progress.step
+    artefact = artefact_of(context.run_dir, step, config.checkpoint.fallback_dir)
+    weights = CheckpointWeights(run_dir=context.run_dir, step=step, checkpoint=STEP_DIR.format(step), artefact=artefact)
 
     def watch_for_stop() -> Callable[[], bool]:
         return context.agreement.for_loop().ask_and_wait
 
-    def asking() -> ModelInterface:
-        return asking_of(config, data, built, tokenizer, engine, context.runtime, watch_for_stop())
-
-    if isinstance(loader, RolloutLoader):
-        scorer = loader.maker.scorer
-        of_rewards = build_reward_evaluators(
-            config, data, built, tokenizer, engine, context.runtime, scorer, watch_for_stop()
+    def make_evaluators() -> list[Evaluator]:
+        scorer = loader.maker.scorer if isinstance(loader, RolloutLoader) else None
+        return build_test_evaluators(
+            config, inputs.data, built, inputs.tokenizer, engine, context.runtime, scorer, watch_for_stop
         )
-        return with_tasks(config, challenges, of_rewards, tasks, asking, context)
-    evaluators = build_evaluators(
-        replace(config.evaluation, tasks=asked_tasks(config)),
-        config.model,
-        data.evaluation,
-        built,
-        tokenizer,
-        engine,
-        context.runtime,
-        watch_for_stop,
-    )
-    return with_tasks(config, challenges, evaluators, tasks, asking, context)
 
-
-def asking_of(
-    config: RunConfig,
-    data: PreparedData,
-    built: Built,
-    tokenizer: Any,
-    engine: Engine,
-    runtime: processes.Runtime,
-    stop_now: Callable[[], bool],
-) -> ModelInterface:
-    """The run's model behind the calls that tasks make: answers, likelihoods, labels, losses."""
-    return build_model_interface(
-        config.evaluation,
-        config.model,
-        built,
-        data.label_names if built.head_prefixes else None,
-        TaskContext.from_settings(config.data, config.objective, kept_date(config)).encoder(tokenizer),
-        engine,
-        runtime,
-        stop_now,
-    )
+    result = result_at_end(inputs.data, weights, context.runtime, make_evaluators, engine)
+    outcome.test = {} if result is None else result["metrics"]
+    return result
 
 
 def monitors_of(
@@ -424,7 +394,7 @@ def record_reference(config: RunConfig, data: PreparedData, engine: Engine, buil
         # What decides the initial model: the configuration, and the weights of the adapter that it begins from.
         key=context.sha256 if first_adapter is None else f"{context.sha256}/{adapter_hash(first_adapter)}",
     )
-    splits = {"train": data.train, "eval": data.evaluation}
+    splits = {"train": data.train, "eval": data.evaluation, "test": data.test}
     try:
         record_reference_logps(splits, engine, recording, context.runtime, context.agreement.for_loop().ask_and_wait)
     except Preempted:

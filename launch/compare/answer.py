@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import Any
 
 from launch.compare import repeats
-from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.comparison import TEST_DOCUMENTS, ComparedRun, Comparison
 from launch.compare.conclusion import Conclusion
 from launch.compare.curves import rounded
 from launch.compare.events import notable_step_lines, resolved_settings
 from launch.output import Column, TableRow, fold_all, table
-from trainer.reporting.numbers import short
+from trainer.reporting.numbers import short, times
 
 MeasureColumn = tuple[str, Callable[[ComparedRun], str]]
 """(heading of a column, function that returns a run's cell in it)."""
@@ -177,6 +177,7 @@ def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
         ("what differs", differences),
         ("resolved", resolved_settings(comparison)),
         ("to know", list(comparison.notes)),
+        (TEST_DOCUMENTS, _test_lines(comparison)),
     ]
 
 
@@ -226,6 +227,17 @@ def _evaluation_lines(comparison: Comparison) -> list[str]:
             if before is not None or after is not None:
                 lines.append(f"{metric}  {run.name}: {_number(before, '.4f')} -> {_number(after, '.4f')}")
     return lines
+
+
+def _test_lines(comparison: Comparison) -> list[str]:
+    """A line for each metric of the test documents and each run that has it, with how often they were looked at."""
+    lines = []
+    for run in comparison.runs:
+        measured = run.first_repeat.record.test or {}
+        about = f"{measured.get('documents')} documents, looked at {times(measured.get('looks') or 0)}"
+        for name, value in (measured.get("metrics") or {}).items():
+            lines.append(f"{name}  {run.name}: {_number(value, '.4f')} ({about})")
+    return sorted(lines)
 
 
 def cell_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -321,6 +333,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
         "answer": _answer_as_dict(comparison.conclusion),
         "runs": [_run_as_dict(comparison, run_index) for run_index in range(len(comparison.runs))],
         "notes": list(comparison.notes),
+        "test_documents": {run.name: run.first_repeat.record.test for run in comparison.runs},
     }
 
 

@@ -36,6 +36,9 @@ from launch.compare.settings import ComparisonRow
 from trainer.reporting.numbers import readable
 from trainer.reporting.run_record import RunRecord
 
+TEST_DOCUMENTS = "test documents (no answer, verdict or ranking above uses them: choose nothing by them)"
+"""Title of the section that a comparison ends with, if a run has test documents."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:

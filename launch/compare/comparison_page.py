@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.comparison import TEST_DOCUMENTS, ComparedRun, Comparison
 from launch.compare.conclusion import Conclusion, listed
 from launch.compare.cost_plots import comparison_plots
 from launch.compare.page_table import held_out_table, points_table
@@ -26,6 +26,7 @@ FOLDED_SECTIONS = {
     "what differs": "All settings that differ",
     "resolved": "Settings that the runs chose themselves",
     "to know": "To know",
+    TEST_DOCUMENTS: "Test documents: no answer, verdict or ranking above uses them; choose nothing by them",
 }
 
 

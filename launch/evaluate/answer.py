@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launch.output import Column, TableRow, fold, table
+from trainer.reporting.numbers import readable, times
 
 COLUMNS = (
     Column("task"),
@@ -41,6 +42,17 @@ def report_text(report: dict[str, Any]) -> str:
     lines += ["", *fold(str(report["method"]))]
     for note in _notes(report, compared_tasks):
         lines += fold(note)
+    return "\n".join(lines)
+
+
+def test_text(result: dict[str, Any]) -> str:
+    """What was measured on a run's test documents, for people."""
+    documents = f"{result['documents']:,} test documents, looked at {times(result['looks'])} so far"
+    lines = [f"{result['run']}, {result['checkpoint']}: {documents}"]
+    metrics = result["metrics"]
+    width = max(map(len, metrics))
+    lines += [f"  {name:<{width}}  {readable(value)}" for name, value in metrics.items()]
+    lines.append("Choose nothing by these numbers: compare and select on the evaluation documents.")
     return "\n".join(lines)
 
 

@@ -98,6 +98,8 @@ def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
         code = start(next_plan, quiet=as_json)
         if code:
             return code
+    if evaluation_plan.job.split == "test":
+        return _print_test_result(evaluation_plan, as_json=as_json)
     results_directory = Path(evaluation_plan.job.to)
     report_file = results_directory / REPORT
     report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
@@ -112,6 +114,20 @@ def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     return 0
 
 
+def _print_test_result(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
+    """Print what was measured on the test documents; returns the exit code."""
+    from launch.evaluate.answer import test_text
+    from trainer.evaluate import TEST_FILE
+
+    file = evaluation_plan.directory / TEST_FILE
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if as_json:
+        print_json(result)
+    else:
+        print(f"{test_text(result)}\n\nwritten: {file}", flush=True)
+    return 0
+
+
 def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     """Evaluate one model and write its report, in this process or with a rank for each GPU; returns the exit code.
 
@@ -123,9 +139,13 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     from strategies.errors import Preempted
     from trainer.evaluate import evaluate_worker
     from trainer.reporting.status import write_text_atomic
+    from trainer.rollout.rewards.copies import copy_rewards
 
     config = evaluation_plan.config
     directory = evaluation_plan.directory
+    if evaluation_plan.job.split == "test":
+        # The rewards of a run: the ranks run these copies, made now, and no file that lay in the directory before.
+        copy_rewards(getattr(config.objective, "rewards", {}), directory)
     sha256 = identity(config)
     write_text_atomic(directory / JOB_FILE, json.dumps(asdict(evaluation_plan.job), indent=1) + "\n")
     write_text_atomic(
@@ -192,9 +212,14 @@ def run_as_rank(words: list[str]) -> int:
 
 def _print_report(job: Any) -> int:
     """Print the report of an evaluation whose ranks were not started by our launcher; returns the exit code."""
-    from launch.evaluate.answer import report_text
+    from launch.evaluate.answer import report_text, test_text
+    from trainer.evaluate import TEST_FILE
     from trainer.evaluation.report.record import REPORT
 
+    if job.split == "test":
+        result = json.loads((Path(job.to) / "evaluation" / TEST_FILE).read_text(encoding="utf-8"))
+        print(test_text(result), flush=True)
+        return 0
     report = json.loads((Path(job.to) / REPORT).read_text(encoding="utf-8"))
     print(report_text(report), flush=True)
     return 69 if report.get("regressions") else 0

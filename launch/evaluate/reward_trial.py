@@ -38,7 +38,7 @@ def is_trial(words: EvaluateWords) -> bool:
     from trainer.objectives.registry import FAMILIES, family_of
 
     names_tasks = any(setting.startswith(("evaluation.tasks", "evaluation.server")) for setting in words.settings)
-    if words.against is not None or names_tasks:
+    if words.against is not None or names_tasks or words.split == "test":
         return False
     if words.run is not None:
         objective = _objective_without_tasks(words.run)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.verb_words import VerbWords, bare_word, flag, read_words, setting_words, word
-from strategies.errors import ConfigError, key_of_problem
+from launch.evaluate.checks import check_plan, has_held_out, problems_of_test
+from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.config.outside_values import OutsideValue
@@ -41,6 +42,13 @@ class EvaluateWords(VerbWords):
         like="base",
     )
     checkpoint: str = word("which checkpoint: last, best or a step", default="last", needs="run.dir")
+    split: str = word(
+        "eval runs tasks. test measures the run's test documents instead (test/loss ...), and counts the look: choose nothing "
+        "by them",
+        default="eval",
+        choices=("eval", "test"),
+        needs="run.dir",
+    )
     adapter: str | None = word("an adapter to load on top of model.path", like="<directory>", needs="model.path")
     accept: list[str] = word(
         "continue although the base model, or the run's documents, are not those of the training",
@@ -107,6 +115,8 @@ def parse_words(argv: list[str]) -> EvaluateWords:
         problems.append(
             f"against={words.against}: one server answers for one model; evaluate the other first, and give its evaluation.json"
         )
+    if words.split == "test":
+        problems += problems_of_test(words.against, words.settings)
     if words.adapter is not None and "data" in words.accept:
         problems.append(f"accept={words.typed['accept']}: an adapter brings no documents of a run; write accept=[base]")
     if problems:
@@ -123,6 +133,7 @@ def make_plan(evaluate_words: EvaluateWords) -> EvaluationPlan:
         config, job = _plan_for_model(evaluate_words)
     if Path(job.to).is_file():
         raise ConfigError(f"to={job.to}: is a file; name a directory")
+    job = replace(job, split=evaluate_words.split)
     evaluation_plan = EvaluationPlan(config, job)
     config.run.dir = str(evaluation_plan.directory)
     _set_evaluation_defaults(config, evaluate_words)
@@ -130,7 +141,7 @@ def make_plan(evaluate_words: EvaluateWords) -> EvaluationPlan:
     names_training_data = any(word.startswith(("data.path=", "data.sources")) for word in evaluate_words.settings)
     has_training_data = run is not None or names_training_data
     try:
-        _check_plan(config, evaluate_words.settings, trained=has_training_data, run=run)
+        check_plan(config, evaluate_words.settings, run=run, trained=has_training_data, split=evaluate_words.split)
     except ConfigError as error:
         raise ConfigError([*_missing_model(config), *error.problems]) from None
     if evaluate_words.against is not None:
@@ -228,7 +239,7 @@ def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, 
     settled_groups = frozenset[str]() if main_plan is None else frozenset({"evaluation"})
     reader = RunReader(
         evaluate_words.command,
-        uses=_is_used_by_evaluation,
+        uses=partial(_is_used_by_evaluation, split=evaluate_words.split),
         prefix=evaluate_words.prefix,
         own_groups=GROUPS_BESIDE_RUN,
         settled_groups=settled_groups,
@@ -243,18 +254,20 @@ def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, 
     return config, str(checkpoint), accepted
 
 
-def _is_used_by_evaluation(value: OutsideValue, config: RunConfig) -> bool:
+def _is_used_by_evaluation(value: OutsideValue, config: RunConfig, *, split: str = "eval") -> bool:
     """Whether an evaluation uses a value of a run that reaches out of it: a path, an address or a tracker (`RunReader.uses`)."""
     from strategies.settings import Reach
     from trainer.evaluation.tasks.registry import asks_judge, reads_rows_of_run
 
-    tasks = config.evaluation.tasks
+    # The test documents are measured by what the run learned from, whatever tasks it has.
+    tasks = {} if split == "test" else config.evaluation.tasks
     # The rows of a task's own file are few, and are prepared in the reader's cache.
     reads_data = not tasks or any(reads_rows_of_run(task) for task in tasks.values())
     if any(key.startswith("objective.rewards.") for key in value.settings):
         return not tasks  # then the rewards themselves are tried
     if any(key.startswith("evaluation.judge.") for key in value.settings):
-        return any(asks_judge(task) for task in tasks.values())
+        scores_rewards = split == "test" and bool(getattr(config.objective, "rewards", {}))
+        return scores_rewards or any(asks_judge(task) for task in tasks.values())
     if value.reach is Reach.tracker or UNUSED_SETTINGS & value.settings.keys():
         return False
     if "data.remote" in value.settings:
@@ -334,84 +347,19 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
     config.evaluation.greater_is_better = None
     config.evaluation.every_steps = 0
     config.evaluation.patience = 0
+    if evaluate_words.split == "test":  # answers are scored as the run scored them
+        config.evaluation.tasks = {}
+        config.challenges = ChallengesConfig()
+        return
     config.evaluation.generate.samples = 0
     config.challenges = ChallengesConfig()
     if config.run.device is Device.cpu and config.precision is Precision.fp16:
         config.precision = Precision.fp32
 
-    if not config.evaluation.tasks and _has_held_out(config):
+    if not config.evaluation.tasks and has_held_out(config):
         context = TaskContext.from_settings(config.data, config.objective)
         if context.is_language_model:
             config.evaluation.tasks = {kind: TaskConfig(kind=kind) for kind in DEFAULT_TASKS}
-
-
-def _has_held_out(config: RunConfig) -> bool:
-    """Whether the configuration holds out evaluation documents: a file of its own, or a share of the training data."""
-    return config.data.eval_path is not None or config.data.eval_share > 0
-
-
-def _check_plan(config: RunConfig, typed: list[str], *, trained: bool, run: Path | None) -> None:
-    """Check an evaluation before a model is loaded: its settings, and the rows of its tasks. Errors: ConfigError, DataError.
-
-    `typed`: the settings that were typed. `trained`: whether there is training data that tasks may read. `run`: the evaluated
-    run; None for a model without one.
-    """
-    from launch.config.compose import load_frozen, refusals
-    from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
-    from trainer.evaluation.tasks.registry import TASK_KINDS
-
-    context = TaskContext.from_settings(config.data, config.objective)
-    if not config.evaluation.tasks:
-        reason = f"objective={config.objective.name} has no task by itself (what it measured is in metrics.jsonl)"
-        if context.is_language_model:
-            reason = "there are no evaluation documents to ask about"
-        raise ConfigError(
-            f"evaluation.tasks: not set, and {reason}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
-            f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(TASK_KINDS)}"
-        )
-    # Training data of a run is read only where a task asks for it, and then as the run recorded it.
-    written = None if run is None else load_frozen(run / "config.yaml")
-    problems = []
-    for problem in refusals(config, written=written):
-        key = key_of_problem(problem)
-        is_of_training = key == "evaluation.watch" or (run is not None and key.startswith("data."))
-        if not is_of_training:
-            problems.append(problem)
-    problems += _quantised_model_problems(config, typed)
-    if problems:
-        raise ConfigError(problems)
-    check_tasks(
-        config.evaluation.tasks,
-        context,
-        held_out=_has_held_out(config),
-        trained=trained,
-    )
-
-
-def _quantised_model_problems(config: RunConfig, typed: list[str]) -> Iterator[str]:
-    """Problems with settings that a model stored in 4 or 8 bits does not allow, one line each. `typed`: the typed settings."""
-    from strategies.base import StrategyName
-    from trainer.evaluation.tasks.prepared import TaskContext
-    from trainer.model.quantised_checkpoints import missing_library, quantising_library
-
-    path = config.model.path
-    library = quantising_library(path)
-    if library is None or config.evaluation.server.url is not None:
-        return
-    missing = missing_library(library)
-    if missing:
-        yield f"model.path={path}: {missing}"
-    if config.strategy.name not in (StrategyName.single, StrategyName.ddp):
-        yield (
-            f"strategy={config.strategy.name}: model.path={path} lies in few bits ({library}), which every rank holds whole; "
-            "set strategy=ddp, or launcher.processes=1"
-        )
-    if any(word.startswith("precision=") for word in typed):
-        yield f"precision={config.precision}: model.path={path} computes in the types it is stored with; leave it out"
-    if config.model.adapters:
-        yield f"adapter={config.model.adapters[0]}: model.path={path} in few bits, nothing is folded into it; leave it out"
-    if not TaskContext.from_settings(config.data, config.objective).is_language_model:
-        yield f"model.path={path}: lies in few bits ({library}), of which only causal language models are evaluated"
 
 
 def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_words: EvaluateWords) -> None:

@@ -71,7 +71,8 @@ class Staged:
             return data
         place = self.copies["data"].path
         held_out = TokenDataset.open(place / "eval") if data.evaluation is not None else None
-        return replace(data, train=TokenDataset.open(place / "train"), evaluation=held_out)
+        test = TokenDataset.open(place / "test") if data.test is not None else None
+        return replace(data, train=TokenDataset.open(place / "train"), evaluation=held_out, test=test)
 
     def record(self) -> dict[str, Any]:
         """The entry of `run.json` about the copies of this node; empty if there are none."""

@@ -38,7 +38,12 @@ def problems(config: RunConfig) -> Iterator[str]:
             )
     if evaluation.patience > 0 and evaluation.every_steps == 0:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
-    if not re.fullmatch(r"eval/[\w./-]+", evaluation.watched) and evaluation.watched not in FORGOTTEN:
+    if evaluation.watched.startswith("test/"):
+        yield (
+            f"evaluation.watch={evaluation.watched}: the test documents are measured once, when training has ended, and nothing "
+            "may be chosen by them; watch a metric of the evaluation documents, such as eval/loss"
+        )
+    elif not re.fullmatch(r"eval/[\w./-]+", evaluation.watched) and evaluation.watched not in FORGOTTEN:
         yield f"evaluation.watch={evaluation.watched}: must name an evaluation metric, such as eval/loss or eval/accuracy"
     elif evaluation.greater_is_better not in (None, more_is_better(config)):
         typed = str(evaluation.greater_is_better).lower()

@@ -267,7 +267,7 @@ class DataConfig:
     eval_share: float = number(0.0, least=0, most=0.5, advice="0.05 holds out one document in twenty")
     """Share of the training documents held out for evaluation when `data.eval_path` is not given, 0 to 0.5."""
     test_path: Any = setting(None, reach=DESCRIBES, resume=FREE)
-    """Test files: prepared and checked for leakage, never trained or selected on."""
+    """Test files: never trained on, and evaluated once, when training has ended, with the weights that are exported."""
     test_share: float = number(0.0, least=0, most=0.5, advice="0.05 holds out one document in twenty")
     """Share of the training documents held out for testing when `data.test_path` is not given, 0 to 0.5."""
     group_by: str | None = setting(None, reach=DESCRIBES)

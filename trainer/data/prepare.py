@@ -86,6 +86,8 @@ class PreparedData:
     label_names: list[str] | None
     date: TemplateDate | None = None
     """The date that the chat template wrote; None if the template writes none."""
+    test: TokenDataset | None = None
+    """The test documents, which nothing is chosen by; None without `data.test_path` and `data.test_share`."""
     has_rows: bool = True
     """False if one document without meaning stands in for data that is not read."""
 
@@ -363,4 +365,6 @@ def open_prepared(
         compare_hashes(directory, hashes, verify)
     report = {**manifest["report"], "cached": cached, "seconds": round(seconds, 3)}
     evaluation = TokenDataset.open(directory / "eval") if (directory / "eval").is_dir() else None
-    return PreparedData(TokenDataset.open(directory / "train"), evaluation, directory, report, manifest["label_names"])
+    test = TokenDataset.open(directory / "test") if (directory / "test").is_dir() else None
+    train = TokenDataset.open(directory / "train")
+    return PreparedData(train, evaluation, directory, report, manifest["label_names"], test=test)

@@ -26,6 +26,11 @@ def readable(value: float) -> str:
     return f"{value:.4f}"
 
 
+def times(count: int) -> str:
+    """How often something happened: `once`, `twice`, `3 times`."""
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
 def name_of_readers(readers: int, degree: int) -> str:
     """Who reads documents of their own: `4 ranks`, or `2 groups of 4 ranks` if `degree` ranks share each row."""
     plural = "s" if readers > 1 else ""

@@ -17,6 +17,8 @@ class Outcome:
     """Held-out metrics before the first step (empty where not evaluated)."""
     after: dict[str, float] = field(default_factory=dict)
     """Held-out metrics at the last evaluation."""
+    test: dict[str, float] = field(default_factory=dict)
+    """Metrics of the test documents with the weights that are exported (empty without test documents)."""
     last_row: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, float] = field(default_factory=dict)
     """`Meter.speed` of the whole run."""

@@ -20,6 +20,8 @@ from trainer.reporting.status import write_text_atomic
 REPORTS = "reports"
 EVALUATION = "evaluation"
 REVIEW = "review"
+TEST = "test"
+"""The kind of a report about the test documents."""
 LAST_HELD_OUT = "held-out-last.json"
 """Sums of the last evaluation by micro-batch, in the run directory: two runs are compared by them in pairs."""
 
@@ -29,7 +31,7 @@ class KeptReport:
     """One report."""
 
     kind: str
-    """`evaluation` or `review`."""
+    """`evaluation`, `review` or `test`."""
     path: Path
     report: dict[str, Any]
 
@@ -53,7 +55,7 @@ class KeptReport:
 def keep_report(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
     """Write a report into `reports/` of its run, beside the earlier ones; returns its file. Errors: StorageError.
 
-    `kind`: `evaluation` or `review`.
+    `kind`: `evaluation`, `review` or `test`.
     """
     text = json_text(report, indent=1, ensure_ascii=False) + "\n"
     timestamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(report.get("time")))
@@ -72,7 +74,7 @@ def kept_reports(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
     reports = []
     for path in sorted((run_dir / REPORTS).glob("*.json")):
         kind_of_file = path.name.partition("-")[0]
-        if kind_of_file not in (EVALUATION, REVIEW) or kind not in (None, kind_of_file):
+        if kind_of_file not in (EVALUATION, REVIEW, TEST) or kind not in (None, kind_of_file):
             continue
         report = read_json(path)
         if report:

@@ -241,6 +241,8 @@ class RunRecord:
     staged: dict[str, Any] | None = None
     receipt: Receipt | None = None
     challenges: dict[str, Any] | None = None
+    test: dict[str, Any] | None = None
+    """Metrics of the test documents, and how often they were looked at (`trainer/session/test_documents.py`)."""
     gates: dict[str, Any] | None = None
     not_exported: list[str] | None = None
     """Files of the base that changed, so that nothing was exported."""
@@ -278,7 +280,7 @@ class RunRecord:
 
 
 OPTIONAL_KEYS = (
-    *("identity", "from_environment", "accepted", "must_fit", "staged", "receipt", "challenges", "gates"),
+    *("identity", "from_environment", "accepted", "must_fit", "staged", "receipt", "challenges", "test", "gates"),
     *("not_exported", "exports", "outcome", "jobs"),
 )
 """Keys that are in the file once there is something to say. Every other key is there from the start, with null for None."""

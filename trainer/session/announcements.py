@@ -186,7 +186,7 @@ def record_end(
         # A run that failed has no speed in its outcome yet.
         speed = outcome.speed or meter.speed()
         last_row = {**outcome.last_row, **meter.peaks}
-        trackers.summarise(summary_of(last_row, speed, outcome.after))
+        trackers.summarise(summary_of(last_row, speed, outcome.after | outcome.test))
         export = context.run_dir / "export"
         has_export = ending.state is State.done and config.export.at_end and export.is_dir()
         trackers.close(replace(ending, exported=export if has_export else None))

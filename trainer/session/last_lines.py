@@ -10,7 +10,7 @@ from trainer.monitors.stragglers import SlowRank
 from trainer.objectives.base import ModelKind
 from trainer.objectives.registry import FAMILIES
 from trainer.reporting.findings import SHOWN_REMEDIES, findings_in
-from trainer.reporting.numbers import readable
+from trainer.reporting.numbers import readable, times
 from trainer.reporting.outcome import Outcome
 from trainer.reporting.run_record import RUN_RECORD, RunRecord
 
@@ -26,11 +26,12 @@ def end_text(
     if outcome.speed:
         speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)"
     lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
-    width = max([MIN_METRIC_WIDTH, *map(len, outcome.after)])
+    width = max([MIN_METRIC_WIDTH, *map(len, outcome.after), *map(len, outcome.test)])
     for name, metric_value in outcome.after.items():
         before = outcome.before.get(name)
         before_text = "" if before is None else f"   (before: {readable(before)})"
         lines.append(f"  {name:<{width}} {readable(metric_value)}{before_text}")
+    lines += _test_lines(record, width)
     lines += _finding_lines(outcome)
     lines += _best_lines(run_dir, outcome)
     lines += [f"slow:       {SlowRank(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
@@ -42,6 +43,15 @@ def end_text(
     if next_step is not None:
         lines.append(f"next:       {next_step}")
     return "\n".join(lines)
+
+
+def _test_lines(record: RunRecord, width: int) -> list[str]:
+    """The metrics of the test documents, and how often they were looked at; none without test documents."""
+    if record.test is None:
+        return []
+    lines = [f"  {name:<{width}} {readable(value)}" for name, value in record.test["metrics"].items()]
+    about = f"{record.test['documents']:,} test documents at step {record.test['step']}"
+    return [*lines, f"  ({about}, looked at {times(record.test['looks'])}: choose nothing by them)"]
 
 
 def _finding_lines(outcome: Outcome) -> list[str]:

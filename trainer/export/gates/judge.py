@@ -14,7 +14,7 @@ from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.manifest import artefact_of
 from trainer.export.gates.bounds import OVERRIDE, Bound, bounds_of
 from trainer.export.gates.measured import FORGETTING, MeasuredMetric, matching_metrics, measured_metrics
-from trainer.reporting.results import add_to_run_record, read_json
+from trainer.reporting.results import TEST, add_to_run_record, read_json
 
 MAX_LISTED_METRICS = 12
 """Most metrics that are listed if a gate names none of them."""
@@ -175,6 +175,8 @@ def _measuring_command(metric: str, weights: Weights, tasks: Mapping[str, Any]) 
     first, _, below = metric.removeprefix("eval/").partition("/")
     if first == "review":
         return f"shardtune review make {run} prompts=<file>, then shardtune review score {run} <answers>"
+    if first == TEST:
+        return f"shardtune evaluate {run}{checkpoint} split=test"
     if first in tasks:
         return f"shardtune evaluate {run}{checkpoint}"
     if first == FORGETTING:

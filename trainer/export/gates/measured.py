@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, at_step, kept_reports, rows
+from trainer.reporting.results import EVALUATION, REVIEW, TEST, KeptReport, at_step, kept_reports, rows
 
 FORGETTING = "forgetting"
 GENERAL_TASK_PREFIXES = (FORGETTING, "general")
@@ -59,9 +59,11 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
     `of_these_weights` is set for those of the weights at `step`, whose hash is `artefact`.
     """
     metrics: list[MeasuredMetric] = []
-    metrics_of = {EVALUATION: _metrics_of_evaluation, REVIEW: _metrics_of_review}
+    metrics_of = {EVALUATION: _metrics_of_evaluation, REVIEW: _metrics_of_review, TEST: _metrics_of_test}
     for report in kept_reports(run_dir):
         of_these_weights = artefact is not None and report.artefact == artefact
+        if report.artefact is None and report.kind == TEST:  # of a run that wrote no checkpoint of its last step
+            of_these_weights = artefact is None and step == (report.report.get("model") or {}).get("step")
         metrics += metrics_of[report.kind](report, of_these_weights)
     evaluated_steps = []
     for row in rows(run_dir):
@@ -139,6 +141,12 @@ def _metrics_of_review(kept_report: KeptReport, of_these_weights: bool) -> Itera
     """The metrics of a review by people, which have one name each."""
     for name, entry in (kept_report.report.get("metrics") or {}).items():
         yield _measured(kept_report, MetricNames(f"review/{name}"), entry, of_these_weights)
+
+
+def _metrics_of_test(kept_report: KeptReport, of_these_weights: bool) -> Iterator[MeasuredMetric]:
+    """The metrics of the test documents. A gate names them in full (`test/loss`): `loss` means that of evaluation documents."""
+    for name, value in (kept_report.report.get("metrics") or {}).items():
+        yield _measured(kept_report, MetricNames(name), {"value": value}, of_these_weights)
 
 
 def _measured(

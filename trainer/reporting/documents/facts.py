@@ -14,7 +14,8 @@ from trainer.reporting.documents.compute import Compute, compute
 from trainer.reporting.documents.licences import licence_conflicts
 from trainer.reporting.documents.questions import QUESTIONS
 from trainer.reporting.findings import RecordedFinding, findings_in
-from trainer.reporting.results import EVALUATION, REVIEW, KeptReport, kept_reports, read_json
+from trainer.reporting.numbers import times
+from trainer.reporting.results import EVALUATION, REVIEW, TEST, KeptReport, kept_reports, read_json
 from trainer.reporting.run_record import RunOutcome, RunRecord
 
 
@@ -147,9 +148,21 @@ class ModelFacts:
         return reviews[0].report if reviews else None
 
     @property
+    def test(self) -> KeptReport | None:
+        """The newest look at the run's test documents with these weights; None if there was none."""
+        looks = self.reports_of_kind(TEST)
+        return looks[0] if looks else None
+
+    @property
+    def test_looks(self) -> str:
+        """How often the run's test documents were looked at, whatever the weights: `once`, `3 times`."""
+        return times(sum(report.kind == TEST for report in self.reports))
+
+    @property
     def elsewhere(self) -> int:
         """Number of reports of the run that are about other weights, and say nothing here."""
-        return len(self.reports) - len(self._reports_on_these_weights())
+        others = [report for report in self.reports if report.kind != TEST]
+        return len(others) - sum(report.kind != TEST for report in self._reports_on_these_weights())
 
     def reports_of_kind(self, kind: str) -> list[KeptReport]:
         """Reports of one kind (`evaluation` or `review`) on these very weights, the newest first."""

@@ -1,0 +1,98 @@
+"""Checks an evaluation before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strategies.errors import ConfigError, key_of_problem
+
+if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
+
+
+def problems_of_test(against: str | None, settings: list[str]) -> Iterator[str]:
+    """What cannot be typed beside `split=test`, one line each: a comparison would choose by the test documents."""
+    if against is not None:
+        yield (
+            f"against={against}: split=test measures one model, so that nothing is chosen by the test documents; compare "
+            "on the evaluation documents, without split=test"
+        )
+    for setting in settings:
+        if setting.startswith(("evaluation.tasks", "evaluation.watch")):
+            yield f"{setting}: split=test measures the loss of the run's objective and runs no task; leave it out"
+
+
+def has_held_out(config: RunConfig) -> bool:
+    """Whether the configuration holds out evaluation documents: a file of its own, or a share of the training data."""
+    return config.data.eval_path is not None or config.data.eval_share > 0
+
+
+def check_plan(config: RunConfig, typed: list[str], *, run: Path | None, trained: bool, split: str) -> None:
+    """Check an evaluation before a model is loaded: its settings, and the rows of its tasks. Errors: ConfigError, DataError.
+
+    `typed`: the settings that were typed. `run`: the evaluated run; None for a model without one. `trained`: whether there is
+    training data that tasks may read. `split`: the word.
+    """
+    from launch.config.compose import load_frozen, refusals
+    from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
+    from trainer.evaluation.tasks.registry import TASK_KINDS
+
+    context = TaskContext.from_settings(config.data, config.objective)
+    if split == "test":
+        if config.data.test_path is None and not config.data.test_share:
+            raise ConfigError(
+                f"split=test: {run} has no test documents; give a run data.test_path=FILE or data.test_share=0.05 when it begins"
+            )
+    elif not config.evaluation.tasks:
+        reason = f"objective={config.objective.name} has no task by itself (what it measured is in metrics.jsonl)"
+        if context.is_language_model:
+            reason = "there are no evaluation documents to ask about"
+        raise ConfigError(
+            f"evaluation.tasks: not set, and {reason}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
+            f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(TASK_KINDS)}"
+        )
+    # Training data of a run is read only where a task asks for it, and then as the run recorded it.
+    written = None if run is None else load_frozen(run / "config.yaml")
+    problems = []
+    for problem in refusals(config, written=written):
+        key = key_of_problem(problem)
+        is_of_training = key == "evaluation.watch" or (run is not None and key.startswith("data."))
+        if not is_of_training:
+            problems.append(problem)
+    problems += _quantised_model_problems(config, typed)
+    if problems:
+        raise ConfigError(problems)
+    check_tasks(
+        config.evaluation.tasks,
+        context,
+        held_out=has_held_out(config),
+        trained=trained,
+    )
+
+
+def _quantised_model_problems(config: RunConfig, typed: list[str]) -> Iterator[str]:
+    """Problems with settings that a model stored in 4 or 8 bits does not allow, one line each. `typed`: the typed settings."""
+    from strategies.base import StrategyName
+    from trainer.evaluation.tasks.prepared import TaskContext
+    from trainer.model.quantised_checkpoints import missing_library, quantising_library
+
+    path = config.model.path
+    library = quantising_library(path)
+    if library is None or config.evaluation.server.url is not None:
+        return
+    missing = missing_library(library)
+    if missing:
+        yield f"model.path={path}: {missing}"
+    if config.strategy.name not in (StrategyName.single, StrategyName.ddp):
+        yield (
+            f"strategy={config.strategy.name}: model.path={path} lies in few bits ({library}), which every rank holds whole; "
+            "set strategy=ddp, or launcher.processes=1"
+        )
+    if any(word.startswith("precision=") for word in typed):
+        yield f"precision={config.precision}: model.path={path} computes in the types it is stored with; leave it out"
+    if config.model.adapters:
+        yield f"adapter={config.model.adapters[0]}: model.path={path} in few bits, nothing is folded into it; leave it out"
+    if not TaskContext.from_settings(config.data, config.objective).is_language_model:
+        yield f"model.path={path}: lies in few bits ({library}), of which only causal language models are evaluated"

@@ -1,0 +1,156 @@
+"""Measures the test documents, and keeps a record of each look at them.
+
+The test documents answer one question: how good is the model that leaves this run? Whoever chooses by their metrics (a
+learning rate, a checkpoint, a method) makes them a second evaluation set, and has nothing left to answer that question with.
+So they are measured when training has ended, with the weights that are exported. Each look is kept in `reports/`, and
+`run.json` counts them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from strategies.base import Engine
+from strategies.errors import Interrupted, Preempted
+from strategies.runtime import Runtime, broadcast_object, call_on_main
+from trainer.data.prepare import PreparedData
+from trainer.evaluation.base import Evaluator
+from trainer.reporting.results import TEST, add_to_run_record, keep_report, kept_reports, read_json
+from trainer.reporting.run_record import RUN_RECORD
+
+PREFIX = "test/"
+"""Of the names of metrics of the test documents."""
+BY_RUN = "the run, as it ended"
+BY_COMMAND = "shardtune evaluate"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointWeights:
+    """The weights whose test metrics are measured."""
+
+    run_dir: Path
+    step: int
+    checkpoint: str
+    """Name of the checkpoint, such as `step-000014`."""
+    artefact: str | None
+    """SHA-256 of the checkpoint's manifest; None if there is no checkpoint of these weights."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ResultOnTest:
+    """What `run.json` says of the test documents. The names of the fields are its keys."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """By name, such as `test/loss`."""
+    step: int = 0
+    """Of the weights that they are about."""
+    documents: int = 0
+    looks: int = 0
+    """How often anything was measured on the test documents, this time included."""
+
+
+def metrics_on_test(evaluators: Sequence[Evaluator], engine: Engine) -> dict[str, float]:
+    """Metrics of the test documents, by names such as `test/loss`. All ranks must call. Raises Preempted on all or none."""
+    metrics = {}
+    try:
+        for evaluator in evaluators:
+            for name, value in evaluator.run(engine):
+                metrics[PREFIX + name.removeprefix("eval/")] = value
+    except Interrupted:
+        raise Preempted(
+            "stopped while the test documents were evaluated; start the same command again to continue"
+        ) from None
+    return metrics
+
+
+def result_at_end(
+    data: PreparedData,
+    weights: CheckpointWeights,
+    runtime: Runtime,
+    make_evaluators: Callable[[], list[Evaluator]],
+    engine: Engine,
+) -> dict[str, Any] | None:
+    """What `run.json` says of the test documents when training has ended; None if there are none. All ranks must call.
+
+    A run that was stopped between this and its end does not look again: the metrics of the same checkpoint are on record.
+    Errors: StorageError, Preempted.
+    """
+    if data.test is None or len(data.test) == 0:
+        return None
+    metrics = broadcast_object(_metrics_on_record(weights) if runtime.is_main else None, runtime)
+    is_new = metrics is None
+    if metrics is None:
+        metrics = metrics_on_test(make_evaluators(), engine)
+    documents = num_documents(data)
+
+    def keep() -> int:
+        if is_new:
+            keep_look(weights, metrics, documents, BY_RUN)
+        return num_looks(weights.run_dir)
+
+    looks = call_on_main(keep, runtime)
+    return asdict(ResultOnTest(metrics=metrics, step=weights.step, documents=documents, looks=looks))
+
+
+def num_documents(data: PreparedData) -> int:
+    """The number of test documents; the sequences of one document, as of a preference pair, count once."""
+    assert data.test is not None
+    return len(set(data.test.documents.tolist()))
+
+
+def _metrics_on_record(weights: CheckpointWeights) -> dict[str, float] | None:
+    """The test metrics that the run has measured of these weights before; None if it has not."""
+    for report in kept_reports(weights.run_dir, TEST):
+        is_of_weights = weights.artefact is not None and report.artefact == weights.artefact
+        if is_of_weights and report.report.get("measured_by") == BY_RUN:
+            return dict(report.report.get("metrics") or {})
+    return None
+
+
+def keep_look(
+    weights: CheckpointWeights, metrics: dict[str, float], documents: int, measured_by: str
+) -> dict[str, Any]:
+    """Write the record of a look at the test documents into `reports/` of the run; returns it.
+
+    On rank 0 alone. Errors: StorageError.
+    """
+    report = {
+        "time": time.time(),
+        "model": {
+            "run": str(weights.run_dir),
+            "checkpoint": weights.checkpoint,
+            "step": weights.step,
+            "artefact": weights.artefact,
+        },
+        "documents": documents,
+        "measured_by": measured_by,
+        "metrics": metrics,
+    }
+    keep_report(weights.run_dir, TEST, report)
+    return report
+
+
+def keep_result(
+    weights: CheckpointWeights, metrics: dict[str, float], documents: int, *, recorded: bool
+) -> dict[str, Any]:
+    """The result of a look that `shardtune evaluate` has taken, as JSON values; kept with the run if it is `recorded`.
+
+    A run of somebody else keeps nothing. On rank 0 alone. Errors: StorageError.
+    """
+    if recorded:
+        keep_look(weights, metrics, documents, BY_COMMAND)
+    result = ResultOnTest(metrics=metrics, step=weights.step, documents=documents, looks=num_looks(weights.run_dir))
+    if recorded:
+        # The newest look of the run's own end stays what the run is measured by.
+        in_record = read_json(weights.run_dir / RUN_RECORD).get("test") or asdict(result)
+        add_to_run_record(weights.run_dir, "test", {**in_record, "looks": result.looks})
+    return {"run": str(weights.run_dir), "checkpoint": weights.checkpoint, **asdict(result)}
+
+
+def num_looks(run_dir: Path) -> int:
+    """How often anything was measured on the run's test documents."""
+    return len(kept_reports(run_dir, TEST))
