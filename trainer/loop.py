@@ -132,7 +132,10 @@ class Trainer:
     def _take_remaining_steps(self) -> None:
         """Take steps, and do what is due between them, until the budget is spent or evaluation says stop. Raises RollBack."""
         total = self.settings.total_steps
-        remaining = 0 if self._make_up_evaluation() else total - self.progress.step
+        # A run that patience has ended before, and that was killed in its export, takes no further step.
+        is_over = self._make_up_evaluation() or self._is_out_of_patience()
+        self.outcome.stopped_early = is_over
+        remaining = 0 if is_over else total - self.progress.step
         # Closing the generator ends its thread, also where a step raises.
         with closing(self._steps(remaining)) as batches:
             for batch in batches:
@@ -384,10 +387,14 @@ class Trainer:
         self.evaluation_monitor.raise_if_exceeded()
 
     def _is_out_of_patience(self) -> bool:
-        reason = self.evaluation_monitor.stops_early() or early_stopping_reason(self.settings.evaluation, self.progress)
-        if reason:
+        reason = self.evaluation_monitor.stops_early()
+        if reason is None:
+            reason = early_stopping_reason(self.settings.evaluation, self.progress)
+            if reason is not None:
+                self.evaluation_monitor.patience_ended(self.progress, reason)
+        if reason is not None:
             self.display.print_line(reason)
-        return bool(reason)
+        return reason is not None
 
     def _stop_for_signal(self) -> None:
         self.check_ownership()

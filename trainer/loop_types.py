@@ -322,6 +322,9 @@ class EvaluationMonitor(Protocol):
     def finished(self, progress: Progress) -> None:
         """Look at the whole run, after its last step."""
 
+    def patience_ended(self, progress: Progress, reason: str) -> None:
+        """Record that early stopping ends the run, for this `reason`."""
+
     def stops_early(self) -> str | None:
         """Why the run ends as if by early stopping, for the screen; None if it does not."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
-from trainer.checkpoints.layout import STEP_DIR, checkpoint_dirs_of
+from trainer.checkpoints.layout import STEP_DIR, checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.manifest import artefact_of
 from trainer.checkpoints.patience import waiting_for_disk
@@ -30,6 +30,7 @@ from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext, prepare_tasks
+from trainer.export.exported_checkpoint import ChosenCheckpoint, choose_exported
 from trainer.export.gates.judge import judge_at_end
 from trainer.export.write import write_export
 from trainer.loop import Trainer
@@ -64,6 +65,7 @@ from trainer.session.announcements import (
 )
 from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced
 from trainer.session.base_files import BASE, at_commit, changed_files, files_among
+from trainer.session.closing import closing_sentence
 from trainer.session.evaluators import build_test_evaluators, evaluators_of
 from trainer.session.identity import agree_on_run, compare_identity
 from trainer.session.matmul import settle_matmul
@@ -165,11 +167,15 @@ def _run(
         attempt.phase = "training"
         with metering_energy(config, context), reporting_out_of_memory(trainer, config, run_record, runtime), profiler:
             outcome = trainer.fit()
+        attempt.phase = "choosing the checkpoint to export"
+        outcome.closing = closing_sentence(outcome, from_rewards=family_of(config.objective).rollout is not None)
+        chosen, tokens = load_exported(config, engine, outcome, checkpoints, context)
+        run_record.exported_checkpoint = asdict(chosen)
         attempt.phase = "evaluating the test documents"
-        run_record.test = measure_test(config, inputs, built, engine, loader, outcome, context)
+        run_record.test = measure_test(config, inputs, built, engine, loader, chosen.step, outcome, context)
         attempt.phase = "export"
         attempt.require_ownership(runtime)
-        of_model = model_facts(config, run_record, outcome, context.run_dir)
+        of_model = model_facts(config, run_record, outcome, chosen.step, tokens, context.run_dir)
         exported = export(config, engine, built, tokenizer, of_model, context)
         run_record.gates = of_model.gates
         run_record.not_exported = of_model.run.not_exported or []
@@ -304,20 +310,37 @@ def loader_of(
     return loader, steps
 
 
+def load_exported(
+    config: RunConfig, engine: Engine, outcome: Outcome, checkpoints: Checkpoints, context: RunContext
+) -> tuple[ChosenCheckpoint, int]:
+    """(the checkpoint that leaves the run, the tokens it was trained on); afterwards `engine` has its weights.
+
+    All ranks must call. Errors: StorageError if the best checkpoint cannot be read: `export.checkpoint=last` does without it.
+    """
+    directories = dict(call_on_main(lambda: checkpoints_in(checkpoints.checkpoint_dirs), context.runtime))
+    chosen = choose_exported(config.export.checkpoint, outcome, directories)
+    if chosen.step == outcome.progress.step:
+        return chosen, outcome.progress.tokens
+    context.console.print_line(f"taking the weights of {chosen}")
+    with waiting_for_disk("reading the best checkpoint", 0, context.runtime, context.console.print_line):
+        progress = engine.load(directories[chosen.step])
+    return chosen, progress.tokens
+
+
 def measure_test(
     config: RunConfig,
     inputs: TrialInputs,
     built: Built,
     engine: Engine,
     loader: StepLoader | RolloutLoader,
+    step: int,
     outcome: Outcome,
     context: RunContext,
 ) -> dict[str, Any] | None:
-    """What `run.json` says of the test documents, with the weights that `engine` has now; None if there are none.
+    """What `run.json` says of the test documents, with the weights of `step`, which `engine` has now; None if there are none.
 
     All ranks must call. Notes the metrics in `outcome`. Errors: StorageError, Preempted, those of rewards.
     """
-    step = outcome.progress.step
     artefact = artefact_of(context.run_dir, step, config.checkpoint.fallback_dir)
     weights = CheckpointWeights(run_dir=context.run_dir, step=step, checkpoint=STEP_DIR.format(step), artefact=artefact)
 

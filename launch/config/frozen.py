@@ -38,6 +38,7 @@ from trainer.config.run import (
 )
 from trainer.data.config import ControlTokens, identifying
 from trainer.data.tokens.clock import TemplateDate
+from trainer.export.config import ExportedCheckpoint
 from trainer.reporting import settings_file
 from trainer.reporting.resolution import Resolution
 from trainer.reporting.status import FROZEN, State, read_status, write_text_atomic
@@ -128,6 +129,8 @@ def load_frozen(path: Path | str) -> RunConfig:
         for group in settings_classes():
             tree[group] = OmegaConf.structured(settings_class_of(group, raw[group]["name"]))
         config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
+        if "checkpoint" not in raw.get("export", {}):  # written before there was a choice
+            config.export.checkpoint = ExportedCheckpoint.last
         # Hash what the file says, not what this version makes of it: a later version may know more settings.
         sha256 = _hash(_identifying_settings(raw))
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
@@ -202,6 +205,7 @@ def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_
         _keep_own_choices(config, before)
         if has_progress:
             _keep_control_tokens(config, before)
+            _keep_exported_checkpoint(config, before)
         return
     if not has_progress:
         return
@@ -255,6 +259,7 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
         _copy_identifying(composed.config, before)
     if not changed:
         _keep_control_tokens(composed.config, before)
+        _keep_exported_checkpoint(composed.config, before)
 
 
 def keep_rate_of_checkpoint(config: RunConfig) -> None:
@@ -380,6 +385,12 @@ def _keep_control_tokens(config: RunConfig, before: RunConfig) -> None:
         config.data.control_tokens = before.data.control_tokens
 
 
+def _keep_exported_checkpoint(config: RunConfig, before: RunConfig) -> None:
+    """Keep which checkpoint the run exports: a run of a version without the setting goes on to export its last one."""
+    if config.export.checkpoint is ExportedCheckpoint.auto:
+        config.export.checkpoint = before.export.checkpoint
+
+
 def _identifying_settings(tree: Any) -> dict[str, Any]:
     """The settings that decide a run's result, of a whole configuration as nested dictionaries."""
     identifying_tree = {key: value for key, value in tree.items() if key not in NOT_IDENTIFYING}
@@ -392,6 +403,8 @@ def _identifying_settings(tree: Any) -> dict[str, Any]:
         teacher = dict(tree["objective"]["teacher"])
         teacher.pop("trust_remote_code", None)
         identifying_tree["objective"] = {**tree["objective"], "teacher": teacher}
+    # Which of a run's checkpoints leaves it changes none of them, and earlier versions had no choice.
+    identifying_tree["export"] = {key: value for key, value in tree["export"].items() if key != "checkpoint"}
     identifying_tree["run"] = {"seed": tree["run"]["seed"]}
     return identifying_tree
 

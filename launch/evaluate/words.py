@@ -41,7 +41,11 @@ class EvaluateWords(VerbWords):
         "its interval",
         like="base",
     )
-    checkpoint: str = word("which checkpoint: last, best or a step", default="last", needs="run.dir")
+    checkpoint: str = word(
+        "which checkpoint: the one that the run exported at its end (auto), last, best or a step",
+        default="auto",
+        needs="run.dir",
+    )
     split: str = word(
         "eval runs tasks. test measures the run's test documents instead (test/loss ...), and counts the look: choose nothing "
         "by them",

@@ -75,8 +75,8 @@ class ExportRequest:
     """The verdicts of the gates; None if there are no gates."""
     benchmarks: dict[str, str] = field(default_factory=dict)
     """The hub's data sets behind tasks."""
-    named: str = "last"
-    """The checkpoint as it was typed: `last`, `best` or a step."""
+    named: str = "auto"
+    """The checkpoint as it was typed: `auto`, `last`, `best` or a step."""
     accepted: list[str] = field(default_factory=list)
     """How the base differs from the one that the run was trained on, if the user accepts that."""
     rows_needed: RowsNeeded | None = None
@@ -275,13 +275,16 @@ def apply_export_words(config: RunConfig, words: ExportWords) -> None:
 
 
 def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, looks: int = MOST_LOOKS) -> Path:
-    """The directory of a run's complete checkpoint `which`: `last`, `best` or a step.
+    """The directory of a run's complete checkpoint `which`: `auto`, `last`, `best` or a step.
 
-    A run that still trains deletes old checkpoints: if `last` or `best` disappears while it is verified, the next one is taken,
-    up to `looks` times. Errors: ConfigError if it is missing or damaged.
+    `auto` is the one that the run exported at its end, and the last one if it is not done or of an earlier version. A run that
+    still trains deletes old checkpoints: if `last` or `best` disappears while it is verified, the next one is taken, up to
+    `looks` times. Errors: ConfigError if it is missing or damaged.
     """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.checkpoints.manifest import verify
+    from trainer.export.exported_checkpoint import recorded_step
+    from trainer.reporting.results import read_json
 
     checkpoints = dict(checkpoints_in(checkpoint_dirs_of(run_dir, config.fallback_dir)))
     if not checkpoints:
@@ -294,17 +297,20 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
         step = best_step(checkpoints)
         if step not in checkpoints:
             raise ConfigError(f"checkpoint=best: {run_dir} kept none (it needs evaluation.every_steps); {known}")
-    elif which == "last":
+    elif which in ("auto", "last"):
         step = max(checkpoints)
+        exported_step = recorded_step(read_json(run_dir / RUN_RECORD))
+        if which == "auto" and exported_step in checkpoints:
+            step = exported_step
     elif which.isdigit() and int(which) in checkpoints:
         step = int(which)
     else:
-        raise ConfigError(f"checkpoint={which}: must be last, best or a step; {known}")
+        raise ConfigError(f"checkpoint={which}: must be auto, last, best or a step; {known}")
 
     path = checkpoints[step]
     problem = verify(path, may_be_deleted=True)
     was_deleted = problem and not path.exists()
-    if was_deleted and which in ("last", "best") and looks > 1:
+    if was_deleted and which in ("auto", "last", "best") and looks > 1:
         print(
             f"checkpoint={which}: {path.name} was deleted meanwhile, since the run is still training; taking the next",
             flush=True,
@@ -403,6 +409,7 @@ def _rebuild_and_write(config: RunConfig, request: ExportRequest, runtime: Runti
     from trainer.model.loading import load_tokenizer, weights_directory
     from trainer.reporting.documents.facts import gather
     from trainer.reporting.documents.questions import read_answers
+    from trainer.reporting.results import at_step
     from trainer.session.run_data import data_of_run, data_record
 
     tokenizer = load_tokenizer(config.model)
@@ -431,6 +438,7 @@ def _rebuild_and_write(config: RunConfig, request: ExportRequest, runtime: Runti
     facts = gather(request.run_dir, record, read_answers(config.export.answers)[0])
     facts.step = progress.step
     facts.tokens = progress.tokens
+    facts.at_step = at_step(request.run_dir, progress.step)
     facts.as_trained = as_trained
     facts.artefact = fingerprint(request.checkpoint) if as_trained else None
     facts.averaged_checkpoints = [path.name for path in request.averaged]

@@ -21,7 +21,9 @@ class ExportWords(VerbWords):
     """What `shardtune export <run>` takes."""
 
     run: Path = bare_word("name the directory of one run, as in shardtune export runs/x")
-    checkpoint: str = word("which checkpoint: last, best or a step", default="last")
+    checkpoint: str = word(
+        "which checkpoint: the one that the run exported at its end (auto), last, best or a step", default="auto"
+    )
     average: str | None = word(
         "export the mean of several checkpoints: last:<n>, or steps such as [100,200]", like="last:3"
     )

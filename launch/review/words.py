@@ -36,7 +36,9 @@ class MakeWords(VerbWords):
     arms: list[str] = word(
         "the models to compare: base, tuned, other runs, model directories", default=["base", "tuned"]
     )
-    checkpoint: str = word("which checkpoint: last, best or a step", default="last")
+    checkpoint: str = word(
+        "which checkpoint: the one that the run exported at its end (auto), last, best or a step", default="auto"
+    )
     accept: list[str] = word(
         "continue although the base model is not that of the training",
         default=[],

@@ -33,7 +33,7 @@ def test_best_weights_are_those_before_training_if_no_step_is_better():
     found = {"overfitting": {"found": True, "first_step": 9, "says": "x", "remedies": ["fewer epochs", "y"]}}
     _, last = lines_of(outcome(1.5, 1.75, 20, challenges=found))
     assert last.endswith("with fewer epochs")
-    best, last = lines_of(outcome(1.5, 1.75, 20, greater_is_better=True))
+    best, last = lines_of(outcome(1.5, 1.75, 20, after=1.6, greater_is_better=True))
     assert best == [f"best:       step 20 had eval/loss 1.7500: {OF_BEST}"]
 
 

@@ -18,12 +18,23 @@ class ExportType(StrEnum):
     float16 = "float16"
 
 
+class ExportedCheckpoint(StrEnum):
+    """`auto` takes the best checkpoint if the run ended with a worse one, or was stopped by patience; else the last."""
+
+    auto = "auto"
+    best = "best"
+    last = "last"
+
+
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     """What is written for others when training ends."""
 
     at_end: bool = setting(True, reach=DESCRIBES)
     """Write `export/` in the run directory after training."""
+    checkpoint: ExportedCheckpoint = setting(ExportedCheckpoint.auto, reach=DESCRIBES)
+    """The checkpoint that is exported, chatted with, served and evaluated when the run ends: `last`, the `best` by the watched
+    metric, or `auto`: the best if the run ended with a worse one or was stopped by patience, else the last."""
     merge: bool | None = setting(None, reach=DESCRIBES)
     """Fold the adapter into the base and write a whole model; `null` does so where experts or routers are adapted."""
     dtype: ExportType = setting(ExportType.auto, reach=DESCRIBES)

@@ -26,6 +26,9 @@ from trainer.reporting.trackers.base import Table
 
 DETECTORS: dict[str, Any] = {"overfitting": overfitting, "forgetting": forgetting, "output": degenerate_answers}
 """What looks at an evaluation, by the name of its settings."""
+EARLY_STOPPING = "early_stopping"
+"""Name of the finding that patience (`evaluation.patience`) has ended the run."""
+EARLY_STOPPING_REMEDIES = ("more and other data", "a lower optim.lr", "tuning=lora with a lower tuning.rank")
 HELD_OUT = "eval/loss"
 HELD_OUT_REWARD = "eval/reward"
 
@@ -309,6 +312,10 @@ class Challenges:
         self.print_line(
             f"warning: {finding.challenge} at step {finding.step}: {finding.says}. Try: {'; '.join(finding.remedies)}"
         )
+        self._write_event(finding)
+
+    def _write_event(self, finding: Finding) -> None:
+        """Append a finding to `events.jsonl`. Errors: StorageError."""
         if self.events is not None:
             event = {"event": "challenge", "time": time.time(), "challenge": finding.challenge, **finding.record()}
             try:
@@ -316,6 +323,19 @@ class Challenges:
                     file.write(json_text(event) + "\n")
             except OSError as error:
                 raise StorageError(f"{self.events}: cannot be written ({error}); free space") from error
+
+    def patience_ended(self, progress: Progress, reason: str) -> None:
+        """Record that early stopping ends the run, for this `reason`; the loop prints it. Errors: StorageError."""
+        says = reason.removeprefix("stopping early: ")
+        numbers = {"best_step": float(progress.best_step or 0)}
+        finding = Finding(
+            challenge=EARLY_STOPPING, step=progress.step, says=says, numbers=numbers, remedies=EARLY_STOPPING_REMEDIES
+        )
+        is_new = EARLY_STOPPING not in self.record
+        self.record[EARLY_STOPPING] = finding.record()
+        if is_new:
+            self._write_event(finding)
+        self.on_record(self.record)
 
     # -- what is done ----------------------------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ class Outcome:
     challenges: dict[str, Any] = field(default_factory=dict)
     """What the detectors found, by their names (`trainer/monitors/`)."""
     stopped_early: bool = False
+    closing: str = ""
+    """Whether the run overfits, and whether more steps would help, as one sentence."""
     watch: str = "eval/loss"
     """Metric that decides the best checkpoint."""
     greater_is_better: bool = False

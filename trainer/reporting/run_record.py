@@ -128,6 +128,8 @@ class RunOutcome:
     experts: list[dict[str, Any]] = field(default_factory=list)
     slow_ranks: list[dict[str, Any]] = field(default_factory=list)
     stopped_early: bool = False
+    closing: str = ""
+    """Whether the run overfits, and whether more steps would help (`trainer/session/closing.py`)."""
     watch: str | None = None
     """Metric that decides the best checkpoint."""
     greater_is_better: bool | None = None
@@ -241,6 +243,8 @@ class RunRecord:
     staged: dict[str, Any] | None = None
     receipt: Receipt | None = None
     challenges: dict[str, Any] | None = None
+    exported_checkpoint: dict[str, Any] | None = None
+    """Which checkpoint leaves the run, and why (`trainer/export/exported_checkpoint.py`); None before its training has ended."""
     test: dict[str, Any] | None = None
     """Metrics of the test documents, and how often they were looked at (`trainer/session/test_documents.py`)."""
     gates: dict[str, Any] | None = None
@@ -280,8 +284,8 @@ class RunRecord:
 
 
 OPTIONAL_KEYS = (
-    *("identity", "from_environment", "accepted", "must_fit", "staged", "receipt", "challenges", "test", "gates"),
-    *("not_exported", "exports", "outcome", "jobs"),
+    *("identity", "from_environment", "accepted", "must_fit", "staged", "receipt", "challenges", "gates"),
+    *("exported_checkpoint", "test", "not_exported", "exports", "outcome", "jobs"),
 )
 """Keys that are in the file once there is something to say. Every other key is there from the start, with null for None."""
 NOT_IN_FILE = ("other", "keys")

@@ -33,10 +33,14 @@ def end_text(
         lines.append(f"  {name:<{width}} {readable(metric_value)}{before_text}")
     lines += _test_lines(record, width)
     lines += _finding_lines(outcome)
-    lines += _best_lines(run_dir, outcome)
+    lines += _best_lines(record, run_dir, outcome)
+    if outcome.closing:
+        lines.append(f"overfits?   {outcome.closing}")
     lines += [f"slow:       {SlowRank(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
     if export is not None:
-        lines.append(f"model:      {export}")
+        lines.append(f"model:      {export}{_which_weights(record)}")
+    elif record.exported_checkpoint is not None:
+        lines.append(f"not exported:{_which_weights(record)}")
     lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
     lines += [f"{name + ':':<11} {link}" for name, link in hints]
     next_step = _next_step(record, run_dir, outcome, export)
@@ -63,18 +67,26 @@ def _finding_lines(outcome: Outcome) -> list[str]:
     return lines
 
 
-def _best_lines(run_dir: Path, outcome: Outcome) -> list[str]:
-    """One line if the last weights are not the best: those of an earlier step are, or the model before training was."""
+def _best_lines(record: RunRecord, run_dir: Path, outcome: Outcome) -> list[str]:
+    """One line if better weights exist than those that leave the run: of an earlier step, or the model before training."""
     best = outcome.progress.best_metric
     if outcome.watch not in outcome.after or best is None:
         return []
     if not _has_improved(outcome):
         before = readable(outcome.before[outcome.watch])
         return [f"best:       no checkpoint has a better {outcome.watch} than before training ({before})"]
-    if _best_is_earlier(outcome):
+    if _has_better_step(record, outcome):
         step = outcome.progress.best_step
         return [f"best:       step {step} had {outcome.watch} {readable(best)}: {_export_of_best(run_dir)}"]
     return []
+
+
+def _which_weights(record: RunRecord) -> str:
+    """Which checkpoint was exported and why, in brackets; empty if nothing was chosen."""
+    chosen = record.exported_checkpoint
+    if chosen is None:
+        return ""
+    return f" (step {chosen['step']}, the {chosen['which']}: {chosen['reason']})"
 
 
 def _has_improved(outcome: Outcome) -> bool:
@@ -86,9 +98,16 @@ def _has_improved(outcome: Outcome) -> bool:
     return best > before if outcome.greater_is_better else best < before
 
 
-def _best_is_earlier(outcome: Outcome) -> bool:
-    """Whether another step than the last one had the best watched metric."""
-    return outcome.progress.best_step not in (None, outcome.progress.step)
+def _has_better_step(record: RunRecord, outcome: Outcome) -> bool:
+    """Whether an earlier step had a better watched metric, and the last weights leave the run all the same."""
+    chosen = record.exported_checkpoint or {}
+    if chosen.get("which") == "best" or outcome.progress.best_step in (None, outcome.progress.step):
+        return False
+    best = outcome.progress.best_metric
+    last = outcome.after.get(outcome.watch)
+    if best is None or last is None:
+        return True
+    return best > last if outcome.greater_is_better else best < last
 
 
 def _export_of_best(run_dir: Path) -> str:
@@ -102,7 +121,7 @@ def _next_step(record: RunRecord, run_dir: Path, outcome: Outcome, export: Path 
     if not _has_improved(outcome):
         remedy = findings[0].remedies[0] if findings and findings[0].remedies else "a lower optim.lr"
         return f"train again in another run.dir, with {remedy}"
-    if _best_is_earlier(outcome):
+    if _has_better_step(record, outcome):
         return _export_of_best(run_dir)
     if export is None:
         return None if record.gates else f"shardtune export {shlex.quote(str(run_dir))}"

@@ -36,6 +36,7 @@ from trainer.reporting.jsonl import json_text
 from trainer.reporting.metrics import flops_per_token, reference_tflops
 from trainer.reporting.outcome import Outcome
 from trainer.reporting.resolution import Resolution
+from trainer.reporting.results import at_step
 from trainer.reporting.run_record import (
     REFERENCE_TFLOPS,
     RUN_RECORD,
@@ -368,19 +369,23 @@ def outcome_record(outcome: Outcome) -> RunOutcome:
         experts=outcome.experts,
         slow_ranks=outcome.slow_ranks,
         stopped_early=outcome.stopped_early,
+        closing=outcome.closing,
         watch=outcome.watch,
         greater_is_better=outcome.greater_is_better,
     )
 
 
-def model_facts(config: RunConfig, record: RunRecord, outcome: Outcome, run_dir: Path) -> ModelFacts:
-    """The facts from which the documents of the exported model are written."""
+def model_facts(
+    config: RunConfig, record: RunRecord, outcome: Outcome, step: int, tokens: int, run_dir: Path
+) -> ModelFacts:
+    """The facts from which the documents of the exported model are written: its weights are of `step`, after `tokens`."""
     ended_record = replace(
         record, outcome=outcome_record(outcome), energy=energy_of_run(run_dir), challenges=outcome.challenges
     )
     answers, _ = read_answers(config.export.answers)  # its problems were reported before the run
     facts = gather(run_dir, ended_record, answers)
-    facts.step = outcome.progress.step
-    facts.tokens = outcome.progress.tokens
+    facts.step = step
+    facts.tokens = tokens
+    facts.at_step = at_step(run_dir, step)
     facts.artefact = artefact_of(run_dir, facts.step, config.checkpoint.fallback_dir)
     return facts

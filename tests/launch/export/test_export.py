@@ -84,7 +84,9 @@ def test_export_of_another_checkpoint_merged_into_another_directory(run_dir, tmp
     record = json.loads((run_dir / "run.json").read_text())
     assert record["base_parameters"] == sum(each.numel() for each in whole.values()) < record["sharding"]["parameters"]
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "- steps: 4" in card and "| eval/loss |" not in card, "metrics of step 6 are not those of step 4"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: f"{row['eval/loss']:.4f}" for row in rows if "eval/loss" in row}
+    assert "- steps: 4" in card and f"| eval/loss | {losses[0]} | {losses[4]} |" in card, "not those of step 6"
     assert run(f"run.dir={run_dir}", "checkpoint=best", f"to={tmp_path / 'b'}") == 0
 
 
@@ -224,7 +226,7 @@ def test_export_of_a_checkpoint_that_the_run_deletes_takes_the_next(run_dir, tmp
     assert run(copy, f"to={tmp_path / 'out'}", "--json") == 0
     said = capsys.readouterr()
     assert (
-        "checkpoint=last: step-000006 was deleted meanwhile, since the run is still training; taking the next"
+        "checkpoint=auto: step-000006 was deleted meanwhile, since the run is still training; taking the next"
         in said.err
     )
     assert json.loads(said.out)["checkpoints"] == ["step-000004"] and waited == []

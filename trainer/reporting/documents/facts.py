@@ -16,7 +16,7 @@ from trainer.reporting.documents.questions import QUESTIONS
 from trainer.reporting.findings import RecordedFinding, findings_in
 from trainer.reporting.numbers import times
 from trainer.reporting.results import EVALUATION, REVIEW, TEST, KeptReport, kept_reports, read_json
-from trainer.reporting.run_record import RunOutcome, RunRecord
+from trainer.reporting.run_record import RunRecord
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,6 +36,8 @@ class ModelFacts:
 
     step: int = 0
     """Of the checkpoint that these weights are."""
+    at_step: dict[str, Any] = field(default_factory=dict)
+    """Held-out metrics that training measured at that step; empty if it evaluated nothing there."""
     tokens: int = 0
     """Tokens that these weights were trained on, all ranks together."""
     artefact: str | None = None
@@ -70,21 +72,18 @@ class ModelFacts:
 
     @property
     def before(self) -> dict[str, float]:
-        """Held-out metrics before the first step; empty if training did not end with these weights."""
-        return {} if self._outcome is None else self._outcome.before
+        """Held-out metrics before the first step; empty if these weights are of no step that was evaluated."""
+        return self.run.outcome.before if self.after and self.run.outcome is not None else {}
 
     @property
     def after(self) -> dict[str, float]:
-        """Held-out metrics of these weights; empty if training did not end with them."""
-        return {} if self._outcome is None else self._outcome.after
-
-    @property
-    def _outcome(self) -> RunOutcome | None:
-        """How training ended; None if it ended with other weights than these."""
+        """Held-out metrics of these weights; empty if training measured nothing of them."""
         outcome = self.run.outcome
-        if outcome is None or not self.as_trained or outcome.progress.get("step") != self.step:
-            return None
-        return outcome
+        if outcome is None or not self.as_trained:
+            return {}
+        if outcome.progress.get("step") == self.step:
+            return outcome.after
+        return {name: value for name, value in self.at_step.items() if isinstance(value, int | float)}
 
     @property
     def findings(self) -> list[RecordedFinding]:

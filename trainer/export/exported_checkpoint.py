@@ -1,0 +1,74 @@
+"""Which checkpoint leaves a run: the one that is exported, and by that chatted with, served and evaluated.
+
+A run that was trained too long ends with worse weights than it had on the way. Its best checkpoint is on the disk, so that is
+what leaves it. `choose_exported` decides when training ends, and `run.json` keeps the choice (`exported_checkpoint`), which the
+verbs that read a run follow (`recorded_step`). Runs of earlier versions have no such entry: of them the last checkpoint counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.export.config import ExportedCheckpoint
+from trainer.reporting.numbers import readable
+from trainer.reporting.outcome import Outcome
+
+RECORD_KEY = "exported_checkpoint"
+"""Key of `run.json`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenCheckpoint:
+    """The weights that leave a run. The names of the fields are keys of `run.json`."""
+
+    step: int
+    which: str
+    """`best` or `last`."""
+    reason: str
+    """A clause for people."""
+
+    def __str__(self) -> str:
+        return f"step {self.step}, the {self.which}: {self.reason}"
+
+
+def choose_exported(setting: ExportedCheckpoint, outcome: Outcome, saved_steps: Collection[int]) -> ChosenCheckpoint:
+    """The checkpoint of the weights that are exported when training has ended.
+
+    `saved_steps`: steps whose checkpoint is on the disk. With `auto` it is the best one if the watched metric is worse at the
+    end, or if patience ended the run and the end is no better. Pure, and so the same on all ranks and at every start.
+    """
+    progress = outcome.progress
+    last_step = progress.step
+    best_step = progress.best_step
+    best = progress.best_metric
+    last = outcome.after.get(outcome.watch)
+    if setting is ExportedCheckpoint.last:
+        return ChosenCheckpoint(last_step, "last", "export.checkpoint=last")
+    if best is None or best_step is None or last is None:
+        return ChosenCheckpoint(last_step, "last", "nothing held out says which is the best")
+    if best_step == last_step:
+        return ChosenCheckpoint(last_step, "last", f"it is also the best by {outcome.watch} ({readable(best)})")
+
+    comparison = f"{outcome.watch} was {readable(best)} there, and {readable(last)} at the last step, {last_step}"
+    is_worse = last < best if outcome.greater_is_better else last > best
+    is_better = last > best if outcome.greater_is_better else last < best
+    takes_best = is_worse or (outcome.stopped_early and not is_better) or setting is ExportedCheckpoint.best
+    if not takes_best:
+        return ChosenCheckpoint(last_step, "last", f"no earlier checkpoint has a better {outcome.watch}")
+    if best_step not in saved_steps:
+        return ChosenCheckpoint(last_step, "last", f"step {best_step} was better, and its checkpoint is not there")
+    return ChosenCheckpoint(best_step, "best", comparison)
+
+
+def recorded_step(run_record: Mapping[str, Any]) -> int | None:
+    """The step that a run exported, from the content of its `run.json`.
+
+    None if it did not get so far, or is of an earlier version.
+    """
+    chosen = run_record.get(RECORD_KEY)
+    if not isinstance(chosen, Mapping):
+        return None
+    step = chosen.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
