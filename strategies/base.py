@@ -259,6 +259,12 @@ class Progress:
     """Best value so far of the metric that evaluation watches."""
     best_step: int | None = None
     """Step at which `best_metric` was reached."""
+    seen_metric: float | None = None
+    """Best value of it in any evaluation, also of one whose weights were not saved; early stopping goes by it."""
+    seen_step: int | None = None
+    """Step at which `seen_metric` was reached."""
+    evaluate_every: int | None = None
+    """Steps between evaluations that `evaluation.every_steps=auto` became at the first step; None before, and for a number."""
     stale_evaluations: int = 0
     """Evaluations since the best one, for early stopping."""
     owes_evaluation: bool = False

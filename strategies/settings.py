@@ -77,6 +77,8 @@ class Traits:
     """Of a number."""
     advice: str = ""
     """What to do about a number outside its range: usual values, or what a special one means."""
+    words: tuple[str, ...] = ()
+    """Values of a number's setting that are no numbers, such as `auto`."""
     advice_below: Mapping[str, str] | None = None
     """For a group: advice on some of its numbers that is better here than what the class says, by name."""
     entries: type | None = None
@@ -92,10 +94,11 @@ def number(
     below: float = math.inf,
     advice: str,
     resume: str | None = None,
+    words: tuple[str, ...] = (),
 ) -> Any:
-    """A field that holds a number, or null. A number names nothing outside the run, so it describes the run."""
+    """A field that holds a number, null, or one of `words`. It names nothing outside the run, so it describes the run."""
     bounds = Range(least=least, most=most, above=above, below=below)
-    return field(default=default, metadata={TRAITS: Traits(DESCRIBES, resume, bounds, advice)})
+    return field(default=default, metadata={TRAITS: Traits(DESCRIBES, resume, bounds, advice, words)})
 
 
 def setting(

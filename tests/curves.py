@@ -54,7 +54,7 @@ CASES = {
 STRATEGIES = ("single", "fsdp2", "zero2")
 COMMON = (
     "model.path=llama batch.global=8 batch.micro=2 budget.steps=4 optim.lr=1e-3 logging.wandb=disabled run.device=cpu "
-    "run.threads=1 run.matmul=blas precision=fp32 data.cache_dir=cache evaluation.batch=4 data.workers=1"
+    "run.threads=1 run.matmul=blas precision=fp32 data.cache_dir=cache evaluation.batch=4 evaluation.every_steps=0 data.workers=1"
 )
 
 

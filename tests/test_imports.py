@@ -26,7 +26,7 @@ def test_the_loop_loads_neither_a_model_nor_a_task_nor_a_tracker():
     modules = loaded_by("import trainer.loop")
     assert "trainer.loop_types" in modules
     assert len(ours(modules)) <= 60, sorted(ours(modules))
-    assert children(modules, "trainer.evaluation") <= {"base", "best", "endpoint"}
+    assert children(modules, "trainer.evaluation") <= {"base", "best", "endpoint", "interval"}
     assert children(modules, "trainer.data") <= {"config"}
     assert not children(modules, "trainer.checkpoints") and not children(modules, "trainer.reporting.trackers")
     assert "transformers" not in modules
@@ -48,5 +48,5 @@ def test_composing_loads_neither_ssh_nor_a_model(tmp_path):
     # transformers.
     assert children(modules, "trainer.model") <= {"config", "rules", "flex", "rotary", "compat"}
     # What a task's own settings are checked by, and nothing that evaluates.
-    assert children(modules, "trainer.evaluation") <= {"base", "tasks", "endpoint", "classifier", "harness"}
+    assert children(modules, "trainer.evaluation") <= {"base", "tasks", "endpoint", "classifier", "harness", "interval"}
     assert not modules & {"transformers", "peft", "datasets", "deepspeed", "wandb", "openai"}

@@ -106,7 +106,7 @@ def test_best_checkpoint_stays_where_a_better_one_could_not_be_saved(root, tmp_p
 
     measured = {2: 5.0, 4: 4.0, 6: 5.5}
     monkeypatch.setattr(atomic_io, "disk", Full())
-    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer: {"eval/loss": measured[trainer.progress.step]})
+    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer, _: {"eval/loss": measured[trainer.progress.step]})
     settings = {"evaluation__every_steps": 2, "evaluation__at_start": "false", "checkpoint__every_steps": 5}
     assert run(root, tmp_path, **settings, checkpoint__keep=1, budget__steps=6) == 0
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000006"]

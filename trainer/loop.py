@@ -95,7 +95,7 @@ class Trainer:
         evaluation_began = time.perf_counter()
         self._ask_base_model()
         if self.progress.step == 0 and self.settings.evaluation.at_start:
-            self.outcome.before = self._evaluate()
+            self.outcome.before = self._evaluate(self.evaluators)
         evaluation_s = time.perf_counter() - evaluation_began
 
         # A rollback needs a checkpoint to go back to, also in a run that begins with another run's state.
@@ -108,7 +108,7 @@ class Trainer:
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
         gc.collect()
         gc.freeze()
-        evaluate_every = self.settings.evaluation.every_steps if self.evaluators else 0
+        evaluate_every = self.settings.evaluate_every if self.evaluators else 0
         self._course = RunSchedule(self.settings.total_steps, self._first_step, time.perf_counter(), evaluate_every)
         self.meter.begin(evaluation_s)
         while True:
@@ -149,14 +149,19 @@ class Trainer:
                     self._flush()
                 if self.checkpoints.pending_is_written(self.progress.step):
                     self._settle()
+                best_before = (self.progress.best_metric, self.progress.best_step)
                 improved = self._evaluate_if_due(is_last)
-                if improved or self.checkpoints.due(self.progress.step):
+                saves_best = improved and self._may_save_best(is_last)
+                if saves_best or self.checkpoints.due(self.progress.step):
                     self._save(must_succeed=False)
+                elif improved:  # the best checkpoint is one that there is
+                    self.progress.best_metric, self.progress.best_step = best_before
                 self._stop_at_limit()
                 if self.agreement.stop_now():
                     self._stop_for_signal()
                 if self._is_out_of_patience():
                     self.outcome.stopped_early = True
+                    self._complete_evaluation(is_last)
                     break
         self._flush()
 
@@ -322,36 +327,65 @@ class Trainer:
         rows[0] = {**rows[0], **saved.row}
 
     def _evaluate_if_due(self, is_last: bool) -> bool:
-        """Evaluate on the schedule; whether the watched metric has improved."""
-        every = self.settings.evaluation.every_steps
+        """Evaluate on the schedule; whether the watched metric has improved, so that its checkpoint should be saved."""
+        every = self.settings.evaluate_every
         is_due = is_last or (every > 0 and self.progress.step % every == 0)
-        if not self.evaluators or not is_due:
+        if not is_due:
+            return False
+        return self._evaluate_and_record(self._evaluators_at(is_last)) and every > 0
+
+    def _evaluators_at(self, is_last: bool) -> list[Evaluator]:
+        """The evaluators of this step's evaluation: all of them, or on the way perhaps those of the held-out loss alone."""
+        if is_last or not self.settings.loss_on_the_way:
+            return self.evaluators
+        return [evaluator for evaluator in self.evaluators if getattr(evaluator, "on_the_way", False)]
+
+    def _evaluate_and_record(self, evaluators: list[Evaluator]) -> bool:
+        """Run these evaluators; whether the watched metric is the best so far. All ranks must call."""
+        if not evaluators:
             return False
         self._flush()
         # A signal during the evaluation saves a checkpoint, which says so: the next start makes the evaluation up.
         self.progress.owes_evaluation = True
-        self.outcome.after = self._evaluate()
+        self.outcome.after = self._evaluate(evaluators)
         self.progress.owes_evaluation = False
-        improved = record_evaluation(self.settings.evaluation, self.progress, self.outcome.after)
+        improved = False
+        if self.settings.evaluation.watched in self.outcome.after:  # on the way a task's metric is not there
+            improved = record_evaluation(self.settings.evaluation, self.progress, self.outcome.after)
         self.meter.restart_clock()
-        return improved and every > 0
+        return improved
+
+    def _complete_evaluation(self, is_last: bool) -> None:
+        """Run all evaluators after the step that early stopping made the last one, if its evaluation left any out."""
+        if len(self._evaluators_at(is_last)) < len(self.evaluators):
+            self.outcome.after = self._evaluate(self.evaluators)
+            self.meter.restart_clock()
+
+    def _may_save_best(self, is_last: bool) -> bool:
+        """Whether an improvement is saved at once. A number of steps that a user gave says how often; `auto` rations it."""
+        if not self.settings.loss_on_the_way or (is_last and self.settings.save_final):
+            return True
+        return self.checkpoints.improvement_due()
 
     def _make_up_evaluation(self) -> bool:
         """Do the evaluation that a stop interrupted, before the next step; whether patience ends the run with it."""
         if not self.progress.owes_evaluation or not self.evaluators:
             return False
-        self._evaluate_if_due(is_last=True)
+        is_last = self.progress.step == self.settings.total_steps
+        self._evaluate_and_record(self._evaluators_at(is_last))
         self._saved_step = -1  # this step's checkpoint still owes the evaluation: write it again
         self._save()
         self._stop_at_limit()
         self.outcome.stopped_early = self._is_out_of_patience()
+        if self.outcome.stopped_early:
+            self._complete_evaluation(is_last)
         return self.outcome.stopped_early
 
-    def _evaluate(self) -> dict[str, float]:
-        """Run every evaluator; returns their metrics, in metrics.jsonl and on the screen too. All ranks must call."""
+    def _evaluate(self, evaluators: list[Evaluator]) -> dict[str, float]:
+        """Run these evaluators; returns their metrics, in metrics.jsonl and on the screen too. All ranks must call."""
         values: dict[str, float] = {}
         try:
-            for evaluator in self.evaluators:
+            for evaluator in evaluators:
                 values.update(evaluator.run(self.engine))
         except Interrupted:
             self._stop_for_signal()
@@ -361,12 +395,13 @@ class Trainer:
         step = self.progress.step
         self.metrics.log({**values, "tokens": self.progress.tokens, "epoch": self._epoch()}, step=step)
         tables: dict[str, Table] = {}
-        for evaluator in self.evaluators:
+        for evaluator in evaluators:
             tables.update(getattr(evaluator, "tables", {}))
         self.metrics.tables(tables, step=step)
         shown = "  ".join(f"{name} {readable(value)}" for name, value in values.items())
         self.display.print_line(f"evaluation at step {step}:  {shown}")
-        check_watched_metric(self.settings.evaluation, values)
+        if len(evaluators) == len(self.evaluators):
+            check_watched_metric(self.settings.evaluation, values)
         return values
 
     def _ask_base_model(self) -> None:
@@ -443,6 +478,8 @@ class Trainer:
         elif not succeeded and self.progress.best_step == step:
             self.progress.best_metric = self._on_disk.best_metric
             self.progress.best_step = self._on_disk.best_step
+            self.progress.seen_metric = self._on_disk.seen_metric
+            self.progress.seen_step = self._on_disk.seen_step
 
     def _compare_replicas(self, *, now: bool = False) -> None:
         try:

@@ -46,6 +46,10 @@ class LoopSettings:
     schedule: ScheduleConfig
     evaluation: EvaluationConfig
     """`greater_is_better` is resolved: never None."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    loss_on_the_way: bool = False
+    """Whether evaluations before the last step compute the held-out loss alone (`evaluation.every_steps=auto`)."""
     log_every: int
     """Steps between two reads of the device's metric buffer."""
     save_final: bool
@@ -186,6 +190,9 @@ class CheckpointStore(Protocol):
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for one after `step`. All ranks must call, after the same steps."""
+
+    def improvement_due(self) -> bool:
+        """Whether an improvement may be saved now, so that saving costs little. All ranks must call, after the same steps."""
 
     def pending_is_written(self, step: int) -> bool:
         """Whether every rank has written its part of the pending one. All ranks must call, after the same steps."""

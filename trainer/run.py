@@ -66,6 +66,7 @@ from trainer.session.announcements import (
 from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced
 from trainer.session.base_files import BASE, at_commit, changed_files, files_among
 from trainer.session.closing import closing_sentence
+from trainer.session.evaluation_interval import EVERY_STEPS, EvaluationInterval, settle_interval
 from trainer.session.evaluators import build_test_evaluators, evaluators_of
 from trainer.session.identity import agree_on_run, compare_identity
 from trainer.session.matmul import settle_matmul
@@ -127,6 +128,9 @@ def _run(
     record_reference(config, data, engine, built, context)
     checkpoints, resumed_from, progress = resume(config, engine, context)
     loader, total_steps = loader_of(config, inputs, built, engine, progress, resumed_from, context)
+    interval = settle_interval(config, data, built, loader, total_steps, progress, runtime)
+    if interval.note is not None:
+        built.substitutions[EVERY_STEPS] = str(interval.note)
     run_record = run_facts(
         config,
         checked,
@@ -149,11 +153,11 @@ def _run(
     trackers = open_records(config, run_record, progress, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units())
-    challenges = challenges_of(config, built, total_steps, context)
+    challenges = challenges_of(config, built, total_steps, interval, context)
     monitors = monitors_of(config, data, loader, challenges, context)
     profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.print_line)
     trainer = Trainer(
-        loop_settings(config, total_steps),
+        loop_settings(config, total_steps, interval),
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
@@ -372,14 +376,19 @@ def monitors_of(
     return Monitors(context.agreement, guards, stragglers, challenges)
 
 
-def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
-    """The part of the configuration that the loop reads."""
+def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInterval | None = None) -> LoopSettings:
+    """The part of the configuration that the loop reads. Without an `interval`, `auto` evaluates nothing on the way."""
+    every = config.evaluation.every_steps
+    if interval is None:
+        interval = EvaluationInterval(every if isinstance(every, int) else 0)
     return LoopSettings(
         total_steps=total_steps,
         seed=config.run.seed,
         lr=config.optim.peak_lr,
         schedule=config.schedule,
         evaluation=replace(config.evaluation, greater_is_better=more_is_better(config)),
+        evaluate_every=interval.steps,
+        loss_on_the_way=interval.loss_alone,
         log_every=config.logging.every_steps,
         save_final=config.checkpoint.save_final,
     )

@@ -102,3 +102,30 @@ def test_checkpoint_interval_costs_least(price):
         assert found == 60
     else:
         assert all(cost(found) <= cost(found * factor) + 1e-9 for factor in (0.5, 0.8, 1.25, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "save_s", "gap_s", "saved"),
+    [
+        ({}, 1.0, 5.0, 50),  # 50 saves of a second: less than a minute in all
+        ({}, 100.0, 600.0, 7),  # one is dear, so that the others wait for sqrt(2 * 100 * 24 * 3600) - 100 = 4,057 s
+        ({"every_minutes": 30}, 1.0, 600.0, 16),
+        ({"every_minutes": 0}, 1.0, 600.0, 0),
+        ({"every_steps": 1000}, 1.0, 5.0, 50),
+    ],
+)
+def test_improvements_are_saved_no_more_often_than_the_interval_but_at_once_while_saving_is_cheap(
+    monkeypatch, settings, save_s, gap_s, saved
+):
+    job = Job(monkeypatch, **settings)
+    count = 0
+    for step in range(50):  # each evaluation is an improvement
+        job.now += gap_s
+        due = {rank.improvement_due() for rank in job.ranks}
+        assert len(due) == 1
+        if due == {True}:
+            count += 1
+            job.now += save_s
+            for rank in job.ranks:
+                rank.note_attempt(step, save_s)
+    assert count == saved

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -30,32 +31,36 @@ def site(tmp_path_factory):
     return root
 
 
-def train(root, run_dir, *words):
-    settings = {
-        "model.path": root / "llama",
-        "data.path": root / "train.jsonl",
-        "data.eval_path": root / "held-out.jsonl",
-        "data.cache_dir": root / "cache",
-        "run.dir": run_dir,
-        "run.device": "cpu",
-        "run.matmul": "blas",
-        "launcher.processes": 1,
-        "batch.global": 4,
-        "batch.micro": 4,
-        "budget.steps": 30,
-        "schedule": "constant",
-        "optim.lr": 1e-2,
-        "evaluation.every_steps": 3,
-        "logging.wandb": "disabled",
-        "export.at_end": "false",
-        "checkpoint.every_steps": 10,
-        "checkpoint.keep": 3,
-        "challenges.forgetting.data": root / "general.jsonl",
-        "challenges.forgetting.limit": "3%",
-        "challenges.forgetting.action": "note",
-    }
+SETTINGS = {
+    "model.path": "{root}/llama",
+    "data.path": "{root}/train.jsonl",
+    "data.eval_path": "{root}/held-out.jsonl",
+    "data.cache_dir": "{root}/cache",
+    "run.dir": None,
+    "run.device": "cpu",
+    "run.matmul": "blas",
+    "launcher.processes": 1,
+    "batch.global": 4,
+    "batch.micro": 4,
+    "budget.steps": 30,
+    "schedule": "constant",
+    "optim.lr": 1e-2,
+    "evaluation.every_steps": 3,
+    "logging.wandb": "disabled",
+    "export.at_end": "false",
+    "checkpoint.every_steps": 10,
+    "checkpoint.keep": 3,
+    "challenges.forgetting.data": "{root}/general.jsonl",
+    "challenges.forgetting.limit": "3%",
+    "challenges.forgetting.action": "note",
+}
+
+
+def train(root, run_dir, *words, left_out=None):
     told = dict(word.split("=", 1) for word in words)
-    return command_here(["train", *(f"{key}={value}" for key, value in {**settings, **told}.items())])
+    values = {key: str(value).format(root=root) for key, value in {**SETTINGS, "run.dir": run_dir, **told}.items()}
+    values.pop(left_out, None)
+    return command_here(["train", *(f"{key}={value}" for key, value in values.items())])
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,44 @@ def test_detectors_of_forgetting_and_output_report_everywhere(whole):
     steps = [row for row in rows(whole) if "loss" in row]
     mean = sum(row["loss"] for row in steps[-3:]) / 3
     assert last["overfitting/gap"] == pytest.approx(last["eval/loss"] - mean)
+
+
+def test_detectors_find_overfitting_in_a_run_that_asks_for_no_evaluations(site, capfd):
+    """`evaluation.every_steps=auto`: the held-out loss on the way, general text at the start and at the end alone."""
+    few = site / "few.jsonl"
+    few.write_text("".join((site / "held-out.jsonl").read_text().splitlines(keepends=True)[:2]))
+    words = [f"data.eval_path={few}", "evaluation.every_steps=auto", "checkpoint.every_steps=100"]
+    assert train(site, site / "auto", *words, "budget.steps=200") == 0
+    record = json.loads((site / "auto" / "run.json").read_text())
+    assert record["substitutions"]["evaluation.every_steps"].startswith("auto -> 10 (19 evaluations")
+    assert record["challenges"]["overfitting"]["found"] and not record["outcome"]["stopped_early"]
+    by_step = {row["step"]: row for row in rows(site / "auto") if "eval/loss" in row}
+    assert sorted(by_step) == list(range(0, 201, 10))
+    assert [step for step, row in by_step.items() if "forgetting" in row] == [0, 200]
+    best_step = min(by_step, key=lambda step: by_step[step]["eval/loss"])
+    assert record["exported_checkpoint"]["step"] == record["outcome"]["progress"]["best_step"] == best_step
+
+    # A longer run would be evaluated every 13 steps. It goes on from a checkpoint of this one, and so keeps the number.
+    checkpoint = site / "auto" / "checkpoints" / "step-000200"
+    assert train(site, site / "longer", *words, "budget.steps=241", f"run.resume={checkpoint}") == 0
+    later = [row["step"] for row in rows(site / "longer") if "eval/loss" in row]
+    assert later == [210, 220, 230, 240, 241]
+    assert "evaluation.every_steps: auto -> 10 (" in capfd.readouterr().out
+
+
+def test_directory_that_was_frozen_with_0_goes_on_with_the_same_command(site, capfd):
+    """A run of a version whose default was to evaluate at the start and at the end alone."""
+    words = [f"data.eval_path={site}/few.jsonl", "challenges.forgetting.action=off", "budget.steps=24"]
+    assert train(site, site / "zero", *words, "evaluation.every_steps=0") == 0
+    frozen = (site / "zero" / "config.yaml").read_text()
+    earlier = frozen.replace('"evaluation.every_steps=0" ', "")  # what that version would have written for no word
+    (site / "zero" / "config.yaml").write_text(earlier)
+    shutil.rmtree(site / "zero" / "checkpoints" / "step-000024")
+    (site / "zero" / "status.json").write_text(json.dumps({"state": "preempted", "step": 20}))
+    capfd.readouterr()
+    assert train(site, site / "zero", *words, left_out="evaluation.every_steps") == 0
+    assert "keeps the defaults that it began with: evaluation.every_steps: 0 there, auto here" in capfd.readouterr().err
+    assert [row["step"] for row in rows(site / "zero") if "eval/loss" in row] == [0, 24]
 
 
 def test_detector_limit_ends_the_run_with_its_state_saved_and_a_note_goes_on(site, whole, capfd):

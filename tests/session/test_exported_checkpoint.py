@@ -33,6 +33,14 @@ def test_checkpoint_that_leaves_a_run(setting, value, facts, saved, chosen):
     assert (found.step, found.which) == chosen and found.reason
 
 
+def test_last_checkpoint_is_not_called_the_best_where_a_better_one_was_not_saved():
+    progress = Progress(step=30, best_metric=1.5, best_step=30, seen_metric=1.2, seen_step=20)
+    chosen = choose_exported(auto, Outcome(progress, after={"eval/loss": 1.5}), [30])
+    assert chosen.which == "last" and "step 20 had a better eval/loss (1.2000), and was not saved" in chosen.reason
+    progress.seen_metric, progress.seen_step = 1.5, 30
+    assert "also the best" in choose_exported(auto, Outcome(progress, after={"eval/loss": 1.5}), [30]).reason
+
+
 def test_recorded_step_is_none_for_runs_without_a_choice():
     assert recorded_step({"exported_checkpoint": {"step": 14}}) == 14
     assert recorded_step({}) is None and recorded_step({"exported_checkpoint": {"step": "14"}}) is None

@@ -190,6 +190,10 @@ class Checkpoints:
         """Whether the schedule asks for a checkpoint after this step. All ranks must call, after the same steps."""
         return self.schedule.due(step)
 
+    def improvement_due(self) -> bool:
+        """Whether an improvement may be saved now. All ranks must call, after the same steps."""
+        return self.schedule.improvement_due()
+
     @property
     def pending(self) -> int | None:
         """The step whose checkpoint is being written while training continues; None if there is none."""

@@ -13,6 +13,8 @@ from trainer.checkpoints.config import CheckpointConfig
 UNMEASURED_S = 30 * 60.0
 """Seconds between checkpoints until a save was measured."""
 MIN_INTERVAL_S = 60.0
+FREE_SAVING_S = 60.0
+"""Seconds that checkpoints may hold training up in all before improvements are saved only as often as the interval says."""
 QUESTIONS_PER_INTERVAL = 30
 """About how often the ranks hear from rank 0 between two checkpoints."""
 
@@ -39,6 +41,8 @@ class Schedule:
         self._stalls_s: list[float] = []
         """Seconds that the last five checkpoints held training up."""
         self._write_s = 0.0
+        self._all_stalls_s = 0.0
+        """Seconds that all checkpoints of this process held training up."""
         self._last_save_at = self._asked_at = clock()
         self._asked_step: int | None = None
         self._next_question = 0
@@ -64,6 +68,24 @@ class Schedule:
         due, self._next_question = broadcast_object(self._is_time(step), self.runtime)
         return due
 
+    def improvement_due(self) -> bool:
+        """Whether an improvement may be saved now, the same on all ranks, by rank 0's clock. All ranks must call.
+
+        No more often than `checkpoint.every_minutes` says. If it says nothing, the interval is the one that the cost of a save
+        makes best; but as long as all saves together have cost less than a minute, there is no need to wait for it.
+        """
+        return broadcast_object(self._may_save_improvement(), self.runtime)
+
+    def _may_save_improvement(self) -> bool:
+        minutes = self.config.every_minutes
+        since_save_s = self.clock() - self._last_save_at
+        if minutes is not None:
+            return minutes > 0 and since_save_s >= minutes * 60
+        if self._all_stalls_s < FREE_SAVING_S:
+            return True
+        best_s = best_interval(median(self._stalls_s), self.config.mtbf_h * 3600)
+        return since_save_s >= max(best_s, self._write_s)
+
     def _is_time(self, step: int) -> tuple[bool, int]:
         """(whether a checkpoint is due after this step, the step after which to ask again), by this rank's clock.
 
@@ -88,6 +110,7 @@ class Schedule:
     def note_cost(self, stall_s: float, write_s: float) -> None:
         """Note the cost of a checkpoint: it held training up for `stall_s` seconds, and took `write_s` seconds in all."""
         self._stalls_s = [*self._stalls_s[-4:], stall_s]
+        self._all_stalls_s += stall_s
         self._write_s = write_s
 
     def note_attempt(self, step: int, took_s: float | None) -> None:

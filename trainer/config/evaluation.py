@@ -9,6 +9,7 @@ from strategies.errors import ShardtuneError
 from trainer.config.run import RunConfig
 from trainer.data.read.paths import expand
 from trainer.evaluation.base import TaskConfig
+from trainer.evaluation.interval import AUTO
 from trainer.evaluation.tasks import registry
 from trainer.model.config import ModelKind
 from trainer.monitors.config import GENERAL, Reaction, limit_of
@@ -31,13 +32,18 @@ def problems(config: RunConfig) -> Iterator[str]:
     has_anything = has_data or has_general or bool(evaluation.tasks)
     for key in ("every_steps", "patience"):
         evaluations = getattr(evaluation, key)
-        if evaluations > 0 and not has_anything:
+        if isinstance(evaluations, int) and evaluations > 0 and not has_anything:
             yield (
                 f"evaluation.{key}={evaluations}: there is no evaluation data; give data.eval_path or data.eval_share=0.05, or "
                 "set it to 0"
             )
     if evaluation.patience > 0 and evaluation.every_steps == 0:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
+    elif evaluation.patience > 0 and evaluation.every_steps == AUTO and has_anything and not _is_held_out_loss(config):
+        yield (
+            f"evaluation.patience={evaluation.patience}: counts evaluations of {evaluation.watched}, which "
+            "evaluation.every_steps=auto makes at the start and at the end alone; give evaluation.every_steps a number of steps"
+        )
     if evaluation.watched.startswith("test/"):
         yield (
             f"evaluation.watch={evaluation.watched}: the test documents are measured once, when training has ended, and nothing "
@@ -62,6 +68,15 @@ def problems(config: RunConfig) -> Iterator[str]:
     is_f1 = evaluation.watched.rpartition("/")[2].startswith("f1_")
     if is_f1 and not is_of_task and not family_of(config.objective).scores_labels:
         yield f"evaluation.watch={evaluation.watched}: only classifiers have it; watch eval/loss or eval/accuracy"
+
+
+def _is_held_out_loss(config: RunConfig) -> bool:
+    """Whether the watched metric comes from the forward pass over evaluation documents, as `eval/loss` and `eval/accuracy` do."""
+    watch = config.evaluation.watched
+    has_data = config.data.eval_path is not None or config.data.eval_share > 0
+    of_tasks = registry.metric_directions(asked_tasks(config))
+    is_written = watch in (*GENERATED, *FORGOTTEN) or watch.startswith(REWARDS) or watch in of_tasks
+    return has_data and not is_written
 
 
 def more_is_better(config: RunConfig) -> bool:

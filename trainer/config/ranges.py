@@ -32,6 +32,9 @@ def _problems_below(settings: Any, key: str, better_advice: Mapping[str, str] | 
             for name, entry in content.items():
                 if is_dataclass(entry):
                     yield from _problems_below(entry, f"{own_key}.{name}")
+        elif isinstance(content, str) and traits.words:
+            if content not in traits.words:
+                yield f"{own_key}={content}: must be a whole number, or {' or '.join(traits.words)}; {traits.advice}"
         elif traits.bounds is not None and content is not None and not traits.bounds.holds(content):
             yield f"{own_key}={content:g}: must be {traits.bounds}; {traits.advice}"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from strategies.settings import DESCRIBES, Reach, group, number, setting
 from trainer.data.config import DataFormat
 from trainer.evaluation.endpoint.config import EndpointConfig, JudgeConfig
+from trainer.evaluation.interval import AUTO
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -103,8 +104,9 @@ LOSS = "eval/loss"
 class EvaluationConfig:
     """When held-out data is evaluated and what its result decides."""
 
-    every_steps: int = number(0, least=0, advice="0 evaluates only at the end")
-    """Steps between evaluations; 0 evaluates only at the end (and at the start, see `at_start`)."""
+    every_steps: int | str = number(AUTO, least=0, words=(AUTO,), advice="0 evaluates only at the end")
+    """Steps between evaluations; 0: only at the end (and at the start, see `at_start`). `auto`: the held-out loss alone, about
+    twenty times, for at most 5 % of the run's tokens and at most every 10 steps; the rest at the start and the end."""
     at_start: bool = setting(True, reach=DESCRIBES)
     """Evaluate before the first step, so that the gain is known."""
     batch: int = number(8, least=1, advice="8 as a rule")
@@ -147,7 +149,11 @@ class EvaluationConfig:
 
 
 class Evaluator(Protocol):
-    """Runs the model without gradients."""
+    """Runs the model without gradients.
+
+    One that also runs in the evaluations on the way of `evaluation.every_steps=auto` has the attribute `on_the_way`, set to True:
+    it writes no answers and asks nobody.
+    """
 
     def run(self, engine: Engine) -> Iterable[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call. What it leaves in `tables` is shown too."""

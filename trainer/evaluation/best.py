@@ -18,30 +18,38 @@ def check_watched_metric(settings: EvaluationConfig, values: dict[str, float]) -
 def record_evaluation(settings: EvaluationConfig, progress: Progress, values: dict[str, float]) -> bool:
     """Update best metric, best step and the count of stale evaluations in `progress`; returns whether this one is the best.
 
-    `values`: the metrics of the evaluation by name. An improvement of the watched metric counts from `min_delta` on.
+    `values`: the metrics of the evaluation by name. An improvement of the watched metric counts from `min_delta` on. The best
+    evaluation that was seen, which early stopping goes by, may be better than the best one that was saved.
     """
-    watched_value = values[settings.watched]
-    if progress.best_metric is None:
-        improvement = float("inf")  # the first evaluation is the best so far, also with a NaN
-    elif settings.greater_is_better:
-        improvement = watched_value - progress.best_metric
-    else:
-        improvement = progress.best_metric - watched_value
-
-    if improvement > settings.min_delta:
-        progress.best_metric = watched_value
-        progress.best_step = progress.step
+    value = values[settings.watched]
+    seen = progress.best_metric if progress.seen_metric is None else progress.seen_metric
+    if _improvement(settings, value, seen) > settings.min_delta:
+        progress.seen_metric = value
+        progress.seen_step = progress.step
         progress.stale_evaluations = 0
+    else:
+        progress.stale_evaluations += 1
+    if _improvement(settings, value, progress.best_metric) > settings.min_delta:
+        progress.best_metric = value
+        progress.best_step = progress.step
         return True
-    progress.stale_evaluations += 1
     return False
+
+
+def _improvement(settings: EvaluationConfig, value: float, earlier: float | None) -> float:
+    """How much better a value of the watched metric is than an earlier one; negative if it is worse."""
+    if earlier is None:
+        return float("inf")  # the first evaluation is the best so far, also with a NaN
+    return value - earlier if settings.greater_is_better else earlier - value
 
 
 def early_stopping_reason(settings: EvaluationConfig, progress: Progress) -> str | None:
     """Why training stops early, if the watched metric has not improved for `patience` evaluations; else None."""
     if settings.patience == 0 or progress.stale_evaluations < settings.patience:
         return None
+    best = progress.best_metric if progress.seen_metric is None else progress.seen_metric
+    step = progress.best_step if progress.seen_step is None else progress.seen_step
     return (
         f"stopping early: {settings.watched} has not improved for {settings.patience} evaluations "
-        f"(best {progress.best_metric:.4f} at step {progress.best_step})"
+        f"(best {best:.4f} at step {step})"
     )

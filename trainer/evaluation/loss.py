@@ -39,6 +39,9 @@ class LossEvaluator:
     has documents of one source.
     """
 
+    on_the_way = True
+    """It costs a forward pass, and so runs in every evaluation."""
+
     def __init__(
         self,
         batches: Callable[[], Iterable[dict[str, Any]]],

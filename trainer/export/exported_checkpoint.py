@@ -48,18 +48,30 @@ def choose_exported(setting: ExportedCheckpoint, outcome: Outcome, saved_steps: 
         return ChosenCheckpoint(last_step, "last", "export.checkpoint=last")
     if best is None or best_step is None or last is None:
         return ChosenCheckpoint(last_step, "last", "nothing held out says which is the best")
-    if best_step == last_step:
-        return ChosenCheckpoint(last_step, "last", f"it is also the best by {outcome.watch} ({readable(best)})")
-
-    comparison = f"{outcome.watch} was {readable(best)} there, and {readable(last)} at the last step, {last_step}"
     is_worse = last < best if outcome.greater_is_better else last > best
     is_better = last > best if outcome.greater_is_better else last < best
+    if best_step == last_step:
+        return ChosenCheckpoint(last_step, "last", _reason_of_last_and_best(outcome, last))
+
+    comparison = f"{outcome.watch} was {readable(best)} there, and {readable(last)} at the last step, {last_step}"
     takes_best = is_worse or (outcome.stopped_early and not is_better) or setting is ExportedCheckpoint.best
     if not takes_best:
         return ChosenCheckpoint(last_step, "last", f"no earlier checkpoint has a better {outcome.watch}")
     if best_step not in saved_steps:
         return ChosenCheckpoint(last_step, "last", f"step {best_step} was better, and its checkpoint is not there")
     return ChosenCheckpoint(best_step, "best", comparison)
+
+
+def _reason_of_last_and_best(outcome: Outcome, last: float) -> str:
+    """Why the last checkpoint is taken if no saved one is better."""
+    seen = outcome.progress.seen_metric
+    saw_better = seen is not None and (seen > last if outcome.greater_is_better else seen < last)
+    if seen is not None and saw_better:
+        step = outcome.progress.seen_step
+        return (
+            f"step {step} had a better {outcome.watch} ({readable(seen)}), and was not saved (checkpoint.every_minutes)"
+        )
+    return f"it is also the best by {outcome.watch} ({readable(last)})"
 
 
 def recorded_step(run_record: Mapping[str, Any]) -> int | None:

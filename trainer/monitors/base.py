@@ -56,3 +56,11 @@ class Evidence:
     """What was written in it."""
     compared_tasks: list[Any] = field(default_factory=list)
     """`trainer/monitors/forgetting.py`'s comparisons with the base."""
+    planned_task_evaluations: int | None = None
+    """Evaluations of the whole run that ask tasks; None: all of them."""
+
+    @property
+    def task_evaluations(self) -> int:
+        """Evaluations of the whole run that ask tasks, at least one."""
+        planned = self.planned_evaluations if self.planned_task_evaluations is None else self.planned_task_evaluations
+        return max(1, planned)

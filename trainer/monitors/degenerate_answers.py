@@ -131,7 +131,7 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
     """
     if not evidence.answers or config.action is Reaction.off or evidence.step == 0:
         return None
-    level = LEVEL / max(1, evidence.planned_evaluations) / 3  # Bonferroni over evaluations and the three kinds
+    level = LEVEL / evidence.task_evaluations / 3  # Bonferroni over evaluations and the three kinds
     found = {}
     for kind, count in degenerate_counts(evidence.answers).items():
         is_frequent = count.answers >= MIN_ANSWERS and count.share >= MIN_SHARE

@@ -50,6 +50,8 @@ class Challenges:
         """
         self.config = config
         self.planned_evaluations = planned_evaluations
+        self.planned_task_evaluations = planned_evaluations
+        """Evaluations of the whole run that ask tasks; fewer if those on the way compute the held-out loss alone."""
         self.compared_term = compared_term
         self.print_line = print_line
         self.events = events
@@ -182,7 +184,13 @@ class Challenges:
         self._add_to_history(progress, values)
         self.kept_answers.write(progress.step)
         evidence = Evidence(
-            progress.step, values, self.planned_evaluations, progress.evaluations, self._answers, self._compared_tasks
+            progress.step,
+            values,
+            self.planned_evaluations,
+            progress.evaluations,
+            self._answers,
+            self._compared_tasks,
+            self.planned_task_evaluations,
         )
         self._answers = []
         self._compared_tasks = []

@@ -115,7 +115,7 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
         return None
     worst = max(compared, key=lambda task: task.lost)
     limit = limit_of(config)
-    level = LEVEL / max(1, evidence.planned_evaluations)
+    level = LEVEL / evidence.task_evaluations
     bound = worst.bound(level)
     exceeds_limit = limit is not None and worst.lost > limit
     is_clear = bound is not None and bound > 0 and worst.lost > MIN_LOST

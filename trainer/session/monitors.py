@@ -23,18 +23,22 @@ from trainer.objectives.rollouts import RoundsConfig
 from trainer.optim.schedule import warmup_steps
 from trainer.reporting.results import LAST_HELD_OUT
 from trainer.session.announcements import RunContext, challenge_reporter
+from trainer.session.evaluation_interval import EvaluationInterval
 from trainer.step import Built
 
 
-def challenges_of(config: RunConfig, built: Built, total_steps: int, context: RunContext) -> Challenges:
-    """The detectors of a run of `total_steps`. Only rank 0 writes their events."""
-    every_steps = config.evaluation.every_steps
+def challenges_of(
+    config: RunConfig, built: Built, total_steps: int, interval: EvaluationInterval, context: RunContext
+) -> Challenges:
+    """The detectors of a run of `total_steps`, which is evaluated at each `interval`. Only rank 0 writes their events."""
     planned_evaluations = 1  # at the end
-    if every_steps:
-        planned_evaluations = -(-total_steps // every_steps)  # rounded up
+    if interval.steps:
+        planned_evaluations = -(-total_steps // interval.steps)  # rounded up
     events = context.run_dir / EVENTS if context.runtime.is_main else None
     comparable_term = built.step_module.objective.comparable_term
     challenges = Challenges(config.challenges, planned_evaluations, comparable_term, context.console.print_line, events)
+    if interval.loss_alone:
+        challenges.planned_task_evaluations = 1
     challenges.kept_before = KeptHeldOut(context.run_dir, context.runtime)
     challenges.kept_answers = KeptAnswers(context.run_dir if context.runtime.is_main else None)
     challenges.kept_last = KeptHeldOut(context.run_dir, context.runtime, LAST_HELD_OUT)

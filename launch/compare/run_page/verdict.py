@@ -165,10 +165,15 @@ def _again_with_lower_rate(run: RecordedRun) -> str:
     return f"shardtune train {directory}/config.yaml run.dir={directory}-lower-rate optim.lr={lower_rate}"
 
 
+def _exported_best(run: RecordedRun) -> bool:
+    """Whether the run exported its best checkpoint by itself."""
+    return (run.record.exported_checkpoint or {}).get("which") == "best"
+
+
 def _export_best(run: RecordedRun) -> tuple[str, ...]:
-    """The command that exports the best checkpoint; none if the last is the best, or none beats the model before training."""
+    """The command that exports the best checkpoint; none if it was exported, or no step beats the model before training."""
     best = best_step(run)
-    if best is None or best.last_is_as_good or not best.beats_beginning:
+    if best is None or best.last_is_as_good or not best.beats_beginning or _exported_best(run):
         return ()
     return (f"shardtune export {shlex.quote(str(run.directory))} checkpoint=best",)
 
@@ -186,6 +191,8 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
     if best.last_is_as_good:
         return []
     text = f"{watched.title} was {watched.shown(best.value)} there, and {watched.shown(watched.after)} at the end."
+    if _exported_best(run):
+        text += " Its weights were exported."
     return [Callout("note", f"Step {best.step} was the best", text, _export_best(run))]
 
 

@@ -1,0 +1,42 @@
+"""How often `evaluation.every_steps=auto` evaluates: its promises, for sizes of all kinds."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.covering import examples
+from trainer.evaluation.interval import RunSize, automatic_interval, evaluations_on_the_way, reason_for
+
+sizes = st.builds(RunSize, st.integers(1, 10**6), st.floats(1, 1e8), st.integers(0, 10**9))
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(sizes)
+def test_automatic_interval_keeps_its_promises(size):
+    interval = automatic_interval(size)
+    count = evaluations_on_the_way(interval, size.total_steps)
+    assert count <= 20
+    assert count * size.held_out_tokens <= 0.05 * size.total_steps * size.tokens_per_step * (1 + 1e-9)
+    assert interval == 0 or interval >= 10
+
+
+@pytest.mark.parametrize(
+    ("size", "interval", "count"),
+    [
+        (RunSize(1000, 16_000, 16_000), 50, 19),  # the twentieth is that of the end
+        (RunSize(100, 16_000, 1_000), 10, 9),  # not more often than every 10 steps
+        (RunSize(85, 9_600, 30_000), 63, 1),  # the example of the page: 10 % held out, three epochs
+        (RunSize(774, 64_000, 500_000), 157, 4),
+        (RunSize(10, 16_000, 1_000), 0, 0),
+        (RunSize(1000, 16_000, 0), 0, 0),
+    ],
+)
+def test_automatic_interval_of_usual_runs(size, interval, count):
+    assert automatic_interval(size) == interval
+    assert evaluations_on_the_way(interval, size.total_steps) == count
+
+
+def test_reason_says_where_patience_cannot_end_the_run():
+    assert "3.7% of the run's tokens" in reason_for(63, RunSize(85, 9_600, 30_000), 0)
+    assert "too few for evaluation.patience=3: give" in reason_for(63, RunSize(85, 9_600, 30_000), 3)
+    assert reason_for(0, RunSize(10, 16_000, 1_000), 0).startswith("only before the first step and at the end")
