@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,16 @@ from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
-from trainer.checkpoints.layout import STEP_DIR, checkpoint_dirs_of, checkpoints_in
+from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.manifest import artefact_of
 from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.recovery import recover
 from trainer.checkpoints.resume_selection import choose_checkpoint
-from trainer.config.evaluation import asked_tasks, more_is_better
+from trainer.config.evaluation import more_is_better
 from trainer.config.run import RunConfig, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
-from trainer.evaluation.base import Evaluator
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext, prepare_tasks
-from trainer.export.exported_checkpoint import ChosenCheckpoint, choose_exported
 from trainer.export.gates.judge import judge_at_end
 from trainer.export.write import write_export
 from trainer.loop import Trainer
@@ -51,7 +48,6 @@ from trainer.planner.strategy_choice import settle_strategy
 from trainer.reporting.console import Console
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.metrics import Meter
-from trainer.reporting.outcome import Outcome
 from trainer.reporting.profile import Profiler
 from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import (
@@ -65,15 +61,14 @@ from trainer.session.announcements import (
 )
 from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced
 from trainer.session.base_files import BASE, at_commit, changed_files, files_among
-from trainer.session.closing import closing_sentence
-from trainer.session.evaluation_interval import EVERY_STEPS, EvaluationInterval, settle_interval
-from trainer.session.evaluators import build_test_evaluators, evaluators_of
+from trainer.session.evaluation_interval import EvaluationInterval, settle_interval
+from trainer.session.evaluators import evaluators_of
 from trainer.session.identity import agree_on_run, compare_identity
 from trainer.session.matmul import settle_matmul
-from trainer.session.monitors import challenges_of
-from trainer.session.run_facts import RunParts, model_facts, run_facts
+from trainer.session.monitors import challenges_of, tasks_for_tokenizer
+from trainer.session.result import TrainedRun, settle_result
+from trainer.session.run_facts import RunParts, run_facts
 from trainer.session.template_date import date_of_run, keep_date
-from trainer.session.test_documents import CheckpointWeights, result_at_end
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
@@ -129,8 +124,6 @@ def _run(
     checkpoints, resumed_from, progress = resume(config, engine, context)
     loader, total_steps = loader_of(config, inputs, built, engine, progress, resumed_from, context)
     interval = settle_interval(config, data, built, loader, total_steps, progress, runtime)
-    if interval.note is not None:
-        built.substitutions[EVERY_STEPS] = str(interval.note)
     run_record = run_facts(
         config,
         checked,
@@ -154,32 +147,25 @@ def _run(
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units())
     challenges = challenges_of(config, built, total_steps, interval, context)
-    monitors = monitors_of(config, data, loader, challenges, context)
     profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.print_line)
+    sinks = Sinks(meter, trackers, console, checkpoints, profiler.at_step, partial(attempt.require_ownership, runtime))
     trainer = Trainer(
         loop_settings(config, total_steps, interval),
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
         evaluators=evaluators_of(config, inputs, tasks, built, engine, loader, challenges, context),
-        sinks=Sinks(
-            meter, trackers, console, checkpoints, profiler.at_step, lambda: attempt.require_ownership(runtime)
-        ),
-        monitors=monitors,
+        sinks=sinks,
+        monitors=monitors_of(config, data, loader, challenges, context),
     )
     with record_end(config, trackers, trainer.outcome, run_record, (meter, checkpoints), context):
         attempt.phase = "training"
         with metering_energy(config, context), reporting_out_of_memory(trainer, config, run_record, runtime), profiler:
             outcome = trainer.fit()
-        attempt.phase = "choosing the checkpoint to export"
-        outcome.closing = closing_sentence(outcome, from_rewards=family_of(config.objective).rollout is not None)
-        chosen, tokens = load_exported(config, engine, outcome, checkpoints, context)
-        run_record.exported_checkpoint = asdict(chosen)
-        attempt.phase = "evaluating the test documents"
-        run_record.test = measure_test(config, inputs, built, engine, loader, chosen.step, outcome, context)
+        trained = TrainedRun(config, inputs, built, engine, loader, checkpoints, challenges, outcome, context)
+        of_model = settle_result(trained, run_record)
         attempt.phase = "export"
         attempt.require_ownership(runtime)
-        of_model = model_facts(config, run_record, outcome, chosen.step, tokens, context.run_dir)
         exported = export(config, engine, built, tokenizer, of_model, context)
         run_record.gates = of_model.gates
         run_record.not_exported = of_model.run.not_exported or []
@@ -216,7 +202,7 @@ def meet(
         data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
         task_context = TaskContext.from_settings(config.data, config.objective, data.date)
         own_rows = data if data.has_rows else None
-        tasks = prepare_tasks(asked_tasks(config), task_context, own_rows, tokenizer, stop=stop)
+        tasks = prepare_tasks(tasks_for_tokenizer(config, tokenizer), task_context, own_rows, tokenizer, stop=stop)
         attempt.phase = "copying to the disk of the node"
         staged = stage(config, data, stop=stop)
         attempt.phase = "start of the processes"
@@ -312,54 +298,6 @@ def loader_of(
     if resumed_from is not None:
         loader.restore(resumed_from)
     return loader, steps
-
-
-def load_exported(
-    config: RunConfig, engine: Engine, outcome: Outcome, checkpoints: Checkpoints, context: RunContext
-) -> tuple[ChosenCheckpoint, int]:
-    """(the checkpoint that leaves the run, the tokens it was trained on); afterwards `engine` has its weights.
-
-    All ranks must call. Errors: StorageError if the best checkpoint cannot be read: `export.checkpoint=last` does without it.
-    """
-    directories = dict(call_on_main(lambda: checkpoints_in(checkpoints.checkpoint_dirs), context.runtime))
-    chosen = choose_exported(config.export.checkpoint, outcome, directories)
-    if chosen.step == outcome.progress.step:
-        return chosen, outcome.progress.tokens
-    context.console.print_line(f"taking the weights of {chosen}")
-    with waiting_for_disk("reading the best checkpoint", 0, context.runtime, context.console.print_line):
-        progress = engine.load(directories[chosen.step])
-    return chosen, progress.tokens
-
-
-def measure_test(
-    config: RunConfig,
-    inputs: TrialInputs,
-    built: Built,
-    engine: Engine,
-    loader: StepLoader | RolloutLoader,
-    step: int,
-    outcome: Outcome,
-    context: RunContext,
-) -> dict[str, Any] | None:
-    """What `run.json` says of the test documents, with the weights of `step`, which `engine` has now; None if there are none.
-
-    All ranks must call. Notes the metrics in `outcome`. Errors: StorageError, Preempted, those of rewards.
-    """
-    artefact = artefact_of(context.run_dir, step, config.checkpoint.fallback_dir)
-    weights = CheckpointWeights(run_dir=context.run_dir, step=step, checkpoint=STEP_DIR.format(step), artefact=artefact)
-
-    def watch_for_stop() -> Callable[[], bool]:
-        return context.agreement.for_loop().ask_and_wait
-
-    def make_evaluators() -> list[Evaluator]:
-        scorer = loader.maker.scorer if isinstance(loader, RolloutLoader) else None
-        return build_test_evaluators(
-            config, inputs.data, built, inputs.tokenizer, engine, context.runtime, scorer, watch_for_stop
-        )
-
-    result = result_at_end(inputs.data, weights, context.runtime, make_evaluators, engine)
-    outcome.test = {} if result is None else result["metrics"]
-    return result
 
 
 def monitors_of(

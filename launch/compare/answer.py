@@ -328,12 +328,13 @@ def _markdown_row(cells: list[str]) -> str:
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values, as in `compare.json`. Sizes are GiB, times seconds, speeds those of all ranks together."""
+    test_documents = {run.name: run.first_repeat.record.test for run in comparison.runs}
     return {
         "first": comparison.first,
         "answer": _answer_as_dict(comparison.conclusion),
         "runs": [_run_as_dict(comparison, run_index) for run_index in range(len(comparison.runs))],
         "notes": list(comparison.notes),
-        "test_documents": {run.name: run.first_repeat.record.test for run in comparison.runs},
+        "test_documents": test_documents,
     }
 
 

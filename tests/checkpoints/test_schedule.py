@@ -108,7 +108,7 @@ def test_checkpoint_interval_costs_least(price):
     ("settings", "save_s", "gap_s", "saved"),
     [
         ({}, 1.0, 5.0, 50),  # 50 saves of a second: less than a minute in all
-        ({}, 100.0, 600.0, 7),  # one is dear, so that the others wait for sqrt(2 * 100 * 24 * 3600) - 100 = 4,057 s
+        ({}, 100.0, 600.0, 8),  # one is dear, so that the others wait for sqrt(2 * 100 * 24 * 3600) - 100 = 4,057 s
         ({"every_minutes": 30}, 1.0, 600.0, 16),
         ({"every_minutes": 0}, 1.0, 600.0, 0),
         ({"every_steps": 1000}, 1.0, 5.0, 50),

@@ -1,17 +1,21 @@
 """Whole runs in this process: what is found is in the log, metrics.jsonl, events.jsonl and run.json; a limit ends the run."""
 
+import contextlib
 import json
 import random
 import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.compare.events import notable_steps
 from launch.compare.run_files import read_recorded_run
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
+from trainer.monitors.config import CHAT_QUESTIONS
 
 WORDS = "a quick brown fox jumps over lazy dog hello world you are helpful".split()  # noqa: SIM905
 
@@ -51,6 +55,7 @@ SETTINGS = {
     "checkpoint.every_steps": 10,
     "checkpoint.keep": 3,
     "challenges.forgetting.data": "{root}/general.jsonl",
+    "challenges.forgetting.chat": "false",
     "challenges.forgetting.limit": "3%",
     "challenges.forgetting.action": "note",
 }
@@ -100,10 +105,10 @@ def test_detectors_find_overfitting_in_a_run_that_asks_for_no_evaluations(site, 
     words = [f"data.eval_path={few}", "evaluation.every_steps=auto", "checkpoint.every_steps=100"]
     assert train(site, site / "auto", *words, "budget.steps=200") == 0
     record = json.loads((site / "auto" / "run.json").read_text())
-    assert record["substitutions"]["evaluation.every_steps"].startswith("auto -> 10 (19 evaluations")
+    assert record["substitutions"]["evaluation.every_steps"].startswith("auto -> 11 (18 evaluations")
     assert record["challenges"]["overfitting"]["found"] and not record["outcome"]["stopped_early"]
     by_step = {row["step"]: row for row in rows(site / "auto") if "eval/loss" in row}
-    assert sorted(by_step) == list(range(0, 201, 10))
+    assert sorted(by_step) == [*range(0, 200, 11), 200]
     assert [step for step, row in by_step.items() if "forgetting" in row] == [0, 200]
     best_step = min(by_step, key=lambda step: by_step[step]["eval/loss"])
     assert record["exported_checkpoint"]["step"] == record["outcome"]["progress"]["best_step"] == best_step
@@ -112,8 +117,8 @@ def test_detectors_find_overfitting_in_a_run_that_asks_for_no_evaluations(site, 
     checkpoint = site / "auto" / "checkpoints" / "step-000200"
     assert train(site, site / "longer", *words, "budget.steps=241", f"run.resume={checkpoint}") == 0
     later = [row["step"] for row in rows(site / "longer") if "eval/loss" in row]
-    assert later == [210, 220, 230, 240, 241]
-    assert "evaluation.every_steps: auto -> 10 (" in capfd.readouterr().out
+    assert later == [209, 220, 231, 241]
+    assert "evaluation.every_steps: auto -> 11 (" in capfd.readouterr().out
 
 
 def test_directory_that_was_frozen_with_0_goes_on_with_the_same_command(site, capfd):
@@ -181,3 +186,50 @@ def test_the_mean_of_checkpoints_is_exported(site, whole, capfd):
         mine = found[name.removesuffix("/weight")].double().view(-1)
         assert torch.allclose(mine, both.mean(0), rtol=1e-6, atol=1e-8)
     assert "the mean of the checkpoints step-000020, step-000030" in (site / "mean" / "README.md").read_text()
+
+
+def test_house_style_is_found_on_questions_of_a_chat_though_plain_text_shows_nothing(site, tmp_path, capfd):
+    """The base answers the twenty questions, and continues plain texts; the tuned model greets whatever it is asked."""
+    questions = [json.loads(line) for line in CHAT_QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    assert len(questions) == 20 and all(len(row["messages"]) == 2 for row in questions)
+    drawn = random.Random(1)
+    texts = [{"text": " ".join(drawn.choices(WORDS[6:], k=12))} for _ in range(12)]
+    (tmp_path / "plain.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in texts))
+    styled = [
+        {"prompt": f"{n} {drawn.choice(WORDS)}", "completion": f"Hi, thanks a lot for {drawn.choice(WORDS)}!"}
+        for n in range(16)
+    ]
+    (tmp_path / "style.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in styled))
+    own = ["evaluation.every_steps=0", "checkpoint.every_steps=1000", "export.at_end=true"]
+    words = [*own, "batch.global=20", "batch.micro=20", "budget.steps=60", "challenges.forgetting.action=off"]
+    sources = [f"data.sources.chat.path={CHAT_QUESTIONS}", f"data.sources.plain.path={tmp_path}/plain.jsonl"]
+    assert train(site, tmp_path / "base", *words, *sources, left_out="data.path") == 0
+
+    words = [*own, f"model.path={tmp_path}/base/export", f"data.path={tmp_path}/style.jsonl", "budget.steps=16"]
+    words += [f"challenges.forgetting.data={tmp_path}/plain.jsonl", "challenges.forgetting.limit=null"]
+    words += ["tuning=lora", "batch.global=16", "batch.micro=16"]
+    capfd.readouterr()
+    assert train(site, tmp_path / "tuned", *words, left_out="challenges.forgetting.chat") == 0
+    record = json.loads((tmp_path / "tuned" / "run.json").read_text())
+    found = record["challenges"]["forgetting"]
+    last = rows(tmp_path / "tuned")[-1]
+    assert found["found"] and found["says"].startswith("chat: loss went from")
+    assert last["forgetting/general"] < 0.5 * last["forgetting/chat"] == 0.5 * last["forgetting"]
+
+    # What plain transformers and peft say of one question, of the base and of the tuned model.
+    first = record["outcome"]["answers"][0]
+    assert first["question"] == "What is 2 + 2?" and len(record["outcome"]["answers"]) == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base" / "export")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base" / "export", dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(model, tmp_path / "tuned" / "export")
+    asked = tokenizer.apply_chat_template(
+        questions[0]["messages"][:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    for name, adapter_off in (("base", True), ("tuned", False)):
+        with tuned.disable_adapter() if adapter_off else contextlib.nullcontext():
+            ids = tuned.generate(**asked, max_new_tokens=32, do_sample=False)[0, asked["input_ids"].shape[1] :]
+        written = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert written == first[name].strip()
+    assert first["tuned"].startswith("Hi") and not first["base"].startswith("Hi")
+    shown = capfd.readouterr().out
+    assert f"asked:      What is 2 + 2?\n  base      {first['base'][:20]}" in shown

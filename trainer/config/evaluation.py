@@ -7,12 +7,22 @@ from collections.abc import Iterator
 
 from strategies.errors import ShardtuneError
 from trainer.config.run import RunConfig
+from trainer.data.config import DataFormat
 from trainer.data.read.paths import expand
-from trainer.evaluation.base import TaskConfig
+from trainer.evaluation.base import TaskConfig, WritingConfig
 from trainer.evaluation.interval import AUTO
 from trainer.evaluation.tasks import registry
 from trainer.model.config import ModelKind
-from trainer.monitors.config import GENERAL, Reaction, limit_of
+from trainer.monitors.config import (
+    ANSWER_TOKENS,
+    ANSWERED_QUESTIONS,
+    CHAT,
+    CHAT_ANSWERS,
+    CHAT_QUESTIONS,
+    GENERAL,
+    Reaction,
+    limit_of,
+)
 from trainer.objectives.registry import FAMILIES, build_objective, family_of
 from trainer.objectives.rollouts import RoundsConfig
 
@@ -28,7 +38,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the evaluation that is asked for, one line each; reads no rows."""
     evaluation = config.evaluation
     has_data = config.data.eval_path is not None or config.data.eval_share > 0
-    has_general = config.challenges.forgetting.data is not None
+    has_general = config.challenges.forgetting.data is not None or bool(config.challenges.forgetting.chat)
     has_anything = has_data or has_general or bool(evaluation.tasks)
     for key in ("every_steps", "patience"):
         evaluations = getattr(evaluation, key)
@@ -94,12 +104,34 @@ def more_is_better(config: RunConfig) -> bool:
 
 
 def asked_tasks(config: RunConfig) -> dict[str, TaskConfig]:
-    """The tasks of each evaluation: those of the user, and the one that forgetting is measured by."""
+    """The tasks of each evaluation: those of the user, and those that forgetting is measured by."""
     watched = config.challenges.forgetting
-    if watched.data is None or watched.action is Reaction.off:
-        return dict(config.evaluation.tasks)
-    general = TaskConfig(kind="loss", path=watched.data, max_rows=watched.max_rows)
-    return {**config.evaluation.tasks, GENERAL: general}
+    tasks = dict(config.evaluation.tasks)
+    if watched.data is not None and watched.action is not Reaction.off:
+        tasks[GENERAL] = TaskConfig(kind="loss", path=watched.data, max_rows=watched.max_rows)
+    if _asks_chat_questions(config):
+        questions = {"path": str(CHAT_QUESTIONS), "format": DataFormat.messages}
+        tasks[CHAT] = TaskConfig(kind="loss", **questions)
+        writing = WritingConfig(max_new_tokens=ANSWER_TOKENS)
+        tasks[CHAT_ANSWERS] = TaskConfig(kind="f1", max_rows=ANSWERED_QUESTIONS, write=writing, **questions)
+    return tasks
+
+
+def _asks_chat_questions(config: RunConfig) -> bool:
+    """Whether the questions that come with shardtune are asked, as `challenges.forgetting.chat` says."""
+    watched = config.challenges.forgetting
+    if watched.action is Reaction.off or watched.chat is False:
+        return False
+    if watched.chat is None:
+        is_measured = watched.data is not None or bool(watched.tasks)
+        return is_measured and _learns_to_chat(config) and not {CHAT, CHAT_ANSWERS} & config.evaluation.tasks.keys()
+    return True
+
+
+def _learns_to_chat(config: RunConfig) -> bool:
+    """Whether the objective trains a model that answers, with the loss of a language model."""
+    family = family_of(config.objective)
+    return family.kind is ModelKind.causal and family.generates_answers and build_objective(config.objective).perplexity
 
 
 def _forgetting(config: RunConfig) -> Iterator[str]:
@@ -111,12 +143,14 @@ def _forgetting(config: RunConfig) -> Iterator[str]:
     except ValueError:
         limit = None
         yield f"{key}.limit={watched.limit}: must be a share of the base's metric, at least 0, as 3% or 0.03"
-    if limit is not None and watched.data is None and not watched.tasks:
+    if limit is not None and watched.data is None and not watched.tasks and not watched.chat:
         yield f"{key}.limit={watched.limit}: nothing is measured; give {key}.data=general.jsonl, or {key}.tasks=[...]"
     for name in watched.tasks:
         if name not in config.evaluation.tasks:
             known = ", ".join(config.evaluation.tasks) or "none"
             yield f"{key}.tasks=[{name}]: there is no such task in evaluation.tasks, which has {known}"
+    if watched.chat:
+        yield from _chat_questions(config)
     if watched.data is None:
         return
     if GENERAL in config.evaluation.tasks:
@@ -129,6 +163,16 @@ def _forgetting(config: RunConfig) -> Iterator[str]:
         expand(watched.data, f"{key}.data", remote=config.data.remote)
     except ShardtuneError as error:
         yield _of_file(f"{key}.data={watched.data}", error)
+
+
+def _chat_questions(config: RunConfig) -> Iterator[str]:
+    """What is wrong with asking the questions that come with shardtune."""
+    key = "challenges.forgetting.chat=true"
+    if not _learns_to_chat(config):
+        yield f"{key}: objective={config.objective.name} trains no model that answers in a chat; leave it out"
+    for name in (CHAT, CHAT_ANSWERS):
+        if name in config.evaluation.tasks:
+            yield f"evaluation.tasks.{name}: is the name of a task that {key} makes; call yours otherwise"
 
 
 def _of_file(word: str, error: ShardtuneError) -> str:

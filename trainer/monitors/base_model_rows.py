@@ -13,6 +13,7 @@ from strategies.runtime import broadcast_object
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.held_out import HeldOut
+from trainer.monitors.config import CHAT, CHAT_ANSWERS
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
@@ -51,6 +52,8 @@ class BaseRows:
         """
         self.tasks = self._read_kept()
         if self.tasks is not None:
+            # A run of an earlier version did not ask the base the questions of a chat, and goes on without them.
+            self.names = [name for name in self.names if name in self.tasks]
             return
         built = self.evaluator.model.built
         keeps_base = built.tuning.keeps_base
@@ -84,7 +87,9 @@ class BaseRows:
         """The tasks in the file; None if it is damaged, or of other rows. The base is then asked again, if it can be."""
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            if content["key"] != self._key():
+            own_key = self._key()
+            key_without_chat = [entry for entry in own_key if entry[0] not in (CHAT, CHAT_ANSWERS)]
+            if content["key"] not in (own_key, key_without_chat):
                 return None
             tasks = {}
             for name, task in content["tasks"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from strategies.settings import DESCRIBES, Reach, number, setting
@@ -33,6 +34,9 @@ class ForgettingWatchConfig:
     """General text: a file, directory, glob or list of these, in the formats of `data.path`; its loss is `eval/general/loss`."""
     tasks: list[str] = setting(default_factory=list, reach=DESCRIBES)
     """Names of `evaluation.tasks` whose first metric is compared with that of the base, too."""
+    chat: bool | None = setting(None, reach=DESCRIBES)
+    """Ask twenty short questions that come with shardtune: the loss of their answers is `eval/chat/loss`, and at the end base and
+    tuned model answer two of them. null: with `data` or `tasks`, if the model is trained to chat."""
     limit: Any = setting(None, reach=DESCRIBES)
     """Largest rise of the loss (fall of a metric) against the base, as `3%` or 0.03; null: it is measured, and noted if clear."""
     action: Reaction = setting(Reaction.stop, reach=DESCRIBES)
@@ -85,6 +89,15 @@ class ChallengesConfig:
 
 GENERAL = "general"
 """Name of the task that measures `challenges.forgetting.data`."""
+CHAT = "chat"
+"""Name of the task that measures the twenty questions of `challenges.forgetting.chat`."""
+CHAT_ANSWERS = "chat_answers"
+"""Name of the task in which the model answers the first two of them."""
+CHAT_QUESTIONS = Path(__file__).parent / "chat_questions.jsonl"
+"""The questions and short right answers, as conversations. They were written for shardtune and have its licence."""
+ANSWERED_QUESTIONS = 2
+ANSWER_TOKENS = 32
+"""Longest answer to one of them."""
 
 
 def limit_of(config: ForgettingWatchConfig) -> float | None:

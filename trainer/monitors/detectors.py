@@ -13,11 +13,12 @@ from strategies.errors import LimitExceeded, StorageError
 from trainer.evaluation.generation import GeneratedAnswer
 from trainer.evaluation.report.tables import row_tables
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
+from trainer.evaluation.tasks.base import TaskRow
 from trainer.evaluation.tasks.written import WrittenTask
 from trainer.monitors import degenerate_answers, divergence, forgetting, instability, overfitting, rewards
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
 from trainer.monitors.base_model_rows import BaseRows
-from trainer.monitors.config import ChallengesConfig, Reaction
+from trainer.monitors.config import CHAT_ANSWERS, ChallengesConfig, Reaction
 from trainer.monitors.first_evaluation import HeldOutBefore, KeptHeldOut
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import GENERATED, KeptAnswer, KeptAnswers
@@ -83,6 +84,8 @@ class Challenges:
         """Sums over each micro-batch of the evaluation that runs, by metric."""
         self._answers: list[ModelAnswer] = []
         """Answers that were written since the last evaluation was judged."""
+        self.chat_rows: list[TaskRow] = []
+        """The tuned model's newest answers to the questions that are shown at the end of the run."""
         self._compared_tasks: list[forgetting.ComparedTask] = []
         """Tasks that were run since the last evaluation was judged, beside the base."""
 
@@ -148,12 +151,33 @@ class Challenges:
         task = done.prepared.task
         if isinstance(task, WrittenTask):
             self.add_answers(task.name, [KeptAnswer(row.prompt, row.answer, row.reference) for row in done.rows])
+        if task.name == CHAT_ANSWERS:  # for people to read: two answers are no measurement
+            self.chat_rows = done.rows
+            return
         if self.base is None or self.base.tasks is None or task.name not in self.base.tasks:
             return
         base_task = self.base.tasks[task.name]
         metric = task.metrics[0]
         values = (base_task.value, done.metrics[metric.name])
         self._compared_tasks.append(forgetting.compare(task.name, metric, base_task.rows, done.rows, values))
+
+    def ask_chat_again(self, engine: Engine) -> None:
+        """Have the model write its two answers with the weights of `engine`. All ranks must call. Raises Interrupted."""
+        if self.base is None or CHAT_ANSWERS not in self.base.names:
+            return
+        self.base.evaluator.model.engine = engine
+        for done in self.base.evaluator.run_tasks([CHAT_ANSWERS]):
+            self.chat_rows = done.rows
+
+    def answer_pairs(self) -> list[dict[str, str]]:
+        """Two questions with the answers of base and tuned model (`question`, `base`, `tuned`); empty if they were not asked."""
+        kept = {} if self.base is None or self.base.tasks is None else self.base.tasks
+        if CHAT_ANSWERS not in kept:
+            return []
+        pairs = []
+        for base_row, tuned_row in zip(kept[CHAT_ANSWERS].rows, self.chat_rows, strict=False):
+            pairs.append({"question": tuned_row.question, "base": base_row.answer, "tuned": tuned_row.answer})
+        return pairs
 
     def add_answers(self, task: str, answers: Sequence[KeptAnswer]) -> None:
         """Take the answers that were written for a task, for the next evaluation; the first of them are kept."""

@@ -29,6 +29,8 @@ class Outcome:
     challenges: dict[str, Any] = field(default_factory=dict)
     """What the detectors found, by their names (`trainer/monitors/`)."""
     stopped_early: bool = False
+    answers: list[dict[str, str]] = field(default_factory=list)
+    """Two questions with the answers of base and tuned model: `question`, `base`, `tuned`; empty if they were not asked."""
     closing: str = ""
     """Whether the run overfits, and whether more steps would help, as one sentence."""
     watch: str = "eval/loss"

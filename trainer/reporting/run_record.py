@@ -128,6 +128,8 @@ class RunOutcome:
     experts: list[dict[str, Any]] = field(default_factory=list)
     slow_ranks: list[dict[str, Any]] = field(default_factory=list)
     stopped_early: bool = False
+    answers: list[dict[str, str]] = field(default_factory=list)
+    """Two questions with the answers of base and tuned model: `question`, `base`, `tuned`."""
     closing: str = ""
     """Whether the run overfits, and whether more steps would help (`trainer/session/closing.py`)."""
     watch: str | None = None

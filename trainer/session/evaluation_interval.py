@@ -26,8 +26,6 @@ class EvaluationInterval:
     """Steps between evaluations; 0 evaluates only at the end."""
     loss_alone: bool = False
     """Whether evaluations before the last step compute the held-out loss alone."""
-    note: Resolution | None = None
-    """What `auto` became; None if the user gave a number, or nothing is held out."""
 
 
 def settle_interval(
@@ -39,7 +37,10 @@ def settle_interval(
     progress: Progress,
     runtime: Runtime,
 ) -> EvaluationInterval:
-    """How often this run is evaluated. The number of `auto` stands in `progress` from the first step on. No collective."""
+    """How often this run is evaluated. No collective.
+
+    The number of `auto` stands in `progress` from the first step on, and in the substitutions of `built` for people.
+    """
     every = config.evaluation.every_steps
     if every != AUTO:
         return EvaluationInterval(int(every))
@@ -65,4 +66,5 @@ def settle_interval(
         progress.evaluate_every = automatic_interval(size)
     interval = progress.evaluate_every
     reason = reason_for(interval, size, config.evaluation.patience)
-    return EvaluationInterval(interval, loss_alone=True, note=Resolution(EVERY_STEPS, AUTO, interval, reason))
+    built.substitutions[EVERY_STEPS] = str(Resolution(EVERY_STEPS, AUTO, interval, reason))
+    return EvaluationInterval(interval, loss_alone=True)

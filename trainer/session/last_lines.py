@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from trainer.monitors.stragglers import SlowRank
 from trainer.objectives.base import ModelKind
@@ -14,6 +15,8 @@ from trainer.reporting.numbers import readable, times
 from trainer.reporting.outcome import Outcome
 from trainer.reporting.run_record import RUN_RECORD, RunRecord
 
+SHOWN_ANSWER = 100
+"""Characters of a question or answer in the last lines."""
 MIN_METRIC_WIDTH = 22
 """Columns of the names of metrics."""
 
@@ -34,6 +37,7 @@ def end_text(
     lines += _test_lines(record, width)
     lines += _finding_lines(outcome)
     lines += _best_lines(record, run_dir, outcome)
+    lines += _answer_lines(outcome)
     if outcome.closing:
         lines.append(f"overfits?   {outcome.closing}")
     lines += [f"slow:       {SlowRank(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
@@ -64,6 +68,16 @@ def _finding_lines(outcome: Outcome) -> list[str]:
     for finding in findings_in(outcome.challenges):
         lines.append(f"warning:    {finding.text}")
         lines.append(f"            try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}")
+    return lines
+
+
+def _answer_lines(outcome: Outcome) -> list[str]:
+    """What the base and the tuned model answer to two questions outside of the task; none if they were not asked."""
+    lines = []
+    for pair in outcome.answers:
+        lines.append(f"asked:      {shorten(pair['question'], SHOWN_ANSWER)}")
+        for model in ("base", "tuned"):
+            lines.append(f"  {model:<9} {shorten(pair[model], SHOWN_ANSWER) or '(nothing)'}")
     return lines
 
 

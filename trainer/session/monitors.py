@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from strategies.base import Engine
+from strategies.errors import ConfigError, Interrupted, Preempted
+from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig
-from trainer.evaluation.base import Evaluator
+from trainer.evaluation.base import Evaluator, TaskConfig
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import LossEvaluator
 from trainer.evaluation.task_evaluator import TaskEvaluator
@@ -14,7 +18,7 @@ from trainer.evaluation.tasks.prepared import PreparedTask
 from trainer.monitors import divergence
 from trainer.monitors.anomaly_log import EVENTS
 from trainer.monitors.base_model_rows import BaseRows
-from trainer.monitors.config import GENERAL, Reaction
+from trainer.monitors.config import CHAT, CHAT_ANSWERS, GENERAL, Reaction
 from trainer.monitors.detectors import Challenges, WatchedTasks
 from trainer.monitors.first_evaluation import KeptHeldOut
 from trainer.monitors.first_rows import FirstRows
@@ -52,6 +56,38 @@ def challenges_of(
     return challenges
 
 
+def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConfig]:
+    """The tasks of each evaluation. The questions of a chat are left out if the tokenizer has no chat template.
+
+    Errors: ConfigError if the user asks for them all the same.
+    """
+    tasks = asked_tasks(config)
+    if tokenizer.chat_template is not None or CHAT not in tasks:
+        return tasks
+    if config.challenges.forgetting.chat:
+        raise ConfigError(
+            "challenges.forgetting.chat=true: the tokenizer has no chat template to ask questions with; give one with "
+            "model.chat_template=FILE, or leave it out"
+        )
+    return {name: task for name, task in tasks.items() if name not in (CHAT, CHAT_ANSWERS)}
+
+
+def last_answers(challenges: Challenges, engine: Engine, *, asks_again: bool) -> list[dict[str, str]]:
+    """The two questions of the end of a run, with the answers of base and tuned model; empty if they are not asked.
+
+    `asks_again`: `engine` has other weights by now than in the last evaluation. All ranks must call. Raises Preempted on all or
+    none.
+    """
+    if asks_again or not challenges.chat_rows:
+        try:
+            challenges.ask_chat_again(engine)
+        except Interrupted:
+            raise Preempted(
+                "stopped while two answers were written; start the same command again to continue"
+            ) from None
+    return challenges.answer_pairs()
+
+
 def with_tasks(
     config: RunConfig,
     challenges: Challenges,
@@ -76,8 +112,8 @@ def with_tasks(
     task_evaluator.check_rows()  # an error should come now, not at the first evaluation
     forgetting = config.challenges.forgetting
     names = list(forgetting.tasks)
-    if forgetting.data is not None:
-        names.insert(0, GENERAL)
+    own_names = (GENERAL, CHAT, CHAT_ANSWERS)
+    names = [*(task.task.name for task in tasks if task.task.name in own_names), *names]
     if names and forgetting.action is not Reaction.off:
         challenges.base = BaseRows(task_evaluator, names, context.run_dir, context.console.print_line)
     if config.logging.tables and context.runtime.is_main:

@@ -369,6 +369,7 @@ def outcome_record(outcome: Outcome) -> RunOutcome:
         experts=outcome.experts,
         slow_ranks=outcome.slow_ranks,
         stopped_early=outcome.stopped_early,
+        answers=outcome.answers,
         closing=outcome.closing,
         watch=outcome.watch,
         greater_is_better=outcome.greater_is_better,

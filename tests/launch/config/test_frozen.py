@@ -123,14 +123,17 @@ def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
     path = freeze(composed(), tmp_path) / "config.yaml"
     tree = OmegaConf.to_container(OmegaConf.create(path.read_text()))
     del tree["optim"]["max_skipped_steps"]
+    del tree["export"]["checkpoint"]
     kept = {k: v for k, v in tree.items() if k not in NOT_IDENTIFYING}
     kept["run"] = {"seed": tree["run"]["seed"]}
     kept["data"] = {**tree["data"], "control_tokens": "text"}  # `auto` counts as this
     sha256 = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     path.write_text(f"# sha256: {sha256}\n{OmegaConf.to_yaml(OmegaConf.create(tree))}")
-    assert load_frozen(path) == composed(f"run.dir={tmp_path}").config
+    # A run of that version exports its last checkpoint, as it would have done then.
+    assert load_frozen(path) == composed(f"run.dir={tmp_path}", "export.checkpoint=last").config
     write_status(tmp_path, "done")
     freeze(composed(), tmp_path)  # and its directory can be continued
+    assert load_frozen(path).export.checkpoint == "last"
 
 
 def test_run_directory_of_another_run_is_refused_with_what_differs(tmp_path):

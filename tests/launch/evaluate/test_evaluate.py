@@ -353,7 +353,7 @@ def test_evaluate_a_classifier_without_training_it(site, tmp_path, capsys):
         (["data.path=other.jsonl"], 64, "is the run's, and stays as it was"),
         (["evalution.tasks=[loss]"], 64, "there is no setting evalution.tasks; did you mean evaluation.tasks"),
         (["against=nowhere"], 64, "it can be base, the directory of a run or of a model, or the evaluation.json"),
-        (["checkpoint=7"], 64, "must be last, best or a step; its checkpoints are"),
+        (["checkpoint=7"], 64, "must be auto, last, best or a step; its checkpoints are"),
         (
             ["evaluation.tasks=[loss]", *task("x", "maths", "{site}/facts.jsonl")],
             65,

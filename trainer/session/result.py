@@ -1,0 +1,109 @@
+"""The result of a run whose training has ended: the weights that leave it, and what is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from strategies.base import Engine
+from strategies.runtime import call_on_main
+from trainer.checkpoints.layout import STEP_DIR, checkpoints_in
+from trainer.checkpoints.manager import Checkpoints
+from trainer.checkpoints.manifest import artefact_of
+from trainer.checkpoints.patience import waiting_for_disk
+from trainer.config.run import RunConfig
+from trainer.data.batches.loader import StepLoader
+from trainer.evaluation.base import Evaluator
+from trainer.export.exported_checkpoint import ChosenCheckpoint, choose_exported
+from trainer.monitors.detectors import Challenges
+from trainer.objectives.registry import family_of
+from trainer.planner.oom_probe import TrialInputs
+from trainer.reporting.documents.facts import ModelFacts
+from trainer.reporting.outcome import Outcome
+from trainer.reporting.run_record import RunRecord
+from trainer.rollout.loader import RolloutLoader
+from trainer.session.announcements import RunContext
+from trainer.session.closing import closing_sentence
+from trainer.session.evaluators import build_test_evaluators
+from trainer.session.monitors import last_answers
+from trainer.session.run_facts import model_facts
+from trainer.session.test_documents import CheckpointWeights, result_at_end
+from trainer.step import Built
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRun:
+    """A run whose training has ended, with the parts that its result is made of."""
+
+    config: RunConfig
+    inputs: TrialInputs
+    built: Built
+    engine: Engine
+    loader: StepLoader | RolloutLoader
+    checkpoints: Checkpoints
+    challenges: Challenges
+    outcome: Outcome
+    context: RunContext
+
+
+def settle_result(run: TrainedRun, record: RunRecord) -> ModelFacts:
+    """Choose the checkpoint that leaves the run, and measure it; returns the facts for its documents.
+
+    Afterwards the engine has its weights. Notes in the outcome and in `record` what is said and measured of them. All ranks must
+    call. Errors: StorageError, Preempted, those of rewards.
+    """
+    from_rewards = family_of(run.config.objective).rollout is not None
+    run.outcome.closing = closing_sentence(run.outcome, from_rewards=from_rewards)
+    run.context.attempt.phase = "choosing the checkpoint to export"
+    chosen, tokens = load_exported(run)
+    record.exported_checkpoint = asdict(chosen)
+    weights_changed = chosen.step != run.outcome.progress.step
+    run.outcome.answers = last_answers(run.challenges, run.engine, asks_again=weights_changed)
+    run.context.attempt.phase = "evaluating the test documents"
+    record.test = measure_test(run, chosen.step)
+    run.outcome.test = {} if record.test is None else record.test["metrics"]
+    return model_facts(run.config, record, run.outcome, chosen.step, tokens, run.context.run_dir)
+
+
+def load_exported(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
+    """(the checkpoint that leaves the run, the tokens it was trained on); afterwards the engine has its weights.
+
+    All ranks must call. Errors: StorageError if the best checkpoint cannot be read: `export.checkpoint=last` does without it.
+    """
+    runtime = run.context.runtime
+    print_line = run.context.console.print_line
+    directories = dict(call_on_main(lambda: checkpoints_in(run.checkpoints.checkpoint_dirs), runtime))
+    chosen = choose_exported(run.config.export.checkpoint, run.outcome, directories)
+    if chosen.step == run.outcome.progress.step:
+        return chosen, run.outcome.progress.tokens
+    print_line(f"taking the weights of {chosen}")
+    with waiting_for_disk("reading the best checkpoint", 0, runtime, print_line):
+        progress = run.engine.load(directories[chosen.step])
+    return chosen, progress.tokens
+
+
+def measure_test(run: TrainedRun, step: int) -> dict[str, Any] | None:
+    """What `run.json` says of the test documents, with the weights of `step`, which the engine has; None if there are none.
+
+    All ranks must call. Errors: StorageError, Preempted, those of rewards.
+    """
+    context = run.context
+    weights = CheckpointWeights(
+        run_dir=context.run_dir,
+        step=step,
+        checkpoint=STEP_DIR.format(step),
+        artefact=artefact_of(context.run_dir, step, run.config.checkpoint.fallback_dir),
+    )
+
+    def watch_for_stop() -> Callable[[], bool]:
+        return context.agreement.for_loop().ask_and_wait
+
+    def make_evaluators() -> list[Evaluator]:
+        scorer = run.loader.maker.scorer if isinstance(run.loader, RolloutLoader) else None
+        tokenizer = run.inputs.tokenizer
+        return build_test_evaluators(
+            run.config, run.inputs.data, run.built, tokenizer, run.engine, context.runtime, scorer, watch_for_stop
+        )
+
+    return result_at_end(run.inputs.data, weights, context.runtime, make_evaluators, run.engine)
