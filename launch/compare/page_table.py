@@ -17,6 +17,7 @@ from trainer.pages.pieces import PageCell, PageColumn, PageTable, Tone
 from trainer.reporting.status import State
 
 Best = Literal["", "smallest", "largest"]
+HELD_OUT_GROUP = "held-out data"
 MAX_AXIS_COLUMNS = 6
 MAX_METRIC_COLUMNS = 5
 """Held-out metrics in the table, the watched one first; a folded table has the others."""
@@ -46,21 +47,34 @@ def points_table(comparison: Comparison) -> PageTable:
     runs = list(comparison.runs)
     columns = [PageColumn("point")]
     rows = [[_name_cell(run)] for run in runs]
+    measures = _measures(comparison)
+    # The held-out metrics stand beside the name, where a phone shows the first of them without scrolling.
+    _add_measures([measure for measure in measures if measure.group == HELD_OUT_GROUP], runs, columns, rows)
     for axis in comparison.axes[:MAX_AXIS_COLUMNS]:
         columns.append(PageColumn(axis.title, group="settings"))
         for row, label in zip(rows, axis.labels, strict=True):
             row.append(PageCell(label, _label_sort_value(label)))
-    for measure in _measures(comparison):
+    _add_measures([measure for measure in measures if measure.group != HELD_OUT_GROUP], runs, columns, rows)
+    columns.append(PageColumn("state"))
+    for row, run in zip(rows, runs, strict=True):
+        row.append(_state_cell(run))
+    return PageTable(columns, rows, caption="A click on a heading sorts.", id="points")
+
+
+def _add_measures(
+    measures: Sequence[MeasureOfPoint],
+    runs: Sequence[ComparedRun],
+    columns: list[PageColumn],
+    rows: list[list[PageCell]],
+) -> None:
+    """Add the columns of these measures to the table, but those that are unknown for every point."""
+    for measure in measures:
         values = [measure.value(run) if run.measured.steps else None for run in runs]
         if all(value is None for value in values):
             continue
         columns.append(PageColumn(measure.heading, measure.group, measure.best, measure.unit, measure.note))
         for row, run, value in zip(rows, runs, values, strict=True):
             row.append(_cell(measure, run, value))
-    columns.append(PageColumn("state"))
-    for row, run in zip(rows, runs, strict=True):
-        row.append(_state_cell(run))
-    return PageTable(columns, rows, caption="A click on a heading sorts.", id="points")
 
 
 def _name_cell(run: ComparedRun) -> PageCell:
@@ -200,7 +214,7 @@ def _quality_measures(comparison: Comparison) -> list[MeasureOfPoint]:
     for name in judged_names[:MAX_METRIC_COLUMNS]:
         best = _best_direction(comparison, name)
         measures.append(
-            MeasureOfPoint(name, "held-out data", _metric_reader(name), best=best, note="At the last evaluation.")
+            MeasureOfPoint(name, HELD_OUT_GROUP, _metric_reader(name), best=best, note="At the last evaluation.")
         )
     for name in [name for name in names if name.startswith("test/")][:MAX_METRIC_COLUMNS]:
         note = "Of the test documents. Not marked: who chooses by them cannot measure the choice with them."
