@@ -111,11 +111,20 @@ def real_rewards(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]
 
 
 def guards(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]:
-    """Runs in which nothing stands out, and runs in which something does."""
-    return {
-        kind: [courses.guarded(directory, base, kind, f"guarded-{number}-{seed}", seed) for seed in NULLS]
-        for number, kind in enumerate((*courses.UNTOUCHED, *courses.TOLD))
-    }
+    """What the guards say of single steps: in the runs of `divergence`, and in runs that are disturbed on the way.
+
+    Runs that the directory has are not made again.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for number, kind in enumerate((*courses.HEALTHY, *courses.DIVERGING, *courses.DISTURBED)):
+        make = courses.disturbed if kind in courses.DISTURBED else courses.course
+        found[kind] = []
+        for seed in NULLS:
+            name = f"course-{number}-{seed}"
+            if not (directory / f"{name}-run" / "metrics.jsonl").exists():
+                make(directory, base, kind, name, seed)
+            found[kind].append(courses.told_by_guards(directory / f"{name}-run"))
+    return found
 
 
 PARTS: dict[str, Part] = {

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
 
 from benchmarks.challenges.language import KNOWN, OTHER, WORDS, sentences, train, write
+from strategies.runtime import Runtime
+from trainer.monitors.anomalies import Guards, Outlier
+from trainer.monitors.guard_config import GuardsConfig
 
 STEPS, EVERY = 60, 20
 DOCUMENTS, HELD_OUT = 160, 64
@@ -27,14 +32,14 @@ HEALTHY = (
     "what it knows",
 )
 """Runs that must not be called diverged, whatever else is found of them."""
-UNTOUCHED = ("what it knows", "another language", "random weights (Gemma)", "dpo")
-"""Runs in which the guards must undo nothing."""
 ODD_BATCH = "one batch of random words"
-WORSE_DATA = "data that get worse within ten steps, by 1.2 % of the words each"
+WORSE_DATA = "data that get worse within ten steps"
+DISTURBED = (ODD_BATCH, WORSE_DATA)
+"""Runs in which something stands out after half of their steps."""
 DISTURBED_AT = 30
-"""The step of the odd batch, and the one before the data get worse."""
-TOLD = (ODD_BATCH, WORSE_DATA, "a rate of 3 after half warm-up", "a plateau")
-"""Runs of which the guards must tell."""
+"""The step of the odd batch, and the last one before the data get worse."""
+WORSE_SHARE = 0.012
+"""Share of the words that are random in the first step of worse data; in each of the next nine it is as much more."""
 DIVERGING = ("a rate of 3", "a rate of 3 after half warm-up", "a plateau")
 """Runs that must be."""
 
@@ -58,35 +63,41 @@ def course(directory: Path, base: Path, kind: str, name: str, seed: int) -> dict
     }
 
 
-def guarded(directory: Path, base: Path, kind: str, name: str, seed: int) -> dict[str, Any]:
-    """One run of a kind: what the guards told of it, how often it went back, and its held-out loss before and at the end.
-
-    A run that must not be touched, or that has one odd batch, is one that may go back. Of the others the guards only tell.
-    """
+def disturbed(directory: Path, base: Path, kind: str, name: str, seed: int) -> None:
+    """Make a run on the known language in which the words of some steps are random."""
     data = directory / name
     data.mkdir(exist_ok=True)
-    words = [f"model.path={base}", f"run.seed={seed}", f"budget.steps={STEPS}", "checkpoint.every_steps=10"]
-    if kind in (*UNTOUCHED, ODD_BATCH):
-        words += ["guards.loss=rollback", "guards.grad_norm=rollback"]
-    if kind in (ODD_BATCH, WORSE_DATA):
-        words += [*_disturbed(data, kind, seed), "optim.lr=1e-4", "data.shuffle=false"]
-    else:
-        words += _words(directory, data, kind, seed)
-    run = directory / f"{name}-run"
-    record = train(run, words)
-    losses = [row["eval/loss"] for row in record["evaluations"]]
-    events = []
-    if (run / "events.jsonl").exists():
-        lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-        events = [event for event in map(json.loads, lines) if event["event"] == "outlier"]
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    drawn = random.Random(f"disturbed {seed}")
+    rows = []
+    for number, text in enumerate(sentences(KNOWN, f"course {seed}", 8 * STEPS)):
+        step = number // 8 + 1
+        odd_share = float(step == DISTURBED_AT)
+        if kind == WORSE_DATA:
+            odd_share = WORSE_SHARE * min(max(step - DISTURBED_AT, 0), 10)
+        rows.append(" ".join(drawn.choice(WORDS) if drawn.random() < odd_share else word for word in text.split()))
+    words = [f"model.path={base}", f"run.seed={seed}", f"budget.steps={STEPS}", "optim.lr=1e-4", "data.shuffle=false"]
+    train(directory / f"{name}-run", [*words, f"data.path={write(data / 'train.jsonl', rows)}"])
+
+
+def told_by_guards(run: Path) -> dict[str, Any]:
+    """What the guards say of the steps of a run that was made: how many stand out by themselves, and how many levels begin.
+
+    They are shown the rows that the run has written. Guards that only tell change nothing in a run, so this is what they said.
+    """
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [row for row in map(json.loads, lines) if "loss" in row]
+    outliers: list[Outlier] = []
+    runtime = SimpleNamespace(device=torch.device("cpu"), is_main=True, world_size=1)
+    guards = Guards(GuardsConfig(), len(steps), cast(Runtime, runtime), outliers.append)
+    for row in steps:
+        guards.note_step(0)
+        guards.mark_outliers([dict(row)])
+    levels = [outlier for outlier in outliers if outlier.is_level]
     return {
-        "before": losses[0],
-        "last": losses[-1],
-        "outliers": sum(not event["is_level"] for event in events),
-        "levels": sum(event["is_level"] for event in events),
-        "rollbacks": record["outcome"]["progress"]["rollbacks"],
-        "told": bool(events),
+        "single_steps": len(outliers) - len(levels),
+        "levels": len(levels),
+        "of_the_loss": any("loss" in outlier.values for outlier in outliers),
+        "told": bool(outliers),
     }
 
 
@@ -126,21 +137,6 @@ def _texts(data: Path, language: int, seed: int, documents: int = 8 * STEPS) -> 
     train_path = write(data / "train.jsonl", sentences(language, f"course {seed}", documents))
     held_path = write(data / "held.jsonl", sentences(language, f"course held {seed}", HELD_OUT))
     return [f"data.path={train_path}", f"data.eval_path={held_path}"]
-
-
-def _disturbed(data: Path, kind: str, seed: int) -> list[str]:
-    """Sentences of the known language, in which some words of some steps are replaced by random ones."""
-    drawn = random.Random(f"disturbed {seed}")
-    rows = []
-    for number, text in enumerate(sentences(KNOWN, f"course {seed}", 8 * (STEPS + 10))):
-        step = number // 8 + 1
-        if kind == ODD_BATCH:
-            odd_share = float(step == DISTURBED_AT)
-        else:
-            odd_share = 0.012 * min(max(step - DISTURBED_AT, 0), 10)
-        rows.append(" ".join(drawn.choice(WORDS) if drawn.random() < odd_share else word for word in text.split()))
-    held_path = write(data / "held.jsonl", sentences(KNOWN, f"course held {seed}", HELD_OUT))
-    return [f"data.path={write(data / 'train.jsonl', rows)}", f"data.eval_path={held_path}"]
 
 
 def _files(data: Path, rows: Any, seed: int) -> list[str]:
