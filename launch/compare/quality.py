@@ -36,6 +36,9 @@ LEVEL = 0.05
 """How often, at most, equal jobs are said to differ, over all pairs of a comparison together."""
 MIN_BATCHES = 8
 """Micro-batches of held-out documents below which there is no interval."""
+REWARD = "eval/reward"
+REWARDS = "objective.rewards."
+"""Prefix of the settings of rewards."""
 TRAINING_ONLY = "objective.forgetting."
 """Prefix of settings of the objective that change no held-out loss."""
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "calibration_error", "nll")
@@ -358,6 +361,10 @@ def why_other_questions(baseline: RecordedRun, run: RecordedRun, metric: str) ->
         objective = _differing(baseline, run, own_keys)
         if objective is not None:
             return objective
+    if metric == REWARD or metric.startswith("eval/pass_at_"):
+        scoring = _differing(baseline, run, _keys_of_scoring(baseline) | _keys_of_scoring(run))
+        if scoring is not None:
+            return scoring
     fingerprints = {each.identity.get("data", {}).get("fingerprint") for each in (baseline, run)}
     limits = _differing(baseline, run, {"evaluation.max_documents"})
     if limits is not None:
@@ -371,6 +378,19 @@ def why_other_questions(baseline: RecordedRun, run: RecordedRun, metric: str) ->
     if baseline.config.get("model.tokenizer") is None:
         keys |= {"model.path"}
     return _differing(baseline, run, keys)
+
+
+def _keys_of_scoring(run: RecordedRun) -> set[str]:
+    """Settings that decide what `eval/reward` says of an answer: the rewards that count, and where an answer is cut off."""
+    keys = {"objective.rollout.max_new_tokens", "objective.rollout.stop"}
+    for key in run.config:
+        if not key.startswith(REWARDS) or key.endswith(".timeout_s"):
+            continue
+        name = key.removeprefix(REWARDS).partition(".")[0]
+        # A control is measured beside, and changes no score.
+        if run.config.get(f"{REWARDS}{name}.weight") != 0:
+            keys.add(key)
+    return keys
 
 
 def _differing(baseline: RecordedRun, run: RecordedRun, keys: set[str]) -> str | None:

@@ -9,7 +9,10 @@ from launch.compare.answer import as_dict, as_html, as_markdown, as_text
 from launch.compare.comparison import compare
 from launch.compare.conclusion import setting_word
 from launch.compare.page_table import points_table
+from launch.compare.quality import why_other_questions
+from launch.compare.run_files import RecordedRun
 from launch.compare.settings import ComparisonRow
+from trainer.reporting.run_record import RunRecord
 
 BATCHES = [10.0, 12.0, 9.0, 14.0, 11.0, 8.0, 13.0, 10.0, 12.0, 9.0]
 """Sums of the held-out loss over ten micro-batches; the metric is their sum by 36 targets."""
@@ -380,3 +383,27 @@ def table_best(rows: list[ComparisonRow], heading: str) -> str:
     """How the best cell of a column of the page's table is chosen; empty for a column that has none."""
     (column,) = [column for column in points_table(compare(rows)).columns if column.heading == heading]
     return column.best
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({}, None),
+        ({"objective.rewards.ended.function": "r.py:ended", "objective.rewards.ended.weight": 0.0}, None),
+        ({"objective.rewards.words.timeout_s": 5}, None),
+        ({"objective.rewards.words.function": "other.py:words"}, "objective.rewards.words.function"),
+        ({"objective.rewards.words.weight": 2.0}, "objective.rewards.words.weight"),
+        ({"objective.rollout.max_new_tokens": 5}, "objective.rollout.max_new_tokens"),
+        ({"objective.kl.weight": 0.1, "objective.group_size": 4}, None),
+    ],
+)
+def test_rewards_of_other_functions_are_no_ranking(more, reason):
+    """A run whose reward is easier to cheat has the higher one; a control beside changes no reward."""
+    config = {"objective.rewards.words.function": "r.py:words", "objective.rewards.words.weight": 1.0}
+    config |= {"objective.rollout.max_new_tokens": 12, "evaluation.watch": "eval/reward"}
+    identity = {"data": {"fingerprint": "one"}}
+    runs = [
+        RecordedRun(Path("run"), settings, identity, RunRecord(), {}, {}, {}, {})
+        for settings in (config, config | more)
+    ]
+    assert why_other_questions(*runs, "eval/reward") == reason
