@@ -34,7 +34,7 @@ OURS = "shardtune"
 PEER = "TRL"
 SCRIPTS = {OURS: ("reinforce_shardtune.py", None), PEER: ("reinforce_trl.py", "trl")}
 """The script of each trainer, and its environment; None: this one."""
-PROMPTS = 2
+PROMPTS = 8
 GROUP = 8
 """Prompts of a step, and answers to each (the default of `peers/rounds.py`)."""
 LAST_STEPS = 5
@@ -81,8 +81,8 @@ class Task:
 
 
 TASKS = (
-    Task("words", "Describe {} in exactly three words.", "three_words", new=12, micro=16, steps=20, goal=2.5),
-    Task("story", "Write a long story about {}.", "different_words", new=128, micro=8, steps=3, goal=1.2),
+    Task("words", "Describe {} in exactly three words.", "three_words", new=12, micro=32, steps=20, goal=2.5),
+    Task("story", "Write a long story about {}.", "different_words", new=128, micro=8, steps=4, goal=1.2),
 )
 
 
@@ -188,7 +188,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2", help="a pair of runs for each")
     parser.add_argument("--tasks", default=",".join(task.name for task in TASKS))
-    parser.add_argument("--steps", type=int, help="steps of a run; default: 20 of words, 3 of story")
+    parser.add_argument("--steps", type=int, help="steps of a run; default: 20 of words, 4 of story")
     parser.add_argument("--turn", type=int, default=1, help="steps of a trainer until it is the other's turn")
     parser.add_argument("--patience", type=float, default=3600, help="longest silence of a trainer in seconds")
     parser.add_argument("--again", action="store_true", help="measure pairs anew that were measured")
