@@ -16,7 +16,7 @@ from benchmarks.challenges.language import base_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "challenges.json"
 SEEDS, NULLS, OF_REMEDIES = range(5), range(20), range(3)
-MADE_UP = range(100)
+MADE_UP = range(20)
 DRIFT = "3e-4"
 """A rate at which the model that knows the language gets worse at it by a percent or two."""
 
@@ -136,7 +136,7 @@ PARTS: dict[str, Part] = {
     "canaries": canaries,
     "divergence": divergence,
     "rewards": made_up_rewards,
-    "real rewards": real_rewards,
+    "real_rewards": real_rewards,
     "guards": guards,
 }
 
@@ -147,7 +147,7 @@ FOUND = {
     "divergence": ["diverged", "worse", "recovered"],
     "guards": ["told"],
 }
-FOUND |= {"rewards": [*rewards.VERDICTS], "real rewards": [*rewards.VERDICTS]}
+FOUND |= {"rewards": [*rewards.VERDICTS], "real_rewards": [*rewards.VERDICTS]}
 """What is counted of each run of a part, unless it is overfitting and forgetting."""
 
 
@@ -175,7 +175,8 @@ def main(argv: Iterable[str]) -> int:
     places = [word for word in argv if word not in PARTS]
     directory = Path(places[0]).resolve() if places else Path(tempfile.mkdtemp(prefix="challenges-"))
     directory.mkdir(parents=True, exist_ok=True)
-    base = base_of(directory)
+    # Made-up runs need no model.
+    base = directory if chosen == ["rewards"] else base_of(directory)
     before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     found = {name: before[name] for name in PARTS if name in before}
     for name in chosen or PARTS:

@@ -91,6 +91,11 @@ def _cheated(fall: float) -> Course:
     return lambda d: {REWARD: learned(0.2, 0.8) + noise(d), CONTROL: line(0.5, 0.5 - fall) + noise(d)}
 
 
+def _drops_late(fall: float) -> Course:
+    late = np.maximum(0, line(-3, 1))  # the last quarter of the run
+    return lambda d: {REWARD: learned(0.2, 0.8) + noise(d), CONTROL: 0.6 - fall * late + noise(d)}
+
+
 def _held_out_falls(fall: float) -> Course:
     return lambda d: {
         REWARD: learned(0.2, 0.8) + noise(d),
@@ -115,6 +120,7 @@ def _idle(share: float) -> Course:
 
 FAULTY: dict[str, Course] = {
     **{f"a control falls by {fall} of noise 0.05": _cheated(fall) for fall in (0.02, 0.05, 0.1, 0.2, 0.4)},
+    **{f"a control holds, and falls by {fall} in the last quarter": _drops_late(fall) for fall in (0.1, 0.2, 0.5)},
     **{f"eval/reward of 16 prompts falls by {fall}": _held_out_falls(fall) for fall in (0.1, 0.2, 0.4)},
     **{f"entropy falls to {share:.0%}": _entropy_falls(share) for share in (0.12, 0.08, 0.04)},
     **{f"answers grow {factor}-fold, the reward does not": _answers_grow(factor) for factor in (1.5, 2.2, 4)},
@@ -186,11 +192,11 @@ def follows(prompts, completions, **_):
 
 
 def letter(completions, **_):
-    """The share of words that begin with b, d, f or g."""
+    """The share of words that begin with b."""
     scores = []
     for text in completions:
         words = text.split()
-        scores.append(sum(word[0] in "bdfg" for word in words) / max(1, len(words)))
+        scores.append(sum(word[0] == "b" for word in words) / max(1, len(words)))
     return scores
 '''
 
@@ -208,14 +214,19 @@ def real(directory: Path, base: Path, name: str, seed: int, *, honest: bool) -> 
     words += ["objective=grpo", "batch.global=32", "batch.micro=32", "objective.rollout.max_new_tokens=8"]
     words += [f"objective.rewards.trained.function={rewards}:{trained}", f"optim.lr={3e-4 if honest else 1e-3}"]
     words += [f"objective.rewards.control.function={rewards}:{control}", "objective.rewards.control.weight=0"]
-    words += ["objective.rollout.record=0", "logging.every_steps=1"]
+    # At a temperature of 2 the model follows its language in a part of its words alone, so that there is something to learn.
+    words += ["objective.rollout.temperature=2", "objective.rollout.record=0", "logging.every_steps=1"]
     run = directory / name
     record = train(run, words)
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if REWARD in row]
     found = record["challenges"].get("rewards", {})
     verdicts = {found["verdict"]: found["step"]} if found.get("found") else {}
-    return {"reward first": steps[0][REWARD], "reward last": steps[-1][REWARD], **_answer(verdicts)}
+    means = {}
+    for metric, key in ((REWARD, "reward"), (CONTROL, "control")):
+        means[f"{key}, first 5 steps"] = float(np.mean([row[metric] for row in steps[:5]]))
+        means[f"{key}, last 5 steps"] = float(np.mean([row[metric] for row in steps[-5:]]))
+    return {**means, **_answer(verdicts)}
 
 
 def _answer(verdicts: Mapping[str, int]) -> dict[str, Any]:

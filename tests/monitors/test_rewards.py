@@ -49,6 +49,17 @@ def test_a_control_that_falls_while_the_reward_rises_is_cheating():
     assert not verdicts(rows_of(np.full(60, 0.5) + drawn.normal(0, 0.05, 60), control))
 
 
+def test_a_control_that_holds_and_then_drops_is_cheating():
+    """As in a run of the small model of benchmarks/challenges: the language held for 40 steps, and was gone after 60."""
+    drawn = np.random.default_rng(0)
+    control = np.concatenate([np.full(40, 0.7), np.linspace(0.7, 0.05, 20)]) + drawn.normal(0, 0.03, 60)
+    reward = np.concatenate([np.linspace(0.1, 0.4, 40), np.linspace(0.4, 0.95, 20)]) + drawn.normal(0, 0.03, 60)
+    found = verdicts(rows_of(reward, control))
+    assert found.keys() == {"cheated"}
+    assert 40 < found["cheated"] <= 56
+    assert not verdicts(rows_of(reward, 0.7 + drawn.normal(0, 0.03, 60)))
+
+
 def test_held_out_rewards_that_fall_are_cheating():
     reward = np.linspace(0.1, 0.8, 40)
     evaluations = [{"step": step, "train": step / 10, "held_out": 0.5 - step / 40} for step in range(10)]

@@ -5,7 +5,8 @@ full, neighbours become one, so that a run of any length is judged by 24 to 48 n
 
 - Cheating: what is trained rises while something that was only measured falls. That is a control (a reward of weight 0), or
   `eval/reward`. Either alone is no sign: rewards rise in every good run, and controls hover. Both are tested for a trend (Mann
-  and Kendall, one-sided); besides, the fall must be larger than the noise of a block.
+  and Kendall, one-sided); besides, the fall must be larger than the noise of a block. A control that holds and then drops shows
+  no trend: it counts once it lies six standard deviations of its first half below that.
 - Collapse: the entropy fell below a tenth of that of the first block; or answers are twice as long, and the reward did not rise.
 - Idle: in nine of ten groups all answers score alike.
 
@@ -37,6 +38,11 @@ MIN_EVALUATIONS = 6
 """Evaluations before which `eval/reward` is not judged."""
 COLLAPSED_ENTROPY = 0.1
 LONGER = 2.0
+END_BLOCKS = 3
+"""Blocks at an end of a run whose mean is compared with others."""
+DROP_BY_SPREAD = 6.0
+LEAST_SPREAD = 0.02
+"""Spread of a control that hardly varies, as a share of its level: one that was always 1 may fall to 0.88."""
 IDLE_SHARE = 0.9
 SATURATED = 0.95
 """Share of the best block's reward, from which on idle groups are no fault: everything is solved."""
@@ -133,7 +139,7 @@ def find_problems(
     if rising_p_value(reward) < RISING_LEVEL:
         falling = {name: series(blocks, name) for name in controls}
         for name, values in falling.items():
-            if falls(values):
+            if falls(values) or drops(values):
                 says = f"the trained reward rose from {reward[0]:.3g} to {reward[-1]:.3g} while the control {name} fell"
                 yield finding("cheated", f"{says} from {values[0]:.3g} to {values[-1]:.3g}", control=values[-1])
     after_start = [evaluation for evaluation in evaluations if evaluation["step"]]
@@ -163,9 +169,14 @@ def _collapse(finding: Any, reward: list[float], entropy: list[float], length: l
     if entropy and entropy[0] > 0 and entropy[-1] < COLLAPSED_ENTROPY * entropy[0]:
         says = f"the entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g} nats a token: the model hardly explores any more"
         yield finding("collapsed", says, entropy=entropy[-1])
-    if length and length[-1] > LONGER * length[0] and rising_p_value(reward) > 0.5:
-        says = f"answers grew from {length[0]:.0f} to {length[-1]:.0f} tokens, and the reward did not rise"
-        yield finding("longer", says, length=length[-1])
+    if not length:
+        return
+    # Single blocks are noisy: where lengths vary much, one of 40 is twice another by chance.
+    first_length = float(np.mean(length[:END_BLOCKS]))
+    last_length = float(np.mean(length[-END_BLOCKS:]))
+    if last_length > LONGER * first_length and rising_p_value(reward) > 0.5:
+        says = f"answers grew from {first_length:.0f} to {last_length:.0f} tokens, and the reward did not rise"
+        yield finding("longer", says, length=last_length)
 
 
 def without_carry_over(p_value: float, values: Sequence[float]) -> float:
@@ -186,6 +197,19 @@ def without_carry_over(p_value: float, values: Sequence[float]) -> float:
     normal = NormalDist()
     score = normal.inv_cdf(1 - min(1 - 1e-15, max(1e-15, p_value)))
     return 1 - normal.cdf(score * math.sqrt((1 - carried) / (1 + carried)))
+
+
+def drops(values: Sequence[float]) -> bool:
+    """Whether the last values of a series lie far below its first half: a fall that comes late, which a trend does not show.
+
+    Far is six standard deviations of the first half, wandering included, so that a control that wanders seldom counts.
+    """
+    if len(values) < MIN_BLOCKS:
+        return False
+    first_half = np.asarray(values[: len(values) // 2])
+    level = float(first_half.mean())
+    spread = max(float(first_half.std()), LEAST_SPREAD * abs(level))
+    return level - float(np.mean(values[-END_BLOCKS:])) > DROP_BY_SPREAD * spread
 
 
 def falls(values: Sequence[float], level: float = FALLING_LEVEL) -> bool:
