@@ -87,7 +87,8 @@ def varlen_attention(
             boundaries = segments.boundaries(query.device)
             rows = segments.key_rows.to(query.device, non_blocking=True)
             # The gradients of a prompt's keys are added up over its branches.
-            key, value = key.index_select(2, rows), value.index_select(2, rows)
+            key = key.index_select(2, rows)
+            value = value.index_select(2, rows)
         return _varlen_kernel(query, key, value, boundaries, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     branches_left = iter(branches if branches is not None else [])
