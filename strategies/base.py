@@ -182,6 +182,8 @@ class StepPlan:
     """Decay of the moving average of the weights, which is evaluated and exported in place of the weights. 0: no average."""
     optimizer_hooks: OptimizerStepHooks | None = None
     """What the tuning method does around each optimizer step; None if it does nothing."""
+    further_units: list[nn.Module] = field(default_factory=list)
+    """Modules that are gathered one at a time as the blocks are, but that no training step computes; inner ones first."""
     keeps_start: bool = False
     """Whether the engine keeps a copy of the trained weights as they begin, for `Engine.inference(at_start=True)`."""
 

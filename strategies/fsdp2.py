@@ -219,7 +219,7 @@ class Fsdp2Strategy:
         else:
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         kwargs: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
-        for block in step_module.shard_units():  # type: ignore[operator]
+        for block in [*step_module.shard_units(), *plan_of(step_module).further_units]:  # type: ignore[operator]
             fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **kwargs)
         # The root's own parameters (embeddings, norm, head) are needed first in the backward pass: keep them gathered.
         fully_shard(step_module, reshard_after_forward=False, **kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from strategies.base import FullParameters
-from strategies.parameters import TEACHER, named_parameters
+from strategies.parameters import BESIDE, named_parameters
 
 
 class FsdpFullParameters(FullParameters):
@@ -38,10 +38,10 @@ class FsdpFullParameters(FullParameters):
 
         from strategies.compat.fsdp import without_fsdp_hooks
 
-        # Not the teacher's: answers are written by the student alone.
+        # Not those of models beside it: answers are written by the student alone.
         student_parts: list[FSDPModule] = []
         for name, module in self.wrapped.named_modules():
-            if isinstance(module, FSDPModule) and not name.startswith(TEACHER):
+            if isinstance(module, FSDPModule) and not name.startswith(BESIDE):
                 student_parts.append(module)
         root: Any = self.wrapped
         try:

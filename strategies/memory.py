@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, ZeroConfig, plan_of
-from strategies.parameters import COMPUTE_DTYPE, named_parameters
+from strategies.parameters import COMPUTE_DTYPE, REWARD_MODELS, named_parameters
 
 ACTIVATIONS_PER_WIDTH = 18
 """Values that a block keeps for each token and hidden unit: norms, projections and residuals of a gated block."""
@@ -81,12 +81,14 @@ def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
         itemsize = compute_bytes if parameter.is_floating_point() else parameter.element_size()
         return parameter.numel() * itemsize
 
-    # A teacher takes memory as well, and never trains.
+    # Frozen models beside it take memory as well, and never train.
     frozen = sum(size_of(p) for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
     trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
     compute = frozen + trained * compute_bytes
     blocks = [sum(map(size_of, block.parameters())) for block in step_module.shard_units()]  # type: ignore[operator]
-    outside_blocks = compute - sum(blocks)
+    # Reward models are gathered between two steps, and not in one.
+    not_in_step = sum(size_of(p) for name, p in step_module.named_parameters() if name.startswith(REWARD_MODELS))
+    outside_blocks = compute - sum(blocks) - not_in_step
     averaged = plan_of(step_module).ema_decay > 0
     return _Sizes(
         frozen=frozen,

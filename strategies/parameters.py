@@ -18,6 +18,10 @@ PREFIX = "model."
 """The step module holds the model under this attribute. A plain name is what follows it."""
 TEACHER = "teacher."
 """The step module may hold a frozen model under this attribute. Names of its parameters keep the prefix."""
+REWARD_MODELS = "reward_models."
+"""Likewise of models that score written answers, each under its name: no training step computes them."""
+BESIDE = (TEACHER, REWARD_MODELS)
+"""Beginnings of the names of all parameters that do not belong to the model itself."""
 
 COMPUTE_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -75,10 +79,10 @@ class _Unallocated(TorchFunctionMode):
 def named_parameters(step_module: nn.Module, *, teacher: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """(plain name, parameter) of every distinct parameter; a tied one comes once. The model's state dict has plain names too.
 
-    With `teacher` also the parameters of the frozen model beside it.
+    With `teacher` also the parameters of the frozen models beside it.
     """
     for name, parameter in step_module.named_parameters():
-        if teacher or not name.startswith(TEACHER):
+        if teacher or not name.startswith(BESIDE):
             yield name.removeprefix(PREFIX), parameter
 
 

@@ -31,7 +31,8 @@ def load_partitioned(
 
     names = {id(parameter): name for name, parameter in named_parameters(step_module, teacher=True)}
     # The root comes last: what is on meta then belongs to no block.
-    for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
+    units = [*step_module.shard_units(), *plan_of(step_module).further_units]  # type: ignore[operator]
+    for module in [*units, step_module]:
         allocated: dict[int, nn.Parameter] = {}  # by the id of the meta parameter, so that ties are kept
         for owner, key, meta in _own_parameters_below(module):
             if not meta.is_meta or hasattr(meta, "ds_id"):  # an earlier block's, partitioned already

@@ -17,6 +17,7 @@ from strategies.build import resolve_precision
 from strategies.errors import Interrupted, Preempted
 from strategies.runtime import barrier
 from trainer.build.parts import build_engine
+from trainer.build.reward_models import open_model_scorer
 from trainer.build.rounds import RoundInputs, build_round_loader, prompts_per_round
 from trainer.config.run import RunConfig
 from trainer.evaluation.endpoint.judge import Judge
@@ -70,7 +71,10 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     scorer = open_scorer(settings, runtime, attempt.run_dir, stop_asked=agreement.asked_here, judge=judge)
     attempt.at_end.callback(scorer.close)
     attempt.phase = "building the model"
-    engine, built, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
+    engine, built, _ = build_engine(
+        staged.with_local_model(config), tokenizer, data, precision, runtime, scores_answers=True
+    )
+    scorer.model_scorer = open_model_scorer(config, engine, runtime, agreement.for_loop().ask_and_wait)
     if job.checkpoint is not None:
         engine.load(Path(job.checkpoint))
     inputs = RoundInputs(

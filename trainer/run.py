@@ -15,6 +15,7 @@ from strategies.errors import Preempted
 from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
+from trainer.build.reward_models import check_reward_models, open_model_scorer
 from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
@@ -100,6 +101,7 @@ def _run(
     tokenizer = load_tokenizer(config.model)
     # Refused before hours of preparation: whether ranks can share rows is a matter of the model's architecture.
     check_sequence(config)
+    check_reward_models(config)
     data, tasks, staged, runtime = meet(config, tokenizer, request, attempt)
     run_dir = attempt.set_run_dir(agree_on_run(run_dir, sha256, runtime), runtime.rank)
 
@@ -118,7 +120,9 @@ def _run(
     checked |= must_fit(config, data, precision, runtime, console.print_line) | staged.record()
 
     attempt.phase = "building the model"
-    engine, built, source = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
+    engine, built, source = build_engine(
+        staged.with_local_model(config), tokenizer, data, precision, runtime, scores_answers=True
+    )
     # Before a checkpoint is loaded: the reference is the initial model.
     record_reference(config, data, engine, built, context)
     checkpoints, resumed_from, progress = resume(config, engine, context)
@@ -288,6 +292,7 @@ def loader_of(
         config.objective, context.runtime, context.run_dir, stop_asked=context.agreement.asked_here, judge=judge
     )
     context.attempt.at_end.callback(scorer.close)
+    scorer.model_scorer = open_model_scorer(config, engine, context.runtime, watch_for_stop())
     of_rounds = RoundInputs(
         inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.tell_phase
     )

@@ -38,6 +38,8 @@ class TrainStep(nn.Module):
         self.model = model
         self.teacher = teacher
         """A frozen model that the objective compares with: sharded beside the other, and in no checkpoint or export."""
+        self.reward_models = nn.ModuleDict()
+        """Frozen models that score written answers between two steps, by the name of the reward; likewise."""
         self.objective = objective
         self.plan = StepPlan(gathered_as_one=KEY_SELECTORS)
         """What the run decides for the engine while it is assembled."""
@@ -63,21 +65,33 @@ class TrainStep(nn.Module):
         """Add classes of repeated blocks, by name: the teacher's, which may be another architecture."""
         self._block_classes = self._block_classes | classes
 
+    def add_reward_model(self, name: str, model: nn.Module, block_classes: set[str]) -> None:
+        """Add a frozen model that scores answers. Its blocks, and what is left of it, are gathered as units of their own."""
+        self.reward_models[name] = model
+        self.plan.further_units += [*outermost_blocks(model, block_classes), model]
+
     def shard_units(self) -> list[nn.Module]:
-        """The architecture's repeated blocks, in forward order; outermost only.
+        """The architecture's repeated blocks, in forward order; outermost only. Not those of reward models.
 
         A block that shares a parameter with a module outside it is left out: embeddings that the head is tied to, or a block
         that several layers use. Such a parameter can be sharded only once, with the root module.
         """
-        blocks: list[nn.Module] = []
-        inside_blocks: set[int] = set()
-        for module in self.modules():
-            class_name = type(module).__name__.removeprefix("FSDP")  # FSDP2 renames the classes of what it has sharded
-            if id(module) not in inside_blocks and class_name in self._block_classes:
-                blocks.append(module)
-                inside_blocks.update(id(part) for part in module.modules())
+        of_reward_models = {id(part) for part in self.reward_models.modules()}
+        blocks = [block for block in outermost_blocks(self, self._block_classes) if id(block) not in of_reward_models]
         uses = _parameter_uses(self)
         return [block for block in blocks if _shares_nothing(block, uses)]
+
+
+def outermost_blocks(module: nn.Module, classes: set[str]) -> list[nn.Module]:
+    """The modules of these classes, by name, that are inside no other one of them, in the order of the model."""
+    blocks: list[nn.Module] = []
+    inside_blocks: set[int] = set()
+    for part in module.modules():
+        class_name = type(part).__name__.removeprefix("FSDP")  # FSDP2 renames the classes of what it has sharded
+        if id(part) not in inside_blocks and class_name in classes:
+            blocks.append(part)
+            inside_blocks.update(id(inner) for inner in part.modules())
+    return blocks
 
 
 def _parameter_uses(module: nn.Module) -> Counter[int]:

@@ -71,7 +71,7 @@ def describe(config: RunConfig) -> DryRun:
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     config = preview_micro(preview_strategy(config, data), data)
-    built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
+    built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu, scores_answers=True)
     sequences = built.data_spec.sequences_per_document
     samples = sampled_lengths(config, data.train, sequences)
     global_batch = config.batch["global"]

@@ -16,6 +16,7 @@ from strategies.parameters import named_parameters
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.recomputation import Workload, check_host_memory, expect_memory, longest_lengths, plan_checkpointing
 from trainer.build.references import attach_frozen, reference_models
+from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import sequence_notes, step_layout
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig, kept_date
@@ -159,14 +160,18 @@ def build_engine(
     runtime: processes.Runtime,
     *,
     values_of: Callable[[WeightSource], ParameterSource] = lambda source: source,
+    scores_answers: bool = False,
 ) -> tuple[Engine, Built, WeightSource]:
     """Build the model on meta, tune it, shard it, load it, and make its optimizer. All ranks must call.
 
-    `values_of` may put other initial values in the place of the run's.
+    `values_of` may put other initial values in the place of the run's. `scores_answers`: whether the run's reward models are
+    needed, which stand beside the model.
     """
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
-    built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
+    built, source = build_model(
+        config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu, scores_answers=scores_answers
+    )
     if built.scheme is not None and config.model.keep_packed:
         source.checkpoint.use_packed_cache(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
 
@@ -203,9 +208,18 @@ def workload(config: RunConfig, data: PreparedData, cut: Cut | None = None) -> W
 
 
 def build_model(
-    config: RunConfig, tokenizer: Any, data: PreparedData, context: AbstractContextManager[None], *, half_on_gpu: bool
+    config: RunConfig,
+    tokenizer: Any,
+    data: PreparedData,
+    context: AbstractContextManager[None],
+    *,
+    half_on_gpu: bool,
+    scores_answers: bool = False,
 ) -> tuple[Built, WeightSource]:
-    """(the tuned architecture on meta, the source of its values), checked against each other. Reads only headers of files."""
+    """(the tuned architecture on meta, the source of its values), checked against each other. Reads only headers of files.
+
+    `scores_answers`: as in `build_engine`.
+    """
     objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
     layout, layout_notes = common_layout(
         step_layout(config), teacher_model(config.model, objective), half_on_gpu=half_on_gpu
@@ -241,6 +255,8 @@ def build_model(
     shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(built.step_module)}
     source.check(shapes, head_prefixes=built.head_prefixes)
     attach_frozen(built, config.model, objective, config.tuning, source, tokenizer)
+    if scores_answers:
+        attach_reward_models(built.step_module, objective, source, half_on_gpu=half_on_gpu)
     tile(built, config)
     return built, source
 

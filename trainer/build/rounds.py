@@ -35,6 +35,7 @@ from trainer.rollout.dealing import Dealer
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.maker import RoundMaker
 from trainer.rollout.prompts import PromptReader
+from trainer.rollout.rewards.model_files import BATCH_TOKENS
 from trainer.rollout.types import RewardScorer
 from trainer.rollout.writer import OwnWriter, left_out
 from trainer.step import Built
@@ -100,10 +101,18 @@ def writing_lines(config: RunConfig, built: Built, longest_prompt: int) -> list[
     itemsize = 4 if config.precision is Precision.fp32 else 2
     weights = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
     keys = cache_bytes(built.config, rows, tokens, itemsize) / 2**30
-    return [
+    lines = [
         f"writing: {prompts_per_round(config)} prompts x {settings.group_size} answers a round, at most {rows} at a time: "
         f"keys of {rows} x {tokens:,} tokens take {keys:.2f} GiB, and whole weights {weights:.2f} GiB"
     ]
+    for name, model in built.step_module.reward_models.items():
+        size = sum(p.numel() for p in model.parameters()) * itemsize / 2**30
+        read_at_a_time = settings.rewards[name].options.get("batch_tokens", BATCH_TOKENS)
+        lines.append(
+            f"scoring: reward model {name} has {size:.2f} GiB of weights, shared among ranks as strategy={config.strategy.name} "
+            f"does, and reads {read_at_a_time:,} tokens at a time"
+        )
+    return lines
 
 
 def build_round_loader(

@@ -17,6 +17,7 @@ from trainer.objectives.base import formats_of
 from trainer.objectives.reward_functions import function_of, problems_of_function
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.rewards.kinds import KINDS, JudgeReward, kind_problems
+from trainer.rollout.rewards.model_files import reward_model_problems
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -76,7 +77,7 @@ def _of_reward(name: str, reward: RewardEntry) -> Iterator[str]:
         said = " and ".join(f"{key}.{word}" for word in given) or key
         yield f"{said}: give one of kind ({', '.join(KINDS)}), function (FILE.py:NAME) and path"
     elif reward.path is not None:
-        yield f"{key}.path={reward.path}: reward models are not read yet; call one in a reward function"
+        yield from reward_model_problems(reward, key)
     elif reward.function is not None:
         yield from problems_of_function(name, reward)
     else:
@@ -135,6 +136,8 @@ def _missing_columns(name: str, reward: RewardEntry, columns: set[str]) -> list[
             return []
         needed = [column for column, is_required in function.columns.items() if is_required]
         return [column for column in needed if column not in columns and column not in reward.options]
+    if reward.path is not None:  # reads the prompt and the answer alone
+        return []
     alternatives = KINDS[reward.kind](reward.options).needed_columns()
     # Of a conversation, the answer at its end is the reference.
     has_answer = not columns.isdisjoint({"messages", "conversation", "conversations"})

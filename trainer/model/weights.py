@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError
-from strategies.parameters import TEACHER
+from strategies.parameters import BESIDE
 from strategies.runtime import derive_seed
 from trainer.model.conversions import Conversions
 from trainer.model.files import SafetensorsFiles
@@ -240,8 +240,8 @@ class WeightSource:
         """Row that is zero whatever the checkpoint has there, by base name."""
         self.initialised: list[str] = []
         """Base parameters that the checkpoint does not have and that were drawn instead."""
-        self.teacher: WeightSource | StartingWeights | None = None
-        """Where the parameters of a frozen model beside the tuned one come from."""
+        self.beside: dict[str, WeightSource | StartingWeights] = {}
+        """Where the parameters of frozen models beside the tuned one come from, by the beginning of their names."""
         self._mean_rows: dict[str, Tensor] = {}
 
     def check(self, named_shapes: dict[str, tuple[int, ...]], *, head_prefixes: tuple[str, ...]) -> None:
@@ -277,8 +277,10 @@ class WeightSource:
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
-        if self.teacher is not None and name.startswith(TEACHER):
-            return self.teacher.read_slice(name.removeprefix(TEACHER), shape, start, stop)
+        if name.startswith(BESIDE):
+            for prefix, frozen in self.beside.items():
+                if name.startswith(prefix):
+                    return frozen.read_slice(name.removeprefix(prefix), shape, start, stop)
         if self.tuning.owns(name) or self.tuning.rewrites(name):
             return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
         base = self.tuning.base_name(name)
@@ -302,8 +304,8 @@ class WeightSource:
     def close(self) -> None:
         """Free what was read: the model has its values."""
         self.checkpoint.close()
-        if self.teacher is not None:
-            self.teacher.close()
+        for frozen in self.beside.values():
+            frozen.close()
 
     def full_tensor(self, name: str) -> Tensor:
         """A full base parameter, for methods that read base weights."""

@@ -28,13 +28,13 @@ class RewardEntry:
     function: str | None = setting(None, reach=Reach.code)
     """`<file>:<name>`: a function of a Python file, which is run in worker processes."""
     path: str | None = setting(None, reach=DESCRIBES)
-    """Directory of a reward model, as `objective=reward` exports it."""
+    """Directory of a reward model: a run of `objective=reward`, its export, or a classifier of transformers with one label."""
     weight: float = number(
         1.0, least=-1000, most=1000, advice="1 as a rule; 0 measures a reward without learning from it"
     )
     """What the reward is multiplied by in the sum; 0 measures it without learning from it (a control)."""
     options: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES)
-    """What its kind or function lets one choose; an unknown one is refused with a list of all."""
+    """What its kind, function or model lets one choose; an unknown one is refused with a list of all."""
     timeout_s: float = number(30.0, above=0, advice="well below run.timeout_s; 10 to 60 as a rule")
     """Seconds that one call may take before its worker process is ended and its answers count as unscored."""
 

@@ -85,7 +85,9 @@ def runs_out_of_memory(config: RunConfig, inputs: TrialInputs, trial: TrialDescr
 
 def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
     """Two steps of the longest documents by an engine that is closed again. All ranks must call."""
-    engine, built, _ = build_engine(config, inputs.tokenizer, inputs.data, inputs.precision, inputs.runtime)
+    engine, built, _ = build_engine(
+        config, inputs.tokenizer, inputs.data, inputs.precision, inputs.runtime, scores_answers=True
+    )
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(PROBE_STEPS + 1)
     runtime = inputs.runtime

@@ -33,6 +33,10 @@ from trainer.step import Built
 class ShapesOnly:
     """A `ParameterSource` without values."""
 
+    def __init__(self) -> None:
+        self.beside: dict[str, Any] = {}
+        """As in `WeightSource`; nothing is read of it."""
+
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """As many elements as the run has, without values, on the host."""
         return torch.empty(stop - start, dtype=torch.bfloat16)

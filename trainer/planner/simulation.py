@@ -22,6 +22,7 @@ from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.parts import build_step, right_alone, tile
 from trainer.build.recomputation import micro_batch_of
 from trainer.build.references import attach_frozen
+from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import heads_of, step_layout
 from trainer.config.parallel import ParallelConfig, accumulation_steps
 from trainer.config.run import RunConfig
@@ -300,6 +301,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         precision = Precision.bf16 if runtime.kind == "cuda" else Precision.fp32
     tokenizer = NoTokenizer(config.model)
     source = source or ShapesOnly()
+    half_on_gpu = runtime.device == SIMULATED and precision is not Precision.fp32
     built = build_step(
         config.model,
         objective_config=config.objective,
@@ -308,10 +310,11 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         tokenizer=tokenizer,
         num_labels=family_of(config.objective).num_outputs or 2,
         context=meta_context(),
-        half_on_gpu=runtime.device == SIMULATED and precision is not Precision.fp32,
+        half_on_gpu=half_on_gpu,
     )
     built.step_module.plan.ema_decay = config.optim.ema_decay
     attach_frozen(built, config.model, config.objective, config.tuning, source, tokenizer)  # type: ignore[arg-type]
+    attach_reward_models(built.step_module, config.objective, source, half_on_gpu=half_on_gpu)
     tile(built, config)
     names = [name for name, _ in named_parameters(built.step_module)]
     parts = StepParts(

@@ -21,6 +21,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
+from trainer.build.reward_models import reward_model_digests
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.resume_selection import effective_resume
 from trainer.config.resuming import KINDS, defaults_of, flat, plain
@@ -69,6 +70,7 @@ def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) ->
         identity["code"] = {"source": source_digest()}
         if config.run.dir is not None:
             identity["rewards"] |= recorded_digests(Path(config.run.dir))
+        identity["rewards"] |= reward_model_digests(config.objective)
     else:
         identity["base"] = {}
         identity["code"] = {}

@@ -19,6 +19,7 @@ from trainer.rollout.types import Group, Scores
 
 if TYPE_CHECKING:
     from trainer.objectives.rollouts import RewardEntry, RoundsConfig
+    from trainer.rollout.rewards.model import RewardModelScorer
 
 
 class WorkerScorer:
@@ -46,8 +47,12 @@ class WorkerScorer:
         self._judged = [name for name, reward in config.rewards.items() if reward.kind == JudgeReward.kind]
         """Rewards that the judge gives."""
         self._judge = judge
+        self._models = [name for name, reward in config.rewards.items() if reward.path is not None]
+        """Rewards that are models."""
+        self.model_scorer: RewardModelScorer | None = None
+        """Scores by them; set once there is an engine that holds them."""
         for name, reward in config.rewards.items():
-            if name in self._judged:
+            if name in self._of_ranks:
                 continue
             if name in functions:
                 file, function = functions[name]
@@ -61,7 +66,7 @@ class WorkerScorer:
                 options["limit"] = config.rollout.max_new_tokens
             setup[name] = {"kind": reward.kind, "options": options}
         log_dir = (run_dir or Path()) / "logs"
-        if not setup:  # the judge alone scores
+        if not setup:  # the judge or models alone score
             workers = 0
         logs = [log_dir / f"rewards-rank-{runtime.rank}-{number}.log" for number in range(workers)]
         self._pool = WorkerPool(setup, logs, stop_asked)
@@ -86,19 +91,36 @@ class WorkerScorer:
                 collected |= rank_scores
         scores = [collected[number][0] for number in range(len(groups))]
         left_out = [collected[number][1] for number in range(len(groups))]
-        self._add_verdicts(groups, scores, left_out)
+        for name in self._of_ranks:
+            self._add(name, self._scored_by_ranks(name, groups), scores)
+        for of_group, without_total in zip(scores, left_out, strict=True):
+            of_group.total = weighted_total(of_group.by_reward, self._weights)
+            # An answer that a reward had no time for has no total, whatever the others say.
+            of_group.total[without_total] = np.nan
         return scores
 
-    def _add_verdicts(self, groups: Sequence[Group], scores: list[Scores], left_out: list[list[int]]) -> None:
-        """Add the rewards that the judge gives. `left_out`: answers of each group that have no total. All ranks must call."""
-        weights = {name: reward.weight for name, reward in self.rewards.items()}
-        for name in self._judged:
-            assert self._judge is not None, "composing refuses a judge without an address"
-            graded = judge_answers(self._judge, self.rewards[name].options, groups)
-            for of_group, without_total, grades in zip(scores, left_out, graded, strict=True):
-                of_group.by_reward[name] = grades
-                of_group.total = weighted_total(of_group.by_reward, weights)
-                of_group.total[without_total] = np.nan
+    @property
+    def _of_ranks(self) -> list[str]:
+        """Rewards that no worker gives: the judge is asked, and models compute, by all ranks together."""
+        return [*self._judged, *self._models]
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {name: reward.weight for name, reward in self.rewards.items()}
+
+    def _scored_by_ranks(self, name: str, groups: Sequence[Group]) -> list[np.ndarray]:
+        """float64 [answers] of each group: what the judge or a reward model says. All ranks must call."""
+        if name in self._models:
+            assert self.model_scorer is not None, "set before the first round"
+            return self.model_scorer.scores(name, groups)
+        assert self._judge is not None, "composing refuses a judge without an address"
+        return judge_answers(self._judge, self.rewards[name].options, groups)
+
+    @staticmethod
+    def _add(name: str, by_group: Sequence[np.ndarray], scores: Sequence[Scores]) -> None:
+        """Put what reward `name` says of each group into its scores."""
+        for of_group, of_reward in zip(scores, by_group, strict=True):
+            of_group.by_reward[name] = of_reward
 
     def _score_own(
         self, groups: Sequence[Group], numbers: Sequence[int], step: int
@@ -121,7 +143,7 @@ class WorkerScorer:
         """(number of the group, numbers of the answers, call) of each call that a group needs."""
         every_answer = list(range(len(group.answers)))
         for name, reward in self.rewards.items():
-            if name in self._judged:
+            if name in self._of_ranks:
                 continue
             parts = [every_answer]
             if name in self._one_by_one:
@@ -183,10 +205,9 @@ class _Collected:
             self.logged.setdefault(f"{reward}/{name}", []).extend(numbers)
 
     def scores(self) -> Scores:
-        """The scores of the group: an answer that a reward had no time for has no total, whatever the others say."""
-        total = weighted_total(self.by_reward, {name: reward.weight for name, reward in self.rewards.items()})
-        total[sorted(self.without_total)] = np.nan
-        return Scores(total, self.by_reward, self.num_timed_out, self.logged)
+        """The scores of the group. Its totals are made once all of its rewards are there."""
+        number_of_answers = len(next(iter(self.by_reward.values())))
+        return Scores(np.full(number_of_answers, np.nan), self.by_reward, self.num_timed_out, self.logged)
 
 
 def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:

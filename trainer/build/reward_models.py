@@ -1,0 +1,171 @@
+"""Builds reward models beside the trained one: frozen, sharded by the run's strategy, and read by their own tokenizers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from strategies.base import Engine
+from strategies.errors import ConfigError
+from strategies.parameters import REWARD_MODELS, meta_context
+from strategies.runtime import Runtime
+from trainer.config.run import RunConfig, kept_date
+from trainer.data.config import Layout
+from trainer.data.tokens.encode import Encoder
+from trainer.model.architecture import text_settings
+from trainer.model.base_files import digests_of, refuse_another_base
+from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
+from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
+from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.layout_choice import padded_model
+from trainer.objectives.rollouts import RewardEntry, RoundsConfig
+from trainer.rollout.rewards.model import RewardModelReader, RewardModelScorer
+from trainer.rollout.rewards.model_files import OPTIONS, RewardModelFiles, reward_model_files
+from trainer.step import TrainStep
+from trainer.tuning.compat.transformers import block_class_names
+from trainer.tuning.full import Full
+from trainer.tuning.merged_adapters import MergedAdapters
+
+
+def reward_models_of(objective: ObjectiveConfig) -> dict[str, RewardEntry]:
+    """The rewards that are models, by name; empty for objectives without rewards."""
+    if not isinstance(objective, RoundsConfig):
+        return {}
+    return {name: reward for name, reward in objective.rewards.items() if reward.path is not None}
+
+
+def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: Any, *, half_on_gpu: bool) -> None:
+    """Give a step module on meta its reward models, and their values to `source` (a `WeightSource`). Reads headers alone.
+
+    Raises ConfigError for one that cannot be built, or whose weights do not fit.
+    """
+    for name, reward in reward_models_of(objective).items():
+        key = _key(name)
+        with _naming(key):
+            files = reward_model_files(str(reward.path), key)
+            model, weights = _frozen_classifier(files, key, half_on_gpu=half_on_gpu)
+        step.add_reward_model(name, model, block_class_names(model))
+        source.beside[f"{REWARD_MODELS}{name}."] = weights
+
+
+def _frozen_classifier(
+    files: RewardModelFiles, key: str, *, half_on_gpu: bool
+) -> tuple[Any, WeightSource | StartingWeights]:
+    """(the model on meta, where its values come from). Errors: ConfigError."""
+    config = _model_config(files, {})
+    settings = load_model_config(config)
+    settings.num_labels = 1
+    if settings.pad_token_id is None:  # transformers tells by it where a text ends
+        tokenizer = load_tokenizer(config)
+        settings.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model, _ = padded_model(
+        ModelKind.classifier, config, settings, Layout.padded, meta_context(), "reward", half_on_gpu=half_on_gpu
+    )
+    model.tie_weights()
+    directory = weights_directory(config)
+    folded = None
+    if files.adapter is not None:
+        refuse_another_base(files.adapter, directory, accept=False)
+        folded = MergedAdapters(model, [str(files.adapter)], key)
+    weights = WeightSource(BaseWeights(directory, copy.deepcopy(model)), Full(), seed=0, init_std=0.0)
+    # A head that the adapter brings need not be in its base. Nothing is ever drawn anew.
+    brought = () if folded is None else tuple(folded.changed_names())
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        if name not in brought:
+            shapes[name] = tuple(parameter.shape)
+    weights.check(shapes, head_prefixes=())
+    model.requires_grad_(False)
+    model.eval()
+    return model, weights if folded is None else StartingWeights(weights, folded)
+
+
+def check_reward_models(config: RunConfig) -> None:
+    """Read the tokenizers and chat templates of reward models, before hours of preparation. Raises ConfigError."""
+    for name, reward in reward_models_of(config.objective).items():
+        _reader(config, name, reward)
+
+
+def _reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelReader:
+    """What makes tokens of prompts and answers for a reward model. Raises ConfigError if its template writes no conversation."""
+    key = _key(name)
+    options = {**OPTIONS, **reward.options}
+    with _naming(key):
+        model_config = _model_config(reward_model_files(str(reward.path), key), options)
+        settings = load_model_config(model_config)
+        tokenizer = load_tokenizer(model_config)
+        encoder = Encoder(tokenizer, control_tokens=config.data.control_tokens)
+        if encoder.template is None:
+            raise ConfigError(
+                f"{key}={reward.path}: has no chat template; give objective.rewards.{name}.options.chat_template"
+            )
+        encoder.fix_date(kept_date(config))
+        pad_token_id = settings.pad_token_id
+        if pad_token_id is None:
+            pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        reader = RewardModelReader(
+            encoder,
+            pad_token_id=int(pad_token_id),
+            positions=getattr(text_settings(settings), "max_position_embeddings", None),
+            batch_tokens=int(options["batch_tokens"]),
+        )
+        reader.check(f"{key}={reward.path}")
+    return reader
+
+
+def open_model_scorer(
+    config: RunConfig, engine: Engine, runtime: Runtime, stop_now: Callable[[], bool] = lambda: False
+) -> RewardModelScorer | None:
+    """What scores answers by the reward models of `engine`; None without any. Errors: ConfigError."""
+    readers = {name: _reader(config, name, reward) for name, reward in reward_models_of(config.objective).items()}
+    return RewardModelScorer(readers, engine, runtime, stop_now) if readers else None
+
+
+def reward_model_digests(objective: ObjectiveConfig) -> dict[str, str]:
+    """Digests of the files of reward models, as `NAME/file`; those of an adapter's base as `NAME/base/file`.
+
+    Errors: ConfigError, OSError.
+    """
+    digests: dict[str, str] = {}
+    for name, reward in reward_models_of(objective).items():
+        key = _key(name)
+        with _naming(key):
+            files = reward_model_files(str(reward.path), key)
+            directories = {name: files.tokenizer}
+            if files.adapter is not None:
+                directories[f"{name}/base"] = weights_directory(_model_config(files, {}))
+        for place, directory in directories.items():
+            for file, digest in digests_of(directory).items():
+                digests[f"{place}/{file}"] = digest
+    return digests
+
+
+def _model_config(files: RewardModelFiles, options: dict[str, Any]) -> ModelConfig:
+    """The settings by which a reward model is loaded."""
+    template = options.get("chat_template")
+    return ModelConfig(
+        path=files.base,
+        tokenizer=str(files.tokenizer),
+        chat_template=None if template is None else str(template),
+    )
+
+
+def _key(name: str) -> str:
+    return f"objective.rewards.{name}.path"
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Let what is said of a model name the reward's setting: it is loaded as the trained one is, whose messages name that."""
+    try:
+        yield
+    except ConfigError as error:
+        said = []
+        for problem in error.problems:
+            for setting in ("model.path", "model.tokenizer", "model.chat_template"):
+                problem = problem.replace(f"{setting}=", f"{key}=", 1)
+            said.append(problem)
+        raise ConfigError(said) from error

@@ -1,0 +1,195 @@
+"""Reward models: frozen classifiers with one label that score written answers between two steps, sharded as the run is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from strategies.base import Engine
+from strategies.errors import ConfigError, DataError, Interrupted, ShardtuneError
+from strategies.runtime import Runtime, gather_objects
+from trainer.data.document import Document
+from trainer.data.tokens.characters import ESCAPE
+from trainer.data.tokens.encode import Encoder
+from trainer.data.tokens.template import RenderedText
+from trainer.rollout.types import Group
+
+SCORES = "scores"
+"""The term that a pass of a reward model returns in place of a loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelReader:
+    """Makes tokens of prompts with their answers, as a reward model reads them: by its own tokenizer and chat template."""
+
+    encoder: Encoder
+    pad_token_id: int
+    positions: int | None
+    """Most tokens that the model can read; None: any number."""
+    batch_tokens: int
+    """Tokens of a micro-batch, padding included."""
+
+    def tokens_of(self, group: Group) -> list[list[int] | None]:
+        """The tokens of a group's prompt with each answer; None for one that the model has too few positions for.
+
+        A prompt that is a text is a user's turn. Control tokens that an answer spells in plain letters are text, as those of
+        prompts are: else a policy could learn to write turns of its own. Errors: DataError.
+        """
+        prompt = group.prompt.text
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        rendered = []
+        for answer in group.answers:
+            text = self._rendered(turns, answer.text, group.prompt.origin)
+            rendered.append(RenderedText(text, [], escaped=ESCAPE in text))
+        encodings, _ = self.encoder.tokenize(rendered)
+        tokens: list[list[int] | None] = []
+        for encoding in encodings:
+            fits = self.positions is None or len(encoding.ids) <= self.positions
+            tokens.append(list(encoding.ids) if fits else None)
+        return tokens
+
+    def _rendered(self, turns: Sequence[Mapping[str, Any]], answer: str, origin: str) -> str:
+        """A conversation as the chat template writes it, with the control tokens that its texts spell escaped."""
+        assert self.encoder.template is not None, "checked when the reader was made"
+        conversation = []
+        for turn in turns:
+            content = str(turn["content"])
+            escaped = self.encoder.escape_text(Document(origin, 0, text=content), content)
+            conversation.append({**turn, "content": escaped})
+        # Whatever holds for prompts. The character that escapes is private, and of no use in an answer.
+        answer = answer.replace(ESCAPE, "")
+        if self.encoder.escaper.spelled_in(answer):
+            answer = self.encoder.escaper.escape(answer)
+        conversation.append({"role": "assistant", "content": answer})
+        return self.encoder.template.render_text(conversation, origin)
+
+    def check(self, setting: str) -> None:
+        """Raise ConfigError, which begins with `setting`, if the chat template cannot write a question and its answer."""
+        answer = "An answer."
+        try:
+            text = self._rendered([{"role": "user", "content": "A question?"}], answer, "a question")
+        except ShardtuneError as error:
+            raise ConfigError(
+                f"{setting}: its chat template cannot write a question with its answer ({error})"
+            ) from error
+        if answer not in text:
+            raise ConfigError(
+                f"{setting}: its chat template leaves the answer out, which would score all answers alike; give another one with "
+                "options.chat_template=FILE"
+            )
+
+    def micro_batches(self, tokens: Sequence[list[int]]) -> list[list[int]]:
+        """Numbers of the texts of each micro-batch: texts of like lengths together, as many as `batch_tokens` holds."""
+        batches: list[list[int]] = []
+        current: list[int] = []
+        # The first one is the longest, and all are padded to it.
+        for number in sorted(range(len(tokens)), key=lambda text: len(tokens[text]), reverse=True):
+            if current and (len(current) + 1) * len(tokens[current[0]]) > self.batch_tokens:
+                batches.append(current)
+                current = []
+            current.append(number)
+        return [*batches, current] if current else batches
+
+    def batch(self, texts: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, int64 `[texts, longest]`, padded on the right."""
+        longest = max(map(len, texts))
+        input_ids = torch.full((len(texts), longest), self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(texts):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            attention_mask[row, : len(ids)] = 1
+        return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+
+
+class _ModelScores:
+    """Stands in for the objective during a pass: the scores of one reward model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`SCORES`, float32 `[texts]`; the trained model is not asked."""
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return {SCORES: logits[:, 0].float()}
+
+
+class RewardModelScorer:
+    """Scores whole groups by the reward models of an engine. Group g is scored by rank g modulo the number of ranks."""
+
+    def __init__(
+        self,
+        readers: Mapping[str, RewardModelReader],
+        engine: Engine,
+        runtime: Runtime,
+        stop_now: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`stop_now`: asked on all ranks after each micro-batch, whether to stop."""
+        self.readers = readers
+        self.engine = engine
+        self.runtime = runtime
+        self.stop_now = stop_now
+
+    def scores(self, name: str, groups: Sequence[Group]) -> list[np.ndarray]:
+        """float64 [answers] of each group by reward model `name`, the same on all ranks; nan for a text that is too long.
+
+        All ranks must call, with the same groups. Raises on all ranks alike: DataError for a conversation that the chat template
+        does not write, Interrupted if the run is asked to stop.
+        """
+        own: list[tuple[int, int, list[int]]] = []
+        problem: str | None = None
+        try:
+            own = self._own_texts(name, groups)
+        except ShardtuneError as error:
+            problem = str(error)
+        problems = [said for said in gather_objects(problem, self.runtime) if said is not None]
+        if problems:
+            raise DataError(f"objective.rewards.{name}: {problems[0]}")
+        own_scores = self._run(name, [ids for _, _, ids in own])
+        scored = [(group, answer, score) for (group, answer, _), score in zip(own, own_scores, strict=True)]
+        scores = [np.full(len(group.answers), np.nan) for group in groups]
+        for rank_scores in gather_objects(scored, self.runtime):
+            for group_number, answer_number, score in rank_scores:
+                scores[group_number][answer_number] = score
+        return scores
+
+    def _own_texts(self, name: str, groups: Sequence[Group]) -> list[tuple[int, int, list[int]]]:
+        """(number of the group, number of the answer, tokens) of the texts that this rank scores."""
+        texts = []
+        for number in range(self.runtime.rank, len(groups), self.runtime.world_size):
+            for answer, ids in enumerate(self.readers[name].tokens_of(groups[number])):
+                if ids:
+                    texts.append((number, answer, ids))
+        return texts
+
+    def _run(self, name: str, texts: Sequence[list[int]]) -> list[float]:
+        """The score of each text of this rank. All ranks must call: each makes as many forward passes as the others."""
+        reader = self.readers[name]
+        batches = reader.micro_batches(texts)
+        most = max(gather_objects(len(batches), self.runtime))
+        scores = [0.0] * len(texts)
+        with self.engine.inference(averaged=False) as module:
+            # Through the root module's own forward: a sharding engine gathers parameters only there.
+            step: Any = module
+            objective = step.objective
+            added_losses = step.added_losses
+            step.objective = _ModelScores(step.reward_models[name])
+            step.added_losses = None
+            try:
+                for turn in range(most):
+                    numbers = batches[turn] if turn < len(batches) else []
+                    filler = [[reader.pad_token_id]]
+                    batch = reader.batch([texts[number] for number in numbers] or filler, self.runtime.device)
+                    found = step(batch)[SCORES].tolist()
+                    for number, score in zip(numbers, found, strict=False):
+                        scores[number] = score
+                    if self.stop_now():
+                        raise Interrupted
+            finally:
+                step.objective = objective
+                step.added_losses = added_losses
+        return scores
