@@ -1,6 +1,8 @@
 """Advantages, groups without spread, and weights of answers, beside plain arithmetic."""
 
+import json
 import math
+from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from strategies.errors import DataError
 from tests.helpers.covering import examples
 from trainer.objectives.grpo_config import Baseline, Normalise, Scale
-from trainer.rollout.groups import advantages, answer_weights, idle
+from trainer.rollout.groups import advantages, answer_weights, idle, normalised_sum
 
 NAN = math.nan
 ROUND = np.array(
@@ -47,6 +49,32 @@ def by_hand(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> list[list[
 def test_advantages_are_those_of_their_definition(baseline, scale):
     found = advantages(ROUND, baseline, scale)
     np.testing.assert_allclose(found, by_hand(ROUND, baseline, scale), rtol=1e-12, atol=1e-12)
+
+
+def test_several_rewards_become_the_advantages_of_trl():
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "grpo_advantages.json").read_text())
+    assert golden["trl"] == "1.16.0"
+    weights = dict(zip("abc", golden["weights"], strict=True))
+    for case in golden["cases"]:
+        rewards = np.array(case["rewards"], dtype=np.float64)  # [groups, answers, functions]; None becomes nan
+        by_reward = dict(zip("abc", np.moveaxis(rewards, 2, 0), strict=True))
+        is_unscored = np.isnan(rewards).all(axis=2)
+        total = np.where(is_unscored, NAN, np.nansum(rewards * golden["weights"], axis=2))
+        if case["aggregation"] == "sum_then_normalize":
+            found = advantages(total, Baseline.group, Scale.std)
+        else:
+            combined = normalised_sum(by_reward, weights, total)
+            assert idle(combined).tolist() == [False, False, True, False, False]
+            found = advantages(combined, Baseline.batch, Scale.batch_std)
+        np.testing.assert_allclose(found, case["advantages"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_reward_without_weight_and_an_unscored_answer_do_not_count_in_a_normalised_sum():
+    by_reward = {"a": np.array([[1.0, 0.0, 5.0]]), "control": np.array([[9.0, 1.0, 4.0]])}
+    total = np.array([[1.0, 0.0, NAN]])
+    found = normalised_sum(by_reward, {"a": 2.0, "control": 0.0}, total)
+    size = 2 * 0.5 / (math.sqrt(0.5) + 1e-4)
+    np.testing.assert_allclose(found, [[size, -size, NAN]])
 
 
 def test_advantages_are_those_that_trl_documents():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from trainer.data.config import DataConfig
 from trainer.objectives.answers import PromptDataSpec
 from trainer.objectives.base import Family, OtherSettings
-from trainer.objectives.grpo_config import Baseline, ClipForm, GrpoConfig, KlEstimator, KlPlace, Scale
+from trainer.objectives.grpo_config import Baseline, ClipForm, Combine, GrpoConfig, KlEstimator, KlPlace, Scale
 from trainer.objectives.policy import Policy
 from trainer.objectives.reward_functions import prompt_spec
 from trainer.objectives.rollouts import IdleGroups, stop_problems
@@ -23,6 +23,7 @@ def problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator[str]
         yield f"data.over_length={over_length.value}: a prompt is never cut; set data.over_length=drop or data.over_length=fail"
     yield from stop_problems(config)
     yield from _group_problems(config)
+    yield from _combine_problems(config)
     yield from _clip_problems(config)
     kl = config.kl
     if kl.place is KlPlace.reward and kl.estimator is not KlEstimator.k3:
@@ -50,6 +51,30 @@ def _group_problems(config: GrpoConfig) -> Iterator[str]:
             f"objective.idle_groups={config.idle_groups} with objective.baseline={config.baseline}: a group in which all answers "
             "score alike is compared with other groups, so it teaches something; set objective.idle_groups=keep, or "
             "objective.baseline=group"
+        )
+
+
+def _combine_problems(config: GrpoConfig) -> Iterator[str]:
+    """Settings of the advantage that `combine=normalised` decides itself."""
+    if config.combine is not Combine.normalised:
+        return
+    remedy = "leave it out, or set objective.combine=sum"
+    if config.baseline is not Baseline.group:
+        yield f"objective.baseline={config.baseline}: objective.combine=normalised compares rewards within a group; {remedy}"
+    if config.scale is not Scale.std:
+        yield (
+            f"objective.scale={config.scale}: objective.combine=normalised divides each reward by its deviation in the group, "
+            f"and their sum by its deviation in the round; {remedy}"
+        )
+    if config.group_size == 1:
+        yield (
+            "objective.group_size=1: objective.combine=normalised compares the answers to one prompt; set "
+            "objective.group_size=8, or objective.combine=sum"
+        )
+    if config.kl.weight > 0 and config.kl.place is KlPlace.reward:
+        yield (
+            "objective.kl.place=reward: objective.combine=normalised scales each reward by itself, and a divergence with it; "
+            "set objective.kl.place=loss"
         )
 
 

@@ -31,6 +31,13 @@ class Scale(StrEnum):
     none = "none"
 
 
+class Combine(StrEnum):
+    """How several rewards become one: their weighted sum, or each by its spread in the group first (GDPO)."""
+
+    sum = "sum"
+    normalised = "normalised"
+
+
 class ImportanceLevel(StrEnum):
     """Whether each token has a ratio of its own, or all tokens of an answer share the answer's mean."""
 
@@ -93,6 +100,8 @@ class GrpoConfig(RoundsConfig):
     """What is subtracted from a reward: the mean of its `group`, of the `others` in it, of the `batch`, or `none`."""
     scale: Scale = setting(Scale.std, reach=DESCRIBES)
     """What the difference is divided by: `std` of the group, `batch_std` of the round, `mean` of the group, or `none`."""
+    combine: Combine = setting(Combine.sum, reach=DESCRIBES)
+    """Several rewards: their weighted `sum`, or each `normalised` in its group before, and the sum in the round (GDPO)."""
     importance_level: ImportanceLevel = setting(ImportanceLevel.token, reach=DESCRIBES)
     """Ratio of new to old probability: each `token`'s, or the whole answer's (`sequence`, GSPO)."""
     clip: float = number(0.2, above=0, below=1, advice="0.2 as a rule, 3e-4 with importance_level=sequence")

@@ -5,6 +5,8 @@ Numpy alone, in float64, from the rewards of the whole round: every rank that ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from strategies.errors import DataError
@@ -32,6 +34,29 @@ def advantages(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndar
     differences = _minus_baseline(known, is_scored, baseline)
     scaled = differences / _divisor(known, is_scored, scale)
     return np.where(is_scored, scaled, 0.0)
+
+
+def normalised_sum(
+    by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float], rewards: np.ndarray
+) -> np.ndarray:
+    """float64 [groups, answers]: the weighted sum of rewards, each less its mean in the group and divided by its deviation there.
+
+    Rewards of other ranges and spreads then weigh as their weights say: the first half of GDPO (Liu et al. 2026,
+    arXiv:2601.05242), which divides the sum by its deviation in the round too (`Baseline.batch` and `Scale.batch_std`). TRL calls
+    it `multi_objective_aggregation="normalize_then_sum"`.
+
+    `by_reward`: float64 [groups, answers] by name, nan where a reward does not apply. `rewards`: their plain weighted sum, nan
+    for an unscored answer, which stays unscored and counts in no mean.
+    """
+    total = np.zeros_like(rewards)
+    for name, of_reward in by_reward.items():
+        if weights[name] == 0:
+            continue
+        scored = np.where(np.isnan(rewards), np.nan, of_reward)
+        of_group = advantages(scored, Baseline.group, Scale.std)
+        # Of equal rewards nothing is left, not even their rounding.
+        total += weights[name] * np.where(idle(scored)[:, None], 0.0, of_group)
+    return np.where(np.isnan(rewards), np.nan, total)
 
 
 def idle(rewards: np.ndarray) -> np.ndarray:

@@ -15,10 +15,10 @@ from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, gather_objects
 from trainer.data.batches.collate import to_device
 from trainer.objectives.base import ReferenceModels
-from trainer.objectives.grpo_config import GrpoConfig, KlPlace
+from trainer.objectives.grpo_config import Baseline, Combine, GrpoConfig, KlPlace, Scale
 from trainer.objectives.rollouts import IdleGroups
 from trainer.rollout.dealing import Dealer
-from trainer.rollout.groups import advantages, idle
+from trainer.rollout.groups import advantages, idle, normalised_sum
 from trainer.rollout.look_back import PolicyLogps, ReferenceLogps, RowScorer, answer_logps
 from trainer.rollout.metrics import round_metrics
 from trainer.rollout.prompts import PromptReader
@@ -91,7 +91,8 @@ class RoundMaker:
             facts["groups/missing"] = self.prompts_per_round - len(kept.groups)
         made = self.weighed_round(kept.groups, kept.scores, first_sample, num_prompts)
         self.tell_phase("training")
-        made.facts = round_metrics(written.groups, written.scores) | facts | self._speeds(written.groups)
+        is_idle = idle(self._rewards(written.scores))
+        made.facts = round_metrics(written.groups, written.scores, is_idle) | facts | self._speeds(written.groups)
         self.on_round(made, step)
         return made
 
@@ -130,7 +131,7 @@ class RoundMaker:
         wanted = self.prompts_per_round
         draws = 1
         while True:
-            with_spread = np.flatnonzero(~idle(rewards_of(written.scores))).tolist()
+            with_spread = np.flatnonzero(~idle(self._rewards(written.scores))).tolist()
             num_written = len(written.groups)
             if len(with_spread) >= wanted or (with_spread and num_written >= MOST_WRITTEN * wanted):
                 break
@@ -164,7 +165,7 @@ class RoundMaker:
     def _weigh(self, made: Round) -> None:
         """Give a round its advantages, and the log-probabilities of the past that its loss reads."""
         settings = self.settings
-        rewards = rewards_of(made.scores)
+        rewards = self._rewards(made.scores)
         if settings.idle_groups is IdleGroups.drop:
             made.is_learned &= ~idle(rewards)[:, None]
         if settings.mask_truncated:
@@ -187,7 +188,20 @@ class RoundMaker:
             rewards = self._with_divergence(rewards, old_logps, made.reference_logps)
         if several_updates:
             made.old_logps = old_logps
-        made.advantages = advantages(rewards, settings.baseline, settings.scale)
+        if settings.combine is Combine.normalised:
+            # Each reward was compared within its group; what is left is the scale of their sum.
+            made.advantages = advantages(rewards, Baseline.batch, Scale.batch_std)
+        else:
+            made.advantages = advantages(rewards, settings.baseline, settings.scale)
+
+    def _rewards(self, scores: Sequence[Scores]) -> np.ndarray:
+        """float64 [groups, answers]: what is learned from, nan where an answer is unscored."""
+        rewards = rewards_of(scores)
+        if self.settings.combine is Combine.sum:
+            return rewards
+        by_reward = {name: np.stack([score.by_reward[name] for score in scores]) for name in scores[0].by_reward}
+        weights = {name: reward.weight for name, reward in self.settings.rewards.items()}
+        return normalised_sum(by_reward, weights, rewards)
 
     def _with_divergence(
         self, rewards: np.ndarray, old_logps: dict[int, np.ndarray], reference_logps: dict[int, np.ndarray]

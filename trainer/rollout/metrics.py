@@ -7,15 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.rollout.groups import idle
 from trainer.rollout.round import rewards_of
 from trainer.rollout.types import Group, Scores, all_answers
 
 
-def round_metrics(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str, float]:
-    """Rewards, lengths and what was left unscored, over all answers of a round. A mean over nothing is left out."""
+def round_metrics(groups: Sequence[Group], scores: Sequence[Scores], is_idle: np.ndarray) -> dict[str, float]:
+    """Rewards, lengths and what was left unscored, over all answers of a round. A mean over nothing is left out.
+
+    `is_idle`, bool [groups]: groups that teach nothing.
+    """
     rewards = rewards_of(scores)
-    is_idle = idle(rewards)
     metrics = {
         "reward": _mean(rewards),
         "reward_std": _mean(_spread(rewards, axis=1)),

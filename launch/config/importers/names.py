@@ -156,6 +156,7 @@ REINFORCEMENT = {  # of TRL's GRPOConfig, then of verl
     **_rules("mask_truncated_completions", renamed_to("objective.mask_truncated")),
     **_rules("importance_sampling_level", renamed_to("objective.importance_level")),
     **_rules("scale_rewards", choice("objective.scale", rules.REWARD_SCALES)),
+    **_rules("multi_objective_aggregation", choice("objective.combine", rules.COMBINATIONS)),
     **_rules("loss_agg_mode", choice("objective.normalise", rules.LOSS_SUMS)),
     **_rules("adv_estimator", choice("objective", rules.ADVANTAGE_ESTIMATORS)),
     **_rules(

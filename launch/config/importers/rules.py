@@ -57,6 +57,8 @@ OBJECTIVES = {
 }
 REWARD_SCALES = {"std": "group true", "batch_std": "batch", "none": "none false"}
 """What advantages are divided by, and TRL's names for it."""
+COMBINATIONS = {"sum": "sum_then_normalize", "normalised": "normalize_then_sum"}
+"""How several rewards become one, and TRL's names for it."""
 LOSS_SUMS = {
     "token": "token-mean",
     "answer": "seq-mean-token-mean",
