@@ -6,17 +6,23 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from strategies.errors import DataError, Interrupted
-from strategies.runtime import Runtime
+from strategies.runtime import Runtime, usable_cores
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import Case
 from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
+from trainer.rollout.metrics import round_metrics
+from trainer.rollout.record import RoundRecord
 from trainer.rollout.rewards.kinds import KINDS, kind_problems
 from trainer.rollout.rewards.process import worker_environment
-from trainer.rollout.rewards.scorer import WorkerScorer, weighted_total
+from trainer.rollout.rewards.scorer import WorkerScorer, default_workers, weighted_total
+from trainer.rollout.round import Round
+from trainer.rollout.round_table import round_table
 from trainer.rollout.types import Answer, Group, Prompt
 
 REWARDS = """
@@ -76,6 +82,20 @@ def short(completions):
 def leaves(completion):
     raise SystemExit(3)
 
+def extracts(completions, log_extra):
+    log_extra("upper", [text.upper() for text in completions])
+    log_extra("chars", [len(text) if text != "cut" else None for text in completions])
+    log_extra("mixed", [1, "two", {"three": 3}][: len(completions)])
+    return [0.0] * len(completions)
+
+def extracts_one(completion, log_extra):
+    log_extra("first", [completion[:1]])
+    return 1.0
+
+def extracts_too_few(completions, log_extra):
+    log_extra("upper", ["a"])
+    return [0.0] * len(completions)
+
 def floods(completions):
     for _ in range(3000):
         print("y" * 10000)
@@ -100,10 +120,9 @@ def group(texts, columns=None, prompt="question", place=0):
 
 
 def scorer_of(rewards, tmp_path, **options):
-    import torch
-
     runtime = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
-    return WorkerScorer(RoundsConfig(rewards=rewards), runtime, tmp_path, **options)
+    config = RoundsConfig(rewards=rewards, reward_workers=options.pop("workers", 1))
+    return WorkerScorer(config, runtime, tmp_path, **options)
 
 
 def functions(file, *names, **settings):
@@ -139,6 +158,34 @@ def test_functions_of_three_conventions_score_alike(score, monkeypatch):
     np.testing.assert_equal(first.total, [6.5, 3.5, 1.5])
     assert first.logged == {"trl/seen": [3.0], "verl/acc": [1.0, 1.0, 1.0]}
     np.testing.assert_equal(second.by_reward["verifiers"], [1.25])
+    assert first.extra == {"verl/acc": [1.0, 1.0, 1.0]}
+
+
+def test_columns_that_functions_give_are_in_the_record_and_the_metrics(score, tmp_path):
+    groups = [group(["right", "wrong", "cut"]), group(["cut", "cut", "a"], place=1)]
+    scores = score(["extracts", "extracts_one"], groups)
+    assert scores[0].extra["extracts/upper"] == ["RIGHT", "WRONG", "CUT"]
+    assert scores[0].extra["extracts_one/first"] == ["r", "w", "c"]
+    metrics = round_metrics(groups, scores, np.zeros(2, bool))
+    assert metrics["extra/extracts/chars"] == pytest.approx(11 / 3)
+    assert metrics["extra/extracts/mixed"] == 1 and "extra/extracts/upper" not in metrics
+    made = Round(0, 2, groups, scores, np.zeros((2, 3)), np.ones((2, 3), bool))
+    RoundRecord(tmp_path).write(made, 4)
+    rows = parquet.read_table(tmp_path / "rounds" / "round-000005.parquet").to_pylist()
+    assert [row["extra/extracts/chars"] for row in rows] == [5.0, 5.0, None, None, None, 1.0]
+    assert [row["extra/extracts/mixed"] for row in rows][:3] == ["1", "two", "{'three': 3}"]
+    assert "extra/extracts/upper" in round_table(made, 5).columns
+
+
+def test_several_workers_share_the_calls_of_a_rank(reward_file, tmp_path):
+    scorer = scorer_of(functions(reward_file, "trl", "verifiers"), tmp_path, workers=2)
+    groups = [group(["right", "wrong"], {"answer": "right", "level": None}, place=place) for place in range(5)]
+    scores = scorer.score(groups, step=0)
+    scorer.close()
+    assert [of_group.total.tolist() for of_group in scores] == [[2.25, 0.25]] * 5
+    assert len([*(tmp_path / "logs").glob("rewards-rank-0-*.log")]) == 2
+    runtime = Runtime(0, 8, 0, 8, torch.device("cpu"), None)
+    assert default_workers(runtime) == max(1, min(4, usable_cores() // 8))
 
 
 def test_answers_are_messages_where_prompts_are(reward_file, tmp_path):
@@ -178,6 +225,10 @@ def test_a_process_that_crashes_is_tried_once_more(score):
         ("text", "'1.0' as a score; it must be a finite number"),
         ("nan", "returned nan as a score"),
         ("short", "returned 1 scores for 2 answers"),
+        (
+            "extracts_too_few",
+            r"called log_extra\('upper', \['a'\]\); it takes a list with a value for each of 2 answers \(data.jsonl:1\)",
+        ),
         ("leaves", r"(?s)raised an exception.*SystemExit: 3"),
     ],
 )

@@ -73,6 +73,8 @@ class RoundsConfig(ObjectiveConfig):
     """Answers that are written to each prompt; `batch.global` must be a multiple of it."""
     rewards: dict[str, RewardEntry] = setting(default_factory=dict, reach=DESCRIBES)
     """What scores the answers, by a name of your choice; a Python file stands for each of its functions."""
+    reward_workers: int | None = number(None, least=1, advice="null takes up to 4; more for slow rewards", resume=FREE)
+    """Processes of each rank that score answers at the same time; null: its share of the host's processors, at most 4."""
     idle_groups: IdleGroups = setting(IdleGroups.keep, reach=DESCRIBES)
     """Groups in which all answers score alike: `keep`, `drop` (saves their computation), or `replace` by further prompts."""
     rollout: RolloutConfig = group(RolloutConfig)

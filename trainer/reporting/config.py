@@ -68,7 +68,7 @@ class LoggingConfig:
     artifacts: bool = setting(False, reach=Reach.tracker)
     """Also register the prepared data and the export as W&B artifacts, by reference: files stay where they are."""
     tables: bool = setting(False, reach=Reach.tracker)
-    """Also show the worst rows of tasks, and those that changed sides, as tables in W&B and TensorBoard, with their texts."""
+    """Also show the worst and the changed rows of tasks, and answers of rounds, as tables in W&B and TensorBoard."""
     tensorboard: bool = setting(False, reach=Reach.tracker)
     """Also write TensorBoard event files (needs the `tensorboard` package)."""
     trackio: bool = setting(False, reach=Reach.tracker)

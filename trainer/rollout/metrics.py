@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -59,11 +60,20 @@ def _by_source(groups: Sequence[Group], rewards: np.ndarray, is_idle: np.ndarray
 
 
 def _logged(scores: Sequence[Scores]) -> dict[str, float]:
-    """Means of what reward functions logged themselves, as `logged/NAME`: a name of theirs may be one of a run's own metrics."""
+    """Means of what reward functions logged themselves: `logged/NAME`, and of columns of numbers `extra/NAME`.
+
+    Their names may be those of a run's own metrics, so that they have a beginning.
+    """
     values_by_name: dict[str, list[float]] = {}
     for score in scores:
         for name, values in score.logged.items():
             values_by_name.setdefault(f"logged/{name}", []).extend(values)
+    for score in scores:
+        for name, column in score.extra.items():
+            numbers = [value for value in column if isinstance(value, int | float) and math.isfinite(value)]
+            # Of verl's dictionaries each number is logged too, under the same name: once is enough.
+            if numbers and f"logged/{name}" not in values_by_name:
+                values_by_name.setdefault(f"extra/{name}", []).extend(numbers)
     return {name: _mean(np.array(values, dtype=np.float64)) for name, values in values_by_name.items()}
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from trainer.rollout.round import Round
 
 DIRECTORY = "rounds"
+EXTRA = "extra/"
+"""How the names of columns begin that reward functions gave themselves (`log_extra`)."""
 _NAME = re.compile(r"round-(\d+)\.parquet")
 
 
@@ -81,7 +83,29 @@ def rows_of(made: Round, most_groups: int | None = None) -> list[dict[str, Any]]
             }
             for name, of_reward in scores.by_reward.items():
                 row[f"rewards/{name}"] = _number(of_reward[place])
+            for name, values in scores.extra.items():
+                row[f"{EXTRA}{name}"] = values[place]
             rows.append(row)
+    return _with_alike_columns(rows)
+
+
+def _with_alike_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with all further columns of any; a column of texts and other values becomes one of texts.
+
+    Parquet has one type a column. A reward function may give a number for one answer and a text for another.
+    """
+    values_by_column: dict[str, list[Any]] = {}
+    for row in rows:
+        for column, value in row.items():
+            if column.startswith(EXTRA):
+                values_by_column.setdefault(column, []).append(value)
+    for column, values in values_by_column.items():
+        known = [value for value in values if value is not None]
+        is_numeric = all(isinstance(value, int | float) for value in known)
+        for row in rows:
+            value = row.setdefault(column, None)
+            if value is not None:
+                row[column] = float(value) if is_numeric else str(value)
     return rows
 
 

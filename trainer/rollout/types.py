@@ -74,6 +74,8 @@ class Scores:
     """Answers that a reward had no time to score."""
     logged: dict[str, list[float]] = field(default_factory=dict)
     """What reward functions logged themselves (`log_metric`), by name."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """Further columns of the record (`log_extra`), by `REWARD/NAME`: a JSON value for each answer, or None."""
 
 
 class RewardScorer(Protocol):

@@ -50,6 +50,8 @@ class CallResult:
     """One for each answer; None: the reward does not apply to it."""
     logged: dict[str, list[float]] = field(default_factory=dict)
     """Numbers that the function logged itself, by name."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """Further columns of the record that the function gave, by name: a JSON value for each answer; None: none for it."""
 
 
 def load_function(file: Path, name: str) -> Callable[..., Any]:
@@ -96,7 +98,8 @@ class FunctionReward:
                 "completion_ids": answers.ids,
                 "truncated": answers.truncated,
             }
-            result.scores = _score_list(call(columns, given), len(answers.texts))
+            every_answer = range(len(answers.texts))
+            result.scores = _score_list(call(columns, given, every_answer), len(answers.texts))
             return result
         for number, completion in enumerate(answers.completions()):
             given = {"completion_ids": answers.ids[number], "truncated": answers.truncated[number]}
@@ -104,17 +107,37 @@ class FunctionReward:
                 given["solution_str"] = answers.texts[number]
             else:
                 given |= {"prompt": answers.prompt, "completion": completion}
-            returned = call(answers.columns, given)
-            result.scores.append(_score_of_answer(returned, result))
+            returned = call(answers.columns, given, range(number, number + 1))
+            result.scores.append(_score_of_answer(returned, result, number, len(answers.texts)))
         return result
 
-    def _call(self, answers: AnswersOfGroup, result: CallResult, columns: dict[str, Any], given: dict[str, Any]) -> Any:
-        """Call the function with those of the arguments that it names. Numbers that it logs go into `result`."""
+    def _call(
+        self,
+        answers: AnswersOfGroup,
+        result: CallResult,
+        columns: dict[str, Any],
+        given: dict[str, Any],
+        numbers: range,
+    ) -> Any:
+        """Call the function with those of the arguments that it names. What it logs goes into `result`.
+
+        `numbers`: of the answers that it is given. Raises BadScore for a column that has not one value for each of them.
+        """
 
         def log_metric(name: str, value: float) -> None:
             result.logged.setdefault(str(name), []).append(float(value))
 
-        given |= {"step": answers.step, "log_metric": log_metric, "log_extra": lambda name, values: None}
+        def log_extra(column: str, values: Any) -> None:
+            is_list = hasattr(values, "__len__") and not isinstance(values, str | bytes | dict)
+            if not is_list or len(values) != len(numbers):
+                raise BadScore(
+                    f"called log_extra({str(column)!r}, {_shown(values)}); it takes a list with a value for each of "
+                    f"{len(numbers)} answers"
+                )
+            for number, value in zip(numbers, values, strict=True):
+                _put_extra(result, column, number, len(answers.texts), value)
+
+        given |= {"step": answers.step, "log_metric": log_metric, "log_extra": log_extra}
         available = {**columns, **given, **self.options}
         if self.signature.takes_all:
             arguments = available
@@ -142,14 +165,26 @@ def _score_list(returned: Any, answers: int) -> list[float | None]:
     return [score_of(score) for score in returned]
 
 
-def _score_of_answer(returned: Any, result: CallResult) -> float | None:
-    """The score of one answer. Of verl's dictionaries it is `score`; the other numbers are logged. Raises BadScore."""
+def _put_extra(result: CallResult, column: Any, number: int, answers: int, value: Any) -> None:
+    """Put the value of answer `number` into a further column of the record, as JSON holds it: else as a text."""
+    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # of numpy and torch
+        value = value.item()
+    is_plain = value is None or isinstance(value, str | bool | int | float)
+    values = result.extra.setdefault(str(column), [None] * answers)
+    values[number] = value if is_plain else str(value)
+
+
+def _score_of_answer(returned: Any, result: CallResult, number: int, answers: int) -> float | None:
+    """The score of answer `number`. Of verl's dictionaries it is `score`; what else they hold is logged. Raises BadScore."""
     if not isinstance(returned, dict):
         return score_of(returned)
     if "score" not in returned:
         raise BadScore(f'returned {_shown(returned)}; a dictionary must have "score"')
     for name, value in returned.items():
-        if name != "score" and isinstance(value, Real):
+        if name == "score":
+            continue
+        _put_extra(result, name, number, answers, value)
+        if isinstance(value, Real):
             result.logged.setdefault(str(name), []).append(float(value))
     return score_of(returned["score"])
 

@@ -164,6 +164,8 @@ class Reply:
     scores: list[float | None] | None
     """None: it took longer than its time limit."""
     logged: dict[str, list[float]]
+    extra: dict[str, list[Any]]
+    """As in `CallResult`."""
 
 
 class Stopped(Exception):
@@ -295,13 +297,13 @@ class _RoundOfCalls:
             trace = f"\n{message['traceback']}" if "traceback" in message else ""
             raise DataError(f"objective.rewards.{call.reward}: {message['problem']} ({call.origin}){trace}")
         self._in_time.add(call.reward)
-        self.replies[number] = Reply(message["scores"], message["logged"])
+        self.replies[number] = Reply(message["scores"], message["logged"], message["extra"])
 
     def note_timeout(self, number: int) -> None:
         """Leave the answers of a call unscored. Raises DataError if the reward has been too slow all the time."""
         call = self.calls[number]
         self._timeouts[call.reward] += 1
-        self.replies[number] = Reply(None, {})
+        self.replies[number] = Reply(None, {}, {})
         if call.reward not in self._in_time and self._timeouts[call.reward] >= HOPELESS_TIMEOUTS:
             raise DataError(
                 f"objective.rewards.{call.reward}: {HOPELESS_TIMEOUTS} calls took longer than timeout_s={call.timeout_s:g}, and "

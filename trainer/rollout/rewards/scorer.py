@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError, Interrupted
-from strategies.runtime import Runtime, gather_objects, longer_timeout
+from strategies.runtime import Runtime, gather_objects, longer_timeout, usable_cores
 from trainer.objectives.reward_functions import Convention, function_of
 from trainer.rollout.rewards.copies import copied_functions
 from trainer.rollout.rewards.judged import VerdictSource, judge_answers
@@ -20,6 +20,10 @@ from trainer.rollout.types import Group, Scores
 if TYPE_CHECKING:
     from trainer.objectives.rollouts import RewardEntry, RoundsConfig
     from trainer.rollout.rewards.model import RewardModelScorer
+
+
+MOST_WORKERS = 4
+"""Worker processes of a rank if the settings say nothing: each imports the reward files, and some are large."""
 
 
 class WorkerScorer:
@@ -33,10 +37,9 @@ class WorkerScorer:
         *,
         stop_asked: Callable[[], bool] = lambda: False,
         judge: VerdictSource | None = None,
-        workers: int = 1,
     ) -> None:
         """`run_dir`: where copies of reward files and the logs of workers are. `stop_asked`: whether this process was asked to
-        stop; no collective. `judge`: for rewards of that kind. `workers`: processes of this rank.
+        stop; no collective. `judge`: for rewards of that kind.
         """
         self.rewards: Mapping[str, RewardEntry] = config.rewards
         self.runtime = runtime
@@ -66,6 +69,7 @@ class WorkerScorer:
                 options["limit"] = config.rollout.max_new_tokens
             setup[name] = {"kind": reward.kind, "options": options}
         log_dir = (run_dir or Path()) / "logs"
+        workers = config.reward_workers or default_workers(runtime)
         if not setup:  # the judge or models alone score
             workers = 0
         logs = [log_dir / f"rewards-rank-{runtime.rank}-{number}.log" for number in range(workers)]
@@ -190,6 +194,7 @@ class _Collected:
         self.num_timed_out = 0
         self.without_total: set[int] = set()
         self.logged: dict[str, list[float]] = {}
+        self.extra: dict[str, list[Any]] = {}
 
     def add(self, reward: str, answers: list[int], reply: Reply) -> None:
         """Add what became of one call."""
@@ -203,11 +208,20 @@ class _Collected:
                 self.by_reward[reward][answer] = score
         for name, numbers in reply.logged.items():
             self.logged.setdefault(f"{reward}/{name}", []).extend(numbers)
+        for name, values in reply.extra.items():
+            column = self.extra.setdefault(f"{reward}/{name}", [None] * len(self.by_reward[reward]))
+            for answer, value in zip(answers, values, strict=True):
+                column[answer] = value
 
     def scores(self) -> Scores:
         """The scores of the group. Its totals are made once all of its rewards are there."""
         number_of_answers = len(next(iter(self.by_reward.values())))
-        return Scores(np.full(number_of_answers, np.nan), self.by_reward, self.num_timed_out, self.logged)
+        return Scores(np.full(number_of_answers, np.nan), self.by_reward, self.num_timed_out, self.logged, self.extra)
+
+
+def default_workers(runtime: Runtime) -> int:
+    """Worker processes of a rank: its share of the processors that this process may use, at least one and at most four."""
+    return max(1, min(MOST_WORKERS, usable_cores() // runtime.local_world_size))
 
 
 def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:

@@ -89,7 +89,7 @@ def answer_call(rewards: dict[str, Reward], call: dict[str, Any]) -> dict[str, A
         return {"problem": str(error)}
     except BaseException:  # noqa: BLE001 - also SystemExit: whatever it is, the run ends with it
         return {"problem": "raised an exception", "traceback": shown_traceback()}
-    return {"scores": result.scores, "logged": result.logged}
+    return {"scores": result.scores, "logged": result.logged, "extra": result.extra}
 
 
 def shown_traceback() -> str:
