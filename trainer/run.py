@@ -15,8 +15,7 @@ from strategies.errors import Preempted
 from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
-from trainer.build.reward_models import check_reward_models, open_model_scorer
-from trainer.build.rounds import RoundInputs, build_round_loader
+from trainer.build.reward_models import check_reward_models
 from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
 from trainer.checkpoints.layout import checkpoint_dirs_of
@@ -51,6 +50,7 @@ from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.metrics import Meter
 from trainer.reporting.profile import Profiler
 from trainer.rollout.loader import RolloutLoader
+from trainer.rollout.rewards.copies import use_copies_of_run
 from trainer.session.announcements import (
     RunContext,
     close_records,
@@ -68,6 +68,7 @@ from trainer.session.identity import agree_on_run, compare_identity
 from trainer.session.matmul import settle_matmul
 from trainer.session.monitors import challenges_of, tasks_for_tokenizer
 from trainer.session.result import TrainedRun, settle_result
+from trainer.session.rounds import open_rounds, show_rounds
 from trainer.session.run_facts import RunParts, run_facts
 from trainer.session.template_date import date_of_run, keep_date
 from trainer.step import Built
@@ -97,6 +98,9 @@ def _run(
     config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, attempt: Attempt, freeze: Freeze
 ) -> None:
     """Everything between the first record of this rank's attempt and the last. All ranks must call."""
+    if isinstance(config.objective, RoundsConfig) and config.run.dir is not None:
+        # A requeued job may find no reward file any more: how it is called, and its columns, are read from the run's copy.
+        use_copies_of_run(config.objective.rewards, Path(config.run.dir))
     # Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
     tokenizer = load_tokenizer(config.model)
     # Refused before hours of preparation: whether ranks can share rows is a matter of the model's architecture.
@@ -148,6 +152,7 @@ def _run(
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
     request.must_save()
     trackers = open_records(config, run_record, progress, context)
+    show_rounds(config, loader, trackers, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units())
     challenges = challenges_of(config, built, total_steps, interval, context)
@@ -275,34 +280,7 @@ def loader_of(
     """
     if family_of(config.objective).rollout is None:
         return build_loader(config, inputs.data, built, engine, context.runtime)
-
-    from trainer.evaluation.endpoint.judge import Judge
-    from trainer.rollout.record import RoundRecord
-    from trainer.rollout.rewards.scorer import open_scorer
-
-    assert isinstance(config.objective, RoundsConfig), "the settings of every family with rollouts"
-
-    def watch_for_stop() -> Callable[[], bool]:
-        return context.agreement.for_loop().ask_and_wait
-
-    judge = None
-    if config.evaluation.judge.url:
-        judge = Judge(config.evaluation.judge, context.runtime, watch_for_stop())
-    scorer = open_scorer(
-        config.objective, context.runtime, context.run_dir, stop_asked=context.agreement.asked_here, judge=judge
-    )
-    context.attempt.at_end.callback(scorer.close)
-    scorer.model_scorer = open_model_scorer(config, engine, context.runtime, watch_for_stop())
-    of_rounds = RoundInputs(
-        inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.tell_phase
-    )
-    loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, of_rounds)
-    record = RoundRecord(context.run_dir, config.objective.rollout.record)
-    processes.call_on_main(lambda: record.take_back(progress.step), context.runtime)
-    loader.maker.on_round = lambda made, step: processes.call_on_main(lambda: record.write(made, step), context.runtime)
-    if resumed_from is not None:
-        loader.restore(resumed_from)
-    return loader, steps
+    return open_rounds(config, inputs, built, engine, progress, resumed_from, context)
 
 
 def monitors_of(

@@ -343,8 +343,10 @@ def _add_rewards(parsed: ParsedWords, entries: list[str], word: str) -> None:
                 names = [*functions_of(path)]
             except ConfigError as error:
                 parsed.problems += [f"{word}: {problem}" for problem in error.problems]
+                parsed.meant_keys.add(REWARDS_TABLE)
                 continue
             if not names:
+                parsed.meant_keys.add(REWARDS_TABLE)
                 parsed.problems.append(f"{word}: {path.name} has no reward function; {WHAT_IS_A_REWARD}")
         for name in names:
             parsed.values.append(TypedValue(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", word))

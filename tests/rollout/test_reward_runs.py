@@ -99,6 +99,11 @@ def test_a_run_keeps_its_rewards_and_what_was_written(site, capsys):
     assert command_here(["evaluate", str(run)]) == 0
     assert (run / "evaluation" / "rewards" / "0" / "rewards.py").read_text() == text
     assert command_here(["export", str(run), f"to={site / 'exported'}"]) == 0
+    # A run that was killed goes on with them too, by the same words.
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    (run / "status.json").unlink()
+    assert command_here(train) == 0
+    assert parquet.read_table(run / "rounds" / "round-000003.parquet") == last_round
     # Copies of a content that this user never typed are not run, whoever owns the directory.
     copy = run / "rewards" / "0" / "rewards.py"
     copy.write_text(f"open({str(site / 'ran')!r}, 'w')\n\n{text}")
@@ -128,6 +133,29 @@ def test_what_cannot_work_is_refused_before_anything_starts(site, more, problem)
     with pytest.raises(ConfigError) as refused:
         compose(words(site, "budget.steps=1", more))
     assert problem in str(refused.value)
+
+
+def test_a_reward_file_that_is_not_there_is_one_problem(site, tmp_path):
+    for rewards in ("none.py", f"{tmp_path / 'none.py'}"):
+        with pytest.raises(ConfigError) as refused:
+            compose(words(site, "budget.steps=1", f"objective.rewards={rewards}"))
+        assert len(refused.value.problems) == 1 and "cannot be read" in refused.value.problems[0]
+    # A copy of a content that this user never typed does not stand in for it.
+    copies = tmp_path / "run" / "rewards" / "0"
+    copies.mkdir(parents=True)
+    (copies / "none.py").write_text("def mine(completions):\n    return [7.0] * len(completions)\n")
+    manifest = {"functions": {"mine": {"file": "0/none.py", "function": "mine"}}, "sha256": {}}
+    (tmp_path / "run" / "rewards" / "rewards.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        compose(words(site, "budget.steps=1", "objective.rewards=none.py", f"run.dir={tmp_path / 'run'}"))
+
+
+def test_a_held_out_prompt_that_leaves_no_room_for_an_answer_is_refused_without_training(site, capsys):
+    write_jsonl(site / "held-out.jsonl", [{"question": "long " * 300, "answer": "1"}])
+    held_out = f"data.eval_path={site / 'held-out.jsonl'}"
+    command = ["train", *words(site, "budget.steps=1", "data.eval_share=0", held_out)]
+    assert command_here([*command, "--dry-run"]) == 64
+    assert "the longest prompt with an answer of 6 tokens takes" in capsys.readouterr().err
 
 
 def test_a_column_that_is_missing_is_refused_before_anything_starts(site, tmp_path):

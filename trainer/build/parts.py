@@ -288,6 +288,8 @@ def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
     if family.kind is not ModelKind.encoder_decoder:
         written = written_tokens(config.objective)
         longest = int(data.train.lengths.max(initial=0)) + written
+        if written and data.evaluation is not None:  # answers are written to held-out prompts too
+            longest = max(longest, int(data.evaluation.lengths.max(initial=0)) + written)
         positions = getattr(text, "max_position_embeddings", None)
         rotary = bool(getattr(text, "rope_parameters", None))
         check_positions(config.tuning, longest, positions, rotary=rotary, written_tokens=written)

@@ -79,11 +79,27 @@ def split_function(text: str) -> tuple[Path, str]:
     return Path(path).expanduser(), name
 
 
+_STAND_INS: dict[Path, Path] = {}
+"""Copies of reward files in the directory of the run, by the path of the file. Filled by `use_stand_ins`, once a process."""
+
+
+def use_stand_ins(copies: Mapping[Path, Path]) -> None:
+    """Read reward functions from these copies wherever the file itself, the key, is gone."""
+    for path, copy in copies.items():
+        _STAND_INS[path.resolve()] = copy
+
+
+def present_file(path: Path) -> Path:
+    """The file itself if it is there, else its copy in the directory of the run, if that is known; else the file's path."""
+    return path if path.exists() else _STAND_INS.get(path.resolve(), path)
+
+
 def functions_of(path: Path) -> dict[str, RewardFunction]:
     """The public reward functions of a file by name, in its order: those with a parameter of one of the conventions.
 
     Raises ConfigError for a file that cannot be read, or is no Python.
     """
+    path = present_file(path)
     try:
         modified_ns = path.stat().st_mtime_ns
     except OSError as error:

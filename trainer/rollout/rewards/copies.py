@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError, StorageError
-from trainer.objectives.reward_functions import split_function
+from trainer.objectives.reward_functions import split_function, use_stand_ins
 
 if TYPE_CHECKING:
     from trainer.objectives.rollouts import RewardEntry
@@ -180,6 +180,34 @@ def copied_functions(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -
     return functions
 
 
+def stand_ins(run_dir: Path, files: Iterable[Path]) -> dict[Path, Path]:
+    """The run's copy of each of these reward files that is gone, by the file's path; of a file that has no copy, nothing.
+
+    A file is told by its name. If a run has two of one name, neither can stand in.
+    """
+    manifest = read_manifest(run_dir)
+    if manifest is None:
+        return {}
+    copies_by_name: dict[str, set[Path]] = {}
+    for copy in manifest["functions"].values():
+        path = run_dir.resolve() / DIRECTORY / copy["file"]
+        copies_by_name.setdefault(path.name, set()).add(path)
+    found = {}
+    for file in files:
+        copies = copies_by_name.get(file.name, set())
+        if not file.exists() and len(copies) == 1:
+            (copy_path,) = copies
+            if copy_path.is_file():
+                found[file] = copy_path
+    return found
+
+
+def use_copies_of_run(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
+    """Let the run's own copies stand in for reward files that are gone, in this process."""
+    files = [split_function(reward.function)[0] for reward in rewards.values() if reward.function is not None]
+    use_stand_ins(stand_ins(run_dir, files))
+
+
 def recorded_digests(run_dir: Path) -> dict[str, str]:
     """SHA-256 of each copied file as it is now, by its path; empty if the run has no copies."""
     target = run_dir / DIRECTORY
@@ -197,11 +225,14 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
     """Copy the reward files of a run that is about to start.
 
     Raises ConfigError if a run with progress has other ones now, and StorageError. `accept`: what `run.accept` names. A
-    run with progress keeps its copies if a file is gone.
+    run that was started before keeps its copies if a file is gone.
     """
-    if not any(reward.function for reward in rewards.values()):
+    files = [split_function(reward.function)[0] for reward in rewards.values() if reward.function is not None]
+    if not files:
         return
     manifest = read_manifest(run_dir)
+    if manifest is not None and DIRECTORY not in accept and stand_ins(run_dir, files):
+        return
     if manifest is None or not has_progress or DIRECTORY in accept:
         copy_rewards(rewards, run_dir)
         return

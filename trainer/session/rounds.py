@@ -1,0 +1,74 @@
+"""The rounds of a run that writes what it learns from: its scorer, its loader, its record, and its tables in trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from strategies import runtime as processes
+from strategies.base import Engine, Progress
+from trainer.build.reward_models import open_model_scorer
+from trainer.build.rounds import RoundInputs, build_round_loader
+from trainer.config.run import RunConfig
+from trainer.data.batches.loader import StepLoader
+from trainer.objectives.rollouts import RoundsConfig
+from trainer.planner.oom_probe import TrialInputs
+from trainer.reporting.tracking import Trackers
+from trainer.rollout.loader import RolloutLoader
+from trainer.session.announcements import RunContext
+from trainer.step import Built
+
+
+def open_rounds(
+    config: RunConfig,
+    inputs: TrialInputs,
+    built: Built,
+    engine: Engine,
+    progress: Progress,
+    resumed_from: Path | None,
+    context: RunContext,
+) -> tuple[RolloutLoader, int]:
+    """(the rounds of this rank, the optimizer steps of the run). All ranks must call.
+
+    `resumed_from`: the checkpoint that was loaded. Errors: those of rewards, StorageError.
+    """
+    from trainer.evaluation.endpoint.judge import Judge
+    from trainer.rollout.record import RoundRecord
+    from trainer.rollout.rewards.scorer import open_scorer
+
+    assert isinstance(config.objective, RoundsConfig), "the settings of every family with rollouts"
+
+    def watch_for_stop() -> Callable[[], bool]:
+        return context.agreement.for_loop().ask_and_wait
+
+    judge = None
+    if config.evaluation.judge.url:
+        judge = Judge(config.evaluation.judge, context.runtime, watch_for_stop())
+    scorer = open_scorer(
+        config.objective, context.runtime, context.run_dir, stop_asked=context.agreement.asked_here, judge=judge
+    )
+    context.attempt.at_end.callback(scorer.close)
+    scorer.model_scorer = open_model_scorer(config, engine, context.runtime, watch_for_stop())
+    of_rounds = RoundInputs(
+        inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.tell_phase
+    )
+    loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, of_rounds)
+    record = RoundRecord(context.run_dir, config.objective.rollout.record)
+    processes.call_on_main(lambda: record.take_back(progress.step), context.runtime)
+    loader.maker.on_round.append(
+        lambda made, step: processes.call_on_main(lambda: record.write(made, step), context.runtime)
+    )
+    if resumed_from is not None:
+        loader.restore(resumed_from)
+    return loader, steps
+
+
+def show_rounds(config: RunConfig, loader: StepLoader | RolloutLoader, trackers: Trackers, context: RunContext) -> None:
+    """Let trackers show answers of rounds as tables, with `logging.tables`."""
+    if not isinstance(loader, RolloutLoader) or not config.logging.tables or not context.runtime.is_main:
+        return
+    from trainer.rollout.round_table import NAME, round_table
+
+    loader.maker.on_round.append(
+        lambda made, step: trackers.show_with_row(NAME, round_table(made, step + 1), step=step + 1)
+    )
