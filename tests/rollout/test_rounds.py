@@ -15,11 +15,15 @@ from tests.helpers.rounds import prompts_of, round_config, round_trainer, share_
 from trainer.data.batches.order import GlobalOrder
 from trainer.evaluation import decoding, group_answers
 from trainer.monitors.anomalies import Outlier
+from trainer.monitors.config import ChallengesConfig
+from trainer.monitors.detectors import Challenges
 from trainer.monitors.guard_config import Action
 from trainer.objectives.grpo_config import Normalise
 from trainer.objectives.policy import WRITER_DIFFERENCE
 from trainer.objectives.rollouts import IdleGroups
+from trainer.reporting.tracking import Trackers
 from trainer.rollout.round_file import ROUND_FILE
+from trainer.rollout.round_table import round_table
 
 CLOSE = 1e-3
 """Distance of the two best noisy scores of a draw above which no rounding of float32 changes it."""
@@ -163,6 +167,7 @@ def test_a_round_of_several_steps_goes_on_from_its_checkpoint(root, runtime, tmp
         for name in ("step", "samples", "round_step", "tokens"):
             setattr(second.progress, name, getattr(loaded, name))
         second.loader.restore(state)
+        assert second.loader.current.facts == first.loader.current.facts
         assert take_steps(second, 5 - stopped_after) == expected[stopped_after:]
         assert len(second.loader.maker.scorer.scored) == 1
 
@@ -190,6 +195,43 @@ def test_a_rollback_into_a_round_leaves_out_the_round_that_stands_out(root, runt
     units = GlobalOrder(14, trainer.settings.seed, shuffle=True).units(first_place, 8)
     prompts = [tuple(group.prompt.ids) for group in scorer.scored[0]]
     assert prompts == [tuple(dataset.sample(int(unit)).input_ids.tolist()) for unit in units]
+
+
+def test_each_step_of_a_round_has_the_reward_of_its_round(root, runtime):
+    trainer = made_trainer(root, runtime, rollout={"steps": 2, "iterations": 2})
+    facts = [batch.facts for batch in trainer.loader.steps(0, 5)]
+    assert [fact["round_step"] for fact in facts] == [0, 1, 2, 3, 0]
+    assert len({fact["reward"] for fact in facts[:4]}) == 1 and facts[4]["reward"] != facts[0]["reward"]
+    assert ["write_s" in fact for fact in facts] == [True, False, False, False, True]
+    # The detector counts the answers of a round once.
+    challenges = Challenges(ChallengesConfig(), planned_evaluations=1, compared_term="loss")
+    challenges.controls = []
+    challenges.rows(trainer.progress, [{"step": step, "loss": 0.0, **fact} for step, fact in enumerate(facts, 1)])
+    assert [block["reward"] for block in trainer.progress.reward_blocks] == [facts[0]["reward"], facts[4]["reward"]]
+
+
+def test_trackers_show_answers_of_a_round_with_the_row_of_its_step(root, runtime):
+    trainer = made_trainer(root, runtime)
+    next(trainer.loader.steps(0, 1))
+    table = round_table(trainer.loader.current, 11)
+    assert table.columns == ["step", "prompt", "place", "reward", "answer", "rewards/reward", "advantage", "ended"]
+    assert [row[2] for row in table.rows] == ["best", "", "", "worst"] * 4
+    rewards = [row[3] for row in table.rows[:4]]
+    assert rewards == sorted(rewards, reverse=True)
+
+    seen = []
+    tracker = SimpleNamespace(
+        log=lambda row, step: seen.append(step), table=lambda name, table, step: seen.append((name, step))
+    )
+    trackers = Trackers(None, [tracker])
+    trackers.show_with_row("rounds", table, step=11)
+    for step in (10, 11, 12):
+        trackers.log({"loss": 0.0}, step=step)
+    assert seen == [10, 11, ("rounds", 11), 12]
+    trackers.show_with_row("rounds", table, step=13)
+    trackers.rewind(11)
+    trackers.log({"loss": 0.0}, step=13)
+    assert seen[-1] == 13
 
 
 def test_idle_groups_are_dropped_or_replaced(root, runtime):

@@ -124,7 +124,8 @@ class Challenges:
     def _take_rewards(self, progress: Progress, rows: Iterable[dict[str, Any]], controls: list[str]) -> None:
         """Take the rewards of steps, and judge them after each full block. The loss of such a run is 0 by construction."""
         for row in rows:
-            if rewards.REWARD not in row:
+            # The steps of a round learn from the same answers, which count once.
+            if rewards.REWARD not in row or row.get(rewards.ROUND_STEP):
                 continue
             progress.interval_loss += row[rewards.REWARD]
             progress.interval_steps += 1

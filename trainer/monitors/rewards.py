@@ -46,6 +46,8 @@ LEAST_SPREAD = 0.02
 IDLE_SHARE = 0.9
 SATURATED = 0.95
 """Share of the best block's reward, from which on idle groups are no fault: everything is solved."""
+ROUND_STEP = "round_step"
+"""Metric that says which step of its round a step is, from 0, if rounds are several steps."""
 STEPS = "steps"
 """Key of a block: how many steps it has. All other keys are sums over them."""
 REWARD, ENTROPY, LENGTH, IDLE = "reward", "entropy", "completions/mean_length", "frac_reward_zero_std"

@@ -42,6 +42,8 @@ class Trackers:
         self._hints: list[tuple[str, str]] = []
         self._metric_names = metric_names
         self._training_s = 0.0 if rows is None else rows.earlier.training_s
+        self._waiting_tables: dict[str, tuple[int, Table]] = {}
+        """Tables to be shown with the row of a step, by name."""
 
     def write_rows(self, rows: JsonlTracker) -> None:
         """Also write the rows to this file, and count the seconds of steps from its earlier rows on."""
@@ -60,6 +62,17 @@ class Trackers:
             self._training_s += float(metrics.get("step_s") or 0.0)
             tracked = tracked_row(metrics, step=step, training_s=self._training_s, edition=self._metric_names)
         self._for_each(lambda tracker: tracker.log(tracked, step=step))
+        due = {name: table for name, (of_step, table) in self._waiting_tables.items() if of_step <= step}
+        for name in due:
+            del self._waiting_tables[name]
+        self.tables(due, step=step)
+
+    def show_with_row(self, name: str, table: Table, *, step: int) -> None:
+        """Show a table once the row of its step is recorded, in place of an earlier one that still waits.
+
+        Rows are recorded some steps at a time, and W&B takes none of an earlier step than it has seen.
+        """
+        self._waiting_tables[name] = (step, table)
 
     def tables(self, tables: dict[str, Table], *, step: int) -> None:
         """Show tables of one step, by name, in the trackers."""
@@ -81,6 +94,7 @@ class Trackers:
 
     def rewind(self, step: int) -> None:
         """Forget the rows after a step in `metrics.jsonl`; elsewhere they stay until they are written again, or for good."""
+        self._waiting_tables.clear()
         if self._rows is not None:
             try:
                 self._rows.rewind(step)

@@ -22,6 +22,9 @@ from trainer.rollout.maker import RoundMaker
 from trainer.rollout.round import Round
 from trainer.rollout.round_file import ROUND_FILE, round_bytes, round_of
 
+ROUND_STEP = "round_step"
+"""Metric of a run whose rounds are several steps: the number of the step in its round, from 0."""
+
 
 @dataclass(slots=True)
 class RolloutLoader:
@@ -110,8 +113,11 @@ class RolloutLoader:
                 self.current = self.maker.make(first_sample, self.progress.step)
                 step_of_round = 0
             batch = self.step_batch(self.current, step_of_round % rollout.steps)
+            batch.facts = dict(self.current.facts)
             if not step_of_round:
-                batch.facts = dict(self.current.facts)
+                batch.facts |= self.current.costs
+            if rollout.steps * rollout.iterations > 1:
+                batch.facts[ROUND_STEP] = step_of_round
             step_of_round += 1
             if step_of_round == rollout.steps * rollout.iterations:
                 step_of_round = 0

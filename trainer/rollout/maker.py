@@ -70,7 +70,7 @@ class RoundMaker:
     """Asked on all ranks between two phases: whether to stop."""
     tell_phase: Callable[[str], None] = lambda phase: None
     """Called with what the run is at, for messages about a rank that fails or stands still."""
-    on_round: Callable[[Round, int], None] = lambda made, step: None
+    on_round: list[Callable[[Round, int], None]] = field(default_factory=list)
     """Called on all ranks with each new round, and the optimizer steps taken before it."""
     _seconds: dict[str, float] = field(default_factory=lambda: {"write_s": 0.0, "reward_s": 0.0, "look_back_s": 0.0})
 
@@ -92,8 +92,10 @@ class RoundMaker:
         made = self.weighed_round(kept.groups, kept.scores, first_sample, num_prompts)
         self.tell_phase("training")
         is_idle = idle(self._rewards(written.scores))
-        made.facts = round_metrics(written.groups, written.scores, is_idle) | facts | self._speeds(written.groups)
-        self.on_round(made, step)
+        made.facts = round_metrics(written.groups, written.scores, is_idle) | facts
+        made.costs = self._speeds(written.groups)
+        for listener in self.on_round:
+            listener(made, step)
         return made
 
     def weighed_round(

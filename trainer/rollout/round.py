@@ -39,7 +39,9 @@ class Round:
     reference_logps: dict[int, np.ndarray] = field(default_factory=dict)
     """Likewise; empty without a reference."""
     facts: dict[str, float] = field(default_factory=dict)
-    """Metrics of the round for the row of its first step."""
+    """Metrics of its answers, for the row of each of its steps."""
+    costs: dict[str, float] = field(default_factory=dict)
+    """Metrics of how it was made, for the row of its first step."""
 
     @property
     def group_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,10 @@ def round_bytes(made: Round) -> bytes:
         "advantages": made.advantages,
         "is_learned": made.is_learned.astype(np.uint8),
     }
+    # As numbers beside their names: they stand in the row of each step that is left.
+    names = json.dumps(list(made.facts)).encode()
+    arrays["fact_names"] = np.frombuffer(names, np.uint8)
+    arrays["facts"] = np.array([*made.facts.values()], np.float64)
     arrays["places"] = np.array([prompt.place for prompt in prompts], np.int64)
     arrays["ended"] = np.array([answer.ended for answer in answers], np.uint8)
     arrays["writer_logps"] = _joined([answer.logprobs for answer in answers], np.float32)
@@ -66,6 +71,10 @@ def round_of(content: bytes, where: str) -> Round:
             numbers = arrays[f"{name}_answers"]
             parts = _split(arrays[f"{name}_logps"], answer_lengths[numbers])
             logps[name] = dict(zip(numbers.tolist(), parts, strict=True))
+        facts: dict[str, float] = {}
+        if "facts" in arrays:  # not in checkpoints of earlier versions
+            names = json.loads(arrays["fact_names"].tobytes())
+            facts = dict(zip(names, arrays["facts"].tolist(), strict=True))
         return Round(
             first_sample=first_sample,
             num_prompts=num_prompts,
@@ -75,6 +84,7 @@ def round_of(content: bytes, where: str) -> Round:
             is_learned=arrays["is_learned"].astype(bool),
             old_logps=logps["old"],
             reference_logps=logps["reference"],
+            facts=facts,
         )
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
         raise StorageError(f"{where}: holds no round of answers ({error}); it is damaged") from error

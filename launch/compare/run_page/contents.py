@@ -53,13 +53,17 @@ def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
 
 
 def _training_loss_cards(run: RecordedRun, *, has_held_out: bool) -> list[PageCard]:
-    """The training loss of a run that nothing held out was evaluated in; it has no tone, since it is no measure of quality."""
-    losses = [row["loss"] for row in run.steps.values() if isinstance(row.get("loss"), int | float)]
-    if has_held_out or not losses:
+    """The training loss of a run that nothing held out was evaluated in; it has no tone, since it is no measure of quality.
+
+    Of a run that learns from rewards it is the reward: the loss is near 0 by construction.
+    """
+    name = "reward" if any("reward" in row for row in run.steps.values()) else "loss"
+    numbers = [row[name] for row in run.steps.values() if isinstance(row.get(name), int | float)]
+    if has_held_out or not numbers:
         return []
-    change = MetricChange("loss", losses[-1], losses[0] if len(losses) > 1 else None)
-    note = f"first step {number(losses[0])}" if len(losses) > 1 else ""
-    return [PageCard("Training loss", number(losses[-1]), note, "", change.arrow)]
+    change = MetricChange(name, numbers[-1], numbers[0] if len(numbers) > 1 else None)
+    note = f"first step {number(numbers[0])}" if len(numbers) > 1 else ""
+    return [PageCard(f"Training {name}", number(numbers[-1]), note, "", change.arrow)]
 
 
 def _duration_card(run: RecordedRun) -> PageCard | None:

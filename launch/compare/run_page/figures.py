@@ -32,6 +32,20 @@ COURSE_LABELS: dict[str, Spec] = {
     "tokens_per_s": {"labelExpr": "format(datum.value, ',')"},
 }
 """How the labels of those axes are written."""
+REWARD = "reward"
+"""Metric of the steps of a run that learns from rewards."""
+OF_ANSWERS = (
+    "rewards/",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "entropy",
+    "kl",
+)
+"""How the names of further metrics of written answers begin."""
+MAX_ANSWER_METRICS = 8
+MAX_ANSWER_POINTS = 200
+"""Points of each of these curves: the page has all of them, of which the reader sees one."""
 TRAINING = "training"
 HELD_OUT = "held-out"
 HELD_OUT_LOSS = "eval/loss"
@@ -73,10 +87,16 @@ def figures(
     `parts_s`: seconds of each part of a step, by its name.
     """
     positions = step_positions(run)
-    shown = [_loss_figure(run, positions)]
+    loss = _loss_figure(run, positions)
+    shown = [loss]
     closer = [_course_figure(run, positions), _parts_figure(parts_s), _profile_figure(profile)]
     metrics = _metrics_figure(run, positions)
-    # A loss of online reinforcement learning, say, tells nothing: what the run goes by stands beside it.
+    rewards = _reward_figure(run, positions)
+    if rewards is not None:
+        # The loss of such a run is near 0 by construction and tells nothing.
+        shown = [rewards]
+        closer.insert(0, loss)
+    # What the run goes by stands among what everybody sees.
     if watched_metric(run) == HELD_OUT_LOSS:
         closer.insert(0, metrics)
     else:
@@ -273,9 +293,9 @@ def _held_out_rows(run: RecordedRun, positions: dict[int, Row], metric: str) -> 
     return _thinned(rows)
 
 
-def _thinned(rows: list[Row]) -> list[Row]:
-    """Evenly spread rows, `MAX_POINTS` at most, the last among them."""
-    stride = max(1, math.ceil(len(rows) / MAX_POINTS))
+def _thinned(rows: list[Row], most: int = MAX_POINTS) -> list[Row]:
+    """Evenly spread rows, `most` at most, and the last among them."""
+    stride = max(1, math.ceil(len(rows) / most))
     last = len(rows) - 1
     return [row for index, row in enumerate(rows) if index % stride == 0 or index == last]
 
@@ -350,6 +370,46 @@ def _metrics_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | Non
     }
     title = "Other held-out metrics" if watched_metric(run) == HELD_OUT_LOSS else "Held-out metrics"
     return Figure("held-out", title, "Before the first step, and after each evaluation.", spec)
+
+
+def _reward_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
+    """A metric of written answers, which the reader chooses, while training and held out; None for runs without rewards.
+
+    The reward is shown first. In a run whose rounds are several steps, each step has the numbers of its round.
+    """
+    names: dict[str, None] = {}
+    for row in run.steps.values():
+        names |= dict.fromkeys(name for name in row if name == REWARD or name.startswith(OF_ANSWERS))
+    if REWARD not in names:
+        return None
+    rows: list[Row] = []
+    # Only so many names: the page has the numbers of each step for each of them.
+    known = sorted(names, key=lambda name: (name != REWARD, not name.startswith("rewards/"), name))[:MAX_ANSWER_METRICS]
+    for name in known:
+        of_steps = []
+        for step, row in run.steps.items():
+            value = row.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                of_steps.append({"series": TRAINING, **positions[step], "value": _rounded(value), "metric": name})
+        held_out = _held_out_rows(run, positions, f"eval/{name}")
+        rows += _thinned(of_steps, MAX_ANSWER_POINTS)
+        rows += [{**row, "metric": name} for row in _thinned(held_out, MAX_ANSWER_POINTS)]
+    menu = {"name": "of", "value": known[0], "bind": {"input": "select", "options": known, "name": "metric"}}
+    spec = {
+        "height": HEIGHT,
+        "data": {"values": rows},
+        "params": [X_MENU, menu, ZOOM],
+        "transform": [{"filter": "datum.metric == of"}, CHOSEN_X],
+        "mark": {"type": "line", "strokeWidth": 2, "point": {"size": 30, "filled": True}},
+        "encoding": {
+            "x": X_AXIS,
+            "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
+            "color": SERIES,
+            "tooltip": [{"field": "metric", "type": "nominal"}, *_tooltip("value", "value")],
+        },
+    }
+    caption = "Mean of the answers of a round; held out, of answers to prompts that are not trained on."
+    return Figure("reward", "Reward of written answers", f"{caption} {ZOOM_HINT}", spec)
 
 
 def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:

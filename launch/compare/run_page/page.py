@@ -10,6 +10,7 @@ from launch.compare.events import notable_steps, resolved_settings
 from launch.compare.profiles import OPERATORS, RANKS, read_profile
 from launch.compare.run_page import contents, figures
 from launch.compare.run_page.answers import answer_pairs
+from launch.compare.run_page.rounds import shown_groups
 from launch.compare.run_page.verdict import callouts, verdict_on
 from strategies.extras import install_command
 from trainer.pages.pieces import PageCell, PageColumn, PageTable
@@ -57,6 +58,7 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
         main_plots=main_plots,
         closer_plots=closer_plots,
         answers=answer_pairs(run),
+        rounds=shown_groups(run),
         costs=contents.cost_table(compared),
         settings=contents.settings(run),
         provenance=contents.provenance(run),

@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 
+from launch.compare.run_page.page import run_page
 from tests.helpers.browser import axe_problems
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import write_chat_data
+from tests.launch.compare.test_run_page import compared, rounds_of, run_of, with_rewards
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -139,3 +141,24 @@ def test_pictures_of_each_plot(site):
     assert set(shown) == {f"{name}.png" for name in PLOTS}
     assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in shown.values())
     assert "![Training loss](plots/loss.png)" in (site / "reports" / "compare.md").read_text()
+
+
+def test_page_of_a_run_that_learns_from_rewards_in_the_browser(tmp_path, browser):
+    """Its reward, and answers of three rounds that nobody would write, opened on a phone and in the dark."""
+    directory = run_of(tmp_path / "rewarded", config={"strategy": {"name": "single"}, "evaluation": {"watch": None}})
+    with_rewards(directory, 20)
+    rounds_of(
+        directory, {1: [0.2, 0.9], 10: [0.1, 0.5], 20: [0.7, 0.8]}, answer="x" * 400 + " <script>alert(1)</script> "
+    )
+    report = directory / "report.html"
+    report.write_text(run_page(compared(directory)))
+    page = browser.open(report, width=400)
+    page.wait("document.querySelectorAll('#reward svg.marks').length === 1")
+    assert drawn(page, "reward", "line mark") == 2  # while training, and held out
+    assert page.texts("h2").count("Answers while training") == 1
+    page.evaluate("document.querySelectorAll('details.folded').forEach(part => { part.open = true; })")
+    assert len(page.texts("details .pair h3")) == 6 * 4
+    assert not page.is_too_wide() and axe_problems(page) == []
+    page.themed(dark=True)
+    page.tab.locator("#reward select").nth(1).select_option("completions/mean_length")
+    assert axe_problems(page) == [] and not page.errors and not page.requests

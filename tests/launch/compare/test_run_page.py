@@ -5,17 +5,22 @@ import re
 import tarfile
 import time
 
+import numpy as np
 import pytest
 
 from launch.compare.comparison import compare
 from launch.compare.run_page import contents, figures, page
 from launch.compare.run_page.answers import answer_pairs
 from launch.compare.run_page.held_out import MetricChange, best_step, metric_changes
+from launch.compare.run_page.rounds import shown_groups
 from launch.compare.run_page.verdict import callouts, verdict_on
 from launch.compare.settings import ComparisonRow
 from tests.helpers.launching import ROOT
 from trainer.monitors.kept_answers import FILE, GENERATED, MAX_ROWS, KeptAnswer, KeptAnswers
 from trainer.reporting.results import keep_report
+from trainer.rollout.record import RoundRecord
+from trainer.rollout.round import Round
+from trainer.rollout.types import Answer, Group, Prompt, Scores
 
 CONFIG = {"strategy": {"name": "single"}, "optim": {"lr": 3.0}, "evaluation": {"watch": "eval/loss"}}
 DIVERGED = {
@@ -265,6 +270,81 @@ def test_a_long_run_is_still_a_page(tmp_path):
     drawn = figures.drawn_steps(run)
     assert drawn[-1] == steps and len(drawn) <= 2 * figures.MAX_POINTS + 1
     assert "950 earlier ones are in events.jsonl" in text
+
+
+def rounds_of(directory, groups, size=8, answer="a <b>bold</b> answer "):
+    """Recorded rounds: by step, the mean reward of each prompt; answers score by their number, and the last is unscored."""
+    for step, means in groups.items():
+        made = []
+        scores = []
+        for place, mean in enumerate(means):
+            texts = [f"{answer}{number} of {place}" for number in range(size)]
+            answers = [Answer(n, [1], np.zeros(1, np.float32), text, ended=n != 1) for n, text in enumerate(texts)]
+            made.append(Group(Prompt(place, [1], f"prompt {place} of step {step}", {}, "rows.jsonl:1"), answers))
+            total = mean + np.arange(size) / 10 - (size - 2) / 20
+            total[-1] = np.nan
+            scores.append(Scores(total, {"right": total, "short": np.full(size, 0.5)}))
+        shape = (len(means), size)
+        made_round = Round(0, len(means), made, scores, np.zeros(shape), np.ones(shape, bool))
+        RoundRecord(directory).write(made_round, step - 1)
+
+
+def with_rewards(directory, steps):
+    """Let the rows of a run be those of one that learns from rewards."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        of_answers = {"reward": row["step"] / steps, "rewards/right/mean": 0.5, "entropy": 2.0, "kl": 0.1}
+        if "loss" in row:
+            row |= {**of_answers, "loss": 0.0, "completions/mean_length": 9.0}
+        else:
+            row |= {"eval/reward": row["step"] / steps / 2}
+            row.pop("eval/loss")
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_that_learns_from_rewards_shows_its_reward_and_what_it_wrote(tmp_path):
+    config = {"strategy": {"name": "single"}, "evaluation": {"watch": None}}
+    directory = run_of(tmp_path / "rewarded", config=config)
+    with_rewards(directory, 20)
+    rounds_of(directory, {step: [0.2, 0.9, 0.5] for step in range(1, 21)})
+    (directory / "rounds" / "round-000030.parquet").write_bytes(b"begun")
+    shown, closer = figures.figures(read(directory), {}, None)
+    assert [figure.name for figure in shown] == ["reward", "held-out"]
+    assert [figure.name for figure in closer][:1] == ["loss"]
+    values = shown[0].spec["data"]["values"]
+    drawn = {}
+    for row in values:
+        drawn.setdefault((row["metric"], row["series"]), []).append(row["value"])
+    assert drawn["reward", "training"] == [step / 20 for step in range(1, 21)]
+    assert drawn["reward", "held-out"] == [0, 0.25, 0.5]
+    assert shown[0].spec["params"][1]["bind"]["options"][:2] == ["reward", "rewards/right/mean"]
+
+    groups = shown_groups(read(directory))
+    assert [group.summary for group in groups] == [
+        f"step {step}, {which} prompt, mean reward {mean}: prompt {place} of step {step}"
+        for step in (1, 11)
+        for which, mean, place in (("best", "0.9000", 1), ("worst", "0.2000", 0))
+    ], "the newest file is being written"
+    best = groups[0]
+    assert [answer.reward for answer in best.answers] == [
+        "1.200",
+        "1.100",
+        "0.6000",
+        "not scored",
+    ] and best.left_out == 4
+    assert best.answers[0].by_reward == "right 1.200, short 0.5000"
+    text = html(directory)
+    assert "Answers while training" in text and "a &lt;b&gt;bold&lt;/b&gt; answer" in text and "<b>bold" not in text
+    assert "Answers while training" not in html(run_of(tmp_path / "supervised"))
+
+
+def test_a_long_run_with_rewards_is_still_a_page(tmp_path):
+    steps = 20_000
+    directory = run_of(tmp_path / "long", tuple(n / 1000 for n in range(1001)), steps=steps)
+    with_rewards(directory, steps)
+    rounds_of(directory, {1: [0.1, 0.2], 500: [0.1, 0.2], 20_000: [0.1, 0.2]}, size=64, answer="word " * 20_000)
+    text = page.run_page(compared(directory))
+    assert "step 20000, worst prompt" in text and len(text) < 1_500_000
 
 
 def test_curves_are_smoothed_over_all_steps():

@@ -1,0 +1,119 @@
+"""What the model wrote in the first, the middle and the last recorded round of a run that learns from rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.compare.run_files import RecordedRun
+from launch.compare.run_page.answers import shortened
+from trainer.pages.numbers import UNKNOWN, number
+from trainer.rollout.record import recorded_rounds
+from trainer.rollout.round_table import REWARDS, groups_of_rows
+
+MAX_ANSWERS = 4
+"""Answers of a group that are shown: the best ones and the worst ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownAnswer:
+    """One answer to a prompt."""
+
+    text: str
+    reward: str
+    by_reward: str
+    """Each reward with its name; empty where there is only one."""
+    is_cut: bool
+    """Whether it was cut off at the longest length."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownGroup:
+    """A prompt with some of its answers, the best first."""
+
+    summary: str
+    """One line: the step, which group it is, and its mean reward."""
+    prompt: str
+    answers: list[ShownAnswer]
+    left_out: int
+    """Answers between the best and the worst ones."""
+
+
+def shown_groups(run: RecordedRun) -> list[ShownGroup]:
+    """The group with the highest and that with the lowest mean reward, of the first, the middle and the last recorded round.
+
+    Empty without recorded rounds. A file that cannot be read is left out: the run may be writing it.
+    """
+    files = recorded_rounds(run.directory)
+    steps = list(files)
+    chosen = dict.fromkeys(steps[index] for index in _first_middle_last(len(steps)))
+    groups: list[ShownGroup] = []
+    for step in chosen:
+        groups += _groups_of_round(step, files[step])
+    return groups
+
+
+def _first_middle_last(count: int) -> list[int]:
+    return [0, (count - 1) // 2, count - 1] if count else []
+
+
+def _groups_of_round(step: int, file: Path) -> list[ShownGroup]:
+    """The best and the worst group of a round by their mean rewards; one if there is only one."""
+    scored = []
+    for rows in groups_of_rows(_rows(file)):
+        rewards = [row["reward"] for row in rows if row.get("reward") is not None]
+        if rewards:
+            scored.append((sum(rewards) / len(rewards), rows))
+    if not scored:
+        return []
+    scored.sort(key=lambda group: group[0], reverse=True)
+    shown = [_shown_group(f"step {step}, best prompt", *scored[0])]
+    if len(scored) > 1:
+        shown.append(_shown_group(f"step {step}, worst prompt", *scored[-1]))
+    return shown
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a recorded round; none if the file cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+    except (OSError, pa.ArrowException):
+        return []
+    return rows
+
+
+def _shown_group(which: str, mean: float, rows: Sequence[dict[str, Any]]) -> ShownGroup:
+    """A group of rows, the best first."""
+    kept = list(rows)
+    if len(rows) > MAX_ANSWERS:
+        half = MAX_ANSWERS // 2
+        kept = [*rows[:half], *rows[-half:]]
+    prompt = str(rows[0]["prompt"])
+    words = " ".join(prompt.split())
+    end = words if len(words) <= 60 else f"… {words[-60:]}"
+    return ShownGroup(
+        summary=f"{which}, mean reward {number(mean)}: {end}",
+        prompt=shortened(prompt),
+        answers=[_shown_answer(row) for row in kept],
+        left_out=len(rows) - len(kept),
+    )
+
+
+def _shown_answer(row: dict[str, Any]) -> ShownAnswer:
+    reward = row.get("reward")
+    names = [name for name in row if name.startswith(REWARDS)]
+    parts = []
+    for name in names if len(names) > 1 else []:
+        score = row[name]
+        parts.append(f"{name.removeprefix(REWARDS)} {UNKNOWN if score is None else number(score)}")
+    return ShownAnswer(
+        text=shortened(str(row.get("answer") or "")),
+        reward="not scored" if reward is None else number(reward),
+        by_reward=", ".join(parts),
+        is_cut=row.get("ended") is False,
+    )
