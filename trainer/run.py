@@ -98,14 +98,9 @@ def _run(
     config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, attempt: Attempt, freeze: Freeze
 ) -> None:
     """Everything between the first record of this rank's attempt and the last. All ranks must call."""
-    if isinstance(config.objective, RoundsConfig) and config.run.dir is not None:
-        # A requeued job may find no reward file any more: how it is called, and its columns, are read from the run's copy.
-        use_copies_of_run(config.objective.rewards, Path(config.run.dir))
     # Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
     tokenizer = load_tokenizer(config.model)
-    # Refused before hours of preparation: whether ranks can share rows is a matter of the model's architecture.
-    check_sequence(config)
-    check_reward_models(config)
+    check_before_data(config)
     data, tasks, staged, runtime = meet(config, tokenizer, request, attempt)
     run_dir = attempt.set_run_dir(agree_on_run(run_dir, sha256, runtime), runtime.rank)
 
@@ -124,9 +119,8 @@ def _run(
     checked |= must_fit(config, data, precision, runtime, console.print_line) | staged.record()
 
     attempt.phase = "building the model"
-    engine, built, source = build_engine(
-        staged.with_local_model(config), tokenizer, data, precision, runtime, scores_answers=True
-    )
+    local_config = staged.with_local_model(config)
+    engine, built, source = build_engine(local_config, tokenizer, data, precision, runtime, scores_answers=True)
     # Before a checkpoint is loaded: the reference is the initial model.
     record_reference(config, data, engine, built, context)
     checkpoints, resumed_from, progress = resume(config, engine, context)
@@ -148,7 +142,6 @@ def _run(
             resumed_from=resumed_from,
         ),
     )
-
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
     request.must_save()
     trackers = open_records(config, run_record, progress, context)
@@ -181,6 +174,16 @@ def _run(
     attempt.require_ownership(runtime)
     close_records(run_record, outcome, exported, trackers, context)
     staged.remove()
+
+
+def check_before_data(config: RunConfig) -> None:
+    """Refuse, before hours of preparation, models that cannot do what the run asks of them. Raises ConfigError."""
+    # Whether ranks can share rows is a matter of the model's architecture.
+    check_sequence(config)
+    if isinstance(config.objective, RoundsConfig) and config.run.dir is not None:
+        # A requeued job may find no reward file any more: how it is called, and its columns, are read from the run's copy.
+        use_copies_of_run(config.objective.rewards, Path(config.run.dir))
+    check_reward_models(config)
 
 
 def meet(

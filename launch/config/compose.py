@@ -30,9 +30,8 @@ from launch.config.choices import (
 from launch.config.earlier_words import earlier_config_of_same_words, keep_first_budget
 from launch.config.frozen import Composed, default_run_dir, is_finished, keep_rate_of_checkpoint, load_frozen
 from launch.config.learning_rate import keep_rate, rate_problems, settle_rate
-from launch.config.outside_values import reward_code_identity
+from launch.config.reward_copies import use_reward_copies
 from launch.config.secrets import secret_problems
-from launch.config.trusted_values import is_remembered
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError, key_of_problem
 from strategies.hardware import Gpu, best_precision, listed_gpus
@@ -42,10 +41,8 @@ from trainer.config.run import TEMPLATE_DATE, Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.export.config import settle_merge
 from trainer.objectives.registry import family_of
-from trainer.objectives.reward_functions import split_function, use_stand_ins
 from trainer.optim.schedule import ScheduleConfig
 from trainer.reporting.settings_file import literal
-from trainer.rollout.rewards.copies import stand_ins
 from trainer.tuning.initial_adapter import adopt_adapter_settings
 
 if TYPE_CHECKING:
@@ -83,25 +80,6 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
     if problems or config is None:
         raise ConfigError(problems)
     return Composed(config, list(argv))
-
-
-def use_reward_copies(words: list[str]) -> None:
-    """Let a run's own copies stand in for reward files that are gone, if the words name a run that has some.
-
-    Only copies whose content this user has typed once: the directory may be somebody else's.
-    """
-    run_dir = None
-    files: list[Path] = []
-    for word in words:
-        key, _, text = word.lstrip("+").partition("=")
-        if key == "run.dir":
-            run_dir = Path(text).expanduser()
-        elif key.startswith("objective.rewards"):
-            files += [split_function(entry.strip())[0] for entry in text.strip("[]").split(",") if ".py" in entry]
-    if run_dir is None or all(file.exists() for file in files):
-        return
-    copies = stand_ins(run_dir, files)
-    use_stand_ins({file: copy for file, copy in copies.items() if is_remembered(reward_code_identity(copy))})
 
 
 def _repeats_a_word_problem(problem: str, meant_keys: set[str]) -> bool:

@@ -201,7 +201,9 @@ class RoundMaker:
         rewards = rewards_of(scores)
         if self.settings.combine is Combine.sum:
             return rewards
-        by_reward = {name: np.stack([score.by_reward[name] for score in scores]) for name in scores[0].by_reward}
+        by_reward = {}
+        for name in scores[0].by_reward:
+            by_reward[name] = np.stack([score.by_reward[name] for score in scores])
         weights = {name: reward.weight for name, reward in self.settings.rewards.items()}
         return normalised_sum(by_reward, weights, rewards)
 

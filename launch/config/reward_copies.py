@@ -1,0 +1,29 @@
+"""Reward files that are gone, while a run that the words name still has its copies of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.config.outside_values import reward_code_identity
+from launch.config.trusted_values import is_remembered
+from trainer.objectives.reward_functions import split_function, use_stand_ins
+from trainer.rollout.rewards.copies import stand_ins
+
+
+def use_reward_copies(words: list[str]) -> None:
+    """Let a run's own copies stand in for reward files that are gone, if the words name a run that has some.
+
+    Only copies whose content this user has typed once: the directory may be somebody else's.
+    """
+    run_dir = None
+    files: list[Path] = []
+    for word in words:
+        key, _, text = word.lstrip("+").partition("=")
+        if key == "run.dir":
+            run_dir = Path(text).expanduser()
+        elif key.startswith("objective.rewards"):
+            files += [split_function(entry.strip())[0] for entry in text.strip("[]").split(",") if ".py" in entry]
+    if run_dir is None or all(file.exists() for file in files):
+        return
+    copies = stand_ins(run_dir, files)
+    use_stand_ins({file: copy for file, copy in copies.items() if is_remembered(reward_code_identity(copy))})
