@@ -243,9 +243,9 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
     recorded = recorded_digests(run_dir)
     changed = [name for name in sorted(recorded.keys() | current.keys()) if recorded.get(name) != current.get(name)]
     if changed:
-        files = ", ".join(name.partition("/")[2] for name in changed)
+        changed_files = ", ".join(name.partition("/")[2] for name in changed)
         raise ConfigError(
-            f"objective.rewards: {files} differs from the copy in {run_dir / DIRECTORY} that scored this run until now; add "
+            f"objective.rewards: {changed_files} differs from the copy in {run_dir / DIRECTORY} that scored this run until now; add "
             "run.accept=[rewards] to go on with the new one, or put the old one back"
         )
     # Afresh, though they are the same: nothing else that lies in a directory which somebody may have given away is run.
