@@ -245,8 +245,8 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
     if changed:
         changed_files = ", ".join(name.partition("/")[2] for name in changed)
         raise ConfigError(
-            f"objective.rewards: {changed_files} differs from the copy in {run_dir / DIRECTORY} that scored this run until now; add "
-            "run.accept=[rewards] to go on with the new one, or put the old one back"
+            f"objective.rewards: {changed_files} differs from the copy in {run_dir / DIRECTORY} that scored this run until now; "
+            "add run.accept=[rewards] to go on with the new one, or put the old one back"
         )
     # Afresh, though they are the same: nothing else that lies in a directory which somebody may have given away is run.
     copy_rewards(rewards, run_dir)
