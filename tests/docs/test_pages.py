@@ -112,6 +112,12 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json").write_text(
+        '{"architectures": ["X4ForSequenceClassification"], "id2label": {"0": "a"}}'
+    )
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (tmp_path / "r" / name).write_text("{}")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     options = [word for word in words if word.startswith("--")]
@@ -122,7 +128,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     replaced = {"model.path": "m", "data.path": "d.jsonl", "data.eval_path": "d.jsonl", "run.resume": "auto"}
     replaced |= {"tuning.from": "a", "model.adapters": "[a]"}
     replaced |= {"objective.teacher.path": "m", "evaluation.tasks.facts.path": "d.jsonl"}
-    replaced |= {"challenges.forgetting.data": "d.jsonl"}
+    replaced |= {"challenges.forgetting.data": "d.jsonl", "objective.rewards.liked.path": "r"}
     replaced |= {f"data.sources.{name}.path": "d.jsonl" for name in ("task", "general")}
     settings = [f"{k}={replaced.get(k, v)}" for k, v in (word.split("=", 1) for word in settings)]
     if words[:2] == ["shardtune", "submit"]:
