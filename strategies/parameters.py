@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from strategies.base import ParameterSource, Precision
 from strategies.compat.modules import own_parameters, replace_buffers
+from strategies.runtime import Runtime
 
 PREFIX = "model."
 """The step module holds the model under this attribute. A plain name is what follows it."""
@@ -27,6 +29,8 @@ COMPUTE_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, 
 
 LARGE_ELEMENTS = 2**20
 """Tensors of at least this many elements are made on meta from the first."""
+READ_TOGETHER_ELEMENTS = 2**20
+"""Parameters with fewer elements are read by every rank: an exchange would take longer."""
 CONSTRUCTORS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 """Functions that make parameters, like `torch.empty`, but also masks."""
 
@@ -156,8 +160,38 @@ def materialize(step_module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def fill_in_full(step_module: nn.Module, source: ParameterSource) -> None:
-    """Load every parameter in full, for strategies that do not shard parameters."""
+def fill_in_full(step_module: nn.Module, source: ParameterSource, runtime: Runtime) -> None:
+    """Load every parameter in full, for strategies that do not shard parameters. All ranks must call.
+
+    Ranks with GPUs read a large parameter together: each its part, which they exchange over their own network. Ranks on CPUs
+    read everything, which the page cache of their host serves.
+    """
+    together = runtime.kind == "cuda" and not runtime.simulated
     for name, parameter in named_parameters(step_module, teacher=True):
-        values = source.read_slice(name, parameter.shape, 0, parameter.numel())
-        parameter.view(-1).copy_(values)
+        if together:
+            fill_together(parameter, name, source, runtime)
+        else:
+            values = source.read_slice(name, parameter.shape, 0, parameter.numel())
+            parameter.view(-1).copy_(values)
+
+
+@torch.no_grad()
+def fill_together(parameter: torch.Tensor, name: str, source: ParameterSource, runtime: Runtime) -> None:
+    """Load a parameter in full on every rank, of which each reads its part. All ranks must call, in the same order.
+
+    Small parameters, and packed ones, which a host keeps, are read by every rank.
+    """
+    count = parameter.numel()
+    flat = parameter.view(-1)
+    if runtime.world_size == 1 or count < READ_TOGETHER_ELEMENTS or not parameter.is_floating_point():
+        flat.copy_(source.read_slice(name, parameter.shape, 0, count))
+        return
+    share = -(-count // runtime.world_size)
+    start = min(runtime.rank * share, count)
+    stop = min(start + share, count)
+    part = torch.empty(share, dtype=parameter.dtype, device=parameter.device)
+    if start < stop:
+        part[: stop - start].copy_(source.read_slice(name, parameter.shape, start, stop))
+    parts = torch.empty(share * runtime.world_size, dtype=parameter.dtype, device=parameter.device)
+    dist.all_gather_into_tensor(parts, part)
+    flat.copy_(parts[:count])

@@ -51,4 +51,4 @@ def load_in_full(step_module: nn.Module, source: ParameterSource, precision: Pre
     """Load all parameters onto this rank's device: trainable ones in fp32, frozen ones in the compute type."""
     set_dtypes(step_module, trainable=torch.float32, frozen=COMPUTE_DTYPE[precision])
     materialize(step_module, runtime.device)
-    fill_in_full(step_module, source)
+    fill_in_full(step_module, source, runtime)

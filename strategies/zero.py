@@ -337,7 +337,7 @@ class ZeroStrategy:
             self._partition(step_module, source, settings_for(), compute)
         else:
             materialize(step_module, self.runtime.device)
-            fill_in_full(step_module, source)
+            fill_in_full(step_module, source, self.runtime)
 
         # Whether steps are decided on the device depends on the optimizer, and the optimizer on the partitioned parameters:
         # the settings are made again.

@@ -9,7 +9,7 @@ from torch import nn
 
 from strategies.base import ParameterSource, plan_of
 from strategies.compat.modules import own_parameters, replace_buffers
-from strategies.parameters import named_parameters
+from strategies.parameters import fill_together, named_parameters
 from strategies.runtime import Runtime
 
 
@@ -25,7 +25,7 @@ def load_partitioned(
     """Block by block: allocate, let `zero.Init` partition, and read this rank's part. All ranks must call.
 
     With `to_drive`, `zero.Init` moves a parameter to a drive as soon as it is partitioned. Such parameters are filled before,
-    on rank 0, and DeepSpeed broadcasts them. `settings`: DeepSpeed's own; `dtype`: the type that the run computes in.
+    each rank reading its part of them. `settings`: DeepSpeed's own; `dtype`: the type that the run computes in.
     """
     import deepspeed
 
@@ -40,8 +40,8 @@ def load_partitioned(
             if id(meta) not in allocated:
                 full = nn.Parameter(torch.empty_like(meta.data, device=runtime.device), meta.requires_grad)
                 allocated[id(meta)] = full
-                if to_drive and runtime.is_main:
-                    full.data.view(-1).copy_(source.read_slice(names[id(meta)], meta.shape, 0, meta.numel()))
+                if to_drive:
+                    fill_together(full.data, names[id(meta)], source, runtime)
             own_parameters(owner)[key] = allocated[id(meta)]
         if allocated:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)

@@ -119,8 +119,14 @@ class Trainer:
                 self._roll_back(rollback.outlier)
 
         self.evaluation_monitor.finished(self.progress)
+        self._settle()
+        if self.settings.save_for_export and not self.checkpoints.holds(self.progress.step):
+            self._saved_step = -1  # a run can have begun from the last step of another one
         if self.settings.save_final:
             self._save()
+        elif self.settings.save_for_export and self._saved_step != self.progress.step:
+            self.outcome.saved_for_export = True
+            self._save(must_succeed=False)
         self._settle()
         # An attempt that took no step has no speed of its own.
         self.outcome.speed = self.meter.speed() or earlier.speed

@@ -54,6 +54,8 @@ class LoopSettings:
     """Steps between two reads of the device's metric buffer."""
     save_final: bool
     """Whether a checkpoint is written after the last step."""
+    save_for_export: bool = False
+    """Whether one is written without `save_final` too, because the export is read out of it. It does not stay."""
 
 
 # -- data ----------------------------------------------------------------------------------------------------------------
@@ -187,6 +189,9 @@ class CheckpointStore(Protocol):
 
     def any(self) -> bool:
         """Whether the run has a checkpoint. All ranks must call."""
+
+    def holds(self, step: int) -> bool:
+        """Whether the run has a checkpoint of a step. All ranks must call."""
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for one after `step`. All ranks must call, after the same steps."""

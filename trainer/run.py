@@ -12,7 +12,6 @@ from strategies import runtime as processes
 from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
-from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.reward_models import check_reward_models
@@ -24,15 +23,14 @@ from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.recovery import recover
 from trainer.checkpoints.resume_selection import choose_checkpoint
 from trainer.config.evaluation import more_is_better
+from trainer.config.launching import exports_at_end
 from trainer.config.run import RunConfig, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext, prepare_tasks
-from trainer.export.gates.judge import judge_at_end
-from trainer.export.write import write_export
 from trainer.loop import Trainer
 from trainer.loop_types import LoopSettings, Monitors, Sinks
-from trainer.model.loading import check_files, load_tokenizer, weights_directory
+from trainer.model.loading import check_files, load_tokenizer
 from trainer.monitors.anomalies import Guards
 from trainer.monitors.anomaly_log import AnomalyLog
 from trainer.monitors.detectors import Challenges
@@ -46,7 +44,6 @@ from trainer.planner.oom_probe import TrialInputs
 from trainer.planner.oom_report import reporting_out_of_memory
 from trainer.planner.strategy_choice import settle_strategy
 from trainer.reporting.console import Console
-from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.metrics import Meter
 from trainer.reporting.profile import Profiler
 from trainer.rollout.loader import RolloutLoader
@@ -61,9 +58,9 @@ from trainer.session.announcements import (
     slow_rank_reporter,
 )
 from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced
-from trainer.session.base_files import BASE, at_commit, changed_files, files_among
 from trainer.session.evaluation_interval import EvaluationInterval, settle_interval
 from trainer.session.evaluators import evaluators_of
+from trainer.session.export_at_end import export_at_end
 from trainer.session.identity import agree_on_run, compare_identity
 from trainer.session.matmul import settle_matmul
 from trainer.session.monitors import challenges_of, tasks_for_tokenizer
@@ -168,9 +165,7 @@ def _run(
         of_model = settle_result(trained, run_record)
         attempt.phase = "export"
         attempt.require_ownership(runtime)
-        exported = export(config, engine, built, tokenizer, of_model, context)
-        run_record.gates = of_model.gates
-        run_record.not_exported = of_model.run.not_exported or []
+        exported = export_at_end(trained, of_model, run_record)
     attempt.require_ownership(runtime)
     close_records(run_record, outcome, exported, trackers, context)
     staged.remove()
@@ -315,6 +310,7 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
         loss_on_the_way=interval.loss_alone,
         log_every=config.logging.every_steps,
         save_final=config.checkpoint.save_final,
+        save_for_export=exports_at_end(config),
     )
 
 
@@ -357,62 +353,3 @@ def record_reference(config: RunConfig, data: PreparedData, engine: Engine, buil
         # Raised on all ranks alike. If the directory was lost meanwhile, that is the reason to give.
         context.attempt.require_ownership(context.runtime)
         raise
-
-
-def export(
-    config: RunConfig, engine: Engine, built: Built, tokenizer: Any, of_model: ModelFacts, context: RunContext
-) -> Path | None:
-    """Write `export/` and return its directory; None if none is asked for, or if a gate or a changed base forbids it.
-
-    All ranks must call. Notes in `of_model` what the gates said. Errors: those of writing.
-    """
-    if not config.export.at_end:
-        return None
-    judged = judge_at_end(
-        config.gates,
-        config.evaluation.tasks,
-        run_dir=context.run_dir,
-        step=of_model.step,
-        fallback_dir=config.checkpoint.fallback_dir,
-        runtime=context.runtime,
-    )
-    of_model.gates = judged.record()
-    if judged.refused:
-        context.console.print_line(judged.refusal_text(context.run_dir))
-        if judged.override is None:
-            return None
-    config = replace(config, model=at_commit(config.model, of_model.run.base_commit))
-    if changed := changed_base(config, of_model, context):
-        of_model.run.not_exported = changed
-        return None
-    return write_export(
-        engine,
-        built,
-        tokenizer,
-        base_path=str(weights_directory(config.model)),
-        destination=context.run_dir / "export",
-        config=config.export,
-        facts=of_model,
-        runtime=context.runtime,
-    )
-
-
-def changed_base(config: RunConfig, of_model: ModelFacts, context: RunContext) -> list[str]:
-    """Files of the base that have changed since this run started, one line each; mostly empty. All ranks must call.
-
-    An export copies the base or merges into it: with another base it would be a model that nobody trained. The run itself
-    is done, so a changed base is only said on the screen: it neither fails the run nor starts it again.
-    """
-
-    def compare() -> list[str]:
-        recorded = files_among((of_model.run.identity or {})[BASE])
-        return changed_files(config, recorded, teacher=False, start=False)
-
-    changed = call_on_main(compare, context.runtime)
-    if changed:
-        message = (
-            "not exported: the base has changed since this run started; its checkpoints are whole. Bring these files back and "
-            f"run `shardtune export {context.run_dir}`, or add accept=[{BASE}] to export with the base that lies there then"
-        )
-        context.console.print_line("\n    ".join([message, *changed]))
-    return changed

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from launch.cluster.export_part import export_resources
 from launch.output import Column, TableRow
 from launch.output import table as draw_table
 from launch.runs.pipeline_jobs import PIPELINE_FILE
@@ -42,11 +43,14 @@ exec "$python" -m launch.job part "$part" "$run" "$processes"
 """
 
 
-def part_settings(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
+def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
     """The settings that one job of the chain asks SLURM for.
 
-    `part`: prepare, train, evaluate or export. All but training get one node, and GPUs only if they compute on them.
+    `part`: prepare, train, evaluate or export. All but training get one node, and GPUs only if they compute on them. The export
+    asks for the cores and the memory of its own processes.
     """
+    slurm = config.launcher
+    assert isinstance(slurm, SlurmConfig)
     part_options = slurm.part_options.get(part, [])
     if part == "train":
         return replace(slurm, extra=[*slurm.extra, *part_options])
@@ -67,6 +71,15 @@ def part_settings(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
         extra=[*without_gpus(slurm.extra), *part_options],
         exclusive=False,
     )
+    if part == "export":
+        # The settings of the run are those of the nodes that train.
+        resources = export_resources(config)
+        settings = replace(
+            settings,
+            processes=1 if resources is None else resources.processes,
+            cpus_per_task=slurm.cpus_per_task if resources is None else resources.processes,
+            mem=slurm.mem if resources is None else f"{resources.memory_gib}G",
+        )
     if slurm.cpu_partition:  # the constraint names nodes of the other partition
         return replace(settings, partition=slurm.cpu_partition, constraint=None)
     return settings
@@ -74,10 +87,9 @@ def part_settings(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
 
 def part_script(config: RunConfig, part: str, run_dir: Path, head: Callable[[RunConfig, list[Path]], list[str]]) -> str:
     """The job script of a part other than training. `head` makes the beginning of a script, up to its function `setup`."""
-    assert isinstance(config.launcher, SlurmConfig)
-    launcher = part_settings(config.launcher, part, run_dir)
+    launcher = part_settings(config, part, run_dir)
     part_config = replace(config, launcher=launcher)
-    ranks = launcher.per_node if part == "evaluate" else 1
+    ranks = 1 if part == "prepare" else launcher.per_node
     lines = [*head(part_config, [run_dir]), f"run=${{runs[0]}} part={part} processes={ranks}"]
     return "\n".join(lines) + PART_BODY
 
@@ -121,7 +133,7 @@ def chain_table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -
     rows = []
     starts = f"when job {slurm.after} has ended well" if slurm.after else "when SLURM has the nodes"
     for part, job in jobs:
-        settings = part_settings(slurm, part, run_dir)
+        settings = part_settings(config, part, run_dir)
         request = settings.gpu_request
         gpus = request.count * settings.nodes if request is not None else 0
         cells = (job, part, str(settings.nodes), str(gpus or "-"), settings.partition or "default", starts)
@@ -133,5 +145,4 @@ def chain_table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -
 
 def train_config(config: RunConfig, run_dir: Path) -> RunConfig:
     """The configuration for the job that trains in a chain: with the options of `launcher.part_options` for training."""
-    assert isinstance(config.launcher, SlurmConfig)
-    return replace(config, launcher=part_settings(config.launcher, "train", run_dir))
+    return replace(config, launcher=part_settings(config, "train", run_dir))

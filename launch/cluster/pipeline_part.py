@@ -18,13 +18,13 @@ from trainer.reporting.status import write_text_atomic
 def command_words(part: str, run_dir: Path, processes: int) -> list[str]:
     """The words behind `shardtune` that do one part of a frozen run: prepare, evaluate or export.
 
-    `processes`: ranks of an evaluation.
+    `processes`: ranks of an evaluation, or processes that write an export.
     """
     if part == "prepare":
         return ["prepare", str(run_dir / "config.yaml")]
     if part == "evaluate":
         return ["evaluate", str(run_dir), "launcher=local", f"launcher.processes={processes}"]
-    return ["export", str(run_dir)]
+    return ["export", str(run_dir), f"launcher.processes={processes}"]
 
 
 def run_part(part: str, run_dir: Path, processes: int) -> int:

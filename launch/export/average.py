@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from strategies.errors import ConfigError
 
@@ -56,26 +56,3 @@ def _check_complete(path: Path, average: str) -> Path:
     if problem:
         raise ConfigError(f"average={average}: {path} {problem}; leave it out with a list of steps")
     return path
-
-
-def load_mean(engine: Any, checkpoints: list[Path]) -> Any:
-    """Load the mean of several checkpoints' weights into an engine of one rank; returns the progress of the newest one.
-
-    `checkpoints`: oldest first. Averaged is what each would export. Errors: those of loading.
-    """
-    import torch
-
-    sums: dict[str, torch.Tensor] = {}  # in float64, against rounding
-    progress = None
-    for path in checkpoints:
-        progress = engine.load(path)
-        for name, tensor in engine.gather(trainable_only=True):
-            if name in sums:
-                sums[name].add_(tensor.double())
-            else:
-                sums[name] = tensor.double()
-    engine.average = None  # if the run averages steps too, that average is already in the sums
-    with torch.no_grad():
-        for name, parameter in engine.trainable:
-            parameter.copy_(sums[name].div_(len(checkpoints)))
-    return progress

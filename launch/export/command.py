@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
 from launch.config.verb_words import asks_for_help, help_rows, read_words
-from launch.export import average, combine
+from launch.export import average, combine, writing
 from launch.export import gguf as export_gguf
 from launch.export import hub as export_hub
 from launch.export.combine import CombineWords
@@ -19,18 +21,15 @@ from launch.export.words import (
     destination,
     read_gates,
     refuse_no_run,
-    required_run_record,
     unfinished_remark,
 )
 from launch.output import JSON_FLAG, print_json, stdout_to_stderr
 from launch.serve.command import print_serve_commands
 from strategies.errors import ConfigError
-from trainer.reporting.run_record import RUN_RECORD, RunRecord
+from trainer.reporting.run_record import RUN_RECORD
 
 if TYPE_CHECKING:
     from launch.config.outside_values import OutsideValue
-    from strategies.base import Precision
-    from strategies.runtime import Runtime
     from trainer.checkpoints.config import CheckpointConfig
     from trainer.config.run import RunConfig
     from trainer.data.prepare import PreparedData
@@ -48,9 +47,11 @@ USAGE = f"""usage: shardtune export <run> [key=value ...] [--json]
   shardtune export runs/first to=hub:team/first --dry-run
   shardtune export adapters=[runs/a/export,runs/b/export] weights=[0.7,0.3] to=models/merged
 
-export turns a checkpoint into a model directory that transformers loads. It needs one process, whatever strategy and
-number of ranks the run trained with. The gates of the run, and those you type, must hold for the metrics of this
-checkpoint. If a gate fails, the exit code is 69, unless gates.override gives a reason.
+export turns a checkpoint into a model directory that transformers loads. It needs one process and no GPU, whatever
+strategy and number of ranks the run trained with. launcher.processes=4 writes a large model with four processes.
+
+The gates of the run, and those you type, must hold for the metrics of this checkpoint. If a gate fails, the exit code
+is 69, unless gates.override gives a reason.
 
 {help_rows(ExportWords, GATE_HELP)}
 
@@ -90,6 +91,8 @@ def main(argv: list[str]) -> int:
 
     Errors: ConfigError, StorageError, DriftError.
     """
+    if writing.is_writer(os.environ):
+        return writing.run_as_rank()
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -169,7 +172,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     if only_convert:
         print(f"the export in {request.to} is whole: only its GGUF file is made", flush=True)
     else:
-        data = export(config, request)
+        data = export(config, request, words.processes or 1)
     if request.gates is not None:
         export_record = {"to": str(request.to), "checkpoint": request.checkpoint.name, "time": time.time()}
         record(run_dir, request.gates, export_record)
@@ -346,13 +349,11 @@ def warn_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) 
         )
 
 
-def existing_checkpoint(request: ExportRequest, config: RunConfig) -> Path:
-    """The checkpoint to export, or the next one if the run, which still trains, deleted it while the model was built.
+def next_checkpoint(request: ExportRequest, config: RunConfig) -> Path:
+    """The checkpoint to export in place of one that the run, which still trains, deleted after it was chosen.
 
     Errors: ConfigError if there is none, or if the gates judged the one that is gone.
     """
-    if request.checkpoint.is_dir():
-        return request.checkpoint
     if request.gates is not None:
         raise ConfigError(
             f"checkpoint={request.named}: {request.checkpoint.name} was deleted meanwhile, since the run is still training, and "
@@ -382,96 +383,32 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
     raise ConfigError(f"checkpoint=best: no checkpoint can say which is the best ({'; '.join(problems[:3])})")
 
 
-def export(config: RunConfig, request: ExportRequest) -> PreparedData:
-    """Write the model directory of an export, as a single process on the CPU; returns the run's data.
+def export(config: RunConfig, request: ExportRequest, num_processes: int) -> PreparedData | None:
+    """Write the model directory of an export; returns the run's data, or None if nothing needs it.
 
-    Errors: those of building the model, loading the checkpoint and writing.
+    The checkpoints are kept from pruning until it is written. Errors: those of building the model, reading the checkpoint and
+    writing.
     """
-    from strategies import runtime as processes
-    from trainer.config.run import kept_matmul
+    from trainer.checkpoints.in_use import kept_from_pruning
 
-    run = config.run
-    runtime = processes.start("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config))
-    try:
-        return _rebuild_and_write(config, request, runtime)
-    finally:
-        processes.stop()
-
-
-def _rebuild_and_write(config: RunConfig, request: ExportRequest, runtime: Runtime) -> PreparedData:
-    """Rebuild the run's model, load the checkpoint or the mean of several, and write the export; returns the run's data.
-
-    `runtime`: of this process, which is the only rank.
-    """
-    from trainer.build.parts import build_engine
-    from trainer.checkpoints.manifest import fingerprint
-    from trainer.export.write import write_export
-    from trainer.model.loading import load_tokenizer, weights_directory
-    from trainer.reporting.documents.facts import gather
-    from trainer.reporting.documents.questions import read_answers
-    from trainer.reporting.results import at_step
-    from trainer.session.run_data import data_of_run, data_record
-
-    tokenizer = load_tokenizer(config.model)
-    record = required_run_record(request.run_dir)
-    precision = _export_precision(config, record, request.run_dir)
-    recorded_data = data_record(request.run_dir)
-    config.objective, data, accepted_rows = data_of_run(
-        config, recorded_data, tokenizer, needed=request.rows_needed, accept=request.accept_data
-    )
-    for line in accepted_rows:
-        print(f"accepted: {line}", flush=True)
-
-    engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
-    if built.step_module.plan.optimizer_hooks is not None:
-        # In the order of a run: AdaLoRA's phases are set before a checkpoint is loaded.
-        built.step_module.plan.optimizer_hooks.begin(record.total_steps)
-    if request.averaged:
-        progress = average.load_mean(engine, request.averaged)
-    else:
-        request.checkpoint = existing_checkpoint(request, config)
-        progress = engine.load(request.checkpoint)
-
-    # The run measured nothing of a mean of checkpoints, nor of a checkpoint on a base that has changed since.
-    as_trained = not request.averaged and not request.accepted
-    record = replace(record, label_names=data.label_names)
-    facts = gather(request.run_dir, record, read_answers(config.export.answers)[0])
-    facts.step = progress.step
-    facts.tokens = progress.tokens
-    facts.at_step = at_step(request.run_dir, progress.step)
-    facts.as_trained = as_trained
-    facts.artefact = fingerprint(request.checkpoint) if as_trained else None
-    facts.averaged_checkpoints = [path.name for path in request.averaged]
-    facts.accepted = [*request.accepted, *accepted_rows]
-    facts.gates = {} if request.gates is None else request.gates.record()
-    facts.benchmarks = request.benchmarks
-    write_export(
-        engine,
-        built,
-        tokenizer,
-        base_path=str(weights_directory(config.model)),
-        destination=request.to,
-        config=config.export,
-        facts=facts,
-        runtime=runtime,
-    )
-    return data
-
-
-def _export_precision(config: RunConfig, record: RunRecord, run_dir: Path) -> Precision:
-    """The precision in which the export is built and verified: that of the training, if a CPU can compute in it.
-
-    Errors: ConfigError if the run's record names no precision.
-    """
-    from strategies.base import Precision
-
-    trained_in = record.precision or config.precision
-    if trained_in not in [*Precision]:
-        raise ConfigError(
-            f"{run_dir / RUN_RECORD}: its precision is {trained_in}, which is none of {', '.join(Precision)}; "
-            "bring it back"
+    with ExitStack() as kept:
+        for checkpoint in request.averaged or [request.checkpoint]:
+            kept.enter_context(kept_from_pruning(checkpoint))
+        if not request.averaged and not request.checkpoint.is_dir():
+            request.checkpoint = next_checkpoint(request, config)
+            kept.enter_context(kept_from_pruning(request.checkpoint))
+        job = writing.WritingJob(
+            run=str(request.run_dir),
+            checkpoints=[str(path) for path in request.averaged or [request.checkpoint]],
+            to=str(request.to),
+            gates={} if request.gates is None else request.gates.record(),
+            benchmarks=request.benchmarks,
+            accepted=request.accepted,
+            rows_needed=None if request.rows_needed is None else asdict(request.rows_needed),
+            accept_data=request.accept_data,
         )
-    precision = Precision(trained_in)
-    if precision in (Precision.auto, Precision.fp16):
-        return Precision.fp32  # fp16 cannot be computed on a CPU, and masters are float32 anyway
-    return precision
+        # What is made of the rows later (`bits=`) is made in this process.
+        if num_processes == 1 or request.rows_needed is not None:
+            return writing.write_in_place(config, job)
+        writing.write_in_processes(config, job, num_processes)
+        return None

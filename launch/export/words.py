@@ -39,6 +39,12 @@ class ExportWords(VerbWords):
         like="true",
         also=("--verify",),
     )
+    processes: int | None = word(
+        "processes of this host that write a whole model, each its own files; default: 1",
+        key="launcher.processes",
+        like="4",
+        above=0,
+    )
     accept: list[str] = word(
         "continue although the base model (with bits=, also the data) is not that of the training",
         default=[],

@@ -16,7 +16,7 @@ from tests.helpers.exports import LABELS, export, logits_of, trained
 from trainer.export import write as export_write
 from trainer.export.config import ExportType
 from trainer.export.load import load_export
-from trainer.export.tensors import hub_name, write_tensors
+from trainer.export.tensors import hub_name
 from trainer.export.verify import DriftError, probe_ids, reference_logits, verify_export
 from trainer.model.config import RopeConfig, RopeScaling
 from trainer.objectives.classification import ClassificationConfig
@@ -235,6 +235,7 @@ def test_large_models_are_split_and_indexed(bases, runtime, tmp_path, monkeypatc
     assert not list(directory.glob("part-*"))
     # The other ranks wait as long as a slow disk may take for all of it, and then no longer than ever.
     size = sum(4 * tensor.numel() for file in files for tensor in load_file(file).values())
+    size += export_write.SMALL_FILES_BYTES
     assert [*waits, group.options._timeout.total_seconds()] == [runtime.timeout_s + size, runtime.timeout_s]
 
 
@@ -248,14 +249,6 @@ def test_a_link_in_place_of_an_unfinished_export_is_not_followed(bases, runtime,
     assert (directory / "config.json").is_file() and not directory.is_symlink()
     [key] = others.iterdir()
     assert key.stat().st_mode & 0o777 == 0o600
-
-
-def test_export_tensor_larger_than_a_file_gets_a_file_of_its_own(tmp_path):
-    tensors = [("a", torch.zeros(4)), ("big", torch.zeros(100)), ("b", torch.ones(10)[2:6])]
-    write_tensors(iter(tensors), tmp_path, dtype=torch.float32, max_bytes=64)
-    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(set(weight_map.values())) == 3
-    assert torch.equal(load_file(tmp_path / weight_map["b"])["b"], torch.ones(4))
 
 
 def test_export_write_that_fails_leaves_the_earlier_export_and_nothing_else(bases, runtime, tmp_path, monkeypatch):
@@ -278,16 +271,16 @@ def test_export_write_that_fails_leaves_the_earlier_export_and_nothing_else(base
 
 
 def test_an_export_that_drifts_is_not_published(bases, runtime, tmp_path, monkeypatch):
-    from trainer.export import write as module
+    from trainer.export import files as module
 
     base = bases("llama")
     parts = trained(base, FullConfig(), runtime)
-    write = module.write_tensors
+    make_group = module.make_group
 
-    def tampering(tensors, directory, **kwargs):
-        write(((n, t * 1.1 if "down_proj" in n else t) for n, t in tensors), directory, **kwargs)
+    def tampering(*given):
+        return {n: t * 1.1 if "down_proj" in n else t for n, t in make_group(*given).items()}
 
-    monkeypatch.setattr(module, "write_tensors", tampering)
+    monkeypatch.setattr(module, "make_group", tampering)
     with pytest.raises(DriftError):
         export(parts, base, tmp_path / "export", runtime, verify=True)
     assert not list(tmp_path.iterdir())

@@ -59,6 +59,8 @@ class Tally:
     """Kills by when; `one rank` counts those of them that spared a peer."""
     resumed: int = 0
     """Starts that said from which checkpoint they go on."""
+    kept: int = 0
+    """Files of exports that a start kept from one that was killed."""
     finished: int = 0
     """Runs that came to their end and were compared."""
     torn: list[str] = field(default_factory=list)
@@ -127,6 +129,7 @@ class Campaign:
             f"strategy={self.strategy.removesuffix(SHARED).removesuffix(ROUNDS)}",
             *("tuning=full", f"budget.steps={STEPS}", f"run.timeout_s={PEER_S}", *kind),
             *("checkpoint.every_steps=1", "checkpoint.background=true", "export.at_end=true"),
+            "export.max_shard_gib=0.00003",  # several files, so that some are complete when the kill comes
         )
         freeze(compose(words[4:]), self.run)
         return self.run
@@ -256,6 +259,8 @@ class Campaign:
         if self._state() != "done":
             return  # told as a failure
         self.tally.finished += 1
+        for said in self.run.glob("said.*"):
+            self.tally.kept += said.read_text(errors="replace").count("is kept from an earlier start")
         (rows, weights), (all_rows, all_weights) = self._result(), self.expected
         if rows != all_rows:
             first = next((a for a, b in zip(rows, all_rows, strict=False) if a != b), f"{len(rows)} rows")
@@ -328,13 +333,26 @@ def main() -> int:
 
 def summary(tallies: list[Tally], root: Path) -> int:
     """Print what was done and what is wrong; the exit code."""
-    columns = ("strategy", "kills", *ALL_MOMENTS, "one rank", "resumed", "runs", "torn", "lost", "changed", "failed")
+    columns = (
+        "strategy",
+        "kills",
+        *ALL_MOMENTS,
+        "one rank",
+        "resumed",
+        "kept",
+        "runs",
+        "torn",
+        "lost",
+        "changed",
+        "failed",
+    )
     print("\n" + "".join(f"{name:>10}" for name in columns))
     for tally in tallies:
         counts = [
             tally.kills,
             *(tally.moments[name] for name in (*ALL_MOMENTS, "one rank")),
             tally.resumed,
+            tally.kept,
             tally.finished,
         ]
         counts += [len(each) for each in (tally.torn, tally.lost, tally.changed, tally.failed)]

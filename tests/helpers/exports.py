@@ -1,12 +1,19 @@
 """A tiny model after a few steps, its export, and what plain transformers make of a directory."""
 
+import tempfile
+from pathlib import Path
+
 import torch
 
-from strategies.base import Precision, SingleConfig
+from strategies.base import Precision, Progress, SingleConfig
 from strategies.build import build_strategy
+from strategies.parameters import COMPUTE_DTYPE
+from strategies.saved_parameters import SavedParameters
 from trainer.build.parts import build_step
 from trainer.data.config import Layout
 from trainer.export.config import ExportConfig
+from trainer.export.trained_model import TrainedModel, trained_shapes
+from trainer.export.verify import take_reference
 from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
@@ -22,11 +29,24 @@ LABELS = ["calm", "angry", "glad"]
 EXACT = 1e-5
 
 
-def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=Precision.fp32, steps=2, **settings):
+def trained(
+    base,
+    tuning,
+    runtime,
+    *,
+    add_tokens=(),
+    objective=None,
+    precision=Precision.fp32,
+    steps=2,
+    optim=None,
+    ema_decay=0.0,
+    **settings,
+):
     """An engine after a few steps at a rate that moves every trainable tensor; (engine, built, tokenizer).
 
     `settings` are further settings of the model.
     """
+    optim = optim or AdamwConfig(lr=2e-2)
     model = ModelConfig(path=str(base), add_tokens=list(add_tokens), **settings)
     tokenizer = load_tokenizer(model)
     objective = objective or SftConfig()
@@ -42,18 +62,11 @@ def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=P
         context=strategy.init_context(),
         half_on_gpu=False,
     )
-    source = WeightSource(
-        built.base_weights(base),
-        built.tuning,
-        seed=1,
-        init_std=0.02,
-        new_token_ids=built.new_token_ids,
-        vocabulary=built.vocabulary,
-    )
+    built.step_module.plan.ema_decay = ema_decay
     engine = strategy.prepare(
         built.step_module,
-        source=source,
-        make_optimizer=lambda named: build_optimizer(AdamwConfig(lr=2e-2), named),
+        source=weight_source(built, base),
+        make_optimizer=lambda named: build_optimizer(optim, named),
         max_grad_norm=1.0,
     )
     if built.step_module.plan.optimizer_hooks is not None:
@@ -64,6 +77,18 @@ def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=P
         engine.backward(terms["loss"] / 10, last=True)
         engine.step(1.0)
     return engine, built, tokenizer
+
+
+def weight_source(built, base):
+    """Where the values come from that such an engine starts with."""
+    return WeightSource(
+        built.base_weights(Path(base)),
+        built.tuning,
+        seed=1,
+        init_std=0.02,
+        new_token_ids=built.new_token_ids,
+        vocabulary=built.vocabulary,
+    )
 
 
 def token_batch(vocabulary, layout, seed):
@@ -84,19 +109,34 @@ def label_batch(seed):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2, 1])}
 
 
+def model_of(engine, built, tokenizer, base, checkpoint, schedule_free_beta=None):
+    """The trained model of an engine whose parameters are whole, as an export reads it: out of `checkpoint`, written here."""
+    checkpoint.mkdir(parents=True)
+    engine.state(Progress()).save(checkpoint)
+    return TrainedModel(
+        built=built,
+        source=weight_source(built, base),
+        trained=SavedParameters(checkpoint, trained_shapes(built), schedule_free_beta=schedule_free_beta),
+        tokenizer=tokenizer,
+        base_path=str(base),
+        seed=1,
+        frozen_dtype=COMPUTE_DTYPE[engine.precision],
+    )
+
+
 def export(parts, base, destination, runtime, *, facts=None, **settings):
     """Write what `trained` returned; the directory."""
     engine, built, tokenizer = parts
-    return write_export(
-        engine,
-        built,
-        tokenizer,
-        base_path=str(base),
-        destination=destination,
-        config=ExportConfig(**settings),
-        facts=ModelFacts(run=record_of({"tuning": "x", **(facts or {})}, [])),
-        runtime=runtime,
-    )
+    config = ExportConfig(**settings)
+    with tempfile.TemporaryDirectory() as folder:
+        return write_export(
+            model_of(engine, built, tokenizer, base, Path(folder) / "checkpoint"),
+            destination=destination,
+            config=config,
+            facts=ModelFacts(run=record_of({"tuning": "x", **(facts or {})}, [])),
+            runtime=runtime,
+            reference=take_reference(engine, built, tokenizer, runtime) if config.verify else None,
+        )
 
 
 def logits_of(model, ids):

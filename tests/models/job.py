@@ -24,6 +24,7 @@ from strategies.errors import ShardtuneError
 from strategies.matmul import Matmul
 from strategies.parameters import named_parameters
 from tests.helpers.building import alone, built_trainer, run_config
+from tests.helpers.exports import model_of
 from tests.helpers.ranks import serve
 from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer
@@ -34,7 +35,7 @@ from trainer.data.config import Layout
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
 from trainer.export.config import ExportConfig
-from trainer.export.verify import DriftError
+from trainer.export.verify import DriftError, take_reference
 from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
 from trainer.model.layout import AttentionLayout
@@ -149,15 +150,17 @@ class Job:
         """Write the export and compare its logits, reloaded by plain transformers and peft, with the trained model's."""
         with stock.Choices() as choices:
             try:
+                tokenizer = load_tokenizer(ModelConfig(path=str(directory)))
+                runtime = alone(self.runtime)
+                reference = take_reference(trainer.engine, built, tokenizer, runtime)
+                checkpoint = directory / f"checkpoint-{tuning}"
                 write_export(
-                    trainer.engine,
-                    built,
-                    load_tokenizer(ModelConfig(path=str(directory))),
-                    base_path=str(directory),
+                    model_of(trainer.engine, built, tokenizer, directory, checkpoint),
                     destination=directory / f"export-{tuning}",
                     config=ExportConfig(verify=True),
                     facts=ModelFacts(run=RunRecord(tuning=tuning)),
-                    runtime=alone(self.runtime),
+                    runtime=runtime,
+                    reference=reference,
                 )
             except DriftError as error:
                 if choices.gap < GAP:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import pipeline_part
+from launch.cluster import pipeline, pipeline_part
 from launch.main import main
 from launch.runs.pipeline_jobs import pipeline_parts
 from launch.runs.queue import read_queue
@@ -20,6 +20,8 @@ from tests.launch.runs.made import made, stand_in_for_squeue
 from tests.slurm.cluster import Cluster
 from trainer.config.launching import problems
 from trainer.config.run import RunConfig, SlurmConfig
+from trainer.model.config import ModelConfig
+from trainer.tuning.base import LoraConfig
 
 CLONE = Path(__file__).parents[2]
 ALL = "launcher.pipeline=[prepare,train,evaluate,export]"
@@ -58,6 +60,7 @@ def submit(site: Path, *more: str) -> int:
         "budget.steps=3",
     ]
     words += ["launcher.nodes=2", "launcher.gpus_per_node=4", "launcher.partition=gpu", "launcher.cpu_partition=cpu"]
+    words += ["launcher.cpus_per_task=32"]
     words += ["strategy=fsdp2", "batch.micro=1", f"run.dir={site / 'run'}", "launcher.part_options.prepare=[--mem=9G]"]
     return main(["submit", *words, ALL, *more])
 
@@ -89,11 +92,40 @@ def test_pipeline_part_follows_the_one_before_and_asks_for_what_it_needs(site, c
         "export": ("1", None, "cpu"),
     }
     assert found["prepare"]["mem"] == "9G" and "mem" not in found["train"]
+    # The export's own: not the CPUs and the memory of the nodes that train.
+    assert found["export"]["cpus-per-task"] == "1" and found["export"]["mem"] == "3G"
+    assert found["train"]["cpus-per-task"] == "32"
     assert "signal" in found["train"] and "signal" not in found["evaluate"]  # nobody there would take it
     for part in found:
         done = subprocess.run(["bash", "-n", site / "run" / f"{part}.sbatch"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert json.loads((site / "run/pipeline.json").read_text())[2] == {"part": "evaluate", "job": "3"}
+
+
+def test_export_part_asks_for_the_cores_and_the_memory_of_its_processes(site, tmp_path):
+    """By a base of 40 GiB whose files are holes: headers alone are read."""
+    base = tmp_path / "large"
+    base.mkdir()
+    layers = 40
+    for layer in range(layers):
+        name, elements = f"model.layers.{layer}.mlp.up_proj.weight", 2**29
+        entry = {name: {"dtype": "BF16", "shape": [2**15, 2**14], "data_offsets": [0, 2 * elements]}}
+        header = json.dumps(entry).encode()
+        with (base / f"model-{layer}.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + 2 * elements)
+    config = RunConfig(model=ModelConfig(path=str(base)), launcher=SlurmConfig(mem="900G", cpus_per_task=64))
+    found = pipeline.part_settings(config, "export", site)
+    # Files of 5 GiB; a layer in float32 is 2 GiB, and what is made of it another 2.
+    assert (found.processes, found.cpus_per_task, found.mem) == (8, 8, f"{8 * (2 + 5 + 4)}G")
+    config.export.verify = True
+    assert pipeline.part_settings(config, "export", site).mem == f"{8 * (2 + 5 + 4) + layers * 2}G"
+    config.tuning = LoraConfig()
+    config.export.verify = False
+    adapter = pipeline.part_settings(config, "export", site)
+    assert (adapter.processes, adapter.mem) == (1, "10G")
+    config.model.path = "some/repository"  # that is not on this host
+    assert pipeline.part_settings(config, "export", site).mem == "900G"
 
 
 def test_pipeline_print_shows_all_scripts_and_writes_nothing(site, capsys):

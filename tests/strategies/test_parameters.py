@@ -1,9 +1,12 @@
 """Models are built without memory, whatever the size of one of their parameters."""
 
+import pytest
 import torch
 from torch import nn
 
-from strategies.parameters import meta_context
+from strategies import parameters as parameters_module
+from strategies.parameters import fill_together, meta_context
+from strategies.runtime import Runtime
 
 
 class Layer(nn.Module):
@@ -41,3 +44,38 @@ def test_meta_parameters_draw_no_random_numbers_and_all_else_does():
         real = nn.init.normal_(torch.zeros(8, device="cpu"))
     torch.set_rng_state(before)
     assert torch.equal(real, torch.zeros(8).normal_()) and real.std() > 0
+
+
+@pytest.mark.parametrize("count", [12, 13, 2])
+def test_ranks_that_read_a_parameter_together_each_read_their_part(count, monkeypatch):
+    """The exchange is played back: each rank is asked twice, and gets the second time what all have handed in the first time."""
+    values = torch.arange(count, dtype=torch.float32) + 1
+    world = 4
+    asked = []
+
+    class Source:
+        def read_slice(self, name, shape, start, stop):
+            asked.append(stop - start)
+            return values[start:stop]
+
+    handed_in = []
+    monkeypatch.setattr(parameters_module, "READ_TOGETHER_ELEMENTS", 1)
+    gather = parameters_module.dist
+    for is_second in (False, True):
+        monkeypatch.setattr(
+            gather,
+            "all_gather_into_tensor",
+            lambda parts, part, second=is_second: (
+                parts.copy_(torch.cat(handed_in)) if second else handed_in.append(part.clone())
+            ),
+        )
+        for rank in range(world):
+            runtime = Runtime(rank, world, rank, world, torch.device("cpu"), None)
+            parameter = torch.zeros(count)
+            fill_together(parameter, "weight", Source(), runtime)
+            assert not is_second or torch.equal(parameter, values)
+    assert sum(asked) == 2 * count and max(asked) == -(-count // world)
+    asked.clear()
+    monkeypatch.setattr(parameters_module, "READ_TOGETHER_ELEMENTS", 2**20)
+    fill_together(parameter, "weight", Source(), runtime)
+    assert asked == [count]

@@ -23,7 +23,7 @@ class CheckpointConfig:
     keep: int = number(2, least=1, advice="2 survives a checkpoint that was damaged")
     """Newest checkpoints kept; the best one is kept besides."""
     save_final: bool = setting(True, reach=DESCRIBES)
-    """Write a checkpoint after the last step, so that the run can be extended."""
+    """Keep a checkpoint of the last step, so that the run can be extended; `false` deletes it after the export."""
     background: bool = setting(True, reach=DESCRIBES)
     """Write checkpoints while training continues, out of a copy in host memory (12 bytes a trained weight with AdamW, all ranks
     together); the last one, the one after a signal, and all where the copy has no room, in the step."""

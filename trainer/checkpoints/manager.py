@@ -17,6 +17,7 @@ from strategies.runtime import Runtime, call_on_main, first_error, gather_object
 from strategies.saving import RankState
 from trainer.checkpoints.async_writer import FLOAT32_BYTES, PendingCheckpoint, SavedCheckpoint, StateBuffer
 from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.in_use import is_in_use
 from trainer.checkpoints.layout import REPLACED, STEP_DIR, checkpoints_in
 from trainer.checkpoints.manifest import write_manifest
 from trainer.checkpoints.patience import REPORT_EVERY_S, waiting_for_disk
@@ -150,6 +151,10 @@ class Checkpoints:
     def any(self) -> bool:
         """Whether there are checkpoints of this run. All ranks must call. Errors: StorageError on every rank."""
         return call_on_main(lambda: bool(checkpoints_in(self.checkpoint_dirs)), self.runtime)
+
+    def holds(self, step: int) -> bool:
+        """Whether this run has a checkpoint of a step. All ranks must call. Errors: StorageError on every rank."""
+        return call_on_main(lambda: step in dict(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
     def roll_back(self, last_good_step: int) -> Path:
         """The newest complete checkpoint of this branch up to that step, from which the run continues now.
@@ -429,10 +434,21 @@ class Checkpoints:
             text += f"; the next in about {max(1, round(interval_s / 60))} minutes"
         self.print_line(text)
 
-    def _delete_old(self, best_step: int | None) -> None:
-        """Delete checkpoints older than the newest `checkpoint.keep` complete ones, but not the best. A failure is a warning.
+    def discard(self, step: int) -> None:
+        """Delete the checkpoint of a step, unless it is the only one. No collective; rank 0 deletes. A failure is a warning."""
+        if not self.runtime.is_main:
+            return
+        checkpoints = checkpoints_in(self.checkpoint_dirs)
+        if len(checkpoints) == 1:
+            return
+        for other_step, path in checkpoints:
+            if other_step == step:
+                self._delete(path)
 
-        Nor those that `look_back` keeps.
+    def _delete_old(self, best_step: int | None) -> None:
+        """Delete checkpoints older than the newest `checkpoint.keep` complete ones, but not the best, nor one that is being read.
+
+        Nor those that `look_back` keeps. A failure is a warning.
         """
         try:
             checkpoints = checkpoints_in(self.checkpoint_dirs)
@@ -448,7 +464,7 @@ class Checkpoints:
             old_enough = [step for step in verified_steps if step <= verified_steps[-1] - self.look_back]
             oldest_kept_step = min(oldest_kept_step, max(old_enough, default=0))
         for step, path in checkpoints:
-            if step < oldest_kept_step and step != best_step:
+            if step < oldest_kept_step and step != best_step and not is_in_use(path):
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:

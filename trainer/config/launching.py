@@ -144,3 +144,13 @@ def _pipeline(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
     unknown = sorted(launcher.part_options.keys() - set(PARTS))
     if unknown:
         yield f"launcher.part_options: {', '.join(unknown)}: no part of a pipeline; they are {', '.join(PARTS)}"
+
+
+def leaves_export_to_job(config: RunConfig) -> bool:
+    """Whether the run is a pipeline with a job that writes the export."""
+    return isinstance(config.launcher, SlurmConfig) and "export" in config.launcher.pipeline
+
+
+def exports_at_end(config: RunConfig) -> bool:
+    """Whether the processes that train also write the export: they hold the GPUs, so a job for it does it in their place."""
+    return config.export.at_end and not leaves_export_to_job(config)

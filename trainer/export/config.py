@@ -31,7 +31,7 @@ class ExportConfig:
     """What is written for others when training ends."""
 
     at_end: bool = setting(True, reach=DESCRIBES)
-    """Write `export/` in the run directory after training."""
+    """Write `export/` in the run directory after training; in a pipeline, its `export` job does so."""
     checkpoint: ExportedCheckpoint = setting(ExportedCheckpoint.auto, reach=DESCRIBES)
     """The checkpoint that is exported, chatted with, served and evaluated when the run ends: `last`, the `best` by the watched
     metric, or `auto`: the best if the run ended with a worse one or was stopped by patience, else the last."""
@@ -46,7 +46,7 @@ class ExportConfig:
     answers: str | None = setting(None, reach=Reach.file)
     """YAML file with what only its owner can say of the model, by question; what it leaves out is marked as open."""
     verify: bool = setting(False, reach=DESCRIBES)
-    """Reload the export afresh and compare its logits with the trained model's; a drift fails the run."""
+    """Reload the export and compare its logits with the trained model's, which needs the whole model in memory; a drift fails."""
 
 
 def settle_merge(export: ExportConfig, tuning: TuningConfig) -> dict[str, str]:

@@ -209,30 +209,42 @@ def _changed_by_loading(directory: Path, model: Any) -> str:
     return f"; loaded otherwise than stored: {', '.join(changed[:5])}"
 
 
-def verify_written(
-    engine: Engine, built: Built, tokenizer: Any, directory: Path, base_path: str, *, adapter: bool, runtime: Runtime
-) -> Exception | None:
-    """Compare a written export with the trained model on rank 0; returns the error, None if they agree. All ranks must call."""
-    ids = probe_ids(tokenizer)
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the trained model computes on the probe, to compare an export with."""
+
+    token_ids: list[int]
+    logits: Tensor | None
+    """`[T, V]`, or `[1, labels]` of a classifier, on the CPU; None on ranks other than 0."""
+    choices: Choices
+    """The experts and keys that it chose."""
+
+
+def take_reference(engine: Engine, built: Built, tokenizer: Any, runtime: Runtime) -> Reference:
+    """Let the trained model compute the probe, for `verify_written`. The engine is not needed after. All ranks must call."""
+    token_ids = probe_ids(tokenizer)
     with Choices() as choices:
-        logits = reference_logits(engine, built, ids, runtime)
-    try:
-        if runtime.is_main:
-            assert logits is not None
-            decoder_start = built.two_sides.decoder_start if built.two_sides else None
-            quantised_base = None
-            if adapter and built.quantised:
-                quantised_base = built.base_weights(Path(base_path))
-            report = verify_export(
-                directory,
-                base_path=base_path,
-                token_ids=ids,
-                reference=logits,
-                decoder_start=decoder_start,
-                quantised_base=quantised_base,
-                choices=choices,
-            )
-            print(f"export verified: {report}", flush=True)
-    except Exception as error:  # noqa: BLE001 - peft and transformers have error types of their own; all ranks are told
-        return error
-    return None
+        logits = reference_logits(engine, built, token_ids, runtime)
+    return Reference(token_ids, logits, choices)
+
+
+def verify_written(reference: Reference, built: Built, directory: Path, base_path: str, *, adapter: bool) -> None:
+    """Compare a written export with the trained model, on rank 0. `built`: the model that was trained.
+
+    Errors: DriftError if they differ; transformers and peft have error types of their own for files that they cannot load.
+    """
+    assert reference.logits is not None
+    decoder_start = built.two_sides.decoder_start if built.two_sides else None
+    quantised_base = None
+    if adapter and built.quantised:
+        quantised_base = built.base_weights(Path(base_path))
+    report = verify_export(
+        directory,
+        base_path=base_path,
+        token_ids=reference.token_ids,
+        reference=reference.logits,
+        decoder_start=decoder_start,
+        quantised_base=quantised_base,
+        choices=reference.choices,
+    )
+    print(f"export verified: {report}", flush=True)

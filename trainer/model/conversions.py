@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,24 @@ class ConversionGroup:
     row_source: str = "whole"
     """What rows of the result are made of: `direct` the tensor's own rows, `list` as many of its tensors, `rows` the same
     rows of each source, `whole` everything."""
+
+
+def _unchanged(name: str) -> str:
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGroup:
+    """Parameters of a model that become one stored tensor, or several at once."""
+
+    members: list[str]
+    """Names in the model."""
+    name: str
+    """The name that the stored tensor has if nothing but the name changes; else what transformers files the group under."""
+    conversion: ConversionGroup | None = None
+    """What makes the stored tensors of the members; None where nothing but the name changes."""
+    stored_name: Callable[[str], str] = _unchanged
+    """The name in the files of what the conversion makes."""
 
 
 class Conversions:
@@ -178,10 +196,11 @@ class Conversions:
 
     # -- and back ------------------------------------------------------------------------------------------------
 
-    def stored_again(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters under the names and in the shapes that the files have, full precision if those were quantised.
+    def stored_groups(self, names: Iterable[str]) -> list[StoredGroup]:
+        """The groups in which parameters and buffers become stored tensors again, in the order in which they are complete.
 
-        A group is held until it is complete. Only transforms that were used on the way in are taken back.
+        `names`: of the model, in the order in which their values come. A group that lacks one of its names is left out. Reads
+        no values. Only transforms that were used on the way in are taken back.
         """
         rules = self._rules if self.quantizer is None else self._group_stored_tensors(None)[0]
         reverse_rules = rules.reversed()
@@ -196,24 +215,40 @@ class Conversions:
                 members_of_group.setdefault(key, set()).add(name)
             places[name] = key, pattern
         prefix = self._stored_prefix(places)
-        incomplete: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors:
+
+        def stored_name(converted: str) -> str:
+            return prefix + reverse_rules.renamed(converted)
+
+        groups: list[StoredGroup] = []
+        incomplete: dict[str, set[str]] = {}
+        for name in names:
             key, pattern = places.get(name, (name, None))
             if pattern is None:
-                yield prefix + key, tensor
+                groups.append(StoredGroup([name], prefix + key))
                 continue
-            incomplete.setdefault(key, {})[name] = tensor
-            if incomplete[key].keys() < members_of_group[key]:
+            seen = incomplete.setdefault(key, set())
+            seen.add(name)
+            if seen < members_of_group[key]:
                 continue
-            members = incomplete.pop(key)
-            tensors_by_pattern: dict[str, list[Tensor]] = {}
             # Converters join tensors by position, in the loader's order.
-            for member in in_loading_order(members):
-                _, member_pattern = places[member]
-                tensors_by_pattern.setdefault(str(member_pattern), []).append(members[member])
-            group = ConversionGroup(key, converter_of[pattern])
-            for stored, converted in self._convert(group, tensors_by_pattern).items():
-                yield prefix + reverse_rules.renamed(stored), converted
+            members = in_loading_order(incomplete.pop(key))
+            conversion = ConversionGroup(key, converter_of[pattern])
+            for member in members:
+                conversion.sources.setdefault(str(places[member][1]), []).append(member)
+            groups.append(StoredGroup(members, key, conversion, stored_name))
+        return groups
+
+    def convert_back(self, group: StoredGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The stored tensors of a group by stored name, in the order in which they are written.
+
+        `tensors`: the group's members by name in the model. Full precision, if the files were quantised.
+        """
+        if group.conversion is None:
+            (member,) = group.members
+            return {group.name: tensors[member]}
+        sources = self._read_sources(group.conversion, tensors.__getitem__)
+        converted = self._convert(group.conversion, sources)
+        return {group.stored_name(name): tensor for name, tensor in converted.items()}
 
     def _stored_prefix(self, places: dict[str, tuple[str, str | None]]) -> str:
         """What the files' names begin with if the model is a part of theirs: `language_model.` of Llama 4; else empty."""

@@ -33,6 +33,10 @@ class Outcome:
     """Two questions with the answers of base and tuned model: `question`, `base`, `tuned`; empty if they were not asked."""
     closing: str = ""
     """Whether the run overfits, and whether more steps would help, as one sentence."""
+    saved_for_export: bool = False
+    """Whether the last checkpoint was only written for the export, so that it does not stay."""
+    export_follows: bool = False
+    """Whether a later job of the pipeline writes the export."""
     watch: str = "eval/loss"
     """Metric that decides the best checkpoint."""
     greater_is_better: bool = False

@@ -252,6 +252,8 @@ class RunRecord:
     gates: dict[str, Any] | None = None
     not_exported: list[str] | None = None
     """Files of the base that changed, so that nothing was exported."""
+    export_problem: str | None = None
+    """Why the checkpoint could not be exported; None if it was, or if something else forbade it."""
     exports: list[dict[str, Any]] | None = None
     outcome: RunOutcome | None = None
     jobs: list[dict[str, Any]] | None = None
@@ -287,7 +289,7 @@ class RunRecord:
 
 OPTIONAL_KEYS = (
     *("identity", "from_environment", "accepted", "must_fit", "staged", "receipt", "challenges", "gates"),
-    *("exported_checkpoint", "test", "not_exported", "exports", "outcome", "jobs"),
+    *("exported_checkpoint", "test", "not_exported", "export_problem", "exports", "outcome", "jobs"),
 )
 """Keys that are in the file once there is something to say. Every other key is there from the start, with null for None."""
 NOT_IN_FILE = ("other", "keys")

@@ -13,6 +13,7 @@ from strategies import runtime as processes
 from strategies.base import Progress
 from strategies.errors import LimitExceeded, ShardtuneError
 from trainer.checkpoints.manager import Checkpoints
+from trainer.config.launching import exports_at_end
 from trainer.config.resuming import plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
@@ -188,7 +189,7 @@ def record_end(
         last_row = {**outcome.last_row, **meter.peaks}
         trackers.summarise(summary_of(last_row, speed, outcome.after | outcome.test))
         export = context.run_dir / "export"
-        has_export = ending.state is State.done and config.export.at_end and export.is_dir()
+        has_export = ending.state is State.done and exports_at_end(config) and export.is_dir()
         trackers.close(replace(ending, exported=export if has_export else None))
         if ending.state is not State.done:
             for name, link in trackers.hints:

@@ -43,6 +43,8 @@ def end_text(
     lines += [f"slow:       {SlowRank(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
     if export is not None:
         lines.append(f"model:      {export}{_which_weights(record)}")
+    elif outcome.export_follows:
+        lines.append(f"model:      by the export job of this pipeline{_which_weights(record)}")
     elif record.exported_checkpoint is not None:
         lines.append(f"not exported:{_which_weights(record)}")
     lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
@@ -137,6 +139,8 @@ def _next_step(record: RunRecord, run_dir: Path, outcome: Outcome, export: Path 
         return f"train again in another run.dir, with {remedy}"
     if _has_better_step(record, outcome):
         return _export_of_best(run_dir)
+    if outcome.export_follows:
+        return f"shardtune status {shlex.quote(str(run_dir))}"
     if export is None:
         return None if record.gates else f"shardtune export {shlex.quote(str(run_dir))}"
     family = FAMILIES.get(record.objective)

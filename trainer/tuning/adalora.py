@@ -10,6 +10,7 @@ the importance of every entry, `|p * grad|`, and sets the least important entrie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,8 +36,11 @@ class AdaLora(Adapter):
         self.allocation = RankAllocation(tuned.base_model, self.config)
         return tuned  # type: ignore[no-any-return]
 
-    def update_peft_settings(self, model: nn.Module, trained: dict[str, Tensor]) -> None:
+    def update_peft_settings(
+        self, model: nn.Module, trained: dict[str, Tensor], saved_state: Callable[[str, str], Tensor]
+    ) -> None:
         """Tell peft which ranks are left, so that it writes only these. If the run stopped before they settled, it writes all."""
+        self.allocation.restore_masks(saved_state)
         model.peft_config[ADAPTER].rank_pattern = self.allocation.pattern_of(trained)  # type: ignore[index,union-attr]
 
 
@@ -138,6 +142,12 @@ class RankAllocation:
         """Called after a checkpoint filled the tensors of `state_of`: the ranks are final if no more are left than the target."""
         entries_left = sum(int(mask.sum()) for mask in self._masks.values())
         self._settled = entries_left <= self.allocator.target_bgt
+
+    def restore_masks(self, saved_state: Callable[[str, str], Tensor]) -> None:
+        """Read which entries a checkpoint has left, for a model on meta. `saved_state`: see `update_peft_settings`."""
+        for name, _ in self._adapter_parameters():
+            if "lora_E" in name:
+                self._masks[name] = saved_state(PREFIX + name, "kept")
 
     def pattern_of(self, trained: dict[str, Tensor]) -> dict[str, list[bool]] | None:
         """peft's rank pattern: for each E which entries are left, by name in the base model.

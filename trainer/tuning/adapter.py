@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -195,8 +195,13 @@ class Adapter:
                 owner, _, key = full_name.rpartition(".")
                 own_buffers(tuned.get_submodule(owner))[key] = buffer
 
-    def update_peft_settings(self, model: nn.Module, trained: dict[str, Tensor]) -> None:
-        """Bring peft's settings in line with the gathered values before both are written. Most methods need nothing."""
+    def update_peft_settings(
+        self, model: nn.Module, trained: dict[str, Tensor], saved_state: Callable[[str, str], Tensor]
+    ) -> None:
+        """Bring peft's settings in line with the trained values before both are written. Most methods need nothing.
+
+        `saved_state(name, key)`: what the checkpoint keeps under `key` for the parameter `name`.
+        """
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold a loaded PeftModel's adapters into its weights; returns the plain model."""

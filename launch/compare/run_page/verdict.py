@@ -238,6 +238,8 @@ def _gate_callouts(run: RecordedRun) -> list[Callout]:
         return [
             Callout("bad", "Nothing was exported", f"Files of the base model changed while the run trained: {files}.")
         ]
+    if run.record.export_problem:
+        return [Callout("bad", "Nothing was exported", f"{run.record.export_problem}.")]
     return []
 
 

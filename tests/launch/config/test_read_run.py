@@ -461,6 +461,7 @@ def test_verbs_read_a_run_through_one_function():
         "evaluate/command.py",
         "evaluate/reward_trial.py",
         "evaluate/words.py",
+        "export/writing.py",
         "runs/status_lineage.py",
         "train.py",
     }

@@ -14,7 +14,7 @@ from strategies import atomic_io
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
-from trainer.build import parts as build_module
+from trainer.checkpoints import in_use
 from trainer.model import quantised_checkpoints
 from trainer.reporting.status import write_status
 
@@ -230,16 +230,16 @@ def test_export_of_a_checkpoint_that_the_run_deletes_takes_the_next(run_dir, tmp
         in said.err
     )
     assert json.loads(said.out)["checkpoints"] == ["step-000004"] and waited == []
-    # Deleted after it was looked at, while the model was built.
+    # Deleted after it was looked at, before it was kept from that.
     shutil.copytree(run_dir / "checkpoints" / "step-000006", newest)
     monkeypatch.setattr(atomic_io.disk, "open", step)
-    build = build_module.build_engine
+    keep = in_use.kept_from_pruning
 
-    def build_and_prune(*given):
+    def prune_and_keep(checkpoint):
         shutil.rmtree(newest, ignore_errors=True)
-        return build(*given)
+        return keep(checkpoint)
 
-    monkeypatch.setattr(build_module, "build_engine", build_and_prune)
+    monkeypatch.setattr(in_use, "kept_from_pruning", prune_and_keep)
     assert run(copy, f"to={tmp_path / 'again'}", "--json") == 0
     assert json.loads(capsys.readouterr().out)["checkpoints"] == ["step-000004"]
 

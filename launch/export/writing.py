@@ -1,0 +1,243 @@
+"""Writes an export out of checkpoints that were chosen before: in this process, or in several that share its files.
+
+`launch/export/command.py` chooses the checkpoint and judges the gates. This module only writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.export.words import required_run_record
+from strategies.errors import ConfigError, ShardtuneError
+from trainer.reporting.run_record import RUN_RECORD, RunRecord
+
+if TYPE_CHECKING:
+    from strategies.base import Precision
+    from strategies.runtime import Runtime
+    from trainer.config.run import RunConfig
+    from trainer.data.prepare import PreparedData
+    from trainer.export.trained_model import TrainedModel
+    from trainer.export.verify import Reference
+
+CONFIG_FILE = "export-job.yaml"
+JOB_FILE = "export-job.json"
+
+
+class WritersFailed(ShardtuneError):
+    """The processes that write an export have failed; what they met is on the screen."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("nothing was exported: its processes failed, as the lines above say")
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WritingJob:
+    """What is written where, and what its model card must say. Processes read it as JSON, by the names of these fields."""
+
+    run: str
+    """Directory of the run."""
+    checkpoints: list[str]
+    """Directories of the checkpoints whose mean is exported, the oldest first; mostly one."""
+    to: str
+    """The directory that is written."""
+    gates: dict[str, Any] = field(default_factory=dict)
+    """What the gates decided for these weights."""
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    """The hub's data sets behind tasks."""
+    accepted: list[str] = field(default_factory=list)
+    """How the base differs from the one that the run was trained on, if the user accepts that."""
+    rows_needed: dict[str, str] | None = None
+    """Why the run's own rows are read (`RowsNeeded`); None if nothing needs them."""
+    accept_data: bool = False
+    """Whether today's rows may be used if those of the training are gone."""
+
+
+def write_in_place(config: RunConfig, job: WritingJob) -> PreparedData:
+    """Write the export in this process, on the CPU; returns the run's data. Errors: those of `write_as_rank`."""
+    from strategies import runtime as processes
+    from trainer.config.run import kept_matmul
+
+    run = config.run
+    runtime = processes.start("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config))
+    try:
+        return write_as_rank(config, job, runtime)
+    finally:
+        processes.stop()
+
+
+def write_in_processes(config: RunConfig, job: WritingJob, num_processes: int) -> None:
+    """Write the export in several processes of this host. Errors: WritersFailed, after their message was shown."""
+    from launch.cluster.supervisor import run_supervised
+    from launch.cluster.torchrun import RankProgram
+    from launch.config.frozen import identity, to_yaml
+    from trainer.config.run import LauncherConfig
+
+    config = replace(config, launcher=LauncherConfig(processes=num_processes))
+    sha256 = identity(config)
+    # Removed unless the processes fail: then it has their record of the failure.
+    job_dir = Path(tempfile.mkdtemp(prefix="shardtune-export-"))
+    (job_dir / JOB_FILE).write_text(json.dumps(asdict(job), indent=1) + "\n", encoding="utf-8")
+    header = f"# Written by shardtune export.\n# sha256: {sha256}\n"
+    (job_dir / CONFIG_FILE).write_text(header + to_yaml(config), encoding="utf-8")
+    code = run_supervised(config, job_dir, sha256, program=RankProgram("launch.export", CONFIG_FILE))
+    if code:
+        raise WritersFailed(code)
+    shutil.rmtree(job_dir, ignore_errors=True)
+
+
+def is_writer(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of those that write an export, started by `write_in_processes`."""
+    return "RANK" in environment and Path(environment.get("SHARDTUNE_CONFIG", "")).name == CONFIG_FILE
+
+
+def run_as_rank() -> int:
+    """Be one of the processes that write an export; returns its exit code. The launcher shows the first failure."""
+    from launch.cluster.torchrun import die_with_parent
+    from launch.config.compose import load_frozen
+    from strategies import runtime as processes
+    from strategies.errors import Preempted
+    from trainer.config.run import kept_matmul
+    from trainer.reporting.status import read_failure
+    from trainer.session.attempt import rank_of_job
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    frozen = Path(os.environ["SHARDTUNE_CONFIG"])
+    job_dir = frozen.parent
+    config = load_frozen(frozen)
+    job = WritingJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
+    run = config.run
+    try:
+        with rank_of_job(job_dir, run.lease_s) as (_, attempt):
+            attempt.phase = "start of the processes"
+            with attempt.join_ranks(run.timeout_s) as meeting:
+                store = meeting.store
+            runtime = processes.start(
+                "cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config), store=store
+            )
+            attempt.phase = "export"
+            write_as_rank(config, job, runtime)
+    except Preempted:
+        return 0
+    except Exception:
+        if read_failure(job_dir):
+            return 70
+        raise
+    return 0
+
+
+def write_as_rank(config: RunConfig, job: WritingJob, runtime: Runtime) -> PreparedData:
+    """Describe the run's model and write its export, this process its share; returns the run's data. All ranks must call.
+
+    Errors: those of building the model, of reading the checkpoint, and of writing.
+    """
+    from trainer.checkpoints.manifest import fingerprint
+    from trainer.export.write import write_export
+    from trainer.model.loading import load_tokenizer
+    from trainer.reporting.documents.facts import gather
+    from trainer.reporting.documents.questions import read_answers
+    from trainer.reporting.results import at_step
+    from trainer.session.exported_model import describe_trained_model
+    from trainer.session.run_data import RowsNeeded, data_of_run, data_record
+
+    run_dir = Path(job.run)
+    tokenizer = load_tokenizer(config.model)
+    record = required_run_record(run_dir)
+    precision = _export_precision(config, record, run_dir)
+    rows_needed = None if job.rows_needed is None else RowsNeeded(**job.rows_needed)
+    config.objective, data, accepted_rows = data_of_run(
+        config, data_record(run_dir), tokenizer, needed=rows_needed, accept=job.accept_data
+    )
+    if runtime.is_main:
+        for line in accepted_rows:
+            print(f"accepted: {line}", flush=True)
+    checkpoints = [Path(path) for path in job.checkpoints]
+    model = describe_trained_model(config, tokenizer, data, checkpoints, precision, total_steps=record.total_steps)
+
+    # The run measured nothing of a mean of checkpoints, nor of a checkpoint on a base that has changed since.
+    as_trained = len(checkpoints) == 1 and not job.accepted
+    progress = model.trained.progress()
+    record = replace(record, label_names=data.label_names)
+    facts = gather(run_dir, record, read_answers(config.export.answers)[0])
+    facts.step = progress.step
+    facts.tokens = progress.tokens
+    facts.at_step = at_step(run_dir, progress.step)
+    facts.as_trained = as_trained
+    facts.artefact = fingerprint(checkpoints[-1]) if as_trained else None
+    facts.averaged_checkpoints = [path.name for path in checkpoints] if len(checkpoints) > 1 else []
+    facts.accepted = [*job.accepted, *accepted_rows]
+    facts.gates = job.gates
+    facts.benchmarks = job.benchmarks
+    reference = _reference(config, data, model, precision, runtime) if config.export.verify else None
+    write_export(
+        model, destination=Path(job.to), config=config.export, facts=facts, runtime=runtime, reference=reference
+    )
+    return data
+
+
+def _reference(
+    config: RunConfig, data: PreparedData, model: TrainedModel, precision: Precision, runtime: Runtime
+) -> Reference:
+    """What the trained model computes, with the checkpoint's weights in the run's own model, on this host's CPU.
+
+    Rank 0 loads the whole model, without moments, and lets it go again; the others wait. All ranks must call.
+    """
+    from strategies.parameters import element_counts
+    from strategies.runtime import broadcast_object, longer_timeout
+    from trainer.build.parts import build_engine
+    from trainer.export.routing_choices import Choices
+    from trainer.export.trained_model import TrainedValues
+    from trainer.export.verify import Reference, take_reference
+    from trainer.export.write import SLOWEST_DISK_BYTES_PER_S
+
+    float32_bytes = 4 * sum(element_counts(model.built.step_module).values())
+    with longer_timeout(runtime, float32_bytes / SLOWEST_DISK_BYTES_PER_S):
+        reference: Reference | None = None
+        if runtime.is_main:
+            print(
+                f"verify: the export is compared with the weights of {model.trained.title}, computed here on the CPU in "
+                f"{precision} by the model that was trained",
+                flush=True,
+            )
+            # The average is in the weights already.
+            plain = replace(config, optim=replace(config.optim, ema_decay=0.0))
+            alone = replace(runtime, world_size=1, local_world_size=1)
+            engine, built, _ = build_engine(
+                plain,
+                model.tokenizer,
+                data,
+                precision,
+                alone,
+                values_of=lambda source: TrainedValues(source, model.trained),
+            )
+            reference = take_reference(engine, built, model.tokenizer, alone)
+            engine.close()
+        broadcast_object(None, runtime)  # the others wait here
+    return reference or Reference([], None, Choices())
+
+
+def _export_precision(config: RunConfig, record: RunRecord, run_dir: Path) -> Precision:
+    """The precision in which the export is built and verified: that of the training, if a CPU can compute in it.
+
+    Errors: ConfigError if the run's record names no precision.
+    """
+    from strategies.base import Precision
+
+    trained_in = record.precision or config.precision
+    if trained_in not in [*Precision]:
+        raise ConfigError(
+            f"{run_dir / RUN_RECORD}: its precision is {trained_in}, which is none of {', '.join(Precision)}; "
+            "bring it back"
+        )
+    precision = Precision(trained_in)
+    if precision in (Precision.auto, Precision.fp16):
+        return Precision.fp32  # fp16 cannot be computed on a CPU, and masters are float32 anyway
+    return precision

@@ -1,0 +1,129 @@
+"""Reads the trained parameters out of a checkpoint one at a time: without an engine, and without the optimizer's moments.
+
+An export needs `<name>/weight` of each parameter, or its average, and nothing else of the state. The index says where each
+element lies, so a process reads the bytes of the parameters that it asks for. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from strategies.atomic_io import error_summary
+from strategies.base import Progress
+from strategies.ema import EMA_KEY
+from strategies.errors import ConfigError, StorageError
+from strategies.state import read_header, read_index
+from strategies.tensor_files import LocalElements, Malformed, numel, read_tensors
+
+WEIGHT_KEY = "weight"
+SCHEDULE_FREE_KEY = "z"
+"""Key of the sequence that schedule-free AdamW keeps beside each weight (Defazio et al. 2024, arXiv:2405.15682)."""
+
+
+class SavedParameters(Mapping[str, Tensor]):
+    """The parameters of one checkpoint in full, float32 on the CPU, by plain name: averaged if the run averages its weights.
+
+    Nothing is kept: each access reads its parameter from the files. Errors of an access: StorageError.
+    """
+
+    def __init__(
+        self, checkpoint: Path, shapes: Mapping[str, torch.Size], *, schedule_free_beta: float | None = None
+    ) -> None:
+        """`shapes`: of every parameter that the run trains. `schedule_free_beta`: beta 1 of a schedule-free optimizer.
+
+        Reads the index. Errors: StorageError; ConfigError if the checkpoint is of a run that trains other parameters.
+        """
+        self.checkpoint = checkpoint
+        self._shapes = dict(shapes)
+        self._schedule_free_beta = schedule_free_beta
+        self._index = read_index(checkpoint, patient=True)
+        for name, shape in self._shapes.items():
+            parts = self._index.get(f"{name}/{WEIGHT_KEY}")
+            if parts is None or numel(parts) != shape.numel():
+                found = "does not hold it" if parts is None else f"has {numel(parts)} elements of it"
+                raise ConfigError(
+                    f"{checkpoint}: the run trains {name}, {shape.numel()} elements, and this checkpoint {found}; it was written "
+                    "by a run with another model or tuning method"
+                )
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # `Mapping` would read the parameter to find out
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What the run evaluates and exports of a parameter: its average, else its weight."""
+        if name not in self._shapes:
+            raise KeyError(name)
+        if f"{name}/{EMA_KEY}" in self._index:
+            return self.state(name, EMA_KEY)
+        weight = self.state(name, WEIGHT_KEY)
+        if self._schedule_free_beta is None or f"{name}/{SCHEDULE_FREE_KEY}" not in self._index:
+            return weight
+        # Training continues at y = (1 - beta) z + beta x, which is saved. The model is x, as the optimizer's `eval` computes it.
+        return weight.lerp_(self.state(name, SCHEDULE_FREE_KEY), 1 - 1 / self._schedule_free_beta)
+
+    def state(self, name: str, key: str) -> Tensor:
+        """What the checkpoint keeps of a parameter under `key` (`weight`, a moment, ...), in the parameter's shape."""
+        shape = self._shapes[name]
+        everything = LocalElements(f"{name}/{key}", shape.numel(), 0, torch.empty(shape, device="meta").view(-1))
+        try:
+            (values,) = read_tensors(self.checkpoint, self._index, [everything])
+        except OSError as error:
+            raise StorageError(f"{self.checkpoint}: {name} cannot be read ({error_summary(error)})") from error
+        except (Malformed, KeyError) as error:
+            raise StorageError(f"{self.checkpoint}: {name}/{key} is not in it ({error})") from error
+        return values.view(shape)
+
+    @property
+    def title(self) -> str:
+        """What these parameters are, for messages."""
+        return self.checkpoint.name
+
+    def progress(self) -> Progress:
+        """How far the run was. Errors: StorageError."""
+        return read_header(self.checkpoint, patient=True).progress
+
+
+class MeanOfCheckpoints(Mapping[str, Tensor]):
+    """The mean of what several checkpoints of a run would export, parameter by parameter, float32."""
+
+    def __init__(self, checkpoints: Sequence[SavedParameters]) -> None:
+        """`checkpoints`: the oldest first."""
+        self.checkpoints = list(checkpoints)
+
+    def __len__(self) -> int:
+        return len(self.checkpoints[-1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoints[-1])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.checkpoints[-1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        total = self.checkpoints[0][name].double()  # in float64, against rounding
+        for checkpoint in self.checkpoints[1:]:
+            total.add_(checkpoint[name].double())
+        return total.div_(len(self.checkpoints)).float()
+
+    def state(self, name: str, key: str) -> Tensor:
+        """What the newest checkpoint keeps of a parameter under `key`. No mean: it may be a choice, such as AdaLoRA's ranks."""
+        return self.checkpoints[-1].state(name, key)
+
+    @property
+    def title(self) -> str:
+        """What these parameters are, for messages."""
+        return f"the mean of {', '.join(checkpoint.title for checkpoint in self.checkpoints)}"
+
+    def progress(self) -> Progress:
+        """How far the newest checkpoint was."""
+        return self.checkpoints[-1].progress()

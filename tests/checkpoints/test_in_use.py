@@ -1,0 +1,42 @@
+"""A checkpoint that an export reads is not pruned by the run, which goes on."""
+
+import os
+import time
+
+from tests.checkpoints.test_manager import Made
+from trainer.checkpoints.in_use import FRESH_S, kept_from_pruning
+
+
+def steps(made):
+    return sorted(path.name for path in made.directory.iterdir())
+
+
+def test_checkpoint_that_is_read_is_kept_until_it_was_read(tmp_path):
+    made = Made(tmp_path, keep=1)
+    made.save(1)
+    with kept_from_pruning(made.directory / "step-000001"):
+        made.save(2, 3)
+        names = steps(made)
+        assert [name for name in names if not name.startswith(".")] == ["step-000001", "step-000003"]
+        assert len(names) == 3 and names[0].startswith(".step-000001.in-use-")
+    made.save(4)
+    assert steps(made) == ["step-000004"]
+
+
+def test_mark_of_a_reader_that_was_killed_keeps_nothing(tmp_path):
+    made = Made(tmp_path, keep=1)
+    made.save(1)
+    mark = made.directory / ".step-000001.in-use-elsewhere-17"
+    mark.touch()
+    made.save(2)
+    assert "step-000001" in steps(made)
+    long_ago = time.time() - 2 * FRESH_S
+    os.utime(mark, (long_ago, long_ago))
+    made.save(3)
+    assert steps(made) == ["step-000003"]
+
+
+def test_checkpoint_in_a_directory_that_cannot_be_written_is_read_all_the_same(tmp_path):
+    with kept_from_pruning(tmp_path / "missing" / "step-000001"):
+        pass
+    assert list(tmp_path.iterdir()) == []

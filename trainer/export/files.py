@@ -1,0 +1,154 @@
+"""Writes the files of a planned model into a staging directory, and finds those that an export that was killed left there.
+
+Each process writes the files that are dealt to it. `.written/` in the staging directory says what the export is made of,
+and has a record of each file that is complete: the next start of the same export keeps these files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from strategies import atomic_io
+from strategies.atomic_io import CHUNK_BYTES, WrittenFile, file_difference, make_directories, open_regular, read_exactly
+from trainer.export.plan import ExportPlan, PlannedFile, make_group
+from trainer.export.trained_model import ModelValues
+
+RECORDS = ".written"
+ORIGIN = "origin.json"
+MAX_RECORD_BYTES = 2**24
+"""Bytes of such a record; more is not read."""
+
+
+def share_of(files: list[PlannedFile], writer: int, writers: int) -> list[PlannedFile]:
+    """The files that one of several writers writes, so that every writer has about as many bytes.
+
+    From the largest file on, each goes to the writer that has the fewest bytes so far. All writers come to the same shares.
+    """
+    bytes_of_writer = [0] * writers
+    share = []
+    for file in sorted(files, key=lambda file: (-file.size, file.name)):
+        chosen = bytes_of_writer.index(min(bytes_of_writer))
+        bytes_of_writer[chosen] += file.size
+        if chosen == writer:
+            share.append(file)
+    return sorted(share, key=lambda file: file.name)
+
+
+def open_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, Any]) -> bool:
+    """Make the staging directory of an export. Returns whether files of an earlier start of this very export are kept in it.
+
+    `origin`: all that the files depend on, as JSON. Anything else that lies under this name is removed. Errors: OSError.
+    """
+    text = json.dumps(origin, indent=1, sort_keys=True) + "\n"
+    if not _holds(staging_dir, text):
+        clear(staging_dir)
+        make_directories(staging_dir / RECORDS)
+        atomic_io.write_new(staging_dir / RECORDS / ORIGIN, text.encode())
+        return False
+    kept_names = {RECORDS, *(file.name for file in plan.files)}
+    for entry in list(staging_dir.iterdir()):
+        if entry.is_dir() and entry.name not in kept_names:
+            shutil.rmtree(entry)
+        elif entry.name not in kept_names:
+            entry.unlink()
+    return True
+
+
+def clear(directory: Path) -> None:
+    """Remove what an earlier export left under this name, as far as that goes; of a link nothing but the link.
+
+    A downloaded run can hold a link there, and the export would be written over the files that it leads to.
+    """
+    if directory.is_symlink():
+        directory.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _holds(staging_dir: Path, origin: str) -> bool:
+    """Whether a staging directory was begun for the same export, and holds nothing but ordinary files."""
+    if staging_dir.is_symlink() or not staging_dir.is_dir():
+        return False
+    entries = list(staging_dir.rglob("*"))
+    # A downloaded run can hold links, and the export would be written over the files that they lead to.
+    if any(entry.is_symlink() or not (entry.is_file() or entry.is_dir()) for entry in entries):
+        return False
+    try:
+        recorded = atomic_io.read_bytes(staging_dir / RECORDS / ORIGIN, max_bytes=MAX_RECORD_BYTES)
+    except OSError:
+        return False
+    return recorded == origin.encode()
+
+
+def is_complete(staging_dir: Path, file: PlannedFile) -> bool:
+    """Whether a file is in the staging directory with the size and the SHA-256 that its record has. Reads all of it."""
+    try:
+        record = json.loads(atomic_io.read_bytes(_record_of(staging_dir, file), max_bytes=MAX_RECORD_BYTES))
+        written = WrittenFile(file.name, int(record["bytes"]), str(record["sha256"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return file_difference(staging_dir, written) is None
+
+
+def write_file(plan: ExportPlan, file: PlannedFile, values: ModelValues, staging_dir: Path) -> None:
+    """Write one file of a plan, durably, and its record. Holds one file and one group of tensors at a time.
+
+    Errors: OSError, SafetensorError, and those of `make_group`.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(_tensors_of(plan, file, values)), staging_dir / file.name, {"format": "pt"})
+    atomic_io.sync_file(staging_dir / file.name)
+    written = _hashed(staging_dir / file.name)
+    record = json.dumps({"bytes": written.size, "sha256": written.sha256}) + "\n"
+    atomic_io.write_new(_record_of(staging_dir, file), record.encode())
+
+
+def _tensors_of(plan: ExportPlan, file: PlannedFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor as it is stored) of a file. A group may have tensors in other files too, which are dropped."""
+    number: int | None = None
+    stored: dict[str, Tensor] = {}
+    for planned in file.tensors:
+        if planned.group != number:
+            number = planned.group
+            stored = {}  # free the group before: two at once would take twice the memory
+            stored = make_group(plan, number, values)
+        tensor = stored.pop(planned.name)
+        if tensor.is_floating_point():
+            tensor = tensor.to(plan.dtype)
+        tensor = tensor.contiguous()
+        # A view into a larger buffer would be refused, or keep the buffer alive.
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        assert tensor.nbytes == planned.size, (planned, tensor.shape, tensor.dtype)
+        yield planned.name, tensor
+
+
+def _record_of(staging_dir: Path, file: PlannedFile) -> Path:
+    """The record of a complete file."""
+    return staging_dir / RECORDS / f"{file.name}.json"
+
+
+def _hashed(path: Path) -> WrittenFile:
+    """Size and SHA-256 of a file. Errors: OSError."""
+    digest = hashlib.sha256()
+    with open_regular(path) as (descriptor, size):
+        buffer = memoryview(bytearray(max(1, min(CHUNK_BYTES, size))))
+        for offset in range(0, size, CHUNK_BYTES):
+            chunk = buffer[: min(len(buffer), size - offset)]
+            read_exactly(descriptor, chunk, offset)
+            digest.update(chunk)
+    return WrittenFile(path.name, size, digest.hexdigest())
+
+
+def remove_records(staging_dir: Path) -> None:
+    """Remove the records of a finished export, which are nobody's but ours."""
+    with suppress(OSError):
+        shutil.rmtree(staging_dir / RECORDS)

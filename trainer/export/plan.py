@@ -1,0 +1,151 @@
+"""The plan of a whole model's files: their names, and the tensors of each, found on meta tensors before a value is read.
+
+Every process of an export makes the same plan, and writes the files that are dealt to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer.export.trained_model import ModelValues
+from trainer.model.conversions import Conversions, StoredGroup
+
+SINGLE_FILE = "model.safetensors"
+NUMBERED_FILE = "model-{:05d}-of-{:05d}.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One stored tensor of an export."""
+
+    name: str
+    """In the file."""
+    size: int
+    """Bytes."""
+    group: int
+    """The index in `ExportPlan.groups` of what it is made from."""
+
+
+@dataclass(slots=True)
+class PlannedFile:
+    """One file of an export."""
+
+    name: str = ""
+    tensors: list[PlannedTensor] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.size for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """The files of a whole model, in order."""
+
+    dtype: torch.dtype
+    """In which floating-point tensors are stored."""
+    groups: list[StoredGroup]
+    """What stored tensors are made from. A weight that the architecture ignores is a group without members."""
+    group_bytes: list[int]
+    """About how many bytes a process holds while it makes the tensors of each group."""
+    files: list[PlannedFile]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def process_bytes(self) -> int:
+        """The most bytes that a process holds: one file and one group."""
+        largest_file = max((file.size for file in self.files), default=0)
+        return largest_file + max(self.group_bytes, default=0)
+
+    def index_json(self) -> str | None:
+        """The index that names the file of each tensor, as transformers writes it; None for a single file."""
+        if len(self.files) == 1:
+            return None
+        weight_map = {}
+        for file in self.files:
+            weight_map.update({tensor.name: file.name for tensor in file.tensors})
+        return json.dumps({"metadata": {"total_size": self.size}, "weight_map": weight_map}, indent=1)
+
+    def digest(self) -> str:
+        """SHA-256 of the names, sizes and files of all tensors."""
+        rows: list[tuple[str, str, int]] = []
+        for file in self.files:
+            rows += [(file.name, tensor.name, tensor.size) for tensor in file.tensors]
+        return hashlib.sha256(json.dumps([str(self.dtype), rows]).encode()).hexdigest()
+
+
+def plan_files(values: ModelValues, dtype: torch.dtype, max_bytes: int) -> ExportPlan:
+    """Plan a whole model in files of at most `max_bytes`, or of one larger tensor. Reads headers of the base's files alone.
+
+    Floating-point tensors are stored as `dtype`. Errors: ConfigError for a conversion that fails.
+    """
+    conversions = values.base.conversions
+    groups = conversions.stored_groups(values.names())
+    group_bytes: list[int] = []
+    tensors: list[PlannedTensor] = []
+    for number, group in enumerate(groups):
+        members = {name: values.on_meta(name) for name in group.members}
+        stored = conversions.convert_back(group, members)
+        for name, tensor in stored.items():
+            tensors.append(PlannedTensor(name, _stored_bytes(tensor, dtype), number))
+        group_bytes.append(_bytes_of_group(members, stored))
+    for name in conversions.carried():
+        tensor = conversions.files.on_meta(name)
+        tensors.append(PlannedTensor(name, _stored_bytes(tensor, dtype), len(groups)))
+        groups.append(StoredGroup([], name))
+        group_bytes.append(tensor.nbytes)
+    return ExportPlan(dtype, groups, group_bytes, _files_of(tensors, max_bytes))
+
+
+def make_group(plan: ExportPlan, number: int, values: ModelValues) -> dict[str, Tensor]:
+    """The stored tensors of a group by name, not yet in the plan's type.
+
+    Errors: StorageError, ConfigError, and those of reading the base.
+    """
+    conversions: Conversions = values.base.conversions
+    group = plan.groups[number]
+    if not group.members:
+        return {group.name: conversions.files.rows(group.name)}
+    members = {name: values.value(name) for name in group.members}
+    return conversions.convert_back(group, members)
+
+
+def _stored_bytes(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Bytes of a tensor when it is stored as `dtype`, or as its own type if that is no floating-point one."""
+    item_bytes = dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
+    return tensor.numel() * item_bytes
+
+
+def _bytes_of_group(members: dict[str, Tensor], stored: dict[str, Tensor]) -> int:
+    """Bytes of a group in float32 with what is made of it: a conversion that joins tensors holds both at once."""
+    sources = sum(tensor.nbytes for tensor in members.values())
+    return sources + sum(tensor.nbytes for tensor in stored.values())
+
+
+def _files_of(tensors: list[PlannedTensor], max_bytes: int) -> list[PlannedFile]:
+    """Tensors dealt to files in their order: a file ends before the tensor that would not fit into it."""
+    files = [PlannedFile()]
+    size = 0
+    for tensor in tensors:
+        if files[-1].tensors and size + tensor.size > max_bytes:
+            files.append(PlannedFile())
+            size = 0
+        files[-1].tensors.append(tensor)
+        size += tensor.size
+    if len(files) == 1:
+        files[0].name = SINGLE_FILE
+        return files
+    for number, file in enumerate(files, 1):
+        file.name = NUMBERED_FILE.format(number, len(files))
+    return files

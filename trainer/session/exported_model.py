@@ -1,0 +1,59 @@
+"""Describes the model of a run for an export: on the meta device, with the checkpoints that its values come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from strategies.base import Precision
+from strategies.parameters import COMPUTE_DTYPE, meta_context
+from strategies.saved_parameters import MeanOfCheckpoints, SavedParameters
+from trainer.build.parts import build_model
+from trainer.checkpoints.manifest import fingerprint
+from trainer.config.run import RunConfig
+from trainer.data.prepare import PreparedData
+from trainer.export.trained_model import TrainedModel, trained_shapes
+from trainer.model.loading import weights_directory
+from trainer.optim.config import OptimName
+from trainer.session.base_files import base_files
+
+
+def describe_trained_model(
+    config: RunConfig,
+    tokenizer: Any,
+    data: PreparedData,
+    checkpoints: list[Path],
+    precision: Precision,
+    *,
+    on_gpu: bool = False,
+    total_steps: int,
+) -> TrainedModel:
+    """The model that a run trained, with the values of a checkpoint, or the mean of several (the oldest first).
+
+    `precision`: what the run computed in. `on_gpu`: whether it computed on GPUs. `total_steps`: of the run's budget. Reads
+    headers and indexes alone. No collective. Errors: those of building the model, StorageError, ConfigError.
+    """
+    half_on_gpu = on_gpu and precision is not Precision.fp32
+    built, source = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
+    if built.step_module.plan.optimizer_hooks is not None:
+        # AdaLoRA's phases, which its files state.
+        built.step_module.plan.optimizer_hooks.begin(total_steps)
+    schedule_free_beta = None
+    if config.optim.name is OptimName.schedule_free:
+        schedule_free_beta = float(config.optim.betas[0])  # type: ignore[attr-defined]
+    shapes = trained_shapes(built)
+    saved = [SavedParameters(path, shapes, schedule_free_beta=schedule_free_beta) for path in checkpoints]
+    return TrainedModel(
+        built=built,
+        source=source,
+        trained=saved[0] if len(saved) == 1 else MeanOfCheckpoints(saved),
+        tokenizer=tokenizer,
+        base_path=str(weights_directory(config.model)),
+        seed=config.run.seed,
+        frozen_dtype=COMPUTE_DTYPE[precision],
+        origin={
+            "checkpoints": [fingerprint(path) for path in checkpoints],
+            "base": base_files(config, teacher=False),
+            "merge": bool(config.export.merge),
+        },
+    )
