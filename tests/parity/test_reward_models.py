@@ -12,14 +12,7 @@ CASES = [
 ]
 
 
-def axes(case):
-    """Each strategy once; both ways to shard parameters with a frozen copy beside the reward models, and without."""
-    strategy, tuning = case
-    sharded = {(strategy, tuning)} if strategy in ("fsdp2", "zero3") else set()
-    return values((strategy,)) | sharded
-
-
-@pytest.mark.parametrize(("strategy", "tuning"), chosen(CASES, axes))
+@pytest.mark.parametrize(("strategy", "tuning"), chosen(CASES, values))
 def test_reward_models_score_as_in_one_process(ranks, strategy, tuning):
     world = 4 if strategy == "hsdp" else 2
     found, expected = ranks[world].ask("reward_models", "compare", strategy, tuning)
