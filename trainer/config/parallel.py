@@ -24,6 +24,11 @@ class ParallelConfig:
     sequence: int = number(1, least=1, advice="1 gives each rank documents of its own; 2, 4 or 8 for long documents")
     """Ranks that share each row of documents. Each holds a slice of its tokens, and attention exchanges slices for heads. Set
     it if a document does not fit one GPU. At most the number of query heads; the ranks must be a multiple of it."""
+    experts: int = number(
+        1, least=1, advice="1 gathers all experts of a layer on each rank; 2, 4 or 8 for large mixtures"
+    )
+    """Ranks over which the experts of a layer are dealt, whole; tokens are sent to their experts and back. Needs strategy=fsdp2
+    or hsdp. Set it for large mixtures (docs/mixtures.md). It must divide the experts of a layer and the ranks of a replica."""
 
 
 class BatchedRun(Protocol):
