@@ -14,6 +14,7 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Interrupted, Preempted
+from trainer.build.experts import check_experts
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.quantised_model import build_as_stored
 from trainer.build.rounds import steps_of_run
@@ -106,6 +107,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     attempt.set_run_dir(job_dir, int(os.environ.get("RANK", 0)))
     tokenizer = load_tokenizer(config.model)
     check_sequence(config)
+    check_experts(config)
     opened = _RunData(job)
     data, tasks, staged, runtime = meet(config, tokenizer, request, attempt, opened.open)
     if opened.accepted:

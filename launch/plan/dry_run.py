@@ -13,6 +13,7 @@ from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, Str
 from strategies.hardware import advice
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
+from trainer.build.experts import check_experts
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
 from trainer.build.rounds import documents_per_step, steps_of_run, writing_lines
@@ -66,6 +67,7 @@ def describe(config: RunConfig) -> DryRun:
     """
     tokenizer = load_tokenizer(config.model)
     check_sequence(config)
+    check_experts(config)
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     config = preview_micro(preview_strategy(config, data), data)

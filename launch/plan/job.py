@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from launch.cluster.advice import mebibytes
+from trainer.build.experts import check_experts
 from trainer.build.parts import prepare_data
 from trainer.build.sequence import check_sequence
 from trainer.config.run import RunConfig
@@ -21,6 +22,7 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
     `parallel.sequence` asks for it.
     """
     check_sequence(config)
+    check_experts(config)
     sequences_per_document = data_spec_of(config.objective).sequences_per_document
     if config.data.path or config.data.sources:
         lengths = _measured_lengths(config, sequences_per_document)

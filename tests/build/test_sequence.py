@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import transformers
 
-from launch.cluster.submission import refuse_unshared_rows
+from launch.cluster.submission import refuse_unshared_model
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir, run_config
 from tests.models.tiny import tiny_config
@@ -73,11 +73,11 @@ def test_an_architecture_that_is_not_proven_is_refused_with_the_proof_s_reason(r
 def test_submitting_asks_the_same_where_the_model_is_here(root):
     config = config_of(other_model(root, "llama4_text"), 2)
     with pytest.raises(ConfigError, match=sequence_proof.MEETS_ELSEWHERE):
-        refuse_unshared_rows(config)
-    refuse_unshared_rows(replace(config, model=replace(config.model, path="some/model-of-the-hub")))
+        refuse_unshared_model(config)
+    refuse_unshared_model(replace(config, model=replace(config.model, path="some/model-of-the-hub")))
     distillation = DistillationConfig(teacher=TeacherConfig(path="some/teacher-of-the-hub"))
-    refuse_unshared_rows(config_of(model_dir(root), 2, objective=distillation))
-    refuse_unshared_rows(replace(config, parallel=ParallelConfig()))
+    refuse_unshared_model(config_of(model_dir(root), 2, objective=distillation))
+    refuse_unshared_model(replace(config, parallel=ParallelConfig()))
 
 
 def test_a_plan_offers_no_shared_rows_that_the_run_would_refuse(root):

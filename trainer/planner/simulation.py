@@ -19,6 +19,7 @@ from strategies.runtime import SIMULATED, Runtime
 from strategies.sequence import with_sequence
 from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
+from trainer.build.experts import plan_experts
 from trainer.build.parts import build_step, right_alone, tile
 from trainer.build.recomputation import micro_batch_of
 from trainer.build.references import attach_frozen
@@ -313,6 +314,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
     built.step_module.plan.ema_decay = config.optim.ema_decay
     attach_frozen(built, config.model, config.objective, config.tuning, source, tokenizer)  # type: ignore[arg-type]
     tile(built, config)
+    plan_experts(built, config, runtime)
     names = [name for name, _ in named_parameters(built.step_module)]
     parts = StepParts(
         built=built,
