@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from strategies.activation import is_kept
 from strategies.base import ActivationCheckpointing, Precision
-from strategies.compat.dispatch import TorchDispatchMode, storage_key
+from strategies.compat.dispatch import GROUPED_PRODUCT, TorchDispatchMode, storage_key
 from strategies.parameters import COMPUTE_DTYPE, set_dtypes
 
 
@@ -106,7 +106,10 @@ class _ActivationCounter(TorchDispatchMode):
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is GROUPED_PRODUCT.default:
+            out = _shape_of_grouped_product(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             size = out.untyped_storage().nbytes()
             if is_kept(func):
@@ -123,6 +126,12 @@ class _ActivationCounter(TorchDispatchMode):
 
     def leave(self) -> None:
         self.current = len(self.saved) - 1
+
+
+def _shape_of_grouped_product(left: Tensor, right: Tensor, *_: Any, **_more: Any) -> Tensor:
+    """What a product by groups makes: `[S, b]` of `[S, a]` and `[E, a, b]`. On meta torch knows that of bf16 alone."""
+    assert (left.dim(), right.dim()) == (2, 3), "a forward pass of experts has rows by groups, each with a matrix of its own"
+    return left.new_empty(left.shape[0], right.shape[-1])
 
 
 def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> Activations:

@@ -48,7 +48,7 @@ class ExpertShare:
     def gather(self, own_part: Tensor) -> Tensor:
         """The parameter of all experts, out of each place's `own_part`. All ranks of the group must call."""
         whole = own_part.new_empty(self.whole_shape(own_part.shape))
-        dist.all_gather_into_tensor(whole, own_part.contiguous(), group=self.group)
+        dist.all_gather(list(whole.chunk(self.ranks)), own_part.contiguous(), group=self.group)
         return whole
 
 

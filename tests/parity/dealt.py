@@ -70,8 +70,8 @@ class Case:
     sequence: int = 1
     feature: str = "plain"
     """`plain`, a mode of recomputation, `accumulation`, `no wait` (gradients are reduced in each micro-batch), `routers` (with
-    losses for them), `chunks` (few rows at a time), `host` (parameters on the host), `packing`, `ema`, `bf16`, and how the base
-    is quantised."""
+    losses for them), `chunks` (few rows at a time), `host` (parameters on the host), `packing`, `ema`, `mixture teacher`, `bf16`, and how
+    the base is quantised."""
 
     @property
     def oracle(self) -> tuple[str, ...]:
@@ -112,6 +112,8 @@ def run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
         data=DataConfig(packing=case.feature == "packing", max_length=64),
     )
     config.tuning = TUNINGS[case.tuning]
+    if case.feature == "mixture teacher":
+        config.objective.teacher.path = str(model)
     if case.feature == "bf16":
         config.precision = Precision.bf16
     if case.feature in ("nf4", "fp4", "int8"):
