@@ -130,7 +130,9 @@ class _ActivationCounter(TorchDispatchMode):
 
 def _shape_of_grouped_product(left: Tensor, right: Tensor, *_: Any, **_more: Any) -> Tensor:
     """What a product by groups makes: `[S, b]` of `[S, a]` and `[E, a, b]`. On meta torch knows that of bf16 alone."""
-    assert (left.dim(), right.dim()) == (2, 3), "a forward pass of experts has rows by groups, each with a matrix of its own"
+    assert (left.dim(), right.dim()) == (2, 3), (
+        "a forward pass of experts has rows by groups, each with a matrix of its own"
+    )
     return left.new_empty(left.shape[0], right.shape[-1])
 
 

@@ -14,11 +14,10 @@ from strategies.build import resolve_precision
 from strategies.errors import Preempted
 from strategies.runtime import call_on_main
 from strategies.sequence import with_sequence
-from trainer.build.experts import check_experts
+from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.reward_evaluator import build_reward_evaluators
 from trainer.build.rounds import RoundInputs, build_round_loader
-from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
 from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.manager import Checkpoints
@@ -101,8 +100,7 @@ def _run(
     # Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
     tokenizer = load_tokenizer(config.model)
     # Refused before hours of preparation: whether ranks can share rows is a matter of the model's architecture.
-    check_sequence(config)
-    check_experts(config)
+    check_parallel(config)
     data, tasks, staged, runtime = meet(config, tokenizer, request, attempt)
     run_dir = attempt.set_run_dir(agree_on_run(run_dir, sha256, runtime), runtime.rank)
 

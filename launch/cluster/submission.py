@@ -106,16 +106,14 @@ def refuse_unshared_model(config: RunConfig) -> None:
     """
     if config.parallel == ParallelConfig():
         return
-    from trainer.build.experts import check_experts
-    from trainer.build.sequence import check_sequence
+    from trainer.build.parallel import check_parallel
     from trainer.model.rules import read_config
     from trainer.objectives.frozen_model import teacher_model
 
     teacher = teacher_model(config.model, config.objective)
     models = [config.model] if teacher is None else [config.model, teacher]
     if all(read_config(model.path) is not None for model in models):
-        check_sequence(config)
-        check_experts(config)
+        check_parallel(config)
 
 
 def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:

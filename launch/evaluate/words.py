@@ -308,8 +308,8 @@ def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) 
 def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -> None:
     """Overwrite training settings that do not matter in an evaluation, and choose tasks if none are set."""
     from launch.config.compose import world_size_of
-    from strategies.base import DdpConfig, Fsdp2Config, Precision, SingleConfig
-    from trainer.config.parallel import ParallelConfig
+    from strategies.base import DdpConfig, Precision, SingleConfig
+    from trainer.config.parallel import parallel_for_evaluation
     from trainer.config.run import Device
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.prepared import TaskContext
@@ -323,11 +323,8 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
     elif quantising_library(config.model.path) is not None and not strategy_was_typed:
         config.strategy = DdpConfig()  # a quantised model cannot be sharded
 
-    # Each rank generates answers for prompts of its own. Only the held-out loss of long documents needs a shared row. Experts
-    # stay dealt as in training: all of a layer may not fit one rank.
     if not any(word.startswith("parallel.") for word in evaluate_words.settings):
-        shards = isinstance(config.strategy, Fsdp2Config) and ranks % config.parallel.experts == 0
-        config.parallel = ParallelConfig(experts=config.parallel.experts if shards else 1)
+        config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks)
 
     # Nothing is trained, watched or exported.
     config.batch = {"global": ranks, "micro": 1}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from launch.cluster.advice import mebibytes
-from trainer.build.experts import check_experts
+from trainer.build.parallel import check_parallel
 from trainer.build.parts import prepare_data
-from trainer.build.sequence import check_sequence
 from trainer.config.run import RunConfig
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.registry import data_spec_of, written_tokens
@@ -21,8 +20,7 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
     taken to be as long as `data.max_length` allows. Raises ConfigError if ranks cannot share the model's rows, although
     `parallel.sequence` asks for it.
     """
-    check_sequence(config)
-    check_experts(config)
+    check_parallel(config)
     sequences_per_document = data_spec_of(config.objective).sequences_per_document
     if config.data.path or config.data.sources:
         lengths = _measured_lengths(config, sequences_per_document)

@@ -8,7 +8,8 @@ from launch.cluster.submission import refuse_unshared_model
 from strategies.errors import ConfigError
 from tests.helpers.building import STRATEGIES, model_dir, run_config
 from tests.models.tiny import tiny_config
-from trainer.build.experts import check_experts, expert_problems
+from trainer.build.experts import expert_problems
+from trainer.build.parallel import check_parallel
 from trainer.config.parallel import ParallelConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.objectives.base import TeacherConfig
@@ -84,7 +85,7 @@ def test_groups_must_be_whole(root, strategy, degree, world, remedy):
 
 @pytest.mark.parametrize("architecture", ("qwen3_moe", "mixtral", "gpt_oss"))
 def test_mixtures_whose_experts_can_be_dealt_are_let_through(root, architecture):
-    check_experts(config_of(model_dir(root / architecture, architecture), 2, ranks=4))
+    check_parallel(config_of(model_dir(root / architecture, architecture), 2, ranks=4))
 
 
 @pytest.mark.parametrize(
@@ -102,14 +103,14 @@ def test_mixtures_whose_experts_can_be_dealt_are_let_through(root, architecture)
 )
 def test_experts_that_do_not_divide_are_refused_with_what_fits(root, experts, degree, ranks, match):
     with pytest.raises(ConfigError, match=match):
-        check_experts(config_of(mixture(root, experts), degree, ranks=ranks))
+        check_parallel(config_of(mixture(root, experts), degree, ranks=ranks))
 
 
 def test_models_without_experts_are_refused(root):
     with pytest.raises(
         ConfigError, match=r"parallel\.experts=2: model\.path=.* has no experts .*; set parallel\.experts=1"
     ):
-        check_experts(config_of(model_dir(root), 2))
+        check_parallel(config_of(model_dir(root), 2))
 
 
 @pytest.mark.parametrize("model_type", ("llama4_text", "muse_spark"))
@@ -117,7 +118,7 @@ def test_experts_that_compute_in_a_way_of_their_own_are_refused(root, model_type
     if model_type == "muse_spark":
         pytest.importorskip("transformers.models.muse_spark")
     with pytest.raises(ConfigError, match=r"set parallel\.experts=1"):
-        check_experts(config_of(other_model(root, model_type), 2))
+        check_parallel(config_of(other_model(root, model_type), 2))
 
 
 def test_a_teacher_s_experts_are_dealt_as_the_model_s_are(root):

@@ -70,8 +70,8 @@ class Case:
     sequence: int = 1
     feature: str = "plain"
     """`plain`, a mode of recomputation, `accumulation`, `no wait` (gradients are reduced in each micro-batch), `routers` (with
-    losses for them), `chunks` (few rows at a time), `host` (parameters on the host), `packing`, `ema`, `mixture teacher`, `bf16`, and how
-    the base is quantised."""
+    losses for them), `chunks` (few rows at a time), `host` (parameters on the host), `packing`, `ema`, `mixture teacher`,
+    `bf16`, and how the base is quantised."""
 
     @property
     def oracle(self) -> tuple[str, ...]:

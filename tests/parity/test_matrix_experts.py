@@ -25,7 +25,9 @@ ALL_CASES = [
         ("sft", "dpo"), ("lora", "lora on experts"), ARCHITECTURES[::2], STRATEGIES, (2, 4), (1,), ("nf4",)
     ),
     *itertools.product(("sft",), ("lora",), ARCHITECTURES[:1], STRATEGIES, (2, 4), (1,), ("fp4", "int8")),
-    *itertools.product(("distil",), ("full", "lora"), ARCHITECTURES[:1], STRATEGIES, (2, 4), (1,), ("mixture teacher",)),
+    *itertools.product(
+        ("distil",), ("full", "lora"), ARCHITECTURES[:1], STRATEGIES, (2, 4), (1,), ("mixture teacher",)
+    ),
 ]
 MATRIX = [case for case in ALL_CASES if not (case[3] == "hsdp" and case[4] == 4)]
 """Under hsdp two ranks form a replica, over which four cannot be dealt."""

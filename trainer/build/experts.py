@@ -1,7 +1,7 @@
 """Whether the experts of a run's models can be dealt over ranks (`parallel.experts`), and the plan of the step that says so.
 
-`check_experts` needs the models' configurations alone, so a run is refused before its data is prepared. What the settings
-rule out by themselves is refused earlier still (`trainer/config/parallel.py`).
+`expert_problems` needs the models' configurations alone, so a run is refused before its data is prepared. What the settings
+rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
 """
 
 from __future__ import annotations
@@ -47,13 +47,6 @@ def plan_experts(built: Built, config: RunConfig, runtime: Runtime) -> None:
             f"groups of {config.parallel.experts} ranks cross hosts of {runtime.local_world_size}: tokens go to their experts "
             "over the network and back, in every layer"
         )
-
-
-def check_experts(config: RunConfig) -> None:
-    """Raise ConfigError if the experts of the run's model, or of its teacher, cannot be dealt over ranks (`expert_problems`)."""
-    problems = expert_problems(config)
-    if problems:
-        raise ConfigError(problems)
 
 
 def expert_problems(config: RunConfig) -> list[str]:
