@@ -68,8 +68,14 @@ def test_compiled_blocks_are_refused(root):
 @pytest.mark.parametrize(
     ("strategy", "degree", "world", "remedy"),
     [
-        ("fsdp2", 3, 8, "the number of ranks, 8, so that every group is whole; set one of 1, 2, 4, 8"),
-        ("hsdp", 8, 8, "the 4 ranks of a replica, so that every group is whole; set one of 1, 2, 4, or strategy=fsdp2"),
+        ("fsdp2", 3, 8, "the number of ranks, 8, so that every group is whole; set one of 2, 4, 8"),
+        ("hsdp", 8, 8, "the ranks of a replica, 4, so that every group is whole; set one of 2, 4, or strategy=fsdp2"),
+        (
+            "hsdp",
+            2,
+            2,
+            "the ranks of a replica, 1, so that every group is whole; set parallel.experts=1, or strategy=fsdp2",
+        ),
         ("hsdp", 3, 12, None),
     ],
 )

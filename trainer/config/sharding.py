@@ -125,13 +125,13 @@ def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
     sharded_over = world_size // replicas
     if sharded_over % expert_ranks == 0:
         return
-    legal = [str(divisor) for divisor in range(1, sharded_over + 1) if sharded_over % divisor == 0]
-    ranks = f"the {sharded_over} ranks of a replica" if replicas > 1 else f"the number of ranks, {sharded_over}"
-    more = ""
+    ranks = "the ranks of a replica" if replicas > 1 else "the number of ranks"
+    legal = [str(divisor) for divisor in range(2, sharded_over + 1) if sharded_over % divisor == 0]
+    remedy = f"set one of {', '.join(legal)}" if legal else "set parallel.experts=1"
     if world_size % expert_ranks == 0:
         fewer = world_size // expert_ranks
-        more = f", or strategy.replicate={fewer}" if fewer > 1 else ", or strategy=fsdp2"
-    yield f"{typed}: must divide {ranks}, so that every group is whole; set one of {', '.join(legal)}{more}"
+        remedy += f", or strategy.replicate={fewer}" if fewer > 1 else ", or strategy=fsdp2"
+    yield f"{typed}: must divide {ranks}, {sharded_over}, so that every group is whole; {remedy}"
 
 
 def _number_of_replicas(strategy: Fsdp2Config, config: RunConfig) -> int:
