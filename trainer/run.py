@@ -145,7 +145,7 @@ def _run(
     request.must_save()
     trackers = open_records(config, run_record, progress, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
-    meter.watch(built.step_module.shard_units())
+    meter.watch(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
     challenges = challenges_of(config, built, total_steps, context)
     monitors = monitors_of(config, data, loader, challenges, context)
     profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.print_line)
