@@ -57,6 +57,15 @@ def test_a_sound_run_agrees_with_one_process(ranks, case):
         assert found["model"]["decided_routers"] == 2 and found["notes"] == []
 
 
+@pytest.mark.parametrize(("strategy", "tuning"), [("fsdp2", "full"), ("hsdp", "lora on all parts")])
+def test_dealt_experts_agree_with_one_process(ranks, strategy, tuning):
+    """Two ranks of one replica hold the same experts, or one of each of two replicas."""
+    found = ranks[4].ask("verifying", "verdict", "qwen3_moe", strategy, tuning, "sft", "experts")
+    assert found["problems"] == [] and found["agrees"] and found["ranks"] == 4
+    assert found["model"]["decided_routers"] == 2 and found["notes"] == []
+    assert max(row["distance"] for row in found["differences"]) > 0
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(ranks, fault):
     case = ("llama", "ddp", "lora", "dpo", FAULTS[fault])
