@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from strategies.base import plan_of
 from strategies.compat.modules import own_parameters
-from strategies.expert_counts import ExpertCounts, counts_within
+from strategies.expert_counts import ASSUMED_IMBALANCE, AssumedCounts, ExpertCounts, counts_within
 from strategies.mesh import expert_mesh
 from strategies.parameters import PREFIX, TEACHER
 from strategies.runtime import Runtime
@@ -74,18 +75,36 @@ def deal_experts(
         expert_ranks,
         runtime.rank % expert_ranks,
         group,
-        counts_within(group, expert_ranks, simulated=runtime.simulated),
+        counts_within(group, expert_ranks, imbalance=runtime.expert_imbalance if runtime.simulated else None),
     )
     for module in modules:
-        parameters = own_parameters(module)
-        for name, parameter in parameters.items():
-            if parameter is None:
-                continue
-            assert len(parameter) % expert_ranks == 0, "the config layer reports what does not divide"
-            own_part = parameter.data[: len(parameter) // expert_ranks].clone()
-            parameters[name] = nn.Parameter(own_part, requires_grad=parameter.requires_grad)
-        module.expert_share = share
+        _keep_share(module, share)
     return mesh
+
+
+def deal_on_meta(step_module: nn.Module) -> None:
+    """Deal the experts that the plan of a step module on meta names, as for one rank without a group: for shapes alone.
+
+    The rank gets `ASSUMED_IMBALANCE` times the mean of rows.
+    """
+    plan = plan_of(step_module)
+    if plan.expert_ranks == 1:
+        return
+    share = ExpertShare(plan.expert_ranks, 0, None, AssumedCounts(plan.expert_ranks, ASSUMED_IMBALANCE))
+    for name in plan.dealt_experts:
+        _keep_share(step_module.get_submodule(name), share)
+
+
+def _keep_share(module: nn.Module, share: ExpertShare) -> None:
+    """Replace the parameters of a module of experts by those of a share."""
+    parameters = own_parameters(module)
+    for name, parameter in parameters.items():
+        if parameter is None:
+            continue
+        assert len(parameter) % share.ranks == 0, "the config layer reports what does not divide"
+        own_part = parameter.data[: len(parameter) // share.ranks].clone()
+        parameters[name] = nn.Parameter(own_part, requires_grad=parameter.requires_grad)
+    module.expert_share = share  # type: ignore[assignment]
 
 
 def shard_experts(module: nn.Module, ranks: int, **settings: Any) -> None:

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ASSUMED_IMBALANCE = 2.0
+"""Rows that arrive at the busiest rank over the mean of its group, in every layer: what plans assume if no run measured it."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
@@ -59,23 +62,29 @@ class ExchangedCounts:
 class AssumedCounts:
     """Counts of a simulated rank: it sends as many rows to each rank, and gets `imbalance` times what it sends.
 
-    No collective, and nothing is read from the device.
+    The collective and the wait of `ExchangedCounts` are there for those who count them. What they answer is not used.
     """
 
     ranks: int
     """Ranks over which the experts of a layer are dealt."""
     imbalance: float = 1.0
-    """Rows that arrive at the simulated rank over the mean of all ranks; at most `ranks`, where all rows go to one."""
+    """Rows that arrive at the simulated rank over the mean of all ranks. No more than `ranks`, where all rows go to one."""
+    group: Any = None
+    """The ranks that tell each other; None where tensors have shapes alone and nobody counts exchanges."""
 
     def of_layer(self, chosen: Tensor, rows: int) -> RowCounts:
         """See `ExpertCounts.of_layer`. `by_expert` has the right shape, and values that mean nothing."""
-        arriving = round(rows * self.imbalance)
-        return RowCounts(_even(rows, self.ranks), _even(arriving, self.ranks), chosen.view(self.ranks, -1))
+        by_expert = chosen.view(self.ranks, -1)
+        if self.group is not None:
+            dist.all_to_all_single(torch.empty_like(by_expert), by_expert, group=self.group)
+            by_expert.sum().item()
+        arriving = round(rows * min(self.imbalance, self.ranks))
+        return RowCounts(_even(rows, self.ranks), _even(arriving, self.ranks), by_expert)
 
 
-def counts_within(group: Any, ranks: int, *, simulated: bool) -> ExpertCounts:
-    """Where the counts of a group of `ranks` ranks come from."""
-    return AssumedCounts(ranks) if simulated else ExchangedCounts(group)
+def counts_within(group: Any, ranks: int, *, imbalance: float | None) -> ExpertCounts:
+    """Where the counts of a group of `ranks` ranks come from. `imbalance`: what a simulation assumes; None outside of one."""
+    return ExchangedCounts(group) if imbalance is None else AssumedCounts(ranks, imbalance, group)
 
 
 def _even(rows: int, ranks: int) -> list[int]:

@@ -36,7 +36,7 @@ def plan_experts(built: Built, config: RunConfig, runtime: Runtime) -> None:
     if config.parallel.experts == 1:
         return
     ranks = (runtime.world_size, runtime.hosts)
-    problem = _model_problem(config, f"model.path={config.model.path}", built.step_module, ranks)
+    problem = model_problem(config, f"model.path={config.model.path}", built.step_module, ranks)
     if problem is not None:
         raise ConfigError(problem)
     built.step_module.plan.dealt_experts = tuple(expert_modules(built.step_module))
@@ -64,16 +64,16 @@ def expert_problems(config: RunConfig) -> list[str]:
         models["objective.teacher.path"] = teacher
     problems = []
     for key, model in models.items():
-        plain = _on_meta(config, model)
+        plain = model_on_meta(config, model)
         if key != "model.path" and not expert_modules(plain):
             continue
-        problem = _model_problem(config, f"{key}={model.path}", plain, ranks)
+        problem = model_problem(config, f"{key}={model.path}", plain, ranks)
         if problem is not None:
             problems.append(problem)
     return problems
 
 
-def _on_meta(config: RunConfig, model: ModelConfig) -> nn.Module:
+def model_on_meta(config: RunConfig, model: ModelConfig) -> nn.Module:
     """The architecture of one model, without values."""
     experts.register()
     settings = load_model_config(model)
@@ -84,7 +84,7 @@ def _on_meta(config: RunConfig, model: ModelConfig) -> nn.Module:
     return plain
 
 
-def _model_problem(config: RunConfig, named: str, model: nn.Module, ranks: tuple[int, int]) -> str | None:
+def model_problem(config: RunConfig, named: str, model: nn.Module, ranks: tuple[int, int]) -> str | None:
     """Why the experts of one model cannot be dealt; None if they can.
 
     `named`: the setting that names it. `ranks`: their number, and that of their hosts; 0 if it is not known yet.
