@@ -86,9 +86,13 @@ def compare(job: Job, *case: Any) -> dict[str, Curve]:
     config, data = run_of(job, asked)
     with _in_chunks() if asked.feature.startswith("chunks") else nullcontext():
         found = curve(trainer_for(config, data, with_sequence(job.runtime, asked.sequence)), job.runtime.world_size)
+    return {"found": found, "expected": _of_one_process(job, asked, config, data)}
+
+
+def _of_one_process(job: Job, case: Case, config: RunConfig, data: PreparedData) -> Curve:
+    """The curve of `single`."""
     lone = replace(config, parallel=ParallelConfig())
-    expected = job.oracle(asked.oracle, lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])
-    return {"found": found, "expected": expected}
+    return job.oracle(case.oracle, lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])
 
 
 def run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
@@ -144,9 +148,9 @@ def _strategy_of(case: Case) -> Any:
 
 
 @contextmanager
-def _in_chunks() -> Iterator[None]:
-    """Experts compute a few rows at a time, and again in the backward pass."""
-    with mock.patch.object(expert_exchange, "LEAST_CHUNK", 5), mock.patch.object(expert_exchange, "MOST_KEPT", 0):
+def _in_chunks(chunk: int = 64) -> Iterator[None]:
+    """Experts compute `chunk` rows at a time, and again in the backward pass."""
+    with mock.patch.object(expert_exchange, "LEAST_CHUNK", chunk), mock.patch.object(expert_exchange, "MOST_KEPT", 0):
         yield
 
 
@@ -200,7 +204,7 @@ FAULTS: dict[str, Any] = {
 
 def planted(job: Job, fault: str) -> dict[str, Curve]:
     """The curves of a case with a planted fault."""
-    expected = compare(job)["expected"]
+    expected = _of_one_process(job, Case(), *run_of(job, Case()))
     with FAULTS[fault]():
         found = compare(job)["found"]
     return {"found": found, "expected": expected}
@@ -245,7 +249,7 @@ def layer(job: Job, kind: str, ranks: int, beside: str, family: str = "qwen3_moe
         parameter.data = whole.get_parameter(name).data[held].clone()
 
     def exchanged(hidden: Any, chosen: Any, weights: Any) -> Any:
-        with _in_chunks() if kind == "chunks" else nullcontext():
+        with _in_chunks(5) if kind == "chunks" else nullcontext():
             return expert_exchange.exchanged_experts(dealt, share, hidden, chosen, weights, None)
 
     found = _pass(exchanged, dealt, inputs[rank])
@@ -350,7 +354,11 @@ def crowded(job: Job, ranks: int) -> dict[str, Any]:
     return {"found": found, "expected": expected, "received": processes.gather_objects(sum(received), job.runtime)}
 
 
-RESUMED = ((1, "fsdp2"), (2, "hsdp"), (4, "fsdp2"), (1, "zero2"), (2, "fsdp2"))
+RESUMED = {
+    "full": ((1, "fsdp2"), (2, "hsdp"), (4, "fsdp2")),
+    "lora on experts": ((4, "fsdp2"), (1, "zero2"), (2, "fsdp2"), (1, "ddp"), (2, "hsdp")),
+}
+"""By tuning method: ranks over which experts are dealt, and the strategy, of one run after the other."""
 
 
 def resumed(job: Job, tuning: str) -> dict[str, Any]:
@@ -364,7 +372,7 @@ def resumed(job: Job, tuning: str) -> dict[str, Any]:
     rows: Curve = []
     path = None
     apart = 0.0
-    for ranks, strategy in RESUMED:
+    for ranks, strategy in RESUMED[tuning]:
         changed = replace(config, strategy=SHARDING[strategy], parallel=ParallelConfig(experts=ranks))
         trainer = trainer_for(changed, data, with_sequence(job.runtime, 1))
         apart = max(apart, job.gathered_apart(trainer, start, of=set(start)))
@@ -372,7 +380,7 @@ def resumed(job: Job, tuning: str) -> dict[str, Any]:
             trainer.progress = trainer.engine.load(path)
         rows += [list(row) for row in take_steps(trainer, 2)]
         path = job.saved(trainer)
-    expected = job.oracle(("resumed", tuning), lambda: job.lone(lone, 2 * len(RESUMED), data), elsewhere=[])
+    expected = job.oracle(("resumed", tuning), lambda: job.lone(lone, 2 * len(RESUMED[tuning]), data), elsewhere=[])
     return {"found": rows, "expected": expected, "apart": apart}
 
 
@@ -397,50 +405,34 @@ def gathered_bytes(job: Job, feature: str) -> dict[str, int]:
     return sizes | {"experts": experts_bytes}
 
 
-def evaluated(job: Job) -> list[dict[str, float]]:
-    """Held-out loss and accuracy with experts dealt over 1, 2 and 4 ranks."""
-    config, data = run_of(job, Case())
-    held_out = data.evaluation
-    assert held_out is not None
-    values = []
-    for ranks in (1, 2, 4):
-        changed = replace(config, parallel=ParallelConfig(experts=ranks))
-        trainer = trainer_for(changed, data, job.runtime)
-        share = EvalShare(5, job.runtime.reader, job.runtime.readers, cut=None)
-        batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
-        evaluator = LossEvaluator(batches, count=int(held_out.counts["loss"].sum()), ranks_per_row=1)
-        values.append(dict(evaluator.run(trainer.engine)))
-    return values
-
-
 ENDS = [10, 58, 71]
 """Tokens that end an answer, of which the model writes some soon."""
 
 
-def written(job: Job, how: str) -> list[Any]:
-    """Answers and likelihoods with experts dealt over 1, 2 and 4 ranks; some ranks have fewer rows, and shorter ones.
+def evaluated(job: Job, ranks: int, how: str) -> dict[str, Any]:
+    """Held-out loss and accuracy, answers and likelihoods, with experts dealt over `ranks` ranks.
 
-    `how`: weights are `gathered` once, or `by block`.
+    Some ranks have fewer answers to write than others, and shorter ones. `how`: weights are `gathered` once, or `by block`.
     """
     config, data = run_of(job, Case())
+    held_out = data.evaluation
+    assert held_out is not None
+    trainer = trainer_for(replace(config, parallel=ParallelConfig(experts=ranks)), data, job.runtime)
+    share = EvalShare(5, job.runtime.reader, job.runtime.readers, cut=None)
+    batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
+    evaluator = LossEvaluator(batches, count=int(held_out.counts["loss"].sum()), ranks_per_row=1)
+    metrics = dict(evaluator.run(trainer.engine))
+
+    generation = generation_config(config.model, None, None)
+    generation.eos_token_id = ENDS
+    writer = Writer(load_tokenizer(config.model), generation, job.runtime, batch=1)
     prompts = writing.prompts(7)
-    share = full_weights.USABLE_SHARE
-    found = []
-    for ranks in (1, 2, 4):
-        changed = replace(config, parallel=ParallelConfig(experts=ranks))
-        trainer = trainer_for(changed, data, job.runtime)
-        generation = generation_config(config.model, None, None)
-        generation.eos_token_id = ENDS
-        writer = Writer(load_tokenizer(config.model), generation, job.runtime, batch=1)
-        try:
-            full_weights.USABLE_SHARE = share if how == "gathered" else 0.0
-            answers = writer.answers(trainer.engine, prompts, WritingConfig(max_new_tokens=6))
-            pairs = [(prompts[number], prompts[number - 1][:6]) for number in range(7)]
-            scores = [one.logprob for one in writer.likelihoods(trainer.engine, pairs)]
-        finally:
-            full_weights.USABLE_SHARE = share
-        found.append([[answer.ids for answer in answers], scores])
-    return found
+    usable = full_weights.USABLE_SHARE if how == "gathered" else 0.0
+    with mock.patch.object(full_weights, "USABLE_SHARE", usable):
+        answers = writer.answers(trainer.engine, prompts, WritingConfig(max_new_tokens=6))
+        pairs = [(prompts[number], prompts[number - 1][:6]) for number in range(7)]
+        scores = [one.logprob for one in writer.likelihoods(trainer.engine, pairs)]
+    return {"metrics": metrics, "answers": [answer.ids for answer in answers], "scores": scores}
 
 
 def flipped(job: Job) -> list[str]:
