@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 def _submit_one(words: SubmitWords) -> int:
     """Submit the run that the words describe, or print its configuration or script; returns 0."""
-    from launch.cluster.submission import Submission, refuse_unshared_rows, submit
+    from launch.cluster.submission import Submission, refuse_unshared_model, submit
     from launch.config.compose import compose, default_run_dir, is_finished
     from launch.runs.freeze import freeze
 
@@ -81,7 +81,7 @@ def _submit_one(words: SubmitWords) -> int:
         if words.shown_config is not None:
             print_config(composed, words.shown_config)
             return 0
-        refuse_unshared_rows(composed.config)
+        refuse_unshared_model(composed.config)
         typed_directory = composed.config.run.dir
         run_dir = Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
         finished = not words.print_only and is_finished(run_dir)

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from strategies.activation import is_kept
 from strategies.base import ActivationCheckpointing, Precision
-from strategies.compat.dispatch import TorchDispatchMode, storage_key
+from strategies.compat.dispatch import GROUPED_PRODUCT, TorchDispatchMode, storage_key
+from strategies.dealt_experts import deal_on_meta
 from strategies.parameters import COMPUTE_DTYPE, set_dtypes
 
 
@@ -106,7 +107,10 @@ class _ActivationCounter(TorchDispatchMode):
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is GROUPED_PRODUCT.default:
+            out = _shape_of_grouped_product(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             size = out.untyped_storage().nbytes()
             if is_kept(func):
@@ -125,6 +129,14 @@ class _ActivationCounter(TorchDispatchMode):
         self.current = len(self.saved) - 1
 
 
+def _shape_of_grouped_product(left: Tensor, right: Tensor, *_: Any, **_more: Any) -> Tensor:
+    """What a product by groups makes: `[S, b]` of `[S, a]` and `[E, a, b]`. On meta torch knows that of bf16 alone."""
+    assert (left.dim(), right.dim()) == (2, 3), (
+        "a forward pass of experts has rows by groups, each with a matrix of its own"
+    )
+    return left.new_empty(left.shape[0], right.shape[-1])
+
+
 def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> Activations:
     """Count what the micro-batch `batch` keeps in a step module whose parameters are on meta. Allocates nothing.
 
@@ -134,6 +146,7 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     probe = copy.deepcopy(step_module)
     set_dtypes(probe, trainable=compute, frozen=compute)
     probe.to("meta")  # buffers are real until here
+    deal_on_meta(probe)
     probe.train()
     blocks = probe.shard_units()  # type: ignore[operator]
     counter = _ActivationCounter(blocks, [*probe.parameters(), *probe.buffers()])

@@ -178,6 +178,10 @@ class StepPlan:
     """Whether ranks reduce gradients only on the last micro-batch of a step. None: take `strategy.defer_sync`."""
     gathered_as_one: frozenset[str] = frozenset()
     """Classes of modules that are gathered together with their submodules, because their forward pass reaches into them."""
+    dealt_experts: tuple[str, ...] = ()
+    """Modules of the step module, by name, whose experts are dealt over `expert_ranks` ranks (fsdp2, hsdp)."""
+    expert_ranks: int = 1
+    """Ranks over which experts are dealt. 1: each rank gathers all of a layer."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, which is evaluated and exported in place of the weights. 0: no average."""
     optimizer_hooks: OptimizerStepHooks | None = None
@@ -316,13 +320,17 @@ class FullParameters:
 
     sharded = False
     """Whether parameters are sharded, so that there is something to gather."""
+    exchanges = False
+    """Whether a forward pass sends tokens to other ranks even inside `gathered`, because experts are dealt over ranks."""
 
     def gather_bytes(self) -> int | None:
         """Bytes that gathering takes on this rank's device, on top of its own shard. None if gathering is impossible."""
         return 0
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Inside the context every rank holds all parameters: forward passes without gradients then need no other rank.
+        """Inside the context every rank holds all parameters: forward passes without gradients then gather nothing.
+
+        They need no other rank, unless the engine `exchanges`.
 
         All ranks must enter and leave it together, and may take no optimizer step inside.
         """

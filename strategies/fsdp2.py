@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +24,7 @@ from strategies.compat.fsdp import (
     gather_on,
 )
 from strategies.compat.modules import replace_buffers
+from strategies.dealt_experts import deal_experts, shard_experts, share_of
 from strategies.errors import ConfigError
 from strategies.full_params import FsdpFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
@@ -42,6 +44,15 @@ def dtensor_start(tensor: DTensor) -> int:
     for size in tensor.shape[1:]:
         elements_a_row *= size
     return first_row * elements_a_row
+
+
+def whole_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> tuple[torch.Size, int]:
+    """(the shape of a parameter as files have it, the index of this rank's first element in it, flattened)."""
+    start = dtensor_start(tensor)
+    share = share_of(step_module, name)
+    if share is None:
+        return tensor.shape, start
+    return share.whole_shape(tensor.shape), share.first_element(tensor.shape) + start
 
 
 def check_experts(step_module: nn.Module, ranks: int, strategy: str) -> None:
@@ -135,25 +146,28 @@ class Fsdp2Engine(NativeEngine):
     def _mesh(self) -> Any:
         return self.trainable[0][1].device_mesh  # type: ignore[attr-defined]
 
-    def _local_range(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    def _local_range(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, int, int]:
         assert isinstance(parameter, DTensor)
         local = parameter.to_local()
         # An empty shard may have strides that no view can flatten.
         flat = local.reshape(-1) if local.numel() == 0 else local.view(-1)
-        return flat, dtensor_start(parameter)
+        whole_shape, start = whole_shape_and_start(self.step_module, name, parameter)
+        return flat, start, whole_shape.numel()
 
     def _writes_checkpoint(self) -> bool:
         mesh = self._mesh
         return mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
 
-    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
+    def _full_parameter(self, name: str, parameter: nn.Parameter) -> Tensor:
         tensor: Tensor = parameter
         if not isinstance(tensor, DTensor):
             return tensor
         if tensor.to_local().device != self.runtime.device:
             # Offloaded to the host: gather on the device, because NCCL can do it only there.
             tensor = tensor.to(self.runtime.device)
-        return tensor.full_tensor()  # type: ignore[attr-defined]
+        full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        share = share_of(self.step_module, name)
+        return full if share is None else share.gather(full)
 
 
 class Fsdp2Strategy:
@@ -164,6 +178,8 @@ class Fsdp2Strategy:
         self.precision = precision
         self.runtime = runtime
         self.replicate = replica_count(config, runtime.world_size, runtime.hosts)
+        self.expert_mesh: DeviceMesh | None = None
+        """The ranks that hold the same experts, if they are dealt."""
 
     def init_context(self) -> AbstractContextManager[None]:
         return meta_context()
@@ -181,7 +197,9 @@ class Fsdp2Strategy:
         set_dtypes(step_module, trainable=torch.float32, frozen=compute)
         apply_to_blocks(step_module, self.config)
         group = self._shard(step_module, compute)
-        memory = self._exchange(step_module, group)
+        memory = open_host_memory(self.runtime, group)
+        if memory is not None:
+            self._exchange_through(memory, step_module)
         device = torch.device("cpu") if self.config.cpu_offload else self.runtime.device
         materialize(step_module, device)
         if self.config.cpu_offload:
@@ -203,7 +221,10 @@ class Fsdp2Strategy:
         engine.shard_group = group
         engine.host_memory = memory
         engine.full_parameters = FsdpFullParameters(
-            step_module, compute, reshard_after_forward=self.config.reshard_after_forward
+            step_module,
+            compute,
+            reshard_after_forward=self.config.reshard_after_forward,
+            exchanges=plan_of(step_module).expert_ranks > 1,
         )
         return engine
 
@@ -218,26 +239,47 @@ class Fsdp2Strategy:
             policy = MixedPrecisionPolicy()
         else:
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        kwargs: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
+        settings: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload}
+        self._shard_experts(step_module, settings)
+        settings["mesh"] = mesh
         for block in [*step_module.shard_units(), *plan_of(step_module).further_units]:  # type: ignore[operator]
-            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **kwargs)
+            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **settings)
         # The root's own parameters (embeddings, norm, head) are needed first in the backward pass: keep them gathered.
-        fully_shard(step_module, reshard_after_forward=False, **kwargs)
+        fully_shard(step_module, reshard_after_forward=False, **settings)
         if self.runtime.simulated:
             gather_on(step_module, self.runtime.device)
         with real_tensors():
             return mesh["shard"].get_group()
 
-    def _exchange(self, step_module: nn.Module, group: dist.ProcessGroup) -> HostMemory | None:
-        """Let FSDP2 exchange through shared memory if all ranks of `group` can. Returns that memory, else None."""
-        memory = open_host_memory(self.runtime, group)
-        if memory is None:
-            return None
+    def _shard_experts(self, step_module: nn.Module, settings: dict[str, Any]) -> None:
+        """Deal the experts that the plan names, and shard each module of them apart from its block."""
+        plan = plan_of(step_module)
+        if plan.expert_ranks == 1:
+            return
+        modules = [step_module.get_submodule(name) for name in plan.dealt_experts]
+        mesh = deal_experts(
+            modules, self.runtime.device, self.runtime, replicate=self.replicate, expert_ranks=plan.expert_ranks
+        )
+        reshard = self.config.reshard_after_forward
+        for module in modules:
+            shard_experts(module, self.runtime.world_size, mesh=mesh, reshard_after_forward=reshard, **settings)
+        self.expert_mesh = mesh
+
+    def _exchange_through(self, memory: HostMemory, step_module: nn.Module) -> None:
+        """Let FSDP2 exchange through shared memory; `memory` is that of the ranks that hold one copy of the model.
+
+        Dealt experts are shared by fewer ranks, which get a memory of their own: others would never come to their exchanges.
+        """
+        expert_memory: HostMemory | None = None
+        if self.expert_mesh is not None:
+            expert_memory = open_host_memory(self.runtime, self.expert_mesh["shard"].get_group())
         for module in step_module.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(_AllGather(memory))
-                module.set_custom_reduce_scatter(_ReduceScatter(memory))
-        return memory
+            if not isinstance(module, FSDPModule):
+                continue
+            own_memory = expert_memory if hasattr(module, "expert_share") else memory
+            if own_memory is not None:
+                module.set_custom_all_gather(_AllGather(own_memory))
+                module.set_custom_reduce_scatter(_ReduceScatter(own_memory))
 
     @torch.no_grad()
     def _fill(self, step_module: nn.Module, source: ParameterSource) -> None:
@@ -246,6 +288,6 @@ class Fsdp2Strategy:
             assert isinstance(parameter, DTensor)
             local = parameter.to_local()
             if local.numel():
-                start = dtensor_start(parameter)
-                values = source.read_slice(name, parameter.shape, start, start + local.numel())
+                whole_shape, start = whole_shape_and_start(step_module, name, parameter)
+                values = source.read_slice(name, whole_shape, start, start + local.numel())
                 local.view(-1).copy_(values)

@@ -14,13 +14,19 @@ from strategies.parameters import BESIDE, named_parameters
 
 
 class FsdpFullParameters(FullParameters):
-    """Gathers what FSDP2 has sharded. `dtype`: the type in which FSDP2 gathers floating-point parameters."""
+    """Gathers what FSDP2 has sharded; of dealt experts those of the rank's place alone.
+
+    `dtype`: the type in which FSDP2 gathers floating-point parameters.
+    """
 
     sharded = True
 
-    def __init__(self, wrapped: nn.Module, dtype: torch.dtype, *, reshard_after_forward: bool) -> None:
+    def __init__(
+        self, wrapped: nn.Module, dtype: torch.dtype, *, reshard_after_forward: bool, exchanges: bool = False
+    ) -> None:
         self.wrapped = wrapped
         self.dtype = dtype
+        self.exchanges = exchanges
         self.reshard_after_forward = reshard_after_forward
 
     def gather_bytes(self) -> int | None:

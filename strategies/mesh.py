@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,13 +49,40 @@ def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> Device
         assert dist.group.WORLD is not None
         with real_tensors():
             return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
-    settings: dict[str, Any] = {
-        "timeout": timedelta(seconds=runtime.timeout_s),
-        "backend": "nccl" if device.type == "cuda" else None,  # without a second, unused one for CPUs
-        "use_local_synchronization": True,
-    }
     with real_tensors():
         ranks = torch.arange(runtime.world_size).view(replicate, -1)
         row, column = divmod(runtime.rank, ranks.shape[1])
-        groups = [dist.new_group(members.tolist(), **settings) for members in (ranks[:, column], ranks[row])]
+        groups = [_own_group(members, device, runtime) for members in (ranks[:, column], ranks[row])]
         return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def expert_mesh(
+    device: torch.device, runtime: Runtime, replicate: int, expert_ranks: int
+) -> tuple[dist.ProcessGroup, DeviceMesh]:
+    """(the group over which this rank's experts are dealt, the mesh of those who hold the same experts). All ranks must call.
+
+    `expert_ranks` neighbours of a replica form an expert group, and each of them has a place in it. The ranks with one place
+    hold the same experts, which are sharded over those of a replica: the mesh has the dimensions of `shard_mesh`.
+    """
+    with real_tensors():
+        ranks = torch.arange(runtime.world_size).view(replicate, -1, expert_ranks)
+        replica, row, place = (int(index) for index in torch.unravel_index(torch.tensor(runtime.rank), ranks.shape))
+        experts = _own_group(ranks[replica, row], device, runtime)
+        shard = _own_group(ranks[replica, :, place], device, runtime)
+        if replicate == 1:
+            return experts, DeviceMesh.from_group(shard, device.type, mesh_dim_names=("shard",))
+        groups = [_own_group(ranks[:, row, place], device, runtime), shard]
+        mesh = DeviceMesh.from_group(groups, device.type, ranks[:, :, place], mesh_dim_names=("replicate", "shard"))
+        return experts, mesh
+
+
+def _own_group(members: torch.Tensor, device: torch.device, runtime: Runtime) -> dist.ProcessGroup:
+    """A group of `members`, of which this rank is one. Only they call."""
+    group = dist.new_group(
+        members.tolist(),
+        timeout=timedelta(seconds=runtime.timeout_s),
+        backend="nccl" if device.type == "cuda" else None,  # without a second, unused one for CPUs
+        use_local_synchronization=True,
+    )
+    assert isinstance(group, dist.ProcessGroup)
+    return group

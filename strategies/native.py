@@ -249,14 +249,14 @@ class NativeEngine:
 
     # -- training state ------------------------------------------------------------------------------------------
 
-    def _local_range(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        """(this rank's part of a parameter, flattened, its first index in the flattened full parameter)."""
-        return parameter.view(-1), 0
+    def _local_range(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, int, int]:
+        """(this rank's part of a parameter, flattened; its first index in the flattened full parameter; elements of that)."""
+        return parameter.view(-1), 0, parameter.numel()
 
     def _flat_ranges(self, *, writing: bool) -> Iterator[FlatRange]:
         """What this rank writes (`writing`) or reads of the training state, one trainable parameter after the other."""
         for number, (name, parameter) in enumerate(self.trainable):
-            flat, start = self._local_range(parameter)
+            flat, start, whole_numel = self._local_range(name, parameter)
             tensors = {"weight": flat.detach()}
             whole_states: dict[str, Tensor] = {}
             for key, moment in self.optimizer.state.get(parameter, {}).items():
@@ -277,7 +277,7 @@ class NativeEngine:
                 start = flat.numel() * self.dp_rank // self.dp_size
                 stop = flat.numel() * (self.dp_rank + 1) // self.dp_size
                 tensors = {key: tensor[start:stop] for key, tensor in tensors.items()}
-            yield FlatRange(name, parameter.numel(), start, tensors, write=self._writes_checkpoint())
+            yield FlatRange(name, whole_numel, start, tensors, write=self._writes_checkpoint())
             # Factored moments have another shape than the parameter. They are full, and the same, on every rank.
             for key, moment in whole_states.items():
                 yield FlatRange(name, moment.numel(), 0, {key: moment}, write=self.runtime.is_main)
@@ -351,14 +351,14 @@ class NativeEngine:
         parameters = self.trainable if trainable_only else list(named_parameters(self.step_module))
         with self._averaged():
             for name, parameter in parameters:
-                full = self._full_parameter(parameter)
+                full = self._full_parameter(name, parameter)
                 if not self.runtime.is_main:
                     yield name, None
                     continue
                 # Always a copy: on a CPU the averaged weights in place now are about to change back.
                 yield name, full.detach().to("cpu", copy=True)
 
-    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
+    def _full_parameter(self, name: str, parameter: nn.Parameter) -> Tensor:
         """The full parameter. All ranks must call."""
         return parameter
 

@@ -56,6 +56,8 @@ class Runtime:
     """Seconds after which a collective that makes no progress fails."""
     simulated: bool = False
     """Whether the other ranks do not exist. Every collective then answers as if they had said what this one says."""
+    expert_imbalance: float = 1.0
+    """In a simulation: rows that arrive for the experts of this rank, over the mean of the ranks of its expert group."""
     sequence_size: int = 1
     """Neighbouring ranks that share each row of documents (`parallel.sequence`); set by `strategies.sequence.with_sequence`."""
 

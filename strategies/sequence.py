@@ -59,7 +59,7 @@ def group_of_slices(row_slices: list[int]) -> Any:
 
 
 class AllToAll(torch.autograd.Function):
-    """All-to-all of a flat tensor within a sequence-parallel group. All ranks of the group must call, forward and backward.
+    """All-to-all of a flat tensor within a group of ranks. All ranks of the group must call, forward and backward.
 
     `sent` and `received` are numbers of elements for each rank of the group, in rank order. They may be uneven, and zero. The
     adjoint is the same exchange with the two swapped: a gradient goes back to the rank that its element came from.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from strategies.base import Engine
+from strategies.dealt_experts import share_of
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
 
@@ -17,6 +18,9 @@ def held_elements(step_module: nn.Module) -> int:
     counts = element_counts(step_module)
     for name, parameter in named_parameters(step_module):
         local_numel, full_numel = _local_and_full_numel(parameter)
+        share = share_of(step_module, name)
+        if share is not None:
+            full_numel *= share.ranks
         if counts[name] == full_numel:
             local_total += local_numel
         else:  # packed: each byte stands for several elements
@@ -39,11 +43,9 @@ def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
     All ranks must call.
     """
     step_module = engine.step_module
-    total = sum(element_counts(step_module).values())
-    trainable = 0
-    for _, parameter in named_parameters(step_module):
-        if parameter.requires_grad:
-            trainable += getattr(parameter, "ds_numel", parameter.numel())
+    counts = element_counts(step_module)
+    total = sum(counts.values())
+    trainable = sum(counts[name] for name, parameter in named_parameters(step_module) if parameter.requires_grad)
     if engine.host_memory is not None:
         exchange = "shared memory"
     else:

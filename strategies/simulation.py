@@ -33,11 +33,17 @@ from strategies.runtime import SIMULATED, Runtime
 
 @contextmanager
 def simulated_rank(
-    rank: int, world_size: int, *, local_world_size: int = 8, device: torch.device = SIMULATED
+    rank: int,
+    world_size: int,
+    *,
+    local_world_size: int = 8,
+    device: torch.device = SIMULATED,
+    expert_imbalance: float = 1.0,
 ) -> Iterator[Runtime]:
     """Be rank `rank` of `world_size`, with `local_world_size` ranks a host, in this process alone. Collectives return at once.
 
-    `device` "cpu" stands for itself. Raises RuntimeError if this process is part of a job already.
+    `device` "cpu" stands for itself. `expert_imbalance`: rows that arrive for the rank's experts over the mean of its group
+    (`parallel.experts`). Raises RuntimeError if this process is part of a job already.
     """
     from strategies.compat.fake_collectives import FakeStore
 
@@ -50,7 +56,16 @@ def simulated_rank(
     os.environ["LOCAL_RANK"] = str(rank % ranks_a_host)  # DeepSpeed reads it
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        yield Runtime(rank, world_size, rank % ranks_a_host, ranks_a_host, device, dist.group.WORLD, simulated=True)
+        yield Runtime(
+            rank,
+            world_size,
+            rank % ranks_a_host,
+            ranks_a_host,
+            device,
+            dist.group.WORLD,
+            simulated=True,
+            expert_imbalance=expert_imbalance,
+        )
     finally:
         dist.destroy_process_group()
         os.environ.pop("LOCAL_RANK")

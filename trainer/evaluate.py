@@ -14,10 +14,10 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Interrupted, Preempted
+from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.quantised_model import build_as_stored
 from trainer.build.rounds import steps_of_run
-from trainer.build.sequence import check_sequence
 from trainer.checkpoints.manifest import fingerprint
 from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
@@ -117,7 +117,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     """Read tasks and data, build or connect the model, run all tasks, and let rank 0 write the report. All ranks must call."""
     attempt.set_run_dir(job_dir, int(os.environ.get("RANK", 0)))
     tokenizer = load_tokenizer(config.model)
-    check_sequence(config)
+    check_parallel(config)
     opened = _RunData(job)
     data, tasks, staged, runtime = meet(config, tokenizer, request, attempt, opened.open)
     if opened.accepted:

@@ -132,7 +132,7 @@ class Trainer:
         self.outcome.speed = self.meter.speed() or earlier.speed
         self.outcome.slow_ranks = self.stragglers.record()
         if self.meter.expert_tokens is not None:
-            self.outcome.experts = load_by_layer(self.meter.expert_tokens)
+            self.outcome.experts = load_by_layer(self.meter.expert_tokens, self.meter.expert_ranks)
         return self.outcome
 
     def _take_remaining_steps(self) -> None:

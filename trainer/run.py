@@ -13,9 +13,9 @@ from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
 from strategies.sequence import with_sequence
+from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.reward_models import check_reward_models
-from trainer.build.sequence import check_sequence
 from trainer.build.staging import Staged, stage
 from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.manager import Checkpoints
@@ -144,7 +144,7 @@ def _run(
     trackers = open_records(config, run_record, progress, context)
     show_rounds(config, loader, trackers, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
-    meter.watch(built.step_module.shard_units())
+    meter.watch(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
     challenges = challenges_of(config, built, total_steps, interval, context)
     profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.print_line)
     sinks = Sinks(meter, trackers, console, checkpoints, profiler.at_step, partial(attempt.require_ownership, runtime))
@@ -173,8 +173,8 @@ def _run(
 
 def check_before_data(config: RunConfig) -> None:
     """Refuse, before hours of preparation, models that cannot do what the run asks of them. Raises ConfigError."""
-    # Whether ranks can share rows is a matter of the model's architecture.
-    check_sequence(config)
+    # Whether ranks can share rows and experts is a matter of the model's architecture.
+    check_parallel(config)
     if isinstance(config.objective, RoundsConfig) and config.run.dir is not None:
         # A requeued job may find no reward file any more: how it is called, and its columns, are read from the run's copy.
         use_copies_of_run(config.objective.rewards, Path(config.run.dir))

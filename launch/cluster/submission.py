@@ -21,6 +21,7 @@ from launch.cluster.sbatch_environment import refuse_gpus_of_environment, sbatch
 from launch.cluster.slurm import default_job_name, render, script_head
 from launch.runs.queue import note_submitted
 from strategies.errors import ConfigError, StorageError
+from trainer.config.parallel import ParallelConfig
 from trainer.config.resuming import flat, plain
 from trainer.config.run import Code, RunConfig, SlurmConfig
 from trainer.reporting.code_revision import ROOT, revision
@@ -98,21 +99,21 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
     ]
 
 
-def refuse_unshared_rows(config: RunConfig) -> None:
-    """Raise ConfigError if ranks cannot share the rows of the model or its teacher, although `parallel.sequence` asks for it.
+def refuse_unshared_model(config: RunConfig) -> None:
+    """Raise ConfigError if ranks cannot share rows or experts of the model or its teacher as `parallel` asks for it.
 
     If one of them is not on this host, the job itself finds out, before it prepares data.
     """
-    if config.parallel.sequence == 1:
+    if config.parallel == ParallelConfig():
         return
-    from trainer.build.sequence import check_sequence
+    from trainer.build.parallel import check_parallel
     from trainer.model.rules import read_config
     from trainer.objectives.frozen_model import teacher_model
 
     teacher = teacher_model(config.model, config.objective)
     models = [config.model] if teacher is None else [config.model, teacher]
     if all(read_config(model.path) is not None for model in models):
-        check_sequence(config)
+        check_parallel(config)
 
 
 def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:
@@ -253,7 +254,7 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
         arrays = group_by_request(runs)
         refuse_large_array(max(len(array) for array in arrays))
     for run in composed:
-        refuse_unshared_rows(run.config)
+        refuse_unshared_model(run.config)
     remaining = []
     for run, run_dir in runs:
         job = job_with_same_config(run, run_dir)

@@ -211,6 +211,7 @@ def what_is_compared(config: RunConfig, small: SmallRun) -> dict[str, Any]:
         "device": str(config.run.device),
         "strategy": str(config.strategy.name),
         "sequence": small.config.parallel.sequence,
+        "experts": small.config.parallel.experts,
         "tuning": str(config.tuning.name),
         "objective": str(config.objective.name),
         "precision": str(config.precision),
@@ -243,14 +244,17 @@ def _summary(report: dict[str, Any]) -> list[str]:
     kept = ", ".join(f"{name} {number}" for name, number in model["kept"].items())
     shrunk = ", ".join(f"{name} {sizes['model']} -> {sizes['copy']}" for name, sizes in model["changed"].items())
     precisions = list(dict.fromkeys(row["precision"] for row in report["differences"]))
-    sequence = f" parallel.sequence={compared['sequence']}" if compared["sequence"] > 1 else ""
+    shared = ""
+    for name in ("sequence", "experts"):
+        if compared[name] > 1:
+            shared += f" parallel.{name}={compared[name]}"
     rows = [
         ("model", f"a small copy of this {model['model_type']}, {model['elements']:,} parameters"),
         ("kept", kept or "no number of heads or experts"),
         ("shrunk", shrunk or "nothing"),
         (
             "compared",
-            f"strategy={compared['strategy']} tuning={compared['tuning']} objective={compared['objective']}{sequence} on "
+            f"strategy={compared['strategy']} tuning={compared['tuning']} objective={compared['objective']}{shared} on "
             f"{compared['ranks']} ranks ({compared['device']}), {compared['micro_batches']} micro-batches of "
             f"{compared['documents_per_micro_batch']}, recomputation {compared['recomputation']}",
         ),

@@ -326,7 +326,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
     """Overwrite training settings that do not matter in an evaluation, and choose tasks if none are set."""
     from launch.config.compose import world_size_of
     from strategies.base import DdpConfig, Precision, SingleConfig
-    from trainer.config.parallel import ParallelConfig
+    from trainer.config.parallel import parallel_for_evaluation
     from trainer.config.run import Device
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.prepared import TaskContext
@@ -340,9 +340,8 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
     elif quantising_library(config.model.path) is not None and not strategy_was_typed:
         config.strategy = DdpConfig()  # a quantised model cannot be sharded
 
-    # Each rank generates answers for prompts of its own. Only the held-out loss of long documents needs a shared row.
     if not any(word.startswith("parallel.") for word in evaluate_words.settings):
-        config.parallel = ParallelConfig()
+        config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks)
 
     # Nothing is trained, watched or exported.
     config.batch = {"global": ranks, "micro": 1}

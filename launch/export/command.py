@@ -263,6 +263,7 @@ def apply_export_words(config: RunConfig, words: ExportWords) -> None:
     """
     from strategies.base import SingleConfig
     from trainer.config.gates import paper_words
+    from trainer.config.parallel import ParallelConfig
     from trainer.config.run import Device
 
     for name in ("merge", "dtype", "max_shard_gib", "verify", "papers", "answers"):
@@ -274,6 +275,7 @@ def apply_export_words(config: RunConfig, words: ExportWords) -> None:
         raise ConfigError(problems)
     # The host has more memory than a GPU, and values are only copied.
     config.strategy = SingleConfig()
+    config.parallel = ParallelConfig()
     config.run.device = Device.cpu
 
 

@@ -101,6 +101,8 @@ def stored(variant: RunVariant) -> str:
     """What is stored otherwise than whole and on the card: rows that ranks share, tiles, offload, a quantised base."""
     parts = []
     config = variant.config
+    if config.parallel.experts > 1:
+        parts.append(f"experts/{config.parallel.experts}")
     if config.parallel.sequence > 1:
         parts.append(f"rows/{config.parallel.sequence}")
     if config.strategy.mlp_tokens is not None:
@@ -165,7 +167,7 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
     """The command of the best choice, and where its memory and its time go."""
     best, job = answer.best, answer.job
     if best is None:
-        return _nothing_fits(answer.best_choices[0])
+        return [*_nothing_fits(answer.best_choices[0]), *fold_all(expert_notes(answer), indent=0)]
     step = best.step
     return [
         *command_of(words, best, job),
@@ -183,6 +185,7 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
         ),
         *_round(best, job),
         *fold_all(costs(best, job), indent=0),
+        *fold_all(expert_notes(answer), indent=0),
         *fold_all(_long_step_notes(answer, best), indent=0),
     ]
 
@@ -213,6 +216,34 @@ def _nothing_fits(least: Choice) -> list[str]:
         "at plan.offload=true.",
         0,
     )
+
+
+def expert_notes(answer: PlanAnswer) -> list[str]:
+    """Whether dealing experts over ranks pays, and what the plan assumes of it; nothing if no way deals them."""
+    by_dealing: dict[bool, Choice] = {}
+    for choice in answer.best_choices:  # the fastest first
+        by_dealing.setdefault(choice.variant.config.parallel.experts > 1, choice)
+    if True not in by_dealing:
+        return []
+    notes = []
+    dealt = by_dealing[True]
+    typed = f"parallel.experts={dealt.variant.config.parallel.experts}"
+    whole = by_dealing.get(False)
+    if whole is not None and dealt.fits and whole.fits:
+        factor = dealt.tokens_per_s / whole.tokens_per_s
+        faster = f"{factor:.2f} times as fast as" if factor >= 1 else f"slower, {factor:.2f} times the speed of"
+        notes.append(f"{typed} is {faster} the fastest way that gathers all experts of a layer on each rank")
+    elif whole is not None and dealt.fits:
+        notes.append(f"{typed} fits, and nothing does that gathers all experts of a layer on each rank")
+    notes.append(
+        f"with parallel.experts, the busiest rank is assumed to get {answer.job.expert_imbalance:g} times the mean of tokens in "
+        "every layer (plan.expert_imbalance)"
+    )
+    if answer.worst_imbalance is not None:
+        worst = answer.worst_imbalance
+        verdict = "fits" if worst.margin >= 0 else f"is {-worst.margin / GIB:.1f} GiB too much"
+        notes.append(f"if one rank got all tokens, this way would take {worst.total / GIB:.1f} GiB, which {verdict}")
+    return notes
 
 
 def _long_step_notes(answer: PlanAnswer, best: Choice) -> list[str]:
@@ -364,6 +395,11 @@ def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = 
         "checkpoint_gib": checkpoint_gib(answer, first),
         "checkpoint_s": checkpoint_s(answer, first),
         "notes": [] if best is None else _long_step_notes(answer, best),
+        "experts": {
+            "imbalance": job.expert_imbalance,
+            "all_on_one_rank_gib": answer.worst_imbalance and answer.worst_imbalance.total / GIB,
+            "notes": expert_notes(answer),
+        },
         "resting_gib": _in_gib(cost_model.resting),
         "ways": [_choice(choice, answer) for choice in answer.best_choices],
         "all": [_choice(choice, answer) for choice in answer.all_choices],

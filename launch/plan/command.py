@@ -67,6 +67,7 @@ OF_GROUPS = {
     "plan.quantisation=[nf4]": "also try other ways to store a frozen base: none, nf4",
     "plan.exact=true": "simulate whole models, instead of two shallow ones for each",
     "plan.theirs=[pure_bf16]": "also show what other trainers would hold: stock_loss, fused_loss, fp32_head, pure_bf16",
+    "plan.expert_imbalance=2": "rows of the busiest rank over the mean, where parallel.experts deals experts over ranks",
     "plan.workers=0": "processes that simulate; 0 takes one per core",
 }
 USAGE = f"""usage: shardtune plan [--json] hardware=<card> [to=<directory>] [key=value ...]
@@ -98,15 +99,15 @@ def main(argv: list[str]) -> int:
     from launch.plan.answer import as_dict, text
     from launch.plan.job import job_of
     from trainer.model.loading import load_model_config
-    from trainer.planner.plan import FURTHER_SETTINGS, further_variants, run_variants
-    from trainer.planner.sweep import plan_variants, with_further
+    from trainer.planner.plan import FURTHER_SETTINGS, further_variants, run_variants, with_imbalance
+    from trainer.planner.sweep import plan_variants, with_further, with_worst_imbalance
 
     config, typed = composed(request.of_run, request.card)
     # Whatever can be known to be wrong is reported before the data is prepared, which may take an hour.
     variants, refused = run_variants(config, request.settings, typed, ranks_of(config))
     load_model_config(config.model)
     measured = measured_by(request, ["plan", *argv])
-    job = job_of(config, measured.card)
+    job = with_imbalance(job_of(config, measured.card), request.settings, measured.expert_imbalance)
     micro = config.batch["micro"] if "batch.micro" in typed else None
     answer = plan_variants(variants, refused, job, micro, request.settings, _progress())
     # What nothing fits otherwise is long rows as a rule: then ranks may share them.
@@ -117,6 +118,7 @@ def main(argv: list[str]) -> int:
         if variants:
             print(f"nothing fits: looking at {len(variants)} further ways, with rows that ranks share", file=sys.stderr)
             answer = with_further(answer, variants, refused, job, micro, request.settings, _progress())
+    answer = with_worst_imbalance(answer, request.settings)
     if request.words.as_json:
         print_json(as_dict(answer, request.of_run, measured.lines))
     else:
@@ -181,6 +183,11 @@ def read_plan(argv: list[str]) -> PlanRequest:
     if settings.workers < 0:
         problems.append(f"plan.workers={settings.workers}: must be at least 0; 0 takes one a core")
     # A card that could not be read lacks everything: only its first problem is worth a line.
+    if settings.expert_imbalance is not None and settings.expert_imbalance < 1:
+        problems.append(
+            f"plan.expert_imbalance={settings.expert_imbalance:g}: must be at least 1, where all ranks get as many rows; 2 is "
+            "assumed without it"
+        )
     problems = problems or _card_problems(card)
     if problems:
         raise ConfigError(problems)

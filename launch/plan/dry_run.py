@@ -14,10 +14,10 @@ from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, Str
 from strategies.hardware import advice
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
+from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
 from trainer.build.rounds import documents_per_step, steps_of_run, writing_lines
-from trainer.build.sequence import check_sequence
 from trainer.config.parallel import accumulation_steps, readers_of
 from trainer.config.run import LR, MICRO, STRATEGY, RunConfig, SlurmConfig
 from trainer.data.prepare import PreparedData
@@ -67,7 +67,7 @@ def describe(config: RunConfig) -> DryRun:
     Prepares the data, which the run itself then finds in the cache, and reads only the headers of the weights.
     """
     tokenizer = load_tokenizer(config.model)
-    check_sequence(config)
+    check_parallel(config)
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     config = preview_micro(preview_strategy(config, data), data)

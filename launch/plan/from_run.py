@@ -32,6 +32,8 @@ class Calibrated:
     """A card with figures that a run has measured."""
 
     card: Card
+    expert_imbalance: float | None = None
+    """Tokens of the busiest rank of an expert group over the mean, in its least even layer; None if the run dealt no experts."""
     lines: tuple[str, ...] = ()
     """What was measured by which run, and what could not be; empty for a card as its file says."""
 
@@ -48,7 +50,12 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
         raise ConfigError(f"from={run_dir}: it ran on {gpu or 'an unnamed GPU'}, and hardware names {card.name}")
     lines = []
     missing = []
-    choice = _plan_as_it_ran(config, record, card, settings)
+    expert_imbalance = _measured_imbalance(record)
+    if expert_imbalance is not None:
+        lines.append(
+            f"the busiest rank's experts got {expert_imbalance:.2f} x the mean of tokens, in the least even layer"
+        )
+    choice = _plan_as_it_ran(config, record, card, settings, expert_imbalance)
     if isinstance(choice, str):
         missing.append(f"steps and tensors are reckoned as without it: {choice}")
     else:
@@ -97,7 +104,15 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
     heading = f"from {run_dir} ({record.strategy}, {record.world_size} x {gpu}):"
     calibrated_lines = [f"  {line}" for line in lines]
     missing_lines = [f"  not calibrated: {reason}" for reason in missing]
-    return Calibrated(card, (heading, *calibrated_lines, *missing_lines))
+    return Calibrated(card, expert_imbalance, (heading, *calibrated_lines, *missing_lines))
+
+
+def _measured_imbalance(record: RunRecord) -> float | None:
+    """How much more than the mean the busiest rank of an expert group got, in the least even layer; None if it is not told."""
+    if record.outcome is None:
+        return None
+    by_layer = [_positive(layer.get("rank_max_over_mean")) for layer in record.outcome.experts]
+    return max((imbalance for imbalance in by_layer if imbalance is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +190,15 @@ def _read_measured_run(
     return config, record, record.receipt.measured
 
 
-def _plan_as_it_ran(config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig) -> Choice | str:
+def _plan_as_it_ran(
+    config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig, expert_imbalance: float | None
+) -> Choice | str:
     """What a plan predicts for a run with the very settings that it had; or why that cannot be simulated, as a clause."""
     from launch.plan.job import job_of
     from strategies.base import ActivationCheckpointing, Precision
     from trainer.config.parallel import readers_of
     from trainer.config.run import Device
-    from trainer.planner.plan import RunVariant, rank_choices
+    from trainer.planner.plan import RunVariant, rank_choices, with_imbalance
     from trainer.planner.sweep import simulate_variants
 
     if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
@@ -199,7 +216,7 @@ def _plan_as_it_ran(config: RunConfig, record: RunRecord, card: Card, settings: 
     launcher = replace(config.launcher, processes=record.world_size // config.launcher.nodes)
     config = replace(config, launcher=launcher, precision=Precision(record.precision))
     config.run.device = Device.cuda
-    job = job_of(config, card)
+    job = with_imbalance(job_of(config, card), settings, expert_imbalance)
     micro = record.micro_batch
     accumulation = 2 if job.global_batch > readers_of(config, job.ranks) * micro else 1
     variant = RunVariant(config, words=())

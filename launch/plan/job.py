@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from launch.cluster.advice import mebibytes
+from trainer.build.parallel import check_parallel
 from trainer.build.parts import prepare_data
-from trainer.build.sequence import check_sequence
 from trainer.config.run import RunConfig
 from trainer.model.loading import load_model_config, load_tokenizer
 from trainer.objectives.registry import data_spec_of, written_tokens
@@ -25,7 +25,7 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
     taken to be as long as `data.max_length` allows. Raises ConfigError if ranks cannot share the model's rows, although
     `parallel.sequence` asks for it.
     """
-    check_sequence(config)
+    check_parallel(config)
     sequences_per_document = data_spec_of(config.objective).sequences_per_document
     prompt_tokens = float(config.data.max_length)
     longest_prompt = config.data.max_length

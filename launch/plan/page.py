@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.plan.answer import by_reason, checkpoint_gib, checkpoint_s, command_of, costs, stored, why
+from launch.plan.answer import by_reason, checkpoint_gib, checkpoint_s, command_of, costs, expert_notes, stored, why
 from strategies.tensor_inventory import MemoryKind
 from trainer.pages.numbers import duration, number
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable
@@ -167,6 +167,8 @@ def _notes(answer: PlanAnswer) -> list[Callout]:
         notes.append(Callout("note", "Chosen for you", "; ".join(answer.cost_model.notes)))
     if answer.best is not None and answer.best.hours is None:
         notes.append(Callout("note", "What the run costs", "; ".join(costs(answer.best, answer.job))))
+    if of_experts := expert_notes(answer):
+        notes.append(Callout("note", "Experts over ranks", "; ".join(of_experts)))
     return notes
 
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import transformers
 
-from launch.cluster.submission import refuse_unshared_rows
+from launch.cluster.submission import refuse_unshared_model
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir, run_config
 from tests.models.tiny import tiny_config
-from trainer.build.sequence import LayerHeads, check_sequence, heads_of, sequence_notes
+from trainer.build.parallel import check_parallel
+from trainer.build.sequence import LayerHeads, heads_of, sequence_notes
 from trainer.config.parallel import ParallelConfig
 from trainer.model import sequence_proof
 from trainer.objectives.base import TeacherConfig
@@ -45,13 +46,13 @@ def other_model(root, model_type):
 
 
 def test_a_model_whose_rows_can_be_shared_is_let_through(root):
-    check_sequence(config_of(model_dir(root), 4))
-    check_sequence(config_of(model_dir(root), 2, objective=ClassificationConfig()))
+    check_parallel(config_of(model_dir(root), 4))
+    check_parallel(config_of(model_dir(root), 2, objective=ClassificationConfig()))
 
 
 def test_more_ranks_than_query_heads_are_refused_with_the_model_s_number(root):
     with pytest.raises(ConfigError, match=r"parallel\.sequence=8: model\.path=.*llama has 4 query heads.*=4 or less"):
-        check_sequence(config_of(model_dir(root), 8))
+        check_parallel(config_of(model_dir(root), 8))
 
 
 def test_the_teacher_s_heads_count_as_the_model_s_do(root):
@@ -61,23 +62,23 @@ def test_the_teacher_s_heads_count_as_the_model_s_do(root):
     settings.save_pretrained(teacher)
     objective = DistillationConfig(teacher=TeacherConfig(path=str(teacher)))
     with pytest.raises(ConfigError, match=r"objective\.teacher\.path=.*few-heads has 2 query heads"):
-        check_sequence(config_of(model_dir(root), 4, objective=objective))
+        check_parallel(config_of(model_dir(root), 4, objective=objective))
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "mamba"])
 def test_an_architecture_that_is_not_proven_is_refused_with_the_proof_s_reason(root, model_type):
     with pytest.raises(ConfigError, match=rf"cannot share rows of .*\({model_type}\): .*; set parallel\.sequence=1"):
-        check_sequence(config_of(other_model(root, model_type), 2))
+        check_parallel(config_of(other_model(root, model_type), 2))
 
 
 def test_submitting_asks_the_same_where_the_model_is_here(root):
     config = config_of(other_model(root, "llama4_text"), 2)
     with pytest.raises(ConfigError, match=sequence_proof.MEETS_ELSEWHERE):
-        refuse_unshared_rows(config)
-    refuse_unshared_rows(replace(config, model=replace(config.model, path="some/model-of-the-hub")))
+        refuse_unshared_model(config)
+    refuse_unshared_model(replace(config, model=replace(config.model, path="some/model-of-the-hub")))
     distillation = DistillationConfig(teacher=TeacherConfig(path="some/teacher-of-the-hub"))
-    refuse_unshared_rows(config_of(model_dir(root), 2, objective=distillation))
-    refuse_unshared_rows(replace(config, parallel=ParallelConfig()))
+    refuse_unshared_model(config_of(model_dir(root), 2, objective=distillation))
+    refuse_unshared_model(replace(config, parallel=ParallelConfig()))
 
 
 def test_a_plan_offers_no_shared_rows_that_the_run_would_refuse(root):
@@ -88,7 +89,7 @@ def test_a_plan_offers_no_shared_rows_that_the_run_would_refuse(root):
 
 def test_encoder_classifiers_are_refused_before_data_is_read(root):
     with pytest.raises(ConfigError, match="does not score the last token"):
-        check_sequence(config_of(other_model(root, "bert"), 2, objective=ClassificationConfig()))
+        check_parallel(config_of(other_model(root, "bert"), 2, objective=ClassificationConfig()))
 
 
 @pytest.mark.parametrize("tuning", [PrefixConfig(), PromptConfig(), AdaptionPromptConfig()])

@@ -54,8 +54,8 @@ def data(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", choices_by_group()["experiment"])
 def test_every_experiment_is_a_legal_run(name):
     tree = yaml.safe_load((CONF_DIR / "experiment" / f"{name}.yaml").read_text())
-    # Rows can be shared by as many ranks as there are: the GPUs of the machine that the file names.
-    ranks = [f"launcher.processes={tree['parallel']['sequence']}"] if "parallel" in tree else []
+    # Rows and experts can be shared by as many ranks as there are: the GPUs of the machine that the file names.
+    ranks = [f"launcher.processes={max(tree['parallel'].values())}"] if "parallel" in tree else []
     config = compose([f"experiment={name}", "data.path=train.jsonl", *ranks]).config
     assert config.model.path
     # A number of ranks would leave GPUs idle on a larger node; strategy=single alone is one process.

@@ -79,6 +79,10 @@ def test_straggler_timing_covers_only_blocks_and_only_while_it_is_on(monkeypatch
     assert timed_modules(blocks, exchanges_inside=False) == blocks
     # Attention that exchanges slices for heads waits for the ranks that share the row.
     assert timed_modules(blocks, exchanges_inside=True) == with_weights
+    # Experts that are dealt wait for tokens of other ranks, and their module is left out.
+    blocks[1][0].expert_share = object()
+    assert timed_modules(blocks, exchanges_inside=False) == [blocks[0][0], blocks[0][2], blocks[1][2]]
+    del blocks[1][0].expert_share
     for parameter in model.parameters():
         parameter.ds_id = 1  # as under ZeRO-3
     assert timed_modules(blocks, exchanges_inside=False) == with_weights

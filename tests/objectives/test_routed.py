@@ -377,6 +377,15 @@ def test_load_of_layers_with_unlike_numbers_of_experts():
     assert expert_metrics(tokens) == {"experts/max_over_mean": 2.0, "experts/unused": 1 / 6}
 
 
+def test_load_of_the_ranks_over_which_experts_are_dealt():
+    """Two ranks of two experts each: of 12 tokens 8 arrive at the busiest; a layer of two experts has one for each rank."""
+    tokens = torch.tensor([[5, 3, 4, 0], [2, 4, -1, -1]])
+    assert [layer["rank_max_over_mean"] for layer in load_by_layer(tokens, 2)] == [8 / 6, 4 / 3]
+    even = torch.tensor([[6, 0, 0, 6]])
+    assert expert_metrics(even, 2)["experts/rank_max_over_mean"] == 1.0
+    assert "experts/rank_max_over_mean" not in expert_metrics(even)
+
+
 def test_router_biases_that_balance_experts_stay_as_loaded_and_are_noted():
     model = tiny_model("laguna")  # which holds them as parameters
     tuned = Full().apply(copy.deepcopy(model))

@@ -46,8 +46,9 @@ micro-batches of 2 and of 8, so that nothing could be compared."""
 PROMPTS = 24
 LONGEST = 8
 VARIANTS = OBJECTIVE_TESTS["grpo"].variants
-FEATURES = ("plain", "accumulation", "several", "nf4", "shared rows")
-"""`several`: a round of two steps, taken twice. `shared rows`: both ranks share each row while learning."""
+FEATURES = ("plain", "accumulation", "several", "nf4", "shared rows", "dealt experts")
+"""`several`: a round of two steps, taken twice. `shared rows`: both ranks share each row while learning. `dealt experts`: each
+rank holds half of the experts of a mixture, in writing too."""
 READING = 2.0**-23
 """Rounding of a weight before and after the update, as a share of the weight."""
 
@@ -91,7 +92,10 @@ def prompt_set(root) -> PreparedData:
 
 def config_of(job: Job, variant: str, tuning: str, strategy: str, feature: str) -> RunConfig:
     """The settings of a case."""
-    model = job.first_here(lambda: model_dir(job.root))
+    if feature == "dealt experts":
+        model = job.first_here(lambda: model_dir(job.root / "written", "qwen3_moe", num_experts=4))
+    else:
+        model = job.first_here(lambda: model_dir(job.root))
     rollout = RolloutConfig(max_new_tokens=LONGEST, temperature=0.9)
     if feature == "several":
         rollout = replace(rollout, steps=2, iterations=2)
@@ -110,6 +114,8 @@ def config_of(job: Job, variant: str, tuning: str, strategy: str, feature: str) 
         config.model.quantisation = Quantisation.nf4
     if feature == "shared rows":
         config.parallel = ParallelConfig(sequence=2)
+    if feature == "dealt experts":
+        config.parallel = ParallelConfig(experts=2)
     return config
 
 
@@ -129,7 +135,7 @@ def compare(
         batch={"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH},
         parallel=ParallelConfig(),
     )
-    key = "rounds", variant, tuning, feature in ("several", "nf4") and feature
+    key = "rounds", variant, tuning, feature in ("several", "nf4", "dealt experts") and feature
     expected = job.oracle(key, lambda: steps_of(lone, data, alone(job.runtime)), elsewhere=[])
     compared = []
     for step, right in zip(found, expected, strict=False):

@@ -105,7 +105,7 @@ def compare(job: Job, *case: Any) -> dict[str, Curve]:
 
 def _run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
     """The settings of a case, and its data."""
-    made = job.first_here(lambda: (model_dir(job.root, case.architecture), _data_of(job.root, case)))
+    made = job.first_here(lambda: (model_dir(job.root, case.architecture), data_of(job.root, case)))
     model, data = made
     readers = job.runtime.world_size // case.degree
     accumulation = 2 if case.feature in ("accumulation", "packing") else 1
@@ -117,7 +117,7 @@ def _run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
         case.tuning,
         micro=GLOBAL_BATCH // (readers * accumulation),
         steps=STEPS,
-        objective=_objective_of(case.objective, job.root),
+        objective=objective_by_name(case.objective, job.root),
         parallel=ParallelConfig(sequence=case.degree),
         data=DataConfig(packing=case.feature == "packing", max_length=64),
     )
@@ -149,7 +149,7 @@ def _strategy_of(case: Case) -> Any:
     return strategy
 
 
-def _objective_of(name: str, root: Path) -> Any:
+def objective_by_name(name: str, root: Path) -> Any:
     """The settings of an objective by its short name."""
     if name in PREFERENCES:
         return PREFERENCES[name]
@@ -158,7 +158,7 @@ def _objective_of(name: str, root: Path) -> Any:
     return objective_of(name, root)
 
 
-def _data_of(root: Path, case: Case) -> PreparedData:
+def data_of(root: Path, case: Case) -> PreparedData:
     """Documents of the objective's kind."""
     model_dir(root, "qwen3")  # the teacher of distillation
     if case.feature.startswith("short"):
@@ -190,7 +190,7 @@ def curve(trainer: Trainer, world: int, first_step: int = 0, steps: int = STEPS)
     rows = []
     trainer.loader.collator.keeps_row_ids = True
     for batch in trainer.loader.steps(first_step * GLOBAL_BATCH, steps):
-        if world > 1:
+        if trainer.engine.runtime.sequence_size > 1:
             assert_rows_are_shared(batch, trainer.engine.runtime)
         record = trainer.train_step(batch)
         sums = [record.local_sums[name].double() for name in names]

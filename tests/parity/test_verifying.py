@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.helpers.covering import chosen, takes, values
+from tests.helpers.covering import chosen, takes, values, whole
 from tests.parity.verifying import ALTERED, FAULTS, OBJECTIVES, SEQ2SEQ, TUNINGS
 
 STRATEGIES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
@@ -55,6 +55,21 @@ def test_a_sound_run_agrees_with_one_process(ranks, case):
     assert heads and set(found["kernels"]) >= {"one process, fp32", "as configured, fp32"}
     if case[0] == "qwen3_moe":
         assert found["model"]["decided_routers"] == 2 and found["notes"] == []
+
+
+WITH_A_FAULT = whole("tests/launch/doctor shows it with a fault of its experts alone")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tuning"),
+    [pytest.param("fsdp2", "full", marks=WITH_A_FAULT), ("hsdp", "lora on all parts")],
+)
+def test_dealt_experts_agree_with_one_process(ranks, strategy, tuning):
+    """Two ranks of one replica hold the same experts, or one of each of two replicas."""
+    found = ranks[4].ask("verifying", "verdict", "qwen3_moe", strategy, tuning, "sft", "experts")
+    assert found["problems"] == [] and found["agrees"] and found["ranks"] == 4
+    assert found["model"]["decided_routers"] == 2 and found["notes"] == []
+    assert max(row["distance"] for row in found["differences"]) > 0
 
 
 @pytest.mark.parametrize("fault", FAULTS)

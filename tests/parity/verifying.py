@@ -63,6 +63,8 @@ def config_of(job: Job, architecture: str, strategy: str, tuning: str, objective
         config = replace(config, precision=Precision.bf16)
     if "sequence" in altered:
         config = replace(config, parallel=ParallelConfig(sequence=4))
+    if "experts" in altered:
+        config = replace(config, parallel=replace(config.parallel, experts=2))
     if altered == "packing":
         config = replace(config, data=replace(config.data, packing=True))
     return config

@@ -10,7 +10,7 @@ from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL
 from strategies.sequence import with_sequence
 from strategies.simulation import simulated_rank
 from tests.helpers.building import model_dir
-from tests.simulated.cases import LENGTHS, Case
+from tests.simulated.cases import LENGTHS, Case, DealtExperts
 from trainer.config.parallel import ParallelConfig
 from trainer.planner.communication_volume import expected_bytes
 from trainer.planner.cost_model import ALL_TO_ALL as SIMULATED_EXCHANGE
@@ -41,6 +41,26 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
     steps = 2
     small = steps * sum(each.bytes for each in step.collectives if each.bytes <= 1024) + 4096
     assert all(steps * done[name] <= counted.sizes[name] <= steps * done[name] + small for name in done)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mode", "degree"), [("fsdp2", "full", 2), ("fsdp2", "none", 4), ("hsdp", "none", 2)]
+)
+def test_as_much_is_exchanged_of_dealt_experts_as_is_expected(tmp_path, strategy, mode, degree):
+    """In a place of two ranks, of one, and of one in each of two replicas."""
+    case = DealtExperts(strategy, "experts", "bf16", mode, False, 2, experts=degree)
+    config = case.config(case.model_in(tmp_path), RANKS)
+    with simulated_rank(0, RANKS, local_world_size=2) as runtime:
+        parts = step_parts(config, LENGTHS, runtime)
+        expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
+        step = simulate(parts, runtime, repeat=0)
+        after = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
+    done = Counter()
+    for each in step.collectives:
+        done[NAMES.get(each.name, ALL_TO_ALL)] += each.bytes
+    assert after == expected, "a run asks when its model is sharded"
+    done[ALL_REDUCE] -= sum(each.bytes for each in step.collectives if each.name == "allreduce" and each.bytes < 64)
+    assert {name: size for name, size in done.items() if size} == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(("mode", "degree"), [("none", 2), ("full", 4)])

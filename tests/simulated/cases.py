@@ -12,6 +12,7 @@ from strategies.simulation import simulated_rank
 from tests.helpers import building
 from tests.helpers.building import model_dir, run_config
 from tests.helpers.covering import chosen, values
+from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.model.config import Quantisation
 from trainer.planner.simulate import ShapesOnly, SimulatedStep, simulate, watch
@@ -93,11 +94,27 @@ class LongRows(Case):
         return config
 
 
+@dataclass(frozen=True)
+class DealtExperts(Case):
+    """A mixture whose experts are dealt over ranks."""
+
+    experts: int = 2
+
+    def config(self, model: Path, world: int) -> RunConfig:
+        return replace(Case.config(self, model, world), parallel=ParallelConfig(experts=self.experts))
+
+
 def simulated(
-    case: Case, model: Path, world: int, rank: int = 0, device: torch.device = SIMULATED, repeat: int = 1
+    case: Case,
+    model: Path,
+    world: int,
+    rank: int = 0,
+    device: torch.device = SIMULATED,
+    repeat: int = 1,
+    imbalance: float = 1.0,
 ) -> SimulatedStep:
     """The case as rank `rank` of `world` on `device`: the simulated GPU, or a CPU as it is."""
-    with simulated_rank(rank, world, device=device) as runtime:
+    with simulated_rank(rank, world, device=device, expert_imbalance=imbalance) as runtime:
         return simulate(step_parts(case.config(model, world), LENGTHS, runtime), runtime, repeat=repeat)
 
 
@@ -134,7 +151,7 @@ def comparable(found: SimulatedStep) -> dict:
 
 
 def matrix() -> list[tuple[Case, int]]:
-    """Every (case, number of ranks) that is simulated as on GPUs.
+    """Every (case, number of ranks) that is simulated as on GPUs, with all experts of a layer on each rank.
 
     A mixture of experts computes in bf16: torch's grouped products of other types read on the host how long the groups are,
     unseen in a simulation. FSDP2 refuses to deal experts to more ranks than there are of them.
@@ -167,6 +184,10 @@ def cost(one: tuple[Case, int]) -> float:
     """What a case takes, roughly: ZeRO-3 cuts every gradient into a piece for each rank, one after the other."""
     case, world = one
     return case.accumulation * (world * 16 if case.strategy == "zero3" else world)
+
+
+DEALT = [(DealtExperts("fsdp2", "experts", "bf16", "full", experts=degree), 8) for degree in (1, 8)]
+"""Cases whose experts are dealt over ranks, of which the table of goldens has a row beside those of `chosen_cases`."""
 
 
 def chosen_cases() -> list[tuple[Case, int]]:

@@ -32,6 +32,31 @@ LLAMA3_8B = transformers.LlamaConfig(
 )
 LONG_ROWS = ("llama3_8b_1m_lora_fsdp2", "llama3_8b_1m_full_fsdp2", "llama3_8b_3m_lora_fsdp2")
 """Experiments whose ranks share rows of a million tokens and more."""
+DEEPSEEK_V3 = transformers.DeepseekV3Config(
+    architectures=["DeepseekV3ForCausalLM"],
+    hidden_size=7168,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    num_hidden_layers=61,
+    first_k_dense_replace=3,
+    num_attention_heads=128,
+    num_key_value_heads=128,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    n_group=8,
+    topk_group=4,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    qk_nope_head_dim=128,
+    v_head_dim=128,
+    vocab_size=129280,
+    max_position_embeddings=163840,
+    pad_token_id=0,
+)
+DEALT_EXPERTS = ("deepseek_v3_lora_fsdp2",)
+"""Experiments whose experts are dealt over ranks."""
 MODELS = {
     "llama2_7b_lora_fsdp2": transformers.LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -61,6 +86,7 @@ MODELS = {
         pad_token_id=0,
     ),
     **dict.fromkeys(LONG_ROWS, LLAMA3_8B),
+    **dict.fromkeys(DEALT_EXPERTS, DEEPSEEK_V3),
 }
 """By the experiment that trains them, as their authors published them."""
 

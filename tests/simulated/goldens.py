@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.simulated.cases import Case, chosen_cases, simulated
+from tests.simulated.cases import DEALT, Case, DealtExperts, chosen_cases, simulated
 from tests.simulated.experiments import MODELS, simulated_experiment
 from trainer.planner.depth_extrapolation import full_depth_step
 from trainer.planner.simulate import SimulatedStep
@@ -25,6 +25,8 @@ def versions() -> dict[str, str]:
 
 def name_of(case: Case, world: int) -> str:
     parts = [case.strategy, case.tuning, case.precision, f"recompute {case.checkpointing}"]
+    if isinstance(case, DealtExperts):
+        parts.append(f"over {case.experts}")
     return ", ".join([*parts, *(["offload"] if case.offload else []), f"x {case.accumulation}", f"{world} ranks"])
 
 
@@ -58,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         steps = {
             name_of(case, world): summary(simulated(case, case.model_in(Path(place)), world))
-            for case, world in chosen_cases()
+            for case, world in [*chosen_cases(), *DEALT]
         }
         found = {name: simulated_experiment(name, Path(place)) for name in MODELS}
     experiments = {name: [str(step.peak), step.total] for name, step in found.items()}

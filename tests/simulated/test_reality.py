@@ -15,7 +15,17 @@ from strategies.tensor_inventory import MemoryKind
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.helpers.ranks import Ranks
-from tests.simulated.cases import CHECKPOINTING, LENGTHS, NATIVE, Case, LongRows, comparable, real_alone, simulated
+from tests.simulated.cases import (
+    CHECKPOINTING,
+    LENGTHS,
+    NATIVE,
+    Case,
+    DealtExperts,
+    LongRows,
+    comparable,
+    real_alone,
+    simulated,
+)
 from trainer.planner.simulate import simulate
 from trainer.planner.simulation import step_parts
 
@@ -49,6 +59,7 @@ TOGETHER = [
 def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("simulated")
     model_dir(path)
+    DealtExperts("fsdp2", "experts").model_in(path)
     return path
 
 
@@ -114,6 +125,26 @@ def test_simulation_equals_two_real_ranks(place, ranks, case):
         if not totals and not kinds:
             return
     pytest.fail(f"in no step of {ATTEMPTS} asked for: {totals}, {kinds}; the last held {measured['moments']}")
+
+
+def test_simulated_experts_exchange_what_two_real_ranks_exchange(place, ranks):
+    """Every collective with its bytes, and the arithmetic. In no moment is less held than simulated, and little more.
+
+    Weights are zeros, and all experts are equally good: which of them the router takes is up to its kernel. So rank 0 gets half
+    of the rows, all of them or none, as its arithmetic tells.
+    """
+    case = DealtExperts("fsdp2", "experts", "bf16", "full")
+    by_flops = {}
+    for imbalance in (0.0, 1.0, 2.0):
+        found = as_json(simulated(case, case.model_in(place), 2, device=CPU, imbalance=imbalance))
+        by_flops[found["flops"]] = found
+    assert len(by_flops) == 3
+    measured = ranks.ask(0, *astuple(case))
+    found = by_flops[measured["flops"]]
+    assert [each for each in measured["collectives"] if each[0] != "broadcast"] == found["collectives"]
+    assert measured["moments"].keys() == found["moments"].keys()
+    for moment, (total, _) in measured["moments"].items():
+        assert found["moments"][moment][0] <= total <= 1.1 * found["moments"][moment][0], moment
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2", *(["ddp", "zero3"] if EVERYTHING else [])])

@@ -13,7 +13,7 @@ from trainer.config.parallel import ParallelConfig
 from trainer.planner.cost_model import ALL_TO_ALL
 from trainer.planner.hardware import card_named, group_count
 from trainer.planner.simulation import simulate_depth, simulate_form, simulate_run
-from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, row_exchange_s, step_time
+from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_exchange_s
 
 RANKS = 8
 TOKENS = 32768
@@ -74,8 +74,9 @@ def test_bytes_of_the_exchange_are_those_of_the_formula(model):
     elements = TOKENS // RANKS * HEAD_SIZE * (2 * HEADS + 2 * KEY_HEADS)  # those that a rank keeps included
     assert sum(each.bytes for each in exchanges) == BLOCKS * 3 * 2 * elements
     cost = simulate_form(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
-    assert cost.row_exchange.calls == BLOCKS * 4 * 3 and cost.row_exchange.ranks == RANKS
-    assert cost.row_exchange_bytes(TOKENS) == BLOCKS * 3 * 2 * elements
+    (exchange,) = cost.token_exchanges
+    assert exchange.calls == BLOCKS * 4 * 3 and exchange.ranks == RANKS
+    assert cost.exchanged_bytes(exchange, TOKENS) == BLOCKS * 3 * 2 * elements
     assert not any(name.startswith(ALL_TO_ALL) for name, *_ in cost.exchanged)
 
 
@@ -124,15 +125,16 @@ def test_the_exchange_of_rows_is_waited_for(model):
     """A plan counts it as time that no arithmetic hides, and its group as one of its own."""
     card = card_named("NVIDIA H100 80GB HBM3")
     cost = simulate_form(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
-    alone = replace(cost, row_exchange=replace(cost.row_exchange, ranks=1))
+    (exchange,) = cost.token_exchanges
+    alone = replace(cost, token_exchanges=())
     load = MicroBatchLoad(TOKENS, TOKENS**2, 3)
-    waited = row_exchange_s(cost, TOKENS, card)
-    size = cost.row_exchange_bytes(TOKENS)
+    waited = token_exchange_s(cost, TOKENS, card)
+    size = cost.exchanged_bytes(exchange, TOKENS)
     of_links = size * 7 / 8 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
-    assert waited == pytest.approx(of_links + cost.row_exchange.calls * COLLECTIVE_LATENCY_S)
+    assert waited == pytest.approx(of_links + exchange.calls * COLLECTIVE_LATENCY_S)
     times = [step_time(each, load, card, "bf16", ranks_per_node=RANKS) for each in (cost, alone)]
     assert times[0].exposed_s - times[1].exposed_s == pytest.approx(3 * waited)
     assert group_count(cost) == group_count(alone) + 1
     # Over two hosts all eight cards of a host send through its links at a time.
-    apart = replace(cost, row_exchange=replace(cost.row_exchange, hosts=2))
-    assert row_exchange_s(apart, TOKENS, card) > waited
+    apart = replace(cost, token_exchanges=(replace(exchange, hosts=2),))
+    assert token_exchange_s(apart, TOKENS, card) > waited

@@ -13,6 +13,7 @@ from strategies.base import Engine, ParameterSource, Precision
 from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
+from trainer.build.experts import plan_experts
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.recomputation import Workload, check_host_memory, expect_memory, longest_lengths, plan_checkpointing
 from trainer.build.references import attach_frozen, reference_models
@@ -176,6 +177,7 @@ def build_engine(
         source.checkpoint.use_packed_cache(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
 
     # Decisions about the step that need the model before it is sharded. Engines read them from its plan.
+    plan_experts(built, config, runtime)
     built.step_module.plan.ema_decay = config.optim.ema_decay
     built.step_module.neftune_alpha = config.model.neftune_alpha
     built.collator.keeps_row_ids = config.model.neftune_alpha > 0

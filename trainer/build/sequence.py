@@ -1,6 +1,6 @@
 """Whether ranks can share rows of a run's models (`parallel.sequence`), and what a user should know of how they do.
 
-`check_sequence` needs the models' configurations alone, so a run is refused before its data is prepared. What the settings
+`sequence_problems` needs the models' configurations alone, so a run is refused before its data is prepared. What the settings
 rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
 """
 
@@ -124,13 +124,6 @@ def step_layout(config: RunConfig) -> Layout:
             f"data.layout=padding_free: objective={config.objective.name} needs a row for each document; use data.layout=padded"
         )
     return config.data.layout
-
-
-def check_sequence(config: RunConfig) -> None:
-    """Raise ConfigError if ranks cannot share rows of the run's model, or of its teacher (`sequence_problems`)."""
-    problems = sequence_problems(config)
-    if problems:
-        raise ConfigError(problems)
 
 
 def sequence_problems(config: RunConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""How the ranks share a single row of documents, and what follows for the arithmetic of batches.
+"""How the ranks share a single row of documents and a layer's experts, and what follows for the arithmetic of batches.
 
 Data parallelism (`strategy`) gives each rank documents of its own. With `parallel.sequence=n`, `n` neighbouring ranks form a
 sequence-parallel group: they read the same documents, and each holds a slice of their tokens. Such a group is one *reader*.
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from strategies.base import Fsdp2Config, StrategyConfig
 from strategies.settings import number
 
 ONE_PROCESS = "strategy=single is one process, and a row is shared by several"
@@ -24,6 +25,11 @@ class ParallelConfig:
     sequence: int = number(1, least=1, advice="1 gives each rank documents of its own; 2, 4 or 8 for long documents")
     """Ranks that share each row of documents. Each holds a slice of its tokens, and attention exchanges slices for heads. Set
     it if a document does not fit one GPU. At most the number of query heads; the ranks must be a multiple of it."""
+    experts: int = number(
+        1, least=1, advice="1 gathers all experts of a layer on each rank; 2, 4 or 8 for large mixtures"
+    )
+    """Ranks over which the experts of a layer are dealt, whole; tokens are sent to their experts and back. Needs strategy=fsdp2
+    or hsdp. Set it for large mixtures (docs/mixtures.md). It must divide the experts of a layer and the ranks of a replica."""
 
 
 class BatchedRun(Protocol):
@@ -31,6 +37,16 @@ class BatchedRun(Protocol):
 
     batch: dict[str, Any]
     parallel: ParallelConfig
+
+
+def parallel_for_evaluation(training: ParallelConfig, strategy: StrategyConfig, ranks: int) -> ParallelConfig:
+    """What ranks share while a model is evaluated that was trained with `training`.
+
+    Each rank generates answers for prompts of its own, and only the held-out loss of long documents would need a shared row.
+    Experts stay dealt where ranks allow it: all of a layer may not fit one rank.
+    """
+    shards = isinstance(strategy, Fsdp2Config) and ranks % training.experts == 0
+    return ParallelConfig(experts=training.experts if shards else 1)
 
 
 def readers_of(config: BatchedRun, world_size: int) -> int:

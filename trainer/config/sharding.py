@@ -11,6 +11,17 @@ from trainer.config.run import Device, RunConfig
 from trainer.data.config import Layout
 from trainer.model.config import Attention, ModelKind
 from trainer.objectives.registry import family_of
+from trainer.optim.support import SUPPORT, Needs
+
+NO_DEALT_EXPERTS = {
+    StrategyName.single: "it is one process, and experts are dealt over several",
+    StrategyName.ddp: "every rank holds the whole model, and so all experts",
+    **dict.fromkeys(
+        (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3),
+        "DeepSpeed shards by its own rules, which know no experts that ranks hold whole",
+    ),
+}
+"""Strategies that deal no experts over ranks, and why."""
 
 
 def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -21,6 +32,8 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from parallel_problems(config, world_size, str(strategy.name))
     if config.parallel.sequence > 1:
         yield from _shared_rows(config)
+    if config.parallel.experts > 1:
+        yield from _dealt_experts(config, world_size)
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
         yield "precision=fp16: not supported on CPUs; set precision=bf16 or precision=fp32"
@@ -86,14 +99,55 @@ def _shared_rows(config: RunConfig) -> Iterator[str]:
         yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or parallel.sequence=1"
 
 
+def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """Settings under which experts cannot be dealt over ranks. What depends on the model is asked when its files are read."""
+    expert_ranks = config.parallel.experts
+    typed = f"parallel.experts={expert_ranks}"
+    strategy = config.strategy
+    if strategy.name in NO_DEALT_EXPERTS:
+        yield (
+            f"{typed} with strategy={strategy.name}: {NO_DEALT_EXPERTS[strategy.name]}; use strategy=fsdp2 or hsdp, or set "
+            "parallel.experts=1"
+        )
+        return
+    if SUPPORT[config.optim.name].needs is Needs.matrices:
+        yield (
+            f"{typed} with optim={config.optim.name}: it needs {Needs.matrices}, and is not proven where ranks hold other "
+            "experts than their neighbours; use optim=adamw, or set parallel.experts=1"
+        )
+    if strategy.compile:
+        yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or parallel.experts=1"
+    if not isinstance(strategy, Fsdp2Config):  # it is chosen later
+        return
+    replicas = _number_of_replicas(strategy, config)
+    if world_size is None or world_size % replicas:
+        return
+    sharded_over = world_size // replicas
+    if sharded_over % expert_ranks == 0:
+        return
+    ranks = "the ranks of a replica" if replicas > 1 else "the number of ranks"
+    legal = [str(divisor) for divisor in range(2, sharded_over + 1) if sharded_over % divisor == 0]
+    remedy = f"set one of {', '.join(legal)}" if legal else "set parallel.experts=1"
+    if world_size % expert_ranks == 0:
+        fewer = world_size // expert_ranks
+        remedy += f", or strategy.replicate={fewer}" if fewer > 1 else ", or strategy=fsdp2"
+    yield f"{typed}: must divide {ranks}, {sharded_over}, so that every group is whole; {remedy}"
+
+
+def _number_of_replicas(strategy: Fsdp2Config, config: RunConfig) -> int:
+    """How many replicas the settings ask for: under hsdp at least two, unless they say one."""
+    if strategy.name is StrategyName.fsdp2:
+        return 1
+    return strategy.replicate or max(2, config.launcher.nodes)
+
+
 def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
     """Whether the ranks divide into replicas."""
     if strategy.name is StrategyName.fsdp2:
         if strategy.replicate != 1:
             yield f"strategy.replicate={strategy.replicate}: replicas need strategy=hsdp; set one of the two"
         return
-    one_a_host = config.launcher.nodes if config.launcher.nodes > 1 else 2
-    replicas = strategy.replicate or one_a_host
+    replicas = _number_of_replicas(strategy, config)
     if world_size is not None and (world_size == 1 or world_size % replicas):
         legal = [str(divisor) for divisor in range(2, world_size + 1) if world_size % divisor == 0]
         remedy = f"set one of {', '.join(legal)}" if legal else "choose strategy=fsdp2, or more launcher.processes"

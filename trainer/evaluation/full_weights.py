@@ -25,9 +25,16 @@ class GatherDecision:
     sharded: bool
     """Whether weights are sharded, so that there was something to decide."""
     gathered_once: bool
-    """Whether every rank has all weights, so that its passes wait for no other rank."""
+    """Whether every rank has all weights while it computes."""
     description: str
     """The decision with its numbers."""
+    exchanges: bool = False
+    """Whether passes send tokens to experts on other ranks, whatever is gathered."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether each forward pass is a collective: ranks take as many passes as the one that needs most."""
+        return self.exchanges or not self.gathered_once
 
 
 def decide_gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> GatherDecision:
@@ -36,20 +43,22 @@ def decide_gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> Gath
     They are gathered once if they and the cache fit into the free memory of the rank that has the least. `cache_bytes`: memory of
     the keys and values of the largest batch. A collective: all ranks must call.
     """
+    exchanges = engine.full_parameters.exchanges
     if not engine.full_parameters.sharded:
         return GatherDecision(sharded=False, gathered_once=True, description="every rank holds all weights")
     weight_bytes = engine.full_parameters.gather_bytes()  # None if parameters are offloaded to NVMe
     free_bytes = min(gather_objects(free_memory(runtime), runtime))
     block_by_block = "weights gathered block by block in each pass"
     if weight_bytes is None:
-        return GatherDecision(sharded=True, gathered_once=False, description=f"{block_by_block}: they lie on a drive")
+        description = f"{block_by_block}: they lie on a drive"
+        return GatherDecision(sharded=True, gathered_once=False, description=description, exchanges=exchanges)
     sizes = (
         f"all weights take {weight_bytes / GIB:.2f} GiB a rank and keys {cache_bytes / GIB:.2f}, "
         f"{free_bytes / GIB:.2f} are free"
     )
     fits = weight_bytes + cache_bytes <= USABLE_SHARE * free_bytes
     choice = "weights gathered once for all answers" if fits else block_by_block
-    return GatherDecision(sharded=True, gathered_once=fits, description=f"{choice}: {sizes}")
+    return GatherDecision(sharded=True, gathered_once=fits, description=f"{choice}: {sizes}", exchanges=exchanges)
 
 
 def free_memory(runtime: Runtime) -> int:

@@ -127,7 +127,7 @@ class Writer:
         batches = self._own_batches(engine, lengths, settings.batch_tokens, limits)
         gathering = self._decide_gathering(engine, model, batches, lengths, settings.beams)
         objective = GenerateAnswers(
-            config, settings, self.tokenizer, synced=not gathering.gathered_once, keep_logprobs=keep_logprobs
+            config, settings, self.tokenizer, synced=gathering.in_step, keep_logprobs=keep_logprobs
         )
 
         def seed_of(prompt: int, draw: int) -> int:
@@ -145,7 +145,7 @@ class Writer:
         own_answers: dict[int, WrittenAnswer] = {}
         end_ids = ending_ids(config)
         for row_numbers, terms in self.run_batches(
-            engine, batches, objective, make_batch, gathered_once=gathering.gathered_once, averaged=averaged
+            engine, batches, objective, make_batch, gathering=gathering, averaged=averaged
         ):
             logprobs = terms["logprobs"].cpu().numpy() if keep_logprobs else None
             for index, (row, ids) in enumerate(zip(row_numbers, terms["answers"].tolist(), strict=True)):
@@ -188,11 +188,9 @@ class Writer:
 
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
         batches = self._own_batches(engine, lengths, None)
-        gathered_once = decide_gathering(engine, self.runtime, 0).gathered_once
+        gathering = decide_gathering(engine, self.runtime, 0)
         own_likelihoods: dict[int, Likelihood] = {}
-        for numbers, terms in self.run_batches(
-            engine, batches, ScoreContinuations(), make_batch, gathered_once=gathered_once
-        ):
+        for numbers, terms in self.run_batches(engine, batches, ScoreContinuations(), make_batch, gathering=gathering):
             logprobs = terms["logprobs"].tolist()
             misses = terms["misses"].tolist()
             for number, logprob, missed in zip(numbers, logprobs, misses, strict=True):
@@ -218,13 +216,13 @@ class Writer:
         objective: Any,
         make_batch: Callable[[list[int]], dict[str, Any]],
         *,
-        gathered_once: bool,
+        gathering: GatherDecision,
         averaged: bool = True,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """This rank's row numbers of each batch, and what `objective` returns for them. All ranks must exhaust it."""
         with (
             engine.inference(averaged=averaged) as module,
-            engine.full_parameters.gathered() if gathered_once else nullcontext(),
+            engine.full_parameters.gathered() if gathering.gathered_once else nullcontext(),
         ):
             step: Any = module
             # The model is called through the root module's own forward: only there are its parameters gathered.
@@ -233,7 +231,7 @@ class Writer:
             try:
                 for done, rows in enumerate(batches, 1):
                     # If each pass is a collective, a rank without rows takes part with the first row, and keeps nothing of it.
-                    if rows or not gathered_once:
+                    if rows or gathering.in_step:
                         terms = step(to_device(make_batch(rows or [0]), self.runtime.device))
                     if rows:
                         yield rows, terms

@@ -55,7 +55,7 @@ class GroupWriter(Writer):
     ) -> list[WrittenAnswer]:
         """As `answers`, with the trained weights and the log-probabilities of the drawn tokens.
 
-        Where the model must be called by transformers' `generate`, or weights are gathered block by block, `answers` writes them.
+        Where the model must be called by transformers' `generate`, or each pass is a collective, `answers` writes them.
         All ranks must call. Errors: those of `answers`.
         """
         model = model_of(engine)
@@ -74,7 +74,7 @@ class GroupWriter(Writer):
             gathering = decide_gathering(
                 engine, self.runtime, cache_bytes(model.config, rows, max(lengths, default=0), itemsize)
             )
-        if gathering is None or not gathering.gathered_once:
+        if gathering is None or gathering.in_step:
             return self.answers(engine, prompts, settings, seeds=seeds, averaged=False, keep_logprobs=True)
 
         check_rows("prompt", prompts, position_limit(model.config))
@@ -102,7 +102,7 @@ class GroupWriter(Writer):
 
         own_answers: dict[int, WrittenAnswer] = {}
         for part_numbers, terms in self.run_batches(
-            engine, batches, objective, make_batch, gathered_once=True, averaged=False
+            engine, batches, objective, make_batch, gathering=gathering, averaged=False
         ):
             ids_of_rows = terms["answers"].tolist()
             logprobs = terms["logprobs"].cpu().numpy()

@@ -150,6 +150,13 @@ def text_settings(model_config: Any) -> Any:
     return model_config if hasattr(model_config, "vocab_size") else model_config.get_text_config()
 
 
+def experts_per_token(settings: Any) -> int:
+    """How many experts each token takes."""
+    text = text_settings(settings)
+    names = ("num_experts_per_tok", "numexperts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
+    return next((getattr(text, name) for name in names if isinstance(getattr(text, name, None), int)), 2)
+
+
 def width_and_blocks(plain: Any) -> tuple[int, int]:
     """How wide a model's hidden states are, and how many blocks it has.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.compat import grouped_experts, register_experts
+from trainer.model.expert_exchange import exchanged_experts
 from trainer.model.routing import note_chosen_experts
 from trainer.tuning.low_rank import LowRank, frozen_experts
 
@@ -51,6 +52,9 @@ def experts_forward(
     if not hidden.is_meta and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         module, hidden = _CastExperts(module, dtype), hidden.to(dtype)
+    share = getattr(module, "expert_share", None)
+    if share is not None:
+        return exchanged_experts(module, share, hidden, expert_indices, weights, low_rank)
     if low_rank is not None or hasattr(module, "packed_experts"):
         return frozen_experts(module, hidden, expert_indices, weights, low_rank)
     return grouped_experts(module, hidden, expert_indices, weights)

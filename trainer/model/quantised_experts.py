@@ -32,8 +32,10 @@ class PackedExperts:
     """By the parameter's name in the module."""
 
     def unpack(self, name: str, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight `[experts, ., .]` that the bytes of `name` stand for."""
-        return unpack_stack(self.scheme, packed, self.shapes[name], dtype)
+        """The weight `[experts, ., .]` that the bytes of `name` stand for: of as many experts as they hold."""
+        matrix = self.shapes[name][1:]
+        experts = packed.numel() // self.scheme.num_bytes(matrix)
+        return unpack_stack(self.scheme, packed, (experts, *matrix), dtype)
 
 
 def num_bytes(scheme: Scheme, shape: Shape) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from strategies.base import Engine
+from strategies.dealt_experts import share_of
 from strategies.errors import ReplicasDiffer
 from strategies.parameters import named_parameters
 from strategies.runtime import Runtime, gather_objects
@@ -137,8 +138,12 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]
         for position, placement in zip(coordinate, tensor.placements, strict=True):
             if not isinstance(placement, Replicate):
                 shard.append(position)
-        if len(shard) < len(tensor.placements):  # else no other rank has this shard
-            yield name, tensor.to_local(), tuple(shard)
+        if len(shard) == len(tensor.placements):  # no other rank has this shard
+            continue
+        share = share_of(engine.step_module, name)
+        if share is not None:  # dealt experts: each place of a group has others
+            shard.append(share.place)
+        yield name, tensor.to_local(), tuple(shard)
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Any
 
 from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
+from strategies.dealt_experts import share_of
 from strategies.mesh import replica_count
-from strategies.parameters import named_parameters
+from strategies.parameters import TEACHER, named_parameters
 from strategies.runtime import Runtime
 from trainer.build.sequence import heads_of
-from trainer.model.architecture import width_and_blocks
+from trainer.model.architecture import experts_per_token, text_settings, width_and_blocks
 from trainer.step import Built
 
 
@@ -26,7 +27,7 @@ def expected_bytes(
     micro_batches: int,
     tokens_of_row: float,
 ) -> dict[str, float] | None:
-    """Bytes by collective: of the whole that is gathered or reduced, and of what ranks that share rows exchange.
+    """Bytes by collective: of the whole that is gathered or reduced, and of what ranks that share rows or experts exchange.
 
     `tokens_of_row`: tokens of a reader's micro-batch, on average. None if the bytes are not known. They are not for bases that
     are stored packed, and for ZeRO-3: how often that gathers follows from what it has seen on the way.
@@ -36,10 +37,13 @@ def expected_bytes(
     if runtime.world_size == 1:
         return {}
     bytes_by_collective = _parameter_bytes(built, strategy, precision, runtime, micro_batches)
+    token_bytes = 0.0
     if runtime.sequence_size > 1:
-        row_bytes = _row_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
-        if row_bytes:
-            bytes_by_collective[ALL_TO_ALL] = row_bytes * micro_batches
+        token_bytes += _row_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
+    if built.step_module.plan.expert_ranks > 1:
+        token_bytes += _expert_bytes(built, strategy, precision, tokens_of_row / runtime.sequence_size)
+    if token_bytes:
+        bytes_by_collective[ALL_TO_ALL] = token_bytes * micro_batches
     return bytes_by_collective
 
 
@@ -70,12 +74,15 @@ def _fsdp2_bytes(
 ) -> dict[str, float]:
     """`expected_bytes` under FSDP2 and HSDP."""
     module = built.step_module
+    copies = replica_count(strategy, runtime.world_size, runtime.hosts)
+    shards = runtime.world_size // copies
+    elements = _exchanged_elements(module, shards)
     parameters = {id(parameter): parameter for _, parameter in named_parameters(module)}
-    trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)
-    gathered_elements = sum(p.numel() for p in parameters.values())
+    trained_elements = sum(elements[key] for key, parameter in parameters.items() if parameter.requires_grad)
+    gathered_elements = sum(elements.values())
     if strategy.reshard_after_forward:  # blocks are gathered again in the backward pass
         for unit in module.shard_units():
-            gathered_elements += sum(p.numel() for p in unit.parameters() if id(p) in parameters)
+            gathered_elements += sum(elements.get(id(p), 0) for p in unit.parameters())
     defers = module.plan.defer_sync
     if defers is None:
         defers = strategy.defer_sync is not False
@@ -84,10 +91,36 @@ def _fsdp2_bytes(
         ALL_GATHER: gathered_itemsize * gathered_elements * micro_batches,
         REDUCE_SCATTER: 4 * trained_elements * reductions,
     }
-    copies = replica_count(strategy, runtime.world_size, runtime.hosts)
     if copies > 1:
-        bytes_by_collective[ALL_REDUCE] = 4 * trained_elements * copies / runtime.world_size
+        # Replicas add up the shards of a rank, whoever its experts are gathered by.
+        all_elements = _whole_elements(module)
+        trained = sum(all_elements[key] for key, parameter in parameters.items() if parameter.requires_grad)
+        bytes_by_collective[ALL_REDUCE] = 4 * trained / shards
     return bytes_by_collective
+
+
+def _exchanged_elements(module: Any, shards: int) -> dict[int, int]:
+    """Elements of each parameter that a rank gathers at a time, by the parameter's id; `shards`: ranks of a replica.
+
+    Of dealt experts (`parallel.experts`) these are the ones of its place, and none if no other rank holds them.
+    """
+    elements = _whole_elements(module)
+    expert_ranks = module.plan.expert_ranks
+    for name in module.plan.dealt_experts:
+        for parameter in module.get_submodule(name).parameters(recurse=False):
+            if id(parameter) in elements:  # a teacher's are not counted
+                own_elements = elements[id(parameter)] // expert_ranks
+                elements[id(parameter)] = own_elements if shards > expert_ranks else 0
+    return elements
+
+
+def _whole_elements(module: Any) -> dict[int, int]:
+    """Elements of each parameter by its id, before and after it is sharded. Dealt experts count on all ranks of a group."""
+    elements = {}
+    for name, parameter in named_parameters(module):
+        share = share_of(module, name)
+        elements[id(parameter)] = parameter.numel() if share is None else share.whole_shape(parameter.shape).numel()
+    return elements
 
 
 def _row_bytes(built: Built, strategy: StrategyConfig, precision: Precision, degree: int, tokens: float) -> float:
@@ -97,20 +130,48 @@ def _row_bytes(built: Built, strategy: StrategyConfig, precision: Precision, deg
     """
     step = built.step_module
     _, blocks = width_and_blocks(built.plain)
-    modes = step.plan.recomputation or [strategy.activation_checkpointing] * blocks
-    recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
-    # A block exchanges in its forward and backward pass, and once more if it is computed again. What only reads, the pass of a
-    # reference or one that looks ahead, is a forward pass.
-    block_passes = 2 * blocks + recomputed_blocks
-    forward_passes = 1 if step.objective.uses_reference and built.tuning.keeps_base else 0
-    if step.objective.look_ahead_terms:
-        forward_passes += 1 + forward_passes
-    block_passes += forward_passes * blocks
+    # Gradients go back the way of the forward pass.
+    block_passes = (_forward_passes(built, strategy) + 1) * blocks
     elements = _elements_of_layer(built.config, degree, tokens) * block_passes
     if step.teacher is not None:
         _, teacher_blocks = width_and_blocks(step.teacher)
         elements += _elements_of_layer(step.teacher.config, degree, tokens) * teacher_blocks
     return elements * (4 if precision is Precision.fp32 else 2)
+
+
+def _expert_bytes(built: Built, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
+    """Bytes that a rank exchanges in a micro-batch of `tokens` tokens with the ranks of its experts, if all get as many rows.
+
+    Each choice of an expert is a row, which goes there and back, and so do the gradients. Before, the ranks of a group tell each
+    other a number for each expert.
+    """
+    step = built.step_module
+    text = text_settings(built.config)
+    rows = tokens * experts_per_token(built.config)
+    itemsize = 4 if precision is Precision.fp32 else 2
+    forward_passes = _forward_passes(built, strategy)
+    size = 0.0
+    for name in step.plan.dealt_experts:
+        if name.startswith(TEACHER):  # whose sizes are its own: not counted
+            continue
+        row_bytes = 2 * rows * text.hidden_size * itemsize
+        experts: Any = step.get_submodule(name)
+        count_bytes = 8 * experts.num_experts
+        size += row_bytes * (forward_passes + 1) + count_bytes * forward_passes
+    return size
+
+
+def _forward_passes(built: Built, strategy: StrategyConfig) -> float:
+    """How often blocks run forward in a micro-batch, recomputed ones included; on average over the blocks."""
+    step = built.step_module
+    _, blocks = width_and_blocks(built.plain)
+    modes = step.plan.recomputation or [strategy.activation_checkpointing] * blocks
+    recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
+    # What only reads, the pass of a reference or one that looks ahead, is a forward pass.
+    reading_passes = 1 if step.objective.uses_reference and built.tuning.keeps_base else 0
+    if step.objective.look_ahead_terms:
+        reading_passes += 1 + reading_passes
+    return 1 + reading_passes + recomputed_blocks / blocks
 
 
 def _elements_of_layer(model_config: Any, degree: int, tokens: float) -> float:

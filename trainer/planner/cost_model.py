@@ -38,21 +38,23 @@ Exchange = tuple[str, int, int, str, str]
 
 
 ALL_TO_ALL = "alltoall"
-"""How the names of collectives begin by which ranks that share a row exchange slices for heads."""
+"""How the names of collectives begin by which ranks exchange slices of rows for heads, or send tokens to their experts."""
 
 
 @dataclass(frozen=True, slots=True)
-class RowExchange:
-    """What one rank sends to those that share its rows, and gets from them, in one micro-batch (`parallel.sequence`).
+class TokenExchange:
+    """What one rank sends to the others of its group, and gets from them, for the tokens of one micro-batch.
 
-    Unlike the exchange of weights and gradients it grows with the tokens, and attention waits for it.
+    The ranks share rows (`parallel.sequence`) or the experts of a layer (`parallel.experts`). Unlike the exchange of weights
+    and gradients it grows with the tokens, and attention or the experts wait for it.
     """
 
-    ranks: int = 1
-    hosts: int = 1
-    calls: int = 0
-    size: tuple[int, int] = (0, 0)
-    """Bytes of all calls at either size of micro-batch, with the part that a rank keeps."""
+    ranks: int
+    hosts: int
+    calls: int
+    size: tuple[int, int]
+    """Bytes of all calls at either size of micro-batch, with the part that a rank keeps. Of each call the larger of what is
+    sent and what arrives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,9 @@ class CostModel:
     host_copy_bytes: tuple[float, float]
     """Bytes between host and device in one micro-batch of either size."""
     exchanged: dict[Exchange, tuple[int, int]]
-    """(calls, bytes of all calls) in a step, without `row_exchange`."""
-    row_exchange: RowExchange
+    """(calls, bytes of all calls) in a step, without `token_exchanges`."""
+    token_exchanges: tuple[TokenExchange, ...]
+    """One for each size of group."""
     host_bytes: int
     """Bytes that the engine keeps on the host."""
     host_inputs: tuple[OnHost, OnHost]
@@ -111,6 +114,8 @@ class CostModel:
     """Of the whole model."""
     trained: int = 0
     """Parameters that train."""
+    trained_dealt: int = 0
+    """Those of experts that are dealt over ranks among them."""
     vocabulary: int = 0
     """Rows of the model's vocabulary."""
     layout: str = ""
@@ -168,9 +173,9 @@ class CostModel:
             flops = linear * units + square * squares
         return flops, self._at_units(*self.moved_bytes, units), self._at_units(*self.host_copy_bytes, units)
 
-    def row_exchange_bytes(self, units: float) -> float:
-        """Bytes of `row_exchange` in micro-batches of so many units."""
-        return self._at_units(*self.row_exchange.size, units)
+    def exchanged_bytes(self, exchange: TokenExchange, units: float) -> float:
+        """Bytes of one of `token_exchanges` in micro-batches of so many units."""
+        return self._at_units(*exchange.size, units)
 
     def pinned_bytes(self, units: float) -> int:
         """Bytes of pinned host memory for the inputs of blocks, in micro-batches of so many units."""
@@ -332,7 +337,7 @@ def fit_cost_model(
             _exchanged(deep[1], accumulation, local_world_size),
             extrapolate,
         ),
-        row_exchange=_row_exchange_at_depth(shallow, deep, extrapolate, accumulation, local_world_size),
+        token_exchanges=_token_exchanges_at_depth(shallow, deep, extrapolate, accumulation, local_world_size),
         host_bytes=extrapolate(shallow[1].host, deep[1].host),
         host_inputs=(
             host_inputs_at_depth(shallow[0], deep[0], extrapolate),
@@ -390,13 +395,15 @@ def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) ->
     return {key: (calls[key], size_bytes[key]) for key in calls}
 
 
-def _row_exchange(step: SimulatedStep, accumulation: int, local_world_size: int) -> tuple[int, int, int, int]:
-    """(ranks, hosts, calls, bytes) of what ranks that share a row exchange in one micro-batch."""
-    exchanges = [collective for collective in step.collectives if collective.name.startswith(ALL_TO_ALL)]
-    degree = max((len(collective.ranks) for collective in exchanges), default=1)
-    size = sum(collective.bytes for collective in exchanges)
-    hosts = most_hosts_of_a_group(degree, local_world_size)
-    return degree, hosts, len(exchanges) // accumulation, size // accumulation
+def _token_exchanges(step: SimulatedStep, accumulation: int) -> dict[int, tuple[int, int]]:
+    """(calls, bytes) of what ranks exchange for the tokens of one micro-batch, by the ranks of a group."""
+    calls: Counter[int] = Counter()
+    size_bytes: Counter[int] = Counter()
+    for collective in step.collectives:
+        if collective.name.startswith(ALL_TO_ALL):
+            calls[len(collective.ranks)] += 1
+            size_bytes[len(collective.ranks)] += collective.bytes
+    return {ranks: (calls[ranks] // accumulation, size_bytes[ranks] // accumulation) for ranks in calls}
 
 
 def most_hosts_of_a_group(degree: int, local_world_size: int) -> int:
@@ -409,17 +416,21 @@ def most_hosts_of_a_group(degree: int, local_world_size: int) -> int:
     return (last_begin + degree - 1) // local_world_size + 1
 
 
-def _row_exchange_at_depth(
+def _token_exchanges_at_depth(
     shallow: list[SimulatedStep],
     deep: list[SimulatedStep],
     extrapolate: Callable[[int, int], int],
     accumulation: int,
     local_world_size: int,
-) -> RowExchange:
-    """The row exchange of the whole model, from two sizes at two depths."""
-    sizes = []
+) -> tuple[TokenExchange, ...]:
+    """The exchanges of the whole model, from two sizes at two depths."""
+    at_sizes = []
     for shallow_step, deep_step in zip(shallow, deep, strict=True):
-        *_, shallow_calls, shallow_bytes = _row_exchange(shallow_step, accumulation, local_world_size)
-        ranks, hosts, deep_calls, deep_bytes = _row_exchange(deep_step, accumulation, local_world_size)
-        sizes.append(extrapolate(shallow_bytes, deep_bytes))
-    return RowExchange(ranks, hosts, extrapolate(shallow_calls, deep_calls), (sizes[0], sizes[1]))
+        shallow_exchanges = _token_exchanges(shallow_step, accumulation)
+        at_sizes.append(extrapolate_pairs(shallow_exchanges, _token_exchanges(deep_step, accumulation), extrapolate))
+    small, large = at_sizes
+    exchanges = []
+    for ranks, (calls, large_bytes) in large.items():
+        hosts = most_hosts_of_a_group(ranks, local_world_size)
+        exchanges.append(TokenExchange(ranks, hosts, calls, (small[ranks][1], large_bytes)))
+    return tuple(exchanges)

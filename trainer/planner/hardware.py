@@ -149,10 +149,10 @@ def room_for_tensors(cost_model: CostModel, card: Card) -> float:
 
 def group_count(cost_model: CostModel | ExtrapolatedStep) -> int:
     """How many groups of ranks exchange something in a step."""
-    # A group that shares rows is one of its own, also if it has as many ranks as another.
+    # A group that shares rows or experts is one of its own, also if it has as many ranks as another.
     groups = {(key[1], key[0].startswith(ALL_TO_ALL)) for key in cost_model.exchanged if key[1] > 1}
-    shares_rows = isinstance(cost_model, CostModel) and cost_model.row_exchange.ranks > 1
-    return len(groups) + shares_rows
+    sharing = len(cost_model.token_exchanges) if isinstance(cost_model, CostModel) else 0
+    return len(groups) + sharing
 
 
 def host_gib(cost_model: CostModel, ranks: int, units: float) -> float:

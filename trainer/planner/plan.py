@@ -20,18 +20,20 @@ from strategies.base import (
     ZeroConfig,
 )
 from strategies.errors import ConfigError
+from strategies.expert_counts import ASSUMED_IMBALANCE
 from strategies.mesh import replica_count
 from strategies.registry import every_strategy
 from strategies.tensor_inventory import MemoryKind
 from trainer.build.rounds import documents_per_step
 from trainer.build.sequence import sequence_problems
-from trainer.config.parallel import ParallelConfig, readers_of
+from trainer.config.parallel import readers_of
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
 from trainer.model.config import ModelKind as ModelKind
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import family_of
 from trainer.planner.cost_model import CostModel, MemoryPeak
+from trainer.planner.dealt_experts import with_dealt_experts
 from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_inputs, room_for_tensors
 from trainer.planner.lengths import LARGEST_MICRO, DocumentLengths, divisors
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
@@ -58,6 +60,9 @@ class PlanConfig:
     """Further ways to store a frozen base, as in [none,nf4]; empty takes model.quantisation."""
     theirs: list[PeerSetting] = field(default_factory=list)
     """What another trainer holds in its step, as in [stock_loss,pure_bf16], told beside what this one does."""
+    expert_imbalance: float | None = None
+    """With parallel.experts: rows that arrive at the busiest rank over the mean of its group; null takes what the run of from=
+    measured, else 2."""
     workers: int = 0
     """Processes that simulate; 0 takes one for each core that this job may use."""
 
@@ -100,6 +105,8 @@ class Choice:
     """For the budget."""
     price: float | None
     """US dollars for the budget, all cards."""
+    defers: bool | None = None
+    """Whether gradients wait unreduced for the last micro-batch; None if the plan did not choose it."""
     round: RoundTime | None = None
     """Seconds of a round, if the model writes what it learns from."""
     peer_memory: PeerMemory | None = None
@@ -128,6 +135,8 @@ class PlannedRun:
     lengths: DocumentLengths
     node_gib: float | None = None
     """Memory of a node in GiB; None if it is not known."""
+    expert_imbalance: float = ASSUMED_IMBALANCE
+    """With `parallel.experts`: rows that arrive at the busiest rank over the mean of its group."""
     round: RoundLoad | None = None
     """What a round asks for, if the model writes what it learns from."""
 
@@ -135,6 +144,12 @@ class PlannedRun:
     def ranks(self) -> int:
         """All ranks."""
         return self.nodes * self.ranks_per_node
+
+
+def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: float | None) -> PlannedRun:
+    """`job` with the imbalance that was typed, else with what a run has `measured`, else with the assumed one."""
+    imbalance = measured if settings.expert_imbalance is None else settings.expert_imbalance
+    return job if imbalance is None else replace(job, expert_imbalance=imbalance)
 
 
 def run_variants(
@@ -145,6 +160,8 @@ def run_variants(
     Raises ConfigError with all that a run of these words would be refused for in every variant, or if no variant is left.
     """
     variants = list(_every_variant(config, settings, typed))
+    if "parallel.experts" not in typed and world is not None:
+        variants += _with_dealt_experts(variants, world)
     problems_by_variant = [_problems(variant.config, world) for variant in variants]
     common_problems = _peer_problems(config, settings.theirs)
     for problem in problems_by_variant[0]:
@@ -162,6 +179,19 @@ def run_variants(
     if not possible:
         raise ConfigError([f"{' '.join(variant.words)}: {problem}" for variant, problem in refused])
     return possible, refused
+
+
+def _with_dealt_experts(variants: list[RunVariant], world: int) -> list[RunVariant]:
+    """The variants once more for each number of ranks over which their experts can be dealt."""
+    dealt = []
+    configs = with_dealt_experts([variant.config for variant in variants], world)
+    for variant, configs_of_variant in zip(variants, configs, strict=True):
+        for config in configs_of_variant:
+            # Those that cannot run are no news: nobody asked for them.
+            if not _problems(config, world):
+                words = (*variant.words, f"parallel.experts={config.parallel.experts}")
+                dealt.append(replace(variant, config=config, words=words))
+    return dealt
 
 
 FURTHER_DEGREES = (2, 4, 8)
@@ -194,7 +224,7 @@ def further_variants(
     for degree in FURTHER_DEGREES:
         if world % degree:
             continue
-        shared = replace(config, strategy=strategy, parallel=ParallelConfig(sequence=degree))
+        shared = replace(config, strategy=strategy, parallel=replace(config.parallel, sequence=degree))
         of_model = sequence_problems(shared)
         for variant in _every_variant(shared, settings, typed | {"strategy.activation_checkpointing"}):
             variant = replace(variant, words=(*variant.words, f"parallel.sequence={degree}", *words))
@@ -279,7 +309,7 @@ def rank_choices(
     """
     choices = []
     for micro in micros:
-        choice = _choice(variant, cost_model, job, micro)
+        choice = choice_of(variant, cost_model, job, micro)
         if peer_settings:
             choice = replace(choice, peer_memory=peer_memory_of(choice, cost_model, job, peer_settings))
         choices.append(choice)
@@ -288,7 +318,7 @@ def rank_choices(
     return [*fitting, *too_large]
 
 
-def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> Choice:
+def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> Choice:
     """The memory, time and price of a step of `micro` documents per forward pass."""
     card = job.card
     strategy = variant.config.strategy
@@ -296,10 +326,12 @@ def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: 
     units = float(micro) if cost_model.rows else job.lengths.tokens_of_longest(micro)
     words = [*variant.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     peak = cost_model.peak_at(units)
+    defers = None
     if accumulation > 1 and isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
         # The run would decide by an estimate; the plan knows, and says it.
         shards = job.ranks // replica_count(strategy, job.ranks, job.nodes)
-        deferred_model = with_deferred_reduction(cost_model, deferred_gradient_bytes(cost_model, shards))
+        waiting = deferred_gradient_bytes(cost_model, shards, variant.config.parallel.experts)
+        deferred_model = with_deferred_reduction(cost_model, waiting)
         deferred_peak = deferred_model.peak_at(units)
         defers = memory_fit(deferred_model, deferred_peak, card).margin >= 0
         if defers:
@@ -331,6 +363,7 @@ def _choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: 
         hours=hours,
         price=price,
         round=of_round,
+        defers=defers,
     )
 
 
@@ -390,12 +423,14 @@ def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> l
     return problems
 
 
-def deferred_gradient_bytes(cost_model: CostModel, shards: int) -> int:
+def deferred_gradient_bytes(cost_model: CostModel, shards: int, expert_ranks: int = 1) -> int:
     """Bytes more that gradients take if they wait unreduced for the last micro-batch.
 
-    They are in fp32, and 1 of `shards` is there anyway.
+    They are in fp32, and 1 of `shards` is there anyway. Of experts dealt over `expert_ranks` ranks, a rank has its own alone.
     """
-    return round(4 * cost_model.trained * (1 - 1 / shards))
+    waiting = (cost_model.trained - cost_model.trained_dealt) * (1 - 1 / shards)
+    waiting += cost_model.trained_dealt * (1 / expert_ranks - 1 / shards)
+    return round(4 * waiting)
 
 
 def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:

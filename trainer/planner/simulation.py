@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from strategies.base import Precision, ZeroConfig
+from strategies.expert_counts import ASSUMED_IMBALANCE
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED, Runtime
 from strategies.sequence import with_sequence
 from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
+from trainer.build.experts import plan_experts
 from trainer.build.parts import build_step, right_alone, tile
 from trainer.build.recomputation import micro_batch_of
 from trainer.build.references import attach_frozen
@@ -60,14 +62,17 @@ def simulate_run(
     local_world_size: int = 8,
     device: torch.device = SIMULATED,
     stands_for: tuple[int, int | None] = (0, None),
+    expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> SimulatedStep:
     """One step of rank `rank` as on a GPU (or on `device` "cpu"). Each micro-batch has sequences of `lengths` tokens.
 
     `model.path` needs a config.json alone. `stands_for`: (blocks of the deeper model that this one stands for, after how
-    many their kinds repeat). Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is
-    part of a job.
+    many their kinds repeat). `expert_imbalance`: rows that arrive for the rank's experts over the mean of its group, if they
+    are dealt. Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
     """
-    with simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as all_ranks:
+    with simulated_rank(
+        rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
+    ) as all_ranks:
         runtime = with_sequence(all_ranks, config.parallel.sequence)
         parts = step_parts(config, lengths, runtime)
         return simulate(_with_full_size(parts, *stands_for), runtime)
@@ -82,10 +87,11 @@ def simulate_depth(
     local_world_size: int = 8,
     exact: bool = False,
     device: torch.device = SIMULATED,
+    expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> ExtrapolatedStep:
     """`simulate_run` of the whole model, from two models of few blocks; with `exact`, from the model itself.
 
-    `rank`: None for the busiest of those that share a row (`busiest_rank`).
+    `rank`: None for the busiest of those that share a row (`busiest_rank`). `expert_imbalance`: as for `simulate_run`.
 
     Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
     """
@@ -103,6 +109,7 @@ def simulate_depth(
                 local_world_size=local_world_size,
                 device=device,
                 stands_for=(blocks, pattern.period),
+                expert_imbalance=expert_imbalance,
             )
 
     exact = exact or pattern.period is None
@@ -125,10 +132,12 @@ def simulate_form(
     local_world_size: int = 8,
     exact: bool = False,
     device: torch.device = SIMULATED,
+    expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> CostModel:
     """A rank's step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
 
-    `accumulation` micro-batches are simulated, as the rank that holds most. Errors: as `simulate_run`.
+    `accumulation` micro-batches are simulated, as the rank that holds most. `expert_imbalance` and errors: as for
+    `simulate_run`.
     """
     pattern = block_pattern(config.model)
     blocks = pattern.number
@@ -139,14 +148,16 @@ def simulate_form(
     end_blocks = end_blocks_of(config) if period else END_BLOCKS
     sequences = data_spec_of(config.objective).sequences_per_document
     details: dict[str, Any] = {}  # of the model as it was built, at whatever depth
-    parameters_by_depth: dict[int, tuple[int, int]] = {}
+    parameters_by_depth: dict[int, ParameterCounts] = {}
 
     def simulate_model_of(
         depth: int, expected: dict[StepPhase, int] | None
     ) -> tuple[list[SimulatedStep], list[MicroBatchSize], bool]:
         """(steps of two sizes of micro-batch in the model with `depth` blocks, the sizes, whether they are in rows)."""
         with (
-            simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as all_ranks,
+            simulated_rank(
+                rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
+            ) as all_ranks,
             _truncated_run(config, depth, blocks) as truncated,
         ):
             runtime = with_sequence(all_ranks, config.parallel.sequence)
@@ -183,11 +194,12 @@ def simulate_form(
         accumulation=accumulation,
         local_world_size=local_world_size,
     )
-    parameters, trained = _extrapolated_counts(parameters_by_depth, blocks)
+    counts = _extrapolated_counts(parameters_by_depth, blocks)
     return replace(
         cost_model,
-        parameters=parameters,
-        trained=trained,
+        parameters=counts.total,
+        trained=counts.trained,
+        trained_dealt=counts.trained_dealt,
         vocabulary=vocabulary_of(config.model),
         **details,
     )
@@ -199,13 +211,32 @@ def _notes_of(built: Built) -> tuple[str, ...]:
     return tuple(f"{key}: {note}" for key, note in notes if key != "model.attention")
 
 
-def _extrapolated_counts(parameters_by_depth: dict[int, tuple[int, int]], blocks: int) -> tuple[int, int]:
-    """(all, trained) parameters of the whole model, from those of one or two shallow ones."""
-    shallow_depth, (shallow_parameters, shallow_trained) = min(parameters_by_depth.items())
-    deep_depth, (deep_parameters, deep_trained) = max(parameters_by_depth.items())
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """How many parameters a model has, all ranks together."""
+
+    total: int
+    trained: int
+    trained_dealt: int
+    """Those of dealt experts (`parallel.experts`) among the trained ones."""
+
+
+def _extrapolated_counts(counts_by_depth: dict[int, ParameterCounts], blocks: int) -> ParameterCounts:
+    """The parameters of the whole model, from those of one or two shallow ones."""
+    shallow_depth = min(counts_by_depth)
+    deep_depth = max(counts_by_depth)
+    shallow = counts_by_depth[shallow_depth]
+    deep = counts_by_depth[deep_depth]
     further_periods = (blocks - deep_depth) / max(1, deep_depth - shallow_depth)
-    parameters = round(deep_parameters + (deep_parameters - shallow_parameters) * further_periods)
-    return parameters, round(deep_trained + (deep_trained - shallow_trained) * further_periods)
+
+    def at_full_depth(shallow_number: int, deep_number: int) -> int:
+        return round(deep_number + (deep_number - shallow_number) * further_periods)
+
+    return ParameterCounts(
+        at_full_depth(shallow.total, deep.total),
+        at_full_depth(shallow.trained, deep.trained),
+        at_full_depth(shallow.trained_dealt, deep.trained_dealt),
+    )
 
 
 def end_blocks_of(config: RunConfig) -> int:
@@ -273,10 +304,15 @@ def _trained_elements(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def _parameter_counts(built: Built) -> tuple[int, int]:
-    """(all, trained)."""
-    trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
-    return sum(element_counts(built.step_module).values()), trained
+def _parameter_counts(built: Built) -> ParameterCounts:
+    """The parameters of a model that is not sharded yet: each has its whole shape."""
+    module = built.step_module
+    trained = sum(p.numel() for _, p in named_parameters(module) if p.requires_grad)
+    trained_dealt = 0
+    for name in module.plan.dealt_experts:
+        own = module.get_submodule(name).parameters(recurse=False)
+        trained_dealt += sum(parameter.numel() for parameter in own if parameter.requires_grad)
+    return ParameterCounts(sum(element_counts(module).values()), trained, trained_dealt)
 
 
 def vocabulary_of(config: ModelConfig) -> int:
@@ -316,6 +352,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
     attach_frozen(built, config.model, config.objective, config.tuning, source, tokenizer)  # type: ignore[arg-type]
     attach_reward_models(built.step_module, config.objective, source, half_on_gpu=half_on_gpu)
     tile(built, config)
+    plan_experts(built, config, runtime)
     names = [name for name, _ in named_parameters(built.step_module)]
     parts = StepParts(
         built=built,

@@ -75,8 +75,9 @@ def step_time(
     # Nothing hides what comes before the first product of a micro-batch, or after the last.
     unhidden_s = overlappable_s / max(1, cost_model.blocks * load.micro_batches)
     exposed_s = max(overlappable_s - compute_s, 0.0) + min(unhidden_s, compute_s) + update_exchange_s
-    # Attention waits for the heads of the other slices, and what follows waits for its own tokens.
-    waited_s = load.micro_batches * row_exchange_s(cost_model, load.units, card)
+    # Attention waits for the heads of the other slices, experts for the tokens of other ranks, and what follows waits for
+    # its own tokens.
+    waited_s = load.micro_batches * token_exchange_s(cost_model, load.units, card)
     update_s = cost_model.update_bytes / memory_bytes_per_s
     update_s += load.micro_batches * crossed / host_bytes_per_s
     if cost_model.host_bytes > 2**20:
@@ -111,18 +112,18 @@ def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[f
     return overlappable_s, update_exchange_s
 
 
-def row_exchange_s(cost_model: CostModel, units: float, card: Card) -> float:
-    """Seconds in which ranks that share a row exchange slices for heads, in a micro-batch of `units`."""
-    exchange = cost_model.row_exchange
-    if exchange.ranks == 1:
-        return 0.0
-    latency_s = exchange.calls * COLLECTIVE_LATENCY_S * (1 + math.log2(exchange.hosts))
-    size = cost_model.row_exchange_bytes(units)
-    ranks_a_host = exchange.ranks / exchange.hosts
-    within_host = size * (ranks_a_host - 1) / exchange.ranks / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
-    # All cards of a host send at a time through its links to the others.
-    between_hosts = size * (1 - 1 / exchange.hosts) * card.gpus_per_node / (card.node_gb_s * 1e9 * LINK_EFFICIENCY)
-    return latency_s + max(within_host, between_hosts)
+def token_exchange_s(cost_model: CostModel, units: float, card: Card) -> float:
+    """Seconds in which ranks that share rows or experts exchange tokens, in a micro-batch of `units`."""
+    seconds = 0.0
+    for exchange in cost_model.token_exchanges:
+        latency_s = exchange.calls * COLLECTIVE_LATENCY_S * (1 + math.log2(exchange.hosts))
+        size = cost_model.exchanged_bytes(exchange, units)
+        ranks_a_host = exchange.ranks / exchange.hosts
+        within_host = size * (ranks_a_host - 1) / exchange.ranks / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
+        # All cards of a host send at a time through its links to the others.
+        between_hosts = size * (1 - 1 / exchange.hosts) * card.gpus_per_node / (card.node_gb_s * 1e9 * LINK_EFFICIENCY)
+        seconds += latency_s + max(within_host, between_hosts)
+    return seconds
 
 
 def ring_bytes_per_s(card: Card, ranks: int, hosts: int) -> float:

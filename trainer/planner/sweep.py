@@ -17,7 +17,8 @@ from trainer.config.parallel import readers_of
 from trainer.config.run import RunConfig
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import simulable, why_not_simulated
-from trainer.planner.plan import Choice, PlanConfig, PlannedRun, RunVariant, micro_batches, rank_choices
+from trainer.planner.hardware import MemoryFit
+from trainer.planner.plan import Choice, PlanConfig, PlannedRun, RunVariant, choice_of, micro_batches, rank_choices
 
 ProgressCallback = Callable[[int, int, str], None]
 """Called with (variants done, all variants, the words of the one that is done)."""
@@ -37,6 +38,9 @@ class PlanAnswer:
     """Ways that were ruled out or could not be simulated, and why."""
     cost_model: CostModel
     """That of the first in order, for what is known of the model."""
+    worst_imbalance: MemoryFit | None = None
+    """The memory of the best way, or of the smallest one if none fits, where all rows of a layer go to the experts of one rank;
+    None if it deals no experts."""
 
     @property
     def best(self) -> Choice | None:
@@ -107,6 +111,25 @@ def with_further(
         all_choices=sorted([*answer.all_choices, *further.all_choices], key=_rank_key),
         refused=[*answer.refused, *further.refused],
     )
+
+
+def with_worst_imbalance(answer: PlanAnswer, settings: PlanConfig) -> PlanAnswer:
+    """`answer` with the memory of its first way if all rows went to one rank, for which it is simulated once more."""
+    choice = answer.best_choices[0]
+    expert_ranks = choice.variant.config.parallel.experts
+    if expert_ranks == 1:
+        return answer
+    job = replace(answer.job, expert_imbalance=float(expert_ranks))
+    accumulation = min(2, choice.accumulation)
+    variant = choice.variant
+    if choice.defers is not None:
+        strategy = replace(variant.config.strategy, defer_sync=choice.defers)  # type: ignore[call-arg]
+        variant = replace(variant, config=replace(variant.config, strategy=strategy))
+    (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
+    if isinstance(cost_model, str):
+        return answer
+    worst = choice_of(variant, cost_model, job, choice.micro)
+    return replace(answer, worst_imbalance=worst.fit)
 
 
 def _rank_key(choice: Choice) -> tuple[bool, float]:
@@ -195,6 +218,7 @@ def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun
             world_size=job.ranks,
             local_world_size=job.ranks_per_node,
             exact=exact,
+            expert_imbalance=job.expert_imbalance,
         )
     except ConfigError as error:
         return error.problems[0]

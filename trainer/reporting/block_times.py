@@ -21,8 +21,9 @@ def timed_modules(blocks: list[nn.Module], *, exchanges_inside: bool) -> list[nn
     """The modules whose forward pass is a rank's own computation, without waiting for other ranks.
 
     These are the transformer blocks, or their modules with weights if blocks wait for others inside. They do under ZeRO-3, which
-    gathers inside of them, and with `exchanges_inside`: attention that exchanges slices for heads (`parallel.sequence`). None if
-    blocks are compiled: hooks would be compiled with them.
+    gathers inside of them, with `exchanges_inside`: attention that exchanges slices for heads (`parallel.sequence`), and where
+    experts are dealt (`parallel.experts`), whose module waits itself and is left out. None if blocks are compiled: hooks would be
+    compiled with them.
     """
     if any(is_compiled(block) for block in blocks):
         return []
@@ -32,9 +33,10 @@ def timed_modules(blocks: list[nn.Module], *, exchanges_inside: bool) -> list[nn
         # DeepSpeed marks the parameters that it partitions by an id.
         is_partitioned = is_partitioned or any(hasattr(parameter, "ds_id") for parameter in block.parameters())
         modules += block.modules()
-    if not is_partitioned and not exchanges_inside:
+    own_parts = [module for module in modules if not hasattr(module, "expert_share")]
+    if not is_partitioned and not exchanges_inside and len(own_parts) == len(modules):
         return blocks
-    return [module for module in modules if next(module.parameters(recurse=False), None) is not None]
+    return [module for module in own_parts if next(module.parameters(recurse=False), None) is not None]
 
 
 @dataclass(slots=True)

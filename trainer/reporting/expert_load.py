@@ -1,31 +1,46 @@
-"""How evenly a step's tokens spread over the experts of each layer."""
+"""How evenly a step's tokens spread over the experts of each layer, and over the ranks that hold them."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 
-def load_by_layer(tokens: Tensor) -> list[dict[str, float]]:
+def load_by_layer(tokens: Tensor, expert_ranks: int = 1) -> list[dict[str, float]]:
     """How evenly the router spread tokens over the experts, for each layer of a mixture-of-experts model.
 
     `tokens`: int64 [layers, experts], how many tokens chose each expert; below 0 if a layer has no such expert.
     `max_over_mean` is the tokens of the busiest expert over the mean of all (1 if they are even), and `unused` the share of
-    experts without a token.
+    experts without a token. If experts are dealt over several `expert_ranks`, `rank_max_over_mean` is the same of the busiest
+    rank: how much more than its share arrives there.
     """
     loads = []
     for layer in tokens.double():
         expert_tokens = layer[layer >= 0]
-        mean = float(expert_tokens.mean())
-        max_over_mean = float(expert_tokens.max()) / mean if mean else 1.0
-        unused = float((expert_tokens == 0).double().mean())
-        loads.append({"max_over_mean": max_over_mean, "unused": unused})
+        load = {
+            "max_over_mean": _max_over_mean(expert_tokens),
+            "unused": float((expert_tokens == 0).double().mean()),
+        }
+        if expert_ranks > 1:
+            load["rank_max_over_mean"] = _max_over_mean(expert_tokens.view(expert_ranks, -1).sum(dim=1))
+        loads.append(load)
     return loads
 
 
-def expert_metrics(tokens: Tensor) -> dict[str, float]:
-    """`experts/max_over_mean` of the least even layer, and `experts/unused` over the experts of all layers."""
-    num_experts = int((tokens >= 0).sum())
-    return {
-        "experts/max_over_mean": max(layer["max_over_mean"] for layer in load_by_layer(tokens)),
-        "experts/unused": int((tokens == 0).sum()) / num_experts,
+def _max_over_mean(tokens: Tensor) -> float:
+    mean = float(tokens.mean())
+    return float(tokens.max()) / mean if mean else 1.0
+
+
+def expert_metrics(tokens: Tensor, expert_ranks: int = 1) -> dict[str, float]:
+    """`experts/max_over_mean` of the least even layer, and `experts/unused` over the experts of all layers.
+
+    If experts are dealt over several `expert_ranks`, also `experts/rank_max_over_mean` of the least even layer.
+    """
+    loads = load_by_layer(tokens, expert_ranks)
+    metrics = {
+        "experts/max_over_mean": max(layer["max_over_mean"] for layer in loads),
+        "experts/unused": int((tokens == 0).sum()) / int((tokens >= 0).sum()),
     }
+    if expert_ranks > 1:
+        metrics["experts/rank_max_over_mean"] = max(layer["rank_max_over_mean"] for layer in loads)
+    return metrics

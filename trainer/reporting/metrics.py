@@ -97,6 +97,8 @@ class Meter:
     """Seconds of that for the evaluation before the first step."""
     block_timer: BlockTimer | None = None
     """Times what this rank's blocks compute, in the first step of each interval."""
+    expert_ranks: int = 1
+    """Ranks over which the experts of a layer are dealt."""
     exchanged: CommunicationTotals | None = None
     """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
     by_rank: list[RankTime] = field(default_factory=list)
@@ -129,8 +131,9 @@ class Meter:
         self.parts = PartTimes(self.runtime.device)
         return timed_engine(engine, self.parts)
 
-    def watch(self, blocks: list[nn.Module]) -> None:
-        """Time what these blocks compute from now on, in a run of several ranks."""
+    def watch(self, blocks: list[nn.Module], *, expert_ranks: int = 1) -> None:
+        """Time what these blocks compute from now on, in a run of several ranks. `expert_ranks`: as the attribute."""
+        self.expert_ranks = expert_ranks
         if self.runtime.world_size > 1:
             self.block_timer = BlockTimer(self.runtime.device)
             self.block_timer.watch(blocks, exchanges_inside=self.runtime.sequence_size > 1)
@@ -213,7 +216,7 @@ class Meter:
                 row |= {"step_s": step_s, "train_s": train_s}
             row |= record.facts
             if expert_tokens is not None:
-                row |= expert_load.expert_metrics(expert_tokens[number])
+                row |= expert_load.expert_metrics(expert_tokens[number], self.expert_ranks)
             # Without timed parts there is nothing to zip: the means over ranks of what was timed.
             for part, seconds in zip(PARTS, part_seconds[number], strict=False):
                 row[part] = seconds / self.runtime.world_size

@@ -37,6 +37,10 @@ class LowRank:
     """`[E, out, r]`."""
     scaling: float
 
+    def of_experts(self, first: int, end: int) -> LowRank:
+        """The update of experts `first` to `end`, without `end`."""
+        return LowRank(self.down[first:end], self.up[first:end], self.scaling)
+
     def aligned(self, dtype: torch.dtype) -> LowRank:
         """The same update in `dtype`, with the rank rounded up (filled with zeros) to one that grouped products take."""
         rank = self.down.shape[1]

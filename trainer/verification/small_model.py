@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.model import attention, experts, flex
-from trainer.model.architecture import architecture, auto_class, describe_head, set_dropout, text_settings
+from trainer.model.architecture import (
+    architecture,
+    auto_class,
+    describe_head,
+    experts_per_token,
+    set_dropout,
+    text_settings,
+)
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.shrink import NotShrinkable, changed_sizes, kept_counts, lost_kinds, small_copies
@@ -199,15 +206,8 @@ def _draw_weights(model: Any) -> int:
     width = embeddings.weight.shape[-1]
     matrices = [matrix for matrix in matrices if matrix.shape[1] == width]
     if matrices:
-        _decide(embeddings, matrices, _experts_per_token(model.config))
+        _decide(embeddings, matrices, experts_per_token(model.config))
     return len(matrices)
-
-
-def _experts_per_token(settings: Any) -> int:
-    """How many experts each token takes."""
-    text = text_settings(settings)
-    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
-    return next((getattr(text, name) for name in names if isinstance(getattr(text, name, None), int)), 2)
 
 
 def _decide(embeddings: nn.Embedding, matrices: list[Tensor], experts_per_token: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,22 @@ def sequence_degree(config: RunConfig) -> int:
     return next((divisor for divisor in range(2, degree + 1) if degree % divisor == 0), 1)
 
 
+def expert_ranks(config: RunConfig) -> int:
+    """Ranks over which experts are dealt in the comparison: the fewest above 1 that divide the run's own number; 1 if it is 1."""
+    degree = config.parallel.experts
+    return next((divisor for divisor in range(2, degree + 1) if degree % divisor == 0), 1)
+
+
 def number_of_ranks(config: RunConfig) -> int:
-    """The fewest ranks with two readers, each a rank or a group that shares its rows, and with two replicas of two shards."""
+    """The fewest ranks with two readers, each a rank or a group that shares its rows, and with two replicas of two shards.
+
+    If experts are dealt, two ranks hold the same ones: of one replica, or of two.
+    """
     ranks = READERS * sequence_degree(config)
     if config.strategy.name is StrategyName.hsdp:
         ranks = max(ranks, 2 * REPLICAS)
+    if config.parallel.experts > 1:
+        ranks = math.lcm(ranks, 2 * expert_ranks(config))
     return ranks
 
 
@@ -83,6 +95,11 @@ def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_rank
     degree = sequence_degree(config)
     if degree != config.parallel.sequence:
         changes.append(f"parallel.sequence={config.parallel.sequence} -> {degree}: the fewest ranks that share a row")
+    dealt_over = expert_ranks(config)
+    if dealt_over != config.parallel.experts:
+        changes.append(
+            f"parallel.experts={config.parallel.experts} -> {dealt_over}: the fewest ranks over which they go"
+        )
     micro = config.batch["micro"]
     micro = 2 if micro == AUTO else min(int(micro), MOST_MICRO)
     accumulation = _accumulation(config, user_ranks)
@@ -102,7 +119,7 @@ def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_rank
             keep_packed=False,
         ),
         data=replace(config.data, path=None, sources={}, max_length=MAX_LENGTH, max_documents=None),
-        parallel=replace(config.parallel, sequence=degree),
+        parallel=replace(config.parallel, sequence=degree, experts=dealt_over),
         batch={"global": micro * (ranks // degree) * accumulation, "micro": micro},
         tuning=_tuning(config.tuning, changes),
         objective=_objective(config.objective, teacher),

@@ -110,6 +110,7 @@ DATA = {
         "ulysses_sequence_parallel_size",
         renamed_to("parallel.sequence"),
     ),
+    **_rules("expert_parallel_size expert_model_parallel_size ep_size", renamed_to("parallel.experts")),
     **_rules(
         "max_seq_length max_seq_len cutoff_len sequence_len model_max_length block_size", renamed_to("data.max_length")
     ),

@@ -63,6 +63,23 @@ def test_a_planted_fault_gives_69_in_words_and_json(capsys, model, monkeypatch):
     assert not any("computes what" in line for line in shown)
 
 
+def test_a_planted_factor_of_dealt_experts_gives_69(capsys, tmp_path, monkeypatch):
+    """Four processes, of which two hold the same experts: all but the experts agrees."""
+    monkeypatch.setenv(FAULT, "tests.launch.doctor.divided_by_holders")
+    mixture = model_dir(tmp_path, "qwen3_moe", num_experts=8)
+    capsys.readouterr()  # what libraries print when they are imported first
+    words = [f"model.path={mixture}", "strategy=fsdp2", "parallel.experts=4"]
+    assert command_warm(["doctor", "--verify", "--json", *words]) == 69
+    found = json.loads(capsys.readouterr().out)
+    assert (found["compared"]["experts"], found["compared"]["ranks"]) == (2, 4)
+    kept = found["model"]["kept"]
+    assert {"num_experts": 8, "num_local_experts": 8}.items() & kept.items() and kept["num_experts_per_tok"] == 2
+    beyond = {row["quantity"]: row["distance"] for row in found["differences"] if row["exceeded"]}
+    assert set(beyond) == {"experts"} and beyond["experts"] == pytest.approx(1.0, rel=1e-3), "twice what it should be"
+    shown = " ".join(" ".join(verify.text(found)).split())
+    assert "parallel.experts=2 on 4 ranks" in shown and "parallel.experts=4 -> 2: the fewest ranks" in shown
+
+
 def test_words_that_leave_nothing_to_compare_are_refused(capsys, model, tmp_path):
     assert "needs the words of a run" in refused(capsys)
     assert "strategy=single: is the one process" in refused(capsys, f"model.path={model}", "strategy=single")
@@ -100,6 +117,20 @@ def test_the_fewest_ranks_have_two_readers_replicas_and_places(model):
         config = run_config(model, "hsdp", "full", micro=1, parallel=ParallelConfig(sequence=degree))
         degrees[degree] = sequence_degree(config), number_of_ranks(config)
     assert degrees == {2: (2, 4), 3: (3, 6), 8: (2, 4), 9: (3, 6)}
+    dealt = {}
+    for degree in (2, 3, 8):
+        for name in ("fsdp2", "hsdp"):
+            config = run_config(model, name, "full", micro=1, parallel=ParallelConfig(experts=degree))
+            small = small_run(config, model, None, user_ranks=24)
+            dealt[name, degree] = small.config.parallel.experts, small.ranks
+    assert dealt == {
+        ("fsdp2", 2): (2, 4),
+        ("hsdp", 2): (2, 4),
+        ("fsdp2", 3): (3, 6),
+        ("hsdp", 3): (3, 12),
+        ("fsdp2", 8): (2, 4),
+        ("hsdp", 8): (2, 4),
+    }
 
 
 def test_micro_batches_are_as_many_as_show_a_fault(model):

@@ -29,7 +29,6 @@ from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
 from trainer.planner import plan as plan_module
 from trainer.planner import sweep
-from trainer.planner.cost_model import RowExchange
 from trainer.planner.lengths import DocumentLengths
 from trainer.planner.plan import PlanConfig, PlannedRun, RunVariant, micro_batches, rank_choices, run_variants
 from trainer.planner.simulation import simulate_depth
@@ -92,6 +91,7 @@ def test_plan_card_figures_can_be_replaced(tmp_path):
         (["hardware=list.yaml"], "hardware=list.yaml: the file must hold keys"),
         (["hardware=l4", "plan.quantisation=nf5"], "plan.quantisation=nf5: must be one of none, nf4"),
         (["hardware=l4", "plan.quantisation="], "plan.quantisation=: plan.quantisation needs a value"),
+        (["hardware=l4", "plan.expert_imbalance=0.5"], "plan.expert_imbalance=0.5: must be at least 1"),
         (["hardware=l4", "plan.workers=-1"], "plan.workers=-1: must be at least 0"),
         (
             ["hardware=l4", "plan.theirs=[stock_loss,fused_loss]"],
@@ -438,7 +438,7 @@ class Form:
     """As much of a form as speeds ask for."""
 
     blocks, accumulation, update_bytes, host_bytes = 4, 2, 0.0, 0
-    row_exchange = RowExchange()
+    token_exchanges = ()
     exchanged = {  # noqa: RUF012 - never changed
         ("allgather_base", 8, 1, "bfloat16", "each"): (4, 8_000_000_000),
         ("allgather_base", 8, 1, "bfloat16", "last"): (4, 8_000_000_000),

@@ -1,0 +1,121 @@
+"""Experts of a mixture dealt over ranks, whole: who holds which, and how they are sharded and reduced.
+
+`parallel.experts=e` makes expert groups of `e` neighbouring ranks (`strategies.mesh.expert_mesh`). The rank with place p holds
+experts `p * E / e` to `(p + 1) * E / e` of each layer as parameters of its own, `[E / e, ...]`. The ranks with one place shard
+these along their first dimension. Tokens are sent to the ranks of their experts (`trainer/model/expert_exchange.py`).
+Parameters keep their names, and files hold them whole: no file knows how experts were dealt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from strategies.base import plan_of
+from strategies.compat.modules import own_parameters
+from strategies.expert_counts import ASSUMED_IMBALANCE, AssumedCounts, ExpertCounts, counts_within
+from strategies.mesh import expert_mesh
+from strategies.parameters import PREFIX, TEACHER
+from strategies.runtime import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShare:
+    """The part of a layer's experts that this rank's place in its expert group holds."""
+
+    ranks: int
+    """Ranks over which the experts of a layer are dealt."""
+    place: int
+    """The index of this rank among them."""
+    group: Any
+    counts: ExpertCounts
+    """How many rows the ranks of the group send each other."""
+
+    def whole_shape(self, own_shape: torch.Size) -> torch.Size:
+        """The shape of a parameter of all experts, of which this place holds `own_shape`."""
+        return torch.Size((own_shape[0] * self.ranks, *own_shape[1:]))
+
+    def first_element(self, own_shape: torch.Size) -> int:
+        """Index of this place's first element in the flattened parameter of all experts."""
+        return self.place * own_shape.numel()
+
+    @torch.no_grad()
+    def gather(self, own_part: Tensor) -> Tensor:
+        """The parameter of all experts, out of each place's `own_part`. All ranks of the group must call."""
+        whole = own_part.new_empty(self.whole_shape(own_part.shape))
+        dist.all_gather(list(whole.chunk(self.ranks)), own_part.contiguous(), group=self.group)
+        return whole
+
+
+def share_of(step_module: nn.Module, name: str) -> ExpertShare | None:
+    """The share that this rank has of the parameter with the plain name `name`; None if it is not dealt."""
+    owner_name = name.rpartition(".")[0]
+    if not owner_name.startswith(TEACHER):
+        owner_name = (PREFIX + owner_name).removesuffix(".")
+    share: ExpertShare | None = getattr(step_module.get_submodule(owner_name), "expert_share", None)
+    return share
+
+
+def deal_experts(
+    modules: list[nn.Module], device: torch.device, runtime: Runtime, *, replicate: int, expert_ranks: int
+) -> DeviceMesh:
+    """Let each module keep the parameters of its share of the experts, on meta. All ranks must call.
+
+    Returns the mesh over which the shares are sharded. A module knows its share as `expert_share`; its `num_experts` stays that
+    of the layer, by which routers and counts go.
+    """
+    group, mesh = expert_mesh(device, runtime, replicate, expert_ranks)
+    share = ExpertShare(
+        expert_ranks,
+        runtime.rank % expert_ranks,
+        group,
+        counts_within(group, expert_ranks, imbalance=runtime.expert_imbalance if runtime.simulated else None),
+    )
+    for module in modules:
+        _keep_share(module, share)
+    return mesh
+
+
+def deal_on_meta(step_module: nn.Module) -> None:
+    """Deal the experts that the plan of a step module on meta names, as for one rank without a group: for shapes alone.
+
+    The rank gets `ASSUMED_IMBALANCE` times the mean of rows.
+    """
+    plan = plan_of(step_module)
+    if plan.expert_ranks == 1:
+        return
+    share = ExpertShare(plan.expert_ranks, 0, None, AssumedCounts(plan.expert_ranks, ASSUMED_IMBALANCE))
+    for name in plan.dealt_experts:
+        _keep_share(step_module.get_submodule(name), share)
+
+
+def _keep_share(module: nn.Module, share: ExpertShare) -> None:
+    """Replace the parameters of a module of experts by those of a share."""
+    parameters = own_parameters(module)
+    for name, parameter in parameters.items():
+        if parameter is None:
+            continue
+        assert len(parameter) % share.ranks == 0, "the config layer reports what does not divide"
+        own_part = parameter.data[: len(parameter) // share.ranks].clone()
+        parameters[name] = nn.Parameter(own_part, requires_grad=parameter.requires_grad)
+    module.expert_share = share  # type: ignore[assignment]
+
+
+def shard_experts(module: nn.Module, ranks: int, **settings: Any) -> None:
+    """Shard the dealt experts of a module over the `mesh` of `settings`; those are `fully_shard`'s.
+
+    Their gradient is the sum over the mesh divided by all `ranks`, as that of every other parameter: the rows of an expert
+    come from all ranks, though only those of the mesh hold it.
+    """
+    sharded: Any = fully_shard(module, **settings)
+    sharded.set_gradient_divide_factor(float(ranks))
+    # Another divisor than the size of the mesh would make torch ask for a product before the sum, which gloo does not have,
+    # and which NCCL makes zeros of in bf16 (pytorch#190747). Where nothing is sharded, a forced sum would be divided twice.
+    if settings["mesh"]["shard"].size() > 1:
+        sharded.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,88 @@
+"""`shardtune plan` of a mixture: experts dealt over ranks as ways, what is assumed of them, and the words to paste."""
+
+import json
+
+import pytest
+
+from launch import main as command
+from launch.config.compose import compose
+from launch.plan.from_run import _measured_imbalance
+from strategies.base import Precision
+from tests.helpers.building import model_dir
+from trainer.planner.dealt_experts import with_dealt_experts
+from trainer.planner.hardware import card_named
+from trainer.planner.lengths import DocumentLengths
+from trainer.planner.plan import PlanConfig, PlannedRun, run_variants, with_imbalance
+from trainer.reporting.run_record import RunOutcome, RunRecord
+
+WORDS = ["data.max_length=64", "hardware=h100_80g", "launcher.gpus_per_node=4", "strategy=fsdp2", "batch.micro=1"]
+WORDS += ["strategy.activation_checkpointing=full", "budget.steps=10"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_dir(tmp_path_factory.mktemp("mixture"), "qwen3_moe", num_experts=8)
+
+
+def planned(capsys, model, *words):
+    code = command.main(["plan", f"model.path={model}", *WORDS, *words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_a_plan_of_a_mixture_deals_its_experts(capsys, model, tmp_path):
+    code, out, err = planned(capsys, model, "--json", f"to={tmp_path}")
+    assert code == 0, err
+    answer = json.loads(out)
+    by_degree = {}
+    for way in answer["ways"]:
+        (degree,) = [word.partition("=")[2] for word in way["words"] if word.startswith("parallel.experts=")] or ["1"]
+        by_degree[degree] = way
+    assert set(by_degree) == {"1", "2", "4"}, "of the ranks of a host"
+    assert by_degree["4"]["peak_gib"] < by_degree["1"]["peak_gib"], "fewer experts are whole at a time"
+    assert answer["experts"]["imbalance"] == 2
+    notes = answer["experts"]["notes"]
+    assert any("parallel.experts=" in note and "the fastest way that gathers all experts" in note for note in notes)
+    assert any("2 times the mean of tokens in every layer (plan.expert_imbalance)" in note for note in notes)
+    first_deals = any(word.startswith("parallel.experts=") for word in answer["ways"][0]["words"])
+    assert (answer["experts"]["all_on_one_rank_gib"] is not None) == first_deals
+    assert "Experts over ranks" in (tmp_path / "plan.html").read_text()
+
+
+def test_a_typed_number_is_planned_alone_with_its_worst_case(capsys, model):
+    code, out, err = planned(capsys, model, "parallel.experts=2", "plan.expert_imbalance=1.5")
+    assert code == 0, err
+    flat = " ".join(out.split())
+    assert "1.5 times the mean of tokens" in flat
+    assert "if one rank got all tokens, this way would take" in flat and "which fits" in flat
+    assert "parallel.experts=2" in flat and "experts/4" not in flat
+    rows = [line for line in out.splitlines() if line.startswith("fsdp2")]
+    assert len(rows) == 1 and "experts/2" in rows[0]
+
+
+def test_what_cannot_deal_experts_is_left_out(model, tmp_path):
+    def variants(path, *words):
+        config = compose([f"model.path={path}", "data.max_length=64", "launcher=slurm", *words], check=False).config
+        config.batch.update({"micro": 1, "global": 48})
+        return config
+
+    dense = variants(model_dir(tmp_path, "llama"), "strategy=fsdp2", "launcher.nodes=1", "launcher.gpus_per_node=8")
+    assert with_dealt_experts([dense], 8) == [[]]
+    config = variants(model, "launcher.nodes=1", "launcher.gpus_per_node=6")  # of a host's six ranks two can be a group
+    possible, _ = run_variants(config, PlanConfig(), set(), 6)
+    found = {(way.name, way.config.parallel.experts) for way in possible if way.config.parallel.experts > 1}
+    assert found == {("fsdp2", 2)}, "three ranks of a replica are no multiple of two"
+    possible, _ = run_variants(config, PlanConfig(), {"parallel.experts"}, 6)
+    assert all(way.config.parallel.experts == 1 for way in possible)
+
+
+def test_the_imbalance_that_a_run_measured_is_taken():
+    layers = [{"rank_max_over_mean": 1.2}, {"rank_max_over_mean": 1.7}]
+    measured = _measured_imbalance(RunRecord(outcome=RunOutcome(experts=layers)))
+    assert measured == 1.7
+    assert _measured_imbalance(RunRecord(outcome=RunOutcome(experts=[{"max_over_mean": 3.0}]))) is None
+    assert _measured_imbalance(RunRecord()) is None
+    job = PlannedRun(card_named("NVIDIA L4"), Precision.bf16, 1, 4, 8, DocumentLengths.uniform(64, 1))
+    assert with_imbalance(job, PlanConfig(), None).expert_imbalance == 2
+    assert with_imbalance(job, PlanConfig(), measured).expert_imbalance == 1.7
+    assert with_imbalance(job, PlanConfig(expert_imbalance=3.0), measured).expert_imbalance == 3

@@ -1,0 +1,454 @@
+"""Experts dealt over ranks (`parallel.experts`) against one process. Part of the parity job (`job.py`)."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from strategies import dealt_experts, expert_counts, fsdp2
+from strategies import runtime as processes
+from strategies.base import ActivationCheckpointing, Precision
+from strategies.communication_counters import ALL_GATHER, count_communication
+from strategies.dealt_experts import share_of
+from strategies.errors import ReplicasDiffer
+from strategies.parameters import named_parameters
+from strategies.sequence import with_sequence
+from strategies.sharding_report import sharding_record
+from tests.helpers import writing
+from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, take_steps, trainer_for
+from tests.models.tiny import tiny_config
+from tests.parity.base import Curve, Job, values_of
+from tests.parity.sequences import SHARDING, curve, data_of, objective_by_name
+from tests.parity.sequences import Case as RowsCase
+from trainer.config.parallel import ParallelConfig
+from trainer.config.run import RunConfig
+from trainer.data.batches.loader import EvalShare, eval_batches
+from trainer.data.config import DataConfig
+from trainer.data.prepare import PreparedData
+from trainer.evaluation import full_weights
+from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.generate import Writer
+from trainer.evaluation.loss import LossEvaluator
+from trainer.model import expert_exchange, experts
+from trainer.model.compat import grouped_experts
+from trainer.model.config import ModelConfig, Quantisation
+from trainer.model.loading import generation_config, load_tokenizer
+from trainer.monitors.replicas import ReplicaCheck, replicated_parameters
+from trainer.tuning.base import FullConfig, LoraConfig
+from trainer.tuning.expert_parts import expert_modules
+
+EXPERTS = 8
+COUNT_NAMES = {"qwen3_moe": "num_experts", "mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
+TUNINGS = {
+    "full": FullConfig(),
+    "lora": LoraConfig(rank=4),
+    "lora on experts": LoraConfig(rank=4, experts=True, router=True),
+    "lora on experts alone": LoraConfig(rank=3, experts=True, targets=[]),
+}
+SAME_STEPS = ("plain", "full", "selective", "auto", "accumulation", "no wait", "chunks", "chunks selective", "host")
+"""Features with which one process takes the same steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run on four ranks, with experts dealt over `experts` of them, and rows shared by `sequence`."""
+
+    objective: str = "sft"
+    tuning: str = "full"
+    architecture: str = "qwen3_moe"
+    strategy: str = "fsdp2"
+    experts: int = 2
+    sequence: int = 1
+    feature: str = "plain"
+    """`plain`, a mode of recomputation, `accumulation`, `no wait` (gradients are reduced in each micro-batch), `routers` (with
+    losses for them), `chunks` (few rows at a time), `host` (parameters on the host), `packing`, `ema`, `mixture teacher`,
+    `bf16`, and how the base is quantised."""
+
+    @property
+    def oracle(self) -> tuple[str, ...]:
+        """What the run of one process has in common with it."""
+        run = "documents" if self.feature in SAME_STEPS else self.feature
+        return "dealt", self.objective, self.tuning, self.architecture, run
+
+
+def compare(job: Job, *case: Any) -> dict[str, Curve]:
+    """Loss, gradient norm and metrics of each step: of all ranks, and of `single`, which has all experts."""
+    asked = Case(*case)
+    config, data = run_of(job, asked)
+    with _in_chunks() if asked.feature.startswith("chunks") else nullcontext():
+        found = curve(trainer_for(config, data, with_sequence(job.runtime, asked.sequence)), job.runtime.world_size)
+    return {"found": found, "expected": _of_one_process(job, asked, config, data)}
+
+
+def _of_one_process(job: Job, case: Case, config: RunConfig, data: PreparedData) -> Curve:
+    """The curve of `single`."""
+    lone = replace(config, parallel=ParallelConfig())
+    return job.oracle(case.oracle, lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])
+
+
+def run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
+    """The settings of a case, and its data."""
+    overrides = {COUNT_NAMES[case.architecture]: EXPERTS}
+    rows = RowsCase(case.objective, feature=case.feature)
+    made = job.first_here(
+        lambda: (model_dir(job.root / "dealt", case.architecture, **overrides), data_of(job.root, rows))
+    )
+    model, data = made
+    accumulation = 2 if case.feature in ("accumulation", "packing", "no wait", "routers") else 1
+    readers = job.runtime.world_size // case.sequence
+    config = run_config(
+        model,
+        _strategy_of(case),
+        "full",
+        micro=GLOBAL_BATCH // (readers * accumulation),
+        steps=3,
+        objective=objective_by_name(case.objective, job.root),
+        parallel=ParallelConfig(experts=case.experts, sequence=case.sequence),
+        data=DataConfig(packing=case.feature == "packing", max_length=64),
+    )
+    config.tuning = TUNINGS[case.tuning]
+    if case.feature == "mixture teacher":
+        config.objective.teacher.path = str(model)
+    if case.feature == "bf16":
+        config.precision = Precision.bf16
+    if case.feature in ("nf4", "fp4", "int8"):
+        config.model.quantisation = Quantisation(case.feature)
+    if case.feature == "ema":
+        config.optim.ema_decay = 0.9
+    if case.feature in ("routers", "routers at once"):
+        config.model.router_aux_loss = 0.5
+        config.model.router_z_loss = 0.1
+    return config, data
+
+
+def _strategy_of(case: Case) -> Any:
+    """The strategy, with what the case asks of it."""
+    strategy = SHARDING[case.strategy]
+    modes = {"full": ActivationCheckpointing.full, "selective": ActivationCheckpointing.selective}
+    mode = modes.get(case.feature.removeprefix("chunks "))
+    if mode is not None:
+        return replace(strategy, activation_checkpointing=mode)
+    if case.feature == "auto":
+        # So little memory that some blocks recompute and some do not.
+        return replace(strategy, activation_checkpointing=ActivationCheckpointing.auto, memory_gib=0.004)
+    if case.feature == "no wait":
+        return replace(strategy, defer_sync=False)
+    if case.feature == "host":
+        return replace(strategy, cpu_offload=True)
+    return strategy
+
+
+@contextmanager
+def _in_chunks(chunk: int = 64) -> Iterator[None]:
+    """Experts compute `chunk` rows at a time, and again in the backward pass."""
+    with mock.patch.object(expert_exchange, "LEAST_CHUNK", chunk), mock.patch.object(expert_exchange, "MOST_KEPT", 0):
+        yield
+
+
+# -- faults that a test must notice -----------------------------------------------------------------------------------
+
+
+def _factor_by_the_mesh() -> Any:
+    """Gradients of experts are divided by the ranks that share them, as torch would by itself."""
+    right = dealt_experts.shard_experts
+
+    def shard(module: Any, ranks: int, **settings: Any) -> None:
+        right(module, settings["mesh"].size(), **settings)
+
+    return mock.patch.object(fsdp2, "shard_experts", shard)
+
+
+def _weighted_by_the_receiver() -> Any:
+    """The router's weights go with the rows, and no gradient comes back to them."""
+    right = expert_exchange.exchanged_experts
+
+    def exchanged(module: Any, share: Any, hidden: Any, chosen: Any, weights: Any, low_rank: Any) -> Any:
+        return right(module, share, hidden, chosen, weights.detach(), low_rank)
+
+    return mock.patch.object(experts, "exchanged_experts", exchanged)
+
+
+def _counts_over_ranks() -> Any:
+    """Each rank takes the counts of all ranks together for those of every one of them."""
+    right = expert_counts.ExchangedCounts.of_layer
+
+    def of_layer(self: Any, chosen: Any, rows: int) -> Any:
+        counts = right(self, chosen, rows)
+        by_expert = counts.by_expert.sum(dim=0, keepdim=True).expand_as(counts.by_expert)
+        # As many rows in all, so that nothing but the result can tell.
+        ids = torch.arange(by_expert.shape[1]).repeat(self.ranks).repeat_interleave(by_expert.reshape(-1))
+        ids = ids[: sum(counts.received)]
+        mistaken = torch.zeros_like(counts.by_expert)
+        mistaken[0] = torch.bincount(ids, minlength=by_expert.shape[1])
+        return replace(counts, by_expert=mistaken)
+
+    return mock.patch.object(expert_counts.ExchangedCounts, "of_layer", of_layer)
+
+
+FAULTS: dict[str, Any] = {
+    "factor by the mesh": _factor_by_the_mesh,
+    "weighted by the receiver": _weighted_by_the_receiver,
+    "counts over ranks": _counts_over_ranks,
+}
+"""What plants a fault, by its name."""
+
+
+def planted(job: Job, fault: str) -> dict[str, Curve]:
+    """The curves of a case with a planted fault."""
+    expected = _of_one_process(job, Case(), *run_of(job, Case()))
+    with FAULTS[fault]():
+        found = compare(job)["found"]
+    return {"found": found, "expected": expected}
+
+
+# -- one layer --------------------------------------------------------------------------------------------------------
+
+
+def layer(job: Job, kind: str, ranks: int, beside: str, family: str = "qwen3_moe") -> list[float]:
+    """Largest relative differences of one layer of experts over ranks from `beside`: output, gradients of inputs and weights.
+
+    `beside`: `whole`, all experts in one process, or `transformers`, its own exchange. `kind`: `spread`, `to one rank` (and so
+    none to the others), `none` (a rank without tokens), `beyond` (some choices compute nothing), `chunks`.
+    """
+    rank, world = job.runtime.rank, job.runtime.world_size
+    generator = torch.Generator().manual_seed(11)
+    model = AutoModelForCausalLM.from_config(tiny_config(family), experts_implementation="grouped_mm", dtype="float32")
+    whole: Any = next(iter(expert_modules(model).values()))
+    num_experts = whole.num_experts
+    width = model.config.get_text_config().hidden_size
+    inputs = []
+    for other in range(world):
+        num_tokens = 0 if kind == "none" and other == 2 else 7 + 3 * other
+        hidden = torch.randn(num_tokens, width, generator=generator)
+        scores = torch.rand(num_tokens, num_experts, generator=generator)
+        weights, chosen = scores.topk(2)
+        if kind == "to one rank":
+            chosen = chosen % (num_experts // ranks)
+        if kind == "beyond":
+            chosen[1::3, 1] = num_experts
+        inputs.append((hidden, chosen, weights, torch.randn(num_tokens, width, generator=generator)))
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+    dealt = copy.deepcopy(whole)
+    dealt_experts.deal_experts([dealt], torch.device("cpu"), job.runtime, replicate=1, expert_ranks=ranks)
+    share = dealt.expert_share
+    own = num_experts // ranks
+    held = slice(share.place * own, (share.place + 1) * own)
+    for name, parameter in dealt.named_parameters():
+        parameter.data = whole.get_parameter(name).data[held].clone()
+
+    def exchanged(hidden: Any, chosen: Any, weights: Any) -> Any:
+        with _in_chunks(5) if kind == "chunks" else nullcontext():
+            return expert_exchange.exchanged_experts(dealt, share, hidden, chosen, weights, None)
+
+    found = _pass(exchanged, dealt, inputs[rank])
+    if beside == "transformers":
+        other = _by_transformers(whole, held, own, share.group)
+        expected = _pass(*other, inputs[rank])
+    else:
+        first = rank - share.place
+        expected = _whole_pass(whole, inputs, range(first, first + ranks), rank, held)
+    differences = []
+    for one, other_tensor in zip(found, expected, strict=True):
+        largest = float(other_tensor.abs().max()) if other_tensor.numel() else 1.0
+        difference = float((one - other_tensor).abs().max()) if one.numel() else 0.0
+        differences.append(difference / max(largest, 1e-3))
+    by_rank = processes.gather_objects(differences, job.runtime)
+    return [max(column) for column in zip(*by_rank, strict=True)]
+
+
+def _pass(compute: Any, module: Any, inputs: Any) -> list[torch.Tensor]:
+    """Output of a rank's tokens, and the gradients of hidden states, router weights and parameters."""
+    hidden, chosen, weights, direction = inputs
+    hidden = hidden.clone().requires_grad_()
+    weights = weights.clone().requires_grad_()
+    output = compute(hidden, chosen, weights)
+    (output * direction).sum().backward()
+    return [output.detach(), hidden.grad, weights.grad, *(parameter.grad for parameter in module.parameters())]
+
+
+def _whole_pass(whole: Any, inputs: list[Any], group: range, rank: int, held: slice) -> list[torch.Tensor]:
+    """The same by one process: parameters get the gradients of all tokens of the group."""
+    whole.zero_grad()
+    found: list[torch.Tensor] = []
+    for other in group:
+
+        def compute(hidden: Any, chosen: Any, weights: Any) -> Any:
+            # A choice beyond the experts adds nothing.
+            is_expert = chosen < whole.num_experts
+            return grouped_experts(whole, hidden, chosen.clamp(max=whole.num_experts - 1), weights * is_expert)
+
+        passed = _pass(compute, whole, inputs[other])
+        if other == rank:
+            found = passed[:3]
+    return [*found, *(parameter.grad[held] for parameter in whole.parameters())]
+
+
+def _by_transformers(whole: Any, held: slice, own: int, group: Any) -> tuple[Any, Any]:
+    """The exchange of `AllToAllEP`, and the experts of this rank that it computes with."""
+    from transformers.distributed.expert_parallel import AllToAllEP
+
+    local = copy.deepcopy(whole)
+    for name, parameter in whole.named_parameters():
+        setattr(local, name, torch.nn.Parameter(parameter.data[held].clone()))
+    local.num_experts = own
+    local._is_expert_parallel = True
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+    class Mesh:
+        def __init__(self, group: Any) -> None:
+            self.group = group
+
+        def size(self) -> int:
+            return dist.get_world_size(self.group)
+
+        def get_group(self) -> Any:
+            return self.group
+
+    return AllToAllEP(local, Mesh(group), Mesh(alone)), local
+
+
+# -- more than curves -------------------------------------------------------------------------------------------------
+
+
+def crowded(job: Job, ranks: int) -> dict[str, Any]:
+    """Curves of a model whose router sends every token to the same two experts, and the share of rows at the busiest rank."""
+
+    def made() -> Path:
+        path = model_dir(job.root / "crowded", "gpt_oss", num_local_experts=EXPERTS)
+        file = path / "model.safetensors"
+        if not (path / "crowded").exists():
+            tensors = load_file(file)
+            for name in tensors:
+                if name.endswith(".router.bias"):
+                    tensors[name][:2] += 100.0
+            save_file(tensors, file, {"format": "pt"})
+            (path / "crowded").touch()
+        return path
+
+    config, data = run_of(job, Case(architecture="gpt_oss", experts=ranks))
+    config.model = ModelConfig(path=str(job.first_here(made)))
+    received: list[int] = []
+    right = expert_counts.ExchangedCounts.of_layer
+
+    def of_layer(self: Any, chosen: Any, rows: int) -> Any:
+        counts = right(self, chosen, rows)
+        received.append(sum(counts.received))
+        return counts
+
+    with mock.patch.object(expert_counts.ExchangedCounts, "of_layer", of_layer):
+        found = curve(trainer_for(config, data, job.runtime), job.runtime.world_size)
+    lone = replace(config, parallel=ParallelConfig())
+    expected = job.oracle("crowded", lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])
+    return {"found": found, "expected": expected, "received": processes.gather_objects(sum(received), job.runtime)}
+
+
+RESUMED = {
+    "full": ((1, "fsdp2"), (2, "hsdp"), (4, "fsdp2")),
+    "lora on experts": ((4, "fsdp2"), (1, "zero2"), (2, "fsdp2"), (1, "ddp"), (2, "hsdp")),
+}
+"""By tuning method: ranks over which experts are dealt, and the strategy, of one run after the other."""
+
+
+def resumed(job: Job, tuning: str) -> dict[str, Any]:
+    """Two steps each with experts dealt over other numbers of ranks, each out of the state saved before; and what is exported.
+
+    `apart`: the largest difference of a gathered parameter before the first step from that of one process.
+    """
+    config, data = run_of(job, Case(tuning=tuning))
+    lone = replace(config, parallel=ParallelConfig())
+    start = job.oracle(("values", tuning), lambda: values_of(job.lone_trainer(lone, data)), elsewhere={})
+    rows: Curve = []
+    path = None
+    apart = 0.0
+    for ranks, strategy in RESUMED[tuning]:
+        changed = replace(config, strategy=SHARDING[strategy], parallel=ParallelConfig(experts=ranks))
+        trainer = trainer_for(changed, data, with_sequence(job.runtime, 1))
+        apart = max(apart, job.gathered_apart(trainer, start, of=set(start)))
+        if path is not None:
+            trainer.progress = trainer.engine.load(path)
+        rows += [list(row) for row in take_steps(trainer, 2)]
+        path = job.saved(trainer)
+    expected = job.oracle(("resumed", tuning), lambda: job.lone(lone, 2 * len(RESUMED[tuning]), data), elsewhere=[])
+    return {"found": rows, "expected": expected, "apart": apart}
+
+
+def gathered_bytes(job: Job, feature: str) -> dict[str, int]:
+    """Bytes that a step of LoRA gathers with experts dealt over 1, 2 and 4 ranks, and those of all experts; receipts, too."""
+    sizes: dict[str, Any] = {}
+    for ranks in (1, 2, 4):
+        config, data = run_of(job, Case(tuning="lora", experts=ranks, feature=feature))
+        trainer = trainer_for(config, data, job.runtime)
+        (batch,) = trainer.loader.steps(0, 1)
+        trainer.train_step(batch)  # what is left gathered at the end of a step is so from here on
+        with count_communication() as totals:
+            trainer.train_step(batch)
+        sizes[str(ranks)] = totals.sizes[ALL_GATHER]
+        record = sharding_record(trainer.engine, job.runtime)
+        assert sum(record["held_per_rank"]) == record["parameters"], ranks
+        sizes[f"parameters {ranks}"] = record["parameters"]
+    experts_bytes = 0
+    for name, parameter in named_parameters(trainer.engine.step_module):
+        if share_of(trainer.engine.step_module, name) is not None:
+            experts_bytes += 4 * parameter.numel() * parameter.element_size()  # each of the four has a quarter
+    return sizes | {"experts": experts_bytes}
+
+
+ENDS = [10, 58, 71]
+"""Tokens that end an answer, of which the model writes some soon."""
+
+
+def evaluated(job: Job, ranks: int, how: str) -> dict[str, Any]:
+    """Held-out loss and accuracy, answers and likelihoods, with experts dealt over `ranks` ranks.
+
+    Some ranks have fewer answers to write than others, and shorter ones. `how`: weights are `gathered` once, or `by block`.
+    """
+    config, data = run_of(job, Case())
+    held_out = data.evaluation
+    assert held_out is not None
+    trainer = trainer_for(replace(config, parallel=ParallelConfig(experts=ranks)), data, job.runtime)
+    share = EvalShare(5, job.runtime.reader, job.runtime.readers, cut=None)
+    batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
+    evaluator = LossEvaluator(batches, count=int(held_out.counts["loss"].sum()), ranks_per_row=1)
+    metrics = dict(evaluator.run(trainer.engine))
+
+    generation = generation_config(config.model, None, None)
+    generation.eos_token_id = ENDS
+    writer = Writer(load_tokenizer(config.model), generation, job.runtime, batch=1)
+    prompts = writing.prompts(7)
+    usable = full_weights.USABLE_SHARE if how == "gathered" else 0.0
+    with mock.patch.object(full_weights, "USABLE_SHARE", usable):
+        answers = writer.answers(trainer.engine, prompts, WritingConfig(max_new_tokens=6))
+        pairs = [(prompts[number], prompts[number - 1][:6]) for number in range(7)]
+        scores = [one.logprob for one in writer.likelihoods(trainer.engine, pairs)]
+    return {"metrics": metrics, "answers": [answer.ids for answer in answers], "scores": scores}
+
+
+def flipped(job: Job) -> list[str]:
+    """What the check of replicas says of dealt experts under hsdp: before a bit of one rank's experts is flipped, and after."""
+    config, data = run_of(job, Case(strategy="hsdp"))
+    trainer = trainer_for(config, data, job.runtime)
+    take_steps(trainer, 1)
+    check = ReplicaCheck(1, job.runtime)
+    said = []
+    for step in (1, 2):
+        if step == 2 and job.runtime.rank == 3:
+            _, tensor, _ = next(one for one in replicated_parameters(trainer.engine) if ".experts." in one[0])
+            tensor.view(-1)[0] += 1.0
+        try:
+            check.compare(trainer.engine, step)
+            said.append("alike")
+        except ReplicasDiffer as error:
+            said.append(str(error))
+    return said

@@ -1,0 +1,15 @@
+"""Whether ranks can share rows and experts of a run's models, as `parallel` asks for it."""
+
+from __future__ import annotations
+
+from strategies.errors import ConfigError
+from trainer.build.experts import expert_problems
+from trainer.build.sequence import sequence_problems
+from trainer.config.run import RunConfig
+
+
+def check_parallel(config: RunConfig) -> None:
+    """Raise ConfigError if the run's model, or its teacher, cannot be shared so. Reads configurations alone."""
+    problems = [*sequence_problems(config), *expert_problems(config)]
+    if problems:
+        raise ConfigError(problems)
