@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from strategies.errors import ShardtuneError
 from trainer.config.run import RunConfig
@@ -110,10 +111,10 @@ def asked_tasks(config: RunConfig) -> dict[str, TaskConfig]:
     if watched.data is not None and watched.action is not Reaction.off:
         tasks[GENERAL] = TaskConfig(kind="loss", path=watched.data, max_rows=watched.max_rows)
     if _asks_chat_questions(config):
-        questions = {"path": str(CHAT_QUESTIONS), "format": DataFormat.messages}
-        tasks[CHAT] = TaskConfig(kind="loss", **questions)
+        questions = TaskConfig(kind="loss", path=str(CHAT_QUESTIONS), format=DataFormat.messages)
         writing = WritingConfig(max_new_tokens=ANSWER_TOKENS)
-        tasks[CHAT_ANSWERS] = TaskConfig(kind="f1", max_rows=ANSWERED_QUESTIONS, write=writing, **questions)
+        tasks[CHAT] = questions
+        tasks[CHAT_ANSWERS] = replace(questions, kind="f1", max_rows=ANSWERED_QUESTIONS, write=writing)
     return tasks
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -274,7 +274,7 @@ class Adapter:
         """Full names of the parameters that peft added for an adapted layer."""
         return [name for name, (owner, _) in self._owned.items() if owner == layer]
 
-    def merged(self, name: str, base: BaseReader, trained: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def merged(self, name: str, base: BaseReader, trained: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """The base parameters of the adapted layer `name` with its adapter merged in, float32, by their name in the layer.
 
         `trained`: full tensors of adapters by full name, also those of other layers. `model`: the tuned model, for buffers.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tens
 class AdapterMerger:
     """Gives the base parameters of a tuned model with its adapter merged in. Keeps the layer that it merged last."""
 
-    def __init__(self, tuning: Adapter, model: nn.Module, trained: dict[str, Tensor], base: BaseReader) -> None:
+    def __init__(self, tuning: Adapter, model: nn.Module, trained: Mapping[str, Tensor], base: BaseReader) -> None:
         self.tuning = tuning
         self.model = model
         self.trained = trained
