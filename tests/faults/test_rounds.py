@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from tests.faults.runs import forked_rank_of, wait
-from tests.helpers.covering import EVERYTHING
+from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.tokenizers import write_jsonl
 
 REWARDS = """
@@ -77,3 +77,30 @@ def test_a_stop_between_the_steps_of_a_round_keeps_the_round(runs, words):
     assert code == 0, said
     assert runs.curve("rounds-stopped") == runs.curve("rounds-calm")
     assert between
+
+
+@whole("rounds are parity-tested under every strategy, and other runs change strategy in test_elastic.py")
+@pytest.mark.parametrize(("before", "after"), [(("single", 1), ("zero3", 2))])
+def test_a_round_that_one_strategy_wrote_is_finished_under_another(runs, words, before, after):
+    """Rounds of two steps, stopped after the first step of one: its answers come from the checkpoint, on any number of ranks."""
+
+    def layout(strategy, ranks):
+        return [f"strategy={strategy}", *([f"launcher.processes={ranks}"] if ranks > 1 else [])]
+
+    words = [*words, "objective.rollout.steps=2", "batch.micro=2"]
+    if not (runs.root / "elastic-calm").exists():
+        code, said = runs.run("elastic-calm", *words)
+        assert code == 0, said
+    name = f"{before[0]}-{after[0]}"
+    process = runs.start(name, *words, *layout(*before), ranks=True, **runs.held_at(name, 3))
+    runs.wait_for_step(name, 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert runs.end(process) == 75
+    stopped_at = runs.status(name)["step"]
+    if stopped_at % 2:
+        assert (runs.root / name / "checkpoints" / f"step-{stopped_at:06d}" / "round.safetensors").exists()
+    code, said = runs.run(name, *words, *layout(*after))
+    assert code == 0, said
+    assert f"resumed from step-{stopped_at:06d}" in said
+    for one, other in zip(runs.curve(name), runs.curve("elastic-calm"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
