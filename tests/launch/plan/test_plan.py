@@ -360,7 +360,7 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
         def peak_at(self, units):
             return None
 
-    def heard(form, among):
+    def heard(form, among, expert_ranks):
         raise LookupError(among)
 
     monkeypatch.setattr(plan_module, "deferred_gradient_bytes", heard)
