@@ -61,7 +61,8 @@ PAGES = {
     "review": Picture(
         "runs/demo/review/review.html",
         (DEMO, "review make runs/demo prompts=prompts.jsonl n=4 review.write.max_new_tokens=48"),
-        # Into the first pair of answers, the first of which is chosen.
+        height=760,
+        # Into the first pair of answers.
         script="document.getElementById('name').value = 'Ada'; document.getElementById('begin').click();",
     ),
     "plan": Picture(
