@@ -88,6 +88,39 @@ def test_early_stopping_keeps_the_best(root, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000008"]
 
 
+def test_run_that_begins_with_the_state_of_one_that_patience_ended_trains(root, tmp_path):
+    often = {"evaluation__every_steps": 1, "evaluation__min_delta": 0.01, "checkpoint__keep": 1}
+    assert run(root, tmp_path / "ended", optim__lr=1e-12, budget__steps=4, evaluation__patience=1, **often) == 0
+    (ended,) = [path for path in (tmp_path / "ended" / "checkpoints").iterdir() if path.name == "step-000002"]
+    begins = {"run__resume": ended, "run__accept": "[optimizer]", "evaluation__patience": 1}
+    assert run(root, tmp_path / "next", optim__lr=1e-2, budget__steps=4, **begins) == 0
+    assert len(losses(tmp_path / "next")) == 2
+
+
+def test_tasks_of_the_step_at_which_patience_ends_a_run_are_made_up_if_it_is_stopped_amid_them(
+    root, tmp_path, monkeypatch
+):
+    """On the way `auto` computes the held-out loss alone, so that the step that becomes the last one is evaluated once more."""
+    evaluate = Trainer._evaluate
+    stopped = []
+
+    def stopped_amid_tasks(trainer, evaluators):
+        if trainer.progress.step and len(evaluators) == len(trainer.evaluators) and not stopped:
+            stopped.append(trainer.progress.step)
+            trainer._stop_for_signal()
+        return evaluate(trainer, evaluators)
+
+    monkeypatch.setattr(Trainer, "_evaluate", stopped_amid_tasks)
+    settings = {"optim__lr": 1e-12, "budget__steps": 60, "evaluation__patience": 1, "evaluation__min_delta": 0.01}
+    settings |= {"evaluation__tasks": "[bits_per_byte]", "evaluation__max_documents": 2}
+    assert run(root, tmp_path, **settings) == 75 and stopped == [20]
+    assert run(root, tmp_path, **settings) == 0
+    assert [row["step"] for row in rows(tmp_path) if "eval/bits_per_byte/bits_per_byte" in row] == [0, 20]
+    outcome = json.loads((tmp_path / "run.json").read_text())["outcome"]
+    assert outcome["stopped_early"] and len(losses(tmp_path)) == 20
+    assert "eval/bits_per_byte/bits_per_byte" in outcome["after"]
+
+
 def test_early_stopping_on_an_unknown_metric_is_refused_before_the_first_step(root, tmp_path, capfd):
     assert run(root, tmp_path, budget__steps=2, evaluation__watch="eval/foo") == 64
     shown = capfd.readouterr().err

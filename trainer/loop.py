@@ -91,6 +91,9 @@ class Trainer:
         self.outcome.after = earlier.after
         self.outcome.last_row = earlier.last_row
         self._restore_from_progress()
+        if not earlier.last_row:
+            # A run may begin with the state of another one, which patience has ended: it counts its own evaluations.
+            self.progress.stale_evaluations = 0
 
         evaluation_began = time.perf_counter()
         self._ask_base_model()
@@ -167,7 +170,6 @@ class Trainer:
                     self._stop_for_signal()
                 if self._is_out_of_patience():
                     self.outcome.stopped_early = True
-                    self._complete_evaluation(is_last)
                     break
         self._flush()
 
@@ -338,7 +340,7 @@ class Trainer:
         is_due = is_last or (every > 0 and self.progress.step % every == 0)
         if not is_due:
             return False
-        return self._evaluate_and_record(self._evaluators_at(is_last)) and every > 0
+        return self._evaluate_and_record(is_last) and every > 0
 
     def _evaluators_at(self, is_last: bool) -> list[Evaluator]:
         """The evaluators of this step's evaluation: all of them, or on the way perhaps those of the held-out loss alone."""
@@ -346,26 +348,25 @@ class Trainer:
             return self.evaluators
         return [evaluator for evaluator in self.evaluators if getattr(evaluator, "on_the_way", False)]
 
-    def _evaluate_and_record(self, evaluators: list[Evaluator]) -> bool:
-        """Run these evaluators; whether the watched metric is the best so far. All ranks must call."""
+    def _evaluate_and_record(self, is_last: bool) -> bool:
+        """Run the evaluators of this step; whether the watched metric is the best so far. All ranks must call."""
+        evaluators = self._evaluators_at(is_last)
         if not evaluators:
             return False
         self._flush()
         # A signal during the evaluation saves a checkpoint, which says so: the next start makes the evaluation up.
         self.progress.owes_evaluation = True
         self.outcome.after = self._evaluate(evaluators)
-        self.progress.owes_evaluation = False
         improved = False
         if self.settings.evaluation.watched in self.outcome.after:  # on the way a task's metric is not there
             improved = record_evaluation(self.settings.evaluation, self.progress, self.outcome.after)
+        if len(evaluators) < len(self.evaluators) and self._early_stop_reason() is not None:
+            # Early stopping makes this step the last one, whose evaluation leaves nothing out. Before the checkpoint of this
+            # step: a run that is stopped or killed meanwhile still owes it.
+            self.outcome.after = self._evaluate(self.evaluators)
+        self.progress.owes_evaluation = False
         self.meter.restart_clock()
         return improved
-
-    def _complete_evaluation(self, is_last: bool) -> None:
-        """Run all evaluators after the step that early stopping made the last one, if its evaluation left any out."""
-        if len(self._evaluators_at(is_last)) < len(self.evaluators):
-            self.outcome.after = self._evaluate(self.evaluators)
-            self.meter.restart_clock()
 
     def _may_save_best(self, is_last: bool) -> bool:
         """Whether an improvement is saved at once. A number of steps that a user gave says how often; `auto` rations it."""
@@ -378,14 +379,11 @@ class Trainer:
         if not self.progress.owes_evaluation or not self.evaluators:
             return False
         is_last = self.progress.step == self.settings.total_steps
-        self._evaluate_and_record(self._evaluators_at(is_last))
+        self._evaluate_and_record(is_last)
         self._saved_step = -1  # this step's checkpoint still owes the evaluation: write it again
         self._save()
         self._stop_at_limit()
-        self.outcome.stopped_early = self._is_out_of_patience()
-        if self.outcome.stopped_early:
-            self._complete_evaluation(is_last)
-        return self.outcome.stopped_early
+        return self._is_out_of_patience()
 
     def _evaluate(self, evaluators: list[Evaluator]) -> dict[str, float]:
         """Run these evaluators; returns their metrics, in metrics.jsonl and on the screen too. All ranks must call."""
@@ -427,15 +425,19 @@ class Trainer:
         self._settle()
         self.evaluation_monitor.raise_if_exceeded()
 
+    def _early_stop_reason(self) -> str | None:
+        """Why the run ends before its budget is spent, for the screen; None if it goes on."""
+        return self.evaluation_monitor.stops_early() or early_stopping_reason(self.settings.evaluation, self.progress)
+
     def _is_out_of_patience(self) -> bool:
-        reason = self.evaluation_monitor.stops_early()
+        """Whether the run ends before its budget is spent; prints why, and records that patience ended it."""
+        reason = self._early_stop_reason()
         if reason is None:
-            reason = early_stopping_reason(self.settings.evaluation, self.progress)
-            if reason is not None:
-                self.evaluation_monitor.patience_ended(self.progress, reason)
-        if reason is not None:
-            self.display.print_line(reason)
-        return reason is not None
+            return False
+        if self.evaluation_monitor.stops_early() is None:
+            self.evaluation_monitor.patience_ended(self.progress, reason)
+        self.display.print_line(reason)
+        return True
 
     def _stop_for_signal(self) -> None:
         self.check_ownership()
