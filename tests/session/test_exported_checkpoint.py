@@ -24,6 +24,7 @@ auto, best, last = ExportedCheckpoint.auto, ExportedCheckpoint.best, ExportedChe
         (best, 1.5, {}, [20, 30], (20, "best")),
         (last, 2.0, {}, [20, 30], (30, "last")),
         (auto, None, {}, [20, 30], (30, "last")),  # nothing was evaluated at the end
+        (auto, float("nan"), {}, [20, 30], (20, "best")),  # the weights overflowed on the way
     ],
 )
 def test_checkpoint_that_leaves_a_run(setting, value, facts, saved, chosen):
@@ -31,6 +32,12 @@ def test_checkpoint_that_leaves_a_run(setting, value, facts, saved, chosen):
     outcome = Outcome(Progress(step=30, best_metric=1.5, best_step=20), after=after, **facts)
     found = choose_exported(setting, outcome, saved)
     assert (found.step, found.which) == chosen and found.reason
+
+
+def test_checkpoint_whose_loss_is_no_number_is_never_the_best():
+    progress = Progress(step=30, best_metric=float("nan"), best_step=20)
+    outcome = Outcome(progress, after={"eval/loss": 2.0}, stopped_early=True)
+    assert choose_exported(auto, outcome, [20, 30]).step == 30
 
 
 def test_last_checkpoint_is_not_called_the_best_where_a_better_one_was_not_saved():

@@ -7,6 +7,7 @@ verbs that read a run follow (`recorded_step`). Runs of earlier versions have no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +49,8 @@ def choose_exported(setting: ExportedCheckpoint, outcome: Outcome, saved_steps: 
         return ChosenCheckpoint(last_step, "last", "export.checkpoint=last")
     if best is None or best_step is None or last is None:
         return ChosenCheckpoint(last_step, "last", "nothing held out says which is the best")
-    is_worse = last < best if outcome.greater_is_better else last > best
-    is_better = last > best if outcome.greater_is_better else last < best
+    is_worse = _is_better(best, last, outcome)
+    is_better = _is_better(last, best, outcome)
     if best_step == last_step:
         return ChosenCheckpoint(last_step, "last", _reason_of_last_and_best(outcome, last))
 
@@ -62,11 +63,17 @@ def choose_exported(setting: ExportedCheckpoint, outcome: Outcome, saved_steps: 
     return ChosenCheckpoint(best_step, "best", comparison)
 
 
+def _is_better(value: float, other: float, outcome: Outcome) -> bool:
+    """Whether one value of the watched metric is better than another. Nothing is worse than nan."""
+    if math.isnan(other):
+        return not math.isnan(value)
+    return value > other if outcome.greater_is_better else value < other
+
+
 def _reason_of_last_and_best(outcome: Outcome, last: float) -> str:
     """Why the last checkpoint is taken if no saved one is better."""
     seen = outcome.progress.seen_metric
-    saw_better = seen is not None and (seen > last if outcome.greater_is_better else seen < last)
-    if seen is not None and saw_better:
+    if seen is not None and _is_better(seen, last, outcome):
         step = outcome.progress.seen_step
         return (
             f"step {step} had a better {outcome.watch} ({readable(seen)}), and was not saved (checkpoint.every_minutes)"
