@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ from trainer.reporting.status import FROZEN, State, read_status, write_text_atom
 
 SHOWN_DIFFERENCES = 12
 """Settings that an error lists before it only counts the others."""
+EXPORTED_CHECKPOINT = "export.checkpoint"
+"""The setting of `export` that decides no result: which of a run's checkpoints leaves it changes none of them."""
 NOT_IDENTIFYING = ("logging", "profile", "launcher", "gates", "review", "challenges", "substitutions")
 """Groups that do not decide the result of a run."""
 RECORDED_WORDS = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
@@ -191,6 +193,7 @@ def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_
         raise
     if has_progress:
         keep_rate(config, before)
+        _keep_exported_checkpoint(composed, before)
     changed = differences(config, before)
     if changed and has_progress and _only_defaults_changed(composed, changed, before, path):
         _copy_identifying(config, before)
@@ -205,7 +208,6 @@ def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_
         _keep_own_choices(config, before)
         if has_progress:
             _keep_control_tokens(config, before)
-            _keep_exported_checkpoint(config, before)
         return
     if not has_progress:
         return
@@ -254,12 +256,12 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
         return
     before = load_frozen(path)
     keep_rate(composed.config, before)
+    _keep_exported_checkpoint(composed, before)
     changed = differences(composed.config, before)
     if changed and _only_defaults_changed(composed, changed, before, path):
         _copy_identifying(composed.config, before)
     if not changed:
         _keep_control_tokens(composed.config, before)
-        _keep_exported_checkpoint(composed.config, before)
 
 
 def keep_rate_of_checkpoint(config: RunConfig) -> None:
@@ -316,9 +318,11 @@ def has_same_words(words: list[str], path: Path) -> bool:
 
 def _copy_identifying(config: RunConfig, before: RunConfig) -> None:
     """Give `config` every identifying setting of `before`, with the notes on what that run chose itself."""
+    exported_checkpoint = config.export.checkpoint
     for group in fields(RunConfig):
         if group.name not in (*NOT_IDENTIFYING, "run"):
             setattr(config, group.name, getattr(before, group.name))
+    config.export = replace(before.export, checkpoint=exported_checkpoint)
     config.run.seed = before.run.seed
     for key in (MICRO, STRATEGY):
         if key in before.substitutions:
@@ -329,11 +333,17 @@ def _identifying_words(words: list[str]) -> set[str]:
     """The words that decide a run's result: without those of `NOT_IDENTIFYING`, and of `run.*` the seed alone."""
     identifying = set()
     for word in words:
-        key = word.lstrip("+~").partition("=")[0]
+        key = _key_of_word(word)
         group = key.partition(".")[0]
-        if group not in (*NOT_IDENTIFYING, "run") or key == "run.seed":
+        is_identifying = group not in (*NOT_IDENTIFYING, "run") and key != EXPORTED_CHECKPOINT
+        if is_identifying or key == "run.seed":
             identifying.add(word)
     return identifying
+
+
+def _key_of_word(word: str) -> str:
+    """The setting or group that a word of the command line names."""
+    return word.lstrip("+~").partition("=")[0]
 
 
 def _recorded_words(path: Path) -> list[str]:
@@ -385,10 +395,14 @@ def _keep_control_tokens(config: RunConfig, before: RunConfig) -> None:
         config.data.control_tokens = before.data.control_tokens
 
 
-def _keep_exported_checkpoint(config: RunConfig, before: RunConfig) -> None:
-    """Keep which checkpoint the run exports: a run of a version without the setting goes on to export its last one."""
-    if config.export.checkpoint is ExportedCheckpoint.auto:
-        config.export.checkpoint = before.export.checkpoint
+def _keep_exported_checkpoint(composed: Composed, before: RunConfig) -> None:
+    """Keep which checkpoint the run exports, unless the words say it.
+
+    So a run of a version without the setting goes on to export its last one.
+    """
+    is_typed = any(_key_of_word(word) == EXPORTED_CHECKPOINT for word in composed.overrides)
+    if composed.config.export.checkpoint is ExportedCheckpoint.auto and not is_typed:
+        composed.config.export.checkpoint = before.export.checkpoint
 
 
 def _identifying_settings(tree: Any) -> dict[str, Any]:
@@ -403,7 +417,7 @@ def _identifying_settings(tree: Any) -> dict[str, Any]:
         teacher = dict(tree["objective"]["teacher"])
         teacher.pop("trust_remote_code", None)
         identifying_tree["objective"] = {**tree["objective"], "teacher": teacher}
-    # Which of a run's checkpoints leaves it changes none of them, and earlier versions had no choice.
+    # Earlier versions had no choice of the checkpoint that is exported.
     identifying_tree["export"] = {key: value for key, value in tree["export"].items() if key != "checkpoint"}
     identifying_tree["run"] = {"seed": tree["run"]["seed"]}
     return identifying_tree

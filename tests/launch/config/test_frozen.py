@@ -166,6 +166,19 @@ def test_frozen_default_that_changed_since_the_run_began_is_kept(tmp_path, capsy
         freeze(composed("optim.lr=1e-3", "optim.weight_decay=0.5"), tmp_path)
 
 
+def test_checkpoint_that_is_exported_may_be_named_when_a_run_goes_on(tmp_path):
+    """Also where shardtune has changed a default since the run began, and for a run that began with another choice."""
+    freeze(with_earlier_default(composed("export.checkpoint=last")), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    for words, exported in ([], "last"), (["export.checkpoint=best"], "best"), (["export.checkpoint=auto"], "auto"):
+        today = composed(*words)
+        of_another_rank = composed(*words)
+        keep_earlier_defaults(of_another_rank, tmp_path)
+        freeze(today, tmp_path)
+        assert today.config.export.checkpoint == of_another_rank.config.export.checkpoint == exported
+        assert today.config.optim.weight_decay == EARLIER_WEIGHT_DECAY
+
+
 @pytest.mark.parametrize("name", ["q", "q.kind"])
 def test_frozen_paths_and_code_of_others_are_not_taken_over_as_earlier_defaults(tmp_path, name, monkeypatch):
     """Who made a directory also wrote the words in the head of its config.yaml: they need not be what made the rest."""
