@@ -52,9 +52,9 @@ from trainer.run import meet
 from trainer.session.announcements import track_evaluation
 from trainer.session.attempt import Attempt, rank_of_job
 from trainer.session.evaluators import asking_of, build_test_evaluators
+from trainer.session.looks_at_test_set import CheckpointWeights, keep_result, metrics_on_test, num_documents
 from trainer.session.run_data import DataRecord, RowsNeeded, data_of_run, data_record
 from trainer.session.run_facts import versions
-from trainer.session.test_documents import CheckpointWeights, keep_result, metrics_on_test, num_documents
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
@@ -136,13 +136,13 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             else:
                 engine, step, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
         built = engine, step
+        if step.step_module.plan.optimizer_hooks is not None:
+            _tell_length(config, data, step, engine, runtime, opened)
         if job.split == TEST:
             attempt.phase = "evaluating the test documents"
             _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, Agreement(request, runtime))
             staged.remove()
             return
-        if step.step_module.plan.optimizer_hooks is not None:
-            _tell_length(config, data, step, engine, runtime, opened)
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, stop_now))
     evaluator.report_progress(console.print_line)
     _refuse_deleted(job, runtime)
@@ -188,7 +188,7 @@ def _evaluate_test(
     documents, StorageError, Preempted, those of rewards.
     """
     engine, built = model
-    if data.test is None:
+    if data.test is None or len(data.test) == 0:
         raise ConfigError(
             f"split=test: {job.run} has no test documents left: all of them were dropped as copies or leaks"
         )
@@ -201,7 +201,7 @@ def _evaluate_test(
             built.data_spec.ahead,
             max_batch=config.evaluation.batch,
             directory=job_dir / "reference",
-            key=job.checkpoint,
+            key="/".join([job.checkpoint, *job.accepted]),  # another base has other log-probabilities
         )
         stop_now = agreement.for_loop().ask_and_wait
         record_reference_logps({"test": data.test}, engine, recording, runtime, stop_now)

@@ -330,6 +330,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
     from trainer.config.run import Device
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.prepared import TaskContext
+    from trainer.export.config import ExportedCheckpoint
     from trainer.model.quantised_checkpoints import quantising_library
     from trainer.monitors.config import ChallengesConfig
 
@@ -346,6 +347,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
     # Nothing is trained, watched or exported.
     config.batch = {"global": ranks, "micro": 1}
     config.export.at_end = False
+    config.export.checkpoint = ExportedCheckpoint.last
     config.evaluation.watch = "eval/loss"
     config.evaluation.greater_is_better = None
     config.evaluation.every_steps = 0

@@ -184,7 +184,9 @@ def read_sweeper_words(words: list[str]) -> tuple[SweeperConfig, list[str]]:
 
 def _search_problems(first_job: Composed, settings: SweeperConfig, sweeper: str) -> list[str]:
     """Why a job that could run alone cannot be a trial of a search: no metric to judge it by, or SLURM as its launcher."""
+    from trainer.config.evaluation import is_held_out_loss
     from trainer.config.run import LauncherName
+    from trainer.evaluation.interval import AUTO
     from trainer.evaluation.tasks.registry import metric_directions
 
     config = first_job.config
@@ -195,10 +197,11 @@ def _search_problems(first_job: Composed, settings: SweeperConfig, sweeper: str)
             f"sweeper={sweeper}: there is no evaluation data that trials could be judged by ({config.evaluation.watched}); give "
             "data.eval_path or data.eval_share=0.05"
         )
-    if settings.prune is Prune.median and not config.evaluation.every_steps:
+    every = config.evaluation.every_steps
+    if settings.prune is Prune.median and (not every or (every == AUTO and not is_held_out_loss(config))):
         problems.append(
-            "sweeper.prune=median: judges trials amid their way, and nothing is evaluated there; set evaluation.every_steps, or "
-            "leave it out"
+            f"sweeper.prune=median: judges trials amid their way, where evaluation.every_steps={every} does not measure "
+            f"{config.evaluation.watched}; set evaluation.every_steps to a number of steps, or leave it out"
         )
     if config.launcher.name is LauncherName.slurm:
         problems.append(

@@ -174,6 +174,7 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("model.chat_template=no.jinja", "no such file"),
         ("evaluation.every_steps=5", "there is no evaluation data"),
         ("evaluation.patience=5 data.eval_share=0.1 evaluation.every_steps=0", "set evaluation.every_steps as well"),
+        ("export.checkpoint=best", "nothing is evaluated that could say which is the best"),
         (
             "evaluation.patience=5 data.eval_share=0.1 evaluation.generate.samples=4 evaluation.watch=eval/bleu",
             "evaluation.every_steps=auto makes at the start and at the end alone",

@@ -13,6 +13,7 @@ from trainer.data.read.paths import expand
 from trainer.evaluation.base import TaskConfig, WritingConfig
 from trainer.evaluation.interval import AUTO
 from trainer.evaluation.tasks import registry
+from trainer.export.config import ExportedCheckpoint
 from trainer.model.config import ModelKind
 from trainer.monitors.config import (
     ANSWER_TOKENS,
@@ -48,9 +49,14 @@ def problems(config: RunConfig) -> Iterator[str]:
                 f"evaluation.{key}={evaluations}: there is no evaluation data; give data.eval_path or data.eval_share=0.05, or "
                 "set it to 0"
             )
+    if config.export.checkpoint is ExportedCheckpoint.best and not has_anything:
+        yield (
+            "export.checkpoint=best: nothing is evaluated that could say which is the best; give data.eval_path or "
+            "data.eval_share=0.05, or leave it out"
+        )
     if evaluation.patience > 0 and evaluation.every_steps == 0:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
-    elif evaluation.patience > 0 and evaluation.every_steps == AUTO and has_anything and not _is_held_out_loss(config):
+    elif evaluation.patience > 0 and evaluation.every_steps == AUTO and has_anything and not is_held_out_loss(config):
         yield (
             f"evaluation.patience={evaluation.patience}: counts evaluations of {evaluation.watched}, which "
             "evaluation.every_steps=auto makes at the start and at the end alone; give evaluation.every_steps a number of steps"
@@ -81,8 +87,13 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.watch={evaluation.watched}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
-def _is_held_out_loss(config: RunConfig) -> bool:
-    """Whether the watched metric comes from the forward pass over evaluation documents, as `eval/loss` and `eval/accuracy` do."""
+def is_held_out_loss(config: RunConfig) -> bool:
+    """Whether the watched metric comes from the forward pass over evaluation documents, as `eval/loss` and `eval/accuracy` do.
+
+    Then `evaluation.every_steps=auto` measures it on the way.
+    """
+    if isinstance(config.objective, RoundsConfig):
+        return False  # all its metrics are of answers that are written
     watch = config.evaluation.watched
     has_data = config.data.eval_path is not None or config.data.eval_share > 0
     of_tasks = registry.metric_directions(asked_tasks(config))

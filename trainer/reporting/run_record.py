@@ -248,7 +248,7 @@ class RunRecord:
     exported_checkpoint: dict[str, Any] | None = None
     """Which checkpoint leaves the run, and why (`trainer/export/exported_checkpoint.py`); None before its training has ended."""
     test: dict[str, Any] | None = None
-    """Metrics of the test documents, and how often they were looked at (`trainer/session/test_documents.py`)."""
+    """Metrics of the test documents, and how often they were looked at (`trainer/session/looks_at_test_set.py`)."""
     gates: dict[str, Any] | None = None
     not_exported: list[str] | None = None
     """Files of the base that changed, so that nothing was exported."""

@@ -10,6 +10,7 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import cut_of
 from trainer.data.batches.loader import EvalShare, StepLoader
 from trainer.data.prepare import PreparedData
+from trainer.evaluation.build import evaluation_parts
 from trainer.evaluation.interval import AUTO, RunSize, automatic_interval, reason_for
 from trainer.reporting.resolution import Resolution
 from trainer.rollout.loader import RolloutLoader
@@ -54,7 +55,7 @@ def settle_interval(
         runtime.readers,
         config.evaluation.max_documents,
         built.data_spec.sequences_per_document,
-        by_source=False,
+        by_source=bool(evaluation_parts(held_out)),  # `max_documents` bounds each source by itself
         cut=cut_of(runtime),
     )
     size = RunSize(

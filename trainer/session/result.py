@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from strategies.base import Engine
+from strategies.errors import StorageError
 from strategies.runtime import call_on_main
 from trainer.checkpoints.layout import STEP_DIR, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.manifest import artefact_of
+from trainer.checkpoints.manifest import artefact_of, verify_together
 from trainer.checkpoints.patience import waiting_for_disk
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
@@ -26,9 +27,9 @@ from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import RunContext
 from trainer.session.closing import closing_sentence
 from trainer.session.evaluators import build_test_evaluators
+from trainer.session.looks_at_test_set import CheckpointWeights, result_at_end
 from trainer.session.monitors import last_answers
 from trainer.session.run_facts import model_facts
-from trainer.session.test_documents import CheckpointWeights, result_at_end
 from trainer.step import Built
 
 
@@ -61,6 +62,7 @@ def settle_result(run: TrainedRun, record: RunRecord) -> ModelFacts:
     weights_changed = chosen.step != run.outcome.progress.step
     run.outcome.answers = last_answers(run.challenges, run.engine, asks_again=weights_changed)
     run.context.attempt.phase = "evaluating the test documents"
+    run.context.attempt.require_ownership(run.context.runtime)  # the look is kept in the directory
     record.test = measure_test(run, chosen.step)
     run.outcome.test = {} if record.test is None else record.test["metrics"]
     return model_facts(run.config, record, run.outcome, chosen.step, tokens, run.context.run_dir)
@@ -78,8 +80,15 @@ def load_exported(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
     if chosen.step == run.outcome.progress.step:
         return chosen, run.outcome.progress.tokens
     print_line(f"taking the weights of {chosen}")
+    path = directories[chosen.step]
     with waiting_for_disk("reading the best checkpoint", 0, runtime, print_line):
-        progress = run.engine.load(directories[chosen.step])
+        problem = verify_together(path, runtime)  # it may be of an earlier start, and damaged since
+        if problem is not None:
+            raise StorageError(
+                f"{path}: {problem}; it is the best checkpoint, and is to be exported: bring it back, or export the last one "
+                "with export.checkpoint=last"
+            )
+        progress = run.engine.load(path)
     return chosen, progress.tokens
 
 

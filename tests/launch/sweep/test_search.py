@@ -91,7 +91,11 @@ def test_search_value_is_run_as_it_is_shown():
         ),
         (["optim.lr=1e-4,2e-4", "sweeper.trials=0"], "sweeper.trials=0: must be at least 1"),
         (["optim.lr=1e-4,2e-4", "sweeper.prune=hyperband"], "must be one of none, median"),
-        (["optim.lr=1e-4,2e-4", "sweeper.prune=median", "evaluation.every_steps=0"], "set evaluation.every_steps, or"),
+        (["optim.lr=1e-4,2e-4", "sweeper.prune=median", "evaluation.every_steps=0"], "every_steps=0 does not measure"),
+        (
+            ["optim.lr=1e-4,2e-4", "sweeper.prune=median", "evaluation.generate.samples=2", "sweeper.metric=eval/bleu"],
+            "every_steps=auto does not measure eval/bleu",
+        ),
         (["optim.lr=1e-4,2e-4", "sweeper=nevergrad"], "there is no such sweeper"),
         (["optim.lr=1e-4,2e-4", "sweeper.metric=accuracy"], "must name an evaluation metric"),
         (["optim.lr=1e-4,2e-4", "sweeper.metric=eval/bleu", "evaluation.watch=eval/loss"], "give one of them"),
