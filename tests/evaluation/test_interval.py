@@ -1,11 +1,18 @@
 """How often `evaluation.every_steps=auto` evaluates: its promises, for sizes of all kinds."""
 
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.base import Progress
 from tests.helpers.covering import examples
+from trainer.evaluation.base import EvaluationConfig
 from trainer.evaluation.interval import RunSize, automatic_interval, evaluations_on_the_way, reason_for
+from trainer.session.evaluation_interval import settle_interval
 
 sizes = st.builds(RunSize, st.integers(1, 10**6), st.floats(1, 1e8), st.integers(0, 10**9))
 
@@ -40,3 +47,29 @@ def test_reason_says_where_patience_cannot_end_the_run():
     assert "3.7% of the run's tokens" in reason_for(63, RunSize(85, 9_600, 30_000), 0)
     assert "too few for evaluation.patience=3: give" in reason_for(63, RunSize(85, 9_600, 30_000), 3)
     assert reason_for(0, RunSize(10, 16_000, 1_000), 0).startswith("only before the first step and at the end")
+
+
+class OfTwoSources:
+    """Ten held-out documents of 100 tokens from each of two sources."""
+
+    lengths = np.full(20, 100)
+    sources = np.repeat([0, 1], 10)
+    source_names = ("a", "b")
+    manifest: ClassVar[dict] = {}
+
+    def __len__(self):
+        return 20
+
+
+def test_documents_of_each_source_count_where_their_number_is_bounded():
+    """`evaluation.max_documents` is of each source, as in the evaluations themselves."""
+    settled = settle_interval(
+        SimpleNamespace(evaluation=EvaluationConfig(max_documents=3), batch={"global": 1}),
+        SimpleNamespace(evaluation=OfTwoSources()),
+        SimpleNamespace(data_spec=SimpleNamespace(sequences_per_document=1), substitutions={}),
+        SimpleNamespace(unit_tokens=np.array([1000.0])),
+        100,
+        Progress(),
+        SimpleNamespace(reader=0, readers=1, sequence_size=1),
+    )
+    assert settled.steps == 12  # 600 tokens are 5 % of twelve steps

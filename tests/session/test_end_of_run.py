@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from strategies.errors import StorageError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import write_jsonl
@@ -110,6 +111,20 @@ def test_run_that_was_killed_in_its_export_ends_alike_without_another_look_or_st
     assert record(again)["test"] == record(run_dir)["test"]
     same_bytes = (again / "export" / "model.safetensors").read_bytes()
     assert same_bytes == (run_dir / "export" / "model.safetensors").read_bytes()
+
+
+def test_best_checkpoint_that_was_damaged_since_is_not_exported(run, tmp_path, capfd):
+    run_dir, words = run
+    again = shutil.copytree(run_dir, tmp_path / "run")
+    status = json.loads((again / "status.json").read_text())
+    (again / "status.json").write_text(json.dumps({**status, "state": "preempted"}))
+    best_step = record(run_dir)["exported_checkpoint"]["step"]
+    tensors = next((again / "checkpoints" / f"step-{best_step:06d}").glob("*.safetensors"))
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    assert command_here(["train", *words, f"run.dir={again}"]) == StorageError.exit_code
+    assert "bring it back, or export the last one with export.checkpoint=last" in capfd.readouterr().err
 
 
 def test_verbs_take_what_was_exported_and_of_an_earlier_version_the_last(run, tmp_path):
