@@ -91,7 +91,9 @@ class Trainer:
         self.outcome.after = earlier.after
         self.outcome.last_row = earlier.last_row
         self._restore_from_progress()
-        if not earlier.last_row:
+        if earlier.last_row:
+            self.evaluation_monitor.restore_end(self.progress)
+        else:
             # A run may begin with the state of another one, which patience has ended: it counts its own evaluations.
             self.progress.stale_evaluations = 0
 
@@ -141,7 +143,7 @@ class Trainer:
     def _take_remaining_steps(self) -> None:
         """Take steps, and do what is due between them, until the budget is spent or evaluation says stop. Raises RollBack."""
         total = self.settings.total_steps
-        # A run that patience has ended before, and that was killed in its export, takes no further step.
+        # A run that patience or overfitting has ended, and that was killed in its export, takes no further step.
         is_over = self._make_up_evaluation() or self._is_out_of_patience()
         self.outcome.stopped_early = is_over
         remaining = 0 if is_over else total - self.progress.step

@@ -327,6 +327,9 @@ class EvaluationMonitor(Protocol):
     def begin(self, engine: Engine, progress: Progress) -> None:
         """Before the first step: ask the base model, if forgetting is measured. All ranks must call. Raises Interrupted."""
 
+    def restore_end(self, progress: Progress) -> None:
+        """For a run that goes on at `progress`: whether its last evaluation has ended it. No collective."""
+
     def rows(self, progress: Progress, rows: Iterable[Row]) -> None:
         """Add the training losses of `rows` to `progress`."""
 

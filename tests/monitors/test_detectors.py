@@ -8,7 +8,15 @@ from strategies.base import Progress
 from trainer.evaluation.tasks.base import Metric, TaskRow
 from trainer.monitors import degenerate_answers, forgetting, instability
 from trainer.monitors.base import Evidence, ModelAnswer
-from trainer.monitors.config import ForgettingWatchConfig, OutputConfig, Reaction, limit_of
+from trainer.monitors.config import (
+    ChallengesConfig,
+    ForgettingWatchConfig,
+    OutputConfig,
+    OverfittingConfig,
+    Reaction,
+    limit_of,
+)
+from trainer.monitors.detectors import Challenges
 
 LOSS = Metric("loss", "", greater_is_better=False, ratio=("nats", "targets"))
 
@@ -94,6 +102,19 @@ def test_degenerate_answers_are_neither_good_ones_nor_single_bad_ones():
     for bad, other, of in ((5, 0, 12), (6, 3, 20), (3, 3, 9)):
         theirs = scipy.stats.fisher_exact([[bad, of - bad], [other, of - other]], alternative="greater").pvalue
         assert degenerate_answers.fisher_p_value(bad, other, of) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(("action", "step", "ends"), [("stop", 100, True), ("stop", 105, False), ("note", 100, False)])
+def test_run_that_overfitting_ended_stays_ended_when_it_goes_on(action, step, ends):
+    """As after a kill in its export. At a step after the evaluation, training had gone on."""
+    held_out = [4.0, 3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8]
+    evaluations = []
+    for number, loss in enumerate(held_out):
+        evaluations.append({"step": 10.0 * number, "held_out": loss, "train": 4.0 - 0.3 * number})
+    challenges = Challenges(ChallengesConfig(overfitting=OverfittingConfig(action=Reaction(action))), 10, "loss")
+    challenges.restore_end(Progress(step=step, evaluations=evaluations))
+    assert (challenges.stops_early() is not None) is ends
+    assert challenges.record.get("overfitting", {}).get("found", False) is ends
 
 
 def test_instability_needs_more_than_an_odd_batch():

@@ -102,6 +102,20 @@ class Challenges:
         if self.base is not None:
             self.base.begin(engine, progress.step)
 
+    def restore_end(self, progress: Progress) -> None:
+        """If the evaluation at this step ended an earlier start of the run for overfitting, it stays ended. No collective."""
+        config = self.config.overfitting
+        evaluations = progress.evaluations
+        is_at_evaluation = bool(evaluations) and evaluations[-1]["step"] == progress.step
+        if config.action is not Reaction.stop or self.controls is not None or not is_at_evaluation:
+            return
+        finding = overfitting.find_problem(
+            config, Evidence(progress.step, {}, self.planned_evaluations, progress.evaluations)
+        )
+        if finding is not None:
+            self.ends = finding
+            self.record[finding.challenge] = finding.record()
+
     def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
         """Take the training losses of steps: for the mean since the last evaluation, and for divergence if there is none."""
         if self.controls is not None:
