@@ -328,6 +328,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
     from strategies.base import DdpConfig, Precision, SingleConfig
     from trainer.config.parallel import parallel_for_evaluation
     from trainer.config.run import Device
+    from trainer.config.sharding import number_of_replicas
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.prepared import TaskContext
     from trainer.export.config import ExportedCheckpoint
@@ -342,7 +343,8 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
         config.strategy = DdpConfig()  # a quantised model cannot be sharded
 
     if not any(word.startswith("parallel.") for word in evaluate_words.settings):
-        config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks)
+        ranks_of_replica = ranks // number_of_replicas(config.strategy, config)
+        config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks_of_replica)
 
     # Nothing is trained, watched or exported.
     config.batch = {"global": ranks, "micro": 1}

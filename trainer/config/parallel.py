@@ -6,6 +6,7 @@ sequence-parallel group: they read the same documents, and each holds a slice of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,14 +40,18 @@ class BatchedRun(Protocol):
     parallel: ParallelConfig
 
 
-def parallel_for_evaluation(training: ParallelConfig, strategy: StrategyConfig, ranks: int) -> ParallelConfig:
+def parallel_for_evaluation(
+    training: ParallelConfig, strategy: StrategyConfig, ranks_of_replica: int
+) -> ParallelConfig:
     """What ranks share while a model is evaluated that was trained with `training`.
 
     Each rank generates answers for prompts of its own, and only the held-out loss of long documents would need a shared row.
-    Experts stay dealt where ranks allow it: all of a layer may not fit one rank.
+    Experts stay dealt over as many ranks as can be, since all of a layer may not fit one: whatever divides the degree of the
+    training divides the experts, too.
     """
-    shards = isinstance(strategy, Fsdp2Config) and ranks % training.experts == 0
-    return ParallelConfig(experts=training.experts if shards else 1)
+    if not isinstance(strategy, Fsdp2Config):
+        return ParallelConfig()
+    return ParallelConfig(experts=math.gcd(training.experts, ranks_of_replica))
 
 
 def readers_of(config: BatchedRun, world_size: int) -> int:

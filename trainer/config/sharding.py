@@ -119,7 +119,7 @@ def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or parallel.experts=1"
     if not isinstance(strategy, Fsdp2Config):  # it is chosen later
         return
-    replicas = _number_of_replicas(strategy, config)
+    replicas = number_of_replicas(strategy, config)
     if world_size is None or world_size % replicas:
         return
     sharded_over = world_size // replicas
@@ -134,9 +134,9 @@ def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield f"{typed}: must divide {ranks}, {sharded_over}, so that every group is whole; {remedy}"
 
 
-def _number_of_replicas(strategy: Fsdp2Config, config: RunConfig) -> int:
+def number_of_replicas(strategy: StrategyConfig, config: RunConfig) -> int:
     """How many replicas the settings ask for: under hsdp at least two, unless they say one."""
-    if strategy.name is StrategyName.fsdp2:
+    if not isinstance(strategy, Fsdp2Config) or strategy.name is StrategyName.fsdp2:
         return 1
     return strategy.replicate or max(2, config.launcher.nodes)
 
@@ -147,7 +147,7 @@ def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) 
         if strategy.replicate != 1:
             yield f"strategy.replicate={strategy.replicate}: replicas need strategy=hsdp; set one of the two"
         return
-    replicas = _number_of_replicas(strategy, config)
+    replicas = number_of_replicas(strategy, config)
     if world_size is not None and (world_size == 1 or world_size % replicas):
         legal = [str(divisor) for divisor in range(2, world_size + 1) if world_size % divisor == 0]
         remedy = f"set one of {', '.join(legal)}" if legal else "choose strategy=fsdp2, or more launcher.processes"
