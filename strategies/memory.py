@@ -58,6 +58,15 @@ def state_bytes(
     return total
 
 
+def dealt_parameters(step_module: nn.Module) -> dict[int, nn.Parameter]:
+    """The parameters of experts that the plan deals over ranks, by their ids. `step_module`: not yet sharded."""
+    parameters: dict[int, nn.Parameter] = {}
+    for name in plan_of(step_module).dealt_experts:
+        for parameter in step_module.get_submodule(name).parameters(recurse=False):
+            parameters[id(parameter)] = parameter
+    return parameters
+
+
 @dataclass(frozen=True, slots=True)
 class _Sizes:
     """Sizes of a model that is not sharded."""
@@ -81,14 +90,23 @@ def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
         itemsize = compute_bytes if parameter.is_floating_point() else parameter.element_size()
         return parameter.numel() * itemsize
 
+    dealt = dealt_parameters(step_module)
+    expert_ranks = plan_of(step_module).expert_ranks
+
+    def gathered_size(parameter: nn.Parameter) -> float:
+        """Bytes on a rank while it is gathered: of experts that are dealt over ranks, a rank gathers its own."""
+        return size_of(parameter) / (expert_ranks if id(parameter) in dealt else 1)
+
     # Frozen models beside it take memory as well, and never train.
     frozen = sum(size_of(p) for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
     trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
     compute = frozen + trained * compute_bytes
-    blocks = [sum(map(size_of, block.parameters())) for block in step_module.shard_units()]  # type: ignore[operator]
-    # Reward models are gathered between two steps, and not in one.
-    not_in_step = sum(size_of(p) for name, p in step_module.named_parameters() if name.startswith(REWARD_MODELS))
-    outside_blocks = compute - sum(blocks) - not_in_step
+    blocks = [sum(map(gathered_size, block.parameters())) for block in step_module.shard_units()]  # type: ignore[operator]
+    in_step = 0.0
+    for name, parameter in named_parameters(step_module, teacher=True):
+        if not name.startswith(REWARD_MODELS):  # those are gathered between two steps, and not in one
+            in_step += gathered_size(parameter)
+    outside_blocks = in_step - sum(blocks)
     averaged = plan_of(step_module).ema_decay > 0
     return _Sizes(
         frozen=frozen,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from strategies import runtime as processes
 from strategies.base import Fsdp2Config, Precision, StrategyConfig
+from strategies.memory import dealt_parameters
 from strategies.mesh import replica_count
 from strategies.parameters import trainable_parameters
 from trainer.build.recomputation import (
@@ -38,8 +39,10 @@ def plan_reduction(
         return
     shards = runtime.world_size // replica_count(strategy, runtime.world_size, runtime.hosts)
     trained = sum(p.numel() for _, p in trainable_parameters(built.step_module))
-    # Full gradients in fp32, without this rank's shard, which is there anyway.
-    extra_bytes = 4.0 * trained * (1 - 1 / shards)
+    dealt = sum(p.numel() for p in dealt_parameters(built.step_module).values() if p.requires_grad)
+    # Full gradients in fp32, of dealt experts those of this rank alone; without its shard, which is there anyway.
+    full = trained - dealt + dealt / built.step_module.plan.expert_ranks
+    extra_bytes = 4.0 * (full - trained / shards)
     if shards == 1 or not trained:
         return
     usable_gib = strategy.memory_gib
