@@ -21,7 +21,7 @@ from strategies.base import plan_of
 from strategies.compat.modules import own_parameters
 from strategies.expert_counts import ASSUMED_IMBALANCE, AssumedCounts, ExpertCounts, counts_within
 from strategies.mesh import expert_mesh
-from strategies.parameters import PREFIX, TEACHER
+from strategies.parameters import BESIDE, PREFIX
 from strategies.runtime import Runtime
 
 
@@ -56,7 +56,7 @@ class ExpertShare:
 def share_of(step_module: nn.Module, name: str) -> ExpertShare | None:
     """The share that this rank has of the parameter with the plain name `name`; None if it is not dealt."""
     owner_name = name.rpartition(".")[0]
-    if not owner_name.startswith(TEACHER):
+    if not name.startswith(BESIDE):
         owner_name = (PREFIX + owner_name).removesuffix(".")
     share: ExpertShare | None = getattr(step_module.get_submodule(owner_name), "expert_share", None)
     return share

@@ -117,7 +117,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     """Read tasks and data, build or connect the model, run all tasks, and let rank 0 write the report. All ranks must call."""
     attempt.set_run_dir(job_dir, int(os.environ.get("RANK", 0)))
     tokenizer = load_tokenizer(config.model)
-    check_parallel(config)
+    check_parallel(config, scores_answers=False)
     opened = _RunData(job)
     data, tasks, staged, runtime = meet(config, tokenizer, request, attempt, opened.open)
     if opened.accepted:

@@ -100,18 +100,20 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
 
 
 def refuse_unshared_model(config: RunConfig) -> None:
-    """Raise ConfigError if ranks cannot share rows or experts of the model or its teacher as `parallel` asks for it.
+    """Raise ConfigError if ranks cannot share rows or experts of the run's models as `parallel` asks for it.
 
     If one of them is not on this host, the job itself finds out, before it prepares data.
     """
     if config.parallel == ParallelConfig():
         return
     from trainer.build.parallel import check_parallel
+    from trainer.build.reward_models import reward_model_settings
     from trainer.model.rules import read_config
     from trainer.objectives.frozen_model import teacher_model
 
     teacher = teacher_model(config.model, config.objective)
     models = [config.model] if teacher is None else [config.model, teacher]
+    models += reward_model_settings(config.objective).values()
     if all(read_config(model.path) is not None for model in models):
         check_parallel(config)
 

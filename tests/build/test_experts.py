@@ -3,18 +3,33 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from launch.cluster.submission import refuse_unshared_model
+from strategies.base import Precision
+from strategies.dealt_experts import share_of
 from strategies.errors import ConfigError
-from tests.helpers.building import STRATEGIES, model_dir, run_config
+from strategies.parameters import meta_context, named_parameters
+from strategies.runtime import Runtime
+from tests.helpers.building import STRATEGIES, data_set, model_dir, run_config
+from tests.helpers.reward_models import save_reward_model
+from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models.tiny import tiny_config
-from trainer.build.experts import expert_problems
+from trainer.build.experts import expert_problems, plan_experts
+from trainer.build.gradient_sync import plan_reduction
 from trainer.build.parallel import check_parallel
-from trainer.config.parallel import ParallelConfig
+from trainer.build.parts import build_model, workload
+from trainer.build.recomputation import activations_of, counted_activations, model_state
+from trainer.config.parallel import ParallelConfig, parallel_for_evaluation
 from trainer.config.sharding import problems as sharding_problems
+from trainer.model.loading import load_tokenizer
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.grpo_config import GrpoConfig
+from trainer.objectives.rollouts import RewardEntry
 from trainer.optim.config import AdafactorConfig, MuonConfig
+from trainer.tuning.expert_parts import expert_modules
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +148,78 @@ def test_a_teacher_s_experts_are_dealt_as_the_model_s_are(root):
     assert "objective.teacher.path=" in problem and "6 experts" in problem
     dense = DistillationConfig(teacher=TeacherConfig(path=str(model_dir(root))))
     assert not expert_problems(config_of(mixture(root), 4, objective=dense))
+
+
+def test_a_reward_model_s_experts_are_dealt_as_the_model_s_are(root):
+    scorer = save_reward_model(root / "scorer", tiny_tokenizer(), num_experts=6)
+    objective = GrpoConfig(rewards={"judge": RewardEntry(path=str(scorer))})
+    config = config_of(mixture(root), 4, objective=objective)
+    (problem,) = expert_problems(config)
+    assert f"objective.rewards.judge.path={scorer} has 6 experts" in problem
+    assert not expert_problems(config, scores_answers=False), "an evaluation reads no reward models"
+
+
+@pytest.mark.parametrize("beside", ("teacher", "reward_models.judge"))
+def test_shares_are_found_in_models_beside_the_trained_one(beside):
+    step = nn.Module()
+    step.model = nn.Linear(2, 2)
+    step.teacher = nn.ModuleDict({"experts": nn.Linear(2, 2)})
+    step.reward_models = nn.ModuleDict({"judge": nn.ModuleDict({"experts": nn.Linear(2, 2)})})
+    experts = step.get_submodule(f"{beside}.experts")
+    experts.expert_share = share = object()
+    found = {name: share_of(step, name) for name, _ in named_parameters(step, teacher=True)}
+    assert [name for name, held in found.items() if held is share] == [
+        f"{beside}.experts.{key}" for key in ("weight", "bias")
+    ]
+
+
+def test_experts_that_transformers_computes_itself_are_refused(root):
+    config = config_of(mixture(root), 2)
+    config.model.trust_remote_code = True
+    with pytest.raises(ConfigError, match=r"loaded with trust_remote_code=true.*set parallel\.experts=1"):
+        check_parallel(config)
+
+
+def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
+    """Of what is gathered: two blocks at a time, and the gradients that wait for the last micro-batch."""
+    config = config_of(mixture(root), 4)
+    data = data_set(root / "estimate", uneven=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    ranks = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
+    step = built.step_module
+    state = {1: model_state(built, config.strategy, Precision.bf16, ranks)}
+    plan_experts(built, config, ranks)
+    state[4] = model_state(built, config.strategy, Precision.bf16, ranks)
+    modules = expert_modules(step)
+    of_layer = sum(parameter.numel() for parameter in next(iter(modules.values())).parameters())
+    assert state[1] - state[4] == 2 * 2 * of_layer * 3 / 4
+
+    work = workload(config, data)
+    activations = counted_activations(built, work, config.strategy.activation_checkpointing, Precision.bf16)
+    trained = sum(parameter.numel() for parameter in step.parameters())
+    of_rank = trained - len(modules) * of_layer * 3 / 4
+    built.activations = activations
+    need = state[4] + activations_of(built, work, config.strategy, Precision.bf16) + 4 * (of_rank - trained / 8)
+    for slack in (1.01, 0.99):
+        strategy = replace(config.strategy, defer_sync=None, memory_gib=slack * need / 2**30)
+        plan_reduction(built, work, strategy, Precision.bf16, ranks, micro_batches=2)
+        assert step.plan.defer_sync is (slack > 1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "degree", "ranks_of_replica", "expected"),
+    [
+        ("fsdp2", 8, 8, 8),
+        ("fsdp2", 8, 4, 4),
+        ("fsdp2", 4, 6, 2),
+        ("hsdp", 4, 2, 2),
+        ("hsdp", 2, 1, 1),
+        ("ddp", 2, 2, 1),
+    ],
+)
+def test_evaluations_deal_experts_over_as_many_ranks_as_can_be(strategy, degree, ranks_of_replica, expected):
+    training = ParallelConfig(experts=degree, sequence=2)
+    assert parallel_for_evaluation(training, STRATEGIES[strategy], ranks_of_replica) == ParallelConfig(experts=expected)
 
 
 def test_submitting_asks_the_same_where_the_model_is_here(root):

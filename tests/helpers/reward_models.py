@@ -11,14 +11,20 @@ TEMPLATE = (
 """Another one than that of the trained model."""
 
 
-def save_reward_model(directory: Path, tokenizer) -> Path:
-    """A random classifier with one label, made by transformers; once. Its template is not that of the trained model."""
+def save_reward_model(directory: Path, tokenizer, *, num_experts: int = 0) -> Path:
+    """A random classifier with one label, made by transformers; once. Its template is not that of the trained model.
+
+    With `num_experts` it is a mixture.
+    """
     import transformers
 
     if (directory / "tokenizer.json").exists():
         return directory
     torch.manual_seed(11)
-    config = transformers.Qwen2Config(
+    experts = {"num_experts": num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    config_class = transformers.Qwen3MoeConfig if num_experts else transformers.Qwen2Config
+    config = config_class(
+        **(experts if num_experts else {}),
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,

@@ -15,6 +15,7 @@ from tests.parity.rounds import FixedPrompts, config_of, prompt_set
 from trainer.build.parts import build_engine
 from trainer.build.reward_models import open_model_scorer
 from trainer.build.rounds import RoundInputs, build_round_loader
+from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.model.loading import load_tokenizer
@@ -26,10 +27,19 @@ STEPS = 2
 
 
 def compare(job: Job, strategy: str, tuning: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(what the ranks say of each step, what `single` says). With a divergence, so that full tuning has a frozen copy too."""
-    config = config_of(job, "grpo near its start", tuning, strategy, "plain")
+    """(what the ranks say of each step, what `single` says). With a divergence, so that full tuning has a frozen copy too.
+
+    `strategy`: also `dealt experts`, fsdp2 with experts dealt over ranks, of a mixture whose answers another mixture scores.
+    """
+    dealt = strategy == "dealt experts"
+    feature = "dealt experts" if dealt else "plain"
+    config = config_of(job, "grpo near its start", tuning, "fsdp2" if dealt else strategy, feature)
     base = job.first_here(lambda: model_dir(job.root))
-    model = job.first_here(lambda: save_reward_model(job.root / "scorer", tiny_tokenizer()))
+    if dealt:
+        mixture = job.root / "mixture-scorer"
+        model = job.first_here(lambda: save_reward_model(mixture, tiny_tokenizer(), num_experts=6))
+    else:
+        model = job.first_here(lambda: save_reward_model(job.root / "scorer", tiny_tokenizer()))
     adapter = job.first_here(lambda: save_adapter(job.root / "scorer-adapter", base))
     rewards = {
         # So few tokens at a time that ranks have unlike numbers of micro-batches.
@@ -39,8 +49,15 @@ def compare(job: Job, strategy: str, tuning: str) -> tuple[list[dict[str, Any]],
     config = replace(config, objective=replace(config.objective, rewards=rewards))
     data = job.first_here(lambda: prompt_set(job.root))
     found = _steps(config, data, job.runtime)
-    lone = replace(config, strategy=STRATEGIES["single"], batch={"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH})
-    expected = job.oracle(("reward models", tuning), lambda: _steps(lone, data, alone(job.runtime)), elsewhere=[])
+    lone = replace(
+        config,
+        strategy=STRATEGIES["single"],
+        batch={"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH},
+        parallel=ParallelConfig(),
+    )
+    expected = job.oracle(
+        ("reward models", tuning, feature), lambda: _steps(lone, data, alone(job.runtime)), elsewhere=[]
+    )
     return found, expected
 
 

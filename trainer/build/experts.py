@@ -17,28 +17,29 @@ from strategies.errors import ConfigError
 from strategies.mesh import replica_count
 from strategies.parameters import meta_context
 from strategies.runtime import Runtime
+from trainer.build.reward_models import reward_model_settings, reward_models_of
 from trainer.config.run import RunConfig
 from trainer.model import experts
 from trainer.model.architecture import auto_class, build_options
-from trainer.model.config import ModelConfig
+from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config
 from trainer.objectives.frozen_model import teacher_model
 from trainer.objectives.registry import family_of
-from trainer.step import Built
+from trainer.step import Built, TrainStep
 from trainer.tuning.expert_parts import expert_modules, unsupported_experts
 
 
 def plan_experts(built: Built, config: RunConfig, runtime: Runtime) -> None:
-    """Let the plan of the step name the modules whose experts are dealt, a teacher's too.
+    """Let the plan of the step name the modules whose experts are dealt, those of frozen models beside it too.
 
     Raises ConfigError if they cannot be dealt over the ranks of `runtime`.
     """
     if config.parallel.experts == 1:
         return
     ranks = (runtime.world_size, runtime.hosts)
-    problem = model_problem(config, f"model.path={config.model.path}", built.step_module, ranks)
-    if problem is not None:
-        raise ConfigError(problem)
+    problems = _problems_of_models(config, _models_of_step(built.step_module, config), ranks)
+    if problems:
+        raise ConfigError(problems)
     built.step_module.plan.dealt_experts = tuple(expert_modules(built.step_module))
     built.step_module.plan.expert_ranks = config.parallel.experts
     if runtime.local_world_size % config.parallel.experts and runtime.hosts > 1:
@@ -49,38 +50,59 @@ def plan_experts(built: Built, config: RunConfig, runtime: Runtime) -> None:
         )
 
 
-def expert_problems(config: RunConfig) -> list[str]:
-    """Why the experts of the run's model, or of its teacher, cannot be dealt, a line each. Reads configurations alone.
+def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
+    """The models of a step module, the trained one first, each by what names it to the user."""
+    models: dict[str, nn.Module] = {f"model.path={config.model.path}": step.model}
+    if step.teacher is not None:
+        teacher = teacher_model(config.model, config.objective)
+        named = "the frozen copy of the model" if teacher is None else f"objective.teacher.path={teacher.path}"
+        models[named] = step.teacher
+    for name, reward in reward_models_of(config.objective).items():
+        if name in step.reward_models:
+            models[f"objective.rewards.{name}.path={reward.path}"] = step.reward_models[name]
+    return models
 
-    A teacher without experts is no problem: all of it is gathered as always.
+
+def expert_problems(config: RunConfig, *, scores_answers: bool = True) -> list[str]:
+    """Why the experts of the run's models cannot be dealt, a line each. Reads configurations alone.
+
+    `scores_answers`: whether its reward models are needed, too.
     """
     if config.parallel.experts == 1:
         return []
-    nodes = config.launcher.nodes
-    ranks = (nodes * config.launcher.per_node, nodes)
-    models = {"model.path": config.model}
+    kind = family_of(config.objective).kind
+    models = {f"model.path={config.model.path}": model_on_meta(config.model, kind)}
     teacher = teacher_model(config.model, config.objective)
     if teacher is not None:
-        models["objective.teacher.path"] = teacher
+        models[f"objective.teacher.path={teacher.path}"] = model_on_meta(teacher, kind)
+    if scores_answers:
+        for named, settings in reward_model_settings(config.objective).items():
+            models[named] = model_on_meta(settings, ModelKind.classifier)
+    nodes = config.launcher.nodes
+    return _problems_of_models(config, models, (nodes * config.launcher.per_node, nodes))
+
+
+def _problems_of_models(config: RunConfig, models: dict[str, nn.Module], ranks: tuple[int, int]) -> list[str]:
+    """Why the experts of these models cannot be dealt, a line each; `models` has the trained one first.
+
+    A frozen model without experts is no problem: all of it is gathered as always.
+    """
     problems = []
-    for key, model in models.items():
-        plain = model_on_meta(config, model)
-        if key != "model.path" and not expert_modules(plain):
+    for number, (named, model) in enumerate(models.items()):
+        if number > 0 and not expert_modules(model):
             continue
-        problem = model_problem(config, f"{key}={model.path}", plain, ranks)
+        problem = model_problem(config, named, model, ranks)
         if problem is not None:
             problems.append(problem)
     return problems
 
 
-def model_on_meta(config: RunConfig, model: ModelConfig) -> nn.Module:
+def model_on_meta(model: ModelConfig, kind: ModelKind) -> nn.Module:
     """The architecture of one model, without values."""
     experts.register()
     settings = load_model_config(model)
     with meta_context(), torch.device("meta"):
-        plain: nn.Module = auto_class(family_of(config.objective).kind, settings).from_config(
-            settings, **build_options(model)
-        )
+        plain: nn.Module = auto_class(kind, settings).from_config(settings, **build_options(model))
     return plain
 
 
@@ -100,6 +122,12 @@ def model_problem(config: RunConfig, named: str, model: nn.Module, ranks: tuple[
     if not modules:
         return f"{typed}: {named} has no experts that transformers' experts functions compute; set parallel.experts=1"
     for name, module in modules.items():
+        computed_by = getattr(module.config, "_experts_implementation", experts.NAME)
+        if computed_by != experts.NAME:  # code of its own need not know the function that sends tokens
+            return (
+                f"{typed}: {named} is loaded with trust_remote_code=true, and so its experts are computed by {computed_by}, "
+                "which sends no tokens; leave trust_remote_code out, or set parallel.experts=1"
+            )
         if getattr(module, "has_post_expert_norm", False):
             return (
                 f"{typed}: {named} normalises what each expert makes ({name}), which is not proven over ranks; set "

@@ -37,6 +37,15 @@ def reward_models_of(objective: ObjectiveConfig) -> dict[str, RewardEntry]:
     return {name: reward for name, reward in objective.rewards.items() if reward.path is not None}
 
 
+def reward_model_settings(objective: ObjectiveConfig) -> dict[str, ModelConfig]:
+    """How each reward model is loaded, by the setting that names it and its value. Raises ConfigError for what is none."""
+    settings = {}
+    for name, reward in reward_models_of(objective).items():
+        key = _key(name)
+        settings[f"{key}={reward.path}"] = _model_config(reward_model_files(str(reward.path), key), {})
+    return settings
+
+
 def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: Any, *, half_on_gpu: bool) -> None:
     """Give a step module on meta its reward models, and their values to `source` (a `WeightSource`). Reads headers alone.
 
@@ -154,6 +163,7 @@ def _model_config(files: RewardModelFiles, options: dict[str, Any]) -> ModelConf
 
 
 def _key(name: str) -> str:
+    """The setting that names a reward model."""
     return f"objective.rewards.{name}.path"
 
 

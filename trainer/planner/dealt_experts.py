@@ -7,6 +7,7 @@ from dataclasses import replace
 from strategies.base import Fsdp2Config
 from trainer.build.experts import model_on_meta, model_problem
 from trainer.config.run import RunConfig
+from trainer.objectives.registry import family_of
 from trainer.tuning.expert_parts import expert_modules
 
 DEGREES = (2, 4, 8)
@@ -25,7 +26,7 @@ def with_dealt_experts(configs: list[RunConfig], world: int) -> list[list[RunCon
     nothing: list[list[RunConfig]] = [[] for _ in configs]
     if not degrees or not any(shards):
         return nothing
-    model = model_on_meta(configs[0], configs[0].model)
+    model = model_on_meta(configs[0].model, family_of(configs[0].objective).kind)
     if not expert_modules(model):
         return nothing
     dealt = nothing
