@@ -25,7 +25,7 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
     taken to be as long as `data.max_length` allows. Raises ConfigError if ranks cannot share the model's rows, although
     `parallel.sequence` asks for it.
     """
-    check_parallel(config, scores_answers=False)
+    check_parallel(config)
     sequences_per_document = data_spec_of(config.objective).sequences_per_document
     prompt_tokens = float(config.data.max_length)
     longest_prompt = config.data.max_length
