@@ -136,16 +136,23 @@ def trial_config(words: EvaluateWords) -> RunConfig:
 
 
 def _settled(config: RunConfig) -> RunConfig:
-    """A configuration in which nothing is left to choose. Errors: ConfigError for a job of SLURM."""
+    """A configuration in which nothing is left to choose.
+
+    Errors: ConfigError for a job of SLURM, and for what these processes cannot share as the run did.
+    """
     from launch.config.compose import world_size_of
     from strategies.base import AutoConfig, Fsdp2Config, SingleConfig
     from strategies.errors import ConfigError
     from trainer.config.run import AUTO, LauncherName
+    from trainer.config.sharding import problems as sharding_problems
 
     if config.launcher.name is LauncherName.slurm:
         raise ConfigError("launcher=slurm: rewards are tried on this machine; leave it out, or allocate one with srun")
     if isinstance(config.strategy, AutoConfig):
         config.strategy = SingleConfig() if (world_size_of(config) or 1) == 1 else Fsdp2Config()
+    problems = list(sharding_problems(config, world_size_of(config)))
+    if problems:
+        raise ConfigError(problems)
     if config.batch["micro"] == AUTO:
         config.batch["micro"] = 1
     config.evaluation.tasks = {}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from launch.cluster.submission import refuse_unshared_model
+from launch.evaluate.reward_trial import _settled as settled_trial
 from strategies.base import Precision
 from strategies.dealt_experts import share_of
 from strategies.errors import ConfigError
@@ -220,6 +221,13 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
 def test_evaluations_deal_experts_over_as_many_ranks_as_can_be(strategy, degree, ranks_of_replica, expected):
     training = ParallelConfig(experts=degree, sequence=2)
     assert parallel_for_evaluation(training, STRATEGIES[strategy], ranks_of_replica) == ParallelConfig(experts=expected)
+
+
+def test_a_trial_of_rewards_says_that_its_ranks_are_too_few(root):
+    """A run of eight ranks may be tried on one machine, whose ranks cannot share as theirs did."""
+    with pytest.raises(ConfigError, match=r"parallel\.experts=8: must divide the number of ranks, 2, .*; set one of 2"):
+        settled_trial(config_of(mixture(root), 8, ranks=2))
+    settled_trial(config_of(mixture(root), 2, ranks=2))
 
 
 def test_submitting_asks_the_same_where_the_model_is_here(root):
