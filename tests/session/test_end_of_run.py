@@ -107,6 +107,7 @@ def test_run_that_was_killed_in_its_export_ends_alike_without_another_look_or_st
     steps = (again / "metrics.jsonl").read_text().splitlines()
     assert command_here(["train", *words, f"run.dir={again}"]) == 0
     assert (again / "metrics.jsonl").read_text().splitlines() == steps
+    assert (again / "events.jsonl").read_text() == (run_dir / "events.jsonl").read_text(), "patience ended it once"
     assert record(again)["exported_checkpoint"] == record(run_dir)["exported_checkpoint"]
     assert record(again)["test"] == record(run_dir)["test"]
     same_bytes = (again / "export" / "model.safetensors").read_bytes()

@@ -23,6 +23,7 @@ from trainer.monitors.first_evaluation import HeldOutBefore, KeptHeldOut
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import GENERATED, KeptAnswer, KeptAnswers
 from trainer.reporting.jsonl import json_text
+from trainer.reporting.metric_rows import read_rows
 from trainer.reporting.trackers.base import Table
 
 DETECTORS: dict[str, Any] = {"overfitting": overfitting, "forgetting": forgetting, "output": degenerate_answers}
@@ -361,6 +362,16 @@ class Challenges:
         )
         self._write_event(finding)
 
+    def _is_in_events(self, finding: Finding) -> bool:
+        """Whether an earlier start of the run has written this finding into `events.jsonl`."""
+        if self.events is None:
+            return False
+        try:
+            events = read_rows(self.events).rows
+        except OSError:
+            return False
+        return any(event.get("challenge") == finding.challenge and event["step"] == finding.step for event in events)
+
     def _write_event(self, finding: Finding) -> None:
         """Append a finding to `events.jsonl`. Errors: StorageError."""
         if self.events is not None:
@@ -380,7 +391,7 @@ class Challenges:
         )
         is_new = EARLY_STOPPING not in self.record
         self.record[EARLY_STOPPING] = finding.record()
-        if is_new:
+        if is_new and not self._is_in_events(finding):  # a run that was killed in its export ends once more
             self._write_event(finding)
         self.on_record(self.record)
 
