@@ -1,5 +1,6 @@
 """Experts dealt over ranks: refused before data is read where the model or the settings do not allow it."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from launch.cluster.submission import refuse_unshared_model
 from launch.evaluate.reward_trial import _settled as settled_trial
 from strategies.base import Precision
-from strategies.dealt_experts import share_of
+from strategies.dealt_experts import deal_on_meta, share_of
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context, named_parameters
 from strategies.runtime import Runtime
@@ -24,12 +25,16 @@ from trainer.build.parts import build_model, workload
 from trainer.build.recomputation import activations_of, counted_activations, model_state
 from trainer.config.parallel import ParallelConfig, parallel_for_evaluation
 from trainer.config.sharding import problems as sharding_problems
+from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.rollouts import RewardEntry
 from trainer.optim.config import AdafactorConfig, MuonConfig
+from trainer.planner.communication_volume import _expert_bytes
+from trainer.session.run_facts import model_flops_per_token
+from trainer.tuning.base import LoraConfig
 from trainer.tuning.expert_parts import expert_modules
 
 
@@ -221,6 +226,36 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
 def test_evaluations_deal_experts_over_as_many_ranks_as_can_be(strategy, degree, ranks_of_replica, expected):
     training = ParallelConfig(experts=degree, sequence=2)
     assert parallel_for_evaluation(training, STRATEGIES[strategy], ranks_of_replica) == ParallelConfig(experts=expected)
+
+
+@pytest.mark.parametrize("quantised", (None, Quantisation.int8))
+def test_arithmetic_of_a_token_does_not_depend_on_how_experts_are_dealt(root, quantised):
+    """It is counted when experts are dealt already, and MFU goes by it."""
+    config = config_of(mixture(root), 4)
+    if quantised is not None:
+        config.model.quantisation = quantised
+        config.tuning = LoraConfig(rank=2)
+    data = data_set(root / "arithmetic", uneven=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    flops = model_flops_per_token(built, 10.0, 0.5)
+    plan_experts(built, config, Runtime(3, 8, 3, 8, torch.device("cpu"), None))
+    deal_on_meta(built.step_module)
+    assert model_flops_per_token(built, 10.0, 0.5) == flops
+
+
+def test_the_bytes_that_a_step_exchanges_leave_reward_models_out(root):
+    """They score between two steps."""
+    config = config_of(mixture(root), 4)
+    data = data_set(root / "exchanged", uneven=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    step = built.step_module
+    ranks = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
+    found = []
+    for _ in range(2):
+        plan_experts(built, config, ranks)
+        found.append((len(step.plan.dealt_experts), _expert_bytes(built, config.strategy, Precision.bf16, 100.0)))
+        step.add_reward_model("judge", copy.deepcopy(built.plain), set())
+    assert found[1] == (2 * found[0][0], found[0][1])
 
 
 def test_a_trial_of_rewards_says_that_its_ranks_are_too_few(root):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from strategies.base import Engine, Precision
+from strategies.dealt_experts import share_of
 from strategies.hardware import advice
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
@@ -238,6 +239,9 @@ def model_flops_per_token(built: Built, mean_length: float, answer_share: float)
     for name, parameter in named_parameters(built.step_module):
         base_name = built.tuning.base_name(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape beside an empty parameter
+        share = share_of(built.step_module, name)
+        if share is not None:  # experts that are dealt over ranks: of all of them
+            shape = share.whole_shape(shape)
         if base_name in built.quantised:
             shape = built.quantised[base_name]
         is_lookup = base_name in built.vocabulary and not _is_head(built, name)
