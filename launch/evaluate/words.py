@@ -343,7 +343,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
         config.strategy = DdpConfig()  # a quantised model cannot be sharded
 
     if not any(word.startswith("parallel.") for word in evaluate_words.settings):
-        ranks_of_replica = ranks // number_of_replicas(config.strategy, config)
+        ranks_of_replica = max(1, ranks // number_of_replicas(config.strategy, config))
         config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks_of_replica)
 
     # Nothing is trained, watched or exported.

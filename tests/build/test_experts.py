@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from launch.cluster.submission import refuse_unshared_model
 from launch.evaluate.reward_trial import _settled as settled_trial
+from launch.evaluate.words import _set_evaluation_defaults
 from strategies.base import Precision
 from strategies.dealt_experts import deal_on_meta, share_of
 from strategies.errors import ConfigError
@@ -241,6 +243,15 @@ def test_arithmetic_of_a_token_does_not_depend_on_how_experts_are_dealt(root, qu
     plan_experts(built, config, Runtime(3, 8, 3, 8, torch.device("cpu"), None))
     deal_on_meta(built.step_module)
     assert model_flops_per_token(built, 10.0, 0.5) == flops
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(8, 4), (4, 2), (2, 1), (1, 1)])
+def test_a_run_under_hsdp_is_evaluated_on_fewer_ranks(root, ranks, expected):
+    """Of which half are a replica. One rank alone shards nothing."""
+    config = config_of(mixture(root), 4, "hsdp", ranks=ranks)
+    _set_evaluation_defaults(config, SimpleNamespace(settings=[], split="test"))
+    assert config.parallel == ParallelConfig(experts=expected)
+    assert not [line for line in sharding_problems(config, ranks) if "experts" in line]
 
 
 def test_the_bytes_that_a_step_exchanges_leave_reward_models_out(root):
