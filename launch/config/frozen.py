@@ -38,6 +38,7 @@ from trainer.config.run import (
 )
 from trainer.data.config import ControlTokens, identifying
 from trainer.data.tokens.clock import TemplateDate
+from trainer.evaluation.interval import EVERY_STEPS
 from trainer.export.config import ExportedCheckpoint
 from trainer.reporting import settings_file
 from trainer.reporting.resolution import Resolution
@@ -194,6 +195,7 @@ def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_
     if has_progress:
         keep_rate(config, before)
         _keep_exported_checkpoint(composed, before)
+        _keep_evaluation_interval(composed, before)
     changed = differences(config, before)
     if changed and has_progress and _only_defaults_changed(composed, changed, before, path):
         _copy_identifying(config, before)
@@ -257,6 +259,7 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
     before = load_frozen(path)
     keep_rate(composed.config, before)
     _keep_exported_checkpoint(composed, before)
+    _keep_evaluation_interval(composed, before)
     changed = differences(composed.config, before)
     if changed and _only_defaults_changed(composed, changed, before, path):
         _copy_identifying(composed.config, before)
@@ -400,9 +403,24 @@ def _keep_exported_checkpoint(composed: Composed, before: RunConfig) -> None:
 
     So a run of a version without the setting goes on to export its last one.
     """
-    is_typed = any(_key_of_word(word) == EXPORTED_CHECKPOINT for word in composed.overrides)
-    if composed.config.export.checkpoint is ExportedCheckpoint.auto and not is_typed:
+    if composed.config.export.checkpoint is ExportedCheckpoint.auto and not _is_typed(EXPORTED_CHECKPOINT, composed):
         composed.config.export.checkpoint = before.export.checkpoint
+
+
+def _keep_evaluation_interval(composed: Composed, before: RunConfig) -> None:
+    """Keep that a run is evaluated only at its start and end, unless the words say otherwise.
+
+    That was the default of earlier versions. A run for which somebody typed a number of steps is another run than one without.
+    """
+    evaluation = composed.config.evaluation
+    differs = evaluation.every_steps == AUTO and before.evaluation.every_steps == 0
+    if differs and not _is_typed(EVERY_STEPS, composed):
+        evaluation.every_steps = 0
+
+
+def _is_typed(key: str, composed: Composed) -> bool:
+    """Whether the words of the command say this setting."""
+    return any(_key_of_word(word) == key for word in composed.overrides)
 
 
 def _identifying_settings(tree: Any) -> dict[str, Any]:

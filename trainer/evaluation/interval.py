@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EVERY_STEPS = "evaluation.every_steps"
 AUTO = "auto"
-"""The value of `evaluation.every_steps` that this module resolves."""
+"""The value of `EVERY_STEPS` that this module resolves."""
 EVALUATIONS = 20
 """Evaluations of a run that is long enough."""
 MOST_SHARE = 0.05

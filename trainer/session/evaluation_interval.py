@@ -11,12 +11,10 @@ from trainer.data.batches.cutting import cut_of
 from trainer.data.batches.loader import EvalShare, StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.build import evaluation_parts
-from trainer.evaluation.interval import AUTO, RunSize, automatic_interval, reason_for
+from trainer.evaluation.interval import AUTO, EVERY_STEPS, RunSize, automatic_interval, reason_for
 from trainer.reporting.resolution import Resolution
 from trainer.rollout.loader import RolloutLoader
 from trainer.step import Built
-
-EVERY_STEPS = "evaluation.every_steps"
 
 
 @dataclass(frozen=True, slots=True)
