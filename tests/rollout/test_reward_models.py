@@ -17,7 +17,7 @@ from tests.helpers.reward_models import plain_scores, save_adapter, save_reward_
 from tests.helpers.rounds import prompts_of, round_config
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.build.parts import build_engine
-from trainer.build.reward_models import open_model_scorer
+from trainer.build.reward_models import check_reward_models, open_model_scorer
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.rollouts import RewardEntry
 from trainer.rollout.rewards.scorer import WorkerScorer
@@ -199,3 +199,21 @@ def test_what_is_no_reward_model_is_refused_before_anything_starts(site, tmp_pat
     assert "objective.rewards.rm.timeout_s=3: a reward model runs in the ranks" in said
     assert "objective.rewards.rm.options.batch_tokens=0: must be a number" in said
     assert "objective.rewards.rm.options.template: a reward model has no such option" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 100}, "and the model has 100 rows of embeddings"),
+        ({"pad_token_id": -1}, "its pad_token_id is -1, and the model has tokens 0 to"),
+    ],
+)
+def test_reward_model_without_a_row_for_a_token_is_refused(change, message, site, tmp_path):
+    """An index outside of the embedding is a bare IndexError, and on a GPU the end of the process."""
+    shutil.copytree(site / "scorer", tmp_path / "scorer")
+    settings = json.loads((tmp_path / "scorer" / "config.json").read_text()) | change
+    (tmp_path / "scorer" / "config.json").write_text(json.dumps(settings))
+    rewards = {"model": RewardEntry(path=str(tmp_path / "scorer"))}
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_reward_models(round_config(site, site / "llama", "single", rewards=rewards))
+    assert str(refused.value).startswith(f"objective.rewards.model.path={tmp_path / 'scorer'}: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,8 +69,7 @@ def _frozen_classifier(
     settings = load_model_config(config)
     settings.num_labels = 1
     if settings.pad_token_id is None:  # transformers tells by it where a text ends
-        tokenizer = load_tokenizer(config)
-        settings.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        settings.pad_token_id = _pad_token_id(settings, load_tokenizer(config))
     model, _ = padded_model(
         ModelKind.classifier, config, settings, Layout.padded, meta_context(), "reward", half_on_gpu=half_on_gpu
     )
@@ -112,17 +112,29 @@ def _reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelRea
                 f"{key}={reward.path}: has no chat template; give objective.rewards.{name}.options.chat_template"
             )
         encoder.fix_date(kept_date(config))
-        pad_token_id = settings.pad_token_id
-        if pad_token_id is None:
-            pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        pad_token_id = _pad_token_id(settings, tokenizer)
         reader = RewardModelReader(
             encoder,
-            pad_token_id=int(pad_token_id),
+            pad_token_id=pad_token_id,
+            vocabulary=text_settings(settings).vocab_size,
             positions=getattr(text_settings(settings), "max_position_embeddings", None),
             batch_tokens=int(options["batch_tokens"]),
         )
-        reader.check(f"{key}={reward.path}")
+    reader.check(f"{key}={reward.path}")
     return reader
+
+
+def _pad_token_id(settings: Any, tokenizer: Any) -> int:
+    """The token that fills rows of a reward model: its configuration's, or else its tokenizer's. Errors: ConfigError."""
+    pad_token_id = settings.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = tokenizer.pad_token_id  # `load_tokenizer` takes the end token where there is none
+    if pad_token_id is None:
+        raise ConfigError(
+            f"{tokenizer.name_or_path}: has neither a padding token nor an end token; name a pad_token in its "
+            "tokenizer_config.json"
+        )
+    return int(pad_token_id)
 
 
 def open_model_scorer(
@@ -176,6 +188,7 @@ def _naming(key: str) -> Iterator[None]:
         said = []
         for problem in error.problems:
             for setting in ("model.path", "model.tokenizer", "model.chat_template"):
-                problem = problem.replace(f"{setting}=", f"{key}=", 1)
+                # Not within the setting of a reward that is called `model`.
+                problem = re.sub(rf"(?<![\w.]){re.escape(setting)}=", lambda _: f"{key}=", problem, count=1)
             said.append(problem)
         raise ConfigError(said) from error

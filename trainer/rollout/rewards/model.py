@@ -29,6 +29,8 @@ class RewardModelReader:
 
     encoder: Encoder
     pad_token_id: int
+    vocabulary: int
+    """Rows of the model's embeddings. A token without a row would end the process, on a GPU without a word."""
     positions: int | None
     """Most tokens that the model can read; None: any number."""
     batch_tokens: int
@@ -49,9 +51,19 @@ class RewardModelReader:
         encodings, _ = self.encoder.tokenize(rendered)
         tokens: list[list[int] | None] = []
         for encoding in encodings:
+            self._refuse_unknown(encoding.ids, group.prompt.origin)
             fits = self.positions is None or len(encoding.ids) <= self.positions
             tokens.append(list(encoding.ids) if fits else None)
         return tokens
+
+    def _refuse_unknown(self, token_ids: Sequence[int], place: str) -> None:
+        """Raise DataError, which begins with `place`, for a token that the model has no row for."""
+        largest = max(token_ids, default=0)
+        if largest >= self.vocabulary:
+            raise DataError(
+                f"{place}: the reward model's tokenizer makes token {largest} of it, and the model has {self.vocabulary} rows of "
+                "embeddings; give it the tokenizer that it was trained with"
+            )
 
     def _rendered(self, turns: Sequence[Mapping[str, Any]], answer: str, origin: str) -> str:
         """A conversation as the chat template writes it, with the control tokens that its texts spell escaped."""
@@ -69,7 +81,12 @@ class RewardModelReader:
         return self.encoder.template.render_text(conversation, origin)
 
     def check(self, setting: str) -> None:
-        """Raise ConfigError, which begins with `setting`, if the chat template cannot write a question and its answer."""
+        """Raise ConfigError, which begins with `setting`, if the model cannot read a question and its answer."""
+        if not 0 <= self.pad_token_id < self.vocabulary:
+            raise ConfigError(
+                f"{setting}: its pad_token_id is {self.pad_token_id}, and the model has tokens 0 to {self.vocabulary - 1}; mend "
+                "pad_token_id in its config.json"
+            )
         answer = "An answer."
         try:
             text = self._rendered([{"role": "user", "content": "A question?"}], answer, "a question")
@@ -82,6 +99,11 @@ class RewardModelReader:
                 f"{setting}: its chat template leaves the answer out, which would score all answers alike; give another one with "
                 "options.chat_template=FILE"
             )
+        encodings, _ = self.encoder.tokenize([RenderedText(text, [], escaped=ESCAPE in text)])
+        try:
+            self._refuse_unknown(encodings[0].ids, "a question and its answer")
+        except DataError as error:
+            raise ConfigError(f"{setting}: {error}") from error
 
     def micro_batches(self, tokens: Sequence[list[int]]) -> list[list[int]]:
         """Numbers of the texts of each micro-batch: texts of like lengths together, as many as `batch_tokens` holds."""
