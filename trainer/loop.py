@@ -131,7 +131,7 @@ class Trainer:
             self._save()
         elif self.settings.save_for_export and self._saved_step != self.progress.step:
             self.outcome.saved_for_export = True
-            self._save(must_succeed=False)
+            self._save(must_succeed=False, stays=False)
         self._settle()
         # An attempt that took no step has no speed of its own.
         self.outcome.speed = self.meter.speed() or earlier.speed
@@ -452,10 +452,10 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _save(self, *, must_succeed: bool = True) -> None:
+    def _save(self, *, must_succeed: bool = True, stays: bool = True) -> None:
         """Write a checkpoint of this step; without `must_succeed` only begin it, and accept that it may fail.
 
-        All ranks must call. One that is pending is published first.
+        Without `stays`, no older one is deleted for it. All ranks must call. One that is pending is published first.
         """
         self._flush()
         self._settle()
@@ -468,7 +468,7 @@ class Trainer:
             self._being_saved = replace(self.progress)
             attachments = self.loader.attachments()
             saved = self.checkpoints.save(
-                self.engine, self.progress, must_succeed=must_succeed, attachments=attachments
+                self.engine, self.progress, must_succeed=must_succeed, stays=stays, attachments=attachments
             )
             self._note_saved(saved)
         self.meter.restart_clock()

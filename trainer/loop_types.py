@@ -204,10 +204,12 @@ class CheckpointStore(Protocol):
     def pending_is_written(self, step: int) -> bool:
         """Whether every rank has written its part of the pending one. All ranks must call, after the same steps."""
 
-    def save(self, engine: Engine, progress: Progress, *, must_succeed: bool, attachments: Mapping[str, bytes]) -> bool:
+    def save(
+        self, engine: Engine, progress: Progress, *, must_succeed: bool, stays: bool, attachments: Mapping[str, bytes]
+    ) -> bool:
         """Begin a checkpoint of this moment; with `must_succeed`, finish it. Whether it succeeded so far. All ranks must call.
 
-        `attachments`: files beside the state, by name.
+        `stays`: whether it takes the place of older ones. `attachments`: files beside the state, by name.
         A pending one has to be settled before. Without `must_succeed`, a failure is a warning until too many follow each other.
         """
 

@@ -23,7 +23,7 @@ from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.recovery import recover
 from trainer.checkpoints.resume_selection import choose_checkpoint
 from trainer.config.evaluation import more_is_better
-from trainer.config.launching import exports_at_end
+from trainer.config.launching import exports_at_end, leaves_export_to_job
 from trainer.config.run import RunConfig, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
@@ -309,7 +309,8 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
         evaluate_every=interval.steps,
         loss_on_the_way=interval.loss_alone,
         log_every=config.logging.every_steps,
-        save_final=config.checkpoint.save_final,
+        # The export job of a pipeline has nothing but this checkpoint to read.
+        save_final=config.checkpoint.save_final or leaves_export_to_job(config),
         save_for_export=exports_at_end(config),
     )
 

@@ -40,7 +40,9 @@ class ExportResources:
 
 def export_resources(config: RunConfig) -> ExportResources | None:
     """What the export of a run takes; None if the base is not on this host, or its files are not safetensors."""
-    directory = Path(config.model.path or "").expanduser()
+    if not config.model.path:
+        return None
+    directory = Path(config.model.path).expanduser()
     elements_by_group: dict[str, int] = {}
     stored_bytes = 0
     try:

@@ -307,6 +307,12 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
         exported_step = recorded_step(read_json(run_dir / RUN_RECORD))
         if which == "auto" and exported_step in checkpoints:
             step = exported_step
+        elif which == "auto" and exported_step is not None:
+            print(
+                f"note: the run chose step {exported_step} for its export, whose checkpoint is not there any more; "
+                f"step {step} is taken",
+                flush=True,
+            )
     elif which.isdigit() and int(which) in checkpoints:
         step = int(which)
     else:

@@ -139,6 +139,8 @@ class PendingCheckpoint:
     """Directories that have not been tried yet."""
     size: int = 0
     """Bytes of the tensors, of all ranks."""
+    stays: bool = True
+    """Whether it takes the place of older checkpoints. One that is written for the export alone does not."""
     stall_s: float = 0.0
     """Seconds that training has waited for it so far."""
     outcome: FileOutcome | None = None

@@ -235,6 +235,7 @@ class Checkpoints:
         progress: Progress,
         *,
         must_succeed: bool = True,
+        stays: bool = True,
         attachments: Mapping[str, bytes] | None = None,
     ) -> bool:
         """Write a checkpoint of this moment, publish it, and delete what `checkpoint.keep` no longer keeps. All ranks must call.
@@ -243,7 +244,8 @@ class Checkpoints:
         `checkpoint.fallback_dir` is tried. If that fails too, nothing half-written stays, and StorageError is raised on every
         rank with `must_succeed`, or after `checkpoint.max_failures` in a row. Otherwise the run continues with a warning, and
         False is returned. Without `must_succeed` and with `checkpoint.background`, the checkpoint is only begun, and is then
-        pending. `attachments`: files beside the state by name, which rank 0 writes.
+        pending. Without `stays`, it will be discarded, and no older one is deleted for it. `attachments`: files beside the
+        state by name, which rank 0 writes.
         """
         began = time.monotonic()
         with self._patience(progress.step, 0):  # rank 0 may still be writing its rows to the disk
@@ -254,6 +256,7 @@ class Checkpoints:
             state.attachments = dict(attachments)
         checkpoint = PendingCheckpoint.begin(progress, state, began, self.checkpoint_dirs)
         checkpoint.size = size
+        checkpoint.stays = stays
         with self._patience(progress.step, size):
             return self._save(checkpoint, must_succeed=must_succeed)
 
@@ -374,7 +377,8 @@ class Checkpoints:
         for path in same_step:
             self._delete(path)
         self._verified.add(saved.path)
-        self._delete_old(checkpoint.best_step)
+        if checkpoint.stays:
+            self._delete_old(checkpoint.best_step)
 
     def _note_failure(self, problems: list[str], *, must_succeed: bool) -> None:
         """Count a failed checkpoint. Raises StorageError if it had to succeed, or if too many failed in a row."""
@@ -438,7 +442,11 @@ class Checkpoints:
         """Delete the checkpoint of a step, unless it is the only one. No collective; rank 0 deletes. A failure is a warning."""
         if not self.runtime.is_main:
             return
-        checkpoints = checkpoints_in(self.checkpoint_dirs)
+        try:
+            checkpoints = checkpoints_in(self.checkpoint_dirs)
+        except StorageError as error:
+            self.print_line(f"warning: the checkpoint of step {step} could not be deleted ({error})")
+            return
         if len(checkpoints) == 1:
             return
         for other_step, path in checkpoints:

@@ -34,7 +34,7 @@ def export_at_end(run: TrainedRun, of_model: ModelFacts, record: RunRecord) -> P
     if not exports_at_end(run.config):
         return None
     exported = _export(run, of_model)
-    if run.outcome.saved_for_export:
+    if run.outcome.saved_for_export and exported is not None:  # what is said of a later export needs the checkpoint
         run.checkpoints.discard(run.outcome.progress.step)
     record.gates = of_model.gates
     record.not_exported = of_model.run.not_exported or []
@@ -73,7 +73,9 @@ def _export(run: TrainedRun, of_model: ModelFacts) -> Path | None:
     reference = None
     if config.export.verify:
         reference = take_reference(run.engine, run.built, inputs.tokenizer, context.runtime)
-    run.engine.close()  # what follows needs its memory
+    # What follows needs their memory.
+    run.engine.close()
+    run.checkpoints.state_buffer.release()
     model = describe_trained_model(
         config,
         inputs.tokenizer,
