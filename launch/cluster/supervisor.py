@@ -34,6 +34,9 @@ class StateBeforeStart:
 
 FINAL_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals after which a run is over; the others ask it to save and to be started again, if `launcher.retry` says so."""
+EXPORT_STOPPED = (
+    "export: stopped; files of the model that are complete are kept, and the same command writes the others"
+)
 
 
 def run_supervised(
@@ -121,7 +124,7 @@ def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: 
     # If a rank was killed before the first step, that is the cause: torchrun has asked its peers to stop since.
     was_killed = bool(failure) and not step
     if status.get("state") == State.preempted and not was_killed:
-        print(f"{directory}: {_stopped_message(directory, run_dir, step, verb)}", file=sys.stderr)
+        print(_stopped_message(directory, run_dir, step, verb), file=sys.stderr)
         return 130 if code == 130 else 75
     owner = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide the failure
@@ -133,6 +136,8 @@ def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: 
     if code == 130:
         reason = "interrupted"
         message = f"{directory}: interrupted; the same command continues from the last checkpoint"
+        if verb == "export":
+            message = EXPORT_STOPPED
     else:
         # A run that nobody reports as ended has failed, even if torchrun returned 0.
         code = failure.get("exit_code", 70)
@@ -150,12 +155,14 @@ def _stopped_message(directory: Path, run_dir: Path, step: int | None, verb: str
 
     `directory`: where the run directory is now, which was `run_dir` when the run started.
     """
+    if verb == "export":  # the directory is a temporary one
+        return EXPORT_STOPPED
     if verb == "evaluate":
-        return "stopped; an evaluation keeps nothing, the same command begins it again"
+        return f"{directory}: stopped; an evaluation keeps nothing, the same command begins it again"
     reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing is lost"
     if directory != run_dir:
-        return f"{reached}; the directory was renamed while the run was under way: run.dir={directory} continues it"
-    return f"{reached}; the same command continues it"
+        return f"{directory}: {reached}; the directory was renamed while the run was under way: run.dir={directory} continues it"
+    return f"{directory}: {reached}; the same command continues it"
 
 
 def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:

@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "export-job.yaml"
 JOB_FILE = "export-job.json"
+STOPPED_CODES = (75, 130)
+"""Exit codes after a signal and after Ctrl-C."""
 
 
 class WritersFailed(ShardtuneError):
     """The processes that write an export have failed; what they met is on the screen."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__("nothing was exported: its processes failed, as the lines above say")
+        how = "were stopped" if exit_code in STOPPED_CODES else "failed, as the lines above say"
+        super().__init__(f"nothing was exported: its processes {how}")
         self.exit_code = exit_code
 
 
@@ -88,9 +91,10 @@ def write_in_processes(config: RunConfig, job: WritingJob, num_processes: int) -
     header = f"# Written by shardtune export.\n# sha256: {sha256}\n"
     (job_dir / CONFIG_FILE).write_text(header + to_yaml(config), encoding="utf-8")
     code = run_supervised(config, job_dir, sha256, program=RankProgram("launch.export", CONFIG_FILE))
+    if code in (0, *STOPPED_CODES):
+        shutil.rmtree(job_dir, ignore_errors=True)
     if code:
         raise WritersFailed(code)
-    shutil.rmtree(job_dir, ignore_errors=True)
 
 
 def is_writer(environment: Mapping[str, str]) -> bool:

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.cluster import supervisor
+from launch.config.compose import compose
+from launch.export.command import find_checkpoint
+from launch.export.writing import WritersFailed, WritingJob, write_in_processes
 from strategies import atomic_io
 from strategies.runtime import Runtime
 from strategies.saved_parameters import SavedParameters
@@ -17,6 +21,7 @@ from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.helpers.warm import command_warm
+from trainer.checkpoints.config import CheckpointConfig
 from trainer.export import write as write_module
 from trainer.export.config import ExportConfig
 from trainer.export.files import RECORDS, share_of, write_file
@@ -24,6 +29,7 @@ from trainer.export.plan import PlannedFile, PlannedTensor, plan_files
 from trainer.export.trained_model import ModelValues
 from trainer.export.write import write_export
 from trainer.reporting.documents.facts import ModelFacts
+from trainer.run import loop_settings
 from trainer.tuning.base import FullConfig
 
 SMALL_FILES = {"max_shard_gib": 3e-5}
@@ -197,11 +203,33 @@ def test_ranks_of_a_run_and_processes_of_the_verb_write_the_same_files(tmp_path,
 
 
 def test_checkpoint_that_is_written_for_the_export_alone_does_not_stay(tmp_path, capsys):
-    words = [*words_of(tmp_path), "checkpoint.save_final=false", "budget.steps=3"]
+    words = [*words_of(tmp_path), "checkpoint.save_final=false", "budget.steps=5"]
     run = tmp_path / "run"
     assert command_here(["train", *words, "checkpoint.every_steps=2", f"run.dir={run}"]) == 0
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
-    assert (run / "export" / "config.json").is_file() and "checkpoint step-000003" in capsys.readouterr().out
+    # Nor does it take the place of an older one: `checkpoint.keep` is 2.
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert (run / "export" / "config.json").is_file() and "checkpoint step-000005" in capsys.readouterr().out
+    assert find_checkpoint(run, "auto", CheckpointConfig()).name == "step-000004"
+    assert "the run chose step 5 for its export, whose checkpoint is not there any more" in capsys.readouterr().out
+
+
+def test_checkpoint_that_was_not_exported_stays(tmp_path, capsys):
+    """A gate says no, and names the command for later, which needs the checkpoint."""
+    words = [*words_of(tmp_path), "checkpoint.save_final=false", "budget.steps=3", "checkpoint.every_steps=2"]
+    run = tmp_path / "run"
+    assert command_here(["train", *words, 'gates={train/loss: "<0.1"}', f"run.dir={run}"]) == 0
+    assert "not exported, since gates say no" in capsys.readouterr().out
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_training_of_a_pipeline_leaves_a_checkpoint_to_its_export_job(tmp_path):
+    words = [*words_of(tmp_path), "checkpoint.save_final=false", "launcher=slurm"]
+    settings = {}
+    for parts in ("[train]", "[train,export]"):
+        config = compose([*words, f"launcher.pipeline={parts}"]).config
+        settings[parts] = loop_settings(config, total_steps=2)
+    assert not settings["[train]"].save_final and settings["[train]"].save_for_export
+    assert settings["[train,export]"].save_final and not settings["[train,export]"].save_for_export
 
 
 def test_run_without_room_for_its_last_checkpoint_says_what_to_do(tmp_path, capsys, monkeypatch):
@@ -222,3 +250,28 @@ def test_run_without_room_for_its_last_checkpoint_says_what_to_do(tmp_path, caps
     assert not (run / "export").exists()
     assert "no checkpoint of step 3" in json.loads((run / "run.json").read_text())["export_problem"]
     shutil.rmtree(run)
+
+
+@pytest.mark.parametrize(("code", "stays"), [(130, False), (75, False), (70, True)])
+def test_export_that_was_stopped_leaves_no_settings_behind(code, stays, tmp_path, monkeypatch):
+    """Its directory holds the run's settings; after a failure it also has the record of it, which the message names."""
+    directories = []
+
+    def ended(config, job_dir, sha256, *, program):
+        directories.append(job_dir)
+        return code
+
+    monkeypatch.setattr(supervisor, "run_supervised", ended)
+    job = WritingJob(run=str(tmp_path), checkpoints=[], to=str(tmp_path / "out"))
+    with pytest.raises(WritersFailed, match="failed" if stays else "were stopped"):
+        write_in_processes(compose(words_of(tmp_path)).config, job, 2)
+    assert directories[0].exists() == stays
+    shutil.rmtree(directories[0], ignore_errors=True)
+
+
+@pytest.mark.parametrize("verb", ["train", "export"])
+def test_ctrl_c_names_no_temporary_directory(verb, tmp_path, capsys):
+    assert supervisor.record_outcome(tmp_path, 130, supervisor.state_before_start(tmp_path), verb=verb) == 130
+    said = capsys.readouterr().err
+    assert ("files of the model that are complete are kept" in said) == (verb == "export")
+    assert (str(tmp_path) in said) == (verb == "train")
