@@ -24,8 +24,9 @@ from strategies.compat.fsdp import (
     gather_on,
 )
 from strategies.compat.modules import replace_buffers
-from strategies.dealt_experts import deal_experts, shard_experts, share_of
+from strategies.dealt_experts import deal_experts, shard_experts
 from strategies.errors import ConfigError
+from strategies.expert_share import share_of
 from strategies.full_params import FsdpFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replica_count, shard_mesh

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from strategies.base import Engine
-from strategies.dealt_experts import share_of
+from strategies.expert_share import share_of
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
 

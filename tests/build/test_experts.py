@@ -12,8 +12,9 @@ from launch.cluster.submission import refuse_unshared_model
 from launch.evaluate.reward_trial import _settled as settled_trial
 from launch.evaluate.words import _set_evaluation_defaults
 from strategies.base import Precision
-from strategies.dealt_experts import deal_on_meta, share_of
+from strategies.dealt_experts import deal_on_meta
 from strategies.errors import ConfigError
+from strategies.expert_share import share_of
 from strategies.parameters import meta_context, named_parameters
 from strategies.runtime import Runtime
 from tests.helpers.building import STRATEGIES, data_set, model_dir, run_config

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from strategies.dealt_experts import ExpertShare
 from strategies.expert_counts import RowCounts
+from strategies.expert_share import ExpertShare
 from tests.models.tiny import tiny_config
 from trainer.model import expert_exchange
 from trainer.tuning.expert_parts import expert_modules

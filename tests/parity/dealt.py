@@ -18,8 +18,8 @@ from strategies import dealt_experts, expert_counts, fsdp2
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.communication_counters import ALL_GATHER, count_communication
-from strategies.dealt_experts import share_of
 from strategies.errors import ReplicasDiffer
+from strategies.expert_share import share_of
 from strategies.parameters import named_parameters
 from strategies.sequence import with_sequence
 from strategies.sharding_report import sharding_record

@@ -12,8 +12,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from strategies.dealt_experts import ExpertShare
 from strategies.expert_counts import RowCounts
+from strategies.expert_share import ExpertShare
 from strategies.sequence import AllToAll
 from trainer.model.compat import grouped_experts
 from trainer.tuning.low_rank import LowRank, frozen_experts

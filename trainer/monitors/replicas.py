@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from strategies.base import Engine
-from strategies.dealt_experts import share_of
 from strategies.errors import ReplicasDiffer
+from strategies.expert_share import share_of
 from strategies.parameters import named_parameters
 from strategies.runtime import Runtime, gather_objects
 

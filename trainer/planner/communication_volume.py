@@ -10,7 +10,7 @@ from typing import Any
 
 from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
-from strategies.dealt_experts import share_of
+from strategies.expert_share import share_of
 from strategies.mesh import replica_count
 from strategies.parameters import BESIDE, named_parameters
 from strategies.runtime import Runtime

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from strategies.base import Engine, Precision
-from strategies.dealt_experts import share_of
+from strategies.expert_share import share_of
 from strategies.hardware import advice
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
