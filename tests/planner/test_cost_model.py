@@ -14,10 +14,10 @@ from tests.helpers.covering import EVERYTHING, chosen, takes, values
 from tests.simulated.cases import CHECKPOINTING, NATIVE, STRATEGIES, WHOLE, Case
 from trainer.data.config import Layout
 from trainer.planner.cost_model import most_hosts_of_a_group
+from trainer.planner.deferred_reduction import deferred_gradient_bytes, with_deferred_reduction
 from trainer.planner.depth_extrapolation import END_BLOCKS, shallow_depths
 from trainer.planner.memory_tracker import ALLOCATION_GRAIN
 from trainer.planner.model_blocks import block_pattern
-from trainer.planner.plan import deferred_gradient_bytes, with_deferred_reduction
 from trainer.planner.simulation import simulate_depth, simulate_form
 
 WITHIN = 0.05

@@ -11,8 +11,8 @@ from trainer.config.parallel import ParallelConfig
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.planner.cost_model import ALL_TO_ALL
+from trainer.planner.deferred_reduction import deferred_gradient_bytes
 from trainer.planner.hardware import card_named, group_count
-from trainer.planner.plan import deferred_gradient_bytes
 from trainer.planner.simulation import simulate_form, simulate_run
 from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_exchange_s
 
