@@ -29,7 +29,8 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
     """
     exchanged = {}
     for key, calls_and_bytes in cost_model.exchanged.items():
-        collective, when = key[0], key[4]
+        collective = key[0]
+        when = key[4]
         if when != "each" or "reduce" not in collective:
             exchanged[key] = calls_and_bytes
     small_phases, large_phases = cost_model.phases
