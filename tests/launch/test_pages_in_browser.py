@@ -108,7 +108,7 @@ def planned():
     for name, activations in (("fsdp2", 9.0), ("ddp", 60.0)):
         config = SimpleNamespace(
             strategy=SimpleNamespace(activation_checkpointing="none", mlp_tokens=None, offload_activations=False),
-            parallel=SimpleNamespace(sequence=1),
+            parallel=SimpleNamespace(sequence=1, experts=1),
             model=SimpleNamespace(quantisation="none"),
             optim=SimpleNamespace(name="adamw"),
             budget=SimpleNamespace(steps=10, epochs=None, tokens=None),
@@ -121,7 +121,7 @@ def planned():
         choice = SimpleNamespace(
             variant=SimpleNamespace(config=config, name=name, offload=False, words=()), words=(f"strategy={name}",),
             micro=1, largest_micro=2, peak=peak, fit=fit, step=step, tokens_per_s=4605.0, host_gib=6.0, node_gib=None,
-            hours=0.6, price=2.43, fits=fit.margin >= 0, fits_host=True,
+            hours=0.6, price=2.43, fits=fit.margin >= 0, fits_host=True, round=None,
         )  # fmt: skip
         choices.append(choice)
     lengths = SimpleNamespace(mean=2048.0, longest=[2048])
