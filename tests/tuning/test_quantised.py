@@ -260,7 +260,14 @@ def words(base, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "train.jsonl").write_text("{}\n")
-    return [f"model.path={base}", "data.path=train.jsonl", "budget.steps=1", "run.device=cpu", "model.quantisation=nf4"]
+    return [
+        "optim.lr=1e-4",
+        f"model.path={base}",
+        "data.path=train.jsonl",
+        "budget.steps=1",
+        "run.device=cpu",
+        "model.quantisation=nf4",
+    ]
 
 
 @pytest.mark.parametrize(
