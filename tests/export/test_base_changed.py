@@ -181,19 +181,19 @@ def test_base_at_a_new_hub_commit_replaces_one_that_this_machine_lacks(tmp_path,
 @pytest.mark.parametrize("tuning", [["tuning=lora", "export.merge=true"], ["tuning=lora", "tuning.init=pissa"]])
 def test_a_base_that_changes_while_a_run_trains_is_not_exported(trained, tmp_path, capsys, monkeypatch, tuning):
     """The run is done. Its checkpoint becomes the export as soon as the base is back."""
-    from trainer import run
+    from trainer.session import result
 
     shutil.copytree(trained / "base", tmp_path / "base")
     for name in ("train.jsonl", "eval.jsonl"):
         shutil.copy(trained / name, tmp_path / name)
     weights = tmp_path / "base" / "model.safetensors"
-    model_facts = run.model_facts
+    model_facts = result.model_facts
 
     def after_the_last_step(*arguments):
         shutil.copy(trained / "other" / "model.safetensors", weights)
         return model_facts(*arguments)
 
-    monkeypatch.setattr(run, "model_facts", after_the_last_step)
+    monkeypatch.setattr(result, "model_facts", after_the_last_step)
     run_dir = train(tmp_path, "run", "export.at_end=true", *tuning)
     said = capsys.readouterr().out
     assert "not exported: the base has changed" in said and CHANGED in said
