@@ -28,6 +28,7 @@ def words(site):
     (site.root / "rewards.py").write_text(REWARDS.format(held=str(site.root)))
     return [
         *("objective=grpo", "objective.group_size=4", f"objective.rewards={site.root / 'rewards.py'}"),
+        "objective.reward_workers=1",  # more of them would only take longer to begin
         *("objective.rollout.max_new_tokens=6", "batch.global=8", "batch.micro=3", "tuning=full", "budget.steps=5"),
         f"data.path={site.root / 'prompts.jsonl'}",
     ]
