@@ -195,7 +195,9 @@ def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_
     if has_progress:
         keep_rate(config, before)
         _keep_exported_checkpoint(composed, before)
-        _keep_evaluation_interval(composed, before)
+        if _keep_evaluation_interval(composed, before):
+            kept = DifferingSetting(EVERY_STEPS, 0, AUTO)
+            print(f"{path.parent}: keeps the defaults that it began with: {kept}", file=sys.stderr)
     changed = differences(config, before)
     if changed and has_progress and _only_defaults_changed(composed, changed, before, path):
         _copy_identifying(config, before)
@@ -407,15 +409,17 @@ def _keep_exported_checkpoint(composed: Composed, before: RunConfig) -> None:
         composed.config.export.checkpoint = before.export.checkpoint
 
 
-def _keep_evaluation_interval(composed: Composed, before: RunConfig) -> None:
-    """Keep that a run is evaluated only at its start and end, unless the words say otherwise.
+def _keep_evaluation_interval(composed: Composed, before: RunConfig) -> bool:
+    """Keep that a run is evaluated only at its start and end, unless the words say otherwise; whether there was anything to keep.
 
     That was the default of earlier versions. A run for which somebody typed a number of steps is another run than one without.
     """
     evaluation = composed.config.evaluation
     differs = evaluation.every_steps == AUTO and before.evaluation.every_steps == 0
-    if differs and not _is_typed(EVERY_STEPS, composed):
-        evaluation.every_steps = 0
+    if not differs or _is_typed(EVERY_STEPS, composed):
+        return False
+    evaluation.every_steps = 0
+    return True
 
 
 def _is_typed(key: str, composed: Composed) -> bool:

@@ -32,6 +32,8 @@ def site(tmp_path_factory):
             for n in range(count)
         )
         (root / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    first_two = (root / "held-out.jsonl").read_text().splitlines(keepends=True)[:2]
+    (root / "few.jsonl").write_text("".join(first_two))
     return root
 
 
@@ -100,9 +102,7 @@ def test_detectors_of_forgetting_and_output_report_everywhere(whole):
 
 def test_detectors_find_overfitting_in_a_run_that_asks_for_no_evaluations(site, capfd):
     """`evaluation.every_steps=auto`: the held-out loss on the way, general text at the start and at the end alone."""
-    few = site / "few.jsonl"
-    few.write_text("".join((site / "held-out.jsonl").read_text().splitlines(keepends=True)[:2]))
-    words = [f"data.eval_path={few}", "evaluation.every_steps=auto", "checkpoint.every_steps=100"]
+    words = [f"data.eval_path={site}/few.jsonl", "evaluation.every_steps=auto", "checkpoint.every_steps=100"]
     assert train(site, site / "auto", *words, "budget.steps=200") == 0
     record = json.loads((site / "auto" / "run.json").read_text())
     assert record["substitutions"]["evaluation.every_steps"].startswith("auto -> 11 (18 evaluations")
