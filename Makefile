@@ -55,7 +55,7 @@ format: $(STAMP)
 # The site of the documentation, into site/. To look at it: python3 -m http.server --directory site
 docs: $(STAMP)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The images' packages: those that decide a result as they are installed here (and so tested), the rest the newest that fit.
 DECIDE = torch|transformers|tokenizers|accelerate|peft|datasets|deepspeed|hydra-core|safetensors|pyarrow|bitsandbytes|numpy

@@ -78,6 +78,14 @@ def test_the_table_of_models_is_that_of_the_sweep():
     assert written.count("| llama | LlamaForCausalLM |") == 1
 
 
+def test_every_page_stands_in_a_section_of_the_site():
+    """`make docs` says so too, and is not a part of `make test`."""
+    sections = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = re.findall(r"^ *- (?:[^\n]*: )?(\S+\.md)$", sections, re.MULTILINE)
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(listed), f"mkdocs.yml does not name {pages - set(listed)}"
+
+
 def test_the_diagrams_are_those_of_their_script():
     drawn = runpy.run_path(str(ROOT / "docs" / "make_diagrams.py"))["DIAGRAMS"]
     for name, draw in drawn.items():
