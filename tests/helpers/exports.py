@@ -118,6 +118,7 @@ def model_of(engine, built, tokenizer, base, checkpoint, schedule_free_beta=None
         source=weight_source(built, base),
         trained=SavedParameters(checkpoint, trained_shapes(built), schedule_free_beta=schedule_free_beta),
         tokenizer=tokenizer,
+        base_directory=Path(str(base)),
         base_path=str(base),
         seed=1,
         frozen_dtype=COMPUTE_DTYPE[engine.precision],

@@ -36,8 +36,10 @@ class TrainedModel:
     trained: SavedParameters | MeanOfCheckpoints
     """The parameters that trained, by plain name."""
     tokenizer: Any
+    base_directory: Path
+    """Where this host reads the weights of the base: a copy of it under `launcher.stage`."""
     base_path: str
-    """Directory of the base model."""
+    """Directory of the base model as the run names it, which the export's files name too."""
     seed: int
     """`run.seed`, from which adapters were drawn."""
     frozen_dtype: torch.dtype
@@ -53,7 +55,7 @@ class TrainedModel:
 
     def base_weights(self) -> BaseWeights:
         """A reader of the base as it is trained on."""
-        return self.built.base_weights(Path(self.base_path))
+        return self.built.base_weights(self.base_directory)
 
 
 def trained_shapes(built: Built) -> dict[str, torch.Size]:

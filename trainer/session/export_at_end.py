@@ -84,6 +84,7 @@ def _export(run: TrainedRun, of_model: ModelFacts) -> Path | None:
         inputs.precision,
         on_gpu=context.runtime.device.type == "cuda",
         total_steps=of_model.run.total_steps,
+        staged_model=run.staged_model,
     )
     return write_export(
         model,

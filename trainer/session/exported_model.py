@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer.checkpoints.manifest import fingerprint
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.export.trained_model import TrainedModel, trained_shapes
+from trainer.model.config import ModelConfig
 from trainer.model.loading import weights_directory
 from trainer.optim.config import OptimName
 from trainer.session.base_files import base_files
@@ -27,14 +29,18 @@ def describe_trained_model(
     *,
     on_gpu: bool = False,
     total_steps: int,
+    staged_model: ModelConfig | None = None,
 ) -> TrainedModel:
     """The model that a run trained, with the values of a checkpoint, or the mean of several (the oldest first).
 
-    `precision`: what the run computed in. `on_gpu`: whether it computed on GPUs. `total_steps`: of the run's budget. Reads
-    headers and indexes alone. No collective. Errors: those of building the model, StorageError, ConfigError.
+    `precision`: what the run computed in. `on_gpu`: whether it computed on GPUs. `total_steps`: of the run's budget.
+    `staged_model`: names the copy of the base on this host, from which weights are read, if there is one. The export still names
+    the base of `config`. Reads headers and indexes alone. No collective. Errors: those of building the model, StorageError,
+    ConfigError.
     """
     half_on_gpu = on_gpu and precision is not Precision.fp32
-    built, source = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
+    local_config = config if staged_model is None else replace(config, model=staged_model)
+    built, source = build_model(local_config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
     if built.step_module.plan.optimizer_hooks is not None:
         # AdaLoRA's phases, which its files state.
         built.step_module.plan.optimizer_hooks.begin(total_steps)
@@ -48,6 +54,7 @@ def describe_trained_model(
         source=source,
         trained=saved[0] if len(saved) == 1 else MeanOfCheckpoints(saved),
         tokenizer=tokenizer,
+        base_directory=weights_directory(local_config.model),
         base_path=str(weights_directory(config.model)),
         seed=config.run.seed,
         frozen_dtype=COMPUTE_DTYPE[precision],

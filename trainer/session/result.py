@@ -17,6 +17,7 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
 from trainer.evaluation.base import Evaluator
 from trainer.export.exported_checkpoint import ChosenCheckpoint, choose_exported
+from trainer.model.config import ModelConfig
 from trainer.monitors.detectors import Challenges
 from trainer.objectives.registry import family_of
 from trainer.planner.oom_probe import TrialInputs
@@ -46,6 +47,8 @@ class TrainedRun:
     challenges: Challenges
     outcome: Outcome
     context: RunContext
+    staged_model: ModelConfig | None = None
+    """The model by its copy on this node's disk (`launcher.stage`); None if there is none."""
 
 
 def settle_result(run: TrainedRun, record: RunRecord) -> ModelFacts:
