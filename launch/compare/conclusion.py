@@ -153,8 +153,8 @@ def _headline(sentences: dict[str, str], *, unequal: bool) -> str:
 def _rates_sentence(points: Sequence[ComparedRun], differences: Sequence[SettingDifference]) -> str:
     """Which points trained at which learning rate, if the rate follows from other settings; empty if it does not differ."""
     rates = next((difference.values for difference in differences if difference.key == "optim.lr"), ())
-    others = [difference for difference in differences if difference.key != "optim.lr"]
-    words = [point_words(others, number) for number in range(len(points))]
+    other_settings = [difference for difference in differences if difference.key != "optim.lr"]
+    words = [point_words(other_settings, number) for number in range(len(points))]
     # An axis of its own splits points that have the same other settings.
     if not rates or len(set(words)) < len(set(zip(words, rates, strict=True))):
         return ""

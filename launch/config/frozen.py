@@ -196,8 +196,8 @@ def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_
         keep_rate(config, before)
         _keep_exported_checkpoint(composed, before)
         if _keep_evaluation_interval(composed, before):
-            kept = DifferingSetting(EVERY_STEPS, 0, AUTO)
-            print(f"{path.parent}: keeps the defaults that it began with: {kept}", file=sys.stderr)
+            interval = DifferingSetting(EVERY_STEPS, 0, AUTO)
+            print(f"{path.parent}: keeps the defaults that it began with: {interval}", file=sys.stderr)
     changed = differences(config, before)
     if changed and has_progress and _only_defaults_changed(composed, changed, before, path):
         _copy_identifying(config, before)

@@ -220,20 +220,19 @@ def _nothing_fits(least: Choice) -> list[str]:
 
 def expert_notes(answer: PlanAnswer) -> list[str]:
     """Whether dealing experts over ranks pays, and what the plan assumes of it; nothing if no way deals them."""
-    by_dealing: dict[bool, Choice] = {}
-    for choice in answer.best_choices:  # the fastest first
-        by_dealing.setdefault(choice.variant.config.parallel.experts > 1, choice)
-    if True not in by_dealing:
+    # The fastest choice comes first.
+    dealing = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1]
+    gathering = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts == 1]
+    if not dealing:
         return []
     notes = []
-    dealt = by_dealing[True]
+    dealt = dealing[0]
     typed = f"parallel.experts={dealt.variant.config.parallel.experts}"
-    whole = by_dealing.get(False)
-    if whole is not None and dealt.fits and whole.fits:
-        factor = dealt.tokens_per_s / whole.tokens_per_s
+    if gathering and dealt.fits and gathering[0].fits:
+        factor = dealt.tokens_per_s / gathering[0].tokens_per_s
         faster = f"{factor:.2f} times as fast as" if factor >= 1 else f"slower, {factor:.2f} times the speed of"
         notes.append(f"{typed} is {faster} the fastest way that gathers all experts of a layer on each rank")
-    elif whole is not None and dealt.fits:
+    elif gathering and dealt.fits:
         notes.append(f"{typed} fits, and nothing does that gathers all experts of a layer on each rank")
     notes.append(
         f"with parallel.experts, the busiest rank is assumed to get {answer.job.expert_imbalance:g} times the mean of tokens in "
