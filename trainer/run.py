@@ -161,9 +161,8 @@ def _run(
         attempt.phase = "training"
         with metering_energy(config, context), reporting_out_of_memory(trainer, config, run_record, runtime), profiler:
             outcome = trainer.fit()
-        staged_model = None if local_config is config else local_config.model
         trained = TrainedRun(
-            config, inputs, built, engine, loader, checkpoints, challenges, outcome, context, staged_model
+            config, inputs, built, engine, loader, checkpoints, challenges, outcome, context, local_config.model
         )
         of_model = settle_result(trained, run_record)
         attempt.phase = "export"

@@ -47,8 +47,13 @@ class TrainedRun:
     challenges: Challenges
     outcome: Outcome
     context: RunContext
-    staged_model: ModelConfig | None = None
-    """The model by its copy on this node's disk (`launcher.stage`); None if there is none."""
+    local_model: ModelConfig
+    """The model as this node reads it: that of `config`, or its copy on the node's disk (`launcher.stage`)."""
+
+    @property
+    def staged_model(self) -> ModelConfig | None:
+        """The copy of the model on this node's disk; None if there is none."""
+        return None if self.local_model is self.config.model else self.local_model
 
 
 def settle_result(run: TrainedRun, record: RunRecord) -> ModelFacts:
