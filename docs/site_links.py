@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     pieces[::2] = [LINK.sub(in_site, piece) for piece in pieces[::2]]
     linked = "".join(pieces)
     if here.startswith("docs/") and page.file.src_uri != GLOSSARY:
-        return with_glossary_links(linked, glossary_terms())
+        return with_glossary_links(linked, glossary_terms(), folder=PurePosixPath(page.file.src_uri).parent)
     return linked
 
 
@@ -70,8 +70,12 @@ def glossary_terms() -> list[str]:
     return re.findall(r"^### (.+)$", (ROOT / "docs" / GLOSSARY).read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def with_glossary_links(markdown: str, terms: list[str]) -> str:
-    """Link the first use of each term to the glossary. Code, headings and links stay as they are."""
+def with_glossary_links(markdown: str, terms: list[str], *, folder: PurePosixPath) -> str:
+    """Link the first use of each term to the glossary. Code, headings and links stay as they are.
+
+    `folder`: where the page lies below docs/.
+    """
+    glossary = os.path.relpath(GLOSSARY, folder)
     anchors = {term.lower(): re.sub(r"[^\w]+", "-", term.lower()) for term in terms}
     # The longest first: "LoRA rank" before "LoRA".
     alternatives = "|".join(re.escape(term) for term in sorted(anchors, key=len, reverse=True))
@@ -83,7 +87,7 @@ def with_glossary_links(markdown: str, terms: list[str]) -> str:
         if match["untouched"] or match["term"].lower() in met:
             return match[0]
         met.add(match["term"].lower())
-        return f"[{match[0]}]({GLOSSARY}#{anchors[match['term'].lower()]})"
+        return f"[{match[0]}]({glossary}#{anchors[match['term'].lower()]})"
 
     return pattern.sub(linked, markdown)
 

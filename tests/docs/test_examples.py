@@ -25,7 +25,7 @@ from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import forked_ranks, run_ranks
 
 MARKED = re.compile(r"<!-- (run|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
 
 NEEDS = {"qlora": "bitsandbytes", "evaluation": "lm_eval", "deployment": "bitsandbytes"}
 """Packages of extras without which a page's examples cannot run."""
@@ -121,7 +121,12 @@ def asked(page: Path) -> int:
     return len(commands(page)) or 1
 
 
-@pytest.mark.parametrize("page", chosen(PAGES, shown, asked), ids=lambda page: page.stem)
+def named(page: Path) -> str:
+    """The page's path below docs/, without its suffix."""
+    return page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("page", chosen(PAGES, shown, asked), ids=named)
 def test_the_examples_of_a_page_run(page, reader, monkeypatch):
     if page.stem != "tracking":  # which shows what W&B's files are for; a run with them takes half as long again
         monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -154,7 +159,7 @@ def test_every_topic_page_has_examples():
 
 def test_no_mark_is_overlooked():
     """A mark with a blank line after it, or a fence that never ends, would drop its block in silence."""
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in (ROOT / "docs").rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         marks = len(re.findall(r"^<!-- (run|file: .+) -->$", text, re.MULTILINE))
         assert marks == len(blocks(text)), page.name

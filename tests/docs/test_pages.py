@@ -19,7 +19,8 @@ from launch.sweep.sweeper import is_search, plan_search
 from tests.helpers.covering import chosen
 from tests.helpers.launching import ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "slurm" / "README.md"])
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "slurm" / "README.md"])
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STARTERS = ("shardtune", "torchrun", "sbatch")
 
@@ -48,11 +49,53 @@ def commands(path: Path) -> list[list[str]]:
 SHOWN = [(page, words) for page in PAGES for words in commands(page)]
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as forges and the site make them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} (.+)$", prose(page), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+        number = 0
+        while (unique := f"{anchor}-{number}" if number else anchor) in found:
+            number += 1
+        found.add(unique)
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(page)):
-        if not target.startswith("https://"):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?[^)]*\)", prose(page)):
+        if target.startswith(("https://", "http://")):
+            continue
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked), f"{page.name}: {target}#{anchor}"
+
+
+def paths_into_docs(text: str) -> list[tuple[str, str]]:
+    """(path, anchor) of each page, picture or script of docs/ that a text names; not those below an address or another folder."""
+    return re.findall(r"(?<![\w/.-])(docs/[\w./-]*\.(?:md|py|png|svg|sh)\b)(?:#([\w-]+))?", text)
+
+
+def test_every_path_into_docs_that_code_conf_and_help_name_exists():
+    """A page that moves takes its pointers along: those of messages, docstrings, comments and `--help`."""
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-co", "--exclude-standard", "--", ":!docs/*.md", ":!tests/helpers/test_covering.py"],
+        cwd=ROOT,
+        text=True,
+    )
+    wrong, count = [], 0
+    for name in set(listed.splitlines()):
+        file = ROOT / name
+        if file.suffix not in (".py", ".yaml", ".toml", ".sh", ".sbatch", ".def", ".md", "") or not file.is_file():
+            continue
+        for path, anchor in paths_into_docs(file.read_text(encoding="utf-8", errors="replace")):
+            count += 1
+            if not (ROOT / path).is_file() or (anchor and anchor not in anchors(ROOT / path)):
+                wrong.append(f"{name}: {path}#{anchor}")
+    assert wrong == [] and count > 100
+    assert paths_into_docs("(docs/no-page.md#a), https://x.org/docs/b.md") == [("docs/no-page.md", "a")]
 
 
 def test_the_configuration_reference_is_up_to_date():
@@ -82,7 +125,7 @@ def test_every_page_stands_in_a_section_of_the_site():
     """`make docs` says so too, and is not a part of `make test`."""
     sections = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     listed = re.findall(r"^ *- (?:[^\n]*: )?(\S+\.md)$", sections, re.MULTILINE)
-    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
     assert pages <= set(listed), f"mkdocs.yml does not name {pages - set(listed)}"
 
 
@@ -220,7 +263,7 @@ def test_every_file_of_ours_named_exists():
         subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()
     )
     names = {Path(file).name for file in files}
-    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md"]:
         text = page.read_text(encoding="utf-8")
         written = set(re.findall(r"<!-- file: (\S+) -->", text))  # files that the reader writes
         for name in re.findall(r"(?<![\w/.<-])((?:[\w-]+/)*[\w-]+\.(?:py|j2))\b", text):
