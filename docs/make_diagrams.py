@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -63,6 +64,20 @@ def arrow(x: float, from_y: float, to_y: float) -> str:
     tip = 5 if to_y < from_y else -5
     head = f"{x - 4:g},{to_y + tip:g} {x:g},{to_y:g} {x + 4:g},{to_y + tip:g}"
     return f'<polyline points="{x:g},{from_y:g} {x:g},{to_y:g} {head}" fill="none" class="arrow"/>'
+
+
+def path_arrow(points: Sequence[Point], words: str = "", words_at: Point | None = None) -> str:
+    """An arrow along upright and level pieces, its tip at the last point; `words` are centred at `words_at`."""
+    path = " ".join(f"{x:g},{y:g}" for x, y in points)
+    (from_x, from_y), (to_x, to_y) = points[-2:]
+    back_x = math.copysign(7, from_x - to_x) if from_x != to_x else 0.0
+    back_y = math.copysign(7, from_y - to_y) if from_y != to_y else 0.0
+    # The two barbs of the tip lie back from it, and to both sides of the last piece.
+    side_x, side_y = back_y * 0.6, back_x * 0.6
+    barb = f"{to_x + back_x + side_x:g},{to_y + back_y + side_y:g}"
+    other_barb = f"{to_x + back_x - side_x:g},{to_y + back_y - side_y:g}"
+    drawn = f'<polyline points="{path} {barb} {to_x:g},{to_y:g} {other_barb}" fill="none" class="arrow"/>'
+    return drawn + (text(*words_at, words, anchor="middle", small=True) if words_at else "")
 
 
 def drawing(height: int, title: str, parts: Sequence[str]) -> str:
@@ -202,12 +217,154 @@ def learning_curves() -> str:
     return drawing(210, "Four shapes of learning curves: good, overfitting, a rate too small, a rate too large", parts)
 
 
+@dataclass(frozen=True, slots=True)
+class RankMoment:
+    """What each rank holds in a moment of a step, and what the ranks exchange in it."""
+
+    weights: str
+    gradients: str
+    """`whole`, `part` (a quarter on each of four ranks), `block` (a part, and one block whole) or `none`."""
+    exchange: str = ""
+
+
+STEP_BY_STRATEGY = {
+    "ddp": (
+        RankMoment("whole", "none"),
+        RankMoment("whole", "whole", "gradients: all-reduce"),
+        RankMoment("whole", "whole", "every rank updates all"),
+    ),
+    "zero2": (
+        RankMoment("whole", "none"),
+        RankMoment("whole", "part", "gradients: reduce"),
+        RankMoment("whole", "part", "own part, then gather"),
+    ),
+    "fsdp2": (
+        RankMoment("block", "none", "gather a block, use it, free it"),
+        RankMoment("block", "part", "gather; reduce-scatter"),
+        RankMoment("part", "part", "own part, no exchange"),
+    ),
+}
+"""Forward pass, backward pass and update of one micro-batch, by strategy (docs/choosing-a-strategy.md)."""
+
+
+def held_by_rank(x: float, y: float, rank: int, amount: str, color: str) -> list[str]:
+    """A box of the whole model's size, filled with what this rank of four holds of it."""
+    width, height = 28, 24
+    quarter = height / 4
+    parts = [f'<rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" class="frame"/>']
+    filled = {"whole": (y, height), "part": (y + rank * quarter, quarter), "block": (y + rank * quarter, quarter)}
+    if amount in filled:
+        top, size = filled[amount]
+        parts.append(f'<rect x="{x:g}" y="{top:g}" width="{width}" height="{size:g}" fill="{color}"/>')
+    if amount == "block":  # one of six blocks, gathered on every rank
+        parts.append(
+            f'<rect x="{x + width - 9:g}" y="{y:g}" width="9" height="{height}" fill="{color}" opacity="0.5"/>'
+        )
+    return parts
+
+
+def step_on_ranks() -> str:
+    """What each of four ranks holds of weights, gradients and optimizer state in the parts of a step."""
+    left, column, row_height = 80, 214, 128
+    parts = [
+        text(left + 68 + column * index, 20, name, anchor="middle")
+        for index, name in enumerate(("forward", "backward", "update"))
+    ]
+    for row, (strategy, moments) in enumerate(STEP_BY_STRATEGY.items()):
+        top = 34 + row * row_height
+        parts.append(text(10, top + 46, strategy))
+        optimizer = "whole" if strategy == "ddp" else "part"
+        for index, moment in enumerate(moments):
+            x = left + column * index
+            parts.append(box(x - 8, top, column - 18, row_height - 14, "frame"))
+            for rank in range(4):
+                for kind, amount in enumerate((moment.weights, moment.gradients, optimizer)):
+                    parts += held_by_rank(x + rank * 47, top + 8 + kind * 28, rank, amount, COLORS[kind])
+            parts.append(text(x, top + 107, moment.exchange, small=True))
+    for index, label in enumerate(("weights", "gradients", "optimizer state")):
+        x = left + 110 * index
+        parts.append(f'<rect x="{x}" y="422" width="14" height="14" fill="{COLORS[index]}"/>')
+        parts.append(text(x + 20, 434, label))
+    parts.append(text(WIDTH - 10, 434, "four ranks; pale: one block, whole for a moment", anchor="end", small=True))
+    return drawing(
+        446, "What four ranks hold in the forward pass, backward pass and update, under ddp, zero2 and fsdp2", parts
+    )
+
+
+def run_life() -> str:
+    """The states of a run, as `shardtune status` names them, and what leads from one to the next."""
+    parts = [
+        labelled_box(20, 40, 110, 40, "queued"),
+        labelled_box(300, 40, 120, 40, "running", "new"),
+        labelled_box(590, 40, 110, 40, "done"),
+        labelled_box(130, 180, 120, 40, "preempted"),
+        labelled_box(300, 180, 120, 40, "lost"),
+        labelled_box(470, 180, 120, 40, "failed"),
+        path_arrow([(130, 60), (300, 60)], "SLURM starts the job", (215, 52)),
+        path_arrow([(420, 60), (590, 60)], "last step, export", (505, 52)),
+        path_arrow([(320, 80), (320, 130), (190, 130), (190, 180)], "told to stop: it saves", (230, 122)),
+        path_arrow([(360, 80), (360, 180)], "killed, no message", (422, 162)),
+        path_arrow([(400, 80), (400, 130), (530, 130), (530, 180)], "an error", (470, 122)),
+        path_arrow([(190, 220), (190, 262), (680, 262), (680, 100), (412, 100), (412, 80)]),
+        path_arrow([(360, 220), (360, 262)]),
+        path_arrow([(530, 220), (530, 262)]),
+        text(360, 284, "the same command: it continues from the newest intact checkpoint", anchor="middle"),
+    ]
+    return drawing(
+        296, "States of a run: queued, running, done; preempted, lost or failed, and back by the same command", parts
+    )
+
+
+def preparation() -> str:
+    """The steps that rows go through before training, in the order of docs/data-preparation.md."""
+    steps = (
+        ("read", "bad rows"),
+        ("checks", "reported"),
+        ("cleaning", "mended"),
+        ("filters", "too short, too long"),
+        ("personal data", "redacted"),
+        ("decontamination", "test questions"),
+        ("tokens", "nothing to learn"),
+        ("duplicates", "copies"),
+        ("held-out splits", "set aside"),
+        ("leakage", "copies of held-out"),
+        ("balance", "repeated, left out"),
+    )
+    width, height, gap = 128, 36, 16
+    parts = []
+    for index, (name, outcome) in enumerate(steps):
+        row, column = divmod(index, 5)
+        x, y = 8 + column * (width + gap), 20 + row * 92
+        parts.append(labelled_box(x, y, width, height, name))
+        parts.append(text(x + width / 2, y + height + 16, outcome, anchor="middle", small=True))
+        if column < 4:
+            parts.append(path_arrow([(x + width, y + height / 2), (x + width + gap, y + height / 2)]))
+        elif row < 2:
+            # Around the end of the row, and down to the first step of the next one.
+            middle = y + height / 2
+            right = x + width + 6
+            between = y + 70
+            parts.append(
+                path_arrow([(x + width, middle), (right, middle), (right, between), (72, between), (72, y + 92)])
+            )
+    parts.append(labelled_box(8 + width + gap, 204, width, height, "training", "new"))
+    parts.append(
+        text(8 + 2 * (width + gap), 227, "rows read = rows kept + rows dropped, each for one reason", small=True)
+    )
+    return drawing(
+        262, "Eleven steps from a file of rows to training data, and what each may leave out or change", parts
+    )
+
+
 DIAGRAMS = {
     "schedules.svg": schedules,
     "memory.svg": memory,
     "batch.svg": batch,
     "block.svg": block,
     "learning-curves.svg": learning_curves,
+    "step.svg": step_on_ranks,
+    "run-life.svg": run_life,
+    "preparation.svg": preparation,
 }
 
 
