@@ -1,0 +1,1 @@
+"""The experiments of the lessons: small real runs, three seeds each, kept with their numbers."""
