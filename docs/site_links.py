@@ -59,7 +59,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     # Every second piece is code.
     pieces = CODE.split(markdown)
     pieces[::2] = [LINK.sub(in_site, piece) for piece in pieces[::2]]
-    linked = "".join(pieces)
+    # Answers open on a click. Forges read the markdown within them as it is; MkDocs must be told to.
+    linked = "".join(pieces).replace("<details>", '<details markdown="1">')
     if here.startswith("docs/") and page.file.src_uri != GLOSSARY:
         return with_glossary_links(linked, glossary_terms(), folder=PurePosixPath(page.file.src_uri).parent)
     return linked

@@ -1,6 +1,7 @@
 """The examples of the topic pages run, in the order of the page, on a tiny model and made-up data.
 
 A block is taken where the line above it says `<!-- run -->`, or `<!-- file: name -->` for one that is written to a file.
+Blocks of lessons that say `<!-- run real -->` need the demo's own model: docs/make_lessons.py runs them.
 `shardtune` commands run in this process and their ranks are forked (`tests/helpers/warm.py`), which spares their start; all else
 is a process of its own.
 """
