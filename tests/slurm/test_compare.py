@@ -55,3 +55,28 @@ def test_slurm_comparison_with_a_failed_point_has_a_row_for_it_and_does_the_othe
     cluster.on("ctl", "scontrol", "update", nodes, "State=RESUME")
     assert f"bad.jsonl: job {job} pending" in waiting and "not submitted again" in waiting
     assert "submitted job" not in waiting
+
+
+@whole("two starts of a job; tests/launch/compare/test_page.py shows the script of a search that has ended")
+def test_slurm_array_of_a_sweep_leaves_a_script_that_shows_all_its_points_in_wandb(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Each job that ends writes the script anew, so that the last one knows the ids that W&B has given to all points."""
+    tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
+    words = [f"model.path={tmp_path / 'model'}", f"data.path={write_chat_data(tmp_path / 'a.jsonl', 16)}"]
+    words += ["launcher=slurm", "launcher.preflight=none", "run.device=cpu", "precision=fp32", "run.matmul=blas"]
+    words += ["batch.global=4", "budget.steps=2", f"data.cache_dir={tmp_path / 'cache'}", "optim.lr=1e-3,2e-3"]
+    words += ["logging.wandb=offline", f"run.dir={tmp_path / 'sweep'}"]
+    command = [sys.executable, "-m", "launch.main", "train", "-m", *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    said = cluster.on("ctl", *command, cwd=CLONE, env=env).stdout
+    (job,) = re.findall(r"submitted job (\d+)", said)
+    for task in range(2):
+        assert cluster.wait(f"{job}_{task}", 120)["JobState"] == "COMPLETED"
+    ids = []
+    for point in ("0", "1"):
+        record = json.loads((tmp_path / "sweep" / point / "run.json").read_text())
+        ids.append(record["outcome"]["progress"]["wandb_id"])
+    script = (tmp_path / "sweep/workspace.py").read_text()
+    assert f'ws.Metric("ID").isin({sorted(ids)!r})' in script
+    assert "COLUMNS = ['lr']" in script and "'Which settings are best?'" in script
