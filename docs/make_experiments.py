@@ -3,7 +3,7 @@
     python docs/make_experiments.py
 
 A page has a table between `<!-- begin experiment: NAME -->` and `<!-- end -->`. NAME is an experiment of
-`benchmarks/course/experiments.py` that has been measured (`python benchmarks/course NAME`).
+`benchmarks/course/experiments.py`. Nothing stands there before it has been measured (`python benchmarks/course NAME`).
 """
 
 from __future__ import annotations
@@ -75,13 +75,18 @@ def cell(values: list[float], digits: int) -> str:
     return f"{mean} ({low} to {high})" if low != high else mean
 
 
-def difference(values: list[float], others: list[float], digits: int) -> str:
-    """How far the mean of `values` is from that of `others`; `none` if their ranges meet."""
-    if not values or not others:
+def difference(column: Column, values: list[float], others: list[float]) -> str:
+    """How far the mean of `values` is from that of `others`, and whether that is better.
+
+    `none` if their ranges meet, and `-` if a single seed has no range.
+    """
+    if len(values) < 2 or len(others) < 2:
         return "-"
-    if max(values) < min(others) or min(values) > max(others):
-        return f"{statistics.fmean(values) - statistics.fmean(others):+.{digits}f}"
-    return NONE
+    if max(values) >= min(others) and min(values) <= max(others):
+        return NONE
+    change = statistics.fmean(values) - statistics.fmean(others)
+    verdict = "better" if (change > 0) == column.greater_is_better else "worse"
+    return f"{change:+.{column.digits}f}, {verdict}"
 
 
 def table(experiment: Experiment, record: dict[str, Any]) -> str:
@@ -99,14 +104,14 @@ def table(experiment: Experiment, record: dict[str, Any]) -> str:
     lines = [table_row(titles), table_row(["---"] * len(titles))]
     before = {column.key: values_before(points, column) for column in experiment.columns}
     if before[judged.key]:
-        apart = difference(before[judged.key], baseline_values, judged.digits)
+        apart = difference(judged, before[judged.key], baseline_values)
         cells = [BEFORE, cell(before[judged.key], judged.digits), apart]
         cells += [cell(before[column.key], column.digits) for column in experiment.columns[1:]]
         lines.append(table_row(cells))
     for point in experiment.points:
         runs = points[point]
         values = values_of(runs, judged.key)
-        apart = "-" if point == baseline else difference(values, baseline_values, judged.digits)
+        apart = "-" if point == baseline else difference(judged, values, baseline_values)
         cells = [point, cell(values, judged.digits), apart]
         cells += [cell(values_of(runs, column.key), column.digits) for column in experiment.columns[1:]]
         lines.append(table_row(cells))
@@ -126,15 +131,24 @@ def caption(experiment: Experiment, points: dict[str, dict[str, dict[str, Any]]]
     runs = []
     for of_point in points.values():
         runs += of_point.values()
-    seeds = {len(of_point) for of_point in points.values()}
     failed = sum("failed" in run for run in runs)
     seconds = [run["cpu_s"] for run in runs if "cpu_s" in run]
-    many = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else f"{max(seeds)} seeds"
-    text = f"{experiment.setting} {many.capitalize()}: mean (lowest to highest). *{NONE}*: the seeds of both overlap."
+    text = f"{experiment.setting} {spread_words(points)}"
     if failed:
         text += f" Failed runs: {failed}."
-    text += f" A run took {min(seconds):.0f} to {max(seconds):.0f} CPU seconds ({experiment.name}.json)."
+    if seconds:
+        text += f" A run took {min(seconds):.0f} to {max(seconds):.0f} CPU seconds."
     return text
+
+
+def spread_words(points: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """How many seeds there are, and how the table shows them."""
+    fewest = min(len(runs) for runs in points.values())
+    most = max(len(runs) for runs in points.values())
+    if most == 1:
+        return "One seed each."
+    many = f"{most} seeds each" if fewest == most else f"{fewest} to {most} seeds each"
+    return f"{many}: mean (lowest to highest). *{NONE}*: the seeds of both overlap."
 
 
 def table_row(cells: list[str]) -> str:
@@ -143,18 +157,18 @@ def table_row(cells: list[str]) -> str:
 
 
 def measured_table(name: str) -> str:
-    """The table of a measured experiment. Raises SystemExit if there is none of this name, or no numbers of it."""
+    """The table of an experiment with a line's end; empty if it has not been measured. Raises SystemExit for an unknown name."""
     if name not in EXPERIMENTS:
         raise SystemExit(f"experiment {name}: is not in benchmarks/course/experiments.py")
     record = record_of(name)
     if record is None:
-        raise SystemExit(f"experiment {name}: has not been measured; run: python benchmarks/course {name}")
-    return table(EXPERIMENTS[name], record)
+        return ""
+    return table(EXPERIMENTS[name], record) + "\n"
 
 
 def page(text: str) -> str:
     """A page with the tables of its experiments made anew."""
-    return MARKED.sub(lambda match: f"{match[1]}{measured_table(match[2])}\n{match[3]}", text)
+    return MARKED.sub(lambda match: f"{match[1]}{measured_table(match[2])}{match[3]}", text)
 
 
 def pages() -> list[Path]:
@@ -178,7 +192,7 @@ def list_page() -> str:
             f"## {experiment.name}\n",
             f"{experiment.question}\n",
             f"{table(experiment, record)}\n",
-            f"- **Shows:** {experiment.shows or 'read the table'}",
+            *([f"- **Shows:** {experiment.shows}"] if experiment.shows else []),
             f"- **Does not show:** {experiment.limits}",
             f"- **Command:** `python benchmarks/course {experiment.name}`",
             f"- **Machine:** {record['hardware']}. {versions}.",

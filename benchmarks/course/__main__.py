@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # in place of this folder, whose modules belong to a package
 
 from benchmarks.course.experiments import EXPERIMENTS  # noqa: E402
-from benchmarks.course.measuring import SEEDS, measure_experiment  # noqa: E402
+from benchmarks.course.measuring import measure_experiment  # noqa: E402
 
 
 def main() -> int:
     """See the top of the file. The exit code is 1 if a run failed."""
     parser = argparse.ArgumentParser(prog="python benchmarks/course", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"one of {', '.join(EXPERIMENTS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the experiment, three as a rule")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in EXPERIMENTS]
     if unknown:
@@ -34,7 +34,7 @@ def main() -> int:
     work = Path(os.environ.get("SHARDTUNE_BENCH_WORK", ROOT / "benchmarks" / ".work")) / "course"
     failures = 0
     for name in options.names or EXPERIMENTS:
-        failures += measure_experiment(EXPERIMENTS[name], options.seeds, work)
+        failures += measure_experiment(EXPERIMENTS[name], options.seeds or EXPERIMENTS[name].seeds, work)
     return 1 if failures else 0
 
 

@@ -123,6 +123,15 @@ def questions_by_size(sizes: Sequence[int]) -> Prepare:
     return prepare
 
 
+def questions_and_notes(directory: Path, seeds: Sequence[int]) -> None:
+    """160 and 32 questions as `questions_by_size` writes them, and notes in `train-notes-<seed>` and `held-out-notes.jsonl`."""
+    questions_by_size((32, 160))(directory, seeds)
+    train, held_out = short_notes()
+    write_rows(directory / "held-out-notes.jsonl", held_out)
+    for seed in seeds:
+        write_rows(directory / f"train-notes-{seed}.jsonl", random.Random(seed).sample(train, len(train)))
+
+
 def questions_and_random_weights(directory: Path, seeds: Sequence[int]) -> None:
     """160 questions in `train-<seed>.jsonl`, and in `random` the encoder with its weights drawn anew."""
     write_rows(directory / "held-out.jsonl", held_out_questions())

@@ -8,13 +8,14 @@ that one core makes a point in seconds: they show directions, and no numbers tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.course import data
-from benchmarks.course.predictions import class_recall
+from benchmarks.course import data, review_rules
+from benchmarks.course.looks import class_recall, loss_curves
 
+SEEDS = (1, 2, 3)
 SIZES = (20, 40, 80, 160, 320)
 """Questions to learn from, in `data_sizes`."""
 RANKS = (2, 16)
@@ -45,6 +46,7 @@ QUESTIONS = (
     "data.eval_path={data}/held-out.jsonl",
     "data.format=labelled",
     "data.max_length=48",
+    "precision=bf16",
     "objective=classification",
     "batch.global=16",
     "batch.micro=16",
@@ -68,6 +70,7 @@ REPLAY = (
     "data.sources.chat.replay=true",
 )
 """Four notes and one question of a chat in each step."""
+CURVE = (*QUESTIONS, "budget.steps=40", "schedule=constant", "evaluation.every_steps=5", "evaluation.at_start=true")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Column:
     """Its key in the row of a run, as `eval/loss`."""
     digits: int = 3
     greater_is_better: bool | None = False
-    """None: neither is better."""
+    """None: neither is better, as of the steps taken. The first column of a table has a direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,11 @@ class Experiment:
     """What a reader may conclude, in one or two sentences. Checked against the numbers by whoever changes them."""
     limits: str
     """What the experiment does not show."""
-    look: Callable[[Path], dict[str, Any]] | None = field(default=None)
+    look: Callable[[Path], dict[str, Any]] | None = None
     """More numbers of a finished run, taken from its directory."""
+    measure: Callable[[str, int, Path], dict[str, Any]] | None = None
+    """Makes the row of a point and a seed in place of a training run, in this directory."""
+    seeds: tuple[int, ...] = SEEDS
 
     def words_of(self, point: str, seed: int) -> list[str]:
         """The words after `shardtune train` for a point; later ones win. Paths are still those of `data.with_paths`."""
@@ -358,5 +364,60 @@ EXPERIMENTS = _table(
         ),
         "",
         "Whether the notes are right: a note with the same words can say the opposite.",
+    ),
+    Experiment(
+        "review_rules",
+        "What do agreement and flags look like if three rules judge in the place of people?",
+        "30 pairs of the right and a wrong option of an exam question (MedMCQA), of which 6 are shown twice. The three rules are "
+        "programs: no person has judged.",
+        lambda directory, seeds: None,
+        (),
+        dict.fromkeys(review_rules.RULES, ()),
+        (
+            Column("right option wins", "win_rate", 2, greater_is_better=True),
+            *(
+                Column(f"kappa with *{rule}*", f"kappa/{rule}", 2, greater_is_better=None)
+                for rule in review_rules.RULES
+            ),
+            Column("alpha of all three", "alpha", 2, greater_is_better=None),
+            Column("flags", "flags", 1, greater_is_better=None),
+        ),
+        "Rules that read nothing agree no better than chance: kappa is near 0, and alpha is below 0. The rule that draws at "
+        "random was flagged with every seed, because it contradicts itself in the repeated pairs. The two others were flagged "
+        "with one seed of three.",
+        "How people judge. A person who reads agrees with other readers, as no rule here does.",
+        measure=review_rules.judge_by_rule,
+    ),
+    Experiment(
+        "curves",
+        "What do the losses of a healthy run look like, of one that overfits, one with a rate too high, one that forgets?",
+        f"{ENCODER}, full tuning on questions, and for forgetting {MODEL}, LoRA at 3e-3 on notes, with twenty short chat "
+        "questions as what it knew.",
+        data.questions_and_notes,
+        (),
+        {
+            "healthy": (*CURVE, "data.path={data}/train-160-{seed}.jsonl"),
+            "overfitting": (*CURVE, "data.path={data}/train-32-{seed}.jsonl", "optim.lr=3e-4"),
+            "rate too high": (*CURVE, "data.path={data}/train-160-{seed}.jsonl", "optim.lr=3e-3"),
+            "forgetting": (
+                *NOTES,
+                "data.path={data}/train-notes-{seed}.jsonl",
+                "data.eval_path={data}/held-out-notes.jsonl",
+                "budget.steps=12",
+                "optim.lr=3e-3",
+                "evaluation.every_steps=3",
+                "challenges.forgetting.chat=true",
+            ),
+        },
+        (
+            HELD_OUT_LOSS,
+            Column("best held-out loss", "best/eval/loss"),
+            Column("best step", "best/step", 0, greater_is_better=None),
+            Column("training loss", "train_loss", greater_is_better=None),
+        ),
+        "",
+        "How often runs look like this. One seed each: they are examples.",
+        look=loss_curves,
+        seeds=(1,),
     ),
 )

@@ -19,7 +19,6 @@ from benchmarks.course import data
 from benchmarks.course.experiments import Experiment
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "course"
-SEEDS = (1, 2, 3)
 OWN_WORDS = (
     "run.device=cpu",
     "run.threads=1",
@@ -30,6 +29,9 @@ OWN_WORDS = (
     "logging.report=false",
     "checkpoint.save_final=false",
     "export.at_end=false",
+    "data.privacy.mode=none",
+    "data.duplicates.exact=none",
+    "data.duplicates.normalized=none",
 )
 """Settings that change how a run is made here, and not what it learns. The words of an experiment win over them."""
 
@@ -63,7 +65,10 @@ def measure_experiment(
             if kept is not None and kept["words"] == words and "failed" not in kept:
                 continue
             run = run_directory(directory, point, seed)
-            row = {"words": words, **measure_point(experiment, run, data.with_paths(words, directory), train)}
+            if experiment.measure is not None:
+                row = {"words": words, **experiment.measure(point, seed, directory)}
+            else:
+                row = {"words": words, **measure_point(experiment, run, data.with_paths(words, directory), train)}
             failures += "failed" in row
             record["points"][point][str(seed)] = row
             write_record(path, record)
@@ -95,7 +100,8 @@ def train_run(run: Path, words: list[str]) -> Row:
     """Train in this process. Its screen goes into a file beside the run. Returns `numbers_of` the run."""
     from launch.main import main
 
-    settings = dict(word.split("=", 1) for word in (*OWN_WORDS, f"run.dir={run}", *words))
+    places = (f"run.dir={run}", f"data.cache_dir={run.parents[1] / 'cache'}")
+    settings = dict(word.split("=", 1) for word in (*OWN_WORDS, *places, *words))
     run.parent.mkdir(parents=True, exist_ok=True)
     screen = run.with_suffix(".txt")
     with screen.open("w", encoding="utf-8") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

@@ -52,7 +52,7 @@ def test_pages_show_the_kept_numbers():
 
 
 def test_kept_runs_are_those_of_the_table_of_experiments():
-    assert {path.stem for path in RESULTS.glob("*.json")} - {"curves"} <= set(EXPERIMENTS)
+    assert {path.stem for path in RESULTS.glob("*.json")} <= set(EXPERIMENTS)
     for name in KEPT:
         points = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["points"]
         assert list(points) == list(EXPERIMENTS[name].points)
@@ -87,11 +87,17 @@ def test_a_difference_counts_only_if_the_seeds_do_not_meet(tmp_path):
     record = json.loads((tmp_path / "toy.json").read_text(encoding="utf-8"))
     assert MAKER["table"](TOY, record).splitlines()[2:5] == [
         "| first | 1.20 (1.10 to 1.30) | - | 8 |",
-        "| lower | 0.70 (0.60 to 0.80) | -0.50 | 8 |",
+        "| lower | 0.70 (0.60 to 0.80) | -0.50, better | 8 |",
         "| like the first | 1.25 (1.15 to 1.35) | none | 8 |",
     ]
 
 
-def test_a_page_that_names_no_measured_experiment_is_refused():
+def test_a_page_that_names_no_experiment_is_refused():
     with pytest.raises(SystemExit, match="experiment nonesuch: is not in"):
         MAKER["page"]("<!-- begin experiment: nonesuch -->\n<!-- end -->")
+
+
+def test_an_experiment_without_numbers_has_no_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(MAKER["page"].__globals__, "RESULTS", tmp_path)
+    text = "before\n<!-- begin experiment: dirty -->\nan old table\n<!-- end -->\nafter"
+    assert MAKER["page"](text) == "before\n<!-- begin experiment: dirty -->\n<!-- end -->\nafter"

@@ -1,4 +1,4 @@
-"""What the exported classifier of a run answers to its held-out questions, by plain transformers."""
+"""More numbers of a finished run than its evaluations have: recall of each class, and whole curves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 COMMON = "Dental"
 """The specialty that most rows of `balance` have."""
@@ -35,3 +36,17 @@ def class_recall(run: Path) -> dict[str, float]:
     recall = {f"recall/{label}": round(fmean(right), 6) for label, right in sorted(right_by_label.items())}
     rare = [value for key, value in recall.items() if key != f"recall/{COMMON}"]
     return recall | {"recall/rare": round(fmean(rare), 6)}
+
+
+def loss_curves(run: Path) -> dict[str, Any]:
+    """`curves`: pairs of (step, loss) of training, of held-out rows, and of the questions of a chat if they were asked."""
+    from trainer.reporting.metric_rows import METRICS, read_rows
+
+    rows = read_rows(run / METRICS).rows
+    keys = {"training": "loss", "held_out": "eval/loss", "chat": "eval/chat/loss"}
+    curves = {}
+    for name, key in keys.items():
+        points = [[row["step"], float(f"{row[key]:.4g}")] for row in rows if key in row]
+        if points:
+            curves[name] = points
+    return {"curves": curves}
