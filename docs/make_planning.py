@@ -1,4 +1,4 @@
-"""Writes the tables of `docs/planning.md` from `planning.json` and `planning_no_fit.json` of `benchmarks/results`.
+"""Writes the tables of `docs/evidence/plans.md` from `planning.json` and `planning_no_fit.json` of `benchmarks/results`.
 
 `python -m benchmarks.planning` makes these.
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "planning.md"
+PAGE = ROOT / "docs" / "evidence" / "plans.md"
 MEASURED = ROOT / "benchmarks" / "results" / "planning.json"
 NO_FIT = MEASURED.with_name("planning_no_fit.json")
 BEGIN, END = "<!-- made by docs/make_planning.py from benchmarks/results/planning.json -->", "<!-- end -->"

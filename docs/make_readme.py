@@ -48,7 +48,8 @@ def plans() -> str:
     return (
         f"- **Plans:** on {len(like_ours)} published rows of one GPU, of trainers that hold no logits as this one, planned "
         f"memory is within {max(like_ours):.1f} % of the measured. On {len(others)} rows of other trainers, the median error "
-        f"is {statistics.median(others):.1f} %, and the worst {max(others):.1f} % ([docs/planning.md](docs/planning.md))."
+        f"is {statistics.median(others):.1f} %, and the worst {max(others):.1f} % "
+        "([docs/evidence/plans.md](docs/evidence/plans.md))."
     )
 
 

@@ -75,7 +75,7 @@ to= writes compare.md, compare.html, compare.csv and compare.json. With the extr
 plots/*.png are written. The page of a single run is its report.html, also without to=.
 
 The exit code is 64 if a word cannot be used, 75 or 130 if compare was stopped, and a run's own code if no run
-succeeded. docs/comparing.md explains each number."""
+succeeded. docs/reference/comparisons.md explains each number."""
 
 
 def main(argv: list[str]) -> int:

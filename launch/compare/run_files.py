@@ -119,7 +119,7 @@ class RunMeasurements:
     exchanged_bytes: dict[str, float] = field(default_factory=dict)
     """`exchanged_gib` by collective, in bytes."""
     exposed_s: float | None = None
-    """Seconds of that step in which it waited for exchange. docs/comparing.md says on which devices that is known."""
+    """Seconds of that step in which it waited for exchange. docs/reference/comparisons.md says on which devices that is known."""
     before: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before the first step."""
     after: dict[str, float] = field(default_factory=dict)

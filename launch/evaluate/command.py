@@ -52,7 +52,7 @@ kinds of tasks, with the rows that each reads:
 
 To start all ranks yourself: torchrun --nproc-per-node=8 -m launch.evaluate <words>
 
-docs/evaluation.md explains what each kind reads and measures."""
+docs/reference/evaluation-tasks.md explains what each kind reads and measures."""
 
 
 def main(argv: list[str]) -> int:

@@ -82,8 +82,8 @@ values. From the model it needs only config.json. It reads data only if you set 
 
 {help_rows(PlanWords, OF_GROUPS)}
 
-The exit code is 69 if nothing fits. docs/planning.md says what is counted, and how far the plan is from measured
-runs."""
+The exit code is 69 if nothing fits. docs/planning.md explains the answer, and docs/evidence/plans.md says how far
+plans are from measured runs."""
 
 
 def main(argv: list[str]) -> int:

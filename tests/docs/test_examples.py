@@ -28,7 +28,7 @@ from tests.helpers.warm import forked_ranks, run_ranks
 MARKED = re.compile(r"<!-- (run|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
 
-NEEDS = {"qlora": "bitsandbytes", "evaluation": "lm_eval", "deployment": "bitsandbytes"}
+NEEDS = {"qlora": "bitsandbytes", "lm-eval": "lm_eval", "deployment": "bitsandbytes"}
 """Packages of extras without which a page's examples cannot run."""
 
 

@@ -288,7 +288,7 @@ def test_quoted_messages_exist_in_the_code():
 
 
 def test_planning_tables_of_the_page_are_those_of_the_results():
-    written = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    written = (ROOT / "docs" / "evidence" / "plans.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "docs" / "make_planning.py"))["page"]() == written, (
         "run: python docs/make_planning.py"
     )

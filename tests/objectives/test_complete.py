@@ -76,8 +76,9 @@ def test_schedule_has_docs_importer_words_and_a_config_file(name):
 
 
 def test_task_kinds_are_all_on_their_page():
-    pages = text("docs/evaluation.md") + text("docs/ethics.md")
-    assert not [kind for kind in TASK_KINDS if f"`{kind}`" not in pages], "docs/evaluation.md or docs/ethics.md says it"
+    pages = text("docs/reference/evaluation-tasks.md") + text("docs/ethics.md")
+    missing = [kind for kind in TASK_KINDS if f"`{kind}`" not in pages]
+    assert missing == [], "docs/reference/evaluation-tasks.md or docs/ethics.md says it"
 
 
 def test_trackers_are_all_on_their_page():

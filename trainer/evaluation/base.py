@@ -74,7 +74,9 @@ class GenerateConfig(WritingConfig):
 
 @dataclass(kw_only=True, slots=True)
 class TaskConfig:
-    """One task: what is asked of the model, on which rows, and how its answers are judged (docs/evaluation.md)."""
+    """One task: what is asked of the model, on which rows, and how its answers are judged.
+
+    docs/reference/evaluation-tasks.md explains each kind."""
 
     kind: str = setting("", reach=DESCRIBES)
     """What is measured, as `exact_match`, `classification` or `multiple_choice`; an unknown one is refused with a list of all."""

@@ -1,7 +1,7 @@
 """Seconds of a step on a GPU, from its arithmetic, the bytes that it moves and exchanges, and the GPU's rates.
 
 No kernel was timed for it. The shares of peak below are what well-shaped work commonly reaches, independent of every
-measurement that plans are compared with in docs/planning.md.
+measurement that plans are compared with in docs/evidence/plans.md.
 """
 
 from __future__ import annotations

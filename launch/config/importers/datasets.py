@@ -174,7 +174,7 @@ def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSe
         return TranslatedSetting({"data.learn.roles": f"[{','.join(roles)}]"})
     if key == "train_on_eos":
         return TranslatedSetting(note="the end of each learned turn is learned", not_needed=text in ("turn", "all"))
-    return TranslatedSetting(note="data has no such setting; docs/data-preparation.md says how rows are read")
+    return TranslatedSetting(note="data has no such setting; docs/reference/data-formats.md says how rows are read")
 
 
 def _add_axolotl_type(value: Any, setting_name: str, prefix: str, conversion: ConvertedSettings) -> None:
