@@ -82,7 +82,7 @@ def died(rows: list[dict[str, Any]]) -> list[str]:
     theirs, ours = (sum(one[key] for one in rows) for key in ("as_theirs_fits", "predicted_fits"))
     own = [one["as_theirs_fits"] for one in rows if not one["holds_logits"] and one["method"] != "full"]
     lines = [
-        f"**Runs of one GPU that probably ran out of memory:** {len(rows)} runs. Predicted to fit, with the allowances above: "
+        f"**Runs of one GPU that probably ran out of memory:** {len(rows)} runs. Predicted to fit, with a plan's allowances: "
         f"{theirs} as theirs, {ours} as this trainer would run them. {len(own)} of the runs adapt a frozen base and hold no "
         f"logits, as this trainer does. Of these, {sum(own)} are predicted to fit. Worst first:",
         "",

@@ -1,4 +1,4 @@
-"""Precision and recall on the labelled sets are those of the table in docs/privacy.md; and the sets are what they claim."""
+"""Precision and recall on the labelled sets are those of docs/evidence/personal-data-found.md; the sets are what they claim."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.data.pii.synthetic import VALUES, synthetic
 from tests.helpers.covering import whole
 from trainer.data.transforms.privacy.rule import TYPES
 
-PAGE = Path(__file__).parents[2] / "docs" / "privacy.md"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "personal-data-found.md"
 
 
 def published(engine: str) -> list[list[str]]:

@@ -95,7 +95,8 @@ def test_every_path_into_docs_that_code_conf_and_help_name_exists():
             if not (ROOT / path).is_file() or (anchor and anchor not in anchors(ROOT / path)):
                 wrong.append(f"{name}: {path}#{anchor}")
     assert wrong == [] and count > 100
-    assert paths_into_docs("(docs/no-page.md#a), https://x.org/docs/b.md") == [("docs/no-page.md", "a")]
+    missing = "docs/" + "no-page.md"
+    assert paths_into_docs(f"({missing}#a), https://x.org/{missing}") == [(missing, "a")]
 
 
 def test_the_configuration_reference_is_up_to_date():

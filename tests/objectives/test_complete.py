@@ -76,9 +76,9 @@ def test_schedule_has_docs_importer_words_and_a_config_file(name):
 
 
 def test_task_kinds_are_all_on_their_page():
-    pages = text("docs/reference/evaluation-tasks.md") + text("docs/ethics.md")
+    pages = text("docs/reference/evaluation-tasks.md") + text("docs/reference/people-tasks.md")
     missing = [kind for kind in TASK_KINDS if f"`{kind}`" not in pages]
-    assert missing == [], "docs/reference/evaluation-tasks.md or docs/ethics.md says it"
+    assert missing == [], "docs/reference/evaluation-tasks.md or docs/reference/people-tasks.md says it"
 
 
 def test_trackers_are_all_on_their_page():

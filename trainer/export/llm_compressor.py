@@ -16,7 +16,7 @@ from strategies.errors import ConfigError, ShardtuneError
 from trainer.export import compress
 from trainer.export.subprocesses import last_lines, run_in_own_environment
 
-HOW_TO_NAME_PYTHON = "name the Python of its environment with bits.python=<file> (docs/deployment.md)"
+HOW_TO_NAME_PYTHON = "name the Python of its environment with bits.python=<file> (docs/reference/exports.md)"
 _LIBRARY_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
 """A program for the other Python, whose exit status is 0 if the library is there."""
 

@@ -10,7 +10,7 @@ full, neighbours become one, so that a run of any length is judged by 24 to 48 n
 - Collapse: the entropy fell below a tenth of that of the first block; or answers are twice as long, and the reward did not rise.
 - Idle: in nine of ten groups all answers score alike.
 
-False alarms, by simulation: `tests/monitors/test_rewards.py`, and the table in docs/challenges.md.
+False alarms, by simulation: `tests/monitors/test_rewards.py`, and the table in docs/evidence/detectors-and-remedies.md.
 """
 
 from __future__ import annotations

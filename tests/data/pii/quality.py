@@ -1,4 +1,6 @@
-"""Precision and recall of the search for personal data. `python -m tests.data.pii.quality` prints the table of docs/privacy.md.
+"""Precision and recall of the search for personal data.
+
+`python -m tests.data.pii.quality` prints the tables of docs/evidence/personal-data-found.md.
 
 A labelled piece counts as found when findings of its own type cover all its letters and digits, as covered when
 findings of any type do. A finding counts as right when it touches a labelled piece of its type.

@@ -1,6 +1,6 @@
 """A real vLLM in an environment of its own, if SHARDTUNE_VLLM_PYTHON names its Python: answers, evaluation, many requests.
 
-docs/deployment.md says how to set one up. A start of vLLM takes one to several minutes on a CPU.
+docs/reference/serving.md says how to set one up. A start of vLLM takes one to several minutes on a CPU.
 """
 
 import json
