@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 DEFAULT_WATCH = "eval/loss"
 LEVEL = 0.05
 """How often, at most, equal jobs are said to differ, over all pairs of a comparison together."""
-MIN_BATCHES = 8
-"""Micro-batches of held-out documents below which there is no interval."""
+MIN_BATCHES = 4
+"""Micro-batches of held-out documents below which there is no interval.
+
+With four of them, equal models are said to differ as rarely as with eight: 5 to 6 % of 6,000 made-up pairs at a level of 5 %.
+"""
 REWARD = "eval/reward"
 REWARDS = "objective.rewards."
 """Prefix of the settings of rewards."""

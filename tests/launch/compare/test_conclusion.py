@@ -151,6 +151,18 @@ def test_without_repeats_or_kept_documents_no_difference_is_shown(tmp_path):
     assert table_best(rows, "eval/loss") == ""
 
 
+@pytest.mark.parametrize(("count", "is_shown"), [(3, False), (4, True)])
+def test_four_micro_batches_of_held_out_documents_show_a_large_difference(tmp_path, count, is_shown):
+    """A first data set has some thirty held-out documents: four micro-batches of eight."""
+    worse = [1.5 * BATCHES[0], 1.4 * BATCHES[1], 1.6 * BATCHES[2], 1.45 * BATCHES[3]]
+    rows = [point(tmp_path, "full", settings={"tuning.name": "full"}, batches=BATCHES[:count])]
+    rows += [point(tmp_path, "lora", settings={"tuning.name": "lora"}, batches=worse[:count])]
+    found = compare(rows).conclusion
+    assert found.headline.startswith(
+        "full has the lowest eval/loss" if is_shown else "No difference in eval/loss shown"
+    )
+
+
 @pytest.mark.parametrize(("seeds", "is_shown"), [((1.0, 1.2), False), ((1.0, 1.001), True)])
 def test_seeds_say_how_far_a_job_differs_from_itself_and_strategies_do_not(tmp_path, seeds, is_shown):
     rows = []
