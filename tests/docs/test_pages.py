@@ -130,6 +130,19 @@ def test_every_page_stands_in_a_section_of_the_site():
     assert pages <= set(listed), f"mkdocs.yml does not name {pages - set(listed)}"
 
 
+HOW_TOS = [
+    *("planning", "comparing", "searching", "data-preparation", "mixing-data", "large-data", "privacy"),
+    *("evaluation", "test-documents", "lm-eval", "judge-models", "ethics", "challenges", "deployment"),
+    *("reliability", "torchrun-and-slurm", "slurm"),
+]
+"""Pages that somebody reads to do one thing. All cases and limits belong into docs/reference, measurements into docs/evidence."""
+
+
+def test_how_to_pages_are_short():
+    lengths = {name: len((DOCS / f"{name}.md").read_text(encoding="utf-8").splitlines()) for name in HOW_TOS}
+    assert {name: lines for name, lines in lengths.items() if lines > 120} == {}
+
+
 def test_the_diagrams_are_those_of_their_script():
     drawn = runpy.run_path(str(ROOT / "docs" / "make_diagrams.py"))["DIAGRAMS"]
     for name, draw in drawn.items():
