@@ -46,3 +46,27 @@ def test_adapter_targets_leave_out_towers_beside_the_text_model():
     names = adapted(GEMMA)
     assert "1.self_attn.q_proj" in names
     assert not any("vision" in name or "projector" in name for name in names)
+
+
+def note_of(**settings):
+    """What LoRA tells of its targets on a Llama whose blocks have four square matrices, and three that are 1.5 times as large."""
+    config = transformers.LlamaConfig(**SIZES, num_attention_heads=4, intermediate_size=48)
+    with meta_context():
+        model = auto_class(ModelKind.causal, config).from_config(config)
+    adapter = Adapter(LoraConfig(rank=2, **settings))
+    adapter.apply(model)
+    return adapter.note
+
+
+def test_adapter_targets_that_reach_few_weights_are_told_with_the_names_that_reach_more():
+    # Of 4 + 3 * 1.5 = 8.5 squares in a block, q_proj and v_proj are two: 24 %.
+    for targets in (["q_proj", "v_proj"], r".*\.(q|v)_proj"):
+        note = note_of(targets=targets)
+        assert "reaches 24% of the weights of linear layers" in note
+        assert "down_proj 18%, gate_proj 18%, up_proj 18%, k_proj 12%, o_proj 12%" in note
+        assert "all-linear reaches 100%" in note
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj", "o_proj"], "all-linear"])
+def test_adapter_targets_that_reach_many_weights_need_no_word(targets):
+    assert note_of(targets=targets) == ""

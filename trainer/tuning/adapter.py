@@ -23,7 +23,7 @@ from trainer.tuning.expert_lora import choose_expert_targets
 from trainer.tuning.peft_configs import peft_config
 from trainer.tuning.replica import ADAPTER, AdapterReplicas, LoneParameter
 from trainer.tuning.table import method_of, rewrites_base
-from trainer.tuning.targets import excluded_modules
+from trainer.tuning.targets import excluded_modules, linear_sizes, little_reach, unsuitable_layers
 
 PREFIX = "base_model.model."
 """Under which peft's wrapper holds the base model."""
@@ -49,7 +49,7 @@ class Adapter:
         """Whether the vocabulary grew: the embeddings, and a head that is not tied to them, then train in full."""
         self.replicas = AdapterReplicas(None, {}, reads_base=False)
         self.note = ""
-        """A note for the start screen on linear layers that get no adapter, and why."""
+        """A note for the start screen on linear layers that get no adapter, and why; or that typed targets reach few weights."""
         self.seed = 0
         """Seed of the initial values; set by the first call of `initial_value`."""
         self._owned: dict[str, tuple[str, str]] = {}
@@ -67,8 +67,12 @@ class Adapter:
         if self.config.targets != []:  # empty: experts or routers alone
             check_targets(model, self.config.targets)
         settings = self._peft_settings(model)
+        sizes = linear_sizes(model)
+        unsuitable = unsuitable_layers(model)
         with targets_as_named():
             tuned = self.wrap(model, settings)
+        if self.config.targets not in ("all-linear", []):
+            self.note = little_reach(self.config.targets, sizes, self.replicas.base_layers, unsuitable)
         if self.config.from_ is not None:
             check_settings(tuned.peft_config[ADAPTER], self.config.from_, "tuning.from")  # type: ignore[index,union-attr]
             self._stored = StoredAdapter(self.config.from_, "tuning.from")

@@ -12,6 +12,11 @@ from torch import nn
 
 from trainer.tuning.key_mapping import unloadable_layers
 
+LEAST_REACH = 0.25
+"""Share of the weights of linear layers below which typed targets are told how little they reach."""
+MOST_NAMES = 6
+"""Names of further targets in a message."""
+
 ROUTING_CLASSES = re.compile(r"Router|Gate|Grouped")
 """In the class names of linear layers that compute more than a product, such as routers that return a choice."""
 
@@ -41,6 +46,47 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
     # One pattern for all layers of the model, so that the expression stays short.
     patterns += [_pattern_for_all_layers(name) for name in (*special, *bypassed, *unloadable)]
     return "|".join(dict.fromkeys(patterns)) or None, note
+
+
+def linear_sizes(model: nn.Module) -> dict[str, int]:
+    """Number of weights of each linear layer of a plain model, by name. Its head, towers and routers do not count."""
+    tower_names = tuple(getattr(model, "beside_text", ()))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    sizes = {}
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
+        is_router = ROUTING_CLASSES.search(type(module).__name__) is not None
+        if is_linear and not is_router and module is not head and not name.startswith(tower_names):
+            sizes[name] = next(module.parameters()).numel()
+    return sizes
+
+
+def little_reach(targets: object, sizes: dict[str, int], adapted: Iterable[str], unsuitable: Iterable[str]) -> str:
+    """What to tell a user whose targets reach few of the linear weights, with names that reach more; empty if they reach many.
+
+    `sizes`: of `linear_sizes`. `adapted`: the layers that got an adapter. `unsuitable`: those that can get none.
+    """
+    total = sum(sizes.values())
+    reached = sum(sizes[name] for name in adapted if name in sizes)
+    if total == 0 or reached >= LEAST_REACH * total:
+        return ""
+    weights_by_name: dict[str, int] = {}
+    for name in sizes.keys() - set(adapted) - set(unsuitable):
+        last_part = name.rpartition(".")[2]
+        weights_by_name[last_part] = weights_by_name.get(last_part, 0) + sizes[name]
+    largest = sorted(weights_by_name, key=lambda name: (-weights_by_name[name], name))[:MOST_NAMES]
+    further = ", ".join(f"{name} {weights_by_name[name] / total:.0%}" for name in largest)
+    all_linear = (reached + sum(weights_by_name.values())) / total
+    return (
+        f"{targets}: reaches {reached / total:.0%} of the weights of linear layers; further names would add: {further}; "
+        f"tuning.targets=all-linear reaches {all_linear:.0%}"
+    )
+
+
+def unsuitable_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that no adapter should be put on, because the model does not call them as a product."""
+    special, bypassed = _unsuitable_layers(model)
+    return [*special, *bypassed]
 
 
 def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
