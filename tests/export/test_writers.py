@@ -24,7 +24,7 @@ from tests.helpers.warm import command_warm
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.export import write as write_module
 from trainer.export.config import ExportConfig
-from trainer.export.files import RECORDS, share_of, write_file
+from trainer.export.files import RECORDS, ExportInUse, share_of, write_file
 from trainer.export.plan import PlannedFile, PlannedTensor, plan_files
 from trainer.export.trained_model import ModelValues
 from trainer.export.write import write_export
@@ -116,6 +116,27 @@ def test_next_start_keeps_the_files_that_were_complete(model, runtime, tmp_path,
     assert found == expected and sorted(path.name for path in tmp_path.glob(".killed*")) == []
     assert not set(second) & {first[0], first[2]} and len(second) == num_files - 2
     assert capsys.readouterr().out.count("is kept from an earlier start") == 2
+
+
+def test_two_exports_into_one_directory_do_not_meet(model, runtime, tmp_path, monkeypatch):
+    """The first is in the middle of its files when a second begins, which must not touch them."""
+    second = []
+
+    def write_meanwhile(plan, file, values, staging_dir):
+        if not second:
+            second.append(file.name)
+            before = sorted(staging_dir.rglob("*"))
+            with pytest.raises(ExportInUse, match=r"out: another export is being written there; .* \(to=\)"):
+                write(model, tmp_path / "out", runtime)
+            assert sorted(staging_dir.rglob("*")) == before
+        write_file(plan, file, values, staging_dir)
+
+    monkeypatch.setattr(write_module, "write_file", write_meanwhile)
+    write(model, tmp_path / "out", runtime)
+    first = digests(tmp_path / "out")
+    write(model, tmp_path / "out", runtime)
+    assert second and digests(tmp_path / "out") == first
+    assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.parametrize("change", ["checkpoint", "base", "type", "link", "stale"])

@@ -6,11 +6,14 @@ and has a record of each file that is complete: the next start of the same expor
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from strategies import atomic_io
 from strategies.atomic_io import CHUNK_BYTES, WrittenFile, file_difference, make_directories, open_regular, read_exactly
+from strategies.errors import ConfigError
 from trainer.export.plan import ExportPlan, PlannedFile, make_group
 from trainer.export.trained_model import ModelValues
 
@@ -25,6 +29,47 @@ RECORDS = ".written"
 ORIGIN = "origin.json"
 MAX_RECORD_BYTES = 2**24
 """Bytes of such a record; more is not read."""
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system without locks answers, such as Lustre that was mounted without `flock`."""
+
+
+class ExportInUse(ConfigError):
+    """Another export is being written to the same directory."""
+
+
+@contextmanager
+def sole_export(destination: Path) -> Iterator[None]:
+    """Inside the context, no other process writes an export to `destination`, on this host or over NFS.
+
+    The kernel releases the lock when its holder dies. A file system without locks is gone without. Errors: ExportInUse; OSError.
+    """
+    path = destination.with_name(f".{destination.name}.lock")
+    make_directories(path.parent)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ExportInUse(
+                f"{destination}: another export is being written there; wait until it has ended, or choose another "
+                "directory (to=)"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+        os.close(descriptor)  # the holder before has removed it: nobody else would meet this one
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def share_of(files: list[PlannedFile], writer: int, writers: int) -> list[PlannedFile]:

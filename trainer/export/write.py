@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,16 @@ from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime, call_on_main, first_error, free_host_memory, gather_objects, longer_timeout
 from trainer.export.config import ExportConfig, ExportType
 from trainer.export.end_tokens import write_endings
-from trainer.export.files import clear, is_complete, open_staging, remove_records, share_of, write_file
+from trainer.export.files import (
+    ExportInUse,
+    clear,
+    is_complete,
+    open_staging,
+    remove_records,
+    share_of,
+    sole_export,
+    write_file,
+)
 from trainer.export.plan import INDEX_FILE, ExportPlan, plan_files
 from trainer.export.tensors import hub_name, stored_type
 from trainer.export.trained_model import ModelValues, TrainedModel, one_thread, trained_shapes
@@ -52,8 +63,8 @@ def write_export(
 
     Full tuning and `config.merge` give a whole model, adapters a peft directory beside the unchanged base. `reference`: what
     the trained model computes, to compare the export with; None: it is not compared. Errors, on every rank: StorageError
-    (nothing half-written stays), ConfigError for a merge that is not possible, DriftError for an export that computes something
-    else.
+    (nothing half-written stays), ConfigError for a merge that is not possible, ExportInUse if another process writes there,
+    DriftError for an export that computes something else.
     """
     writes_adapter = model.built.tuning.adapter and not config.merge
     staging_dir = destination.with_name(f".{destination.name}.writing")
@@ -73,7 +84,7 @@ def write_export(
 
     # Ranks wait for the slowest of them, and for rank 0, which loads what was written.
     most_bytes = bytes_needed(model, plan)
-    with longer_timeout(runtime, most_bytes / SLOWEST_DISK_BYTES_PER_S):
+    with longer_timeout(runtime, most_bytes / SLOWEST_DISK_BYTES_PER_S), _locked(destination, runtime):
         if plan is not None and values is not None:
             _write_weights(plan, values, staging_dir, destination, runtime)
         try:
@@ -99,6 +110,23 @@ def write_export(
             error = caught
         _raise_on_all_ranks(error, staging_dir, destination, runtime)
         return destination
+
+
+@contextmanager
+def _locked(destination: Path, runtime: Runtime) -> Iterator[None]:
+    """Inside the context no other export is written to `destination`. All ranks must call.
+
+    Errors, on every rank: ExportInUse, StorageError.
+    """
+    with ExitStack() as lock:
+        error: BaseException | None = None
+        try:
+            if runtime.is_main:
+                lock.enter_context(sole_export(destination))
+        except (ExportInUse, OSError) as caught:
+            error = caught
+        _raise_on_all_ranks(error, None, destination, runtime)
+        yield
 
 
 # -- the weights of a whole model, by all ranks ------------------------------------------------------------------------
@@ -311,7 +339,7 @@ def _raise_on_all_ranks(
     if error is not None:
         raise error
     # Another rank met it: only the name of its type and its text are known here.
-    error_types = {"StorageError": StorageError, "ConfigError": ConfigError}
+    error_types = {"StorageError": StorageError, "ConfigError": ConfigError, "ExportInUse": ExportInUse}
     raise error_types.get(failure.kind, ShardtuneError)(failure.text)
 
 

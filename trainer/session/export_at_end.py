@@ -11,6 +11,7 @@ from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manifest import MANIFEST, verify_together
 from trainer.config.launching import exports_at_end, leaves_export_to_job
 from trainer.config.run import RunConfig
+from trainer.export.files import ExportInUse
 from trainer.export.gates.judge import judge_at_end
 from trainer.export.verify import take_reference
 from trainer.export.write import write_export
@@ -86,14 +87,19 @@ def _export(run: TrainedRun, of_model: ModelFacts) -> Path | None:
         total_steps=of_model.run.total_steps,
         staged_model=run.staged_model,
     )
-    return write_export(
-        model,
-        destination=context.run_dir / "export",
-        config=config.export,
-        facts=of_model,
-        runtime=context.runtime,
-        reference=reference,
-    )
+    try:
+        return write_export(
+            model,
+            destination=context.run_dir / "export",
+            config=config.export,
+            facts=of_model,
+            runtime=context.runtime,
+            reference=reference,
+        )
+    except ExportInUse as error:  # `shardtune export`, typed while the run still trained: the run itself is done
+        context.console.print_line(f"not exported: {error}")
+        of_model.run.export_problem = str(error)
+        return None
 
 
 def _changed_base(config: RunConfig, of_model: ModelFacts, context: RunContext) -> list[str]:
