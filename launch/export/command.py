@@ -177,6 +177,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         export_record = {"to": str(request.to), "checkpoint": request.checkpoint.name, "time": time.time()}
         record(run_dir, request.gates, export_record)
     print(f"model: {request.to}")
+    register_in_tracker(config, request)
 
     # What is made of the export: a GGUF file, a quantised model, a push to the hub.
     names = [path.name for path in averaged or [request.checkpoint]]
@@ -191,6 +192,22 @@ def run(argv: list[str]) -> dict[str, Any]:
         answer["pushed"] = export_hub.push(hub)
     print_serve_commands(request.to)
     return answer
+
+
+def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
+    """Register the export in a run's directory as a W&B artifact, if the run asks for it and left it to a job.
+
+    A run without `export` in `launcher.pipeline` exports itself, and has registered its own.
+    """
+    from strategies.state import read_header
+    from trainer.config.launching import leaves_export_to_job
+    from trainer.session.announcements import track_export
+
+    is_of_run = request.to.resolve() == (request.run_dir / "export").resolve()
+    if not config.logging.artifacts or not leaves_export_to_job(config) or not is_of_run:
+        return
+    trained_id = read_header(request.checkpoint).progress.wandb_id
+    track_export(config, request.to, trained_id or "", lambda line: print(line, flush=True))
 
 
 def _is_used_by_export(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:

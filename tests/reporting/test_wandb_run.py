@@ -9,10 +9,13 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from launch.config.compose import compose
+from launch.export.command import ExportRequest, register_in_tracker
 from launch.sweep.multirun import multirun
 from strategies.errors import Diverged, Preempted
 from tests.faults.runs import PACED
@@ -80,6 +83,25 @@ def test_wandb_run_is_named_by_what_it_is_and_its_table_has_medians(site):
     assert (made["type"], made["name"]) == ("model", f"model-{run['run_id']}")
     references = {Path(each["ref"].removeprefix("file://")) for each in made["manifest"]["contents"]}
     assert references == {path for path in (site / "named/export").rglob("*") if path.is_file()}
+
+
+def test_export_job_of_a_pipeline_registers_the_model_that_the_run_left_to_it(site, monkeypatch):
+    run_dir = site / "chained"
+    (run_dir / "export").mkdir(parents=True)
+    (run_dir / "export" / "model.safetensors").write_bytes(b"weights")
+    header = SimpleNamespace(progress=SimpleNamespace(wandb_id="trained1"))
+    monkeypatch.setattr("strategies.state.read_header", lambda checkpoint: header)
+    request = ExportRequest(run_dir, run_dir / "checkpoints/step-000004", run_dir / "export")
+    for parts in ("[train]", "[train,export]"):
+        assert not (run_dir / "wandb").exists(), "a run that exports itself has registered its own"
+        chain = ["launcher=slurm", f"launcher.pipeline={parts}", "logging.artifacts=true"]
+        register_in_tracker(compose(words(site, "chained", *chain)).config, request)
+    part = part_of(run_dir)
+    run = record(part, "run")
+    assert (run["display_name"], run["run_group"], run["job_type"]) == ("export-chained", "chained", "export")
+    made = record(part, "artifact")
+    assert (made["type"], made["name"]) == ("model", "model-trained1") and run["run_id"] != "trained1"
+    assert [each["ref"] for each in made["manifest"]["contents"]] == [(run_dir / "export/model.safetensors").as_uri()]
 
 
 def test_data_that_an_online_run_uses_is_an_artifact(tmp_path, monkeypatch):

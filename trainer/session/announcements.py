@@ -292,6 +292,40 @@ def track_evaluation(
         print_line(f"{tracker}: {link}")
 
 
+def track_export(config: RunConfig, exported: Path, trained_id: str, print_line: Callable[[str], None]) -> None:
+    """Register an export in W&B, if W&B is on, in place of the run that trained it, which is over. On one process alone.
+
+    It is a W&B run of its own, in the group of the run, whose artifact has the name that the run would have given it.
+    `trained_id`: the run's id in W&B; empty if it has none. A tracker that fails is reported and ends nothing.
+    """
+    name = exported.parent.name
+    opened = open_without_rows(
+        TrackedRun(
+            config=replace(
+                config.logging,
+                tensorboard=False,
+                trackio=False,
+                mlflow=False,
+                name=None,
+                job_type="export",
+                group=config.logging.group or name,
+            ),
+            run_dir=exported.parent,
+            run_id="",
+            name=f"export-{name}",
+            resumed_at=0,
+            settings={"metric_names": EDITION, "config": plain(config)},
+            model_of=trained_id,
+            print_line=print_line,
+        )
+    )
+    for key, value in opened.substitutions.items():
+        print_line(f"resolved: {key}: {value}")
+    opened.trackers.close(RunEnding(State.done, exported=exported))
+    for tracker, link in opened.trackers.hints:
+        print_line(f"{tracker}: {link}")
+
+
 def _metrics_of_report(report: dict[str, Any]) -> dict[str, float]:
     """Every metric of an evaluation report as `eval/TASK/METRIC`, with `.../low` and `.../high` if it has an interval."""
     metrics: dict[str, float] = {}

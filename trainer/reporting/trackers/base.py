@@ -29,6 +29,8 @@ class TrackedRun:
     """Flat columns of the run table, and under `config` the whole configuration."""
     data: Path | None = None
     """Directory of the prepared data."""
+    model_of: str = ""
+    """Id of the run that trained the exported model, for the name of its artifact; empty: this one."""
     print_line: Callable[[str], None]
     """Prints a line that the user should see."""
     metric_names: int = EDITION

@@ -222,7 +222,7 @@ class WandbRun:
                 level=level,
             )
         if self._tracked_run.config.artifacts and ending.exported is not None:
-            name = f"model-{self._tracked_run.run_id}"
+            name = f"model-{self._tracked_run.model_of or self._tracked_run.run_id}"
             self._run.log_artifact(_by_reference(ending.exported, name, "model", self._tracked_run.settings))
         try:
             self._run.finish(exit_code=ending.exit_code)
