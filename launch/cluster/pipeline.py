@@ -20,7 +20,7 @@ from launch.output import table as draw_table
 from launch.runs.pipeline_jobs import PIPELINE_FILE
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import RunConfig, SlurmConfig
-from trainer.config.sbatch_options import without_gpus
+from trainer.config.sbatch_options import MEMORY_OPTIONS, options_of, without_gpus, without_memory
 from trainer.reporting.status import write_text_atomic
 
 COLUMNS = (
@@ -74,12 +74,18 @@ def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
     if part == "export":
         # The settings of the run are those of the nodes that train.
         resources = export_resources(config)
-        settings = replace(
-            settings,
-            processes=1 if resources is None else resources.processes,
-            cpus_per_task=slurm.cpus_per_task if resources is None else resources.processes,
-            mem=slurm.mem if resources is None else f"{resources.memory_gib}G",
-        )
+        if resources is None:
+            settings = replace(settings, processes=1)
+        else:
+            # sbatch takes one option of memory: the user's for this part, or ours in place of that for training.
+            has_own_memory = bool(MEMORY_OPTIONS & options_of(part_options).keys())
+            settings = replace(
+                settings,
+                processes=resources.processes,
+                cpus_per_task=resources.processes,
+                mem=None if has_own_memory else f"{resources.memory_gib}G",
+                extra=[*without_memory(without_gpus(slurm.extra)), *part_options],
+            )
     if slurm.cpu_partition:  # the constraint names nodes of the other partition
         return replace(settings, partition=slurm.cpu_partition, constraint=None)
     return settings

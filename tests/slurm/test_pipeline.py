@@ -25,6 +25,7 @@ from trainer.tuning.base import LoraConfig
 
 CLONE = Path(__file__).parents[2]
 ALL = "launcher.pipeline=[prepare,train,evaluate,export]"
+PARTS_BESIDE_TRAINING = ("whole-prepare-", "whole-evaluate-", "whole-export-")
 SBATCH = """#!/bin/sh
 echo "$@" >>{0}/asked
 case "$*" in *"$REFUSE.sbatch") echo 'no such account' >&2; exit 1;; esac
@@ -120,6 +121,13 @@ def test_export_part_asks_for_the_cores_and_the_memory_of_its_processes(site, tm
     assert (found.processes, found.cpus_per_task, found.mem) == (8, 8, f"{8 * (2 + 5 + 4)}G")
     config.export.verify = True
     assert pipeline.part_settings(config, "export", site).mem == f"{8 * (2 + 5 + 4) + layers * 2}G"
+    config.launcher.extra = ["--mem-per-cpu=4G", "--comment=mine"]  # of which sbatch takes no second one
+    found = pipeline.part_settings(config, "export", site)
+    assert (found.extra, found.mem) == (["--comment=mine"], f"{8 * (2 + 5 + 4) + layers * 2}G")
+    config.launcher.part_options = {"export": ["--mem-per-cpu 20G"]}
+    found = pipeline.part_settings(config, "export", site)
+    assert (found.extra, found.mem) == (["--comment=mine", "--mem-per-cpu 20G"], None)
+    config.launcher.part_options = {}
     config.tuning = LoraConfig()
     config.export.verify = False
     adapter = pipeline.part_settings(config, "export", site)
@@ -246,3 +254,8 @@ def test_a_chain_on_a_real_slurm(cluster: Cluster, tmp_path: Path) -> None:
     found = chain(data, tmp_path / "whole")
     assert [part["state"] for part in found] == ["done"] * 4, found
     assert (tmp_path / "whole/evaluation.json").exists() and (tmp_path / "whole/export/config.json").exists()
+    logs = {path.name: path.read_text() for path in (tmp_path / "whole/logs").iterdir() if path.is_file()}
+    of_export = "".join(text for name, text in logs.items() if name.startswith("whole-export-"))
+    of_training = "".join(text for name, text in logs.items() if not name.startswith(PARTS_BESIDE_TRAINING))
+    assert "exporting" in of_export and f"model: {tmp_path / 'whole/export'}" in of_export
+    assert "step 2/2" in of_training and "export verified" not in of_training, "the GPUs wait for no export"

@@ -25,11 +25,14 @@ SHORT_NAMES = {
 LONG_NAMES = (
     *SHORT_NAMES.values(),
     *("gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres", "gres-flags", "tres-per-task"),
+    *("mem", "mem-per-cpu", "mem-per-gpu"),
     *("no-requeue", "requeue", "signal", "open-mode", "wrap", "reservation", "wait-all-nodes"),
 )
 """Options whose names may be shortened, as sbatch allows: `--arr` is `--array`."""
 GPU_OPTIONS = frozenset({"gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres", "tres-per-task"})
 """Options that ask for GPUs."""
+MEMORY_OPTIONS = frozenset({"mem", "mem-per-cpu", "mem-per-gpu"})
+"""Options that ask for memory, of which sbatch takes one."""
 
 
 def options_of(words: Iterable[str]) -> dict[str, str]:
@@ -112,6 +115,11 @@ def ranks_per_node(launcher: Mapping[str, Any]) -> int:
 def without_gpus(words: Iterable[str]) -> list[str]:
     """The words that ask for something else than GPUs."""
     return [word for word in words if not GPU_OPTIONS & options_of([word]).keys()]
+
+
+def without_memory(words: Iterable[str]) -> list[str]:
+    """The words that ask for something else than memory."""
+    return [word for word in words if not MEMORY_OPTIONS & options_of([word]).keys()]
 
 
 def total_gpus(launcher: Mapping[str, Any]) -> int | None:
