@@ -330,7 +330,7 @@ class EvaluationMonitor(Protocol):
         """Before the first step: ask the base model, if forgetting is measured. All ranks must call. Raises Interrupted."""
 
     def restore_end(self, progress: Progress) -> None:
-        """For a run that goes on at `progress`: whether its last evaluation has ended it. No collective."""
+        """For a run that goes on at `progress`: what it found before, and whether that has ended it. All ranks must call."""
 
     def rows(self, progress: Progress, rows: Iterable[Row]) -> None:
         """Add the training losses of `rows` to `progress`."""

@@ -117,6 +117,34 @@ def test_run_that_overfitting_ended_stays_ended_when_it_goes_on(action, step, en
     assert challenges.record.get("overfitting", {}).get("found", False) is ends
 
 
+def test_run_that_goes_on_after_a_kill_in_its_export_records_what_it_found_before(tmp_path):
+    """No further step is taken, in which anything could be found again; and nothing is written into the events twice."""
+    events = tmp_path / "events.jsonl"
+    progress = Progress()
+
+    def start():
+        config = ChallengesConfig(overfitting=OverfittingConfig(action=Reaction("note")))
+        return Challenges(config, 10, "loss", events=events)
+
+    killed = start()
+    for number, loss in enumerate([4.0, 3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8]):
+        progress.step = 10 * number
+        progress.interval_steps, progress.interval_loss = 1, 4.0 - 0.3 * number
+        killed.evaluated(progress, {"eval/loss": loss})
+    assert killed.record["overfitting"]["found"]
+    found = {name: value for name, value in killed.record["overfitting"].items() if name != "last"}
+    lines = events.read_text().splitlines()
+
+    resumed = start()
+    resumed.restore_end(progress)
+    resumed.finished(progress)
+    assert resumed.record["overfitting"] == found
+    assert events.read_text().splitlines() == lines
+    earlier = start()
+    earlier.restore_end(Progress(step=found["step"] - 10))  # of a checkpoint before it
+    assert earlier.record == {}
+
+
 def test_instability_needs_more_than_an_odd_batch():
     assert instability.find_problem(Progress(step=100, outliers=1)) is None
     found = instability.find_problem(Progress(step=100, outliers=4, skipped_steps=2))

@@ -31,6 +31,8 @@ DETECTORS: dict[str, Any] = {"overfitting": overfitting, "forgetting": forgettin
 EARLY_STOPPING = "early_stopping"
 """Name of the finding that patience (`evaluation.patience`) has ended the run."""
 EARLY_STOPPING_REMEDIES = ("more and other data", "a lower optim.lr", "tuning=lora with a lower tuning.rank")
+EVENT_KEYS = ("event", "time", "challenge")
+"""Keys of a finding in `events.jsonl` that are not in the record."""
 HELD_OUT = "eval/loss"
 HELD_OUT_REWARD = "eval/reward"
 
@@ -104,7 +106,17 @@ class Challenges:
             self.base.begin(engine, progress.step)
 
     def restore_end(self, progress: Progress) -> None:
-        """If the evaluation at this step ended an earlier start of the run for overfitting, it stays ended. No collective."""
+        """Take over what earlier starts of this run found, and whether the evaluation at this step ended it. All ranks must call.
+
+        A run that was killed in its export takes no further step, so that nothing would find it again.
+        """
+        for event in self._events():
+            if event.get("event") == "challenge" and event["step"] <= progress.step:
+                found = {key: event[key] for key in event if key not in EVENT_KEYS}
+                self.record.setdefault(str(event["challenge"]), found)
+                self._verdicts.add(str(event.get("verdict", "")))
+        self._judge_divergence_again(progress)
+
         config = self.config.overfitting
         evaluations = progress.evaluations
         is_at_evaluation = bool(evaluations) and evaluations[-1]["step"] == progress.step
@@ -116,6 +128,15 @@ class Challenges:
         if finding is not None:
             self.ends = finding
             self.record[finding.challenge] = finding.record()
+
+    def _judge_divergence_again(self, progress: Progress) -> None:
+        """Judge divergence at this step by the kept evaluation, if it is of this step: the run may have recovered by then."""
+        if self.kept_last is None:
+            return
+        last = self.kept_last.read()
+        if self.controls is None and last.step == progress.step and last.values:
+            self._batch_sums = last.batches
+            self._judge_divergence(progress, last.values)
 
     def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
         """Take the training losses of steps: for the mean since the last evaluation, and for divergence if there is none."""
@@ -290,7 +311,9 @@ class Challenges:
                 self.record[divergence.NAME] = {"found": False, "step": progress.step}
             return
 
-        first_step = earlier["first_step"] if earlier.get("found") else progress.step
+        first_step = progress.step
+        if earlier.get("found"):
+            first_step = earlier.get("first_step", earlier["step"])  # an event has the step alone
         if finding.verdict in self._verdicts:  # reported already: only the numbers are new
             self.record[divergence.NAME] = finding.record()
             if finding.stops and self.ends is None:
@@ -360,17 +383,23 @@ class Challenges:
         self.print_line(
             f"warning: {finding.challenge} at step {finding.step}: {finding.says}. Try: {'; '.join(finding.remedies)}"
         )
-        self._write_event(finding)
+        if not self._is_in_events(finding):  # a run that was killed in its export ends once more
+            self._write_event(finding)
 
     def _is_in_events(self, finding: Finding) -> bool:
         """Whether an earlier start of the run has written this finding into `events.jsonl`."""
+        return any(
+            event.get("challenge") == finding.challenge and event["step"] == finding.step for event in self._events()
+        )
+
+    def _events(self) -> list[dict[str, Any]]:
+        """The rows of `events.jsonl`, on rank 0; empty elsewhere, and if there are none."""
         if self.events is None:
-            return False
+            return []
         try:
-            events = read_rows(self.events).rows
+            return read_rows(self.events).rows
         except OSError:
-            return False
-        return any(event.get("challenge") == finding.challenge and event["step"] == finding.step for event in events)
+            return []
 
     def _write_event(self, finding: Finding) -> None:
         """Append a finding to `events.jsonl`. Errors: StorageError."""
@@ -391,7 +420,7 @@ class Challenges:
         )
         is_new = EARLY_STOPPING not in self.record
         self.record[EARLY_STOPPING] = finding.record()
-        if is_new and not self._is_in_events(finding):  # a run that was killed in its export ends once more
+        if is_new and not self._is_in_events(finding):
             self._write_event(finding)
         self.on_record(self.record)
 
