@@ -61,15 +61,25 @@ class OfTwoSources:
         return 20
 
 
-def test_documents_of_each_source_count_where_their_number_is_bounded():
-    """`evaluation.max_documents` is of each source, as in the evaluations themselves."""
+def settled_steps(total_steps, progress):
+    """Steps between evaluations of a run of 1,000 tokens a step, which may read 600 held-out tokens each time."""
     settled = settle_interval(
         SimpleNamespace(evaluation=EvaluationConfig(max_documents=3), batch={"global": 1}),
         SimpleNamespace(evaluation=OfTwoSources()),
         SimpleNamespace(data_spec=SimpleNamespace(sequences_per_document=1), substitutions={}),
         SimpleNamespace(unit_tokens=np.array([1000.0])),
-        100,
-        Progress(),
+        total_steps,
+        progress,
         SimpleNamespace(reader=0, readers=1, sequence_size=1),
     )
-    assert settled.steps == 12  # 600 tokens are 5 % of twelve steps
+    return settled.steps
+
+
+def test_documents_of_each_source_count_where_their_number_is_bounded():
+    """`evaluation.max_documents` is of each source, as in the evaluations themselves."""
+    assert settled_steps(100, Progress()) == 12  # 600 tokens are 5 % of twelve steps
+
+
+def test_extended_run_keeps_its_interval_unless_it_was_too_short_for_one():
+    progress = Progress()
+    assert [settled_steps(steps, progress) for steps in (12, 100, 1000)] == [0, 12, 12]

@@ -1,4 +1,7 @@
-"""Resolves `evaluation.every_steps=auto` before the first step of a run. A resumed or extended run keeps the number."""
+"""Resolves `evaluation.every_steps=auto` before the first step of a run. A resumed or extended run keeps the number.
+
+Only a run that was too short to be evaluated on the way gets a new one when it is extended.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,8 @@ def settle_interval(
         tokens_per_step=float(loader.unit_tokens.mean()) * config.batch["global"],
         held_out_tokens=int(held_out.lengths[share.sequences(held_out)].sum()),
     )
-    if progress.evaluate_every is None:
+    # A run that was too short for any evaluation on the way may have been extended. Every other number stays.
+    if not progress.evaluate_every:
         progress.evaluate_every = automatic_interval(size)
     interval = progress.evaluate_every
     reason = reason_for(interval, size, config.evaluation.patience)
