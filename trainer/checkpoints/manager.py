@@ -435,7 +435,8 @@ class Checkpoints:
             text += f"; training waited {saved.stall_s:.1f} s"
         interval_s = self.schedule.interval_s
         if interval_s is not None:
-            text += f"; the next in about {max(1, round(interval_s / 60))} minutes"
+            minutes = max(1, round(interval_s / 60))
+            text += f"; the next in about {minutes} {'minute' if minutes == 1 else 'minutes'}"
         self.print_line(text)
 
     def discard(self, step: int) -> None:
