@@ -4,6 +4,7 @@ A calm run says what comes out. Then runs of the same words are started, killed 
 export; all ranks, or one) and started again, until as many kills as asked for are done. Each start is looked at from outside:
 what the run said it had saved is there, all that has a checkpoint's name has the bytes that its manifest says, and the run
 goes on from the newest. A run that came to its end has the rows and the exported bytes of the calm one, bit for bit.
+`export-verb` in place of a strategy kills `shardtune export` of one run (`export_kills.py`).
 Ranks are forked from a process that has imported (`tests/helpers/nursery.py`), each in a session of its own.
 """
 
@@ -309,10 +310,14 @@ def digest(path: Path) -> str:
 
 
 def main() -> int:
+    from tests.faults.export_kills import EXPORT, ExportCampaign
+
     parser = argparse.ArgumentParser(prog="python -m tests.faults.kills", description="Kill runs at random moments.")
     parser.add_argument("--kills", type=int, default=200, help="of all strategies together (200)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of what is drawn")
-    parser.add_argument("--strategies", nargs="+", choices=RANKS, default=list(RANKS), help="whose runs (all)")
+    parser.add_argument(
+        "--strategies", nargs="+", choices=[*RANKS, EXPORT], default=[*RANKS, EXPORT], help="whose runs (all)"
+    )
     asked = parser.parse_args()
     print(f"{asked.kills} kills of {', '.join(asked.strategies)}; --seed {asked.seed}", flush=True)
     share = -(-asked.kills // len(asked.strategies))
@@ -320,7 +325,12 @@ def main() -> int:
     runs, nursery, tallies = Runs(root), Nursery("deepspeed"), []
     try:
         for strategy in asked.strategies:
-            campaign = Campaign(runs, strategy, random.Random(f"{asked.seed} {strategy}"), nursery)
+            chance = random.Random(f"{asked.seed} {strategy}")
+            campaign: Campaign | ExportCampaign
+            if strategy == EXPORT:
+                campaign = ExportCampaign(runs, chance, nursery)
+            else:
+                campaign = Campaign(runs, strategy, chance, nursery)
             tallies.append(campaign.tally)
             campaign.kill(share, lambda text: print(text, flush=True))
     except KeyboardInterrupt:

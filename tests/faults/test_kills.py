@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from tests.faults.export_kills import ExportCampaign
 from tests.faults.kills import RANKS, STEPS, Campaign
-from tests.helpers.covering import EVERYTHING, SEED
+from tests.helpers.covering import EVERYTHING, SEED, whole
 from tests.helpers.warm import Nursery, nursery
 
 KILLS = 20 if EVERYTHING else 12
@@ -32,3 +33,10 @@ def test_kills_at_random_moments_tear_and_lose_no_checkpoint_and_change_no_curve
     tally = campaign.kill(KILLS)
     assert tally.wrong == [], "\n".join(tally.wrong)
     assert tally.kills == KILLS and tally.resumed and tally.finished
+
+
+@whole("files that a killed export leaves are kept or not in tests/export/test_writers.py, without a kill")
+def test_export_that_is_killed_amid_its_files_goes_on_to_the_same_bytes(runs, forks):
+    tally = ExportCampaign(runs, random.Random(SEED), forks).kill(KILLS)
+    assert tally.wrong == [], "\n".join(tally.wrong)
+    assert tally.kills == KILLS and tally.kept and tally.finished
