@@ -346,8 +346,8 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
         ranks_of_replica = max(1, ranks // number_of_replicas(config.strategy, config))
         config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks_of_replica)
 
-    # Nothing is trained, watched or exported.
-    config.batch = {"global": ranks, "micro": 1}
+    # Nothing is trained, watched or exported. A batch of a run with rewards counts answers, in whole groups.
+    config.batch = {"global": ranks * getattr(config.objective, "group_size", 1), "micro": 1}
     config.export.at_end = False
     config.export.checkpoint = ExportedCheckpoint.last
     config.evaluation.watch = "eval/loss"

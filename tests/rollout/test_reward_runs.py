@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pyarrow.parquet as parquet
 import pytest
 
 from launch.config.compose import compose
+from launch.evaluate.words import _set_evaluation_defaults
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import write_jsonl
+from trainer.config.rounds import answer_batch_problems
 from trainer.reward_trial import REPORT
 
 SIZES = (
@@ -133,6 +136,14 @@ def test_what_cannot_work_is_refused_before_anything_starts(site, more, problem)
     with pytest.raises(ConfigError) as refused:
         compose(words(site, "budget.steps=1", more))
     assert problem in str(refused.value)
+
+
+@pytest.mark.parametrize("split", ["eval", "test"])
+def test_a_run_with_rewards_is_evaluated_in_whole_groups(site, split):
+    """The batch of an evaluation is its own, and none of the run's."""
+    config = compose(words(site, "budget.steps=3", "batch.global=8")).config
+    _set_evaluation_defaults(config, SimpleNamespace(settings=[], split=split))
+    assert config.batch == {"global": 4, "micro": 1} and [*answer_batch_problems(config)] == []
 
 
 def test_a_reward_file_that_is_not_there_is_one_problem(site, tmp_path):
