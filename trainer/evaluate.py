@@ -269,7 +269,7 @@ class _RunData:
         keys = tasks_on_run_documents(asked_tasks(config))
         needed = RowsNeeded(f"{', '.join(keys)}: asks the run's own documents", GIVE_FILE) if keys else None
         if self.job.split == TEST:
-            needed = RowsNeeded("split=test: asks the run's test documents", "Bring the rows back")
+            needed = RowsNeeded("split=test: asks the run's test documents", "Leave split=test out")
         # An objective is changed in place: the model is built from the same configuration.
         config.objective, data, self.accepted = data_of_run(
             config,

@@ -196,8 +196,9 @@ def run_rows(
     changed = f"{preparation.fingerprint}/train" != record.fingerprint
     if changed and not accept:
         raise DataError(
-            f"{record.run_dir}: {needed.purpose}. The rows of data.path, or what prepares them, have changed since the training, "
-            f"and the data that was prepared then is gone. {needed.way_out}, bring the rows back, or take those of today: "
+            f"{record.run_dir}: {needed.purpose}. The rows of data.path, of data.eval_path or data.test_path, or what prepares "
+            f"them, have changed since the training, and the data that was prepared then is gone. {needed.way_out}, bring the "
+            "rows back, or take those of today: "
             f"accept=[{DATA}]"
         )
     prepared = preparation.open_or_make()
