@@ -23,7 +23,8 @@ TRAINS = ("padding-free", "padded")
 def architectures() -> str:
     """How many architectures train, and how many of them without padding."""
     table = json.loads(MODELS.read_text(encoding="utf-8"))
-    made = [found for found in table["types"].values() if found["outcome"] == "made"]
+    counted = [found for found in table["types"].values() if "variant_of" not in found]
+    made = [found for found in counted if found["outcome"] == "made"]
     version = ".".join(table["versions"]["transformers"].split(".")[:2])
 
     def train(case: str) -> int:
@@ -32,7 +33,7 @@ def architectures() -> str:
 
     without_padding = sum(found["full"]["outcome"] == "padding-free" for found in made)
     return (
-        f"- **Architectures:** transformers {version} has {len(table['types'])} architectures of causal models. Tiny random "
+        f"- **Architectures:** transformers {version} has {len(counted)} architectures of causal models. Tiny random "
         f"copies of {len(made)} could be made. {train('full')} of these train with the same result as in plain transformers "
         f"({without_padding} without padding), {train('lora')} with LoRA, {train('fsdp2 full')} under `fsdp2`, "
         f"{train('zero3 full')} under `zero3`. [docs/models.md](docs/models.md) lists each."

@@ -315,3 +315,21 @@ def test_flash_attention_is_the_function_that_transformers_registers():
 
     before = ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
     assert compat.flash_attention_function() in (before, getattr(before, "__wrapped__", None))
+
+
+# -- classes
+
+
+def test_text_part_of_a_larger_model_gets_its_class_and_others_stay_as_they_are():
+    text = tiny.tiny_config("mllama_text_model").get_text_config()
+    compat.register_text_part(type(text))
+    assert compat.needs_own_class(type(text))
+    assert type(model_of(text)).__name__ == "MllamaForCausalLM"
+    for other in (MIXTRAL, transformers.CLIPTextConfig()):
+        compat.register_text_part(type(other))
+        assert not compat.needs_own_class(type(other))
+
+
+def test_larger_models_stand_beside_their_text_part():
+    assert compat.larger_models(transformers.CONFIG_MAPPING["qwen3_vl_text"]) == ["qwen3_vl"]
+    assert compat.larger_models(type(MIXTRAL)) == []

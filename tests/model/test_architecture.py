@@ -1,7 +1,12 @@
 """What is read of an architecture before it is trained."""
 
+import pytest
+import transformers
+
+from strategies.errors import ConfigError
 from tests.models import tiny
-from trainer.model.architecture import width_and_blocks
+from trainer.model.architecture import architecture, width_and_blocks
+from trainer.model.config import ModelConfig, ModelKind
 
 
 def test_architecture_width_and_blocks_are_known_also_without_a_setting():
@@ -11,3 +16,19 @@ def test_architecture_width_and_blocks_are_known_also_without_a_setting():
     assert width_and_blocks(blt) == (blt.config.global_config.hidden_size, layers)
     llama = tiny.tiny_model("llama")
     assert width_and_blocks(llama) == (llama.config.hidden_size, llama.config.num_hidden_layers)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "words"),
+    [
+        ("qwen3_vl_text", ModelKind.causal, r"a part of qwen3_vl: give the whole model"),
+        ("modernbert", ModelKind.causal, r"an encoder, which objective=classification trains"),
+        ("clip_text_model", ModelKind.causal, r"take a model of another architecture \(docs/models.md"),
+        ("mllama_text_model", ModelKind.classifier, r"for objective=classification of a mllama_text_model .*another"),
+    ],
+)
+def test_architecture_that_has_no_class_is_refused_with_what_does_work(model_type, kind, words):
+    objective = "classification" if kind is ModelKind.classifier else "sft"
+    config = transformers.CONFIG_MAPPING[model_type]()
+    with pytest.raises(ConfigError, match=words):
+        architecture(kind, config, ModelConfig(path="it"), "eager", objective)

@@ -184,3 +184,28 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba2": {**ZAMBA, "n_mamba_heads": 8, "mamba_headdim": 16, "kv_channels": 16, "mamba_ngroups": 2},
 }
 """What an architecture needs beside the rules, and what its own default leaves out that published models have."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "dory, all layers called twice": (
+        "dory",
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "n_input_layers": 8,
+            "n_recurrent_layers": -14,
+            "n_output_layers": 8,
+        },
+    ),
+    "emu3_text_model": ("emu3", None),
+    "granitemoehybrid without attention": (
+        "granitemoehybrid",
+        {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "layer_types": ["linear_attention"] * 2},
+    ),
+    "jamba without attention": ("jamba", {}),
+    "mllama_text_model": ("mllama", None),
+    "qwen4_exp_text without attention": ("qwen4_exp_text", {**QWEN4, "layer_types": ["linear_attention"] * 2}),
+}
+"""Further models with a row of their own: (`model_type`, what they need in place of its entry in `OWN`, None: that entry).
+
+A name that is itself a `model_type` is that of the language model that was saved out of a larger one.
+"""

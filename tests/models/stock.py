@@ -77,8 +77,12 @@ def stock_model(directory: Path) -> Any:
     import transformers
 
     options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True}
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
-    whole = type(transformers.AutoConfig.from_pretrained(directory)) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    config = transformers.AutoConfig.from_pretrained(directory)
+    # A language model that was saved out of a larger one is loaded by its own class.
+    is_text_part = "text" in config.model_type and type(config) not in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    auto: Any = getattr(transformers, config.architectures[0]) if is_text_part else transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(directory, **options)
+    whole = type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
     if info["missing_keys"] and whole:
         # the causal class finds none of the names that the whole model is stored under
         model, info = transformers.AutoModelForMultimodalLM.from_pretrained(directory, **options)

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.helpers.ranks import Ranks
 from tests.models import tiny
-from tests.models.own import EXCLUDED
+from tests.models.own import EXCLUDED, VARIANTS
 
 TABLE = Path(__file__).with_name("table.json")
 JOB = "tests.models.job"
@@ -60,7 +60,10 @@ def row(ranks: dict[int, Ranks], model_type: str, *, alone: bool = False) -> dic
         for strategy, tuning in together(model_type):
             if found[tuning]["outcome"] in TRAINS:
                 found[f"{strategy} {tuning}"] = ask(ranks[2], "ranks", model_type, strategy, tuning)
-    return {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], **found}
+    if model_type not in VARIANTS:
+        return {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], **found}
+    base_type = VARIANTS[model_type][0]
+    return {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base_type], "variant_of": base_type, **found}
 
 
 def excluded(model_type: str) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def lines(model_type: str, found: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*", help="architectures; default: all")
+    parser.add_argument("types", nargs="*", help="architectures, or names of VARIANTS; default: all")
     parser.add_argument("--table", type=Path, default=TABLE, help="where the table is; rows of other types stay")
     parser.add_argument("--problems", type=Path, help="a file for one line a case that is not well")
     parser.add_argument("--alone", action="store_true", help="without the cases on two ranks")
@@ -120,7 +123,7 @@ def main() -> int:
         for world in ranks:
             Path(made, str(world)).mkdir()
         try:
-            for model_type in asked.types or tiny.causal_types():
+            for model_type in asked.types or [*tiny.causal_types(), *VARIANTS]:
                 found = row(ranks, model_type, alone=asked.alone)
                 rows[model_type] = kept(found)
                 wrong += lines(model_type, found)

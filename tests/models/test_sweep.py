@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.helpers.covering import chosen, takes
 from tests.helpers.ranks import Ranks
 from tests.models import gradients, job, stock, sweep, tiny
-from tests.models.own import EXCLUDED
+from tests.models.own import EXCLUDED, VARIANTS
 
 TABLE = sweep.read()["types"]
 TRIED = {model_type: row for model_type, row in TABLE.items() if model_type not in EXCLUDED}
@@ -69,8 +69,8 @@ def test_sweep_table_holds_for_several_ranks(ranks, model_type, strategy, tuning
 
 
 def test_every_architecture_is_in_the_table():
-    assert sorted(TABLE) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    assert sorted(TRIED) == tiny.causal_types()
+    assert sorted(TABLE) == sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS])
+    assert sorted(TRIED) == sorted([*tiny.causal_types(), *VARIANTS])
     assert all(TABLE[model_type] == sweep.excluded(model_type) for model_type in EXCLUDED)
 
 

@@ -7,7 +7,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from strategies.parameters import meta_context
 from tests.helpers.covering import chosen
 from tests.models import sweep
-from tests.models.own import EXCLUDED
+from tests.models.own import EXCLUDED, VARIANTS
 from tests.models.tiny import KINDS
 from tests.models.whole import LARGEST, LEFT_OUT
 from trainer.model import attention, kept_layers
@@ -18,7 +18,7 @@ from trainer.model.shrink import WINDOW, NotShrinkable, small_copies
 from trainer.objectives import forward_path
 
 TABLE = sweep.read()["types"]
-WHOLE = {**{t: (t, LEFT_OUT.get(t, {})) for t in TABLE if t not in EXCLUDED}, **LARGEST}
+WHOLE = {**{t: (t, LEFT_OUT.get(t, {})) for t in TABLE if t not in EXCLUDED and t not in VARIANTS}, **LARGEST}
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "index_topk")
 
 

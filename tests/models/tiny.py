@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.models.own import EXCLUDED, MINIMAL, OWN
+from tests.models.own import EXCLUDED, MINIMAL, OWN, VARIANTS
 from trainer.model.architecture import KEY_SELECTORS
 
 VOCABULARY = 352
@@ -99,14 +99,15 @@ def causal_types() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(EXCLUDED))
 
 
-def tiny_config(model_type: str) -> Any:
-    """The architecture's default configuration, tiny."""
+def tiny_config(name: str) -> Any:
+    """The default configuration of an architecture, tiny; or that of one of `VARIANTS`."""
+    model_type, own = VARIANTS.get(name, (name, None))
     cls = CONFIG_MAPPING[model_type]
-    return cls(**shrunk(cls(**MINIMAL.get(model_type, {})).to_dict(), cls))
+    return cls(**shrunk(cls(**MINIMAL.get(model_type, {})).to_dict(), cls, own))
 
 
-def shrunk(defaults: dict[str, Any], cls: Any) -> dict[str, Any]:
-    """The settings of a configuration that differ from `defaults` in a tiny one."""
+def shrunk(defaults: dict[str, Any], cls: Any, own: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The settings of a configuration that differ from `defaults` in a tiny one. `own`: in place of its entry in `OWN`."""
     settings: dict[str, Any] = {}
     for name, value in defaults.items():
         if name in (getattr(cls, "sub_configs", None) or {}) and isinstance(value, dict):
@@ -130,7 +131,8 @@ def shrunk(defaults: dict[str, Any], cls: Any) -> dict[str, Any]:
             settings["num_key_value_heads"] = settings["num_attention_heads"]
     elif defaults.get("head_dim", 0) is None:
         settings["head_dim"] = SIZES["head_dim"]
-    return settings | _kept_layers(defaults) | copy.deepcopy(OWN.get(getattr(cls, "model_type", ""), {}))
+    needed = OWN.get(getattr(cls, "model_type", ""), {}) if own is None else own
+    return settings | _kept_layers(defaults) | copy.deepcopy(needed)
 
 
 def sub_class(cls: Any, name: str, value: dict[str, Any]) -> Any:
@@ -197,7 +199,12 @@ def tiny_model(model_type: str, *, seed: int = 0) -> Any:
 
 
 def is_part(model_type: str) -> bool:
-    """Whether the causal class is the language model of a larger one, whose configuration it does not take."""
+    """Whether the causal class is the language model of a larger one, whose configuration it does not take.
+
+    Not so for `VARIANTS`, which are saved as they are.
+    """
+    if model_type in VARIANTS:
+        return False
     config = CONFIG_MAPPING[model_type]
     whole = config in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
     return whole and transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config].config_class is not config

@@ -85,7 +85,17 @@ class _PlainLogits:
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
         with flex.documents(inputs):
-            return {"logits": plain_model(model)(**inputs).logits}
+            return {"logits": plain_model(model)(**inputs, **_no_cache(model)).logits}
+
+
+def _no_cache(model: Any) -> dict[str, bool]:
+    """The keyword by which a model computes without a cache, as in training; empty for a model that never makes one.
+
+    transformers 5.24 cannot tell how far a cache has come in which no layer is attention, and layers that are called more than
+    once would see their own keys twice.
+    """
+    plain: Any = plain_model(model)
+    return {"use_cache": False} if getattr(plain.config.get_text_config(), "use_cache", None) is not None else {}
 
 
 def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime: Runtime) -> Tensor | None:
@@ -163,7 +173,7 @@ def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tens
     if decoder_start is not None:
         inputs["decoder_input_ids"] = shift_right(ids, decoder_start)
     with torch.no_grad(), without_kernel_packages():
-        logits = model(**inputs).logits
+        logits = model(**inputs, **_no_cache(model)).logits
     is_classifier = logits.dim() == 2
     if not is_classifier:
         # An adapter's virtual tokens come before those of the probe, and have logits too.

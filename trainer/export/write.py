@@ -40,6 +40,7 @@ from trainer.export.trained_model import ModelValues, TrainedModel, one_thread, 
 from trainer.export.verify import Reference, verify_written
 from trainer.model.architecture import TEXT_MODEL_ONLY, text_settings
 from trainer.model.base_files import write_record
+from trainer.model.compat import needs_own_class
 from trainer.reporting.documents.card import write_documents
 from trainer.reporting.documents.facts import ModelFacts
 
@@ -278,6 +279,8 @@ def _write_small_files(
     if model.built.two_sides is None and model.plain_model.can_generate():
         write_endings(model.tokenizer, staging_dir, model.base_path)
     _note_added_tokens(model, facts, adapter=plan is None)
+    if needs_own_class(type(model.built.config)):
+        facts.own_class = type(model.plain_model).__name__
     write_documents(staging_dir, config.papers, facts, adapter=plan is None, base_path=model.base_path)
 
 

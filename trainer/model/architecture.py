@@ -11,7 +11,7 @@ from torch import nn
 from strategies.compat.modules import own_parameters
 from strategies.errors import ConfigError
 from trainer.model import experts
-from trainer.model.compat import ignore_in_checkpoints
+from trainer.model.compat import ignore_in_checkpoints, larger_models, register_text_part
 from trainer.model.config import Attention, ModelConfig, ModelKind
 from trainer.model.rope import check_rotates
 from trainer.tuning.compat.transformers import block_class_names
@@ -44,6 +44,7 @@ def architecture(
             f"model.path={config.path}: a {model_config.model_type} {reason_unfit}, and cannot be trained here; take a "
             "model of another architecture (docs/models.md lists those that train)"
         )
+    _check_class(kind, model_config, config, objective)
     earlier_dropout = set_dropout(model_config, config.dropout)
     try:
         model, attention = _build(kind, model_config, config, attention)
@@ -77,7 +78,37 @@ def auto_class(kind: ModelKind, model_config: Any) -> Any:
     )
     if kind is ModelKind.causal and is_multimodal:
         return transformers.AutoModelForMultimodalLM
+    if kind is ModelKind.causal:
+        register_text_part(type(model_config))
     return getattr(transformers, names[kind])
+
+
+def _check_class(kind: ModelKind, model_config: Any, config: ModelConfig, objective: str) -> None:
+    """Raise ConfigError, with what does work, if transformers has no class of a kind for a configuration of its own."""
+    import transformers
+
+    if config.trust_remote_code:  # the model may bring its own class
+        return
+    model_class = auto_class(kind, model_config)
+    mappings: dict[str, Any] = {
+        "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "AutoModelForMultimodalLM": transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        "AutoModelForSequenceClassification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "AutoModelForSeq2SeqLM": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    }
+    if type(model_config) in mappings[model_class.__name__]:
+        return
+    larger = larger_models(type(model_config))
+    if kind is ModelKind.causal and larger:
+        remedy = f"it is a part of {' or '.join(larger)}: give the whole model, whose language model is then trained"
+    elif kind is not ModelKind.classifier and type(model_config) in mappings["AutoModelForSequenceClassification"]:
+        remedy = "it is an encoder, which objective=classification trains"
+    else:
+        remedy = "take a model of another architecture (docs/models.md lists those that train)"
+    raise ConfigError(
+        f"model.path={config.path}: transformers has no class for objective={objective} of a {model_config.model_type} "
+        f"({model_class.__name__} does not know it); {remedy}"
+    )
 
 
 def beside_text(model: Any) -> tuple[str, ...]:

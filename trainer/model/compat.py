@@ -17,6 +17,60 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+# -- classes ------------------------------------------------------------------------------------------------------
+
+
+def register_text_part(config_class: type) -> None:
+    """Let AutoModelForCausalLM know the class of a language model that was saved out of a larger one, such as Mllama's.
+
+    transformers lists such a class under the larger model's configuration alone, so it does not find it for the saved
+    directory. Nothing changes if the configuration is known, or if the architecture has no such class. Idempotent.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if config_class in mapping:
+        return
+    for model_type in _types_beside(config_class, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        model_class: Any = getattr(transformers, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]), None)
+        if getattr(model_class, "config_class", None) is config_class:
+            # Without `exist_ok`, transformers leaves out its own configurations silently.
+            transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)  # type: ignore[arg-type]
+            return
+
+
+def needs_own_class(config_class: type) -> bool:
+    """Whether AutoModelForCausalLM knows a configuration only by `register_text_part`, so that elsewhere it does not."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    is_of_transformers = config_class.__module__.startswith("transformers.")
+    model_type = getattr(config_class, "model_type", "")
+    return is_of_transformers and config_class in mapping and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def larger_models(config_class: type) -> list[str]:
+    """`model_type`s of the language models that stand beside a configuration in its architecture, which may be a part of them."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+
+    names = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    own_type = getattr(config_class, "model_type", "")
+    return [model_type for model_type in _types_beside(config_class, names) if model_type != own_type]
+
+
+def _types_beside(config_class: type, model_types: Iterable[str]) -> list[str]:
+    """Those of the `model_type`s whose classes stand in the same package of transformers as a configuration."""
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    package = config_class.__module__.split(".")[-2:-1]
+    return [model_type for model_type in model_types if [model_type_to_module_name(model_type)] == package]
+
+
 # -- attention ---------------------------------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, own_positio
         base_to_load=_base_name(base_path),
         own_positions=own_positions,
         loader=loader,
-        auto_class=AUTO_CLASSES.get(objective, "AutoModelForCausalLM"),
+        auto_class=facts.own_class or AUTO_CLASSES.get(objective, "AutoModelForCausalLM"),
         num_labels=num_labels,
     )
     metadata = _metadata(facts, base=base, adapter=adapter, method=method)

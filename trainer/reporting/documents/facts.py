@@ -57,6 +57,8 @@ class ModelFacts:
     """Licence of the base model, which binds the export too; the export reads it from the base's own card."""
     resize_to: int | None = None
     """Vocabulary size that an adapter's base must be resized to before loading; set by the export."""
+    own_class: str | None = None
+    """transformers' class of the model if its Auto classes do not know it; set by the export."""
 
     def answer(self, question: str) -> str:
         """The owner's answer, or the question as open."""
