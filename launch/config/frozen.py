@@ -43,6 +43,7 @@ from trainer.export.config import ExportedCheckpoint
 from trainer.reporting import settings_file
 from trainer.reporting.resolution import Resolution
 from trainer.reporting.status import FROZEN, State, read_status, write_text_atomic
+from trainer.tuning.config import PrefixConfig, PrefixInit
 
 SHOWN_DIFFERENCES = 12
 """Settings that an error lists before it only counts the others."""
@@ -134,6 +135,8 @@ def load_frozen(path: Path | str) -> RunConfig:
         config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
         if "checkpoint" not in raw.get("export", {}):  # written before there was a choice
             config.export.checkpoint = ExportedCheckpoint.last
+        if isinstance(config.tuning, PrefixConfig) and "init" not in raw["tuning"]:  # likewise
+            config.tuning.init = PrefixInit.random
         # Hash what the file says, not what this version makes of it: a later version may know more settings.
         sha256 = _hash(_identifying_settings(raw))
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:

@@ -22,7 +22,14 @@ from trainer.objectives.sft import SftConfig
 from trainer.tuning import bottleneck, virtual
 from trainer.tuning.base import FullConfig
 from trainer.tuning.check import check_positions
-from trainer.tuning.config import AdaptionPromptConfig, BottleneckConfig, PrefixConfig, PromptConfig, PromptInit
+from trainer.tuning.config import (
+    AdaptionPromptConfig,
+    BottleneckConfig,
+    PrefixConfig,
+    PrefixInit,
+    PromptConfig,
+    PromptInit,
+)
 
 EXACT = 1e-5
 VIRTUAL = [name for name in ADDED if name.startswith(("pr", "p_"))]
@@ -230,6 +237,20 @@ def test_bottleneck_adapter_of_another_model_is_refused(bases, runtime, tmp_path
     directory = export(trained(base, ADDED["bottleneck"], runtime), base, tmp_path / "x", runtime)
     with pytest.raises(ConfigError, match="does not fit this model"):
         bottleneck.load(plain(bases("gpt2")), directory)
+
+
+def test_a_prefix_starts_nearer_to_its_base_at_zero_than_at_random(bases, runtime):
+    """Keys and values of zero take a part of the attention and add nothing; random ones add noise to every layer."""
+    base = bases("llama")
+    distance = {}
+    for init in PrefixInit:
+        engine, built, tokenizer = trained(base, PrefixConfig(num_virtual_tokens=4, init=init), runtime, steps=0)
+        ids = probe_ids(tokenizer)
+        logits = reference_logits(engine, built, ids, runtime)
+        distance[init] = float((logits - logits_of(plain(base), ids)).square().mean())
+        (prefix,) = [value for _, value in named_parameters(engine.step_module) if value.requires_grad]
+        assert bool(prefix.any()) == (init is PrefixInit.random)
+    assert 0 < distance[PrefixInit.zero] < distance[PrefixInit.random], distance
 
 
 def test_probing_sees_the_virtual_tokens(bases, runtime):

@@ -167,6 +167,13 @@ class VirtualConfig(TuningConfig):
     """Virtual tokens before every document; they take their place in the context and its cost in every forward pass."""
 
 
+class PrefixInit(StrEnum):
+    """At which keys and values prefix tuning starts."""
+
+    zero = "zero"
+    random = "random"
+
+
 @dataclass(kw_only=True, slots=True)
 class PrefixConfig(VirtualConfig):
     """Trained keys and values before those of every layer (prefix tuning, Li and Liang 2021, arXiv:2101.00190)."""
@@ -176,6 +183,8 @@ class PrefixConfig(VirtualConfig):
     """Make the prefix by a small network that is dropped after training; steadier at high rates, more memory."""
     encoder_hidden_size: int = number(0, least=0, advice="0 takes the model's own width")
     """Width of that network; 0 takes the width of the prefix in one layer."""
+    init: PrefixInit = setting(PrefixInit.zero, reach=DESCRIBES)
+    """Start at keys and values of `zero`, which leave the base nearly as it is, or at `random` ones, which disturb it."""
 
 
 class PromptInit(StrEnum):

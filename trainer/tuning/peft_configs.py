@@ -18,6 +18,7 @@ from trainer.tuning.config import (
     OftConfig,
     PeftConfig,
     PrefixConfig,
+    PrefixInit,
     PTuningConfig,
     VeraConfig,
     VirtualConfig,
@@ -129,6 +130,7 @@ def virtual_config(config: VirtualConfig, task: str) -> Any:
             **common,
             prefix_projection=config.projection,
             encoder_hidden_size=config.encoder_hidden_size or None,
+            init_weights="zero" if config.init is PrefixInit.zero else None,
         )
     if isinstance(config, PTuningConfig):
         return peft.PromptEncoderConfig(

@@ -114,21 +114,41 @@ def test_a_file_in_the_place_of_a_directory_is_named(tmp_path, name):
         freeze(composed(), tmp_path)
 
 
-def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
+def write_without(path, *keys):
+    """Rewrite a frozen configuration as a version wrote it that had none of these settings."""
     import hashlib
     import json
 
     from omegaconf import OmegaConf
 
-    path = freeze(composed(), tmp_path) / "config.yaml"
+    header = path.read_text().partition("\n")[2].splitlines(keepends=True)[:2]
     tree = OmegaConf.to_container(OmegaConf.create(path.read_text()))
-    del tree["optim"]["max_skipped_steps"]
-    del tree["export"]["checkpoint"]
+    for key in keys:
+        group, name = key.split(".")
+        del tree[group][name]
     kept = {k: v for k, v in tree.items() if k not in NOT_IDENTIFYING}
     kept["run"] = {"seed": tree["run"]["seed"]}
     kept["data"] = {**tree["data"], "control_tokens": "text"}  # `auto` counts as this
+    kept["export"] = {k: v for k, v in tree["export"].items() if k != "checkpoint"}
     sha256 = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-    path.write_text(f"# sha256: {sha256}\n{OmegaConf.to_yaml(OmegaConf.create(tree))}")
+    words = "".join(line for line in header if line.startswith("#"))
+    path.write_text(f"# sha256: {sha256}\n{words}{OmegaConf.to_yaml(OmegaConf.create(tree))}")
+
+
+def test_a_prefix_run_of_a_version_without_a_choice_of_start_keeps_its_random_one(tmp_path):
+    path = freeze(composed("tuning=prefix"), tmp_path) / "config.yaml"
+    assert load_frozen(path).tuning.init == "zero"
+    write_without(path, "tuning.init")
+    assert load_frozen(path).tuning.init == "random"
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    today = composed("tuning=prefix")
+    freeze(today, tmp_path)
+    assert today.config.tuning.init == load_frozen(path).tuning.init == "random"
+
+
+def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
+    path = freeze(composed(), tmp_path) / "config.yaml"
+    write_without(path, "optim.max_skipped_steps", "export.checkpoint")
     # A run of that version exports its last checkpoint, as it would have done then.
     assert load_frozen(path) == composed(f"run.dir={tmp_path}", "export.checkpoint=last").config
     write_status(tmp_path, "done")
