@@ -6,6 +6,7 @@ Imports are paid once for all runs. Time is the CPU seconds of this process, whi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import platform
 import shutil
@@ -27,6 +28,7 @@ OWN_WORDS = (
     "launcher.processes=1",
     "logging.wandb=disabled",
     "logging.report=false",
+    "logging.every_steps=1",
     "checkpoint.save_final=false",
     "export.at_end=false",
     "data.privacy.mode=none",
@@ -65,10 +67,14 @@ def measure_experiment(
             if kept is not None and kept["words"] == words and "failed" not in kept:
                 continue
             run = run_directory(directory, point, seed)
+            if kept is not None and kept["words"] != words:
+                remove_run(run)
             if experiment.measure is not None:
                 row = {"words": words, **experiment.measure(point, seed, directory)}
             else:
-                row = {"words": words, **measure_point(experiment, run, data.with_paths(words, directory), train)}
+                row = {"words": words, "identity": identity_of(words, directory)}
+                shared = same_run(row["identity"], run, results, work) if experiment.look is None else None
+                row |= shared or measure_point(experiment, run, data.with_paths(words, directory), train)
             failures += "failed" in row
             record["points"][point][str(seed)] = row
             write_record(path, record)
@@ -80,20 +86,63 @@ def measure_experiment(
     return failures
 
 
-def measure_point(experiment: Experiment, run: Path, words: list[str], train: Callable[[Path, list[str]], Row]) -> Row:
-    """One run, made anew; `{"failed": reason}` if it did not end well."""
+def identity_of(words: list[str], directory: Path) -> str:
+    """What decides the result of a run: SHA-256 of its settings, in which the content of a file of data stands for its path."""
+    settings = dict(word.split("=", 1) for word in words)
+    for key, value in settings.items():
+        path = directory / value.removeprefix("{data}/")
+        if value.startswith("{data}/") and path.is_file():
+            settings[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def same_run(identity: str, run: Path, results: Path, work: Path) -> Row | None:
+    """The numbers of the same run in another experiment, whose directory then stands for `run`; None if there is none.
+
+    Experiments share their simplest point.
+    """
+    for path in sorted(results.glob("*.json")):
+        for point, runs in read_record(path)["points"].items():
+            for seed, row in runs.items():
+                other = run_directory(work / path.stem, point, int(seed))
+                is_same = row.get("identity") == identity and "failed" not in row
+                if is_same and other.is_dir() and other != run:
+                    remove_run(run)
+                    run.parent.mkdir(parents=True, exist_ok=True)
+                    run.symlink_to(other.resolve())
+                    return {key: value for key, value in row.items() if key != "words"}
+    return None
+
+
+def remove_run(run: Path) -> None:
+    """Remove a run directory, or the link that stands for it."""
+    if run.is_symlink():
+        run.unlink()
     shutil.rmtree(run, ignore_errors=True)
+
+
+def measure_point(experiment: Experiment, run: Path, words: list[str], train: Callable[[Path, list[str]], Row]) -> Row:
+    """One run; `{"failed": reason}` if it did not end well.
+
+    A run that is done, and was not kept because the command was interrupted, is only read: its time is not known then.
+    """
+    from launch.config.frozen import is_finished
+
+    was_finished = is_finished(run)
+    if not was_finished:
+        remove_run(run)
     began = time.process_time()
     try:
         row = train(run, words)
         if experiment.look is not None:
             row |= experiment.look(run)
     except Exception as error:  # noqa: BLE001 - one run that fails must not cost the others
+        remove_run(run)
         return {"failed": f"{type(error).__name__}: {error}"}
     # The weights of every run together would fill a disk.
     for large in ("export", "checkpoints"):
         shutil.rmtree(run / large, ignore_errors=True)
-    return row | {"cpu_s": round(time.process_time() - began, 1)}
+    return row if was_finished else row | {"cpu_s": round(time.process_time() - began, 1)}
 
 
 def train_run(run: Path, words: list[str]) -> Row:
@@ -134,7 +183,7 @@ def numbers_of(run: Path) -> Row:
     numbers["best/eval/loss"] = rounded(best["eval/loss"])
     numbers["best/step"] = best["step"]
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    numbers["trainable_parameters"] = record["trainable_parameters"]
+    numbers["trainable_parameters"] = record["sharding"]["trainable_parameters"]
     return numbers
 
 
