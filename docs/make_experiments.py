@@ -46,8 +46,9 @@ python docs/make_experiments.py                    # then write the tables into 
 - **Differences.** A cell has the mean, with the lowest and the highest seed in brackets. A difference counts only if all seeds of
   one point are below all seeds of the other. Otherwise the table says *none*. Even among equal points, three seeds of each are
   separated by chance in 10 of 100 cases. So look again with more seeds before you rest a decision on a small difference.
-- **Files.** Each experiment has a JSON file with the settings and numbers of every run. Most have the page of
-  `shardtune compare` over all runs, too.
+- **Files.** Each experiment has a JSON file with the settings and numbers of every run. Most have the answer of
+  `shardtune compare` over all runs, too. Where each seed has its own rows, `compare` takes every run for a job of its own. So its
+  verdicts are about single runs, and the tables here about seeds.
 """
 
 

@@ -206,8 +206,9 @@ EXPERIMENTS = _table(
             "half are copies": ("data.path={data}/copies-{seed}.jsonl",),
         },
         (ACCURACY, HELD_OUT_LOSS),
-        "",
-        "The wrong labels are drawn at random. Real ones follow a habit of whoever wrote them, and cost more.",
+        "With 40 % wrong labels the accuracy is 0.23 lower. With 20 % the held-out loss is higher with every seed, and the "
+        "accuracy not with every one. Half as many different questions, each twice, were as good as 160 different ones.",
+        "What wrong labels cost that follow a habit of whoever wrote them. These are drawn at random.",
     ),
     Experiment(
         "balance",

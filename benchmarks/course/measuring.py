@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -213,7 +214,9 @@ def compare_runs(experiment: Experiment, seeds: Sequence[int], directory: Path, 
     if problems:
         raise RuntimeError("; ".join(problems))
     to.mkdir(parents=True, exist_ok=True)
-    text = as_markdown(compare(rows, price_of)).replace(f"{directory}/", "")
+    # Without the directories of this machine, some of which the table has shortened.
+    text = as_markdown(compare(rows, price_of)).replace(f"{directory.resolve()}/", "")
+    text = re.sub(r"(?<![\w.])/\S*\.\.\.", "...", text)
     (to / "compare.md").write_text(text, encoding="utf-8")
 
 
