@@ -53,12 +53,13 @@ python docs/make_experiments.py                    # then write the tables into 
 
 
 def record_of(name: str) -> dict[str, Any] | None:
-    """What is kept of an experiment; None if it has not been measured."""
+    """What is kept of an experiment; None if one of its points has not been measured."""
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return None
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
+    is_complete = all(record["points"].get(point) for point in EXPERIMENTS[name].points)
+    return record if is_complete else None
 
 
 def values_of(runs: dict[str, dict[str, Any]], key: str) -> list[float]:
