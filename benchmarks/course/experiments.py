@@ -135,8 +135,9 @@ EXPERIMENTS = _table(
         (*QUESTIONS, "budget.steps=20"),
         {f"{size} questions": (f"data.path={{data}}/train-{size}-{{seed}}.jsonl",) for size in SIZES},
         (ACCURACY, HELD_OUT_LOSS, Column("training loss", "train_loss", greater_is_better=None)),
-        "",
-        "What many thousands of rows would do, and how much of the gain comes from the questions that were drawn.",
+        "Sixteen times as many different questions raise the accuracy by 0.15 at the same price of training. From 40 to 160 the "
+        "seeds overlap. The training loss goes the other way: a small set is learned by heart.",
+        "What many thousands of rows would do.",
     ),
     Experiment(
         "scratch",

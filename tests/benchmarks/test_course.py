@@ -35,6 +35,7 @@ def toy_train(made, losses):
     def train(run, words):
         settings = dict(word.split("=", 1) for word in words)
         made.append(run.name)
+        run.mkdir(parents=True)
         if settings["optim.lr"] not in losses:
             raise ValueError("no such rate")
         return {"eval/loss": losses[settings["optim.lr"]] + 0.1 * int(settings["run.seed"]), "steps": 8}
@@ -79,6 +80,22 @@ def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path):
     changed = replace(TOY, points=TOY.points | {"lower": ("optim.lr=2e-3",)})
     assert measure_experiment(changed, [1, 2], **arguments) == 0
     assert made == ["lower-seed1", "lower-seed2"]
+
+
+def test_a_run_that_another_experiment_has_made_is_not_made_again(tmp_path):
+    made = []
+    train = toy_train(made, {"1e-3": 1.0, "2e-3": 1.5, "1e-4": 0.5})
+    for name, rows in {"toy": "the same", "same": "the same", "other": "another"}.items():
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / "1.jsonl").write_text(rows)
+        measure_experiment(
+            replace(TOY, name=name, points={"first": ()}), [1], work=tmp_path / "work", results=tmp_path, train=train
+        )
+    # `same` has the settings and the rows of `toy`; the rows of `other` are others in a file of the same name.
+    assert made == ["first-seed1", "first-seed1"]
+    assert (tmp_path / "work" / "same" / "runs" / "first-seed1").is_symlink()
+    kept = [json.loads((tmp_path / f"{name}.json").read_text())["points"]["first"]["1"] for name in ("toy", "same")]
+    assert kept[0] == kept[1]
 
 
 def test_a_difference_counts_only_if_the_seeds_do_not_meet(tmp_path):
