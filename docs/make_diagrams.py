@@ -7,6 +7,7 @@ Numbers come from the code or from a formula that the page names. What is only s
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -217,6 +218,47 @@ def learning_curves() -> str:
     return drawing(210, "Four shapes of learning curves: good, overfitting, a rate too small, a rate too large", parts)
 
 
+def rewards() -> str:
+    """Rewards of two runs of the demo with rewards, step by step, as they were kept (docs/reinforcement.md)."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / "three_words.json").read_text(encoding="utf-8"))["runs"]
+    honest, cheated = runs["three words"]["steps"], runs["no look at the end, 5 tokens"]["steps"]
+    left, top, width, height = 50, 20, 400, 200
+    curves = (
+        ("reward", honest, "reward"),
+        ("reward with a hole", cheated, "reward"),
+        ("its control: answers that end", cheated, "rewards/ended/mean"),
+    )
+    parts = [box(left, top, width, height, "frame"), text(left + width, top + height + 20, "step 20", anchor="end")]
+    parts += [text(left - 8, top + 5, "1", anchor="end"), text(left - 8, top + height + 5, "0", anchor="end")]
+    for index, (label, steps, key) in enumerate(curves):
+        points = [(left + width * row["step"] / 20, top + height * (1 - row[key])) for row in steps]
+        label_y = top + 50 + 50 * index
+        parts.append(line(points, index))
+        parts.append(line([(left + width + 12, label_y), (left + width + 42, label_y)], index))
+        parts.append(text(left + width + 50, label_y + 5, label))
+    return drawing(250, "Two runs that learn from rewards: in one the control falls while the reward rises", parts)
+
+
+def lora() -> str:
+    """A weight matrix with LoRA: the frozen W, and the thin A and B that are trained; drawn for a rank of an eighth."""
+    parts = [
+        labelled_box(40, 40, 200, 200, "W: frozen"),
+        text(140, 262, "out x in", anchor="middle", small=True),
+        text(275, 145, "+", anchor="middle"),
+        labelled_box(310, 40, 34, 200, "B", "new"),
+        text(327, 262, "out x rank", anchor="middle", small=True),
+        text(372, 145, "x", anchor="middle"),
+        labelled_box(400, 123, 200, 34, "A", "new"),
+        text(500, 177, "rank x in", anchor="middle", small=True),
+        text(500, 85, "times alpha / rank", anchor="middle"),
+        text(370, 220, "4096 x 4096 at rank 16: W has 16,777,216 weights,"),
+        text(370, 240, "A and B together have 131,072 (0.8 %)"),
+    ]
+    return drawing(
+        280, "LoRA: a large frozen matrix, and two thin trained matrices whose product is added to it", parts
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class RankMoment:
     """What each rank holds in a moment of a step, and what the ranks exchange in it."""
@@ -362,6 +404,8 @@ DIAGRAMS = {
     "batch.svg": batch,
     "block.svg": block,
     "learning-curves.svg": learning_curves,
+    "lora.svg": lora,
+    "rewards.svg": rewards,
     "step.svg": step_on_ranks,
     "run-life.svg": run_life,
     "preparation.svg": preparation,
