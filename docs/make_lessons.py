@@ -208,7 +208,7 @@ def environment(scratch: Path) -> dict[str, str]:
         "MODEL": str(cache / "models" / "SmolLM2-135M-Instruct"),
         "DATA": str(cache / "demo" / "train.jsonl"),
         "HELD_OUT": str(cache / "demo" / "held-out.jsonl"),
-        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "COLUMNS": WIDTH,
         "NO_COLOR": "1",
