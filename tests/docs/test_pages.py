@@ -191,7 +191,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(counts[0] * (counts[1] if len(counts) > 1 else 1)))
     settings = [word for word in words if "=" in word and not word.startswith("--")]
     replaced = {"model.path": "m", "data.path": "d.jsonl", "data.eval_path": "d.jsonl", "run.resume": "auto"}
-    replaced |= {"tuning.from": "a", "model.adapters": "[a]"}
+    replaced |= {"data.test_path": "d.jsonl", "tuning.from": "a", "model.adapters": "[a]"}
     replaced |= {"objective.teacher.path": "m", "evaluation.tasks.facts.path": "d.jsonl"}
     replaced |= {"challenges.forgetting.data": "d.jsonl", "objective.rewards.liked.path": "r"}
     replaced |= {f"data.sources.{name}.path": "d.jsonl" for name in ("task", "general")}
