@@ -70,7 +70,7 @@ REPLAY = (
     "data.sources.chat.replay=true",
 )
 """Four notes and one question of a chat in each step."""
-CURVE = (*QUESTIONS, "budget.steps=40", "schedule=constant", "evaluation.every_steps=5", "evaluation.at_start=true")
+CURVE = (*QUESTIONS, "budget.steps=30", "schedule=constant", "evaluation.every_steps=5", "evaluation.max_documents=80")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +151,16 @@ EXPERIMENTS = _table(
             "random weights, three times the steps": ("model.path={data}/random", "budget.steps=60"),
         },
         (ACCURACY, HELD_OUT_LOSS, Column("training loss", "train_loss", greater_is_better=None)),
-        "",
+        "On random weights, 20 steps learn nothing: the accuracy is chance, one in four. Three times the steps reach 0.42. The "
+        "pretrained encoder reaches 0.74 with the same questions.",
         "What random weights would learn from millions of rows. That is pretraining.",
     ),
     Experiment(
         "rank_targets",
         "Does LoRA need a higher rank, or more layers to adapt?",
-        f"{MODEL}, LoRA at 1e-3, 8 steps of 4 notes; 12 held-out notes.",
+        f"{MODEL}, LoRA at 1e-3, 6 steps of 4 notes; 12 held-out notes.",
         data.notes,
-        (*NOTES, "data.path={data}/train-{seed}.jsonl", "budget.steps=8", "evaluation.at_start=false"),
+        (*NOTES, "data.path={data}/train-{seed}.jsonl", "budget.steps=6", "evaluation.at_start=false"),
         {
             f"rank {rank}, {shown}": (f"tuning.rank={rank}", f"tuning.targets={targets}")
             for shown, targets in TARGETS.items()
@@ -172,15 +173,15 @@ EXPERIMENTS = _table(
     Experiment(
         "early_stopping",
         "What does early stopping save?",
-        f"{ENCODER}, full tuning at 2e-4 on 32 questions, an evaluation every 5 steps of 16; 120 held-out questions.",
+        f"{ENCODER}, full tuning at 2e-4 on 32 questions, an evaluation every 5 steps of 16; 80 held-out questions.",
         data.questions_by_size((32,)),
         (
             *QUESTIONS,
             "data.path={data}/train-32-{seed}.jsonl",
-            "budget.steps=50",
+            "budget.steps=40",
             "schedule=constant",
             "evaluation.every_steps=5",
-            "evaluation.max_documents=120",
+            "evaluation.max_documents=80",
             "checkpoint.every_minutes=0",
         ),
         {"to the end": (), "patience of two": ("evaluation.patience=2",)},
@@ -193,6 +194,7 @@ EXPERIMENTS = _table(
         ),
         "",
         "The weights at the best step: a run exports them by itself, and this table shows those of the last one.",
+        look=loss_curves,
     ),
     Experiment(
         "dirty",
@@ -229,7 +231,8 @@ EXPERIMENTS = _table(
             ACCURACY,
             Column("macro F1", "eval/f1_macro", greater_is_better=True),
         ),
-        "",
+        "Both ways raise the recall of the rare specialties from 0.27 to about 0.76. Both cost recall of the common one: the "
+        "model that learned the rows as found calls most questions Dental.",
         "Held-out questions with the shares of the training data, where the common class would count more.",
         look=class_recall,
     ),
@@ -392,14 +395,13 @@ EXPERIMENTS = _table(
     ),
     Experiment(
         "curves",
-        "What do the losses of a healthy run look like, of one that overfits, one with a rate too high, one that forgets?",
+        "What do the losses of a healthy run look like, of one with a rate too high, of one that forgets?",
         f"{ENCODER}, full tuning on questions, and for forgetting {MODEL}, LoRA at 3e-3 on notes, with twenty short chat "
         "questions as what it knew.",
         data.questions_and_notes,
         (),
         {
             "healthy": (*CURVE, "data.path={data}/train-160-{seed}.jsonl"),
-            "overfitting": (*CURVE, "data.path={data}/train-32-{seed}.jsonl", "optim.lr=3e-4"),
             "rate too high": (*CURVE, "data.path={data}/train-160-{seed}.jsonl", "optim.lr=3e-3"),
             "forgetting": (
                 *NOTES,
@@ -418,7 +420,7 @@ EXPERIMENTS = _table(
             Column("training loss", "train_loss", greater_is_better=None),
         ),
         "",
-        "How often runs look like this. One seed each: they are examples.",
+        "How often runs look like this. One seed each: they are examples. `early_stopping` has the run that overfits.",
         look=loss_curves,
         seeds=(1,),
     ),

@@ -71,13 +71,13 @@ def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path):
     assert kept["lower"]["1"]["failed"] == "ValueError: no such rate" and kept["first"]["1"]["eval/loss"] == 1.1
 
     made.clear()
-    arguments["train"] = toy_train(made, {"1e-3": 1.0, "2e-3": 1.0, "1e-4": 0.5})
+    arguments["train"] = toy_train(made, {"1e-3": 1.0, "2e-3": 1.0, "1e-4": 0.5, "3e-4": 0.7})
     assert measure_experiment(TOY, [1, 2], **arguments) == 0
     assert made == ["lower-seed1", "first-seed2", "lower-seed2", "like-the-first-seed2"]
 
     # A point with other words is another point: only it is made again.
     made.clear()
-    changed = replace(TOY, points=TOY.points | {"lower": ("optim.lr=2e-3",)})
+    changed = replace(TOY, points=TOY.points | {"lower": ("optim.lr=3e-4",)})
     assert measure_experiment(changed, [1, 2], **arguments) == 0
     assert made == ["lower-seed1", "lower-seed2"]
 
