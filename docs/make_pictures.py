@@ -129,7 +129,8 @@ def make_page(picture: Picture, site: Path) -> None:
 def demo_files(site: Path) -> dict[str, str]:
     """Model and data of the demo's run, by the names that commands have for them; empty before there is a run.
 
-    Copies the data into the site, whose names pages show, and writes `prompts.jsonl`: conversations without their last answer.
+    Copies the data into the site and links the model there, since pages show their paths. Also writes `prompts.jsonl`:
+    conversations without their last answer.
     """
     config_file = site / "runs" / "demo" / "config.yaml"
     if not config_file.exists():
@@ -143,7 +144,11 @@ def demo_files(site: Path) -> dict[str, str]:
     (site / "prompts.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     shutil.copy(config["data"]["path"], site / "notes.jsonl")
     shutil.copy(held_out, site / "held-out-notes.jsonl")
-    return {"model": config["model"]["path"], "train": "notes.jsonl", "held_out": "held-out-notes.jsonl"}
+    model = Path(config["model"]["path"])
+    link = site / model.name  # a short path, which is the same on every machine
+    if not link.exists():
+        link.symlink_to(model)
+    return {"model": model.name, "train": "notes.jsonl", "held_out": "held-out-notes.jsonl"}
 
 
 def page_of(picture: Picture, site: Path) -> Path | None:

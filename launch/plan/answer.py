@@ -273,14 +273,24 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
+def dollars(price: float) -> str:
+    """A price in dollars and cents. A small job costs less than a cent, but not nothing."""
+    return f"${price:,.2f}" if price >= 0.01 else "less than $0.01"
+
+
+def number_of_cards(job: PlannedRun) -> str:
+    """`1 card`, or `8 cards`: those of all nodes."""
+    return "1 card" if job.ranks == 1 else f"{job.ranks} cards"
+
+
 def costs(best: Choice, job: PlannedRun) -> list[str]:
     """Lines on the hours and the price of the budget or, if these are not known, on what to give for them."""
     epochs = best.variant.config.budget.epochs
     price_per_hour = job.card.price_per_hour  # of one card
     lines = []
     if best.hours is not None:
-        price = "" if best.price is None else f": ${best.price:,.2f}"
-        lines.append(f"the budget takes {best.hours:,.2f} hours on {job.ranks} cards{price}")
+        price = "" if best.price is None else f": {dollars(best.price)}"
+        lines.append(f"the budget takes {best.hours:,.2f} hours on {number_of_cards(job)}{price}")
     elif epochs is not None:
         lines.append(f"how long budget.epochs={epochs:g} takes depends on the data: give data.path")
     if price_per_hour is None:

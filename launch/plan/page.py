@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.plan.answer import by_reason, checkpoint_gib, checkpoint_s, command_of, costs, expert_notes, stored, why
+from launch.plan.answer import (
+    by_reason,
+    checkpoint_gib,
+    checkpoint_s,
+    command_of,
+    costs,
+    dollars,
+    expert_notes,
+    number_of_cards,
+    stored,
+    why,
+)
 from strategies.tensor_inventory import MemoryKind
 from trainer.pages.numbers import duration, number
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable
@@ -139,7 +150,7 @@ def _cards(answer: PlanAnswer) -> list[PageCard]:
         )
         cards.append(PageCard("A round", duration(choice.round.total_s), f"at most, planned: {parts}{rewards}"))
     if choice.hours is not None:
-        price = "price not known" if choice.price is None else f"${choice.price:,.2f} for {job.ranks} cards"
+        price = "price not known" if choice.price is None else f"{dollars(choice.price)} for {number_of_cards(job)}"
         cards.append(PageCard("The budget", duration(3600 * choice.hours), price))
     checkpoint = f"{duration(checkpoint_s(answer, choice))} to write"
     cards.append(PageCard("A checkpoint", number(checkpoint_gib(answer, choice), 3), checkpoint, unit="GiB"))

@@ -14,7 +14,7 @@ import torch
 from launch import main as command
 from launch.cluster import long_steps
 from launch.config.compose import compose, ranks_of
-from launch.plan.answer import by_reason, command_of, costs, stored
+from launch.plan.answer import by_reason, command_of, costs, dollars, number_of_cards, stored
 from launch.plan.command import CARDS, composed, read_plan
 from launch.plan.job import job_of
 from strategies.base import Fsdp2Config, Precision, StrategyName
@@ -394,6 +394,11 @@ def test_plan_rows_name_all_settings_stored_otherwise(model):
     form = SimpleNamespace(parameters=1, trained=1, layout="padded", notes=())
     answer = PlanAnswer(job(card), [], [], [(way, "too odd") for way in found], form)
     assert by_reason(answer)["too odd"].count(", none, offload+nf4") == 1
+
+
+def test_a_small_job_costs_less_than_a_cent_on_one_card():
+    assert (dollars(0.001), dollars(1234.5)) == ("less than $0.01", "$1,234.50")
+    assert [number_of_cards(SimpleNamespace(ranks=ranks)) for ranks in (1, 8)] == ["1 card", "8 cards"]
 
 
 @pytest.mark.parametrize(
