@@ -192,7 +192,8 @@ EXPERIMENTS = _table(
             Column("steps taken", "steps", 0, greater_is_better=None),
             Column("training loss", "train_loss", greater_is_better=None),
         ),
-        "",
+        "Patience ended the runs after 25 to 35 of 40 steps, and for every seed with a lower loss than without it. The seeds "
+        "differ more from each other than that, so the table says none. All runs were best between steps 15 and 25.",
         "The weights at the best step: a run exports them by itself, and this table shows those of the last one.",
         look=loss_curves,
     ),
