@@ -74,7 +74,7 @@ def faults(text: str) -> list[str]:
     for block in MAKER["blocks_of"](text):
         if not block.mark.startswith("file: ") and (block.output is None or not block.output.text.strip()):
             found.append(f"no output below line {block.line}")
-    for sentence in sentences(text):
+    for sentence in sentences(MADE.sub("", text)):
         if len(sentence.split()) > MAX_SENTENCE:
             found.append(f"{len(sentence.split())} words: {sentence}")
     return found
