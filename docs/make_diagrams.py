@@ -398,7 +398,51 @@ def preparation() -> str:
     )
 
 
+def fine_tuning() -> str:
+    """What goes into fine-tuning, and what comes out of it."""
+    parts = [
+        labelled_box(20, 30, 200, 44, "base model"),
+        text(120, 92, "has read billions of words", anchor="middle", small=True),
+        labelled_box(20, 126, 200, 44, "your examples"),
+        text(120, 188, "often a hundred to a thousand", anchor="middle", small=True),
+        labelled_box(290, 78, 150, 44, "fine-tuning", "new"),
+        text(365, 140, "more of the same training", anchor="middle", small=True),
+        labelled_box(510, 30, 190, 44, "a whole new model"),
+        text(605, 92, "all weights changed", anchor="middle", small=True),
+        labelled_box(510, 126, 190, 44, "an adapter", "new"),
+        text(605, 188, "a small file, used with the base", anchor="middle", small=True),
+        path_arrow([(220, 52), (255, 52), (255, 92), (290, 92)]),
+        path_arrow([(220, 148), (255, 148), (255, 108), (290, 108)]),
+        path_arrow([(440, 92), (475, 92), (475, 52), (510, 52)]),
+        path_arrow([(440, 108), (475, 108), (475, 148), (510, 148)]),
+    ]
+    return drawing(
+        204, "A base model and your examples go into fine-tuning; a new model or an adapter comes out", parts
+    )
+
+
+def when_to_tune() -> str:
+    """Three questions that come before fine-tuning."""
+    questions = (
+        ("Do the facts change, or need a source?", "retrieval"),
+        ("Does a prompt with a few examples do it?", "keep the prompt"),
+        ("Have you a hundred good examples?", "fine-tune"),
+    )
+    parts = []
+    for index, (question, answer) in enumerate(questions):
+        y = 20 + 76 * index
+        is_last = index == len(questions) - 1
+        parts.append(labelled_box(20, y, 320, 44, question))
+        parts.append(labelled_box(470, y, 230, 44, answer, "new" if is_last else "box"))
+        parts.append(path_arrow([(340, y + 22), (470, y + 22)], "yes", (405, y + 15)))
+        parts.append(path_arrow([(180, y + 44), (180, y + 76)], "no", (200, y + 64)))
+    parts.append(labelled_box(20, 248, 320, 44, "collect examples, or let a larger model write them"))
+    return drawing(306, "Three questions before fine-tuning: retrieval, a prompt, or enough examples", parts)
+
+
 DIAGRAMS = {
+    "fine-tuning.svg": fine_tuning,
+    "when-to-tune.svg": when_to_tune,
     "schedules.svg": schedules,
     "memory.svg": memory,
     "batch.svg": batch,

@@ -3,6 +3,7 @@
     python docs/make_lessons.py 05-workflow            # run its commands, write their outputs into the page
     python docs/make_lessons.py --check 05-workflow    # run them again and compare; exit code 1 if they differ
     python docs/make_lessons.py                        # every lesson
+    python docs/make_lessons.py --scratch /tmp/lessons 05-workflow    # keep the directory; go on there after an interruption
 
 Each lesson has a scratch directory, in which its blocks run from top to bottom:
 
@@ -10,6 +11,7 @@ Each lesson has a scratch directory, in which its blocks run from top to bottom:
     <!-- run -->                     the block below runs: bash, or Python
     <!-- run real -->                the same, for commands that need the demo's own model or a download; other tests leave it out
     <!-- output: NAME -->            between this line and `<!-- end -->` stands what the run above it has printed
+    <!-- run tiny -->                the opposite: only the tests with a tiny model run it, and nothing is recorded
 
 An output may be shortened, and parts of it may differ from machine to machine:
 
@@ -25,6 +27,7 @@ Times, speeds, paths and used memory may differ in every line (`MACHINE`).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import subprocess
@@ -162,15 +165,19 @@ def run_lesson(name: str, scratch: Path) -> dict[str, str]:
         if block.mark.startswith("file: "):
             (scratch / block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
             continue
-        print(f"{name}.md:{block.line}: {block.text.splitlines()[0]}", flush=True)
-        printed = run_block(block, name, scratch)
+        kept = scratch / HOME / "printed" / hashlib.sha256(f"{name} {block.text}".encode()).hexdigest()[:16]
+        if not kept.exists():
+            print(f"{name}.md:{block.line}: {block.text.splitlines()[0]}", flush=True)
+            printed = run_block(block, name, scratch)
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(printed, encoding="utf-8")
         if block.output is not None:
-            outputs[block.output.name] = shortened(printed, block.output.show)
+            outputs[block.output.name] = shortened(kept.read_text(encoding="utf-8"), block.output.show)
     return outputs
 
 
 def run_block(block: Block, name: str, scratch: Path) -> str:
-    """What a block prints. RuntimeError if it fails."""
+    """What a block prints, with a reader's paths. RuntimeError if it fails."""
     program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     done = subprocess.run(
         [*program, block.text],
@@ -301,10 +308,11 @@ def main(words: list[str] | None = None) -> int:
     """Record or check lessons; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        usage="make_lessons.py [--check] [LESSON ...]",
+        usage="make_lessons.py [--check] [--scratch DIRECTORY] [LESSON ...]",
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    parser.add_argument("--scratch", type=Path, help="directory to keep; commands that have run in it do not run again")
     parser.add_argument("lessons", nargs="*", metavar="LESSON", help="such as 05-workflow; default: all")
     options = parser.parse_args(words)
     unknown = sorted(set(options.lessons) - set(names()))
@@ -313,8 +321,10 @@ def main(words: list[str] | None = None) -> int:
     fetch()
     failed = False
     for name in options.lessons or names():
-        with tempfile.TemporaryDirectory(prefix="lesson-") as scratch:
-            outputs = run_lesson(name, Path(scratch).resolve())
+        with tempfile.TemporaryDirectory(prefix="lesson-") as temporary:
+            scratch = (options.scratch / name if options.scratch else Path(temporary)).resolve()
+            scratch.mkdir(parents=True, exist_ok=True)
+            outputs = run_lesson(name, scratch)
         if options.check:
             found = list(changes(name, outputs))
             failed = failed or bool(found)

@@ -25,7 +25,7 @@ from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import forked_ranks, run_ranks
 
-MARKED = re.compile(r"<!-- (run|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MARKED = re.compile(r"<!-- (run|run tiny|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
 
 NEEDS = {"qlora": "bitsandbytes", "lm-eval": "lm_eval", "deployment": "bitsandbytes"}
@@ -140,9 +140,11 @@ def test_the_examples_of_a_page_run(page, reader, monkeypatch):
 def test_every_topic_page_has_examples():
     assert {page.stem for page in PAGES} >= {
         "evaluation",
-        "introduction",
-        "why-fine-tune",
-        "workflow",
+        "01-what-fine-tuning-is",
+        "02-why-and-when-not",
+        "03-types",
+        "04-data",
+        "05-workflow",
         "lora",
         "qlora",
         "adapters",
@@ -162,7 +164,7 @@ def test_no_mark_is_overlooked():
     """A mark with a blank line after it, or a fence that never ends, would drop its block in silence."""
     for page in (ROOT / "docs").rglob("*.md"):
         text = page.read_text(encoding="utf-8")
-        marks = len(re.findall(r"^<!-- (run|file: .+) -->$", text, re.MULTILINE))
+        marks = len(re.findall(r"^<!-- (run|run tiny|file: .+) -->$", text, re.MULTILINE))
         assert marks == len(blocks(text)), page.name
 
 
