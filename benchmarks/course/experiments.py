@@ -167,8 +167,10 @@ EXPERIMENTS = _table(
             for rank in RANKS
         },
         (HELD_OUT_LOSS, Column("trained parameters", "trainable_parameters", 0, greater_is_better=None)),
-        "",
-        "What a high rank does for much data: 32 notes have little to fill it with.",
+        "Which layers are adapted matters here: all linear layers reach a loss 0.25 lower than queries and values alone. The "
+        "rank does not matter: rank 2 learns as much as rank 16, with an eighth of the parameters.",
+        "What a high rank does for much data: 32 notes have little to fill it with. `tuning.alpha` stays 32, so the update of "
+        "rank 2 is scaled by 16, and that of rank 16 by 2.",
     ),
     Experiment(
         "early_stopping",
