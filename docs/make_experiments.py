@@ -71,9 +71,9 @@ def cell(values: list[float], digits: int) -> str:
     """Mean (lowest to highest) of the seeds."""
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    low = f"{min(values):.{digits}f}"
-    high = f"{max(values):.{digits}f}"
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    low = f"{min(values):,.{digits}f}"
+    high = f"{max(values):,.{digits}f}"
     return f"{mean} ({low} to {high})" if low != high else mean
 
 

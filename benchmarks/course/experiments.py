@@ -219,8 +219,8 @@ EXPERIMENTS = _table(
     Experiment(
         "balance",
         "Does balancing help the rare classes, and what does it cost the common one?",
-        f"{ENCODER}, full tuning at 2e-4, 20 steps of 16 questions, of which 100 are Dental and 20 of each of three other "
-        "specialties; 240 held-out questions, 60 of each.",
+        f"{ENCODER}, full tuning at 2e-4, 20 steps of 16 questions: 100 of Dental and 20 of each of three other specialties. "
+        "Held out are 60 of each.",
         data.unbalanced_questions,
         (*QUESTIONS, "data.path={data}/train-{seed}.jsonl", "budget.steps=20", "export.at_end=true"),
         {
