@@ -399,7 +399,7 @@ EXPERIMENTS = _table(
     Experiment(
         "curves",
         "What do the losses of a healthy run look like, of one with a rate too high, of one that forgets?",
-        f"{ENCODER}, full tuning on questions, and for forgetting {MODEL}, LoRA at 3e-3 on notes, with twenty short chat "
+        f"{ENCODER}, full tuning on questions, and for forgetting {MODEL}, LoRA at 1e-2 on notes, with twenty short chat "
         "questions as what it knew.",
         data.questions_and_notes,
         (),
@@ -410,8 +410,8 @@ EXPERIMENTS = _table(
                 *NOTES,
                 "data.path={data}/train-notes-{seed}.jsonl",
                 "data.eval_path={data}/held-out-notes.jsonl",
-                "budget.steps=12",
-                "optim.lr=3e-3",
+                "budget.steps=9",
+                "optim.lr=1e-2",
                 "evaluation.every_steps=3",
                 "challenges.forgetting.chat=true",
             ),
