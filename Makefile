@@ -87,6 +87,7 @@ bench-rl: $(STAMP)
 bench-course: $(STAMP)
 	@$(BIN)/python benchmarks/course $(NAMES)
 	@$(BIN)/python docs/make_experiments.py
+	@$(BIN)/python docs/make_diagrams.py
 
 gpu-proof: $(STAMP)
 	@$(BIN)/python benchmarks/gpu_proof.py

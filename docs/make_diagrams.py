@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from trainer.optim.schedule import ScheduleConfig, ScheduleName, lr_factor_at  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
+EXPERIMENTS = ROOT / "benchmarks" / "results" / "course"
 WIDTH = 720
 """Width of every diagram in its own units; a page scales it to the room that it has."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -185,37 +186,47 @@ def block() -> str:
     return drawing(435, "A transformer block, and the place of each tuning method in it", parts)
 
 
+def measured_curves(experiment: str, point: str) -> dict[str, list[Point]]:
+    """(step, loss) of the curves of a run that was kept, by their names in its file; the run of seed 1."""
+    record = json.loads((EXPERIMENTS / f"{experiment}.json").read_text(encoding="utf-8"))
+    curves: dict[str, list[Point]] = record["points"][point]["1"]["curves"]
+    return curves
+
+
 def learning_curves() -> str:
-    """Four shapes of the training loss and the held-out loss; sketched, not measured."""
-    shapes: tuple[tuple[str, Callable[[float], float], Callable[[float], float]], ...] = (
-        ("good", lambda t: 0.3 + 0.6 * math.exp(-4 * t), lambda t: 0.38 + 0.52 * math.exp(-4 * t)),
-        (
-            "overfitting",
-            lambda t: 0.1 + 0.8 * math.exp(-4 * t),
-            lambda t: 0.55 * math.exp(-5 * t) + 0.35 + 0.45 * t * t,
-        ),
-        ("rate too small", lambda t: 0.9 - 0.12 * t, lambda t: 0.92 - 0.1 * t),
-        (
-            "rate too large",
-            lambda t: min(0.98, 0.5 + 0.42 * t + 0.08 * math.sin(40 * t)),
-            lambda t: min(0.98, 0.6 + 0.4 * t),
-        ),
-    )
+    """Training and held-out losses of four real runs, as the experiments of the lessons kept them."""
+    runs = {
+        "healthy": measured_curves("curves", "healthy"),
+        "overfitting": measured_curves("early_stopping", "to the end"),
+        "rate too high": measured_curves("curves", "rate too high"),
+        "asked what it knew": measured_curves("curves", "with questions of a chat"),
+    }
+    labels = {"training": "training loss", "held_out": "held-out loss", "chat": "loss on a chat's questions"}
+    width, height, top = 135, 120, 40
     parts = []
-    width, height = 150, 120
-    for index, (name, training, held_out) in enumerate(shapes):
-        left, top = 20 + 175 * index, 40
-        parts.append(box(left, top, width, height, "frame"))
-        parts.append(text(left, top - 12, name))
-        for color, curve in enumerate((training, held_out)):
-            points = [(left + width * step / 50, top + height * (1 - curve(step / 50))) for step in range(51)]
-            parts.append(line(points, color))
-    for index, label in enumerate(("training loss", "held-out loss")):
-        x = 20 + 200 * index
-        parts.append(line([(x, 190), (x + 40, 190)], index))
-        parts.append(text(x + 48, 195, label))
-    parts.append(text(WIDTH - 20, 195, "steps to the right; sketched, not measured", anchor="end", small=True))
-    return drawing(210, "Four shapes of learning curves: good, overfitting, a rate too small, a rate too large", parts)
+    for index, (name, curves) in enumerate(runs.items()):
+        left = 30 + 175 * index
+        points = [point for curve in curves.values() for point in curve]
+        last_step = max(step for step, _ in points)
+        highest = max(loss for _, loss in points)
+        parts += [box(left, top, width, height, "frame"), text(left, top - 12, name)]
+        parts.append(text(left - 4, top + 10, f"{highest:.1f}", anchor="end", small=True))
+        parts.append(text(left - 4, top + height, "0", anchor="end", small=True))
+        parts.append(text(left + width, top + height + 16, f"step {last_step}", anchor="end", small=True))
+        for color, curve in enumerate(labels):
+            places = []
+            for step, loss in curves.get(curve, []):
+                places.append((left + width * step / last_step, top + height * (1 - loss / highest)))
+            if places:
+                parts.append(line(places, color))
+    for index, label in enumerate(labels.values()):
+        x = 30 + 200 * index
+        parts += [line([(x, 205), (x + 40, 205)], index), text(x + 48, 210, label)]
+    return drawing(
+        225,
+        "The losses of four real runs: healthy, overfitting, a rate too high, and one that is asked a chat's questions",
+        parts,
+    )
 
 
 def rewards() -> str:

@@ -398,20 +398,20 @@ EXPERIMENTS = _table(
     ),
     Experiment(
         "curves",
-        "What do the losses of a healthy run look like, of one with a rate too high, of one that forgets?",
-        f"{ENCODER}, full tuning on questions, and for forgetting {MODEL}, LoRA at 1e-2 on notes, with twenty short chat "
-        "questions as what it knew.",
+        "What do the losses of a healthy run look like, of one with a rate too high, of one that is asked what it knew?",
+        f"{ENCODER}, full tuning on questions. For the last row {MODEL}, LoRA at 3e-3 on notes, which is asked twenty chat "
+        "questions as well.",
         data.questions_and_notes,
         (),
         {
             "healthy": (*CURVE, "data.path={data}/train-160-{seed}.jsonl"),
             "rate too high": (*CURVE, "data.path={data}/train-160-{seed}.jsonl", "optim.lr=3e-3"),
-            "forgetting": (
+            "with questions of a chat": (
                 *NOTES,
                 "data.path={data}/train-notes-{seed}.jsonl",
                 "data.eval_path={data}/held-out-notes.jsonl",
-                "budget.steps=9",
-                "optim.lr=1e-2",
+                "budget.steps=12",
+                "optim.lr=3e-3",
                 "evaluation.every_steps=3",
                 "challenges.forgetting.chat=true",
             ),
@@ -422,7 +422,8 @@ EXPERIMENTS = _table(
             Column("best step", "best/step", 0, greater_is_better=None),
             Column("training loss", "train_loss", greater_is_better=None),
         ),
-        "",
+        "The run with a rate too high never gets below the loss of a guess among four, 1.39. The run on notes was asked twenty "
+        "chat questions too: their loss fell from 1.57 to 1.22, so it forgot nothing of them.",
         "How often runs look like this. One seed each: they are examples. `early_stopping` has the run that overfits.",
         look=loss_curves,
         seeds=(1,),
