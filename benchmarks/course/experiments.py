@@ -263,7 +263,8 @@ EXPERIMENTS = _table(
         (*QUESTIONS, "data.path={data}/train-160-{seed}.jsonl", "budget.steps=20"),
         {name: (f"schedule={name}", "schedule.warmup_share=0.1") for name in ("constant", "linear", "cosine", "wsd")},
         (ACCURACY, HELD_OUT_LOSS, Column("training loss", "train_loss", greater_is_better=None)),
-        "",
+        "By accuracy, no schedule differs from a constant rate. The held-out loss is higher under linear and cosine: 0.87 and "
+        "0.89, and 0.72 under a constant rate.",
         "Long runs, in which the last steps at a low rate count for more.",
     ),
     Experiment(
