@@ -333,3 +333,12 @@ def test_text_part_of_a_larger_model_gets_its_class_and_others_stay_as_they_are(
 def test_larger_models_stand_beside_their_text_part():
     assert compat.larger_models(transformers.CONFIG_MAPPING["qwen3_vl_text"]) == ["qwen3_vl"]
     assert compat.larger_models(type(MIXTRAL)) == []
+
+
+@pytest.mark.parametrize(("name", "expected"), [("jamba without attention", False), ("jamba", True), ("mamba", True)])
+def test_model_writes_with_a_cache_if_its_class_can_count_the_tokens_in_it(name, expected):
+    model = tiny.tiny_model(name)
+    assert compat.writes_with_cache(model) is expected
+    ids = torch.arange(20, 30)[None]
+    written = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=2, use_cache=expected)
+    assert written.shape == (1, 12)

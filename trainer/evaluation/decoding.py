@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from strategies.compat.modules import is_compiled
 from trainer.model import attention, flex
 from trainer.model.architecture import text_settings
-from trainer.model.compat import attention_of, other_attention
+from trainer.model.compat import attention_of, other_attention, writes_with_cache
 from trainer.objectives.causal import plain_model
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ class GenerateAnswers:
             criteria.append(StopAtText(self.tokenizer, self.settings.stop, begin))
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("room", config.max_new_tokens)
+        if not writes_with_cache(causal_model):
+            config.use_cache = False
         processors = [*self._processors(batch["seeds"], begin)]
         with stock_attention(causal_model):
             ids = causal_model.generate(

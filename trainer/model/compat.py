@@ -8,10 +8,11 @@ when a function is called, since composing a run must not import it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
@@ -69,6 +70,32 @@ def _types_beside(config_class: type, model_types: Iterable[str]) -> list[str]:
 
     package = config_class.__module__.split(".")[-2:-1]
     return [model_type for model_type in model_types if [model_type_to_module_name(model_type)] == package]
+
+
+# -- writing ----------------------------------------------------------------------------------------------------
+
+
+def writes_with_cache(causal_model: Any) -> bool:
+    """Whether `generate` of a model can keep keys and states, in place of reading the whole text for each token.
+
+    transformers 5.24 counts the tokens of a cache by an attention layer. A model that asks for that number, and has none, such
+    as Jamba with linear layers alone, ends in a ValueError. Mamba does not ask.
+    """
+    from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+    if not _asks_for_length(type(causal_model.get_decoder())):
+        return True
+    layers = DynamicCache(config=causal_model.config.get_text_config(decoder=True)).layers
+    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
+@cache
+def _asks_for_length(decoder_class: type) -> bool:
+    """Whether a class asks its cache for the number of tokens, as its source code shows."""
+    try:
+        return "get_seq_length" in inspect.getsource(decoder_class)
+    except (OSError, TypeError):  # code without a file
+        return False
 
 
 # -- attention ---------------------------------------------------------------------------------------------------
