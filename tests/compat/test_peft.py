@@ -148,3 +148,15 @@ def test_peft_embeddings_beside_virtual_tokens_are_one_module_that_peft_still_ha
     assert names(tuned) == ["base_model.model.embed_tokens"]
     assert tuned.word_embeddings is embeddings
     assert tuned(input_ids=torch.arange(5)[None]).logits.shape == (1, 8, 96)
+
+
+def test_peft_takes_ia3_targets_of_an_architecture_whose_feedforward_it_does_not_know():
+    peft = compat.load_peft()
+    with pytest.raises(ValueError, match="feedforward_modules"):
+        peft.get_peft_model(qwen3_moe(), peft.IA3Config(target_modules=["k_proj", "v_proj"]))
+    settings = peft.IA3Config(target_modules=["k_proj", "v_proj"])
+    compat.name_no_feedforward(settings, "qwen3_moe")
+    trained = [name for name, p in peft.get_peft_model(qwen3_moe(), settings).named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * SIZES["num_hidden_layers"] and all("ia3" in name for name in trained)
+    compat.name_no_feedforward(known := peft.IA3Config(target_modules=["k_proj"]), "llama")
+    assert known.feedforward_modules is None

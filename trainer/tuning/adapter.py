@@ -18,7 +18,7 @@ from strategies.compat.modules import own_buffers, own_parameters
 from strategies.errors import ConfigError
 from trainer.tuning.adapter_checkpoint import StoredAdapter, check_settings
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
-from trainer.tuning.compat.peft import adapters_off, targets_as_named
+from trainer.tuning.compat.peft import adapters_off, name_no_feedforward, targets_as_named
 from trainer.tuning.expert_lora import choose_expert_targets
 from trainer.tuning.peft_configs import peft_config
 from trainer.tuning.replica import ADAPTER, AdapterReplicas, LoneParameter
@@ -125,6 +125,8 @@ class Adapter:
             )
         if targets != "auto":  # with auto peft chooses by the architecture
             settings.target_modules = targets if isinstance(targets, str) else set(targets)
+            if hasattr(settings, "feedforward_modules") and feedforward is None:
+                name_no_feedforward(settings, model.config.model_type)
         settings.modules_to_save = self._fully_trained_modules(model, settings) or None
         if hasattr(settings, "exclude_modules"):
             settings.exclude_modules, self.note = excluded_modules(

@@ -151,6 +151,17 @@ def is_adapted_attention(module: nn.Module) -> bool:
     return isinstance(module, _BaseAdaptedAttention)
 
 
+def name_no_feedforward(settings: Any, model_type: str) -> None:
+    """Let IA3 scale the output of every target of an architecture for which peft knows no feed-forward modules.
+
+    peft takes no feed-forward modules for "those that I know", and ends where it knows none.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+
+    if model_type not in TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING:
+        settings.feedforward_modules = set()
+
+
 def detach_word_embeddings(tuned: Any) -> None:
     """Keep the embeddings of a PeftModel with virtual tokens from being a second module of it; they stay an attribute.
 
