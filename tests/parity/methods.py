@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch
 import strategies.zero
 from strategies import runtime as processes
 from strategies.parameters import named_parameters
-from tests.helpers.building import model_dir, run_config, take_steps
+from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, take_steps
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.learning import LEAST_LEARNED
 from tests.parity.base import Curve, Job, lone_steps, values_of
@@ -25,6 +26,8 @@ FEWER, STEPS = 3, 5
 
 All five of those that learn too little in fewer, and of AdaLoRA, which drops ranks later; `test_matrix.py` takes five of all.
 """
+EXPERTS = 8
+"""Of a layer of the mixture that the feature `experts` deals over two ranks."""
 RESUMED = {
     "lora pissa": LoraConfig(rank=4, init="pissa", lr_ratio=4.0),
     "oft": OftConfig(block_size=8),
@@ -64,9 +67,15 @@ def only_traced() -> Iterator[None]:
         yield
 
 
-def config(job: Job, tuning: TuningConfig, strategy: str) -> RunConfig:
-    model = job.first_here(lambda: model_dir(job.root))
-    plain = run_config(model, "single", "lora", micro=4, steps=STEPS)
+def config(job: Job, tuning: TuningConfig, strategy: str, feature: str = "plain") -> RunConfig:
+    def made() -> Path:
+        if feature == "experts":
+            return model_dir(job.root / "mixture", "qwen3_moe", num_experts=EXPERTS)
+        return model_dir(job.root)
+
+    model = job.first_here(made)
+    micro = min(4, GLOBAL_BATCH // job.runtime.world_size)
+    plain = run_config(model, "single", "lora", micro=micro, steps=STEPS)
     return replace(plain, tuning=tuning, strategy=SHARDING.get(strategy, plain.strategy))
 
 
@@ -75,7 +84,7 @@ def curves(job: Job, case: str, strategy: str, feature: str, optim: str) -> dict
     run = Run(case, strategy, feature, optim)
     with released_at_once(), only_traced():
         lone, start, far = _lone(job, run)
-        trainer = job.trainer(run.config(config(job, CASES[case], strategy)))
+        trainer = job.trainer(run.config(config(job, CASES[case], strategy, feature)))
         trained = {name for name, p in named_parameters(trainer.engine.step_module) if p.requires_grad}
         # In bf16 a frozen base is kept rounded.
         worst = job.gathered_apart(trainer, start, of=trained if feature == "bf16" else set(start))
@@ -87,7 +96,7 @@ def curves(job: Job, case: str, strategy: str, feature: str, optim: str) -> dict
 def _lone(job: Job, run: Run) -> tuple[Curve, dict[str, torch.Tensor], float]:
     """The curve of rank 0 alone, the values at its start, and how far it is from one that learns nothing."""
     feature = run.feature if run.feature in OTHERWISE else "plain"
-    settings = Run(run.case, "single", feature, run.optim).config(config(job, CASES[run.case], "single"))
+    settings = Run(run.case, "single", feature, run.optim).config(config(job, CASES[run.case], "single", run.feature))
 
     def computed() -> tuple[Curve, dict[str, torch.Tensor], float]:
         trainer = job.lone_trainer(settings)

@@ -4,7 +4,7 @@ import pytest
 
 from launch.config.compose import compose
 from strategies.registry import STRATEGIES
-from tests.helpers.covering import chosen, takes, values
+from tests.helpers.covering import chosen, takes, values, whole
 from tests.helpers.learning import LEAST_LEARNED
 from tests.helpers.ranks import CASE_S
 from tests.parity import plan as planned
@@ -37,6 +37,20 @@ def test_a_method_takes_the_same_steps_as_single_from_the_same_start(ask, run):
     rounded = run.feature == "bf16"
     assert_close(found, expected, BF16 if rounded else TOLERANCE)
     assert not rounded or found != expected
+    assert curves["learned"] > LEAST_LEARNED, "it learns nothing: the comparison is blind"
+
+
+DEALT_UNDER_HSDP = [
+    case for case in main_cases().values() if planned.Run(case, "hsdp", "experts").verdict.state is CellState.tested
+]
+
+
+@whole("two ranks show it under fsdp2, and test_matrix_experts.py under hsdp with full tuning and LoRA")
+@pytest.mark.parametrize("case", DEALT_UNDER_HSDP)
+def test_a_method_with_dealt_experts_takes_the_same_steps_in_replicas_of_two_ranks(ranks, case):
+    curves = ranks[4].ask("methods", "curves", case, "hsdp", "experts", "adamw")
+    assert curves["start"] == 0.0
+    assert_close(curves["found"], curves["expected"])
     assert curves["learned"] > LEAST_LEARNED, "it learns nothing: the comparison is blind"
 
 
@@ -104,7 +118,8 @@ def test_methods_that_the_table_refuses_are_refused_when_composed_and_no_others(
     base = compose([*words, "strategy=ddp", "launcher.processes=2"]).config
 
     def compare(run: planned.Run) -> None:
-        found, verdict = problems_of(run.config(base), world_size=2), run.verdict
+        world_size = 4 if run.feature == "experts" else 2  # under hsdp a replica has two ranks then
+        found, verdict = problems_of(run.config(base), world_size=world_size), run.verdict
         if verdict.state is CellState.refused:
             assert any(verdict.reason in line and verdict.instead in line for line in found), (run, found)
         elif verdict.state is CellState.tested:

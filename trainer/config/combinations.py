@@ -13,9 +13,9 @@ from enum import StrEnum
 
 from strategies.base import StrategyConfig, StrategyName
 from strategies.registry import STRATEGIES
-from trainer.config.parallel import ONE_PROCESS, UNSHARED
+from trainer.config.parallel import DEALING, GATHERED, NO_DEALT_EXPERTS, ONE_PROCESS, UNPROVEN_MATRICES, UNSHARED
 from trainer.optim.config import OptimConfig, OptimName
-from trainer.optim.support import SUPPORT
+from trainer.optim.support import SUPPORT, Needs
 from trainer.tuning.base import TuningConfig
 from trainer.tuning.config import PeftConfig
 from trainer.tuning.table import METHODS, PEFT_METHODS, SHARDED, Method
@@ -65,6 +65,7 @@ FEATURES: dict[str, Feature] = {
     "fp16": Feature("fp16", "precision=fp16", "half", "fp32 or strategy=ddp", SHARDED),
     "quantised": Feature("a quantised base", "model.quantisation=nf4", "quantised", "model.quantisation=none"),
     "sequence": Feature("rows that several ranks share", "parallel.sequence=2", "sequence", "parallel.sequence=1"),
+    "experts": Feature("experts of a mixture that are dealt over ranks", "parallel.experts=2", "experts", GATHERED),
     "compile": Feature("torch.compile", "strategy.compile=true", instead="strategy.compile=false"),
     "rounds": Feature("answers that the model writes", "objective=grpo"),
 }
@@ -112,16 +113,28 @@ def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimN
     counts_here = not asked_feature.only_under or strategy in asked_feature.only_under
     if reason and counts_here:
         return Cell(CellState.refused, reason, asked_feature.instead)
-    if feature == "sequence" and strategy is StrategyName.single:
-        return Cell(CellState.refused, ONE_PROCESS, UNSHARED)
-    if feature == "compile" and row not in COMPILED:
-        return Cell(CellState.refused, NOT_COMPILED, asked_feature.instead)
+    without_feature = _without_feature(row, strategy, feature, optim)
+    if without_feature is not None:
+        return without_feature
     reason = method.optimizers.get(str(optim))
     if reason:
         return Cell(CellState.refused, reason, "optim=adamw")
     if feature == "fp16":
         return Cell(CellState.gpu_only, "not supported on CPUs")
     return Cell(CellState.tested)
+
+
+def _without_feature(row: str, strategy: StrategyName, feature: str, optim: OptimName) -> Cell | None:
+    """The verdict if a feature itself does not go with the strategy, the optimizer or the method; None if it does."""
+    if feature == "sequence" and strategy is StrategyName.single:
+        return Cell(CellState.refused, ONE_PROCESS, UNSHARED)
+    if feature == "experts" and strategy in NO_DEALT_EXPERTS:
+        return Cell(CellState.refused, NO_DEALT_EXPERTS[strategy], DEALING)
+    if feature == "experts" and SUPPORT[optim].needs is Needs.matrices:
+        return Cell(CellState.refused, UNPROVEN_MATRICES, "optim=adamw")
+    if feature == "compile" and row not in COMPILED:
+        return Cell(CellState.refused, NOT_COMPILED, FEATURES["compile"].instead)
+    return None
 
 
 def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig) -> Iterator[str]:

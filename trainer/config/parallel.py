@@ -11,12 +11,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from strategies.base import Fsdp2Config, StrategyConfig
+from strategies.base import Fsdp2Config, StrategyConfig, StrategyName
 from strategies.settings import number
 
 ONE_PROCESS = "strategy=single is one process, and a row is shared by several"
 UNSHARED = "parallel.sequence=1, or use strategy=fsdp2"
 """Why `strategy=single` shares no rows, and what to set instead."""
+NO_DEALT_EXPERTS = {
+    StrategyName.single: "it is one process, and experts are dealt over several",
+    StrategyName.ddp: "every rank holds the whole model, and so all experts",
+    **dict.fromkeys(
+        (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3),
+        "DeepSpeed shards by its own rules, which know no experts that ranks hold whole",
+    ),
+}
+"""Strategies that deal no experts over ranks, and why."""
+DEALING = "strategy=fsdp2 or hsdp, or set parallel.experts=1"
+"""What to use where a strategy deals no experts."""
+UNPROVEN_MATRICES = "it needs whole matrices, and is not proven where ranks hold other experts than their neighbours"
+"""Why an optimizer of matrices does not train dealt experts."""
+GATHERED = "parallel.experts=1"
+"""What to set if experts cannot be dealt."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,22 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, StrategyName, ZeroConfig
+from trainer.config.parallel import DEALING, GATHERED, NO_DEALT_EXPERTS, UNPROVEN_MATRICES
 from trainer.config.parallel import problems as parallel_problems
 from trainer.config.run import Device, RunConfig
 from trainer.data.config import Layout
 from trainer.model.config import Attention, ModelKind
 from trainer.objectives.registry import family_of
 from trainer.optim.support import SUPPORT, Needs
-
-NO_DEALT_EXPERTS = {
-    StrategyName.single: "it is one process, and experts are dealt over several",
-    StrategyName.ddp: "every rank holds the whole model, and so all experts",
-    **dict.fromkeys(
-        (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3),
-        "DeepSpeed shards by its own rules, which know no experts that ranks hold whole",
-    ),
-}
-"""Strategies that deal no experts over ranks, and why."""
 
 
 def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -105,18 +96,12 @@ def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
     typed = f"parallel.experts={expert_ranks}"
     strategy = config.strategy
     if strategy.name in NO_DEALT_EXPERTS:
-        yield (
-            f"{typed} with strategy={strategy.name}: {NO_DEALT_EXPERTS[strategy.name]}; use strategy=fsdp2 or hsdp, or set "
-            "parallel.experts=1"
-        )
+        yield f"{typed} with strategy={strategy.name}: {NO_DEALT_EXPERTS[strategy.name]}; use {DEALING}"
         return
     if SUPPORT[config.optim.name].needs is Needs.matrices:
-        yield (
-            f"{typed} with optim={config.optim.name}: it needs {Needs.matrices}, and is not proven where ranks hold other "
-            "experts than their neighbours; use optim=adamw, or set parallel.experts=1"
-        )
+        yield f"{typed} with optim={config.optim.name}: {UNPROVEN_MATRICES}; use optim=adamw, or set {GATHERED}"
     if strategy.compile:
-        yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or parallel.experts=1"
+        yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or {GATHERED}"
     if not isinstance(strategy, Fsdp2Config):  # it is chosen later
         return
     replicas = number_of_replicas(strategy, config)
@@ -127,7 +112,7 @@ def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
         return
     ranks = "the ranks of a replica" if replicas > 1 else "the number of ranks"
     legal = [str(divisor) for divisor in range(2, sharded_over + 1) if sharded_over % divisor == 0]
-    remedy = f"set one of {', '.join(legal)}" if legal else "set parallel.experts=1"
+    remedy = f"set one of {', '.join(legal)}" if legal else f"set {GATHERED}"
     if world_size % expert_ranks == 0:
         fewer = world_size // expert_ranks
         remedy += f", or strategy.replicate={fewer}" if fewer > 1 else ", or strategy=fsdp2"

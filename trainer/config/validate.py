@@ -367,5 +367,6 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         new_tokens=bool(config.model.add_tokens),
         quantisation=str(config.model.quantisation),
         sequence=config.parallel.sequence,
+        experts=config.parallel.experts,
     )
     yield from tuning_problems(config.tuning, run_facts)

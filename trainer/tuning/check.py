@@ -53,6 +53,8 @@ class RunFacts:
     """`model.quantisation`."""
     sequence: int = 1
     """Ranks that share each row of documents (`parallel.sequence`)."""
+    experts: int = 1
+    """Ranks over which the experts of a layer are dealt (`parallel.experts`)."""
 
 
 def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
@@ -69,6 +71,8 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
     yield from _model_problems(method, method_setting, run)
     if run.sequence > 1 and (reason := method.refused.get("sequence")):
         yield f"parallel.sequence={run.sequence} with {method_setting}: {reason}; set parallel.sequence=1, or use tuning=lora"
+    if run.experts > 1 and (reason := method.refused.get("experts")):
+        yield f"parallel.experts={run.experts} with {method_setting}: {reason}; set parallel.experts=1, or use tuning=lora"
     if run.quantisation != "none":
         yield from _quantisation_problems(tuning, method, method_setting, run.quantisation)
     if run.is_encoder_decoder and method.no_seq2seq:

@@ -17,6 +17,7 @@ PROPERTIES = {
     "half": "bf16 and fp16",
     "quantised": "a quantised base",
     "sequence": "rows that several ranks share (`parallel.sequence`)",
+    "experts": "experts dealt over ranks (`parallel.experts`)",
 }
 """What a method may be combined with, beside strategies. `half` is refused under the strategies that convert parameters."""
 
@@ -100,7 +101,8 @@ METHODS: dict[str, Method] = {
         no_seq2seq=_CAUSAL_ONLY,
         no_new_tokens=_NO_PLACE,
         refused={
-            "sequence": "peft attends to the trained tokens beside the model's attention, which is not proven on slices of rows"
+            "sequence": "peft attends to the trained tokens beside the model's attention, which is not proven on slices of rows",
+            "experts": "the architectures whose attention peft adapts have no experts",
         },
     ),
     "bottleneck": Method(
