@@ -128,10 +128,11 @@ def test_simulation_equals_two_real_ranks(place, ranks, case):
 
 
 def test_simulated_experts_exchange_what_two_real_ranks_exchange(place, ranks):
-    """Every collective with its bytes, and the arithmetic. In no moment is less held than simulated, and little more.
+    """Every collective with its bytes, and the arithmetic; and what is held in every moment, to the byte.
 
-    Weights are zeros, and all experts are equally good: which of them the router takes is up to its kernel. So rank 0 gets half
-    of the rows, all of them or none, as its arithmetic tells.
+    As above, a thread of gloo may hold something longer: then the ranks are asked again. Weights are zeros, and all experts are
+    equally good: which of them the router takes is up to its kernel. So rank 0 gets half of the rows, all of them or none, as
+    its arithmetic tells.
     """
     case = DealtExperts("fsdp2", "experts", "bf16", "full")
     by_flops = {}
@@ -139,12 +140,19 @@ def test_simulated_experts_exchange_what_two_real_ranks_exchange(place, ranks):
         found = as_json(simulated(case, case.model_in(place), 2, device=CPU, imbalance=imbalance))
         by_flops[found["flops"]] = found
     assert len(by_flops) == 3
-    measured = ranks.ask(0, *astuple(case))
-    found = by_flops[measured["flops"]]
-    assert [each for each in measured["collectives"] if each[0] != "broadcast"] == found["collectives"]
-    assert measured["moments"].keys() == found["moments"].keys()
-    for moment, (total, _) in measured["moments"].items():
-        assert found["moments"][moment][0] <= total <= 1.1 * found["moments"][moment][0], moment
+    differing = set()
+    for attempt in range(ATTEMPTS):
+        measured = ranks.ask(attempt, *astuple(case))
+        found = by_flops[measured["flops"]]
+        assert [each for each in measured["collectives"] if each[0] != "broadcast"] == found["collectives"]
+        assert measured["moments"].keys() == found["moments"].keys()
+        held_in = {moment: (total, found["moments"][moment][0]) for moment, (total, _) in measured["moments"].items()}
+        assert all(total >= simulated_total for total, simulated_total in held_in.values()), held_in
+        differs = {moment for moment, (total, simulated_total) in held_in.items() if total != simulated_total}
+        differing = differs if attempt == 0 else differing & differs
+        if not differing:
+            return
+    pytest.fail(f"in no step of {ATTEMPTS} as simulated: {differing}")
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2", *(["ddp", "zero3"] if EVERYTHING else [])])

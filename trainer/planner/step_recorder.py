@@ -18,10 +18,12 @@ from strategies.compat.python import calling_frame
 from strategies.pinned_memory import OnHost
 from trainer.model import flex_shapes
 from trainer.planner import op_cache
-from trainer.planner.memory_tracker import LiveBytes, StepPhase, device_of
+from trainer.planner.memory_tracker import LiveBytes, StepPhase, device_of, rounded
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _PROJECT_FOLDERS = ("strategies", "trainer")
+FAKE_BACKEND = "fake"
+"""Of the process groups of a simulated rank (`strategies/simulation.py`)."""
 _SIMULATION_CODE = ("strategies/simulation.py", "trainer/planner/")
 
 
@@ -78,6 +80,8 @@ class Recorder(LiveBytes):
         traits = _operation_traits(func)
         if traits.exchanges:
             self._record_collective(func, args)
+        if traits.is_reduce_scatter:
+            self._note_copy_of_gloo(func, args)
         if traits.reads_on_host:
             if device_of(args[0]) == self.device:
                 self.record.host_reads[_calling_line()] += 1
@@ -138,6 +142,15 @@ class Recorder(LiveBytes):
             )
         )
 
+    def _note_copy_of_gloo(self, func: Any, args: Any) -> None:
+        """Note what is live while gloo adds up a copy of the whole input, to scatter it. Real ranks show it themselves."""
+        if self.device.type != "cpu":
+            return
+        if torch.distributed.get_backend(CollectiveOp.get_process_group(func, args)) != FAKE_BACKEND:
+            return
+        whole = args[1]
+        self.note_peak_with(rounded(whole.numel() * whole.element_size()))
+
     def _record_host_copy(self, func: Any, args: Any, out: Tensor) -> None:
         source = args[1] if func is torch.ops.aten.copy_.default else args[0]
         if not isinstance(source, Tensor) or device_of(source) == device_of(out):
@@ -185,6 +198,8 @@ class _OperationTraits:
     """What is known of an operation, whatever its operands are."""
 
     exchanges: bool
+    is_reduce_scatter: bool
+    """Whether it reduces one tensor and scatters it: of an output and the whole input."""
     returns_input_and_work: bool
     """Whether it is a collective that returns its first operand, in which it wrote, and a `Work` to wait for."""
     reads_on_host: bool
@@ -200,6 +215,7 @@ def _operation_traits(func: Any) -> _OperationTraits:
     packet = func.overloadpacket
     return _OperationTraits(
         exchanges=func in collective_ops and func not in sync_ops,
+        is_reduce_scatter=_qualified_name(func) == "c10d::_reduce_scatter_base_",
         returns_input_and_work=func in CollectiveOp.WK_ARG_1 and func.namespace == "c10d",
         reads_on_host=func is READ_ON_HOST.default,
         copies=func in _COPIES,
