@@ -12,8 +12,10 @@ from launch.cluster.long_steps import long_step_notes, reckoned_step_s
 from launch.plan.round_lines import dry_run_lines
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.hardware import advice
+from strategies.mesh import replica_count
 from strategies.parameters import element_counts, meta_context, named_parameters
-from strategies.runtime import SIMULATED
+from strategies.runtime import SIMULATED, Runtime
+from trainer.build.experts import dealing_lines, plan_experts
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
@@ -72,11 +74,12 @@ def describe(config: RunConfig) -> DryRun:
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     config = preview_micro(preview_strategy(config, data), data)
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu, scores_answers=True)
+    world = config.launcher.per_node * config.launcher.nodes
+    plan_experts(built, config, Runtime(0, world, 0, world // config.launcher.nodes, torch.device("cpu"), None))
     sequences = built.data_spec.sequences_per_document
     samples = sampled_lengths(config, data.train, sequences)
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
-    world = config.launcher.per_node * config.launcher.nodes
     readers = name_of_readers(readers_of(config, world), config.parallel.sequence)
     accumulation = accumulation_steps(config, world)
     steps = steps_of_run(config, samples.order, samples.tokens)
@@ -98,6 +101,7 @@ def describe(config: RunConfig) -> DryRun:
         f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
         f"tokens per step: {approximation} {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
+        *_dealing_lines(config, built, world),
         *rate_lines(rate, steps),
         *writing_lines(config, built, int(data.train.lengths.max(initial=0))),
         *dry_run_lines(config, built, data.train.lengths, samples.mean, _gpu_kinds(config), (total, trained)),
@@ -130,6 +134,16 @@ def describe(config: RunConfig) -> DryRun:
         "substitutions": {key: str(note) for key, note in (config.substitutions | built.substitutions).items()},
     }
     return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
+
+
+def _dealing_lines(config: RunConfig, built: Built, world: int) -> list[str]:
+    """Over how many ranks the experts of a mixture are dealt, and what tokens exchange; nothing if they are not."""
+    if config.parallel.experts == 1:
+        return []
+    precision = config.precision
+    if precision is Precision.auto:
+        precision = Precision.bf16 if str(config.run.device) == "cuda" else Precision.fp32
+    return dealing_lines(built, precision, world // replica_count(config.strategy, world, config.launcher.nodes))
 
 
 def _gpu_kinds(config: RunConfig) -> set[str]:

@@ -21,7 +21,7 @@ from tests.helpers.building import STRATEGIES, data_set, model_dir, run_config
 from tests.helpers.reward_models import save_reward_model
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models.tiny import tiny_config
-from trainer.build.experts import expert_problems, plan_experts
+from trainer.build.experts import dealing_lines, expert_problems, plan_experts
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, workload
@@ -197,7 +197,15 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     ranks = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
     step = built.step_module
     state = {1: model_state(built, config.strategy, Precision.bf16, ranks)}
+    assert dealing_lines(built, Precision.bf16, 8) == []
     plan_experts(built, config, ranks)
+    holds, sends = dealing_lines(built, Precision.bf16, 8)
+    assert holds == (
+        "experts: 2 layers of 8 are dealt over 4 ranks (parallel.experts); each rank holds 2 of a layer, which 2 ranks shard"
+    )
+    # There and back, forward and backward, in bf16; a quarter stays on the rank.
+    of_token = 4 * built.config.num_experts_per_tok * built.config.hidden_size * 2 * 3 / 4 / 1000
+    assert f"its {built.config.num_experts_per_tok} experts and back: about {of_token:.1f} kB to and from" in sends
     state[4] = model_state(built, config.strategy, Precision.bf16, ranks)
     modules = expert_modules(step)
     of_layer = sum(parameter.numel() for parameter in next(iter(modules.values())).parameters())

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.mesh import replica_count
-from strategies.parameters import meta_context
+from strategies.parameters import BESIDE, meta_context
 from strategies.runtime import Runtime
 from trainer.build.reward_models import reward_model_settings, reward_models_of
 from trainer.config.run import RunConfig
 from trainer.model import experts
-from trainer.model.architecture import auto_class, build_options
+from trainer.model.architecture import auto_class, build_options, experts_per_token, text_settings
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config
 from trainer.objectives.frozen_model import teacher_model
@@ -37,7 +38,7 @@ def plan_experts(built: Built, config: RunConfig, runtime: Runtime) -> None:
     if config.parallel.experts == 1:
         return
     ranks = (runtime.world_size, runtime.hosts)
-    problems = _problems_of_models(config, _models_of_step(built.step_module, config), ranks)
+    problems = problems_of_models(config, _models_of_step(built.step_module, config), ranks)
     if problems:
         raise ConfigError(problems)
     built.step_module.plan.dealt_experts = tuple(expert_modules(built.step_module))
@@ -48,6 +49,35 @@ def plan_experts(built: Built, config: RunConfig, runtime: Runtime) -> None:
             f"groups of {config.parallel.experts} ranks cross hosts of {runtime.local_world_size}: tokens go to their experts "
             "over the network and back, in every layer"
         )
+
+
+def dealing_lines(built: Built, precision: Precision, sharded_over: int) -> list[str]:
+    """What a run says of experts that are dealt over ranks: who holds which, and what a token exchanges. Else no line.
+
+    `plan_experts` must have been called. `sharded_over`: ranks of a replica.
+    """
+    step = built.step_module
+    expert_ranks = step.plan.expert_ranks
+    own_names = [name for name in step.plan.dealt_experts if not name.startswith(BESIDE)]
+    if expert_ranks == 1 or not own_names:
+        return []
+    own_modules: list[Any] = [step.get_submodule(name) for name in own_names]
+    counts = sorted({module.num_experts for module in own_modules})
+    in_layer = " or ".join(str(count) for count in counts)
+    of_rank = " or ".join(str(count // expert_ranks) for count in counts)
+    frozen = ", those of frozen models beside it too" if len(step.plan.dealt_experts) > len(own_modules) else ""
+    sharers = sharded_over // expert_ranks
+    shared = f", which {sharers} ranks shard" if sharers > 1 else ""
+    per_token = experts_per_token(built.config)
+    row_bytes = text_settings(built.config).hidden_size * (4 if precision is Precision.fp32 else 2)
+    # There and back, for outputs and for gradients. What goes to this rank's own experts leaves no rank.
+    pass_bytes = 2 * per_token * row_bytes * (expert_ranks - 1) / expert_ranks
+    return [
+        f"experts: {len(own_modules)} layers of {in_layer} are dealt over {expert_ranks} ranks (parallel.experts){frozen}; each "
+        f"rank holds {of_rank} of a layer{shared}",
+        f"each token goes to its {per_token} experts and back: about {2 * pass_bytes / 1000:,.1f} kB to and from other ranks in "
+        f"each layer of a micro-batch, {3 * pass_bytes / 1000:,.1f} kB if the layer is recomputed",
+    ]
 
 
 def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
@@ -70,6 +100,16 @@ def expert_problems(config: RunConfig, *, scores_answers: bool = True) -> list[s
     """
     if config.parallel.experts == 1:
         return []
+    nodes = config.launcher.nodes
+    models = models_on_meta(config, scores_answers=scores_answers)
+    return problems_of_models(config, models, (nodes * config.launcher.per_node, nodes))
+
+
+def models_on_meta(config: RunConfig, *, scores_answers: bool = True) -> dict[str, nn.Module]:
+    """The architectures of a run's models without values, the trained one first, each by what names it to the user.
+
+    `scores_answers`: whether its reward models are needed, too.
+    """
     kind = family_of(config.objective).kind
     models = {f"model.path={config.model.path}": model_on_meta(config.model, kind)}
     teacher = teacher_model(config.model, config.objective)
@@ -78,11 +118,10 @@ def expert_problems(config: RunConfig, *, scores_answers: bool = True) -> list[s
     if scores_answers:
         for named, settings in reward_model_settings(config.objective).items():
             models[named] = model_on_meta(settings, ModelKind.classifier)
-    nodes = config.launcher.nodes
-    return _problems_of_models(config, models, (nodes * config.launcher.per_node, nodes))
+    return models
 
 
-def _problems_of_models(config: RunConfig, models: dict[str, nn.Module], ranks: tuple[int, int]) -> list[str]:
+def problems_of_models(config: RunConfig, models: dict[str, nn.Module], ranks: tuple[int, int]) -> list[str]:
     """Why the experts of these models cannot be dealt, a line each; `models` has the trained one first.
 
     A frozen model without experts is no problem: all of it is gathered as always.

@@ -16,9 +16,11 @@ import torch
 from strategies.base import Engine, Precision
 from strategies.expert_share import share_of
 from strategies.hardware import advice
+from strategies.mesh import replica_count
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
 from strategies.sharding_report import sharding_record
+from trainer.build.experts import dealing_lines
 from trainer.build.recomputation import device_gib
 from trainer.checkpoints.manifest import artefact_of
 from trainer.config.run import MATMUL, RunConfig, kept_matmul
@@ -159,6 +161,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         weights_read_bytes=gather_objects(run_parts.source.checkpoint.conversions.files.bytes_read, runtime),
         packed_weights=_packed_weight_facts(run_parts.source, runtime),
         weights_left_out=_unused_weight_facts(run_parts.source),
+        dealt_experts=_dealt_experts(config, built, precision, runtime),
         routers=added_losses.start_lines(loader.accumulation) if added_losses else [],
         substitutions=_substitutions(config, built.substitutions, precision, runtime),
         base_parameters=sum(parameter.numel() for parameter in built.plain.parameters()),
@@ -171,6 +174,14 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         command=Path(sys.argv[0]).name,
         **checked,
     )
+
+
+def _dealt_experts(config: RunConfig, built: Built, precision: Precision, runtime: Runtime) -> list[str] | None:
+    """What the start screen says of experts that are dealt over ranks; None if they are not."""
+    if config.parallel.experts == 1:
+        return None
+    replicas = replica_count(config.strategy, runtime.world_size, runtime.hosts)
+    return dealing_lines(built, precision, runtime.world_size // replicas) or None
 
 
 def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
@@ -314,6 +325,7 @@ def start_text(record: RunRecord) -> str:
     if record.quantisation:
         experts_too = ", each expert" if record.quantised_experts else ""
         lines.append(f"base stored in {record.quantisation}: frozen linear layers but the head{experts_too}")
+    lines += record.dealt_experts or ()
     lines += record.routers
     if record.packed_weights:
         lines.append(_packed_text(record.packed_weights))
