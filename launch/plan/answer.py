@@ -218,6 +218,27 @@ def _nothing_fits(least: Choice) -> list[str]:
     )
 
 
+def _imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
+    """What a plan assumes of the busiest rank of an expert group, with each of these numbers of ranks in a group."""
+    gets = f"the busiest rank is assumed to get {job.expert_imbalance:.3g} times the mean of tokens in every layer"
+    measured_over = job.imbalance_measured_over
+    if measured_over is None:
+        return [f"with parallel.experts, {gets} (plan.expert_imbalance)"]
+    notes = [f"with parallel.experts={measured_over}, {gets}, as the run of from= measured"]
+    fewer = sorted(degree for degree in degrees if degree < measured_over)
+    if fewer:
+        numbers = " and ".join(map(str, fewer))
+        notes.append(f"with {numbers}, which the run did not measure, the same: its groups can only be more even")
+    more = sorted(degree for degree in degrees if degree > measured_over)
+    if more:
+        numbers = " and ".join(map(str, more))
+        notes.append(
+            f"with {numbers}, which the run did not measure, {job.imbalance_over(more[0]):.3g} times the mean: fewer experts a "
+            "rank are less even (plan.expert_imbalance)"
+        )
+    return notes
+
+
 def expert_notes(answer: PlanAnswer) -> list[str]:
     """Whether dealing experts over ranks pays, and what the plan assumes of it; nothing if no way deals them."""
     # The fastest choice comes first.
@@ -234,10 +255,7 @@ def expert_notes(answer: PlanAnswer) -> list[str]:
         notes.append(f"{typed} is {faster} the fastest way that gathers all experts of a layer on each rank")
     elif gathering and dealt.fits:
         notes.append(f"{typed} fits, and nothing does that gathers all experts of a layer on each rank")
-    notes.append(
-        f"with parallel.experts, the busiest rank is assumed to get {answer.job.expert_imbalance:g} times the mean of tokens in "
-        "every layer (plan.expert_imbalance)"
-    )
+    notes += _imbalance_notes(answer.job, {choice.variant.config.parallel.experts for choice in dealing})
     if answer.worst_imbalance is not None:
         worst = answer.worst_imbalance
         verdict = "fits" if worst.margin >= 0 else f"is {-worst.margin / GIB:.1f} GiB too much"
@@ -406,6 +424,7 @@ def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = 
         "notes": [] if best is None else _long_step_notes(answer, best),
         "experts": {
             "imbalance": job.expert_imbalance,
+            "imbalance_measured_over": job.imbalance_measured_over,
             "all_on_one_rank_gib": answer.worst_imbalance and answer.worst_imbalance.total / GIB,
             "notes": expert_notes(answer),
         },

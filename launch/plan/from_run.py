@@ -20,7 +20,7 @@ from trainer.reporting.run_record import RUN_RECORD, MeasuredCost, RunRecord, re
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.planner.hardware import Card
-    from trainer.planner.plan import Choice, PlanConfig
+    from trainer.planner.plan import Choice, MeasuredImbalance, PlanConfig
 
 
 ALLOWING = "from."
@@ -32,8 +32,8 @@ class Calibrated:
     """A card with figures that a run has measured."""
 
     card: Card
-    expert_imbalance: float | None = None
-    """Tokens of the busiest rank of an expert group over the mean, in its least even layer; None if the run dealt no experts."""
+    expert_imbalance: MeasuredImbalance | None = None
+    """How unevenly its expert ranks were chosen; None if the run dealt no experts."""
     lines: tuple[str, ...] = ()
     """What was measured by which run, and what could not be; empty for a card as its file says."""
 
@@ -50,10 +50,11 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
         raise ConfigError(f"from={run_dir}: it ran on {gpu or 'an unnamed GPU'}, and hardware names {card.name}")
     lines = []
     missing = []
-    expert_imbalance = _measured_imbalance(record)
+    expert_imbalance = _measured_imbalance(record, config.parallel.experts)
     if expert_imbalance is not None:
         lines.append(
-            f"the busiest rank's experts got {expert_imbalance:.2f} x the mean of tokens, in the least even layer"
+            f"the busiest rank's experts got {expert_imbalance.busiest_over_mean:.2f} x the mean of tokens, in the least even "
+            f"layer, with parallel.experts={expert_imbalance.expert_ranks}"
         )
     choice = _plan_as_it_ran(config, record, card, settings, expert_imbalance)
     if isinstance(choice, str):
@@ -107,12 +108,15 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
     return Calibrated(card, expert_imbalance, (heading, *calibrated_lines, *missing_lines))
 
 
-def _measured_imbalance(record: RunRecord) -> float | None:
-    """How much more than the mean the busiest rank of an expert group got, in the least even layer; None if it is not told."""
+def _measured_imbalance(record: RunRecord, expert_ranks: int) -> MeasuredImbalance | None:
+    """How unevenly the groups of `expert_ranks` ranks were chosen; None if the record does not tell."""
+    from trainer.planner.plan import MeasuredImbalance
+
     if record.outcome is None:
         return None
     by_layer = [_positive(layer.get("rank_max_over_mean")) for layer in record.outcome.experts]
-    return max((imbalance for imbalance in by_layer if imbalance is not None), default=None)
+    known = [imbalance for imbalance in by_layer if imbalance is not None]
+    return MeasuredImbalance(max(known), expert_ranks) if known else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +195,7 @@ def _read_measured_run(
 
 
 def _plan_as_it_ran(
-    config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig, expert_imbalance: float | None
+    config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig, expert_imbalance: MeasuredImbalance | None
 ) -> Choice | str:
     """What a plan predicts for a run with the very settings that it had; or why that cannot be simulated, as a clause."""
     from launch.plan.job import job_of

@@ -136,6 +136,8 @@ class PlannedRun:
     """Memory of a node in GiB; None if it is not known."""
     expert_imbalance: float = ASSUMED_IMBALANCE
     """With `parallel.experts`: rows that arrive at the busiest rank over the mean of its group."""
+    imbalance_measured_over: int | None = None
+    """Ranks of a group in the run that measured the imbalance; None if it is typed or assumed, and so of every group."""
     round: RoundLoad | None = None
     """What a round asks for, if the model writes what it learns from."""
 
@@ -144,11 +146,34 @@ class PlannedRun:
         """All ranks."""
         return self.nodes * self.ranks_per_node
 
+    def imbalance_over(self, expert_ranks: int) -> float:
+        """Rows that arrive at the busiest of `expert_ranks` ranks over the mean of its group.
 
-def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: float | None) -> PlannedRun:
+        Of fewer ranks than measured, each holds the experts of several, so that at most as much is to be expected. Of more, a
+        rank has fewer experts, which even out less: then nothing below the assumed imbalance is taken.
+        """
+        if self.imbalance_measured_over is None or expert_ranks <= self.imbalance_measured_over:
+            return self.expert_imbalance
+        return max(self.expert_imbalance, ASSUMED_IMBALANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredImbalance:
+    """How unevenly the routers of a run chose among the ranks of an expert group."""
+
+    busiest_over_mean: float
+    """Tokens of the busiest rank of a group over the mean, in the least even layer."""
+    expert_ranks: int
+    """Ranks of a group (`parallel.experts`)."""
+
+
+def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: MeasuredImbalance | None) -> PlannedRun:
     """`job` with the imbalance that was typed, else with what a run has `measured`, else with the assumed one."""
-    imbalance = measured if settings.expert_imbalance is None else settings.expert_imbalance
-    return job if imbalance is None else replace(job, expert_imbalance=imbalance)
+    if settings.expert_imbalance is not None:
+        return replace(job, expert_imbalance=settings.expert_imbalance)
+    if measured is None:
+        return job
+    return replace(job, expert_imbalance=measured.busiest_over_mean, imbalance_measured_over=measured.expert_ranks)
 
 
 def run_variants(

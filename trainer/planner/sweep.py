@@ -119,7 +119,7 @@ def with_worst_imbalance(answer: PlanAnswer, settings: PlanConfig) -> PlanAnswer
     expert_ranks = choice.variant.config.parallel.experts
     if expert_ranks == 1:
         return answer
-    job = replace(answer.job, expert_imbalance=float(expert_ranks))
+    job = replace(answer.job, expert_imbalance=float(expert_ranks), imbalance_measured_over=None)
     accumulation = min(2, choice.accumulation)
     variant = choice.variant
     if choice.defers is not None:
@@ -218,7 +218,7 @@ def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun
             world_size=job.ranks,
             local_world_size=job.ranks_per_node,
             exact=exact,
-            expert_imbalance=job.expert_imbalance,
+            expert_imbalance=job.imbalance_over(config.parallel.experts),
         )
     except ConfigError as error:
         return error.problems[0]

@@ -1,11 +1,13 @@
 """`shardtune plan` of a mixture: experts dealt over ranks as ways, what is assumed of them, and the words to paste."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from launch import main as command
 from launch.config.compose import compose
+from launch.plan.answer import _imbalance_notes
 from launch.plan.from_run import _measured_imbalance
 from strategies.base import Precision
 from tests.helpers.building import model_dir
@@ -78,11 +80,43 @@ def test_what_cannot_deal_experts_is_left_out(model, tmp_path):
 
 def test_the_imbalance_that_a_run_measured_is_taken():
     layers = [{"rank_max_over_mean": 1.2}, {"rank_max_over_mean": 1.7}]
-    measured = _measured_imbalance(RunRecord(outcome=RunOutcome(experts=layers)))
-    assert measured == 1.7
-    assert _measured_imbalance(RunRecord(outcome=RunOutcome(experts=[{"max_over_mean": 3.0}]))) is None
-    assert _measured_imbalance(RunRecord()) is None
+    measured = _measured_imbalance(RunRecord(outcome=RunOutcome(experts=layers)), 4)
+    assert measured.busiest_over_mean == 1.7
+    assert _measured_imbalance(RunRecord(outcome=RunOutcome(experts=[{"max_over_mean": 3.0}])), 4) is None
+    assert _measured_imbalance(RunRecord(), 4) is None
     job = PlannedRun(card_named("NVIDIA L4"), Precision.bf16, 1, 4, 8, DocumentLengths.uniform(64, 1))
-    assert with_imbalance(job, PlanConfig(), None).expert_imbalance == 2
-    assert with_imbalance(job, PlanConfig(), measured).expert_imbalance == 1.7
-    assert with_imbalance(job, PlanConfig(expert_imbalance=3.0), measured).expert_imbalance == 3
+    assert with_imbalance(job, PlanConfig(), None).imbalance_over(2) == 2
+    assert with_imbalance(job, PlanConfig(expert_imbalance=3.0), measured).imbalance_over(8) == 3
+    of_run = with_imbalance(job, PlanConfig(), measured)
+    assert [of_run.imbalance_over(ranks) for ranks in (2, 4, 8)] == [1.7, 1.7, 2.0]
+
+
+def test_a_plan_says_of_which_groups_the_imbalance_was_not_measured():
+    job = PlannedRun(card_named("NVIDIA L4"), Precision.bf16, 1, 8, 8, DocumentLengths.uniform(64, 1))
+    assert _imbalance_notes(job, {2, 4})[0].endswith("(plan.expert_imbalance)")
+    measured = replace(job, expert_imbalance=1.7, imbalance_measured_over=4)
+    notes = _imbalance_notes(measured, {2, 4, 8})
+    assert [("1.7 times" in note, "did not measure" in note) for note in notes] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
+    assert notes[1].startswith("with 2, ") and notes[2].startswith("with 8, ") and "2 times the mean" in notes[2]
+    assert len(_imbalance_notes(measured, {4})) == 1
+
+
+def test_a_plan_deals_no_experts_that_its_teacher_cannot(model, tmp_path):
+    """A teacher of six experts can be dealt over two ranks, not over four; a dense one is no obstacle."""
+    teachers = {
+        "six": model_dir(tmp_path / "six", "qwen3_moe", num_experts=6),
+        "dense": model_dir(tmp_path / "dense", "llama"),
+    }
+    degrees = {}
+    for name, teacher in teachers.items():
+        words = [f"model.path={model}", "data.max_length=64", "launcher=slurm", "strategy=fsdp2", "launcher.nodes=1"]
+        words += ["launcher.gpus_per_node=4", "objective=distillation", f"objective.teacher.path={teacher}"]
+        config = compose(words, check=False).config
+        config.batch.update({"micro": 1, "global": 8})
+        (dealt,) = with_dealt_experts([config], 4)
+        degrees[name] = [way.parallel.experts for way in dealt]
+    assert degrees == {"six": [2], "dense": [2, 4]}
