@@ -169,6 +169,21 @@ def test_a_held_out_prompt_that_leaves_no_room_for_an_answer_is_refused_without_
     assert "the longest prompt with an answer of 6 tokens takes" in capsys.readouterr().err
 
 
+def test_held_out_prompts_are_checked_with_those_of_training(site, capsys):
+    """None left, as all are too long for `data.max_length`; and a column that a reward names, in the held-out file alone."""
+    write_jsonl(site / "too-long.jsonl", [{"question": "long " * 300, "answer": "1"}])
+    write_jsonl(site / "no-answer.jsonl", [{"question": "what"}])
+    words_of_run = words(site, "budget.steps=1", "data.eval_share=0", "data.max_length=200")
+    held_out = f"data.eval_path={site / 'too-long.jsonl'}"
+    assert command_here(["train", *words_of_run, held_out, "--dry-run"]) == 65
+    assert (
+        "data.eval_path: no document of the eval split is left as a prompt (dropped: tokenise/too_long 1)"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(ConfigError, match=r'needs the column "answer"; data\.eval_path has question; rename'):
+        compose([*words_of_run, "objective.rewards=[maths]", f"data.eval_path={site / 'no-answer.jsonl'}"])
+
+
 def test_a_column_that_is_missing_is_refused_before_anything_starts(site, tmp_path):
     (tmp_path / "rewards.py").write_text("def right(completions, result): ...\n")
     with pytest.raises(ConfigError) as refused:

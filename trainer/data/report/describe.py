@@ -186,8 +186,9 @@ class ReportWriter:
                 advice = f"loosen {setting} or "
             elif reasons & {"nothing_to_learn", "same_answers", "too_long"}:
                 advice = f"raise data.max_length={self.config.max_length} or "
+            missing = "has a supervised token to learn" if has_answers else "is left as a prompt"
             raise DataError(
-                f"{key}: no document of the {name} split has a supervised token to learn "
+                f"{key}: no document of the {name} split {missing} "
                 f"(dropped: {', '.join(drop_counts) or 'none'}); {advice}fix the data"
             )
         if has_answers and not split.labelled and split.supervised_share < self.config.min_supervised_share:
