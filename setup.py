@@ -40,6 +40,7 @@ setup(
         "launch.compare.run_page": ["*.j2"],
         "trainer.evaluation.report": ["*.j2"],
         "trainer.evaluation.tasks": ["*.json"],
+        "trainer.model": ["shapes/*.json"],
         "trainer.monitors": ["*.jsonl"],
         "launch.plan": ["*.j2"],
         "launch.review": ["*.j2"],

@@ -20,12 +20,19 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.config.choices import CONF_DIR, choices_by_group, settings_class_of, settings_classes  # noqa: E402
+from launch.config.choices import (  # noqa: E402
+    CONF_DIR,
+    MODEL_GROUP,
+    choices_by_group,
+    settings_class_of,
+    settings_classes,
+)
 from launch.config.overrides import describe_type  # noqa: E402
 from strategies.settings import Traits, traits_of  # noqa: E402
 from trainer.config.descriptions import all_docstrings, docstrings  # noqa: E402
 from trainer.config.run import BatchSettings, RunConfig  # noqa: E402
 from trainer.config.tree import settings_below  # noqa: E402
+from trainer.model.known_shapes import shape_names  # noqa: E402
 from trainer.optim.support import table as optimizer_table  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
@@ -137,6 +144,11 @@ def variant_group(group: str) -> list[str]:
 
 def choices(group: str) -> list[str]:
     """The line that lists the choices of a group."""
+    if group == MODEL_GROUP:
+        return [
+            "Choices: `model=default`, or a model of the [recipes](recipes/README.md), such as `model=llama3_8b`.",
+            "",
+        ]
     return (
         [f"Choices: {', '.join(f'`{group}={c}`' for c in choices_by_group()[group])}.", ""]
         if group in choices_by_group()
@@ -186,6 +198,8 @@ def conf_files() -> dict[Path, type]:
     hints = get_type_hints(RunConfig)
     for group in hints:
         for choice in choices_by_group().get(group, []):
+            if group == MODEL_GROUP and choice in shape_names():
+                continue  # the choice is a published shape and no file
             files[CONF_DIR / group / f"{choice}.yaml"] = (
                 settings_class_of(group, choice) if group in settings_classes() else hints[group]
             )

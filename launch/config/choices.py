@@ -9,9 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trainer.model.known_shapes import shape_names
+
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 WHOLE_RUN_GROUPS = ("experiment", "debug", "local")
 """Groups whose files may set any key; their choice may be `null`."""
+MODEL_GROUP = "model"
+"""The group whose choices are also the models of which a published shape is known: `model=llama3_8b`."""
 HARDWARE_DIRECTORY = "hardware"
 """A directory of conf/ whose files are no settings of a run: cards that `shardtune plan` plans for."""
 
@@ -48,6 +52,7 @@ def shipped_choices() -> dict[str, list[str]]:
         choices = _choices_in(directory)
         if choices or directory.name == "local":  # `conf/local` is the user's and may be empty
             choices_of_group[directory.name] = choices
+    choices_of_group[MODEL_GROUP] = sorted([*choices_of_group[MODEL_GROUP], *shape_names()])
     return choices_of_group
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 from launch.config import hints, user_files
 from launch.config.choices import (
+    MODEL_GROUP,
     WHOLE_RUN_GROUPS,
     choices_by_group,
     settings_class_of,
@@ -22,6 +23,7 @@ from launch.config.choices import (
 )
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import read_word
+from trainer.model.known_shapes import read_shape, shape_names
 from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, functions_of, split_function
 from trainer.optim.schedule import MEANT_UNDER
 
@@ -281,7 +283,9 @@ def _add_reset(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: s
 
 def _add_choice(parsed: ParsedWords, group: str, choice: str, word: str) -> None:
     """Add the choice of a group to `parsed`, such as `tuning=lora`. `word`: as typed, for messages."""
-    if choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
+    if group == MODEL_GROUP and choice in shape_names():
+        parsed.values.append(TypedValue("model.path", read_shape(choice).hub[0], word))
+    elif choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:
         parsed.problems.append(f"{word}: several values are a sweep; add -m, or choose one")

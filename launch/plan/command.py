@@ -98,6 +98,7 @@ def main(argv: list[str]) -> int:
     from launch.config.compose import ranks_of
     from launch.plan.answer import as_dict, text
     from launch.plan.job import job_of
+    from trainer.model.known_shapes import shape_in_use, shape_note
     from trainer.model.loading import load_model_config
     from trainer.planner.plan import FURTHER_SETTINGS, further_variants, run_variants, with_imbalance
     from trainer.planner.sweep import plan_variants, with_further, with_worst_imbalance
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> int:
     # Whatever can be known to be wrong is reported before the data is prepared, which may take an hour.
     variants, refused = run_variants(config, request.settings, typed, ranks_of(config))
     load_model_config(config.model)
+    shape = shape_in_use(config.model)
     measured = measured_by(request, ["plan", *argv])
     job = with_imbalance(job_of(config, measured.card), request.settings, measured.expert_imbalance)
     micro = config.batch["micro"] if "batch.micro" in typed else None
@@ -119,6 +121,9 @@ def main(argv: list[str]) -> int:
             print(f"nothing fits: looking at {len(variants)} further ways, with rows that ranks share", file=sys.stderr)
             answer = with_further(answer, variants, refused, job, micro, request.settings, _progress())
     answer = with_worst_imbalance(answer, request.settings)
+    if shape is not None:
+        notes = (shape_note(shape, config.model.path), *answer.cost_model.notes)
+        answer = replace(answer, cost_model=replace(answer.cost_model, notes=notes))
     if request.words.as_json:
         print_json(as_dict(answer, request.of_run, measured.lines))
     else:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launch.plan.dry_run import _deferred_gradient_lines
+from launch.plan.dry_run_memory import deferred_gradient_lines
 from strategies.base import DdpConfig, Fsdp2Config, Precision, StrategyName, ZeroConfig
 from strategies.parameters import meta_context, named_parameters
 from strategies.runtime import Runtime
@@ -97,7 +97,7 @@ def test_memory_gib_is_accepted_where_something_plans_with_it(tmp_path):
 
 def test_dry_run_says_how_much_memory_waiting_gradients_would_add():
     def said(strategy, accumulation=4):
-        return "".join(_deferred_gradient_lines(strategy, 2**28, accumulation=accumulation))
+        return "".join(deferred_gradient_lines(strategy, 2**28, accumulation=accumulation))
 
     assert "1.00 GiB more at most; they wait only where they fit" in said(FSDP2)
     assert said(Fsdp2Config(defer_sync=True)).endswith("they wait")

@@ -87,7 +87,7 @@ def test_train_json_of_a_dry_run_and_of_a_defect_in_its_step(tmp_path, capfd, mo
     assert (answer["steps"], answer["batch"]) == (2, {"global": 4, "micro": 2, "accumulation": 2})
     assert answer["memory_per_rank"]["bytes"] >= sum(answer["memory_per_rank"]["kinds"].values()) > 0
     for error, code in ((NotImplementedError("no such operation"), 0), (KeyError("reference_logps"), 70)):
-        monkeypatch.setattr("launch.plan.dry_run.simulate_depth", Mock(side_effect=error))
+        monkeypatch.setattr("launch.plan.dry_run_memory.simulate_depth", Mock(side_effect=error))
         assert command_here(["train", *words, "--dry-run"]) == code
         said = capfd.readouterr().out
         assert "memory per rank: " in said and "nothing was trained" in said

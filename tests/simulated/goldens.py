@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.simulated.cases import DEALT, Case, DealtExperts, chosen_cases, simulated
-from tests.simulated.experiments import MODELS, simulated_experiment
+from tests.simulated.experiments import NAMES, simulated_experiment
 from trainer.planner.depth_extrapolation import full_depth_step
 from trainer.planner.simulate import SimulatedStep
 
@@ -62,7 +62,7 @@ def main() -> None:
             name_of(case, world): summary(simulated(case, case.model_in(Path(place)), world))
             for case, world in [*chosen_cases(), *DEALT]
         }
-        found = {name: simulated_experiment(name, Path(place)) for name in MODELS}
+        found = {name: simulated_experiment(name) for name in NAMES}
     experiments = {name: [str(step.peak), step.total] for name, step in found.items()}
     TABLE.write_text(json.dumps({"versions": versions(), "steps": steps, "experiments": experiments}, indent=1) + "\n")
 

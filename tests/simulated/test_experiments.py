@@ -4,7 +4,7 @@ import pytest
 
 from strategies.tensor_inventory import MemoryKind
 from tests.helpers.covering import EVERYTHING, whole
-from tests.simulated.experiments import DEALT_EXPERTS, LONG_ROWS, MODELS, simulated_experiment
+from tests.simulated.experiments import DEALT_EXPERTS, LONG_ROWS, NAMES, simulated_experiment
 from tests.simulated.goldens import golden_experiment
 from trainer.planner.cost_model import ALL_TO_ALL
 
@@ -14,7 +14,7 @@ WEIGHTS = {"llama2_7b_lora_fsdp2": 6_738_415_616 / 4, "qwen3_30b_a3b_lora_fsdp2"
 """Published parameters a rank."""
 
 
-SMALL = [name for name in MODELS if name not in (*LONG_ROWS, *DEALT_EXPERTS)]
+SMALL = [name for name in NAMES if name not in (*LONG_ROWS, *DEALT_EXPERTS)]
 BARS = [
     # Experiment, more words, GiB of tensors of a rank, GiB of pinned memory of a rank.
     ("llama3_8b_1m_lora_fsdp2", [], 25.3, 32),
@@ -28,8 +28,8 @@ FORWARD = 32 * 2 * 128 * (2 * 32 + 2 * 8)
 
 
 @pytest.mark.parametrize(("name", "words", "tensors", "pinned"), BARS[: None if EVERYTHING else 1])
-def test_a_million_tokens_fit_eight_cards(tmp_path, name, words, tensors, pinned):
-    found = simulated_experiment(name, tmp_path, *words)
+def test_a_million_tokens_fit_eight_cards(name, words, tensors, pinned):
+    found = simulated_experiment(name, *words)
     assert round(found.total / 2**30, 1) <= tensors
     assert found.host_inputs.pinned() == pinned * 2**30
     (exchange,) = [each for key, each in found.exchanged.items() if key[0].startswith(ALL_TO_ALL)]
@@ -41,8 +41,8 @@ def test_a_million_tokens_fit_eight_cards(tmp_path, name, words, tensors, pinned
 
 
 @pytest.mark.parametrize("name", SMALL[: None if EVERYTHING else 1])
-def test_the_step_fits_the_cards_that_the_experiment_names(tmp_path, name):
-    found = simulated_experiment(name, tmp_path)
+def test_the_step_fits_the_cards_that_the_experiment_names(name):
+    found = simulated_experiment(name)
     assert WEIGHTS[name] * 2 < found.resting[MemoryKind.parameters] < WEIGHTS[name] * 2 * 1.05, (
         "16 bits each, and adapters"
     )
@@ -53,10 +53,10 @@ def test_the_step_fits_the_cards_that_the_experiment_names(tmp_path, name):
 
 
 @whole("tests/simulated/test_dealt_experts.py shows the exchanges of a tiny mixture")
-def test_experts_that_do_not_fit_are_dealt(tmp_path):
+def test_experts_that_do_not_fit_are_dealt():
     """What conf/experiment/deepseek_v3_lora_fsdp2.yaml says: an eighth of the experts are gathered, and tokens are sent."""
     name = "deepseek_v3_lora_fsdp2"
-    found = simulated_experiment(name, tmp_path)
+    found = simulated_experiment(name)
     assert found.resting[MemoryKind.parameters] > 671e9 * 2 / 64
     assert round(found.total / 2**30, 1) <= 38.5
     assert found.host_reads == 58 * 2, "a layer of experts waits for its counts, and again where it is recomputed"

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
@@ -44,6 +45,7 @@ from trainer.model.architecture import (
 from trainer.model.compat import names_kept_in_float32
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.frozen_rows import always_zero_rows
+from trainer.model.known_shapes import shape_in_use
 from trainer.model.layout import AttentionLayout
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, quantise_layers, unquantised_note
@@ -370,7 +372,7 @@ def build_step(
             family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
         )
     model.tie_weights()
-    two_sides = encoder_decoder.finish(model, weights_directory(config)) if is_encoder_decoder else None
+    two_sides = encoder_decoder.finish(model, _files_of(config)) if is_encoder_decoder else None
 
     # What must be known of it before its layers are replaced and wrapped.
     plain = copy.deepcopy(model)
@@ -412,6 +414,11 @@ def build_step(
     )
     _equip(built, config, head, family.kind)
     return built
+
+
+def _files_of(config: ModelConfig) -> Path | None:
+    """The directory of a model's files; None if its published shape stands for them."""
+    return weights_directory(config) if shape_in_use(config) is None else None
 
 
 def _register_kernels() -> None:

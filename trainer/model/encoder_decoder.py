@@ -25,10 +25,10 @@ class EncoderDecoder:
     """Values of parameters that are computed, never trained, and need not be in the checkpoint (sinusoidal positions)."""
 
 
-def start_token(config: Any, directory: Path) -> int:
+def start_token(config: Any, directory: Path | None) -> int:
     """The decoder's first token, from the model's config or its generation_config.json. Raises ConfigError."""
     start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
+    if start is None and directory is not None:
         try:
             start = read_object(directory / "generation_config.json").get("decoder_start_token_id")
         except ConfigError:  # there need not be one
@@ -45,10 +45,13 @@ def start_token(config: Any, directory: Path) -> int:
     return start
 
 
-def finish(model: Any, directory: Path) -> EncoderDecoder:
-    """Part what the checkpoint in `directory` holds apart, and note what only these models have. Reads shared matrices."""
-    checkpoint = Checkpoint(directory, model)
-    untie(model, checkpoint)
+def finish(model: Any, directory: Path | None) -> EncoderDecoder:
+    """Part what the checkpoint in `directory` holds apart, and note what only these models have. Reads shared matrices.
+
+    `directory`: None for a published shape, which has no checkpoint: what its configuration ties stays tied.
+    """
+    if directory is not None:
+        untie(model, Checkpoint(directory, model))
     return EncoderDecoder(start_token(model.config, directory), fixed_values(model))
 
 

@@ -9,6 +9,7 @@ from strategies.errors import ConfigError, is_panic, tokenizer_panic
 from strategies.small_files import check_small_files, read_object, refuse_pointer
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
+from trainer.model.known_shapes import config_of_shape, names_by_hub_id, shape_in_use
 from trainer.model.rope import set_positions
 
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja")
@@ -45,15 +46,23 @@ def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> C
     reason = str(error).splitlines()[0][:160]
     # A run may be exported from another directory than the one that its relative path counts from.
     here = "here" if Path(value).is_absolute() else f"in {Path.cwd()}"
+    has_shape = value in names_by_hub_id()
     if config.download:
+        hint = "; leave model.download out to plan with its published shape" if has_shape else ""
         return ConfigError(
             f"{key}={value}: not a model directory {here}, and model.download=true could not fetch it ({reason}); give an "
-            "existing directory, or type the command where the hub can be reached"
+            f"existing directory, or type the command where the hub can be reached{hint}"
+        )
+    hint = ""
+    if has_shape:
+        hint = (
+            ". Its published shape is enough for plan, submit --print and --dry-run; what you typed needs its weights and its "
+            "tokenizer"
         )
     return ConfigError(
         f"{key}={value}: not a model directory {here} and not loadable from the local hub cache ({reason}). Paths of a run are "
         "relative to where its training was started; give an existing directory, fetch it with shardtune download, or set "
-        "model.download=true"
+        f"model.download=true{hint}"
     )
 
 
@@ -62,6 +71,8 @@ def weights_directory(config: ModelConfig) -> Path:
     path = resolve_path(config)
     if Path(path).is_dir():
         return Path(path)
+    if shape_in_use(config) is not None:  # a cache of weights alone: nothing trains with a shape
+        raise _hub_error("model.path", path, FileNotFoundError("no config.json"), config)
     from huggingface_hub import snapshot_download
 
     try:
@@ -78,7 +89,10 @@ def weights_directory(config: ModelConfig) -> Path:
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The transformers config with the run's positions; raises ConfigError if it cannot be found or needs remote code."""
+    """The transformers config with the run's positions, of a published shape if the model's files are not on this machine.
+
+    Raises ConfigError if there is neither, or if it needs remote code.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -100,7 +114,10 @@ def load_model_config(config: ModelConfig) -> Any:
             f"model.path={path}: its config.json cannot be read: {reason[:300]}; mend it there"
         ) from error
     except (OSError, ValueError) as error:
-        raise _config_error(path, error, config) from error
+        shape = shape_in_use(config) if isinstance(error, OSError) else None
+        if shape is None:
+            raise _config_error(path, error, config) from error
+        model_config = config_of_shape(shape)
     text = model_config.get_text_config()
     below_one = []
     for setting in REQUIRED_SIZES:

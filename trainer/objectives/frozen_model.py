@@ -98,8 +98,10 @@ def frozen_model(
         model = _architecture(config, settings, arrangement)
         weights: WeightSource | StartingWeights = StartingWeights(initial, folded)
     else:
-        check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
         model = _architecture(teacher, load_model_config(teacher), arrangement)
+        if not isinstance(initial, WeightSource):  # a plan, which needs neither weights nor tokenizers
+            return _frozen(model, StartingWeights(initial, None))
+        check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
         teacher_weights = WeightSource(
             BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=initial.seed, init_std=0.0
         )
@@ -107,6 +109,11 @@ def frozen_model(
         # No `head_prefixes`: a weight that the teacher's checkpoint lacks is an error, never drawn anew.
         teacher_weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
         weights = teacher_weights
+    return _frozen(model, weights)
+
+
+def _frozen(model: Any, weights: WeightSource | StartingWeights) -> FrozenReference:
+    """A model without gradients. Raises ConfigError if its head cannot compare distributions."""
     model.requires_grad_(False)
     check_head(model, "objective.teacher.path")
     return FrozenReference(model, weights, block_class_names(model))

@@ -1,0 +1,118 @@
+"""`--dry-run` of a model whose files are not on this machine, but whose shape is published.
+
+Without a tokenizer the data cannot be read. Every document is taken to be as long as `data.max_length` allows, as in a plan.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+from launch.plan.dry_run_memory import DryRun, deferred_gradient_lines, simulated_memory
+from strategies.base import Precision
+from strategies.errors import ConfigError
+from strategies.parameters import element_counts, meta_context, named_parameters
+from trainer.build.parallel import check_parallel
+from trainer.build.parts import build_step
+from trainer.build.sequence import step_layout
+from trainer.config.parallel import accumulation_steps, readers_of
+from trainer.config.run import LR, RunConfig
+from trainer.model.known_shapes import KnownShape, shape_note
+from trainer.objectives.registry import data_spec_of, family_of, written_tokens
+from trainer.planner.simulation import NoTokenizer
+from trainer.reporting.numbers import name_of_readers
+from trainer.session.rate_text import learning_rate_of, rate_lines
+
+
+def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
+    """Sizes, batch arithmetic and memory of a run of a model of which only the published shape is here.
+
+    Errors: ConfigError for a setting that the run would choose by its data.
+    """
+    _refuse_choices_by_data(config)
+    check_parallel(config)
+    total, trained = _parameter_counts(config)
+    world = config.launcher.per_node * config.launcher.nodes
+    global_batch = config.batch["global"]
+    micro = config.batch["micro"]
+    accumulation = accumulation_steps(config, world)
+    readers = name_of_readers(readers_of(config, world), config.parallel.sequence)
+    sequences = data_spec_of(config.objective).sequences_per_document
+    longest = config.data.max_length + written_tokens(config.objective)
+    tokens_per_step = longest * sequences * global_batch
+    memory = simulated_memory(config, [longest] * sequences * micro, world)
+    steps = _steps_of_budget(config, tokens_per_step)
+    note = shape_note(shape, config.model.path)
+    lines = [
+        note,
+        f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world} process(es)",
+        f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
+        f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
+        f"tokens per step: at most {tokens_per_step:,} (the data is not read without a tokenizer)",
+    ]
+    rate = None
+    if steps is None:
+        lines.append(f"steps: not known without a tokenizer; learning rate: {config.optim.peak_lr:g}")
+    else:
+        rate = learning_rate_of(config, steps)
+        lines += [f"steps: {steps:,}", *rate_lines(rate, steps)]
+    lines += [*memory.lines, *deferred_gradient_lines(config.strategy, trained, accumulation=accumulation)]
+    if LR in config.substitutions:
+        lines.append(f"resolved: {LR}: {config.substitutions[LR]}")
+    lines.append("nothing was trained (--dry-run)")
+    facts = {
+        "shape": {"name": shape.name, "source": shape.source, "date": shape.date},
+        "strategy": str(config.strategy.name),
+        "tuning": str(config.tuning.name),
+        "ranks": world,
+        "parameters": total,
+        "trainable_parameters": trained,
+        "batch": {"global": global_batch, "micro": micro, "accumulation": accumulation},
+        "steps": steps,
+        "learning_rate": asdict(rate) if rate is not None else None,
+        "epochs": None,
+        "documents": None,
+        "tokens_per_step": tokens_per_step,
+        "memory_per_rank": memory.facts,
+        "substitutions": {"model.path": note} | {key: str(reason) for key, reason in config.substitutions.items()},
+    }
+    return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
+
+
+def _refuse_choices_by_data(config: RunConfig) -> None:
+    """Raise ConfigError for `auto` where the run would look at the lengths of its documents."""
+    problems = []
+    for key, value in (("strategy", config.strategy.name), ("batch.micro", config.batch["micro"])):
+        if str(value) == "auto":
+            problems.append(
+                f"{key}=auto: is chosen by the lengths of the documents, and model.path={config.model.path} is not on this "
+                f"machine to read them; give a value, or let shardtune plan try all of them"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _parameter_counts(config: RunConfig) -> tuple[int, int]:
+    """(parameters of the tuned model, those of them that train)."""
+    built = build_step(
+        config.model,
+        objective_config=config.objective,
+        tuning_config=config.tuning,
+        layout=step_layout(config),
+        tokenizer=NoTokenizer(config.model),
+        num_labels=family_of(config.objective).num_outputs or 2,
+        context=meta_context(),
+        half_on_gpu=str(config.run.device) == "cuda" and config.precision is not Precision.fp32,
+    )
+    total = sum(element_counts(built.step_module).values())
+    trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
+    return total, trained
+
+
+def _steps_of_budget(config: RunConfig, tokens_per_step: int) -> int | None:
+    """Optimizer steps of the budget; None for `budget.epochs`, which counts documents."""
+    if config.budget.steps is not None:
+        return config.budget.steps
+    if config.budget.tokens is not None:
+        return math.ceil(config.budget.tokens / tokens_per_step)
+    return None

@@ -1,0 +1,97 @@
+"""The answer of a dry run, and the memory of the step that it simulates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig
+from strategies.runtime import SIMULATED
+from trainer.config.run import RunConfig
+from trainer.planner.fit_check import single_step_config, why_not_simulated
+from trainer.planner.simulation import simulate_depth
+
+DEFECTS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
+"""Errors of a simulated step that are a fault of the code, of ours or of the model's: training would likely meet them too."""
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would do, computed without training."""
+
+    text: str
+    """What `--dry-run` prints."""
+    facts: dict[str, Any]
+    """What `--dry-run --json` prints: JSON-compatible, sizes in bytes."""
+    exit_code: int
+    """0, or 70 if a defect keeps the step from being simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedMemory:
+    """Memory that a rank holds at the peak of the longest micro-batch, or why it is not known."""
+
+    lines: list[str]
+    """For the text of the dry run."""
+    facts: dict[str, Any]
+    """For its JSON: bytes in all and by kind, or the reason."""
+    defect: bool = False
+    """Whether the step could not be simulated because of a fault of the code."""
+
+
+def simulated_memory(config: RunConfig, lengths: list[int], world: int) -> SimulatedMemory:
+    """The memory of a step with a micro-batch of sequences of `lengths` tokens, simulated; or why it cannot be simulated."""
+    on_gpu = str(config.run.device) == "cuda"
+    try:
+        step = simulate_depth(
+            single_step_config(config, world, mode_if_auto=ActivationCheckpointing.none),
+            lengths,
+            world_size=world,
+            local_world_size=max(1, world // config.launcher.nodes),
+            device=SIMULATED if on_gpu else torch.device("cpu"),
+        )
+    except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that stops no run
+        # Training may still work if the step cannot be simulated, but a defect will probably be met there too.
+        is_defect = isinstance(error, DEFECTS)
+        reason = why_not_simulated(error)
+        if is_defect:
+            reason = (
+                f"not known: the simulated step failed with {type(error).__name__}: {error}. This is a fault of shardtune "
+                "or of the model's code, and training may fail likewise; exit code 70"
+            )
+        return SimulatedMemory([f"memory per rank: {reason}"], {"unknown": reason}, defect=is_defect)
+    unit_bytes = 2**20
+    unit = "MiB"
+    if step.total >= 2**30:
+        unit_bytes = 2**30
+        unit = "GiB"
+    # The run itself chooses, by its free memory, which activations are recomputed.
+    mode = config.strategy.activation_checkpointing
+    note = ", with nothing recomputed yet" if mode is ActivationCheckpointing.auto else ""
+    lines = [
+        f"memory per rank of the longest micro-batch{note}, simulated: most in {step.peak}; libraries and what the allocator "
+        "reserves come on top"
+    ]
+    kinds = dict(sorted(step.kinds.items(), key=lambda kind_and_size: -kind_and_size[1]))
+    for kind, size_bytes in kinds.items():
+        if size_bytes >= 0.005 * unit_bytes:  # smaller ones would be shown as 0.00
+            lines.append(f"  {kind:<14}{size_bytes / unit_bytes:8.2f} {unit}")
+    lines.append(f"  {'total':<14}{step.total / unit_bytes:8.2f} {unit}")
+    if step.host_inputs.tensors:
+        pinned_gib = step.host_inputs.pinned() / 2**30
+        lines.append(f"  beside it {pinned_gib:.2f} GiB of pinned host memory a rank, for inputs of recomputed blocks")
+    return SimulatedMemory(lines, {"bytes": step.total, "peak": str(step.peak), "kinds": kinds})
+
+
+def deferred_gradient_lines(strategy: StrategyConfig, trained: int, *, accumulation: int) -> list[str]:
+    """A line on the memory of whole gradients, if FSDP2 reduces them only after the last micro-batch of a step.
+
+    The simulation is of a single micro-batch, so its estimate does not have them.
+    """
+    if not isinstance(strategy, Fsdp2Config) or accumulation == 1 or strategy.defer_sync is False:
+        return []
+    when = "wait" if strategy.defer_sync else "wait only where they fit"
+    gradients_gib = 4 * trained / 2**30  # in fp32
+    return [f"  gradients, whole until the last micro-batch: {gradients_gib:.2f} GiB more at most; they {when}"]
