@@ -284,7 +284,8 @@ EXPERIMENTS = _table(
             ACCURACY,
             Column("share of steps with a norm above 1", "clipped_share", 2, greater_is_better=None),
         ),
-        "",
+        "SGD at this rate learns only with clipping: without it the accuracy is chance. AdamW divides by the size of its "
+        "gradients, and learns as much either way.",
         "A rare broken batch in a long run, which is what clipping is kept on for.",
     ),
     Experiment(

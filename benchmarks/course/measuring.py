@@ -153,7 +153,7 @@ def train_run(run: Path, words: list[str]) -> Row:
     places = (f"run.dir={run}", f"data.cache_dir={run.parents[1] / 'cache'}")
     settings = dict(word.split("=", 1) for word in (*OWN_WORDS, *places, *words))
     run.parent.mkdir(parents=True, exist_ok=True)
-    screen = run.with_suffix(".txt")
+    screen = run.with_name(f"{run.name}.txt")
     with screen.open("w", encoding="utf-8") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = main(["train", *(f"{key}={value}" for key, value in settings.items())])
     if code:
@@ -214,10 +214,14 @@ def compare_runs(experiment: Experiment, seeds: Sequence[int], directory: Path, 
     if problems:
         raise RuntimeError("; ".join(problems))
     to.mkdir(parents=True, exist_ok=True)
-    # Without the directories of this machine, some of which the table has shortened.
-    text = as_markdown(compare(rows, price_of)).replace(f"{directory.resolve()}/", "")
-    text = re.sub(r"(?<![\w.])/\S*\.\.\.", "...", text)
+    text = without_directories(as_markdown(compare(rows, price_of)))
     (to / "compare.md").write_text(text, encoding="utf-8")
+
+
+def without_directories(text: str) -> str:
+    """A text with names of files in place of the paths of this machine, some of which a table has shortened."""
+    text = re.sub(r"(?<![\w.:/])/(?:[\w.+-]+/)+(?=[\w.+-])", "", text)
+    return re.sub(r"(?<![\w.])/\S*\.\.\.", "...", text)
 
 
 def read_record(path: Path) -> dict[str, Any]:
