@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ from trainer.data.sources import inputs_of, readers_of, require_room, row_ranges
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequences_of
 from trainer.data.tokens.clock import TemplateDate, reads_clock
+from trainer.data.tokens.encode import Encoder
 from trainer.data.worker import BlockMaker, ordered_map, usable_cores
 
 if TYPE_CHECKING:
@@ -229,6 +230,11 @@ class Preparation:
                     keep_block(block)
             self.digests.check()
 
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """The encoder of all steps. Made once, because it copies the tokenizer, which takes up to a second."""
+        return self.data_spec.encoder(self.tokenizer, self.config)
+
     def _readers(self) -> dict[tuple[str, str], RowReader]:
         """A reader for each input, by (split, source), in the format that its first row has."""
         spec = self.data_spec
@@ -237,8 +243,7 @@ class Preparation:
     def _refuse_rendered_rows(self) -> None:
         """Raise DataError for rows that hold a rendered chat template, unless the user has typed what becomes of it."""
         if self.config.control_tokens is ControlTokens.auto:
-            encoder = self.data_spec.encoder(self.tokenizer, self.config)
-            refuse_rendered(self.inputs, self._readers(), encoder)
+            refuse_rendered(self.inputs, self._readers(), self._encoder)
 
     def check_stop(self) -> None:
         """Raise Preempted if this process was asked to stop. Called between blocks, where stopping is safe."""
@@ -322,7 +327,7 @@ class Preparation:
 
         Raises StorageError if the disk is too small.
         """
-        make_block = BlockMaker(self.config, self.data_spec, readers=readers, tokenizer=self.tokenizer, date=self.date)
+        make_block = BlockMaker(self.config, self.data_spec, readers=readers, encoder=self._encoder, date=self.date)
         require_room(self.directory.parent, self.inputs, make_block, self.config.max_documents, parts=parts)
         if self.config.max_documents is None:
             self.progress.expect(self.inputs, 1 / parts)

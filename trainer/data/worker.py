@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children
 from multiprocessing.context import ForkContext, ForkProcess
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,13 +30,11 @@ from trainer.data.sources import RowRange, evaluation_documents
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
 from trainer.data.tokens.clock import TemplateDate
+from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.truncation import last_learned_id
 from trainer.data.transforms.checks import Checks, Cleaner
 from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
 from trainer.data.transforms.filters import Filters
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 class BlockMaker:
@@ -51,13 +49,13 @@ class BlockMaker:
         data_spec: DataSpec,
         *,
         readers: dict[tuple[str, str], RowReader],
-        tokenizer: PreTrainedTokenizerFast,
+        encoder: Encoder,
         date: TemplateDate | None = None,
     ) -> None:
         self.config = config
         self.data_spec = data_spec
         self.readers = readers
-        self.encoder = data_spec.encoder(tokenizer, config)
+        self.encoder = encoder
         # All workers must write the same date, whenever they start.
         self.encoder.fix_date(date)
         self.decontaminator: Decontaminator | None = None

@@ -57,7 +57,8 @@ def to_batch(documents: list[Document]) -> pa.RecordBatch:
     from pyarrow import json as reader
 
     # The reader refuses an empty text: without documents it reads one row, which is left out below.
-    json_lines = b"\n".join(orjson.dumps(_table_row(document)) for document in documents) or b"{}"
+    names = schema().names
+    json_lines = b"\n".join(orjson.dumps(_table_row(document, names)) for document in documents) or b"{}"
     # One block, and so one batch.
     read = reader.ReadOptions(use_threads=False, block_size=len(json_lines) + 1)
     parse = reader.ParseOptions(explicit_schema=schema(), unexpected_field_behavior="error")
@@ -65,10 +66,13 @@ def to_batch(documents: list[Document]) -> pa.RecordBatch:
     return batch.slice(0, len(documents))
 
 
-def _table_row(document: Document) -> dict[str, Any]:
-    """A document as a row of the table: what it does not have is left out, tools, calls and kept columns are JSON texts."""
+def _table_row(document: Document, names: list[str]) -> dict[str, Any]:
+    """A document as a row of the table: what it does not have is left out, tools, calls and kept columns are JSON texts.
+
+    `names`: the table's columns.
+    """
     row: dict[str, Any] = {}
-    for name in schema().names:
+    for name in names:
         field = getattr(document, name)
         if field is not None:
             row[name] = field

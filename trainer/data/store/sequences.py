@@ -66,7 +66,7 @@ class Sample:
         """The targets, as they are counted for the loss: their number, or the sum of their weights where they have some."""
         weights = self.target_weights()
         if weights is None:
-            return int(self.supervised[1:].sum())
+            return int(np.count_nonzero(self.supervised[1:]))
         return math.fsum(weights.tolist())
 
     def cut(self, *spans: slice) -> Sample:
@@ -246,7 +246,7 @@ class Sequences:
         """Samples, one after another, with the counts of the objective; the first token of none is a target."""
         for sample in samples:
             sample.supervised[:1] = False
-        columns = {"supervised": np.array([int(sample.supervised.sum()) for sample in samples], np.int64)}
+        columns = {"supervised": np.array([np.count_nonzero(sample.supervised) for sample in samples], np.int64)}
         counts_by_term: dict[str, list[float]] = {}
         for number, sample in enumerate(samples):
             for term, count in counts(sample).items():

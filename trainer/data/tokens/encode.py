@@ -57,7 +57,8 @@ class Encoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.opening, self.closing = self._natural_affixes()
-        self._drop_post_processor()
+        # We add the affixes ourselves, and some post-processors (RoBERTa's) cut spaces off token offsets.
+        self._backend.post_processor = None
         self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
         end_tokens = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
         # By these a sample is known to teach where a turn ends.
@@ -86,12 +87,6 @@ class Encoder:
             if all_ids[begin:end] == text_ids:
                 return all_ids[:begin], all_ids[end:]
         return [], []
-
-    def _drop_post_processor(self) -> None:
-        """Replace the post-processor: we add the affixes ourselves, and some (RoBERTa's) cut spaces off token offsets."""
-        from tokenizers.processors import TemplateProcessing
-
-        self._backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
         """Samples in the order of the documents, untruncated; of preference pairs, the preferred answer.

@@ -83,10 +83,13 @@ def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: T
 
 def last_learned_id(sample: Sample) -> int:
     """Id of the last token of a sample that is learned; -1 if none is."""
-    learned_positions = np.flatnonzero(sample.supervised)
-    if not len(learned_positions):
+    if not len(sample.supervised):
         return -1
-    return int(sample.input_ids[learned_positions[-1]])
+    from_the_end = sample.supervised[::-1]
+    last_learned = int(from_the_end.argmax())
+    if not from_the_end[last_learned]:
+        return -1
+    return int(sample.input_ids[-1 - last_learned])
 
 
 def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
