@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,13 @@ def find_leaks(
     held_out: np.ndarray,
     config: DataConfig,
     text_of: Callable[[int], str],
+    directory: Path | None = None,
 ) -> LeakedDocuments:
     """Find the training documents that are in held-out data too, by the columns of `Signer.sign`.
 
     `train` (int64[n]) and `held_out` (int64[m]) are numbers of documents, rows of `signatures`. `text_of` is called only if near
     leaks are looked for. That takes the threshold of the search for duplicates and needs the column "verdict". Sources do not
-    matter. Memory: some numbers a training document, and for near leaks 1.6 kB for each held-out one.
+    matter. `directory`: where the search for near leaks keeps its files, see `NearIndex`.
     """
     # The held-out document that each training document agrees with; -1 for none yet.
     partner = np.full(len(train), -1, np.int64)
@@ -89,15 +91,17 @@ def find_leaks(
         if kind_name == "near":
             if not config.leakage.near:
                 continue
-            verdicts = signatures["verdict"]
-            index = NearIndex(text_of, config.duplicates.threshold)
-            for document in held_out.tolist():
-                index.add(document, text_of(document), int(verdicts[document]))
+            # Positions in the index: held-out documents first.
+            both = np.concatenate([held_out, documents])
+            index = NearIndex(both, text_of, signatures["verdict"][both], config.duplicates.threshold, directory)
             partners = np.full(len(rows), -1, np.int64)
-            for i, document in enumerate(documents.tolist()):
-                most_similar = index.find(text_of(document), int(verdicts[document]))
+            for position in np.flatnonzero(index.may_be_near).tolist():
+                if position < len(held_out):
+                    index.add(position)
+                    continue
+                most_similar = index.find(position)
                 if most_similar is not None:
-                    partners[i] = most_similar
+                    partners[position - len(held_out)] = both[most_similar]
             incomplete = index.report["incomplete"]
         else:
             digests = signatures[_DIGEST_COLUMNS[kind_name]]

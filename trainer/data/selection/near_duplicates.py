@@ -1,4 +1,4 @@
-"""Finds texts that are nearly the same: candidates from rensa's MinHash index, each verified by its true similarity.
+"""Finds texts that are nearly the same: candidates by rensa's MinHash sketches, each verified by its true similarity.
 
 The result is a function of the texts and their order. One process computes it.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trainer.data.selection.bands import BandIndex
 from trainer.data.selection.signatures import normalize
 
 NGRAM = 5
@@ -49,93 +51,113 @@ MAX_CANDIDATES = 512
 
 
 class NearIndex:
-    """A MinHash index of documents that others may be near copies of. `text_of(row)` gives the text of one that was added.
+    """Finds which of some documents are near copies of each other, in the order in which they are added.
 
-    A document takes about 1.6 kB, most of it for its entry in each band.
+    `rows` (int64 [n]) names the documents, `text_of(row)` gives the text of one, and those that are equal in `partition`
+    (uint64 [n]: labels, verdicts) are compared. They are called by their position in `rows`. `directory` holds files
+    without names, of 144 to 360 bytes a document. Memory: 40 bytes a document at its peak, and 4,096 sketches.
     """
 
-    def __init__(self, text_of: Callable[[int], str], threshold: float) -> None:
-        from rensa import RMinHash, RMinHashLSH
+    def __init__(
+        self,
+        rows: np.ndarray,
+        text_of: Callable[[int], str],
+        partition: np.ndarray,
+        threshold: float,
+        directory: Path | None = None,
+    ) -> None:
+        from rensa import RMinHash
 
-        bands, rows = choose_bands(threshold)
+        bands, band_rows = choose_bands(threshold)
+        self._rows = rows
         self._threshold = threshold
         self._text_of = text_of
-        self._empty_sketch: Callable[[], Any] = lambda: RMinHash(bands * rows, MINHASH_SEED)
-        self._index = RMinHashLSH(threshold, bands * rows, bands)
+        self._partition = partition
+        self._empty_sketch: Callable[[], Any] = lambda: RMinHash(bands * band_rows, MINHASH_SEED)
+        self._index = BandIndex(map(self._digest, range(len(rows))), len(rows), bands, directory)
         # The index keeps bands only, so a candidate's sketch is made again from its text; common candidates come
         # often.
-        self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, partition: self._sketch(text_of(row), partition)[1])
+        self._sketch_of = lru_cache(MAX_SKETCHES)(lambda position: self._sketch(position)[1])
+        self.may_be_near = self._index.shares_band
+        """bool [n]: which documents may be near another one at all. The others need neither be added nor looked for."""
         self.report = {"comparisons": 0, "incomplete": 0}
         """True comparisons, and documents whose comparisons were cut short: among them, copies may be left."""
 
-    def find(self, text: str, partition: int = 0) -> int | None:
-        """The most similar document with a Jaccard similarity of `threshold` or more over word n-grams; None if there is none.
+    def find(self, position: int) -> int | None:
+        """The position of the most similar document that was added, if its Jaccard similarity is `threshold` or more.
 
-        Documents of another `partition` (a label, a source) are never near copies, nor are those without words.
+        The similarity is that of their word n-grams. Documents without words are never near copies.
         """
-        runs, sketch = self._sketch(text, partition)
-        return self._find(runs, sketch, partition)
+        runs, sketch = self._sketch(position)
+        return self._find(position, runs, sketch)
 
-    def add(self, row: int, text: str, partition: int = 0, *, unless_found: bool = False) -> int | None:
-        """Keep the document `row` for later ones. With `unless_found`, only if no near copy of it is kept: that one is returned.
-
-        `partition`: see `find`.
-        """
-        runs, sketch = self._sketch(text, partition)
-        near_copy = self._find(runs, sketch, partition) if unless_found else None
-        if near_copy is None and runs:
+    def add(self, position: int, *, unless_found: bool = False) -> int | None:
+        """Keep a document for later ones. With `unless_found`, only if no near copy of it is kept: that one is returned."""
+        near_copy = self.find(position) if unless_found else None
+        if near_copy is None:
             # Text that thousands of documents share (a licence, a template) would make each search compare with all
             # of them.
-            if len(self._index.query(sketch)) < MAX_CANDIDATES:
-                self._index.insert(row, sketch)
+            if len(self._index.find(position)) < MAX_CANDIDATES:
+                self._index.keep(position)
             else:
                 self.report["incomplete"] += 1
         return near_copy
 
-    def _sketch(self, text: str, partition: int) -> tuple[list[bytes], Any]:
-        """(runs of words, their MinHash sketch)."""
-        runs = ngrams(normalize(text), partition)
+    def _runs(self, position: int) -> list[bytes]:
+        """The runs of words of a document."""
+        return ngrams(normalize(self._text_of(int(self._rows[position]))), int(self._partition[position]))
+
+    def _sketch(self, position: int) -> tuple[list[bytes], Any]:
+        """(runs of words of a document, their MinHash sketch)."""
+        runs = self._runs(position)
         sketch = self._empty_sketch()
         sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
         return runs, sketch
 
-    def _find(self, runs: list[bytes], sketch: Any, partition: int) -> int | None:
-        """The kept document that a text with these runs is a near copy of; None if there is none.
+    def _digest(self, position: int) -> list[int] | None:
+        """The MinHash values of a document; None for one without words."""
+        runs, sketch = self._sketch(position)
+        return sketch.digest() if runs else None
 
-        Compares the text with the candidates that share a band, the most similar by estimate first.
+    def _find(self, position: int, runs: list[bytes], sketch: Any) -> int | None:
+        """The kept document that a document with these runs is a near copy of; None if there is none.
+
+        Compares it with the candidates that share a band, the most similar by estimate first.
         """
-        if not runs:
-            return None
-        # (minus the estimated similarity, row), so that the most similar comes first.
+        # (minus the estimated similarity, position), so that the most similar comes first.
         candidates: list[tuple[float, int]] = []
-        for row in self._index.query(sketch):
-            estimate = sketch.jaccard(self._sketch_of(row, partition))
+        for candidate in self._index.find(position):
+            estimate = sketch.jaccard(self._sketch_of(candidate))
             if estimate >= self._threshold - ESTIMATE_MARGIN:
-                candidates.append((-estimate, row))
-        for _, row in sorted(candidates)[:MAX_CHECKED]:
-            candidate_runs = ngrams(normalize(self._text_of(row)), partition)
+                candidates.append((-estimate, candidate))
+        for _, candidate in sorted(candidates)[:MAX_CHECKED]:
             self.report["comparisons"] += 1
-            if jaccard(set(runs), set(candidate_runs)) >= self._threshold:
-                return row
+            if jaccard(set(runs), set(self._runs(candidate))) >= self._threshold:
+                return candidate
         if len(candidates) > MAX_CHECKED:
             self.report["incomplete"] += 1
         return None
 
 
 def near_copies(
-    alive: np.ndarray, text_of: Callable[[int], str], partition: np.ndarray, threshold: float
+    alive: np.ndarray,
+    text_of: Callable[[int], str],
+    partition: np.ndarray,
+    threshold: float,
+    directory: Path | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """(int64[n]: the document that stands for each, report): itself, or the earlier document that it is a near copy of.
 
     A document that is itself a copy stands for no other. Only rows that are `alive` (bool[n]) and equal in `partition`
-    (uint64[n]) are compared.
+    (uint64[n]) are compared. `directory`: see `NearIndex`.
     """
-    index = NearIndex(text_of, threshold)
+    rows = np.flatnonzero(alive)
+    index = NearIndex(rows, text_of, partition[rows], threshold, directory)
     representative = np.arange(len(alive), dtype=np.int64)
-    for row in np.flatnonzero(alive).tolist():
-        earlier = index.add(row, text_of(row), int(partition[row]), unless_found=True)
+    for position in np.flatnonzero(index.may_be_near).tolist():
+        earlier = index.add(position, unless_found=True)
         if earlier is not None:
-            representative[row] = earlier
+            representative[rows[position]] = rows[earlier]
     return representative, index.report
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,18 +102,24 @@ def policies_of(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
 
 
 def find_duplicates(
-    config: DuplicatesConfig, columns: Mapping[str, np.ndarray], text_of: Callable[[int], str]
+    config: DuplicatesConfig,
+    columns: Mapping[str, np.ndarray],
+    text_of: Callable[[int], str],
+    directory: Path | None = None,
 ) -> Duplicates:
     """Which of the documents, in input order, are copies of an earlier one.
 
     `columns`: those of `Signer.sign`, of all blocks joined. `text_of(row)` gives `compared_text(document, config.text)`.
+    `directory`: where the search for near copies keeps its files, see `NearIndex`.
     """
     rows = np.arange(len(columns["digest"]), dtype=np.int64)
     duplicates = Duplicates(representative=rows.copy(), kind=np.zeros(len(rows), np.uint8))
     for kind in policies_of(config):
         is_original = duplicates.kind == 0  # so far
         if kind == "near":
-            representative, duplicates.search = near_copies(is_original, text_of, columns["verdict"], config.threshold)
+            representative, duplicates.search = near_copies(
+                is_original, text_of, columns["verdict"], config.threshold, directory
+            )
         else:
             representative = rows.copy()
             digests = columns["digest" if kind == "exact" else "normal"][is_original]
@@ -171,7 +178,7 @@ class _SplitChooser:
             return
         # `duplicates` counts from the first training document; `train` gives the document's number.
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
-        duplicates = find_duplicates(config, signatures, lambda row: self.text(int(train[row])))
+        duplicates = find_duplicates(config, signatures, lambda row: self.text(int(train[row])), self.table.directory)
         representatives = train[duplicates.representative]
         self.content[train] = self.content[representatives]
         report: dict[str, Any] = {}
@@ -258,7 +265,8 @@ class _SplitChooser:
             train = splits["train"]
             if not len(train) or not len(held_out):
                 continue
-            leaks = find_leaks(self.columns.signatures, train, held_out, self.config, self.text)
+            signatures = self.columns.signatures
+            leaks = find_leaks(signatures, train, held_out, self.config, self.text, self.table.directory)
             dropped, leak_report = apply_policy(leaks, policy, len(train), self.location_of)
             report[split] = {"policy": str(policy), **leak_report}
             self.drop(dropped, "leakage", f"in_{split}")

@@ -1,0 +1,55 @@
+"""The index of bands finds what rensa's own index finds, and takes room only for documents that share a band."""
+
+import numpy as np
+import pytest
+
+from trainer.data.selection import bands as bands_module
+from trainer.data.selection.bands import BandIndex
+
+BANDS, ROWS = 6, 3
+
+
+def sketches(count):
+    """MinHash sketches of sets of words, many of them with words in common."""
+    from rensa import RMinHash
+
+    draw = np.random.default_rng(3)
+    made = []
+    for number in range(count):
+        words = draw.integers(0, 60 if number % 3 else 10**9, draw.integers(1, 30))
+        sketch = RMinHash(BANDS * ROWS, 1)
+        sketch.update([b"%d" % word for word in words])
+        made.append(sketch)
+    return made
+
+
+def test_bands_find_what_the_index_of_rensa_finds(tmp_path, monkeypatch):
+    from rensa import RMinHashLSH
+
+    monkeypatch.setattr(bands_module, "DOCUMENTS_PER_WRITE", 64)
+    made = sketches(300)
+    index = BandIndex([sketch.digest() for sketch in made], len(made), BANDS, tmp_path)
+    oracle = RMinHashLSH(0.5, BANDS * ROWS, BANDS)
+    num_found = 0
+    for number, sketch in enumerate(made):
+        assert index.find(number) == set(oracle.query(sketch))
+        num_found += len(index.find(number))
+        if number % 4:
+            index.keep(number)
+            oracle.insert(number, sketch)
+    assert num_found > 100
+    assert 50 < np.count_nonzero(~index.shares_band) < 290
+
+
+def test_bands_leave_no_file_and_take_nothing_for_documents_apart(tmp_path):
+    digests = [[10 * number + place for place in range(BANDS * ROWS)] for number in range(50)]
+    index = BandIndex([*digests, None, None], 52, BANDS, tmp_path)
+    assert not index.shares_band.any() and index._slots.size == 0
+    index.keep(3)
+    assert index.find(3) == index.find(50) == set()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("digests", [[], [None]])
+def test_bands_of_no_words(tmp_path, digests):
+    assert not BandIndex(digests, len(digests), BANDS, tmp_path).shares_band.any()

@@ -1,0 +1,124 @@
+"""`BandIndex`, an index of documents by the bands of their MinHash sketches, in files, so that memory stays small.
+
+A band is a run of MinHash values. Two documents are compared only if one of their bands is the same (Leskovec, Rajaraman
+and Ullman, Mining of Massive Datasets, section 3.4). Most documents share no band with any other: these are known before the
+first comparison, and take no room in the index.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.selection.signatures import mix
+
+DOCUMENTS_PER_WRITE = 4096
+"""Documents whose band keys are made at a time."""
+
+
+class BandIndex:
+    """Documents by number, 0 to n - 1, of which those that were kept are found by a band that they share with another.
+
+    `digests`: the MinHash values of each document in order, None for one that shares no band. `directory` is where its
+    files are; they have no name there, and go with the process. Files: 8 bytes a band of a document, and 12 more
+    if it shares a band (for 18 bands 144 and 216 bytes). Memory: 40 bytes a document while the index is made, 1 byte after.
+    """
+
+    def __init__(
+        self, digests: Iterable[list[int] | None], num_documents: int, bands: int, directory: Path | None
+    ) -> None:
+        self._bands = bands
+        keys = _new_file((bands, num_documents), np.uint64, directory)
+        has_keys = np.zeros(num_documents, bool)
+        for begin, keys_of_chunk, has_keys_of_chunk in _band_keys(digests, bands):
+            chunk = slice(begin, begin + len(has_keys_of_chunk))
+            keys[:, chunk] = keys_of_chunk
+            has_keys[chunk] = has_keys_of_chunk
+
+        self.shares_band = np.zeros(num_documents, bool)
+        """bool [n]: whether a document has a band that another one has, too. The others need not be looked for."""
+        for band in range(bands):
+            self.shares_band |= _is_repeated(keys[band], has_keys)
+
+        # From here on, documents are numbered among those that share a band; -1 for the others.
+        shared = np.flatnonzero(self.shares_band)
+        self._number = np.full(num_documents, -1, np.int32)
+        self._number[shared] = np.arange(len(shared), dtype=np.int32)
+        shape = (bands, len(shared))
+        self._first_slot = _new_file(shape, np.int32, directory)
+        """Where the slots of a document's group begin: a group has the same band, and one slot for each member."""
+        self._slots = _new_file(shape, np.int32, directory)
+        """The kept members of each group, in the order in which they were kept."""
+        self._num_kept = _new_file(shape, np.int32, directory)
+        """How many members of a group are kept, at its first slot."""
+        for band in range(bands):
+            _, group, sizes = np.unique(keys[band, shared], return_inverse=True, return_counts=True)
+            first_slot_of_group = np.cumsum(sizes) - sizes
+            self._first_slot[band] = first_slot_of_group[group]
+
+    def keep(self, document: int) -> None:
+        """Let a document be found from now on."""
+        number = int(self._number[document])
+        if number < 0:
+            return
+        for band in range(self._bands):
+            first_slot = self._first_slot[band, number]
+            self._slots[band, first_slot + self._num_kept[band, first_slot]] = document
+            self._num_kept[band, first_slot] += 1
+
+    def find(self, document: int) -> set[int]:
+        """The kept documents that share a band with a document."""
+        number = int(self._number[document])
+        found: set[int] = set()
+        if number < 0:
+            return found
+        for band in range(self._bands):
+            first_slot = self._first_slot[band, number]
+            num_kept = self._num_kept[band, first_slot]
+            if num_kept:
+                found.update(self._slots[band, first_slot : first_slot + num_kept].tolist())
+        return found
+
+
+def _new_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np.ndarray:
+    """Zeros of this shape, mapped from a new file without a name, so that the system may write them out and drop them."""
+    if 0 in shape:
+        return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def _band_keys(digests: Iterable[list[int] | None], bands: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(first document, uint64 [bands, n] keys of its bands, bool [n] whether a document has any) of n documents at a time."""
+    remaining = iter(digests)
+    begin = 0
+    while chunk := list(islice(remaining, DOCUMENTS_PER_WRITE)):
+        has_keys = np.array([digest is not None for digest in chunk], bool)
+        keys = np.zeros((bands, len(chunk)), np.uint64)
+        values = np.array([digest for digest in chunk if digest is not None], np.uint64)
+        if len(values):
+            # A key is a hash of the band's values. Two bands with the same hash would cost a comparison, no wrong copy.
+            keys_of_bands = np.zeros((len(values), bands), np.uint64)
+            for column in np.split(values.reshape(len(values), bands, -1), values.shape[1] // bands, axis=2):
+                keys_of_bands = mix(keys_of_bands + column[:, :, 0] + np.uint64(1))
+            keys[:, has_keys] = keys_of_bands.T
+        yield begin, keys, has_keys
+        begin += len(chunk)
+
+
+def _is_repeated(keys: np.ndarray, has_keys: np.ndarray) -> np.ndarray:
+    """bool [n]: whether another document has the same key. `has_keys` (bool [n]): which of them have one."""
+    documents = np.flatnonzero(has_keys)
+    order = np.argsort(keys[documents])
+    sorted_keys = keys[documents[order]]
+    equals_next = sorted_keys[1:] == sorted_keys[:-1]
+    is_repeated_in_order = np.zeros(len(order), bool)
+    is_repeated_in_order[1:] = equals_next
+    is_repeated_in_order[:-1] |= equals_next
+    is_repeated = np.zeros(len(keys), bool)
+    is_repeated[documents[order]] = is_repeated_in_order
+    return is_repeated
