@@ -4,7 +4,8 @@
 
 Both train the same model on the same conversations (LoRA of rank 8 on all linear layers, one process, CPU, float32, batches of
 four, no W&B), in turn, so that other work on the machine meets both. The step is over when ours has written the row of its first
-step, and when the Trainer calls `on_step_end`; CPU seconds are of the process and the children it has waited for until then. Both find their modules compiled.
+step, and when the Trainer calls `on_step_end`; CPU seconds are of the process and the children it has waited for until then.
+Both find their modules compiled.
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"shardtune": [], "Trainer": []}
     with tempfile.TemporaryDirectory() as directory:
         data = conversations(Path(directory) / "train.jsonl")
-        for number in range(rounds + 1):  # the first warms caches: files, compiled modules, and our proof of the architecture
+        for number in range(
+            rounds + 1
+        ):  # the first warms caches: files, compiled modules, and our proof of the architecture
             for name, of in (("shardtune", ours), ("Trainer", theirs)):
                 to = Path(directory) / f"{name}-{number}" / "out"
                 to.mkdir(parents=True)
