@@ -20,9 +20,10 @@ from trainer.planner.memory_tracker import LiveBytes
 
 @contextmanager
 def track_bucket_reductions(engine: Any, recorder: LiveBytes, full_trained_elements: int | None) -> Iterator[None]:
-    """Tell `recorder` of the reductions of `engine` while entered.
+    """While entered, count in `recorder` the buffers that DeepSpeed takes to reduce the gradients of `engine`.
 
-    `full_trained_elements`: trained elements of the deeper model that the engine's stands for; None if it stands for
+    Two methods of DeepSpeed's optimizer are replaced for as long. Other engines have no buckets, and nothing is replaced.
+    `full_trained_elements`: trained elements of the deeper model that the engine's model stands for; None if it stands for
     itself, and each reduction counts as it comes.
     """
     optimizer: Any = getattr(getattr(engine, "engine", None), "optimizer", None)
@@ -56,7 +57,8 @@ class _WatchedBuckets:
         self._in_a_block = False
 
     def on_gradient(self, param: Any, group: int) -> None:
-        """A gradient is ready. In a block it counts as if it filled a bucket."""
+        """DeepSpeed calls this for each gradient that is ready. In a block it counts as if it filled a bucket."""
+        # The place at work is the index of a block, or a word outside blocks (`before`, `head`, `after`).
         self._in_a_block = isinstance(self.recorder.phase.place, int)
         if self._has_several_buckets and self._in_a_block:
             # A gradient that is larger than a bucket is reduced alone.
@@ -67,7 +69,10 @@ class _WatchedBuckets:
         self._in_a_block = False
 
     def reduce(self, *args: Any, **kwargs: Any) -> None:
-        """Reduce what is in the buckets; outside blocks it counts as if the buckets were full."""
+        """DeepSpeed calls this to reduce what is in its buckets; outside blocks it counts as if the buckets were full.
+
+        Inside blocks a reduction of a shallow model is ignored: `on_gradient` has counted a full bucket in its place.
+        """
         recorder = self.recorder
         earlier_kind = recorder.new_kind
         recorder.new_kind = MemoryKind.communication
@@ -89,10 +94,11 @@ class _WatchedBuckets:
 
         They are a copy of what goes to one rank, and one more in the type in which it is exchanged.
         """
+        # DeepSpeed has a bucket for each type in which gradients are exchanged; our runs use one type.
         (exchanged_dtype,) = self.optimizer.ipg_buckets
         stored_dtype = self.optimizer.bit16_groups_flat[0].dtype
         bytes_per_element = stored_dtype.itemsize
         if exchanged_dtype != stored_dtype:
             bytes_per_element += exchanged_dtype.itemsize
-        elements_per_rank = -(-trained_elements // self._ranks)
+        elements_per_rank = -(-trained_elements // self._ranks)  # rounded up
         return bytes_per_element * min(bucket_elements, elements_per_rank)

@@ -50,7 +50,10 @@ def expected_bytes(
 def _parameter_bytes(
     built: Built, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
 ) -> dict[str, float]:
-    """`expected_bytes` of parameters and gradients."""
+    """Bytes by collective that a step exchanges for parameters and gradients, whatever its tokens are.
+
+    What frozen and trained weights are gathered in is half precision unless the run is in fp32; most gradients are in fp32.
+    """
     parameters = {id(parameter): parameter for _, parameter in named_parameters(built.step_module)}
     trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)
     gathered_itemsize = 4 if precision is Precision.fp32 else 2
@@ -72,7 +75,10 @@ def _parameter_bytes(
 def _fsdp2_bytes(
     built: Built, strategy: Fsdp2Config, runtime: Runtime, micro_batches: int, gathered_itemsize: int
 ) -> dict[str, float]:
-    """`expected_bytes` under FSDP2 and HSDP."""
+    """Bytes by collective of parameters and gradients under FSDP2, and under HSDP, which has several sharded replicas.
+
+    `gathered_itemsize`: bytes of a weight in the type in which it is gathered.
+    """
     module = built.step_module
     copies = replica_count(strategy, runtime.world_size, runtime.hosts)
     shards = runtime.world_size // copies
@@ -83,6 +89,7 @@ def _fsdp2_bytes(
     if strategy.reshard_after_forward:  # blocks are gathered again in the backward pass
         for unit in module.shard_units():
             gathered_elements += sum(elements.get(id(p), 0) for p in unit.parameters())
+    # Whether gradients wait unreduced for the step's last micro-batch: as the run has decided, else as it is set.
     defers = module.plan.defer_sync
     if defers is None:
         defers = strategy.defer_sync is not False
@@ -102,7 +109,8 @@ def _fsdp2_bytes(
 def _exchanged_elements(module: Any, shards: int) -> dict[int, int]:
     """Elements of each parameter that a rank gathers at a time, by the parameter's id; `shards`: ranks of a replica.
 
-    Of dealt experts (`parallel.experts`) these are the ones of its place, and none if no other rank holds them.
+    With `parallel.experts` the experts of a layer are dealt: each rank of a group holds some of them. A rank gathers its own
+    experts from the ranks that hold the same ones, and nothing if there are no such ranks.
     """
     elements = _whole_elements(module)
     expert_ranks = module.plan.expert_ranks
@@ -124,9 +132,11 @@ def _whole_elements(module: Any) -> dict[int, int]:
 
 
 def _row_bytes(built: Built, strategy: StrategyConfig, precision: Precision, degree: int, tokens: float) -> float:
-    """Bytes of rank 0's exchanges of slices for heads in a micro-batch, a row of `tokens` tokens; 0 if heads are not known.
+    """Bytes that rank 0 exchanges in a micro-batch with the ranks that share its row (`parallel.sequence`).
 
-    Left out: the replayed documents that a reference reads by themselves.
+    Before attention each rank has a slice of the row with all heads, in attention the whole row with some heads: that takes
+    an exchange each way. `degree`: ranks that share a row. `tokens`: of the row. 0 if the model's heads are not known. Left
+    out: replayed documents, which a reference model reads by themselves.
     """
     step = built.step_module
     _, blocks = width_and_blocks(built.plain)
@@ -140,10 +150,11 @@ def _row_bytes(built: Built, strategy: StrategyConfig, precision: Precision, deg
 
 
 def _expert_bytes(built: Built, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
-    """Bytes that a rank exchanges in a micro-batch of `tokens` tokens with the ranks of its experts, if all get as many rows.
+    """Bytes that a rank exchanges in a micro-batch of `tokens` tokens with the ranks that hold its layer's other experts.
 
-    Each choice of an expert is a row, which goes there and back, and so do the gradients. Before, the ranks of a group tell each
-    other a number for each expert.
+    Each expert that the router chooses for a token is a row of the token's hidden state, which goes to the expert's rank and
+    back; so do the gradients. Before, the ranks tell each other how many rows come for each expert. Routing is taken to be
+    even.
     """
     step = built.step_module
     text = text_settings(built.config)

@@ -126,7 +126,7 @@ class CostModel:
     """Whether the model is right for one row at a time only."""
 
     def peak_at(self, units: float) -> MemoryPeak:
-        """The peak of micro-batches of so many units."""
+        """The most that a rank holds in a step, if its micro-batches have `units` units (rows or tokens, as `rows` says)."""
         small_phases, large_phases = self.phases
         totals = {}
         for phase, large_peak in large_phases.items():
@@ -143,7 +143,7 @@ class CostModel:
         return MemoryPeak(round(total), phase, kinds)
 
     def largest_units(self, limit: float) -> float:
-        """The most units whose peak fits in `limit` bytes; 0 if not even an empty micro-batch fits."""
+        """The largest micro-batch, in units, whose peak fits in `limit` bytes of device memory; 0 if an empty one does not."""
         small_phases, large_phases = self.phases
         # Every peak is linear in the units: each candidate gives a bound, and the lowest one counts.
         units = float("inf")
@@ -159,7 +159,11 @@ class CostModel:
         return units
 
     def work(self, units: float, squares: float) -> tuple[float, float, float]:
-        """(operations of products and attention, bytes moved by others, bytes between host and device) of a micro-batch."""
+        """The work of one micro-batch of `units` units, whose sequences' squared lengths add up to `squares`.
+
+        Returns (floating-point operations of matrix products and attention, bytes that other operations read and write,
+        bytes copied between host and device).
+        """
         small, large = self.sizes
         determinant = small.units * large.squares - large.units * small.squares
         # Rows of one length: attention grows with their number, as everything else does.
@@ -183,7 +187,10 @@ class CostModel:
         return large.pinned(self._at_units(small.size, large.size, units))
 
     def units_in_host_memory(self, limit: float) -> float:
-        """The most units whose inputs of blocks fit in `limit` bytes of pinned host memory."""
+        """The largest micro-batch, in units, whose block inputs fit in `limit` bytes of pinned host memory.
+
+        Inputs wait there with `strategy.offload_activations`; infinite without it.
+        """
         small, large = self.host_inputs
         if not large.tensors:
             return math.inf
@@ -205,12 +212,14 @@ class CostModel:
 def sizes_for(
     built: Any, vocabulary: int, length: int, *, straight: bool, slices: int = 1, in_tiles: bool = False
 ) -> tuple[bool, list[list[int]]]:
-    """(whether sizes are rows, lengths of the sequences of two micro-batches to simulate) for sequences of `length` tokens.
+    """The two micro-batches to simulate for a cost model, as the lengths of their sequences in tokens.
 
-    Both micro-batches fill several of the head's chunks of logits: the second chunk is made while the first still lives.
-    Without padding, short sequences say as much as long ones if attention's memory is linear in their length
-    (`straight`). Otherwise all sequences are long. `slices`: ranks that share a row. `in_tiles`: MLPs take tiles, of which a
-    short sequence would be a single one.
+    Returns (whether a size is a number of rows; else of tokens, the lengths for either size). Two sizes give the line on
+    which all others lie. Both must fill several chunks of logits of the head (the loss takes tokens in chunks, and the second
+    chunk is made while the first still lives). Without padding, short sequences say as much as long ones, and are simulated
+    sooner, if attention's memory is linear in their length (`straight`). Otherwise all have `length` tokens.
+    `built.data_spec` says how many sequences a document has. `slices`: ranks that share a row. `in_tiles`: MLPs take their
+    tokens in tiles, of which a short sequence would be a single one.
     """
     per_document = built.data_spec.sequences_per_document
     chunk_tokens = slices * max(128, CHUNK_LOGITS // max(1, vocabulary))
@@ -222,6 +231,7 @@ def sizes_for(
             documents = -(-2 * chunk_tokens // (per_document * length))
         sequences = per_document * documents
         return padded, [[length] * sequences, [length] * (sequences + per_document)]
+    # From here on rows have no padding, and a micro-batch is one row with the sequences of one document.
     if in_tiles:
         return False, [[-(-length // 2)] * per_document, [length] * per_document]
     if fills_chunks:
@@ -237,11 +247,12 @@ def simulate_sizes(
     expected: dict[StepPhase, int] | None = None,
     is_needed: Callable[[StepPhase], bool] = lambda _: True,
 ) -> list[SimulatedStep]:
-    """Simulate steps of several sizes by one engine, which takes one step before; kinds of memory are told of the last alone.
+    """Simulate a step of each size of micro-batch by one engine, which takes a step before that does not count.
 
-    `expected`: the operations after which phases will be highest at the last size; default: those of the size before. If
-    a phase that `is_needed` is highest sooner, the step is taken twice. The model is on meta, and is used up. Raises what
-    the engine raises, and ConfigError for what it refuses.
+    `sizes`: the micro-batches of each step, smallest first. In the last step memory is also told apart by kind, which is done
+    once a phase, after its highest operation. `expected` guesses which operation that will be; default: the same as at the
+    size before. If the guess comes too late for a phase that `is_needed`, the step is taken again. The model is on meta, and
+    cannot be used afterwards. Raises what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
         batches_by_size = replaced_by_fakes(parts.built, sizes)
@@ -287,11 +298,12 @@ def fit_cost_model(
     ends: int = END_BLOCKS,
     joined: bool = False,
 ) -> CostModel:
-    """The cost model of a model of `blocks` blocks.
+    """The cost model of a step in a model of `blocks` blocks, from steps of two sizes in models of two depths.
 
-    `take(depth, expected)` simulates two sizes of micro-batch in a model of `depth` blocks; for `expected` see
-    `simulate_sizes`. `period`: after how many blocks their kinds repeat; None simulates the whole model. `ends`: blocks
-    at either end that may differ from those between. `joined`: whether the two ends may have a block in common.
+    `take(depth, expected)` simulates both sizes of micro-batch in a model of `depth` blocks, and returns (the steps, the
+    sizes, whether they are in rows); for `expected` see `simulate_sizes`. `period`: after how many blocks their kinds repeat;
+    None simulates the whole model. `accumulation`: micro-batches of a step. `local_world_size`: ranks of a host. `ends`:
+    blocks at either end that may differ from those between. `joined`: whether the two ends may have a block in common.
     """
     depths = shallow_depths(blocks, period, ends, ends_overlap=joined) if period else None
     if depths is None:  # no period, or too few blocks to extrapolate
@@ -355,11 +367,12 @@ def _moved_before_update(step: SimulatedStep) -> int:
 
 
 def peak_candidates(small: PhasePeak, large: PhasePeak) -> list[tuple[int, int]]:
-    """Bytes at two sizes after each operation that may be a phase's highest at some larger size.
+    """Operations of a phase after which most may be live in some larger micro-batch, as (bytes at the small, at the large size).
 
-    These are the operations that no other exceeds both at the large size and in how it grows. In large micro-batches the
-    highest of a phase is another operation's: what a block keeps for its backward pass grows with the tokens, the
-    gradients of its weights do not. None if the two sizes do not have the same operations. Frees both courses.
+    `small` and `large` are the same phase at the two simulated sizes. Which operation is highest depends on the size: what a
+    block keeps for its backward pass grows with the tokens, the gradients of its weights do not. Kept are the operations that
+    no other exceeds both at the large size and in how they grow. The list is empty if the two sizes have different operations.
+    `live_after_operation` of both is emptied, since nothing needs it afterwards.
     """
     candidates: list[tuple[int, int]] = []
     if len(small.live_after_operation) == len(large.live_after_operation):
@@ -376,7 +389,10 @@ def peak_candidates(small: PhasePeak, large: PhasePeak) -> list[tuple[int, int]]
 
 
 def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) -> dict[Exchange, tuple[int, int]]:
-    """(calls, bytes) of each kind of exchange in a step."""
+    """(calls, bytes together) of each kind of exchange of weights and gradients in a step; those of tokens are left out.
+
+    `accumulation`: micro-batches of the step. `local_world_size`: ranks of a host.
+    """
     calls: Counter[Exchange] = Counter()
     size_bytes: Counter[Exchange] = Counter()
     for collective in step.collectives:
@@ -396,7 +412,7 @@ def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) ->
 
 
 def _token_exchanges(step: SimulatedStep, accumulation: int) -> dict[int, tuple[int, int]]:
-    """(calls, bytes) of what ranks exchange for the tokens of one micro-batch, by the ranks of a group."""
+    """(calls, bytes together) of what ranks exchange for the tokens of one micro-batch, by the number of ranks of a group."""
     calls: Counter[int] = Counter()
     size_bytes: Counter[int] = Counter()
     for collective in step.collectives:
@@ -423,7 +439,7 @@ def _token_exchanges_at_depth(
     accumulation: int,
     local_world_size: int,
 ) -> tuple[TokenExchange, ...]:
-    """The exchanges of the whole model, from two sizes at two depths."""
+    """What ranks of the whole model exchange for a micro-batch's tokens, from steps of two sizes at two depths."""
     at_sizes = []
     for shallow_step, deep_step in zip(shallow, deep, strict=True):
         shallow_exchanges = _token_exchanges(shallow_step, accumulation)

@@ -14,14 +14,16 @@ DEGREES = (2, 4, 8)
 
 
 def with_dealt_experts(configs: list[RunConfig], world: int) -> list[list[RunConfig]]:
-    """Each run with its experts dealt over 2, 4 and 8 ranks, where its models can be; nothing for a model without experts.
+    """For each run, the same run with expert parallelism (`parallel.experts`) over 2, 4 and 8 ranks, as far as it is possible.
 
-    `configs` differ in what the models' experts do not depend on. A teacher or a reward model that is a mixture must be dealt
-    likewise. Expert groups across hosts are left out: each layer would wait for the network. Reads configurations alone.
+    Dealing experts means that each rank of a group holds some experts of every layer; tokens travel to them. Lists are empty
+    for models without experts, and for strategies other than FSDP2 and HSDP. `configs` are variants of one run, which share
+    its models: a teacher or a reward model that is a mixture of experts must be dealt likewise. Groups across hosts are left
+    out, since each layer would wait for the network. `world`: ranks of the run. No weights are read.
     """
     ranks_per_host = world // configs[0].launcher.nodes
     degrees = [degree for degree in DEGREES if ranks_per_host % degree == 0]
-    shards = [isinstance(config.strategy, Fsdp2Config) for config in configs]
+    shards = [isinstance(config.strategy, Fsdp2Config) for config in configs]  # FSDP2 and HSDP alone can deal experts
     nothing: list[list[RunConfig]] = [[] for _ in configs]
     if not degrees or not any(shards):
         return nothing

@@ -23,10 +23,12 @@ def deferred_gradient_bytes(cost_model: CostModel, shards: int, expert_ranks: in
 
 
 def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
-    """The cost model if gradients are reduced in the last micro-batch alone, and are `waiting` bytes more until then.
+    """The cost model of the same step if gradients are reduced in the last micro-batch alone.
 
-    What a reduction reads outlives its micro-batch, into the next forward pass. Without a reduction it is not there.
+    `waiting`: bytes that whole gradients take more than reduced ones until then. Against that, the buffers that a reduction
+    reads, which outlive their micro-batch into the next forward pass, are not there.
     """
+    # Keys are (collective, ranks, hosts, type, when); the reductions of all micro-batches but the last go.
     exchanged = {}
     for key, calls_and_bytes in cost_model.exchanged.items():
         collective = key[0]

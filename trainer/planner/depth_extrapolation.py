@@ -67,7 +67,11 @@ def shallow_depths(
 def phases_at_depth(
     shallow: SimulatedStep, deep: SimulatedStep, depths: tuple[int, int], blocks: int, ends: int = END_BLOCKS
 ) -> dict[StepPhase, PhasePeak]:
-    """The phases of a model of `blocks` blocks; those of its last blocks are counted from the end, from -1."""
+    """The peak memory of each phase in a step of a model of `blocks` blocks, from the steps of two shallow models.
+
+    `depths`: blocks of the shallow models. `ends`: blocks at either end that may differ from those between. A phase is a
+    stretch of a step in which one block or the head is at work; phases of the last blocks have negative places, from -1.
+    """
     extrapolate = extrapolation_to(depths, blocks)
     shallow_phases = phases_from_ends(shallow, depths[0], ends)
     deep_phases = phases_from_ends(deep, depths[1], ends)
@@ -75,9 +79,10 @@ def phases_at_depth(
 
 
 def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolate: Callable[[int, int], int]) -> PhasePeak:
-    """The peak of a phase at full depth.
+    """The peak of one phase in the whole model, from its peaks in the shallow and the deeper of two simulated models.
 
-    Each of its operations lies on a line of its own, so another one than in the shallow models may be the highest.
+    The bytes that are live after each operation grow along a line of their own, so another operation than in the simulated
+    models may be the highest. `extrapolate`: from an amount in both models to that of the whole one.
     """
     total = extrapolate(shallow.total, deep.total)
     kinds = extrapolate_by_key(shallow.kinds, deep.kinds, extrapolate)
@@ -92,7 +97,10 @@ def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolate: Callable
 
 
 def extrapolation_to(depths: tuple[int, int], blocks: int) -> Callable[[int, int], int]:
-    """A function from an amount at the two depths to the amount at `blocks` blocks: each further period adds the same."""
+    """A function that takes an amount at the two depths and returns the amount at `blocks` blocks.
+
+    Each further period of blocks adds as much as the deeper model has more than the shallower one.
+    """
     further_periods = (blocks - depths[1]) / (depths[1] - depths[0])
     return lambda first, second: round(second + (second - first) * further_periods)
 
@@ -112,7 +120,7 @@ def extrapolate_by_key(
 def extrapolate_pairs(
     shallow: dict[Any, tuple[int, int]], deep: dict[Any, tuple[int, int]], extrapolate: Callable[[int, int], int]
 ) -> dict[Any, tuple[int, int]]:
-    """`extrapolate_by_key` of (calls, bytes); what has no calls is left out."""
+    """Extrapolate the (calls, bytes) of each kind of exchange; a kind that has no calls in the whole model is left out."""
     extrapolated = {}
     for key in dict.fromkeys((*deep, *shallow)):
         shallow_calls, shallow_bytes = shallow.get(key, (0, 0))
@@ -126,7 +134,7 @@ def extrapolate_pairs(
 def extrapolate_step(
     shallow: SimulatedStep, deep: SimulatedStep, depths: tuple[int, int], blocks: int, ends: int = END_BLOCKS
 ) -> ExtrapolatedStep:
-    """The step of a model of `blocks` blocks, from those of `depths` blocks."""
+    """The step of a model of `blocks` blocks, from the steps of two shallow models of `depths` blocks."""
     phases = phases_at_depth(shallow, deep, depths, blocks, ends)
     extrapolate = extrapolation_to(depths, blocks)
     peak, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total)
@@ -154,7 +162,7 @@ def extrapolate_step(
 
 
 def host_inputs_at_depth(shallow: SimulatedStep, deep: SimulatedStep, extrapolate: Callable[[int, int], int]) -> OnHost:
-    """What waits on the host in the whole model."""
+    """The inputs of recomputed blocks that wait in host memory (`strategy.offload_activations`), in the whole model."""
     return OnHost(
         tensors=extrapolate(shallow.host_inputs.tensors, deep.host_inputs.tensors),
         size=extrapolate(shallow.host_inputs.size, deep.host_inputs.size),
@@ -162,7 +170,7 @@ def host_inputs_at_depth(shallow: SimulatedStep, deep: SimulatedStep, extrapolat
 
 
 def full_depth_step(step: SimulatedStep, blocks: int) -> ExtrapolatedStep:
-    """A step that was simulated at full depth, as `extrapolate_step` would give it."""
+    """The result for a model that was simulated as it is, with all its `blocks` blocks."""
     peak, phase_peak = step.peak
     return ExtrapolatedStep(
         blocks=blocks,
@@ -187,7 +195,12 @@ def step_at_depth(
     ends_overlap: bool = False,
     exact: bool = False,
 ) -> ExtrapolatedStep:
-    """The step of a model of `blocks` blocks. `simulate(depth)` takes the step of a model of `depth` blocks."""
+    """The step of a model of `blocks` blocks, extrapolated from two shallow ones where that is possible.
+
+    `simulate(depth)` takes the step of the model with `depth` blocks. `period`: after how many blocks their kinds repeat.
+    `ends`: blocks at either end that may differ from those between. `ends_overlap`: as for `shallow_depths`. With `exact`
+    the whole model is simulated.
+    """
     depths = None if exact else shallow_depths(blocks, period, ends, ends_overlap=ends_overlap)
     if depths is None:
         return full_depth_step(simulate(blocks), blocks)
@@ -195,12 +208,16 @@ def step_at_depth(
 
 
 def phases_from_ends(step: SimulatedStep, depth: int, ends: int = END_BLOCKS) -> dict[StepPhase, PhasePeak]:
-    """The phases of a step; those of a block near the end are counted from there, and those in the middle are left out."""
+    """The phases of a step in a model of `depth` blocks, named so that models of different depths can be compared.
+
+    The first `ends` blocks keep their index, the last ones have negative places (-1 is the last block), and phases of the
+    blocks between are left out. In a model so short that a block is near both ends, its phases occur twice.
+    """
     phases: dict[StepPhase, PhasePeak] = {}
     for phase, peak in step.phases.items():
         place = phase.place
         if not isinstance(place, int):
-            phases[phase] = peak
+            phases[phase] = peak  # outside blocks, such as the head
             continue
         if place < ends:
             phases[phase] = peak
@@ -218,10 +235,14 @@ def near_an_end(phase: StepPhase, depth: int, ends: int = END_BLOCKS) -> bool:
 def phases_of_deeper_model(
     shallow_phases: dict[StepPhase, PhasePeak], depths: tuple[int, int], ends: int
 ) -> dict[StepPhase, PhasePeak]:
-    """The phases of a model of the second depth, each with the peak of the block of the first one that does the same."""
+    """What to expect of the deeper of two models: for each phase, the peak of the corresponding block in the shallow one.
+
+    The planner uses it before it simulates the deeper model, to know after which operation a phase will hold most. `depths`:
+    blocks of the shallow and of the deeper model. `ends`: blocks at either end that may differ from those between.
+    """
     shallow_depth, deep_depth = depths
     phases: dict[StepPhase, PhasePeak] = {}
-    phases_of_block_0 = set()
+    phases_of_block_0 = set()  # stands for every block: forward and backward of each micro-batch
     for phase, peak in shallow_phases.items():
         if isinstance(phase.place, int):
             phases_of_block_0.add(replace(phase, place=0))
@@ -239,7 +260,7 @@ def phases_of_deeper_model(
 
 
 def _exchanged_by_collective(collectives: list[Collective]) -> dict[tuple[str, int, str], tuple[int, int]]:
-    """(calls, bytes) by collective, number of ranks and type."""
+    """(calls, bytes together) of a step's exchanges, by collective, number of ranks and type."""
     calls: Counter[tuple[str, int, str]] = Counter()
     size_bytes: Counter[tuple[str, int, str]] = Counter()
     for collective in collectives:

@@ -57,9 +57,10 @@ def why_not_simulated(error: Exception) -> str:
 
 
 def single_step_config(config: RunConfig, world: int, *, mode_if_auto: ActivationCheckpointing) -> RunConfig:
-    """The run with the shortest step that holds as much as any of its steps, in a form that can be simulated.
+    """The run with the shortest step that takes as much memory as any of its steps, in a form that can be simulated.
 
-    If the run would choose by memory which blocks are recomputed, all of them do as `mode_if_auto` says.
+    That is a step of two micro-batches at most, uncompiled. `world`: ranks of the run. `mode_if_auto`: the recomputation to
+    simulate where the run itself would choose by memory which blocks are recomputed.
     """
     strategy = simulable(config.strategy)
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
@@ -106,7 +107,10 @@ def must_fit(
 
 
 def does_not_fit_message(fit: MemoryFit, peak: SimulatedPeak, config: RunConfig) -> str:
-    """The message of a run that does not fit: what it needs, what the GPU has, and which settings help."""
+    """The message of a run that does not fit: what it needs, what the GPU has, and which settings would take less.
+
+    `fit`: the parts of a rank's memory. `peak`: where in the step most is live. Settings that the run has are not proposed.
+    """
     micro = config.batch["micro"]
     mode = config.strategy.activation_checkpointing
     remedies = []
@@ -137,9 +141,10 @@ def simulate_in_process(
 
 
 def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> Any:
-    """What `function`, a function of a module, returns for `arguments` in a process of its own; text if there is no answer.
+    """What `function(*arguments)` returns in a new process, or a text that says why there is no answer.
 
-    A process that is part of a job, or has GPUs, cannot simulate: another one is started for it.
+    `function` must be defined at the top of a module, so that the new process can import it. Simulations are called so: a
+    process that is part of a job, or holds a GPU, cannot simulate other ranks.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

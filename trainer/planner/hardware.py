@@ -129,7 +129,11 @@ def memory_fit(cost_model: CostModel, peak: MemoryPeak, card: Card) -> MemoryFit
 
 
 def fit_in_memory(live_bytes: int, groups: int, memory_gib: float, allocator: float = ALLOCATOR_OVERHEAD) -> MemoryFit:
-    """How `live_bytes` bytes of tensors fit in `memory_gib`, beside what the process and its groups of ranks take."""
+    """How `live_bytes` bytes of tensors fit in a device of `memory_gib`, beside what the process itself takes.
+
+    `groups`: groups of ranks that exchange something, for each of which NCCL takes buffers. `allocator`: the share of live
+    bytes that torch's allocator reserves beyond them.
+    """
     return MemoryFit(
         live=live_bytes,
         context=round(PROCESS_CONTEXT_GIB * GIB),

@@ -46,13 +46,13 @@ class DocumentLengths:
         )
 
     def tokens_of_longest(self, count: int) -> float:
-        """Tokens of the `count` longest."""
+        """Tokens of the `count` longest units together: what the worst micro-batch of `count` units holds."""
         if len(self.longest) == 1:
             return float(count * self.longest[0])
         return float(self.longest[:count].sum())
 
     def units_within(self, tokens: float) -> int:
-        """How many of the longest units have at most `tokens` tokens together."""
+        """How many of the longest units have at most `tokens` tokens together: the largest micro-batch that memory allows."""
         if len(self.longest) == 1:
             return int(min(tokens // float(self.longest[0]), LARGEST_MICRO))
         return min(int(np.searchsorted(np.cumsum(self.longest), tokens, side="right")), LARGEST_MICRO)
@@ -74,7 +74,7 @@ class SampledLengths:
         return float(self.tokens[self.order.epoch(0)].mean())
 
     def lengths(self, config: DataConfig, sequences_per_unit: int) -> DocumentLengths:
-        """The lengths of the first epoch; packs count as long as they may be."""
+        """The lengths of the units that the first epoch draws. A pack (several documents in one row) counts as full."""
         epoch_units = self.order.epoch(0)
         # Another epoch may have fuller packs, so packs count as full.
         longest = np.array([config.max_length]) if config.packing else np.sort(self.tokens)[::-1]
@@ -84,7 +84,10 @@ class SampledLengths:
 
 
 def sampled_lengths(config: RunConfig, train: TokenDataset, sequences_per_document: int) -> SampledLengths:
-    """How a run draws `train`. Errors: those of `build_order`."""
+    """The lengths of prepared data in the units that a run draws: packs if it packs, else single documents (or pairs).
+
+    `sequences_per_document`: 2 for an objective over pairs of answers, else 1. Raises what `build_order` raises.
+    """
     # What the model writes is learned behind its prompt: at most as long as it may be.
     lengths = train.lengths.astype(np.int64) + written_tokens(config.objective)
     units, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)

@@ -118,7 +118,10 @@ class LiveBytes(TorchDispatchMode):
     # -- what lives ----------------------------------------------------------------------------------------------
 
     def track(self, tensor: Tensor, kind: MemoryKind | None = None) -> None:
-        """Count a tensor's storage from now on; with `kind`, it is known what it holds."""
+        """Count a tensor's storage as live until it is freed. `kind`: what it holds; None if nothing special is known.
+
+        Tensors that share a storage count once. Tensors elsewhere than on `device` do not count.
+        """
         if device_of(tensor) != self.device:
             return
         storage = tensor.untyped_storage()
@@ -132,6 +135,8 @@ class LiveBytes(TorchDispatchMode):
             live_storage.kind = kind
 
     def _on_free(self, key: int) -> Callable[[Any], None]:
+        """The callback of a weak reference: it takes the storage out of the count when python frees it."""
+
         def free(_reference: Any) -> None:
             live_storage = self._live.pop(key, None)
             if live_storage is not None:
@@ -140,6 +145,7 @@ class LiveBytes(TorchDispatchMode):
         return free
 
     def _on_resize(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage with its new size: FSDP2 frees and fills its buffers so, without a new tensor."""
         live_storage = self._live.get(storage_key(storage))
         if live_storage is None:
             return
@@ -160,7 +166,11 @@ class LiveBytes(TorchDispatchMode):
     def begin_tallied_step(
         self, tally_after: dict[StepPhase, int], owned_tensors: Callable[[], Iterable[tuple[MemoryKind, Tensor]]]
     ) -> None:
-        """A step begins: tally what is live by kind after these operations of their phases."""
+        """A step begins in which live bytes are also told apart by kind, which takes too long to do after each operation.
+
+        `tally_after`: the operation of each phase after which it is done, by its number within the phase. `owned_tensors`
+        names the tensors of the engine and their kinds.
+        """
         self.begin_step()
         self._operations_to_tally = tally_after
         self._owned_tensors = owned_tensors
@@ -176,7 +186,7 @@ class LiveBytes(TorchDispatchMode):
                 live_storage.kind = kind
 
     def tally(self) -> dict[MemoryKind, int]:
-        """Live bytes by kind, now."""
+        """Live bytes on the device by kind of memory (parameters, gradients, activations and so on), now."""
         self._is_counting = False  # asking for a tensor can be an operation
         owned_tensors = list(self._owned_tensors())
         self._is_counting = True
@@ -195,7 +205,7 @@ class LiveBytes(TorchDispatchMode):
         self.extra_bytes = 0
 
     def note_live_bytes(self) -> None:
-        """Note what is live after an operation of the current phase."""
+        """Append the live bytes to the course of the current phase, and update its peak: called after each operation."""
         if not self._is_counting or self.ignored:
             return
         if self.phase is not self._current_phase:

@@ -34,10 +34,11 @@ UNPLANNED_MICRO = 4
 def settle_micro(
     config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], freeze: Callable[[RunConfig], None]
 ) -> RunConfig:
-    """The run with its micro-batch: that of the configuration, or the one that is chosen here and handed to `freeze`.
+    """The run with a number for `batch.micro`: that of the configuration, or for `auto` the one that is chosen here.
 
-    All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every rank if
-    not even the smallest fits, or if some ranks alone run out of memory.
+    `announce` prints a line for the user. `freeze` writes a choice to the run's directory, so that a later start takes the
+    same. All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every
+    rank if not even the smallest fits, or if some ranks alone run out of memory.
     """
     runtime = inputs.runtime
     batch, earlier_resolution = broadcast_object((config.batch, config.resolution(MICRO)), runtime)
@@ -122,7 +123,11 @@ def propose_micro(
     device: tuple[str, float],
     timeout_s: float,
 ) -> tuple[int, str]:
-    """(the largest micro-batch that is planned to fit, why) for (all ranks, those of a host) on (kind, GiB of each device)."""
+    """The largest micro-batch that should fit by a simulated step, and a sentence that says why.
+
+    `ranks`: (all ranks, those of a host). `device`: (`cuda` or `cpu`, GiB of each device). If the step cannot be simulated,
+    a small number is proposed. 1 if nothing fits: the real steps that follow have the last word.
+    """
     world_size = ranks[0]
     kind, available_gib = device
     sequences = data_spec_of(config.objective).sequences_per_document
@@ -149,13 +154,17 @@ def propose_micro(
 
 
 def needed_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, available_gib: float) -> float:
-    """GiB of a rank with so many documents in each forward pass."""
+    """GiB that a rank needs with `micro` documents in each forward pass, the longest ones; `available_gib`: of its device."""
     peak = cost_model.peak_at(float(micro) if cost_model.rows else lengths.tokens_of_longest(micro))
     return fit_in_memory(peak.total, group_count(cost_model), available_gib).total / GIB
 
 
 def simulated_form(config: RunConfig, length: int, ranks: tuple[int, int], kind: str) -> CostModel | str:
-    """Rank 0's step on (all ranks, those of a host) of that kind, or why it cannot be simulated; not for a process of a job."""
+    """The cost model of a rank's step, simulated, or a text that says why it cannot be.
+
+    `length`: tokens of each sequence. `ranks`: (all ranks, those of a host). `kind`: `cuda` or `cpu`. A process that is part
+    of a job cannot simulate: call it through `call_in_process`.
+    """
     from trainer.planner.simulation import simulate_form
 
     device = SIMULATED if kind == "cuda" else torch.device("cpu")

@@ -22,7 +22,7 @@ from trainer.optim.schedule import ScheduleConfig
 
 
 def step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
-    """A `StepBatch` on `device` of one rank's micro-batches, which are on the CPU."""
+    """One rank's micro-batches, which are on the CPU, as the `StepBatch` on `device` that the training loop takes."""
     micro_batches = [to_device(batch, device) for batch in batches]
     tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
     return StepBatch(
@@ -36,7 +36,10 @@ def step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch
 
 
 def minimal_trainer(engine: Any) -> Trainer:
-    """A `Trainer` with an engine, and nothing else that a training run has: only `train_step` may be called."""
+    """A `Trainer` with an engine, and nothing else that a training run has: only `train_step` may be called.
+
+    Simulated steps and steps on trial run through it, so that they do what a training run's own step does.
+    """
     settings = LoopSettings(
         total_steps=3,
         seed=0,

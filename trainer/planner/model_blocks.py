@@ -31,7 +31,10 @@ _PATTERN_BY_CONFIG: dict[str, BlockPattern] = {}
 
 
 def block_pattern(config: ModelConfig) -> BlockPattern:
-    """The blocks of a model, by what transformers builds of its config.json."""
+    """How the kinds of a model's blocks (its layers) repeat, by what transformers builds of its config.json.
+
+    The planner simulates two models of few blocks in place of the whole one. The pattern says which numbers of blocks will do.
+    """
     settings = load_model_config(config)
     text = settings.get_text_config()
     if getattr(settings, "is_encoder_decoder", False):
@@ -43,7 +46,11 @@ def block_pattern(config: ModelConfig) -> BlockPattern:
 
 
 def _pattern_of_built_model(config: ModelConfig, settings: Any, text: Any) -> BlockPattern:
-    """The pattern of a model built on meta; without a period if its class cannot build one."""
+    """The pattern of a model that is built on meta, where weights take no memory.
+
+    `text`: the settings of the part that reads tokens, which are `settings` themselves unless the model also reads images.
+    The pattern has no period if the model's class cannot be built so: the planner then simulates the whole model.
+    """
     model_class = auto_class(ModelKind.causal, settings)
     try:
         with meta_context():
@@ -58,7 +65,11 @@ def _pattern_of_built_model(config: ModelConfig, settings: Any, text: Any) -> Bl
 
 
 def repeating_pattern(kinds: Sequence[Hashable]) -> BlockPattern:
-    """The pattern with the fewest blocks before those that repeat; a period must occur twice at least."""
+    """The pattern of blocks whose `kinds`, first to last, are given; two blocks of equal kind cost the same.
+
+    Of several, it is the one with the fewest blocks before those that repeat, then the shortest period. A period must occur
+    twice at least.
+    """
     number = len(kinds)
     for first in range(number):
         rest = kinds[first:]
@@ -69,9 +80,10 @@ def repeating_pattern(kinds: Sequence[Hashable]) -> BlockPattern:
 
 
 def truncated_model(config: ModelConfig, depth: int, directory: Path) -> ModelConfig:
-    """The model with its first `depth` blocks, as a directory with a config.json."""
+    """The model with its first `depth` blocks, to simulate in place of the whole: its config.json is written to `directory`."""
     settings = copy.deepcopy(load_model_config(config))
     text: Any = settings.get_text_config()
+    # Some settings are lists with an entry for each layer (its kind of attention, for example): they are cut alike.
     kept_layers = KeptLayers(tuple(range(depth)), text.num_hidden_layers)
     for name, value in kept_layers.by_layer(text.to_dict()).items():
         setattr(text, name, value)

@@ -65,9 +65,10 @@ def memory_gib(runtime: Runtime) -> float:
 
 
 def runs_out_of_memory(config: RunConfig, inputs: TrialInputs, trial: TrialDescription) -> bool:
-    """Whether two steps of the longest documents run out of memory on all ranks; nothing of them stays. All ranks must call.
+    """Try `config`: whether two real steps of the longest documents run out of memory on all ranks. All ranks must call.
 
-    Raises DoesNotFit where some ranks run out alone.
+    `batch.micro=auto` and `strategy=auto` try their choice so before they settle on it. Model and optimizer of the trial are
+    freed again. Raises DoesNotFit if some ranks run out and others do not.
     """
     reason: str | None = None
     try:
@@ -84,13 +85,14 @@ def runs_out_of_memory(config: RunConfig, inputs: TrialInputs, trial: TrialDescr
 
 
 def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
-    """Two steps of the longest documents by an engine that is closed again. All ranks must call."""
+    """Build model and engine, take two steps of the longest documents, and close the engine. All ranks must call."""
     engine, built, _ = build_engine(
         config, inputs.tokenizer, inputs.data, inputs.precision, inputs.runtime, scores_answers=True
     )
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(PROBE_STEPS + 1)
     runtime = inputs.runtime
+    # Two micro-batches hold as much as any number: the second adds to the gradients that the first left.
     micro_batches = min(2, accumulation_steps(config, runtime.world_size))
     cut = cut_of(runtime)
     longest = longest_micro_batch(built, workload(config, inputs.data, cut))

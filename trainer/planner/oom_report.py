@@ -34,9 +34,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunRecord, runtime: Runtime) -> Iterator[None]:
-    """Raise DoesNotFit in the place of an error of memory, on the rank that has it; the others lose their peer.
+    """While training is under way: turn an error of memory into DoesNotFit, whose message says what was held and what helps.
 
-    It is OutOfMemory instead if a smaller `batch.micro` may help: in a training step, and if `batch.micro` is above 1.
+    The rank that ran out raises it; the others lose their peer. It is OutOfMemory instead if a smaller `batch.micro` may
+    help, which needs a training step and a `batch.micro` above 1. `record.receipt` has what the run was expected to take.
     """
     try:
         yield
@@ -63,7 +64,10 @@ def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunReco
 def reporting_evaluation_out_of_memory(
     current_work: Callable[[], str], config: RunConfig, runtime: Runtime
 ) -> Iterator[None]:
-    """`reporting_out_of_memory` for `shardtune evaluate`, which has no trainer; `current_work()` says what was under way."""
+    """While `shardtune evaluate` is at work, which has no trainer: turn an error of memory into DoesNotFit, with what helps.
+
+    `current_work()` says what was under way, such as the name of a task.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -93,7 +97,7 @@ def _who_ran_out(error: BaseException, runtime: Runtime) -> str:
 
 
 def _memory_so_far(runtime: Runtime) -> str:
-    """This rank's peak so far, what is reserved or with libraries, and what is free."""
+    """A line of the message: this rank's peak of memory so far, and what is free. On a GPU also what torch has reserved."""
     peaks = peak_memory_gib(runtime.device)
     if runtime.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(runtime.device)
@@ -115,7 +119,11 @@ def _largest_micro_batch(batch: StepBatch) -> str:
 
 
 def _remedies(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
-    """The settings that would take less memory, as far as this run has not set them."""
+    """The line of the message that names settings which take less memory, as far as this run has not set them.
+
+    `training`: whether a training step ran out, not an evaluation. `runtime.readers`: ranks that read different samples
+    (those that share a row read the same).
+    """
     if not training:
         return f"lower evaluation.batch (it is {config.evaluation.batch}); the result does not depend on it"
     global_batch, micro = config.batch["global"], config.batch["micro"]

@@ -93,9 +93,9 @@ def simulating() -> bool:
 
 
 def cacheable_operation(func: Any, args: Any, kwargs: Any) -> Operation | None:
-    """The operation with its cache key, if its output's metadata depends on its operands' metadata alone.
+    """The operation with its cache key, if shape, strides and type of its output follow from those of its operands alone.
 
-    None for every other operation, and for real tensors.
+    `func`, `args` and `kwargs` are what torch dispatches. None for every other operation, and for real tensors.
     """
     mode: Any = mode_at_work(FAKE_MODE)
     if mode is None or not _depends_on_metadata(func):
@@ -141,7 +141,10 @@ def _depends_on_metadata(func: Any) -> bool:
 
 
 def _append_to_key(argument: Any, key: list[Any], tensors: list[Any]) -> None:
-    """Add an argument's metadata to `key`, and its tensors to `tensors`."""
+    """Append what the output's metadata depends on in `argument` to `key`, and its tensors to `tensors`.
+
+    Raises _NotCacheable for arguments whose values, or more than whose shape, strides, type and device, may matter.
+    """
     argument_type = type(argument)
     if argument_type is FakeTensor:
         if (
@@ -177,7 +180,10 @@ def rebuild(cached: OperationResult, operation: Operation) -> Any:
 
 
 def _rebuild_output(template: Any, operation: Operation) -> Any:
-    """An output from its template: the operand itself, a view of an operand's storage, or a new fake tensor."""
+    """An operation's output from its cached template, for the operands of this call.
+
+    It is the operand itself (an operation in place), a view of an operand's storage, or a new fake tensor.
+    """
     if isinstance(template, list | tuple):
         return type(template)(_rebuild_output(element, operation) for element in template)
     if not isinstance(template, _TensorTemplate):
@@ -211,9 +217,10 @@ def store(operation: Operation, output: Any, flops: float, moved_bytes: int) -> 
 
 
 def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> Any:
-    """`output` as it is cached. Raises _NotCacheable if it cannot be rebuilt.
+    """An operation's output as it is cached: each tensor as the description from which `rebuild` makes one like it.
 
-    `new_storages`: storages of what came out with it, which no two tensors may share.
+    `new_storages`: storages of the outputs that came before it in the same list. Two new tensors that share a storage could
+    not be rebuilt. Raises _NotCacheable for these, and if a rebuilt tensor would differ in any way.
     """
     if isinstance(output, list | tuple):
         return type(output)(_template_of(element, operation, new_storages) for element in output)
@@ -253,9 +260,9 @@ def _is_plain_fake(output: Any) -> bool:
 
 
 def _shared_storage(output: FakeTensor, key: int, operation: Operation) -> dict[str, Any]:
-    """Which operand the output is or shares its storage with, and where it begins in that storage.
+    """Three fields of `_TensorTemplate`: which operand the output is, whose storage it shares, and where it begins in it.
 
-    Raises _NotCacheable if it shares its storage with several: another time, they may not share one.
+    `key`: of the output's storage. Raises _NotCacheable if several operands share it: another time, they may not share one.
     """
     sharing = [index for index, tensor in enumerate(operation.tensors) if storage_key(tensor.untyped_storage()) == key]
     if len(sharing) > 1:

@@ -52,7 +52,10 @@ class PeerMemory:
 
 
 def problems_of(settings: Sequence[PeerSetting], *, full_tuning: bool) -> list[str]:
-    """What is wrong with `plan.theirs`; `full_tuning`: whether all of the model trains."""
+    """Sentences that say what is wrong with `plan.theirs`, the other trainer to compare with; empty if nothing is.
+
+    `full_tuning`: whether all weights of the model train.
+    """
     losses = [setting for setting in dict.fromkeys(settings) if setting in LOSS_BYTES_PER_LOGIT]
     problems = []
     if len(losses) > 1:
@@ -71,12 +74,17 @@ def peer_memory(
     settings: Sequence[PeerSetting],
     shard_counts: ShardCounts,
 ) -> PeerMemory:
-    """The memory of a step of `units` under `settings`. `logit_count`: tokens times words of a micro-batch."""
+    """What one rank of another trainer would hold for the step that `cost_model` describes, and in which phase most.
+
+    `units`: the size of the micro-batch, in the unit of the cost model (rows or tokens). `logit_count`: its tokens times the
+    words of the vocabulary. `settings`: what that trainer does differently. All else is taken to be as in our own step.
+    """
     loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * logit_count)
     resting, activations = _memory_at_the_loss(cost_model, units)
     parts_by_phase: dict[str, dict[str, int]] = {}
     if PeerSetting.pure_bf16 in settings:
         weights = 2 * cost_model.parameters  # bytes in bf16; gradients take as many, the two moments twice that
+        # Most is held at one of two moments: at the loss, with the logits, or in the update, with copies of the weights.
         sharded_state = {
             "weights": weights // shard_counts.weights,
             "moments": 2 * weights // shard_counts.moments,
@@ -98,7 +106,7 @@ def peer_memory(
 
 
 def _memory_at_the_loss(cost_model: CostModel, units: float) -> tuple[int, int]:
-    """(resting bytes, bytes of activations without logits) at the end of a forward pass."""
+    """What our own step holds at the end of a forward pass, without logits: (bytes of weights and state, of activations)."""
     phases = cost_model.phases[1]
     loss_phase = next(phase for phase in phases if phase.name == "forward" and phase.place in ("head", "after"))
     kinds = phases[loss_phase].kinds

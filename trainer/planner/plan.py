@@ -168,7 +168,7 @@ class MeasuredImbalance:
 
 
 def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: MeasuredImbalance | None) -> PlannedRun:
-    """`job` with the imbalance that was typed, else with what a run has `measured`, else with the assumed one."""
+    """`job` with the imbalance of its experts' load: the one that was typed, else what a run has measured, else the assumed."""
     if settings.expert_imbalance is not None:
         return replace(job, expert_imbalance=settings.expert_imbalance)
     if measured is None:
@@ -179,9 +179,11 @@ def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: MeasuredImba
 def run_variants(
     config: RunConfig, settings: PlanConfig, typed: set[str], world: int | None
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
-    """(variants to simulate, those that are ruled out and why) on `world` ranks. What was typed stays; `typed` has the keys.
+    """The ways to run that a plan compares: each combination of strategy, recomputation and so on that the user left open.
 
-    Raises ConfigError with all that a run of these words would be refused for in every variant, or if no variant is left.
+    `typed`: keys of settings that the user typed, which stay. `world`: ranks of the run; None if not known. Returns (variants
+    to simulate, variants that are ruled out and why). Raises ConfigError with the problems that every variant has, or if no
+    variant is left.
     """
     variants = list(_every_variant(config, settings, typed))
     if "parallel.experts" not in typed and world is not None:
@@ -206,7 +208,7 @@ def run_variants(
 
 
 def _with_dealt_experts(variants: list[RunVariant], world: int) -> list[RunVariant]:
-    """The variants once more for each number of ranks over which their experts can be dealt."""
+    """The variants once more for each possible degree of expert parallelism (ranks among which a layer's experts are dealt)."""
     dealt = []
     configs = with_dealt_experts([variant.config for variant in variants], world)
     for variant, configs_of_variant in zip(variants, configs, strict=True):
@@ -231,10 +233,11 @@ FURTHER_SETTINGS: tuple[dict[str, Any], ...] = (
 def further_variants(
     config: RunConfig, settings: PlanConfig, typed: set[str], world: int, long_rows: dict[str, Any]
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
-    """(variants whose ranks share rows, with the settings `long_rows` of their strategy; those ruled out and why).
+    """Further ways to run, for when nothing fits: several ranks share each row, and the strategy gets settings for long rows.
 
-    Blocks are recomputed whole, unless the recomputation was typed. No variants if ranks share rows already, or if
-    `parallel.sequence` or one of the settings was typed.
+    `long_rows`: one of FURTHER_SETTINGS. `typed`: keys of settings that the user typed. Returns (variants to simulate,
+    variants that are ruled out and why). Blocks are recomputed whole, unless the recomputation was typed. No variants if
+    ranks share rows already, or if `parallel.sequence` or one of the settings was typed.
     """
     shares_rows = config.parallel.sequence > 1 or "parallel.sequence" in typed
     if shares_rows or any(f"strategy.{key}" in typed for key in long_rows):
@@ -265,7 +268,10 @@ def _problems(config: RunConfig, world: int | None) -> list[str]:
 
 
 def _every_variant(config: RunConfig, settings: PlanConfig, typed: set[str]) -> Iterator[RunVariant]:
-    """Each combination of strategy, base quantisation, recomputation and offload that was not typed."""
+    """Each combination of strategy, base quantisation, recomputation and offload that the user left open.
+
+    `typed`: keys of settings that the user typed. A strategy that cannot offload has no variant that does.
+    """
     requested_mode = config.strategy.activation_checkpointing
     modes: Sequence[ActivationCheckpointing] = (requested_mode,)
     if requested_mode is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in typed:
@@ -308,9 +314,10 @@ def _strategies(requested: StrategyConfig, typed: set[str]) -> list[StrategyConf
 
 
 def micro_batches(job: PlannedRun, typed: int | None, sequence: int = 1) -> list[int]:
-    """Micro-batches that divide a reader's part of a step: the one typed, or all divisors. None if the parts differ.
+    """Micro-batches to plan for: the one typed, or all that divide a reader's part of the global batch.
 
-    `sequence`: how many ranks share a row, and so are one reader.
+    A reader is a rank, or the `sequence` ranks that share a row and so read the same samples. The list is empty if the global
+    batch does not divide evenly, or the one typed does not divide a reader's part.
     """
     samples_per_reader, remainder = divmod(job.global_batch, job.ranks // sequence)
     if remainder:
@@ -327,9 +334,9 @@ def rank_choices(
     micros: list[int],
     peer_settings: Sequence[PeerSetting] = (),
 ) -> list[Choice]:
-    """What a variant takes with each micro-batch, the fastest that fits first; then those that do not, smallest first.
+    """A variant with each micro-batch of `micros`: those that fit, the fastest first; then those that do not, smallest first.
 
-    `peer_settings`: what another trainer does otherwise, to compare its memory.
+    `peer_settings`: what another trainer does differently (`plan.theirs`), to tell its memory beside.
     """
     choices = []
     for micro in micros:
@@ -343,7 +350,10 @@ def rank_choices(
 
 
 def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> Choice:
-    """The memory, time and price of a step of `micro` documents per forward pass."""
+    """What a step of this variant takes with `micro` documents per forward pass: memory, seconds, and hours and price of the run.
+
+    Under FSDP2 it also decides whether gradients wait unreduced for the last micro-batch, unless that is set.
+    """
     card = job.card
     strategy = variant.config.strategy
     accumulation = job.global_batch // (readers_of(variant.config, job.ranks) * micro)
@@ -392,7 +402,7 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
 
 
 def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step: StepTime) -> RoundTime | None:
-    """Seconds of a round of this run; None if the data has what is learned."""
+    """Seconds of a round, in which the model writes answers and learns from them; None for objectives without rounds."""
     if job.round is None:
         return None
     model = WritingModel(
@@ -416,7 +426,7 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step:
 def peer_memory_of(
     choice: Choice, cost_model: CostModel, job: PlannedRun, peer_settings: Sequence[PeerSetting]
 ) -> PeerMemory:
-    """The memory of a choice's step as another trainer would hold it."""
+    """What a rank of another trainer would hold in the step of `choice`, if it shards weights, gradients and moments alike."""
     if cost_model.rows:
         units = float(choice.micro)
         tokens = choice.micro * float(job.lengths.longest[0])
@@ -437,7 +447,7 @@ def peer_memory_of(
 
 
 def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> list[str]:
-    """What is wrong with `plan.theirs` of such a run."""
+    """Sentences that say why `plan.theirs` does not go with this run; empty if it does."""
     problems = problems_of_theirs(peer_settings, full_tuning=config.tuning.name is TuningName.full)
     losses = [setting for setting in peer_settings if setting in LOSS_BYTES_PER_LOGIT]
     if losses and family_of(config.objective).kind is ModelKind.classifier:
@@ -453,6 +463,7 @@ def _average_load(cost_model: CostModel, job: PlannedRun, micro: int, accumulati
 
 
 def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
+    """The most documents in a forward pass that the card has memory for, and the host for what is offloaded; 0 if none."""
     units = cost_model.largest_units(room_for_tensors(cost_model, job.card))
     if job.node_gib is not None:
         units = min(
@@ -462,7 +473,10 @@ def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
 
 
 def _budget_hours(config: RunConfig, job: PlannedRun, step_s: float, tokens: float) -> float | None:
-    """Hours of the budget with steps of `step_s` seconds; None without a budget, or for epochs of data that was not given."""
+    """How many hours the whole run takes, with steps of `step_s` seconds and `tokens` tokens each.
+
+    None without a budget, or if the budget is in epochs and no data was given to count them by.
+    """
     budget = config.budget
     if budget.steps is not None:
         steps = float(budget.steps)

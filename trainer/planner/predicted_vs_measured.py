@@ -32,9 +32,11 @@ def checkpoint_bytes(trained: int, optimizer: str) -> int:
 
 
 def predicted(built: Built, record: RunRecord, optimizer: str, device_gib: float) -> PredictedCost:
-    """What is expected of the run that `record` tells of; each estimate says what it is. The exchange is left out.
+    """What the run is expected to take: memory, seconds of a step, bytes of a checkpoint; texts beside say by which estimate.
 
-    `device_gib`: memory of this rank's device.
+    `built.expected`: bytes of weights and optimizer state, and of activations, by arithmetic. `record`: the run's record as it
+    is at the start. `optimizer`: its name, a key of STATE_BYTES. `device_gib`: memory of this rank's device. Seconds leave
+    out what ranks exchange.
     """
     assert built.expected is not None
     state_bytes, activation_bytes = built.expected
@@ -64,7 +66,7 @@ def predicted(built: Built, record: RunRecord, optimizer: str, device_gib: float
 
 
 def memory_text(record: RunRecord) -> list[str]:
-    """The start screen's line about memory: what was simulated, or a warning if the estimate is more than the device has."""
+    """The start screen on memory: what was simulated, or a warning if the estimate exceeds the device; else nothing."""
     simulated = record.must_fit
     if simulated:
         gib = f"{simulated.needed_gib:.2f} of {simulated.device_gib:.2f} GiB"
@@ -82,7 +84,10 @@ def memory_text(record: RunRecord) -> list[str]:
 
 
 def measured(meter: Meter, device: torch.device, checkpoint: SavedCheckpoint | None) -> MeasuredCost:
-    """What this attempt took so far. `checkpoint`: the last one that was written."""
+    """What the run has taken since this start of it: memory, seconds of a step, exchanged bytes, checkpoints.
+
+    `meter`: measurements of the steps that were logged. `checkpoint`: the last one that was written; None before the first.
+    """
     if meter.peaks:
         peaks = meter.peaks
         where = "on the worst rank"

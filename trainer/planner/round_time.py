@@ -113,7 +113,10 @@ class RoundTime:
 
 
 def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longest_prompt: int) -> RoundLoad | None:
-    """The load of a run whose batches are rounds on GPUs; None for other runs. `model_config`: of transformers."""
+    """The sizes of a round, in which the model writes answers and then learns from them; None for other objectives.
+
+    `prompt_tokens`: mean length of a prompt. `longest_prompt`: tokens of the longest one. `model_config`: of transformers.
+    """
     if family_of(config.objective).rollout is None:
         return None
     settings: Any = config.objective
@@ -147,11 +150,13 @@ def round_time(
     step_s: float,
     other_bytes: float,
 ) -> RoundTime:
-    """The seconds of a round on `ranks` cards of `nodes` hosts.
+    """The seconds of a round on `ranks` cards of `nodes` hosts: writing answers, scoring them and learning from them.
 
-    `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds between two steps, whole weights not counted.
+    A rank writes in batches of at most `load.rows` answers. The answers to one prompt are a part of a batch, or several
+    parts if they are more than a batch holds. `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds
+    between two steps, whole weights not counted.
     """
-    readers = readers_of(config, ranks)
+    readers = readers_of(config, ranks)  # ranks that write answers to different prompts
     rows_of_part = min(load.rows, load.group_size)
     parts_of_batch = max(1, load.rows // rows_of_part)
     parts = load.prompts * -(-load.group_size // rows_of_part)
@@ -160,13 +165,14 @@ def round_time(
     key_bytes = rows * load.key_bytes * (load.longest_prompt + load.new_tokens)
     writing_bytes = model.weight_bytes + round(key_bytes)
     is_sharded = shards_weights(config.strategy) and ranks > 1
+    # Sharded weights are gathered once a round if memory allows it, else again for each token that is written.
     room = USABLE_SHARE * (card.memory_gib * 2**30 - other_bytes)
     gathers_once = not is_sharded or writing_bytes <= room
     gather_s = 0.0
     if is_sharded:
         gather_s = model.weight_bytes * (ranks - 1) / ranks / ring_bytes_per_s(card, ranks, nodes)
 
-    mean_tokens = load.prompt_tokens + load.new_tokens / 2
+    mean_tokens = load.prompt_tokens + load.new_tokens / 2  # keys that are read for a token, halfway through an answer
     token_s = decode_s(model, card, config.precision, rows=rows, key_bytes=rows * load.key_bytes * mean_tokens)
     # A prompt is computed once for its group where the weights are whole, else for each of its answers.
     prompts_of_rank = load.prompts / readers * (1 if gathers_once else load.group_size)

@@ -89,9 +89,10 @@ class SimulatedStep:
 
 
 def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> SimulatedStep:
-    """Take three steps on fake tensors as the rank that `runtime` says, on its device, and report the last.
+    """Take three training steps on fake tensors (which have shapes but no memory) as one rank, and report the last.
 
-    With `repeat=0` two, and bytes are told apart by kind between steps alone. The model is on meta, and is used up. Raises
+    The first step creates the optimizer's state, the second finds where each phase peaks, and the third tells bytes there
+    apart by kind. `repeat=0` leaves out the third. The model of `parts` is on meta, and cannot be used afterwards. Raises
     what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
@@ -100,10 +101,10 @@ def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> Simulate
 
 
 def watch(parts: StepParts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> SimulatedStep:
-    """`simulate` on whatever tensors there are: real ones too. All ranks must call.
+    """Take steps on whatever tensors `parts` has, real or fake, and report what one takes. All ranks must call.
 
-    `warm` steps go before; the least of 1 + `repeat` more counts, since real process groups let go of tensors in threads of
-    their own, sometimes late.
+    Tests compare real steps with simulated ones so. `warm` steps go before and do not count. Of 1 + `repeat` more the least
+    counts, since real process groups let go of tensors in threads of their own, sometimes late.
     """
     with watching(parts, runtime) as watched:
         return _steps(parts, watched, warm, repeat)
@@ -111,7 +112,10 @@ def watch(parts: StepParts, runtime: Runtime, *, warm: int = 1, repeat: int = 1)
 
 @contextmanager
 def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
-    """The engine of `parts`, watched from its making on; `parts.built` is used up. All ranks must call."""
+    """Build the engine of `parts` and record its memory and exchanges from its making on. All ranks must call.
+
+    The model in `parts.built` becomes the engine's, and cannot be used for another.
+    """
     if "deepspeed" in sys.modules:  # ZeRO-3 simulated before leaves a linear function that casts weights anew each time
         restore_linear()
     recorder = Recorder(runtime.device)
@@ -145,7 +149,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _steps(parts: StepParts, watched: WatchedEngine, warm: int, repeat: int) -> SimulatedStep:
-    """`warm` steps that do not count, then 1 + `repeat` of which the least counts in each phase."""
+    """Take `warm` steps that do not count, then 1 + `repeat` that do: in each phase the least peak of these is reported."""
     recorder = watched.recorder
     for _ in range(warm):
         watched.take(parts.batches)
@@ -185,7 +189,7 @@ class WatchedEngine:
         self._trainer = minimal_trainer(self)
 
     def take(self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None) -> Record:
-        """Take one step of these micro-batches, with nothing else counted.
+        """Take one training step of these micro-batches, and return what was recorded of it; peaks are in `recorder.peaks`.
 
         `tally_after`: the operation of each phase after which memory is told apart by kind; None: after none.
         """
@@ -214,7 +218,10 @@ class WatchedEngine:
         return self.recorder.peaks, record
 
     def report(self, phases: dict[StepPhase, PhasePeak], record: Record) -> SimulatedStep:
-        """A step's measurements, with what rests between steps: call it when the step is over."""
+        """What was measured of a step, with what lives between steps: call it when the step is over, before the next.
+
+        `phases`: the peak of each. Tensors of the engine on the host count once for each storage.
+        """
         resting = self.recorder.tally()
         host_bytes_by_storage = {}
         for _, tensor in engine_tensors(self.engine):
@@ -240,7 +247,10 @@ class WatchedEngine:
         self.at("forward", "before")
 
     def at(self, phase: str, place: int | str = "before") -> None:
-        """Tell the recorder what is at work from now on, and what kind of memory it makes."""
+        """Tell the recorder which phase and place (a block's index, or `before`, `head`, `after`) is at work from now on.
+
+        It follows what kind of memory new tensors are: outputs of the head are logits, all else in a step activations.
+        """
         self.recorder.phase = StepPhase(phase, self._micro, place)
         if phase == "between":
             self.recorder.new_kind = MemoryKind.other
@@ -286,7 +296,10 @@ class WatchedEngine:
             yield
 
     def _hook(self, stack: ExitStack, module: nn.Module, place: int | str) -> None:
-        """Tell the recorder when `module` is at work, in the forward and in the backward pass."""
+        """Register hooks by which the recorder learns when `module`, a block or the head, is at work, forward and backward.
+
+        `stack` removes them when it closes. `place`: the block's index, or `head`.
+        """
 
         def phase() -> str:
             return self.recorder.phase.name
@@ -317,7 +330,10 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 def _squares(batch: dict[str, Any]) -> int:
-    """Sum of the squared lengths of a micro-batch's documents; of padded rows, of the rows."""
+    """The sum of the squared lengths of a micro-batch's documents, to which attention's arithmetic is proportional.
+
+    Rows with padding count with their whole width: attention computes it.
+    """
     bounds = batch.get("document_bounds")
     if bounds is None:
         rows, width = batch["input_ids"].shape

@@ -64,11 +64,12 @@ def simulate_run(
     stands_for: tuple[int, int | None] = (0, None),
     expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> SimulatedStep:
-    """One step of rank `rank` as on a GPU (or on `device` "cpu"). Each micro-batch has sequences of `lengths` tokens.
+    """Simulate one training step of rank `rank`, as on a GPU (or on `device` "cpu"), on tensors without memory.
 
-    `model.path` needs a config.json alone. `stands_for`: (blocks of the deeper model that this one stands for, after how
-    many their kinds repeat). `expert_imbalance`: rows that arrive for the rank's experts over the mean of its group, if they
-    are dealt. Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
+    Each micro-batch has sequences of `lengths` tokens. Of `model.path` only the config.json is read. `stands_for`: (blocks of
+    the deeper model that this one stands for, after how many their kinds repeat). `expert_imbalance`: with
+    `parallel.experts`, tokens that arrive at this rank's experts over the mean of its group. Raises ConfigError for what the
+    run itself would refuse, RuntimeError in a process that is part of a job.
     """
     with simulated_rank(
         rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
@@ -89,9 +90,10 @@ def simulate_depth(
     device: torch.device = SIMULATED,
     expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> ExtrapolatedStep:
-    """`simulate_run` of the whole model, from two models of few blocks; with `exact`, from the model itself.
+    """One training step of the whole model, extrapolated from simulations of two models with few of its blocks.
 
-    `rank`: None for the busiest of those that share a row (`busiest_rank`). `expert_imbalance`: as for `simulate_run`.
+    `lengths`: tokens of each sequence of a micro-batch. `rank`: the rank to simulate; None for the busiest of those that
+    share a row (`busiest_rank`). `expert_imbalance`: as for `simulate_run`. With `exact` the whole model is simulated.
 
     Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
     """
@@ -134,10 +136,10 @@ def simulate_form(
     device: torch.device = SIMULATED,
     expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> CostModel:
-    """A rank's step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
+    """The cost model of a rank's step: its memory and work at any size of micro-batch, from simulations of two sizes.
 
-    `accumulation` micro-batches are simulated, as the rank that holds most. `expert_imbalance` and errors: as for
-    `simulate_run`.
+    `length`: tokens of each sequence. Steps of `accumulation` micro-batches are simulated, as the rank that holds most, in
+    two models of few blocks; with `exact`, in the whole model. `expert_imbalance` and errors: as for `simulate_run`.
     """
     pattern = block_pattern(config.model)
     blocks = pattern.number
@@ -153,7 +155,11 @@ def simulate_form(
     def simulate_model_of(
         depth: int, expected: dict[StepPhase, int] | None
     ) -> tuple[list[SimulatedStep], list[MicroBatchSize], bool]:
-        """(steps of two sizes of micro-batch in the model with `depth` blocks, the sizes, whether they are in rows)."""
+        """Simulate steps of two sizes of micro-batch in the model with `depth` blocks.
+
+        `expected`: after which operation each phase should be highest, as `simulate_sizes` explains. Returns (the steps, the
+        sizes, whether sizes are numbers of rows; else of tokens).
+        """
         with (
             simulated_rank(
                 rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
@@ -222,7 +228,7 @@ class ParameterCounts:
 
 
 def _extrapolated_counts(counts_by_depth: dict[int, ParameterCounts], blocks: int) -> ParameterCounts:
-    """The parameters of the whole model, from those of one or two shallow ones."""
+    """The numbers of parameters of the whole model of `blocks` blocks, from those of one or two models by their depth."""
     shallow_depth = min(counts_by_depth)
     deep_depth = max(counts_by_depth)
     shallow = counts_by_depth[shallow_depth]
@@ -240,10 +246,10 @@ def _extrapolated_counts(counts_by_depth: dict[int, ParameterCounts], blocks: in
 
 
 def end_blocks_of(config: RunConfig) -> int:
-    """Blocks at either end of a model that differ from those between.
+    """How many blocks at either end of a model take other memory than those between, and so must all be simulated.
 
-    There are more of them if the first blocks are of a kind of their own, and under ZeRO-3, which keeps further ones
-    gathered.
+    Blocks near an end have fewer neighbours whose weights are gathered at the same time. There are more such blocks if the
+    first ones are of a kind of their own, and under ZeRO-3, which keeps further blocks gathered.
     """
     pattern = block_pattern(config.model)
     end_blocks = END_BLOCKS + pattern.first
@@ -263,9 +269,10 @@ def end_blocks_of(config: RunConfig) -> int:
 
 
 def ends_may_overlap(config: RunConfig) -> bool:
-    """Whether the two ends of a shallow model may have a block in common.
+    """Whether a shallow model may be so short that one block belongs to both of its ends.
 
-    They may not if several blocks fill a bucket together, nor if the first blocks are of a kind of their own.
+    It may not if several blocks fill a gradient bucket together (ZeRO-2 and 3), nor if the first blocks are of a kind of
+    their own.
     """
     if block_pattern(config.model).first:
         return False
@@ -273,7 +280,10 @@ def ends_may_overlap(config: RunConfig) -> bool:
 
 
 def busiest_rank(config: RunConfig) -> int:
-    """The first rank that attends with most heads, of those that share a row: rank 0 if each has equally many."""
+    """The rank to simulate where ranks share a row (`parallel.sequence`): the first that has most attention heads.
+
+    Rank 0 if ranks share no rows or have equally many heads.
+    """
     degree = config.parallel.sequence
     if degree == 1:
         return 0
@@ -289,7 +299,10 @@ def _reduces_by_bucket(config: RunConfig) -> bool:
 
 
 def _with_full_size(parts: StepParts, blocks: int, period: int | None) -> StepParts:
-    """`parts` with the trained elements of a model of `blocks` blocks, whose kinds repeat after `period`."""
+    """The parts of a shallow model's step with `full_trained_elements` of the model of `blocks` blocks that it stands for.
+
+    `period`: after how many blocks their kinds repeat. Each further period has the trained elements of the last one.
+    """
     module = parts.built.step_module
     units = module.shard_units()
     if period is None or len(units) >= blocks:
@@ -305,7 +318,7 @@ def _trained_elements(module: nn.Module) -> int:
 
 
 def _parameter_counts(built: Built) -> ParameterCounts:
-    """The parameters of a model that is not sharded yet: each has its whole shape."""
+    """How many parameters a model has, and how many train. It must not be sharded yet: each has its whole shape."""
     module = built.step_module
     trained = sum(p.numel() for _, p in named_parameters(module) if p.requires_grad)
     trained_dealt = 0
@@ -331,7 +344,11 @@ def _truncated_run(config: RunConfig, depth: int, blocks: int) -> Iterator[RunCo
 
 
 def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> StepParts:
-    """The parts of a rank's step, each of its micro-batches of sequences of `lengths` tokens; the model on meta."""
+    """Everything that a rank's training step needs, as `simulate` takes it: model, optimizer factory and micro-batches.
+
+    The model is on meta, without memory for its weights. All micro-batches have sequences of `lengths` tokens. `source`: where
+    an engine reads weights from; None for a source of tensors without values.
+    """
     precision = config.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if runtime.kind == "cuda" else Precision.fp32
@@ -369,7 +386,10 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
 
 
 def _micro_batch_of(parts: StepParts, lengths: list[int], micro_batches: int, runtime: Runtime) -> dict[str, Any]:
-    """One of `micro_batches` alike micro-batches of a step, of sequences of these lengths; of this rank's slice."""
+    """A micro-batch of sequences of `lengths` tokens, cut to this rank's slice where ranks share a row.
+
+    `micro_batches`: how many like it a step has, all ranks together; their sum is what a loss is divided by.
+    """
     batch = micro_batch_of(parts.built, lengths, cut_of(runtime))
     batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * micro_batches)
     return batch

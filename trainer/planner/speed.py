@@ -63,7 +63,11 @@ class MicroBatchLoad:
 def step_time(
     cost_model: CostModel, load: MicroBatchLoad, card: Card, precision: Precision, *, ranks_per_node: int
 ) -> StepTime:
-    """The seconds of a step on that card."""
+    """The seconds of one rank's step on that card, by part.
+
+    `cost_model`: operations and bytes of the step. `load`: the size of its average micro-batch, and their number.
+    `ranks_per_node`: they share the host's memory bandwidth where optimizer state lies on the host.
+    """
     product_flops_per_s = card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY
     memory_bytes_per_s = card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY
     host_bytes_per_s = card.host_gb_s * 1e9 * LINK_EFFICIENCY
@@ -94,7 +98,10 @@ def step_time(
 
 
 def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[float, float]:
-    """Seconds of collectives (in forward and backward passes, which arithmetic may hide; in the update)."""
+    """Seconds of a step's collectives over weights and gradients, on a step of `micro_batches` micro-batches.
+
+    Returns (seconds in forward and backward passes, which arithmetic may hide; seconds in the update, which nothing hides).
+    """
     overlappable_s = 0.0
     update_exchange_s = 0.0
     for (name, ranks, hosts, _dtype, when), (calls, size) in cost_model.exchanged.items():
@@ -105,7 +112,7 @@ def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[f
         if when == "update":
             update_exchange_s += seconds
         elif when == "each" and cost_model.accumulation > 1:
-            # Simulated in all micro-batches but the last.
+            # The simulation counted these in all of its micro-batches but the last: scale them to the real number.
             overlappable_s += seconds * (micro_batches - 1) / (cost_model.accumulation - 1)
         else:
             overlappable_s += seconds
@@ -113,7 +120,7 @@ def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[f
 
 
 def token_exchange_s(cost_model: CostModel, units: float, card: Card) -> float:
-    """Seconds in which ranks that share rows or experts exchange tokens, in a micro-batch of `units`."""
+    """Seconds in which ranks that share rows or experts send each other tokens, in a micro-batch of `units` (rows or tokens)."""
     seconds = 0.0
     for exchange in cost_model.token_exchanges:
         latency_s = exchange.calls * COLLECTIVE_LATENCY_S * (1 + math.log2(exchange.hosts))

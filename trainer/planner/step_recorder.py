@@ -76,7 +76,10 @@ class Recorder(LiveBytes):
         self.record = Record()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation and record its collective, host read, copy, arithmetic and bytes."""
+        """Run one torch operation of the step, and record what it costs: an exchange, a host read, a copy, or arithmetic.
+
+        In a simulation tensors have no values, so a host read returns a stand-in, and collectives only pretend to run.
+        """
         traits = _operation_traits(func)
         if traits.exchanges:
             self._record_collective(func, args)
@@ -98,7 +101,10 @@ class Recorder(LiveBytes):
         return output
 
     def _cached_or_run(self, func: Any, args: Any, kwargs: Any, traits: _OperationTraits) -> tuple[Any, float, int]:
-        """(output, floating-point operations, bytes moved) of an operation, from the cache if it is there."""
+        """Run an operation, or build its output from the cache: a step repeats the same operations in block after block.
+
+        Returns (output, floating-point operations, bytes read and written on the device).
+        """
         operation = op_cache.cacheable_operation(func, args, kwargs)
         if operation is not None:
             cached = op_cache.cached_result(operation)
@@ -127,7 +133,7 @@ class Recorder(LiveBytes):
         return 0
 
     def _record_collective(self, func: Any, args: Any) -> None:
-        """Record a collective by its largest tensor: the whole that is gathered or reduced."""
+        """Record a collective by its largest tensor, which is the whole that is gathered or reduced: output or input."""
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
         group = CollectiveOp.get_process_group(func, args)
@@ -143,7 +149,10 @@ class Recorder(LiveBytes):
         )
 
     def _note_copy_of_gloo(self, func: Any, args: Any) -> None:
-        """Note what is live while gloo adds up a copy of the whole input, to scatter it. Real ranks show it themselves."""
+        """Count the copy of the whole input that a reduce-scatter of gloo (the backend on CPUs) makes while it adds up.
+
+        Only simulated ranks need it: in real ones the copy is seen as it is made.
+        """
         if self.device.type != "cpu":
             return
         if torch.distributed.get_backend(CollectiveOp.get_process_group(func, args)) != FAKE_BACKEND:
@@ -152,6 +161,7 @@ class Recorder(LiveBytes):
         self.note_peak_with(rounded(whole.numel() * whole.element_size()))
 
     def _record_host_copy(self, func: Any, args: Any, out: Tensor) -> None:
+        """Count the bytes of a copy if it crosses between the device and the host."""
         source = args[1] if func is torch.ops.aten.copy_.default else args[0]
         if not isinstance(source, Tensor) or device_of(source) == device_of(out):
             return
@@ -162,7 +172,7 @@ class Recorder(LiveBytes):
             self.record.to_device += size
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
-        """Floating-point operations of a product or of attention."""
+        """Floating-point operations of a matrix product or of attention; 0 for other operations."""
         packet = func.overloadpacket
         name = _qualified_name(func)
         if name.startswith(_ATTENTION):
@@ -211,7 +221,7 @@ class _OperationTraits:
 
 @cache
 def _operation_traits(func: Any) -> _OperationTraits:
-    """What `Recorder` has to know of an operation; cached, since it is asked for each call."""
+    """What `Recorder` has to know of a torch operation, whatever its operands are; cached, since each call asks for it."""
     packet = func.overloadpacket
     return _OperationTraits(
         exchanges=func in collective_ops and func not in sync_ops,

@@ -72,10 +72,11 @@ class Proposal:
 def settle_strategy(
     config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], freeze: Callable[[RunConfig], None]
 ) -> RunConfig:
-    """The run with its strategy: that of the configuration, or the one that is chosen here and handed to `freeze`.
+    """The run with a strategy: that of the configuration, or for `strategy=auto` the one that is chosen here.
 
-    All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every rank if
-    no strategy fits; OutOfMemory if some ranks alone run out, after which a new start may take the next.
+    `announce` prints a line for the user. `freeze` writes a choice to the run's directory, so that a later start takes the
+    same. All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every
+    rank if no strategy fits; OutOfMemory if some ranks alone run out, after which a new start may take the next.
     """
     runtime = inputs.runtime
     batch = _batch_for_ranks(config, runtime.world_size)
@@ -121,7 +122,10 @@ def settle_strategy(
 
 
 def preview_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
-    """The run with the strategy that it would try first on devices like those of this host; for a run without ranks yet."""
+    """The run with the strategy that `auto` would try first on devices like those of this host.
+
+    For commands that show a run before it starts, when there are no ranks yet: nothing is tried, the strategy is planned.
+    """
     if not isinstance(config.strategy, AutoConfig):
         return config
     device_kind = str(config.run.device)
@@ -172,7 +176,7 @@ def gpu_name(runtime: Runtime) -> str | None:
 
 
 def devices_of(runtime: Runtime) -> Devices:
-    """The devices of all ranks, as they are for the one with least memory. All ranks must call."""
+    """What a plan must know of the devices of all ranks; their memory is that of the rank with least. All ranks must call."""
     memory_and_names = gather_objects((memory_gib(runtime), gpu_name(runtime)), runtime)
     names = {name for _, name in memory_and_names}
     card = None
@@ -187,7 +191,11 @@ def _card(name: str | None) -> Card | None:
 
 
 def _proposal_runs_out(config: RunConfig, proposal: Proposal, inputs: TrialInputs) -> bool:
-    """Whether two steps run out of memory on all ranks, of one document each if `batch.micro` is open too."""
+    """Try the proposed strategy: whether two real steps run out of memory on all ranks. All ranks must call.
+
+    Steps are of one document a micro-batch if `batch.micro` is `auto` too: it is chosen after the strategy. Raises
+    OutOfMemory, which names the strategy, if some ranks run out and others do not.
+    """
     micro = 1 if config.batch["micro"] == AUTO else config.batch["micro"]
     trial_config = replace(_with_strategy(config, proposal.strategy, None), batch={**config.batch, "micro": micro})
     remedy = "launcher.retry={out_of_memory: 3} would start with the next; or name a strategy that shards more"
@@ -202,7 +210,11 @@ def _proposal_runs_out(config: RunConfig, proposal: Proposal, inputs: TrialInput
 def proposals(
     config: RunConfig, prepared: PreparedData, precision: Precision, devices: Devices, timeout_s: float
 ) -> Iterator[Proposal]:
-    """Strategies in the order in which they are to be tried. Each is simulated, if it can be, only when it is asked for."""
+    """Strategies that can run this configuration, in the order in which they are to be tried, each with the reason.
+
+    `timeout_s`: how long one simulation may take. With a card of known speed all are simulated at once and ordered by speed;
+    else each is simulated only when it is asked for, the one that shards least first.
+    """
     legal = {str(strategy.name): strategy for strategy in candidates(config, devices.ranks)[0]}
     in_order = [legal[name] for name in LEAST_SHARDED_FIRST if name in legal]
     if devices.ranks == 1 or len(in_order) == 1:
@@ -239,7 +251,11 @@ class Planner:
         return card is not None and card.tflops(self.precision) > 0
 
     def least_sharded(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
-        """Those that fit, in the order given; then those that cannot be planned; then the one that needs least."""
+        """Strategies to try where the device's speed is unknown, each with the reason.
+
+        First those that should fit, in the order given; then those that cannot be simulated; last the one that needs least.
+        Each is planned with every mode of recomputation that is open, without recomputation first.
+        """
         available_gib = self.devices.memory_gib
         unplanned: dict[str, Proposal] = {}
         too_large: list[tuple[float, StrategyConfig]] = []
@@ -261,7 +277,10 @@ class Planner:
             yield Proposal(strategy, f"planned {needed:.2f} of {available_gib:.2f} GiB, the least of all")
 
     def fastest(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
-        """Those that fit, the fastest first; then those that cannot be planned; then the one that needs least."""
+        """Strategies to try on a card of known speed, each with the reason.
+
+        First those that should fit, the fastest first; then those that cannot be simulated; last the one that needs least.
+        """
         ways = [(strategy, mode) for strategy in strategies for mode in self.modes]
         threads = min(PARALLEL_SIMULATIONS, len(ways), len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(threads) as pool:  # threads that wait for processes
@@ -300,7 +319,10 @@ class Planner:
         return cost_model
 
     def _best_choice(self, strategy: StrategyConfig, mode: ActivationCheckpointing, cost_model: CostModel) -> Choice:
-        """The strategy with the micro-batch that is typed, or with the fastest that fits."""
+        """What a step takes under this strategy and mode of recomputation, with the best micro-batch for it.
+
+        That is the one in the configuration, or for `auto` the fastest that fits; the smallest if none fits.
+        """
         assert self.devices.card is not None
         job = PlannedRun(
             card=replace(self.devices.card, memory_gib=self.devices.memory_gib),

@@ -56,9 +56,10 @@ def plan_variants(
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """Simulate each of `variants`, for the micro-batch that was typed, or for all. Raises ConfigError if none could be simulated.
+    """The answer of a plan: simulate each of `variants`, and order them by memory and speed.
 
-    `refused`: variants that were ruled out before, and why.
+    `refused`: variants that were ruled out before, and why. `job`: ranks, card and batch of the run. `micro`: the micro-batch
+    that was typed; None plans for all. Raises ConfigError if no variant could be simulated.
     """
     micros_by_variant = [micro_batches(job, micro, variant.config.parallel.sequence) for variant in variants]
     accumulations = []
@@ -99,7 +100,10 @@ def with_further(
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """`answer`, in which nothing fits, with these further variants. They are left out if none of them can be simulated."""
+    """`answer`, in which nothing fits, completed by further variants; the arguments are those of `plan_variants`.
+
+    If none of the further variants can be simulated, they are listed as refused.
+    """
     try:
         further = plan_variants(variants, refused, job, micro, settings, on_progress)
     except ConfigError as error:
@@ -114,7 +118,10 @@ def with_further(
 
 
 def with_worst_imbalance(answer: PlanAnswer, settings: PlanConfig) -> PlanAnswer:
-    """`answer` with the memory of its first way if all rows went to one rank, for which it is simulated once more."""
+    """`answer` with the memory of its first choice in the worst case of its routing, for which it is simulated once more.
+
+    The worst case: all tokens of an expert group choose experts of one rank. Unchanged without `parallel.experts`.
+    """
     choice = answer.best_choices[0]
     expert_ranks = choice.variant.config.parallel.experts
     if expert_ranks == 1:
@@ -146,7 +153,10 @@ def simulate_variants(
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> list[CostModel | str]:
-    """The cost model of each variant, or why it cannot be simulated. `accumulations`: micro-batches to simulate of each."""
+    """The cost model of each variant, or a text that says why it cannot be simulated; each runs in a worker process.
+
+    `accumulations`: how many micro-batches of a step to simulate, for each variant. `on_progress` is called after each.
+    """
     length = int(job.lengths.longest[0])
     cost_models: list[CostModel | str] = [""] * len(variants)
     workers = settings.workers or len(os.sched_getaffinity(0))
@@ -189,7 +199,7 @@ def _expected_duration(variant: RunVariant) -> int:
 
 
 def _start_worker(parent: int) -> None:
-    """In a new process: end with the parent. What libraries say while they are simulated concerns nobody."""
+    """What a new worker does first: it will end with its parent, computes on one core, and what libraries print is dropped."""
     import torch
 
     die_with_parent(parent)
@@ -201,7 +211,10 @@ def _start_worker(parent: int) -> None:
 
 
 def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun, exact: bool) -> CostModel | str:
-    """The cost model of a variant, or why it cannot be simulated. Runs in a worker process."""
+    """The cost model of a variant, or a text that says why it cannot be simulated. Runs in a worker process.
+
+    `length`: tokens of the longest unit (a document, or both of a pair). `accumulation`: micro-batches to simulate.
+    """
     from trainer.planner.simulation import simulate_form
 
     # What earlier variants left, and what they imported, lives on. Frozen, it costs the next collections no time.
