@@ -99,7 +99,11 @@ class Guards:
         """First sample and gradient norm of each of the last steps whose updates were left out, all in a row."""
 
     def restore_window(self, recent: list[dict[str, float]], level_rows: Sequence[dict[str, float]] = ()) -> None:
-        """Begin with the window of a checkpoint, oldest step first, and what its `LevelWatch` saw; forget what came since."""
+        """Put the guards where a checkpoint stands, when a run is resumed or rolled back.
+
+        `recent`: loss and gradient norm of the steps in its window, oldest first, with which later steps are compared.
+        `level_rows`: the `rows` of its `LevelWatch`. What was judged after that checkpoint is forgotten.
+        """
         self.levels = LevelWatch(self.config.threshold, self.config.window, level_rows)
         rows = []
         for step in recent:
@@ -116,9 +120,10 @@ class Guards:
     # -- in a step -------------------------------------------------------------------------------------------------------
 
     def update_filter(self, local_loss: Tensor, count: float) -> UpdateFilter | None:
-        """A function that the engine asks before its update whether to leave it out; None if no update may be left out.
+        """A function that the engine asks, with the gradient norm, before it updates the weights: is this update left out?
 
-        `local_loss` is this rank's sum of the loss over the step, `count` its denominator over all ranks.
+        None unless `guards.loss` or `guards.grad_norm` is `skip`. `local_loss` is this rank's sum of
+        the loss over the step, `count` the number of tokens (or sequences) over all ranks that the loss is divided by.
         """
         if not self.skips:
             return None
@@ -126,6 +131,7 @@ class Guards:
         def is_left_out(grad_norm: Tensor) -> Tensor:
             """Whether the update with this gradient norm is left out, as 0-d bool on the device. A collective."""
             # All ranks have the same norm. It is summed and divided all the same, so that no rank can come to another answer.
+            # `count` is 0 if no rank has a supervised token: the loss is then 0 too.
             values = torch.stack([local_loss.double() / (count or 1), grad_norm.double() / self.runtime.world_size])
             if self.runtime.world_size > 1:
                 values = dist_sum(values)
@@ -140,11 +146,14 @@ class Guards:
         self._scores_before_update = None
 
     def _score(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge a step against the window: (its scores float64 [2], whether its update is left out as 0-d bool).
+        """Judge a step against the window of the last steps: (its scores float64 [2], is its update left out as 0-d bool).
 
-        A step that is not left out joins the window, unless its loss is at the level of the step before it, which stood out too:
-        a run that has become bad must not become the measure of its own steps. A level of the gradient norm alone joins, since
-        norms may rise for good reasons. Either is told once: its later steps have a score only where one may leave out their
+        `values` (float64 [2]): its loss and gradient norm. A score says how many robust standard deviations a number lies above
+        the window's median; above `guards.threshold` it stands out. A level is a number that stands out in two steps running.
+
+        A step joins the window unless its update is left out or its loss is at a level: a run that has become bad must not
+        become the measure of its own steps. A level of the gradient norm alone joins, since norms may rise for good reasons.
+        A level is reported once: at its later steps the score is NaN, except for a number whose action is to leave out the
         update. Nothing waits for the device.
         """
         scores = self._rolling.scores(values)
@@ -155,7 +164,7 @@ class Guards:
         is_level = stands_out & (self._rolling.newest_scores() > self.config.threshold)
         joins_window = values.isfinite().all() & ~is_left_out & ~is_level[0]
         self._rolling.push(values, joins_window)
-        # A loss at a level has been told, and a gradient norm beside it is the same news.
+        # A loss at a level has been reported before, and a gradient norm beside it is the same news.
         is_told = (is_level | is_level[0]) & ~self._acting
         return torch.where(is_told, torch.nan, scores), is_left_out
 
@@ -164,8 +173,9 @@ class Guards:
     def mark_outliers(self, rows: list[dict[str, Any]]) -> None:
         """Judge the steps of a logging interval: add the scores of what stands out to `rows`, and report it.
 
-        `rows`: one for each step since the last call, equal on all ranks. Raises RollBack at the first step that the run is to
-        return behind.
+        `rows`: the metrics of each step since the last call, equal on all ranks. A number that stands out in its step gets the
+        key `outlier/NAME` with its score, and so does one that has risen and stayed (a level). Raises RollBack at the first
+        step that the run is to return behind.
         """
         pending = self._pending
         self._pending = []
@@ -192,10 +202,10 @@ class Guards:
     def _scores_by_step(
         self, rows: list[dict[str, Any]], scores_before_update: list[Tensor | None]
     ) -> list[list[float]]:
-        """The scores of each step of an interval, in the order of `WATCHED`, on the host.
+        """The scores of each step of an interval as floats on the host: [steps][2], loss and gradient norm (`WATCHED`).
 
-        If updates may be left out, they were computed before the update (None if the engine did not ask). Else they are computed
-        now, from the numbers in `rows`.
+        If updates may be left out, they were computed before the update: `scores_before_update` has a tensor a step, or None if
+        the engine did not ask (then NaN, which never stands out). Else they are computed now, from the numbers in `rows`.
         """
         if self.skips:
             unknown = torch.full((len(WATCHED),), torch.nan, dtype=torch.float64, device=self._acting.device)
@@ -209,7 +219,12 @@ class Guards:
         return scores_by_step
 
     def _outlier(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:
-        """A step that stands out. `scores`: of the numbers that do. If both do, the stronger of their two actions holds."""
+        """The record of a step that stands out, with what is to be done about it (`guards.loss`, `guards.grad_norm`).
+
+        `row`: the step's metrics. `scores`: of the loss, the gradient norm or both, whichever stand out; if both do, the
+        stronger of their two actions holds. `first_sample`: samples consumed before the step. For a rollback, `began` is the
+        step at which the rise began, so that the run returns to a checkpoint from before it.
+        """
         step = row["step"]
         actions = [action for name, action in zip(WATCHED, self.actions, strict=True) if name in scores]
         outlier = Outlier(
@@ -222,14 +237,18 @@ class Guards:
         )
         if outlier.action is not Action.rollback:
             return outlier
+        # Counts the returns to one checkpoint after which the very next step stood out again.
         self._fruitless = self._fruitless + 1 if step == self._returned_to + 1 else 0
         began = self.levels.began(list(scores))
         if began is None and self._fruitless >= FRUITLESS_RETURNS:
-            began = step  # other samples each time, and the same: it is the checkpoint that is at a level
+            began = step  # each try had other samples and failed alike: the checkpoint itself is bad, so return further
         return outlier if began is None else self._from_before(outlier, began)
 
     def _outlier_of_level(self, level: RaisedLevel, step: int, first_sample: int) -> Outlier:
-        """A level that was found in this step. Its updates are made: only a rollback helps, and `skip` is as `note`."""
+        """The record of a level, found in this step: a loss or gradient norm that has risen and stayed (see levels.py).
+
+        Its updates are made already, so only a rollback helps, and the action `skip` counts as `note`.
+        """
         action = self.actions[WATCHED.index(level.name)]
         outlier = Outlier(
             step=step,
@@ -268,8 +287,9 @@ class Guards:
     ) -> None:
         """Raise Diverged, on all ranks, if the run went back too often, or too many updates in a row were left out.
 
-        `rollbacks`: how often the run went back. `samples`: how many it has consumed. `places`: `SampleOrder.places`, which
-        gives the ranges (first, count) in the run's order of some consumed samples.
+        `rollbacks`: how often the run went back. `samples`: how many it has consumed. `places`: `SampleOrder.places(first,
+        count)`. It maps consumed samples to ranges (first, count) in the run's order of samples, which differ once a rollback
+        has passed over some; the error names samples by that order.
         """
         if rollbacks > self.config.max_rollbacks:
             raise Diverged(

@@ -49,7 +49,10 @@ class AnomalyLog:
         self.print_line = print_line
 
     def __call__(self, outlier: Outlier) -> None:
-        """Append the outlier to `events.jsonl`, with the documents of its step, and print a warning that names some of them."""
+        """Append the outlier to `events.jsonl`, with the documents of its step, and print a warning that names some of them.
+
+        The guards call it on rank 0, as their `on_outlier`. Errors: StorageError if the file cannot be written.
+        """
         document_numbers = self.loader.documents(outlier.first_sample)
         documents: list[dict[str, Any]] = []
         if document_numbers:

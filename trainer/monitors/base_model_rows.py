@@ -45,10 +45,12 @@ class BaseRows:
         """Tasks asked of a model that is the base still: the evaluation before the first step takes them."""
 
     def begin(self, engine: Engine, step: int) -> None:
-        """Read the base's results, or ask the base for them, before the first step of this start.
+        """Have the base model's answers to the evaluation tasks, with which forgetting is measured later.
 
-        With an adapter the base can always be asked, by switching the adapter off. Full tuning changes the base, so that it
-        can be asked only before step 1. All ranks must call; raises Interrupted on all or none.
+        They are read from the file of an earlier start, or the base is asked now, before the first step. With an adapter the
+        base can always be asked, by switching the adapter off. Full tuning changes the base, so that it can be asked only
+        before step 1. `step`: of the checkpoint that this start continues from. Sets `tasks` (None: forgetting is not
+        measured) and `fresh_tasks`. All ranks must call; raises Interrupted on all or none.
         """
         self.tasks = self._read_kept()
         if self.tasks is not None:
@@ -84,7 +86,10 @@ class BaseRows:
         return broadcast_object(tasks, self.runtime)
 
     def _read_file(self) -> dict[str, BaseTask] | None:
-        """The tasks in the file; None if it is damaged, or of other rows. The base is then asked again, if it can be."""
+        """The base's results by task, as `begin` wrote them; None if the file is damaged, or of other rows or settings.
+
+        `begin` then asks the base again, if it can. A file without the chat tasks, of an earlier version, is accepted.
+        """
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             own_key = self._key()

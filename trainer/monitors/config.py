@@ -101,13 +101,17 @@ ANSWER_TOKENS = 32
 
 
 def limit_of(config: ForgettingWatchConfig) -> float | None:
-    """The limit as a share. Raises ValueError for what is none."""
+    """`challenges.forgetting.limit` as a share: 0.02 for `0.02`, "0.02" and "2%"; None if there is no limit.
+
+    It is the largest share of a task's metric that may be lost against the base. Raises ValueError for anything else.
+    """
     limit = config.limit
     if limit is None:
         return None
     if isinstance(limit, bool) or not isinstance(limit, str | int | float):
         raise ValueError(limit)
     text = str(limit).strip()
+    # NaN compares as false, and so does not pass as a limit.
     value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     if not 0 <= value < 1e6:
         raise ValueError(limit)

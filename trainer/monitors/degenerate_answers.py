@@ -41,7 +41,11 @@ def is_empty(text: str) -> bool:
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether at least half of its pieces of four words occur earlier in the text."""
+    """Whether a written answer goes in circles: at least half of its n-grams of four words occur earlier in it.
+
+    A text with hardly any spaces, as in Chinese, is taken apart into runs of eight letters instead. A text of fewer than
+    `MIN_PIECES` n-grams is too short to tell.
+    """
     words = text.split()
     pieces: list[object] = []
     if len(words) >= len(text) / 30:
@@ -87,9 +91,10 @@ class DegenerateCount:
 
 
 def degenerate_counts(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCount]:
-    """How many answers are `empty`, `repeated`, or `foreign`: in another language than all references.
+    """How many answers are `empty`, `repeated`, or `foreign` (in a language that no reference has), by that kind.
 
-    There is no count of foreign ones if no language could be told.
+    Each count stands beside that of the references, the right answers of the same prompts, which may be empty or repeat
+    themselves too. There is no count of foreign ones if no language could be told.
     """
     tests: dict[str, Callable[[str], bool]] = {"empty": is_empty, "repeated": repeats_itself}
     counts = {}
@@ -127,6 +132,7 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
 def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
     """The finding that answers of this evaluation are degenerate more often than the references; None if they are not.
 
+    Degenerate is empty, repeated or foreign, see `degenerate_counts`. Each kind must be frequent and pass Fisher's exact test.
     The evaluation before the first step is not judged: those answers are the base's.
     """
     if not evidence.answers or config.action is Reaction.off or evidence.step == 0:
@@ -158,7 +164,7 @@ _IN_WORDS = {"empty": "are empty", "repeated": "repeat themselves", "foreign": "
 def fisher_p_value(degenerate: int, in_references: int, total: int) -> float:
     """The p-value of "answers are degenerate no more often than references" (Fisher's exact test, one-sided).
 
-    `degenerate` of `total` answers are, and `in_references` of as many references.
+    `degenerate`: how many of `total` answers are. `in_references`: how many of as many references are.
     """
     # If answers and references are alike, any choice of `total` texts out of all is equally likely to be the answers.
     num_texts = 2 * total

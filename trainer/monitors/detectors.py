@@ -95,9 +95,10 @@ class Challenges:
     # -- what is seen ----------------------------------------------------------------------------------------------
 
     def begin(self, engine: Engine, progress: Progress) -> None:
-        """Read what an earlier start kept, and ask the base model if forgetting is measured. Before the first step of a start.
+        """Prepare the detectors before the first step of a start: read what an earlier start of this run kept in its directory.
 
-        All ranks must call. Raises Interrupted on all or none.
+        That is the rows of the first evaluation, and the held-out metrics from before training. If forgetting is measured, the
+        base model's answers are read or asked for. All ranks must call. Raises Interrupted on all or none.
         """
         self.first.begin(progress.step)
         if self.kept_before is not None and progress.step:
@@ -106,9 +107,11 @@ class Challenges:
             self.base.begin(engine, progress.step)
 
     def restore_end(self, progress: Progress) -> None:
-        """Take over what earlier starts of this run found, and whether the evaluation at this step ended it. All ranks must call.
+        """Take over what earlier starts of this run found, up to the step of the checkpoint it resumes from.
 
-        A run that was killed in its export takes no further step, so that nothing would find it again.
+        If the evaluation at that step showed overfitting and `challenges.overfitting.action` is `stop`, `ends` is set again: a
+        run that was killed in its export, after it had ended, takes no further step in which it could be found again. All
+        ranks must call.
         """
         for event in self._events():
             if event.get("event") == "challenge" and event["step"] <= progress.step:
@@ -139,7 +142,11 @@ class Challenges:
             self._judge_divergence(progress, last.values)
 
     def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
-        """Take the training losses of steps: for the mean since the last evaluation, and for divergence if there is none."""
+        """Take the metrics of the steps of a logging interval: their losses, or rewards if the run learns from these.
+
+        Losses are summed for the mean since the last evaluation, and the last ones are kept to be compared with the first. If
+        there are no held-out metrics, divergence is judged here.
+        """
         if self.controls is not None:
             self._take_rewards(progress, rows, self.controls)
             return
@@ -158,7 +165,10 @@ class Challenges:
             self._judge_divergence(progress, {})
 
     def _take_rewards(self, progress: Progress, rows: Iterable[dict[str, Any]], controls: list[str]) -> None:
-        """Take the rewards of steps, and judge them after each full block. The loss of such a run is 0 by construction."""
+        """Take the rewards of steps in place of losses, which are 0 here by construction, and judge each full block of steps.
+
+        `controls`: metrics of the rewards of weight 0, which are measured and not trained.
+        """
         for row in rows:
             # The steps of a round learn from the same answers, which count once.
             if rewards.REWARD not in row or row.get(rewards.ROUND_STEP):
@@ -169,7 +179,7 @@ class Challenges:
                 self._judge_rewards(progress, int(row["step"]))
 
     def _judge_rewards(self, progress: Progress, step: int) -> None:
-        """Report what is wrong with the rewards of a run, each verdict once."""
+        """Report what is wrong with the rewards of a run (cheated, collapsed, longer, idle: see rewards.py), each once."""
         if self.controls is None or self.config.rewards.action is Reaction.off:
             return
         blocks = progress.reward_blocks
@@ -238,7 +248,7 @@ class Challenges:
     # -- what is found ---------------------------------------------------------------------------------------------
 
     def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
-        """Run the detectors on an evaluation, and report what they find for the first time.
+        """Run the detectors on an evaluation, with the tasks taken since the last one, and report what is found the first time.
 
         `values`: its metrics by name. Returns the numbers that are logged beside them, such as `forgetting`.
         """
@@ -258,6 +268,7 @@ class Challenges:
         logged: dict[str, float] = {}
         for name, detector in DETECTORS.items():
             config = getattr(self.config, name)
+            # A run that learns from rewards has no loss that could overfit.
             is_about_loss = detector is overfitting
             if config.action is Reaction.off or (is_about_loss and self.controls is not None):
                 continue
@@ -291,10 +302,10 @@ class Challenges:
             self.kept_last.write(HeldOutBefore(_paired_metrics(values), self._batch_sums, step))
 
     def _judge_divergence(self, progress: Progress, values: dict[str, float]) -> None:
-        """Compare the losses with those at the run's beginning, and record or report whether it diverged.
+        """Compare training and held-out loss with those at the run's beginning, and record whether the run is worse now.
 
-        `values`: metrics of the evaluation at this step; empty if there is none. A finding may be gone at a later step: the
-        run has recovered.
+        `values`: metrics of the evaluation at this step; empty if there is none. A verdict is reported once, and afterwards
+        only updated in `record`. If it no longer holds, the run has recovered.
         """
         if self.config.divergence.action is Reaction.off or progress.step < self.first_judged:
             return
@@ -326,7 +337,8 @@ class Challenges:
     def _held_out_change(self, progress: Progress, values: dict[str, float]) -> divergence.HeldOutChange | None:
         """How the held-out margin (of preference objectives) or loss changed since before the first step; None if not known.
 
-        `values`: metrics of the evaluation at this step; empty if there is none.
+        `values`: metrics of the evaluation at this step; empty if there is none. The change comes with a paired test over
+        micro-batches if both evaluations had the same ones. Its level is divided by the number of evaluations (Bonferroni).
         """
         before = dict(self.before.values)
         if not before and progress.evaluations and progress.evaluations[0]["step"] == 0:
@@ -339,9 +351,10 @@ class Challenges:
         return None
 
     def _add_to_history(self, progress: Progress, values: dict[str, float]) -> None:
-        """Add held-out loss, and mean training loss since the last evaluation, to the history that overfitting is judged by.
+        """Add an evaluation to `progress.evaluations`, the history that overfitting is judged by; it is in checkpoints.
 
-        Nothing is added if no step was taken since the last evaluation.
+        An entry has the held-out loss (`eval/loss`, or the reward of a run that learns from rewards) and the mean training loss
+        since the last evaluation. Nothing is added if no step was taken since then.
         """
         held_out = values.get(HELD_OUT if self.controls is None else HELD_OUT_REWARD)
         num_steps = progress.interval_steps
@@ -369,9 +382,9 @@ class Challenges:
         self.on_record(self.record)
 
     def _report(self, finding: Finding, *, again: bool) -> None:
-        """Record a finding, print it, and append it to `events.jsonl`. One that was found before (`again`) is only recorded.
+        """Record a finding, print it, and append it to `events.jsonl`; if it stops the run, set `ends`.
 
-        Errors: StorageError.
+        A finding that was reported at an earlier step (`again`) only has its newest numbers recorded. Errors: StorageError.
         """
         if finding.stops and self.ends is None:
             self.ends = finding
@@ -459,7 +472,7 @@ class WatchedTasks:
         """Worst rows of the last run, and those that changed sides since the first one."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
+        """Run the tasks: yield (name, value) of each metric. All ranks must call; raises Interrupted on all or none."""
         self.task_evaluator.model.engine = engine
         self.tables = {}
         base = self.challenges.base

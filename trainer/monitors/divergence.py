@@ -135,7 +135,8 @@ def first_judged(warmup_steps: int) -> int:
 def training_change(first: float | None, recent: Sequence[float], window: int) -> TrainingChange | None:
     """The training loss now, the median of the last `window` steps, beside that of step 1.
 
-    `recent`: losses of the last steps, `window` of them or more. None if there are too few, or the first loss is not known.
+    `first`: the loss of step 1. `recent`: losses of the last steps, `window` of them or more. The rise is stated in standard
+    deviations of single steps. None if there are too few losses, or the first one is not known.
     """
     if first is None or len(recent) < window:
         return None
@@ -152,7 +153,7 @@ def training_change(first: float | None, recent: Sequence[float], window: int) -
 
 
 def _robust_spread(values: Sequence[float], window: int) -> float:
-    """Standard deviation of the losses of single steps, by medians, so that a few outliers do not widen it.
+    """Standard deviation of the losses of single steps, estimated by medians, so that a few outliers do not widen it.
 
     The larger of two: that of the last `window` values around their median, and that of the differences from step to step,
     which has more values and knows no trend. Ten values alone look calm by chance once in some tens of runs.
@@ -161,6 +162,7 @@ def _robust_spread(values: Sequence[float], window: int) -> float:
     middle = median(last)
     around_median = DEVIATIONS_PER_MAD * median(abs(value - middle) for value in last)
     differences = [abs(later - earlier) for earlier, later in pairwise(values)]
+    # A difference of two independent values has twice the variance of one.
     from_step_to_step = DEVIATIONS_PER_MAD * median(differences) / math.sqrt(2)
     return max(around_median, from_step_to_step)
 
@@ -210,7 +212,11 @@ def _reference_loss(loss: float) -> float:
 
 
 def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) -> Verdict | None:
-    """What training loss and held-out metric together say of a run; None if nothing is wrong."""
+    """What training loss and held-out metric together say of a run; None if nothing is wrong.
+
+    `diverged`: the model is broken, and both losses are above those at the beginning. `worse`: only the held-out metric is, as
+    with overfitting or forgetting. Either argument is None if it could not be compared.
+    """
     # Held-out data decides where there is any: a training loss alone can rise by chance, or by harder data.
     is_worse = None if held_out is None else held_out.is_worse
     if is_worse is None:
@@ -227,7 +233,10 @@ def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) 
 def finding_of(
     config: DivergenceConfig, step: int, training: TrainingChange | None, held_out: HeldOutChange | None
 ) -> Finding | None:
-    """The finding that a run is worse than at its own beginning, with what to do about it; None if it is not."""
+    """The finding that a run is worse than at its own beginning, with what to do about it; None if it is not.
+
+    `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known.
+    """
     verdict = verdict_of(training, held_out)
     if verdict is None:
         return None

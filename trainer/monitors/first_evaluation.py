@@ -29,9 +29,10 @@ class HeldOutBefore:
     """The step after which it was evaluated."""
 
     def pairs_with(self, name: str, batches: Mapping[str, list[float]]) -> tuple[list[float], list[float]] | None:
-        """(sums before the first step, sums now) of a metric over each micro-batch, which have the same documents.
+        """(sums before the first step, sums now) of a metric over each micro-batch: the pairs of a paired test.
 
-        `batches`: the sums now, by metric. None if the micro-batches are other ones, as after a change of `evaluation.batch`.
+        `name`: the metric. `batches`: the sums now, by metric. Micro-batch i has the same documents in both lists. None if the
+        micro-batches are other ones, as after a change of `evaluation.batch`.
         """
         sums_before = self.batches.get(name)
         sums_now = batches.get(name)

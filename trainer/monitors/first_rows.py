@@ -22,7 +22,7 @@ class FirstRows:
         self._rows: dict[str, list[TaskRow]] = {}
 
     def begin(self, step: int) -> None:
-        """Read the rows that were kept, if the run is resumed at `step` above 0. A damaged file counts as none."""
+        """Read the rows of each task's first evaluation, if the run resumes at `step` above 0. A damaged file counts as none."""
         if self.path is None or step == 0:
             return
         try:
@@ -35,9 +35,10 @@ class FirstRows:
             self._rows = {}
 
     def before(self, name: str, rows: list[TaskRow]) -> list[TaskRow] | None:
-        """The rows of a task at its first evaluation. If `rows` are those, they are kept, and None is returned.
+        """The rows of a task at its first evaluation, for the table of rows that became right or wrong since.
 
-        Raises StorageError.
+        `rows`: those of this evaluation. If it is the first, they are kept in the file, and None is returned. Raises
+        StorageError.
         """
         first_rows = self._rows.get(name)
         if first_rows is not None:

@@ -59,7 +59,8 @@ def compare(
 ) -> ComparedTask:
     """How much the tuned model has lost against the base in a task's first metric.
 
-    `values`: the metric of the base and of the tuned model. Their rows are paired: both were asked the same.
+    `name`: of the task. `values`: the metric of the base and of the tuned model. `base_rows` and `rows` are paired: both models
+    were asked the same. The loss is a share of the base's metric, so that it can be compared between tasks.
     """
     base_value, value = values
     drop = base_value - value if metric.greater_is_better else value - base_value
@@ -69,7 +70,11 @@ def compare(
 
 
 def _error_of_share(metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow]) -> float | None:
-    """Standard error of the share of a metric that was lost; None if the metric is no ratio of sums over the same rows."""
+    """Standard error of the share of a metric that was lost, from the paired rows of the base and the tuned model.
+
+    `metric.ratio` names the scores of a row whose sums the metric divides (denominator None: the number of rows). None if the
+    metric is no such ratio, if the rows are not the same or too few, or if their denominators differ.
+    """
     if metric.ratio is None or len(base_rows) != len(rows) or len(base_rows) < MIN_ROWS:
         return None
     numerator, denominator = metric.ratio
@@ -105,17 +110,17 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
 
 
 def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding | None:
-    """The finding about the task that lost most in this evaluation; None if it lost too little.
+    """The finding about the task that lost most against the base model in this evaluation; None if it lost too little.
 
-    With `challenges.forgetting.limit`, it is reported above that limit. Else the loss must be clear: its lower bound above 0,
-    and a share that matters.
+    With `challenges.forgetting.limit`, any loss above that limit is reported. Without, the loss must be clear (the lower bound
+    of a paired test is above 0) and matter (more than `MIN_LOST` of the base's metric).
     """
     compared: list[ComparedTask] = evidence.compared_tasks
     if not compared or config.action is Reaction.off or evidence.step == 0:
         return None
     worst = max(compared, key=lambda task: task.lost)
     limit = limit_of(config)
-    level = LEVEL / evidence.task_evaluations
+    level = LEVEL / evidence.task_evaluations  # Bonferroni: each evaluation that asks tasks is one more try
     bound = worst.bound(level)
     exceeds_limit = limit is not None and worst.lost > limit
     is_clear = bound is not None and bound > 0 and worst.lost > MIN_LOST
@@ -146,10 +151,10 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
 
 
 def student_quantile(share: float, freedom: int) -> float:
-    """The `share` quantile of Student's distribution with `freedom` degrees, by expansion 26.7.5 of Abramowitz and Stegun.
+    """The `share` quantile of Student's t distribution with `freedom` degrees of freedom.
 
-    The standard library has only the normal distribution, whose quantile is the first term. One and two degrees, for which
-    the expansion is too small, have closed forms.
+    By expansion 26.7.5 of Abramowitz and Stegun: the standard library has only the normal distribution, whose quantile is the
+    first term. One and two degrees, for which the expansion is too small, have closed forms.
     """
     if freedom == 1:
         return math.tan(math.pi * (share - 0.5))

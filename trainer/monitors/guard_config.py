@@ -29,7 +29,8 @@ DONE = {
 def outlier_text(values: Mapping[str, Any], scores: Mapping[str, float], level_began: int | None = None) -> str:
     """The numbers that stand out and how far, such as `loss 9.5 (12.1 standard deviations above the median)`.
 
-    `level_began`: the first step of a level; the numbers are then medians of the last steps.
+    `values`: loss, gradient norm or both. `scores`: how far each is above the median. `level_began`: the first step since which
+    they have stayed high; they are then medians of the last steps. None: a single step stands out.
     """
     clauses = []
     for name, value in values.items():

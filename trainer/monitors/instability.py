@@ -18,7 +18,11 @@ LEAST_SHARE = 0.02
 
 
 def find_problem(progress: Progress) -> Finding | None:
-    """The finding that a run was unstable: many of its steps stood out, or it went back to a checkpoint. None if not."""
+    """The finding, at the end of training, that a run was unstable; None if it was not.
+
+    Unstable: it went back to an earlier checkpoint, or at least two of its steps and `LEAST_SHARE` of them stood out by their
+    loss or gradient norm, or had their update left out.
+    """
     # A step may be both an outlier and skipped, so that their sum would count it twice.
     odd_steps = max(progress.outliers, progress.skipped_steps)
     is_rare = odd_steps < 2 or odd_steps < LEAST_SHARE * progress.step

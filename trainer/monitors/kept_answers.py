@@ -46,7 +46,11 @@ class KeptAnswers:
         self._pending[task] = [asdict(answer.cut()) for answer in answers[:MAX_ROWS]]
 
     def write(self, step: int) -> None:
-        """Write what was taken since the last call, as the answers at this step. Errors: StorageError."""
+        """Write the answers that were taken since the last call to the file, as those at this step.
+
+        The file has two sets: `first`, of the run's first evaluation, and `last`, which this replaces. A reader compares them.
+        Errors: StorageError.
+        """
         pending = self._pending
         self._pending = {}
         if self.path is None or not pending:

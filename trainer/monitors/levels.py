@@ -57,9 +57,11 @@ class LevelWatch:
         at this step, or is at a level that was. A checkpoint has them."""
 
     def add(self, row: Mapping[str, Any], first_sample: int, told: Sequence[str]) -> list[RaisedLevel]:
-        """Take the numbers of a step, and return the levels that it shows for the first time.
+        """Take the metrics of a step, and return the levels that it shows for the first time.
 
-        `told`: numbers that stand out in this step by themselves. A step whose update was left out is passed over.
+        `first_sample`: samples consumed before the step. `told`: which of loss and gradient norm stand out in this step alone,
+        and were reported for it. A level is not returned if one of its steps was reported already. A step whose update was
+        left out is passed over.
         """
         numbers = {name: float(row[name]) for name in MIN_RISE}
         if row.get("skipped") or not all(math.isfinite(number) for number in numbers.values()):
@@ -80,7 +82,11 @@ class LevelWatch:
         return found
 
     def _level_of(self, name: str) -> RaisedLevel | None:
-        """The level at which a number stands; None if it stands at none."""
+        """The level at which a number (`loss` or `grad_norm`) stands; None if it stands at none.
+
+        It stands at one if the median of the last `LEVEL_STEPS` steps is above the median of the steps before them, both by
+        many standard deviations and by the share in `MIN_RISE`.
+        """
         values = [row[name] for row in self.rows]
         before = values[:-LEVEL_STEPS]
         if len(before) < MIN_BEFORE:
@@ -96,9 +102,11 @@ class LevelWatch:
         return RaisedLevel(name, now, score, began)
 
     def began(self, names: Sequence[str]) -> int | None:
-        """The step at which the rise began that ends in the next step, by the earliest of these numbers; None if just there.
+        """The step at which a number began to rise, asked when the step after the newest one stands out.
 
-        A rise is there if the newest step is more than `RISE` robust standard deviations above the median.
+        A rollback returns to a checkpoint from before that step. `names`: the numbers that stand out; the earliest beginning
+        counts. None if there was no rise before: a number was rising if the newest step is more than `RISE` robust standard
+        deviations above the median.
         """
         steps = []
         for name in names:
@@ -130,9 +138,10 @@ class LevelWatch:
 
 
 def _score(now: float, before: Sequence[float]) -> float:
-    """How many robust standard deviations a number is above the median of those before; the deviation of few is widened.
+    """How many robust standard deviations the number `now` is above the median of those `before`.
 
-    In logarithms, if all are positive: gradient norms vary by factors, and a high one is less odd than it looks.
+    The deviation of fewer than `STEADY_STEPS` numbers may be small by chance, and is widened. If all are positive, logarithms
+    are compared: gradient norms vary by factors, and a high one is less odd than it looks.
     """
     values = list(before)
     least_spread = MIN_SPREAD

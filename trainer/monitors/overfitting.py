@@ -34,7 +34,11 @@ REMEDIES = (
 
 
 def logged_metrics(evidence: Evidence) -> dict[str, float]:
-    """What is logged in each evaluation: the gap, and p-values of both trends once there are enough evaluations."""
+    """What is logged in each evaluation: the gap between held-out and training loss, and p-values of two trends.
+
+    The trends are those of the held-out loss and of the gap, over the evaluations since the lowest held-out loss; they are left
+    out while those are too few. Empty before the first step.
+    """
     if not evidence.history or evidence.history[-1]["step"] == 0:
         return {}
     metrics = {"overfitting/gap": _gap(evidence.history[-1])}
@@ -54,7 +58,7 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
     """The finding that the run overfits; None if the evaluations so far do not show it.
 
     It needs three things: since its lowest value the held-out loss rises, its gap to the training loss grows, and the training
-    loss does not rise.
+    loss does not rise. `evidence.history` has both losses of each evaluation so far.
     """
     measured = logged_metrics(evidence)
     if "overfitting/p_gap" not in measured or config.action is Reaction.off:

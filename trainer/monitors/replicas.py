@@ -45,10 +45,11 @@ class ReplicaCheck:
         self._compared_at = step
 
     def compare(self, engine: Engine, step: int, *, now: bool = False) -> None:
-        """Compare checksums of the parameters over ranks, if it is due or `now`. Raises ReplicasDiffer on all ranks.
+        """Compare the parameters that several ranks hold copies of, by checksums. Raises ReplicasDiffer on all ranks.
 
-        All ranks must call, after the same steps. Waits for the device. As long as all agree, one small object a rank is
-        exchanged.
+        It is done every `guards.replicas_every_steps` steps, or `now`, as before a checkpoint: copies that have come apart mean
+        memory that flips bits, and no checkpoint should have them. All ranks must call, after the same steps. Waits for the
+        device. As long as all agree, one small object a rank is exchanged.
         """
         alone = self.runtime.world_size == 1 or self.runtime.simulated
         if alone or not self.every_steps or step == self._compared_at:
@@ -77,7 +78,8 @@ class ReplicaCheck:
     ) -> None:
         """Raise ReplicasDiffer with the parameters that differ, and the ranks that are not like most. A collective.
 
-        `checksum_by_name`: this rank's (shard, checksum) of each parameter.
+        `checksum_by_name`: this rank's (shard, checksum) of each parameter; ranks with an equal shard should have equal
+        checksums. `last_equal_step`: of the last comparison, in which all agreed.
         """
         gathered = gather_objects((socket.gethostname(), checksum_by_name), self.runtime)
         hosts = [host for host, _ in gathered]
@@ -104,7 +106,8 @@ class ReplicaCheck:
 def _odd_ranks(sums: list[tuple[Shard, int]]) -> set[int]:
     """Ranks whose checksum is not that of most ranks with the same shard; all ranks of a shard if there is no majority.
 
-    `sums`: (shard, checksum) of one parameter on each rank.
+    `sums`: (shard, checksum) of one parameter, by rank. A shard is this rank's position in the device mesh, as far as the
+    parameter is split over it: ranks at the same position hold copies of the same part.
     """
     checksums_by_shard: dict[Shard, dict[int, int]] = {}  # of each rank with that shard
     for rank, (shard, rank_checksum) in enumerate(sums):
@@ -141,7 +144,7 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]
         if len(shard) == len(tensor.placements):  # no other rank has this shard
             continue
         share = share_of(engine.step_module, name)
-        if share is not None:  # dealt experts: each place of a group has others
+        if share is not None:  # experts of an MoE layer that are spread over ranks: each rank of a group has others
             shard.append(share.place)
         yield name, tensor.to_local(), tuple(shard)
 
@@ -149,7 +152,8 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]
 def checksum(tensor: Tensor) -> Tensor:
     """The tensor's bytes summed as whole numbers modulo 2**64: 0-d int64, on its device. Any single flipped bit changes it.
 
-    Numbers of eight bytes are summed if the tensor's bytes come out even, which is faster, else numbers of an element's size.
+    The bytes are read as whole numbers of eight bytes, which is fastest, if start and size are multiples of eight bytes. Else
+    they are read as whole numbers of an element's size.
     """
     elements = tensor.contiguous().view(-1)
     element_bytes = elements.element_size()

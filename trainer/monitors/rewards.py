@@ -80,7 +80,12 @@ REMEDIES = {
 
 
 def add_step(blocks: list[dict[str, float]], row: Mapping[str, Any], controls: Sequence[str]) -> bool:
-    """Add a step to the blocks, in place; returns whether it has filled one. `controls`: metrics of rewards of weight 0."""
+    """Add the metrics of a step to the newest block of steps, in place; returns whether the step has filled that block.
+
+    `blocks`: sums of metrics over equally many steps each, oldest first, the newest perhaps not full. When all `MOST_BLOCKS` are
+    full, neighbours are joined, so that blocks become twice as long. `row`: the step's metrics. `controls`: names of the metrics
+    of rewards of weight 0, which are measured and not trained.
+    """
     block_size = int(blocks[0][STEPS]) if len(blocks) > 1 else 1
     if not blocks or blocks[-1][STEPS] >= block_size:
         if len(blocks) == MOST_BLOCKS:
@@ -167,7 +172,11 @@ def _is_solved(reward: Sequence[float], recent: float) -> bool:
 
 
 def _collapse(finding: Any, reward: list[float], entropy: list[float], length: list[float]) -> Iterator[Finding]:
-    """A policy that stopped exploring, or answers that grow without gain. `finding` makes one."""
+    """Findings `collapsed` (a policy that stopped exploring) and `longer` (answers that grow without more reward).
+
+    `reward`, `entropy` (nats a token) and `length` (tokens of an answer): means of each full block of steps, oldest first; empty
+    if not measured. `finding(verdict, text, **numbers)` makes a Finding.
+    """
     if entropy and entropy[0] > 0 and entropy[-1] < COLLAPSED_ENTROPY * entropy[0]:
         says = f"the entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g} nats a token: the model hardly explores any more"
         yield finding("collapsed", says, entropy=entropy[-1])
@@ -182,29 +191,31 @@ def _collapse(finding: Any, reward: list[float], entropy: list[float], length: l
 
 
 def without_carry_over(p_value: float, values: Sequence[float]) -> float:
-    """A p-value of a trend, corrected for noise that carries over from one value to the next.
+    """A p-value of a trend in `values`, corrected for noise that carries over from one value to the next.
 
     Such noise looks like a trend: the variance of the test's score grows by (1 + r) / (1 - r), where r is the correlation of
     neighbours around a straight line (Bayley and Hammersley 1946). In a short series, r comes out too small by (2 + 4 r) / n
     (Marriott and Pope 1954, with a line taken off), which is undone.
     """
     count = len(values)
-    places = np.arange(count)
-    rest = np.asarray(values) - np.polyval(np.polyfit(places, values, 1), places)
-    variance = float(np.dot(rest, rest))
+    positions = np.arange(count)
+    residuals = np.asarray(values) - np.polyval(np.polyfit(positions, values, 1), positions)
+    variance = float(np.dot(residuals, residuals))
     if variance <= 1e-12 * float(np.ptp(values)) ** 2:  # a straight line has no noise but rounding
         return p_value
-    seen = float(np.dot(rest[1:], rest[:-1])) / variance
-    carried = min(0.98, max(0.0, (seen + 2 / count) / (1 - 4 / count)))
+    sample_correlation = float(np.dot(residuals[1:], residuals[:-1])) / variance
+    # sample_correlation = r - (2 + 4 r) / n, solved for r.
+    correlation = min(0.98, max(0.0, (sample_correlation + 2 / count) / (1 - 4 / count)))
     normal = NormalDist()
     score = normal.inv_cdf(1 - min(1 - 1e-15, max(1e-15, p_value)))
-    return 1 - normal.cdf(score * math.sqrt((1 - carried) / (1 + carried)))
+    return 1 - normal.cdf(score * math.sqrt((1 - correlation) / (1 + correlation)))
 
 
 def drops(values: Sequence[float]) -> bool:
     """Whether the last values of a series lie far below its first half: a fall that comes late, which a trend does not show.
 
-    Far is six standard deviations of the first half, wandering included, so that a control that wanders seldom counts.
+    `values`: a control's mean in each block of steps, oldest first. Far is six standard deviations of the first half. If the
+    control drifts, that widens the deviation, so that a drop within its usual drift does not count.
     """
     if len(values) < MIN_BLOCKS:
         return False
@@ -215,7 +226,10 @@ def drops(values: Sequence[float]) -> bool:
 
 
 def falls(values: Sequence[float], level: float = FALLING_LEVEL) -> bool:
-    """Whether a series falls: by its trend, and by more than the noise of one value."""
+    """Whether a series (a control, or `eval/reward`; oldest value first) falls: by its trend, and by more than its noise.
+
+    `level`: of the trend's test. The fall is that from the mean of the first quarter of the values to that of the last.
+    """
     if len(values) < MIN_EVALUATIONS:
         return False
     if without_carry_over(rising_p_value([-value for value in values]), values) > level:

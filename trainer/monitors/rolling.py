@@ -35,9 +35,10 @@ class RollingWindow:
         """Steps from which the spread counts as it is. That of fewer steps may be small by chance, and is widened."""
 
     def scores(self, values: Tensor) -> Tensor:
-        """How many robust standard deviations each value of a step is above the median of the window: float64 [width].
+        """How many robust standard deviations each value of a step (float64 [width]) is above the median of the window.
 
-        NaN while the window holds too few steps, and if any value is not finite: that is reported by itself.
+        float64 [width], a column for each number that is watched. NaN while the window holds too few steps, and if any value is
+        not finite, which is reported by itself.
         """
         middle = _median(self.window)
         spread = DEVIATIONS_PER_MAD * _median((self.window - middle).abs())

@@ -59,9 +59,11 @@ class Stragglers:
         """By rank: its factors in the last intervals in a row in which it was slow, or, once it is called slow, was not."""
 
     def judge_interval(self, rows: list[dict[str, Any]], times: list[RankTime]) -> None:
-        """Judge an interval, and add the median and the largest time of the ranks' blocks to its first row.
+        """Look for slow ranks in a logging interval, and add the ranks' compute times to its first row.
 
-        `rows`: of the interval's steps. `times`: of each rank, by rank. All ranks must call, with the same arguments.
+        `rows`: metrics of the interval's steps. `times`: by rank, how long its forward pass took in the model's blocks
+        (layers). The row gets their median, the largest, and which rank has it. All ranks must call, with the same
+        arguments.
         """
         all_timed = all(time.seconds > 0 for time in times)
         if not rows or len(times) < 2 or not all_timed:
@@ -112,10 +114,10 @@ class Stragglers:
 
 
 def factor_of(rank: int, times: list[RankTime]) -> float:
-    """How many times as long as the median of the other ranks a rank computes: in all or for a token, the lesser of the two.
+    """How many times as long as the median of the other ranks a rank computes. `times`: of each rank, by rank.
 
-    A rank with more tokens is not slow, nor is one whose few tokens each bear more of what every pass costs. 1 if the rank
-    takes so little longer that it does not matter to the step.
+    The lesser of two ratios, in all and for a token: a rank with more tokens is not slow, nor is one whose few tokens each bear
+    more of the fixed cost of a pass. 1 if the rank takes so little longer that it does not matter to the step.
     """
     own = times[rank]
     others = [*times[:rank], *times[rank + 1 :]]

@@ -20,7 +20,7 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def map_tensors(batch: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """The batch, and batches within it, with each tensor changed."""
+    """The batch with `change` applied to each tensor, such as a copy to the device; batches within it likewise."""
     changed: dict[str, Any] = {}
     for name, part in batch.items():
         if torch.is_tensor(part):
@@ -47,14 +47,17 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, samples: Sequence[Sample], cut: Cut | None = None) -> dict[str, Any]:
-        """Samples as one micro-batch on the CPU; with a `cut`, this rank's slice of it.
+        """Samples as one micro-batch on the CPU; with a `cut`, this rank's slice of it along the sequence.
 
-        Only who reads the same documents on all ranks of a sequence-parallel group may cut: otherwise the ranks would exchange
-        heads of different documents. So no batch of answers that are generated or scored by each rank alone is cut.
+        Beside the rows (token ids, positions, targets) it has:
+        - `target_rows` (int64): which positions of the flattened rows have a target, the "supervised rows";
+        - `row_sequence` (int64): the sample that each supervised row belongs to, 0 to `num_sequences` - 1;
+        - `target_weights` (float32): what each supervised row counts for in the loss, if some count for less than 1;
+        - `reference_logps` (float32, one a sample): log-probabilities of a reference model, if they were recorded;
+        - what the objective's `add` adds.
 
-        Beside the rows: `target_rows` (int64, which flattened positions have a target), `row_sequence` (int64, whose each
-        of them is), `num_sequences`; `target_weights` (float32, what each of them counts for) where some weigh less than 1;
-        `reference_logps` float32 `[S]` where they were recorded; what `add` adds.
+        Give a `cut` only if all ranks of a sequence-parallel group read the same samples: otherwise they would exchange
+        attention heads of different documents. So answers that each rank generates or scores alone are not cut.
         """
         batch = self.rows(samples)
         # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
@@ -110,7 +113,10 @@ def _targets(sample: Sample) -> np.ndarray:
 
 
 def concatenated(samples: Sequence[Sample]) -> dict[str, Any]:
-    """One row of T tokens: ids, positions that restart per document, targets, document boundaries."""
+    """Samples as one row of T tokens without padding: ids, positions that restart per document, targets, document boundaries.
+
+    The boundaries keep attention within a document.
+    """
     lengths = [len(sample.input_ids) for sample in samples]
     # In the names that flash attention uses: where each document begins in the row, and where the last ends.
     boundaries = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
@@ -130,7 +136,7 @@ def concatenated(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def padded(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
-    """One row a document, padded on the right to the longest."""
+    """One row a sample, `[samples, longest]`, padded on the right; padding has no attention and no target."""
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = np.full((len(samples), longest), pad_token_id, dtype=np.int64)
     mask = np.zeros_like(input_ids)

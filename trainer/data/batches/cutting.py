@@ -87,12 +87,13 @@ def cut_of(runtime: Runtime) -> Cut | None:
 def cut_batch(
     batch: Mapping[str, Any], cut: Cut, axes: Mapping[str, Axis], *, keep_row_ids: bool = False
 ) -> dict[str, Any]:
-    """This rank's slice of a batch that is one row without padding.
+    """This rank's slice of a micro-batch that is one row without padding, for sequence parallelism.
 
-    Beside the entries, cut as `axes` says: `row_slices` (list of n + 1 borders), `row_span` (where this slice begins and ends),
-    and `owner`: 1.0 on the first rank of the group, else 0.0. What belongs to a whole sequence, such as the loss of a pair, is
-    computed alike by all ranks of the group, and counts on the owner alone. With `keep_row_ids` there is also `row_input_ids`,
-    the ids of the whole row.
+    `axes`: by entry, what its numbers are about (tokens, supervised rows, whole sequences), and so how it is cut. Supervised
+    rows are the positions that have a target. Added are `row_slices` (offsets in tokens of all n slices, n + 1 numbers),
+    `row_span` (the first and last of this slice), and `owner`: 1.0 on the first rank of the group, else 0.0. What belongs to a
+    whole sequence, such as the loss of a pair, is computed alike by all ranks of the group, and counts on the owner alone. With
+    `keep_row_ids` there is also `row_input_ids`, the token ids of the whole row.
 
     Errors: ValueError for padded rows, and for an entry of which `axes` says nothing. Kept whole by mistake, it would count
     once for each rank.
@@ -137,10 +138,10 @@ def rows_before(rows: Tensor, borders: list[int]) -> list[int]:
 
 
 def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[str, Any]:
-    """The batch with at least one token for each rank: models fail on an empty slice.
+    """The batch with at least one token for each of `sequence_size` ranks: models fail on an empty slice.
 
-    A shorter row gets one more document that is not supervised. `is_token` (bool `[1, T]`) is then False for its tokens, so
-    that routers do not count them.
+    A shorter row gets one more document of filler tokens without targets. `is_token` (bool `[1, T]`) is then False for them, so
+    that the routers of a mixture of experts do not count them.
     """
     num_tokens = batch["input_ids"].shape[-1]
     missing = sequence_size - num_tokens
@@ -162,9 +163,10 @@ def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[
 
 
 def moved_rows(before: list[int], after: list[int], rank: int) -> tuple[list[int], list[int]]:
-    """How rows that lie on ranks by one cut come to lie by another: (rows that `rank` sends to each rank, that it receives).
+    """Counts for an all-to-all that redistributes rows from one cut of them to another: (sent, received), each by rank.
 
-    `before` and `after`, `[n + 1]`: how many of the rows lie before each border of the two cuts.
+    `before` and `after`, `[n + 1]`: the row offsets at which the ranks' slices begin, and the last one ends, in the old and the
+    new cut. `rank` sends `sent[r]` rows to rank r and gets `received[r]` from it.
     """
     sent = []
     received = []

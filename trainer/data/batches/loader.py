@@ -128,10 +128,10 @@ class StepLoader:
         return self.share.global_batch
 
     def weigh_attention(self, tokens_per_square: int) -> None:
-        """Deal the units of every step by what they cost with attention, not by their tokens alone.
+        """From now on, balance the ranks of every step by what documents cost with attention, not by their tokens alone.
 
         A document of n tokens then costs n + n^2 / `tokens_per_square`. The samples of a step stay the same; which rank gets
-        which of them may change.
+        which of them may change. A unit (what stays together: a pack, a pair of answers) costs the sum of its documents.
         """
         attention = self.dataset.lengths.astype(np.int64) ** 2 // tokens_per_square
         if self.units is not None:
@@ -149,9 +149,11 @@ class StepLoader:
         return [int(row) for row in np.unique(self.dataset.documents[sequences])]
 
     def _slots(self, first_sample: int) -> np.ndarray:
-        """Units of the step, int64 [slots, units a slot]; slot m * readers + r is the m-th micro-batch of reader r.
+        """The step's global batch dealt into micro-batches: numbers of units, int64 [slots, units a slot].
 
-        The slots come sorted by load, so that the readers' m-th micro-batches weigh about the same and none waits long.
+        A unit is a document, or what stays together: a pack, a pair of answers. A reader is a rank that reads documents of its
+        own. Slot m * readers + r is the m-th micro-batch of reader r. The slots come sorted by cost, so that the readers' m-th
+        micro-batches cost about the same and none waits long.
         """
         share = self.share
         units = self.order.units(first_sample, share.global_batch)
@@ -196,7 +198,11 @@ class StepLoader:
                 yield step_batch
 
     def _step(self, first_sample: int) -> StepBatch:
-        """The batch of the step that begins at `first_sample`, still on the CPU. Runs in the background thread."""
+        """This rank's batch of the step that begins after `first_sample` consumed samples, still on the CPU.
+
+        Runs in the background thread. `ahead` has the same micro-batches once more with other samples, if the objective looks
+        at them before the first backward pass.
+        """
         slots = self._slots(first_sample)
         micro_batches = self._micro_batches_of(slots, self.share.reader)
         global_sequences = self._sequences(slots.ravel())
@@ -248,16 +254,17 @@ class StepLoader:
         return {name: exact_sum(batch_counts[batch_sources == number]) for number, name in self.sources.items()}
 
     def _collate(self, samples: list[Sample], sequences: list[int] | None = None) -> dict[str, Any]:
-        """Samples as a micro-batch.
+        """Samples as a micro-batch, in pinned memory if it goes to a GPU.
 
-        `sequences`: their numbers, if the batch shall say of which source each supervised row is, where there are several
-        sources: `row_source` (int64, a place in `source_names`).
+        With `sequences`, the samples' numbers in the data set, and several sources, the batch also says which source each
+        supervised row (position with a target) comes from: `row_source` (int64, indices into `source_names`), so that the loss
+        can be logged by source.
         """
         batch = self.collator(samples, self.share.cut)
         if sequences is not None and len(self.sources) > 1:
-            places = np.searchsorted(np.array([*self.sources]), self.dataset.sources[sequences])
+            source_indices = np.searchsorted(np.array([*self.sources]), self.dataset.sources[sequences])
             # By the rows of this rank: with a cut, others hold the rest of a sequence's rows.
-            batch["row_source"] = torch.from_numpy(places)[batch["row_sequence"]]
+            batch["row_source"] = torch.from_numpy(source_indices)[batch["row_sequence"]]
             batch["source_names"] = [*self.sources.values()]
         return pin_batch(batch, self.device)
 
@@ -312,7 +319,12 @@ def sources_in(dataset: TokenDataset) -> dict[int, str]:
 
 
 def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
-    """Sequences of each of this reader's micro-batches, as `eval_batches` says; none where the reader has run out."""
+    """The sequence numbers of each of this reader's micro-batches in an evaluation; an empty list once it has run out.
+
+    A reader is a rank that reads documents of its own. Documents are taken longest first within their group (source), and
+    `share.batch` of one group at a time. The batches go to the readers in turn: batch i to reader i modulo `share.readers`.
+    A document has `share.sequences_per_document` sequences, two for a pair of answers, which stay together.
+    """
     per_document = share.sequences_per_document
     documents = share.documents(dataset)
     groups = share.groups(dataset)
@@ -321,7 +333,7 @@ def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     batches: list[list[int]] = []
     for part in np.split(ordered, np.flatnonzero(np.diff(groups[ordered])) + 1):
         batches += [part[start : start + share.batch].tolist() for start in range(0, len(part), share.batch)]
-    # The readers take batches in turn, and all of them the same number of turns.
+    # All readers get the same number of micro-batches, because each one is a collective forward pass.
     for turn in range(-(-len(batches) // share.readers)):
         number = turn * share.readers + share.reader
         batch = batches[number] if number < len(batches) else []
@@ -352,7 +364,7 @@ def eval_batches(
     sample_of = ahead or TokenDataset.sample
 
     def make_batch(sequences: list[int]) -> dict[str, Any]:
-        """A micro-batch on the CPU; of a rank that has run out, one with nothing to score."""
+        """A micro-batch on the CPU; without `sequences`, as on a rank that has run out, one with nothing to score."""
         samples = [sample_of(dataset, sequence) for sequence in sequences]
         if not samples:
             samples = collator.fillers(dataset, share.sequences_per_document)

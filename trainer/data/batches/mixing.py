@@ -20,10 +20,11 @@ from trainer.data.store.sequences import TokenDataset
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Packs of document numbers, each at most `capacity` tokens: longest first, into the fullest pack with room.
+    """Pack documents into rows (packs) of at most `capacity` tokens: the longest first, each into the fullest pack with room.
 
-    Deterministic: equal lengths keep their order, and of equally full packs the latest is taken. A bitset of the free
-    rooms in use finds the best fit, so that 50,000 documents take a fraction of a second.
+    `lengths`: tokens of each document. Returns the document numbers of each pack. Deterministic: equal lengths keep their
+    order, and of equally full packs the latest is taken. A bitset of the free rooms (tokens left in a pack) finds the best
+    fit, so that 50,000 documents take a fraction of a second.
     """
     if len(lengths) and (int(lengths.max()) > capacity or int(lengths.min()) < 1):
         raise ValueError(f"lengths must lie in 1..{capacity}, found {int(lengths.min())}..{int(lengths.max())}")
@@ -78,7 +79,11 @@ class Mix:
         tokens: np.ndarray,
         documents: np.ndarray | None = None,
     ) -> Mix:
-        """The mix of units with these sources, tokens, and documents in each (None: one), int [units]."""
+        """The sums by source from which `quotas` computes an epoch; `names`: of the sources.
+
+        Int [units] each: `sources` (index into `names`), `tokens`, and how many `documents` a unit has (None: one each). A unit
+        is what is drawn as a whole: a document, or a pack of several.
+        """
 
         def sum_by_source(amounts: np.ndarray | None) -> np.ndarray:
             """Without amounts, the number of units."""
@@ -93,11 +98,12 @@ class Mix:
         )
 
     def quotas(self, mixing: MixingConfig) -> np.ndarray:
-        """Units of each source in one epoch, int64 [S].
+        """How many units (documents or packs) of each source one epoch holds, int64 [sources].
 
-        The shares over documents or tokens come as near to the weights as whole units allow, by the largest remainder; a
-        source with a weight above 0 gives at least one unit, so that none vanishes by rounding. Raises DataError for a
-        weighted source without documents or without tokens, ConfigError for an epoch that is too long.
+        The sources' shares of documents or tokens (`mixing.over`) come as near to the weights as whole units allow, by the
+        largest remainder; a source with a weight above 0 gives at least one unit, so that none vanishes by rounding. An epoch
+        ends when the first source has been seen once, or all have (`mixing.epoch`). Raises DataError for a weighted source
+        without documents or without tokens, ConfigError for an epoch that is too long.
         """
         amounts = self.tokens if mixing.over is MixOver.tokens else self.documents
         # Units of each source per unit of epoch length: its share, divided by what one of its units holds on average.
@@ -132,7 +138,7 @@ class Mix:
         return np.array(quotas, dtype=np.int64)
 
     def realised(self, quotas: np.ndarray) -> dict[str, dict[str, float]]:
-        """Requested against realised shares of each source, by name; `quotas`: units of each source in an epoch.
+        """Requested against realised shares of each source, by name, for the report; `quotas`: units of each in an epoch.
 
         Of a source: its `weight` as set, the share `requested` of an epoch, `units` (documents or packs) of one, means over
         epochs of `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen
@@ -160,7 +166,7 @@ class Mix:
 
 
 def _round_to_whole(amounts: list[Fraction]) -> list[int]:
-    """Whole numbers of nearly the same sum as `amounts`, by the largest remainder, but at least 1 where it is not 0."""
+    """Whole numbers of nearly the same sum as `amounts`, by the largest remainder; an amount above 0 becomes at least 1."""
     whole = [math.floor(amount) for amount in amounts]
     rounded_sum = math.floor(sum(amounts, Fraction(0)) + Fraction(1, 2))
     # The largest fractional parts are rounded up until the sum fits.
@@ -186,10 +192,10 @@ def _shares(amounts: Sequence[float]) -> list[float]:
 def pack_by_source(
     lengths: np.ndarray, source_of_document: np.ndarray, capacity: int
 ) -> tuple[list[list[int]], np.ndarray]:
-    """Packs of document numbers in which every pack has documents of one source only, and the source of each pack.
+    """Pack documents into rows of at most `capacity` tokens, each of one source only, so that sources can be drawn by weight.
 
-    `lengths` and `source_of_document` are int [documents]; the sources come back as int64 [packs]. Sources follow one
-    another in the order of their numbers, each packed as `best_fit_decreasing` packs it alone.
+    `lengths` (tokens) and `source_of_document` are int [documents]. Returns (document numbers of each pack, source of each
+    pack, int64 [packs]). Sources follow one another in the order of their numbers, each packed by `best_fit_decreasing`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     sources = np.asarray(source_of_document, dtype=np.int64)
@@ -216,9 +222,11 @@ def source_weights(config: DataConfig, names: list[str]) -> list[float]:
 def build_order(
     config: DataConfig, train: TokenDataset, *, sequences_per_document: int, seed: int
 ) -> tuple[list[list[int]] | None, Order]:
-    """The sequences that stay together (packs, pairs of answers; None: each alone), and the order in which units are drawn.
+    """What the loader draws from: (units, the order in which they are drawn).
 
-    Raises ConfigError and DataError for weights of sources that cannot be used.
+    A unit is drawn as a whole: a list of sequence numbers that stay together, such as a pack or a pair of answers. `units` is
+    None if each sequence is drawn alone. `sequences_per_document`: 2 for pairs, else 1. With `data.sources.*.weight` the order
+    mixes the sources in these shares. Raises ConfigError and DataError for weights of sources that cannot be used.
     """
     weights = source_weights(config, train.source_names)
     sources = train.sources
@@ -227,8 +235,9 @@ def build_order(
         units = np.arange(len(train)).reshape(-1, sequences_per_document).tolist()
         sources = sources[::sequences_per_document]
     elif config.packing:
-        # Without weights a pack may hold documents of several sources.
-        units, sources = pack_by_source(train.lengths, sources if weights else sources * 0, config.max_length)
+        # Without weights a pack may hold documents of several sources: all count as source 0.
+        packed_sources = sources if weights else np.zeros_like(sources)
+        units, sources = pack_by_source(train.lengths, packed_sources, config.max_length)
     if not weights:
         num_units = len(train) if units is None else len(units)
         return units, GlobalOrder(num_units, seed=seed, shuffle=config.shuffle)

@@ -76,7 +76,10 @@ class Order(ABC):
         """Tokens of all epochs before `epoch`; `unit_tokens` is int [population]."""
 
     def units(self, start: int, count: int) -> np.ndarray:
-        """Units of the consumed-sample numbers [start, start + count), int64 [count]; may span epochs."""
+        """Numbers of the units (documents, packs) that a run draws as its samples [start, start + count), int64 [count].
+
+        They may span epochs. Samples that a rollback left out for good are passed over.
+        """
         parts = []
         for place, remaining in self.places(start, count):
             while remaining > 0:
@@ -126,7 +129,10 @@ class MixedOrder(Order):
         super().__init__(int(self.quotas.sum()), len(sources), seed, shuffle)
 
     def _pass(self, source: int, number: int) -> np.ndarray:
-        """Units of `source` in the order of its pass `number`. The last one is kept: epochs walk on through it."""
+        """Units of `source` in the order of its pass `number`; a pass uses each of them once, in an order of its own.
+
+        The last pass is kept, because successive epochs take successive parts of it.
+        """
         members = self._members[source]
         if not self.shuffle:
             return members
@@ -137,7 +143,7 @@ class MixedOrder(Order):
         return last_pass[1]
 
     def _walk(self, source: int, begin: int, count: int) -> np.ndarray:
-        """Draws [begin, begin + count) of the endless walk through `source`."""
+        """Draws [begin, begin + count) from a source, whose units come pass after pass without end."""
         size = len(self._members[source])
         parts = []
         while count > 0:
@@ -149,25 +155,32 @@ class MixedOrder(Order):
         return np.concatenate(parts)
 
     def _draw(self, epoch: int) -> np.ndarray:
-        """Draw which source has its turn when, then let every source walk on through its own units."""
-        turns = np.repeat(np.arange(len(self.quotas)), self.quotas)  # the source of each sample of the epoch
+        """The units of an epoch in order, int64 [num_units]: `quotas[s]` of each source s.
+
+        First the source of each sample is drawn. Then each source fills its places with its next units, where the epoch before
+        left off.
+        """
+        source_of_sample = np.repeat(np.arange(len(self.quotas)), self.quotas)
         if self.shuffle:
             entropy = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
-            turns = turns[shuffle_numbers(self.num_units, entropy)]
+            source_of_sample = source_of_sample[shuffle_numbers(self.num_units, entropy)]
         else:
             # Spread evenly: the k-th of q samples of a source at (2k + 1) / 2q of the epoch.
-            places = [(2 * np.arange(quota) + 1) / (2 * quota) for quota in self.quotas if quota]
-            turns = turns[np.argsort(np.concatenate(places), kind="stable")]
-        # The walks are laid into the turns in their own order, so that no prefix uses a unit twice before another once.
+            fractions = [(2 * np.arange(quota) + 1) / (2 * quota) for quota in self.quotas if quota]
+            source_of_sample = source_of_sample[np.argsort(np.concatenate(fractions), kind="stable")]
+        # Each source's units keep their own order, so that no prefix uses a unit twice before another once.
         units = np.empty(self.num_units, dtype=np.int64)
-        turns_of_source = np.split(np.argsort(turns, kind="stable"), np.cumsum(self.quotas)[:-1])
+        samples_of_source = np.split(np.argsort(source_of_sample, kind="stable"), np.cumsum(self.quotas)[:-1])
         for source, quota in enumerate(self.quotas.tolist()):
             if quota:
-                units[turns_of_source[source]] = self._walk(source, epoch * quota, quota)
+                units[samples_of_source[source]] = self._walk(source, epoch * quota, quota)
         return units
 
     def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
-        """Whole passes through a source, and the part of the pass in which `epoch` begins."""
+        """Tokens of all epochs before `epoch`; `unit_tokens`: tokens of each unit.
+
+        Counted for each source from its whole passes and the part of a pass that is used by then, without drawing every epoch.
+        """
         total = 0
         for source, quota in enumerate(self.quotas.tolist()):
             if not quota or not epoch:
@@ -181,9 +194,11 @@ class MixedOrder(Order):
 
 
 def deal(costs: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
-    """Deal positions 0..len(costs)-1 into `num_slots` slots of exactly `capacity`, balanced by cost (whole numbers).
+    """Spread a global batch over micro-batches (slots), `capacity` documents each, so that all cost about the same.
 
-    Costliest first, into the lightest slot with room. Deterministic. Slots come back heaviest first, positions ascending.
+    `costs`: of each document, whole numbers, such as tokens; num_slots * capacity of them. Returns the documents' positions in
+    `costs` by slot, the costliest slot first, positions ascending. The costliest document goes first, into the slot with the
+    least cost so far that has room. Deterministic, since every rank does it for all.
     """
     slots: list[list[int]] = [[] for _ in range(num_slots)]
     costs = np.asarray(costs, dtype=np.int64)
@@ -207,7 +222,8 @@ def deal(costs: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
 def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, tokens: int) -> int:
     """Steps of `global_batch` units until `tokens` tokens are consumed; the step that reaches the number counts.
 
-    `unit_tokens` is int64 [order.population], at least 1 each. Exact also where epochs differ in their tokens.
+    `unit_tokens`: tokens of each unit (document or pack) that is drawn from, int64 [order.population], at least 1 each. Exact
+    also if epochs differ in their tokens, as with sources that are mixed.
     """
 
     def tokens_before(epoch: int) -> int:
@@ -216,7 +232,7 @@ def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, t
     max_epoch = 1
     while tokens_before(max_epoch) < tokens:
         max_epoch *= 2
-    # The last epoch that begins short of the number.
+    # The last epoch that begins before `tokens` are consumed.
     last_epoch = bisect.bisect_left(range(max_epoch + 1), tokens, key=tokens_before) - 1
     cumulative = np.cumsum(unit_tokens[order.epoch(last_epoch)])
     tokens_left = tokens - tokens_before(last_epoch)
@@ -240,7 +256,7 @@ class BudgetConfig:
 def steps_from_budget(budget: BudgetConfig, order: Order, unit_tokens: np.ndarray, global_batch: int) -> int:
     """Optimizer steps of the run: set directly, or as many as the epochs or tokens of the budget need.
 
-    `unit_tokens` is int [order.population].
+    `unit_tokens`: tokens of each unit (document or pack) that is drawn from, int [order.population].
     """
     if budget.steps is not None:
         return budget.steps

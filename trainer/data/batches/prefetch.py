@@ -23,7 +23,7 @@ def pin_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
-    """Yield the items, which one background thread makes up to `PREFETCH` ahead.
+    """Yield the items, which one background thread takes from the iterator up to `PREFETCH` ahead of the consumer.
 
     Close it (or exhaust it) to stop the thread. Errors of the thread are raised here.
     """

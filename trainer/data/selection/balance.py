@@ -28,10 +28,11 @@ Shares = dict[str, float | str | None]
 def resample(
     groups: list[str], group_of: np.ndarray, config: BalanceConfig, seed: int
 ) -> tuple[np.ndarray, dict[str, Shares]]:
-    """The documents to use, int64 numbers in the order of the input with repeats side by side, and a report by group.
+    """Repeat or leave out training documents until groups (labels or sources) have the shares of `data.balance`.
 
-    `group_of` is int64 [n], numbers into `groups`, n at least 1. Which documents are left out or repeated once more depends
-    on the seed and on their numbers alone.
+    `groups`: their names. `group_of`: the group of each document, int64 [n], n at least 1. Returns (numbers of the documents to
+    use, int64, in the order of the input with repeats side by side; report by group). Which documents are left out or repeated
+    once more depends on the seed and on their numbers alone.
 
     The largest group relative to its share stays whole, and the others are repeated to match it. If nothing may be repeated, the
     smallest one does, and the others shrink. `cap` bounds the sizes that the shares are computed from, as in Raffel et al. 2020
@@ -66,7 +67,10 @@ def _target_shares(groups: list[str], sizes: np.ndarray, config: BalanceConfig) 
 
 
 def _requested_shares(groups: list[str], sizes: np.ndarray, shares: dict[str, float]) -> np.ndarray:
-    """`data.balance.shares` in the order of `groups`. Raises ConfigError with all that is wrong with them."""
+    """`data.balance.shares` in the order of `groups`; `sizes`: documents of each group.
+
+    Raises ConfigError with everything that is wrong: a share for a group without documents, a group without a share, all 0.
+    """
     problems = []
     for name, share in shares.items():
         if share > 0 and (name not in groups or not sizes[groups.index(name)]):
@@ -97,7 +101,10 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceConfig) -> np.ndarray:
-    """Documents wanted of each group, int64 [groups], before `cap` and `max_repeats` bound them. `sizes`: those it has."""
+    """How many documents each group should have, int64 [groups], before `cap` and `max_repeats` bound that.
+
+    `sizes`: documents that it has. If repeats are allowed, groups grow until the shares hold; else they shrink.
+    """
     if config.target is BalanceTarget.natural:
         return sizes
     only_shrinks = config.max_repeats == 1
@@ -113,7 +120,7 @@ def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceC
 
 
 def _uses_of_documents(group_of: np.ndarray, sizes_before: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
-    """How often each document is used, int64 [n], so that groups of `sizes_before` documents have `sizes`.
+    """How often each document is used, int64 [n], so that groups of `sizes_before` documents come to have `sizes`.
 
     Within a group, all are used equally often; a random draw decides which are used once more.
     """
@@ -138,7 +145,10 @@ def _normalised(amounts: np.ndarray) -> np.ndarray:
 def _report(
     groups: list[str], group_of: np.ndarray, uses: np.ndarray, target_shares: np.ndarray, limited_by: list[str | None]
 ) -> dict[str, Shares]:
-    """What balancing did to each group, see `Shares`. `uses`: how often each document is used."""
+    """What balancing did to each group, see `Shares`. `uses`: how often each document is used, int64 [n].
+
+    `limited_by`: by group, the setting (`cap`, `max_repeats`) because of which it misses its target share; None if none.
+    """
     before = np.bincount(group_of, minlength=len(groups))
     after = np.bincount(group_of, weights=uses, minlength=len(groups)).astype(np.int64)
     dropped = np.bincount(group_of[uses == 0], minlength=len(groups))

@@ -71,7 +71,10 @@ class BandIndex:
             self._num_kept[band, first_slot] += 1
 
     def find(self, document: int) -> set[int]:
-        """The kept documents that share a band with a document."""
+        """The kept documents that share a band with a document: the candidates for a near copy of it.
+
+        A band is a part of a MinHash sketch; similar documents agree in at least one. `document`: a number from 0.
+        """
         number = int(self._number[document])
         found: set[int] = set()
         if number < 0:
@@ -93,7 +96,11 @@ def _new_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np
 
 
 def _band_keys(digests: Iterable[list[int] | None], bands: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(first document, uint64 [bands, n] keys of its bands, bool [n] whether a document has any) of n documents at a time."""
+    """Hash keys of the documents' bands (parts of their MinHash sketches), for n documents at a time.
+
+    `digests`: the sketch of each document; None if it has no words. Yields (number of the first of the n documents, uint64
+    [bands, n] keys, bool [n] whether a document has a sketch).
+    """
     remaining = iter(digests)
     begin = 0
     while chunk := list(islice(remaining, DOCUMENTS_PER_WRITE)):
@@ -111,7 +118,10 @@ def _band_keys(digests: Iterable[list[int] | None], bands: int) -> Iterator[tupl
 
 
 def _is_repeated(keys: np.ndarray, has_keys: np.ndarray) -> np.ndarray:
-    """bool [n]: whether another document has the same key. `has_keys` (bool [n]): which of them have one."""
+    """Bool [n]: whether another document has the same key of this band. Only those can be candidates, so only they are kept.
+
+    `keys`: uint64 [n]. `has_keys` (bool [n]): which documents have one; the keys of others mean nothing.
+    """
     documents = np.flatnonzero(has_keys)
     order = np.argsort(keys[documents])
     sorted_keys = keys[documents[order]]

@@ -42,9 +42,10 @@ class LeakedDocuments:
         return self.train[self.kind != LEAK_KINDS.index("prompt")]
 
     def report(self, location_of: Callable[[int], str]) -> dict[str, Any]:
-        """Counts by kind on both sides, and the first pairs of each kind as "file:line = file:line".
+        """What the report says of documents that are in training and held-out data alike.
 
-        `location_of`: gives the `file:line` of a document.
+        By kind of leak (equal, normalised, near, shared prompt): how many documents on each side, and the first pairs as
+        "file:line = file:line". `location_of`: gives the `file:line` of a document.
         """
         train_counts: dict[str, int] = {}
         held_out_counts: dict[str, int] = {}
@@ -115,9 +116,9 @@ def find_leaks(
 
 
 def first_equal(digests: np.ndarray, other_digests: np.ndarray, other_documents: np.ndarray) -> np.ndarray:
-    """int64[n]: for each digest the document with the first equal one of `other_digests`; -1 if there is none.
+    """For each digest (hash of a text) of `digests`, the first document of the other side with the same; -1 if there is none.
 
-    `other_documents`: the document of each of the other digests.
+    `other_documents[i]`: the number of the document with `other_digests[i]`. Returns int64 [len(digests)].
     """
     if not len(other_digests):
         return np.full(len(digests), -1, dtype=np.int64)
@@ -131,7 +132,7 @@ def first_equal(digests: np.ndarray, other_digests: np.ndarray, other_documents:
 def apply_policy(
     leaks: LeakedDocuments, policy: LeakagePolicy, num_train: int, location_of: Callable[[int], str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Carry out `data.leakage.policy` for `num_train` training documents: (the documents that are taken out, report).
+    """Carry out `data.leakage.policy`: (numbers of the training documents to take out, report). `num_train`: all of them.
 
     Raises DataError if the policy is `fail` and there are leaks, with the counts and the first examples.
     """

@@ -20,9 +20,10 @@ NGRAM = 5
 
 
 def ngrams(normalized: bytes, partition: int = 0) -> list[bytes]:
-    """The runs of 5 words of a normalised text, in order; a text of fewer words is a single run.
+    """The n-grams of 5 words of a normalised text, in order, as a set of which two texts are compared.
 
-    Short texts are therefore similar only when their words are the same. Texts of different partitions share no run.
+    A text of fewer words is a single n-gram, so that short texts are similar only when their words are the same. Texts of
+    different `partition` (a number, such as a hash of the label) share no n-gram.
     """
     words = normalized.split()
     if not words:
@@ -92,7 +93,10 @@ class NearIndex:
         return self._find(position, runs, sketch)
 
     def add(self, position: int, *, unless_found: bool = False) -> int | None:
-        """Keep a document for later ones. With `unless_found`, only if no near copy of it is kept: that one is returned."""
+        """Add a document to the index, so that later ones are compared with it. `position`: its number in the index.
+
+        With `unless_found` it is added only if the index has no near copy of it yet; else that document is returned.
+        """
         near_copy = self.find(position) if unless_found else None
         if near_copy is None:
             # Text that thousands of documents share (a licence, a template) would make each search compare with all
@@ -120,9 +124,10 @@ class NearIndex:
         return sketch.digest() if runs else None
 
     def _find(self, position: int, runs: list[bytes], sketch: Any) -> int | None:
-        """The kept document that a document with these runs is a near copy of; None if there is none.
+        """The document of the index that this one is a near copy of; None if there is none.
 
-        Compares it with the candidates that share a band, the most similar by estimate first.
+        `runs`: its n-grams of words. `sketch`: its MinHash, which estimates the Jaccard similarity of two sets of n-grams. The
+        candidates that share a band of it are compared exactly, the most similar by estimate first.
         """
         # (minus the estimated similarity, position), so that the most similar comes first.
         candidates: list[tuple[float, int]] = []
@@ -146,10 +151,12 @@ def near_copies(
     threshold: float,
     directory: Path | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """(int64[n]: the document that stands for each, report): itself, or the earlier document that it is a near copy of.
+    """Find the documents that are near copies of an earlier one: (representatives, report of the search).
 
-    A document that is itself a copy stands for no other. Only rows that are `alive` (bool[n]) and equal in `partition`
-    (uint64[n]) are compared. `directory`: see `NearIndex`.
+    `representatives` (int64 [n]) has the number of that earlier document, or the document's own number if it is no copy. A copy
+    represents no other document. `alive` (bool [n]): which are compared, exact copies being out already. `text_of`: gives the
+    text of a document. `partition` (uint64 [n]): only documents with equal numbers, as of a label, can be copies. `directory`:
+    see `NearIndex`.
     """
     rows = np.flatnonzero(alive)
     index = NearIndex(rows, text_of, partition[rows], threshold, directory)
@@ -174,7 +181,7 @@ def recall(similarity: float, bands: int, rows: int) -> float:
 
 
 def choose_bands(threshold: float) -> tuple[int, int]:
-    """(bands, rows of a band) with the most rows, so the fewest useless candidates, that still find enough.
+    """How to split a MinHash sketch: (bands, rows of a band) with the fewest useless candidates that find enough.
 
     A MinHash value agrees with probability equal to the Jaccard similarity s (Broder 1997); a pair becomes a candidate
     with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4). The

@@ -58,7 +58,7 @@ def _ascii_table() -> bytes:
 
 @functools.cache
 def _separators() -> re.Pattern[str]:
-    """Runs of what separates words, other than the plain space: punctuation, control characters, other spaces."""
+    """A pattern for runs of characters that separate words: punctuation, control characters, spaces but the plain one."""
     space = ord(" ")
     separators = [chr(code) for code in range(128) if _ascii_table()[code] == space and code != space]
     for code in (*range(0x80, 0x3100), *range(0xA000, 0xB000), *range(0xFE00, 0x10000)):
@@ -100,7 +100,10 @@ _as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps
 
 
 def content(document: Document) -> str:
-    """A document's content as canonical text: everything but where the row stands, its source and its group."""
+    """A document's content as canonical JSON, whose hash finds exact copies.
+
+    It has everything but where the row stands (file and line), its source and its group.
+    """
     content_fields: list[Any] = [
         document.messages,
         document.prompt,
@@ -182,11 +185,11 @@ class Signer:
     for, "normal" is "digest"."""
 
     def sign(self, documents: list[Document]) -> dict[str, np.ndarray]:
-        """Columns of n documents, uint64[n] each, in which documents are equal that are copies of a kind.
+        """Hashes by which copies are found: columns of uint64 [n], in which two documents are equal if they are copies.
 
-        "digest" stands for the text itself, "normal" for its words, "prompt" for the words of its prompt (0: none),
-        and "verdict", if near copies are looked for, for its label (0: none).
-        Whole documents differ in "normal" when their label does.
+        "digest" is a hash of the text itself, "normal" of its words after `normalize`, "prompt" of the words of its prompt (0:
+        none), and "verdict", if near copies are looked for, of its label (0: none). If whole documents are compared, those with
+        other labels differ in "normal", too.
         """
         digests: list[int] = []
         normal_digests: list[int] = []

@@ -87,9 +87,10 @@ class Duplicates:
 
 
 def policies_of(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
-    """The policy for each kind of copy that is looked for: at least as severe as those for the kinds after it.
+    """What to do with each kind of copy (exact, normalised, near) that is looked for: `report` or `drop`, for example.
 
-    Near copies include the exact ones, so that a policy for near ones holds for all.
+    The kinds come from strict to loose. A near copy may be an exact one, so that a policy for a looser kind holds at least for
+    all stricter ones. A kind that nobody asked for is not in the result.
     """
     by_severity = list(DuplicatePolicy)  # from `none` on
     severities = [by_severity.index(policy) for policy in (config.exact, config.normalized, config.near)]
@@ -107,9 +108,9 @@ def find_duplicates(
     text_of: Callable[[int], str],
     directory: Path | None = None,
 ) -> Duplicates:
-    """Which of the documents, in input order, are copies of an earlier one.
+    """Which of the documents, in input order, are copies of an earlier one, and of what kind.
 
-    `columns`: those of `Signer.sign`, of all blocks joined. `text_of(row)` gives `compared_text(document, config.text)`.
+    `columns`: the hashes of `Signer.sign`, of all documents. `text_of(row)` gives `compared_text(document, config.text)`.
     `directory`: where the search for near copies keeps its files, see `NearIndex`.
     """
     rows = np.arange(len(columns["digest"]), dtype=np.int64)
@@ -171,7 +172,10 @@ class _SplitChooser:
         return compared_text(self.table.document(number), self.config.duplicates.text)
 
     def drop_copies(self) -> None:
-        """Report, and by policy drop, exact, normalised and near copies within the training documents."""
+        """Report, and by policy drop, exact, normalised and near copies within the training documents.
+
+        Copies also get the content hash of their original, so that `hold_out` puts all of them on the same side.
+        """
         config = self.config.duplicates
         train = self.columns.of_split("train")
         if not len(train):
@@ -202,10 +206,11 @@ class _SplitChooser:
         self.selection.report["duplicates"] = report
 
     def hold_out(self) -> None:
-        """Make the splits: draw the held-out shares from the training documents.
+        """Make the splits: draw `data.eval_share` and `data.test_share` from the training documents that are left.
 
-        Draws are a hash of the content, so that copies fall on the same side. If rows have groups, draws are a hash of the group;
-        copies in two groups may then fall apart, and the search for leaks reports them.
+        A document's draw is a hash of its content and the seed, so that copies fall on the same side, and the smallest draws are
+        held out. If rows have groups (`data.group_by`), the draw is a hash of the group; copies in two groups may then fall
+        apart, and the search for leaks reports them.
         """
         columns = self.columns
         splits = self.selection.splits
@@ -257,7 +262,7 @@ class _SplitChooser:
         )
 
     def drop_leaks(self) -> None:
-        """Report, and by policy drop, training documents that are in a held-out split too."""
+        """Report, and by `data.leakage.policy` drop, training documents that are in a held-out split too."""
         splits = self.selection.splits
         policy = self.config.leakage.policy
         report: dict[str, Any] = {}
@@ -372,7 +377,7 @@ def choose_splits(config: DataConfig, columns: Columns, table: DocumentTable, *,
 
 
 def take_whole_groups(draws: np.ndarray, number: int) -> np.ndarray:
-    """bool [n]: which of n documents to take, so that about `number` are taken, and the members of a group all or none.
+    """Which of n documents to hold out, bool [n]: about `number` of them, and of a group all members or none.
 
     `draws` (uint64 [n]): documents with the same draw are a group. Groups are taken in the order of their draws; one that would
     be too much is passed over, and at least one is taken.
