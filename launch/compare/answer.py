@@ -103,10 +103,10 @@ EXCHANGE_COLUMNS: tuple[MeasureColumn, ...] = (
 
 
 def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
-    """(title, columns) of each table of the comparison; the first has no title.
+    """(title, columns) of each table of the comparison, for text, Markdown and HTML alike; the first table has no title.
 
-    The first has no MFU if no run has one. Of the others, columns that are unknown for every run are left out, and so are
-    tables without a column.
+    A column is a heading and a function that gives a run's cell. The first table has no MFU if no run has one. Of the others,
+    columns that are unknown for every run are left out, and so are tables without a column.
     """
     begun = comparison.begun_runs
     details: list[tuple[str, tuple[MeasureColumn, ...]]] = [("what it took", COST_COLUMNS)]
@@ -284,7 +284,7 @@ def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()
 
 
 def _take_when_lines(conclusion: Conclusion) -> list[str]:
-    """A Markdown table of which point to take when, and what to run if no difference is shown."""
+    """A Markdown table of which point (combination of settings) to take for which goal, and what to run to learn more."""
     lines = []
     if conclusion.take:
         lines += ["", _markdown_row(["for", "take", "why", "words"]), _markdown_row(["---"] * 4)]
@@ -339,7 +339,11 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def _answer_as_dict(conclusion: Conclusion) -> dict[str, Any]:
-    """The answer as JSON values: its sentences, what to take when, and the jobs by quality, the best first."""
+    """The answer as JSON values: its sentences, which point to take for which goal, and the jobs by quality, the best first.
+
+    A job is all points that train alike but for seed and strategy; a point is one row of the comparison. `shown_worse` says
+    whether a job is worse than the best one beyond chance, `interval` over which range the relative difference lies.
+    """
     take = []
     for choice in conclusion.take:
         take.append({"for": choice.goal, "run": choice.point.name, "why": choice.why, "words": choice.words})

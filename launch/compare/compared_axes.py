@@ -41,16 +41,17 @@ class ComparedAxis:
 def compared_axes(
     names: Sequence[str], differences: Sequence[SettingDifference], typed_keys: Sequence[str] = ()
 ) -> list[ComparedAxis]:
-    """The axes of a comparison; an axis that follows from earlier ones is left out.
+    """The axes of a comparison: settings in which its points differ, with a label for each point, such as rank 8, 16, 16.
 
-    With `compare.where=[tuning=full+optim.lr=2e-5,...]` the learning rate follows from the method, and is no axis of its own.
-    Points that no setting tells apart get a last axis with their `names`. `typed_keys`: keys in the order of the command,
-    such as `strategy`; empty for runs that existed.
+    Plots give each axis a colour or a dash. An axis that tells no further points apart is left out: with
+    `compare.where=[tuning=full+optim.lr=2e-5,...]` the learning rate follows from the method, and is no axis of its own. Points
+    that no setting tells apart get a last axis with their `names`. `typed_keys`: keys in the order of the command that started
+    the points, such as `strategy`; empty for runs that existed.
     """
     settings = [difference for difference in differences if _is_axis(difference.key)]
     settings.sort(key=lambda difference: _order(difference.key, typed_keys))
     axes: list[ComparedAxis] = []
-    combinations = [""] * len(names)
+    combinations = [""] * len(names)  # by point: its labels on the axes so far
     for difference in settings:
         labels = tuple(_label(value) for value in difference.values)
         longer = [f"{before}\n{label}" for before, label in zip(combinations, labels, strict=True)]

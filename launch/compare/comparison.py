@@ -94,7 +94,8 @@ def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | Non
 def _compared_run(rows: list[RepeatedRun], names: list[str], row_index: int, first: int) -> ComparedRun:
     """Row `row_index` compared with its baseline, without a verdict yet.
 
-    `first` is the index of the run that the others are compared with. The baseline may be a later one: see `baseline_index`.
+    `rows` and `names`: of all rows. `first`: index of the run that the others are compared with by default; the baseline may be
+    a later one, with the same settings but for the strategy (see `baseline_index`).
     """
     repeated = rows[row_index]
     # A refused point has no losses, and the first run has nothing to be compared with.
@@ -137,7 +138,8 @@ class _JudgedPoints:
 def _verdict(run: ComparedRun, judged: _JudgedPoints, *, is_first: bool) -> str:
     """The verdict on a run as one sentence: how it ended, its loss or quality, speed and memory.
 
-    All of it has one baseline. Points of the same job are held to its loss, others are compared by their held-out metric.
+    All of it is against one baseline, `run.against`. A run that trains the same job (it differs in strategy alone) must have
+    the baseline's loss; others are compared by their held-out metric. `judged`: all runs, and their jobs by name.
     """
     clauses = [run.repeated.ended] if run.repeated.ended else []
     if len(judged.run_by_name) == 1:
@@ -171,7 +173,8 @@ def _own_numbers(run: ComparedRun) -> list[str]:
 def _quality_verdict(baseline: ComparedRun, run: ComparedRun, judged: _JudgedPoints) -> str:
     """A clause on how the held-out metric of a run compares with that of a baseline that trains another job.
 
-    It shows the values of the two points. What is known of chance comes from all seeds of their jobs.
+    It shows the values of the two runs. Whether chance explains the difference is judged by all seeds of their jobs: a job is
+    all runs of the comparison that differ in seed and strategy alone.
     """
     pair = [ComparedJob((baseline,), {}), ComparedJob((run,), {})]
     metric = watched_metric(pair)

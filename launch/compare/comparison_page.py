@@ -33,7 +33,7 @@ FOLDED_SECTIONS = {
 def comparison_page(
     comparison: Comparison, sections: Sequence[tuple[str, list[str]]], *, reload_after_s: float | None = None
 ) -> str:
-    """The page of a comparison. `sections`: (title, lines) of the details; a browser reloads it after `reload_after_s`."""
+    """The HTML page of a comparison. `sections`: (title, lines) of the details; a browser reloads it after `reload_after_s`."""
     conclusion = comparison.conclusion
     return render(
         "launch.compare",

@@ -288,7 +288,7 @@ def _parity_sentence(parity: Sequence[ComparedRun], unequal: Sequence[ComparedRu
 
 
 def _without_quality(jobs: Sequence[ComparedJob]) -> dict[str, str]:
-    """Why the quality of several jobs is not compared, by kind of sentence, with the seeds of the only one that is done."""
+    """{kind: sentence} that says why the quality of several jobs is not compared; with the seeds of the only one that is done."""
     done_jobs = [job for job in jobs if job.done_runs]
     if len(done_jobs) < 2:
         seeds = _seeds_sentence(done_jobs[0]) if done_jobs else ""
@@ -383,7 +383,7 @@ def _best_quality(
 
 
 def _cheapest(pool: Sequence[ComparedRun], words_by_name: dict[str, str]) -> tuple[str, list[TakeWhen]]:
-    """(sentence on speed and memory, which point to take for each) of points that are equally good; ("", []) for one point."""
+    """(sentence on speed and memory, point to take for each), given `pool`: points of equal quality; ("", []) for one point."""
     if len(pool) < 2:
         return "", []
     single = "" if all(point.summary.repeats > 1 for point in pool) else "; one run each"
@@ -441,7 +441,7 @@ def _extreme(
     *,
     largest: bool,
 ) -> _Extreme | None:
-    """The point with the largest or smallest value; None if fewer than two points have a value and a range."""
+    """The point with the best cost, and which others overlap with it in range; None if fewer than two have value and range."""
     repeated = all(point.summary.repeats > 1 for point in pool)
     known = [point for point in pool if value_of(point) is not None and range_of(point, repeated) is not None]
     if len(known) < 2:
@@ -487,7 +487,7 @@ def overlap(first: tuple[float, float], second: tuple[float, float]) -> bool:
 
 
 def _merged(choices: Sequence[TakeWhen]) -> list[TakeWhen]:
-    """The choices with those of one point put together: `speed and least memory`."""
+    """The choices, those for the same point put together in one, with a goal such as `the most tokens/s and the least memory`."""
     by_point: dict[str, TakeWhen] = {}
     for choice in choices:
         earlier = by_point.get(choice.point.name)

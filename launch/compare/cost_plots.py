@@ -45,6 +45,10 @@ def has_same_meaning(run: ComparedRun) -> bool:
 
 
 def _bar_spec(rows: list[dict[str, Any]], runs: Sequence[ComparedRun], layers: list[Spec]) -> Spec:
+    """A Vega-Lite chart of horizontal bars, one a run, with the run's name above its bar.
+
+    `rows`: the data, each with the run's name under `point`. `layers`: the marks that are drawn of them.
+    """
     return {
         "$schema": SCHEMA,
         "config": LEGEND_CONFIG,

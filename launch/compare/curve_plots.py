@@ -47,7 +47,11 @@ CLICK = "Scroll to zoom, drag to move, double-click to go back. A click on a val
 
 
 def drawn_steps(run: ComparedRun, count: int) -> list[dict[str, Any]]:
-    """The rows of a run that are drawn, with `seconds` of steps until then. `count`: how many runs share the plot."""
+    """The rows of `metrics.jsonl` that a plot of curves draws of a run: every n-th, and the steps that stood out.
+
+    Each has `seconds`, the time of all steps up to it. `count`: how many runs share the plot; the more, the fewer rows of each,
+    so that the page stays small.
+    """
     rows = list(run.first_repeat.steps.values())
     most = min(MAX_STEPS_OF_POINT, max(MIN_STEPS_OF_POINT, MAX_CURVE_ROWS // max(1, count)))
     stride = max(1, math.ceil(len(rows) / most))
@@ -63,7 +67,11 @@ def drawn_steps(run: ComparedRun, count: int) -> list[dict[str, Any]]:
 def _curve_spec(
     comparison: Comparison, runs: Sequence[ComparedRun], data: Spec, y: Spec, tooltip: Spec, *, height: int = HEIGHT
 ) -> Spec:
-    """A chart of one curve a point. `y`: the encoding of the value, `tooltip` what the pointer shows of it."""
+    """A Vega-Lite chart with one curve for each of `runs`.
+
+    `data`: rows with the run's number as `p`, and `step`, `tokens` and `seconds`, of which the reader chooses the horizontal
+    axis. `y`: the encoding of the value. `tooltip`: what the pointer shows of it.
+    """
     return {
         "$schema": SCHEMA,
         "config": LEGEND_CONFIG,
@@ -158,7 +166,7 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _notable_rows(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
-    """A row for each step that stood out: its position, and what a guard or detector found there."""
+    """A row for each step that stood out: its position on the three horizontal axes, and what a guard or detector found there."""
     notable_rows = []
     for run in runs:
         notables = notable_steps(run.first_repeat)
@@ -173,6 +181,7 @@ def _notable_rows(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
 
 
 def _notable_layer(rows: list[dict[str, Any]]) -> Spec:
+    """Dotted vertical lines at the steps that stood out; `rows` come from `_notable_rows`."""
     return {
         "data": {"values": rows},
         "transform": [over_transform()],
@@ -219,7 +228,10 @@ def _held_out_names(comparison: Comparison) -> list[str]:
 
 
 def _held_out_rows(number: int, run: ComparedRun, names: Sequence[str], most: int) -> list[tuple[Any, ...]]:
-    """A row for each metric of each drawn evaluation of a point, `most` evaluations with the first and the last."""
+    """Data rows (run number, step, tokens, seconds, metric, value) of the held-out metrics `names` of a run.
+
+    At most about `most` evaluations are drawn, the first and the last among them.
+    """
     steps = run.first_repeat.steps
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in steps.values())
     seconds_by_step = {0: 0.0, **dict(zip(steps, elapsed_s, strict=True))}

@@ -21,7 +21,8 @@ WritePage = Callable[[float | None], None]
 def follow(run_dirs: list[Path], write: WritePage) -> None:
     """Write the page every `PAGE_INTERVAL_S` seconds until all runs have ended; the caller writes the last one.
 
-    Errors: KeyboardInterrupt, after a page that is not reloaded any more.
+    `write(seconds)` writes a page that the browser reloads after so long; None: not any more. A run that has not begun is waited
+    for only while another one is active, and for `QUIET_S` afterwards. Errors: KeyboardInterrupt, after a last page.
     """
     last_active = monotonic()
     try:

@@ -113,7 +113,10 @@ def _state_cell(run: ComparedRun) -> PageCell:
 
 
 def _measures(comparison: Comparison) -> list[MeasureOfPoint]:
-    """The numbers of the table, in its order."""
+    """The numeric columns of the table of points, in its order, from held-out metrics to the price.
+
+    A measure says how a number is read from a run and written in a cell, and whether the largest or smallest one gets a star.
+    """
     begun = comparison.begun_runs
     repeated = any(run.summary.repeats > 1 for run in begun)
     # A star where no difference is shown would say what the answer does not.
@@ -207,7 +210,7 @@ def _comparable_mfu(comparison: Comparison) -> Callable[[ComparedRun], float | N
 
 
 def _quality_measures(comparison: Comparison) -> list[MeasureOfPoint]:
-    """Held-out metrics, then the training loss and its difference."""
+    """The columns about quality: held-out metrics, metrics of the test documents, then the training loss and its difference."""
     names = held_out_names(comparison)
     measures = []
     judged_names = [name for name in names if name.startswith(("eval/", "forgetting"))]
@@ -235,7 +238,7 @@ def _metric_reader(name: str) -> Callable[[ComparedRun], float | None]:
 
 
 def _best_direction(comparison: Comparison, name: str) -> Best:
-    """Which cell of a held-out metric is the best one; empty if no difference of it is shown."""
+    """Which cell of a held-out metric gets the star, the largest or the smallest; none if chance may explain the differences."""
     ranked = comparison.conclusion.ranked
     if name == "eval/perplexity":
         name = "eval/loss"  # of which it is the exponential, and whose documents are kept

@@ -74,7 +74,10 @@ class PointsPlan:
         return [self._row(point, to) for point in self.points]
 
     def _row(self, point: RequestedPoint, to: Path) -> ComparisonRow:
-        """The row of one point: a run directory for each repeat; a refused point has its configuration instead."""
+        """The row of the comparison for one point (combination of settings), with a run directory for each of its repeats.
+
+        A point whose settings cannot run is refused: it has no directory, but its configuration and the reasons.
+        """
         from trainer.config.resuming import flat, plain
 
         run_dirs: tuple[Path, ...] = ()
@@ -109,9 +112,11 @@ class PointsPlan:
 
 
 def plan_points(words: list[str]) -> PointsPlan:
-    """Compose every combination of the axes in `words`, without starting anything.
+    """Compose the configuration of every combination of the values in `words`, without starting anything.
 
-    Raises ConfigError for words that no point can use, for fewer than two runs, and where every point is refused.
+    `words`: the settings as typed; one with several values, as in `strategy=ddp,fsdp2`, is an axis, and a combination of values
+    is a point. `compare.skip` and `compare.where` leave some out. Raises ConfigError for words that no point can use, for fewer
+    than two runs, and if every point is refused (its settings cannot run).
     """
     settings, run_words = read_compare_settings(words)
     axes = read_axes(run_words)
@@ -154,7 +159,7 @@ def read_compare_settings(words: list[str]) -> tuple[CompareConfig, list[str]]:
 
 
 def _default_words(axes: Axes, settings: CompareConfig) -> list[str]:
-    """Words that every point gets beside those typed: no export, times of the parts of a step, and `compare.steps` as budget.
+    """Settings that every point gets beside those typed: no export, times of the parts of a step, `compare.steps` as budget.
 
     A default that was typed is left out. Raises ConfigError for typed words that the points of a comparison cannot have.
     """
@@ -238,7 +243,10 @@ def _unique_labels(axis_values: list[dict[str, str]]) -> list[str]:
 
 
 def _problem_lines(problems_by_point: dict[str, list[str]]) -> list[str]:
-    """Each problem once, preceded by the names of the points that have it, unless all points do."""
+    """Lines for an error: each problem once, preceded by the names of the points that have it, unless all points do.
+
+    `problems_by_point` has every point, those without a problem with an empty list.
+    """
     names_by_problem: dict[str, list[str]] = {}
     for name, problems in problems_by_point.items():
         for problem in problems:

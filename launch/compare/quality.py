@@ -121,7 +121,7 @@ class QualityDifference:
 
     @property
     def is_shown(self) -> bool:
-        """Whether the difference is beyond everything that is known of chance."""
+        """Whether the difference is real: no interval (over seeds, over documents, of reports) allows for chance alone."""
         evidence = [] if self.beyond_reports is None else [self.beyond_reports]
         for interval in (self.seed_interval, self.interval):
             if interval is not None:
@@ -214,7 +214,7 @@ def _run_diverged(run: RecordedRun) -> bool:
 
 
 def jobs_of(points: Sequence[ComparedRun]) -> list[ComparedJob]:
-    """The points that took a step, by the job that they train, in the order of the points."""
+    """The points that took a step, grouped into jobs: points of a job have equal settings but for seed and strategy."""
     points_by_key: dict[str, list[ComparedRun]] = {}
     settings_by_key: dict[str, dict[str, Any]] = {}
     for point in points:
@@ -306,7 +306,7 @@ def rank(jobs: Sequence[ComparedJob], metric: WatchedMetric) -> RankedJobs | Non
 
 
 def quality_difference(baseline: ComparedJob, job: ComparedJob, metric: str, level: float = LEVEL) -> QualityDifference:
-    """How a metric of `job` differs from that of `baseline`; both have it. `level`: of each two-sided test."""
+    """How a metric of `job` differs from that of `baseline`, with all evidence on chance. `level`: of each two-sided test."""
     reference = median(baseline.values(metric))
     relative = (median(job.values(metric)) - reference) / (abs(reference) or 1.0)
     return QualityDifference(
@@ -346,9 +346,9 @@ def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, level: 
 
 
 def why_other_questions(baseline: RecordedRun, run: RecordedRun, metric: str) -> str | None:
-    """The settings by which two runs were asked other held-out questions, so that their metrics say nothing of each other.
+    """The settings because of which a metric was measured in two different ways, so that its values cannot be compared.
 
-    None if the same was asked.
+    None if both runs were evaluated alike: the same documents, tokens, loss and scoring, as far as this metric needs them.
     """
     parts = metric.split("/")
     task_prefix = f"evaluation.tasks.{parts[1]}." if len(parts) == 3 else None

@@ -98,9 +98,10 @@ class RepeatedRun:
 
 
 def read_repeats(row: ComparisonRow, price_of: Callable[[str], float | None]) -> RepeatedRun:
-    """Read the run directories of a row, and summarise its repeats. Raises ConfigError as `read_recorded_run` does.
+    """Read the run directories of a row of the comparison, and summarise them; a row has one run for each repeat.
 
-    `price_of` maps the driver's name of a card to US dollars an hour, or None if its price is not known.
+    `price_of` maps the driver's name of a card to US dollars an hour, or None if its price is not known. Raises ConfigError as
+    `read_recorded_run` does.
     """
     runs = _read_frozen_repeats(row)
     per_repeat = [measure(run, row.warmup) for run in runs]

@@ -191,7 +191,7 @@ def _unreadable_file_error(path: Path, error: Exception) -> ConfigError:
 
 
 def _split_by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
-    """Split the rows of `metrics.jsonl` into (rows of training steps, held-out metrics of evaluations), each by step."""
+    """Split the rows of `metrics.jsonl` into (rows of training steps, held-out metrics of evaluations), both by step."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, float]] = {}
     for row in rows:

@@ -68,7 +68,10 @@ def _csv_cell(value: Any) -> str:
 
 
 def name_lookup(comparison: Comparison, runs: Sequence[ComparedRun]) -> Spec:
-    """Transform that gives each row, by its point's number `p`, the point's name and its value on each axis."""
+    """Vega-Lite transform that gives each data row its run's name and the run's value on each axis of the comparison.
+
+    Rows have only the run's number `p` in `runs`, so that the page stays small.
+    """
     index_by_name = {run.name: index for index, run in enumerate(comparison.runs)}
     values = []
     for number, run in enumerate(runs):
@@ -99,9 +102,10 @@ def _axis_values(comparison: Comparison, number: int) -> list[str]:
 
 
 def point_encoding(comparison: Comparison, *, dashed: bool) -> Spec:
-    """The encoding that tells points apart: first axis by colour, second by dash, others by the shape of the mark.
+    """The Vega-Lite encoding that tells points apart by their values on the axes (the settings in which they differ).
 
-    `dashed`: whether marks are lines; else the second axis has shapes, and others have none.
+    The first axis is shown by colour, the second by dash, the third by the shape of the mark. `dashed`: whether marks are lines;
+    else the second axis has shapes, and the third is not shown.
     """
     axes = visible_axes(comparison)
     encoding: Spec = {}

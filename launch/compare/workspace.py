@@ -163,7 +163,9 @@ def _x_axis(runs: list[RecordedRun]) -> str:
 
 
 def _questions(comparison: Comparison, axes: dict[str, tuple[Any, ...]]) -> list[tuple[str, list[str]]]:
-    """(question, panels) of each section: those that a single run, strategies, or other points ask."""
+    """(question, panels) of each section of the W&B workspace; which questions depends on whether there is a single run, runs
+    that differ in strategy alone, or others.
+    """
     memory = list(MEMORY)
     losses = list(LOSSES)
     if any(run.measured.memory_reserved_gib is not None for run in comparison.runs):  # on GPUs
@@ -196,7 +198,7 @@ def _jobs(comparison: Comparison) -> tuple[bool, bool]:
 
 
 def _axes(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
-    """The settings in which the points differ, by their column in W&B: the value of each point.
+    """The settings in which the points differ: {column of W&B's run table: value of each point}.
 
     If none of them has a column of its own, they are found in the whole configuration, `config`.
     """

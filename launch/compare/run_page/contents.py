@@ -40,6 +40,7 @@ def cards(compared: ComparedRun) -> list[PageCard]:
 
 
 def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
+    """A held-out metric at the end of the run, with its value before training, and the best step if that was better."""
     notes = []
     if change.before is not None:
         notes.append(f"before training {change.shown(change.before)}")
@@ -76,6 +77,7 @@ def _duration_card(run: RecordedRun) -> PageCard | None:
 
 
 def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
+    """Tokens a second of all ranks, with the time of a step and the MFU; None if the speed is not known."""
     if not measured.tokens_per_s:
         return None
     notes = []
@@ -95,6 +97,7 @@ def _mfu_means_something(run: RecordedRun) -> bool:
 
 
 def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
+    """The largest peak of a rank's memory, as a share of its GPU's; None if not measured."""
     if measured.memory_gib is None:
         return None
     predicted = _predicted(run)

@@ -42,9 +42,11 @@ class ShownGroup:
 
 
 def shown_groups(run: RecordedRun) -> list[ShownGroup]:
-    """The group with the highest and that with the lowest mean reward, of the first, the middle and the last recorded round.
+    """The answers that the page shows of a run that learns from rewards: two groups each of three recorded rounds.
 
-    Empty without recorded rounds. A file that cannot be read is left out: the run may be writing it.
+    A group is all answers to one prompt in a round. Shown are the groups with the highest and the lowest mean reward, in the
+    first, the middle and the last round. Empty without recorded rounds. A file that cannot be read is left out: the run may
+    be writing it.
     """
     files = recorded_rounds(run.directory)
     steps = list(files)
@@ -60,7 +62,10 @@ def _first_middle_last(count: int) -> list[int]:
 
 
 def _groups_of_round(step: int, file: Path) -> list[ShownGroup]:
-    """The best and the worst group of a round by their mean rewards; one if there is only one."""
+    """The best and the worst group (answers to one prompt) of a round by mean reward; one if the round has only one.
+
+    `file`: a recorded round, a Parquet file with a row for each answer.
+    """
     scored = []
     for rows in groups_of_rows(_rows(file)):
         rewards = [row["reward"] for row in rows if row.get("reward") is not None]
@@ -88,7 +93,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _shown_group(which: str, mean: float, rows: Sequence[dict[str, Any]]) -> ShownGroup:
-    """A group of rows, the best first."""
+    """A group for the page: the answers to one prompt, of many the first and the last ones. `rows`: the best answer first."""
     kept = list(rows)
     if len(rows) > MAX_ANSWERS:
         half = MAX_ANSWERS // 2

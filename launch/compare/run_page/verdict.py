@@ -232,7 +232,7 @@ def _slow_rank_text(slow_rank: dict[str, Any]) -> str:
 
 
 def _gate_callouts(run: RecordedRun) -> list[Callout]:
-    """Why nothing was exported."""
+    """Why nothing was exported at the end of the run: files of the base model changed, or a gate or check failed."""
     if run.record.not_exported:
         files = ", ".join(run.record.not_exported[:3])
         return [
