@@ -78,6 +78,8 @@ TESTED = """## Tested how
 - `make test` runs a selection. Each method meets `fsdp2` or `zero3`, a strategy that keeps parameters whole, recomputed blocks,
   and another layout of rows. Each feature meets each strategy under some method (`torch.compile` only one strategy). Each
   optimizer meets the engines of torch and of DeepSpeed.
+- Experts dealt over ranks: each method that has *tested* there takes the steps of one process under `fsdp2` on two ranks, and
+  under `hsdp` on four ranks (two replicas of two). A tiny Qwen3-MoE with eight experts is trained.
 - `torch.compile` is tested as far as its graphs. They are traced and differentiated as in any run, and then executed without
   generated code.
 
