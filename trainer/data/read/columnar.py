@@ -187,7 +187,9 @@ def table_rows(
 
 
 def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Hand on Arrow batches whose buffers are sound. Raises ArrowInvalid for others: reading them would end the process.
+    """Yield Arrow batches unchanged after a check that their buffers are sound, since reading broken ones would crash.
+
+    Raises ArrowInvalid for a broken one.
 
     A text column that is not UTF-8 but sound otherwise passes; `_column_values` finds its rows.
     """

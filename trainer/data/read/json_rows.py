@@ -165,7 +165,10 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
 
 
 def _read_more(path: File, stream: BinaryIO, element: bytes, line: int) -> bytes:
-    """What was read of an element, which begins on `line`, and the bytes that follow it. Raises DataError at the end."""
+    """Read on in a list of rows: `element`, what was read of a row so far, with the bytes that follow it in `stream`.
+
+    `line`: the line on which the element begins, for messages. Raises DataError at the end of the file.
+    """
     blanks = element[: len(element) - len(element.lstrip())]
     if len(element) > 2 * MAX_ROW_BYTES:
         limit_mib = MAX_ROW_BYTES >> 20

@@ -24,7 +24,10 @@ TURNS = ("messages", "chosen", "rejected")
 
 @cache
 def schema() -> pa.Schema:
-    """The columns; what a document does not have is null. Tools, calls of tools and kept columns are JSON texts."""
+    """The Arrow schema of the table of documents, one row each; what a document does not have is null.
+
+    Tools, tool calls and kept columns are JSON texts, because their form differs from row to row.
+    """
     import pyarrow as pa
 
     def texts(*names: str) -> list[tuple[str, pa.DataType]]:

@@ -70,7 +70,7 @@ class Sample:
         return math.fsum(weights.tolist())
 
     def cut(self, *spans: slice) -> Sample:
-        """A sample of these spans of the tokens, one after another, with the same marks."""
+        """A sample of these spans of the tokens, one after another, with the same marks (a label, a score: see `Sample`)."""
 
         def join(values: np.ndarray) -> np.ndarray:
             return np.concatenate([values[span] for span in spans])
@@ -243,7 +243,10 @@ class Sequences:
 
     @classmethod
     def of(cls, samples: list[Sample], counts: Callable[[Sample], dict[str, float]]) -> Sequences:
-        """Samples, one after another, with the counts of the objective; the first token of none is a target."""
+        """Concatenate samples to the arrays that are written to disk; in place, the first token of each becomes no target.
+
+        `counts`: gives, for each term of the objective's loss, how many tokens or sequences of a sample it is divided by.
+        """
         for sample in samples:
             sample.supervised[:1] = False
         columns = {"supervised": np.array([np.count_nonzero(sample.supervised) for sample in samples], np.int64)}
@@ -301,7 +304,7 @@ class StoreWriter:
         self._weights: IO[bytes] | None = None
 
     def append(self, sequences: Sequences) -> None:
-        """Write one block; a column that first appears late is zero before."""
+        """Write one block of sequences; a column (count or mark) that first appears in a later block is 0 in earlier ones."""
         sequences_before = len(self.lengths)
         self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
         self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
@@ -319,9 +322,9 @@ class StoreWriter:
             column.frombytes(zeros + numbers.astype(dtype).tobytes())
 
     def _write_weights(self, sequences: Sequences) -> None:
-        """Write the weights of a block, if it or one before it has some.
+        """Write the loss weights of a block's tokens, if it or one before it has some; most data has none, and no file.
 
-        At the first block that has some, those of all tokens before it are written too: targets there weigh 1.
+        At the first block that has some, those of all tokens before it are written too: targets there weigh 1, others 0.
         """
         if self._weights is None:
             if sequences.weights is None:
@@ -345,7 +348,7 @@ class StoreWriter:
         return np.concatenate([numbers, np.zeros(len(self.lengths) - len(numbers), numbers.dtype)])
 
     def finish(self, **replaced: np.ndarray) -> None:
-        """Write the tables, and close the files; `replaced` columns (int64 [S]) take the place of those appended."""
+        """Write the tables beside the tokens, and close the files; `replaced` columns (int64 [S]) replace appended ones."""
         columns = {name: self.column(name) for name in self.columns} | replaced
         lengths = np.frombuffer(self.lengths, dtype=np.int64)
         # One more than there are sequences: the last is the number of tokens.

@@ -58,9 +58,11 @@ class ControlTokenEscaper:
     def to_backend(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
         """(the text that `backend` encodes, the spans in it), for a rendered text with escaped control tokens.
 
-        `spans`: character spans of `text`. Escape marks disappear, and each control token that is meant gets one in front.
+        `spans`: (begin, end) in characters of `text`. In `text`, a control token that the data only spells has an ESCAPE mark in
+        it, and one that the template wrote has none. `backend` knows control tokens with the mark in front, so the marks in the
+        spelled ones are removed, and each real control token gets one.
         """
-        # (position, by how many characters everything behind it moves)
+        # (position in `text`, by how many characters everything behind it moves)
         shifts: list[tuple[int, int]] = []
 
         def replace_match(match: re.Match[str]) -> str:

@@ -117,7 +117,10 @@ class Encoder:
                 yield document, ids
 
     def _render_prompt(self, document: Document) -> RenderedText:
-        """The text of a document up to where the model would begin to answer, nothing of it learned."""
+        """The text of a document up to where the model would begin to answer, without supervised spans.
+
+        For `encode_prompts`. A conversation loses its last answers and is rendered with the header of the answer to come.
+        """
         turns = _messages(document)
         if turns is None and document.prompt is not None and self.template is not None:
             turns = document.conversation()
@@ -139,10 +142,10 @@ class Encoder:
         return self._to_samples([document for document, _ in answers], rendered)
 
     def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
-        """Preference pairs as (document, chosen, rejected); both begin with the same prompt tokens, which are not learned.
+        """Preference pairs as (document, chosen, rejected); both begin with the same prompt tokens, which are not supervised.
 
-        From the first token that is learned in one of them on, both are learned. Raises DataError with file and line,
-        also where the template writes the prompt of the two differently.
+        Supervision of both begins at the same token, so that their log-probabilities can be compared. Raises DataError with file
+        and line, also if the template writes the prompt of the two differently.
         """
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
@@ -159,7 +162,7 @@ class Encoder:
     def num_tokens_before_first(self, document: Document) -> int | None:
         """How many tokens of a conversation come before the content of its first turn after the system turns.
 
-        None if the template does not let us tell.
+        These stay when a conversation that is too long loses its beginning. None if the template does not let us tell.
         """
         if self.template is None:
             return None
@@ -190,7 +193,10 @@ class Encoder:
         return self.escaper.escape(text)
 
     def tokenize(self, texts: list[RenderedText]) -> tuple[list[Encoding], list[RenderedText]]:
-        """(tokens of each text, the texts to which the tokens' offsets refer, which differ if control tokens are escaped)."""
+        """Tokenize rendered texts: (encoding of each, the text that its character offsets refer to).
+
+        The second text differs from the given one only if control tokens were escaped: it is then what `escaper.backend` reads.
+        """
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs in `_to_samples`.
         try:
             encodings = self._backend.encode_batch([text.text for text in texts], add_special_tokens=False)
@@ -217,7 +223,11 @@ class Encoder:
         return len(self.closing) if document.label is not None else 0
 
     def _render_all(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
-        """Text and learned characters of each document, rendered by the chat template if it is a conversation."""
+        """The text of each document and the character spans of it that are supervised.
+
+        `batch`: (document, messages) of each; a conversation is rendered by the chat template, and a document without messages
+        as plain text. `fast=False` renders every conversation twice, to find the spans without a shortcut.
+        """
         # (messages, messages with escaped control tokens); None for a document that is no conversation.
         turns_of_documents: list[tuple[list[Message], list[Message]] | None] = []
         conversations = []
@@ -255,10 +265,10 @@ class Encoder:
         escaped_messages: list[Message],
         rendered: RenderedText,
     ) -> None:
-        """Set the weights of a rendered conversation's spans, and refuse it if escaping control tokens changed the rendering.
+        """Set the loss weights of a rendered conversation's spans, and refuse it if escaping changed what the template wrote.
 
-        `escaped_messages` is what was rendered; it is `messages` itself if no control token had to be escaped. Errors:
-        RefusedDocument.
+        Escaping marks control tokens that the data only spells, so that they become ordinary characters. `escaped_messages` is
+        what was rendered; it is `messages` itself if nothing had to be escaped. Errors: RefusedDocument.
         """
         if any("weight" in message for message in escaped_messages):
             learned = template.learned_turns(escaped_messages)
@@ -273,7 +283,10 @@ class Encoder:
             raise RefusedDocument(document.location, "refused_by_template", reason)
 
     def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
-        """Messages with spelled control tokens escaped, except in answers and learned turns; the same list if none is."""
+        """Messages with the control tokens that they spell escaped, except in answers and supervised turns.
+
+        The same list object if nothing had to be escaped, which callers test for.
+        """
         other_contents = (message["content"] for message in messages if message["role"] != "assistant")
         if not any(self.escaper.spelled_in(content) for content in other_contents):
             return messages
@@ -293,7 +306,7 @@ class Encoder:
         return context_turns
 
     def _render_plain(self, document: Document) -> RenderedText:
-        """A document's text and learned characters without a template: a completion is learned, an unlabelled text whole."""
+        """A document's text without a chat template, and its supervised spans: the completion, or the whole of a plain text."""
         if document.prompt is not None:
             escaped_prompt = self.escape_text(document, document.prompt)
             prompt = escaped_prompt + document.separator
@@ -354,10 +367,11 @@ class Encoder:
 
 
 def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(ids of a text, which of its tokens are learned, the tokens' weights in the loss if the spans have weights).
+    """Turn character spans into a token mask: (ids int32 [n], supervised bool [n], loss weights float32 [n] or None).
 
-    `encoding`: the tokens of `rendered`. A token that straddles an edge of a span belongs to it, since generation would make it;
-    so do tokens without characters of their own between two that have some.
+    `encoding`: the tokens of `rendered`, whose `spans` are the supervised characters, with `weights` if some count differently.
+    A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
+    their own between two that have some.
     """
     input_ids = np.array(encoding.ids, dtype=np.int32)
     supervised = np.zeros(len(input_ids), dtype=np.bool_)
@@ -396,10 +410,10 @@ def _tokens_of_span(encoding: Encoding, begin: int, end: int) -> slice:
 def span_weights(
     learned: list[int], messages: list[Message], rendered: RenderedText, location: str
 ) -> list[float] | None:
-    """The weight in the loss of each learned span of a conversation; None if each is 1.
+    """The loss weight of each supervised span of a rendered conversation, from its message's `weight`; None if each is 1.
 
-    `learned`: indices of the learned turns. Raises RefusedDocument, with the row's `location`, if the template's blocks do not
-    match the turns.
+    `learned`: indices of the messages that are supervised, one for each span. Raises RefusedDocument, with the row's `location`,
+    if the template's `{% generation %}` blocks make another number of spans.
     """
     weights = [messages[index].get("weight", 1.0) for index in learned]
     if all(weight == 1 for weight in weights):
@@ -421,9 +435,10 @@ def _messages(document: Document) -> list[Message] | None:
 
 
 def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
-    """Let the learned tokens of both answers of a preference pair begin at the same position, after the same prompt tokens.
+    """Let the supervised tokens of both answers of a preference pair begin at the same position, after the same prompt tokens.
 
-    Changes the samples. Raises RefusedDocument if an answer is not learned, or if the prompts differ.
+    Changes the masks of the samples in place. Raises RefusedDocument if an answer has no supervised token, or if the prompts
+    differ.
     """
     for name, sample in (("chosen", chosen), ("rejected", rejected)):
         if not sample.supervised.any():

@@ -66,9 +66,11 @@ class _Skeleton:
     """Per span: how many contents are before its begin, how many characters of literals; the same two for its end."""
 
     def fit(self, contents: list[str], text: str) -> tuple[str, Spans] | None:
-        """(closed text, its learned spans) of a conversation with these contents; None if `text` is not this skeleton's.
+        """The supervised spans of a conversation, computed from this skeleton: (closed text, spans).
 
-        `contents`: without outer whitespace. `text`: the conversation as the template wrote it.
+        A skeleton is what the template writes around the contents of conversations with the same roles. `contents`: the messages'
+        texts without outer whitespace. `text`: the conversation as the template wrote it; if it isn't the skeleton filled with
+        `contents`, None. The closed text ends with an end-of-turn token even if the template writes none.
         """
         pieces = [self.literals[0]]
         # lengths_before[n]: how many characters the first n contents have together.
@@ -112,10 +114,11 @@ class SpanFinder:
     def find_spans(
         self, messages: list[Message], learned: list[int], text: str, location: str, *, fast: bool = True
     ) -> tuple[str, Spans]:
-        """(closed text, spans of the learned turns) of a conversation that is rendered as `text`.
+        """Find the characters of the supervised turns in a rendered conversation: (closed text, one span a turn).
 
-        `learned`: indices of the learned turns. `fast=False` renders it a second time in any case. Errors: DataError,
-        RefusedDocument.
+        `learned`: indices of the supervised turns. `text`: the conversation as the template rendered it; the closed text has an
+        end-of-turn token at its end, too. The fast way knows what the template writes around contents; `fast=False` renders the
+        conversation a second time, with marks, in any case. Errors: DataError, RefusedDocument.
         """
         text_and_spans = self._spans_by_skeleton(messages, learned, text) if fast else None
         if text_and_spans is None:
@@ -123,7 +126,11 @@ class SpanFinder:
         return text_and_spans
 
     def _spans_by_skeleton(self, messages: list[Message], learned: list[int], text: str) -> tuple[str, Spans] | None:
-        """(closed text, spans) by the skeleton of the conversation's shape; None if it must be rendered with marks."""
+        """(closed text, spans) without rendering again; None if the conversation must be rendered with marks.
+
+        Conversations of one shape (roles, supervised turns, outer whitespace) share a skeleton: what the template writes around
+        their contents. It is kept and fitted to the contents.
+        """
         roles: list[str] = []
         contents: list[str] = []
         whitespace: ContentWhitespace = {}
@@ -160,9 +167,10 @@ class SpanFinder:
     def _learn_skeleton(
         self, shape: Shape, roles: list[str], learned: list[int], whitespace: ContentWhitespace
     ) -> _Skeleton | None:
-        """Make the skeleton of a shape that comes again, by marking a conversation whose contents are placeholders.
+        """Make the skeleton of a shape of conversation (see `_spans_by_skeleton`), by rendering placeholders as contents.
 
-        None for a shape that is new, or that has no skeleton.
+        Only a shape that has come `_SKELETON_AT_USE` times is worth it. None for a newer one, and if the template writes
+        something else than placeholders with a fixed text around them.
         """
         self._times_seen[shape] = self._times_seen.get(shape, 0) + 1
         if self._times_seen[shape] < _SKELETON_AT_USE:
@@ -190,7 +198,10 @@ class SpanFinder:
     def _spans_by_marking(
         self, messages: list[Message], learned: list[int], text: str, location: str
     ) -> tuple[str, Spans]:
-        """(closed text, spans) by rendering the conversation a second time, with marks around the learned contents."""
+        """(closed text, spans) by rendering the conversation a second time, with marks around the supervised contents.
+
+        Marks are private-use characters: where they come out in the rendered text, the contents begin and end.
+        """
         try:
             spans = self._content_spans(messages, learned, text, location)
         except DataError:
@@ -202,7 +213,7 @@ class SpanFinder:
         return self.close_turns(text, spans, [messages[i]["role"] for i in learned])
 
     def _content_spans(self, messages: list[Message], learned: list[int], text: str, location: str) -> Spans:
-        """Spans of the learned contents in `text`, by the first way of marking that leaves the text unchanged.
+        """Spans of the supervised contents in `text`, by the first way of marking that leaves the rest of the text unchanged.
 
         Errors: DataError if none does; RefusedDocument if a thought is lost.
         """
@@ -227,9 +238,9 @@ class SpanFinder:
     def _include_kept_whitespace(
         self, messages: list[Message], learned: list[int], text: str, turns: list[_MarkedTurn]
     ) -> None:
-        """Widen each of the learned `turns` by the outer whitespace of its content that the template keeps.
+        """Widen the span of each supervised turn, in place, by the outer whitespace of its content that the template keeps.
 
-        A template may trim some turns only, or line ends only.
+        `turns`: the marked positions of the turns `learned`. A template may trim some turns only, or line ends only.
         """
         for number, index in enumerate(learned):
             content = messages[index]["content"]
@@ -259,7 +270,8 @@ class SpanFinder:
     def _learning_begin(
         self, messages: list[Message], learned: list[int], text: str, number: int, turn: _MarkedTurn, location: str
     ) -> int:
-        """Where learning of the turn `learned[number]` begins in `text`: at its content; with a thought, where generation would.
+        """Where supervision of the turn `learned[number]` begins in `text`: at its content, or, with a `<think>` part, where
+        generation would begin, since the template may write the opening tag itself.
 
         Errors: RefusedDocument if the template throws the thought of the last turn away, or has no such place.
         """
@@ -284,10 +296,10 @@ class SpanFinder:
     def close_turns(
         self, text: str, spans: Spans, roles: list[str], already_closed: tuple[str, ...] = ()
     ) -> tuple[str, Spans]:
-        """(closed text, spans that include the end-of-turn tokens) of a rendered conversation with learned `spans`.
+        """Widen supervised spans by the end-of-turn tokens that follow them, so that the model learns to stop: (text, spans).
 
         `roles`: of the turns that the spans belong to. A span that ends with one of the tokens `already_closed` stays as it is.
-        EOS is appended if nothing closes the last turn.
+        EOS is appended to the text if nothing closes the last turn.
         """
         closed_spans = []
         for number, ((begin, end), role) in enumerate(zip(spans, roles, strict=True)):
@@ -304,9 +316,11 @@ class SpanFinder:
         return text, closed_spans
 
     def _cut_skeleton(self, placeholders: list[str], text: str, closed_text: str, spans: Spans) -> _Skeleton | None:
-        """The skeleton of a conversation of placeholders: its `text` without them, and where its `spans` lie between them.
+        """Make a skeleton from a conversation whose contents are `placeholders`: the texts between them, and where spans lie.
 
-        `spans` are positions in `closed_text`. None unless the text has each placeholder once, in order.
+        `text`: as rendered. `spans`: supervised spans in `closed_text`, which ends with an end-of-turn token. Each edge of a span
+        is kept as (contents before it, characters of template text before it), which holds for contents of any length. None
+        unless the text has each placeholder once, in order.
         """
         literals: list[str] = []
         placeholder_begins: list[int] = []

@@ -130,10 +130,11 @@ class ChatTemplate:
     def render_all(
         self, conversations: Sequence[tuple[Sequence[Message], str, Tools]], *, fast: bool = True
     ) -> list[RenderedText]:
-        """The text of each conversation, and the character spans of it that are learned.
+        """Render conversations by the chat template: the text of each, and the character spans of it that are supervised.
 
-        `conversations`: (messages, `file:line` of the row, tools) of each. Turns after the last learned one are left out.
-        Learned are the content of a learned turn and the end-of-turn token after it, whitespace between them included.
+        `conversations`: (messages, `file:line` of the row, tools) of each. Turns after the last supervised one are left out. A
+        span is the content of a supervised turn and the end-of-turn token after it, whitespace between them included. Spans come
+        from the template's `{% generation %}` blocks if it has some, else from a second rendering with marks.
         If the template does not close the last turn, the eos token is appended. `fast=False` renders every conversation twice.
         Raises RefusedDocument for one that cannot be used.
         """
@@ -190,9 +191,9 @@ class ChatTemplate:
         return text
 
     def first_content_begin(self, messages: Sequence[Message], location: str, tools: Tools = None) -> int | None:
-        """The character of the rendered text at which the first message after the system turns begins.
+        """The position in the rendered text, in characters, where the content of the first non-system message begins.
 
-        None if there is no such message, or if the template does not let us find out.
+        None if there is no such message, or if the template does not let us find out. `location`: `file:line` of the row.
         """
         job = self._make_job(messages, location, tools)
         first = next((index for index, message in enumerate(job.messages) if message["role"] != "system"), None)
@@ -212,9 +213,10 @@ class ChatTemplate:
         return self._guard(find_begin, location=location)
 
     def _make_job(self, messages: Sequence[Message], location: str, tools: Tools) -> RenderJob:
-        """Make a conversation ready for the template: its turns up to the last learned one, as the template gets them.
+        """Make a conversation ready for the template: its turns up to the last supervised one, without our own fields.
 
-        Raises RefusedDocument if it has reserved characters.
+        `chat` of the result is None for a plain conversation; one with tools, calls or unlearned thoughts is rendered in
+        another way. Raises RefusedDocument if it has reserved characters, which spans are found by.
         """
         learned = self.learned_turns(messages)
         if learned:
@@ -280,7 +282,10 @@ class ChatTemplate:
             ) from error
 
     def _render_with_tools(self, chat: Chat, learned: list[int]) -> RenderedText:
-        """Text and spans of a conversation with tools, calls or thoughts."""
+        """Text and supervised spans of a conversation with tools, tool calls or thoughts. `learned`: its supervised turns.
+
+        Raises RefusedDocument if the template leaves something of the conversation out.
+        """
         text = self._turn_span_finder.render_checked(chat)
         if not learned:
             return RenderedText(text, [])
@@ -331,10 +336,10 @@ class ChatTemplate:
     def _spans_of_blocks(
         self, messages: list[Message], learned: list[int], location: str, text_and_blocks: tuple[str, Spans]
     ) -> RenderedText:
-        """Text and learned spans of a conversation from the template's own `{% generation %}` blocks.
+        """Text and supervised spans of a conversation from the template's own `{% generation %}` blocks.
 
-        `learned`: indices of the learned turns. `text_and_blocks`: what `_render_batch` gives for the conversation. Errors:
-        RefusedDocument if the blocks are empty, or do not tell the learned turns.
+        `learned`: indices of the supervised turns. `text_and_blocks`: (text, character spans of the blocks) as `_render_batch`
+        gives them, one block an assistant turn. Errors: RefusedDocument if the blocks are empty, or not one for each turn.
         """
         text, blocks = text_and_blocks
         spans = [(int(begin), int(end)) for begin, end in blocks]

@@ -119,7 +119,11 @@ class TurnSpanFinder:
         return Chat(messages, tools, location, partial(self._apply, tools=tools))
 
     def render_checked(self, chat: Chat) -> str:
-        """A conversation as its template writes it. Raises RefusedDocument for tools, calls or results that it leaves out."""
+        """A conversation with tools as its template writes it. Raises RefusedDocument if it leaves tools, calls or results out.
+
+        A template may drop them without an error. To find out, it renders a second time, with a label of private-use characters
+        behind each call's name and each result: all labels must come out.
+        """
         text = chat.apply(chat.messages)
         if chat.tools and not self._writes_tools(chat, text):
             raise template_refusal(
@@ -170,9 +174,10 @@ class TurnSpanFinder:
             return True
 
     def find_spans(self, chat: Chat, learned: list[int], text: str, eos: str) -> tuple[str, list[tuple[int, int]]]:
-        """(closed text, the [begin, end) of each learned turn in it, ascending) of a conversation that is rendered as `text`.
+        """Find the supervised characters of a conversation that is rendered as `text`: (text, [begin, end) of each turn in it).
 
-        `learned`: indices of the learned turns. `eos` is appended if the template does not close the last turn.
+        `learned`: indices of the supervised turns. A span reaches over content and calls to the token that closes the turn. `eos`
+        is appended to the text if the template does not close the last turn.
         """
         spans: list[tuple[int, int]] = []
         for index in learned:
@@ -195,7 +200,11 @@ class TurnSpanFinder:
     def _match_end_token(
         self, text: str, position: int, limit: int, message: Message, *, is_final: bool
     ) -> re.Match[str] | None:
-        """The token that closes a turn whose content or last call ends at `position`; it must end before `limit`."""
+        """The token that closes a turn whose content or last call ends at `position`; None if there is none before `limit`.
+
+        After a content it must follow at once, after a call anywhere before `limit`, where the next turn begins. The last turn
+        may be closed by any control token of the tokenizer.
+        """
         has_calls = "tool_calls" in message
         if is_final and not has_calls:
             end_tokens = set(self._added_tokens)
@@ -210,9 +219,11 @@ class TurnSpanFinder:
         return re.compile(r"\s*" + alternatives).match(text, position, limit)
 
     def _locate_turn(self, chat: Chat, index: int, text: str, *, is_final: bool) -> tuple[int, int, int]:
-        """(where learning of a turn begins, where its content or last call ends, limit for its closing token), in `text`.
+        """Find a supervised turn in `text`, in characters: (where supervision begins, where its content or last call ends, where
+        the next turn begins, before which its closing token must come).
 
-        Errors: RefusedDocument if no way of marking leaves the text unchanged, or if the template leaves something out.
+        It is rendered with marks around its parts, in several ways until one leaves the rest of the text as it is. Errors:
+        RefusedDocument if no way of marking leaves the text unchanged, or if the template leaves something out.
         """
         message = chat.messages[index]
         for mark_content, call_level in self._marking_attempts(message):
@@ -241,7 +252,10 @@ class TurnSpanFinder:
 
     @staticmethod
     def _marking_attempts(message: Message) -> Iterator[tuple[Callable[[str], str], int]]:
-        """(how to mark the content, level of `_mark_call` for the calls), from the most exact way to the most cautious."""
+        """Ways to put marks into a message: (function that marks its content, `_mark_call` level for its tool calls).
+
+        From the most exact way to the most cautious: templates look into contents and calls, and marks may disturb that.
+        """
         call_levels = range(3 if "tool_calls" in message else 1)
         for mark_content in (
             marking.mark_whole,
@@ -253,9 +267,10 @@ class TurnSpanFinder:
                 yield mark_content, call_level
 
     def _learning_begin(self, chat: Chat, index: int, text: str, marks: _TurnMarks) -> int:
-        """Where in `text` learning of a turn begins.
+        """Where in `text` supervision of a turn begins; `marks`: where its content, thoughts and calls stand.
 
-        That is its content. It is where generation would begin if the turn has no content (calls alone), or a learned thought.
+        That is its content. If the turn has no content (calls alone), or a thought that is supervised, it is where generation
+        would begin: behind the header of the turn.
         """
         content = marks.content
         thoughts = marks.thoughts
@@ -277,7 +292,7 @@ class TurnSpanFinder:
         return empty_thought.end() if empty_thought else begin
 
     def _header_end(self, chat: Chat, index: int, text: str, marks: _TurnMarks) -> int:
-        """Where in `text` generation of a turn begins: behind the header that the template also writes at the end of a prompt.
+        """Where in `text` generation of a turn would begin: behind the turn's header, as the template ends a prompt with it.
 
         Errors: RefusedDocument if the text has no such header before the turn.
         """

@@ -20,9 +20,10 @@ from trainer.data.tokens.encode import Encoder, truncate
 def keep_learnable(
     encoder: Encoder, document: Document, sample: Sample, pieces: list[Sample] | None, tally: Tally
 ) -> list[Sample]:
-    """Those of the pieces of a sample that have something to learn. Drops, cuts and oddities are counted in `tally`.
+    """The pieces of a sample that have at least one supervised token or a label; empty if the document is to be dropped.
 
-    `pieces`: what a length policy made of `sample` (see `fit_length`); None or empty if it dropped it.
+    `pieces`: the shorter samples that `data.over_length` made of `sample` (see `fit_length`); None or empty if it dropped it.
+    `tally` counts, for the report, what was dropped, cut or odd (see `oddities`), with the row's location.
     """
     if not pieces:
         tally.drop("tokenise", "too_long", document.location)
@@ -41,10 +42,10 @@ def keep_learnable(
 def fit_answers(
     encoder: Encoder, document: Document, answers: list[Sample], config: DataConfig, tally: Tally
 ) -> list[Sample]:
-    """The one or two answers of a document, truncated to `data.max_length` tokens if the policy is `truncate`.
+    """The answers of a document (one, or a preference pair), cut to `data.max_length` tokens as `data.over_length` says.
 
-    Empty, with a reason counted, if an answer has nothing left to learn, if both are the same, or if the policy drops them.
-    Raises DataError if the policy is `fail`.
+    Empty, with the reason counted in `tally`, if an answer has no supervised token left, if both are the same, or if the policy
+    is `drop`. Raises DataError if the policy is `fail`.
     """
     max_length = config.max_length
     length = max(len(sample.input_ids) for sample in answers)
@@ -93,9 +94,9 @@ def last_learned_id(sample: Sample) -> int:
 
 
 def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
-    """What is odd about a sample, as codes.
+    """What a user should look at in a sample, as codes that the data report counts.
 
-    `no_supervised`: nothing is learned; `missing_eos`: the last learned token closes no turn, so that a model would not learn
+    `no_supervised`: no token has a target; `missing_eos`: the last learned token closes no turn, so that a model would not learn
     to stop; `control_tokens_in_text`: the data spells control tokens; `control_tokens_as_text`: they became ordinary
     characters, but for those of answers.
     """
@@ -234,8 +235,9 @@ def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_
 def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message], list[list[Message]]]:
     """(leading system turns, exchanges) of a conversation; an exchange reaches from one user turn up to the next.
 
-    Which turns are learned is decided by the whole conversation and written into each turn (`train`), because a window of
-    exchanges would decide otherwise. Turns after the last learned one are left out.
+    Which turns are supervised is decided by the whole conversation and written into each turn (`train`), because a window of
+    exchanges would decide otherwise: with `data.learn.turns=last`, each window has a last turn. Turns after the last supervised
+    one are left out.
     """
     if encoder.template is None:
         raise AssertionError("a conversation was encoded without a chat template")
