@@ -148,7 +148,7 @@ def build_model_interface(
 
 
 def evaluation_parts(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
-    """The parts of the evaluation documents that have metrics of their own, by number of the source: metric -> full name.
+    """Which sources of the evaluation documents get metrics of their own: {number of the source: {metric: its full name}}.
 
     Empty for a single source. Metrics whose terms depend on counts of the whole set are left out.
     """

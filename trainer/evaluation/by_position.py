@@ -22,7 +22,9 @@ METRIC = "loss_by_position"
 
 
 def position_bounds(longest: int, *, asked: bool | None) -> list[int]:
-    """Where groups of positions end, for documents of at most `longest` tokens; empty if the loss is not told by position.
+    """The token positions at which groups end, such as 1024, 2048, 4096: the held-out loss is reported for each group.
+
+    For documents of at most `longest` tokens; empty if the loss is not reported by position.
 
     `asked`: `evaluation.loss_by_position`; None: only of long documents.
     """
@@ -57,7 +59,10 @@ def with_position_groups(
 
 
 def row_counts(batch: Mapping[str, Any], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the rows of each group count together, as further terms; empty if the objective told no loss by group."""
+    """The sum of target weights in each group of positions, as further terms of the batch: `count/GROUP`.
+
+    `terms`: what the objective returned; if it has no loss by group, the result is empty. A row is a position with a target.
+    """
     names = [name for name in batch.get("source_names", ()) if name.startswith(GROUP)]
     if not names or f"loss/{names[0]}" not in terms:
         return {}

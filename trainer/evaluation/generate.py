@@ -219,7 +219,12 @@ class Writer:
         gathering: GatherDecision,
         averaged: bool = True,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """This rank's row numbers of each batch, and what `objective` returns for them. All ranks must exhaust it."""
+        """Run forward passes over batches of rows: yields (row numbers, what `objective` returns for them) on this rank.
+
+        `objective` stands in for the training objective, and may generate or score instead of computing a loss. `batches`: this
+        rank's row numbers by batch, as many batches on every rank. `make_batch` makes the tensors of some rows. `averaged`: by
+        averaged weights, if the run keeps them. All ranks must exhaust it.
+        """
         with (
             engine.inference(averaged=averaged) as module,
             engine.full_parameters.gathered() if gathering.gathered_once else nullcontext(),

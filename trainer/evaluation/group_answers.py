@@ -117,7 +117,10 @@ class GroupWriter(Writer):
 
 
 def shares_prompts(model: Any) -> bool:
-    """Whether a model is called here, and not by `generate`: its cache is rows of keys and values that can be selected."""
+    """Whether the prompt of a group can be computed once for all its answers, with the loop here instead of `generate`.
+
+    It needs a cache of keys and values from which rows can be selected and repeated, and a forward pass with positions.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     path = getattr(model, "forward_path", STOCK_PATH)
@@ -148,6 +151,11 @@ class GroupAnswers:
             return self._write(causal_model, batch)
 
     def _write(self, causal_model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Sample answers: `answers` int64 [rows, room] and `logprobs` float32 of their tokens, padded after an answer's end.
+
+        `batch` has the prompts, padded on the left; `row_prompts` (int64 [rows]), the prompt that each answer belongs to;
+        `seeds`, one an answer; `room`, the most new tokens. Rows whose answers have ended leave the batch in bunches.
+        """
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache(config=causal_model.config)

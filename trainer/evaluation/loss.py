@@ -100,7 +100,11 @@ class LossEvaluator:
     def _reduce(
         self, sums: dict[str, torch.Tensor], batch_sums: dict[str, list[torch.Tensor]], engine: Engine
     ) -> dict[str, torch.Tensor]:
-        """The sums of all ranks by term. Hands the sums of each micro-batch to `on_batch_sums`. All ranks must call."""
+        """Add the sums of all ranks: {term: tensor}. All ranks must call.
+
+        `sums`: this rank's, by term, with a row for each part of the documents. `batch_sums`: of some terms, the sum of each
+        micro-batch; in the order of the documents they go to `on_batch_sums`, for paired tests between evaluations.
+        """
         terms = sorted(sums)
         batch_terms = sorted(batch_sums)
         ordered_batch_sums = []

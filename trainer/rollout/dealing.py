@@ -52,9 +52,11 @@ class Dealer:
         return parts, -(-group_size // parts)
 
     def deal(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> tuple[list[DealtMicroBatch], float]:
-        """(the micro-batches of this reader, the balance of the whole step as `StepBatch.balance` has it).
+        """Spread the answers of a step over the ranks that read rows of their own (readers), so that all take about as long.
 
-        Every reader gets as many micro-batches as the others. One without an answer gets `filler` with nothing to learn.
+        Returns (this reader's micro-batches, balance of the whole step: mean over the readers' costs as a share of the highest).
+        Answers that share a prompt's computation stay together as a unit. Every reader gets as many micro-batches as the others;
+        one without an answer gets `filler`, whose tokens have no target.
         """
         units = self._units(samples)
         costs = np.array([self._cost(samples, unit) for unit in units], dtype=np.int64)
@@ -73,7 +75,10 @@ class Dealer:
         return own_micro_batches, balance
 
     def _units(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
-        """Positions of the answers that stay together: each alone, or those to one prompt."""
+        """Positions in `samples` of the answers that stay in one micro-batch: each alone, or those to one prompt.
+
+        Answers to one prompt are together if the model computes their prompt once; a large group is split in parts that fit.
+        """
         if not self.shares_prompts:
             return [[position] for position in range(len(samples))]
         by_prompt: dict[int, list[int]] = {}

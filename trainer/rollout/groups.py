@@ -19,7 +19,10 @@ NO_SPREAD = 1e-9
 
 
 def advantages(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndarray:
-    """float64 [groups, answers]: how much better each answer scored than what it is compared with; 0 for unscored answers.
+    """Advantages, by which the loss weighs each answer's tokens: how much better it scored than what it is compared with.
+
+    float64 [groups, answers], 0 for unscored answers. A group is all answers to one prompt. `baseline` is what a reward is
+    compared with (the mean of its group, of the others in it, of the batch), `scale` what the difference is divided by.
 
     `rewards`, float64 [groups, answers]: nan for an answer that no reward applied to. Unscored answers count in no mean.
     Raises DataError if `scale` is the mean reward of a group and a reward is negative: dividing by a negative mean would
@@ -70,10 +73,11 @@ def idle(rewards: np.ndarray) -> np.ndarray:
 
 
 def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: int) -> tuple[np.ndarray, float]:
-    """(weight of each token of an answer, float64 [answers]; what the step's sum is divided by).
+    """How the loss of a step averages over tokens and answers: (weight of each token of an answer, divisor of the step's sum).
 
-    `lengths`, int64 [answers]: tokens learned of each answer of the step, all ranks together; 0 for an answer that is not
-    learned, which counts in neither. The divisor is 0 if no answer is learned.
+    `objective.normalise` says whether each token, each answer or a constant length counts alike. `lengths`, int64 [answers]:
+    tokens of each answer of the step, all ranks together; 0 for an answer that is left out of the loss, which counts in neither.
+    The weights are float64 [answers]. The divisor is 0 if no answer is left.
     """
     is_learned = lengths > 0
     num_learned = float(is_learned.sum())
@@ -88,7 +92,7 @@ def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: in
 
 
 def _minus_baseline(known: np.ndarray, is_scored: np.ndarray, baseline: Baseline) -> np.ndarray:
-    """Rewards minus what they are compared with; `known`: rewards, 0 where unscored."""
+    """Rewards minus their baseline, float64 [groups, answers]; `known`: rewards, 0 where unscored (`is_scored` False)."""
     if baseline is Baseline.none:
         return known
     if baseline is Baseline.batch:
@@ -102,7 +106,10 @@ def _minus_baseline(known: np.ndarray, is_scored: np.ndarray, baseline: Baseline
 
 
 def _divisor(known: np.ndarray, is_scored: np.ndarray, scale: Scale) -> np.ndarray:
-    """What differences are divided by, float64 [groups, 1] or [1, 1]."""
+    """What differences from the baseline are divided by, float64 [groups, 1] or [1, 1] for the whole batch.
+
+    `known`: rewards [groups, answers], 0 where unscored. Raises DataError for a negative reward if `scale` is the mean.
+    """
     if scale is Scale.none:
         return np.ones((1, 1))
     if scale is Scale.batch_std:

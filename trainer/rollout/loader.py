@@ -101,9 +101,11 @@ class RolloutLoader:
                 )
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
-        """Batches of `num_steps` steps. All ranks must take them, with the weights of `engine` as they are then.
+        """Batches of `num_steps` steps. A round of answers is written and scored when the one before it is used up.
 
-        Errors: those of `RoundMaker.make`.
+        A round gives `rollout.steps` batches, and is gone through `rollout.iterations` times. It is written with the weights as
+        they are then, so all ranks must take the batches in step. `first_sample`: prompts consumed before. Errors: those of
+        `RoundMaker.make`.
         """
         rollout = self.maker.settings.rollout
         step_of_round = self.progress.round_step
@@ -128,7 +130,10 @@ class RolloutLoader:
             yield batch
 
     def step_batch(self, made: Round, part: int) -> StepBatch:
-        """The batch of step `part` of a round, on the device. It consumes no prompt."""
+        """The batch of one step of a round, on the device. `part`: which of the `rollout.steps` parts of its answers.
+
+        It counts no prompts as consumed: `steps` does so with the last step of the round.
+        """
         settings = self.maker.settings
         numbers = made.part(part, settings.rollout.steps)
         samples, totals = made.samples(numbers, settings.normalise, settings.rollout.max_new_tokens)

@@ -79,11 +79,13 @@ def answer_logps(
     runtime: Runtime,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[int, np.ndarray]:
-    """float32 [supervised tokens] of each answer of the round, by its number, the same on all ranks.
+    """The log-probability of each token of answers that were written before, by the present (or reference) weights.
 
-    `batches`: this rank's micro-batches, on the device. `answers`: for each of them the numbers of the answers in it, one a
-    sequence; None for a sequence that fills up. Every rank must call with as many micro-batches as the others; ranks that share
-    rows, with the same answers. `check_stop` is called after each micro-batch and may raise, on all ranks alike.
+    Returns float32 [tokens of the answer] by the answer's number in the round, the same on all ranks. `scorer`: a stand-in for
+    the objective that returns these numbers instead of a loss. `batches`: this rank's micro-batches, on the device. `answers`:
+    for each of them the numbers of the answers in it, one a sequence; None for a sequence that fills up. Every rank must call
+    with as many micro-batches as the others; ranks that share rows, with the same answers. `check_stop` is called after each
+    micro-batch and may raise, on all ranks alike.
     """
     pieces: list[tuple[int, np.ndarray]] = []
     with engine.inference(averaged=False, at_start=scorer.at_start) as module:

@@ -126,9 +126,11 @@ class RoundMaker:
         return _Written(groups, scores)
 
     def _replace_idle(self, written: _Written, first_sample: int, step: int) -> tuple[_Written, int]:
-        """(the first groups that have spread, prompts consumed up to the last of them). Adds what is drawn to `written`.
+        """Replace idle groups, whose answers all score alike and so teach nothing, by answers to further prompts.
 
-        Prompts after the last group that is taken are not consumed: the next round answers them again, with its own weights.
+        Returns (the first groups whose rewards differ, as many as a round has; prompts consumed up to the last of them). Further
+        groups are appended to `written`. Prompts after the last group that is taken are not consumed: the next round answers
+        them again, with its own weights. Raises DataError if in many draws no group has rewards that differ.
         """
         wanted = self.prompts_per_round
         draws = 1
@@ -140,6 +142,7 @@ class RoundMaker:
             if not with_spread and draws >= MOST_IDLE_DRAWS:
                 raise DataError(self._no_spread(written))
             missing = wanted - len(with_spread)
+            # As many prompts as are needed if the share of groups with differing rewards stays as it was so far.
             count = math.ceil(missing / max(LEAST_SHARE, len(with_spread) / num_written))
             if with_spread:
                 count = min(count, MOST_WRITTEN * wanted - num_written)
@@ -152,7 +155,7 @@ class RoundMaker:
         return written.select(taken), num_consumed
 
     def _no_spread(self, written: _Written) -> str:
-        """The error about rewards that tell no answers apart."""
+        """The error message if all answers to each prompt have the same reward, so that there is nothing to learn."""
         rewards = rewards_of(written.scores)
         known = rewards[~np.isnan(rewards)]
         seen = "no answer was scored"
@@ -165,7 +168,11 @@ class RoundMaker:
         )
 
     def _weigh(self, made: Round) -> None:
-        """Give a round its advantages, and the log-probabilities of the past that its loss reads."""
+        """Complete a round, in place: which answers count in the loss, their advantages, and log-probabilities for the loss.
+
+        `old_logps` are those of the weights that wrote the answers, if several updates learn from one round; `reference_logps`
+        those of the reference model, for the KL divergence. With `kl.place=reward` the divergence is taken off the rewards.
+        """
         settings = self.settings
         rewards = self._rewards(made.scores)
         if settings.idle_groups is IdleGroups.drop:
@@ -197,7 +204,10 @@ class RoundMaker:
             made.advantages = advantages(rewards, settings.baseline, settings.scale)
 
     def _rewards(self, scores: Sequence[Scores]) -> np.ndarray:
-        """float64 [groups, answers]: what is learned from, nan where an answer is unscored."""
+        """The reward of each answer that advantages are computed from, float64 [groups, answers], nan where unscored.
+
+        With several reward functions it is their weighted sum, with `objective.combine=normalised` of normalised ones.
+        """
         rewards = rewards_of(scores)
         if self.settings.combine is Combine.sum:
             return rewards
@@ -218,7 +228,10 @@ class RoundMaker:
         return flat.reshape(rewards.shape)
 
     def _look_back(self, made: Round, numbers: list[int], row_scorer: RowScorer) -> dict[int, np.ndarray]:
-        """float32 [tokens] of each of these answers, by its number: what `row_scorer` says of them."""
+        """Compute a number for each token of the answers `numbers` in forward passes: float32 [tokens] by the answer's number.
+
+        `row_scorer` says which: log-probabilities of the policy or of the reference model. All ranks must call.
+        """
         if not numbers:
             return {}
         with self._phase("looking back at the answers", "look_back_s"):

@@ -13,9 +13,10 @@ from trainer.rollout.types import Group, Scores, all_answers
 
 
 def round_metrics(groups: Sequence[Group], scores: Sequence[Scores], is_idle: np.ndarray) -> dict[str, float]:
-    """Rewards, lengths and what was left unscored, over all answers of a round. A mean over nothing is left out.
+    """The metrics of a round: rewards, lengths and how many answers are unscored. A mean over nothing is left out.
 
-    `is_idle`, bool [groups]: groups that teach nothing.
+    A group is all answers to one prompt; `scores` has one entry a group. `is_idle`, bool [groups]: groups whose answers all
+    score alike, and so teach nothing.
     """
     rewards = rewards_of(scores)
     metrics = {

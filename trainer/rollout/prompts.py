@@ -39,7 +39,11 @@ def has_sources(dataset: TokenDataset) -> bool:
 def read_prompt(
     dataset: TokenDataset, table: DocumentTable, sequence: int, place: int, *, names_source: bool
 ) -> Prompt:
-    """Sequence `sequence` of a data set as a prompt. `table`: the documents that its sequences were made of."""
+    """Sequence `sequence` of a data set as a prompt, with the columns that rewards read.
+
+    `table`: the documents that its sequences were made of. `place`: the prompt's number in the run's order. `names_source`:
+    whether the metrics tell sources apart.
+    """
     document = table.document(int(dataset.documents[sequence]))
     return Prompt(
         place=place,

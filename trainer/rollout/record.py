@@ -62,7 +62,10 @@ class RoundRecord:
 
 
 def rows_of(made: Round, most_groups: int | None = None) -> list[dict[str, Any]]:
-    """The answers of a round as rows: prompt, answer, rewards, advantage; those of the first `most_groups` groups."""
+    """The answers of a round as rows for a Parquet file or a table: prompt, answer, rewards, advantage.
+
+    Only the first `most_groups` groups (all answers to one prompt); None: all.
+    """
     rows = []
     for number, (group, scores) in enumerate(zip(made.groups, made.scores, strict=True)):
         if most_groups is not None and number >= most_groups:

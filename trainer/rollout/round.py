@@ -75,7 +75,12 @@ class Round:
     def samples(
         self, numbers: Sequence[int], normalise: Normalise, max_new_tokens: int
     ) -> tuple[list[AnswerSample], dict[str, float]]:
-        """(the sequences of the learned answers among `numbers`, which are one step; the counts of the step)."""
+        """The data of one optimizer step: (sequences of the answers that count in the loss, counts of the step).
+
+        `numbers`: the answers of the step, numbered over all groups of the round. Each sequence has a number for each token of
+        its answer: advantage, loss weight, and the log-probabilities that the loss compares. The counts are what sums are
+        divided by, over all ranks.
+        """
         learned = self.learned(numbers)
         lengths = np.array([len(self.answer(number)[1].ids) for number in learned], dtype=np.int64)
         weights, loss_count = answer_weights(lengths, normalise, max_new_tokens)

@@ -22,7 +22,10 @@ REWARDS = "rewards/"
 
 
 def round_table(made: Round, step: int) -> Table:
-    """A row for each answer of a round's first groups, the best answer of each prompt first. `step`: the round's first."""
+    """A table for the trackers with the answers of a round's first groups, the best answer of each prompt first.
+
+    `step`: the first step that learns from the round.
+    """
     rows = rows_of(made, MOST_GROUPS)
     by_reward = [column for column in rows[0] if column.startswith((REWARDS, EXTRA))]
     columns = ["step", "prompt", "place", "reward", "answer", *by_reward, "advantage", "ended"]

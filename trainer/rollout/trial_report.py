@@ -17,7 +17,11 @@ SHOWN_CHARACTERS = 300
 
 
 def trial_report(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str, Any]:
-    """Rates, spread, idle share and lengths of groups, as JSON values; a number is None where nothing was scored."""
+    """What a trial of the rewards says before training, as JSON values: means, spread, idle groups and lengths of answers.
+
+    A group is all answers to one prompt; it is idle if all score alike. `scores`: one entry a group. A number is None if nothing
+    was scored.
+    """
     rewards = rewards_of(scores)
     answers: list[Any] = []
     for group in groups:
@@ -79,7 +83,7 @@ def idle_share(rewards: np.ndarray, size: int) -> float | None:
 
 
 def _shown_group(group: Group, scores: Scores) -> dict[str, Any]:
-    """A group with its best and its worst answer."""
+    """A group (all answers to one prompt) for the report, with its best and its worst answer; without these if unscored."""
     shown: dict[str, Any] = {"where": group.prompt.origin, "prompt": prompt_text(group.prompt.text)[-SHOWN_CHARACTERS:]}
     scored = np.flatnonzero(~np.isnan(scores.total))
     if not len(scored):

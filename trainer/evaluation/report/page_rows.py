@@ -99,7 +99,11 @@ def _text_limit(texts: Sequence[str]) -> int:
 def _chosen_rows(
     task: Task, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], changed: dict[str, Any], limit: int
 ) -> TaskRows:
-    """The rows of one task to show: up to `limit` of those that were lost, that were won, and of the worst."""
+    """The rows of one task to show: up to `limit` each of those lost to the other model, won from it, and with the worst score.
+
+    `changed`: the rows that one model has right and the other wrong, as `changed_rows` gives them. A row's sides are the filters
+    that it appears under: lost, won, wrong.
+    """
     score_name, score_of_row = row_value(task, rows)
     other_answers = {row.where: row.answer for row in other_rows}
     right_score = right_or_wrong_score(task, rows)

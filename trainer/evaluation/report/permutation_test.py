@@ -27,7 +27,8 @@ def family_p(
 ) -> dict[str, float]:
     """p-value of the difference of two models in each metric of a family, by name, corrected for the number of metrics.
 
-    Both models must have answered the same rows. `seed`: of the random exchanges.
+    Both models must have answered the same rows. If they are equally good, the answers to any row may be exchanged between
+    them: the test compares the largest difference of the family with those after random exchanges. `seed`: of the exchanges.
     """
     rng = np.random.default_rng([seed, len(rows)])
     chunk_exchanges = max(1, DRAWN_NUMBERS // len(rows))

@@ -60,7 +60,7 @@ def imported_files(file: Path) -> list[Path]:
 
 
 def _imported_modules(file: Path) -> Iterator[str]:
-    """The first parts of the names of the modules that a file imports."""
+    """The top-level names of the modules that a Python file imports, found by parsing it; relative imports are left out."""
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except (OSError, SyntaxError, ValueError):  # the reward file itself is refused elsewhere
@@ -181,9 +181,9 @@ def copied_functions(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -
 
 
 def stand_ins(run_dir: Path, files: Iterable[Path]) -> dict[Path, Path]:
-    """The run's copy of each of these reward files that is gone, by the file's path; of a file that has no copy, nothing.
+    """The run's copies of reward files that don't exist any more: {file: copy}. Files that exist or have no copy are left out.
 
-    A file is told by its name. If a run has two of one name, neither can stand in.
+    A file is found by its name alone. If a run has copies of two files with that name, neither is taken.
     """
     manifest = read_manifest(run_dir)
     if manifest is None:

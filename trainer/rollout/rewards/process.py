@@ -250,7 +250,7 @@ class WorkerPool:
         return [reply for reply in round_of_calls.replies if reply is not None]
 
     def _take_reply(self, round_of_calls: _RoundOfCalls, worker: RewardProcess, number: int) -> bool:
-        """Read from a worker; returns whether it is done with its call."""
+        """Read what a worker has sent; returns whether it is done with its call `number`, by a reply or by its death."""
         try:
             message = worker.read()
         except WorkerDied as death:

@@ -129,7 +129,11 @@ class WorkerScorer:
     def _score_own(
         self, groups: Sequence[Group], numbers: Sequence[int], step: int
     ) -> dict[int, tuple[Scores, list[int]]]:
-        """(scores, answers that have no total since a reward had no time for them) of these groups, by their number. Local."""
+        """Score this rank's share of the groups, in its worker processes, without communication.
+
+        `numbers`: of the groups (all answers to one prompt) that this rank scores. Returns by group number (scores, numbers of
+        answers without a total, because a reward function took too long).
+        """
         placed_calls: list[tuple[int, list[int], Call]] = []
         for number in numbers:
             placed_calls += self._calls_of(number, groups[number], step)
@@ -144,7 +148,10 @@ class WorkerScorer:
         }
 
     def _calls_of(self, number: int, group: Group, step: int) -> Iterator[tuple[int, list[int], Call]]:
-        """(number of the group, numbers of the answers, call) of each call that a group needs."""
+        """The calls of reward functions that a group needs: (number of the group, numbers of its answers, call) of each.
+
+        A reward is called once with all answers of the group, or, if it is of a kind in `_one_by_one`, once for each.
+        """
         every_answer = list(range(len(group.answers)))
         for name, reward in self.rewards.items():
             if name in self._of_ranks:
@@ -197,7 +204,7 @@ class _Collected:
         self.extra: dict[str, list[Any]] = {}
 
     def add(self, reward: str, answers: list[int], reply: Reply) -> None:
-        """Add what became of one call."""
+        """Add what became of one call of a reward: scores of `answers`, or none if it took longer than its time limit."""
         if reply.scores is None:
             self.num_timed_out += len(answers)
             if self.rewards[reward].weight != 0:
@@ -242,7 +249,7 @@ def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, fl
 
 
 def _arguments(group: Group, answers: list[int], step: int) -> dict[str, Any]:
-    """The arguments of `AnswersOfGroup` for some answers of a group."""
+    """Some answers of a group as JSON values, which the worker process makes an `AnswersOfGroup` of."""
     chosen = [group.answers[answer] for answer in answers]
     texts = [answer.text for answer in chosen]
     ids = [answer.ids for answer in chosen]

@@ -103,7 +103,11 @@ def shown_traceback() -> str:
 
 
 def main(read_fd: int, write_fd: int, parent: int) -> None:
-    """Answer calls until the pipe is closed."""
+    """A worker process: load the reward functions, then score answers until the trainer closes the pipe.
+
+    `read_fd`, `write_fd`: pipes from and to the trainer, with the setup as the first message. `parent`: the trainer's process
+    id; the worker ends with it. What rewards print goes to a log file.
+    """
     die_with_parent(parent)
     # The trainer blocks signals that ask it to save; a process that it starts inherits that.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
