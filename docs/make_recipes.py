@@ -161,8 +161,12 @@ def recipes_section(family: str, rows: list[Recipe], table: dict[str, dict[str, 
     """How to start and change a recipe, the table of recipes, and how far to trust its numbers."""
     shown = example(family, rows)
     data_rows = {TASKS[recipe.task].rows for recipe in rows if recipe.task == shown.task}
+    if any(up_to_date(recipe, table) is not None for recipe in rows):
+        expected = "This page lists them, with the planned memory, speed and price of those that were planned."
+    else:
+        expected = "This page lists them. None of them was planned yet: plan one before you rent its cards."
     return [
-        f"A recipe is a complete run for a {family} model. This page lists them, with the memory, speed and price to expect.",
+        f"A recipe is a complete run for a {family} model. {expected}",
         "",
         "```bash",
         f"shardtune download model.path={hub_id(shown)}",
@@ -198,7 +202,7 @@ def index_page(table: dict[str, dict[str, Any]]) -> str:
         "# Recipes",
         "",
         f"shardtune comes with {total} recipes: complete runs that you start with one command. This page lists their families.",
-        "Each page has the commands of a family, the memory and speed to expect, and the published shapes of its models.",
+        "Each page has the commands of a family, what is planned of them, and the published shapes of its models.",
         "",
         "| family | models | recipes |",
         "|---|---|---|",
