@@ -56,3 +56,25 @@ def test_a_claim_without_a_proof_is_found():
         "it works: no page",
         "it works: there is no tests/none.py",
     ]
+
+
+def experiments_shown() -> dict[str, str]:
+    """The lesson that shows the table of an experiment, by the experiment's name."""
+    shown = {}
+    for page in sorted(CLAIMS.parent.glob("*.md")):
+        for name in re.findall(
+            r"^<!-- begin experiment: (\w+) -->\n\|", page.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            shown[name] = page.name
+    return shown
+
+
+def test_a_claim_shown_by_an_experiment_is_taught_where_its_table_stands():
+    shown = experiments_shown()
+    assert len(shown) >= 8
+    elsewhere = []
+    for claim, taught, proofs, _ in rows(CLAIMS.read_text(encoding="utf-8")):
+        for name in re.findall(r"results/course/(\w+)\.json\)", proofs):
+            if name in shown and f"]({shown[name]})" not in taught:
+                elsewhere.append(f"{claim}: {name} is in {shown[name]}")
+    assert elsewhere == []

@@ -110,6 +110,36 @@ def test_a_lesson_without_a_part_is_found():
     assert any(fault.endswith(" lines") for fault in faults(text + "\n" * 200))
 
 
+TABLE = re.compile(r"^<!-- begin experiment: (\w+) -->\n\|.*?^<!-- end -->\n+(.*)", re.MULTILINE | re.DOTALL)
+
+
+def unexplained(text: str) -> list[str]:
+    """The experiments whose table no sentence follows. A table alone lets a reader conclude too much."""
+    names = []
+    while match := TABLE.search(text):
+        text = match[2]
+        if not re.match(r"[A-Z`*]", text):
+            names.append(match[1])
+    return names
+
+
+@each_lesson
+def test_a_sentence_says_what_the_table_of_an_experiment_shows(page):
+    assert unexplained(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_table_without_a_sentence_is_found():
+    table = "<!-- begin experiment: {} -->\n| a |\n<!-- end -->\n\n"
+    empty = "<!-- begin experiment: later -->\n<!-- end -->\n\n"
+    assert unexplained(table.format("x") + table.format("y") + "It shows.\n\n" + empty + "## Next\n") == ["x"]
+
+
+@each_lesson
+def test_a_lesson_installs_nothing_that_a_folder_of_its_own_does_not_have(page):
+    """A reader stands in a folder of their own, where `-e .` finds no project. `make install` has brought all extras."""
+    assert "pip install -e" not in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("recorded", "now", "same"),
     [
