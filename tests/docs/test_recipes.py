@@ -58,6 +58,12 @@ def test_a_recipe_that_does_not_fit_gets_no_file(monkeypatch):
         make_recipes.made_files()
 
 
+def test_a_page_promises_numbers_only_where_a_recipe_of_the_family_was_planned():
+    assert "None of them was planned yet" in make_recipes.family_page("Llama", {})
+    assert "the planned memory" not in make_recipes.family_page("Llama", {})
+    assert "the planned memory" in make_recipes.family_page("Llama", PLANNED)
+
+
 def test_numbers_of_other_settings_are_not_shown():
     recipe = RECIPES[0]
     assert plan_recipes.up_to_date(recipe, {recipe.name: {"of": "something else", "fits": True}}) is None

@@ -34,6 +34,7 @@ def test_automatic_interval_keeps_its_promises(size):
         (RunSize(100, 16_000, 1_000), 10, 9),  # not more often than every 10 steps
         (RunSize(85, 9_600, 30_000), 63, 1),  # the example of the page: 10 % held out, three epochs
         (RunSize(774, 64_000, 500_000), 157, 4),
+        (RunSize(1000, 16_000, 280_702), 351, 2),  # docs/challenges.md: three epochs, 5 % held out
         (RunSize(10, 16_000, 1_000), 0, 0),
         (RunSize(1000, 16_000, 0), 0, 0),
     ],
