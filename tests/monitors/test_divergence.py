@@ -197,6 +197,38 @@ def test_divergence_baseline_file_that_is_damaged_counts_as_none(tmp_path):
         assert kept.read() == HeldOutBefore()
 
 
+def test_divergence_of_a_run_that_was_killed_in_its_export_is_judged_by_pairs_again(tmp_path):
+    """A rise of 5 % is clear by its micro-batches alone: without those before the first step it would be called recovered."""
+
+    class Alone:
+        world_size, is_main, simulated = 1, True, False
+
+    def start():
+        said = []
+        challenges = Challenges(ChallengesConfig(), 1, "loss", said.append, tmp_path / "events.jsonl")
+        challenges.kept_before = KeptHeldOut(tmp_path, Alone())
+        challenges.kept_last = KeptHeldOut(tmp_path, Alone(), "held-out-last.json")
+        return challenges, said
+
+    before = [10.0 + number for number in range(12)]
+    progress = Progress()
+    killed, _ = start()
+    killed.add_batch_sums({"eval/loss": before})
+    killed.evaluated(progress, {"eval/loss": 2.0})
+    for step in range(1, 41):
+        progress.step = step
+        killed.rows(progress, [{"step": step, "loss": 2.0 - step / 100}])
+    killed.add_batch_sums({"eval/loss": [1.05 * batch_sum for batch_sum in before]})
+    killed.evaluated(progress, {"eval/loss": 2.1})
+    assert killed.record["divergence"]["found"]
+
+    resumed, said = start()
+    resumed.restore_end(progress)
+    resumed.finished(progress)
+    assert resumed.record["divergence"] == killed.record["divergence"]
+    assert said == []
+
+
 @pytest.fixture(scope="module", name="site")
 def _site(tmp_path_factory):
     root = tmp_path_factory.mktemp("divergence")

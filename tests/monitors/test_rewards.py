@@ -114,3 +114,26 @@ def test_a_run_that_learns_from_rewards_is_not_judged_by_its_loss():
     assert "while the control rewards/control/mean fell" in line
     assert challenges.record["rewards"]["verdict"] == "cheated"
     assert challenges.ends is not None
+
+
+def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
+    """Rank 0 alone reads that an earlier start has reported it, and a rank that saves alone would wait forever."""
+    config = ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop))
+    progress = Progress()
+    first_start = Challenges(config, 4, "loss", events=tmp_path / "events.jsonl")
+    first_start.controls = [CONTROL]
+    for step in range(1, 41):
+        progress.step = step
+        row = {"step": step, "loss": 0.0, rewards.REWARD: step / 40, CONTROL: 1 - step / 40}
+        first_start.rows(progress, [row])
+    assert first_start.ends is not None
+
+    events = (tmp_path / "events.jsonl").read_text()
+    for events_of_rank in (tmp_path / "events.jsonl", None):
+        lines = []
+        resumed = Challenges(config, 4, "loss", lines.append, events=events_of_rank)
+        resumed.controls = [CONTROL]
+        resumed.restore_end(progress)
+        resumed.evaluated(progress, {"eval/reward": 0.5})  # which the checkpoint owes
+        assert resumed.ends is not None
+    assert (tmp_path / "events.jsonl").read_text() == events

@@ -137,6 +137,8 @@ class Challenges:
         if self.kept_last is None:
             return
         last = self.kept_last.read()
+        if self.kept_before is not None:  # what it is compared with; `begin` comes later
+            self.before = self.kept_before.read()
         if self.controls is None and last.step == progress.step and last.values:
             self._batch_sums = last.batches
             self._judge_divergence(progress, last.values)
@@ -188,6 +190,9 @@ class Challenges:
             self._verdicts.add(finding.verdict)
             if is_new:
                 self._report(finding, again=False)
+            elif finding.stops and self.ends is None:
+                # An earlier start reported it, as rank 0 alone knows: the run ends again, on all ranks.
+                self.ends = finding
 
     def add_batch_sums(self, batch_sums: dict[str, list[float]]) -> None:
         """Take the sums over each micro-batch of the evaluation documents, by metric, before `evaluated` is called."""
