@@ -1,5 +1,7 @@
 """The index of bands finds what rensa's own index finds, and takes room only for documents that share a band."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,23 @@ def test_bands_leave_no_file_and_take_nothing_for_documents_apart(tmp_path):
     index.keep(3)
     assert index.find(3) == index.find(50) == set()
     assert not list(tmp_path.iterdir())
+
+
+def test_bands_have_their_room_on_the_disk_before_they_are_written(tmp_path, monkeypatch):
+    """A full disk is then an error with a message. Met while a mapped file is written, it would kill the process."""
+    descriptors = []
+    make_file = bands_module.tempfile.TemporaryFile
+
+    def remembered(**settings):
+        file = make_file(**settings)
+        descriptors.append(os.dup(file.fileno()))
+        return file
+
+    monkeypatch.setattr(bands_module.tempfile, "TemporaryFile", remembered)
+    mapped = bands_module._new_file((BANDS, 100_000), np.uint64, tmp_path)
+    (descriptor,) = descriptors
+    assert os.fstat(descriptor).st_blocks * 512 >= mapped.nbytes
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize("digests", [[], [None]])

@@ -239,8 +239,22 @@ def test_bottleneck_adapter_of_another_model_is_refused(bases, runtime, tmp_path
         bottleneck.load(plain(bases("gpt2")), directory)
 
 
+@pytest.mark.parametrize("projection", [False, True])
+def test_tokens_of_a_prefix_that_starts_at_zero_learn_different_things(bases, runtime, projection):
+    """Tokens that start equal get equal gradients: twenty of them would stay twenty copies of one."""
+    config = PrefixConfig(num_virtual_tokens=4, init=PrefixInit.zero, projection=projection)
+    engine, built, _ = trained(bases("llama"), config, runtime, steps=3)
+    encoder = engine.step_module.model.get_submodule(virtual.ENCODER)
+    with torch.no_grad():
+        tokens = encoder(torch.arange(4)[None])[0]
+    values = tokens.view(4, built.plain.config.num_hidden_layers, 2, -1)[:, :, 1]
+    for first in range(4):
+        for second in range(first):
+            assert float((values[first] - values[second]).abs().max()) > 1e-6
+
+
 def test_a_prefix_starts_nearer_to_its_base_at_zero_than_at_random(bases, runtime):
-    """Keys and values of zero take a part of the attention and add nothing; random ones add noise to every layer."""
+    """Values of zero take a part of the attention and add nothing; random ones add noise to every layer."""
     base = bases("llama")
     distance = {}
     for init in PrefixInit:
@@ -249,7 +263,8 @@ def test_a_prefix_starts_nearer_to_its_base_at_zero_than_at_random(bases, runtim
         logits = reference_logits(engine, built, ids, runtime)
         distance[init] = float((logits - logits_of(plain(base), ids)).square().mean())
         (prefix,) = [value for _, value in named_parameters(engine.step_module) if value.requires_grad]
-        assert bool(prefix.any()) == (init is PrefixInit.random)
+        values = prefix.view(4, built.plain.config.num_hidden_layers, 2, -1)[:, :, 1]
+        assert bool(values.any()) == (init is PrefixInit.random)
     assert 0 < distance[PrefixInit.zero] < distance[PrefixInit.random], distance
 
 

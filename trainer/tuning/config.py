@@ -168,7 +168,7 @@ class VirtualConfig(TuningConfig):
 
 
 class PrefixInit(StrEnum):
-    """At which keys and values prefix tuning starts."""
+    """At which values prefix tuning starts."""
 
     zero = "zero"
     random = "random"
@@ -184,7 +184,7 @@ class PrefixConfig(VirtualConfig):
     encoder_hidden_size: int = number(0, least=0, advice="0 takes the model's own width")
     """Width of that network; 0 takes the width of the prefix in one layer."""
     init: PrefixInit = setting(PrefixInit.zero, reach=DESCRIBES)
-    """Start at keys and values of `zero`, which leave the base nearly as it is, or at `random` ones, which disturb it."""
+    """Start at values of `zero` and small keys, which leave the base nearly as it is, or at `random` ones, which disturb it."""
 
 
 class PromptInit(StrEnum):

@@ -24,7 +24,7 @@ from strategies.runtime import derive_seed
 from strategies.small_files import read_object
 from trainer.tuning.base import BaseReader
 from trainer.tuning.compat.peft import detach_word_embeddings, fully_trained_tensors
-from trainer.tuning.config import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
+from trainer.tuning.config import PrefixConfig, PrefixInit, PromptConfig, PromptInit, VirtualConfig
 from trainer.tuning.lstm import EncoderLstm
 from trainer.tuning.own_adapters import AddedParameters, is_causal
 from trainer.tuning.peft_configs import virtual_config
@@ -33,6 +33,8 @@ from trainer.tuning.replica import ADAPTER
 
 ENCODER = f"prompt_encoder.{ADAPTER}"
 """Where peft's wrapper holds the module that makes the virtual tokens."""
+KEY_SPREAD = 0.02
+"""Standard deviation of the first keys of a prefix that starts at zero."""
 
 
 class Virtual(AddedParameters):
@@ -144,7 +146,22 @@ class Virtual(AddedParameters):
                 token_ids = self._initial_token_ids(self.config)
                 start_values = base.rows(self._embedding_weight, token_ids)
                 encoder.embedding.weight = nn.Parameter(start_values)  # type: ignore[union-attr]
+            if isinstance(self.config, PrefixConfig) and self.config.init is PrefixInit.zero:
+                self._part_keys(encoder)
         return encoder
+
+    def _part_keys(self, encoder: nn.Module) -> None:
+        """Give the tokens of a prefix that starts at zero different keys, which add nothing as long as the values are zero.
+
+        Equal tokens would get equal gradients: all of them would stay copies of one. A network (`tuning.projection`) has
+        different inputs for them.
+        """
+        assert isinstance(self.config, PrefixConfig)
+        if self.config.projection:
+            return
+        weight = encoder.embedding.weight.data  # type: ignore[union-attr]
+        keys_and_values = weight.view(self.num_tokens, self._settings.num_layers, 2, -1)
+        keys_and_values[:, :, 0].normal_(std=KEY_SPREAD)
 
     def _new_encoder(self) -> nn.Module:
         """peft's encoder for these settings, with values from the default generator."""

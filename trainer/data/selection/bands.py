@@ -7,6 +7,8 @@ first comparison, and take no room in the index.
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -88,10 +90,15 @@ class BandIndex:
 
 
 def _new_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np.ndarray:
-    """Zeros of this shape, mapped from a new file without a name, so that the system may write them out and drop them."""
+    """Zeros of this shape, mapped from a new file without a name, so that the system may write them out and drop them.
+
+    Errors: OSError if the disk has no room for all of them.
+    """
     if 0 in shape:
         return np.zeros(shape, dtype)
     with tempfile.TemporaryFile(dir=directory) as file:
+        # Writing to a mapped file for which the disk has no room kills the process with a bus error.
+        os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
