@@ -58,3 +58,16 @@ def test_last_line_says_what_to_do_next(objective, export, gates, last):
     assert said == last and not best
     nothing_measured = Outcome(Progress(step=30))
     assert lines_of(nothing_measured, export=export, objective=objective, gates=gates)[1] == last
+
+
+@pytest.mark.parametrize(
+    ("export", "line"),
+    [
+        (EXPORT, f"model:      {EXPORT} (step 30, the last: no step had a better eval/loss)"),
+        (None, "not exported: for the reason above; chosen was step 30, the last: no step had a better eval/loss"),
+    ],
+)
+def test_weights_that_were_chosen_are_named_in_a_whole_sentence(export, line):
+    chosen = {"step": 30, "which": "last", "reason": "no step had a better eval/loss"}
+    record = RunRecord(objective="sft", exported_checkpoint=chosen)
+    assert line in end_text(record, RUN, outcome(2.5, 1.75, 30), export, []).splitlines()

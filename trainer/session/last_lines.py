@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 from trainer.monitors.stragglers import SlowRank
 from trainer.objectives.base import ModelKind
@@ -46,7 +47,7 @@ def end_text(
     elif outcome.export_follows:
         lines.append(f"model:      by the export job of this pipeline{_which_weights(record)}")
     elif record.exported_checkpoint is not None:
-        lines.append(f"not exported:{_which_weights(record)}")
+        lines.append(f"not exported: for the reason above; chosen was {_named(record.exported_checkpoint)}")
     lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
     lines += [f"{name + ':':<11} {link}" for name, link in hints]
     next_step = _next_step(record, run_dir, outcome, export)
@@ -100,9 +101,12 @@ def _best_lines(record: RunRecord, run_dir: Path, outcome: Outcome) -> list[str]
 def _which_weights(record: RunRecord) -> str:
     """Which checkpoint was exported and why, in brackets; empty if nothing was chosen."""
     chosen = record.exported_checkpoint
-    if chosen is None:
-        return ""
-    return f" (step {chosen['step']}, the {chosen['which']}: {chosen['reason']})"
+    return "" if chosen is None else f" ({_named(chosen)})"
+
+
+def _named(chosen: Mapping[str, Any]) -> str:
+    """A chosen checkpoint in words, and why it was chosen."""
+    return f"step {chosen['step']}, the {chosen['which']}: {chosen['reason']}"
 
 
 def _has_improved(outcome: Outcome) -> bool:
