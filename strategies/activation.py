@@ -100,7 +100,10 @@ def _keep_outputs(module: nn.Module) -> None:
 
 
 def _checkpoint(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
-    """Let all blocks recompute in the same way, through the model's own interface. ConfigError if it has none."""
+    """Switch on recomputation, the same for all blocks, through transformers' own interface of the model.
+
+    Raises ConfigError if the model does not have it.
+    """
     if mode is ActivationCheckpointing.none:
         return
     model: Any = step_module.model
@@ -141,7 +144,10 @@ def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
 
 
 def _keep_inputs_on_host(step_module: nn.Module) -> None:
-    """Let the blocks that recompute keep their inputs in the host's memory."""
+    """Let blocks that recompute keep their inputs in the host's memory until the backward pass needs them again.
+
+    Raises ConfigError if the model's checkpointing cannot be wrapped for it.
+    """
     plan = plan_of(step_module)
     host_inputs = HostInputs()
     if not wrap_checkpoints(step_module.model, host_inputs.wrap):  # type: ignore[arg-type]
@@ -155,7 +161,7 @@ def _keep_inputs_on_host(step_module: nn.Module) -> None:
 def _checkpoint_as_planned(
     step_module: nn.Module, blocks: list[nn.Module], modes: list[ActivationCheckpointing]
 ) -> None:
-    """Give each block its own mode."""
+    """Switch on recomputation with a mode of its own for each block: `modes` has one entry a block, in forward order."""
     used_modes = [mode for mode in modes if mode is not ActivationCheckpointing.none]
     if not used_modes:
         return

@@ -43,10 +43,11 @@ class Activations:
         return replace(self, selective=[max(0.0, kept) for kept in selective], full=[0.0] * len(self.full))
 
     def total(self, modes: list[ActivationCheckpointing]) -> float:
-        """Bytes at the peak, if each block does what `modes` says."""
+        """Bytes of activations at the peak of a step, if each block recomputes as its entry of `modes` says."""
         kept_bytes = 0.0
         recomputed_bytes = 0.0  # of the largest block that recomputes: while it is at work, everything is there again
         for block, mode in enumerate(modes):
+            # The three lists are named as the modes are.
             kept_bytes += getattr(self, mode.value)[block]
             if mode is not ActivationCheckpointing.none:
                 recomputed_bytes = max(recomputed_bytes, self.none[block])
@@ -98,7 +99,10 @@ class _ActivationCounter(TorchDispatchMode):
         self._parameter_keys = {storage_key(storage) for storage in self._parameter_storages}
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Hook of autograd: count a saved tensor. A storage counts once, and parameters are there anyway."""
+        """Count a tensor that autograd saves for the backward pass, in the block that runs; autograd calls this as a hook.
+
+        A storage counts once. Parameters and buffers do not count: they are there anyway.
+        """
         storage = tensor.untyped_storage()
         key = storage_key(storage)
         if key not in self._counted_storages and key not in self._parameter_keys:
@@ -138,9 +142,10 @@ def _shape_of_grouped_product(left: Tensor, right: Tensor, *_: Any, **_more: Any
 
 
 def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> Activations:
-    """Count what the micro-batch `batch` keeps in a step module whose parameters are on meta. Allocates nothing.
+    """Count the bytes that the micro-batch `batch` keeps for its backward pass, by a forward pass of a copy on meta.
 
-    Counted in the compute type. If autocast casts the weights on the way (single, ddp), their copies come on top.
+    `step_module`: the model with its loss, whose parameters are on meta, so that nothing is allocated. Activations are counted
+    in the type that `precision` computes in. If autocast casts the weights on the way (single, ddp), their copies come on top.
     """
     compute = COMPUTE_DTYPE[precision]
     probe = copy.deepcopy(step_module)
@@ -194,15 +199,16 @@ def _on_meta(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def plan_blocks(activations: Activations, budget: float) -> tuple[list[ActivationCheckpointing], bool]:
-    """(what each block does, whether the peak fits into `budget` bytes).
+    """Choose what each block recomputes, so that activations take at most `budget` bytes at the peak.
 
-    As few blocks as possible recompute, and selectively if that is enough. Earlier blocks recompute first: what they keep lives
-    longest, until the end of the backward pass.
+    Returns (the mode of each block, whether the peak fits). As few blocks as possible recompute, and selectively if that is
+    enough. Earlier blocks recompute first: what they keep lives longest, until the end of the backward pass.
     """
     none = ActivationCheckpointing.none
     selective = ActivationCheckpointing.selective
     full = ActivationCheckpointing.full
     modes = [none] * len(activations.none)
+    # First turn one block after the other to selective recomputation, then, if that is not enough, to full.
     for milder, stronger in ((none, selective), (selective, full)):
         for index in range(len(modes)):
             if activations.total(modes) <= budget:

@@ -172,7 +172,7 @@ def write_new(path: Path, data: bytes) -> WrittenFile:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable. Errors: OSError."""
+    """Make the names in a directory durable: files that were created or renamed in it survive a power cut. Errors: OSError."""
     descriptor = disk.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         disk.sync(descriptor)
@@ -209,10 +209,10 @@ def publish(source: Path, target: Path) -> None:
 
 
 def publish_replacing(source: Path, target: Path, replaced: Path) -> None:
-    """As `publish`, in the place of a directory that has the name already: a cut leaves one of the two, whole. Errors: OSError.
+    """Put the finished directory `source` in the place of `target`, which exists. A power cut leaves one of the two, whole.
 
-    Both change names at once. Where the file system cannot do that, the old one is called `replaced` before the new one has the
-    name: a cut between the two leaves it to be put back.
+    The two names are swapped at once. If the file system cannot do that, the old directory is called `replaced` for a moment
+    before the new one has its name: after a cut between the two, the caller finds it there and puts it back. Errors: OSError.
     """
     sync_directory(source)
     if replaced.exists():
@@ -276,9 +276,10 @@ class RetryingReader:
         self._exhausted = False
 
     def read(self, path: Path, read: Callable[[], Returned], codes: tuple[int, ...] = NOT_YET_VISIBLE) -> Returned:
-        """What `read` returns, a function that opens `path` and reads it from its beginning.
+        """Call `read`, which opens `path` and reads it from its beginning, and return what it returns.
 
-        `codes`: errors that are waited out, as in `retry_until_visible`. Errors: OSError, that of the last attempt.
+        It is called again after an error that may pass. `codes`: errors by which a network file system hides a file that
+        another host has just written; they are waited out. Raises the OSError of the last attempt.
         """
         for pause in PAUSES_S:
             try:
@@ -382,9 +383,10 @@ def read_bytes(path: Path, *, max_bytes: int, patient: bool = False) -> bytes:
 
 
 def file_difference(directory: Path, expected: WrittenFile, reader: RetryingReader | None = None) -> str | None:
-    """How a file in `directory` differs from what was written; None if it does not. Reads all of it. No errors.
+    """A sentence on how a file in `directory` differs from what was written (in size or hash); None if it does not.
 
-    `reader`: that of the checkpoint which the file belongs to.
+    Reads the whole file and raises nothing: a file that cannot be read differs. `reader`: shared by the files of a checkpoint,
+    so that a disk that has failed is waited for once.
     """
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, expected.size))))
 
@@ -411,7 +413,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
 
 
 def missing_space(directory: Path, needed: int) -> str | None:
-    """Why `needed` bytes do not fit into an existing directory; None if they do, or if nobody can say."""
+    """A sentence that says that `needed` bytes do not fit on the disk of `directory`; None if they do, or nobody can say."""
     try:
         free = disk.free(directory)
     except OSError:
@@ -431,7 +433,7 @@ def size_text(size: float) -> str:
 
 
 def error_summary(error: BaseException) -> str:
-    """Why something failed, in one line. Of an OSError what the system says, and the file; of others type and first line."""
+    """Why something failed, in one line for people: for an OSError the system's words and the file, else type and first line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if "No space left on device" in str(error):  # libraries wrap it in errors of their own

@@ -11,7 +11,10 @@ from strategies.runtime import NO_NETWORK, Runtime, gather_objects
 
 
 def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtime) -> Strategy:
-    """The strategy that `config` names. Imports only what that one needs. Errors: ConfigError."""
+    """The strategy that `config` names; only its library is imported, since DeepSpeed takes seconds.
+
+    Raises ConfigError if it cannot run with these processes, or on a host without a network.
+    """
     communicates = config.name not in (StrategyName.single, StrategyName.auto)
     if communicates and not runtime.simulated and dist.get_backend(runtime.control_group) == NO_NETWORK:
         raise ConfigError(

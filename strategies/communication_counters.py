@@ -58,9 +58,10 @@ def count_bytes(collective: str, size: int) -> None:
 
 
 def counted_collective(collective: str, full_argument: int) -> Callable[[Any], Any]:
-    """Decorator that counts the bytes and the time of a method that is a collective and returns when it is over.
+    """Decorator for a method that is a collective of ours (through shared memory): counts its bytes and its seconds.
 
-    `full_argument`: position of the tensor that is gathered or reduced as a whole.
+    `collective`: the name under which bytes count. `full_argument`: which of the method's tensors is the whole that is
+    gathered or reduced. The method must return only when the exchange is over.
     """
 
     def decorate(call: Any) -> Any:
@@ -84,8 +85,12 @@ def counted_collective(collective: str, full_argument: int) -> Callable[[Any], A
 
 @contextmanager
 def count_communication() -> Iterator[CommunicationTotals]:
-    """Count what this rank exchanges inside the context. Does not communicate, and adds some 50 microseconds to a collective."""
+    """Count what this rank exchanges inside the context; contexts may be nested, and each counts for itself.
+
+    It does not communicate, and adds some 50 microseconds to a collective.
+    """
     totals = CommunicationTotals()
+    # Replacing torch's collectives by counting ones twice would count twice.
     outermost = not _open_totals
     _open_totals.append(totals)
     try:

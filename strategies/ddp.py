@@ -50,7 +50,10 @@ class DdpStrategy(SingleStrategy):
         make_optimizer: OptimizerFactory,
         max_grad_norm: float,
     ) -> NativeEngine:
-        """Load everything on every rank, wrap, then build the optimizer. All ranks must call."""
+        """Load all parameters on every rank, wrap the module for DDP, then build the optimizer. All ranks must call.
+
+        CPU ranks of one host all-reduce their gradient buckets through shared memory instead of the process group.
+        """
         load_in_full(step_module, source, self.precision, self.runtime)
         apply_to_blocks(step_module, self.config)
         wrapped = DistributedDataParallel(

@@ -26,10 +26,12 @@ from strategies.runtime import Runtime
 def deal_experts(
     modules: list[nn.Module], device: torch.device, runtime: Runtime, *, replicate: int, expert_ranks: int
 ) -> DeviceMesh:
-    """Let each module keep the parameters of its share of the experts, on meta. All ranks must call.
+    """Set up expert parallelism: each of `modules` keeps only this rank's share of its layer's experts. All ranks must call.
 
-    Returns the mesh over which the shares are sharded. A module knows its share as `expert_share`; its `num_experts` stays that
-    of the layer, by which routers and counts go.
+    `modules` hold the experts of one layer each, on meta. `expert_ranks`: neighbouring ranks among which a layer's experts
+    are dealt. `replicate`: replicas of the model (hsdp). Returns the mesh of the ranks that hold the same experts, over which
+    the shares are then sharded. A module knows its share as `expert_share`; its `num_experts` stays that of the layer, by
+    which routers and counts go.
     """
     group, mesh = expert_mesh(device, runtime, replicate, expert_ranks)
     share = ExpertShare(
@@ -44,9 +46,10 @@ def deal_experts(
 
 
 def deal_on_meta(step_module: nn.Module) -> None:
-    """Deal the experts that the plan of a step module on meta names, as for one rank without a group: for shapes alone.
+    """Give a step module on meta the experts of one rank, to count the memory of a step by shapes: nothing is exchanged.
 
-    The rank gets `ASSUMED_IMBALANCE` times the mean of rows.
+    Which modules, and among how many ranks, says the module's plan. The rank is assumed to receive `ASSUMED_IMBALANCE` times
+    the mean number of tokens.
     """
     plan = plan_of(step_module)
     if plan.expert_ranks == 1:
@@ -57,7 +60,7 @@ def deal_on_meta(step_module: nn.Module) -> None:
 
 
 def _keep_share(module: nn.Module, share: ExpertShare) -> None:
-    """Replace the parameters of a module of experts by those of a share."""
+    """Cut the parameters of a module of experts, `[experts, ...]`, to as many experts as one rank of the group holds."""
     parameters = own_parameters(module)
     for name, parameter in parameters.items():
         if parameter is None:
@@ -69,10 +72,10 @@ def _keep_share(module: nn.Module, share: ExpertShare) -> None:
 
 
 def shard_experts(module: nn.Module, ranks: int, **settings: Any) -> None:
-    """Shard the dealt experts of a module over the `mesh` of `settings`; those are `fully_shard`'s.
+    """Shard a rank's experts over the ranks that hold the same ones: `settings` are those of `fully_shard`, with that `mesh`.
 
-    Their gradient is the sum over the mesh divided by all `ranks`, as that of every other parameter: the rows of an expert
-    come from all ranks, though only those of the mesh hold it.
+    `ranks`: all of the run. The gradient of an expert is the sum over the mesh divided by all ranks, as that of every other
+    parameter: the tokens of an expert come from all ranks, though only those of the mesh hold it.
     """
     sharded: Any = fully_shard(module, **settings)
     sharded.set_gradient_divide_factor(float(ranks))

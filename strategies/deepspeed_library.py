@@ -86,9 +86,10 @@ def free_engine_memory(engine: Any) -> None:
 
 
 def settle_accelerator(runtime: Runtime) -> None:
-    """Let DeepSpeed use the device of `runtime`, also a simulated one.
+    """Let DeepSpeed use the device of `runtime`, which may be a simulated one; call it before DeepSpeed starts.
 
-    DeepSpeed takes the rank within the host for the number of the GPU. That is wrong if each rank sees only its own GPU.
+    DeepSpeed takes the rank within the host (`LOCAL_RANK`) for the number of the GPU. That is wrong if each rank sees only
+    its own GPU, so the variable gets the number of the GPU.
     """
     if runtime.device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(runtime.device.index)

@@ -230,7 +230,10 @@ class Fsdp2Strategy:
         return engine
 
     def _shard(self, step_module: nn.Module, compute: torch.dtype) -> dist.ProcessGroup:
-        """Wrap blocks and root. Returns the group of ranks that together hold one copy of the model."""
+        """Let FSDP2 shard the experts, each block, and the root with what is left (embeddings, norm, head).
+
+        `compute`: the type in which blocks are gathered. Returns the group of ranks that together hold one copy of the model.
+        """
         check_experts(step_module, self.runtime.world_size // self.replicate, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.replicate)
         offload: OffloadPolicy = OffloadPolicy()
@@ -253,7 +256,10 @@ class Fsdp2Strategy:
             return mesh["shard"].get_group()
 
     def _shard_experts(self, step_module: nn.Module, settings: dict[str, Any]) -> None:
-        """Deal the experts that the plan names, and shard each module of them apart from its block."""
+        """With `parallel.experts`: give this rank its experts, and shard each module of experts apart from its block.
+
+        `settings`: the arguments of `fully_shard` but for the mesh, which for experts is that of the ranks with the same ones.
+        """
         plan = plan_of(step_module)
         if plan.expert_ranks == 1:
             return
@@ -267,9 +273,10 @@ class Fsdp2Strategy:
         self.expert_mesh = mesh
 
     def _exchange_through(self, memory: HostMemory, step_module: nn.Module) -> None:
-        """Let FSDP2 exchange through shared memory; `memory` is that of the ranks that hold one copy of the model.
+        """Let FSDP2 exchange through shared memory instead of gloo, among CPU ranks of one host.
 
-        Dealt experts are shared by fewer ranks, which get a memory of their own: others would never come to their exchanges.
+        `memory` is that of the ranks that hold one copy of the model. With `parallel.experts` a module of experts is sharded
+        over fewer ranks, which get a memory of their own: others would never come to their exchanges.
         """
         expert_memory: HostMemory | None = None
         if self.expert_mesh is not None:
@@ -284,7 +291,7 @@ class Fsdp2Strategy:
 
     @torch.no_grad()
     def _fill(self, step_module: nn.Module, source: ParameterSource) -> None:
-        """Read this rank's rows of every parameter, and nothing else."""
+        """Read this rank's shard of every parameter from `source`, and nothing else."""
         for name, parameter in named_parameters(step_module, teacher=True):
             assert isinstance(parameter, DTensor)
             local = parameter.to_local()

@@ -30,6 +30,7 @@ class FsdpFullParameters(FullParameters):
         self.reshard_after_forward = reshard_after_forward
 
     def gather_bytes(self) -> int | None:
+        """Bytes that `gathered` takes on this rank's device, in the type in which FSDP2 gathers."""
         total = 0
         for _, parameter in named_parameters(self.wrapped):
             # Packed weights are gathered as the bytes they are.
@@ -39,7 +40,10 @@ class FsdpFullParameters(FullParameters):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """See `FullParameters.gathered`. FSDP2's hooks, which would gather and reshard block by block, are off inside."""
+        """Hold all parameters on every rank inside the context, for forward passes that need no other rank.
+
+        FSDP2's hooks, which would gather and reshard block by block, are off inside. All ranks must enter and leave it.
+        """
         from torch.distributed.fsdp import FSDPModule
 
         from strategies.compat.fsdp import without_fsdp_hooks
@@ -76,6 +80,7 @@ class ZeroFullParameters(FullParameters):
         return [parameter for _, parameter in named_parameters(self.step_module)]
 
     def gather_bytes(self) -> int | None:
+        """Bytes that `gathered` takes on this rank's device; None if parameters lie on a drive."""
         total = 0
         for parameter in self._parameters:
             if getattr(parameter, "nvme_swapper", None) is not None:
@@ -85,7 +90,11 @@ class ZeroFullParameters(FullParameters):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """See `FullParameters.gathered`. DeepSpeed's coordinator, which would fetch and free by module, is idle inside."""
+        """Hold all parameters on every rank inside the context, for forward passes that need no other rank.
+
+        DeepSpeed's coordinator, which would fetch and free parameters module by module, is idle inside. All ranks must enter
+        and leave it.
+        """
         import deepspeed
 
         # Every rank begins with everything partitioned and no gather under way.

@@ -160,7 +160,10 @@ class Heartbeats:
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=False)
 
     def silent_ranks(self, look_s: float) -> list[SignOfLife]:
-        """The other ranks that do not count up within `look_s` seconds, during which this one waits."""
+        """The other ranks whose count in the store does not rise within `look_s` seconds: they were stopped, or have ended.
+
+        This rank waits as long. Errors: RuntimeError of the store.
+        """
         signs_before = self._signs_of_life()
         time.sleep(look_s)
         silent = []
@@ -191,9 +194,10 @@ class Heartbeats:
         return SilentRank(silent[0], hung=timed_out, since_s=look_s, error_line=error_line)
 
     def collect_exchanges(self, stopped: SignOfLife | None) -> dict[int, Exchange]:
-        """Let every rank write its stacks, also a `stopped` one, which is woken for it. No errors.
+        """After a timeout: ask every rank to write the stacks of its threads, and which collective it was in last. No errors.
 
-        Returns the last exchange of each rank that answers: when all have answered, which takes a beat, or after `ANSWER_BEATS`.
+        `stopped`: a rank that gives no sign of life; on this host it is woken by a signal. Returns the last collective of each
+        rank that answers, as soon as all have (one beat as a rule), or after `ANSWER_BEATS`.
         """
         with contextlib.suppress(RuntimeError):
             self._store.set(STACKS_KEY, "1")
@@ -242,7 +246,10 @@ class Heartbeats:
         return LaggingRank(sign, exchanges.get(lagging), awaited, _first_line(error))
 
     def _absent_ranks(self, own_exchange: Exchange, exchanges: dict[int, Exchange]) -> list[int]:
-        """Ranks that wait in no exchange and have not come to `own_exchange`, in which this one waits."""
+        """Ranks that wait in no collective, and have not come to `own_exchange`, the one in which this rank waits.
+
+        `exchanges`: the last collective of each rank. Collectives of one `counter` are numbered in order on every rank.
+        """
         absent = []
         for rank, exchange in exchanges.items():
             has_come = exchange.counter == own_exchange.counter and exchange.number >= own_exchange.number
@@ -285,7 +292,10 @@ class Heartbeats:
         return CutOffRank(sign, since_s=self._store.unanswered_s(), error_line=error_line)
 
     def _note_unanswered(self, state: tuple[str, int | None]) -> None:
-        """Say once that the store does not answer. End the process if it has stood still since then, beyond the timeout."""
+        """Say once that the store does not answer. End the process after the run's timeout, if it stood still all that time.
+
+        `state`: phase and step of this rank, by which progress is seen.
+        """
         if not self._reported_unanswered:
             self._reported_unanswered = True
             _print_error(

@@ -37,7 +37,11 @@ class HostInputs:
         self.peak = OnHost(self.live, self.live_bytes)
 
     def wrap(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """`checkpoint(function, *inputs)`, with the hidden states among the inputs kept on the host."""
+        """A function like `checkpoint` (torch's activation checkpointing), which keeps a block's hidden states on the host.
+
+        `checkpoint(function, *inputs)` runs a block and saves its inputs for the recomputation. Hidden states are the first
+        floating-point tensor among the inputs.
+        """
 
         def checkpoint_from_host(function: Callable[..., Any], *inputs: Any) -> Any:
             hidden = next((each for each in inputs if _is_float(each)), None)

@@ -69,7 +69,10 @@ class HostMemory:
 
     @counted_collective(REDUCE_SCATTER, 1)
     def reduce_scatter(self, output: Tensor, input: Tensor, *, average: bool) -> None:
-        """Sum or average `input` [ranks * n] over the ranks, and put this rank's part into `output` [n]."""
+        """Sum or average `input` [ranks * n] over the ranks, and put this rank's part into `output` [n].
+
+        Chunk by chunk each rank writes what the others need into its slot, waits, and adds up what they wrote for it.
+        """
         parts = input.view(self.size, -1)
         total = output.view(-1)
         for start, slots in self._chunks(total, total.numel(), parts=self.size):
@@ -136,7 +139,11 @@ class HostMemory:
                 self._wait_for(peer)
 
     def _wait_for(self, peer: int) -> None:
-        """Wait until `peer` has come as often as this rank. RuntimeError if it has ended, or does not come in time."""
+        """Wait until the rank `peer` of the group has come to as many exchanges as this one.
+
+        It keeps its core for a few milliseconds, then sleeps between looks. Raises RuntimeError if the peer has ended, or
+        does not come within the run's timeout.
+        """
         counter = self._counters[peer]
         start_time = time.monotonic()
         last_check_s = 0.0
@@ -201,7 +208,7 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
 
 
 def _create_region() -> int | None:
-    """A descriptor of this rank's region; None if the system cannot make one."""
+    """The file descriptor of a new anonymous memory file, this rank's region; None if the system cannot make one."""
     try:
         descriptor = os.memfd_create("shardtune")
     except (AttributeError, OSError):  # only Linux has it
@@ -224,7 +231,10 @@ def _process_namespace() -> str | None:
 
 
 def _map_regions(offers: list[tuple[str | None, int, int] | None]) -> list[Tensor] | None:
-    """The regions of all ranks, in rank order; None if one cannot be mapped here."""
+    """The regions of all ranks, in rank order, each mapped through its owner's /proc entry; None if one cannot be mapped here.
+
+    `offers`: for each rank where its process id holds, the process id, and the descriptor of its region.
+    """
     namespace = _process_namespace()
     if namespace is None or any(offer is None or offer[0] != namespace for offer in offers):
         return None

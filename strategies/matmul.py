@@ -161,7 +161,7 @@ def _use(*, onednn: bool) -> None:
 
 
 def _judge(requested: Matmul) -> MatmulChoice:
-    """The library that this process should take, and why."""
+    """The library that this process should take, and why. `requested`: `run.matmul`, where `auto` goes by the table."""
     if requested is Matmul.blas:
         return MatmulChoice(Matmul.blas, "as asked")
     if not torch.backends.mkldnn.is_available():
@@ -190,7 +190,7 @@ def this_processor() -> Processor:
 
 
 def _vendor_and_family() -> tuple[str, int]:
-    """The processor's vendor and family, from the kernel; empty and 0 if it does not say."""
+    """(the processor's vendor, the number of its family), as Linux has them in /proc/cpuinfo; empty and 0 if it does not say."""
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux

@@ -84,7 +84,10 @@ class _Sizes:
 
 
 def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
-    """Sizes of a step module that is not sharded. `compute_bytes`: bytes of an element in the compute type."""
+    """Sizes of a step module that is not sharded, from which `state_bytes` computes what a rank holds.
+
+    `compute_bytes`: bytes of an element in the type that the model computes in.
+    """
 
     def size_of(parameter: nn.Parameter) -> int:
         itemsize = compute_bytes if parameter.is_floating_point() else parameter.element_size()
@@ -118,7 +121,7 @@ def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
 
 
 def _zero_bytes(sizes: _Sizes, config: ZeroConfig, precision: Precision, ranks: int) -> float:
-    """`state_bytes` of a ZeRO strategy."""
+    """Bytes of parameters, gradients and optimizer state on one of `ranks` ranks, under the ZeRO stage of `config`."""
     # fp32 parameters of stage 3 are their own masters.
     master_bytes = 0 if precision is Precision.fp32 and config.stage == 3 else 4
     parameters = sizes.compute / (ranks if config.stage == 3 else 1)

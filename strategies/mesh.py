@@ -40,10 +40,11 @@ def replica_count(config: StrategyConfig, world: int, hosts: int) -> int:
 
 
 def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> DeviceMesh:
-    """A mesh with the dimensions `replicate` and `shard`, or only `shard` for one replica. All ranks must call.
+    """The device mesh over which FSDP2 shards: dimensions `replicate` and `shard`, or only `shard` for one replica.
 
-    Its groups have the run's timeout, where torch's own would have half an hour. Each rank makes only its own two groups, where
-    torch would make all groups on every rank.
+    The ranks of a row of the mesh hold one replica of the model together; those of a column hold the same shard. Groups have
+    the run's timeout, where torch's own would have half an hour. Each rank makes only its own two groups, where torch would
+    make all groups on every rank. All ranks must call.
     """
     if replicate == 1:
         assert dist.group.WORLD is not None
@@ -59,12 +60,15 @@ def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> Device
 def expert_mesh(
     device: torch.device, runtime: Runtime, replicate: int, expert_ranks: int
 ) -> tuple[dist.ProcessGroup, DeviceMesh]:
-    """(the group over which this rank's experts are dealt, the mesh of those who hold the same experts). All ranks must call.
+    """The groups of expert parallelism (`parallel.experts`) that this rank belongs to. All ranks must call.
 
-    `expert_ranks` neighbours of a replica form an expert group, and each of them has a place in it. The ranks with one place
-    hold the same experts, which are sharded over those of a replica: the mesh has the dimensions of `shard_mesh`.
+    `expert_ranks` neighbouring ranks of a replica form an expert group: together they hold all experts of a layer, and the
+    place of a rank in its group says which of them are its own. The ranks with the same place in other groups hold the same
+    experts, and shard them among those of one replica. Returns (this rank's expert group, the mesh of ranks with the same
+    experts, whose dimensions are those of `shard_mesh`).
     """
     with real_tensors():
+        # Axes: replica, expert group within the replica, place within the group.
         ranks = torch.arange(runtime.world_size).view(replicate, -1, expert_ranks)
         replica, row, place = (int(index) for index in torch.unravel_index(torch.tensor(runtime.rank), ranks.shape))
         experts = _own_group(ranks[replica, row], device, runtime)

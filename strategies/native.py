@@ -216,7 +216,7 @@ class NativeEngine:
         return StepResult(grad_norm=norm.float(), skipped=(~applied).float())
 
     def _update(self, applied: Tensor, lr_factor: float) -> None:
-        """Let the optimizer step at this step's rates if `applied`, a 0-d bool tensor, is true."""
+        """Set each group's learning rate to its base times `lr_factor`, and step if `applied`, a 0-d bool tensor, is true."""
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
         if self._skips_on_device():
@@ -254,7 +254,10 @@ class NativeEngine:
         return parameter.view(-1), 0, parameter.numel()
 
     def _flat_ranges(self, *, writing: bool) -> Iterator[FlatRange]:
-        """What this rank writes (`writing`) or reads of the training state, one trainable parameter after the other."""
+        """What this rank writes (`writing`) or reads of the training state, one trainable parameter after the other.
+
+        A FlatRange is a run of elements of a flattened parameter: its weight, and the moments and averages of its elements.
+        """
         for number, (name, parameter) in enumerate(self.trainable):
             flat, start, whole_numel = self._local_range(name, parameter)
             tensors = {"weight": flat.detach()}
@@ -262,6 +265,7 @@ class NativeEngine:
             for key, moment in self.optimizer.state.get(parameter, {}).items():
                 if not torch.is_tensor(moment) or moment.dim() == 0:
                     continue
+                # Moments of the parameter's shape are sharded with it. Others, such as factored ones, are kept whole.
                 if moment.shape == parameter.shape and isinstance(moment, DTensor) == isinstance(parameter, DTensor):
                     tensors[key] = self._local(moment).view(-1)
                 else:

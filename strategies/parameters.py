@@ -123,7 +123,7 @@ def trainable_parameters(step_module: nn.Module) -> list[tuple[str, nn.Parameter
 
 
 def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], torch.Tensor]) -> None:
-    """Replace every parameter by `make(parameter)`. Ties and `requires_grad` stay."""
+    """Replace every parameter by `make(parameter)`. Parameters that several modules share stay shared; `requires_grad` stays."""
     replacements: dict[int, nn.Parameter] = {}  # by the id of the old parameter
     keep_alive = []  # an id is unique only while its object lives
     for owner in module.modules():
@@ -138,7 +138,10 @@ def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], torch.T
 
 
 def set_dtypes(step_module: nn.Module, *, trainable: torch.dtype, frozen: torch.dtype) -> None:
-    """Give meta parameters their storage type. Packed (quantised) parameters keep theirs."""
+    """Give parameters on meta the types in which they will be stored: `trainable` for those that train, `frozen` for others.
+
+    Packed (quantised) parameters keep theirs.
+    """
 
     def retyped(parameter: nn.Parameter) -> torch.Tensor:
         if not parameter.is_floating_point():

@@ -18,7 +18,10 @@ def common_settings(strategy: StrategyConfig) -> dict[str, Any]:
 
 
 def every_strategy(common: StrategyConfig) -> list[StrategyConfig]:
-    """One configuration of each strategy that runs, in the order of `STRATEGIES`, with the common settings of `common`."""
+    """One configuration of each strategy that can run, in the order of `STRATEGIES`, for plans and `strategy=auto` to compare.
+
+    All have the settings of `common` that every strategy has.
+    """
     common_values = common_settings(common)
     return [
         SingleConfig(**common_values),

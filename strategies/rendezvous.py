@@ -70,9 +70,9 @@ class Meeting:
         return cls(store, rank, world, timeout_s, lost)
 
     def stop_decided(self, asked_to_stop: bool) -> bool:
-        """Whether the ranks stop. `asked_to_stop`: whether this one was asked to.
+        """Whether the job stops, by the first decision of any rank. `asked_to_stop`: whether this rank was told to.
 
-        Looks into the store about once a second. Waits for nobody.
+        Called again and again while data is prepared. It looks into the store about once a second, and waits for nobody.
         """
         if self.store is None or self._stopped:
             self._stopped |= asked_to_stop

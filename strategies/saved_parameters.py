@@ -73,6 +73,7 @@ class SavedParameters(Mapping[str, Tensor]):
 
     def state(self, name: str, key: str) -> Tensor:
         """What the checkpoint keeps of a parameter under `key` (`weight`, a moment, ...), in the parameter's shape."""
+        # `read_tensors` takes ranges that a rank holds; here the range is the whole tensor, and a meta tensor gives its size.
         shape = self._shapes[name]
         everything = LocalElements(f"{name}/{key}", shape.numel(), 0, torch.empty(shape, device="meta").view(-1))
         try:

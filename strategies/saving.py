@@ -113,7 +113,10 @@ class RankState:
         _raise_on_all_ranks(problem, self.runtime)
 
     def write_part(self, path: Path) -> FileOutcome:
-        """Write this rank's file into the existing directory `path`, durably. No collective, no errors."""
+        """Write this rank's tensors, and its attachments, into the existing directory `path`, durably.
+
+        It makes no collective, so a thread may call it while training goes on. It raises nothing: `finish` tells all ranks.
+        """
         try:
             attached = [write_new(path / name, content) for name, content in self.attachments.items()]
             if not self.local:
@@ -123,10 +126,10 @@ class RankState:
             return FileOutcome(problem=error_summary(error))
 
     def finish(self, path: Path, outcome: FileOutcome) -> list[WrittenFile]:
-        """Write the index and the header. All ranks must call, with the outcome of their `write_part`.
+        """Complete a training state: rank 0 writes the index of all tensors, and the header. All ranks must call.
 
-        Returns every file of the state on rank 0, an empty list on other ranks. Raises StorageError on every rank if any of
-        them could not write.
+        `outcome`: what this rank's `write_part` returned. Returns every file of the state on rank 0, an empty list on other
+        ranks. Raises StorageError on every rank if any of them could not write.
         """
         gathered = gather_objects((self.parts, outcome.written, outcome.attached), self.runtime)
         parts_by_rank: list[dict[str, FilePart]] = [parts for parts, _, _ in gathered]

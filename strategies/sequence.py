@@ -26,9 +26,10 @@ _GROUPS: dict[int, tuple[Any, Any]] = {}
 
 
 def with_sequence(runtime: Runtime, degree: int) -> Runtime:
-    """`runtime` as that of a run with `parallel.sequence=degree`. All ranks must call: the groups are formed.
+    """Set up sequence parallelism: `degree` neighbouring ranks (`parallel.sequence`) share each row. All ranks must call.
 
-    A group lives as long as the process group of all ranks. It is made once for each degree.
+    Returns `runtime` with that degree. The process group of this rank's neighbours is made once for each degree, and lives as
+    long as the group of all ranks.
     """
     if degree == 1:
         return replace(runtime, sequence_size=1)
@@ -127,9 +128,10 @@ def sum_over_group(local: Tensor, row_slices: list[int] | None) -> Tensor:
 
 
 def move_rows(rows: Tensor, sent: list[int], received: list[int], row_slices: list[int]) -> Tensor:
-    """Rows `[N, H]` of this rank sent on to the ranks of its group: `sent[r]` of them to rank r, and `received[r]` from it.
+    """Exchange rows of hidden states among the ranks that share a row of tokens; returns the rows that arrive here.
 
-    Carries no gradient. All ranks of the group must call.
+    `rows`: `[N, H]`, in the order of the ranks they go to: `sent[r]` of them to rank r, and `received[r]` come from it.
+    `row_slices`: the borders of the ranks' slices. No gradient flows back. All ranks of the group must call.
     """
     width = rows.shape[-1]
     sent_elements = [number * width for number in sent]

@@ -96,7 +96,11 @@ def number(
     resume: str | None = None,
     words: tuple[str, ...] = (),
 ) -> Any:
-    """A field that holds a number, null, or one of `words`. It names nothing outside the run, so it describes the run."""
+    """A dataclass field for a setting that is a number, null, or one of `words`, with the range that validation checks.
+
+    `least` and `most` may be taken, `above` and `below` not. `advice`: what to do about a number outside. `resume`: whether
+    it may change when a run is resumed (see `Traits.resume`). A number reaches nothing outside the run (see `Reach`).
+    """
     bounds = Range(least=least, most=most, above=above, below=below)
     return field(default=default, metadata={TRAITS: Traits(DESCRIBES, resume, bounds, advice, words)})
 
@@ -109,8 +113,11 @@ def setting(
     resume: str | None = None,
     entries: type | None = None,
 ) -> Any:
-    """A field that holds anything but a number. Ask of it: does a value send, run, fetch or write something, or read a file
-    whose texts are shown? `reach` is the answer."""
+    """A dataclass field for a setting that is no number.
+
+    `reach` answers: does a value send, run, fetch or write something, or read a file whose texts are shown? `resume`: whether
+    it may change when a run is resumed. `entries`: for a table with fixed names, the class that has them as fields.
+    """
     traits = Traits(reach, resume, entries=entries)
     if default_factory is not MISSING:
         return field(default_factory=default_factory, metadata={TRAITS: traits})
@@ -123,10 +130,10 @@ def group(make: Callable[[], Any], *, resume: str | None = None, advice: Mapping
 
 
 def traits_of(settings: type, name: str, better_advice: Mapping[str, str] | None = None) -> Traits:
-    """What the field `name` of a settings class says; empty if it says nothing.
+    """What the field `name` of the class `settings` says about its setting: range, advice, reach; empty if it says nothing.
 
-    A subclass that only gives a field another default keeps what its parent says. `better_advice` is the `advice_below` of
-    the group that holds the settings.
+    A subclass that only gives a field another default keeps what its parent says. `better_advice`: advice by name from the
+    group that holds the settings (`Traits.advice_below`), which takes precedence.
     """
     for parent in settings.__mro__:
         own_field = getattr(parent, "__dataclass_fields__", {}).get(name)

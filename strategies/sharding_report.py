@@ -13,7 +13,11 @@ from strategies.runtime import Runtime, gather_objects
 
 
 def held_elements(step_module: nn.Module) -> int:
-    """Parameter elements that this rank holds between steps."""
+    """How many parameter elements this rank holds between steps, counted from its live tensors; for the run record.
+
+    Elements are those of the model: packed (quantised) weights count as what they stand for, experts that are dealt over
+    ranks count on each rank that holds them.
+    """
     local_total = 0
     counts = element_counts(step_module)
     for name, parameter in named_parameters(step_module):
@@ -38,7 +42,7 @@ def _local_and_full_numel(parameter: Any) -> tuple[int, int]:
 
 
 def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
-    """The sharding as `run.json` has it: elements in total, trainable, held by each rank, and the means of exchange.
+    """What `run.json` says of the sharding: parameters in total, those that train, those each rank holds, and how ranks exchange.
 
     All ranks must call.
     """

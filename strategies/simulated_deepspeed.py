@@ -89,9 +89,10 @@ class SimulatedAccelerator(CPU_Accelerator):
 
 @torch.no_grad()
 def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
-    """Stands in for DeepSpeed's `reduce_scatter_coalesced`: the same buffers and exchange, without views of each rank's parts.
+    """Stands in for DeepSpeed's `reduce_scatter_coalesced` in a simulation, where only sizes count.
 
-    Making those views would be most of the work of a step with many ranks.
+    Returns this rank's part of each gradient in `tensors`, as DeepSpeed does, and makes the same buffers and the same exchange.
+    It leaves out the views of every rank's parts: making them would be most of the work of a step with many ranks.
     """
     ranks = comm.get_world_size(group)
     rank = comm.get_rank(group)
@@ -141,7 +142,10 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
 
 
 def choose_accelerator(runtime: Runtime) -> None:
-    """Give DeepSpeed the accelerator of `runtime`, and let it forget the process groups of an earlier simulation."""
+    """Prepare DeepSpeed for a simulated or a real run: set its accelerator, and put in or take out our stand-ins.
+
+    In a simulation it also forgets the process groups of an earlier one.
+    """
     if runtime.simulated:
         replace_in_stage3(
             reduce_scatter=reduce_scatter_shapes,

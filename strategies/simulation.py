@@ -95,7 +95,10 @@ def real_tensors() -> AbstractContextManager[Any]:
 
 
 def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorator: make each tensor once, and keep it by the arguments. Fake tensors are kept only as long as their simulation."""
+    """Decorator for a function that makes a constant tensor: it is called once for each set of arguments.
+
+    Real tensors are kept for good, fake ones only as long as their simulation: they must not get into another one.
+    """
     real_tensors_by_key: dict[Any, Tensor] = {}
 
     @wraps(make)
@@ -251,7 +254,10 @@ def _attention(
 
 
 def reduce_without_reading(wrapped: Any) -> None:
-    """Let a DistributedDataParallel module work on fake tensors: their all-reduce has no result to wait for."""
+    """Let a DistributedDataParallel module work on fake tensors, by a hook of its own for each gradient bucket.
+
+    The hook makes the collective, so that it is recorded, and does not wait: the all-reduce of fake tensors has no result.
+    """
 
     def reduce(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         dist.all_reduce(bucket.buffer())

@@ -90,9 +90,9 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
 def _check_fields(
     kind: type, raw: Any, *, except_field: str | None = None, keys: Mapping[str, str] | None = None
 ) -> None:
-    """Raise Malformed if a JSON object does not have the fields of a dataclass, with their types.
+    """Raise Malformed if the JSON object `raw` does not have the fields of the dataclass `kind`, with values of their types.
 
-    `keys`: the keys of fields that have another name in the JSON object.
+    `except_field`: a field whose type is checked elsewhere. `keys`: the JSON keys of fields that have another name there.
     """
     if not isinstance(raw, dict):
         raise Malformed("is no table")
@@ -181,7 +181,11 @@ def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> Sta
 def _read_values(
     path: Path, ranges: list[FlatRange], visible_names: set[str]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(live tensor, its saved values) for everything that this rank holds. Errors: ConfigError, StorageError."""
+    """(live tensor, its saved values) for everything in `ranges`, what this rank holds of the training state.
+
+    Reads only; the caller copies the values once all ranks have theirs. `visible_names`: files that rank 0 sees in `path`.
+    Errors: ConfigError, StorageError.
+    """
     index = read_index(path, patient=INDEX in visible_names)
     _check_index(path, index, ranges)
     files = {part.file for parts in index.values() for part in parts}
@@ -199,7 +203,10 @@ def _read_values(
 
 
 def _check_index(path: Path, index: Index, ranges: list[FlatRange]) -> None:
-    """Raise ConfigError if a state does not hold the tensors that this run trains, in their sizes."""
+    """Raise ConfigError if the state in `path` was saved by a run that trains other tensors, or tensors of other sizes.
+
+    `index`: what the state holds, by `parameter/kind`. `ranges`: what this run trains.
+    """
     numel_by_name: dict[str, int] = {}
     for flat_range in ranges:
         if flat_range.numel:

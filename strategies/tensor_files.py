@@ -73,7 +73,10 @@ def is_count(value: Any) -> bool:
 
 
 def layout(local: Iterable[LocalElements], file: str) -> tuple[bytes, dict[str, FilePart]]:
-    """(the head of a safetensors file with these tensors, where each of them lies in the file). Reads no values."""
+    """Lay out a safetensors file with the tensors of `local`, under the name `file`. Reads no values.
+
+    Returns (the head of the file, which lists names, shapes and offsets; where each tensor lies, for the index).
+    """
     local = list(local)
     entries: dict[str, dict[str, Any]] = {}
     data_end = 0
@@ -132,7 +135,10 @@ def parse_index(data: bytes) -> Index:
 
 
 def _parts(name: str, rows: Any) -> list[FilePart]:
-    """The parts of the tensor `name` from its rows in an index. Malformed unless they cover it exactly once, in order."""
+    """The parts of the tensor `name` from its `rows` in an index, each [file, first element, elements, byte offset].
+
+    Raises Malformed unless they cover the tensor exactly once, in order: then no element is read twice or left out.
+    """
     if not isinstance(rows, list) or not rows:
         raise Malformed(f"has no parts of {name[:80]}")
     parts: list[FilePart] = []
@@ -164,9 +170,10 @@ def numel(parts: list[FilePart]) -> int:
 
 
 def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) -> list[Tensor]:
-    """The saved values of each of `local`: new float32 tensors, 1-d, on the CPU.
+    """The saved values for each range of elements in `local`: new float32 tensors, 1-d, on the CPU.
 
-    Opens one file after the other and reads each in the order of its bytes. Errors: OSError, Malformed.
+    `index` says which files hold which elements; a range may lie across the files of several ranks that wrote them. Opens one
+    file after the other and reads each in the order of its bytes. Errors: OSError, Malformed.
     """
     buffers: list[Tensor] = []
     targets_by_file: dict[str, list[tuple[int, Tensor]]] = {}

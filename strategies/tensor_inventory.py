@@ -40,7 +40,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def engine_tensors(engine: Engine) -> Iterator[tuple[MemoryKind, Tensor]]:
-    """(kind, tensor) of all that `engine` keeps at this moment. If a storage comes twice, its last kind holds."""
+    """(kind of memory, tensor) for everything that `engine` keeps at this moment: weights, gradients, optimizer state and so on.
+
+    A simulation tells its live bytes apart by these. If a storage comes twice, its last kind holds.
+    """
     module = engine.step_module
     for tensor in (*module.parameters(), *module.buffers()):
         yield MemoryKind.parameters, local_tensor(tensor)

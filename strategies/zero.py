@@ -104,7 +104,11 @@ class ZeroEngine:
         return step_result
 
     def _step(self, lr_factor: float, update_filter: UpdateFilter | None) -> StepResult:
-        """Clip, update and zero. If DeepSpeed decides on skipping, the host waits for the device."""
+        """Clip gradients, update weights and zero gradients, without the moving average.
+
+        Either DeepSpeed leaves clipping and skipping to us on the device (`device_clipping`), or it decides on the host, which
+        then waits for the device.
+        """
         for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
         if self.device_clipping is not None:
@@ -235,7 +239,10 @@ class ZeroEngine:
 
     @torch.no_grad()
     def refresh_compute_copies(self) -> None:
-        """Copy the fp32 masters to the parameters that the forward pass uses. All ranks must call."""
+        """Copy the fp32 weights (masters) to the parameters that the forward pass uses, after masters changed outside a step.
+
+        All ranks must call.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
         if self.config.stage == 3:
@@ -266,7 +273,10 @@ class ZeroEngine:
             yield from self._gather(trainable_only=trainable_only)
 
     def _gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """`gather`, with the weights that are in place now. All ranks must exhaust it."""
+        """(plain name, full parameter on the CPU; None on ranks but 0), with the weights that are in place now.
+
+        Parameters that train come from their fp32 masters. All ranks must exhaust it: each step is a collective.
+        """
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -369,7 +379,7 @@ class ZeroStrategy:
     def _partition(
         self, step_module: nn.Module, source: ParameterSource, settings: dict[str, Any], compute: torch.dtype
     ) -> None:
-        """Stage 3: partition the parameters and load this rank's parts. All ranks must call."""
+        """Under stage 3: prepare the modules, partition their parameters and load this rank's parts. All ranks must call."""
         if not settings["zero_optimization"]["memory_efficient_linear"]:
             restore_linear()
         # Parameters are gathered only while their own module runs: no module may compute with those of another.

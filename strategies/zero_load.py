@@ -22,10 +22,11 @@ def load_partitioned(
     *,
     to_drive: bool,
 ) -> None:
-    """Block by block: allocate, let `zero.Init` partition, and read this rank's part. All ranks must call.
+    """Load a model on meta under ZeRO-3, so that at no time a rank holds more than one block whole. All ranks must call.
 
-    With `to_drive`, `zero.Init` moves a parameter to a drive as soon as it is partitioned. Such parameters are filled before,
-    each rank reading its part of them. `settings`: DeepSpeed's own; `dtype`: the type that the run computes in.
+    Block by block: allocate it, let DeepSpeed's `zero.Init` partition it, and read this rank's part from `source`. With
+    `to_drive`, `zero.Init` moves a parameter to a drive as soon as it is partitioned; so these are filled before, each rank
+    reading its part of them. `settings`: DeepSpeed's own. `dtype`: the type that the run computes in.
     """
     import deepspeed
 

@@ -33,7 +33,10 @@ class Fp32Masters:
         return optimizer.single_partition_of_fp32_groups
 
     def flat_ranges(self, average: WeightAverage | None) -> Iterator[FlatRange]:
-        """This rank's part of the masters, moments and average, parameter by parameter, as views."""
+        """This rank's part of the training state, one parameter after the other, as views that a checkpoint reads or writes.
+
+        A view has the fp32 weights (masters), the optimizer's moments and, with `average`, the moving average.
+        """
         groups = []
         for number, flat in enumerate(self.flat_groups()):
             tensors = {"weight": flat.data, **self._moments(flat)}
