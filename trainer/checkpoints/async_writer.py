@@ -75,9 +75,10 @@ class StateBuffer:
         self._buffer = None
 
     def _why_no_room(self, needed_bytes: int) -> str | None:
-        """Why one of the hosts has no memory for its ranks' copies; None if all have. All ranks must call.
+        """Why one of the hosts has no memory for its ranks' copies of the training state; None if all have. All ranks must call.
 
-        `needed_bytes`: of this rank's copy, beyond the buffer that it has.
+        A copy lets training go on while a checkpoint is written. `needed_bytes`: memory for this rank's copy, beyond the buffer
+        that it has.
         """
         own_need = _MemoryNeed(socket.gethostname(), needed_bytes, self._free_memory())
         needs_by_host: dict[str, list[_MemoryNeed]] = {}

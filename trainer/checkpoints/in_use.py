@@ -22,7 +22,10 @@ FRESH_S = 900.0
 
 @contextmanager
 def kept_from_pruning(checkpoint: Path) -> Iterator[None]:
-    """Within it the run does not prune a checkpoint. In a directory that cannot be written, nothing is kept."""
+    """Inside the context the run does not delete `checkpoint`, which another process reads, for example an export.
+
+    A file beside it, touched every few seconds, tells the run. If the directory cannot be written, nothing keeps it.
+    """
     mark = checkpoint.with_name(MARK.format(checkpoint=checkpoint.name, host=socket.gethostname(), pid=os.getpid()))
     ended = threading.Event()
 
@@ -48,7 +51,11 @@ def kept_from_pruning(checkpoint: Path) -> Iterator[None]:
 
 
 def is_in_use(checkpoint: Path) -> bool:
-    """Whether somebody reads a checkpoint. Removes marks that are too old."""
+    """Whether some process reads a checkpoint, so that it must not be deleted now.
+
+    Readers keep a file beside it, the mark, and touch it now and then (`kept_from_pruning`). Marks that nobody has touched for
+    long are left over from killed readers, and are removed.
+    """
     in_use = False
     for mark in checkpoint.parent.glob(MARK.format(checkpoint=checkpoint.name, host="*", pid="*")):
         with suppress(OSError):

@@ -100,7 +100,7 @@ class Checkpoints:
             raise StorageError(failure.text)
 
     def _set_aside_newer(self, resumed: Path | None) -> None:
-        """Move checkpoints aside that are newer than `resumed`, and remove what killed runs left unfinished. On rank 0."""
+        """Move checkpoints newer than `resumed` (None: all) aside, and remove what killed runs left unfinished. On rank 0."""
         restore_replaced(self.checkpoint_dirs)
         checkpoints = checkpoints_in(self.checkpoint_dirs)
         resumed_path = None
@@ -157,10 +157,10 @@ class Checkpoints:
         return call_on_main(lambda: step in dict(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
     def roll_back(self, last_good_step: int) -> Path:
-        """The newest complete checkpoint of this branch up to that step, from which the run continues now.
+        """Go back to the newest complete checkpoint up to step `last_good_step`, after an anomaly; returns its path.
 
-        If there is none, it is the oldest one, and a line says so. All ranks must call. Errors: StorageError on every rank if
-        there is no checkpoint at all.
+        Newer ones are moved aside. If there is none that old, it is the oldest one, and a line says so. All ranks must call.
+        Raises StorageError on every rank if there is no checkpoint at all.
         """
         path = choose_checkpoint(self.checkpoint_dirs, "auto", self.runtime, last_step=last_good_step)
         if path is None:
@@ -261,7 +261,10 @@ class Checkpoints:
             return self._save(checkpoint, must_succeed=must_succeed)
 
     def _save(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
-        """Write the checkpoint in the step, or start its write in the background. All ranks must call."""
+        """Write the checkpoint while training waits, or copy the state and begin to write it in the background.
+
+        Returns whether it was written or begun. All ranks must call.
+        """
         if must_succeed:  # probably the last one, and the export needs the memory
             self.state_buffer.release()
         if must_succeed or not self.config.background or not self._copy_state(checkpoint.state):
@@ -290,7 +293,10 @@ class Checkpoints:
             return self._publish(checkpoint)
 
     def _publish(self, checkpoint: PendingCheckpoint) -> bool:
-        """Publish a checkpoint that is being written, in the first directory that can take it. All ranks must call."""
+        """Wait until a checkpoint is written in the background, and give it its name; returns whether it has one now.
+
+        If its directory could not take it, the remaining ones are tried with the same copy of the state. All ranks must call.
+        """
         wait_began = time.monotonic()
         problems: list[str] = []
         while True:
@@ -326,9 +332,9 @@ class Checkpoints:
         return False
 
     def _start_writing(self, checkpoint: PendingCheckpoint, problems: list[str]) -> bool:
-        """Start writing in the first remaining directory that has room for all ranks' files; returns whether one has.
+        """Start to write a checkpoint in the background, in the first directory not yet tried that has room for it.
 
-        All ranks must call.
+        Returns whether one had. `problems`: gets a line for each directory that could not take it. All ranks must call.
         """
         while checkpoint.untried_dirs:
             checkpoint.checkpoint_dir = checkpoint.untried_dirs.pop(0)
@@ -342,7 +348,7 @@ class Checkpoints:
         return False
 
     def _save_in_step(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
-        """Write and publish while training waits. All ranks must call."""
+        """Write a checkpoint while training waits, in the first directory that can; False if none can. All ranks must call."""
         problems: list[str] = []
         while checkpoint.untried_dirs:
             checkpoint.checkpoint_dir = checkpoint.untried_dirs.pop(0)
@@ -366,7 +372,7 @@ class Checkpoints:
         self.print_line(f"warning: {error}")
 
     def _note_success(self, checkpoint: PendingCheckpoint, saved: SavedCheckpoint) -> None:
-        """Report a published checkpoint, and delete those that it replaces."""
+        """After a checkpoint got its name: report it, and delete older ones that `checkpoint.keep` no longer keeps."""
         self._failures = 0
         self.last = saved
         self._report(saved)
@@ -395,9 +401,10 @@ class Checkpoints:
     def _seal_and_publish(
         self, checkpoint: PendingCheckpoint, write: Callable[[Path], list[WrittenFile]]
     ) -> tuple[Path, int]:
-        """Seal and publish the files that `write` makes in the staging directory. Returns the path and the bytes of all files.
+        """Finish a checkpoint: let `write` complete its files, add the manifest, and give the directory its name (`step-<n>`).
 
-        All ranks must call. Errors: StorageError on every rank.
+        `write` takes the staging directory, in which the checkpoint was begun, and returns its files. Returns (the checkpoint's
+        path, bytes of all its files). All ranks must call. Errors: StorageError on every rank.
         """
         checkpoint_dir = checkpoint.checkpoint_dir
         staging = checkpoint.staging
@@ -410,7 +417,7 @@ class Checkpoints:
         raise_on_all_ranks(error, staging, self.runtime)
 
         def finish() -> None:
-            """Seal the staging directory and give it its name. On rank 0."""
+            """Write the manifest, by which all files are checked later, and give the checkpoint its name. On rank 0."""
             remove_part_notes(staging, self.runtime.world_size)
             write_manifest(staging, files)
             if final in self._verified and final.exists():
@@ -455,9 +462,10 @@ class Checkpoints:
                 self._delete(path)
 
     def _delete_old(self, best_step: int | None) -> None:
-        """Delete checkpoints older than the newest `checkpoint.keep` complete ones, but not the best, nor one that is being read.
+        """Delete checkpoints older than the newest `checkpoint.keep` complete ones; a failure is a warning.
 
-        Nor those that `look_back` keeps. A failure is a warning.
+        Kept are also the best one (`best_step`), those that another process reads, and one at least `look_back` steps old,
+        to which the run can go back from an anomaly that is noticed late.
         """
         try:
             checkpoints = checkpoints_in(self.checkpoint_dirs)

@@ -116,9 +116,9 @@ def artefact_of(run_dir: Path, step: int, fallback_dir: str | None) -> str | Non
 
 
 def _parse(raw: object) -> dict[str, WrittenFile]:
-    """The files that a manifest lists, by name. `raw`: its JSON.
+    """The files that a checkpoint's manifest lists, by name, with size and SHA-256. `raw`: the manifest's parsed JSON.
 
-    Errors: Malformed if it has another form than `_render` writes.
+    Raises Malformed if it has another form than `_render` writes: anybody may have written the file.
     """
     files = None
     if isinstance(raw, dict):

@@ -25,9 +25,10 @@ REPORT_EVERY_S = 60.0
 def waiting_for_disk(
     waiting_task: str, size_bytes: float, runtime: Runtime, print_line: Callable[[str], None]
 ) -> Iterator[None]:
-    """Within it collectives wait longer for a rank that waits for its disk, which is to take `size_bytes` of all ranks.
+    """Inside the context collectives have a longer timeout, since a rank may be writing to a slow disk.
 
-    `waiting_task`: what waits, for the message of each minute. No collective, but all ranks must enter.
+    `size_bytes`: what all ranks write together, by which the timeout grows. `waiting_task`: what waits, for the line that is
+    printed each minute. It makes no collective, but all ranks must enter it.
     """
     extra_s = DISK_S + size_bytes / SLOWEST_BYTES_PER_S
     finished = threading.Event()

@@ -87,9 +87,10 @@ def recover(checkpoint_dirs: list[Path], print_line: Callable[[str], None]) -> N
 
 
 def _publish_if_complete(staging: Path, final: Path) -> bool:
-    """Make the staging directory the checkpoint `final`, if all ranks' notes are in it; returns whether they were.
+    """Finish the checkpoint `final` from its staging directory, if every rank had written its part; returns whether they had.
 
-    The notes give what rank 0 would have written: index, progress and manifest. Errors: OSError, Malformed.
+    Each rank leaves a note of what it has written. From the notes come the files that rank 0 would have written: index,
+    progress and manifest. Errors: OSError, Malformed.
     """
     notes = _read_notes(staging)
     is_complete = bool(notes) and len(notes) == notes[0].world_size
@@ -107,9 +108,9 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
 
 
 def _read_notes(staging: Path) -> list[PartNote]:
-    """The notes of the ranks in a staging directory, from rank 0 on up to the first that is missing.
+    """The notes in a staging directory, in which each rank says what it has written: from rank 0 up to the first missing one.
 
-    Errors: OSError, Malformed.
+    By them a checkpoint that all ranks had written can be published after a crash. Errors: OSError, Malformed.
     """
     notes: list[PartNote] = []
     while (path := staging / NOTE.format(len(notes))).exists():

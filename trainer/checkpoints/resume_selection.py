@@ -25,9 +25,10 @@ MAX_RECORD_BYTES = 2**16
 
 
 def restore_replaced(checkpoint_dirs: list[Path]) -> None:
-    """Give checkpoints their names back, durably, if their successor never got the name (the power failed in between).
+    """Undo a replacement of a checkpoint that a power cut has interrupted: the old one gets its name back, durably.
 
-    Errors: OSError, StorageError.
+    Where two names cannot be swapped at once, the old checkpoint is renamed before the new one gets its name. Errors: OSError,
+    StorageError.
     """
     for _, path in checkpoints_in(checkpoint_dirs):
         replaced = REPLACED_NAME.fullmatch(path.name)

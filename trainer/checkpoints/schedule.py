@@ -87,9 +87,10 @@ class Schedule:
         return since_save_s >= max(best_s, self._write_s)
 
     def _is_time(self, step: int) -> tuple[bool, int]:
-        """(whether a checkpoint is due after this step, the step after which to ask again), by this rank's clock.
+        """Whether a checkpoint is due after this step, by the clock of this rank (rank 0 decides for all).
 
-        The next question comes after half of the remaining time at most, so that steps which became slow are noticed.
+        Returns (whether it is due, the step after which to ask again). Asking after each step would cost a collective each. The
+        next question comes after half of the remaining time at most, so that steps which became slow are noticed.
         """
         interval_s = self.interval_s
         assert interval_s is not None
@@ -114,9 +115,9 @@ class Schedule:
         self._write_s = write_s
 
     def note_attempt(self, step: int, took_s: float | None) -> None:
-        """Start the interval anew after a checkpoint. All ranks must call.
+        """Start the interval to the next checkpoint, after one was written, begun, or failed. All ranks must call.
 
-        `took_s`: seconds that it took in the step; None if it was only begun or could not be written.
+        `took_s`: seconds that training waited for it; None if it was only begun or could not be written.
         """
         if took_s is not None:
             self.note_cost(took_s, took_s)

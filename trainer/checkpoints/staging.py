@@ -14,9 +14,9 @@ from strategies.runtime import Runtime, first_error
 
 
 def open_staging(staging: Path, runtime: Runtime, check: Callable[[Path], None] = lambda staging: None) -> None:
-    """Make an empty staging directory. `check` runs on every rank and raises StorageError if the directory will not do.
+    """Make the empty directory in which a checkpoint is written before it gets its name. All ranks must call.
 
-    All ranks must call. Errors: StorageError on all.
+    `check` runs on every rank and raises StorageError if the directory will not do. An error of one rank is raised on all.
     """
 
     def make() -> None:
@@ -34,9 +34,9 @@ def open_staging(staging: Path, runtime: Runtime, check: Callable[[Path], None] 
 
 
 def on_main(function: Callable[[], None], staging: Path, runtime: Runtime) -> None:
-    """Call a function on rank 0 that writes into the staging directory. All ranks must call.
+    """Call `function` on rank 0 alone; it writes into `staging`, the directory of an unfinished checkpoint.
 
-    Errors: StorageError on all ranks if it raised OSError.
+    All ranks must call, so that all learn of an error: StorageError on every rank if it raised OSError.
     """
     error: BaseException | None = None
     try:
@@ -69,9 +69,9 @@ def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runt
 def fallback_problem(
     checkpoint_dirs: list[Path], fallback_dir: str | None, print_line: Callable[[str], None]
 ) -> StorageError | None:
-    """Why checkpoints could not be written into `checkpoint.fallback_dir`; None if they could. Tried before it is needed.
+    """Why checkpoints cannot be written into `checkpoint.fallback_dir`, found out at the start by writing a small file.
 
-    A full disk is only a warning, since it may be emptied by then.
+    None if they can, or if there is no such directory. A full disk is only a warning: it may have room when it is needed.
     """
     for checkpoint_dir in checkpoint_dirs:
         probe = checkpoint_dir / f".{checkpoint_dir.name}.trial"

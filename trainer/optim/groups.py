@@ -80,7 +80,10 @@ def group_parameters(
 
 
 def _rule_names(config: OptimConfig, names: list[str]) -> dict[str, str]:
-    """The name of the rule in `config.groups` for each parameter that has one, by the parameter's name."""
+    """Which rule of `optim.groups` (a rate and decay for parameters that match a pattern) holds for each parameter.
+
+    `names`: of the trained parameters. Returns the rule's name by the parameter's; parameters without a rule are left out.
+    """
     rule_of_parameter: dict[str, str] = {}
     for rule_name, rule in config.groups.items():
         matched = [name for name in names if re.search(rule.match, name)]

@@ -20,7 +20,10 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. No collective, also on distributed tensors."""
+        """Update every parameter that has a gradient, as Lion does: by the sign of a mix of momentum and gradient.
+
+        It is element-wise, so that each rank updates its shard without a collective.
+        """
         for group in self.param_groups:
             parameters: list[torch.Tensor] = []
             gradients: list[torch.Tensor] = []

@@ -131,7 +131,7 @@ def usual_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | N
 
 
 def _adamw_rate(method: str, objective: str) -> UsualRate | None:
-    """AdamW's usual rate; None if no table has the method or the objective."""
+    """The usual learning rate of AdamW for a tuning method and an objective; None if no table has one of them."""
     rate = METHODS.get(method)
     if rate is None or objective in IMITATING:
         return rate
@@ -149,7 +149,7 @@ def _adamw_rate(method: str, objective: str) -> UsualRate | None:
 
 
 def missing_rate(optim: OptimConfig, method: str, objective: str) -> str:
-    """The problem of a run whose `optim.lr` is not set and in no table: what to give, and the rates of its neighbours."""
+    """The message for a run that sets no `optim.lr`, where no table has a usual rate: it names the rates of similar runs."""
     neighbours: list[str] = []
     candidates = [(optim, "lora"), (optim, "full"), (OptimConfig(), method), (OptimConfig(), "lora")]
     for other_optim, other_method in candidates:

@@ -125,7 +125,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
 
 
 def _value_problems(config: OptimConfig) -> Iterator[str]:
-    """What is wrong with single values that no range can express."""
+    """Sentences that say what is wrong with single settings of the optimizer, where no range of a number can say it."""
     betas = getattr(config, "betas", None)
     if betas is not None:
         usual = "[0.9,0.99]" if config.name is OptimName.lion else "[0.9,0.999]"

@@ -31,7 +31,9 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
-    """The quintic Newton-Schulz iteration of Muon's authors, in the type of `matrix [n, m]`. torch's own rounds to bf16.
+    """An orthogonal matrix near to `matrix [n, m]`, by the quintic Newton-Schulz iteration of Muon's authors, in its type.
+
+    torch's own rounds to bf16.
 
     The 8 bits of bf16 would magnify the rounding of gradient sums, and strategies would agree to 1e-5 at best.
     """
@@ -56,7 +58,10 @@ class ShardedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient. Gathers one at a time: all ranks must call."""
+        """Update every matrix that has a gradient, as Muon does: along the orthogonalised momentum.
+
+        The orthogonalisation needs the whole matrix, so sharded ones are gathered, one at a time: all ranks must call.
+        """
         for group in self.param_groups:
             lr = group["lr"]
             momentum = group["momentum"]
@@ -87,7 +92,10 @@ class ShardedAdafactor(torch.optim.Adafactor):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. Gathers one at a time: all ranks must call."""
+        """Update every parameter that has a gradient, by torch's Adafactor, which keeps second moments by row and by column.
+
+        These need the whole matrix, so sharded parameters are gathered, one at a time: all ranks must call.
+        """
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -119,7 +127,7 @@ class ShardedAdafactor(torch.optim.Adafactor):
 
     @staticmethod
     def _initial_state(gradient: Tensor) -> dict[str, Tensor]:
-        """Moments of zero for a full gradient: one row and one column for a matrix, element-wise for a vector.
+        """Adafactor's state before the first step: zero second moments, by row and by column of a matrix, by element of a vector.
 
         The keys are torch's own, because torch's `adafactor` and its state dicts go by them.
         """

@@ -155,11 +155,7 @@ def simulate_form(
     def simulate_model_of(
         depth: int, expected: dict[StepPhase, int] | None
     ) -> tuple[list[SimulatedStep], list[MicroBatchSize], bool]:
-        """Simulate steps of two sizes of micro-batch in the model with `depth` blocks.
-
-        `expected`: after which operation each phase should be highest, as `simulate_sizes` explains. Returns (the steps, the
-        sizes, whether sizes are numbers of rows; else of tokens).
-        """
+        """Steps in a model of `depth` blocks: (steps, sizes, whether sizes are rows). `expected`: see `simulate_sizes`."""
         with (
             simulated_rank(
                 rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance

@@ -92,9 +92,10 @@ class RankAllocation:
             parameter.grad.add_(gradient)
 
     def after_update(self, step: int, *, finite: bool) -> None:
-        """Update the importance of entries from the gradients that were applied, and take ranks by it.
+        """After each optimizer step of AdaLoRA: update how important each rank is, and take the least important ones.
 
-        `step` counts from 1. `finite`: whether the optimizer took the step; it skips one whose gradients are not finite.
+        Importance comes from the gradients that were just applied. After the last allocation the ranks are settled. `step` counts
+        from 1. `finite`: whether the optimizer took the step; it skips one whose gradients are not finite.
         """
         assert self._total_steps > 0, "begin was not called"
         self._create_missing_state()
@@ -150,9 +151,10 @@ class RankAllocation:
                 self._masks[name] = saved_state(PREFIX + name, "kept")
 
     def pattern_of(self, trained: dict[str, Tensor]) -> dict[str, list[bool]] | None:
-        """peft's rank pattern: for each E which entries are left, by name in the base model.
+        """AdaLoRA's result for peft's files (`rank_pattern`): which ranks of each adapter are left, by name in the base model.
 
-        `trained`: gathered values by plain name. None if no rank was taken, or if an entry that was taken is not zero.
+        AdaLoRA writes an update as P E Q with a diagonal E, and takes a rank by setting its entry of E to zero. `trained`:
+        gathered values by plain name. None if no rank was taken, or if an entry that was taken is not zero.
         """
         self._create_missing_state()
         masks = {name: mask.cpu() > 0 for name, mask in self._masks.items()}

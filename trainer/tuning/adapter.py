@@ -246,7 +246,11 @@ class Adapter:
         return 1.0
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The full initial tensor of a parameter that peft added or changed, float32, drawn from (seed, layer name)."""
+        """The full initial value of a parameter that peft added or changed, float32: each rank takes its shard of it.
+
+        It is that of the adapter in `tuning.from` if there is one, else drawn from `seed` and the layer's name. `base` reads base
+        weights, which some initial values are computed from. `shape`: that of the full parameter.
+        """
         self.seed = seed
         if self._stored is not None and name in self._stored.names:  # continues from another adapter
             return self._stored.tensor(name).view(shape)
@@ -281,9 +285,10 @@ class Adapter:
         return [name for name, (owner, _) in self._owned.items() if owner == layer]
 
     def merged(self, name: str, base: BaseReader, trained: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The base parameters of the adapted layer `name` with its adapter merged in, float32, by their name in the layer.
+        """The weights of the layer `name` with its adapter merged into them, float32, by their name in the layer.
 
-        `trained`: full tensors of adapters by full name, also those of other layers. `model`: the tuned model, for buffers.
+        `base` reads the base weights. `trained`: full tensors of adapters by full name, also those of other layers. `model`: the
+        tuned model, from which buffers come. An export with `export.merge` calls it layer by layer.
         """
         trained_in_layer = {}
         for full_name, (layer, key) in self._owned.items():

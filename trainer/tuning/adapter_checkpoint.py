@@ -39,7 +39,10 @@ def file_keys(tuned: nn.Module) -> dict[str, str]:
 
 
 def peft_settings(directory: str | Path, key: str) -> Any:
-    """What peft makes of the adapter_config.json of a directory that the setting `key` names. Errors: ConfigError."""
+    """peft's config object for the adapter in `directory`, read from its adapter_config.json.
+
+    `key`: the setting that names the directory, for the message of the ConfigError that is raised if peft cannot read it.
+    """
     from peft import PeftConfig
 
     path = Path(directory).expanduser()
@@ -123,7 +126,10 @@ class StoredAdapter:
 
 
 def check_settings(settings: Any, directory: str | Path, key: str) -> None:
-    """Raise ConfigError if the directory's adapter computes something else than peft's `settings` do."""
+    """Raise ConfigError if the stored adapter in `directory` was made with settings that compute something else than `settings`.
+
+    `settings`: peft's config of this run. `key`: the setting that names the directory, for the message.
+    """
     stored = peft_settings(directory, key).to_dict()
     expected = settings.to_dict()
     differing = []

@@ -65,7 +65,11 @@ def write_adapter(
 
 
 def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
-    """Adapters of PiSSA and OLoRA as LoRA of twice the rank on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0]."""
+    """Rewrite adapters that started by PiSSA or OLoRA as LoRA of twice the rank, for users of the unchanged base model.
+
+    These starts take a part B0 A0 off each base weight. Against the unchanged base an adapter is
+    B A - B0 A0 = [B, -B0] [A; A0]. `trained`: full tensors by plain name. `base` reads the unchanged weights.
+    """
     initial = tuning.initial_values(trained, base)
     converted = dict(trained)
     for name, value in trained.items():
@@ -109,7 +113,7 @@ class AdapterMerger:
         """The merged parameters of `_cached_layer`, the layer that was merged last: they are asked for one by one."""
 
     def tensor(self, name: str, base_tensor: Tensor) -> Tensor | None:
-        """A parameter of the base with the adapter merged in, float32 if the adapter changes it.
+        """One parameter of the model as it is after merging the adapter, for a merged export; float32 if the adapter changes it.
 
         `name`: its plain name in the tuned model. `base_tensor`: its value in the base. None for the original of a module that
         trained in full: the trained copy replaces it.

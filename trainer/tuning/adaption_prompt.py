@@ -34,7 +34,10 @@ class AdaptionPrompt(AddedParameters):
     wrapper = PREFIX
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Wrap in a PeftModel. Raises ConfigError for architectures that peft cannot adapt, and for too many layers."""
+        """Add an adaption prompt (LLaMA-Adapter) to the last layers of the model: learned tokens that their attention also reads.
+
+        Raises ConfigError for architectures that peft cannot adapt, and for more layers than there are.
+        """
         from peft import AdaptionPromptConfig as PeftSettings
         from peft import get_peft_model
 

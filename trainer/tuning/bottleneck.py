@@ -70,7 +70,10 @@ class Bottleneck(AddedParameters):
     config: BottleneckConfig
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Freeze the base and add adapters on meta. Raises ConfigError, with what a block has, if no place is found."""
+        """Freeze the model and add bottleneck adapters to its blocks, on meta.
+
+        Raises ConfigError, with the parts that a block has, if no block has the parts that adapters go behind.
+        """
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         added = insert(model, self.config, is_active=lambda: self.active, device="meta")
@@ -82,7 +85,10 @@ class Bottleneck(AddedParameters):
         return model
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """`down` starts as torch starts a linear layer, drawn from (seed, layer name); `up` starts at zero."""
+        """The initial value of an adapter's parameter: `down` as torch starts a linear layer, `up` zero, so that it adds nothing.
+
+        `name`: its full name, which ends in `down.weight`, `up.bias` and so on. Drawn from `seed` and the layer's name.
+        """
         layer, projection, key = name.rsplit(".", 2)
         if projection == "up":
             return torch.zeros(shape)
@@ -186,7 +192,7 @@ def _apply_adapter(is_active: Callable[[], bool], owner: nn.Module, _args: Any, 
 
 
 def _block_parts(module: nn.Module, config: BottleneckConfig) -> BlockParts | None:
-    """The attention and the feed-forward part of a block; None if the module is not a block.
+    """The names of the attention and of the feed-forward part in a block; None if the module is no block (layer) of the model.
 
     `tuning.attention` and `tuning.feedforward` name them; the usual names are tried for one that is not set.
     """
@@ -210,7 +216,7 @@ def _block_parts(module: nn.Module, config: BottleneckConfig) -> BlockParts | No
 
 
 def _no_parts_message(model: nn.Module, config: BottleneckConfig) -> str:
-    """The error for a model without fitting blocks, with the module names that its blocks have."""
+    """The message for a model none of whose blocks has the parts that bottleneck adapters go behind."""
     set_options = []
     for key in ("attention", "feedforward"):
         if getattr(config, key):

@@ -64,9 +64,10 @@ def optimizer_hooks(tuning: Tuning) -> OptimizerStepHooks | None:
 
 
 def merge_initial_adapter(model: nn.Module, tuning: TuningConfig) -> MergedAdapters | None:
-    """The base weights with the adapter that `tuning.from` names merged in, for this architecture on meta; None without one.
+    """The model that a run with `tuning.from` begins with: base weights with that adapter merged in. None without one.
 
-    Raises ConfigError for an adapter that cannot be merged.
+    Objectives that compare with it (by a KL term) read it. `model`: the architecture, on meta. Raises ConfigError for an
+    adapter that cannot be merged.
     """
     directory = tuning.from_ if isinstance(tuning, AdapterConfig) else None
     if directory is None:

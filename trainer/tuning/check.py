@@ -84,7 +84,7 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
 
 
 def _problems_alone(tuning: TuningConfig) -> Iterator[str]:
-    """What is wrong with the method's own settings, whatever the rest of the run."""
+    """Sentences that say what is wrong with the settings of `tuning` by themselves, whatever the rest of the run."""
     if isinstance(tuning, AdapterConfig):
         yield from _target_problems(tuning)
         yield from start_problems(tuning)
@@ -103,7 +103,11 @@ def _problems_alone(tuning: TuningConfig) -> Iterator[str]:
 
 
 def _strategy_problems(method: Method, method_setting: str, run: RunFacts) -> Iterator[str]:
-    """What the method cannot do under the run's strategy: selective checkpointing, or half precision in shards."""
+    """Sentences that say what the tuning method cannot do under the run's strategy.
+
+    That is selective checkpointing, or half precision under strategies that keep shards in it. `method.refused` has the
+    reasons; `method_setting` is the method as the user typed it.
+    """
     checkpointing = run.strategy.activation_checkpointing
     if checkpointing is ActivationCheckpointing.selective and (reason := method.refused.get("selective")):
         yield f"strategy.activation_checkpointing=selective with {method_setting}: {reason}; use full or none"
@@ -182,7 +186,10 @@ def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
 def _quantisation_problems(
     tuning: TuningConfig, method: Method, method_setting: str, quantisation: str
 ) -> Iterator[str]:
-    """What the method, DoRA or a start that splits weights has against a quantised base."""
+    """Sentences that say why this tuning method, DoRA or the initial values cannot be used on a quantised base.
+
+    `method_setting`: the method as the user typed it, for the messages.
+    """
     setting = f"model.quantisation={quantisation}"
     if reason := method.refused.get("quantised"):
         yield f"{setting} with {method_setting}: {reason}; use tuning=lora, or model.quantisation=none"
@@ -220,7 +227,7 @@ def _regex_problems(key: str, pattern: str, advice: str) -> Iterator[str]:
 
 
 def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
-    """What is wrong with the choice of the layers, modules or kinds of parameters that train."""
+    """Sentences that say what is wrong with the choice of layers, modules or kinds of parameters that train."""
     choices = (tuning.layers, tuning.modules, tuning.embeddings, tuning.bias_only, tuning.norm_only)
     if not any(choices):
         yield (
@@ -234,7 +241,7 @@ def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
 
 
 def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
-    """What is wrong with LoRA's start, its patterns, and its adapters of experts."""
+    """Sentences that say what is wrong with LoRA's initial values, its ranks by pattern, and its adapters of experts."""
     if not INITS.fullmatch(tuning.init):
         examples = ["default", "gaussian", "pissa", "pissa_niter_4", "olora"]
         close_matches = difflib.get_close_matches(tuning.init, examples, n=1)
@@ -260,7 +267,10 @@ def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
 
 
 def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
-    """What adapters of experts or routers cannot be combined with, since they have no layer of their own."""
+    """Sentences that say which settings LoRA on experts or routers cannot be combined with.
+
+    Their weights are parameters of a larger module, not layers of their own, which dropout, DoRA and some initial values need.
+    """
     setting = "tuning.experts=true" if tuning.experts else "tuning.router=true"
     if tuning.dropout:
         yield (
@@ -277,7 +287,7 @@ def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
 
 
 def _adalora_problems(tuning: AdaLoraConfig) -> Iterator[str]:
-    """What is wrong with AdaLoRA's ranks and the shares of its phases."""
+    """Sentences that say what is wrong with AdaLoRA's ranks, or with its shares of the run before and after ranks are taken."""
     if tuning.target_rank >= tuning.init_rank:
         yield (
             f"tuning.target_rank={tuning.target_rank}: must be below tuning.init_rank={tuning.init_rank}, from which ranks "

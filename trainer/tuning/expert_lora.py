@@ -116,7 +116,7 @@ def _low_rank(wrapper: Any) -> LowRank:
 
 @cache
 def _router_with_update(router_class: Any) -> type[nn.Module]:
-    """A subclass of a router's class whose forward pass takes an update of one of its matrices."""
+    """A subclass of a router's class, whose forward pass can add a matrix (a LoRA update) to one of its weights for one call."""
 
     class Router(router_class):  # type: ignore[misc]
         def forward(self, *args: Any, update: tuple[str, Tensor] | None = None, **kwargs: Any) -> Any:
@@ -145,7 +145,10 @@ def _wrapper_class() -> type:
         """As peft's, without a copy of the adapted weights."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            """The adapted module's output: it gets the low-rank parts, and adds their products itself."""
+            """The output of the adapted experts or router: they get A, B and scaling (the low-rank parts), and add the products.
+
+            peft would add `B A` to a copy of all weights instead, which for experts is large.
+            """
             if self.disable_adapters or self.merged:
                 return super().forward(x, *args, **kwargs)
             # A module with several adapted parameters has one wrapper for each, nested.

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def weight_names(module: Any) -> tuple[str, ...]:
-    """The weights `[E, ., .]` with which transformers' experts functions compute; empty for any other module."""
+    """Names of the weights of a module of experts, each `[experts, ., .]`, as transformers computes them; else empty."""
     # transformers sets these attributes on the experts that its functions compute.
     if not all(hasattr(module, key) for key in ("has_gate", "has_bias", "is_transposed", "num_experts")):
         return ()

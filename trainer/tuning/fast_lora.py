@@ -59,7 +59,11 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        """The gradients of x, of each A and of each B, as far as they are needed; the base weights are frozen."""
+        """The gradients of x, and of A and B of each layer, as far as they are needed; the base weights are frozen.
+
+        A layer's output is x W^T + (x A^T) B^T * scaling. `projected` is x A^T of all layers side by side. `grads`: one for each
+        layer's output. In the code A is `down` and B is `up`.
+        """
         rows, projected, *layer_tensors = ctx.saved_tensors
         n = len(grads)
         scalings = ctx.scalings
@@ -109,7 +113,10 @@ def _concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def _lora_outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The output of each of peft's LoRA layers for the same input x, computed in `dtype`."""
+    """The outputs of several of peft's LoRA layers that read the same input x (such as q, k and v), computed in `dtype`.
+
+    One autograd function computes them together, so that the products with all A matrices become one.
+    """
     weights = []
     biases = []
     downs = []
@@ -141,7 +148,10 @@ class _SharedInput:
         """Outputs that were computed and not asked for yet, by the id of their layer."""
 
     def output(self, layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The output of one of the layers for x, computed in `dtype`, with those of the other layers if it is the first."""
+        """The output for x of `layer`, one of the layers that share their input, computed in `dtype`.
+
+        The first of them to be called computes the outputs of all, and keeps those of the others until they are called.
+        """
         if self._input is not x or id(layer) not in self._waiting:
             outputs = _lora_outputs(self.layers, x, dtype)
             self._input = x
@@ -168,7 +178,7 @@ def _fused_class() -> type:
         """The layers that share its input, where there are any."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """The layer's output; peft's own forward pass for any call that is not plain training or inference."""
+            """The layer's output, base and low-rank product in one; any unusual call goes to peft's own forward pass."""
             is_plain_call = self.fused and not (args or kwargs or self.disable_adapters or self.merged)
             if not is_plain_call or self.active_adapters != [ADAPTER]:
                 return super().forward(x, *args, **kwargs)
@@ -186,7 +196,10 @@ def _fused_class() -> type:
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Give every plain LoRA layer of a PeftModel the fused forward pass, in place. Returns how many there are."""
+    """Let every plain LoRA layer of a PeftModel compute its base and its low-rank product together, in place; returns how many.
+
+    "Plain" means that nothing but x W + B A x is computed: no dropout, no DoRA, no bias of its own.
+    """
     if not hasattr(model, "peft_config"):
         return 0
     from peft.tuners.lora import Linear
@@ -201,7 +214,7 @@ def fuse_lora(model: nn.Module) -> int:
 
 
 def _share_inputs(model: nn.Module) -> None:
-    """Let fused layers that are called on the same input (q, k and v; gate and up) compute together, in place."""
+    """Let LoRA layers that read the same input (q, k and v; gate and up) compute their products with it together, in place."""
     for parent in model.modules():
         for names in SHARED_INPUT_NAMES:
             children: list[Any] = [getattr(parent, name, None) for name in names]

@@ -28,7 +28,10 @@ class Freeze(Full):
         self.new_heads = new_heads
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Freeze every parameter of the model but the chosen ones. Raises ConfigError if nothing is left to train."""
+        """Freeze every parameter but those that the settings choose (by layers, modules or kinds), and return the model.
+
+        Raises ConfigError if nothing is left to train.
+        """
         config = self.config
         trained_ids = _parameter_ids(self._chosen_modules(model))
         if config.bias_only or config.norm_only:

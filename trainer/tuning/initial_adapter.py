@@ -77,7 +77,7 @@ def differing_fields(expected: dict[str, Any], stored: dict[str, Any]) -> list[s
 
 
 def read_settings(directory: str | Path) -> dict[str, Any] | str:
-    """The adapter_config.json of a directory, or what is wrong with it."""
+    """The settings in an adapter directory's adapter_config.json, as a table; or a text that says what is wrong with it."""
     path = Path(directory).expanduser()
     if not (path / SETTINGS).is_file() or not (path / WEIGHTS).is_file():
         return f"holds no {SETTINGS} and {WEIGHTS}; give the directory of an adapter, such as runs/x/export"
@@ -177,7 +177,7 @@ def merge_problems(directory: str) -> Iterator[str]:
 
 
 def _with_expert_settings(stored: dict[str, Any]) -> dict[str, Any]:
-    """A LoRA adapter's stored settings with the fields `experts` and `router`, as `LoraConfig` has them.
+    """The settings of a stored LoRA adapter, with the fields `experts` and `router` that our `LoraConfig` has and peft has not.
 
     peft has one list, `target_parameters`. Parameters that do not end in `.weight` are experts'. Among the others, those of
     `gate` and `router` are routers', and all else are linear layers, which belong to the modules.

@@ -161,7 +161,7 @@ class _GroupedLowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        """The gradients of x, A and B; the frozen weight has none."""
+        """The gradients of x, A (`down`) and B (`up`) of all experts; rows are sorted by expert; the frozen weight has none."""
         x, parameter, down, up, projected = ctx.saved_tensors
         offsets = ctx.frozen.offsets
         grad = grad.contiguous()
@@ -176,7 +176,9 @@ class _GroupedLowRank(torch.autograd.Function):
 
 
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """`left[rows of e].T @ right[rows of e]` for each expert e: `[E, a, b]` of `[S, a]` and `[S, b]`.
+    """For each expert e the product `left[rows of e].T @ right[rows of e]`, which is a weight's gradient: `[E, a, b]`.
+
+    `left` is `[S, a]` and `right` `[S, b]`; both have the rows sorted by expert.
 
     `offsets [E]`: where each expert's rows end. An expert without rows gets zeros.
     """

@@ -61,7 +61,10 @@ class Prepend:
     def _prepend_tokens(
         self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """The hook before the decoder: its inputs, all as keywords, with the virtual tokens before them."""
+        """A forward hook of the decoder: returns its inputs, all as keywords, with the virtual tokens before them.
+
+        While inactive (for a reference, the base alone), it returns them as they are.
+        """
         inputs = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         self.added_rows = 0
         if not self.is_active():
@@ -112,7 +115,11 @@ class Prepend:
         self.added_rows = self.num_tokens
 
     def _prepend_prefix(self, inputs: dict[str, Any], cache: Any, shape: PrefixShape) -> None:
-        """Give every layer the prefix's keys and values: in the caller's cache, or in one that only reads."""
+        """Give every layer the keys and values of the virtual tokens: in the caller's cache, or in one of our own.
+
+        `inputs`: keyword arguments of the decoder, changed in place. `cache`: the caller's, or None. `shape`: layers
+        and heads of the prefix, which the encoder makes as one row for each virtual token.
+        """
         model_input = inputs.get("input_ids")
         if model_input is None:
             model_input = inputs["inputs_embeds"]
@@ -140,7 +147,9 @@ def cache_argument(decoder: nn.Module) -> str | None:
 
 
 def prefix_cache(by_layer: Tensor) -> Any:
-    """A transformers Cache of a prefix `[layers, 2 (keys, values), B, heads, P, width]` that only reads.
+    """A transformers Cache that holds the keys and values of P virtual tokens, and never grows.
+
+    `by_layer`: `[layers, 2 (keys, values), B, heads, P, width]`.
 
     A cache as transformers makes it grows with every call, so that a block that is recomputed would meet its own keys.
     """

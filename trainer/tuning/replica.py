@@ -101,9 +101,10 @@ class AdapterReplicas:
         return name
 
     def _wrap(self, names: list[str], base: BaseReader | None, seed: int) -> nn.Module:
-        """peft's wrapper of a model on the CPU that has only the layers `names`, under their own names.
+        """A small model on the CPU with nothing but the layers `names`, wrapped by peft: it makes their initial adapter values.
 
-        `base` of None: the base weights have no values. `seed`: that of the run.
+        peft draws values when it wraps a model, and some methods read base weights for it, which a sharded model on meta does not
+        have. `base` reads them; None: the base weights have no values. `seed`: that of the run.
         """
         from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -151,9 +152,9 @@ def _add_at_path(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _copy_with_values(meta_layer: nn.Module, name: str, base: BaseReader | None) -> nn.Module:
-    """A copy of the layer `name`, which is on meta, on the CPU.
+    """A copy on the CPU of the layer `name` of the base model, which itself is on meta.
 
-    Its parameters have their values in `base`, in float32; without `base`, zeros that take no memory.
+    Its parameters get their values from `base`, in float32; without `base`, zeros that take no memory.
     """
     layer = copy.deepcopy(meta_layer)
     for path, owner in layer.named_modules():

@@ -49,7 +49,10 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
 
 
 def linear_sizes(model: nn.Module) -> dict[str, int]:
-    """Number of weights of each linear layer of a plain model, by name. Its head, towers and routers do not count."""
+    """Number of weights of each linear layer of a model without adapters, by name; for the note on how many the targets reach.
+
+    The output head, towers for images or sound, and routers of experts do not count.
+    """
     tower_names = tuple(getattr(model, "beside_text", ()))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     sizes = {}
@@ -90,7 +93,7 @@ def unsuitable_layers(model: nn.Module) -> list[str]:
 
 
 def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the linear layers that all-linear must leave out: (special, bypassed).
+    """Names of the linear layers that `tuning.targets=all-linear` must leave out, as two lists: (special, bypassed).
 
     Special ones compute more than a product, or lie in a state-space mixer. The model reads the weight of bypassed ones without
     calling them.

@@ -67,7 +67,10 @@ class Virtual(AddedParameters):
         self._initial_encoder_seed: int | None = None
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Wrap in a PeftModel and hook the decoder. Raises ConfigError for architectures that cannot read a prefix."""
+        """Add virtual tokens to `model`, on meta: peft's encoder makes them, and a hook of ours puts them before each input.
+
+        Raises ConfigError for architectures that cannot read a prefix (keys and values from outside).
+        """
         from peft import PEFT_TYPE_TO_TUNER_MAPPING, get_peft_model
 
         is_classifier = "SequenceClass" in type(model).__name__
@@ -106,7 +109,10 @@ class Virtual(AddedParameters):
         return tuned
 
     def _check_prefix(self, model: Any, decoder: nn.Module) -> None:
-        """Raise ConfigError if prefix tuning does not go with the model's attention."""
+        """Raise ConfigError if prefix tuning, which gives each layer keys and values to read, cannot work in this model.
+
+        Other methods with virtual tokens work everywhere: their tokens stand before the input.
+        """
         if not self.is_prefix:
             return
         model_type = model.config.model_type
@@ -137,7 +143,10 @@ class Virtual(AddedParameters):
         return tensor
 
     def _draw_encoder(self, base: BaseReader, seed: int) -> nn.Module:
-        """The encoder with its initial values, on the CPU, the same on every rank."""
+        """The encoder of the virtual tokens with its initial values, on the CPU, drawn from `seed`: the same on every rank.
+
+        `base` reads the embeddings of the model, at which a prompt may start (`tuning.init`).
+        """
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(derive_seed(seed, ENCODER))

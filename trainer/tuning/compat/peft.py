@@ -95,7 +95,7 @@ def keys_after_loading(model: nn.Module, settings: Any, keys: Iterable[str], ada
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it, adapters add nothing, and modules that train in full are their originals.
+    """Inside the context the model computes as its base: adapters add nothing, modules that train in full are as they were.
 
     Sets `_disable_adapters` of tuner layers and of `peft.utils.other.AuxiliaryTrainingWrapper`. peft's own `disable_adapter`
     also toggles `requires_grad`, and a parameter that a sharding engine gathers meanwhile would never get a gradient.
