@@ -110,7 +110,10 @@ class _SharedRow:
         self._prompt_length = 0
 
     def add(self, sample: AnswerSample) -> None:
-        """Add an answer, behind its prompt if the last one had another."""
+        """Append an answer to the row; its prompt comes first, unless the answer before has the same prompt and shares it.
+
+        Positions of an answer continue those of its prompt, whatever answers lie between.
+        """
         begin = sample.answer_begin()
         answer = sample.input_ids[begin:].tolist()
         if sample.prompt != self._prompt:
@@ -133,7 +136,7 @@ class _SharedRow:
         self.longest = max(self.longest, begin + len(answer))
 
     def batch(self, num_sequences: int) -> dict[str, Any]:
-        """The row as a batch."""
+        """The finished row as a batch of one micro-batch; `num_sequences`: answers in it."""
         bounds = [*self.bounds[1:], len(self.ids)]
         boundaries = torch.tensor(bounds, dtype=torch.int32)
         return {

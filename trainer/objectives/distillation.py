@@ -80,7 +80,10 @@ class Distillation(Objective):
         self.teacher = teacher
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run both decoders on all tokens and both heads on supervised rows only."""
+        """Terms of distillation: the divergence of the student's distribution from the teacher's, and the loss on the targets.
+
+        Both decoders run on all tokens, both heads on supervised rows only.
+        """
         teacher_head, teacher_hidden = self.teacher(model, batch)
         head, student_hidden, targets = supervised_rows(model, batch)
         config = self.config

@@ -105,7 +105,10 @@ def _from_cache(stored: dict[str, Any]) -> ProvenPaths:
 
 
 def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
-    """Prove the paths, and leave the random state and the default type as they were. Never raises: a failure is a reason."""
+    """Find the forward paths that compute what transformers' own does, on a small copy; never raises: a failure is a reason.
+
+    The random state and the default type are left as they were.
+    """
     rng_state = torch.random.get_rng_state()
     default_dtype = torch.get_default_dtype()
     try:
@@ -229,7 +232,10 @@ class _Proof:
         return loss.detach(), _gradients(stock)
 
     def find_paths(self, attention: str, *, on_gpu: bool) -> ProvenPaths:
-        """Try the paths of both layouts, fastest first. `attention` is the kernel for padding-free rows."""
+        """Find for both layouts of rows the fastest forward path that computes what transformers' own does.
+
+        Each is tried on a small copy of the model. `attention` is the kernel for padding-free rows.
+        """
         padding_free, reason = self._fastest_right_path(Layout.padding_free, attention, on_gpu=on_gpu)
         for stock in ("sdpa", "eager"):
             padded, padded_reason = self._fastest_right_path(Layout.padded, stock, on_gpu=False)
@@ -269,7 +275,11 @@ class _Proof:
                 return failure
 
     def _compare_slices(self, path: ForwardPath, row: dict[str, Any]) -> str | None:
-        """Why slices of a row differ from the whole row in token-local attention; None if they do not."""
+        """Why a model computes other states on slices of a row than on the whole row; None if they agree.
+
+        Attention is replaced by a stand-in in which each token sees itself alone, so that all else must act on single tokens:
+        else ranks cannot share a row.
+        """
         attention = sequence_proof.register()
         model = self._build(sequence_proof.NAME, self.dtype)
         model.load_state_dict(self.weights)

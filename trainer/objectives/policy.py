@@ -95,7 +95,11 @@ class Policy(Objective):
         return terms
 
     def _policy_losses(self, ratio: Tensor, now: Tensor, advantages: Tensor) -> Tensor:
-        """`[N]`: each token's loss without the divergence."""
+        """`[N]`: each token's loss, without the divergence from the reference.
+
+        `ratio`: probability of the token now over that when it was written. `now`: its log-probability now. `advantages`: how
+        much better its answer scored than others.
+        """
         config = self.config
         if config.clip_form is ClipForm.none:
             return -ratio * advantages

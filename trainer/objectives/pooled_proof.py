@@ -97,7 +97,11 @@ class _PoolingProof:
         return self.auto.from_config(copy.deepcopy(self.config), **options)
 
     def problem(self, attention: str) -> str | None:
-        """What differs from the stock classifier, or between slices and the whole row; None if nothing does."""
+        """Why ranks may not share rows of this classifier; None if they may, by a comparison on a small copy.
+
+        Logits and gradients of several documents in one row must be those of transformers' own classifier on each document alone,
+        and slices of the row must give the same.
+        """
         stock = self._build("eager").eval()
         with torch.no_grad():
             # A parameter that starts at zero would have no effect, and an error in it would not show.

@@ -115,7 +115,10 @@ class Preference(Objective):
         self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run chosen and rejected answers in one batch. A pair without supervised tokens (a filler) adds nothing."""
+        """The terms of a loss over pairs, summed over the micro-batch; chosen and rejected answers run in one forward pass.
+
+        A pair without supervised tokens (a filler) adds nothing.
+        """
         reference = None
         if self.uses_reference:  # before the model itself, so that its activations are not held meanwhile
             reference = reference_logps(model, batch, self.reference)
@@ -149,7 +152,10 @@ class Dpo(Preference):
     config: DpoConfig
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards are beta times the log-ratio to the reference."""
+        """(the loss of each pair, the reward of its chosen answer, of its rejected one), all `[pairs]`.
+
+        A reward is beta times the log-probability of an answer, less that under the reference model.
+        """
         config = self.config
         chosen_ratio = pairs.chosen - pairs.reference_chosen
         rejected_ratio = pairs.rejected - pairs.reference_rejected
@@ -212,7 +218,7 @@ def _log_complement(logp: Tensor) -> Tensor:
 
 
 def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Family:
-    """An objective over pairs.
+    """The family (everything the trainer asks of an objective) of an objective over pairs of a chosen and a rejected answer.
 
     `loss` says whether it uses a reference, so that the reference's log-probabilities are recorded with the data.
     """

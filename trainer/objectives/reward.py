@@ -44,7 +44,9 @@ class Reward(Objective):
         self.config = config
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Score answers, chosen and rejected in turn; a pair without targets (a filler) counts nothing.
+        """The reward model's loss over pairs: the score of the chosen answer should exceed that of the rejected one.
+
+        Rows alternate, chosen and rejected; a pair without targets (a filler) counts nothing.
 
         If ranks share the row, all of them compute the loss of each pair, and one counts it.
         """

@@ -138,7 +138,10 @@ class ReplayCollator(Collator):
     }
 
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add the replayed documents as a batch of their own; see the class."""
+        """Add to `batch` the replayed documents (of general text, against forgetting) as a batch of their own, under `replay`.
+
+        `replay_rows` and `other_rows`: indices into the supervised rows, of replayed documents and of all others.
+        """
         if REPLAY not in samples[0].marks:
             return
         is_replayed = torch.tensor([bool(sample.marks[REPLAY]) for sample in samples])
@@ -196,7 +199,10 @@ class SftWithReplayKl(Sft):
         self.initial_model = initial_model
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run the decoder once on all tokens, and the model before training on the replayed documents."""
+        """The terms of training that also holds the model near to its beginning on replayed documents (by a KL divergence).
+
+        The decoder runs once on all tokens, and the model as it began on the replayed documents.
+        """
         if not torch.is_grad_enabled():
             return super().terms(model, batch)
         initial_head, initial_hidden = self.initial_model(model, batch["replay"])
