@@ -13,6 +13,7 @@ from strategies.errors import ConfigError, DoesNotFit
 from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config
 from tests.helpers.tokenizers import write_chat_data
+from trainer.objectives.kto import KtoConfig
 from trainer.planner import fit_check
 from trainer.planner.fit_check import SimulatedPeak, must_fit
 from trainer.planner.simulation import simulate_depth
@@ -57,6 +58,14 @@ def test_fit_check_decides_by_the_simulation(made, monkeypatch):
         must_fit(config, data, Precision.bf16, rank(), print)
     assert no.value.exit_code == 69 and str(found.peak) in str(no.value)
     assert "model.quantisation=nf4" in str(no.value) and "tuning=lora" not in str(no.value)
+
+
+def test_a_step_of_kto_is_simulated_with_the_pass_over_mismatched_answers(made):
+    """Besides its own forward and backward pass it takes three forward passes: of the reference, and of both looking ahead."""
+    config = made[0]
+    flops_of_sft = simulate_depth(config, [32] * 4).flops
+    flops_of_kto = simulate_depth(replace(config, objective=KtoConfig()), [32] * 4).flops
+    assert flops_of_kto > 1.8 * flops_of_sft, "without the passes ahead it would be 1.3 to 1.5 times as much"
 
 
 def test_fit_check_counts_the_memory_of_process_groups(made, monkeypatch):

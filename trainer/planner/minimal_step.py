@@ -25,8 +25,12 @@ def step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch
     """One rank's micro-batches, which are on the CPU, as the `StepBatch` on `device` that the training loop takes."""
     micro_batches = [to_device(batch, device) for batch in batches]
     tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
+    # If the loss needs a mean over the step first, as KTO's does over mismatched answers, the loop takes a pass without gradients
+    # ahead of the step. Those answers are as long as these.
+    ahead = [{**batch, "ahead_of": True} for batch in micro_batches if batch.get("ahead")]
     return StepBatch(
         micro_batches=micro_batches,
+        ahead=ahead,
         totals=batches[0]["totals"],
         tokens=tokens,
         local_tokens=tokens,
