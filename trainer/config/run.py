@@ -122,7 +122,7 @@ class LauncherConfig:
     name: LauncherName = setting(LauncherName.local, reach=DESCRIBES)
     """Which launcher starts the processes; set by the group choice `launcher=<name>`."""
     processes: int | None = number(None, least=1, advice="one a GPU")
-    """Processes per host. Default: one per GPU (under SLURM: per GPU that the job asks for), or one on a CPU-only host."""
+    """Processes per host. Default: one per GPU (SLURM: per GPU of the job); one with `strategy=single` and on CPUs."""
     nodes: int = number(1, least=1, advice="the number of hosts")
     """Number of hosts. Without SLURM, name them in `hosts`, or start the same command on each."""
     hosts: list[str] = setting(default_factory=list, reach=Reach.command)
