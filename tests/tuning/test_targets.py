@@ -5,11 +5,13 @@ import re
 import pytest
 import transformers
 
+from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.model.architecture import auto_class, beside_text
 from trainer.model.config import ModelKind
 from trainer.tuning.adapter import Adapter
 from trainer.tuning.base import LoraConfig
+from trainer.tuning.config import Ia3Config, LnConfig
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}
 JAMBA = transformers.JambaConfig(
@@ -46,6 +48,14 @@ def test_adapter_targets_leave_out_towers_beside_the_text_model():
     names = adapted(GEMMA)
     assert "1.self_attn.q_proj" in names
     assert not any("vision" in name or "projector" in name for name in names)
+
+
+@pytest.mark.parametrize("config", [Ia3Config(), LnConfig()], ids=lambda config: config.name)
+def test_where_peft_knows_no_targets_an_error_names_those_of_the_model(config):
+    with meta_context():
+        model = auto_class(ModelKind.causal, MAMBA).from_config(MAMBA)
+    with pytest.raises(ConfigError, match=r"targets=auto: it knows none .*; set some of: .*in_proj.* norm, .*x_proj"):
+        Adapter(config).apply(model)
 
 
 def note_of(**settings):

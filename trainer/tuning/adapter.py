@@ -97,9 +97,12 @@ class Adapter:
                 warnings.simplefilter("ignore")
                 tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
         except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:300]
+            if self.config.targets == "auto" and "target_modules" in reason:
+                reason = f"it knows none for this architecture; set some of: {', '.join(weighted_modules(model))}"
             raise ConfigError(
                 f"tuning={self.config.name}: peft cannot add it to this model with tuning.targets={self.config.targets}: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"{reason}"
             ) from error
         replica_settings = copy.deepcopy(tuned.peft_config[ADAPTER])
         if self.needs_conversion:
@@ -337,6 +340,11 @@ def check_targets(model: nn.Module, targets: Any) -> None:
         raise ConfigError(
             f"tuning.targets={list(targets)}: {', '.join(unmatched) or 'nothing'} matches no module; {advice}"
         )
+
+
+def weighted_modules(model: nn.Module) -> list[str]:
+    """The last parts of the names of modules with parameters of their own, each once, sorted."""
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if own_parameters(module)})
 
 
 def _move_to_meta(layer: nn.Module, key: str) -> None:
