@@ -64,7 +64,10 @@ def architecture(
 
 
 def auto_class(kind: ModelKind, model_config: Any) -> Any:
-    """The class of transformers that picks the architecture. A model that also sees or hears is built whole."""
+    """transformers' auto class that builds a model of this kind for `model_config`, the model's configuration.
+
+    A model that also reads images or sound is built whole, since its checkpoint is of the whole.
+    """
     import transformers
 
     names = {
@@ -165,7 +168,10 @@ def describe_head(model_config: Any, outputs: int | None, pad_token_id: int, *, 
 
 
 def grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: int) -> None:
-    """Make room for added tokens: built at its final size, the model needs no resizing after sharding."""
+    """Set the vocabulary in `model_config` to `size` tokens, of which `num_new` are added by `model.add_tokens`.
+
+    The model is then built at its final size, and needs no resizing after sharding.
+    """
     text = text_settings(model_config)
     rows = text.vocab_size
     if size - num_new > rows:
@@ -220,7 +226,10 @@ def tokens_per_square(model_config: Any) -> int:
 
 
 def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, float]]:
-    """Set every dropout the architecture has, and stop what is drawn otherwise; returns (owner, name, value before)."""
+    """Set every dropout probability in `model_config`, and switch off whatever else the model draws at random.
+
+    Returns (the configuration or part of it, the setting's name, its value before) for each setting that was changed.
+    """
     earlier_values = []
     owners = [model_config]
     for name in getattr(model_config, "sub_configs", None) or {}:

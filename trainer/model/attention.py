@@ -210,7 +210,11 @@ class Segments:
 
 
 def segments_of(bounds: Sequence[int], branches: Sequence[Sequence[int]]) -> Segments:
-    """The sequences of documents between `bounds` whose branches begin at `branches`, counted from their document's begin."""
+    """What each stretch of a row attends to where documents have branches: answers that share one prompt (the trunk).
+
+    `bounds`: where documents begin, and the end. `branches`: where the branches of each document begin, from its own begin.
+    A branch sees the trunk and itself, so the trunk's keys come once for each branch.
+    """
     key_rows = []
     query_bounds = [0]
     key_bounds = [0]
@@ -258,7 +262,10 @@ class AttentionRule:
         return visible if self.window is None else visible & (distance < self.window)
 
     def branch_mask(self, length: int, starts: Sequence[int], device: torch.device) -> Tensor:
-        """The keys that each query sees in a document whose branches begin at `starts`, bool `[T, T]`."""
+        """Which keys each query sees, bool `[T, T]`, in a document of T tokens: a prompt with several answers (branches).
+
+        `starts`: where the answers begin. Each sees the prompt and itself, within the window if the rule has one.
+        """
         index = torch.arange(length, device=device)
         begins = torch.tensor(starts, device=device)
         branch = torch.searchsorted(begins, index, right=True)  # 0 before the first branch
@@ -287,7 +294,10 @@ def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, b
 
 
 def _attend_branch_by_branch(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: Sequence[int]) -> Tensor:
-    """Attention within one document with branches: each branch sees what stands before the first one, and itself."""
+    """Attention within one document that is a prompt (the trunk) with several answers: each answer sees the prompt and itself.
+
+    `q`, `k`, `v`: `[1, heads, tokens, width]`. `branches`: where the answers begin.
+    """
     trunk = branches[0]
     pieces = [_attend_one_document(q[:, :, :trunk], k[:, :, :trunk], v[:, :, :trunk], rule)]
     for begin, end in pairwise([*branches, q.shape[2]]):
@@ -349,7 +359,10 @@ def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tens
 
 
 def _attend_by_scores(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
-    """Attention by explicit scores, for what no kernel has: capped scores, and sinks."""
+    """Attention by explicit scores, for what no kernel has: capped scores, and sinks (a learned score that takes weight away).
+
+    `mask`: bool `[queries, keys]`, True where a query sees a key; None: as the rule says.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(-1, -2)) * (rule.scaling if rule.scaling is not None else q.shape[-1] ** -0.5)

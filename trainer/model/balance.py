@@ -42,7 +42,7 @@ class RouterLosses:
         return bool(self.balance or self.z)
 
     def choices(self, record: RoutingRecord) -> Tensor:
-        """int64 `[experts]`: for how many tokens an expert is among the first, over all layers of the pass."""
+        """How many tokens chose each expert (it is among their `top_k`), over all layers of a forward pass: int64 `[experts]`."""
         total = torch.zeros(record.logits[0].shape[-1], dtype=torch.int64, device=record.logits[0].device)
         with torch.no_grad():
             for logits in record.logits:

@@ -43,7 +43,10 @@ def files_of_model(digests: Mapping[str, str], directory: Path) -> dict[str, str
 
 
 def changes(recorded: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
-    """One line for each file that is missing, new or different. Both arguments are digests by file name."""
+    """Sentences that say how a base model's files differ from those a run trained on: missing, new or changed ones.
+
+    Both arguments are digests by file name: as the run recorded them, and as they are now.
+    """
     lines = []
     for name in sorted(recorded.keys() | present.keys()):
         if name not in present:

@@ -161,7 +161,7 @@ class Conversions:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in converted.items()}
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows `[first, last)` along dimension 0 of a parameter."""
+        """Rows `[first, last)` along dimension 0 of the model's parameter `name`, converted; reads only the rows if it can."""
         group = self.groups[name]
         if group.row_source == "direct":
             return self.files.rows(_only_source(group), first, last)
@@ -274,7 +274,10 @@ class Conversions:
 
 
 def _rows_of(operations: list[Any], sources: list[list[Tensor]], dimensions: int) -> str:
-    """How rows of a result can be made: see `ConversionGroup.row_source`."""
+    """How rows of a parameter can be made from stored tensors: `list`, `rows` or `whole`, as `ConversionGroup.row_source` has it.
+
+    `operations`: transformers' conversion, in order. `sources`: the stored tensors, on meta. `dimensions`: of the parameter.
+    """
     operations = list(operations)
     if type(operations[0]).__name__ == "Fp8Dequantize":  # works tensor by tensor
         if not any(stacking_dimension(operation) is not None for operation in operations):

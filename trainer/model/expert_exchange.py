@@ -83,7 +83,11 @@ def send_rows(rows: Tensor, sent: list[int], received: list[int], share: ExpertS
 def _by_own_experts(
     module: Any, share: ExpertShare, rows: Tensor, counts: RowCounts, low_rank: dict[str, LowRank] | None
 ) -> Tensor:
-    """What the experts of this rank make of the `rows [N, H]` that arrived: `[N, H]`, in the same order."""
+    """Compute the experts that this rank holds on the hidden states `rows [N, H]` that arrived from its group: `[N, H]`.
+
+    `share`: which experts of the layer are its own. `counts`: how many rows came from each rank for each expert. `low_rank`:
+    LoRA updates of the experts' weights, by the weight's name.
+    """
     num_own = module.num_experts // share.ranks
     own_experts = OwnExperts(module, num_own)
     first = share.place * num_own

@@ -53,7 +53,10 @@ class PackedRow:
         return torch.bucketize(places, self.bounds, right=True)
 
     def branches_and_places(self) -> tuple[Tensor, Tensor]:
-        """(the branch of each position of the row, 0 before the first one; its place if its branch were the only one)."""
+        """For each position of the row: (its branch, 0 in the prompt; its place if its branch were the only one).
+
+        Branches are answers that share a prompt.
+        """
         assert self.branches is not None
         bounds = self.bounds.tolist()
         branch_numbers: list[int] = []
@@ -261,7 +264,7 @@ def _attend_on_shapes(
 def _attend_over_pairs(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, _: bool
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel computes, over all pairs of positions."""
+    """What FlexAttention's kernel computes, in plain products over all pairs of positions: for devices without the kernel."""
     from torch.nn.attention.flex_attention import create_mask
 
     groups = q.shape[1] // k.shape[1]
