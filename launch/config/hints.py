@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.config import misspelled
-from launch.config.choices import choices_by_group
+from launch.config.choices import MODEL_GROUP, choices_by_group
 from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, parse_number
 from launch.config.importers.names import RULES_BY_NAME, normalised_name, translate
 from launch.config.importers.rules import CHOICES
@@ -115,6 +115,8 @@ def explain_unknown_choice(group: str, choice: str, word: str) -> str:
         if words:  # another trainer's name for one of our choices
             return f"{word}: no such choice; here it is {_words_text(words)}"
     choices = choices_by_group()[group]
+    if group == MODEL_GROUP and "/" in choice:
+        return f"{word}: no such choice; a directory or a hub id is model.path={choice}"
     if group == "strategy" and choice in ("deepspeed", "zero"):
         return f"{word}: no such choice; did you mean strategy=zero2 or strategy=zero3? All: {', '.join(choices)}"
     similar = difflib.get_close_matches(choice, choices, n=1, cutoff=0.4)

@@ -156,3 +156,9 @@ def test_a_dry_run_cannot_choose_by_documents_that_it_cannot_read():
     words = [f"model={SMALL}", "data.path=train.jsonl", "budget.steps=1", "batch.micro=auto", "launcher.processes=1"]
     with pytest.raises(ConfigError, match=r"batch\.micro=auto: is chosen by the lengths of the documents"):
         describe(compose(words).config)
+
+
+@pytest.mark.parametrize("place", [LLAMA, "models/llama"])
+def test_a_path_that_is_typed_as_a_name_is_told_its_setting(place):
+    with pytest.raises(ConfigError, match=f"a directory or a hub id is model.path={place}$"):
+        compose([f"model={place}", "data.path=train.jsonl", "budget.steps=1"])
