@@ -291,14 +291,14 @@ EXPERIMENTS = _table(
     Experiment(
         "forgetting",
         "How much of its chat does a model forget, and what helps?",
-        f"{MODEL}, LoRA, 8 steps of 4 notes (5 rows with replay); 12 held-out notes, and twenty short chat questions.",
+        f"{MODEL}, 8 steps of 4 notes (5 rows with replay); 12 held-out notes, and twenty short chat questions.",
         data.notes_and_chat,
-        (*NOTES, "budget.steps=8", "challenges.forgetting.chat=true"),
+        (*NOTES, "tuning=full", "budget.steps=8", "challenges.forgetting.chat=true"),
         {
-            "notes alone at 1e-3": ("data.path={data}/train-{seed}.jsonl",),
-            "at 2e-4": ("data.path={data}/train-{seed}.jsonl", "optim.lr=2e-4"),
-            "replay": REPLAY,
-            "replay and KL": (*REPLAY, "objective.forgetting.kl_weight=1"),
+            "full tuning at 1e-3": ("data.path={data}/train-{seed}.jsonl",),
+            "full tuning at 1e-4": ("data.path={data}/train-{seed}.jsonl", "optim.lr=1e-4"),
+            "LoRA at 1e-3": ("data.path={data}/train-{seed}.jsonl", "tuning=lora"),
+            "full tuning at 1e-3 with replay": REPLAY,
         },
         (
             Column("loss of the chat's answers", "eval/chat/loss"),
