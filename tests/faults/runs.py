@@ -196,12 +196,12 @@ def read(path: Path) -> dict:
         return {}
 
 
-def wait(condition, what: str, process: Process | None = None, limit: float = 120) -> None:
+def wait(condition, what: str, process: Process | None = None, limit: float = 120, interval: float = 0.01) -> None:
     deadline = time.monotonic() + seconds(limit)
     while not condition():
         assert process is None or process.poll() is None, f"ended with {process.returncode} before {what}"
         assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.01)
+        time.sleep(interval)
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.skipif(not PYTHON, reason="SHARDTUNE_VLLM_PYTHON names 
 
 START_S = 600
 PROMPTS = ["hello", "you are", "the quick brown fox", "a dog over"]
+NUM_ROWS = 6
+"""Rows of each evaluation's data."""
 HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
 """vLLM computes attention for some head sizes alone, of which 64 is one."""
 EXPORTS = {
@@ -39,19 +41,21 @@ EXPORTS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A directory with a run for each of `EXPORTS`."""
-    root = tmp_path_factory.mktemp("vllm")
+def root(tmp_path_factory):
+    """The directory of the runs and of their data."""
+    return tmp_path_factory.mktemp("vllm")
+
+
+def train(root: Path, name: str) -> Path:
+    """The directory of the run of `EXPORTS` with this name, after it has trained and been exported."""
+    architecture, tuning, words = EXPORTS[name]
+    model = tiny_model_dir(root / f"base-of-{name}", architecture, pad_token_id=2, **HEADS)
+    tiny_tokenizer().save_pretrained(model)
     data = write_chat_data(root / "chat.jsonl", 16)
-    for name, (architecture, tuning, words) in EXPORTS.items():
-        model = root / architecture
-        if not model.exists():
-            tiny_model_dir(model, architecture, pad_token_id=2, **HEADS)
-            tiny_tokenizer().save_pretrained(model)
-        command = [f"model.path={model}", f"data.path={data}", f"data.cache_dir={root / 'cache'}", f"tuning={tuning}"]
-        command += ["optim.lr=1e-2", "batch.global=4", "batch.micro=4", "budget.steps=4", "run.device=cpu"]
-        assert command_here(["train", *command, "logging.wandb=disabled", f"run.dir={root / name}", *words]) == 0
-    return root
+    command = [f"model.path={model}", f"data.path={data}", f"data.cache_dir={root / 'cache'}", f"tuning={tuning}"]
+    command += ["optim.lr=1e-2", "batch.global=4", "batch.micro=4", "budget.steps=4", "run.device=cpu"]
+    assert command_here(["train", *command, "logging.wandb=disabled", f"run.dir={root / name}", *words]) == 0
+    return root / name
 
 
 @contextmanager
@@ -66,7 +70,8 @@ def served(run: Path, **variables: str):
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output) as process,
     ):
         try:
-            wait(lambda: process.poll() is not None or is_healthy(port), "a healthy vLLM", limit=START_S)
+            # Each question makes a client, which costs vLLM's start time: it has one core or two.
+            wait(lambda: process.poll() is not None or is_healthy(port), "a healthy vLLM", limit=START_S, interval=2)
             assert process.poll() is None, log.read_text()[-4000:]
             yield f"http://127.0.0.1:{port}/v1", log
         finally:
@@ -99,51 +104,63 @@ def greedy(export: Path, prompt: str, tokens: int) -> tuple[list[int], list[floa
     return new_ids, logprobs
 
 
-@pytest.mark.parametrize("name", EXPORTS)
-def test_vllm_answers_as_transformers_and_peft_do(runs, name):
-    export = runs / name / "export"
-    with served(runs / name) as (url, log):
+def compare_answers(url: str, run: Path) -> None:
+    """Asks vLLM each of `PROMPTS`, and prints how far its log-probabilities are from those of `greedy`. They must agree."""
+    largest_difference = 0.0
+    for prompt in PROMPTS:
+        body = {"model": run.name, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1}
+        body["return_token_ids"] = True
+        answer = httpx.post(f"{url}/completions", json=body, timeout=seconds(120)).json()
+        (choice,) = answer["choices"]
+        expected_ids, expected_logprobs = greedy(run / "export", prompt, 8)
+        written = len(choice["token_ids"])  # fewer than asked for if the model ended its text
+        assert choice["token_ids"] == expected_ids[:written] and written, prompt
+        logprobs = torch.tensor(choice["logprobs"]["token_logprobs"])
+        difference = (logprobs - torch.tensor(expected_logprobs[:written])).abs().max()
+        largest_difference = max(largest_difference, float(difference))
+    print(f"{run.name}: the same tokens, log-probabilities within {largest_difference:.1e}")
+    assert largest_difference < 1e-3
+
+
+@pytest.mark.parametrize("name", ["adapter", "experts"])
+def test_vllm_answers_as_transformers_and_peft_do(root, name):
+    run = train(root, name)
+    with served(run) as (url, log):
         assert "computes in float32 (serve.dtype)" in log.read_text()
-        for prompt in PROMPTS:
-            body = {
-                "model": name,
-                "prompt": prompt,
-                "max_tokens": 8,
-                "temperature": 0,
-                "logprobs": 1,
-                "return_token_ids": True,
-            }
-            answer = httpx.post(f"{url}/completions", json=body, timeout=seconds(120)).json()
-            (choice,) = answer["choices"]
-            expected_ids, expected_logprobs = greedy(export, prompt, 8)
-            assert choice["token_ids"] == expected_ids[: len(choice["token_ids"])] and choice["token_ids"], prompt
-            assert choice["logprobs"]["token_logprobs"] == pytest.approx(
-                expected_logprobs[: len(choice["token_ids"])], abs=1e-3
-            )
+        compare_answers(url, run)
 
 
-def test_vllm_behind_the_gateway_bears_many_requests_and_evaluates(runs, monkeypatch):
-    rows = [{"prompt": f"hello {number}", "response": "a dog"} for number in range(6)]
-    write_jsonl(runs / "asked.jsonl", rows)
-    with served(runs / "merged") as (url, _):
+def test_vllm_behind_the_gateway_answers_many_requests_and_evaluates(root):
+    """On a merged export, in one start of vLLM: the answers, 128 requests at once, what is refused, and an evaluation."""
+    write_jsonl(root / "asked.jsonl", [{"prompt": f"hello {row}", "response": "a dog"} for row in range(NUM_ROWS)])
+    question = {"choices": ["a dog", "the quick fox"], "answer": "a dog"}
+    write_jsonl(root / "picked.jsonl", [question | {"question": f"hello {row}"} for row in range(NUM_ROWS)])
+    run = train(root, "merged")
+    with served(run) as (url, _):
+        compare_answers(url, run)
         body = {"model": "merged", "prompt": "hello", "max_tokens": 4}
 
         def status(sent: dict) -> int:
             return httpx.post(f"{url}/completions", json=sent, timeout=seconds(300)).status_code
 
-        with ThreadPoolExecutor(32) as pool:
+        with ThreadPoolExecutor(128) as pool:
             assert set(pool.map(status, [body] * 128)) == {200}
         assert status(body | {"model": "another"}) == 404
         assert status(body | {"prompt": "x" * 2_000_000}) == 413
         assert httpx.post(f"{url[:-3]}/tokenize", json=body).status_code == 404
-        answers = {}
-        words = ["evaluation.tasks.asked.kind=exact_match", f"evaluation.tasks.asked.path={runs / 'asked.jsonl'}"]
-        words += ["evaluation.tasks.asked.write.max_new_tokens=6", "logging.wandb=disabled"]
-        for where, more in (("here", ["run.device=cpu"]), ("there", [f"evaluation.server={url}"])):
-            target = [f"model.path={runs / 'merged' / 'export'}", f"to={runs / where}"]
-            assert command_here(["evaluate", *target, *words, *more]) == 0
-            tables = sorted((runs / where).rglob("*.jsonl"))
-            answers[where] = [
-                json.loads(line).get("answer") for table in tables for line in table.read_text().splitlines()
-            ]
-    assert answers["here"] == answers["there"] and answers["here"]
+        written = ["evaluation.tasks.asked.kind=exact_match", f"evaluation.tasks.asked.path={root / 'asked.jsonl'}"]
+        written += ["evaluation.tasks.asked.write.max_new_tokens=6"]
+        chosen = [
+            "evaluation.tasks.picked.kind=multiple_choice",
+            f"evaluation.tasks.picked.path={root / 'picked.jsonl'}",
+        ]
+        rows_of = {}
+        for where, more in (("here", "run.device=cpu"), ("there", f"evaluation.server={url}")):
+            target = [f"model.path={run / 'export'}", f"to={root / where}", "logging.wandb=disabled"]
+            assert command_here(["evaluate", *target, *written, *chosen, more]) == 0
+            lines = (root / where / "evaluation_rows.jsonl").read_text().splitlines()
+            rows_of[where] = [json.loads(line) for line in lines]
+    assert len(rows_of["here"]) == len(rows_of["there"]) == 2 * NUM_ROWS
+    for here, there in zip(rows_of["here"], rows_of["there"], strict=True):
+        assert here["answer"] and here["answer"] == there["answer"]
+        assert there["scores"] == pytest.approx(here["scores"], abs=1e-5)
