@@ -92,7 +92,7 @@ class Axes:
         return sentences
 
     def _settings_of_some_choices(self) -> dict[str, SettingLimit]:
-        """The typed settings that some choices of an axis have and others lack, by key.
+        """The typed settings that some choices of an axis have and others lack, by key, with these choices.
 
         With `tuning=full,lora tuning.rank=8` this is `tuning.rank`, which only `tuning=lora` has.
         """

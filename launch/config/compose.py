@@ -296,7 +296,10 @@ def _apply_typed_values(tree: DictConfig, parsed: overrides.ParsedWords) -> list
 
 
 def _set_default(tree: DictConfig, key: str, current_choices: dict[str, str]) -> None:
-    """Set a setting or table back to its default in the code (a typed `~key`), under the current choice of its group."""
+    """Set a setting or table back to its default in the code, for a typed `~key`.
+
+    `current_choices`: the chosen file of each group, such as `lora` of `tuning`, which decides what the defaults are.
+    """
     from omegaconf import OmegaConf
 
     group = key.split(".")[0]

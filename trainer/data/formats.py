@@ -167,7 +167,7 @@ def _hint_for_no_format(row: Row) -> str:
 def _fitting_formats(
     fields: dict[str, Any], columns: dict[str, str], *, expects_verdicts: bool
 ) -> dict[DataFormat, Spelling]:
-    """The formats that a row's renamed `fields` fit, each with the columns that make it. Ones that another extends are left out.
+    """The formats that a row's renamed `fields` fit, each with the columns that make it; one that another extends is left out.
 
     `columns`: the renamed columns, all of which a format must use. `expects_verdicts`: the objective learns from verdicts, so
     that a column `label` holds one, whatever its value.
@@ -354,9 +354,10 @@ class RowReader:
         return document
 
     def _spelling(self, fields: dict[str, Any], unread_columns: tuple[str, ...]) -> Spelling:
-        """The first of the format's spellings whose columns the row has, if possible with values. Raises Refusal: wrong_format.
+        """The columns that the row has for this format, such as (instruction, output) or (prompt, completion).
 
-        `unread_columns`: further columns of the row, for the message.
+        A spelling is one set of column names of a format. The first one whose columns the row has is taken, if possible one
+        with values. `unread_columns`: further columns of the row, for the message. Raises Refusal: wrong_format.
         """
         filled_columns = {name for name, field in fields.items() if field is not None}
         # A table with columns of two spellings leaves one of them empty in each row.

@@ -222,7 +222,7 @@ def _loss_weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> f
 
 
 def require_learnable(turns: list[Message]) -> list[Message]:
-    """The turns of a conversation, if it begins as it must and something can be learned from it. Raises Refusal."""
+    """The same turns, after a check that the conversation begins as it must and has a turn to train on. Raises Refusal."""
     roles = [turn["role"] for turn in turns]
     if roles[0] in ("assistant", "tool"):
         message = f"the conversation begins with a turn of the {roles[0]}; it must begin with a system or a user turn"

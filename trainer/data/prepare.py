@@ -135,7 +135,11 @@ class Preparation:
             self._identify(choose_date or keep_or_first_date(None))
 
     def _identify(self, choose_date: ChooseDate) -> None:
-        """Find the inputs, read their bytes for the fingerprint, and settle the date of the chat template."""
+        """Compute the fingerprint under which the prepared data stands in the cache, and its directory there.
+
+        It covers the bytes of all inputs, the options, the tokenizer, and the date if the chat template writes the date.
+        `choose_date`: returns the date to use, given a function that looks up when the same data was first prepared.
+        """
         config = self.config
         self.inputs = inputs_of(config)
         cache = Path(config.cache_dir).expanduser()
@@ -187,7 +191,10 @@ class Preparation:
             return self._open_or_make()
 
     def _open_or_make(self) -> PreparedData:
-        """As `open_or_make`, while progress is printed."""
+        """Open the prepared data if it is in the cache; else prepare it, or wait for the process that does.
+
+        The work of `open_or_make`, which prints progress meanwhile.
+        """
         started_at = time.perf_counter()
         if not (self.directory / DONE).exists():
             self._refuse_rendered_rows()
@@ -307,7 +314,10 @@ class Preparation:
             shards.remove()
 
     def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
-        """Write a directory for each split, with the numbers of its sequences and its manifest."""
+        """Write a directory in `target` for each split, with the numbers of its sequences and its manifest.
+
+        `columns`: what is known of all documents. `selection`: which documents are in which split.
+        """
         evaluation_sets = []
         for source_input in self.inputs:
             if source_input.split == "eval" and source_input.source != "eval":  # a set with a name of its own
@@ -323,7 +333,9 @@ class Preparation:
             (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Generator[Block]:
-        """The first pass over one `part` of `parts` of the rows: blocks of documents and tokens, in input order.
+        """Read, clean and tokenise one `part` of `parts` of the rows: blocks of documents and tokens, in input order.
+
+        A block is what one range of rows became. `readers`: by input, how its rows become documents.
 
         Raises StorageError if the disk is too small.
         """

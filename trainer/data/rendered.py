@@ -35,7 +35,10 @@ class TurnTokens:
 
     @classmethod
     def of(cls, encoder: Encoder) -> TurnTokens:
-        """The turn tokens of an encoder's tokenizer and its chat template."""
+        """Find the control tokens that the chat template writes around turns, by rendering a small conversation.
+
+        A row of text that spells them was probably rendered by a chat template already.
+        """
         tokenizer = encoder.tokenizer
         rendered = ""
         if encoder.template is not None:

@@ -171,7 +171,10 @@ class Assembly:
             self._documents.write_batch(block.documents)
 
     def _count(self, block: Block) -> None:
-        """Add a block's counts to the totals. Raises AssertionError if a row was neither kept nor dropped."""
+        """Add the counts of a block (a range of rows that became documents and tokens) to the totals for the report.
+
+        Raises AssertionError if a row was neither kept nor dropped.
+        """
         totals = self.totals
         input_id = (block.split, block.source)
         num_documents = len(block.pieces)
@@ -284,7 +287,7 @@ JSON_FIELDS = ("number", "split", "source", "rows", "rows_of_file", "unread", "l
 
 
 def save(block: Block, path: Path) -> None:
-    """Write a block to an `.npz` file. Raises OSError."""
+    """Write a block (a range of rows that became documents and tokens) to an `.npz` file, for another job. Raises OSError."""
     assert block.sequences is not None and block.documents is not None
     json_fields = {name: getattr(block, name) for name in (*JSON_FIELDS, "bad", "tally")}
     arrays: dict[str, Any] = {

@@ -290,9 +290,10 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
 
 
 def row_ranges(rows: Iterator[tuple[tuple[str, str], Row | Rejected]]) -> Iterator[RowRange]:
-    """Group the rows of `rows_of` into ranges of one input, of at most `MAX_RANGE_ROWS` rows and about `MAX_RANGE_BYTES` each.
+    """Group the rows of `rows_of` into ranges, the pieces of work that a worker turns into one block of prepared data.
 
-    Where a range ends depends on the input alone, so that any number of workers makes the same data set.
+    A range has rows of one input, at most `MAX_RANGE_ROWS` and about `MAX_RANGE_BYTES`. Where a range ends depends on the input
+    alone, so that any number of workers makes the same data set.
     """
     number = 0
     num_bytes = 0

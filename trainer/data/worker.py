@@ -68,7 +68,11 @@ class BlockMaker:
         self.signer = Signer(config.duplicates, near=config.leakage.near, held_out=any(held_out))
 
     def __call__(self, row_range: RowRange) -> Block:
-        """Read, check, clean and tokenise rows. Raises DataError and ConfigError."""
+        """Turn a range of rows into a block: documents, their tokens, and hashes by which copies are found later.
+
+        Runs in a worker process. Rows that cannot be used are in `block.bad`, and `block.tally` counts what stages dropped or
+        noted. Raises DataError and ConfigError.
+        """
         rows_of_file = Counter(row.file for row in row_range.rows)
         block = Block(
             row_range.number,
@@ -89,7 +93,7 @@ class BlockMaker:
         return block
 
     def _read(self, row_range: RowRange, block: Block) -> list[Document]:
-        """The documents among the rows; rows that cannot be read, or that the objective cannot use, go to quarantine."""
+        """Turn rows into documents; rows that cannot be read, or that the objective cannot use, go to `block.bad`."""
         reader = self.readers[row_range.split, row_range.source]
         reader.unread.names.clear()
         documents: list[Document] = []
@@ -147,7 +151,10 @@ class BlockMaker:
         block.bad.append(row)
 
     def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
-        """Put the sequences of the documents into the block; returns the documents that have any."""
+        """Tokenise documents into `block.sequences`; returns the documents that became at least one sequence.
+
+        `block.pieces` says how many sequences each became: a long document may be split in several pieces.
+        """
         encoder = self.encoder
         samples: list[Sample] = []
         pieces: list[int] = []

@@ -18,12 +18,12 @@ from trainer.reporting.step_times import now, seconds_between
 
 
 def timed_modules(blocks: list[nn.Module], *, exchanges_inside: bool) -> list[nn.Module]:
-    """The modules whose forward pass is a rank's own computation, without waiting for other ranks.
+    """The modules whose forward passes are timed to find slow ranks: a rank's own computation, without waiting for others.
 
-    These are the transformer blocks, or their modules with weights if blocks wait for others inside. They do under ZeRO-3, which
-    gathers inside of them, with `exchanges_inside`: attention that exchanges slices for heads (`parallel.sequence`), and where
-    experts are dealt (`parallel.experts`), whose module waits itself and is left out. None if blocks are compiled: hooks would be
-    compiled with them.
+    These are the transformer blocks, or their modules with weights if blocks wait for others inside. They do under ZeRO-3,
+    which gathers inside of them, with `exchanges_inside`: attention that exchanges slices for heads (`parallel.sequence`), and
+    where experts of an MoE layer are spread over ranks (`parallel.experts`), whose module waits itself and is left out. Empty
+    if blocks are compiled: hooks would be compiled with them.
     """
     if any(is_compiled(block) for block in blocks):
         return []

@@ -10,7 +10,7 @@ def load_by_layer(tokens: Tensor, expert_ranks: int = 1) -> list[dict[str, float
 
     `tokens`: int64 [layers, experts], how many tokens chose each expert; below 0 if a layer has no such expert.
     `max_over_mean` is the tokens of the busiest expert over the mean of all (1 if they are even), and `unused` the share of
-    experts without a token. If experts are dealt over several `expert_ranks`, `rank_max_over_mean` is the same of the busiest
+    experts without a token. If experts are spread over several `expert_ranks`, `rank_max_over_mean` is the same of the busiest
     rank: how much more than its share arrives there.
     """
     loads = []
@@ -34,7 +34,7 @@ def _max_over_mean(tokens: Tensor) -> float:
 def expert_metrics(tokens: Tensor, expert_ranks: int = 1) -> dict[str, float]:
     """`experts/max_over_mean` of the least even layer, and `experts/unused` over the experts of all layers.
 
-    If experts are dealt over several `expert_ranks`, also `experts/rank_max_over_mean` of the least even layer.
+    If experts are spread over several `expert_ranks`, also `experts/rank_max_over_mean` of the least even layer.
     """
     loads = load_by_layer(tokens, expert_ranks)
     metrics = {

@@ -228,9 +228,10 @@ class Meter:
         return rows
 
     def _sums_on_device(self, records: list[StepRecord], terms: list[str], experts: list[Tensor]) -> Tensor:
-        """This rank's sums of each step, on the device: float64 [steps, terms + layers * experts].
+        """This rank's sums of the steps of a logging interval, on the device: float64 [steps, terms + layers * experts].
 
-        `terms`: names of the columns. `experts`: tokens by layer and expert of each step; empty for a model without experts.
+        One table, so that a single reduction sums everything over ranks. `terms`: the loss terms of the first columns.
+        `experts`: for each step, tokens by layer and expert; empty for a model without experts.
         """
         sums_by_step = []
         for record in records:

@@ -237,7 +237,7 @@ def _write_stopped(attempt: Attempt, error: BaseException) -> None:
 
 
 def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
-    """Write the first cause of a failure into `failure.json` and `status.json`.
+    """Write what made the run fail, on whichever rank, into `failure.json` and `status.json`; the first to write wins.
 
     If this rank only lost its connection to another, the cause is the rank that sends no signs of life any more. If an exchange
     timed out, it is the rank that is behind the others.
@@ -313,7 +313,11 @@ class TimedOut(RuntimeError):
 
 
 def _before_nccl_aborts(attempt: Attempt, rank: int, exchange: Exchange) -> None:
-    """Record the exchange as the failure, and remove the record if the run continues after all. Runs in a thread of its own."""
+    """Record that a collective timed out, shortly before NCCL's watchdog would abort the process without a word.
+
+    `exchange`: the collective that `rank` waits in. If phase or step change afterwards, the run continues after all, and the
+    record is removed. Runs in a thread of its own.
+    """
     position = (attempt.phase, attempt.step)
     _record_failure(
         attempt,

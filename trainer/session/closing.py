@@ -30,7 +30,10 @@ class HeldOutPoint:
 
 
 def closing_sentence(outcome: Outcome, *, from_rewards: bool) -> str:
-    """Whether the run overfits and whether more steps would help, as one sentence. `from_rewards`: it learns from rewards."""
+    """Whether the run overfits and whether more steps would help, as one sentence for its last lines.
+
+    `from_rewards`: it learns from rewards, of which more is better, so that signs are turned to compare them like losses.
+    """
     quantity = "reward" if from_rewards else "loss"
     sign = -1.0 if from_rewards else 1.0
     evaluations = outcome.progress.evaluations

@@ -39,9 +39,10 @@ def settle_interval(
     progress: Progress,
     runtime: Runtime,
 ) -> EvaluationInterval:
-    """How often this run is evaluated. No collective.
+    """How often this run is evaluated (`evaluation.every_steps`), with `auto` computed from the sizes of run and held-out data.
 
-    The number of `auto` stands in `progress` from the first step on, and in the substitutions of `built` for people.
+    The number for `auto` is kept in `progress`, so that a resumed run has the same, and stands in `built.substitutions` for
+    people. No collective.
     """
     every = config.evaluation.every_steps
     if every != AUTO:

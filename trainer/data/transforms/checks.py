@@ -56,7 +56,10 @@ class Checks:
         self._is_bad: Callable[[str], bool] = is_bad
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """The document, with each problem noted; None, dropped under its first problem that means quarantine."""
+        """Look for defects in a document: the document itself, or None if one of `data.checks.quarantine` was found.
+
+        `tally` counts each kind of problem for the data report, with the row's location.
+        """
         problems = self._first_problems(document)
         for kind, position in problems.items():
             if kind in self.config.quarantine:
@@ -206,7 +209,10 @@ class Cleaner:
             self.steps.append(("unicode", partial(unicodedata.normalize, unicode_form)))
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """Clean every text of a document; drop a document of which a text is left empty."""
+        """Clean every text of a document in place; None, counted in `tally`, if a text is left empty.
+
+        `tally` also counts, for the data report, the switches of `data.cleaning` that changed a text of the document.
+        """
         switches: set[str] = set()
         has_emptied_text = False
 
@@ -227,7 +233,10 @@ class Cleaner:
         return document
 
     def clean(self, text: str) -> tuple[str, set[str]]:
-        """(cleaned text, the switches that changed it); `unsettled` alone if the text was left as it was."""
+        """(cleaned text, the switches of `data.cleaning` that changed it).
+
+        The steps are repeated until none changes the text any more. If they never settle, it is left as it was: {"unsettled"}.
+        """
         switches: set[str] = set()
         current = text
         for _ in range(MAX_PASSES):

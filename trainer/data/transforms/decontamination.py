@@ -119,10 +119,13 @@ class Decontaminator:
             )
 
     def match(self, text: str) -> tuple[str, float] | None:
-        """(`file:line` of the evaluation text of which `text` contains the largest share, that share); None if it has none."""
+        """The evaluation text of which `text` contains most: (its `file:line`, share of its n-grams of words that are in `text`).
+
+        None if `text` shares no n-gram with any.
+        """
         word_hashes = _hash_words(text)
         ngrams = np.concatenate([_hash_ngrams(word_hashes, length) for length in self._ngram_lengths])
-        # The rows [begin, end) of each run; none if it is in no evaluation text.
+        # The rows [begin, end) of each n-gram in the sorted table of all; none if it is in no evaluation text.
         begins = np.searchsorted(self._ngrams, ngrams, "left")
         ends = np.searchsorted(self._ngrams, ngrams, "right")
         is_shared = begins < ends

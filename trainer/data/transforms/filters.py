@@ -144,7 +144,7 @@ class Filters:
         return None
 
     def _drop_reason_by_learned_text(self, document: Document) -> str | None:
-        """Why the text that is learned of a row drops it; None if it does not."""
+        """Why a row is dropped because of the text that is supervised (its answers, or a plain text); None if it is kept."""
         answers = learned_answers(document)
         num_characters = sum(len(text.strip()) for text in answers)
         if answers and num_characters < self.config.min_completion_characters:

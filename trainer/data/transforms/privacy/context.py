@@ -205,7 +205,11 @@ FAX_CERTAINTY = 0.85
 
 
 def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
-    """Telephone numbers in a text, those right after the word fax as FAX. `regions`: countries (ISO 3166-1 alpha-2)."""
+    """Telephone numbers in a text, with a score from 0 to 1 for how certain each is; those right after the word fax as FAX.
+
+    `regions`: countries (ISO 3166-1 alpha-2) whose national numbers are looked for. Words before a number raise its score
+    ("phone") or lower it ("order").
+    """
     findings = []
     for match in PHONE_CANDIDATE.finditer(text):
         candidate = match[1]
@@ -237,7 +241,7 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
 
 @lru_cache(maxsize=4096)
 def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
-    """(start, end, certainty) of the valid telephone numbers in a run of digits.
+    """The valid telephone numbers in a run of digits: (start, end, certainty from 0 to 1), by characters of `candidate`.
 
     If it is valid in several of the countries `regions`, it is read as in the one that is most certain.
     """

@@ -106,7 +106,11 @@ CLOSE = r"(?!\w|-\w|\.\d)"
 def _number(
     type_: str, regex: str, score: float, check: Callable[[str], bool], near: str = "", boosted: float = 0.95
 ) -> PrivacyRule:
-    """The rule of an identity number: `check` must accept it, words of `NOT_PERSONAL` speak against it, words `near` for it."""
+    """A rule that finds identity numbers of one type, such as a tax number.
+
+    `regex`: its form; `check`: tests the number, as by its check digit. A match has the certainty `score`. If one of the words
+    `near` (separated by |) is close by, it is `boosted`; a word of `NOT_PERSONAL` right before, such as "order", lowers it.
+    """
     return rule(
         type_,
         f"{OPEN}({regex}){CLOSE}",

@@ -134,7 +134,11 @@ def words(alternatives: str) -> re.Pattern[str]:
 
 
 def rule(type_: str, regex: str, score: float, *, hints: str = "", near: str = "", **fields: Any) -> PrivacyRule:
-    """A `PrivacyRule` from the text of its expression. `hints` and the words `near` are separated by |; `fields`: the others."""
+    """A `PrivacyRule` that finds personal data of a type by a regular expression, whose group 1 is the finding.
+
+    `score`: its certainty. `hints`: lower-case texts separated by |, one of which must be in the whole text, a cheap test.
+    `near`: words separated by |; one of them close by raises the certainty. `fields`: the other attributes of `PrivacyRule`.
+    """
     return PrivacyRule(
         type_,
         re.compile(regex),
