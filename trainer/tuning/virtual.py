@@ -14,7 +14,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,7 @@ class Virtual(AddedParameters):
         assert isinstance(self.config, PrefixConfig)
         if self.config.projection:
             return
-        weight = encoder.embedding.weight.data  # type: ignore[union-attr]
+        weight = cast(Tensor, encoder.embedding.weight).data  # type: ignore[union-attr]
         keys_and_values = weight.view(self.num_tokens, self._settings.num_layers, 2, -1)
         keys_and_values[:, :, 0].normal_(std=KEY_SPREAD)
 
