@@ -38,7 +38,7 @@ OWNERS = {  # external package -> the only places that may import it
     "transformers.conversion_mapping": ("trainer/model/compat.py", "trainer/tuning/compat/"),
     "transformers.utils.output_capturing": ("trainer/model/compat.py",),
     "transformers.utils.chat_template_utils": ("trainer/data/tokens/compat.py",),
-    "transformers.models": (),
+    "transformers.models": ("trainer/model/compat.py",),
     "peft.utils": ("trainer/tuning/compat/",),
     "lm_eval.models": ("trainer/evaluation/harness/compat.py",),
 }

@@ -107,11 +107,9 @@ class Challenges:
             self.base.begin(engine, progress.step)
 
     def restore_end(self, progress: Progress) -> None:
-        """Take over what earlier starts of this run found, up to the step of the checkpoint it resumes from.
+        """Take over what earlier starts of this run found, up to the step of the checkpoint it resumes from. All ranks must call.
 
-        If the evaluation at that step showed overfitting and `challenges.overfitting.action` is `stop`, `ends` is set again: a
-        run that was killed in its export, after it had ended, takes no further step in which it could be found again. All
-        ranks must call.
+        If overfitting has ended the run at that step, `ends` is set again: no further step could find it again.
         """
         for event in self._events():
             if event.get("event") == "challenge" and event["step"] <= progress.step:
@@ -146,8 +144,7 @@ class Challenges:
     def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
         """Take the metrics of the steps of a logging interval: their losses, or rewards if the run learns from these.
 
-        Losses are summed for the mean since the last evaluation, and the last ones are kept to be compared with the first. If
-        there are no held-out metrics, divergence is judged here.
+        If there are no held-out metrics, divergence is judged here.
         """
         if self.controls is not None:
             self._take_rewards(progress, rows, self.controls)
@@ -273,7 +270,6 @@ class Challenges:
         logged: dict[str, float] = {}
         for name, detector in DETECTORS.items():
             config = getattr(self.config, name)
-            # A run that learns from rewards has no loss that could overfit.
             is_about_loss = detector is overfitting
             if config.action is Reaction.off or (is_about_loss and self.controls is not None):
                 continue
