@@ -44,9 +44,9 @@ def test_composing_loads_neither_ssh_nor_a_model(tmp_path):
 
     other_hosts = {"ssh", "ssh_nodes", "node", "torchrun"}
     assert not [name for name in ours(modules) if name.split(".")[-1] in other_hosts]
-    # flex.py, rotary.py and their compat file: the contexts in which an objective calls a model. They load neither a kernel nor
-    # transformers.
-    assert children(modules, "trainer.model") <= {"config", "rules", "flex", "rotary", "compat"}
+    # known_shapes.py reads small files. flex.py, rotary.py and their compat file are the contexts in which an objective calls a
+    # model. They load neither a kernel nor transformers.
+    assert children(modules, "trainer.model") <= {"config", "rules", "known_shapes", "flex", "rotary", "compat"}
     # What a task's own settings are checked by, and nothing that evaluates.
     assert children(modules, "trainer.evaluation") <= {"base", "tasks", "endpoint", "classifier", "harness", "interval"}
     assert not modules & {"transformers", "peft", "datasets", "deepspeed", "wandb", "openai"}
