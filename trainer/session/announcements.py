@@ -22,6 +22,7 @@ from trainer.monitors.divergence import Verdict
 from trainer.monitors.stragglers import ReportSlow, SlowRank
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.predicted_vs_measured import measured
+from trainer.reporting.config import LoggingConfig
 from trainer.reporting.console import Console
 from trainer.reporting.energy import energy_of_run, metering
 from trainer.reporting.findings import findings_in, status_note
@@ -31,7 +32,7 @@ from trainer.reporting.outcome import Outcome
 from trainer.reporting.run_record import RunRecord
 from trainer.reporting.status import State, write_status
 from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
-from trainer.reporting.tracking import Trackers, open_trackers, open_without_rows, summary_of
+from trainer.reporting.tracking import OpenedTrackers, Trackers, open_trackers, open_without_rows, summary_of
 from trainer.session.attempt import Attempt
 from trainer.session.last_lines import end_text
 from trainer.session.run_facts import outcome_record, start_text, write_run_record
@@ -255,41 +256,14 @@ def track_evaluation(
     step_digits = re.sub(r"\D", "", model["checkpoint"] or "")
     step = int(step_digits or 0)
     facts = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
-    opened = open_without_rows(
-        TrackedRun(
-            config=replace(
-                config.logging,
-                tensorboard=False,
-                trackio=False,
-                mlflow=False,
-                artifacts=False,
-                name=None,
-                job_type="evaluate",
-                group=config.logging.group or name,
-            ),
-            run_dir=directory,
-            run_id="",
-            name=f"evaluate-{name}",
-            resumed_at=0,
-            settings={
-                **model,
-                **facts,
-                "against": report.get("against", {}).get("what"),
-                "metric_names": EDITION,
-                "config": plain(config),
-            },
-            print_line=print_line,
-        )
-    )
-    for key, value in opened.substitutions.items():
-        print_line(f"resolved: {key}: {value}")
+    settings = {**model, **facts, "against": report.get("against", {}).get("what")}
+    logging = replace(config.logging, artifacts=False)
+    opened = _open_beside_the_run(config, logging, "evaluate", name, directory, settings, print_line)
     metrics = _metrics_of_report(report)
     opened.trackers.log(metrics, step=step)
     opened.trackers.tables(tables, step=step)
     opened.trackers.summarise(metrics)
-    opened.trackers.close(RunEnding(State.done))
-    for tracker, link in opened.trackers.hints:
-        print_line(f"{tracker}: {link}")
+    _close(opened, RunEnding(State.done), print_line)
 
 
 def track_export(config: RunConfig, exported: Path, trained_id: str, print_line: Callable[[str], None]) -> None:
@@ -299,29 +273,56 @@ def track_export(config: RunConfig, exported: Path, trained_id: str, print_line:
     `trained_id`: the run's id in W&B; empty if it has none. A tracker that fails is reported and ends nothing.
     """
     name = exported.parent.name
+    opened = _open_beside_the_run(
+        config, config.logging, "export", name, exported.parent, {}, print_line, trained_id=trained_id
+    )
+    _close(opened, RunEnding(State.done, exported=exported), print_line)
+
+
+def _open_beside_the_run(
+    config: RunConfig,
+    logging: LoggingConfig,
+    work: str,
+    name: str,
+    directory: Path,
+    settings: dict[str, Any],
+    print_line: Callable[[str], None],
+    *,
+    trained_id: str = "",
+) -> OpenedTrackers:
+    """Start a W&B run of its own for work on a model that has been trained, in the group of the run that trained it.
+
+    `work`: `evaluate` or `export`, its type of job. `name`: of the trained run. `directory`: for W&B's files. `settings`: what
+    stands in W&B beside the run's configuration. `trained_id`: the id of the trained run, whose artifact an export becomes.
+    """
     opened = open_without_rows(
         TrackedRun(
             config=replace(
-                config.logging,
+                logging,
                 tensorboard=False,
                 trackio=False,
                 mlflow=False,
                 name=None,
-                job_type="export",
-                group=config.logging.group or name,
+                job_type=work,
+                group=logging.group or name,
             ),
-            run_dir=exported.parent,
+            run_dir=directory,
             run_id="",
-            name=f"export-{name}",
+            name=f"{work}-{name}",
             resumed_at=0,
-            settings={"metric_names": EDITION, "config": plain(config)},
+            settings={**settings, "metric_names": EDITION, "config": plain(config)},
             model_of=trained_id,
             print_line=print_line,
         )
     )
     for key, value in opened.substitutions.items():
         print_line(f"resolved: {key}: {value}")
-    opened.trackers.close(RunEnding(State.done, exported=exported))
+    return opened
+
+
+def _close(opened: OpenedTrackers, ending: RunEnding, print_line: Callable[[str], None]) -> None:
+    """End a tracker's run, and print where it is."""
+    opened.trackers.close(ending)
     for tracker, link in opened.trackers.hints:
         print_line(f"{tracker}: {link}")
 
