@@ -105,7 +105,8 @@ EXCHANGE_COLUMNS: tuple[MeasureColumn, ...] = (
 def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
     """(title, columns) of each table of the comparison, for text, Markdown and HTML alike; the first table has no title.
 
-    A column is a heading and a function that gives a run's cell. The first table has no MFU if no run has one. Of the others,
+    A column is a heading and a function that gives a run's cell. The first table has no MFU if no run has one, or if the runs
+    measured it against different peaks. Of the others,
     columns that are unknown for every run are left out, and so are tables without a column.
     """
     begun = comparison.begun_runs
@@ -118,7 +119,8 @@ def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
     main_columns = list(MAIN_COLUMNS)
     if len(comparison.runs) == 1:  # there is no other run that its loss could differ from
         main_columns = [(heading, cell_of) for heading, cell_of in MAIN_COLUMNS if heading != LOSS_DIFFERENCE]
-    if begun and all(run.measured.mfu is None for run in begun):  # on CPUs, as a rule
+    has_no_mfu = all(run.measured.mfu is None for run in begun)  # on CPUs, as a rule
+    if begun and (has_no_mfu or not comparison.has_comparable_mfu):
         main_columns = [(heading, cell_of) for heading, cell_of in main_columns if heading != MFU]
     titled_columns = [("", main_columns)]
     for title, columns in details:

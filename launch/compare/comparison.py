@@ -38,6 +38,8 @@ from trainer.reporting.run_record import RunRecord
 
 TEST_DOCUMENTS = "test documents (no answer, verdict or ranking above uses them: choose nothing by them)"
 """Title of the section that a comparison ends with, if a run has test documents."""
+MAX_PEAK_RATIO = 1.01
+"""Earlier versions measured the peak of a CPU in each run anew: up to a percent is noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,13 @@ class Comparison:
     def begun_runs(self) -> list[ComparedRun]:
         """The runs that took at least one step: the others have no numbers to show."""
         return [run for run in self.runs if run.measured.steps]
+
+    @property
+    def has_comparable_mfu(self) -> bool:
+        """Whether all runs divide their speed by the same peak. A peak that each run measured on a busy CPU makes MFU a lottery."""
+        peaks = [run.first_repeat.record.reference_tflops for run in self.begun_runs]
+        known_peaks = [peak for peak in peaks if peak]
+        return bool(known_peaks) and max(known_peaks) <= MAX_PEAK_RATIO * min(known_peaks)
 
 
 def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | None] = lambda name: None) -> Comparison:
@@ -333,8 +342,7 @@ def _note_on_peaks(runs: list[RecordedRun]) -> list[str]:
         has_mfu = any("mfu" in row for row in run.steps.values())
         if has_mfu and run.record.reference_tflops:
             peaks.append(run.record.reference_tflops)
-    # Earlier versions measured the peak of a CPU in each run anew: up to a percent is noise.
-    if not peaks or max(peaks) <= 1.01 * min(peaks):
+    if not peaks or max(peaks) <= MAX_PEAK_RATIO * min(peaks):
         return []
     figures = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
     return [

@@ -201,10 +201,8 @@ def _part_measure(part: str) -> MeasureOfPoint:
 
 
 def _comparable_mfu(comparison: Comparison) -> Callable[[ComparedRun], float | None]:
-    """The MFU of a point; None for all if their peaks were measured on busy processors and differ."""
-    peaks = [run.first_repeat.record.reference_tflops for run in comparison.begun_runs]
-    known = [peak for peak in peaks if peak]
-    if not known or max(known) > 1.01 * min(known):
+    """The MFU of a point; None for all if the points have different peaks."""
+    if not comparison.has_comparable_mfu:
         return lambda run: None
     return lambda run: run.measured.mfu
 

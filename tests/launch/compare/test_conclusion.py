@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.compare.answer import as_dict, as_html, as_markdown, as_text
+from launch.compare.answer import as_dict, as_html, as_markdown, as_text, tables
 from launch.compare.comparison import compare
 from launch.compare.conclusion import setting_word
 from launch.compare.page_table import points_table
@@ -34,7 +34,7 @@ def write_run(
     """Write the files of a run of eight steps.
 
     `losses`: the loss of step 1. `scale`: factor of all held-out sums; None for a run without held-out data. `batches`: sums
-    over micro-batches; None if the run kept none.
+    over micro-batches; None if the run kept none. A `record` with a peak (`reference_tflops`) makes rows with an MFU.
     """
     directory.mkdir(parents=True)
     groups: dict[str, dict[str, object]] = {"strategy": {"name": "ddp"}, "logging": {"every_steps": 1}}
@@ -45,6 +45,8 @@ def write_run(
     rows: list[dict[str, object]] = []
     for step in range(1, 9):
         row = {"step": step, "loss": losses - step / 10, "tokens": 100 * step, "memory_gib": memory, "step_s": 0.5}
+        if "reference_tflops" in (record or {}):
+            row["mfu"] = 0.5
         rows.append({**row, "tokens_per_s": speed + step % 2})
     if scale is not None:
         sums = [scale * each for each in batches or BATCHES]
@@ -305,6 +307,18 @@ def test_planned_memory_stands_beside_measured_only_where_both_mean_the_same(tmp
     assert planned_columns("gpu", "simulation of the longest micro-batch's step", "cuda")
     assert not planned_columns("cpu", "simulation of the longest micro-batch's step", "cpu")
     assert not planned_columns("rule", "estimate: state by arithmetic", "cuda")
+
+
+@pytest.mark.parametrize(("peak", "is_shown"), [(100.0, True), (100.5, True), (130.0, False)])
+def test_mfu_of_different_peaks_is_left_out_of_every_table(tmp_path, peak, is_shown):
+    rows = []
+    for name, tflops in (("ddp", 100.0), ("fsdp2", peak)):
+        rows.append(point(tmp_path, name, settings={"strategy.name": name}, record={"reference_tflops": tflops}))
+    comparison = compare(rows)
+    headings = [heading for heading, _ in tables(comparison)[0][1]]
+    page_headings = [column.heading for column in points_table(comparison).columns]
+    assert ("MFU" in headings, "MFU" in page_headings) == (is_shown, is_shown)
+    assert ("MFU is of different peaks" in as_text(comparison)) is not is_shown
 
 
 @pytest.mark.parametrize(
