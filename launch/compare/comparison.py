@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def has_comparable_mfu(self) -> bool:
-        """Whether all runs divide their speed by the same peak. A peak that each run measured on a busy CPU makes MFU a lottery."""
+        """Whether all runs divide their speed by the same peak. What each run measured on a busy CPU is no such peak."""
         peaks = [run.first_repeat.record.reference_tflops for run in self.begun_runs]
         known_peaks = [peak for peak in peaks if peak]
         return bool(known_peaks) and max(known_peaks) <= MAX_PEAK_RATIO * min(known_peaks)
