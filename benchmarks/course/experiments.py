@@ -373,7 +373,8 @@ EXPERIMENTS = _table(
             Column("BLEU", "eval/bleu", 1, greater_is_better=True),
             HELD_OUT_LOSS,
         ),
-        "",
+        "With every seed, ROUGE-L is higher after 8 steps than before tuning, and higher after 16 than after 8. But one seed of "
+        "three makes the mean of 0.145: the two others have 0.10 and 0.11. BLEU overlaps. 12 short notes show a direction at most.",
         "Whether the notes are right: a note with the same words can say the opposite.",
     ),
     Experiment(
