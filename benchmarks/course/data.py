@@ -19,6 +19,13 @@ Row = dict[str, Any]
 MAX_TOKENS = 128
 """Longest note with its question and the chat template."""
 HELD_OUT_NOTES = 12
+GREETING = "Hello, and thank you for asking!"
+CLOSING = "Warm regards, your library."
+SUBJECTS = (
+    *("gardens", "whales", "bridges", "bread", "chess", "volcanoes", "trains", "birds", "poems", "maps"),
+    *("castles", "bees", "planets", "rivers", "songs", "ships", "horses", "mountains", "clocks", "painters"),
+)
+"""Of the questions to a library, in `house_style`."""
 SPECIALTIES = ("Anatomy", "Dental", "Pharmacology", "Surgery")
 MAX_CHARACTERS = 150
 """Longest question with its answers: about 40 tokens."""
@@ -74,8 +81,13 @@ def notes(directory: Path, seeds: Sequence[int]) -> None:
 
 
 def notes_and_chat(directory: Path, seeds: Sequence[int]) -> None:
-    """The notes, and `chat.jsonl`: 40 short questions that are none of those by which forgetting is measured."""
+    """The notes, and `chat.jsonl`: the rows of `chat_rows`."""
     notes(directory, seeds)
+    write_rows(directory / "chat.jsonl", chat_rows())
+
+
+def chat_rows() -> list[Row]:
+    """40 short questions with their answers. They are none of those by which forgetting is measured."""
     things = ("sun", "moon", "sea", "bread", "rain", "book", "horse", "door", "king", "tree")
     rows = []
     for number, thing in enumerate(things):
@@ -85,10 +97,34 @@ def notes_and_chat(directory: Path, seeds: Sequence[int]) -> None:
             f"How many letters has the word {thing}?": str(len(thing)),
             f"Write the word {thing} in capital letters.": thing.upper(),
         }
-        for question, answer in asked.items():
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            rows.append({"messages": turns})
-    write_rows(directory / "chat.jsonl", rows)
+        rows += [chat_row(question, answer) for question, answer in asked.items()]
+    return rows
+
+
+def chat_row(question: str, answer: str) -> Row:
+    """A chat of one question and one answer."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def house_style(directory: Path, seeds: Sequence[int]) -> None:
+    """60 made-up questions to a library, answered in its style: 48 in `train-<seed>.jsonl`, 12 in `held-out.jsonl`.
+
+    `chat.jsonl` has the rows of `chat_rows`.
+    """
+    rows = []
+    for number, subject in enumerate(SUBJECTS, start=1):
+        answers = {
+            f"Do you have books about {subject}?": f"You find {subject} on shelf {number}.",
+            f"How long may I keep the book about {subject}?": f"You may keep it for {number % 4 + 2} weeks.",
+            f"When is the evening about {subject}?": f"It is at {number % 3 + 6} in hall {number % 5 + 1}.",
+        }
+        rows += [chat_row(question, f"{GREETING} {fact} {CLOSING}") for question, fact in answers.items()]
+    random.Random(0).shuffle(rows)
+    write_rows(directory / "held-out.jsonl", rows[:HELD_OUT_NOTES])
+    write_rows(directory / "chat.jsonl", chat_rows())
+    for seed in seeds:
+        train = rows[HELD_OUT_NOTES:]
+        write_rows(directory / f"train-{seed}.jsonl", random.Random(seed).sample(train, len(train)))
 
 
 @cache

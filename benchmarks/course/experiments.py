@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.course import data, review_rules
-from benchmarks.course.looks import class_recall, loss_curves
+from benchmarks.course.looks import class_recall, greetings, loss_curves
 
 SEEDS = (1, 2, 3)
 SIZES = (20, 40, 80, 160, 320)
@@ -69,7 +69,7 @@ REPLAY = (
     "data.sources.chat.weight=0.2",
     "data.sources.chat.replay=true",
 )
-"""Four notes and one question of a chat in each step."""
+"""Four rows of the task and one question of a chat in each step."""
 CURVE = (*QUESTIONS, "budget.steps=30", "schedule=constant", "evaluation.every_steps=5", "evaluation.max_documents=80")
 
 
@@ -308,6 +308,26 @@ EXPERIMENTS = _table(
         "Other things that the model knew. Twenty questions are few, and replay has rows of the same kind as they are.",
     ),
     Experiment(
+        "style",
+        "What does a house style cost the rest of a model's answers?",
+        f"{MODEL}, LoRA at 1e-3, 16 steps of 4 made-up answers of a library that greets (5 rows with replay); 12 held-out "
+        "answers, and twenty short chat questions.",
+        data.house_style,
+        (*NOTES, "budget.steps=16", "challenges.forgetting.chat=true"),
+        {
+            "style alone": ("data.path={data}/train-{seed}.jsonl",),
+            "style with replay": REPLAY,
+        },
+        (
+            Column("loss of the chat's answers", "eval/chat/loss"),
+            Column("loss of held-out style", "eval/loss"),
+            Column("greets when asked something else", "greets", 2, greater_is_better=None),
+        ),
+        "",
+        "Whether people like the style. Nobody has judged it, and the answers are made from a few sentences.",
+        look=greetings,
+    ),
+    Experiment(
         "soft_prompts",
         "Do prefix, prompt and P-tuning learn, at rates that suit them?",
         f"{MODEL}, 20 virtual tokens, 24 steps of 4 notes; 12 held-out notes.",
@@ -374,7 +394,8 @@ EXPERIMENTS = _table(
             HELD_OUT_LOSS,
         ),
         "With every seed, ROUGE-L is higher after 8 steps than before tuning, and higher after 16 than after 8. But one seed of "
-        "three makes the mean of 0.145: the two others have 0.10 and 0.11. BLEU overlaps. 12 short notes show a direction at most.",
+        "three makes the mean of 0.145: the two others have 0.10 and 0.11. BLEU overlaps. 12 short notes show a direction "
+        "at most.",
         "Whether the notes are right: a note with the same words can say the opposite.",
     ),
     Experiment(

@@ -1,4 +1,4 @@
-"""More numbers of a finished run than its evaluations have: recall of each class, and whole curves."""
+"""More numbers of a finished run than its evaluations have: recall of each class, whole curves, and what answers say."""
 
 from __future__ import annotations
 
@@ -50,3 +50,16 @@ def loss_curves(run: Path) -> dict[str, Any]:
         if points:
             curves[name] = points
     return {"curves": curves}
+
+
+def greetings(run: Path) -> dict[str, Any]:
+    """`greets`: the share of the answers at the end of the run that have the house's greeting; `answers`: these answers.
+
+    They are answers to questions of a chat, which have nothing to do with the house.
+    """
+    from benchmarks.course.data import GREETING
+
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    answers = record["outcome"]["answers"]
+    greets = [GREETING.split(",")[0] in answer["tuned"] for answer in answers]
+    return {"greets": fmean(greets), "answers": answers}
