@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -32,6 +34,8 @@ KTO = "kto"
 """The objective that rates answers one by one."""
 FIRST_EDITION_STEP = "train_step"
 """The step in rows of W&B of before metrics had names of their own there."""
+RETRY_AFTER_S = 1.0
+"""Seconds before wandb is asked once more to read a run's files."""
 RUN_PAGE_URL = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+)/runs/(?P<run>[^/?#]+).*")
 """Address of a run's page in W&B."""
 
@@ -167,9 +171,11 @@ def _read_wandb_records(part: Path) -> Iterator[dict[str, Any]]:
     """
     if find_spec("wandb") is None:
         raise ConfigError(f"{part}: its files are read by wandb, which is not installed: pip install wandb")
-    # The command of wandb that reads its files without a server.
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
-    completed = subprocess.run(command, capture_output=True, text=True)
+    completed = _inspect(part)
+    if completed.returncode:
+        # On a busy machine the command has ended with 1 over files that it could read a moment later.
+        time.sleep(RETRY_AFTER_S)
+        completed = _inspect(part)
     lines = [line for line in completed.stdout.splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         try:
@@ -180,6 +186,16 @@ def _read_wandb_records(part: Path) -> Iterator[dict[str, Any]]:
     if completed.returncode and not lines:
         last_error_line = (completed.stderr.strip() or "it gives no reason").splitlines()[-1]
         raise ConfigError(f"{part}: wandb cannot read its files ({last_error_line}); leave this run out")
+
+
+def _inspect(part: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command of wandb that prints the records of a directory as JSON lines; it needs no server."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
+    environment = dict(os.environ)
+    # A run that this process tracked has left the address of its W&B service, which is no business of a reader of files.
+    environment.pop("WANDB_SERVICE", None)
+    environment["WANDB_ERROR_REPORTING"] = "false"  # else W&B is sent a record of each reading
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,23 @@ def run(tmp_path_factory):
     assert command_here(["train", *words, f"run.dir={root / 'run'}", "checkpoint.save_final=false"]) == 0
     (part,) = (root / "run/wandb").glob("offline-run-*")
     return root / "run", part
+
+
+@pytest.fixture(autouse=True, scope="module")
+def inspected_once():
+    """W&B's command takes a second, and prints the same of the same files."""
+    inspect, printed = wandb_files._inspect, {}
+
+    def once(part):
+        files = tuple((file, file.stat().st_mtime_ns) for file in part.absolute().glob("*.wandb"))
+        completed = printed.get(files) or inspect(part)
+        if files and completed.returncode == 0:
+            printed[files] = completed
+        return completed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wandb_files, "_inspect", once)
+        yield
 
 
 def test_wandb_files_hold_what_the_run_directory_has(run):
@@ -147,11 +165,36 @@ def test_wandb_directory_of_another_program_is_refused(run, monkeypatch, tmp_pat
     foreign = tmp_path / "offline-run-20260101_000000-x3"
     foreign.mkdir()
     (foreign / "run-x3.wandb").write_bytes(b"no such file")
+    monkeypatch.setattr(wandb_files, "RETRY_AFTER_S", 0)
     with pytest.raises(ConfigError, match=r"leave this run out|not a run of shardtune"):
         read_wandb_directory(foreign)
     monkeypatch.setattr(wandb_files, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install"):
         read_wandb_directory(run[1])
+
+
+def test_a_run_is_compared_though_wandb_fails_to_read_its_files_at_first(monkeypatch, tmp_path):
+    """The command's answers are made up: what ends it with 1 on a busy machine could not be repeated."""
+    line = json.dumps({"num": 1, "type": "exit", "exit": {"exit_code": 0}})
+    answers = [(1, "", "Error: no idea"), (0, line, "")]
+    environments = []
+
+    def run(command, *, env, **_):
+        environments.append(env)
+        returncode, stdout, stderr = answers[len(environments) - 1]
+        return subprocess.CompletedProcess(command, returncode, stdout, stderr)
+
+    monkeypatch.setattr(wandb_files.subprocess, "run", run)
+    monkeypatch.setattr(wandb_files, "RETRY_AFTER_S", 0)
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/gone")
+    monkeypatch.setenv("WANDB_DIR", "theirs")
+    assert list(wandb_files._read_wandb_records(tmp_path)) == [json.loads(line)]
+    assert [("WANDB_SERVICE" in env, env["WANDB_DIR"]) for env in environments] == [(False, "theirs")] * 2
+    environments.clear()
+    answers[1] = answers[0]
+    with pytest.raises(ConfigError, match=r"cannot read its files \(Error: no idea\); leave this run out"):
+        list(wandb_files._read_wandb_records(tmp_path))
+    assert len(environments) == 2
 
 
 @pytest.fixture
