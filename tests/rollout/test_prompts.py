@@ -1,18 +1,22 @@
 """Rows of prompts with the columns that rewards read, from the file to the prepared data; and what composing finds wrong."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Rejected, Row
 from trainer.data.fields import KeptColumns
 from trainer.data.formats import RowReader
-from trainer.data.store.documents import to_batch
+from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_batch
 from trainer.objectives.reward_functions import functions_of, kept_columns, problems_of_function
-from trainer.objectives.rollouts import RewardEntry
+from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.rewards.copies import copied_functions, copy_rewards, digests_of, imported_files, renew_copies
+from trainer.rollout.rewards.row_check import check_reward_rows
 
 SOURCE = """
 import json
@@ -163,3 +167,39 @@ def test_what_lies_in_a_run_directory_beside_the_copies_is_not_run(reward_file, 
     (run_dir / "rewards/0/rewards.py").write_text("")
     with pytest.raises(ConfigError, match=r"rewards.py differs from the copy"):
         renew_copies(rewards, run_dir, has_progress=True, accept=[])
+
+
+def test_prompts_that_no_answer_could_be_scored_for_are_named_before_a_run(tmp_path):
+    """Two batches of documents, and one that no split took."""
+    rows = [
+        {"answer": "#### 4"},
+        {"answer": "four"},
+        None,
+        {"answer": "5", "schema": {"type": "object"}},
+        {"answer": "no split"},
+    ]
+    documents = [
+        Document("p.jsonl", number, prompt="q", columns=columns) for number, columns in enumerate(rows, start=1)
+    ]
+    with pa.ipc.new_stream(tmp_path / DOCUMENTS_FILE, schema()) as file:
+        file.write_batch(to_batch(documents[:2]))
+        file.write_batch(to_batch(documents[2:]))
+    train, evaluation = (SimpleNamespace(documents=np.array(numbers)) for numbers in ([2, 0, 1], [3]))
+    data = SimpleNamespace(directory=tmp_path, has_rows=True, train=train, evaluation=evaluation, test=None)
+
+    def check(*kinds, **options):
+        rewards = {kind: RewardEntry(kind=kind, options=options) for kind in kinds}
+        check_reward_rows(RoundsConfig(rewards=rewards), data)
+
+    with pytest.raises(DataError) as refused:
+        check("maths", "json_schema", "length", "judge")
+    maths, json_schema = str(refused.value).split("\n  ")
+    assert maths.startswith(
+        "objective.rewards.maths: 2 of 4 prompts cannot be scored, whatever the model answers; mend them"
+    )
+    assert "p.jsonl:2: the right answer 'four' has no number" in maths
+    assert "p.jsonl:3: needs the right answer, in one of the columns references, answer" in maths
+    assert json_schema.startswith("objective.rewards.json_schema: 3 of 4 prompts")
+    check("length", "judge")
+    (tmp_path / "schema.json").write_text("{}")
+    check("json_schema", schema=str(tmp_path / "schema.json"))

@@ -60,8 +60,10 @@ from trainer.objectives.causal import plain_model
 from trainer.objectives.frozen_model import common_layout, teacher_model
 from trainer.objectives.layout_choice import causal_model, padded_model
 from trainer.objectives.registry import build_objective, data_spec_of, family_of, written_tokens
+from trainer.objectives.rollouts import RoundsConfig
 from trainer.objectives.routed import added_losses
 from trainer.optim.build import build_optimizer
+from trainer.rollout.rewards.row_check import check_reward_rows
 from trainer.step import Built, TrainStep
 from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
@@ -297,6 +299,8 @@ def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
         positions = getattr(text, "max_position_embeddings", None)
         rotary = bool(getattr(text, "rope_parameters", None))
         check_positions(config.tuning, longest, positions, rotary=rotary, written_tokens=written)
+    if isinstance(config.objective, RoundsConfig):
+        check_reward_rows(config.objective, data)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "

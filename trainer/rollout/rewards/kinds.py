@@ -6,6 +6,7 @@ They run in worker processes, as functions do: a regular expression may take for
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,11 @@ class RewardKind(ABC):
     @abstractmethod
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
         """The score of one answer. Raises BadScore for a row that the kind cannot judge."""
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        """Raise BadScore for a row that the kind cannot judge, whatever the answer. `score` raises the same."""
+        if self.compares:
+            self.references(columns)
 
     def needed_columns(self) -> list[str]:
         """Columns of which a row must have one; empty if it needs none."""
@@ -109,14 +115,21 @@ class MathsReward(RewardKind):
 
     kind = Maths.kind
 
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        self._reference_result(columns)
+
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+        return float(final_result(text.strip()) == self._reference_result(columns))
+
+    def _reference_result(self, columns: Mapping[str, Any]) -> Any:
+        """The result in the right answer of a row. Raises BadScore."""
         reference = self.references(columns)[0]
         result = final_result(reference)
         if result is None:
             raise BadScore(
                 f"the right answer {reference!r} has no number, nothing after #### and nothing in \\boxed{{}}"
             )
-        return float(final_result(text.strip()) == result)
+        return result
 
 
 class MathVerifyReward(RewardKind):
@@ -153,25 +166,36 @@ class JsonSchemaReward(RewardKind):
     def needed_columns(self) -> list[str]:
         return [] if self.option_values["schema"] else ["schema"]
 
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
-        import json
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        self._schema(columns)
 
+    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+        _, error = check_json(text.strip(), self._schema(columns))
+        return float(error is None)
+
+    def _schema(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """The schema of the file, or that of a row. Raises BadScore."""
         file = self.option_values["schema"]
         schema = columns.get("schema")
         if file is not None:
             schema = Path(str(file)).expanduser().read_text(encoding="utf-8")
         if isinstance(schema, str):
-            schema = json.loads(schema)
+            try:
+                schema = json.loads(schema)
+            except ValueError as error:
+                raise BadScore(f"the schema is no JSON ({error})") from None
         if not isinstance(schema, dict):
             raise BadScore('needs the column "schema" with a JSON schema, or options.schema=FILE')
-        _, error = check_json(text.strip(), schema)
-        return float(error is None)
+        return schema
 
 
 class ToolCallsReward(RewardKind):
     """1 if the answer makes the calls of the reference, as the task `tool_calls` has it."""
 
     kind = ToolCalls.kind
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        self._reference_calls(columns)
 
     def needed_columns(self) -> list[str]:
         return [*super().needed_columns(), "messages"]
@@ -243,6 +267,9 @@ class JudgeReward(RewardKind):
     options: ClassVar[dict[str, Any]] = {
         "rubric": "A good answer is right, helpful, complete, and no longer than it must be."
     }
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        """A judge does without a right answer."""
 
     def needed_columns(self) -> list[str]:
         return []

@@ -1,0 +1,62 @@
+"""Checks the right answers in the data before there are weights: a run would end at one that a built-in reward cannot read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from strategies.errors import DataError
+from trainer.data.store.documents import DocumentTable
+from trainer.rollout.rewards.functions import BadScore
+from trainer.rollout.rewards.kinds import KINDS
+
+if TYPE_CHECKING:
+    from trainer.data.prepare import PreparedData
+    from trainer.objectives.rollouts import RoundsConfig
+
+SHOWN_ROWS = 3
+"""Rows that an error names for each reward."""
+
+
+def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
+    """Raise DataError if there are prompts whose answers a built-in reward could not score, whatever the model writes.
+
+    Local: reads what all ranks have alike, some 100,000 rows a second.
+    """
+    kinds = {name: KINDS[reward.kind](reward.options) for name, reward in settings.rewards.items() if reward.kind}
+    if not kinds or not data.has_rows:
+        return
+    bad_rows: dict[str, list[str]] = {name: [] for name in kinds}
+    num_rows = 0
+    for location, columns in _kept_columns(data):
+        num_rows += 1
+        for name, kind in kinds.items():
+            try:
+                kind.check_row(columns)
+            except BadScore as reason:
+                bad_rows[name].append(f"{location}: {reason}")
+    problems = []
+    for name, rows in bad_rows.items():
+        if rows:
+            problems.append(
+                f"objective.rewards.{name}: {len(rows):,} of {num_rows:,} prompts cannot be scored, whatever the model answers; "
+                f"mend them or leave them out: {'; '.join(rows[:SHOWN_ROWS])}"
+            )
+    if problems:
+        raise DataError("\n  ".join(problems))
+
+
+def _kept_columns(data: PreparedData) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, columns that rewards read) of each document that has a prompt in a split of the run."""
+    splits = [split for split in (data.train, data.evaluation, data.test) if split is not None]
+    is_used = np.unique(np.concatenate([np.asarray(split.documents) for split in splits]))
+    first_row = 0
+    for batch in DocumentTable(data.directory).batches:
+        used = is_used[(is_used >= first_row) & (is_used < first_row + batch.num_rows)] - first_row
+        # Of the rest of a document, its turns above all, nothing is turned into Python values.
+        for row in batch.select(["file", "line", "columns"]).take(used).to_pylist():
+            yield f"{row['file']}:{row['line']}", json.loads(row["columns"] or "{}")
+        first_row += batch.num_rows
