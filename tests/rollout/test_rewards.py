@@ -3,6 +3,7 @@
 import os
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.metrics import round_metrics
 from trainer.rollout.record import RoundRecord
 from trainer.rollout.rewards.kinds import KINDS, kind_problems
-from trainer.rollout.rewards.process import worker_environment
+from trainer.rollout.rewards.process import Call, _RoundOfCalls, worker_environment
 from trainer.rollout.rewards.scorer import WorkerScorer, default_workers, weighted_total
 from trainer.rollout.round import Round
 from trainer.rollout.round_table import round_table
@@ -208,10 +209,29 @@ def test_a_call_that_takes_too_long_is_killed_and_counted(score):
     assert (first.timed_out, second.timed_out) == (1, 0)
 
 
+def test_a_reward_that_is_never_in_time_ends_the_run_however_few_calls_a_round_has():
+    """A round has two calls here. One answer in time, and only eight calls of a round that all take too long end it."""
+    calls = [Call("hangs", {}, f"data.jsonl:{row}", 1.0) for row in range(2)]
+    never_in_time = Counter({"hangs": 0})
+    for _ in range(3):
+        for number in range(2):
+            _RoundOfCalls(calls, never_in_time).note_timeout(number)
+    recovering = Counter(never_in_time)
+    last = _RoundOfCalls(calls, never_in_time)
+    last.note_timeout(0)
+    with pytest.raises(
+        DataError, match=r"hangs: 8 calls took longer than timeout_s=1, .* \(the last one: data.jsonl:1\)"
+    ):
+        last.note_timeout(1)
+    _RoundOfCalls(calls, recovering).note_reply(0, {"scores": [1.0], "logged": {}, "extra": {}})
+    for _ in range(10):
+        _RoundOfCalls(calls, recovering).note_timeout(0)
+
+
 def test_a_process_that_crashes_is_tried_once_more(score):
     (scores,) = score(["crashes_once"], [group(["a", "b"], {"answer": "a"})])
     np.testing.assert_equal(scores.total, [1.0, 1.0])
-    with pytest.raises(DataError, match=r"objective.rewards.crashes: .*SIGSEGV \(data.jsonl:1\)"):
+    with pytest.raises(DataError, match=r"objective.rewards.crashes: failed twice .*data.jsonl:1\): .*SIGSEGV.*-0.log"):
         score(["crashes"], [group(["a"])])
 
 

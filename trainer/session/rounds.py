@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from strategies import runtime as processes
 from strategies.base import Engine, Progress
@@ -17,6 +18,9 @@ from trainer.reporting.tracking import Trackers
 from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import RunContext
 from trainer.step import Built
+
+if TYPE_CHECKING:
+    from trainer.rollout.round import Round
 
 
 def open_rounds(
@@ -58,9 +62,20 @@ def open_rounds(
     loader.maker.on_round.append(
         lambda made, step: processes.call_on_main(lambda: record.write(made, step), context.runtime)
     )
+    loader.maker.on_round.append(lambda made, step: _tell_timeouts(made, step, context))
     if resumed_from is not None:
         loader.restore(resumed_from)
     return loader, steps
+
+
+def _tell_timeouts(made: Round, step: int, context: RunContext) -> None:
+    """Print a warning if rewards had no time for some answers of a round: a resumed run might not leave out the same ones."""
+    timed_out = int(made.facts.get("answers/timed_out", 0))
+    if timed_out and context.runtime.is_main:
+        context.console.print_line(
+            f"warning: the round of step {step + 1} is not reproducible: scores that a reward did not give within its "
+            f"timeout_s: {timed_out} (answers/timed_out)"
+        )
 
 
 def show_rounds(config: RunConfig, loader: StepLoader | RolloutLoader, trackers: Trackers, context: RunContext) -> None:

@@ -34,7 +34,7 @@ LOAD_S = 300.0
 """Seconds that the reward files may take to be imported."""
 POLL_S = 0.2
 HOPELESS_TIMEOUTS = 8
-"""If so many calls of a reward took too long in a round and none was in time, the run ends."""
+"""If so many calls of a reward took too long and none was in time, in a round or since the workers began, the run ends."""
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -61,6 +61,7 @@ class RewardProcess:
     def __init__(self, rewards: dict[str, dict[str, Any]], log: Path) -> None:
         """`rewards`: what `load_reward` takes, by name. `log`: where it writes what the rewards print."""
         self._setup = {"rewards": rewards, "log": str(log)}
+        self.log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
 
@@ -181,6 +182,8 @@ class WorkerPool:
         """`logs`: the log of each worker. `stop_asked`: whether this process was asked to stop; no collective."""
         self._workers = [RewardProcess(rewards, log) for log in logs]
         self._stop_asked = stop_asked
+        self._never_in_time: Counter[str] = Counter(dict.fromkeys(rewards, 0))
+        """Calls that took too long, of each reward that was in time in no round so far."""
 
     def start(self) -> None:
         """Start all workers, and wait until they have loaded the rewards. Raises DataError if one cannot, and Stopped."""
@@ -219,7 +222,7 @@ class WorkerPool:
         A call that takes too long costs its worker, which is started again. One that ends the process is tried once more. Raises
         DataError for a reward that fails, with the row, and Stopped.
         """
-        round_of_calls = _RoundOfCalls(calls)
+        round_of_calls = _RoundOfCalls(calls, self._never_in_time)
         busy: dict[
             int, tuple[RewardProcess, int, float]
         ] = {}  # by file descriptor: worker, number of its call, deadline
@@ -255,7 +258,7 @@ class WorkerPool:
             message = worker.read()
         except WorkerDied as death:
             worker.kill()
-            round_of_calls.note_death(number, str(death))
+            round_of_calls.note_death(number, f"{death}; its log is {worker.log}")
             return True
         if message is None:
             return False
@@ -282,8 +285,10 @@ class WorkerPool:
 class _RoundOfCalls:
     """The calls of a round, what became of them, and what is still to do."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], never_in_time: Counter[str]) -> None:
+        """`never_in_time`: calls that took too long in all rounds, of rewards that were never in time; kept up to date."""
         self.calls = calls
+        self._never_in_time = never_in_time
         self.replies: list[Reply | None] = [None] * len(calls)
         self.waiting = deque(range(len(calls)))
         self._timeouts: Counter[str] = Counter()
@@ -297,14 +302,19 @@ class _RoundOfCalls:
             trace = f"\n{message['traceback']}" if "traceback" in message else ""
             raise DataError(f"objective.rewards.{call.reward}: {message['problem']} ({call.origin}){trace}")
         self._in_time.add(call.reward)
+        self._never_in_time.pop(call.reward, None)
         self.replies[number] = Reply(message["scores"], message["logged"], message["extra"])
 
     def note_timeout(self, number: int) -> None:
         """Leave the answers of a call unscored. Raises DataError if the reward has been too slow all the time."""
         call = self.calls[number]
         self._timeouts[call.reward] += 1
+        if call.reward in self._never_in_time:
+            self._never_in_time[call.reward] += 1
         self.replies[number] = Reply(None, {}, {})
-        if call.reward not in self._in_time and self._timeouts[call.reward] >= HOPELESS_TIMEOUTS:
+        # A round of few groups has few calls: a reward that always hangs is known after several rounds.
+        in_vain = max(self._timeouts[call.reward], self._never_in_time[call.reward])
+        if call.reward not in self._in_time and in_vain >= HOPELESS_TIMEOUTS:
             raise DataError(
                 f"objective.rewards.{call.reward}: {HOPELESS_TIMEOUTS} calls took longer than timeout_s={call.timeout_s:g}, and "
                 f"none was in time (the last one: {call.origin}); does it wait for something that never comes? Mend it, or "
@@ -317,7 +327,6 @@ class _RoundOfCalls:
         self._deaths[number] += 1
         if self._deaths[number] > 1:
             raise DataError(
-                f"objective.rewards.{call.reward}: {cause} ({call.origin}), twice with the same answers; the log of the worker "
-                "may say where"
+                f"objective.rewards.{call.reward}: failed twice with the same answers ({call.origin}): {cause}"
             )
         self.waiting.append(number)
