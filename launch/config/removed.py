@@ -24,7 +24,16 @@ REMOVED = {
     "data.privacy.key_env": "the key is always in SHARDTUNE_PSEUDONYM_KEY",
 }
 """Settings that there were, and their successors."""
+_DRAWN_OTHERWISE = (
+    *("objective.rollout.top_p", "objective.rollout.top_k", "objective.rollout.min_p"),
+    *("objective.rollout.repetition_penalty", "objective.top_p", "objective.top_k"),
+)
+_ONLY_TEMPERATURE = (
+    "answers are drawn by the very probabilities that are learned, and only objective.rollout.temperature changes both; "
+    "evaluation.generate.top_p is for evaluations"
+)
 NOT_OFFERED = {
+    **dict.fromkeys(_DRAWN_OTHERWISE, _ONLY_TEMPERATURE),
     "parallel.tensor": (
         "tensor parallelism is not offered. If the model does not fit, shard it with strategy=fsdp2 or zero3, or store its base "
         "in 4 bits with model.quantisation=nf4; if a document does not fit, set parallel.sequence (docs/choosing-a-strategy.md)"
