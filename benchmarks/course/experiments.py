@@ -339,7 +339,8 @@ EXPERIMENTS = _table(
             "prefix at 1e-2": ("tuning=prefix", "optim.lr=1e-2"),
         },
         (HELD_OUT_LOSS, Column("trained parameters", "trainable_parameters", 0, greater_is_better=None)),
-        "",
+        "All three learn with every seed. By method, the mean loss falls by 0.37 to 0.51 from that of the untrained virtual "
+        "tokens. No difference between them shows. LoRA on the same notes comes lower in 8 steps (`rouge`).",
         "What they reach in hundreds of steps, as their papers train them.",
     ),
     Experiment(
