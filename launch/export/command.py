@@ -84,6 +84,8 @@ class ExportRequest:
     """Why the run's own rows are read; None if nothing needs them."""
     accept_data: bool = False
     """Whether today's rows may be used if those of the training are gone."""
+    trained_wandb_id: str = ""
+    """The W&B run that wrote the checkpoint, read while the checkpoint is exported; empty: none, or not exported yet."""
 
 
 def main(argv: list[str]) -> int:
@@ -173,11 +175,11 @@ def run(argv: list[str]) -> dict[str, Any]:
         print(f"the export in {request.to} is whole: only its GGUF file is made", flush=True)
     else:
         data = export(config, request, words.processes or 1)
+        register_in_tracker(config, request)
     if request.gates is not None:
         export_record = {"to": str(request.to), "checkpoint": request.checkpoint.name, "time": time.time()}
         record(run_dir, request.gates, export_record)
     print(f"model: {request.to}")
-    register_in_tracker(config, request)
 
     # What is made of the export: a GGUF file, a quantised model, a push to the hub.
     names = [path.name for path in averaged or [request.checkpoint]]
@@ -197,17 +199,16 @@ def run(argv: list[str]) -> dict[str, Any]:
 def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
     """Register the export in a run's directory as a W&B artifact, if the run asks for it and left it to a job.
 
-    A run without `export` in `launcher.pipeline` exports itself, and has registered its own.
+    A run without `export` in `launcher.pipeline` exports itself, and has registered its own. Reads no checkpoint: after the
+    export the run may have deleted it.
     """
-    from strategies.state import read_header
     from trainer.config.launching import leaves_export_to_job
     from trainer.session.announcements import track_export
 
     is_of_run = request.to.resolve() == (request.run_dir / "export").resolve()
     if not config.logging.artifacts or not leaves_export_to_job(config) or not is_of_run:
         return
-    trained_id = read_header(request.checkpoint).progress.wandb_id
-    track_export(config, request.to, trained_id or "", lambda line: print(line, flush=True))
+    track_export(config, request.to, request.trained_wandb_id, lambda line: print(line, flush=True))
 
 
 def _is_used_by_export(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:
@@ -414,6 +415,7 @@ def export(config: RunConfig, request: ExportRequest, num_processes: int) -> Pre
     The checkpoints are kept from pruning until it is written. Errors: those of building the model, reading the checkpoint and
     writing.
     """
+    from strategies.state import read_header
     from trainer.checkpoints.in_use import kept_from_pruning
 
     with ExitStack() as kept:
@@ -422,6 +424,8 @@ def export(config: RunConfig, request: ExportRequest, num_processes: int) -> Pre
         if not request.averaged and not request.checkpoint.is_dir():
             request.checkpoint = next_checkpoint(request, config)
             kept.enter_context(kept_from_pruning(request.checkpoint))
+        if config.logging.artifacts:
+            request.trained_wandb_id = read_header(request.checkpoint).progress.wandb_id or ""
         job = writing.WritingJob(
             run=str(request.run_dir),
             checkpoints=[str(path) for path in request.averaged or [request.checkpoint]],

@@ -1,7 +1,10 @@
 """The processes that write a whole model: what they hold, how they share the files, what a kill leaves."""
 
 import json
+import os
 import shutil
+import socket
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from tests.helpers.warm import command_warm
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.export import write as write_module
 from trainer.export.config import ExportConfig
-from trainer.export.files import RECORDS, ExportInUse, share_of, write_file
+from trainer.export.files import RECORDS, ExportInUse, share_of, sole_export, write_file
 from trainer.export.plan import PlannedFile, PlannedTensor, plan_files
 from trainer.export.trained_model import ModelValues
 from trainer.export.write import write_export
@@ -126,7 +129,7 @@ def test_two_exports_into_one_directory_do_not_meet(model, runtime, tmp_path, mo
         if not second:
             second.append(file.name)
             before = sorted(staging_dir.rglob("*"))
-            with pytest.raises(ExportInUse, match=r"out: another export is being written there; .* \(to=\)"):
+            with pytest.raises(ExportInUse, match=r"there \(\w+ on \S+, process \d+\); .* \(to=\)"):
                 write(model, tmp_path / "out", runtime)
             assert sorted(staging_dir.rglob("*")) == before
         write_file(plan, file, values, staging_dir)
@@ -137,6 +140,47 @@ def test_two_exports_into_one_directory_do_not_meet(model, runtime, tmp_path, mo
     write(model, tmp_path / "out", runtime)
     assert second and digests(tmp_path / "out") == first
     assert not list(tmp_path.glob(".out*"))
+
+
+def errors_of_another_user(destination):
+    """What another user without rights of the super-user gets who exports to `destination`; empty for no error."""
+    answer, told = os.pipe()
+    if os.fork() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+        try:
+            with sole_export(destination):
+                pass
+        except BaseException as error:  # noqa: BLE001 - the tests must not go on in this process
+            os.write(told, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(told)
+    os.wait()
+    with os.fdopen(answer) as pipe:
+        return pipe.read()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_lock_of_another_user_holds_while_that_user_exports_and_no_longer(mode):
+    directory = Path(tempfile.mkdtemp())  # pytest's own directories are closed to other users
+    try:
+        directory.chmod(mode)
+        lock = directory / ".out.lock"
+        with sole_export(directory / "out"):
+            error = errors_of_another_user(directory / "out")
+            assert "ExportInUse" in error and f"(root on {socket.gethostname()}, process {os.getpid()})" in error
+            stale = lock.read_bytes()
+        assert errors_of_another_user(directory / "out") == ""
+        lock.write_bytes(stale)  # as a kill -9 leaves it
+        lock.chmod(0o666)
+        assert errors_of_another_user(directory / "out") == ""
+        assert lock.exists() is (mode == 0o1777), "there a user cannot remove what others have made"
+        lock.write_bytes(b"")
+        lock.chmod(0o600)  # as earlier versions made it
+        assert "this lock file of root cannot be opened" in errors_of_another_user(directory / "out")
+    finally:
+        shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize("change", ["checkpoint", "base", "type", "link", "stale"])

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from launch.config.compose import compose
-from launch.export.command import ExportRequest, register_in_tracker
+from launch.export.command import ExportRequest, export, register_in_tracker
 from launch.sweep.multirun import multirun
 from strategies.errors import Diverged, Preempted
 from tests.faults.runs import PACED
@@ -89,9 +89,18 @@ def test_export_job_of_a_pipeline_registers_the_model_that_the_run_left_to_it(si
     run_dir = site / "chained"
     (run_dir / "export").mkdir(parents=True)
     (run_dir / "export" / "model.safetensors").write_bytes(b"weights")
-    header = SimpleNamespace(progress=SimpleNamespace(wandb_id="trained1"))
-    monkeypatch.setattr("strategies.state.read_header", lambda checkpoint: header)
-    request = ExportRequest(run_dir, run_dir / "checkpoints/step-000004", run_dir / "export")
+    checkpoint = run_dir / "checkpoints/step-000004"
+    checkpoint.mkdir(parents=True)
+
+    def read_header(directory):
+        assert directory.is_dir()
+        return SimpleNamespace(progress=SimpleNamespace(wandb_id="trained1"))
+
+    monkeypatch.setattr("strategies.state.read_header", read_header)
+    # Once it is exported, the run may delete the checkpoint before the model is registered.
+    monkeypatch.setattr("launch.export.writing.write_in_place", lambda config, job: shutil.rmtree(job.checkpoints[0]))
+    request = ExportRequest(run_dir, checkpoint, run_dir / "export")
+    export(compose(words(site, "chained", "logging.artifacts=true")).config, request, 1)
     for parts in ("[train]", "[train,export]"):
         assert not (run_dir / "wandb").exists(), "a run that exports itself has registered its own"
         chain = ["launcher=slurm", f"launcher.pipeline={parts}", "logging.artifacts=true"]

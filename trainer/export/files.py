@@ -11,7 +11,9 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +31,8 @@ RECORDS = ".written"
 ORIGIN = "origin.json"
 MAX_RECORD_BYTES = 2**24
 """Bytes of such a record; more is not read."""
-
+MAX_HOLDER_BYTES = 200
+"""Bytes that a lock file says about its holder."""
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers, such as Lustre that was mounted without `flock`."""
@@ -43,18 +46,20 @@ class ExportInUse(ConfigError):
 def sole_export(destination: Path) -> Iterator[None]:
     """Inside the context, no other process writes an export to `destination`, on this host or over NFS.
 
-    The kernel releases the lock when its holder dies. A file system without locks is gone without. Errors: ExportInUse; OSError.
+    The kernel releases the lock when its holder dies, so the file of a process that was killed stops nobody, whoever made it.
+    A file system without locks is gone without. Errors: ExportInUse; OSError.
     """
     path = destination.with_name(f".{destination.name}.lock")
     make_directories(path.parent)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = _open_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            holder = _holder(descriptor)
             os.close(descriptor)
             raise ExportInUse(
-                f"{destination}: another export is being written there; wait until it has ended, or choose another "
+                f"{destination}: another export is being written there{holder}; wait until it has ended, or choose another "
                 "directory (to=)"
             ) from error
         except OSError as error:
@@ -66,10 +71,64 @@ def sole_export(destination: Path) -> Iterator[None]:
                 break
         os.close(descriptor)  # the holder before has removed it: nobody else would meet this one
     try:
+        _write_holder(descriptor)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # in a directory such as /tmp, nobody may remove a file that another user has made
+            path.unlink()
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock file for locking; a new one can be opened by all users. Returns its descriptor.
+
+    Errors: ExportInUse if it is another user's, and may not be opened; OSError.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # NFS locks only what is open for writing
+    while True:
+        # First without O_CREAT: in /tmp, Linux refuses to "create" what another user has made.
+        with suppress(FileNotFoundError):
+            try:
+                return os.open(path, flags)
+            except PermissionError as error:
+                owner = _user_name(path.lstat().st_uid)
+                raise ExportInUse(
+                    f"{path}: this lock file of {owner} cannot be opened: an export of {owner} may be writing there; if none is, "
+                    "have the file removed, or choose another directory (to=)"
+                ) from error
+        with suppress(FileExistsError):
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            with suppress(OSError):
+                os.fchmod(descriptor, 0o666)  # whatever the umask: a file that others cannot open would lock them out
+            return descriptor
+
+
+def _user_name(number: int) -> str:
+    """The name of a user; a user who has none, as in many containers, is called by the number."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
+def _write_holder(descriptor: int) -> None:
+    """Write into a lock file who holds it, as far as that goes: it only tells others whom to ask."""
+    text = f"{_user_name(os.getuid())} on {socket.gethostname()}, process {os.getpid()}"
+    with suppress(OSError):
+        status = os.fstat(descriptor)
+        # A file that somebody has linked to this name is no lock file, and keeps what it says.
+        if status.st_nlink == 1 and status.st_size <= MAX_HOLDER_BYTES:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text.encode(), 0)
+
+
+def _holder(descriptor: int) -> str:
+    """Who wrote into a lock file that it holds the lock, in brackets for a message; empty if nobody did."""
+    with suppress(OSError):
+        written = os.pread(descriptor, MAX_HOLDER_BYTES, 0).decode("utf-8", "replace")
+        if written and written.isprintable():
+            return f" ({written})"
+    return ""
 
 
 def share_of(files: list[PlannedFile], writer: int, writers: int) -> list[PlannedFile]:
