@@ -1,11 +1,13 @@
 """Duplicates: against true Jaccard similarities by brute force, hand-made cases, and any division into blocks."""
 
+import gc
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+import weakref
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import pytest
 
 from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
-from trainer.data.selection.near_duplicates import MAX_CHECKED, jaccard, ngrams
+from trainer.data.selection.near_duplicates import MAX_CHECKED, NearIndex, jaccard, ngrams
 from trainer.data.selection.signatures import Signer, compared_text, normalize, prompt_of
 from trainer.data.selection.splits import COPY_KINDS, find_duplicates, policies_of
 
@@ -119,6 +121,20 @@ def test_near_duplicates_agree_with_brute_force(corpus, similarities):
     assert result.report["normalized"] > 50, "changes of case and punctuation are the same words"
     below = [value for value in similarities.values() if 0.5 <= value < 0.8]
     assert len(below) > 100, "the corpus must hold pairs that candidates have to be refused for"
+
+
+def test_files_of_the_search_go_with_its_index(tmp_path):
+    """A cycle of references would keep them, gigabytes of a large data set, until Python happens to look for cycles."""
+    texts = ["one two three four five six"] * 2
+    index = NearIndex(np.arange(2), lambda row: texts[row], np.zeros(2, np.uint64), 0.8, tmp_path)
+    assert [index.add(0), index.add(1, unless_found=True)] == [None, 0], "and its memory of sketches has been used"
+    gone = weakref.ref(index._index)
+    gc.disable()
+    try:
+        del index
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_duplicates_are_the_same_in_another_process_and_no_thread_is_left():

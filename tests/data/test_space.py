@@ -3,11 +3,13 @@
 import bz2
 import gzip
 import lzma
+import math
 import random
 import shutil
 from collections import namedtuple
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,10 +18,11 @@ from strategies.errors import StorageError
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data import sources
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, DuplicatePolicy, DuplicatesConfig
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.read.opening import expansion
+from trainer.data.selection import bands
 
 Usage = namedtuple("Usage", "total used free")
 ROWS = [row for seed in range(2) for row in chat_rows(1500, seed=seed)]
@@ -81,6 +84,29 @@ def test_space_estimate_is_less_for_fewer_documents_and_shards(tmp_path, room):
     with pytest.raises(StorageError, match="will be written by this shard"):
         other.make_shard(0, 2)
     other.make_shard(0, 5)
+
+
+def test_space_estimate_counts_the_files_of_the_search_for_near_copies(tmp_path, room, monkeypatch):
+    """They have no names, and are gone when the data is prepared."""
+    path = written_as(tmp_path, "")
+    searching = {"duplicates": DuplicatesConfig(near=DuplicatePolicy.report)}
+    sizes = []
+    make_file = bands._new_file
+
+    def measured(shape, dtype, directory):
+        sizes.append(math.prod(shape) * np.dtype(dtype).itemsize)
+        return make_file(shape, dtype, directory)
+
+    monkeypatch.setattr(bands, "_new_file", measured)
+    data = preparation(path, **searching).open_or_make()
+    written = sum((data.directory / name).stat().st_size for name in STORE)
+    shutil.rmtree(tmp_path / "cache")
+    assert sum(sizes) > 0.15 * written, "enough to tell"
+    room(int(1.05 * written))
+    with pytest.raises(StorageError, match="GiB will be written"):
+        preparation(path, **searching).open_or_make()
+    room(int(1.2 * written + 3 * sum(sizes)))  # counted as if every row shared all its bands with another
+    preparation(path, **searching).open_or_make()
 
 
 def test_space_is_not_measured_where_there_is_plenty(tmp_path, monkeypatch):

@@ -31,7 +31,16 @@ from trainer.data.cache import (
     first_date,
     hashes_of,
 )
-from trainer.data.config import BalanceBy, ControlTokens, DataConfig, OverLength, PrivacyMode, Verify, identifying
+from trainer.data.config import (
+    BalanceBy,
+    ControlTokens,
+    DataConfig,
+    DuplicatePolicy,
+    OverLength,
+    PrivacyMode,
+    Verify,
+    identifying,
+)
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.read.origin import Origin
@@ -39,6 +48,7 @@ from trainer.data.read.paths import expand
 from trainer.data.rendered import refuse_rendered
 from trainer.data.report.describe import ReportWriter
 from trainer.data.report.progress import PreparationProgress, PrintLine, print_on_rank_0
+from trainer.data.selection.near_duplicates import index_bytes_per_document
 from trainer.data.selection.splits import Columns, Selection, choose_splits
 from trainer.data.shards import Assembly, Block
 from trainer.data.sources import inputs_of, readers_of, require_room, row_ranges, rows_of
@@ -332,6 +342,13 @@ class Preparation:
                 manifest["sets"] = evaluation_sets
             (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
+    def _search_bytes_per_row(self) -> int:
+        """Bytes of disk for each row that the search for near copies takes while it works; 0 without that search."""
+        config = self.config
+        if config.duplicates.near is DuplicatePolicy.none and not config.leakage.near:
+            return 0
+        return index_bytes_per_document(config.duplicates.threshold)
+
     def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Generator[Block]:
         """Read, clean and tokenise one `part` of `parts` of the rows: blocks of documents and tokens, in input order.
 
@@ -340,7 +357,14 @@ class Preparation:
         Raises StorageError if the disk is too small.
         """
         make_block = BlockMaker(self.config, self.data_spec, readers=readers, encoder=self._encoder, date=self.date)
-        require_room(self.directory.parent, self.inputs, make_block, self.config.max_documents, parts=parts)
+        require_room(
+            self.directory.parent,
+            self.inputs,
+            make_block,
+            self.config.max_documents,
+            parts=parts,
+            more_bytes_per_row=self._search_bytes_per_row() if parts == 1 else 0,
+        )
         if self.config.max_documents is None:
             self.progress.expect(self.inputs, 1 / parts)
         ranges = row_ranges(rows_of(self.inputs, self.config.max_documents))

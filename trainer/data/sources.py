@@ -352,11 +352,12 @@ def require_room(
     max_documents: int | None,
     *,
     parts: int = 1,
+    more_bytes_per_row: int = 0,
 ) -> None:
     """Raise StorageError if the disk of `directory` has less room than 1/`parts` of the prepared data is going to take.
 
     What is written for each byte (of tables: each row) is measured on the first block of every input, made by `make`.
-    Nothing is measured if there is plenty of room.
+    `more_bytes_per_row`: what is written for a row meanwhile, beside the block. Nothing is measured if there is plenty of room.
     """
     # The cache may not exist yet: its disk is that of the nearest parent that does.
     existing = directory
@@ -370,6 +371,7 @@ def require_room(
     train_bytes = 0.0
     for source_input in inputs:
         bytes_read, rows_read, bytes_written = _measure_first_block(source_input, make)
+        bytes_written += rows_read * more_bytes_per_row
         # The size of text files is known in bytes, that of tables in rows.
         text_bytes, table_rows = source_input.origin.extent()
         written_per_byte = bytes_written / max(bytes_read, 1)

@@ -20,6 +20,8 @@ from trainer.data.selection.signatures import mix
 
 DOCUMENTS_PER_WRITE = 4096
 """Documents whose band keys are made at a time."""
+BYTES_PER_BAND = 20
+"""Bytes in the files of an index for a band of a document that shares one: its key, and three numbers of its group."""
 
 
 class BandIndex:

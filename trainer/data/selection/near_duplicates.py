@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.selection.bands import BandIndex
+from trainer.data.selection.bands import BYTES_PER_BAND, BandIndex
 from trainer.data.selection.signatures import normalize
 
 NGRAM = 5
@@ -51,6 +51,43 @@ MAX_CANDIDATES = 512
 """A document that shares a band with as many is not kept for later ones: text that thousands share costs their square."""
 
 
+class _SketchedTexts:
+    """The documents of a `NearIndex` by position, with their runs of words and MinHash sketches, made anew at each call."""
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        text_of: Callable[[int], str],
+        partition: np.ndarray,
+        empty_sketch: Callable[[], Any],
+    ) -> None:
+        self._rows = rows
+        self._text_of = text_of
+        self._partition = partition
+        self._empty_sketch = empty_sketch
+
+    def runs(self, position: int) -> list[bytes]:
+        """The runs of words of a document."""
+        return ngrams(normalize(self._text_of(int(self._rows[position]))), int(self._partition[position]))
+
+    def runs_and_sketch(self, position: int) -> tuple[list[bytes], Any]:
+        """(runs of words of a document, their MinHash sketch)."""
+        runs = self.runs(position)
+        sketch = self._empty_sketch()
+        sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
+        return runs, sketch
+
+    def sketch(self, position: int) -> Any:
+        """The MinHash sketch of a document."""
+        _, sketch = self.runs_and_sketch(position)
+        return sketch
+
+    def digest(self, position: int) -> list[int] | None:
+        """The MinHash values of a document; None for one without words."""
+        runs, sketch = self.runs_and_sketch(position)
+        return sketch.digest() if runs else None
+
+
 class NearIndex:
     """Finds which of some documents are near copies of each other, in the order in which they are added.
 
@@ -70,15 +107,12 @@ class NearIndex:
         from rensa import RMinHash
 
         bands, band_rows = choose_bands(threshold)
-        self._rows = rows
         self._threshold = threshold
-        self._text_of = text_of
-        self._partition = partition
-        self._empty_sketch: Callable[[], Any] = lambda: RMinHash(bands * band_rows, MINHASH_SEED)
-        self._index = BandIndex(map(self._digest, range(len(rows))), len(rows), bands, directory)
+        self._texts = _SketchedTexts(rows, text_of, partition, lambda: RMinHash(bands * band_rows, MINHASH_SEED))
+        self._index = BandIndex(map(self._texts.digest, range(len(rows))), len(rows), bands, directory)
         # The index keeps bands only, so a candidate's sketch is made again from its text; common candidates come
-        # often.
-        self._sketch_of = lru_cache(MAX_SKETCHES)(lambda position: self._sketch(position)[1])
+        # often. Nothing in here refers back to this object: its files must go with it, not with the next collection.
+        self._sketch_of = lru_cache(MAX_SKETCHES)(self._texts.sketch)
         self.may_be_near = self._index.shares_band
         """bool [n]: which documents may be near another one at all. The others need neither be added nor looked for."""
         self.report = {"comparisons": 0, "incomplete": 0}
@@ -89,7 +123,7 @@ class NearIndex:
 
         The similarity is that of their word n-grams. Documents without words are never near copies.
         """
-        runs, sketch = self._sketch(position)
+        runs, sketch = self._texts.runs_and_sketch(position)
         return self._find(position, runs, sketch)
 
     def add(self, position: int, *, unless_found: bool = False) -> int | None:
@@ -107,22 +141,6 @@ class NearIndex:
                 self.report["incomplete"] += 1
         return near_copy
 
-    def _runs(self, position: int) -> list[bytes]:
-        """The runs of words of a document."""
-        return ngrams(normalize(self._text_of(int(self._rows[position]))), int(self._partition[position]))
-
-    def _sketch(self, position: int) -> tuple[list[bytes], Any]:
-        """(runs of words of a document, their MinHash sketch)."""
-        runs = self._runs(position)
-        sketch = self._empty_sketch()
-        sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
-        return runs, sketch
-
-    def _digest(self, position: int) -> list[int] | None:
-        """The MinHash values of a document; None for one without words."""
-        runs, sketch = self._sketch(position)
-        return sketch.digest() if runs else None
-
     def _find(self, position: int, runs: list[bytes], sketch: Any) -> int | None:
         """The document of the index that this one is a near copy of; None if there is none.
 
@@ -137,7 +155,7 @@ class NearIndex:
                 candidates.append((-estimate, candidate))
         for _, candidate in sorted(candidates)[:MAX_CHECKED]:
             self.report["comparisons"] += 1
-            if jaccard(set(runs), set(self._runs(candidate))) >= self._threshold:
+            if jaccard(set(runs), set(self._texts.runs(candidate))) >= self._threshold:
                 return candidate
         if len(candidates) > MAX_CHECKED:
             self.report["incomplete"] += 1
@@ -193,3 +211,9 @@ def choose_bands(threshold: float) -> tuple[int, int]:
         if recall(threshold, bands, rows) >= MIN_RECALL:
             return bands, rows
     raise AssertionError(f"no bands for a threshold of {threshold}: one row a band finds enough of any above 0.03")
+
+
+def index_bytes_per_document(threshold: float) -> int:
+    """Bytes of disk that the search for near copies takes for a document at most, until it has ended."""
+    bands, _ = choose_bands(threshold)
+    return bands * BYTES_PER_BAND
