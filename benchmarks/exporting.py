@@ -1,7 +1,8 @@
 """Seconds and memory of writing a whole model out of its checkpoint, beside gathering it from an engine, as before.
 
-python -m benchmarks.exporting [--shape smollm2|3gib] [--only new|old]. Each way runs in one process of one thread, forked with
-the libraries loaded; its memory is the peak beyond what it had then. The files of both ways must have the same SHA-256.
+python -m benchmarks.exporting [--shape smollm2|3gib] [--processes 2] [--only new|old]. Each process has one thread, and is forked
+with the libraries loaded; its memory is the peak beyond what it had then. The old way is one process, as it always was. The files
+of both ways must have the same SHA-256. With both ways, the result goes to benchmarks/results/exporting.json.
 """
 
 import argparse
@@ -9,12 +10,15 @@ import hashlib
 import json
 import os
 import resource
+import shutil
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import transformers
@@ -52,6 +56,7 @@ SHAPES = {
 }
 """Settings of a Llama: that of SmolLM2-135M, and one of 0.79 billion parameters, stored in float32."""
 MAX_SHARD_GIB = 0.5
+RESULTS = Path(__file__).parent / "results" / "exporting.json"
 
 
 def optimizer_of(shape: str) -> AdamwConfig | SgdConfig:
@@ -116,27 +121,60 @@ def one_process() -> processes.Runtime:
     return processes.start("cpu", timeout_s=3600, threads=1, matmul=Matmul.blas)
 
 
-def measured(work: Callable[[], None]) -> dict[str, float]:
-    """What work takes in a process of its own: seconds, seconds of the processor, and GiB beyond those at its start."""
+def measured(work: Callable[[], None], processes: int = 1) -> dict[str, float]:
+    """What `work` takes in forked processes that form a job of `processes` ranks.
+
+    Returns seconds of the slowest process, CPU seconds of all, and GiB beyond those at its start, of the largest process.
+    """
+    pipes = [_fork(work, _rank_variables(rank, processes)) for rank in range(processes)]
+    texts = [pipe.read() for pipe in pipes]
+    for _ in range(processes):
+        os.wait()
+    if not all(texts):
+        sys.exit("a process failed, as the lines above say")
+    figures = [json.loads(text) for text in texts]
+    return {
+        "s": max(each["s"] for each in figures),
+        "cpu_s": sum(each["cpu_s"] for each in figures),
+        "gib": max(each["gib"] for each in figures),
+    }
+
+
+def _rank_variables(rank: int, processes: int) -> dict[str, str]:
+    """What torchrun would set for a rank; nothing for a job of one."""
+    if processes == 1:
+        return {}
+    if rank == 0:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {name: str(number) for name, number in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def _free_port() -> int:
+    """A port of this host that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _fork(work: Callable[[], None], variables: dict[str, str]) -> TextIO:
+    """Start a process that does `work`. Returns the pipe at which it tells its figures, as JSON; nothing if it failed."""
     answer, told = os.pipe()
     if os.fork() == 0:
         try:
+            os.close(answer)
+            os.environ.update(variables)
             os.write(told, json.dumps(_measured_here(work)).encode())
         except BaseException:  # noqa: BLE001 - the parent's own work must not go on here
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
     os.close(told)
-    with os.fdopen(answer) as pipe:
-        text = pipe.read()
-    os.wait()
-    if not text:
-        sys.exit("a process failed, as the lines above say")
-    return json.loads(text)
+    return os.fdopen(answer)
 
 
 def _measured_here(work: Callable[[], None]) -> dict[str, float]:
-    """What work takes in this process, as `measured` returns it."""
+    """What work takes in this process: seconds, CPU seconds, and GiB beyond those at its start."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     before_kib = memory_kib("VmRSS")
     began = time.perf_counter()
@@ -164,29 +202,53 @@ def digests(directory: Path) -> dict[str, str]:
     return found
 
 
+def model_name() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
 def main() -> None:
     """Make a model and a checkpoint, and write the export both ways."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--processes", type=int, default=2, help="of today's way")
     parser.add_argument("--only", choices=["new", "old"])
     asked = parser.parse_args()
+    figures: dict[str, dict[str, float]] = {}
+    files: dict[str, dict[str, str]] = {}
+    load_before = os.getloadavg()[0]
+    # transformers loads a class when it is first asked for. Here, so that no measured process imports it.
+    assert issubclass(transformers.LlamaForCausalLM, transformers.PreTrainedModel)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         base, checkpoint = root / "base", root / "checkpoint"
         measured(lambda: make_base(asked.shape, base))
         measured(lambda: make_checkpoint(asked.shape, base, checkpoint))
-        files = {}
-        for name, write in (("new", write_new), ("old", write_old)):
-            if asked.only not in (None, name):
+        # With several processes, today's way is also measured with one: the old way has no more.
+        ways = [(f"new, {count} processes", write_new, count) for count in sorted({1, asked.processes}, reverse=True)]
+        for name, write, processes in [*ways, ("old", write_old, 1)]:
+            if asked.only is not None and not name.startswith(asked.only):
                 continue
-            found = measured(lambda write=write, name=name: write(asked.shape, base, checkpoint, root / name))
-            print(
-                f"{asked.shape}, {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True
-            )
-            files[name] = digests(root / name)
-        if len(files) == 2:
-            assert files["new"] == files["old"], "the two ways write other bytes"
-            print(f"{len(files['new'])} files with the same SHA-256")
+            to = root / name
+            figures[name] = measured(lambda write=write, to=to: write(asked.shape, base, checkpoint, to), processes)
+            shown = ", ".join(f"{key} {value:.2f}" for key, value in figures[name].items())
+            print(f"{asked.shape}, {name}: {shown}", flush=True)
+            files[name] = digests(to)
+            shutil.rmtree(to)
+    if asked.only is not None:
+        return
+    first, *others = files.values()
+    assert all(other == first for other in others), "the ways write other bytes"
+    print(f"{len(first)} files with the same SHA-256")
+    save_result(asked.shape, {"files": len(first), "load": [load_before, os.getloadavg()[0]], "ways": figures})
+
+
+def save_result(shape: str, result: dict[str, Any]) -> None:
+    """Put the figures of a shape beside those of the other one."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results[shape] = {"processor": model_name(), "torch": torch.__version__, **result}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
