@@ -1,11 +1,13 @@
 """Rounds in one process: what is written, dealt, counted and kept, with the product's engine and loader."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from strategies import runtime as processes
 from strategies.base import Progress
@@ -24,6 +26,7 @@ from trainer.objectives.rollouts import IdleGroups
 from trainer.reporting.tracking import Trackers
 from trainer.rollout.round_file import ROUND_FILE
 from trainer.rollout.round_table import round_table
+from trainer.rollout.writer import left_out
 
 CLOSE = 1e-3
 """Distance of the two best noisy scores of a draw above which no rounding of float32 changes it."""
@@ -73,6 +76,29 @@ def test_a_draw_belongs_to_its_place_and_number_whatever_is_written_at_a_time(ro
     for curve in curves[1:]:
         for step, first in zip(curve, curves[0], strict=True):
             assert step == pytest.approx(first, rel=1e-5, abs=1e-6)
+
+
+def test_how_a_model_wants_to_be_drawn_from_does_not_hold_while_it_learns_and_is_told(
+    root, runtime, tmp_path, monkeypatch
+):
+    """Qwen's models come with a repetition penalty, top_p and top_k: these would change what is drawn, not what is learned.
+
+    transformers' `generate` would apply them; it writes where the loop of groups cannot.
+    """
+    model = tmp_path / "llama"
+    shutil.copytree(root / "llama", model)
+    own = GenerationConfig.from_pretrained(model)
+    own.update(do_sample=True, temperature=0.1, repetition_penalty=5.0, top_p=0.5, top_k=2)
+    own.save_pretrained(model)
+    assert left_out(GenerationConfig.from_pretrained(model)) == ["repetition_penalty=5.0", "top_k=2", "top_p=0.5"]
+    texts = []
+    for directory in (root / "llama", model):
+        config = round_config(root, directory, "single", micro=16)
+        trainer = round_trainer(config, prompts_of(config), runtime)
+        take_steps(trainer, 1)
+        texts.append(texts_of(trainer))
+        monkeypatch.setattr(group_answers, "shares_prompts", lambda model: False)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
