@@ -24,7 +24,7 @@ SHOWN_ROWS = 3
 def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
     """Raise DataError if there are prompts whose answers a built-in reward could not score, whatever the model writes.
 
-    Local: reads what all ranks have alike, some 100,000 rows a second.
+    Local: reads what all ranks have alike, 30,000 rows a second with `maths` and more with other kinds (AMD Zen 4).
     """
     kinds = {name: KINDS[reward.kind](reward.options) for name, reward in settings.rewards.items() if reward.kind}
     if not kinds or not data.has_rows:
