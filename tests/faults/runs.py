@@ -226,11 +226,18 @@ def rank_of(launcher: int, rank: int) -> psutil.Process | None:
 def forked_rank_of(launcher: int, rank: int) -> psutil.Process:
     """The same where ranks are forked: children of the one child of the launcher, in the order of their ranks.
 
-    Linux lists them as they were made; by their numbers the last one comes first where those begin anew.
+    Linux lists them as they were made; by their numbers the last one comes first where those begin anew. Ranks of
+    DeepSpeed are one level lower: a child of that child has imported it and forks them.
     """
     [nursery] = psutil.Process(launcher).children()
-    made = Path(f"/proc/{nursery.pid}/task/{nursery.pid}/children").read_text().split()
-    return psutil.Process(int(made[rank]))
+    made = _children(nursery.pid)
+    if len(made) == 1:
+        made = _children(made[0])
+    return psutil.Process(made[rank])
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def flood(process: Process, *numbers: int, every_s: float = 0.02) -> int:

@@ -42,7 +42,7 @@ def test_a_stop_while_answers_are_scored_loses_no_step_and_changes_no_curve(runs
     """The signal comes while a reward hangs: the run saves the step before the round, and the round is written again."""
     ranks = [] if strategy == "single" else ["launcher.processes=2"]
     words = [*words, f"strategy={strategy}", *ranks]
-    code, said = runs.run(f"{strategy}-calm", *words)
+    code, said = runs.run_here(f"{strategy}-calm", *words)
     assert code == 0, said
     (runs.root / "hold").touch()
     (runs.root / "scoring").unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def test_a_stop_while_answers_are_scored_loses_no_step_and_changes_no_curve(runs
     (runs.root / "hold").unlink()
     status = runs.status(f"{strategy}-stopped")
     assert (status["state"], status["step"]) == ("preempted", 2)
-    code, said = runs.run(f"{strategy}-stopped", *words)
+    code, said = runs.run_here(f"{strategy}-stopped", *words)
     assert code == 0, said
     assert runs.curve(f"{strategy}-stopped") == runs.curve(f"{strategy}-calm")
 
@@ -62,7 +62,7 @@ def test_a_stop_while_answers_are_scored_loses_no_step_and_changes_no_curve(runs
 def test_a_stop_between_the_steps_of_a_round_keeps_the_round(runs, words):
     """Rounds of two steps, taken twice: stopped between two of them, and started again."""
     words = [*words, "objective.rollout.steps=2", "objective.rollout.iterations=2", "budget.steps=6"]
-    code, said = runs.run("rounds-calm", *words)
+    code, said = runs.run_here("rounds-calm", *words)
     assert code == 0, said
     between = 0
     for step in (1, 3) if EVERYTHING else (1,):
@@ -74,7 +74,7 @@ def test_a_stop_between_the_steps_of_a_round_keeps_the_round(runs, words):
         checkpoint = runs.root / "rounds-stopped" / "checkpoints" / f"step-{stopped_at:06d}"
         assert (checkpoint / "round.safetensors").exists() == (stopped_at % 4 != 0)
         between += stopped_at % 4 != 0
-    code, said = runs.run("rounds-stopped", *words)
+    code, said = runs.run_here("rounds-stopped", *words)
     assert code == 0, said
     assert runs.curve("rounds-stopped") == runs.curve("rounds-calm")
     assert between
@@ -86,6 +86,8 @@ def test_a_stop_between_the_steps_of_a_round_keeps_the_round(runs, words):
     [
         (("single", 1), ("zero3", 2)),
         (("fsdp2", 2), ("single", 1)),
+        (("zero2", 2), ("fsdp2", 3)),
+        (("zero3", 2), ("ddp", 2)),
     ],
 )
 def test_a_round_that_one_strategy_wrote_is_finished_under_another(runs, words, before, after):
@@ -96,7 +98,7 @@ def test_a_round_that_one_strategy_wrote_is_finished_under_another(runs, words, 
 
     words = [*words, "objective.rollout.steps=2", "batch.micro=2"]
     if not (runs.root / "elastic-calm").exists():
-        code, said = runs.run("elastic-calm", *words)
+        code, said = runs.run_here("elastic-calm", *words)
         assert code == 0, said
     name = f"{before[0]}-{after[0]}"
     process = runs.start(name, *words, *layout(*before), ranks=True, **runs.held_at(name, 3))
@@ -108,7 +110,7 @@ def test_a_round_that_one_strategy_wrote_is_finished_under_another(runs, words, 
     stopped_at = runs.status(name)["step"]
     if stopped_at % 2:
         assert (runs.root / name / "checkpoints" / f"step-{stopped_at:06d}" / "round.safetensors").exists()
-    code, said = runs.run(name, *words, *layout(*after))
+    code, said = runs.run_here(name, *words, *layout(*after))
     assert code == 0, said
     assert f"resumed from step-{stopped_at:06d}" in said
     for one, other in zip(runs.curve(name), runs.curve("elastic-calm"), strict=True):

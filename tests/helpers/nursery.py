@@ -38,6 +38,12 @@ IMPORTED = (
 """DeepSpeed is not among them: ranks that need it import it themselves, so that others are what they are for a user."""
 WITH = {"deepspeed": ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")}
 """A module that some need beside it, and what it imports itself when it is first used."""
+WITHOUT_THREADS = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+"""Environment of a process that others are forked from: it may have no threads of OpenBLAS, OpenMP or Arrow's memory."""
 FAULT = "TESTS_FAULT"
 """The variable that names a module for ranks to import before they begin: what it changes goes wrong in them."""
 PASSED = 200
@@ -112,8 +118,11 @@ def _with(module: str, *kept: socket.socket) -> socket.socket:
         try:
             for other in (ours, *kept):
                 other.close()
+            os.environ.update(WITHOUT_THREADS)  # a launcher has a user's environment; its ranks get theirs with the job
             _import(*WITH.get(module, (module,)))
             _serve(theirs)
+        except BaseException:  # noqa: BLE001 - whatever it is: shown as Python shows it
+            traceback.print_exc()
         finally:
             os._exit(0)
     theirs.close()

@@ -23,6 +23,7 @@ from unittest import mock
 
 from launch.cluster import torchrun
 from tests.helpers.launching import ROOT, clean_environment, command_here, free_port
+from tests.helpers.nursery import WITHOUT_THREADS
 from tests.helpers.speed import seconds
 
 
@@ -32,8 +33,7 @@ class Nursery:
     def __init__(self, *also: str) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "tests.helpers.nursery", str(theirs.fileno()), *also]
-        # A process with threads cannot be forked: neither of OpenBLAS, nor of the memory that Arrow gives back.
-        env = clean_environment(OPENBLAS_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false")
+        env = clean_environment(**WITHOUT_THREADS)
         process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         self._socket, self._pid, self._wait = ours, process.pid, process.wait
