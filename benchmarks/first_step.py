@@ -1,11 +1,12 @@
 """Seconds and CPU seconds from the start of a process to the end of a LoRA run's first step: ours, and Trainer with peft.
 
-    python benchmarks/first_step.py model=<directory> [rounds=5] [to=benchmarks/results/first_step.json]
+    python benchmarks/first_step.py model=<directory> [rounds=5] [threads=2] [other=<directory>] [to=<file>]
 
 Both train the same model on the same conversations (LoRA of rank 8 on all linear layers, one process, CPU, float32, batches of
 four, no W&B), in turn, so that other work on the machine meets both. The step is over when ours has written the row of its first
 step, and when the Trainer calls `on_step_end`; CPU seconds are of the process and the children it has waited for until then.
-Both find their modules compiled.
+Both find their modules compiled. `threads`: of OpenMP; with several on a busy machine, one that waits for another burns CPU
+seconds. `other`: a checkout of another version of shardtune, measured in turn with the two. `to`: a JSON file for the results.
 """
 
 from __future__ import annotations
@@ -90,13 +91,19 @@ def theirs(model: str, data: Path, to: Path) -> tuple[list[str], Path]:
     return [sys.executable, "-c", TRAINER, model, str(data), str(to)], to / "first"
 
 
-def first_step(command: list[str], marker: Path, bytecode: Path) -> dict[str, float]:
-    """Run until the marker is there; wall and CPU seconds until then. `bytecode`: where Python keeps compiled modules."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+def first_step(
+    command: list[str], marker: Path, bytecode: Path, checkout: Path = ROOT, threads: int | None = None
+) -> dict[str, float]:
+    """Run until the marker is there; wall and CPU seconds until then.
+
+    `bytecode`: where Python keeps compiled modules, unless the environment says it. `checkout`: the tree that shardtune is
+    imported from. `threads`: of OpenMP; None: one for each core.
+    """
+    paths = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads or os.cpu_count()), "HF_HUB_OFFLINE": "1"}
     # As for installed packages: modules are compiled once. Without, each start of ours would compile all of its modules.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    env["PYTHONPYCACHEPREFIX"] = str(bytecode)
+    env.setdefault("PYTHONPYCACHEPREFIX", str(bytecode))
     began = time.monotonic()
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=marker.parent.parent
@@ -115,17 +122,22 @@ def first_step(command: list[str], marker: Path, bytecode: Path) -> dict[str, fl
 def main() -> None:
     """Measure, print and write."""
     words = dict(word.split("=", 1) for word in sys.argv[1:])
-    model, rounds = str(Path(words["model"]).resolve()), int(words.get("rounds", 5))
-    found: dict[str, list[dict[str, float]]] = {"shardtune": [], "Trainer": []}
+    model = str(Path(words["model"]).resolve())
+    rounds = int(words.get("rounds", 5))
+    threads = int(words["threads"]) if "threads" in words else None
+    programs = [("shardtune", ours, ROOT), ("Trainer", theirs, ROOT)]
+    if "other" in words:
+        programs.append(("other version", ours, Path(words["other"]).resolve()))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name, _, _ in programs}
     with tempfile.TemporaryDirectory() as directory:
         data = conversations(Path(directory) / "train.jsonl")
         for number in range(
             rounds + 1
         ):  # the first warms caches: files, compiled modules, and our proof of the architecture
-            for name, of in (("shardtune", ours), ("Trainer", theirs)):
+            for name, of, checkout in programs:
                 to = Path(directory) / f"{name}-{number}" / "out"
                 to.mkdir(parents=True)
-                measured = first_step(*of(model, data, to), Path(directory) / "bytecode")
+                measured = first_step(*of(model, data, to), Path(directory) / "bytecode", checkout, threads)
                 print(
                     name, measured, f"load {os.getloadavg()[0]:.1f}", "(not counted)" if not number else "", flush=True
                 )
@@ -141,6 +153,7 @@ def main() -> None:
         "machine": {
             "cpu": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
+            "threads": threads or os.cpu_count(),
             "load": os.getloadavg()[0],
         },
         "versions": {"python": platform.python_version(), **versions},

@@ -23,6 +23,7 @@ from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, 
 from launch.output import print_json, stdout_to_stderr
 from strategies.compat.python import end_process, run_exit_functions
 from strategies.errors import ConfigError
+from strategies.imports import importing
 from trainer.stopping.signals import hold, release
 
 if TYPE_CHECKING:
@@ -110,8 +111,9 @@ def main(argv: list[str]) -> int:
 
 def _train_or_show(words: TrainWords) -> int:
     """Train the run, search or sweep that the words describe, or print what that would be; returns the exit code."""
-    from launch.config.compose import compose
-    from launch.sweep.sweeper import is_search
+    with importing("torch"):
+        from launch.config.compose import compose
+        from launch.sweep.sweeper import is_search
 
     settings = words.settings
     if words.multirun:
@@ -124,7 +126,8 @@ def _train_or_show(words: TrainWords) -> int:
     if words.dry_run:
         return _dry_run(settings, as_json=words.as_json)
     with stdout_to_stderr(words.as_json):
-        composed = compose(settings)
+        with importing("hydra"):
+            composed = compose(settings)
         run_dir = run_dir_of(composed)
         code = launch_run(composed, run_dir)
     if words.as_json:
@@ -295,9 +298,10 @@ def _run_of_rank(words: list[str], rank: int) -> RankRun:
 
     Rank 0 of a composed run freezes it. Errors: ConfigError, StorageError.
     """
-    from launch.config.compose import compose, is_finished, load_frozen
-    from launch.config.frozen import identity, keep_earlier_defaults
-    from launch.runs.freeze import freeze
+    with importing("torch"):
+        from launch.config.compose import compose, is_finished, load_frozen
+        from launch.config.frozen import identity, keep_earlier_defaults
+        from launch.runs.freeze import freeze
 
     frozen_config = os.environ.get("SHARDTUNE_CONFIG")
     if frozen_config:
@@ -357,7 +361,9 @@ def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: st
     from launch.config.trusted_values import remember_config
     from strategies.errors import NotRunOwner, Preempted
     from trainer.reporting.status import record_failure
-    from trainer.run import run_worker
+
+    with importing("trainer.run"):
+        from trainer.run import run_worker
 
     try:
         run_worker(config, run_dir, sha256, freeze_choices)

@@ -114,9 +114,22 @@ def freeze_choices(run_dir: Path, config: RunConfig) -> None:
     # The comments in the head: who wrote the file, the hash, and the typed words.
     header = "".join(line for line in content.splitlines(keepends=True)[:3] if line[0] == "#")
     recorded_hash = FROZEN.search(header)
-    if recorded_hash is not None:
+    # To load the file takes a tenth of a second, and every start chooses something.
+    if recorded_hash is not None and not _has_all_settings(path, content, config, recorded_hash[1]):
         header = header.replace(recorded_hash[1], identity(load_frozen(path)))
     write_text_atomic(path, header + to_yaml(config))
+
+
+def _has_all_settings(path: Path, content: str, config: RunConfig, recorded_hash: str) -> bool:
+    """Whether a frozen file is as it was written, and lacks no setting of this version's `config`, the same run's.
+
+    `content`: of the file. If it lacks one, or was changed, its hash or the recorded one is another than the configuration's.
+    """
+    try:
+        hash_of_content = _hash(_identifying_settings(settings_file.tree_of(path, content)))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return recorded_hash == hash_of_content == identity(config)
 
 
 def load_frozen(path: Path | str) -> RunConfig:

@@ -15,6 +15,7 @@ from launch.config.verb_words import asks_for_help, help_rows
 from launch.evaluate.kinds import KINDS_READ
 from launch.evaluate.words import EvaluateWords
 from launch.output import print_json, stdout_to_stderr
+from strategies.imports import importing
 from trainer.stopping.signals import hold
 
 if TYPE_CHECKING:
@@ -66,10 +67,11 @@ def main(argv: list[str]) -> int:
     if asks or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    from launch.evaluate.reward_trial import is_trial, run_trial
-    from launch.evaluate.words import make_plan, parse_words
-    from strategies.errors import ConfigError
-    from trainer.config.run import LauncherName
+    with importing("torch"):
+        from launch.evaluate.reward_trial import is_trial, run_trial
+        from launch.evaluate.words import make_plan, parse_words
+        from strategies.errors import ConfigError
+        from trainer.config.run import LauncherName
 
     words = parse_words(argv)
     if is_trial(words):
@@ -171,13 +173,14 @@ def run_as_rank(words: list[str]) -> int:
     make torchrun or srun end the other ranks.
     """
     hold()
-    from launch.cluster.torchrun import die_with_parent
-    from launch.config.compose import load_frozen
-    from launch.config.process_role import export_torchrun_variables
-    from launch.evaluate.words import make_plan, parse_words
-    from strategies.errors import ConfigError, Preempted
-    from trainer.evaluate import EvaluationJob, evaluate_worker
-    from trainer.reporting.status import read_failure
+    with importing("torch"):
+        from launch.cluster.torchrun import die_with_parent
+        from launch.config.compose import load_frozen
+        from launch.config.process_role import export_torchrun_variables
+        from launch.evaluate.words import make_plan, parse_words
+        from strategies.errors import ConfigError, Preempted
+        from trainer.evaluate import EvaluationJob, evaluate_worker
+        from trainer.reporting.status import read_failure
 
     export_torchrun_variables()
     if "TORCHELASTIC_RUN_ID" in os.environ:

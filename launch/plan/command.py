@@ -22,6 +22,7 @@ from launch.config.verb_words import (
 from launch.output import print_json
 from launch.streams import draw
 from strategies.errors import ConfigError
+from strategies.imports import importing
 
 if TYPE_CHECKING:
     from launch.plan.from_run import Calibrated
@@ -262,11 +263,12 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     If they are not typed, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. The settings
     are not validated here: `trainer.planner.plan.run_variants` does that for each way to run.
     """
-    from launch.config.compose import compose, ranks_of
-    from launch.config.overrides import parse
-    from strategies.base import Precision
-    from trainer.config.parallel import readers_of
-    from trainer.config.run import AUTO, MICRO, STRATEGY, Device
+    with importing("torch"):
+        from launch.config.compose import compose, ranks_of
+        from launch.config.overrides import parse
+        from strategies.base import Precision
+        from trainer.config.parallel import readers_of
+        from trainer.config.run import AUTO, MICRO, STRATEGY, Device
 
     parsed = parse(words)
     # `auto` does not count as typed: the plan tries all values that it could become.

@@ -17,6 +17,7 @@ from launch.config.help_text import show_help
 from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
 from strategies.compat.python import end_process
 from strategies.errors import ConfigError, Preempted, key_of_problem
+from strategies.imports import importing
 
 if TYPE_CHECKING:
     from trainer.data.prepare import PreparedData
@@ -98,8 +99,9 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> PreparedData | 
 
     With `shard`, (number, count), only that part is prepared, and None returned: a later call merges the parts.
     """
-    from launch.config.compose import compose
-    from trainer.config.validate import problems_of
+    with importing("torch"):
+        from launch.config.compose import compose
+        from trainer.config.validate import problems_of
 
     config = compose(words, check=False).config
     # Preparing needs no budget or batch, so what is wrong with other settings does not matter here.
@@ -107,9 +109,10 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> PreparedData | 
     problems = [problem for problem in problems_of(config) if key_of_problem(problem).startswith(relevant_keys)]
     if problems:
         raise ConfigError(problems)
-    from trainer.build.parts import prepare_data, prepare_shard
-    from trainer.model.loading import load_tokenizer
-    from trainer.stopping.signals import StopRequest
+    with importing("trainer.build.parts"):
+        from trainer.build.parts import prepare_data, prepare_shard
+        from trainer.model.loading import load_tokenizer
+        from trainer.stopping.signals import StopRequest
 
     with StopRequest() as request:
         request.leave_when_stuck(_end_stuck_process)

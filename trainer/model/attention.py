@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from strategies.hardware import MAX_FLASH_HEAD, gpu_of
 from strategies.matmul import LONG_DOCUMENT, as_chosen, in_blas
 from strategies.runtime import device_kind
+from trainer.model.compat import load_models_without_scipy
 from trainer.model.sequence_attention import over_slices
 
 NAME = "shardtune_varlen"
@@ -32,6 +33,7 @@ SMALLEST_STRETCH = 1024
 
 def register() -> None:
     """Make the function known to transformers under `NAME`. Idempotent."""
+    load_models_without_scipy()
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, over_slices(varlen_attention))

@@ -9,14 +9,56 @@ when a function is called, since composing a run must not import it.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
+from importlib import import_module
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from strategies.imports import importing
+
+# -- imports --------------------------------------------------------------------------------------------------------
+
+
+def load_models_without_scipy() -> None:
+    """Import the part of transformers that all models share, without scipy. Nothing changes if it is loaded already.
+
+    Replaces `transformers.utils.is_scipy_available` during the import. `transformers.modeling_utils` imports the losses of all
+    architectures, and those of object detection import `scipy.optimize`: 320 modules, 0.4 CPU seconds of each start. They get
+    a function that imports scipy when it is called. transformers has no setting for it.
+    """
+    from transformers import utils
+
+    if "transformers.loss.loss_utils" in sys.modules:
+        return
+    is_scipy_available = utils.is_scipy_available
+
+    def is_hidden() -> bool:
+        return False
+
+    utils.is_scipy_available = is_hidden
+    try:
+        with importing("transformers.modeling_utils"):
+            import_module("transformers.modeling_utils")
+    finally:
+        utils.is_scipy_available = is_scipy_available
+    for module in [*sys.modules.values()]:
+        if vars(module).get("is_scipy_available") is is_hidden:
+            module.is_scipy_available = is_scipy_available  # type: ignore[attr-defined]
+            module.linear_sum_assignment = _matched_by_scipy  # type: ignore[attr-defined]
+
+
+def _matched_by_scipy(costs: Any, *args: Any, **kwargs: Any) -> Any:
+    """`scipy.optimize.linear_sum_assignment`, imported at its first call."""
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(costs, *args, **kwargs)
+
 
 # -- classes ------------------------------------------------------------------------------------------------------
 

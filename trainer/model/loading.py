@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, is_panic, tokenizer_panic
+from strategies.imports import importing
 from strategies.small_files import check_small_files, read_object, refuse_pointer
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
@@ -209,7 +210,8 @@ def _config_error(path: str, error: Exception, config: ModelConfig) -> ConfigErr
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The fast tokenizer with added tokens and the chosen chat template; raises ConfigError where there is none."""
-    from transformers import AutoTokenizer
+    with importing("transformers"):
+        from transformers import AutoTokenizer
 
     path = resolve_path(config, config.tokenizer)
     if Path(path).is_dir():

@@ -234,6 +234,17 @@ def with_earlier_default(one):
     return one
 
 
+def test_choices_are_not_written_over_an_edited_file(tmp_path):
+    config = composed().config
+    path = freeze(composed(), tmp_path / "run") / "config.yaml"
+    header = path.read_text().splitlines()[:3]
+    freeze_choices(path.parent, config)
+    assert path.read_text().splitlines()[:3] == header
+    path.write_text(path.read_text().replace("  steps: 3\n", "  steps: 30\n"))
+    with pytest.raises(ConfigError, match="was changed after the run began"):
+        freeze_choices(path.parent, config)
+
+
 def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path, capsys):
     freeze(composed("strategy=single", "batch.micro=4"), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)

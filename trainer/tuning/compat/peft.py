@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strategies.imports import importing
+
 
 def load_peft() -> ModuleType:
     """Import peft without loading torch's compiler.
@@ -24,7 +26,7 @@ def load_peft() -> ModuleType:
     takes a third of a start, and most runs call none of these functions. So each function is compiled at its first call.
     Neither library has a setting for it.
     """
-    with _compile_at_first_call():
+    with importing("peft"), _compile_at_first_call():
         import peft
     return peft
 
