@@ -5,13 +5,10 @@
     python docs/make_lessons.py                        # every lesson
     python docs/make_lessons.py --scratch /tmp/lessons 05-workflow    # keep the directory; go on there after an interruption
 
-Each lesson has a scratch directory, in which its blocks run from top to bottom:
+Each lesson has a scratch directory, in which its marked blocks (docs/marked_blocks.py) run from top to bottom; those that say
+`run tiny` are left out. What a run has printed is recorded below it:
 
-    <!-- file: notes.jsonl -->       the block below is written to this file
-    <!-- run -->                     the block below runs: bash, or Python
-    <!-- run real -->                the same, for commands that need the demo's own model or a download; other tests leave it out
     <!-- output: NAME -->            between this line and `<!-- end -->` stands what the run above it has printed
-    <!-- run tiny -->                the opposite: only the tests with a tiny model run it, and nothing is recorded
 
 An output may be shortened, and parts of it may differ from machine to machine:
 
@@ -38,12 +35,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+from marked_blocks import MarkedBlock, marked_blocks  # noqa: E402
 
 from strategies.cache_dir import VARIABLE, cache_directory  # noqa: E402
 
 LESSONS = ROOT / "docs" / "lessons"
-BLOCK = re.compile(r"<!-- (?P<mark>run|run real|file: \S+) -->\n```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 OUTPUT = re.compile(
     r"<!-- output: (?P<name>[\w-]+)(?P<options>(?:; (?:show|free): .*?)*) -->\n(?P<text>.*?)<!-- end -->", re.S
 )
@@ -90,28 +88,24 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A marked block of a page."""
+class LessonBlock(MarkedBlock):
+    """A marked block of a lesson."""
 
-    mark: str
-    language: str
-    text: str
-    line: int
-    """Line of the page at which its text begins."""
     output: Output | None
     """Where what it prints is recorded."""
 
 
-def blocks_of(page: str) -> list[Block]:
-    """The marked blocks of a page, each with the output that stands between it and the next block."""
-    matches = list(BLOCK.finditer(page))
-    ends = [match.start() for match in matches[1:]] + [len(page)]
+def blocks_of(page: str) -> list[LessonBlock]:
+    """The marked blocks of a lesson, each with the output that stands between it and the next marked block."""
+    marked = marked_blocks(page)
+    ends = [block.start for block in marked[1:]] + [len(page)]
     blocks = []
-    for match, end in zip(matches, ends, strict=True):
-        found = OUTPUT.search(page, match.end(), end)
-        line = page[: match.start()].count("\n") + 3
+    for block, end in zip(marked, ends, strict=True):
+        if block.mark == "run tiny":
+            continue
+        found = OUTPUT.search(page, block.stop, end)
         output = output_of(found) if found else None
-        blocks.append(Block(match["mark"], match["language"], match["text"], line, output))
+        blocks.append(LessonBlock(**vars(block), output=output))
     return blocks
 
 
@@ -162,8 +156,8 @@ def run_lesson(name: str, scratch: Path) -> dict[str, str]:
         run_lesson(earlier[1], scratch)
     outputs = {}
     for block in blocks_of(page):
-        if block.mark.startswith("file: "):
-            (scratch / block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
+        if block.file is not None:
+            (scratch / block.file).write_text(block.text, encoding="utf-8")
             continue
         kept = scratch / HOME / "printed" / hashlib.sha256(f"{name} {block.text}".encode()).hexdigest()[:16]
         if not kept.exists():
@@ -176,7 +170,7 @@ def run_lesson(name: str, scratch: Path) -> dict[str, str]:
     return outputs
 
 
-def run_block(block: Block, name: str, scratch: Path) -> str:
+def run_block(block: LessonBlock, name: str, scratch: Path) -> str:
     """What a block prints, with a reader's paths. RuntimeError if it fails."""
     program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     done = subprocess.run(

@@ -1,18 +1,18 @@
 """The examples of the topic pages run, in the order of the page, on a tiny model and made-up data.
 
-A block is taken where the line above it says `<!-- run -->`, or `<!-- file: name -->` for one that is written to a file.
-Blocks of lessons that say `<!-- run real -->` need the demo's own model: docs/make_lessons.py runs them.
+docs/marked_blocks.py says how blocks are marked. Those that say `run real` need the demo's own model: docs/make_lessons.py runs
+them.
 `shardtune` commands run in this process and their ranks are forked (`tests/helpers/warm.py`), which spares their start; all else
 is a process of its own.
 """
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Hashable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,33 +25,26 @@ from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import forked_ranks, run_ranks
 
-MARKED = re.compile(r"<!-- (run|run tiny|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
+marked_blocks = runpy.run_path(str(ROOT / "docs" / "marked_blocks.py"))["marked_blocks"]
+
+
+def blocks(text):
+    """The marked blocks of a page that need no model of their own."""
+    return [block for block in marked_blocks(text) if block.mark != "run real"]
+
+
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if blocks(path.read_text(encoding="utf-8")))
 
 NEEDS = {"qlora": "bitsandbytes", "lm-eval": "lm_eval", "deployment": "bitsandbytes"}
 """Packages of extras without which a page's examples cannot run."""
 
 
-@dataclass(frozen=True)
-class Block:
-    """One marked block of a page."""
-
-    mark: str
-    language: str
-    text: str
-    line: int
-
-
-def blocks(text: str) -> list[Block]:
-    return [Block(m[1], m[2], m[3], text[: m.start()].count("\n") + 2) for m in MARKED.finditer(text)]
-
-
-def run(block: Block, page: Path) -> None:
+def run(block, page: Path) -> None:
     """Do what a reader would do with the block, in the current directory."""
-    if block.mark.startswith("file: "):
-        Path(block.mark.removeprefix("file: ")).write_text(block.text)
+    if block.file is not None:
+        Path(block.file).write_text(block.text)
     elif block.language == "python":
-        exec(compile("\n" * block.line + block.text, str(page), "exec"), {"__name__": "example"})
+        exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), {"__name__": "example"})
     else:
         for command in filter(None, block.text.replace("\\\n", " ").splitlines()):
             words = shlex.split(os.path.expandvars(command))
@@ -164,12 +157,17 @@ def test_no_mark_is_overlooked():
     """A mark with a blank line after it, or a fence that never ends, would drop its block in silence."""
     for page in (ROOT / "docs").rglob("*.md"):
         text = page.read_text(encoding="utf-8")
-        marks = len(re.findall(r"^<!-- (run|run tiny|file: .+) -->$", text, re.MULTILINE))
-        assert marks == len(blocks(text)), page.name
+        marks = len(re.findall(r"^<!-- (run|run real|run tiny|file: .+) -->$", text, re.MULTILINE))
+        assert marks == len(marked_blocks(text)), page.name
+
+
+def bash_block(command):
+    [block] = blocks(f"<!-- run -->\n```bash\n{command}\n```\n")
+    return block
 
 
 def test_a_wrong_example_fails(reader):
     with pytest.raises(AssertionError):
-        run(Block("run", "bash", "shardtune train model.path=$MODEL data.path=$DATA optim.lrr=1\n", 1), Path("x.md"))
+        run(bash_block("shardtune train model.path=$MODEL data.path=$DATA optim.lrr=1"), Path("x.md"))
     with pytest.raises(AssertionError):
-        run(Block("run", "bash", "rm -r x\n", 1), Path("x.md"))
+        run(bash_block("rm -r x"), Path("x.md"))
