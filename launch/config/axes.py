@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.config.choices import WHOLE_RUN_GROUPS, choices_by_group
+from launch.config.choices import MODEL_GROUP, WHOLE_RUN_GROUPS, choices_by_group
 from strategies.errors import ConfigError
+from trainer.model.known_shapes import shape_names
 
 if TYPE_CHECKING:
     from trainer.reporting.config import LoggingConfig
@@ -203,7 +204,7 @@ def _expand_word(word: str) -> list[str]:
 def _glob_matches(word: str, key: str, glob_text: str) -> list[str]:
     """The choices of the group `key`, or the files, that `glob(<pattern>)` or `glob([a,b],exclude=c)` matches, sorted.
 
-    `word`: the whole word, for messages. Errors: ConfigError if nothing matches.
+    `word`: the whole word, for messages. Errors: ConfigError if nothing matches, or if every published model does.
     """
     included: set[str] = set()
     excluded: set[str] = set()
@@ -216,6 +217,11 @@ def _glob_matches(word: str, key: str, glob_text: str) -> list[str]:
             patterns = argument  # a pattern without a name, which may hold an equals sign itself
         for pattern in split_at_commas(patterns.strip().strip("[]")):
             matches.update(_matches_of_pattern(key, pattern.strip("'\" ")))
+    if key == MODEL_GROUP and included - excluded >= {*shape_names()}:
+        raise ConfigError(
+            f"{word}: would be a run of each of {len(shape_names())} published models; name some of them, as in "
+            "model=qwen3_0_6b,qwen3_1_7b or model=glob(qwen3_*)"
+        )
     if not included - excluded:
         hint = f"; {key}= has {', '.join(choices_by_group()[key])}" if key in choices_by_group() else ""
         raise ConfigError(f"{word}: matches nothing{hint}")

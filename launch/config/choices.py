@@ -37,6 +37,18 @@ def choices_by_group() -> dict[str, list[str]]:
     return choices_of_group
 
 
+def means_a_shape(group: str, choice: str) -> bool:
+    """Whether a choice is the name of a published shape, as in `model=llama3_8b`. A file `model/llama3_8b.yaml` counts first."""
+    if group != MODEL_GROUP or choice not in shape_names():
+        return False
+    return not any(_choice_file(directory, group, choice).exists() for directory in (CONF_DIR, *USER_CONFIG_DIRS))
+
+
+def _choice_file(directory: Path, group: str, choice: str) -> Path:
+    """The file of a choice below `conf/`, or below a directory that is laid out like it."""
+    return directory / group / f"{choice}.yaml"
+
+
 def _choices_in(directory: Path) -> list[str]:
     """The names of the YAML files in a directory of a group."""
     return sorted(file.stem for file in directory.glob("*.yaml"))
@@ -59,7 +71,7 @@ def shipped_choices() -> dict[str, list[str]]:
 def add_directory(directory: Path) -> None:
     """Add the files of a user's directory (`--config-dir`), which is laid out like `conf/`, to the choices of the groups.
 
-    Errors: ConfigError if it has no choices, or if one of them has the name of a choice that we ship.
+    Errors: ConfigError if it has no choices, or if one of them has the name of a file that we ship.
     """
     from strategies.errors import ConfigError
 
@@ -72,7 +84,7 @@ def add_directory(directory: Path) -> None:
     # Hydra would silently take one of two files of the same name.
     hidden = []
     for group, choices in choices_of_group.items():
-        hidden += [f"{group}/{choice}.yaml" for choice in choices if choice in shipped_choices()[group]]
+        hidden += [f"{group}/{choice}.yaml" for choice in choices if _choice_file(CONF_DIR, group, choice).exists()]
     if hidden:
         raise ConfigError(
             f"--config-dir {directory}: {', '.join(hidden)}: there is such a choice already; rename the file"

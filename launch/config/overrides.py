@@ -17,13 +17,14 @@ from launch.config.choices import (
     MODEL_GROUP,
     WHOLE_RUN_GROUPS,
     choices_by_group,
+    means_a_shape,
     settings_class_of,
     settings_classes,
     shipped_choices,
 )
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import read_word
-from trainer.model.known_shapes import read_shape, shape_names
+from trainer.model.known_shapes import read_shape
 from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, functions_of, split_function
 from trainer.optim.schedule import MEANT_UNDER
 
@@ -36,6 +37,8 @@ GATES = "gates"
 RESOLVED_BY_EACH_RANK = re.compile(r"\$\{\s*(now|hydra)\s*:")
 """Interpolations that every process would resolve for itself, each at its own time."""
 RANKS_DISAGREE = "could differ between processes; write the value itself"
+MODEL_PATH = "model.path"
+"""What `model=<name of a published shape>` sets."""
 NO_TARGET = "`_target_` is not used here and never runs anything; remove it"
 WORD = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
@@ -59,6 +62,8 @@ class ParsedWords:
     """The settings, in their order. The last one of a key counts."""
     problems: list[str] = field(default_factory=list)
     """A message for each word that cannot be used."""
+    shape_words: set[str] = field(default_factory=set)
+    """The words that name the model by its published shape, as `model=llama3_8b` does."""
     replaced_tables: set[str] = field(default_factory=set)
     """Tables that were typed as a whole. Entries that an experiment or a run has in them are dropped."""
     number_from_files: int = 0
@@ -196,14 +201,28 @@ def _add_word(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: st
 
 
 def _contradictions(parsed: ParsedWords) -> list[str]:
-    """A problem for each `~key` beside a word that sets the same key: one of the two would be ignored."""
+    """A problem for each two typed words of which one would be ignored: `~key` beside `key=...`, two names of the model."""
     problems = []
     typed = parsed.values[parsed.number_from_files :]
+    problems += _two_models(typed, parsed.shape_words)
     for key, removal in parsed.resets:
         for typed_key, _, word in typed:
             if typed_key == key or typed_key.startswith(f"{key}."):
                 problems.append(f"{removal}: {word} sets the same; leave one of the two out")
     return problems
+
+
+def _two_models(values: list[TypedValue], shape_words: set[str]) -> list[str]:
+    """A problem if values of one origin (the command line, or a file) name the model both by a shape and by `model.path`."""
+    words = [value.word for value in values if value.key == MODEL_PATH]
+    by_shape = [word for word in words if word in shape_words]
+    by_path = [word for word in words if word not in shape_words]
+    if not by_path or not by_shape:
+        return []
+    return [
+        f"{by_shape[-1]}: {by_path[-1]} names another model; leave {by_shape[-1]} out to take the model of {MODEL_PATH}, or "
+        f"leave {MODEL_PATH} out to take the published model of that name"
+    ]
 
 
 def needs_other_choice(key: str, word: str, setting: Setting) -> str:
@@ -235,6 +254,7 @@ def _add_file(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: st
     except ConfigError as error:
         parsed.problems += error.problems
         return
+    number_of_earlier_files = len(parsed.values)
     for group, choice in choices.items():
         if group in choices_by_group():
             _add_choice(parsed, group, choice, f"{word}: {group}: {choice}")
@@ -261,6 +281,7 @@ def _add_file(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: st
             _add_setting(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", source)
         else:
             parsed.values.append(TypedValue(field_key(settings_by_key, key), value, source))
+    parsed.problems += _two_models(parsed.values[number_of_earlier_files:], parsed.shape_words)
 
 
 def _add_reset(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: str) -> None:
@@ -270,9 +291,8 @@ def _add_reset(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: s
     if key in WHOLE_RUN_GROUPS:
         parsed.choices[key] = "null"
     elif key in choices_by_group():
-        parsed.problems.append(
-            f"{word}: cannot be removed; choose another one, for example {key}={choices_by_group()[key][0]}"
-        )
+        another = "model.path=<directory or hub id>" if key == MODEL_GROUP else f"{key}={choices_by_group()[key][0]}"
+        parsed.problems.append(f"{word}: cannot be removed; choose another one, for example {another}")
     elif key in settings_by_key or is_table:
         parsed.resets.append((key, word))
     else:
@@ -283,8 +303,9 @@ def _add_reset(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: s
 
 def _add_choice(parsed: ParsedWords, group: str, choice: str, word: str) -> None:
     """Add the choice of a group to `parsed`, such as `tuning=lora`. `word`: as typed, for messages."""
-    if group == MODEL_GROUP and choice in shape_names():
-        parsed.values.append(TypedValue("model.path", read_shape(choice).hub[0], word))
+    if means_a_shape(group, choice):
+        parsed.values.append(TypedValue(MODEL_PATH, read_shape(choice).hub[0], word))
+        parsed.shape_words.add(word)
     elif choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:

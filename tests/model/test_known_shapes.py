@@ -8,7 +8,10 @@ import torch
 import transformers
 
 from launch import main as command
+from launch.config.axes import read_axes
+from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, means_a_shape
 from launch.config.compose import compose
+from launch.config.user_files import take_config_dirs
 from launch.plan.command import CARDS
 from launch.plan.dry_run import describe
 from strategies.errors import ConfigError
@@ -88,9 +91,50 @@ def test_a_model_is_named_by_its_shape():
     # Like any word: the last one counts, also over an experiment's.
     experiment = ["experiment=llama3_8b_qlora_single", f"model={SMALL}", *words]
     assert compose(experiment).config.model.path == read_shape(SMALL).hub[0]
-    assert compose(["model=llama3_8b", "model.path=mine", *words], check=False).config.model.path == "mine"
     with pytest.raises(ConfigError, match=r"model=lama3_8b: no such choice.*did you mean model=llama3_8b\?"):
         compose(["model=lama3_8b", *words])
+
+
+def test_two_names_of_the_model_are_refused(tmp_path):
+    words = ["data.path=train.jsonl", "budget.steps=1"]
+    for names in (["model=llama3_8b", "model.path=mine"], ["model.path=mine", "model=llama3_8b"]):
+        with pytest.raises(
+            ConfigError, match=r"model=llama3_8b: model\.path=mine names another model; leave model=llama3_8b out"
+        ):
+            compose([*names, *words])
+    file = tmp_path / "my.yaml"
+    file.write_text("defaults: [{model: llama3_8b}]\nmodel: {path: mine}\n")
+    with pytest.raises(
+        ConfigError, match=r"my\.yaml: model: llama3_8b: .*my\.yaml: model\.path: mine names another model"
+    ):
+        compose([str(file), *words])
+    # What is typed stands above a file: that is no contradiction.
+    file.write_text("model: {path: mine}\n")
+    assert compose([str(file), "model=llama3_8b", *words]).config.model.path == LLAMA
+
+
+def test_a_file_of_the_user_counts_before_a_shape_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "llama3_8b.yaml").write_text("path: mine\nattention: eager\n")
+    try:
+        assert take_config_dirs(["--config-dir", str(tmp_path)]) == []
+        model = compose(["model=llama3_8b"], check=False).config.model
+        assert (model.path, str(model.attention)) == ("mine", "eager")
+        assert compose(["model=llama3_70b"], check=False).config.model.path == read_shape("llama3_70b").hub[0]
+    finally:
+        USER_CONFIG_DIRS.clear()
+        choices_by_group.cache_clear()
+    assert means_a_shape("model", "llama3_8b")
+    monkeypatch.setattr("launch.config.choices.CONF_DIR", tmp_path)  # as if the file lay in conf/model
+    assert not means_a_shape("model", "llama3_8b")
+
+
+def test_a_sweep_does_not_mean_every_published_model():
+    with pytest.raises(
+        ConfigError, match=rf"model=glob\(\*\): would be a run of each of {len(shape_names())} published models"
+    ):
+        read_axes(["model=glob(*)"])
+    assert ["model=qwen3_8b"] in read_axes(["model=glob(qwen3_*)"]).points()
 
 
 def test_a_shape_stands_for_files_that_are_not_here(tmp_path):

@@ -533,6 +533,7 @@ def test_config_dir_of_a_user_offers_choices(own):
         ("hydra.sweeper.params.optim.lr=1", "-m optim.lr=1"),
         ("hydra.sweep.dir=x", "run.dir=x names the directory"),
         ("~strategy", "cannot be removed"),
+        ("~model", "for example model.path=<directory or hub id>"),
         ("~optim.lrr", "did you mean optim.lr?"),
     ],
 )
