@@ -13,6 +13,11 @@ HARMLESS = {
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
     # bitsandbytes looks for a faster kernel on processors with bfloat16 products. Without it, it uses its own kernel, as before.
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward from kernels-community",),
+    # transformers would rather have the factor written than compute it from two lengths, as config.json of Phi has them.
+    "transformers.modeling_rope_utils": (
+        "This model config has set a `rope_parameters['original_max_position_embeddings']` field",
+        "Please set the `factor` field of `rope_parameters`",
+    ),
 }
 """Words that all occur in a harmless message, by the name of its logger."""
 

@@ -13,6 +13,9 @@ SEEN = {
     "torchao": "Failed to load /env/torchao/_C_cutlass_90a.abi3.so: Could not load this library",
     "torch.utils._pytree": "<enum 'KernelPreference'> is an Enum subclass and is now natively supported by torch.compile",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'",
+    "transformers.modeling_rope_utils": "This model config has set a `rope_parameters['original_max_position_embeddings']` "
+    "field, to be used together with `max_position_embeddings` to determine a scaling factor. Please set the `factor` field of "
+    "`rope_parameters`with this ratio instead",
 }
 """Messages as runs showed them, by logger."""
 
@@ -33,6 +36,12 @@ def test_libraries_still_have_these_messages():
     assert "is an Enum subclass and is now natively supported" in inspect.getsource(tree)
     for package, file, words in (
         ("torchao", "__init__.py", "Failed to load {file}"),
+        (
+            "transformers",
+            "modeling_rope_utils.py",
+            "This model config has set a `rope_parameters['original_max_position_embeddings']`",
+        ),
+        ("transformers", "modeling_rope_utils.py", "Please set the `factor` field of `rope_parameters`"),
         ("bitsandbytes", "backends/cpu/ops.py", "Failed to load CPU gemm_4bit_forward from kernels-community"),
     ):
         if (spec := find_spec(package)) is not None:
