@@ -158,6 +158,8 @@ _FLOAT32_ON_GPU = frozenset(
     }
 )
 """Functions that autocast computes in float32 on GPUs. On CPUs it computes them in the type that they are given."""
+_FROM_VALUES = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+"""Functions that make a tensor of Python's numbers. They make it on the device "cpu" where `SIMULATED` was asked for."""
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -175,6 +177,8 @@ class AsOnGpu(TorchFunctionMode):
             return args[0]
         if func is Tensor.is_pinned:
             return True
+        if func in _FROM_VALUES:
+            return _on_asked_device(func(*args, **kwargs), args, kwargs)
         if func in _FLOAT32_ON_GPU and torch.is_autocast_enabled("cpu"):
             args = [_widened(argument) for argument in args]
             kwargs = {name: _widened(argument) for name, argument in kwargs.items()}
@@ -200,6 +204,19 @@ class AsOnGpu(TorchFunctionMode):
                 allow_unreachable=True,
                 accumulate_grad=True,
             )
+
+
+def _on_asked_device(made: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """A tensor that one of `_FROM_VALUES` made of `args` and `kwargs`, on the device that was asked for, without its values.
+
+    A single number stays where it is: it goes with tensors of any device, and models read its value.
+    """
+    device = kwargs.get("device")
+    if device is None and torch.is_tensor(args[0]):
+        device = args[0].device
+    if device != SIMULATED or made.dim() == 0 or made.device == SIMULATED:
+        return made
+    return torch.empty(made.shape, dtype=made.dtype, device=SIMULATED)
 
 
 def _widened(argument: Any) -> Any:

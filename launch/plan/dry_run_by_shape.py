@@ -37,8 +37,9 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     micro = config.batch["micro"]
     accumulation = accumulation_steps(config, world)
     readers = name_of_readers(readers_of(config, world), config.parallel.sequence)
-    sequences = data_spec_of(config.objective).sequences_per_document
-    longest = config.data.max_length + written_tokens(config.objective)
+    data_spec = data_spec_of(config.objective)
+    sequences = data_spec.sequences_per_document
+    longest = data_spec.longest_sequence(config.data.max_length) + written_tokens(config.objective)
     tokens_per_step = longest * sequences * global_batch
     memory = simulated_memory(config, [longest] * sequences * micro, world)
     steps = _steps_of_budget(config, tokens_per_step)

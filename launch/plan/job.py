@@ -26,7 +26,8 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
     `parallel.sequence` asks for it.
     """
     check_parallel(config)
-    sequences_per_document = data_spec_of(config.objective).sequences_per_document
+    data_spec = data_spec_of(config.objective)
+    sequences_per_document = data_spec.sequences_per_document
     prompt_tokens = float(config.data.max_length)
     longest_prompt = config.data.max_length
     if config.data.path or config.data.sources:
@@ -41,7 +42,7 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
         longest_prompt = int(data.train.lengths.max())
     else:
         # Behind a prompt stands the answer that the model writes, if the data has none.
-        longest = config.data.max_length + written_tokens(config.objective)
+        longest = data_spec.longest_sequence(config.data.max_length) + written_tokens(config.objective)
         lengths = DocumentLengths.uniform(longest, sequences_per_document)
     return PlannedRun(
         card=card,

@@ -18,7 +18,7 @@ from strategies.pinned_memory import GIB, expected_on_host, host_bytes, node_byt
 from trainer.data.batches.cutting import Cut
 from trainer.data.config import Layout
 from trainer.data.objective_spec import DataSpec
-from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.data.store.sequences import TokenDataset
 from trainer.model.architecture import width_and_blocks
 from trainer.step import Built
 
@@ -73,13 +73,13 @@ def tokens_of_longest(built: Built, work: Workload) -> int:
 
 
 def micro_batch_of(built: Built, lengths: list[int], cut: Cut | None) -> dict[str, Any]:
-    """A micro-batch with sequences of these lengths in tokens, on the CPU. All tokens are supervised; values mean nothing.
+    """A micro-batch of placeholders of these lengths in tokens, on the CPU: values mean nothing, all that may be is supervised.
 
     With a `cut`, the slice of a rank.
 
     The values of marks, counts and means do not matter either: shapes do not depend on them.
     """
-    samples = [Sample(np.zeros(n, np.int32), np.ones(n, dtype=bool), built.data_spec.marks) for n in lengths]
+    samples = [built.data_spec.placeholder(tokens) for tokens in lengths]
     batch = built.collator(samples, cut)
     for rows in (batch, batch.get("replay", {})):
         # transformers would look for padding in the values of the mask. As if there were none, rows have their full length.

@@ -104,6 +104,18 @@ class DataSpec:
         """The collator that makes micro-batches. `decoder_start`: first token of the decoder, for encoder-decoder models."""
         return Collator(layout, pad_token_id)
 
+    # -- without data ----------------------------------------------------------------------------------------------
+
+    def longest_sequence(self, max_length: int) -> int:
+        """Tokens of the longest sequence that `data.max_length` allows."""
+        return max_length
+
+    def placeholder(self, tokens: int) -> Sample:
+        """A sequence of `tokens` tokens whose values mean nothing, every one supervised: memory is measured with it."""
+        return Sample(np.zeros(tokens, np.int32), np.ones(tokens, dtype=bool), self.marks)
+
+    # -- where sequences are shown ---------------------------------------------------------------------------------
+
     def headings(self) -> list[str]:
         """Headings over the sequences of a document where they are shown, one a sequence."""
         return [""] * self.sequences_per_document

@@ -48,9 +48,10 @@ def start_token(config: Any, directory: Path | None) -> int:
 def finish(model: Any, directory: Path | None) -> EncoderDecoder:
     """Part what the checkpoint in `directory` holds apart, and note what only these models have. Reads shared matrices.
 
-    `directory`: None for a published shape, which has no checkpoint: what its configuration ties stays tied.
+    `directory`: None for a published shape. Without weights, as a plan does without them, what the configuration ties stays
+    tied; a run reads the weights later, and says that they are missing.
     """
-    if directory is not None:
+    if directory is not None and any(directory.glob("*.safetensors")):
         untie(model, Checkpoint(directory, model))
     return EncoderDecoder(start_token(model.config, directory), fixed_values(model))
 

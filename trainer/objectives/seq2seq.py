@@ -114,6 +114,15 @@ class TwoSidedDataSpec(UnlabelledDataSpec):
             fitted = encoder.fit(document, sample, config.max_length, config.over_length)
             yield document, keep_learnable(encoder, document, sample, fitted, tally)
 
+    def longest_sequence(self, max_length: int) -> int:
+        """A prompt of `data.max_length` tokens and an answer of `objective.max_target`."""
+        return max_length + self.max_target
+
+    def placeholder(self, tokens: int) -> Sample:
+        """A prompt and the longest answer that leaves it a token: a token of an answer costs more, since it has logits."""
+        answer_length = min(self.max_target, tokens - 1)
+        return Sample(np.zeros(tokens, np.int32), np.arange(tokens) >= tokens - answer_length)
+
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
         assert decoder_start is not None, "a model with two sides has a first token of its decoder"
         return TwoSidedCollator(layout, pad_token_id, decoder_start)

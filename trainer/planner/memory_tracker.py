@@ -48,7 +48,7 @@ class StepPhase:
     micro: int
     """The micro-batch, from 0."""
     place: int | str
-    """The block at work, from 0; or `before`, `head`, `after`."""
+    """The block at work, from 0; or `before`, `teacher` (any of its blocks), `head`, `after`."""
 
     def __str__(self) -> str:
         where = f"block {self.place}" if isinstance(self.place, int) else self.place

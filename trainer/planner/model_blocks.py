@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from strategies.parameters import meta_context
 from trainer.model.architecture import auto_class
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.kept_layers import KeptLayers, kinds_of
 from trainer.model.loading import load_model_config
+from trainer.step import TrainStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,29 @@ def repeating_pattern(kinds: Sequence[Hashable]) -> BlockPattern:
             if all(kind == rest[index % period] for index, kind in enumerate(rest)):
                 return BlockPattern(number, period, first)
     return BlockPattern(number, None)
+
+
+def repeated_blocks(step_module: TrainStep) -> list[nn.Module]:
+    """The blocks that `block_pattern` counts, in forward order: those of the tuned model through which text goes.
+
+    A step shards more blocks than these: those of a teacher, and those that read images or sound, which no text reaches.
+    Call it before an engine shards the module, since sharding may give the blocks other classes.
+    """
+    from transformers import PreTrainedModel
+
+    own_parts = {id(part) for part in step_module.model.modules()}
+    for part in step_module.model.modules():
+        if isinstance(part, PreTrainedModel) and "text" not in part.input_modalities:
+            own_parts.difference_update(id(inner) for inner in part.modules())
+    return [block for block in step_module.shard_units() if id(block) in own_parts]
+
+
+def teacher_blocks(step_module: TrainStep) -> list[nn.Module]:
+    """The blocks of the teacher that a step compares with, in forward order; none without a teacher."""
+    if step_module.teacher is None:
+        return []
+    parts = {id(part) for part in step_module.teacher.modules()}
+    return [block for block in step_module.shard_units() if id(block) in parts]
 
 
 def truncated_model(config: ModelConfig, depth: int, directory: Path) -> ModelConfig:

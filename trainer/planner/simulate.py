@@ -26,6 +26,7 @@ from trainer.planner.buckets import track_bucket_reductions
 from trainer.planner.fake_tensors import replaced_by_fakes
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.minimal_step import minimal_trainer, step_batch
+from trainer.planner.model_blocks import repeated_blocks, teacher_blocks
 from trainer.planner.step_recorder import Collective, Record, Recorder
 from trainer.step import Built
 
@@ -121,7 +122,8 @@ def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
     recorder = Recorder(runtime.device)
     with _uncollected(), recorder:
         strategy = build_strategy(parts.strategy, parts.precision, runtime)
-        blocks = parts.built.step_module.shard_units()  # sharding may give their classes other names
+        places: dict[nn.Module, int | str] = dict.fromkeys(teacher_blocks(parts.built.step_module), "teacher")
+        places |= {block: index for index, block in enumerate(repeated_blocks(parts.built.step_module))}
         engine = strategy.prepare(
             parts.built.step_module,
             source=parts.source,
@@ -130,7 +132,7 @@ def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
         )
         for kind, tensor in engine_tensors(engine):
             recorder.track(tensor, kind)
-        watched = WatchedEngine(engine, recorder, blocks)
+        watched = WatchedEngine(engine, recorder, places)
         with watched.places(), track_bucket_reductions(engine, recorder, parts.full_trained_elements):
             yield watched
 
@@ -177,10 +179,11 @@ def operations(peaks: dict[StepPhase, PhasePeak]) -> dict[StepPhase, int]:
 class WatchedEngine:
     """An engine that tells a recorder what it is at."""
 
-    def __init__(self, engine: Any, recorder: Recorder, blocks: list[nn.Module]) -> None:
+    def __init__(self, engine: Any, recorder: Recorder, block_places: dict[nn.Module, int | str]) -> None:
         self.engine = engine
         self.recorder = recorder
-        self.blocks = blocks
+        self.block_places = block_places
+        """What `StepPhase.place` is while a block is at work."""
         self.runtime: Runtime = engine.runtime
         self.dp_rank = engine.dp_rank
         self.dp_size = engine.dp_size
@@ -247,7 +250,7 @@ class WatchedEngine:
         self.at("forward", "before")
 
     def at(self, phase: str, place: int | str = "before") -> None:
-        """Tell the recorder which phase and place (a block's index, or `before`, `head`, `after`) is at work from now on.
+        """Tell the recorder which phase and place (as in `StepPhase.place`) is at work from now on.
 
         It follows what kind of memory new tensors are: outputs of the head are logits, all else in a step activations.
         """
@@ -285,8 +288,8 @@ class WatchedEngine:
     def places(self) -> Iterator[None]:
         """While entered, hooks tell the recorder which block or head is at work. They keep no tensor alive."""
         with ExitStack() as stack:
-            for index, block in enumerate(self.blocks):
-                self._hook(stack, block, index)
+            for block, place in self.block_places.items():
+                self._hook(stack, block, place)
             model = self.step_module.model
             if hasattr(model, "get_base_model"):  # peft's wrapper
                 model = model.get_base_model()
@@ -298,7 +301,7 @@ class WatchedEngine:
     def _hook(self, stack: ExitStack, module: nn.Module, place: int | str) -> None:
         """Register hooks by which the recorder learns when `module`, a block or the head, is at work, forward and backward.
 
-        `stack` removes them when it closes. `place`: the block's index, or `head`.
+        `stack` removes them when it closes. `place`: the block's index, `teacher` for the teacher's blocks, or `head`.
         """
 
         def phase() -> str:

@@ -36,7 +36,7 @@ from trainer.optim.build import build_optimizer
 from trainer.planner.cost_model import CostModel, MicroBatchSize, fit_cost_model, simulate_sizes, sizes_for
 from trainer.planner.depth_extrapolation import END_BLOCKS, ExtrapolatedStep, near_an_end, step_at_depth
 from trainer.planner.memory_tracker import StepPhase
-from trainer.planner.model_blocks import block_pattern, truncated_model
+from trainer.planner.model_blocks import block_pattern, repeated_blocks, truncated_model
 from trainer.planner.simulate import ShapesOnly, SimulatedStep, StepParts, simulate
 from trainer.step import Built
 
@@ -257,7 +257,7 @@ def end_blocks_of(config: RunConfig) -> int:
         truncated = replace(
             config, model=truncated_model(config.model, depth, Path(directory)), parallel=ParallelConfig(sequence=1)
         )
-        units = step_parts(truncated, [1], runtime).built.step_module.shard_units()
+        units = repeated_blocks(step_parts(truncated, [1], runtime).built.step_module)
     # ZeRO-3 keeps up to MAX_LIVE_PARAMETERS elements gathered: as many blocks as hold these.
     elements_per_block = [sum(parameter.numel() for parameter in unit.parameters()) for unit in units]
     smallest = min(elements_per_block, default=1)
@@ -300,7 +300,7 @@ def _with_full_size(parts: StepParts, blocks: int, period: int | None) -> StepPa
     `period`: after how many blocks their kinds repeat. Each further period has the trained elements of the last one.
     """
     module = parts.built.step_module
-    units = module.shard_units()
+    units = repeated_blocks(module)
     if period is None or len(units) >= blocks:
         return parts
     trained_in_period = sum(_trained_elements(unit) for unit in units[-period:])
