@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 
 from launch.cluster.advice import as_submitted, gpu_kinds_of_job, list_partitions, partitions_of_job
 from launch.cluster.long_steps import long_step_notes, reckoned_step_s
 from launch.plan.dry_run_by_shape import describe_by_shape
-from launch.plan.dry_run_memory import DryRun, deferred_gradient_lines, simulated_memory
+from launch.plan.dry_run_memory import (
+    DryRun,
+    DryRunNumbers,
+    deferred_gradient_lines,
+    dry_run_answer,
+    simulated_memory,
+)
 from launch.plan.round_lines import dry_run_lines
 from strategies.base import Precision
 from strategies.hardware import advice
@@ -94,22 +98,8 @@ def describe(config: RunConfig) -> DryRun:
             lines.append(f"resolved: {key}: {config.substitutions[key]}")
     lines += [f"resolved: {key}: {note}" for key, note in built.substitutions.items()]
     lines.append("nothing was trained (--dry-run)")
-    facts = {
-        "strategy": str(config.strategy.name),
-        "tuning": str(config.tuning.name),
-        "ranks": world,
-        "parameters": total,
-        "trainable_parameters": trained,
-        "batch": {"global": global_batch, "micro": micro, "accumulation": accumulation},
-        "steps": steps,
-        "learning_rate": asdict(rate),
-        "epochs": epochs,
-        "documents": documents,
-        "tokens_per_step": tokens_per_step,
-        "memory_per_rank": memory.facts,
-        "substitutions": {key: str(note) for key, note in (config.substitutions | built.substitutions).items()},
-    }
-    return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
+    numbers = DryRunNumbers(world, total, trained, tokens_per_step, steps, rate, epochs, documents)
+    return dry_run_answer(lines, config, numbers, memory, built.substitutions)
 
 
 def _dealing_lines(config: RunConfig, built: Built, world: int) -> list[str]:

@@ -6,9 +6,15 @@ Without a tokenizer the data cannot be read. Every document is taken to be as lo
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import replace
 
-from launch.plan.dry_run_memory import DryRun, deferred_gradient_lines, simulated_memory
+from launch.plan.dry_run_memory import (
+    DryRun,
+    DryRunNumbers,
+    deferred_gradient_lines,
+    dry_run_answer,
+    simulated_memory,
+)
 from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.parameters import element_counts, meta_context, named_parameters
@@ -61,23 +67,10 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     if LR in config.substitutions:
         lines.append(f"resolved: {LR}: {config.substitutions[LR]}")
     lines.append("nothing was trained (--dry-run)")
-    facts = {
-        "shape": {"name": shape.name, "source": shape.source, "date": shape.date},
-        "strategy": str(config.strategy.name),
-        "tuning": str(config.tuning.name),
-        "ranks": world,
-        "parameters": total,
-        "trainable_parameters": trained,
-        "batch": {"global": global_batch, "micro": micro, "accumulation": accumulation},
-        "steps": steps,
-        "learning_rate": asdict(rate) if rate is not None else None,
-        "epochs": None,
-        "documents": None,
-        "tokens_per_step": tokens_per_step,
-        "memory_per_rank": memory.facts,
-        "substitutions": {"model.path": note} | {key: str(reason) for key, reason in config.substitutions.items()},
-    }
-    return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
+    numbers = DryRunNumbers(world, total, trained, tokens_per_step, steps, rate)
+    answer = dry_run_answer(lines, config, numbers, memory, {"model.path": note})
+    shape_facts = {"name": shape.name, "source": shape.source, "date": shape.date}
+    return replace(answer, facts={"shape": shape_facts, **answer.facts})
 
 
 def _refuse_choices_by_data(config: RunConfig) -> None:

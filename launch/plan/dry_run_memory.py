@@ -1,17 +1,20 @@
-"""The answer of a dry run, and the memory of the step that it simulates."""
+"""The answer of a dry run: its facts for scripts, and the memory of the step that it simulates."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig
 from strategies.runtime import SIMULATED
+from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig
 from trainer.planner.fit_check import single_step_config, why_not_simulated
 from trainer.planner.simulation import simulate_depth
+from trainer.session.rate_text import LearningRate
 
 DEFECTS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
 """Errors of a simulated step that are a fault of the code, of ours or of the model's: training would likely meet them too."""
@@ -30,6 +33,21 @@ class DryRun:
 
 
 @dataclass(frozen=True, slots=True)
+class DryRunNumbers:
+    """What a dry run counts. None is what cannot be known without reading the data."""
+
+    ranks: int
+    parameters: int
+    """Of the tuned model, adapters included."""
+    trained: int
+    tokens_per_step: float
+    steps: int | None
+    rate: LearningRate | None
+    epochs: float | None = None
+    documents: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SimulatedMemory:
     """Memory that a rank holds at the peak of the longest micro-batch, or why it is not known."""
 
@@ -39,6 +57,39 @@ class SimulatedMemory:
     """For its JSON: bytes in all and by kind, or the reason."""
     defect: bool = False
     """Whether the step could not be simulated because of a fault of the code."""
+
+
+def dry_run_answer(
+    lines: list[str],
+    config: RunConfig,
+    numbers: DryRunNumbers,
+    memory: SimulatedMemory,
+    notes: Mapping[str, object],
+) -> DryRun:
+    """The answer of a dry run whose text has these `lines`.
+
+    `notes`: what was chosen beside the configuration's own substitutions, by setting, with its reason.
+    """
+    facts = {
+        "strategy": str(config.strategy.name),
+        "tuning": str(config.tuning.name),
+        "ranks": numbers.ranks,
+        "parameters": numbers.parameters,
+        "trainable_parameters": numbers.trained,
+        "batch": {
+            "global": config.batch["global"],
+            "micro": config.batch["micro"],
+            "accumulation": accumulation_steps(config, numbers.ranks),
+        },
+        "steps": numbers.steps,
+        "learning_rate": None if numbers.rate is None else asdict(numbers.rate),
+        "epochs": numbers.epochs,
+        "documents": numbers.documents,
+        "tokens_per_step": numbers.tokens_per_step,
+        "memory_per_rank": memory.facts,
+        "substitutions": {key: str(note) for key, note in {**config.substitutions, **notes}.items()},
+    }
+    return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
 
 
 def simulated_memory(config: RunConfig, lengths: list[int], world: int) -> SimulatedMemory:
