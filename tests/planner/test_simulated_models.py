@@ -7,6 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from strategies.base import ActivationCheckpointing, SingleConfig
 from tests.helpers.building import run_config
+from trainer.build.sequence import heads_of
+from trainer.evaluation.full_weights import cache_bytes
+from trainer.model.flash import head_sizes
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.registry import data_spec_of
@@ -69,6 +72,23 @@ def test_blocks_of_a_teacher_do_not_count_as_blocks_of_the_student(tmp_path):
     places = {phase.place for phase in step.phases}
     assert "teacher" in places
     assert {place for place in places if isinstance(place, int)} == {0, 1}
+
+
+def test_layers_may_have_heads_of_their_own(tmp_path):
+    """As in Gemma 4, whose configuration raises an error if it is asked for the head size of all layers."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    kinds = ["sliding_attention", "full_attention"]
+    text = {"num_hidden_layers": 2, "layer_types": kinds, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
+    wide = {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    per_layer = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 128, "sliding_window": 16}
+    vision = {**sizes, "num_key_value_heads": 2, "num_hidden_layers": 1, "head_dim": 16}
+    settings = transformers.Gemma4Config(text_config={**sizes, **text, **wide, **per_layer}, vision_config=vision)
+    settings.architectures = ["Gemma4ForConditionalGeneration"]
+    assert head_sizes(settings) == [16, 32]
+    heads = heads_of(settings)
+    assert (heads.query, heads.key_value, heads.width) == (2, 1, 32)
+    assert cache_bytes(settings, rows=1, tokens=1, itemsize=2) == 2 * 2 * 2 * 32 * 2
+    assert simulate_run(run_of(tmp_path, settings), [40, 24]).flops > 0
 
 
 def test_a_step_with_long_rope_takes_what_one_with_plain_rope_takes(tmp_path):

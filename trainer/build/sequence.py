@@ -15,6 +15,7 @@ from trainer.config.run import RunConfig
 from trainer.data.config import Layout
 from trainer.model.architecture import text_settings
 from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.layer_settings import layer_values
 from trainer.model.loading import load_model_config
 from trainer.model.sequence_attention import head_shares
 from trainer.objectives.frozen_model import teacher_model
@@ -87,7 +88,8 @@ def heads_of(model_config: Any) -> LayerHeads | None:
     key_value = min(query, _fewest(text, KEY_VALUE_HEADS) or query)
     if query % key_value:  # of layers that differ
         key_value = query
-    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", query) // query
+    # Of layers that differ, the largest head decides what is exchanged at most.
+    width = max(filter(None, layer_values(text, "head_dim")), default=getattr(text, "hidden_size", query) // query)
     latent_widths: list[Any] = [
         getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     ]
@@ -102,10 +104,10 @@ def _fewest(settings: Any, names: tuple[str, ...]) -> int | None:
     """The smallest number above 0 that settings have under one of these names."""
     numbers: list[int] = []
     for name in names:
-        value = getattr(settings, name, None)
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and number > 0:
-                numbers.append(number)
+        for value in layer_values(settings, name):
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and number > 0:
+                    numbers.append(number)
     return min(numbers, default=None)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from strategies.runtime import Runtime, free_host_memory, gather_objects
 from trainer.model.architecture import text_settings
+from trainer.model.layer_settings import layer_values
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -77,8 +78,9 @@ def cache_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
     """
     text_config = text_settings(config)
     num_heads = getattr(text_config, "num_attention_heads", 1) or 1
-    head_width = getattr(text_config, "head_dim", None) or getattr(text_config, "hidden_size", 0) // num_heads
-    num_key_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
+    width_of_equal_heads = getattr(text_config, "hidden_size", 0) // num_heads
+    head_width = max(filter(None, layer_values(text_config, "head_dim")), default=width_of_equal_heads)
+    num_key_heads = max(filter(None, layer_values(text_config, "num_key_value_heads")), default=num_heads)
     num_layers = getattr(text_config, "num_hidden_layers", 0)
     numbers_per_token = 2 * num_layers * num_key_heads * head_width  # keys and values
     return numbers_per_token * rows * tokens * itemsize

@@ -6,6 +6,7 @@ from typing import Any
 
 from strategies.extras import install_command
 from strategies.hardware import MAX_FLASH_HEAD, Gpu
+from trainer.model.layer_settings import layer_values
 
 HEAD_SIZES = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim")
 """Names under which configurations have sizes of heads."""
@@ -14,7 +15,9 @@ HEAD_SIZES = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim")
 def head_sizes(model_config: Any) -> list[int]:
     """The sizes of attention heads that a transformers config tells of, ascending; none if it tells nothing."""
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    sizes = {getattr(text, name, None) for name in HEAD_SIZES}
+    sizes: set[Any] = set()
+    for name in HEAD_SIZES:
+        sizes.update(layer_values(text, name))
     latent_parts = [getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
     if all(isinstance(part, int) for part in latent_parts):
         sizes.add(sum(part for part in latent_parts if part))

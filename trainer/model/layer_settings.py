@@ -1,0 +1,21 @@
+"""Reads settings of a transformers configuration that layers may have differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def layer_values(text: Any, name: str) -> list[Any]:
+    """The different values of the setting `name` in the layers of a text configuration, first layer first; `[None]` without it.
+
+    Layers of one model may differ: Gemma 4 has larger heads where attention is full. transformers then raises an error if the
+    setting of the whole model is read.
+    """
+    if name not in (getattr(text, "per_layer_attributes", None) or ()):
+        return [getattr(text, name, None)]
+    values: list[Any] = []
+    for layer in text.per_layer_config:
+        value = getattr(layer, name, None)
+        if value not in values:
+            values.append(value)
+    return values
