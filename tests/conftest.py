@@ -10,6 +10,7 @@ import hashlib
 import os
 import pickle
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,17 @@ def pytest_testnodedown(node, error):
 def garbage_set_aside():
     """Before each file: all that was imported, and what the files before it left."""
     garbage.set_aside()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_job_left(request):
+    """A job of this process that a file joined, it leaves: the next one's simulated ranks would take part in it."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    distributed.destroy_process_group()
+    pytest.fail(f"{request.node.nodeid} has joined a job (strategies.runtime.start), and not left it by stop()")
 
 
 @pytest.fixture(scope="module", autouse=True)

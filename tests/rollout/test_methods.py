@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from strategies import runtime as processes
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.methods import CASES
@@ -23,9 +22,8 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES if EVERYTHING else ALWAYS)
-def test_answers_are_written_by_the_weights_that_learn(root, case):
+def test_answers_are_written_by_the_weights_that_learn(root, runtime, case):
     """In the third step too, when the method has moved. At a rate of 0.02 old weights would be found: 1e-3 to 1 apart."""
-    runtime = processes.start("cpu", timeout_s=60, threads=1)
     config = round_config(root, root / "llama", "single", micro=16)
     config = replace(config, tuning=CASES[case], optim=replace(config.optim, lr=0.02))
     trainer = round_trainer(config, prompts_of(config), runtime)

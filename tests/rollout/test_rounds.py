@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from strategies import runtime as processes
 from strategies.base import Progress
 from strategies.errors import DataError, Diverged, Interrupted
 from tests.helpers.building import model_dir, take_steps
@@ -37,11 +36,6 @@ def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("rounds")
     model_dir(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    return processes.start("cpu", timeout_s=60, threads=1)
 
 
 def made_trainer(root, runtime, *, micro=4, progress=None, reward=share_of_even_ids, stop_now=lambda: False, **changes):

@@ -7,7 +7,6 @@ import torch
 
 from strategies import fsdp2
 from strategies.base import Fsdp2Config
-from strategies.runtime import stop
 from strategies.simulation import simulated_rank
 from tests.helpers.building import data_set, model_dir, run_config, trainer_for
 from trainer.optim.config import AdamwConfig
@@ -34,7 +33,6 @@ def pins(monkeypatch):
 def take(tmp_path, strategy, rank, ranks):
     """The engine after a forward pass, as one of several ranks: real tensors, exchanges that bring nothing."""
     config = run_config(model_dir(tmp_path), strategy, "full", micro=2, optim=AdamwConfig(lr=2e-5, ema_decay=0.9))
-    stop()  # a command that an earlier test ran in this process may have left its job of one rank
     with simulated_rank(rank, ranks, device=torch.device("cpu")) as runtime:
         config = replace(config, batch={"global": 2 * ranks, "micro": 2})
         trainer = trainer_for(config, data_set(tmp_path, uneven=False), runtime)
