@@ -2,7 +2,6 @@
 
 import os
 import textwrap
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -274,13 +273,12 @@ def test_a_flood_of_prints_is_cut(score, tmp_path):
 
 def test_a_run_that_is_asked_to_stop_does_not_wait(reward_file, tmp_path):
     stop = []
-    scorer = scorer_of(functions(reward_file, "hangs", timeout_s=60), tmp_path, stop_asked=lambda: bool(stop))
+    # One that waited for the reward would meet this test's own limit first.
+    scorer = scorer_of(functions(reward_file, "hangs", timeout_s=3600), tmp_path, stop_asked=lambda: bool(stop))
     scorer.start()
     stop.append(True)
-    began = time.monotonic()
     with pytest.raises(Interrupted):
         scorer.score([group(["hang"])], step=0)
-    assert time.monotonic() - began < 30
 
 
 class StandInJudge:
