@@ -242,6 +242,8 @@ def build_model(
     )
     built.substitutions.update(layout_notes | objective_notes)
     check_fit(config, built, data)
+    if scores_answers and isinstance(config.objective, RoundsConfig):
+        check_reward_rows(config.objective, data)
     if notes := _sequence_notes(config, built, data):
         built.substitutions["parallel.sequence"] = "; ".join(notes)
     if config.export.at_end and not config.export.merge:
@@ -299,8 +301,6 @@ def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
         positions = getattr(text, "max_position_embeddings", None)
         rotary = bool(getattr(text, "rope_parameters", None))
         check_positions(config.tuning, longest, positions, rotary=rotary, written_tokens=written)
-    if isinstance(config.objective, RoundsConfig):
-        check_reward_rows(config.objective, data)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
