@@ -169,6 +169,16 @@ def test_a_held_out_prompt_that_leaves_no_room_for_an_answer_is_refused_without_
     assert "the longest prompt with an answer of 6 tokens takes" in capsys.readouterr().err
 
 
+def test_a_right_answer_without_a_result_is_refused_without_training(site, capsys):
+    write_jsonl(
+        site / "one-bad.jsonl",
+        [*({"question": "what", "answer": "#### 4"} for _ in range(5)), {"question": "why", "answer": "so"}],
+    )
+    command = ["train", *words(site, "budget.steps=1", "objective.rewards=[maths]")]
+    assert command_here([*command, f"data.path={site / 'one-bad.jsonl'}", "--dry-run"]) == 65
+    assert "one-bad.jsonl:6: the right answer 'so' has no number" in capsys.readouterr().err
+
+
 def test_held_out_prompts_are_checked_with_those_of_training(site, capsys):
     """None left, as all are too long for `data.max_length`; and a column that a reward names, in the held-out file alone."""
     write_jsonl(site / "too-long.jsonl", [{"question": "long " * 300, "answer": "1"}])
