@@ -1,5 +1,6 @@
 """Preparation as a whole: nothing lost, nothing twice, the same bytes however many processes do it."""
 
+import gc
 import gzip
 import json
 import os
@@ -300,7 +301,18 @@ def test_pipeline_keeps_the_test_split_separate(tmp_path, config):
 def test_pipeline_stops_between_blocks_on_request(tmp_path, config):
     write_jsonl(tmp_path / "train.jsonl", chat_rows(1200))
     asked = iter([False, True])
+    frozen_objects = []
+
+    def stop():
+        frozen_objects.append(gc.get_freeze_count())
+        return next(asked)
+
+    gc.unfreeze()  # the tests may have frozen what they share
     with pytest.raises(Preempted):
-        run(config, stop=lambda: next(asked))
+        run(config, stop=stop)
+    before, between_blocks = frozen_objects
+    assert before == 0 and between_blocks > 10_000, "no search for garbage looks at all modules again"
+    assert gc.get_freeze_count() == 0, "what the caller leaves behind is searched again"
+    gc.freeze()
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
     assert len(run(config).train) == 1200

@@ -56,7 +56,7 @@ from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequences_of
 from trainer.data.tokens.clock import TemplateDate, reads_clock
 from trainer.data.tokens.encode import Encoder
-from trainer.data.worker import BlockMaker, ordered_map, usable_cores
+from trainer.data.worker import BlockMaker, frozen_heap, ordered_map, usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -375,10 +375,11 @@ class Preparation:
             workers = 1
         self.progress.begin_rows()
         ranges = self.progress.count_text_rows(ranges)
-        if workers > 1:
-            yield from ordered_map(make_block, ranges, workers=workers, check=self.check_stop)
-        else:
-            yield from map(make_block, ranges)
+        with frozen_heap():
+            if workers > 1:
+                yield from ordered_map(make_block, ranges, workers=workers, check=self.check_stop)
+            else:
+                yield from map(make_block, ranges)
 
 
 def _spells_control_tokens(report: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -220,6 +221,23 @@ _function: Callable[[Any], Any] | None = None
 def usable_cores() -> int:
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Inside the context, Python's search for garbage passes over the objects that there were before it.
+
+    These are some 500,000, mostly of torch and transformers. Each full search would look at all of them, and in forked workers
+    copy the memory that they share with this process.
+    """
+    if gc.get_freeze_count():  # the caller has frozen what it wants to stay so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 LIVENESS_CHECK_S = 1.0
