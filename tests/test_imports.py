@@ -39,7 +39,10 @@ def test_composing_loads_neither_ssh_nor_a_model(tmp_path):
     rows.write_text('{"text": "a b c"}\n', encoding="utf-8")
     words = [f"model.path={model}", f"data.path={rows}", "objective=pretrain", "tuning=lora", "run.device=cpu"]
     words.append("budget.steps=1")
-    modules = loaded_by(f"from launch.config.compose import compose; compose({words!r})")
+    named_alone = ["model.path=gpt2", "strategy=zero3", "tuning=lora", "objective=classification"]
+    modules = loaded_by(
+        f"from launch.config.compose import compose; compose({words!r}); compose({named_alone!r}, check=False)"
+    )
     assert "trainer.config.validate" in modules, "composed without its rules"
 
     other_hosts = {"ssh", "ssh_nodes", "node", "torchrun"}
@@ -49,4 +52,16 @@ def test_composing_loads_neither_ssh_nor_a_model(tmp_path):
     assert children(modules, "trainer.model") <= {"config", "rules", "known_shapes", "flex", "rotary", "compat"}
     # What a task's own settings are checked by, and nothing that evaluates.
     assert children(modules, "trainer.evaluation") <= {"base", "tasks", "endpoint", "classifier", "harness", "interval"}
-    assert not modules & {"transformers", "peft", "datasets", "deepspeed", "wandb", "openai"}
+    assert not modules & {
+        "transformers",
+        "peft",
+        "datasets",
+        "deepspeed",
+        "wandb",
+        "openai",
+        "accelerate",
+        "pandas",
+        "pyarrow",
+    }
+    assert not modules & {"torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "sympy"}
+    assert "trainer.data.transforms.privacy.stage" not in modules, "seventy expressions, for who asks for them"

@@ -201,14 +201,16 @@ def test_fake_tensor_is_made_as_its_class_makes_it():
 
 
 def test_fake_tensor_address_is_given_with_a_warning():
-    """In a process of its own: torch warns once in each."""
-    program = (
-        "import torch; from strategies.compat.fake_tensors import FakeTensorMode, warn_when_pointer_is_read\n"
-        "with FakeTensorMode(): made = torch.empty(2)\n"
-        "warn_when_pointer_is_read(made); made.data_ptr()"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "data pointer" in done.stderr
+    with fake_tensors.FakeTensorMode():
+        made = torch.empty(2)
+    fake_tensors.warn_when_pointer_is_read(made)
+    warns_always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # else once in each process
+    try:
+        with pytest.warns(UserWarning, match="data pointer"):
+            made.data_ptr()
+    finally:
+        torch.set_warn_always(warns_always)
 
 
 def test_default_device_at_work_is_that_of_new_tensors():

@@ -42,15 +42,6 @@ def test_help_imports_nothing_heavy():
         assert not {"torch", "hydra", "omegaconf", "yaml", "transformers", "trainer.config.run"} & modules
 
 
-def test_composing_imports_torch_at_most():
-    words = "['model.path=gpt2', 'strategy=zero3', 'tuning=lora', 'objective=classification']"
-    modules = imported_after(f"from launch.config.compose import compose; compose({words}, check=False)")
-    assert "hydra" in modules
-    assert not {"transformers", "peft", "datasets", "wandb", "deepspeed", "accelerate", "pandas", "pyarrow"} & modules
-    assert not {"torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "sympy"} & modules
-    assert "trainer.data.transforms.privacy.stage" not in modules, "seventy expressions, for who asks for them"
-
-
 def test_a_wheel_carries_every_package(monkeypatch):
     asked = {}
     monkeypatch.setattr("setuptools.setup", lambda **settings: asked.update(settings))
