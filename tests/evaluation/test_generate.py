@@ -189,5 +189,5 @@ def test_draws_in_two_levels_are_those_of_the_softmax():
     chi_squared = float(((counts - expected)[often] ** 2 / expected[often]).sum())
     freedom = int(often.sum())
     assert abs(chi_squared - freedom) < 5 * (2 * freedom) ** 0.5
-    again, _ = draw_in_two_levels(scores.expand(draws, -1), torch.arange(draws), 6)
-    assert float((again == drawn).double().mean()) < 0.1  # another position is another draw
+    again, _ = draw_in_two_levels(scores.expand(4000, -1), torch.arange(4000), 6)
+    assert float((again == drawn[:4000]).double().mean()) < 0.1  # another position is another draw

@@ -57,11 +57,10 @@ def test_out_of_memory_with_nothing_left_to_halve_ends_with_its_message(runs, li
     ("asked", "lowered", "notes"),
     [
         (
-            "8",
-            [4, 2, 1, None],
-            ["8 -> 4 (8 ran out of memory at step 3)", "8 -> 2 (8 ran out of memory at step 3; 4 ran"],
+            "9",
+            [3, 1, None],
+            ["9 -> 3 (9 ran out of memory at step 3)", "9 -> 1 (9 ran out of memory at step 3; 3 ran"],
         ),
-        ("9", [3, 1, None], ["9 -> 3 (9 ran", "9 -> 1 (9 ran"]),
         ("auto -> 6", [3, 1, None], ["auto -> 3 (planned 2.00 of 3.00 GiB; 6 ran out of memory at step 3)"]),
     ],
 )

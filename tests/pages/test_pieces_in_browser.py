@@ -3,6 +3,7 @@
 import pytest
 
 from tests.helpers.browser import axe_problems
+from tests.helpers.covering import EVERYTHING
 from trainer.pages.pieces import Callout, IntervalBar, PageCard, PageCell, PageColumn, PageTable
 from trainer.pages.render import render
 from trainer.pages.vega import vega_script
@@ -52,7 +53,8 @@ def every_piece() -> dict:
     return {"name": "Every piece", "cards": cards, "callouts": callouts, "table": table, "picture": PIXEL, "spec": SPEC}
 
 
-@pytest.mark.parametrize("plots", [True, False])
+# Pages without plots are opened in tests/launch/test_pages_in_browser.py, too.
+@pytest.mark.parametrize("plots", [True, False] if EVERYTHING else [True])
 def test_every_piece_in_the_browser(browser, tmp_path, plots):
     script = vega_script() if plots else ""
     if plots and not script:

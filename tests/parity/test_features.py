@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tests.helpers.covering import chosen, takes, values
+from tests.helpers.covering import chosen, takes, values, whole
 from tests.helpers.learning import LEAST_LEARNED
 from tests.parity import teachers
 from tests.parity.features import LONG_ROWS, TUNINGS, VARIANTS
@@ -72,6 +72,9 @@ def test_the_loss_by_source_is_alike(ask, strategy):
         assert found == pytest.approx(expected, rel=EXACT) and len(found) == 2 and found[0] != found[1]
 
 
+@whole(
+    "tests/models/test_sweep.py compares every kind of layer with transformers, and matrices below train other architectures"
+)
 @pytest.mark.parametrize(
     ("architecture", "strategy"),
     chosen(
