@@ -5,6 +5,7 @@ import itertools
 import re
 import types
 import typing
+from collections import defaultdict
 
 import pytest
 
@@ -86,19 +87,27 @@ def test_advice_of_the_settings_group_goes_before_that_of_the_class():
     assert line.endswith("1 is greedy; 4 is usual for summaries and translation")
 
 
-# The weight of a reward may be negative: a penalty.
-@pytest.mark.parametrize("key", sorted(set(RANGED) - {"objective.rewards.*.weight"}))
-def test_a_number_outside_its_range_is_refused(key):
+def choice_of(key):
+    """The words that a key needs to mean something: the choice of its group."""
     setting = overrides.settings()[key]
-    group = key.split(".")[0]
-    choice = [f"{group}={setting.available_under[-1]}"] if setting.available_under else []
+    return f"{key.split('.')[0]}={setting.available_under[-1]}" if setting.available_under else ""
+
+
+RANGED_BY_CHOICE = defaultdict(list)
+for ranged in sorted(set(RANGED) - {"objective.rewards.*.weight"}):  # which may be negative: a penalty
+    RANGED_BY_CHOICE[choice_of(ranged)].append(ranged)
+
+
+@pytest.mark.parametrize("choice", RANGED_BY_CHOICE)
+def test_numbers_outside_their_ranges_are_refused_all_at_once(choice):
     for value in (-1, -0.5):
-        whole = value == int(value)
-        if not whole and setting.type not in (float, float | None):
-            continue
-        key = key.replace("*", "first")
-        found = problems(*choice, f"{key}={value}", world_size=None)
-        assert any(line.startswith(f"{key}={value:g}: must be ") for line in found), found
+        keys = RANGED_BY_CHOICE[choice]
+        if value != int(value):
+            keys = [key for key in keys if overrides.settings()[key].type in (float, float | None)]
+        typed = [f"{key.replace('*', 'first')}={value}" for key in keys]
+        found = problems(*filter(None, [choice]), *typed, world_size=None)
+        unrefused = [word for word in typed if not any(line.startswith(f"{word}: must be ") for line in found)]
+        assert unrefused == []
 
 
 def test_a_weight_of_a_reward_may_be_negative_but_not_without_bounds():
