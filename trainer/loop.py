@@ -110,7 +110,7 @@ class Trainer:
                 self._saved_step = -1
                 self._save()
 
-        # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
+        # Objects made so far live as long as the run: the garbage collector need not walk them again and again.
         gc.collect()
         gc.freeze()
         evaluate_every = self.settings.evaluate_every if self.evaluators else 0
@@ -122,6 +122,8 @@ class Trainer:
                 break
             except RollBack as rollback:
                 self._roll_back(rollback.outlier)
+            finally:
+                gc.unfreeze()  # a notebook may train again, so that the engine of this run must be freed
 
         self.evaluation_monitor.finished(self.progress)
         self._settle()
@@ -154,7 +156,6 @@ class Trainer:
                 self.agreement.ask()
                 with self.meter.step():
                     self.meter.add(self.train_step(batch))
-
                 is_last = self.progress.step == total
                 if is_last or self.meter.pending >= self.settings.log_every:
                     self._flush()
