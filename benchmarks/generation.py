@@ -106,7 +106,7 @@ def rank(args: argparse.Namespace) -> int:
     from trainer.model.loading import load_tokenizer
     from trainer.run import meet
     from trainer.session.attempt import rank_of_job
-    from trainer.session.evaluators import asking_of
+    from trainer.session.evaluators import model_interface_for_run
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -134,7 +134,7 @@ def rank(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(config.model)
         data, _, _, runtime = meet(config, tokenizer, request, where)
         engine, built, _ = build_engine(config, tokenizer, data, resolve_precision(config.precision, runtime), runtime)
-        writer = asking_of(config, data, built, tokenizer, engine, runtime, lambda: False).writer
+        writer = model_interface_for_run(config, data, built, tokenizer, engine, runtime, lambda: False).writer
         writer.generation_config.min_new_tokens = args.new  # every answer has the same length
         prompts = drawn(args.prompts, len(tokenizer))
         sides = sides_of(args, writer, engine, prompts, place, ranks)

@@ -34,7 +34,7 @@ from trainer.config.run import RunConfig  # noqa: E402
 from trainer.model.attention import varlen_attention  # noqa: E402
 from trainer.model.config import ModelConfig  # noqa: E402
 from trainer.optim.config import AdamwConfig  # noqa: E402
-from trainer.planner.simulate import ShapesOnly, SimulatedStep, watch  # noqa: E402
+from trainer.planner.simulate import ShapesOnly, SimulatedStep, record_steps  # noqa: E402
 from trainer.planner.simulation import simulate_run, step_parts  # noqa: E402
 from trainer.reporting.metrics import reference_tflops  # noqa: E402
 from trainer.session.run_facts import versions  # noqa: E402
@@ -211,7 +211,7 @@ def _beside_simulation(expected: SimulatedStep, run: RunConfig, lengths: list[in
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    measured = watch(step_parts(run, lengths, runtime, source=Drawn()), runtime)
+    measured = record_steps(step_parts(run, lengths, runtime, source=Drawn()), runtime)
     row = {
         "simulated_gib": expected.peak[1].total / GIB,
         "at": str(expected.peak[0]),

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from strategies.activation import is_kept
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.compat.dispatch import GROUPED_PRODUCT, TorchDispatchMode, storage_key
-from strategies.dealt_experts import deal_on_meta
+from strategies.dealt_experts import distribute_experts_on_meta
 from strategies.parameters import COMPUTE_DTYPE, set_dtypes
 
 
@@ -151,7 +151,7 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     probe = copy.deepcopy(step_module)
     set_dtypes(probe, trainable=compute, frozen=compute)
     probe.to("meta")  # buffers are real until here
-    deal_on_meta(probe)
+    distribute_experts_on_meta(probe)
     probe.train()
     blocks = probe.shard_units()  # type: ignore[operator]
     counter = _ActivationCounter(blocks, [*probe.parameters(), *probe.buffers()])

@@ -178,10 +178,10 @@ class StepPlan:
     """Whether ranks reduce gradients only on the last micro-batch of a step. None: take `strategy.defer_sync`."""
     gathered_as_one: frozenset[str] = frozenset()
     """Classes of modules that are gathered together with their submodules, because their forward pass reaches into them."""
-    dealt_experts: tuple[str, ...] = ()
-    """Modules of the step module, by name, whose experts are dealt over `expert_ranks` ranks (fsdp2, hsdp)."""
+    expert_parallel_modules: tuple[str, ...] = ()
+    """Modules of the step module, by name, whose experts are distributed over `expert_ranks` ranks (fsdp2, hsdp)."""
     expert_ranks: int = 1
-    """Ranks over which experts are dealt. 1: each rank gathers all of a layer."""
+    """Ranks over which the experts of a layer are distributed. 1: no expert parallelism; each rank gathers all of a layer."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, which is evaluated and exported in place of the weights. 0: no average."""
     optimizer_hooks: OptimizerStepHooks | None = None

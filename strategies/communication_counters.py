@@ -32,14 +32,14 @@ _OPERATIONS = {
     "scatter_": "scatter",
     "send": "send",
 }
-"""Names of the operations of `torch.ops.c10d` in our counts."""
+"""By operation of `torch.ops.c10d`, the name of the collective under which its bytes are counted."""
 
 
 @dataclass(slots=True, eq=False)
 class CommunicationTotals:
-    """What a rank has exchanged while a count was open.
+    """The bytes that a rank has exchanged within a context of `count_communication`.
 
-    Compared by identity: two open counts may have the same numbers, and closing one must not close the other.
+    Compared by identity: totals of two nested contexts may have the same numbers, and ending one must not end the other.
     """
 
     sizes: Counter[str] = field(default_factory=Counter)
@@ -48,53 +48,53 @@ class CommunicationTotals:
     """Seconds in collectives through host memory, which no computation hides; None if there were none."""
 
 
-_open_totals: list[CommunicationTotals] = []
+_active_totals: list[CommunicationTotals] = []
+"""The totals of all contexts of `count_communication` that are entered now."""
 
 
 def count_bytes(collective: str, size: int) -> None:
-    """Add `size` bytes of a collective to every open count."""
-    for totals in _open_totals:
+    """Add `size` bytes of a collective to the totals of every entered context."""
+    for totals in _active_totals:
         totals.sizes[collective] += size
 
 
 def counted_collective(collective: str, full_argument: int) -> Callable[[Any], Any]:
-    """Decorator for a method that is a collective of ours (through shared memory): counts its bytes and its seconds.
+    """Decorator for methods that are collectives through shared memory: counts their bytes and seconds.
 
-    `collective`: the name under which bytes count. `full_argument`: which of the method's tensors is the whole that is
-    gathered or reduced. The method must return only when the exchange is over.
+    Counts only within a context of `count_communication`. `collective`: the name under which bytes are counted. `full_argument`:
+    the index of the method's tensor argument that is the full tensor, gathered or to be reduced. The method must return only
+    when the collective is over.
     """
 
-    def decorate(call: Any) -> Any:
-        """The method, which counts only while a count is open."""
-
-        @wraps(call)
-        def timed(self: Any, *tensors: Tensor, **kwargs: Any) -> None:
-            if not _open_totals:
-                call(self, *tensors, **kwargs)
+    def decorate(method: Any) -> Any:
+        @wraps(method)
+        def counted_method(self: Any, *tensors: Tensor, **kwargs: Any) -> None:
+            if not _active_totals:
+                method(self, *tensors, **kwargs)
                 return
             start = time.perf_counter()
-            call(self, *tensors, **kwargs)
-            for totals in _open_totals:
+            method(self, *tensors, **kwargs)
+            for totals in _active_totals:
                 totals.waited_s = (totals.waited_s or 0.0) + time.perf_counter() - start
             count_bytes(collective, tensors[full_argument].nbytes)
 
-        return timed
+        return counted_method
 
     return decorate
 
 
 @contextmanager
 def count_communication() -> Iterator[CommunicationTotals]:
-    """Count what this rank exchanges inside the context; contexts may be nested, and each counts for itself.
+    """A context that counts the bytes which this rank exchanges within it. Contexts may be nested; each counts for itself.
 
     It does not communicate, and adds some 50 microseconds to a collective.
     """
     totals = CommunicationTotals()
-    # Replacing torch's collectives by counting ones twice would count twice.
-    outermost = not _open_totals
-    _open_totals.append(totals)
+    # Only the outermost context replaces torch's collectives by counting ones: replaced twice, they would count twice.
+    is_outermost = not _active_totals
+    _active_totals.append(totals)
     try:
-        with collectives_reported(_OPERATIONS, count_bytes) if outermost else nullcontext():
+        with collectives_reported(_OPERATIONS, count_bytes) if is_outermost else nullcontext():
             yield totals
     finally:
-        _open_totals.remove(totals)
+        _active_totals.remove(totals)

@@ -23,15 +23,15 @@ from strategies.mesh import expert_mesh
 from strategies.runtime import Runtime
 
 
-def deal_experts(
+def distribute_experts(
     modules: list[nn.Module], device: torch.device, runtime: Runtime, *, replicate: int, expert_ranks: int
 ) -> DeviceMesh:
     """Set up expert parallelism: each of `modules` keeps only this rank's share of its layer's experts. All ranks must call.
 
-    `modules` hold the experts of one layer each, on meta. `expert_ranks`: neighbouring ranks among which a layer's experts
-    are dealt. `replicate`: replicas of the model (hsdp). Returns the mesh of the ranks that hold the same experts, over which
-    the shares are then sharded. A module knows its share as `expert_share`; its `num_experts` stays that of the layer, by
-    which routers and counts go.
+    `modules` hold the experts of one layer each, on meta. `expert_ranks`: neighbouring ranks over which a layer's experts are
+    distributed. `replicate`: replicas of the model (hsdp). Returns the mesh of the ranks that hold the same experts, over which
+    the shares are then sharded. Each module gets its share as the attribute `expert_share`; its `num_experts` stays that of the
+    layer, which routers and counts need.
     """
     group, mesh = expert_mesh(device, runtime, replicate, expert_ranks)
     share = ExpertShare(
@@ -45,41 +45,42 @@ def deal_experts(
     return mesh
 
 
-def deal_on_meta(step_module: nn.Module) -> None:
-    """Give a step module on meta the experts of one rank, to count the memory of a step by shapes: nothing is exchanged.
+def distribute_experts_on_meta(step_module: nn.Module) -> None:
+    """Let a step module on meta keep the experts of one rank, to count the memory of a step by shapes. Nothing is exchanged.
 
-    Which modules, and among how many ranks, says the module's plan. The rank is assumed to receive `ASSUMED_IMBALANCE` times
-    the mean number of tokens.
+    The module's plan names the modules and the number of ranks. The rank is assumed to receive `ASSUMED_IMBALANCE` times the mean
+    number of tokens.
     """
     plan = plan_of(step_module)
     if plan.expert_ranks == 1:
         return
     share = ExpertShare(plan.expert_ranks, 0, None, AssumedCounts(plan.expert_ranks, ASSUMED_IMBALANCE))
-    for name in plan.dealt_experts:
+    for name in plan.expert_parallel_modules:
         _keep_share(step_module.get_submodule(name), share)
 
 
 def _keep_share(module: nn.Module, share: ExpertShare) -> None:
-    """Cut the parameters of a module of experts, `[experts, ...]`, to as many experts as one rank of the group holds."""
+    """Cut the parameters of a module of experts, `[experts, ...]`, to the number of experts that one rank of the group holds."""
     parameters = own_parameters(module)
     for name, parameter in parameters.items():
         if parameter is None:
             continue
-        assert len(parameter) % share.ranks == 0, "the config layer reports what does not divide"
-        own_part = parameter.data[: len(parameter) // share.ranks].clone()
+        assert len(parameter) % share.group_size == 0, "the config layer reports what does not divide"
+        own_part = parameter.data[: len(parameter) // share.group_size].clone()
         parameters[name] = nn.Parameter(own_part, requires_grad=parameter.requires_grad)
     module.expert_share = share  # type: ignore[assignment]
 
 
 def shard_experts(module: nn.Module, ranks: int, **settings: Any) -> None:
-    """Shard a rank's experts over the ranks that hold the same ones: `settings` are those of `fully_shard`, with that `mesh`.
+    """Shard a rank's experts over the ranks that hold the same ones, with FSDP2.
 
-    `ranks`: all of the run. The gradient of an expert is the sum over the mesh divided by all ranks, as that of every other
-    parameter: the tokens of an expert come from all ranks, though only those of the mesh hold it.
+    `ranks`: all ranks of the run, by which summed gradients are divided, as those of other parameters are: the tokens of an
+    expert come from all ranks, though only those of the mesh hold it. `settings`: of `fully_shard`, with the mesh of those
+    ranks.
     """
     sharded: Any = fully_shard(module, **settings)
     sharded.set_gradient_divide_factor(float(ranks))
-    # Another divisor than the size of the mesh would make torch ask for a product before the sum, which gloo does not have,
-    # and which NCCL makes zeros of in bf16 (pytorch#190747). Where nothing is sharded, a forced sum would be divided twice.
+    # With a divisor that is not the size of the mesh, torch would use a reduction that multiplies before it sums. gloo does not
+    # have it, and NCCL returns zeros in bf16 (pytorch#190747). If nothing is sharded, a forced sum would be divided twice.
     if settings["mesh"]["shard"].size() > 1:
         sharded.set_force_sum_reduction_for_comms(True)

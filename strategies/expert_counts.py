@@ -31,49 +31,50 @@ class RowCounts:
 
 
 class ExpertCounts(Protocol):
-    """Where the counts of a layer come from."""
+    """The source of a layer's row counts: exchanged between ranks, or assumed in a simulation."""
 
     def of_layer(self, chosen: Tensor, rows: int) -> RowCounts:
-        """The counts of a layer whose router has chosen each expert `chosen [E]` times (int64), `rows` times in all.
+        """The row counts of a layer. All ranks of the group must call.
 
-        `E` counts the experts of the whole layer, in the order of the ranks that hold them. `rows` is known to the host. All
-        ranks of the group must call.
+        `chosen`: `[E]`, int64, on the device: how often this rank's router has chosen each of the layer's E experts, in the order
+        of the ranks that hold them. `rows`: the sum of `chosen`, which the host knows without waiting for the device.
         """
 
 
 class ExchangedCounts:
-    """Counts that ranks tell each other. `group`: the ranks over which the experts of a layer are dealt."""
+    """Counts that the ranks of an expert group send each other. `group`: over which the experts of a layer are distributed."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
 
     def of_layer(self, chosen: Tensor, rows: int) -> RowCounts:
-        """See `ExpertCounts.of_layer`. Exchanges E numbers, and waits for the device once: the host must know the sizes."""
+        """See `ExpertCounts.of_layer`. An all-to-all of E numbers; then the host waits for the device, to know the sizes."""
         sent_by_expert = chosen.view(self.ranks, -1)
         received_by_expert = torch.empty_like(sent_by_expert)
         dist.all_to_all_single(received_by_expert, sent_by_expert, group=self.group)
-        both = torch.stack([sent_by_expert.sum(dim=1), received_by_expert.sum(dim=1)])
-        sent, received = both.tolist()
+        # One copy to the host for both.
+        sent_and_received = torch.stack([sent_by_expert.sum(dim=1), received_by_expert.sum(dim=1)])
+        sent, received = sent_and_received.tolist()
         return RowCounts(sent, received, received_by_expert)
 
 
 @dataclass(frozen=True, slots=True)
 class AssumedCounts:
-    """Counts of a simulated rank: it sends as many rows to each rank, and gets `imbalance` times what it sends.
+    """Counts of a simulated rank: it sends equally many rows to each rank, and receives `imbalance` times what it sends.
 
-    The collective and the wait of `ExchangedCounts` are there for those who count them. What they answer is not used.
+    It makes the collective and the host read of `ExchangedCounts`, so that a simulation counts them, and ignores the result.
     """
 
     ranks: int
-    """Ranks over which the experts of a layer are dealt."""
+    """Ranks over which the experts of a layer are distributed."""
     imbalance: float = 1.0
-    """Rows that arrive at the simulated rank over the mean of all ranks. No more than `ranks`, where all rows go to one."""
+    """Rows that arrive at the simulated rank, divided by the mean over ranks. At most `ranks`: all rows go to one rank."""
     group: Any = None
-    """The ranks that tell each other; None where tensors have shapes alone and nobody counts exchanges."""
+    """The expert group; None on meta tensors, where no collectives are counted."""
 
     def of_layer(self, chosen: Tensor, rows: int) -> RowCounts:
-        """See `ExpertCounts.of_layer`. `by_expert` has the right shape, and values that mean nothing."""
+        """See `ExpertCounts.of_layer`. `by_expert` has the right shape, but its values are not used."""
         by_expert = chosen.view(self.ranks, -1)
         if self.group is not None:
             dist.all_to_all_single(torch.empty_like(by_expert), by_expert, group=self.group)
@@ -83,7 +84,7 @@ class AssumedCounts:
 
 
 def counts_within(group: Any, ranks: int, *, imbalance: float | None) -> ExpertCounts:
-    """Where the counts of a group of `ranks` ranks come from. `imbalance`: what a simulation assumes; None outside of one."""
+    """The source of row counts for a group of `ranks` ranks. `imbalance`: the one a simulation assumes; None in a real run."""
     return ExchangedCounts(group) if imbalance is None else AssumedCounts(ranks, imbalance, group)
 
 

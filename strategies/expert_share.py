@@ -15,36 +15,40 @@ from strategies.parameters import BESIDE, PREFIX
 
 @dataclass(frozen=True, slots=True)
 class ExpertShare:
-    """The part of a layer's experts that this rank's place in its expert group holds."""
+    """The experts that this rank holds of each layer: an equal, contiguous part for each rank of its expert group."""
 
-    ranks: int
-    """Ranks over which the experts of a layer are dealt."""
-    place: int
-    """The index of this rank among them."""
+    group_size: int
+    """Ranks of the expert group, over which the experts of a layer are distributed."""
+    group_rank: int
+    """The index of this rank within the group."""
     group: Any
+    """The process group; None on meta, where nothing is exchanged."""
     counts: ExpertCounts
     """How many rows the ranks of the group send each other."""
 
     def whole_shape(self, own_shape: torch.Size) -> torch.Size:
-        """The shape of a parameter of all experts, of which this place holds `own_shape`."""
-        return torch.Size((own_shape[0] * self.ranks, *own_shape[1:]))
+        """The shape of the parameter of all experts, of which this rank holds a part of shape `own_shape`."""
+        return torch.Size((own_shape[0] * self.group_size, *own_shape[1:]))
 
     def first_element(self, own_shape: torch.Size) -> int:
-        """Index of this place's first element in the flattened parameter of all experts."""
-        return self.place * own_shape.numel()
+        """Index of this rank's first element in the flattened parameter of all experts."""
+        return self.group_rank * own_shape.numel()
 
     @torch.no_grad()
     def gather(self, own_part: Tensor) -> Tensor:
-        """The parameter of all experts, out of each place's `own_part`. All ranks of the group must call."""
+        """All-gather the parameter of all experts from the `own_part` of each rank. All ranks of the group must call."""
         whole = own_part.new_empty(self.whole_shape(own_part.shape))
-        dist.all_gather(list(whole.chunk(self.ranks)), own_part.contiguous(), group=self.group)
+        dist.all_gather(list(whole.chunk(self.group_size)), own_part.contiguous(), group=self.group)
         return whole
 
 
-def share_of(step_module: nn.Module, name: str) -> ExpertShare | None:
-    """The share that this rank has of the parameter with the plain name `name`; None if it is not dealt."""
-    owner_name = name.rpartition(".")[0]
-    if not name.startswith(BESIDE):
-        owner_name = (PREFIX + owner_name).removesuffix(".")
-    share: ExpertShare | None = getattr(step_module.get_submodule(owner_name), "expert_share", None)
+def expert_share_of(step_module: nn.Module, name: str) -> ExpertShare | None:
+    """The share that this rank holds of the parameter `name`; None if it is no parameter of distributed experts.
+
+    `name`: as in checkpoints, without the wrapper's prefix.
+    """
+    module_name = name.rpartition(".")[0]
+    if not name.startswith(BESIDE):  # names of frozen models are those within the step module
+        module_name = (PREFIX + module_name).removesuffix(".")
+    share: ExpertShare | None = getattr(step_module.get_submodule(module_name), "expert_share", None)
     return share

@@ -24,9 +24,9 @@ from strategies.compat.fsdp import (
     gather_on,
 )
 from strategies.compat.modules import replace_buffers
-from strategies.dealt_experts import deal_experts, shard_experts
+from strategies.dealt_experts import distribute_experts, shard_experts
 from strategies.errors import ConfigError
-from strategies.expert_share import share_of
+from strategies.expert_share import expert_share_of
 from strategies.full_params import FsdpFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replica_count, shard_mesh
@@ -41,16 +41,16 @@ def dtensor_start(tensor: DTensor) -> int:
     with real_tensors():
         _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     first_row = offsets[0] if offsets else 0  # a 0-d tensor has no offsets
-    elements_a_row = 1
+    elements_per_row = 1
     for size in tensor.shape[1:]:
-        elements_a_row *= size
-    return first_row * elements_a_row
+        elements_per_row *= size
+    return first_row * elements_per_row
 
 
-def whole_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> tuple[torch.Size, int]:
-    """(the shape of a parameter as files have it, the index of this rank's first element in it, flattened)."""
+def full_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> tuple[torch.Size, int]:
+    """(shape of the full parameter, as in files, with all experts; index of this rank's first element in it, flattened)."""
     start = dtensor_start(tensor)
-    share = share_of(step_module, name)
+    share = expert_share_of(step_module, name)
     if share is None:
         return tensor.shape, start
     return share.whole_shape(tensor.shape), share.first_element(tensor.shape) + start
@@ -59,8 +59,8 @@ def whole_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) ->
 def check_experts(step_module: nn.Module, ranks: int, strategy: str) -> None:
     """Raise ConfigError if a layer has fewer experts than there are `ranks` to shard them over.
 
-    Parameters are sharded along their first dimension. With more ranks than experts, some ranks would hold a whole expert of
-    each layer and others nothing, and every gather would move padding for the latter.
+    Parameters are sharded along their first dimension, which here is the expert. With more ranks than experts, some ranks would
+    hold one expert of each layer and others none, for which every all-gather would move padding.
     """
     for name, parameter in named_parameters(step_module):
         if parameter.dim() != 3 or ".experts." not in name:
@@ -121,13 +121,13 @@ class Fsdp2Engine(NativeEngine):
         sync = last or not self.defer_sync
         self.wrapped.set_is_last_backward(last)
         self.wrapped.set_requires_gradient_sync(sync)
-        # The all-reduce between replicas can always wait for the last micro-batch: what waits is as small as the shards.
+        # The all-reduce between replicas always waits for the last micro-batch: until then, only gradient shards are kept.
         self.wrapped.set_requires_all_reduce(last)
         super().backward(loss, last=last)
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        # Between two iterations rank 0 may do something with the model that reshards it there alone (`state_dict` does, by a
-        # hook). If all ranks begin resharded, they gather alike.
+        # Since the last gather, a hook may have resharded the model on rank 0 only (`state_dict` does so). Reshard it on all
+        # ranks, so that all of them take part in the same all-gathers.
         self._weights_changed()
         yield from super().gather(trainable_only=trainable_only)
 
@@ -152,8 +152,8 @@ class Fsdp2Engine(NativeEngine):
         local = parameter.to_local()
         # An empty shard may have strides that no view can flatten.
         flat = local.reshape(-1) if local.numel() == 0 else local.view(-1)
-        whole_shape, start = whole_shape_and_start(self.step_module, name, parameter)
-        return flat, start, whole_shape.numel()
+        full_shape, start = full_shape_and_start(self.step_module, name, parameter)
+        return flat, start, full_shape.numel()
 
     def _writes_checkpoint(self) -> bool:
         mesh = self._mesh
@@ -167,7 +167,7 @@ class Fsdp2Engine(NativeEngine):
             # Offloaded to the host: gather on the device, because NCCL can do it only there.
             tensor = tensor.to(self.runtime.device)
         full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-        share = share_of(self.step_module, name)
+        share = expert_share_of(self.step_module, name)
         return full if share is None else share.gather(full)
 
 
@@ -180,7 +180,7 @@ class Fsdp2Strategy:
         self.runtime = runtime
         self.replicate = replica_count(config, runtime.world_size, runtime.hosts)
         self.expert_mesh: DeviceMesh | None = None
-        """The ranks that hold the same experts, if they are dealt."""
+        """The ranks that hold the same experts, with `parallel.experts`; else None."""
 
     def init_context(self) -> AbstractContextManager[None]:
         return meta_context()
@@ -200,7 +200,7 @@ class Fsdp2Strategy:
         group = self._shard(step_module, compute)
         memory = open_host_memory(self.runtime, group)
         if memory is not None:
-            self._exchange_through(memory, step_module)
+            self._use_shared_memory(memory, step_module)
         device = torch.device("cpu") if self.config.cpu_offload else self.runtime.device
         materialize(step_module, device)
         if self.config.cpu_offload:
@@ -218,7 +218,10 @@ class Fsdp2Strategy:
             strategy=self.config.name,
         )
         planned = plan_of(step_module).defer_sync
-        engine.defer_sync = self.config.defer_sync is not False if planned is None else planned
+        if planned is None:
+            engine.defer_sync = self.config.defer_sync is not False
+        else:
+            engine.defer_sync = planned
         engine.shard_group = group
         engine.host_memory = memory
         engine.full_parameters = FsdpFullParameters(
@@ -256,15 +259,15 @@ class Fsdp2Strategy:
             return mesh["shard"].get_group()
 
     def _shard_experts(self, step_module: nn.Module, settings: dict[str, Any]) -> None:
-        """With `parallel.experts`: give this rank its experts, and shard each module of experts apart from its block.
+        """With `parallel.experts`: let this rank keep its experts, and shard each module of experts separately from its block.
 
-        `settings`: the arguments of `fully_shard` but for the mesh, which for experts is that of the ranks with the same ones.
+        `settings`: the arguments of `fully_shard` except the mesh: experts are sharded over the ranks that hold the same ones.
         """
         plan = plan_of(step_module)
         if plan.expert_ranks == 1:
             return
-        modules = [step_module.get_submodule(name) for name in plan.dealt_experts]
-        mesh = deal_experts(
+        modules = [step_module.get_submodule(name) for name in plan.expert_parallel_modules]
+        mesh = distribute_experts(
             modules, self.runtime.device, self.runtime, replicate=self.replicate, expert_ranks=plan.expert_ranks
         )
         reshard = self.config.reshard_after_forward
@@ -272,11 +275,11 @@ class Fsdp2Strategy:
             shard_experts(module, self.runtime.world_size, mesh=mesh, reshard_after_forward=reshard, **settings)
         self.expert_mesh = mesh
 
-    def _exchange_through(self, memory: HostMemory, step_module: nn.Module) -> None:
-        """Let FSDP2 exchange through shared memory instead of gloo, among CPU ranks of one host.
+    def _use_shared_memory(self, memory: HostMemory, step_module: nn.Module) -> None:
+        """Let FSDP2 use shared memory for its collectives instead of gloo, between CPU ranks of one host.
 
-        `memory` is that of the ranks that hold one copy of the model. With `parallel.experts` a module of experts is sharded
-        over fewer ranks, which get a memory of their own: others would never come to their exchanges.
+        `memory`: of the ranks that hold one copy of the model. With `parallel.experts`, modules of experts are sharded over fewer
+        ranks, which get a shared memory of their own, since the other ranks do not take part in their collectives.
         """
         expert_memory: HostMemory | None = None
         if self.expert_mesh is not None:
@@ -296,6 +299,6 @@ class Fsdp2Strategy:
             assert isinstance(parameter, DTensor)
             local = parameter.to_local()
             if local.numel():
-                whole_shape, start = whole_shape_and_start(step_module, name, parameter)
-                values = source.read_slice(name, whole_shape, start, start + local.numel())
+                full_shape, start = full_shape_and_start(step_module, name, parameter)
+                values = source.read_slice(name, full_shape, start, start + local.numel())
                 local.view(-1).copy_(values)

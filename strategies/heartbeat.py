@@ -7,7 +7,8 @@ After a timeout every rank writes the stacks of its threads, and says which exch
 are asked through the store, or by themselves when an exchange has lasted for most of the timeout. A stopped rank does so when a
 peer on its host wakes it with SIGQUIT.
 
-A launcher may give its ranks a directory (`LAST_WORDS`). It then finds there the last sign of life of each, also of a killed one.
+A launcher may give its ranks a directory (`HEARTBEAT_DIRECTORY`). It then finds there the last sign of life of each, also of a
+killed one.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from strategies.flight_recorder import Exchange, last_exchange
 LOST_PEER = re.compile(
     r"connection (closed|reset|refused|was)|broken pipe|timed out|timeout|gloo|nccl|peer|has ended", re.IGNORECASE
 )
-"""What the backends say in a rank whose peer has died or hangs."""
+"""Texts in the errors of a rank whose peer has died or hangs, from gloo, NCCL and sockets."""
 AWAITED_PEER = re.compile(r"waited \d+ s for its peer (\d+)")
 """How an error of `strategies/host_memory.py` names the rank that did not come."""
 STACKS_KEY = "shardtune/stacks"
-LAST_WORDS = "SHARDTUNE_LAST_WORDS"
-"""Environment variable with a directory of this host, in which each rank writes its last sign of life."""
+HEARTBEAT_DIRECTORY = "SHARDTUNE_LAST_WORDS"
+"""Environment variable: a directory of this host, given by the launcher, in which each rank writes its last sign of life."""
 LATE_SHARE = 0.8
 """Share of the timeout after which a rank reports an exchange that is not over: soon the backend may end the process."""
 WARNING_BEATS = 15
@@ -76,10 +77,10 @@ class SilentRank(ShardtuneError):
         self.sign = sign
         self.hung = hung
         if hung:
-            what = f"gives no sign of life (none for {since_s:.0f} s): it was stopped, or hangs"
+            finding = f"gives no sign of life (none for {since_s:.0f} s): it was stopped, or hangs"
         else:
-            what = "has ended"
-        super().__init__(f"{_described(sign)} {what}; the error of a peer: {error_line}")
+            finding = "has ended"
+        super().__init__(f"{_described(sign)} {finding}; the error of a peer: {error_line}")
 
 
 class LaggingRank(ShardtuneError):
@@ -108,7 +109,7 @@ class CutOffRank(ShardtuneError):
         self.sign = sign
         self.hung = True
         super().__init__(
-            f"rank {sign.rank} on {sign.host} is cut off: {store_place()}, where the ranks meet, has not answered for "
+            f"rank {sign.rank} on {sign.host} is cut off: {store_address()}, where the ranks meet, has not answered for "
             f"{since_s:.0f} s; look at the link between the hosts and at that host; the error of this rank: {error_line}"
         )
 
@@ -162,7 +163,7 @@ class Heartbeats:
     def silent_ranks(self, look_s: float) -> list[SignOfLife]:
         """The other ranks whose count in the store does not rise within `look_s` seconds: they were stopped, or have ended.
 
-        This rank waits as long. Errors: RuntimeError of the store.
+        Waits for `look_s` seconds. Errors: RuntimeError of the store.
         """
         signs_before = self._signs_of_life()
         time.sleep(look_s)
@@ -173,15 +174,17 @@ class Heartbeats:
         return silent
 
     def cause(self, error: BaseException) -> SilentRank | CutOffRank | None:
-        """The cause of an error that only says that a peer was lost: a silent rank, or a broken link. None if it is neither.
+        """The rank that caused an error of this rank, if the error only says that the connection to a peer was lost.
 
-        Takes a few seconds if it has to look.
+        A SilentRank if a rank sends no signs of life any more; a CutOffRank if this rank cannot reach the store. None for other
+        errors, and if all ranks are alive. May take a few seconds, in which it watches the ranks' counts.
         """
         error_line = _first_line(error)
         if isinstance(error, ShardtuneError) or not LOST_PEER.search(str(error)):
             return None
         timed_out = TIMED_OUT.search(str(error)) is not None
-        # If a process has ended, its launcher will end this one in a few seconds. If one hangs, there is time to be sure.
+        # If a process has ended, its launcher will end this one in a few seconds. If a process hangs, there is more time to
+        # watch.
         look_s = (6 if timed_out else 2.5) * self.every_s
         try:
             silent = self.silent_ranks(look_s)
@@ -194,22 +197,25 @@ class Heartbeats:
         return SilentRank(silent[0], hung=timed_out, since_s=look_s, error_line=error_line)
 
     def collect_exchanges(self, stopped: SignOfLife | None) -> dict[int, Exchange]:
-        """After a timeout: ask every rank to write the stacks of its threads, and which collective it was in last. No errors.
+        """After a timeout: let every rank write the stacks of its threads and report its last collective. Raises nothing.
 
-        `stopped`: a rank that gives no sign of life; on this host it is woken by a signal. Returns the last collective of each
-        rank that answers, as soon as all have (one beat as a rule), or after `ANSWER_BEATS`.
+        Returns the last collective by rank, of the ranks that answer within `ANSWER_BEATS`; mostly all do within one beat.
+        `stopped`: a rank that gives no sign of life. If it is on this host, it is woken by signals.
         """
+        # Ask all ranks through the store.
         with contextlib.suppress(RuntimeError):
             self._store.set(STACKS_KEY, "1")
         if stopped is not None and stopped.host == socket.gethostname() and stopped.pid:
-            # A stopped process handles no signal. When it continues, SIGQUIT comes first: its stack is where it was stopped.
+            # A stopped process handles signals only when SIGCONT wakes it. SIGQUIT, sent before, then writes its stack, which is
+            # still the one at which it was stopped.
             with contextlib.suppress(OSError):
                 _signal_main_thread(stopped.pid, signal.SIGQUIT)
                 os.kill(stopped.pid, signal.SIGCONT)
+        # Collect their answers.
         keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world)}
         deadline = time.monotonic() + ANSWER_BEATS * self.every_s
         try:
-            self._report_position()  # not at the next beat, which may come too late
+            self._report_position()  # this rank's own, without waiting for its next beat
             while not self._store.check([*keys.values()]) and time.monotonic() < deadline:
                 time.sleep(self.every_s / 4)
             exchanges = {}
@@ -221,9 +227,10 @@ class Heartbeats:
             return {}
 
     def lagging_rank(self, error: BaseException, exchanges: dict[int, Exchange]) -> LaggingRank | None:
-        """The living rank that did not come to the exchange in which `error` ended this one; None if nobody can say.
+        """The living rank that did not join the collective in which this rank failed with `error`; None if it cannot be found.
 
-        `exchanges`: the last exchange of each rank, as `collect_exchanges` returns them.
+        An error of shared memory names that rank. For other errors it is found by `exchanges`: the last collective of each rank,
+        from `collect_exchanges`.
         """
         awaited: Exchange | str
         peer = AWAITED_PEER.search(str(error))
@@ -246,14 +253,15 @@ class Heartbeats:
         return LaggingRank(sign, exchanges.get(lagging), awaited, _first_line(error))
 
     def _absent_ranks(self, own_exchange: Exchange, exchanges: dict[int, Exchange]) -> list[int]:
-        """Ranks that wait in no collective, and have not come to `own_exchange`, the one in which this rank waits.
+        """Ranks that wait in no collective, and have not joined `own_exchange`, the one in which this rank waits.
 
-        `exchanges`: the last collective of each rank. Collectives of one `counter` are numbered in order on every rank.
+        `exchanges`: the last collective of each rank. Collectives of one `counter` have the same numbers on every rank.
         """
         absent = []
         for rank, exchange in exchanges.items():
-            has_come = exchange.counter == own_exchange.counter and exchange.number >= own_exchange.number
-            if rank != self.rank and exchange.waits_s is None and not has_come:
+            has_joined = exchange.counter == own_exchange.counter and exchange.number >= own_exchange.number
+            is_waiting = exchange.waits_s is not None
+            if rank != self.rank and not is_waiting and not has_joined:
                 absent.append(rank)
         return absent
 
@@ -267,19 +275,19 @@ class Heartbeats:
         return signs
 
     def _beat(self) -> None:
-        """The heartbeat thread: count up, look whether an exchange lasts too long, and answer those that ask."""
+        """Body of the thread: give a sign of life, check whether a collective takes too long, and answer requests for stacks."""
         sign: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "count": 0}
         while True:
             phase, step = self._state()
             sign |= {"phase": phase, "step": step, "count": sign["count"] + 1}
-            self._write_last_words(sign)
+            self._write_for_launcher(sign)
             try:
                 self._store.set(f"shardtune/beat/{self.rank}", json.dumps(sign))
                 self._note_answered()
-                late = self._late_exchange((phase, step))
-                if self._stacks is not None and (late is not None or self._store.check([STACKS_KEY])):
+                late_exchange = self._late_exchange((phase, step))
+                if self._stacks is not None and (late_exchange is not None or self._store.check([STACKS_KEY])):
                     self._report_position()
-                self._warn(late)
+                self._warn_before_abort(late_exchange)
             except Unanswered:
                 self._note_unanswered((phase, step))
             except RuntimeError:  # the store is gone, and with it the job
@@ -287,19 +295,20 @@ class Heartbeats:
             time.sleep(self.every_s)
 
     def _cut_off(self, error_line: str) -> CutOffRank:
+        """The error of this rank if it cannot reach the store, with its own phase and step."""
         phase, step = self._state()
         sign = SignOfLife(rank=self.rank, host=socket.gethostname(), pid=os.getpid(), phase=phase, step=step)
         return CutOffRank(sign, since_s=self._store.unanswered_s(), error_line=error_line)
 
     def _note_unanswered(self, state: tuple[str, int | None]) -> None:
-        """Say once that the store does not answer. End the process after the run's timeout, if it stood still all that time.
+        """Print once that the store does not answer. End the process if this rank makes no progress for longer than the timeout.
 
-        `state`: phase and step of this rank, by which progress is seen.
+        `state`: phase and step of this rank. Progress is a change of either.
         """
         if not self._reported_unanswered:
             self._reported_unanswered = True
             _print_error(
-                f"rank {self.rank} on {socket.gethostname()}: {store_place()}, where the ranks meet, has not answered for "
+                f"rank {self.rank} on {socket.gethostname()}: {store_address()}, where the ranks meet, has not answered for "
                 f"{self._store.unanswered_s():.0f} s: the link is down, or that host hangs; this rank ends after "
                 f"{self._timeout_s:.0f} s without progress (run.timeout_s)"
             )
@@ -309,29 +318,31 @@ class Heartbeats:
             self.when_cut_off(self._cut_off("no error"))
 
     def _note_answered(self) -> None:
+        """Print that the store answers again, if it was reported that it does not."""
         if self._reported_unanswered:
             self._reported_unanswered = False
-            _print_error(f"rank {self.rank} on {socket.gethostname()}: {store_place()} answers again")
+            _print_error(f"rank {self.rank} on {socket.gethostname()}: {store_address()} answers again")
 
     def _report_position(self) -> None:
-        """Write the stacks of this rank's threads, and put its last exchange into the store. Does so only once.
+        """Write the stacks of this rank's threads, and put its last collective into the store. Only the first call does so.
 
         Errors: RuntimeError of the store.
         """
         with self._report_lock:
-            stacks, self._stacks = self._stacks, None
+            stacks = self._stacks
             if stacks is None:
                 return
+            self._stacks = None
             faulthandler.dump_traceback(stacks, all_threads=True)
             last = last_exchange()
             if last is not None:
                 self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(last)))
                 over = "over" if last.waits_s is None else "not over"
-                with contextlib.suppress(OSError):  # a full disk makes no rank that lives a silent one
+                with contextlib.suppress(OSError):  # a full disk must not end this thread, or the rank would seem dead
                     print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
 
     def _late_exchange(self, state: tuple[str, int | None]) -> Exchange | None:
-        """The exchange in which this rank stands still, if it has lasted for most of the timeout; else None."""
+        """The collective in which this rank has waited, without progress, for most of the timeout; None if there is none."""
         self._note_progress(state)
         if time.monotonic() - self._last_change < LATE_SHARE * self._timeout_s:
             return None
@@ -341,23 +352,28 @@ class Heartbeats:
         return last
 
     def _note_progress(self, state: tuple[str, int | None]) -> None:
+        """Note the time at which the phase or step of this rank last changed."""
         if state != self._last_state:
             self._last_state = state
             self._last_change = time.monotonic()
 
-    def _warn(self, late: Exchange | None) -> None:
-        """Call `at_timeout` if NCCL is about to abort the process. gloo raises an error instead, in the thread that waits."""
-        handler = self.at_timeout
-        if late is None or handler is None or not late.what.startswith("nccl"):
-            return
-        if (late.waits_s or 0.0) > self._timeout_s - WARNING_BEATS * self.every_s:
-            self.at_timeout = None
-            # In another thread, because it may take its time: without beats this rank would itself seem stopped.
-            threading.Thread(target=handler, args=(late,), name="timeout", daemon=True).start()
+    def _warn_before_abort(self, late_exchange: Exchange | None) -> None:
+        """Call `at_timeout` shortly before NCCL aborts this process because of `late_exchange`, a collective that takes too long.
 
-    def _write_last_words(self, sign: dict[str, Any]) -> None:
-        """Keep the sign of life in the launcher's directory, if it has given one."""
-        directory = os.environ.get(LAST_WORDS)
+        gloo does not abort: it raises an error in the thread that waits.
+        """
+        handler = self.at_timeout
+        if late_exchange is None or handler is None or not late_exchange.what.startswith("nccl"):
+            return
+        is_about_to_abort = (late_exchange.waits_s or 0.0) > self._timeout_s - WARNING_BEATS * self.every_s
+        if is_about_to_abort:
+            self.at_timeout = None
+            # In another thread, because it may take long: without signs of life this rank would itself seem stopped.
+            threading.Thread(target=handler, args=(late_exchange,), name="timeout", daemon=True).start()
+
+    def _write_for_launcher(self, sign: dict[str, Any]) -> None:
+        """Write the sign of life into the launcher's directory, if it has given one."""
+        directory = os.environ.get(HEARTBEAT_DIRECTORY)
         if directory is None:
             return
         with contextlib.suppress(OSError):
@@ -366,7 +382,7 @@ class Heartbeats:
             temporary.replace(Path(directory) / str(self.rank))
 
 
-def store_place() -> str:
+def store_address() -> str:
     """Address and port of the ranks' store, from the environment."""
     return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
 
@@ -382,7 +398,7 @@ def _signal_main_thread(pid: int, number: int) -> None:
     os.kill(pid, number) if send is None else send(pid, pid, number)
 
 
-def last_words(directory: Path, rank: int) -> SignOfLife | None:
+def read_last_heartbeat(directory: Path, rank: int) -> SignOfLife | None:
     """The last sign of life of a rank of this host, for the launcher that gave it the directory; None if there is none."""
     try:
         return SignOfLife(rank=rank, **json.loads((directory / str(rank)).read_text(encoding="utf-8")))

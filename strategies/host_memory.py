@@ -27,7 +27,7 @@ _HEADER_BYTES = 4096
 """Bytes at the beginning of a region, for its counter."""
 _SLOT_BYTES = 8 * 2**20
 """Bytes that a rank hands over at a time. Each region has two slots, used in turn. Before a rank writes into a slot again, it has
-waited for all others once more, so everyone has finished reading it."""
+waited for all others once more, so all of them have finished reading it."""
 _SPIN_S = 0.005
 """Seconds for which a waiting rank keeps its core. After that it sleeps between looks."""
 
@@ -47,7 +47,8 @@ class HostMemory:
         self._ranks = dist.get_process_group_ranks(group)
         self._processes = processes
         self._timeout_s = timeout_s
-        self._meetings_so_far = 0
+        self._num_barriers = 0
+        """How often this rank has waited for all others; published in its region's counter."""
         self._current_slot = 0
 
     @counted_collective(ALL_GATHER, 0)
@@ -71,17 +72,19 @@ class HostMemory:
     def reduce_scatter(self, output: Tensor, input: Tensor, *, average: bool) -> None:
         """Sum or average `input` [ranks * n] over the ranks, and put this rank's part into `output` [n].
 
-        Chunk by chunk each rank writes what the others need into its slot, waits, and adds up what they wrote for it.
+        Chunk by chunk, each rank writes the parts for the others into its slot, waits for all, and sums up what the others wrote
+        for it.
         """
         parts = input.view(self.size, -1)
-        total = output.view(-1)
-        for start, slots in self._chunks(total, total.numel(), parts=self.size):
-            count = slots[0].numel() // self.size
+        reduced = output.view(-1)
+        for start, slots in self._chunks(reduced, reduced.numel(), parts=self.size):
+            stop = start + slots[0].numel() // self.size
+            own_slot = slots[self.rank].view(self.size, -1)
             for peer in self._peers():
-                slots[self.rank].view(self.size, -1)[peer].copy_(parts[peer, start : start + count])
+                own_slot[peer].copy_(parts[peer, start:stop])
             self._wait_for_all()
             peer_parts = [slots[peer].view(self.size, -1)[self.rank] for peer in self._peers()]
-            self._combine(parts[self.rank, start : start + count], peer_parts, total[start : start + count], average)
+            self._combine(parts[self.rank, start:stop], peer_parts, reduced[start:stop], average)
 
     @counted_collective(ALL_REDUCE, 0)
     def all_reduce(self, tensor: Tensor, *, average: bool) -> None:
@@ -89,17 +92,18 @@ class HostMemory:
         flat = tensor.view(-1)
         for start, slots in self._chunks(flat, flat.numel()):
             chunk = flat[start : start + slots[0].numel()]
-            # Each rank adds up its share of the chunk, and then reads the finished shares of the others.
             bounds = [chunk.numel() * rank // self.size for rank in range(self.size + 1)]
-            shares = [slice(low, high) for low, high in pairwise(bounds)]
+            shares = [slice(low, high) for low, high in pairwise(bounds)]  # of the chunk, one for each rank
             own_share = shares[self.rank]
+            own_slot = slots[self.rank]
+            # Reduce-scatter: each rank sums up its own share of the chunk.
             for peer in self._peers():
-                slots[self.rank][shares[peer]].copy_(chunk[shares[peer]])
+                own_slot[shares[peer]].copy_(chunk[shares[peer]])
             self._wait_for_all()
-            self._combine(
-                chunk[own_share], [slots[peer][own_share] for peer in self._peers()], chunk[own_share], average
-            )
-            slots[self.rank][own_share].copy_(chunk[own_share])  # nobody reads this share before the next wait
+            peer_shares = [slots[peer][own_share] for peer in self._peers()]
+            self._combine(chunk[own_share], peer_shares, chunk[own_share], average)
+            # All-gather: each rank publishes its share, and reads those of the others.
+            own_slot[own_share].copy_(chunk[own_share])
             self._wait_for_all()
             for peer in self._peers():
                 chunk[shares[peer]].copy_(slots[peer][shares[peer]])
@@ -109,9 +113,10 @@ class HostMemory:
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def _chunks(self, like: Tensor, count: int, parts: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
-        """Go through `count` elements in chunks that fit into a slot: (index of the first element, the slot of each rank).
+        """Divide `count` elements into chunks that fit into a slot; yields (index of a chunk's first element, slot of each rank).
 
-        A slot has room for `parts` times the elements of a chunk, as views of the type of `like`.
+        Each slot has room for `parts` times the elements of the chunk, and is a view of the type of `like`. Takes the other of a
+        region's two slots with each chunk.
         """
         chunk_numel = _SLOT_BYTES // like.element_size() // parts
         for start in range(0, count, chunk_numel):
@@ -128,26 +133,26 @@ class HostMemory:
             out.div_(self.size)
 
     def _wait_for_all(self) -> None:
-        """Wait until every rank has called this as often as this one."""
+        """A barrier: wait until every rank has called this as often as this one."""
         if not _STORES_IN_ORDER:
             dist.barrier(self.group)
             return
-        self._meetings_so_far += 1
-        self._counters[self.rank][0] = self._meetings_so_far
+        self._num_barriers += 1
+        self._counters[self.rank][0] = self._num_barriers
         for peer in self._peers():
-            if self._counters[peer][0] < self._meetings_so_far:
+            if self._counters[peer][0] < self._num_barriers:
                 self._wait_for(peer)
 
     def _wait_for(self, peer: int) -> None:
-        """Wait until the rank `peer` of the group has come to as many exchanges as this one.
+        """Wait until the rank `peer` of the group has reached as many barriers as this one.
 
-        It keeps its core for a few milliseconds, then sleeps between looks. Raises RuntimeError if the peer has ended, or
-        does not come within the run's timeout.
+        Polls without sleeping for a few milliseconds, then every 0.1 ms. Raises RuntimeError if the peer has ended, or does not
+        come within the run's timeout.
         """
         counter = self._counters[peer]
         start_time = time.monotonic()
         last_check_s = 0.0
-        while counter[0] < self._meetings_so_far:
+        while counter[0] < self._num_barriers:
             waited_s = time.monotonic() - start_time
             if waited_s < _SPIN_S:
                 os.sched_yield()
@@ -157,11 +162,11 @@ class HostMemory:
                 continue
             # Ten times a second: is the peer still alive?
             last_check_s = waited_s
-            who = f"rank {self._ranks[self.rank]} waited {waited_s:.0f} s for its peer {self._ranks[peer]}"
+            wait_text = f"rank {self._ranks[self.rank]} waited {waited_s:.0f} s for its peer {self._ranks[peer]}"
             if _has_ended(self._processes[peer]):
-                raise RuntimeError(f"{who}, which has ended")
+                raise RuntimeError(f"{wait_text}, which has ended")
             if waited_s > self._timeout_s:
-                raise RuntimeError(f"timed out: {who} (run.timeout_s={self._timeout_s:.0f})")
+                raise RuntimeError(f"timed out: {wait_text} (run.timeout_s={self._timeout_s:.0f})")
 
 
 _STORES_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
@@ -189,19 +194,21 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
     if size == 1 or runtime.kind != "cpu" or runtime.simulated or not runtime.shared_memory:
         return None
     descriptor = _create_region()
-    # Of each rank: where its process id holds, its process id, its descriptor. None: it has no region.
-    offers: list[tuple[str | None, int, int] | None] = [None] * size
     try:
-        own_offer = None
+        # Exchange where the regions are, as (namespace of the process id, process id, file descriptor); None: the rank has none.
+        own_address = None
         if descriptor is not None:
-            own_offer = (_process_namespace(), os.getpid(), descriptor)
-        dist.all_gather_object(offers, own_offer, group=group)
-        regions = _map_regions(offers)
+            own_address = (_process_namespace(), os.getpid(), descriptor)
+        address_by_rank: list[tuple[str | None, int, int] | None] = [None] * size
+        dist.all_gather_object(address_by_rank, own_address, group=group)
+        # Map them, and use them only if every rank could.
+        regions = _map_regions(address_by_rank)
         mapped_by_rank = [False] * size
         dist.all_gather_object(mapped_by_rank, regions is not None, group=group)
         if regions is None or not all(mapped_by_rank):
             return None
-        return HostMemory(group, regions, [offer[1] for offer in offers if offer], runtime.timeout_s)
+        process_ids = [address[1] for address in address_by_rank if address]
+        return HostMemory(group, regions, process_ids, runtime.timeout_s)
     finally:
         if descriptor is not None:
             os.close(descriptor)  # mappings stay
@@ -222,7 +229,7 @@ def _create_region() -> int | None:
 
 
 def _process_namespace() -> str | None:
-    """Names the running kernel and its namespace of processes: two ranks with the same name see the same process ids."""
+    """An identifier of the running kernel and its namespace of process ids; ranks with the same one see the same ids."""
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return boot_id + str(Path("/proc/self/ns/pid").readlink())
@@ -230,16 +237,16 @@ def _process_namespace() -> str | None:
         return None
 
 
-def _map_regions(offers: list[tuple[str | None, int, int] | None]) -> list[Tensor] | None:
+def _map_regions(address_by_rank: list[tuple[str | None, int, int] | None]) -> list[Tensor] | None:
     """The regions of all ranks, in rank order, each mapped through its owner's /proc entry; None if one cannot be mapped here.
 
-    `offers`: for each rank where its process id holds, the process id, and the descriptor of its region.
+    `address_by_rank`: (namespace of the process id, process id, file descriptor) of each region; None: the rank has none.
     """
-    namespace = _process_namespace()
-    if namespace is None or any(offer is None or offer[0] != namespace for offer in offers):
+    own_namespace = _process_namespace()
+    if own_namespace is None or any(address is None or address[0] != own_namespace for address in address_by_rank):
         return None
     try:
-        paths = [f"/proc/{offer[1]}/fd/{offer[2]}" for offer in offers if offer]
+        paths = [f"/proc/{address[1]}/fd/{address[2]}" for address in address_by_rank if address]
         return [
             torch.from_file(path, shared=True, size=_HEADER_BYTES + 2 * _SLOT_BYTES, dtype=torch.uint8)
             for path in paths

@@ -58,10 +58,10 @@ def state_bytes(
     return total
 
 
-def dealt_parameters(step_module: nn.Module) -> dict[int, nn.Parameter]:
-    """The parameters of experts that the plan deals over ranks, by their ids. `step_module`: not yet sharded."""
+def expert_parallel_parameters(step_module: nn.Module) -> dict[int, nn.Parameter]:
+    """The parameters of experts that are distributed over ranks, by their `id()`. `step_module`: not yet sharded."""
     parameters: dict[int, nn.Parameter] = {}
-    for name in plan_of(step_module).dealt_experts:
+    for name in plan_of(step_module).expert_parallel_modules:
         for parameter in step_module.get_submodule(name).parameters(recurse=False):
             parameters[id(parameter)] = parameter
     return parameters
@@ -93,7 +93,7 @@ def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
         itemsize = compute_bytes if parameter.is_floating_point() else parameter.element_size()
         return parameter.numel() * itemsize
 
-    dealt = dealt_parameters(step_module)
+    dealt = expert_parallel_parameters(step_module)
     expert_ranks = plan_of(step_module).expert_ranks
 
     def gathered_size(parameter: nn.Parameter) -> float:

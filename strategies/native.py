@@ -33,7 +33,7 @@ _GROUP_STATE = ("k", "weight_sum", "lr_max")
 
 
 class NativeEngine:
-    """A step module, its optimizer, and the arithmetic between backward and update."""
+    """A step module with its optimizer: gradient clipping, loss scaling, skipped updates, averages and checkpoints."""
 
     host_memory: HostMemory | None = None
     full_parameters = FullParameters()
@@ -41,7 +41,7 @@ class NativeEngine:
     casts_parameters = False
     """Whether the wrapper itself runs in the compute type; otherwise the forward pass runs under autocast."""
     replicated = True
-    """Whether every rank holds every parameter whole."""
+    """Whether every rank holds every parameter in full."""
 
     def __init__(
         self,
@@ -123,9 +123,9 @@ class NativeEngine:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Put averaged weights in place: our own average, or that of an optimizer (schedule-free). Then restore the trained ones.
+        """A context with the averaged weights in the model: our own average, or that of a schedule-free optimizer.
 
-        They come back bit for bit.
+        Afterwards the trained weights are restored bit for bit. Without an average, the trained weights stay.
         """
         if self.average is not None:
             with self._swapped(self.average):
@@ -135,7 +135,7 @@ class NativeEngine:
             yield
             return
         trained = [self._local(parameter.detach()) for _, parameter in self.trainable]
-        # The optimizer could compute the trained weights back from the averages, but that would round.
+        # Keep copies: the optimizer can compute the trained weights from the averages, but with rounding errors.
         trained_copies = [weight.clone() for weight in trained]
         self.optimizer.eval()
         try:
@@ -147,6 +147,7 @@ class NativeEngine:
 
     @contextmanager
     def _swapped(self, average: WeightAverage) -> Iterator[None]:
+        """A context with the weights of `average` in the model; afterwards the trained weights are back."""
         average.swap()
         self._weights_changed()
         try:
@@ -156,7 +157,7 @@ class NativeEngine:
             self._weights_changed()
 
     def _weights_changed(self) -> None:
-        """Called after weights were changed outside a step: sharding engines drop what they have gathered of them."""
+        """Called after weights were changed outside a step. Sharding engines override it to drop gathered copies."""
 
     # -- update --------------------------------------------------------------------------------------------------
 
@@ -169,17 +170,17 @@ class NativeEngine:
         return squared
 
     def _grad_norm(self, grads: list[Tensor]) -> Tensor:
-        """Global L2 norm. A rank without gradients takes part all the same: the sum may be a collective."""
+        """The global L2 norm. A rank without gradients takes part as well, since the sum may be a collective."""
         if not grads:
             return self._reduce_norm(torch.zeros((), device=self.runtime.device)).sqrt()
         return self._reduce_norm(squared_norm(grads).to(self.runtime.device)).sqrt()
 
     @torch.no_grad()
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
-        """Clip to the global norm and update, unless a gradient is not finite or `update_filter` skips the update.
+        """Clip the gradients to the global norm and update the weights.
 
-        With torch's fused optimizers nothing here waits for the device. Other optimizers must know first whether to step, so
-        the host reads the answer.
+        The update is skipped if a gradient is not finite or `update_filter` says so. With torch's fused optimizers, this is
+        decided on the device, and the host does not wait for it; for other optimizers, the host reads the decision.
         """
         if self.hooks is not None:
             self.hooks.before_clip(self.scale)
@@ -227,15 +228,15 @@ class NativeEngine:
             self.optimizer.step()
 
     def _beside_parameters(self, flag: Tensor) -> Tensor:
-        """`flag` on the device of the parameters, which is the host if they are offloaded.
+        """Copy `flag` to the device of the parameters, which is the CPU if they are offloaded.
 
-        torch's optimizers would copy it there themselves, but not wait for the copy.
+        torch's optimizers would copy it themselves, but without waiting for the copy.
         """
         _, first_parameter = self.trainable[0]
         return flag.to(self._local(first_parameter).device)
 
     def _skips_on_device(self) -> bool:
-        """Whether the optimizer's kernels look at `found_inf` themselves, as torch's fused ones do."""
+        """Whether the optimizer's kernels read `found_inf` and skip the update themselves, as torch's fused ones do."""
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
     def _adjust_scale(self, finite: Tensor) -> None:
@@ -254,22 +255,22 @@ class NativeEngine:
         return parameter.view(-1), 0, parameter.numel()
 
     def _flat_ranges(self, *, writing: bool) -> Iterator[FlatRange]:
-        """What this rank writes (`writing`) or reads of the training state, one trainable parameter after the other.
+        """The parts of the training state that this rank writes (`writing`) or reads, one trainable parameter after the other.
 
-        A FlatRange is a run of elements of a flattened parameter: its weight, and the moments and averages of its elements.
+        A FlatRange is a contiguous range of a flattened parameter, with the weights, moments and averages of its elements.
         """
         for number, (name, parameter) in enumerate(self.trainable):
-            flat, start, whole_numel = self._local_range(name, parameter)
+            flat, start, full_numel = self._local_range(name, parameter)
             tensors = {"weight": flat.detach()}
-            whole_states: dict[str, Tensor] = {}
+            full_states: dict[str, Tensor] = {}
             for key, moment in self.optimizer.state.get(parameter, {}).items():
                 if not torch.is_tensor(moment) or moment.dim() == 0:
                     continue
-                # Moments of the parameter's shape are sharded with it. Others, such as factored ones, are kept whole.
+                # Moments of the parameter's shape are sharded with it. Others, such as factored ones, are full on every rank.
                 if moment.shape == parameter.shape and isinstance(moment, DTensor) == isinstance(parameter, DTensor):
                     tensors[key] = self._local(moment).view(-1)
                 else:
-                    whole_states[key] = moment.view(-1)
+                    full_states[key] = moment.view(-1)
             if self.average is not None:
                 tensors[EMA_KEY] = self.average.averages[number].reshape(-1)
             if self.hooks is not None:
@@ -277,23 +278,23 @@ class NativeEngine:
                     tensors[key] = hook_state.view(-1)
 
             if writing and self.replicated:
-                # Every rank has everything: each writes its share, so that no rank writes it all.
+                # Every rank has all elements: each writes an equal share of them.
                 start = flat.numel() * self.dp_rank // self.dp_size
                 stop = flat.numel() * (self.dp_rank + 1) // self.dp_size
                 tensors = {key: tensor[start:stop] for key, tensor in tensors.items()}
-            yield FlatRange(name, whole_numel, start, tensors, write=self._writes_checkpoint())
-            # Factored moments have another shape than the parameter. They are full, and the same, on every rank.
-            for key, moment in whole_states.items():
+            yield FlatRange(name, full_numel, start, tensors, write=self._writes_checkpoint())
+            # Full states are the same on every rank: rank 0 writes them.
+            for key, moment in full_states.items():
                 yield FlatRange(name, moment.numel(), 0, {key: moment}, write=self.runtime.is_main)
 
     def _writes_checkpoint(self) -> bool:
-        """Whether this rank writes its ranges: of several replicas one does."""
+        """Whether this rank writes its ranges. Of several replicas, only one does."""
         return True
 
     def _ensure_moments(self) -> None:
-        """Create the optimizer's state before it is saved or loaded: optimizers make theirs in the first step.
+        """Create the optimizer's state before it is saved or loaded. Optimizers create their state in the first step.
 
-        A step with zero gradients at rate 0 does it. It moves no weight, and `_set_step` makes it count for nothing.
+        So this takes a step with zero gradients and a learning rate of 0, which changes no weight, and resets the step count.
         """
         if any(self.optimizer.state.values()):
             return

@@ -1,9 +1,9 @@
 """Decisions of all ranks before there is a process group, made through the store that will form the group.
 
-Preparing data may take hours, and no collective may wait that long. If one rank is told to stop in that time, the others must not
-wait for it until a timeout. So the first decision of any rank, to go on or to stop, holds for all. A signal that comes after
-"go on" is handled by the process group. If rank 0 stops because it lost the run directory, the decision tells all ranks, and
-none writes there.
+Preparing data may take hours, and no collective may wait that long. If one rank gets a signal to stop in that time, the others
+must not wait for it until a timeout. So the first decision of any rank, to continue or to stop, holds for all. A signal that
+comes after the decision to continue is handled by the process group. If rank 0 stops because it lost the run directory, the
+decision says so, and no rank writes there.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ REPORT_EVERY_S = 15.0
 """How often a waiting rank says what it waits for."""
 
 
-class Meeting:
-    """Decides together with the other ranks, through the store of the job. A job of one rank has no store and decides alone.
+class Rendezvous:
+    """Lets the ranks of a job decide together through the job's store. A job of one rank has no store and decides alone.
 
-    `lost` is called when this rank decides to stop. It returns why the run directory belongs to somebody else; None if it does
+    `lost` is called when this rank decides to stop. It returns why the run directory belongs to another attempt; None if it does
     not.
     """
 
@@ -49,8 +49,8 @@ class Meeting:
         self._why_lost = lost
 
     @classmethod
-    def join(cls, timeout_s: float, lost: Callable[[], str | None] = lambda: None) -> Meeting:
-        """Meet the ranks of the job that the environment describes. All ranks must call, within `timeout_s`."""
+    def join(cls, timeout_s: float, lost: Callable[[], str | None] = lambda: None) -> Rendezvous:
+        """Connect to the other ranks of the job that the environment describes. All ranks must call, within `timeout_s`."""
         rank = int(os.environ.get("RANK", 0))
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world == 1:
@@ -70,9 +70,9 @@ class Meeting:
         return cls(store, rank, world, timeout_s, lost)
 
     def stop_decided(self, asked_to_stop: bool) -> bool:
-        """Whether the job stops, by the first decision of any rank. `asked_to_stop`: whether this rank was told to.
+        """Whether the job stops, by the first decision of any rank. `asked_to_stop`: whether this rank got a signal to stop.
 
-        Called again and again while data is prepared. It looks into the store about once a second, and waits for nobody.
+        To be called often while data is prepared. It reads the store about once a second, and does not wait for other ranks.
         """
         if self.store is None or self._stopped:
             self._stopped |= asked_to_stop
@@ -84,7 +84,7 @@ class Meeting:
         return self._stopped
 
     def chosen_by_rank_0(self, name: str, choose: Callable[[], str], stop: Callable[[], bool]) -> str:
-        """Return on every rank what `choose` returns on rank 0, where alone it is called. All ranks must call.
+        """The result of `choose` on rank 0, returned on every rank; other ranks do not call `choose`. All ranks must call.
 
         Raises Preempted if `stop` says that the ranks stop, ShardtuneError if rank 0 does not come within the run's timeout.
         """
@@ -110,14 +110,16 @@ class Meeting:
     def wait_for_all(self, asked_to_stop: Callable[[], bool]) -> bool:
         """Wait until every rank is ready to form the group. Returns False if they stop instead. All ranks must call.
 
-        `asked_to_stop`: whether this rank was asked to. Raises ShardtuneError, with the ranks that did not come, after the run's
-        timeout.
+        `asked_to_stop`: whether this rank got a signal to stop. Raises ShardtuneError, with the ranks that did not come, after
+        the run's timeout.
         """
         if self.store is None:
             return not asked_to_stop()
+        # The last rank that gets here decides that all continue.
         self.store.set(f"shardtune/ready/{self.rank}", "1")
         if self.store.add("shardtune/ready", 1) == self.world:
             return self._decide(GO) == GO
+        # The others wait for that decision, or for one to stop.
         began = reported_at = time.monotonic()
         deadline = began + self._timeout_s
         while True:
@@ -137,9 +139,9 @@ class Meeting:
             time.sleep(max(0.1, self.world / 1000))
 
     def leave(self) -> str | None:
-        """Leave after the decision to stop. Returns why rank 0 lost the run directory; None if that is not why they stop.
+        """Leave after the decision to stop. Returns why rank 0 lost the run directory; None if the ranks stop for another reason.
 
-        All ranks should call. Rank 0, whose process may hold the store, leaves last: when all others have, or after `LEAVE_S`.
+        All ranks should call. Rank 0, whose process may host the store, waits until all others have left, or for `LEAVE_S`.
         """
         if self.store is None:
             return self._why_lost()
@@ -155,14 +157,15 @@ class Meeting:
         return why_lost
 
     def _decide_to_stop(self) -> str:
+        """Decide to stop, with the reason if this rank lost the run directory. Returns the decision that holds."""
         return self._decide(STOP + (self._why_lost() or ""))
 
-    def _decide(self, wish: str) -> str:
-        """Decide for `wish`, unless a decision was made before. Returns the decision that holds."""
-        return self.store.compare_set(DECISION, "", wish).decode()
+    def _decide(self, proposal: str) -> str:
+        """Make `proposal` the decision of all ranks, unless there is one already. Returns the decision that holds."""
+        return self.store.compare_set(DECISION, "", proposal).decode()
 
     def _decided(self) -> str | None:
-        """The decision that was made; None if there is none yet."""
+        """The decision of all ranks; None if there is none yet."""
         if not self.store.check([DECISION]):
             return None
         return self.store.get(DECISION).decode()
@@ -170,9 +173,9 @@ class Meeting:
 
 @contextlib.contextmanager
 def _reported_wait(message: str) -> Iterator[None]:
-    """Print `message` every `REPORT_EVERY_S` seconds while the block runs, which may wait inside a library.
+    """A context that prints `message` every `REPORT_EVERY_S` seconds, from a thread, on the first rank of each host.
 
-    One rank a host does so.
+    For code that may wait inside a library.
     """
     over = threading.Event()
     began = time.monotonic()

@@ -60,7 +60,7 @@ class FileOutcome:
     problem: str | None = None
     """Why it could not be written; None if it was."""
     attached: list[WrittenFile] = field(default_factory=list)
-    """What was written beside it, see `RankState.attachments`."""
+    """The further files that were written, see `RankState.attachments`."""
 
 
 class RankState:
@@ -113,40 +113,43 @@ class RankState:
         _raise_on_all_ranks(problem, self.runtime)
 
     def write_part(self, path: Path) -> FileOutcome:
-        """Write this rank's tensors, and its attachments, into the existing directory `path`, durably.
+        """Write this rank's tensors and attachments into the existing directory `path`, and sync them to disk.
 
-        It makes no collective, so a thread may call it while training goes on. It raises nothing: `finish` tells all ranks.
+        Not a collective, so a thread may call it while training goes on. Raises nothing: a problem is in the returned outcome,
+        and `finish` raises it on all ranks.
         """
         try:
             attached = [write_new(path / name, content) for name, content in self.attachments.items()]
             if not self.local:
                 return FileOutcome(attached=attached)
             return FileOutcome(write_tensors(path / self._file, self._head, self.local), attached=attached)
-        except Exception as error:  # noqa: BLE001 - whatever it is (a lost device too), all ranks must learn of it
+        except Exception as error:  # noqa: BLE001 - any error, such as a lost device, must reach all ranks
             return FileOutcome(problem=error_summary(error))
 
     def finish(self, path: Path, outcome: FileOutcome) -> list[WrittenFile]:
         """Complete a training state: rank 0 writes the index of all tensors, and the header. All ranks must call.
 
-        `outcome`: what this rank's `write_part` returned. Returns every file of the state on rank 0, an empty list on other
+        `outcome`: the result of this rank's `write_part`. Returns every file of the state on rank 0, an empty list on other
         ranks. Raises StorageError on every rank if any of them could not write.
         """
-        gathered = gather_objects((self.parts, outcome.written, outcome.attached), self.runtime)
-        parts_by_rank: list[dict[str, FilePart]] = [parts for parts, _, _ in gathered]
+        # Collect what the ranks have written.
+        written_by_rank = gather_objects((self.parts, outcome.written, outcome.attached), self.runtime)
+        parts_by_rank: list[dict[str, FilePart]] = [parts for parts, _, _ in written_by_rank]
         files: list[WrittenFile] = []
-        for _, file, attached in gathered:
+        for _, file, attached in written_by_rank:
             files += attached
             if file is not None:
                 files.append(file)
         _raise_on_all_ranks(outcome.problem, self.runtime)
 
+        # Write the index and the header.
         problem = None
         try:
             if self.runtime.is_main:
                 files.append(write_new(path / INDEX, index_json(parts_by_rank)))
                 files.append(write_new(path / PROGRESS, self.header))
             elif self.local:
-                # On a network file system each host has a cache of its own to sync.
+                # On a network file system, each host has its own cache of the directory, which it must sync.
                 sync_directory(path)
         except OSError as error:
             problem = error_summary(error)

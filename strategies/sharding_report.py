@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from strategies.base import Engine
-from strategies.expert_share import share_of
+from strategies.expert_share import expert_share_of
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
 
@@ -22,9 +22,9 @@ def held_elements(step_module: nn.Module) -> int:
     counts = element_counts(step_module)
     for name, parameter in named_parameters(step_module):
         local_numel, full_numel = _local_and_full_numel(parameter)
-        share = share_of(step_module, name)
+        share = expert_share_of(step_module, name)
         if share is not None:
-            full_numel *= share.ranks
+            full_numel *= share.group_size
         if counts[name] == full_numel:
             local_total += local_numel
         else:  # packed: each byte stands for several elements

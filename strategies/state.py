@@ -50,7 +50,7 @@ ROW_FIELDS = {
 
 @dataclass(kw_only=True, slots=True)
 class StateHeader:
-    """What holds for the saved state as a whole. It is written beside the tensors as JSON, under the names of the fields."""
+    """What a training state has beside its tensors. It is written as JSON, under the names of the fields (`progress.json`)."""
 
     progress: Progress
     optimizer_steps: int
@@ -59,10 +59,10 @@ class StateHeader:
     strategy: str
     loss_scale: float | None = None
     groups: list[dict[str, float]] = field(default_factory=list)
-    """What an optimizer counts per parameter group, in the order of its groups."""
+    """Counts that an optimizer keeps for each parameter group, in the order of its groups."""
 
     def json(self) -> bytes:
-        """What becomes `progress.json`."""
+        """The content of `progress.json`."""
         return json.dumps({**asdict(self), "progress": self.progress.as_json()}, indent=1).encode()
 
 
@@ -96,20 +96,21 @@ def _check_fields(
     """
     if not isinstance(raw, dict):
         raise Malformed("is no table")
-    keys = keys or {}
+    key_by_field = keys or {}
     hints = get_type_hints(kind)
-    types = {keys.get(declared.name, declared.name): hints[declared.name] for declared in fields(kind)}
-    names = set(types)
-    needed = {"optimizer_steps", "world_size", "strategy", "progress"} & names
-    unknown_or_missing = sorted((set(raw) - names) | (needed - set(raw)))
+    type_by_key = {key_by_field.get(declared.name, declared.name): hints[declared.name] for declared in fields(kind)}
+    known = set(type_by_key)
+    required = {"optimizer_steps", "world_size", "strategy", "progress"} & known
+    unknown_or_missing = sorted((set(raw) - known) | (required - set(raw)))
     if unknown_or_missing:
         raise Malformed(f"has or lacks {unknown_or_missing[0][:80]}")
     for key, entry in raw.items():
-        if key != except_field and not _has_type(entry, types[key]):
+        if key != except_field and not _has_type(entry, type_by_key[key]):
             raise Malformed(f"has a {key} that is none")
 
 
 def _check_rows(progress: dict[str, Any]) -> None:
+    """Raise Malformed if a list in `progress.json` has rows with other keys than ROW_FIELDS says, or counts below 0."""
     for key, row_fields in ROW_FIELDS.items():
         if any(set(row) != row_fields for row in progress.get(key, ())):
             raise Malformed(f"has a {key} that is none")
@@ -141,7 +142,10 @@ def _is_row_of_numbers(row: Any) -> bool:
 
 
 def read_index(path: Path, *, patient: bool = False) -> Index:
-    """What tensors a saved state has, and where; `patient` where the file was seen. Errors: StorageError."""
+    """The index of a saved state: its tensors, and where they are in the files. Errors: StorageError.
+
+    `patient`: another host has seen the file, so wait until it is visible here.
+    """
     try:
         return parse_index(read_bytes(path / INDEX, max_bytes=MAX_INDEX_BYTES, patient=patient))
     except OSError as error:
@@ -158,8 +162,7 @@ def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> Sta
     read or does not hold what its index says; the same on every rank.
     """
     flat_ranges = list(ranges)
-    # A file that rank 0 sees exists: another host may have to wait until it sees it too. One that rank 0 does not see is not
-    # waited for.
+    # Read this rank's values. A file that rank 0 sees exists, so another host waits until it sees that file, too.
     visible_names = call_on_main(lambda: set(atomic_io.disk.names(path)), runtime)
     error: ConfigError | StorageError | None = None
     try:
@@ -167,12 +170,12 @@ def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> Sta
         loaded = _read_values(path, flat_ranges, visible_names)
     except (ConfigError, StorageError) as caught:
         error = caught
-    # Nothing is written to live tensors before all ranks have read all of theirs.
-    failures = gather_objects(None if error is None else (type(error), str(error)), runtime)
-    for failure in failures:
+    # If a rank failed, raise on all, before any live tensor has changed: this rank's own error, else the first one's.
+    failure_by_rank = gather_objects(None if error is None else (type(error), str(error)), runtime)
+    for failure in failure_by_rank:
         if failure is not None:
-            kind, text = failure
-            raise error or kind(text)
+            error_class, text = failure
+            raise error or error_class(text)
     for tensor, saved in loaded:
         tensor.copy_(saved.to(tensor.device, tensor.dtype))
     return header
@@ -181,10 +184,10 @@ def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> Sta
 def _read_values(
     path: Path, ranges: list[FlatRange], visible_names: set[str]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(live tensor, its saved values) for everything in `ranges`, what this rank holds of the training state.
+    """(live tensor, its saved values) for each tensor of `ranges`, this rank's part of the training state.
 
-    Reads only; the caller copies the values once all ranks have theirs. `visible_names`: files that rank 0 sees in `path`.
-    Errors: ConfigError, StorageError.
+    Changes no live tensor: the caller copies the values when all ranks have theirs. `visible_names`: files that rank 0 sees in
+    `path`. Errors: ConfigError, StorageError.
     """
     index = read_index(path, patient=INDEX in visible_names)
     _check_index(path, index, ranges)
@@ -214,16 +217,17 @@ def _check_index(path: Path, index: Index, ranges: list[FlatRange]) -> None:
     missing = sorted(set(numel_by_name) - set(index))
     surplus = sorted(set(index) - set(numel_by_name))
     if missing:
-        raise ConfigError(_of_other_run(path, f"does not hold {', '.join(missing[:3])} ..."))
+        raise ConfigError(_other_run_message(path, f"does not hold {', '.join(missing[:3])} ..."))
     if surplus:
-        raise ConfigError(_of_other_run(path, f"holds, beyond what this run trains, {', '.join(surplus[:3])} ..."))
+        raise ConfigError(_other_run_message(path, f"holds, beyond what this run trains, {', '.join(surplus[:3])} ..."))
     for name, run_numel in numel_by_name.items():
         saved_numel = numel(index[name])
         if saved_numel != run_numel:
-            raise ConfigError(_of_other_run(path, f"has {saved_numel} elements of {name}, this run {run_numel}"))
+            raise ConfigError(_other_run_message(path, f"has {saved_numel} elements of {name}, this run {run_numel}"))
 
 
-def _of_other_run(path: Path, difference: str) -> str:
+def _other_run_message(path: Path, difference: str) -> str:
+    """The message for a state that another run wrote. `difference`: what it has or lacks, such as `does not hold ...`."""
     return (
         f"run.resume: the state in {path} {difference}: it was written by a run with another model, tuning method or "
         "optimizer; start a new run.dir"

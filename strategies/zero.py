@@ -70,12 +70,12 @@ class ZeroEngine:
         self.trainable: list[tuple[str, Any]] = list(trainable_parameters(step_module))
         self.base_lrs = [group["lr"] for group in engine.optimizer.param_groups]
         self.device_clipping: DeviceClipping | None = None
-        """Set if DeepSpeed leaves clipping and skipping to us."""
+        """Clips gradients and skips updates on the device; None if DeepSpeed does so itself."""
         self.update_gate = UpdateGate(engine.optimizer, runtime.device)
         self._updates = torch.zeros((), device=runtime.device)
         self.masters = Fp32Masters(engine, config.stage, runtime.rank, self.trainable)
         self.average: WeightAverage | None = None
-        """Of the fp32 masters; None if the run has no average."""
+        """The moving average of the fp32 master weights; None if the run has none."""
         self.start: WeightAverage | None = None
         """The fp32 masters as they began, if the run keeps them: an average that is never updated."""
         if config.stage == 3:
@@ -93,7 +93,7 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        # The loss is divided already (`strategies/base.py`): DeepSpeed is not to divide by the accumulation steps again.
+        # The loss is divided already (`strategies/base.py`), so DeepSpeed must not divide by the accumulation steps again.
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
@@ -106,11 +106,11 @@ class ZeroEngine:
     def _step(self, lr_factor: float, update_filter: UpdateFilter | None) -> StepResult:
         """Clip gradients, update weights and zero gradients, without the moving average.
 
-        Either DeepSpeed leaves clipping and skipping to us on the device (`device_clipping`), or it decides on the host, which
-        then waits for the device.
+        With `device_clipping`, the device decides whether to skip the update. Otherwise DeepSpeed decides on the host, which then
+        waits for the device.
         """
-        for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * lr_factor
+        for group, base_lr in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * lr_factor
         if self.device_clipping is not None:
             self.device_clipping.begin(update_filter)
             self.engine.step()
@@ -145,7 +145,7 @@ class ZeroEngine:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Put the averaged weights in place, if the run has them; then restore the trained ones bit for bit. All ranks enter."""
+        """A context with the averaged weights in the model, if the run has them; then the trained ones again. All ranks enter."""
         if self.average is None:
             yield
             return
@@ -154,7 +154,7 @@ class ZeroEngine:
 
     @contextmanager
     def _swapped(self, average: WeightAverage) -> Iterator[None]:
-        """Put other weights in place of the trained ones, and restore these. All ranks enter."""
+        """A context with the weights of `average` in the model; afterwards the trained weights are back. All ranks enter."""
         average.swap()
         self.refresh_compute_copies()
         try:
@@ -172,7 +172,7 @@ class ZeroEngine:
         return self.masters.flat_ranges(self.average)
 
     def _ensure_moments(self) -> None:
-        """Create the inner optimizer's state before it is saved or loaded: a step with zero gradients at rate 0."""
+        """Create the inner optimizer's state before it is saved or loaded, by a step with zero gradients at learning rate 0."""
         inner = self.engine.optimizer.optimizer
         if inner.state:
             return
@@ -182,8 +182,8 @@ class ZeroEngine:
         flats = self._flat_groups()
         for group in groups:
             group["lr"] = 0.0
-        # In a real step stage 3 hands its sub-groups to the optimizer one at a time. The state belongs to the flat tensors all
-        # the same, so they stand in for the parameters here.
+        # Under stage 3 the groups do not contain the flat tensors: DeepSpeed passes them one at a time in each step. The state
+        # belongs to the flat tensors, so they replace the groups' parameters for this step.
         parameter_ids = {id(parameter) for parameters in original_parameters for parameter in parameters}
         if parameter_ids != {id(flat) for flat in flats}:
             for group in groups:
@@ -284,7 +284,7 @@ class ZeroEngine:
         trainable_ids = {id(parameter) for _, parameter in self.trainable}
         for name, parameter in named_parameters(self.step_module):
             if id(parameter) in trainable_ids:
-                # All ranks gather, whoever takes the result.
+                # A collective: every rank must call it, although only rank 0 keeps the result.
                 master = safe_get_full_fp32_param(parameter).view(_full_shape(parameter))
                 yield name, master.cpu() if is_main else None
             elif trainable_only:
@@ -298,12 +298,12 @@ class ZeroEngine:
 
 
 def _full_shape(parameter: Any) -> torch.Size:
-    """Stage 3 leaves an empty tensor in the place of a parameter, and its shape in `ds_shape`."""
+    """The shape of the full parameter. Under stage 3 the parameter itself is empty, and its shape is in `ds_shape`."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class ZeroStrategy:
-    """Builds a DeepSpeed engine; stage 3 partitions block by block, so that no rank ever holds the whole model."""
+    """Builds a DeepSpeed engine. Under stage 3 it partitions block by block, so that no rank ever holds the full model."""
 
     def __init__(self, config: ZeroConfig, precision: Precision, runtime: Runtime) -> None:
         self.config = config
@@ -382,7 +382,7 @@ class ZeroStrategy:
         """Under stage 3: prepare the modules, partition their parameters and load this rank's parts. All ranks must call."""
         if not settings["zero_optimization"]["memory_efficient_linear"]:
             restore_linear()
-        # Parameters are gathered only while their own module runs: no module may compute with those of another.
+        # DeepSpeed gathers parameters only while their own module runs, so no module may compute with another's parameters.
         for module in step_module.modules():
             if getattr(module, "fused", False):
                 module.fused = False  # type: ignore[assignment]

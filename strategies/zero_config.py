@@ -13,7 +13,7 @@ which it keeps them. Large: gathered parameters are kept until the next pass nee
 
 
 def _offload_sections(config: ZeroConfig, *, on_cpu: bool) -> dict[str, Any]:
-    """DeepSpeed's sections for what is offloaded; a section that is left out means that nothing is."""
+    """The sections `offload_optimizer` and `offload_param` of DeepSpeed's settings; one is left out if it offloads nothing."""
     sections: dict[str, Any] = {}
     targets = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
     for name, target in targets.items():

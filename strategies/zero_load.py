@@ -22,16 +22,16 @@ def load_partitioned(
     *,
     to_drive: bool,
 ) -> None:
-    """Load a model on meta under ZeRO-3, so that at no time a rank holds more than one block whole. All ranks must call.
+    """Load a model on meta under ZeRO-3, so that a rank never holds more than one full block. All ranks must call.
 
     Block by block: allocate it, let DeepSpeed's `zero.Init` partition it, and read this rank's part from `source`. With
-    `to_drive`, `zero.Init` moves a parameter to a drive as soon as it is partitioned; so these are filled before, each rank
-    reading its part of them. `settings`: DeepSpeed's own. `dtype`: the type that the run computes in.
+    `to_drive`, `zero.Init` moves each parameter to a drive at once; so parameters are filled before, each rank reading its part
+    of the full parameter. `settings`: DeepSpeed's own. `dtype`: the type that the run computes in.
     """
     import deepspeed
 
     names = {id(parameter): name for name, parameter in named_parameters(step_module, teacher=True)}
-    # The root comes last: what is on meta then belongs to no block.
+    # The root comes last: what is still on meta then (embeddings, norm, head) belongs to no block.
     units = [*step_module.shard_units(), *plan_of(step_module).further_units]  # type: ignore[operator]
     for module in [*units, step_module]:
         allocated: dict[int, nn.Parameter] = {}  # by the id of the meta parameter, so that ties are kept
@@ -63,7 +63,7 @@ def _own_parameters_below(module: nn.Module) -> list[tuple[nn.Module, str, nn.Pa
 
 
 def keep_together(step_module: nn.Module) -> None:
-    """Let modules of the classes in `StepPlan.gathered_as_one` be gathered with their submodules, once a call."""
+    """Let DeepSpeed gather modules of the classes in `StepPlan.gathered_as_one` together with their submodules."""
     from deepspeed.utils import set_z3_leaf_module
 
     classes = plan_of(step_module).gathered_as_one
@@ -74,7 +74,7 @@ def keep_together(step_module: nn.Module) -> None:
 
 @torch.no_grad()
 def _fill(parameter: Any, name: str, source: ParameterSource, rank: int) -> None:
-    """Read this rank's part of a partitioned parameter. The last ranks' parts may end in padding, or be nothing else."""
+    """Read this rank's part of a partitioned parameter. Parts of the last ranks may end in padding, or be only padding."""
     part = parameter.ds_tensor
     start = part.ds_numel * rank
     stop = min(start + part.ds_numel, parameter.ds_numel)

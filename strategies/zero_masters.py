@@ -15,7 +15,10 @@ from strategies.saving import FlatRange
 
 
 class Fp32Masters:
-    """The flat partitions that the inner optimizer steps on, and where each parameter lies in them."""
+    """Finds the fp32 master weights of this rank, and the range of each parameter in them.
+
+    Masters are flat tensors, each with this rank's partition of several parameters; the inner optimizer updates them.
+    """
 
     def __init__(self, engine: Any, stage: int, dp_rank: int, trainable: list[tuple[str, Any]]) -> None:
         self.engine = engine
@@ -24,7 +27,7 @@ class Fp32Masters:
         self.trainable = trainable
 
     def flat_groups(self) -> list[Tensor]:
-        """The fp32 master partitions that the inner optimizer steps on."""
+        """The flat fp32 masters of this rank, in the order of the optimizer's groups."""
         optimizer = self.engine.optimizer
         if self.stage == 3:
             return optimizer.fp32_partitioned_groups_flat
@@ -35,7 +38,7 @@ class Fp32Masters:
     def flat_ranges(self, average: WeightAverage | None) -> Iterator[FlatRange]:
         """This rank's part of the training state, one parameter after the other, as views that a checkpoint reads or writes.
 
-        A view has the fp32 weights (masters), the optimizer's moments and, with `average`, the moving average.
+        Each has fp32 weights (masters), the optimizer's moments and, with `average`, the moving average.
         """
         groups = []
         for number, flat in enumerate(self.flat_groups()):
@@ -49,7 +52,7 @@ class Fp32Masters:
             yield from self._ranges_of_stages_1_and_2(groups)
 
     def _ranges_of_stage_3(self, groups: list[_FlatGroup]) -> Iterator[FlatRange]:
-        """Every rank has a partition of each parameter, all of one length: the last ones end in padding, or are nothing else."""
+        """Under stage 3, every rank has a partition of each parameter, of equal length: the last ones may end in padding."""
         optimizer = self.engine.optimizer
         for name, parameter in self.trainable:
             group, offset, partition_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -58,7 +61,10 @@ class Fp32Masters:
             yield FlatRange(name, parameter.ds_numel, start, groups[group].narrow(offset, local_numel))
 
     def _ranges_of_stages_1_and_2(self, groups: list[_FlatGroup]) -> Iterator[FlatRange]:
-        """A group's parameters lie one after another, and its flat tensor is cut between the ranks wherever that falls."""
+        """Under stages 1 and 2, a group's parameters are concatenated, and the flat tensor is divided equally among the ranks.
+
+        So a rank may have a part of a parameter, or nothing of it.
+        """
         optimizer = self.engine.optimizer
         names = {id(parameter): name for name, parameter in self.trainable}
         parameter_groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
@@ -69,13 +75,13 @@ class Fp32Masters:
                 if fragment is None:  # no part of it is on this rank
                     yield FlatRange(name, parameter.numel(), 0, group.narrow(0, 0))
                     continue
-                in_flat = fragment.hp_fragment_address
-                in_parameter = fragment.lp_fragment_address
-                tensors = group.narrow(in_flat.start, in_flat.numel)
-                yield FlatRange(name, parameter.numel(), in_parameter.start, tensors)
+                range_in_flat = fragment.hp_fragment_address
+                range_in_parameter = fragment.lp_fragment_address
+                tensors = group.narrow(range_in_flat.start, range_in_flat.numel)
+                yield FlatRange(name, parameter.numel(), range_in_parameter.start, tensors)
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:
-        """The element-wise state that the inner optimizer has for a flat tensor."""
+        """The inner optimizer's state of a flat tensor that has a value for each element, by its key (`exp_avg`, ...)."""
         moments = {}
         for key, entry in self.engine.optimizer.optimizer.state.get(flat, {}).items():
             if torch.is_tensor(entry) and entry.dim() and entry.shape == flat.shape:

@@ -51,7 +51,7 @@ from trainer.rollout.rewards.scorer import open_scorer
 from trainer.run import meet
 from trainer.session.announcements import track_evaluation
 from trainer.session.attempt import Attempt, rank_of_job
-from trainer.session.evaluators import asking_of, build_test_evaluators
+from trainer.session.evaluators import build_test_evaluators, model_interface_for_run
 from trainer.session.looks_at_test_set import CheckpointWeights, keep_result, metrics_on_test, num_documents
 from trainer.session.run_data import DataRecord, RowsNeeded, data_of_run, data_record
 from trainer.session.run_facts import versions
@@ -143,7 +143,9 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, Agreement(request, runtime))
             staged.remove()
             return
-        evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, stop_now))
+        evaluator = TaskEvaluator(
+            tasks, model_interface_for_run(config, data, step, tokenizer, engine, runtime, stop_now)
+        )
     evaluator.report_progress(console.print_line)
     _refuse_deleted(job, runtime)
     attempt.phase = "evaluating"

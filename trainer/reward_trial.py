@@ -78,7 +78,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     if job.checkpoint is not None:
         engine.load(Path(job.checkpoint))
     inputs = RoundInputs(
-        tokenizer, precision, scorer, Progress(), lambda: agreement.for_loop().ask_and_wait, attempt.tell_phase
+        tokenizer, precision, scorer, Progress(), lambda: agreement.for_loop().ask_and_wait, attempt.set_phase
     )
     loader, _ = build_round_loader(config, data, built, engine, runtime, inputs)
     maker = loader.maker
@@ -114,7 +114,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
 
 def _training_s(loader: RolloutLoader, engine: Engine, groups: list[Group], scores: list[Scores]) -> float:
     """Seconds in which the steps of a round would learn from these groups, by one step that is taken. All ranks must call."""
-    loader.maker.tell_phase("training, to measure it")
+    loader.maker.report_phase("training, to measure it")
     began = time.perf_counter()
     made = loader.maker.weighed_round(groups, scores)
     batch = loader.step_batch(made, 0)

@@ -39,10 +39,10 @@ from trainer.objectives.reference import RecordingSettings, record_reference_log
 from trainer.objectives.registry import family_of
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.fit_check import must_fit
-from trainer.planner.micro_batch import settle_micro
+from trainer.planner.micro_batch import resolve_micro_batch
 from trainer.planner.oom_probe import TrialInputs
 from trainer.planner.oom_report import reporting_out_of_memory
-from trainer.planner.strategy_choice import settle_strategy
+from trainer.planner.strategy_choice import resolve_strategy
 from trainer.reporting.console import Console
 from trainer.reporting.metrics import Meter
 from trainer.reporting.profile import Profiler
@@ -58,16 +58,16 @@ from trainer.session.announcements import (
     slow_rank_reporter,
 )
 from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced
-from trainer.session.evaluation_interval import EvaluationInterval, settle_interval
-from trainer.session.evaluators import evaluators_of
+from trainer.session.evaluation_interval import EvaluationInterval, resolve_evaluation_interval
+from trainer.session.evaluators import build_run_evaluators
 from trainer.session.export_at_end import export_at_end
 from trainer.session.identity import agree_on_run, compare_identity
-from trainer.session.matmul import settle_matmul
-from trainer.session.monitors import challenges_of, tasks_for_tokenizer
-from trainer.session.result import TrainedRun, settle_result
+from trainer.session.matmul import resolve_matmul
+from trainer.session.monitors import build_detectors, tasks_for_tokenizer
+from trainer.session.result import TrainedRun, choose_and_measure_checkpoint
 from trainer.session.rounds import open_rounds, show_rounds
 from trainer.session.run_facts import RunParts, run_facts
-from trainer.session.template_date import date_of_run, keep_date
+from trainer.session.template_date import record_template_date, template_date_chooser
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
@@ -103,8 +103,8 @@ def _run(
 
     # What `auto` stands for is written into the frozen configuration, if the directory is still this attempt's.
     attempt.require_ownership(runtime)
-    config = keep_date(config, data.date, run_dir, runtime, freeze)
-    config, runtime = settle_matmul(config, run_dir, runtime, freeze)
+    config = record_template_date(config, data.date, run_dir, runtime, freeze)
+    config, runtime = resolve_matmul(config, run_dir, runtime, freeze)
     console = open_console(config, run_dir, data, tokenizer, runtime)
     context = RunContext(sha256, runtime, console, Agreement(request, runtime), attempt)
     precision = resolve_precision(config.precision, runtime)
@@ -122,7 +122,7 @@ def _run(
     record_reference(config, data, engine, built, context)
     checkpoints, resumed_from, progress = resume(config, engine, context)
     loader, total_steps = loader_of(config, inputs, built, engine, progress, resumed_from, context)
-    interval = settle_interval(config, data, built, loader, total_steps, progress, runtime)
+    interval = resolve_evaluation_interval(config, data, built, loader, total_steps, progress, runtime)
     run_record = run_facts(
         config,
         checked,
@@ -145,7 +145,7 @@ def _run(
     show_rounds(config, loader, trackers, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
-    challenges = challenges_of(config, built, total_steps, interval, context)
+    challenges = build_detectors(config, built, total_steps, interval, context)
     profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.print_line)
     sinks = Sinks(meter, trackers, console, checkpoints, profiler.at_step, partial(attempt.require_ownership, runtime))
     trainer = Trainer(
@@ -153,21 +153,21 @@ def _run(
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
-        evaluators=evaluators_of(config, inputs, tasks, built, engine, loader, challenges, context),
+        evaluators=build_run_evaluators(config, inputs, tasks, built, engine, loader, challenges, context),
         sinks=sinks,
         monitors=monitors_of(config, data, loader, challenges, context),
     )
-    with record_end(config, trackers, trainer.outcome, run_record, (meter, checkpoints), context):
+    with record_end(config, trackers, trainer.outcome, run_record, meter, checkpoints, context):
         attempt.phase = "training"
         with metering_energy(config, context), reporting_out_of_memory(trainer, config, run_record, runtime), profiler:
             outcome = trainer.fit()
         trained = TrainedRun(
             config, inputs, built, engine, loader, checkpoints, challenges, outcome, context, local_config.model
         )
-        of_model = settle_result(trained, run_record)
+        model_facts = choose_and_measure_checkpoint(trained, run_record)
         attempt.phase = "export"
         attempt.require_ownership(runtime)
-        exported = export_at_end(trained, of_model, run_record)
+        exported = export_at_end(trained, model_facts, run_record)
     attempt.require_ownership(runtime)
     close_records(run_record, outcome, exported, trackers, context)
     staged.remove()
@@ -200,14 +200,14 @@ def meet(
         return request.signal_name is not None
 
     check_files(config.model)
-    with attempt.join_ranks(config.run.timeout_s) as meeting:
+    with attempt.join_ranks(config.run.timeout_s) as rendezvous:
 
         def stop() -> bool:
-            return meeting.stop_decided(is_told_to_stop())
+            return rendezvous.stop_decided(is_told_to_stop())
 
-        choose_date = date_of_run(config, attempt.run_dir, meeting, stop)
-        log = None if attempt.run_dir is None else attempt.run_dir / "logs" / f"rank-{meeting.rank}.log"
-        print_line = Console(enabled=meeting.rank == 0, log=log).print_line
+        choose_date = template_date_chooser(config, attempt.run_dir, rendezvous, stop)
+        log = None if attempt.run_dir is None else attempt.run_dir / "logs" / f"rank-{rendezvous.rank}.log"
+        print_line = Console(enabled=rendezvous.rank == 0, log=log).print_line
         data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
         task_context = TaskContext.from_settings(config.data, config.objective, data.date)
         own_rows = data if data.has_rows else None
@@ -215,9 +215,9 @@ def meet(
         attempt.phase = "copying to the disk of the node"
         staged = stage(config, data, stop=stop)
         attempt.phase = "start of the processes"
-        if not meeting.wait_for_all(is_told_to_stop):
+        if not rendezvous.wait_for_all(is_told_to_stop):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
-    return staged.with_local_tokens(data), tasks, staged, start_processes(config, meeting.store)
+    return staged.with_local_tokens(data), tasks, staged, start_processes(config, rendezvous.store)
 
 
 def check_identity(config: RunConfig, data: PreparedData, context: RunContext) -> dict[str, Any]:
@@ -243,9 +243,9 @@ def settle_choices(config: RunConfig, inputs: TrialInputs, context: RunContext, 
             freeze(context.run_dir, chosen)
 
     context.attempt.phase = "choosing the strategy"
-    config = settle_strategy(config, inputs, context.console.print_line, keep)
+    config = resolve_strategy(config, inputs, context.console.print_line, keep)
     context.attempt.phase = "choosing the micro-batch"
-    return settle_micro(config, inputs, context.console.print_line, keep)
+    return resolve_micro_batch(config, inputs, context.console.print_line, keep)
 
 
 def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Checkpoints, Path | None, Progress]:

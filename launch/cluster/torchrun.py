@@ -25,7 +25,7 @@ from typing import Any
 
 from launch.cluster.hosts import ThisHost, locate_this_host
 from launch.cluster.rendezvous import MissingHostsReport, StuckAgentGuard, rdzv_port
-from strategies.heartbeat import LAST_WORDS, LOST_PEER, TIMED_OUT, last_words
+from strategies.heartbeat import HEARTBEAT_DIRECTORY, LOST_PEER, TIMED_OUT, read_last_heartbeat
 from strategies.network import refuse_taken_port, refuse_unknown_interface, refuse_without_loopback
 from strategies.parent_death import die_with_parent
 from strategies.runtime import out_of_memory_kills
@@ -142,7 +142,7 @@ def start(
     with (
         collected_signals() as (pending, received),
         _output_streams(redirected) as streams,
-        _last_words_directory() as env[LAST_WORDS],
+        _heartbeat_directory() as env[HEARTBEAT_DIRECTORY],
     ):
         # A session of its own keeps the terminal's Ctrl-C for us alone.
         agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_prepare_agent_process, **streams)
@@ -201,7 +201,7 @@ def _host_watchers(
     return [partial(missing_hosts.poll, agent), partial(stuck_agent.poll, agent)]
 
 
-def _last_words_directory() -> tempfile.TemporaryDirectory[str]:
+def _heartbeat_directory() -> tempfile.TemporaryDirectory[str]:
     """A temporary directory in which ranks leave their last heartbeat, to be read after a rank was killed."""
     return tempfile.TemporaryDirectory(prefix="shardtune-")
 
@@ -336,8 +336,8 @@ def run_torchrun(argv: list[str]) -> int:
     # None if the kernel does not count them.
     kills_before = out_of_memory_kills()
     with contextlib.ExitStack() as cleanup:
-        if LAST_WORDS not in os.environ:  # under SLURM; else it is the launcher's, who outlives this process
-            os.environ[LAST_WORDS] = cleanup.enter_context(_last_words_directory())
+        if HEARTBEAT_DIRECTORY not in os.environ:  # under SLURM; else it is the launcher's, who outlives this process
+            os.environ[HEARTBEAT_DIRECTORY] = cleanup.enter_context(_heartbeat_directory())
         try:
             torchrun(argv)
         except ChildFailedError as error:
@@ -390,7 +390,7 @@ def _record_killed_rank(error: BaseException, *, out_of_memory: bool) -> None:
         phase = recorded["phase"]
         step = recorded["step"]
     else:
-        last_heartbeat = last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)
+        last_heartbeat = read_last_heartbeat(Path(os.environ.get(HEARTBEAT_DIRECTORY, os.devnull)), rank)
         if last_heartbeat is not None:
             phase = last_heartbeat.phase
             step = last_heartbeat.step

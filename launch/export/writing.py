@@ -122,8 +122,8 @@ def run_as_rank() -> int:
     try:
         with rank_of_job(job_dir, run.lease_s) as (_, attempt):
             attempt.phase = "start of the processes"
-            with attempt.join_ranks(run.timeout_s) as meeting:
-                store = meeting.store
+            with attempt.join_ranks(run.timeout_s) as rendezvous:
+                store = rendezvous.store
             runtime = processes.start(
                 "cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config), store=store
             )

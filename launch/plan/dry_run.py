@@ -20,7 +20,7 @@ from strategies.hardware import advice
 from strategies.mesh import replica_count
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import Runtime
-from trainer.build.experts import dealing_lines, plan_experts
+from trainer.build.experts import expert_parallel_lines, plan_expert_parallelism
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
@@ -55,7 +55,9 @@ def describe(config: RunConfig) -> DryRun:
     config = preview_micro(preview_strategy(config, data), data)
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu, scores_answers=True)
     world = config.launcher.per_node * config.launcher.nodes
-    plan_experts(built, config, Runtime(0, world, 0, world // config.launcher.nodes, torch.device("cpu"), None))
+    plan_expert_parallelism(
+        built, config, Runtime(0, world, 0, world // config.launcher.nodes, torch.device("cpu"), None)
+    )
     sequences = built.data_spec.sequences_per_document
     samples = sampled_lengths(config, data.train, sequences)
     global_batch = config.batch["global"]
@@ -81,7 +83,7 @@ def describe(config: RunConfig) -> DryRun:
         f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
         f"tokens per step: {approximation} {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
-        *_dealing_lines(config, built, world),
+        *_expert_parallel_lines(config, built, world),
         *rate_lines(rate, steps),
         *writing_lines(config, built, int(data.train.lengths.max(initial=0))),
         *dry_run_lines(config, built, data.train.lengths, samples.mean, _gpu_kinds(config), (total, trained)),
@@ -102,14 +104,16 @@ def describe(config: RunConfig) -> DryRun:
     return dry_run_answer(lines, config, numbers, memory, built.substitutions)
 
 
-def _dealing_lines(config: RunConfig, built: Built, world: int) -> list[str]:
+def _expert_parallel_lines(config: RunConfig, built: Built, world: int) -> list[str]:
     """Over how many ranks the experts of a mixture are dealt, and what tokens exchange; nothing if they are not."""
     if config.parallel.experts == 1:
         return []
     precision = config.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if str(config.run.device) == "cuda" else Precision.fp32
-    return dealing_lines(built, precision, world // replica_count(config.strategy, world, config.launcher.nodes))
+    return expert_parallel_lines(
+        built, precision, world // replica_count(config.strategy, world, config.launcher.nodes)
+    )
 
 
 def _gpu_kinds(config: RunConfig) -> set[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from trainer.session.lease import BEATS_PER_PATIENCE, Owner, is_alive_here, latest, process_identity, this_process
+from trainer.session.lease import BEATS_PER_PATIENCE, Owner, is_alive_here, latest_claim, process_identity, this_process
 
 LAUNCHER_VARIABLE = b"SHARDTUNE_LAUNCHER="
 """Environment variable by which a launcher tells its ranks its process id."""
@@ -48,7 +48,7 @@ class LeaseHolder:
 
 def read_lease_holder(run_dir: Path) -> LeaseHolder:
     """Read the lease of a run: the newest attempt, and whether its process is alive. Errors: OSError if it cannot be read."""
-    attempt_number, owner = latest(run_dir / "lease")
+    attempt_number, owner = latest_claim(run_dir / "lease")
     if owner is None:
         return LeaseHolder(attempt_number, owner=None, is_alive=None, silent_s=None)
     return LeaseHolder(

@@ -12,16 +12,16 @@ from launch.cluster.submission import refuse_unshared_model
 from launch.evaluate.reward_trial import _settled as settled_trial
 from launch.evaluate.words import _set_evaluation_defaults
 from strategies.base import Precision
-from strategies.dealt_experts import deal_on_meta
+from strategies.dealt_experts import distribute_experts_on_meta
 from strategies.errors import ConfigError
-from strategies.expert_share import share_of
+from strategies.expert_share import expert_share_of
 from strategies.parameters import meta_context, named_parameters
 from strategies.runtime import Runtime
 from tests.helpers.building import STRATEGIES, data_set, model_dir, run_config
 from tests.helpers.reward_models import save_reward_model
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models.tiny import tiny_config
-from trainer.build.experts import dealing_lines, expert_problems, plan_experts
+from trainer.build.experts import expert_parallel_lines, expert_problems, plan_expert_parallelism
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, workload
@@ -176,7 +176,7 @@ def test_shares_are_found_in_models_beside_the_trained_one(beside):
     step.reward_models = nn.ModuleDict({"judge": nn.ModuleDict({"experts": nn.Linear(2, 2)})})
     experts = step.get_submodule(f"{beside}.experts")
     experts.expert_share = share = object()
-    found = {name: share_of(step, name) for name, _ in named_parameters(step, teacher=True)}
+    found = {name: expert_share_of(step, name) for name, _ in named_parameters(step, teacher=True)}
     assert [name for name, held in found.items() if held is share] == [
         f"{beside}.experts.{key}" for key in ("weight", "bias")
     ]
@@ -197,9 +197,9 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     ranks = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
     step = built.step_module
     state = {1: model_state(built, config.strategy, Precision.bf16, ranks)}
-    assert dealing_lines(built, Precision.bf16, 8) == []
-    plan_experts(built, config, ranks)
-    holds, sends = dealing_lines(built, Precision.bf16, 8)
+    assert expert_parallel_lines(built, Precision.bf16, 8) == []
+    plan_expert_parallelism(built, config, ranks)
+    holds, sends = expert_parallel_lines(built, Precision.bf16, 8)
     assert holds == (
         "experts: 2 layers of 8 are dealt over 4 ranks (parallel.experts); each rank holds 2 of a layer, which 2 ranks shard"
     )
@@ -249,8 +249,8 @@ def test_arithmetic_of_a_token_does_not_depend_on_how_experts_are_dealt(root, qu
     data = data_set(root / "arithmetic", uneven=False)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     flops = model_flops_per_token(built, 10.0, 0.5)
-    plan_experts(built, config, Runtime(3, 8, 3, 8, torch.device("cpu"), None))
-    deal_on_meta(built.step_module)
+    plan_expert_parallelism(built, config, Runtime(3, 8, 3, 8, torch.device("cpu"), None))
+    distribute_experts_on_meta(built.step_module)
     assert model_flops_per_token(built, 10.0, 0.5) == flops
 
 
@@ -272,8 +272,10 @@ def test_the_bytes_that_a_step_exchanges_leave_reward_models_out(root):
     ranks = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
     found = []
     for _ in range(2):
-        plan_experts(built, config, ranks)
-        found.append((len(step.plan.dealt_experts), _expert_bytes(built, config.strategy, Precision.bf16, 100.0)))
+        plan_expert_parallelism(built, config, ranks)
+        found.append(
+            (len(step.plan.expert_parallel_modules), _expert_bytes(built, config.strategy, Precision.bf16, 100.0))
+        )
         step.add_reward_model("judge", copy.deepcopy(built.plain), set())
     assert found[1] == (2 * found[0][0], found[0][1])
 

@@ -12,7 +12,7 @@ from launch.config.compose import compose, recompose
 from launch.config.frozen import load_frozen
 from launch.runs.freeze import freeze
 from strategies.errors import ConfigError, Preempted
-from strategies.rendezvous import Meeting
+from strategies.rendezvous import Rendezvous
 from tests.faults.runs import Runs
 from tests.helpers import tokenizers as make
 from tests.helpers.launching import command_here
@@ -25,7 +25,7 @@ from trainer.data.report.preview import summary
 from trainer.data.tokens.clock import TemplateDate, reads_clock, with_date
 from trainer.evaluation.tasks.prepared import TaskContext
 from trainer.objectives.sft import SftConfig
-from trainer.session.template_date import date_of_run
+from trainer.session.template_date import template_date_chooser
 
 DATED = (  # as Llama 3's
     "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
@@ -142,7 +142,7 @@ def test_template_date_of_all_ranks_and_points_is_that_of_the_first(tmp_path):
     store, found = Store(), {}
 
     def choose(rank, day, run_dir=None):
-        choice = date_of_run(config, run_dir, Meeting(store, rank, 2, 60.0), lambda: False)
+        choice = template_date_chooser(config, run_dir, Rendezvous(store, rank, 2, 60.0), lambda: False)
         found[rank] = choice(lambda: TemplateDate(day))
 
     other = threading.Thread(target=choose, args=(1, date(2026, 1, 3)))
@@ -151,12 +151,14 @@ def test_template_date_of_all_ranks_and_points_is_that_of_the_first(tmp_path):
     other.join()
     assert found == {0: TemplateDate(CHRISTMAS), 1: TemplateDate(CHRISTMAS)}
     with pytest.raises(Preempted):
-        date_of_run(config, None, Meeting(Store(), 1, 2, 60.0), lambda: True)(lambda: TemplateDate(CHRISTMAS))
+        template_date_chooser(config, None, Rendezvous(Store(), 1, 2, 60.0), lambda: True)(
+            lambda: TemplateDate(CHRISTMAS)
+        )
 
     (tmp_path / "comparison.json").write_text("{}")
-    alone = Meeting(None, 0, 1, 60.0)
+    alone = Rendezvous(None, 0, 1, 60.0)
     for name, day in (("a", CHRISTMAS), ("b", date(2026, 1, 3))):
-        point = date_of_run(config, tmp_path / name, alone, lambda: False)(lambda day=day: TemplateDate(day))
+        point = template_date_chooser(config, tmp_path / name, alone, lambda: False)(lambda day=day: TemplateDate(day))
         assert point == TemplateDate(CHRISTMAS), name
 
 

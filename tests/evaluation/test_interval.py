@@ -12,7 +12,7 @@ from strategies.base import Progress
 from tests.helpers.covering import examples
 from trainer.evaluation.base import EvaluationConfig
 from trainer.evaluation.interval import RunSize, automatic_interval, evaluations_on_the_way, reason_for
-from trainer.session.evaluation_interval import settle_interval
+from trainer.session.evaluation_interval import resolve_evaluation_interval
 
 sizes = st.builds(RunSize, st.integers(1, 10**6), st.floats(1, 1e8), st.integers(0, 10**9))
 
@@ -64,7 +64,7 @@ class OfTwoSources:
 
 def settled_steps(total_steps, progress):
     """Steps between evaluations of a run of 1,000 tokens a step, which may read 600 held-out tokens each time."""
-    settled = settle_interval(
+    settled = resolve_evaluation_interval(
         SimpleNamespace(evaluation=EvaluationConfig(max_documents=3), batch={"global": 1}),
         SimpleNamespace(evaluation=OfTwoSources()),
         SimpleNamespace(data_spec=SimpleNamespace(sequences_per_document=1), substitutions={}),

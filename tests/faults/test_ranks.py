@@ -15,7 +15,7 @@ import torch.distributed as dist
 from launch.cluster import torchrun
 from strategies import atomic_io, flight_recorder, heartbeat
 from strategies.flight_recorder import Exchange
-from strategies.heartbeat import LAST_WORDS, Heartbeats, last_words
+from strategies.heartbeat import HEARTBEAT_DIRECTORY, Heartbeats, read_last_heartbeat
 from tests.faults.runs import ROOT, Runs, environment, forked_rank_of, rank_of, read, wait
 from tests.faults.test_retry import begun, gone_on
 from tests.helpers.covering import whole
@@ -49,9 +49,13 @@ def stopped(tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("stopped"))
     words = runs.root / "words"
     words.mkdir()
-    started = runs.start("stopped", *two(), ranks=True, **{LAST_WORDS: str(words)})
+    started = runs.start("stopped", *two(), ranks=True, **{HEARTBEAT_DIRECTORY: str(words)})
     try:
-        wait(lambda: (said := last_words(words, 1)) is not None and said.step, "a sign of life of training", started)
+        wait(
+            lambda: (said := read_last_heartbeat(words, 1)) is not None and said.step,
+            "a sign of life of training",
+            started,
+        )
         rank = forked_rank_of(started.pid, 1)
         rank.send_signal(signal.SIGSTOP)
         yield runs, started, rank
@@ -186,14 +190,18 @@ def exchange(number: int, waits_s: float | None = None, group: str = "default_pg
 def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch):
     """It computes without end, say; its stacks and its last words are there before anybody asks for them."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv(LAST_WORDS, str(tmp_path))
+    monkeypatch.setenv(HEARTBEAT_DIRECTORY, str(tmp_path))
     monkeypatch.setattr(heartbeat, "last_exchange", lambda: exchange(12, 5.0))
     beats = [Heartbeats(store, rank, 2, lambda: ("training", 7), timeout_s=0.01) for rank in range(2)]
     beats[1].write_stacks_to(tmp_path / "rank-1.stacks")
     wait(lambda: "last exchange: gloo:all_reduce number 12 of default_pg (4x2), not over" in stacks(tmp_path), "stacks")
     assert "test_a_rank_that_lives" in stacks(tmp_path)
-    wait(lambda: last_words(tmp_path, 1) is not None, "last words")
-    assert (last_words(tmp_path, 1).phase, last_words(tmp_path, 1).step, last_words(tmp_path, 2)) == (
+    wait(lambda: read_last_heartbeat(tmp_path, 1) is not None, "last words")
+    assert (
+        read_last_heartbeat(tmp_path, 1).phase,
+        read_last_heartbeat(tmp_path, 1).step,
+        read_last_heartbeat(tmp_path, 2),
+    ) == (
         "training",
         7,
         None,
@@ -229,13 +237,13 @@ def test_failure_of_a_waiting_exchange_is_recorded_before_nccl_ends_the_process(
     monkeypatch.setattr(heartbeat, "last_exchange", lambda: now[0])
     beats = Heartbeats(store, 0, 2, lambda: ("training", 7), timeout_s=1.0)
     beats.at_timeout = told.append
-    beats._warn(now[0])
+    beats._warn_before_abort(now[0])
     now[0] = exchange(12, 0.9, by="nccl")
     wait(lambda: told, "what NCCL waits for")
     assert told == [now[0]] and beats.at_timeout is None, "once, by the beats themselves"
     patient = Heartbeats(store, 1, 2, lambda: ("training", 7), timeout_s=600)
     patient.at_timeout = told.append
-    patient._warn(exchange(12, 500.0, by="nccl"))
+    patient._warn_before_abort(exchange(12, 500.0, by="nccl"))
     assert patient.at_timeout is not None, "it may still be over in time"
 
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
@@ -364,7 +372,7 @@ def test_the_exchanges_of_this_process_are_read_without_a_pickle():
 
 
 def test_killed_rank_has_its_phase_and_step_also_where_no_peer_saw_it(tmp_path, monkeypatch):
-    monkeypatch.setenv(LAST_WORDS, str(tmp_path))
+    monkeypatch.setenv(HEARTBEAT_DIRECTORY, str(tmp_path))
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     monkeypatch.setenv("SHARDTUNE_LAUNCHER", "1")
     (tmp_path / "1").write_text('{"host": "n1", "pid": 7, "count": 9, "phase": "evaluation", "step": 4}')

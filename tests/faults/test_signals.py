@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from strategies.rendezvous import DECISION, Meeting
+from strategies.rendezvous import DECISION, Rendezvous
 from tests.faults.runs import ROOT, environment, flood, forked_rank_of, wait
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
@@ -163,7 +163,7 @@ def test_signal_decision_whether_to_start_training_is_made_once_for_all_ranks():
     def meet(told, *, slow=lambda store: None):
         """What two ranks decide: rank 0 is ready and asks `told`; rank 1 prepares until `slow` returns."""
         store, answers = dist.HashStore(), {}
-        first, second = Meeting(store, 0, 2, 30), Meeting(store, 1, 2, 30)
+        first, second = Rendezvous(store, 0, 2, 30), Rendezvous(store, 1, 2, 30)
         thread = threading.Thread(target=lambda: answers.update(first=first.wait_for_all(told)))
         thread.start()
         slow(store)
@@ -177,7 +177,7 @@ def test_signal_decision_whether_to_start_training_is_made_once_for_all_ranks():
     assert meet(lambda: True, slow=until_decided) == {"first": False, "second": False}
     # Told too late: the other has decided, and the group, which exists now, hears of it.
     store = dist.HashStore()
-    both = Meeting(store, 0, 2, 30), Meeting(store, 1, 2, 30)
+    both = Rendezvous(store, 0, 2, 30), Rendezvous(store, 1, 2, 30)
     store.set("shardtune/ready/0", "1")
     store.add("shardtune/ready", 1)
     assert both[1].wait_for_all(lambda: False) and both[0].wait_for_all(lambda: True)

@@ -19,7 +19,7 @@ from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.communication_counters import ALL_GATHER, count_communication
 from strategies.errors import ReplicasDiffer
-from strategies.expert_share import share_of
+from strategies.expert_share import expert_share_of
 from strategies.parameters import named_parameters
 from strategies.sequence import with_sequence
 from strategies.sharding_report import sharding_record
@@ -241,10 +241,10 @@ def layer(job: Job, kind: str, ranks: int, beside: str, family: str = "qwen3_moe
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
     dealt = copy.deepcopy(whole)
-    dealt_experts.deal_experts([dealt], torch.device("cpu"), job.runtime, replicate=1, expert_ranks=ranks)
+    dealt_experts.distribute_experts([dealt], torch.device("cpu"), job.runtime, replicate=1, expert_ranks=ranks)
     share = dealt.expert_share
     own = num_experts // ranks
-    held = slice(share.place * own, (share.place + 1) * own)
+    held = slice(share.group_rank * own, (share.group_rank + 1) * own)
     for name, parameter in dealt.named_parameters():
         parameter.data = whole.get_parameter(name).data[held].clone()
 
@@ -257,7 +257,7 @@ def layer(job: Job, kind: str, ranks: int, beside: str, family: str = "qwen3_moe
         other = _by_transformers(whole, held, own, share.group)
         expected = _pass(*other, inputs[rank])
     else:
-        first = rank - share.place
+        first = rank - share.group_rank
         expected = _whole_pass(whole, inputs, range(first, first + ranks), rank, held)
     differences = []
     for one, other_tensor in zip(found, expected, strict=True):
@@ -400,7 +400,7 @@ def gathered_bytes(job: Job, feature: str) -> dict[str, int]:
         sizes[f"parameters {ranks}"] = record["parameters"]
     experts_bytes = 0
     for name, parameter in named_parameters(trainer.engine.step_module):
-        if share_of(trainer.engine.step_module, name) is not None:
+        if expert_share_of(trainer.engine.step_module, name) is not None:
             experts_bytes += 4 * parameter.numel() * parameter.element_size()  # each of the four has a quarter
     return sizes | {"experts": experts_bytes}
 

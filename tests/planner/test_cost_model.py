@@ -18,7 +18,7 @@ from trainer.planner.deferred_reduction import deferred_gradient_bytes, with_def
 from trainer.planner.depth_extrapolation import END_BLOCKS, shallow_depths
 from trainer.planner.memory_tracker import ALLOCATION_GRAIN
 from trainer.planner.model_blocks import block_pattern
-from trainer.planner.simulation import simulate_depth, simulate_form
+from trainer.planner.simulation import simulate_cost_model_of_run, simulate_depth
 
 WITHIN = 0.05
 """Of what is simulated, at most; what the product promises."""
@@ -64,7 +64,7 @@ def formed(model, case, layout, rows, length):
     if isinstance(config.strategy, Fsdp2Config):
         config = replace(config, strategy=replace(config.strategy, defer_sync=False))
     config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation
-    form = simulate_form(config, length, accumulation=case.accumulation, world_size=world)
+    form = simulate_cost_model_of_run(config, length, accumulation=case.accumulation, world_size=world)
     return config, form, form.peak_at(rows if form.rows else rows * length)
 
 
@@ -207,7 +207,9 @@ def test_cost_model_of_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, k
     run = case.config(tmp_path, 8)
     blocks = block_pattern(run.model)
     assert shallow_depths(blocks.number, blocks.period, END_BLOCKS + blocks.first) is not None
-    few, exact = (simulate_form(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True))
+    few, exact = (
+        simulate_cost_model_of_run(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True)
+    )
     found, whole = few.peak_at(256), exact.peak_at(256)
     assert found.phase == whole.phase and found.total == pytest.approx(whole.total, rel=1e-3)
 

@@ -27,7 +27,7 @@ from trainer.planner import micro_batch as micro_module
 from trainer.planner import oom_probe, simulation
 from trainer.planner.hardware import GIB
 from trainer.planner.lengths import divisors
-from trainer.planner.micro_batch import _trial_of, preview_micro, propose_micro, settle_micro
+from trainer.planner.micro_batch import _trial_of, preview_micro, propose_micro, resolve_micro_batch
 from trainer.planner.oom_probe import TrialInputs, take_probe_steps
 from trainer.planner.oom_report import is_out_of_memory
 from trainer.planner.simulation import simulate_depth
@@ -107,7 +107,7 @@ def test_micro_batch_that_cannot_be_simulated_is_tried(made, monkeypatch):
 
 def test_micro_batch_of_a_model_right_for_one_document_is_one(made, monkeypatch):
     at_once(monkeypatch)
-    monkeypatch.setattr(simulation, "right_alone", lambda built, objective: True)
+    monkeypatch.setattr(simulation, "needs_one_row_batches", lambda built, objective: True)
     micro, why = propose_micro(*made, Precision.fp32, (1, 1), ("cpu", 10.0), 1.0)
     assert micro == 1 and "one document at a time" in why
 
@@ -130,12 +130,12 @@ def test_micro_batch_is_lowered_when_memory_runs_out_and_the_run_is_as_if_typed(
     config, data = made
     monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (16, "planned"))
     taken, said, frozen = running_out(monkeypatch, above=4), [], []
-    settled = settle_micro(config, given, said.append, frozen.append)
+    settled = resolve_micro_batch(config, given, said.append, frozen.append)
     assert taken == [16, 8, 4] and settled.batch == {"global": 16, "micro": 4} and frozen == [settled]
     note = "auto -> 4 (planned; 2 steps of the longest documents held; 16 ran out of memory; 8 ran out of memory)"
     assert str(settled.substitutions[MICRO]) == note and config.batch["micro"] == "auto"
     assert said[1:] == ["batch.micro=16 runs out of memory; trying 8", "batch.micro=8 runs out of memory; trying 4"]
-    assert settle_micro(settled, given, None, None) == settled  # chosen once
+    assert resolve_micro_batch(settled, given, None, None) == settled  # chosen once
     told = replace(config, batch={"global": 16, "micro": 4})
     curves = [losses(trainer_for(each, data, given.runtime)) for each in (settled, told)]
     assert curves[0] == curves[1]
@@ -173,14 +173,14 @@ def test_micro_batch_trials_that_all_run_out_end_the_run(made, given, monkeypatc
         error=RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
     )
     with pytest.raises(DoesNotFit, match=r"one document in each forward pass .*planned 2.00 of 1.00 GiB.*max_length"):
-        settle_micro(made[0], given, print, None)
+        resolve_micro_batch(made[0], given, print, None)
 
 
 def test_micro_batch_trial_does_not_take_another_error_for_memory(made, given, monkeypatch):
     monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (2, "planned"))
     running_out(monkeypatch, above=0, error=RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        settle_micro(made[0], given, print, None)
+        resolve_micro_batch(made[0], given, print, None)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from trainer.planner import strategy_choice as strategy_module
 from trainer.planner.hardware import card_named
 from trainer.planner.micro_batch import needed_gib
 from trainer.planner.oom_probe import TrialInputs
-from trainer.planner.strategy_choice import Devices, Planner, Proposal, proposals, settle_strategy
+from trainer.planner.strategy_choice import Devices, Planner, Proposal, proposals, resolve_strategy
 from trainer.reporting.resolution import Resolution
 
 
@@ -65,7 +65,7 @@ def test_strategy_auto_on_an_unknown_device_shards_least_of_what_fits(shared, at
 
     first = next(proposed(16.0))
     assert len(at_once) == 1, "the others are simulated where they are asked for"
-    assert re.fullmatch(r"planned 1\.\d\d of 16\.00 GiB; .* it shards least", first.why)
+    assert re.fullmatch(r"planned 1\.\d\d of 16\.00 GiB; .* it shards least", first.reason)
     assert names(proposed(16.0)) == ["ddp", "fsdp2"]  # muon needs whole parameters, which ZeRO cuts
     planner = Planner(config, data, Precision.fp32, Devices(3, 3, "cpu", 16.0, None), 1.0)
     needed = {
@@ -77,7 +77,7 @@ def test_strategy_auto_on_an_unknown_device_shards_least_of_what_fits(shared, at
     assert needed["fsdp2"] < needed["ddp"]
     assert names(proposed((needed["fsdp2"] + needed["ddp"]) / 2)) == ["fsdp2", "ddp"]
     (least,) = proposed(0.5)
-    assert least.name == min(needed, key=needed.get) and "the least of all" in least.why
+    assert least.name == min(needed, key=needed.get) and "the least of all" in least.reason
 
 
 def test_strategy_auto_on_a_known_card_takes_the_fastest_that_fits(shared, at_once):
@@ -89,11 +89,11 @@ def test_strategy_auto_on_a_known_card_takes_the_fastest_that_fits(shared, at_on
         return list(proposals(config, data, Precision.fp32, Devices(3, 3, "cpu", gib, card), 1.0))
 
     found = proposed(20.0)
-    speeds = [float(re.search(r"([\d,]+) tokens/s", each.why)[1].replace(",", "")) for each in found]
+    speeds = [float(re.search(r"([\d,]+) tokens/s", each.reason)[1].replace(",", "")) for each in found]
     assert len(found) == 2 and speeds == sorted(speeds, reverse=True)
-    needed = {each.name: float(re.search(r"planned ([\d.]+) of 20.00", each.why)[1]) for each in found}
+    needed = {each.name: float(re.search(r"planned ([\d.]+) of 20.00", each.reason)[1]) for each in found}
     (least,) = proposed(0.5)
-    assert needed[least.name] == min(needed.values()) and "the least of all" in least.why
+    assert needed[least.name] == min(needed.values()) and "the least of all" in least.reason
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def two(made, runtime, monkeypatch):
 
         monkeypatch.setattr(oom_probe, "take_probe_steps", take)
         given = TrialInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
-        return settle_strategy(config, given, said.append, frozen.append), said, frozen
+        return resolve_strategy(config, given, said.append, frozen.append), said, frozen
 
     return choose, taken
 
@@ -152,7 +152,7 @@ def test_strategy_auto_reopens_a_micro_batch_chosen_for_other_ranks(made, two):
 
 def test_strategy_auto_on_one_rank_is_single(made, runtime):
     given = TrialInputs(load_tokenizer(made[0].model), made[1], Precision.fp32, runtime)
-    settled = settle_strategy(made[0], given, print, print)
+    settled = resolve_strategy(made[0], given, print, print)
     assert settled.strategy == SingleConfig()
     assert {key: str(note) for key, note in settled.substitutions.items()} == {
         STRATEGY: "auto -> single (one rank has nothing to share)"

@@ -35,10 +35,12 @@ def test_trackers_are_told_what_ended_a_run(tmp_path, error, challenges, state):
     trackers = SimpleNamespace(summarise=lambda values: None, close=endings.append, hints=[])
     console = SimpleNamespace(leave=lambda: None, print_line=print)
     context = SimpleNamespace(run_dir=tmp_path, console=console, runtime=SimpleNamespace(is_main=False))
-    measures = SimpleNamespace(speed=dict, peaks={}), SimpleNamespace(linger=lambda seconds: None)
+    meter = SimpleNamespace(speed=dict, peaks={})
+    checkpoints = SimpleNamespace(linger=lambda seconds: None)
+    record = RunRecord(objective="sft")
     outcome = Outcome(Progress(step=30), challenges=challenges)
     try:
-        with record_end(RunConfig(), trackers, outcome, RunRecord(objective="sft"), measures, context):
+        with record_end(RunConfig(), trackers, outcome, record, meter, checkpoints, context):
             if error is not None:
                 raise error
     except type(error or ValueError()) as caught:

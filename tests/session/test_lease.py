@@ -68,7 +68,7 @@ def test_lease_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_path, mo
 
     before = state_before_start(tmp_path)
     record_failure(tmp_path, 1, StorageError("checkpoints/step-000005: no space left"), "training", 5)
-    monkeypatch.setattr(lease_module, "latest", stale)
+    monkeypatch.setattr(lease_module, "latest_claim", stale)
     assert record_outcome(tmp_path, 1, before) == 74
     assert "checkpoints/step-000005: no space left" in capsys.readouterr().err
 
@@ -133,7 +133,7 @@ def test_lease_of_a_hidden_process_of_another_user_is_not_taken_for_free():
 
 def test_lease_claim_that_is_missed_at_one_look_is_not_another_attempt(tmp_path, monkeypatch):
     with Lease.acquire(tmp_path, 60) as lease:
-        monkeypatch.setattr(lease, "_claim_is_here", lambda: False)
+        monkeypatch.setattr(lease, "_claim_exists", lambda: False)
         lease.check()
 
 

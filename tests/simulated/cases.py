@@ -15,7 +15,7 @@ from tests.helpers.covering import chosen, values
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.model.config import Quantisation
-from trainer.planner.simulate import ShapesOnly, SimulatedStep, simulate, watch
+from trainer.planner.simulate import ShapesOnly, SimulatedStep, record_steps, simulate
 from trainer.planner.simulation import step_parts
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
@@ -121,7 +121,7 @@ def simulated(
 def real_alone(case: Case, model: Path, world: int, rank: int = 0) -> SimulatedStep:
     """The case on real tensors of this CPU, as rank `rank` of `world`; only the exchange is made up."""
     with simulated_rank(rank, world, device=torch.device("cpu")) as runtime:
-        return watch(step_parts(case.config(model, world), LENGTHS, runtime), runtime)
+        return record_steps(step_parts(case.config(model, world), LENGTHS, runtime), runtime)
 
 
 class Zeros(ShapesOnly):
@@ -134,7 +134,7 @@ class Zeros(ShapesOnly):
 def real(case: Case, model: Path, runtime: Runtime) -> SimulatedStep:
     """The case on this rank's CPU. All ranks must call."""
     parts = step_parts(case.config(model, runtime.world_size), LENGTHS, runtime, source=Zeros())
-    return watch(parts, runtime, warm=2)  # DDP makes its buckets anew in the second step
+    return record_steps(parts, runtime, warmup_steps=2)  # DDP makes its buckets anew in the second step
 
 
 def comparable(found: SimulatedStep) -> dict:

@@ -13,7 +13,7 @@ from trainer.model.loading import load_model_config
 from trainer.planner.cost_model import ALL_TO_ALL
 from trainer.planner.deferred_reduction import deferred_gradient_bytes
 from trainer.planner.hardware import card_named, group_count
-from trainer.planner.simulation import simulate_form, simulate_run
+from trainer.planner.simulation import simulate_cost_model_of_run, simulate_run
 from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_exchange_s
 
 RANKS = 8
@@ -76,16 +76,19 @@ def test_a_plan_counts_whole_experts_and_holds_what_the_step_holds(place):
     length = 4096
     whole = replace(config, parallel=ParallelConfig())
     costs = [
-        simulate_form(each, length, accumulation=1, world_size=RANKS, expert_imbalance=2.0) for each in (whole, config)
+        simulate_cost_model_of_run(each, length, accumulation=1, world_size=RANKS, expert_imbalance=2.0)
+        for each in (whole, config)
     ]
     assert costs[0].parameters == costs[1].parameters and costs[0].trained == costs[1].trained
     layer, layers, *_ = sizes_of(place)
-    assert costs[1].trained_dealt == layers * layer // 2 and costs[0].trained_dealt == 0
+    assert costs[1].trained_expert_parallel == layers * layer // 2 and costs[0].trained_expert_parallel == 0
     step = simulate_run(config, [length], world_size=RANKS, expert_imbalance=2.0)
     assert costs[1].peak_at(length).total == pytest.approx(step.peak[1].total, rel=0.01)
     # Gradients that wait are those of a place's experts alone.
-    rest = 4 * (costs[1].trained - costs[1].trained_dealt) * 7 / 8
-    assert deferred_gradient_bytes(costs[1], 8, 4) == round(rest + 4 * costs[1].trained_dealt * (1 / 4 - 1 / 8))
+    rest = 4 * (costs[1].trained - costs[1].trained_expert_parallel) * 7 / 8
+    assert deferred_gradient_bytes(costs[1], 8, 4) == round(
+        rest + 4 * costs[1].trained_expert_parallel * (1 / 4 - 1 / 8)
+    )
     # The exchange is time that no arithmetic hides, and its group one of its own.
     card = card_named("NVIDIA H100 80GB HBM3")
     (exchange,) = costs[1].token_exchanges

@@ -12,7 +12,7 @@ from tests.simulated.cases import Case
 from trainer.config.parallel import ParallelConfig
 from trainer.planner.cost_model import ALL_TO_ALL
 from trainer.planner.hardware import card_named, group_count
-from trainer.planner.simulation import simulate_depth, simulate_form, simulate_run
+from trainer.planner.simulation import simulate_cost_model_of_run, simulate_depth, simulate_run
 from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_exchange_s
 
 RANKS = 8
@@ -73,7 +73,7 @@ def test_bytes_of_the_exchange_are_those_of_the_formula(model):
     assert all(each.ranks == tuple(range(RANKS)) for each in exchanges)
     elements = TOKENS // RANKS * HEAD_SIZE * (2 * HEADS + 2 * KEY_HEADS)  # those that a rank keeps included
     assert sum(each.bytes for each in exchanges) == BLOCKS * 3 * 2 * elements
-    cost = simulate_form(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
+    cost = simulate_cost_model_of_run(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
     (exchange,) = cost.token_exchanges
     assert exchange.calls == BLOCKS * 4 * 3 and exchange.ranks == RANKS
     assert cost.exchanged_bytes(exchange, TOKENS) == BLOCKS * 3 * 2 * elements
@@ -86,7 +86,7 @@ def test_a_plan_holds_what_the_step_holds(model, tokens):
     config = config_of(model, RANKS)
     config = replace(config, strategy=replace(config.strategy, mlp_tokens=tokens))
     step = simulate_run(config, [TOKENS], world_size=RANKS)
-    cost = simulate_form(config, TOKENS, accumulation=1, world_size=RANKS)
+    cost = simulate_cost_model_of_run(config, TOKENS, accumulation=1, world_size=RANKS)
     assert cost.peak_at(TOKENS).total == pytest.approx(step.peak[1].total, rel=0.01)
 
 
@@ -117,14 +117,14 @@ def test_a_plan_goes_by_the_rank_with_most_heads(tmp_path):
     assert busiest.flops > 1.5 * first.flops
     planned = simulate_depth(config, [TOKENS], world_size=3)
     assert planned.total == busiest.peak[1].total
-    cost = simulate_form(config, TOKENS, accumulation=1, world_size=3)
+    cost = simulate_cost_model_of_run(config, TOKENS, accumulation=1, world_size=3)
     assert cost.peak_at(TOKENS).total == pytest.approx(busiest.peak[1].total, rel=0.01)
 
 
 def test_the_exchange_of_rows_is_waited_for(model):
     """A plan counts it as time that no arithmetic hides, and its group as one of its own."""
     card = card_named("NVIDIA H100 80GB HBM3")
-    cost = simulate_form(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
+    cost = simulate_cost_model_of_run(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
     (exchange,) = cost.token_exchanges
     alone = replace(cost, token_exchanges=())
     load = MicroBatchLoad(TOKENS, TOKENS**2, 3)

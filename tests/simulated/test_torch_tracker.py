@@ -17,26 +17,26 @@ FEW = WINDOW + 64
 """Bytes at most that live beside what torch's tracker is told of: that, a frequency table, a sum of losses, some numbers."""
 
 
-class Followed(simulate.WatchedEngine):
+class Followed(simulate.RecordedEngine):
     """Also counted by torch's tracker, in the second step; in the first it counts what is asked about shapes alone."""
 
     peak = kept = steps = 0
 
-    def start(self):
+    def begin_step(self):
         self.steps += 1
         if self.steps == 2:
             self.tracker = FSDPMemTracker(self.step_module, self.engine.optimizer)
             self.tracker.__enter__()
-        super().start()
+        super().begin_step()
 
-    def at(self, phase, place="before"):
+    def set_phase(self, phase, place="before"):
         if phase == "between" and self.steps == 2:
             self.tracker.__exit__(None, None, None)
             Followed.peak = self.tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
         if (phase, place) == ("forward", "head") and self.steps == 2:  # where the step's peak will be
             told = {storage._cdata for storage in self.tracker._WINFO}
             Followed.kept = sum(held.size for key, held in self.recorder._live.items() if key not in told)
-        super().at(phase, place)
+        super().set_phase(phase, place)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ class Followed(simulate.WatchedEngine):
 def test_peak_is_that_of_torchs_tracker(tmp_path, monkeypatch, tuning, checkpointing):
     """Both watch the same step of one rank of 8, to the byte: torch's does not round what lies on a CPU."""
     monkeypatch.setattr(memory_tracker, "ALLOCATION_GRAIN", 1)
-    monkeypatch.setattr(simulate, "WatchedEngine", Followed)
+    monkeypatch.setattr(simulate, "RecordedEngine", Followed)
     case = Case("fsdp2", tuning, "bf16", checkpointing)
     # Once: torch's tracker leaves something behind, so that a step after it would hold more.
     found = simulated(case, model_dir(tmp_path), 8, 7, device=torch.device("cpu"), repeat=0)

@@ -17,7 +17,7 @@ from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.compat import process_groups
 from strategies.errors import ShardtuneError
 from strategies.heartbeat import CutOffRank, Heartbeats
-from strategies.rendezvous import Meeting
+from strategies.rendezvous import Rendezvous
 from tests.helpers.launching import ROOT, clean_environment, free_port
 from tests.helpers.speed import seconds
 
@@ -81,7 +81,7 @@ def test_rendezvous_reports_that_other_ranks_do_not_come(monkeypatch, capfd):
     for name, value in job.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ShardtuneError, match="rank 0 of 2 did not meet the others"):
-        Meeting.join(1.0)
+        Rendezvous.join(1.0)
     assert f"rank 0 of 2 waits for the others to come to 127.0.0.1:{job['MASTER_PORT']}" in capfd.readouterr().err
 
 

@@ -7,7 +7,6 @@ rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,10 +29,11 @@ from trainer.step import Built, TrainStep
 from trainer.tuning.expert_parts import expert_modules, unsupported_experts
 
 
-def plan_experts(built: Built, config: RunConfig, runtime: Runtime) -> None:
-    """Let the plan of the step name the modules whose experts are dealt, those of frozen models beside it too.
+def plan_expert_parallelism(built: Built, config: RunConfig, runtime: Runtime) -> None:
+    """Set up expert parallelism (`parallel.experts`) in the plan of the step module, by which the engine distributes experts.
 
-    Raises ConfigError if they cannot be dealt over the ranks of `runtime`.
+    The plan then names all modules of experts, also those of frozen models, and the ranks over which a layer's experts are
+    distributed. Raises ConfigError if that is not possible with the ranks of `runtime`.
     """
     if config.parallel.experts == 1:
         return
@@ -41,7 +41,7 @@ def plan_experts(built: Built, config: RunConfig, runtime: Runtime) -> None:
     problems = problems_of_models(config, _models_of_step(built.step_module, config), ranks)
     if problems:
         raise ConfigError(problems)
-    built.step_module.plan.dealt_experts = tuple(expert_modules(built.step_module))
+    built.step_module.plan.expert_parallel_modules = tuple(expert_modules(built.step_module))
     built.step_module.plan.expert_ranks = config.parallel.experts
     if runtime.local_world_size % config.parallel.experts and runtime.hosts > 1:
         # Groups are neighbouring ranks, so all of them lie within hosts if the degree divides the ranks of a host.
@@ -51,42 +51,44 @@ def plan_experts(built: Built, config: RunConfig, runtime: Runtime) -> None:
         )
 
 
-def dealing_lines(built: Built, precision: Precision, sharded_over: int) -> list[str]:
-    """What a run says of experts that are dealt over ranks: who holds which, and what a token exchanges. Else no line.
+def expert_parallel_lines(built: Built, precision: Precision, sharded_over: int) -> list[str]:
+    """The lines on the start screen about expert parallelism: which rank holds what, and the traffic of a token. Else no line.
 
-    `plan_experts` must have been called. `sharded_over`: ranks of a replica.
+    `plan_expert_parallelism` must have been called. `sharded_over`: ranks of a replica.
     """
     step = built.step_module
     expert_ranks = step.plan.expert_ranks
-    own_names = [name for name in step.plan.dealt_experts if not name.startswith(BESIDE)]
-    if expert_ranks == 1 or not own_names:
+    trained_names = [name for name in step.plan.expert_parallel_modules if not name.startswith(BESIDE)]
+    if expert_ranks == 1 or not trained_names:
         return []
-    own_modules: list[Any] = [step.get_submodule(name) for name in own_names]
-    counts = sorted({module.num_experts for module in own_modules})
-    in_layer = " or ".join(str(count) for count in counts)
-    of_rank = " or ".join(str(count // expert_ranks) for count in counts)
-    frozen = ", those of frozen models beside it too" if len(step.plan.dealt_experts) > len(own_modules) else ""
-    sharers = sharded_over // expert_ranks
-    shared = f", which {sharers} ranks shard" if sharers > 1 else ""
+    # What a rank holds.
+    modules: list[Any] = [step.get_submodule(name) for name in trained_names]
+    expert_counts = sorted({module.num_experts for module in modules})
+    counts_of_layer = " or ".join(str(count) for count in expert_counts)
+    counts_of_rank = " or ".join(str(count // expert_ranks) for count in expert_counts)
+    has_frozen_models = len(step.plan.expert_parallel_modules) > len(modules)
+    frozen = ", those of frozen models beside it too" if has_frozen_models else ""
+    ranks_per_expert = sharded_over // expert_ranks
+    shared = f", which {ranks_per_expert} ranks shard" if ranks_per_expert > 1 else ""
+    # What a token costs: its hidden state goes to each of its experts and back. The part for the rank's own experts stays there.
     per_token = experts_per_token(built.config)
     row_bytes = text_settings(built.config).hidden_size * (4 if precision is Precision.fp32 else 2)
-    # There and back, for outputs and for gradients. What goes to this rank's own experts leaves no rank.
     pass_bytes = 2 * per_token * row_bytes * (expert_ranks - 1) / expert_ranks
     return [
-        f"experts: {len(own_modules)} layers of {in_layer} are dealt over {expert_ranks} ranks (parallel.experts){frozen}; each "
-        f"rank holds {of_rank} of a layer{shared}",
+        f"experts: {len(modules)} layers of {counts_of_layer} are dealt over {expert_ranks} ranks (parallel.experts){frozen}; "
+        f"each rank holds {counts_of_rank} of a layer{shared}",
         f"each token goes to its {per_token} experts and back: about {2 * pass_bytes / 1000:,.1f} kB to and from other ranks in "
         f"each layer of a micro-batch, {3 * pass_bytes / 1000:,.1f} kB if the layer is recomputed",
     ]
 
 
 def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
-    """The models of a step module, the trained one first, each by what names it to the user."""
+    """The models of a step module, the trained one first, each by the setting that names it, such as `model.path=<path>`."""
     models: dict[str, nn.Module] = {f"model.path={config.model.path}": step.model}
     if step.teacher is not None:
         teacher = teacher_model(config.model, config.objective)
-        named = "the frozen copy of the model" if teacher is None else f"objective.teacher.path={teacher.path}"
-        models[named] = step.teacher
+        setting = "the frozen copy of the model" if teacher is None else f"objective.teacher.path={teacher.path}"
+        models[setting] = step.teacher
     for name, reward in reward_models_of(config.objective).items():
         if name in step.reward_models:
             models[f"objective.rewards.{name}.path={reward.path}"] = step.reward_models[name]
@@ -94,9 +96,9 @@ def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
 
 
 def expert_problems(config: RunConfig, *, scores_answers: bool = True) -> list[str]:
-    """Why the experts of the run's models cannot be dealt, a line each. Reads configurations alone.
+    """Why expert parallelism is not possible with the run's models, a line each; empty if it is. Reads only configurations.
 
-    `scores_answers`: whether its reward models are needed, too.
+    `scores_answers`: whether the run needs its reward models, which are then checked too.
     """
     if config.parallel.experts == 1:
         return []
@@ -106,9 +108,9 @@ def expert_problems(config: RunConfig, *, scores_answers: bool = True) -> list[s
 
 
 def models_on_meta(config: RunConfig, *, scores_answers: bool = True) -> dict[str, nn.Module]:
-    """The architectures of a run's models without values, the trained one first, each by what names it to the user.
+    """The architectures of a run's models without values, the trained one first, each by the setting that names it.
 
-    `scores_answers`: whether its reward models are needed, too.
+    `scores_answers`: whether its reward models are included.
     """
     kind = family_of(config.objective).kind
     models = {f"model.path={config.model.path}": model_on_meta(config.model, kind)}
@@ -116,21 +118,23 @@ def models_on_meta(config: RunConfig, *, scores_answers: bool = True) -> dict[st
     if teacher is not None:
         models[f"objective.teacher.path={teacher.path}"] = model_on_meta(teacher, kind)
     if scores_answers:
-        for named, settings in reward_model_settings(config.objective).items():
-            models[named] = model_on_meta(settings, ModelKind.classifier)
+        for setting, model_config in reward_model_settings(config.objective).items():
+            models[setting] = model_on_meta(model_config, ModelKind.classifier)
     return models
 
 
 def problems_of_models(config: RunConfig, models: dict[str, nn.Module], ranks: tuple[int, int]) -> list[str]:
-    """Why the experts of these models cannot be dealt, a line each; `models` has the trained one first.
+    """Why expert parallelism is not possible with these models, a line each; empty if it is.
 
-    A frozen model without experts is no problem: all of it is gathered as always.
+    `models`: the trained one first, each by the setting that names it. A frozen model without experts is no problem. `ranks`:
+    (ranks, hosts); 0 if not known yet.
     """
     problems = []
-    for number, (named, model) in enumerate(models.items()):
-        if number > 0 and not expert_modules(model):
+    for index, (setting, model) in enumerate(models.items()):
+        is_frozen = index > 0
+        if is_frozen and not expert_modules(model):
             continue
-        problem = model_problem(config, named, model, ranks)
+        problem = _model_problem(config, setting, model, ranks)
         if problem is not None:
             problems.append(problem)
     return problems
@@ -145,78 +149,90 @@ def model_on_meta(model: ModelConfig, kind: ModelKind) -> nn.Module:
     return plain
 
 
-def model_problem(config: RunConfig, named: str, model: nn.Module, ranks: tuple[int, int]) -> str | None:
-    """Why the experts of one model cannot be dealt; None if they can.
+def _model_problem(config: RunConfig, setting: str, model: nn.Module, ranks: tuple[int, int]) -> str | None:
+    """Why expert parallelism is not possible with one model; None if it is. The first of these that applies:
 
-    `named`: the setting that names it. `ranks`: their number, and that of their hosts; 0 if it is not known yet.
+    - the model's class computes its experts with code of its own, which cannot send tokens to other ranks;
+    - it has no experts, or they are computed by another function than ours, which sends tokens (remote code);
+    - it normalises the output of each expert, which has not been tested over ranks;
+    - experts share a parameter, so that it cannot be divided among ranks;
+    - the experts cannot be divided evenly.
+
+    `setting`: names the model in messages, such as `model.path=<path>`. `ranks`: (ranks, hosts); 0 if not known yet.
     """
-    typed = f"parallel.experts={config.parallel.experts}"
-    own_code = unsupported_experts(model)
-    if own_code:
+    degree = f"parallel.experts={config.parallel.experts}"
+    unsupported = unsupported_experts(model)
+    if unsupported:
         return (
-            f"{typed}: {named} computes its experts ({own_code[0]}) in a way of its own, to which no tokens can be sent; set "
-            "parallel.experts=1"
+            f"{degree}: {setting} computes its experts ({unsupported[0]}) in a way of its own, to which no tokens can be sent; "
+            "set parallel.experts=1"
         )
     modules: dict[str, Any] = dict(expert_modules(model))
     if not modules:
-        return f"{typed}: {named} has no experts that transformers' experts functions compute; set parallel.experts=1"
+        return (
+            f"{degree}: {setting} has no experts that transformers' experts functions compute; set parallel.experts=1"
+        )
     for name, module in modules.items():
         computed_by = getattr(module.config, "_experts_implementation", experts.NAME)
-        if computed_by != experts.NAME:  # code of its own need not know the function that sends tokens
+        if computed_by != experts.NAME:
             return (
-                f"{typed}: {named} is loaded with trust_remote_code=true, and so its experts are computed by {computed_by}, "
+                f"{degree}: {setting} is loaded with trust_remote_code=true, and so its experts are computed by {computed_by}, "
                 "which sends no tokens; leave trust_remote_code out, or set parallel.experts=1"
             )
         if getattr(module, "has_post_expert_norm", False):
             return (
-                f"{typed}: {named} normalises what each expert makes ({name}), which is not proven over ranks; set "
+                f"{degree}: {setting} normalises what each expert makes ({name}), which is not proven over ranks; set "
                 "parallel.experts=1"
             )
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 0 or len(parameter) % module.num_experts:
-                return (
-                    f"{typed}: {named} has a parameter for all experts together ({name}.{key}); set parallel.experts=1"
-                )
-    return _division_problem(config, named, [module.num_experts for module in modules.values()], *ranks)
+            has_row_per_expert = parameter.dim() > 0 and len(parameter) % module.num_experts == 0
+            if not has_row_per_expert:
+                return f"{degree}: {setting} has a parameter for all experts together ({name}.{key}); set parallel.experts=1"
+    return _division_problem(config, setting, [module.num_experts for module in modules.values()], *ranks)
 
 
-def _division_problem(config: RunConfig, named: str, expert_counts: list[int], world: int, hosts: int) -> str | None:
-    """Why experts, `expert_counts` in each layer, cannot be dealt evenly and sharded whole; None if they can."""
+def _division_problem(config: RunConfig, setting: str, expert_counts: list[int], world: int, hosts: int) -> str | None:
+    """Why the experts of a model cannot be divided evenly among ranks; None if they can.
+
+    `expert_counts`: experts of each layer. `world`: all ranks; 0 if not known. Each rank must get equally many experts of a
+    layer, and those that several ranks share are sharded as whole experts, so there must be one for each.
+    """
     expert_ranks = config.parallel.experts
-    common = math.gcd(*expert_counts)
+    common_divisor = math.gcd(*expert_counts)
+    fewest_experts = min(expert_counts)
     sharded_over = world // replica_count(config.strategy, world, hosts) if world else 1
-    fewest = min(expert_counts)
-    if common % expert_ranks == 0 and fewest >= sharded_over:
+    divides_evenly = common_divisor % expert_ranks == 0
+    has_expert_for_each = fewest_experts >= sharded_over
+    if divides_evenly and has_expert_for_each:
         return None
-    ways = list(_ways(common, fewest, world or expert_ranks))
-    remedy = "set parallel.experts=1"
-    if ways:
-        remedy = f"set {', or '.join(ways)}"
-    if common % expert_ranks:
-        counted = (
-            f"{fewest} experts" if len(set(expert_counts)) == 1 else f"layers of {sorted(set(expert_counts))} experts"
-        )
+
+    possible = _possible_settings(common_divisor, fewest_experts, world or expert_ranks)
+    remedy = "set parallel.experts=1" if possible is None else f"set {possible}"
+    if not divides_evenly:
+        layers = f"layers of {sorted(set(expert_counts))} experts"
+        if len(set(expert_counts)) == 1:
+            layers = f"{fewest_experts} experts"
         return (
-            f"parallel.experts={expert_ranks}: must divide the experts of a layer, and {named} has {counted}; {remedy}"
+            f"parallel.experts={expert_ranks}: must divide the experts of a layer, and {setting} has {layers}; {remedy}"
         )
     return (
-        f"parallel.experts={expert_ranks}: {sharded_over} ranks would share the {fewest} experts of a layer of {named}, and some "
-        f"would hold none; {remedy}"
+        f"parallel.experts={expert_ranks}: {sharded_over} ranks would share the {fewest_experts} experts of a layer of "
+        f"{setting}, and some would hold none; {remedy}"
     )
 
 
-def _ways(common: int, fewest: int, world: int) -> Iterator[str]:
-    """Settings under which experts can be dealt over `world` ranks: for each number of replicas, the fewest first.
+def _possible_settings(common_divisor: int, fewest_experts: int, world: int) -> str | None:
+    """Settings under which `world` ranks can divide the experts, with as few replicas as possible; None if there are none.
 
-    `common`: the greatest number that divides the experts of all layers; `fewest`: those of the smallest layer.
+    `common_divisor`: the greatest that divides the experts of all layers. `fewest_experts`: those of the smallest layer.
     """
     for replicas in range(1, world + 1):
-        if world % replicas or fewest < world // replicas:
+        ranks_per_replica = world // replicas
+        if world % replicas or fewest_experts < ranks_per_replica:
             continue
-        shared = math.gcd(common, world // replicas)
-        degrees = [str(degree) for degree in range(2, shared + 1) if shared % degree == 0]
-        if not degrees:
-            continue
-        strategy = "" if replicas == 1 else f" with strategy=hsdp strategy.replicate={replicas}"
-        yield f"parallel.experts={' or '.join(degrees)}{strategy}"
-        return
+        largest_degree = math.gcd(common_divisor, ranks_per_replica)
+        degrees = [str(degree) for degree in range(2, largest_degree + 1) if largest_degree % degree == 0]
+        if degrees:
+            strategy = "" if replicas == 1 else f" with strategy=hsdp strategy.replicate={replicas}"
+            return f"parallel.experts={' or '.join(degrees)}{strategy}"
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from strategies import runtime as processes
 from strategies.base import Fsdp2Config, Precision, StrategyConfig
-from strategies.memory import dealt_parameters
+from strategies.memory import expert_parallel_parameters
 from strategies.mesh import replica_count
 from strategies.parameters import trainable_parameters
 from trainer.build.recomputation import (
@@ -30,34 +30,39 @@ def plan_reduction(
     *,
     micro_batches: int,
 ) -> None:
-    """Resolve `strategy.defer_sync=null`: note the choice in the step module, and why in the substitutions.
+    """Resolve `strategy.defer_sync=null`: reduce gradients only in a step's last micro-batch if full ones fit until then.
 
-    `micro_batches`: how many of them a rank computes in a step. All ranks must call. They decide from the same numbers: those of
-    the rank with the least memory.
+    Writes the choice into the plan of the step module, and its reason into the substitutions. Does nothing if the choice is set,
+    or makes no difference. `micro_batches`: how many a rank computes in a step. All ranks must call; all decide by the memory of
+    the smallest device.
     """
-    if not isinstance(strategy, Fsdp2Config) or strategy.defer_sync is not None or micro_batches == 1:
+    is_open = isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
+    if not is_open or micro_batches == 1:
         return
     shards = runtime.world_size // replica_count(strategy, runtime.world_size, runtime.hosts)
     trained = sum(p.numel() for _, p in trainable_parameters(built.step_module))
-    dealt = sum(p.numel() for p in dealt_parameters(built.step_module).values() if p.requires_grad)
-    # Full gradients in fp32, of dealt experts those of this rank alone; without its shard, which is there anyway.
-    full = trained - dealt + dealt / built.step_module.plan.expert_ranks
-    extra_bytes = 4.0 * (full - trained / shards)
     if shards == 1 or not trained:
         return
+
+    # Bytes of full gradients in fp32 beyond the rank's shard. Of distributed experts, a rank has gradients of its own only.
+    in_experts = sum(p.numel() for p in expert_parallel_parameters(built.step_module).values() if p.requires_grad)
+    full_elements = trained - in_experts + in_experts / built.step_module.plan.expert_ranks
+    extra_bytes = 4.0 * (full_elements - trained / shards)
     usable_gib = strategy.memory_gib
     if not usable_gib:
         usable_gib = USABLE_SHARE * min(processes.gather_objects(device_gib(runtime), runtime))
     budget = 2**30 * usable_gib
+
+    # They fit if they are negligible, or else if the estimated peak with them is within the budget.
     defer_sync = extra_bytes < NEGLIGIBLE_SHARE * budget
-    why = f"whole gradients take {extra_bytes / 2**30:.2f} GiB more"
+    reason = f"whole gradients take {extra_bytes / 2**30:.2f} GiB more"
     if not defer_sync:
         if built.activations is None:
             built.activations = counted_activations(built, work, strategy.activation_checkpointing, precision)
         state_bytes = model_state(built, strategy, precision, runtime)
         peak_bytes = state_bytes + activations_of(built, work, strategy, precision) + extra_bytes
         defer_sync = peak_bytes <= budget
-        why += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB"
+        reason += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB"
     built.step_module.plan.defer_sync = defer_sync
     choice = "true" if defer_sync else "false, reduced in each micro-batch"
-    built.substitutions["strategy.defer_sync"] = f"null -> {choice} ({why})"
+    built.substitutions["strategy.defer_sync"] = f"null -> {choice} ({reason})"

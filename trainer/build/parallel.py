@@ -9,9 +9,9 @@ from trainer.config.run import RunConfig
 
 
 def check_parallel(config: RunConfig, *, scores_answers: bool = True) -> None:
-    """Raise ConfigError if the run's model, or a frozen one beside it, cannot be shared so. Reads configurations alone.
+    """Raise ConfigError if ranks cannot share rows or experts of the run's model, or of a frozen one. Reads only configurations.
 
-    `scores_answers`: whether its reward models are needed, too.
+    `scores_answers`: whether the run needs its reward models, which are then checked too.
     """
     problems = [*sequence_problems(config), *expert_problems(config, scores_answers=scores_answers)]
     if problems:

@@ -14,7 +14,7 @@ from strategies.base import Engine, ParameterSource, Precision
 from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
-from trainer.build.experts import plan_experts
+from trainer.build.experts import plan_expert_parallelism
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.recomputation import Workload, check_host_memory, expect_memory, longest_lengths, plan_checkpointing
 from trainer.build.references import attach_frozen, reference_models
@@ -153,7 +153,7 @@ def build_loader(
 
 
 def attention_matters(config: RunConfig, train: TokenDataset) -> bool:
-    """Whether documents are dealt by their squared lengths too: ranks with unlike long documents would wait for each other."""
+    """Whether the loader also balances ranks by squared lengths: in long documents, attention is a large part of the cost."""
     return config.parallel.sequence > 1 or int(train.lengths.max(initial=0)) > LONG_DOCUMENT
 
 
@@ -167,10 +167,10 @@ def build_engine(
     values_of: Callable[[WeightSource], ParameterSource] = lambda source: source,
     scores_answers: bool = False,
 ) -> tuple[Engine, Built, WeightSource]:
-    """Build the model on meta, tune it, shard it, load it, and make its optimizer. All ranks must call.
+    """Build the model on meta, apply the tuning method, shard it, load its weights, and create its optimizer.
 
-    `values_of` may put other initial values in the place of the run's. `scores_answers`: whether the run's reward models are
-    needed, which stand beside the model.
+    Returns (the engine, the model in it, the source of its initial values). `values_of`: replaces that source by another one.
+    `scores_answers`: whether the run's reward models are built too. All ranks must call.
     """
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
@@ -180,8 +180,8 @@ def build_engine(
     if built.scheme is not None and config.model.keep_packed:
         source.checkpoint.use_packed_cache(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
 
-    # Decisions about the step that need the model before it is sharded. Engines read them from its plan.
-    plan_experts(built, config, runtime)
+    # Decisions about the step that need the model before it is sharded. The engine reads them from `built.step_module.plan`.
+    plan_expert_parallelism(built, config, runtime)
     built.step_module.plan.ema_decay = config.optim.ema_decay
     built.step_module.neftune_alpha = config.model.neftune_alpha
     built.collator.keeps_row_ids = config.model.neftune_alpha > 0
@@ -224,8 +224,9 @@ def build_model(
 ) -> tuple[Built, WeightSource]:
     """(the tuned architecture on meta, the source of its values), checked against each other. Reads only headers of files.
 
-    `scores_answers`: as in `build_engine`.
+    `context`: the strategy's context in which a model is built. `scores_answers`: as in `build_engine`.
     """
+    # The architecture.
     objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
     layout, layout_notes = common_layout(
         step_layout(config), teacher_model(config.model, objective), half_on_gpu=half_on_gpu
@@ -248,6 +249,8 @@ def build_model(
         built.substitutions["parallel.sequence"] = "; ".join(notes)
     if config.export.at_end and not config.export.merge:
         check_loadable(built.step_module.model)
+
+    # The source of its values.
     checkpoint = built.base_weights(weights_directory(config.model))
     fill_buffers(built.step_module.model, checkpoint, built.tuning.base_name)
     source = WeightSource(
@@ -262,6 +265,8 @@ def build_model(
     source.zeroed = built.zeroed
     shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(built.step_module)}
     source.check(shapes, head_prefixes=built.head_prefixes)
+
+    # The frozen models beside it: reference model and reward models.
     attach_frozen(built, config.model, objective, config.tuning, source, tokenizer)
     if scores_answers:
         attach_reward_models(built.step_module, objective, source, half_on_gpu=half_on_gpu)
@@ -270,13 +275,13 @@ def build_model(
 
 
 def tile(built: Built, config: RunConfig) -> None:
-    """Let the MLPs of a model take the tokens of `strategy.mlp_tokens` at a time. Raises ConfigError if they cannot."""
+    """Let the MLPs of a model compute `strategy.mlp_tokens` tokens at a time. Raises ConfigError if they cannot."""
     kind = family_of(config.objective).kind
     tile_mlps(built.step_module, built.config, built.plain, kind, config.strategy.mlp_tokens)
 
 
 def _sequence_notes(config: RunConfig, built: Built, data: PreparedData) -> list[str]:
-    """What a user should know of how ranks share the longest rows of this run; empty if they share none."""
+    """Notes for the user on how ranks share the longest rows of this run; empty if they share none."""
     if config.parallel.sequence == 1:
         return []
     longest_row = sum(longest_lengths(built.data_spec, workload(config, data)))
@@ -284,7 +289,7 @@ def _sequence_notes(config: RunConfig, built: Built, data: PreparedData) -> list
 
 
 def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
-    """Raise ConfigError if documents, packs or rows that ranks share do not fit the model that was built."""
+    """Raise ConfigError if the model cannot take the run's data: shared rows, length of documents, packing, or batches."""
     if config.parallel.sequence > 1 and built.arrangement.sequence_problem is not None:
         raise ConfigError(
             f"parallel.sequence={config.parallel.sequence}: ranks cannot share rows of this {built.config.model_type}: "
@@ -306,14 +311,14 @@ def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
             "padded rows here; set data.packing=false"
         )
-    if right_alone(built, config.objective):
-        _check_alone(config, built, data)
+    if needs_one_row_batches(built, config.objective):
+        _check_one_row_batches(config, built, data)
     if family.kind is ModelKind.encoder_decoder:
         lengths = family.max_positions(config.objective, config.data)
         check_kind(built.config.to_dict(), config.model.path, family.kind, family.name, lengths)
 
 
-def right_alone(built: Built, objective: ObjectiveConfig) -> bool:
+def needs_one_row_batches(built: Built, objective: ObjectiveConfig) -> bool:
     """Whether the model computes correctly only if a batch has one row."""
     if family_of(objective).kind is not ModelKind.causal:
         return False
@@ -321,8 +326,8 @@ def right_alone(built: Built, objective: ObjectiveConfig) -> bool:
     return bool(plain.forward_path.alone)
 
 
-def _check_alone(config: RunConfig, built: Built, data: PreparedData) -> None:
-    """Raise ConfigError if a model that is right for one document at a time would be given several."""
+def _check_one_row_batches(config: RunConfig, built: Built, data: PreparedData) -> None:
+    """Raise ConfigError if a batch of this run has several rows. For models that compute correctly only with one row."""
     kind = built.config.model_type
     name = config.objective.name
     if built.data_spec.sequences_per_document > 1:
@@ -333,10 +338,10 @@ def _check_alone(config: RunConfig, built: Built, data: PreparedData) -> None:
         batches["evaluation.batch"] = config.evaluation.batch
     too_large = {key: size for key, size in batches.items() if size > 1}
     if too_large:
-        typed = " and ".join(f"{key}={size}" for key, size in too_large.items())
+        settings = " and ".join(f"{key}={size}" for key, size in too_large.items())
         remedy = " ".join(f"{key}=1" for key in too_large)
         raise ConfigError(
-            f"{typed}: a {kind} computes something else where rows are padded to one length; set {remedy}"
+            f"{settings}: a {kind} computes something else where rows are padded to one length; set {remedy}"
         )
 
 
@@ -378,7 +383,7 @@ def build_step(
     model.tie_weights()
     two_sides = encoder_decoder.finish(model, _files_of(config)) if is_encoder_decoder else None
 
-    # What must be known of it before its layers are replaced and wrapped.
+    # Facts of the architecture that are needed before its layers are replaced and wrapped.
     plain = copy.deepcopy(model)
     zeroed = always_zero_rows(model, arrangement)
     if is_encoder_decoder or (not is_classifier and model.forward_path.fused):
@@ -389,13 +394,13 @@ def build_step(
     folded = merge_adapters(model, config.adapters)
     head = model.get_output_embeddings()
 
-    # Tuning, and what it must leave alone.
+    # The tuning method. Modules that it must not train are frozen.
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
     _freeze_without_gradient(model, tuning, plain, arrangement)
     model.train()
 
-    # The step module, and how it gets its batches.
+    # The step module, and the collator that makes its batches.
     step = TrainStep(model, build_objective(objective_config, reference_models(tuning)), blocks)
     step.plan.optimizer_hooks = optimizer_hooks(tuning)
     data_spec = family.data_spec(objective_config)
@@ -416,17 +421,17 @@ def build_step(
         zeroed=zeroed,
         folded=folded,
     )
-    _equip(built, config, head, family.kind)
+    _finish_step_module(built, config, head, family.kind)
     return built
 
 
 def _files_of(config: ModelConfig) -> Path | None:
-    """The directory of a model's files; None if its published shape stands for them."""
+    """The directory of a model's files; None if only its published shape is used, as in a plan without files."""
     return weights_directory(config) if shape_in_use(config) is None else None
 
 
 def _register_kernels() -> None:
-    """Make transformers know our functions of attention and of experts by their names."""
+    """Register our attention and experts functions with transformers, by their names."""
     attention_module.register()
     flex.register()
     register_flash()
@@ -445,16 +450,20 @@ def _base_config(config: ModelConfig, tuning_config: TuningConfig) -> Any:
 
 
 def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: AttentionLayout) -> None:
-    """Freeze what gets no gradient, or must not train: fixed tables, towers beside the text, modules that choose by index."""
+    """Freeze parameters that get no gradient or must not train.
+
+    These are fixed position tables, towers for images and sound, and indexers, which select keys by index and so pass no
+    gradient.
+    """
     encoder_decoder.freeze_fixed(model)
     freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
-    choosers = freeze_key_selectors(model)
-    if choosers:
-        arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
+    indexers = freeze_key_selectors(model)
+    if indexers:
+        arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(indexers)}"
 
 
-def _equip(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> None:
-    """The last changes to a tuned model: pack its base, fuse adapters, and add the losses of routers and logits."""
+def _finish_step_module(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> None:
+    """The last changes to a tuned model: quantise its base, fuse adapters, and add losses of routers and logits."""
     step = built.step_module
     tuning_note = getattr(built.tuning, "note", "")
     if tuning_note:
@@ -477,7 +486,7 @@ def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> No
 
 
 def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
-    """Store frozen layers packed if the model asks for it. After tuning: peft sizes its adapters by ordinary layers."""
+    """Quantise frozen layers if `model.quantisation` asks for it. After tuning, since peft sizes its adapters by plain layers."""
     scheme = Scheme.from_settings(config.quantisation, config.double_quantisation)
     built.scheme = scheme
     if scheme is None:

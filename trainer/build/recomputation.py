@@ -61,7 +61,7 @@ def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
 
 
 def tokens_of_longest(built: Built, work: Workload) -> int:
-    """Tokens that a rank holds of the longest micro-batch, padding included."""
+    """Tokens of the longest micro-batch on one rank, padding included; if ranks share rows, those of this rank's slice."""
     lengths = longest_lengths(built.data_spec, work)
     tokens = sum(lengths)
     if built.layout is not Layout.padding_free:
@@ -73,16 +73,15 @@ def tokens_of_longest(built: Built, work: Workload) -> int:
 
 
 def micro_batch_of(built: Built, lengths: list[int], cut: Cut | None) -> dict[str, Any]:
-    """A micro-batch of placeholders of these lengths in tokens, on the CPU: values mean nothing, all that may be is supervised.
+    """A micro-batch of placeholders of these lengths in tokens, on the CPU, to measure a step whose result does not matter.
 
-    With a `cut`, the slice of a rank.
-
-    The values of marks, counts and means do not matter either: shapes do not depend on them.
+    Every token that may be a target is one. Token ids, counts and means are placeholders, on which no shape depends. With a `cut`,
+    the slice of a rank.
     """
     samples = [built.data_spec.placeholder(tokens) for tokens in lengths]
     batch = built.collator(samples, cut)
     for rows in (batch, batch.get("replay", {})):
-        # transformers would look for padding in the values of the mask. As if there were none, rows have their full length.
+        # Without a mask, rows count as full; with one, transformers would read its values, which meta tensors do not have.
         if "attention_mask" in rows:
             rows["attention_mask"] = None
     batch["totals"] = dict.fromkeys(built.data_spec.counts(samples[0]), 1)
@@ -91,9 +90,9 @@ def micro_batch_of(built: Built, lengths: list[int], cut: Cut | None) -> dict[st
 
 
 def measured_activations(built: Built, work: Workload, precision: Precision) -> Activations:
-    """What the longest micro-batch keeps for its backward pass. Allocates nothing.
+    """The activations that the longest micro-batch keeps for its backward pass, counted on meta tensors: allocates nothing.
 
-    Raises ConfigError for a model whose forward pass looks at values: meta tensors have none.
+    Raises ConfigError for a model whose forward pass reads values, which meta tensors do not have.
     """
     try:
         if built.two_sides is not None:
@@ -109,7 +108,7 @@ def measured_activations(built: Built, work: Workload, precision: Precision) -> 
 def counted_activations(
     built: Built, work: Workload, mode: ActivationCheckpointing, precision: Precision
 ) -> float | None:
-    """Bytes of activations at the peak of the longest micro-batch if every block does `mode`. None if they cannot be counted."""
+    """Peak bytes of activations of the longest micro-batch if all blocks recompute by `mode`; None if they cannot be counted."""
     try:
         activations = measured_activations(built, work, precision)
     except ConfigError:
@@ -124,16 +123,17 @@ def activations_of(built: Built, work: Workload, strategy: StrategyConfig, preci
     tokens = tokens_of_longest(built, work)
     width, blocks = width_and_blocks(built.plain)
     if strategy.offload_activations and strategy.activation_checkpointing is ActivationCheckpointing.full:
-        blocks = 0  # what they keep waits on the host
+        blocks = 0  # their inputs are kept on the host
     return activations_by_rule(tokens, width, blocks, strategy.activation_checkpointing, precision)
 
 
 def plan_checkpointing(
     built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
-    """Resolve `activation_checkpointing=auto`: put the mode of each block into the plan of the step module, and note why.
+    """Resolve `activation_checkpointing=auto`: choose for each block what it recomputes, so that the step fits in memory.
 
-    All ranks must call. They follow rank 0.
+    Writes the modes into the plan of the step module, and the reason into the substitutions. All ranks must call; they follow
+    rank 0.
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
         return
@@ -149,9 +149,9 @@ def plan_checkpointing(
     counts = {mode: modes.count(mode) for mode in ActivationCheckpointing}
     parts = [f"{mode} in {count} of {len(modes)} blocks" for mode, count in counts.items() if count]
     peak_gib = (state_size + built.activations) / 2**30
-    verdict = "" if fits else "; more than there is: lower batch.micro or data.max_length, or shard more"
+    warning = "" if fits else "; more than there is: lower batch.micro or data.max_length, or shard more"
     built.substitutions["strategy.activation_checkpointing"] = (
-        f"auto -> {', '.join(parts) or 'none'} (estimated peak {peak_gib:.2f} of {budget:.2f} GiB{verdict})"
+        f"auto -> {', '.join(parts) or 'none'} (estimated peak {peak_gib:.2f} of {budget:.2f} GiB{warning})"
     )
 
 
@@ -181,9 +181,9 @@ def host_memory() -> int:
 def check_host_memory(
     built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
-    """Raise ConfigError if the inputs of blocks that `strategy.offload_activations` keeps do not fit this host. No collective.
+    """Raise ConfigError if the block inputs that `strategy.offload_activations` moves to host memory do not fit. No collective.
 
-    Nothing is moved on a CPU.
+    On CPUs nothing is moved, and nothing is checked.
     """
     if not strategy.offload_activations or runtime.kind == "cpu":
         return
@@ -210,6 +210,6 @@ def check_host_memory(
 def expect_memory(
     built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
-    """Note in `built` how much memory a rank is expected to take. Needs the model before it is sharded. No collective."""
-    state = model_state(built, strategy, precision, runtime)
-    built.expected = state, activations_of(built, work, strategy, precision)
+    """Set `built.expected`, the estimated memory of a rank. To be called before the model is sharded. No collective."""
+    bytes_of_state = model_state(built, strategy, precision, runtime)
+    built.expected = (bytes_of_state, activations_of(built, work, strategy, precision))

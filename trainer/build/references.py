@@ -29,39 +29,44 @@ def attach_frozen(
     source: WeightSource,
     tokenizer: Any,
 ) -> None:
-    """Give the step module what its objective compares with: a frozen teacher, or the model before training.
+    """Give the step module the reference model that its objective compares with, if it needs one that is not there already.
 
-    With a new adapter, the model before training is the tuned model with the adapter off. With an adapter that was trained before
-    (`tuning.from`) it is the base with that adapter: a frozen copy of both, or for log-probabilities alone the adapter's first
-    values, which the engine keeps. Raises ConfigError if a teacher has another vocabulary, or a head that cannot be compared.
+    - An objective that compares nothing needs none.
+    - The model before training is there without a copy if a new adapter is trained: it is the model with the adapter off. With an
+      adapter trained before (`tuning.from`), the engine keeps the adapter's first values, if only log-probabilities are compared.
+    - Otherwise a frozen model is added: a teacher, or a copy of the model before training.
+
+    Raises ConfigError if a teacher has another vocabulary, or a head that cannot be compared.
     """
     family = family_of(objective)
     step = built.step_module
     tuning = built.tuning
-    if family.compares_distributions(objective):
-        check_head(step.model, f"objective={family.name}")
-    elif not family.compares_with_start(objective):
+    compares_distributions = family.compares_distributions(objective)
+    if not compares_distributions and not family.compares_with_start(objective):
         return
+    if compares_distributions:
+        check_head(step.model, f"objective={family.name}")
     elif tuning.adapter:
-        if not _begins_at_base(tuning, tuning_config):
+        if not _starts_as_base(tuning, tuning_config):
             step.plan.keeps_start = True
             step.objective = build_objective(objective, ReferenceModels(keeps_start=True))
         return
     has_teacher = family.teacher(objective) is not None
     if not has_teacher and tuning.keeps_base:
         return
-    # A teacher has weights of its own, whatever the run begins with.
-    start = None if has_teacher else merge_initial_adapter(built.plain, tuning_config)
-    frozen = frozen_model(config, objective, built.config, built.arrangement, source, start, tokenizer)
+
+    # A frozen model. A teacher has weights of its own; a copy begins with the adapter of `tuning.from`, if there is one.
+    initial_adapter = None if has_teacher else merge_initial_adapter(built.plain, tuning_config)
+    frozen = frozen_model(config, objective, built.config, built.arrangement, source, initial_adapter, tokenizer)
     step.teacher = frozen.model
     source.beside[TEACHER] = frozen.weights
     step.objective = build_objective(objective, reference_models(tuning, frozen.model))
     step.add_block_classes(frozen.block_classes)
 
 
-def _begins_at_base(tuning: Tuning, config: TuningConfig) -> bool:
-    """Whether a new adapter changes nothing at first, so that the model with the adapter off is the model as the run began.
+def _starts_as_base(tuning: Tuning, config: TuningConfig) -> bool:
+    """Whether an untrained adapter changes nothing, so that the model with the adapter off is the model before training.
 
-    Plain LoRA begins with a zero factor. Of other methods some do and some do not: virtual tokens are drawn.
+    True for LoRA, one factor of which starts at zero. False for other methods, some of which start with random values.
     """
     return tuning.keeps_base and isinstance(config, LoraConfig)

@@ -31,9 +31,10 @@ def build_reward_evaluators(
     scorer: RewardScorer,
     stop_now: Callable[[], bool],
 ) -> list[Evaluator]:
-    """The evaluator of rewards; none without held-out prompts. `scorer` is that of training.
+    """The evaluator that lets the model answer held-out prompts and measures their rewards; no evaluator without such prompts.
 
-    `evaluation.generate.samples` is the number of prompts that are answered; with 0, `evaluation.max_documents` is.
+    `scorer`: computes the rewards, as in training. `evaluation.generate.samples` is the number of prompts that are answered; if
+    it is 0, `evaluation.max_documents` limits them.
     """
     settings = config.objective
     assert isinstance(settings, RoundsConfig)
@@ -41,13 +42,13 @@ def build_reward_evaluators(
     if held_out is None or len(held_out) == 0:
         return []
     generate = config.evaluation.generate
-    most = generate.samples or config.evaluation.max_documents
-    share = EvalShare(config.evaluation.batch, engine.dp_rank, engine.dp_size, most, by_source=True)
+    max_prompts = generate.samples or config.evaluation.max_documents
+    share = EvalShare(config.evaluation.batch, engine.dp_rank, engine.dp_size, max_prompts, by_source=True)
     table = DocumentTable(data.directory)
     names_source = has_sources(held_out)
     prompts = []
-    for place, sequence in enumerate(share.sequences(held_out).tolist()):
-        prompts.append(read_prompt(held_out, table, sequence, place, names_source=names_source))
+    for number, sequence in enumerate(share.sequences(held_out).tolist()):
+        prompts.append(read_prompt(held_out, table, sequence, number, names_source=names_source))
     writer = Writer(
         tokenizer,
         generation_config(config.model, built.config, None),

@@ -39,7 +39,10 @@ def reward_models_of(objective: ObjectiveConfig) -> dict[str, RewardEntry]:
 
 
 def reward_model_settings(objective: ObjectiveConfig) -> dict[str, ModelConfig]:
-    """How each reward model is loaded, by the setting that names it and its value. Raises ConfigError for what is none."""
+    """The settings to load each reward model with, by the setting that names it (`objective.rewards.NAME.path=PATH`).
+
+    Raises ConfigError if a path is no reward model.
+    """
     settings = {}
     for name, reward in reward_models_of(objective).items():
         key = _key(name)
@@ -48,13 +51,13 @@ def reward_model_settings(objective: ObjectiveConfig) -> dict[str, ModelConfig]:
 
 
 def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: Any, *, half_on_gpu: bool) -> None:
-    """Give a step module on meta its reward models, and their values to `source` (a `WeightSource`). Reads headers alone.
+    """Add the reward models to a step module on meta, and the sources of their values to `source` (a `WeightSource`).
 
-    Raises ConfigError for one that cannot be built, or whose weights do not fit.
+    Reads only headers of files. Raises ConfigError if one cannot be built, or its weights do not fit.
     """
     for name, reward in reward_models_of(objective).items():
         key = _key(name)
-        with _naming(key):
+        with _errors_naming(key):
             files = reward_model_files(str(reward.path), key)
             model, weights = _frozen_classifier(files, key, half_on_gpu=half_on_gpu)
         step.add_reward_model(name, model, block_class_names(model))
@@ -64,32 +67,35 @@ def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: An
 def _frozen_classifier(
     files: RewardModelFiles, key: str, *, half_on_gpu: bool
 ) -> tuple[Any, WeightSource | StartingWeights]:
-    """(the model on meta, where its values come from). Errors: ConfigError."""
+    """(the reward model on meta, frozen, the source of its values). `key`: the setting that names it. Errors: ConfigError."""
+    # The architecture.
     config = _model_config(files, {})
     settings = load_model_config(config)
     settings.num_labels = 1
-    if settings.pad_token_id is None:  # transformers tells by it where a text ends
+    if settings.pad_token_id is None:  # by which transformers finds the last token of a text
         settings.pad_token_id = _pad_token_id(settings, load_tokenizer(config))
     model, _ = padded_model(
         ModelKind.classifier, config, settings, Layout.padded, meta_context(), "reward", half_on_gpu=half_on_gpu
     )
     model.tie_weights()
+
+    # Its values: those of the base, with the adapter merged into them, if there is one.
     directory = weights_directory(config)
-    folded = None
+    merged = None
     if files.adapter is not None:
         refuse_another_base(files.adapter, directory, accept=False)
-        folded = MergedAdapters(model, [str(files.adapter)], key)
-    weights = WeightSource(BaseWeights(directory, copy.deepcopy(model)), Full(), seed=0, init_std=0.0)
-    # A head that the adapter brings need not be in its base. Nothing is ever drawn anew.
-    brought = () if folded is None else tuple(folded.changed_names())
+        merged = MergedAdapters(model, [str(files.adapter)], key)
+    base_weights = WeightSource(BaseWeights(directory, copy.deepcopy(model)), Full(), seed=0, init_std=0.0)
+    # The base must have every parameter, except those that the adapter has itself, such as the head: none is initialised.
+    adapter_names = () if merged is None else tuple(merged.changed_names())
     shapes = {}
     for name, parameter in model.named_parameters():
-        if name not in brought:
+        if name not in adapter_names:
             shapes[name] = tuple(parameter.shape)
-    weights.check(shapes, head_prefixes=())
+    base_weights.check(shapes, head_prefixes=())
     model.requires_grad_(False)
     model.eval()
-    return model, weights if folded is None else StartingWeights(weights, folded)
+    return model, base_weights if merged is None else StartingWeights(base_weights, merged)
 
 
 def check_reward_models(config: RunConfig) -> None:
@@ -99,10 +105,10 @@ def check_reward_models(config: RunConfig) -> None:
 
 
 def _reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelReader:
-    """What makes tokens of prompts and answers for a reward model. Raises ConfigError if its template writes no conversation."""
+    """The reader that tokenises prompts and answers for a reward model. Raises ConfigError if it has no usable chat template."""
     key = _key(name)
     options = {**OPTIONS, **reward.options}
-    with _naming(key):
+    with _errors_naming(key):
         model_config = _model_config(reward_model_files(str(reward.path), key), options)
         settings = load_model_config(model_config)
         tokenizer = load_tokenizer(model_config)
@@ -140,7 +146,7 @@ def _pad_token_id(settings: Any, tokenizer: Any) -> int:
 def open_model_scorer(
     config: RunConfig, engine: Engine, runtime: Runtime, stop_now: Callable[[], bool] = lambda: False
 ) -> RewardModelScorer | None:
-    """What scores answers by the reward models of `engine`; None without any. Errors: ConfigError."""
+    """The scorer of answers by the reward models in `engine`; None if the run has none. Errors: ConfigError."""
     readers = {name: _reader(config, name, reward) for name, reward in reward_models_of(config.objective).items()}
     return RewardModelScorer(readers, engine, runtime, stop_now) if readers else None
 
@@ -153,14 +159,14 @@ def reward_model_digests(objective: ObjectiveConfig) -> dict[str, str]:
     digests: dict[str, str] = {}
     for name, reward in reward_models_of(objective).items():
         key = _key(name)
-        with _naming(key):
+        with _errors_naming(key):
             files = reward_model_files(str(reward.path), key)
             directories = {name: files.tokenizer}
             if files.adapter is not None:
                 directories[f"{name}/base"] = weights_directory(_model_config(files, {}))
-        for place, directory in directories.items():
+        for prefix, directory in directories.items():
             for file, digest in digests_of(directory).items():
-                digests[f"{place}/{file}"] = digest
+                digests[f"{prefix}/{file}"] = digest
     return digests
 
 
@@ -180,15 +186,19 @@ def _key(name: str) -> str:
 
 
 @contextmanager
-def _naming(key: str) -> Iterator[None]:
-    """Let what is said of a model name the reward's setting: it is loaded as the trained one is, whose messages name that."""
+def _errors_naming(key: str) -> Iterator[None]:
+    """A context in which messages of ConfigErrors name `key`, the setting of a reward model, in place of the trained model's.
+
+    A reward model is loaded by the same functions as the trained model, whose messages name `model.path=...`.
+    """
     try:
         yield
     except ConfigError as error:
-        said = []
+        renamed_problems = []
         for problem in error.problems:
+            renamed = problem
             for setting in ("model.path", "model.tokenizer", "model.chat_template"):
-                # Not within the setting of a reward that is called `model`.
-                problem = re.sub(rf"(?<![\w.]){re.escape(setting)}=", lambda _: f"{key}=", problem, count=1)
-            said.append(problem)
-        raise ConfigError(said) from error
+                # The look-behind leaves `rewards.model.path=` alone, the setting of a reward that is called `model`.
+                renamed = re.sub(rf"(?<![\w.]){re.escape(setting)}=", lambda _: f"{key}=", renamed, count=1)
+            renamed_problems.append(renamed)
+        raise ConfigError(renamed_problems) from error

@@ -48,7 +48,7 @@ MOST_DIFFERENCE = {Precision.fp32: 0.001, Precision.bf16: 0.1, Precision.fp16: 0
 
 @dataclass(frozen=True, slots=True)
 class RoundInputs:
-    """What making rounds takes beside the parts of any run."""
+    """What a loader of rounds needs, in addition to the parts that every run has."""
 
     tokenizer: Any
     precision: Precision
@@ -57,8 +57,8 @@ class RoundInputs:
     progress: Progress
     watch_for_stop: Callable[[], Callable[[], bool]]
     """Makes a function that says, on all ranks alike, whether the run must stop."""
-    tell_phase: Callable[[str], None] = lambda phase: None
-    """Called with what the run is at."""
+    report_phase: Callable[[str], None] = lambda phase: None
+    """Called with what the run is doing now, such as `training`."""
 
 
 def prompts_per_round(config: RunConfig) -> int:
@@ -69,7 +69,7 @@ def prompts_per_round(config: RunConfig) -> int:
 
 
 def documents_per_step(config: RunConfig) -> float:
-    """Documents that a step consumes; prompts on average over the steps of a round, where the model writes the answers."""
+    """Documents that a step consumes; if the model writes the answers, prompts of a round divided by its optimizer steps."""
     global_batch: int = config.batch["global"]
     if family_of(config.objective).rollout is None:
         return global_batch
@@ -78,7 +78,7 @@ def documents_per_step(config: RunConfig) -> float:
 
 
 def steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> int:
-    """Optimizer steps of the budget; of rounds, `budget.epochs` are passes over the prompts, the last round taken whole."""
+    """Optimizer steps of the budget. With rounds, `budget.epochs` are passes over the prompts, and the last round is complete."""
     if family_of(config.objective).rollout is None or config.budget.steps is not None:
         return steps_from_budget(config.budget, order, unit_tokens, config.batch["global"])
     settings: Any = config.objective
@@ -87,9 +87,9 @@ def steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> in
 
 
 def writing_lines(config: RunConfig, built: Built, longest_prompt: int) -> list[str]:
-    """What writing the answers of a round takes, for a run that is not started; empty if the data has what is learned.
+    """Lines on the memory for writing and scoring the answers of a round, for a dry run; empty for objectives without rounds.
 
-    Computed from sizes: between two steps there are weights, whole on each rank if they fit, and the keys of the answers.
+    Computed from sizes: while a rank writes, it has all weights, if they fit, and the keys of the answers.
     """
     if family_of(config.objective).rollout is None:
         return []
@@ -118,11 +118,13 @@ def writing_lines(config: RunConfig, built: Built, longest_prompt: int) -> list[
 def build_round_loader(
     config: RunConfig, data: PreparedData, built: Built, engine: Engine, runtime: Runtime, inputs: RoundInputs
 ) -> tuple[RolloutLoader, int]:
-    """(the batches of this rank, the optimizer steps that the budget makes of them). All ranks must call."""
+    """(the loader of this rank, the optimizer steps of the run's budget). All ranks must call."""
     settings: Any = config.objective
     assert isinstance(settings, GrpoConfig)
     _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)
     num_prompts = prompts_per_round(config)
+
+    # Notes on settings that have no effect.
     generation = generation_config(config.model, built.config, None)
     ignored = left_out(generation)
     if ignored:
@@ -135,15 +137,17 @@ def build_round_loader(
         built.substitutions["objective.rollout.steps"] = (
             f"1, so that {', '.join(unused)} changes nothing: the policy that learns is the one that wrote"
         )
+
+    # What writes answers, and what makes rounds of them.
     share = Share(num_prompts, config.batch["micro"], runtime.reader, runtime.readers, cut_of(runtime))
-    longest = int(data.train.lengths.max(initial=0)) + settings.rollout.max_new_tokens
+    longest_row = int(data.train.lengths.max(initial=0)) + settings.rollout.max_new_tokens
     writer = OwnWriter(
         inputs.tokenizer,
         generation,
         settings.rollout,
         runtime,
         seed=config.run.seed,
-        rows=settings.rollout.rows or rows_in_memory(built, engine, runtime, longest),
+        rows=settings.rollout.rows or answers_in_memory(built, engine, runtime, longest_row),
         stop_now=inputs.watch_for_stop(),
     )
     collator: Any = built.collator
@@ -167,8 +171,10 @@ def build_round_loader(
         runtime=runtime,
         references=objective.references,
         stop_now=inputs.watch_for_stop(),
-        tell_phase=inputs.tell_phase,
+        report_phase=inputs.report_phase,
     )
+
+    # The loader, and the run's steps.
     most_difference = settings.rollout.most_difference
     if most_difference is None:
         most_difference = MOST_DIFFERENCE[inputs.precision]
@@ -180,26 +186,27 @@ def build_round_loader(
 
 
 def may_share_prompts(config: RunConfig, built: Built, cut: Cut | None, runtime: Runtime) -> bool:
-    """Whether the answers to a prompt share it in a row while they are learned: `[prompt | answer | answer ...]`.
+    """Whether training puts all answers to a prompt into one row with the prompt: `[prompt | answer | answer ...]`.
 
-    By itself on CPUs alone: the kernels of GPUs have not been measured with it. Errors: ConfigError if
-    `objective.rollout.share_prompts=true` asks for what this model or these settings cannot do.
+    `objective.rollout.share_prompts` decides; if it is not set, True on CPUs if it is possible, and False on GPUs, where its
+    speed has not been measured. Errors: ConfigError if it is set to true, and this model or other settings do not allow it.
     """
     settings: Any = config.objective
-    wanted: bool | None = settings.rollout.share_prompts
-    if wanted is False or (wanted is None and runtime.device.type != "cpu"):
+    share_prompts: bool | None = settings.rollout.share_prompts
+    is_default_on = share_prompts is None and runtime.device.type == "cpu"
+    if not share_prompts and not is_default_on:
         return False
-    reason = why_not_shared(config, built, cut)
-    if wanted and reason is not None:
-        raise ConfigError(f"objective.rollout.share_prompts=true: {reason}; leave it out")
-    return reason is None
+    problem = _prompt_sharing_problem(config, built, cut)
+    if share_prompts and problem is not None:
+        raise ConfigError(f"objective.rollout.share_prompts=true: {problem}; leave it out")
+    return problem is None
 
 
-def why_not_shared(config: RunConfig, built: Built, cut: Cut | None) -> str | None:
+def _prompt_sharing_problem(config: RunConfig, built: Built, cut: Cut | None) -> str | None:
     """Why answers cannot share their prompt in a row; None if they can.
 
-    Only our own attention functions know of branches. Only layers that meet other tokens in attention alone come to the same:
-    those whose cache is keys and values.
+    It needs our own attention functions, which keep the answers of a row apart, and a model in which tokens reach each other only
+    through attention, with a cache of keys and values.
     """
     if cut is not None:
         return "ranks share rows (parallel.sequence)"
@@ -216,17 +223,19 @@ def why_not_shared(config: RunConfig, built: Built, cut: Cut | None) -> str | No
     return None
 
 
-def rows_in_memory(built: Built, engine: Engine, runtime: Runtime, tokens: int) -> int:
-    """Answers that a rank writes at a time: a power of two whose keys and values of `tokens` tokens fit beside whole weights.
+def answers_in_memory(built: Built, engine: Engine, runtime: Runtime, tokens: int) -> int:
+    """Answers that a rank writes at a time: the largest power of two whose keys and values fit beside the full weights.
 
-    By the memory that devices have, not by what is free at the moment: a resumed run must write as many at a time, to round
-    alike. All ranks must call; the rank with the least memory decides.
+    `tokens`: of the longest prompt with its answer. The number follows from the size of the devices, not from the memory that is
+    free at the moment: a resumed run must write in batches of the same size, so that it rounds alike. All ranks must call; the
+    rank with the least memory decides.
     """
     itemsize = min(p.element_size() for p in built.step_module.parameters() if p.is_floating_point())
-    held = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0
-    room = USABLE_SHARE * device_gib(runtime) * 2**30 - held - (engine.full_parameters.gather_bytes() or 0)
-    room = min(gather_objects(room, runtime))
-    rows = MOST_ROWS[runtime.device.type]
-    while rows > 1 and cache_bytes(built.config, rows, tokens, itemsize) > room:
-        rows //= 2
-    return rows
+    allocated = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0
+    gathered = engine.full_parameters.gather_bytes() or 0
+    own_room = USABLE_SHARE * device_gib(runtime) * 2**30 - allocated - gathered
+    least_room = min(gather_objects(own_room, runtime))
+    answers = MOST_ROWS[runtime.device.type]
+    while answers > 1 and cache_bytes(built.config, answers, tokens, itemsize) > least_room:
+        answers //= 2
+    return answers

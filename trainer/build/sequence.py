@@ -48,7 +48,7 @@ class LayerHeads:
     """Elements of a head; where those of queries and of values differ, the mean of both."""
 
     def busiest_share(self, ranks: int) -> float:
-        """Query heads of the rank that has most, over the mean of `ranks`."""
+        """Query heads of the busiest of `ranks` ranks, divided by the mean over them."""
         return -(-self.query // ranks) * ranks / self.query
 
     def exchanged_elements(self, tokens: int, ranks: int) -> int:
@@ -65,43 +65,45 @@ class LayerHeads:
         return max(sent_by_rank)
 
     def counted_elements(self, tokens: float, ranks: int) -> float:
-        """Elements that rank 0's four exchanges in a forward pass of one layer are counted with, for a row of `tokens` tokens.
+        """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a forward pass of one layer, as counted.
 
-        An exchange is counted by the larger of what is sent and what arrives, this rank's own part included.
+        An all-to-all counts with the larger of what is sent and what is received, the rank's own part included. `tokens`: of the
+        row that the `ranks` ranks share.
         """
         shares = head_shares(self.query, self.key_value, ranks)
         elements = 0.0
-        # Queries and results go by the shares of query heads, keys and values by those of key-value heads.
-        for by_rank in (shares.query, shares.key_value):
-            first, end = by_rank[0]
-            all_heads = sum(share_end - share_first for share_first, share_end in by_rank)
-            elements += 2 * max(tokens / ranks * all_heads, tokens * (end - first)) * self.width
+        # Two all-to-alls by query heads (queries and results), two by key-value heads (keys and values).
+        for heads_by_rank in (shares.query, shares.key_value):
+            first, end = heads_by_rank[0]
+            own_heads = end - first
+            all_heads = sum(share_end - share_first for share_first, share_end in heads_by_rank)
+            slice_with_all_heads = tokens / ranks * all_heads
+            row_with_own_heads = tokens * own_heads
+            elements += 2 * max(slice_with_all_heads, row_with_own_heads) * self.width
         return elements
 
 
 def heads_of(model_config: Any) -> LayerHeads | None:
-    """The heads that a configuration of transformers tells of; None if it tells of none."""
+    """The attention heads of a model, from its transformers configuration; None if that does not state any."""
     text = text_settings(model_config)
     query = _fewest(text, QUERY_HEADS)
     if query is None:
         return None
     key_value = min(query, _fewest(text, KEY_VALUE_HEADS) or query)
-    if query % key_value:  # of layers that differ
+    if query % key_value:  # the two numbers are of different layers
         key_value = query
-    # Of layers that differ, the largest head decides what is exchanged at most.
+    # If the layers differ, their largest head decides how much is exchanged at most.
     width = max(filter(None, layer_values(text, "head_dim")), default=getattr(text, "hidden_size", query) // query)
-    latent_widths: list[Any] = [
-        getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    ]
-    if all(
-        isinstance(part, int) for part in latent_widths
-    ):  # latent attention, whose `head_dim` is the rotated part alone
+    # Latent attention: `head_dim` is only the rotated part of a query. Take the mean of the widths of queries and values.
+    latent_names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    latent_widths: list[Any] = [getattr(text, name, None) for name in latent_names]
+    if all(isinstance(part, int) for part in latent_widths):
         width = sum(latent_widths) // 2
     return LayerHeads(query, key_value, int(width))
 
 
 def _fewest(settings: Any, names: tuple[str, ...]) -> int | None:
-    """The smallest number above 0 that settings have under one of these names."""
+    """The smallest number above 0 that `settings` has under any of these names, also in a list; None if there is none."""
     numbers: list[int] = []
     for name in names:
         for value in layer_values(settings, name):
@@ -112,10 +114,10 @@ def _fewest(settings: Any, names: tuple[str, ...]) -> int | None:
 
 
 def step_layout(config: RunConfig) -> Layout:
-    """The layout that the run's model is built for.
+    """The layout of batches that the run's model is built for: `data.layout`, except for classifiers.
 
-    Classifiers have a padded row for each document, unless ranks share rows: those are without padding
-    (`trainer/objectives/pooled.py`). Raises ConfigError for a classifier that is asked for the latter by itself.
+    Classifiers have a padded row for each document; if ranks share rows, these have no padding (`trainer/objectives/pooled.py`).
+    Raises ConfigError if `data.layout=padding_free` is set for a classifier whose rows are not shared.
     """
     if family_of(config.objective).kind is not ModelKind.classifier:
         return config.data.layout
@@ -129,9 +131,9 @@ def step_layout(config: RunConfig) -> Layout:
 
 
 def sequence_problems(config: RunConfig) -> list[str]:
-    """Why ranks cannot share rows of the run's model, or of its teacher, a line each. Reads configurations alone.
+    """Why ranks cannot share rows of the run's model, or of its teacher, a line each; empty if they can.
 
-    Proves it on small copies, which takes about a second for each model, once a host.
+    Reads only configurations. Tests it on a small copy of each model, which takes about a second, once a host.
     """
     if config.parallel.sequence == 1:
         return []
@@ -145,14 +147,14 @@ def sequence_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _model_problems(config: RunConfig, named: str, model: ModelConfig) -> list[str]:
-    """Why ranks cannot share rows of one model, a line each. `named`: the setting that names it."""
+def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list[str]:
+    """Why ranks cannot share rows of one model, a line each; empty if they can. `setting`: names it, as `model.path=<path>`."""
     degree = config.parallel.sequence
     settings = load_model_config(model)
     heads = heads_of(settings)
     if heads is not None and degree > heads.query:
         return [
-            f"parallel.sequence={degree}: {named} has {heads.query} query heads in a layer, so that some rank would have none; "
+            f"parallel.sequence={degree}: {setting} has {heads.query} query heads in a layer, so that some rank would have none; "
             f"set parallel.sequence={heads.query} or less"
         ]
     family = family_of(config.objective)
@@ -164,22 +166,23 @@ def _model_problems(config: RunConfig, named: str, model: ModelConfig) -> list[s
     if problem is None:
         return []
     return [
-        f"parallel.sequence={degree}: ranks cannot share rows of {named} ({settings.model_type}): {problem}; set "
+        f"parallel.sequence={degree}: ranks cannot share rows of {setting} ({settings.model_type}): {problem}; set "
         "parallel.sequence=1, or take a model of another architecture (docs/models.md lists those that can)"
     ]
 
 
 def sequence_notes(config: RunConfig, model_config: Any, ranks_per_host: int, tokens: int) -> list[str]:
-    """What a user should know of how ranks share rows of up to `tokens` tokens, a sentence each."""
+    """Notes for the user on how ranks share rows of up to `tokens` tokens, a sentence each: uneven heads, groups across hosts."""
     degree = config.parallel.sequence
     heads = heads_of(model_config)
     if degree == 1 or heads is None:
         return []
     notes = []
-    share = heads.busiest_share(degree)
-    if share >= UNEVEN:
+    busiest_over_mean = heads.busiest_share(degree)
+    if busiest_over_mean >= UNEVEN:
         notes.append(
-            f"{heads.query} query heads do not divide well by {degree}: the busiest rank has {share:.2f} times the mean"
+            f"{heads.query} query heads do not divide well by {degree}: the busiest rank has {busiest_over_mean:.2f} times "
+            "the mean"
         )
     # Groups are neighbouring ranks, so all of them lie within hosts if the degree divides the ranks of a host.
     if ranks_per_host % degree:

@@ -45,17 +45,18 @@ NOT_COPIED = ("documents.arrow", "audit.html", "audit.json", "datacard.md")
 class Copy:
     """A copy of a directory on this node's disk."""
 
-    what: str
+    content: str
+    """`model` or `data`."""
     source: Path
     path: Path
     size: int
     lock: int
-    """Descriptor that holds the lock of a reader."""
+    """File descriptor that holds a reader's lock."""
 
 
 @dataclass(slots=True)
 class Staged:
-    """The copies that this process reads, by what they are of: `model`, `data`."""
+    """The copies that this process reads, by their content: `model` or `data`."""
 
     copies: dict[str, Copy] = field(default_factory=dict)
 
@@ -69,22 +70,25 @@ class Staged:
         """The data with its tokens read from the copy."""
         if "data" not in self.copies:
             return data
-        place = self.copies["data"].path
-        held_out = TokenDataset.open(place / "eval") if data.evaluation is not None else None
-        test = TokenDataset.open(place / "test") if data.test is not None else None
-        return replace(data, train=TokenDataset.open(place / "train"), evaluation=held_out, test=test)
+        directory = self.copies["data"].path
+        held_out = TokenDataset.open(directory / "eval") if data.evaluation is not None else None
+        test = TokenDataset.open(directory / "test") if data.test is not None else None
+        return replace(data, train=TokenDataset.open(directory / "train"), evaluation=held_out, test=test)
 
     def record(self) -> dict[str, Any]:
         """The entry of `run.json` about the copies of this node; empty if there are none."""
         if not self.copies:
             return {}
         rows = {}
-        for what, copy in self.copies.items():
-            rows[what] = {"from": str(copy.source), "to": str(copy.path), "bytes": copy.size}
+        for content, copy in self.copies.items():
+            rows[content] = {"from": str(copy.source), "to": str(copy.path), "bytes": copy.size}
         return {"staged": rows}
 
     def remove(self) -> None:
-        """Called when the run is done. The last process of the node that reads a copy removes it. Open files stay readable."""
+        """Release the copies when the run is done. The last process of the node that reads a copy deletes it.
+
+        Files that are open stay readable.
+        """
         for copy in self.copies.values():
             # An error on the disk of a node is no reason for a finished run to fail.
             with suppress(OSError):
@@ -96,52 +100,52 @@ class Staged:
 
 
 def stage(config: RunConfig, data: PreparedData, *, stop: Callable[[], bool]) -> Staged:
-    """Make the copies that `launcher.stage` asks for, or use those that are there. `stop`: called now and then, whether to stop.
+    """Make the copies that `launcher.stage` asks for on this node's disk, or use those that exist.
 
-    Errors: ConfigError for a directory with a variable that this node does not have, StorageError if the disk has no room or
-    cannot be written, Preempted if `stop` says so.
+    `stop`: called now and then; True if the run shall stop. Errors: ConfigError for a directory with a variable that this node
+    does not have, StorageError if the disk has no room or cannot be written, Preempted if `stop` says so.
     """
     if config.launcher.stage is None:
         return Staged()
-    root = place_of(config.launcher.stage)
-    wanted_files = {"model": _weights(weights_directory(config.model))}
+    root = staging_directory(config.launcher.stage)
+    files_to_stage = {"model": _weight_files(weights_directory(config.model))}
     if data.has_rows:
-        wanted_files["data"] = _tokens(data.directory)
+        files_to_stage["data"] = _token_files(data.directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root, stop):
             copies: dict[str, Copy] = {}
             missing: dict[str, _Files] = {}
-            for what, files in wanted_files.items():
-                valid_copy = _valid_copy(root, what, files)
+            for content, files in files_to_stage.items():
+                valid_copy = _valid_copy(root, content, files)
                 if valid_copy is None:
-                    missing[what] = files
+                    missing[content] = files
                 else:
-                    copies[what] = valid_copy
+                    copies[content] = valid_copy
             _make_room(root, config.launcher.stage, missing, keep={copy.path for copy in copies.values()})
-            for what, files in missing.items():
-                copies[what] = _copy(root, what, files, stop)
+            for content, files in missing.items():
+                copies[content] = _copy(root, content, files, stop)
     except OSError as error:
         raise StorageError(
             f"launcher.stage={config.launcher.stage}: {error.filename or root} on {socket.gethostname()}: "
             f"{error.strerror or error}; name a disk of the node that can be written, or leave launcher.stage out"
         ) from error
-    return Staged({what: copies[what] for what in wanted_files})
+    return Staged({content: copies[content] for content in files_to_stage})
 
 
-def place_of(text: str) -> Path:
-    """The directory of this user on this node's disk. Variables in `text` are those of the node. Errors: ConfigError."""
-    path = str(Path(os.path.expandvars(text)).expanduser())
+def staging_directory(setting: str) -> Path:
+    """This user's directory below `launcher.stage`, with environment variables expanded on this node. Errors: ConfigError."""
+    path = str(Path(os.path.expandvars(setting)).expanduser())
     if "$" in path:
         raise ConfigError(
-            f"launcher.stage={text}: {path} names a variable that is not set on {socket.gethostname()}; name a directory"
+            f"launcher.stage={setting}: {path} names a variable that is not set on {socket.gethostname()}; name a directory"
         )
     return Path(path) / f"shardtune-{os.getuid()}"
 
 
 @dataclass(slots=True)
 class _Files:
-    """Files below a directory, by relative name, and a key that changes with them."""
+    """Files below a directory, by relative name, and a hash of their names, sizes and times, which changes if they change."""
 
     source: Path
     names: list[str]
@@ -159,43 +163,48 @@ class _Files:
         return sum(self.sizes.values())
 
 
-def _weights(source: Path) -> _Files:
+def _weight_files(source: Path) -> _Files:
+    """The files of a model's directory that loading it may read."""
     names: set[str] = set()
     for pattern in HUB_PATTERNS:
         names |= {path.name for path in source.glob(pattern) if path.is_file()}
     return _Files(source, sorted(names))
 
 
-def _tokens(source: Path) -> _Files:
+def _token_files(source: Path) -> _Files:
+    """The files of prepared data, without those that training seldom reads."""
     files = [path.relative_to(source) for path in source.rglob("*") if path.is_file() and path.name not in NOT_COPIED]
     return _Files(source, sorted(path.as_posix() for path in files))
 
 
-def _valid_copy(root: Path, what: str, files: _Files) -> Copy | None:
-    """The copy that was made before, if every file of it is as it was written. A broken one is removed; then None."""
-    path = root / f"{what}-{files.key[:16]}"
-    # Locked before it is looked at: a run that removes it holds no other lock.
-    use = _lock_for_use(path, fcntl.LOCK_SH)
+def _valid_copy(root: Path, content: str, files: _Files) -> Copy | None:
+    """The existing copy of these files, locked, if every file is as it was written. Else None; a broken copy is deleted."""
+    path = root / f"{content}-{files.key[:16]}"
+    # Lock it before reading it: a run that removes a copy holds only the exclusive lock on that copy.
+    lock = _lock_for_use(path, fcntl.LOCK_SH)
     try:
-        written = json.loads((path / COPY_RECORD).read_text(encoding="utf-8"))["digests"]
-        if written == {name: sampled_digest(path / name) for name in files.names}:
-            return Copy(what, files.source, path, files.size, use)
+        recorded_digests = json.loads((path / COPY_RECORD).read_text(encoding="utf-8"))["digests"]
+        if recorded_digests == {name: sampled_digest(path / name) for name in files.names}:
+            return Copy(content, files.source, path, files.size, lock)
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    os.close(use)
+        pass  # no copy, or a broken one
+    os.close(lock)
     if path.exists():
         print(f"{path}: is not as it was copied; it is copied again", file=sys.stderr, flush=True)
         shutil.rmtree(path, ignore_errors=True)
     return None
 
 
-def _copy(root: Path, what: str, files: _Files, stop: Callable[[], bool]) -> Copy:
-    """Make a copy, and compare it with its source. Errors: OSError, StorageError, Preempted."""
-    path = root / f"{what}-{files.key[:16]}"
+def _copy(root: Path, content: str, files: _Files, stop: Callable[[], bool]) -> Copy:
+    """Copy files, and compare the copy with its source. `content`: `model` or `data`. Errors: OSError, StorageError, Preempted.
+
+    The copy gets its final name when it is complete.
+    """
+    path = root / f"{content}-{files.key[:16]}"
     partial = root / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     print(
-        f"staging {what} on {socket.gethostname()}: {_gib(files.size)} GiB of {files.source} to {path}",
+        f"staging {content} on {socket.gethostname()}: {_gib(files.size)} GiB of {files.source} to {path}",
         file=sys.stderr,
         flush=True,
     )
@@ -207,7 +216,7 @@ def _copy(root: Path, what: str, files: _Files, stop: Callable[[], bool]) -> Cop
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Copy(what, files.source, path, files.size, _lock_for_use(path, fcntl.LOCK_SH))
+    return Copy(content, files.source, path, files.size, _lock_for_use(path, fcntl.LOCK_SH))
 
 
 def _copy_file(source: Path, target: Path, stop: Callable[[], bool]) -> str:
@@ -225,10 +234,14 @@ def _copy_file(source: Path, target: Path, stop: Callable[[], bool]) -> str:
 
 
 def _make_room(root: Path, setting: str, missing: dict[str, _Files], *, keep: set[Path]) -> None:
-    """Remove copies that nobody uses if they are old or in the way. Raises StorageError, with numbers, if that is not enough."""
+    """Delete unused copies that are stale, and as many others as the `missing` copies need space, the oldest first.
+
+    Unfinished copies are deleted too. Copies in `keep` stay. Raises StorageError, with numbers, if there is still too little
+    space.
+    """
     needed = sum(files.size for files in missing.values())
-    for broken in root.glob(".*.partial"):
-        shutil.rmtree(broken, ignore_errors=True)
+    for unfinished in root.glob(".*.partial"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     for path in sorted(_unused(root, keep), key=_last_used):
         is_stale = time.time() - _last_used(path) > STALE_S
         if not path.exists() or is_stale or _free(root) < needed:
@@ -236,7 +249,7 @@ def _make_room(root: Path, setting: str, missing: dict[str, _Files], *, keep: se
     free = _free(root)
     if free >= needed:
         return
-    parts = ", ".join(f"{what} {_gib(files.size)}" for what, files in missing.items())
+    parts = ", ".join(f"{content} {_gib(files.size)}" for content, files in missing.items())
     raise StorageError(
         f"launcher.stage={setting}: {_gib(needed)} GiB are to be copied to {root} on {socket.gethostname()} ({parts}), and "
         f"{_gib(max(0, free))} GiB are free there; free space, name another disk, or leave launcher.stage out"
@@ -244,40 +257,42 @@ def _make_room(root: Path, setting: str, missing: dict[str, _Files], *, keep: se
 
 
 def _free(root: Path) -> int:
-    """Bytes that copies may take."""
+    """Bytes of the disk that copies may still take: free space without SPARE_SHARE of the disk."""
     usage = shutil.disk_usage(root)
     return usage.free - int(SPARE_SHARE * usage.total)
 
 
 def _unused(root: Path, keep: set[Path]) -> Iterator[Path]:
-    """Copies that no process reads, also if only their lock file is left. Those in `keep` are left out."""
+    """Copies that no process reads, except those in `keep`. Also yields a path of which only the lock file is left."""
     names = {path.name.removesuffix(IN_USE) for path in root.iterdir() if not path.name.startswith(".")}
     for name in names:
         path = root / name
         if path not in keep:
-            with suppress(OSError):  # somebody reads it
+            with suppress(OSError):  # a process that reads it holds the lock
                 os.close(_lock_for_use(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
                 yield path
 
 
 def _last_used(path: Path) -> float:
-    """When a copy was last used, in seconds since the epoch; 0 if nobody knows."""
+    """When a copy was last used, as the modification time of its lock file in seconds since the epoch; 0 without that file."""
     try:
         return Path(f"{path}{IN_USE}").stat().st_mtime
     except OSError:
         return 0.0
 
 
-def _lock_for_use(path: Path, how: int) -> int:
-    """A descriptor that holds a lock on a copy until it is closed or the process ends. `how`: a mode of `fcntl.flock`.
+def _lock_for_use(path: Path, mode: int) -> int:
+    """Lock a copy; returns the file descriptor that holds the lock until it is closed or the process ends.
 
-    Errors: OSError, also if others hold the lock and `how` does not wait.
+    `mode`: of `fcntl.flock`: LOCK_SH to read the copy, LOCK_EX | LOCK_NB to delete it. Errors: OSError, also if others hold the
+    lock and `mode` does not wait.
     """
     descriptor = os.open(f"{path}{IN_USE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, how)
-        if not how & fcntl.LOCK_NB:  # a reader, not somebody who wants to remove the copy
-            os.utime(descriptor)
+        fcntl.flock(descriptor, mode)
+        is_reader = not mode & fcntl.LOCK_NB
+        if is_reader:
+            os.utime(descriptor)  # the time of the last use, for `_last_used`
     except OSError:
         os.close(descriptor)
         raise
@@ -285,7 +300,7 @@ def _lock_for_use(path: Path, how: int) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Remove a copy. The caller must hold the lock of the directory, without which nobody begins to use a copy."""
+    """Delete a copy and its lock file. The caller must be in `_locked`, so that no process begins to use the copy meanwhile."""
     shutil.rmtree(path, ignore_errors=True)
     Path(f"{path}{IN_USE}").unlink(missing_ok=True)
 

@@ -88,9 +88,9 @@ def _by_own_experts(
     `share`: which experts of the layer are its own. `counts`: how many rows came from each rank for each expert. `low_rank`:
     LoRA updates of the experts' weights, by the weight's name.
     """
-    num_own = module.num_experts // share.ranks
+    num_own = module.num_experts // share.group_size
     own_experts = OwnExperts(module, num_own)
-    first = share.place * num_own
+    first = share.group_rank * num_own
     own_low_rank = None
     if low_rank is not None:
         own_low_rank = {name: update.of_experts(first, first + num_own) for name, update in low_rank.items()}
@@ -105,7 +105,7 @@ def _by_own_experts(
         # A row of zeros: without one, the parameters would have no part in the graph, and other ranks wait for their gradients.
         no_expert = torch.zeros(1, dtype=torch.int64, device=rows.device)
         return compute(rows.sum(dim=0, keepdim=True), no_expert)[:0]
-    ids = torch.arange(num_own, device=rows.device).repeat(share.ranks)
+    ids = torch.arange(num_own, device=rows.device).repeat(share.group_size)
     ids = ids.repeat_interleave(counts.by_expert.reshape(-1), output_size=len(rows))
     most_rows = max(LEAST_CHUNK, MOST_KEPT * sum(counts.sent))
     if len(rows) <= most_rows:

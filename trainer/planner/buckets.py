@@ -20,17 +20,17 @@ from trainer.planner.memory_tracker import LiveBytes
 
 @contextmanager
 def track_bucket_reductions(engine: Any, recorder: LiveBytes, full_trained_elements: int | None) -> Iterator[None]:
-    """While entered, count in `recorder` the buffers that DeepSpeed takes to reduce the gradients of `engine`.
+    """A context in which `recorder` counts the buffers that DeepSpeed allocates to reduce the gradients of `engine`.
 
-    Two methods of DeepSpeed's optimizer are replaced for as long. Other engines have no buckets, and nothing is replaced.
-    `full_trained_elements`: trained elements of the deeper model that the engine's model stands for; None if it stands for
-    itself, and each reduction counts as it comes.
+    Two methods of DeepSpeed's optimizer are replaced within it. For other engines it does nothing. `full_trained_elements`:
+    trained elements of the deeper model that is simulated by the engine's shallow one; None if the engine's model is simulated
+    for itself, so that each reduction counts as it happens.
     """
     optimizer: Any = getattr(getattr(engine, "engine", None), "optimizer", None)
     if optimizer is None or not hasattr(optimizer, "reduce_ipg_grads"):
         yield
         return
-    buckets = _WatchedBuckets(optimizer, recorder, full_trained_elements)
+    buckets = _RecordedBuckets(optimizer, recorder, full_trained_elements)
     optimizer.reduce_ipg_grads = buckets.reduce
     optimizer.reduce_ready_partitions_and_remove_grads = buckets.on_gradient
     try:
@@ -40,8 +40,8 @@ def track_bucket_reductions(engine: Any, recorder: LiveBytes, full_trained_eleme
         del optimizer.reduce_ready_partitions_and_remove_grads
 
 
-class _WatchedBuckets:
-    """DeepSpeed's optimizer, whose reductions are watched."""
+class _RecordedBuckets:
+    """The two methods that replace those of DeepSpeed's optimizer, to count the buffers of its reductions in a recorder."""
 
     def __init__(self, optimizer: Any, recorder: LiveBytes, full_trained_elements: int | None) -> None:
         self.optimizer = optimizer
@@ -58,7 +58,7 @@ class _WatchedBuckets:
 
     def on_gradient(self, param: Any, group: int) -> None:
         """DeepSpeed calls this for each gradient that is ready. In a block it counts as if it filled a bucket."""
-        # The place at work is the index of a block, or a word outside blocks (`before`, `head`, `after`).
+        # The place is the index of the block that computes, or a text outside blocks (`before`, `head`, `after`).
         self._in_a_block = isinstance(self.recorder.phase.place, int)
         if self._has_several_buckets and self._in_a_block:
             # A gradient that is larger than a bucket is reduced alone.
@@ -69,9 +69,9 @@ class _WatchedBuckets:
         self._in_a_block = False
 
     def reduce(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed calls this to reduce what is in its buckets; outside blocks it counts as if the buckets were full.
+        """DeepSpeed calls this to reduce the gradients in its buckets. In a shallow model they count as full buckets.
 
-        Inside blocks a reduction of a shallow model is ignored: `on_gradient` has counted a full bucket in its place.
+        Inside blocks, the reduction of a shallow model is not counted: `on_gradient` has counted a full bucket instead.
         """
         recorder = self.recorder
         earlier_kind = recorder.new_kind
@@ -79,10 +79,11 @@ class _WatchedBuckets:
         if self.full_trained_elements is not None:
             # What the shallow model reduces is live already; only the difference to a full bucket is added.
             trained = sum(flat.numel() for flat in self.optimizer.bit16_groups_flat)
-            content = sum(bucket.elements for bucket in self.optimizer.ipg_buckets.values())
-            fullest = max(content, min(self.full_trained_elements, self.optimizer.reduce_bucket_size))
-            expected_bytes = self._reduction_bytes(fullest, self.full_trained_elements)
-            recorder.extra_bytes = expected_bytes - self._reduction_bytes(content, trained)
+            bucket_elements = sum(bucket.elements for bucket in self.optimizer.ipg_buckets.values())
+            # The whole model fills its bucket, if it has as many gradients.
+            full_elements = max(bucket_elements, min(self.full_trained_elements, self.optimizer.reduce_bucket_size))
+            full_bytes = self._reduction_bytes(full_elements, self.full_trained_elements)
+            recorder.extra_bytes = full_bytes - self._reduction_bytes(bucket_elements, trained)
             recorder.ignored = self._has_several_buckets and self._in_a_block
         self._reduce(*args, **kwargs)
         recorder.new_kind = earlier_kind
@@ -90,9 +91,9 @@ class _WatchedBuckets:
         recorder.ignored = False
 
     def _reduction_bytes(self, bucket_elements: int, trained_elements: int) -> int:
-        """Bytes that the reduction of a bucket takes at most in a model of so many trained elements.
+        """Most bytes that the reduction of a bucket allocates, in a model of `trained_elements` trained elements.
 
-        They are a copy of what goes to one rank, and one more in the type in which it is exchanged.
+        A copy of the part for one rank, and a second copy if it is exchanged in another type.
         """
         # DeepSpeed has a bucket for each type in which gradients are exchanged; our runs use one type.
         (exchanged_dtype,) = self.optimizer.ipg_buckets

@@ -10,7 +10,7 @@ from typing import Any
 
 from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
-from strategies.expert_share import share_of
+from strategies.expert_share import expert_share_of
 from strategies.mesh import replica_count
 from strategies.parameters import BESIDE, named_parameters
 from strategies.runtime import Runtime
@@ -27,16 +27,18 @@ def expected_bytes(
     micro_batches: int,
     tokens_of_row: float,
 ) -> dict[str, float] | None:
-    """Bytes by collective: of the whole that is gathered or reduced, and of what ranks that share rows or experts exchange.
+    """Bytes that a step exchanges, by collective, as the size of the full tensor that is gathered or reduced.
 
-    `tokens_of_row`: tokens of a reader's micro-batch, on average. None if the bytes are not known. They are not for bases that
-    are stored packed, and for ZeRO-3: how often that gathers follows from what it has seen on the way.
+    `micro_batches`: of a rank in a step. `tokens_of_row`: mean tokens of a micro-batch, all ranks that share a row together. None
+    if the bytes cannot be computed: for quantised bases, and for ZeRO-3, which decides while it runs how often it gathers.
     """
-    if built.quantised or (isinstance(strategy, ZeroConfig) and strategy.stage == 3):
+    is_zero3 = isinstance(strategy, ZeroConfig) and strategy.stage == 3
+    if built.quantised or is_zero3:
         return None
     if runtime.world_size == 1:
         return {}
     bytes_by_collective = _parameter_bytes(built, strategy, precision, runtime, micro_batches)
+    # All-to-alls in each micro-batch, between ranks that share rows or experts.
     token_bytes = 0.0
     if runtime.sequence_size > 1:
         token_bytes += _row_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
@@ -50,9 +52,9 @@ def expected_bytes(
 def _parameter_bytes(
     built: Built, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
 ) -> dict[str, float]:
-    """Bytes by collective that a step exchanges for parameters and gradients, whatever its tokens are.
+    """Bytes by collective that a step exchanges for parameters and gradients; they do not depend on its tokens.
 
-    What frozen and trained weights are gathered in is half precision unless the run is in fp32; most gradients are in fp32.
+    Weights are gathered in half precision unless the run is in fp32. Gradients are reduced in fp32, except under ZeRO in fp16.
     """
     parameters = {id(parameter): parameter for _, parameter in named_parameters(built.step_module)}
     trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)
@@ -80,41 +82,42 @@ def _fsdp2_bytes(
     `gathered_itemsize`: bytes of a weight in the type in which it is gathered.
     """
     module = built.step_module
-    copies = replica_count(strategy, runtime.world_size, runtime.hosts)
-    shards = runtime.world_size // copies
-    elements = _exchanged_elements(module, shards)
+    num_replicas = replica_count(strategy, runtime.world_size, runtime.hosts)
+    shards = runtime.world_size // num_replicas
+    # All-gathers of weights, and reduce-scatters of gradients, within a replica.
+    elements = _gathered_elements(module, shards)
     parameters = {id(parameter): parameter for _, parameter in named_parameters(module)}
     trained_elements = sum(elements[key] for key, parameter in parameters.items() if parameter.requires_grad)
     gathered_elements = sum(elements.values())
     if strategy.reshard_after_forward:  # blocks are gathered again in the backward pass
         for unit in module.shard_units():
             gathered_elements += sum(elements.get(id(p), 0) for p in unit.parameters())
-    # Whether gradients wait unreduced for the step's last micro-batch: as the run has decided, else as it is set.
-    defers = module.plan.defer_sync
-    if defers is None:
-        defers = strategy.defer_sync is not False
-    reductions = 1 if defers else micro_batches
+    # Gradients are reduced in the last micro-batch only, or in each: as the run has decided, else as it is set.
+    defers_reduction = module.plan.defer_sync
+    if defers_reduction is None:
+        defers_reduction = strategy.defer_sync is not False
+    reductions = 1 if defers_reduction else micro_batches
     bytes_by_collective: dict[str, float] = {
         ALL_GATHER: gathered_itemsize * gathered_elements * micro_batches,
         REDUCE_SCATTER: 4 * trained_elements * reductions,
     }
-    if copies > 1:
-        # Replicas add up the shards of a rank, whoever its experts are gathered by.
-        all_elements = _whole_elements(module)
-        trained = sum(all_elements[key] for key, parameter in parameters.items() if parameter.requires_grad)
-        bytes_by_collective[ALL_REDUCE] = 4 * trained / shards
+    if num_replicas > 1:
+        # All-reduces between replicas: each rank reduces its shard of all gradients, those of experts too.
+        full_elements = _full_elements(module)
+        full_trained = sum(full_elements[key] for key, parameter in parameters.items() if parameter.requires_grad)
+        bytes_by_collective[ALL_REDUCE] = 4 * full_trained / shards
     return bytes_by_collective
 
 
-def _exchanged_elements(module: Any, shards: int) -> dict[int, int]:
-    """Elements of each parameter that a rank gathers at a time, by the parameter's id; `shards`: ranks of a replica.
+def _gathered_elements(module: Any, shards: int) -> dict[int, int]:
+    """Elements of each parameter that a rank gathers, by the parameter's id; `shards`: ranks of a replica.
 
-    With `parallel.experts` the experts of a layer are dealt: each rank of a group holds some of them. A rank gathers its own
-    experts from the ranks that hold the same ones, and nothing if there are no such ranks.
+    With `parallel.experts`, each rank of an expert group holds some experts of a layer. It gathers these from the ranks that
+    shard the same experts; there are no such ranks, and nothing is gathered, if a replica is a single group.
     """
-    elements = _whole_elements(module)
+    elements = _full_elements(module)
     expert_ranks = module.plan.expert_ranks
-    for name in module.plan.dealt_experts:
+    for name in module.plan.expert_parallel_modules:
         for parameter in module.get_submodule(name).parameters(recurse=False):
             if id(parameter) in elements:  # a teacher's are not counted
                 own_elements = elements[id(parameter)] // expert_ranks
@@ -122,11 +125,11 @@ def _exchanged_elements(module: Any, shards: int) -> dict[int, int]:
     return elements
 
 
-def _whole_elements(module: Any) -> dict[int, int]:
-    """Elements of each parameter by its id, before and after it is sharded. Dealt experts count on all ranks of a group."""
+def _full_elements(module: Any) -> dict[int, int]:
+    """Elements of each full parameter by its id, whether it is sharded or not. All experts of a layer count, on every rank."""
     elements = {}
     for name, parameter in named_parameters(module):
-        share = share_of(module, name)
+        share = expert_share_of(module, name)
         elements[id(parameter)] = parameter.numel() if share is None else share.whole_shape(parameter.shape).numel()
     return elements
 
@@ -134,27 +137,27 @@ def _whole_elements(module: Any) -> dict[int, int]:
 def _row_bytes(built: Built, strategy: StrategyConfig, precision: Precision, degree: int, tokens: float) -> float:
     """Bytes that rank 0 exchanges in a micro-batch with the ranks that share its row (`parallel.sequence`).
 
-    Before attention each rank has a slice of the row with all heads, in attention the whole row with some heads: that takes
-    an exchange each way. `degree`: ranks that share a row. `tokens`: of the row. 0 if the model's heads are not known. Left
-    out: replayed documents, which a reference model reads by themselves.
+    Outside attention, each rank has a slice of the row with all heads; in attention, the full row with some heads. So there is an
+    all-to-all before and after attention. `degree`: ranks that share a row. `tokens`: of the row. 0 if the model's heads are not
+    known. Left out: replayed documents, which a reference model reads by themselves.
     """
     step = built.step_module
     _, blocks = width_and_blocks(built.plain)
-    # Gradients go back the way of the forward pass.
-    block_passes = (_forward_passes(built, strategy) + 1) * blocks
-    elements = _elements_of_layer(built.config, degree, tokens) * block_passes
-    if step.teacher is not None:
+    # A backward pass exchanges the gradients of what a forward pass exchanges.
+    passes = _forward_passes(built, strategy) + 1
+    elements = _exchanged_per_layer(built.config, degree, tokens) * passes * blocks
+    if step.teacher is not None:  # one forward pass
         _, teacher_blocks = width_and_blocks(step.teacher)
-        elements += _elements_of_layer(step.teacher.config, degree, tokens) * teacher_blocks
+        elements += _exchanged_per_layer(step.teacher.config, degree, tokens) * teacher_blocks
     return elements * (4 if precision is Precision.fp32 else 2)
 
 
 def _expert_bytes(built: Built, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
     """Bytes that a rank exchanges in a micro-batch of `tokens` tokens with the ranks that hold its layer's other experts.
 
-    Each expert that the router chooses for a token is a row of the token's hidden state, which goes to the expert's rank and
-    back; so do the gradients. Before, the ranks tell each other how many rows come for each expert. Routing is taken to be
-    even.
+    For each expert that the router chooses for a token, the token's hidden state (a row) is sent to the rank of the expert and
+    back, and so are the gradients. Before that, the ranks exchange how many rows they send to each expert. Routing is assumed to
+    be even.
     """
     step = built.step_module
     text = text_settings(built.config)
@@ -162,7 +165,7 @@ def _expert_bytes(built: Built, strategy: StrategyConfig, precision: Precision, 
     itemsize = 4 if precision is Precision.fp32 else 2
     forward_passes = _forward_passes(built, strategy)
     size = 0.0
-    for name in step.plan.dealt_experts:
+    for name in step.plan.expert_parallel_modules:
         if name.startswith(BESIDE):  # a teacher's sizes are its own, and reward models run between steps: not counted
             continue
         row_bytes = 2 * rows * text.hidden_size * itemsize
@@ -178,14 +181,14 @@ def _forward_passes(built: Built, strategy: StrategyConfig) -> float:
     _, blocks = width_and_blocks(built.plain)
     modes = step.plan.recomputation or [strategy.activation_checkpointing] * blocks
     recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
-    # What only reads, the pass of a reference or one that looks ahead, is a forward pass.
-    reading_passes = 1 if step.objective.uses_reference and built.tuning.keeps_base else 0
+    # Passes without gradients: of the reference model, and of a look ahead, which the reference model takes as well.
+    gradient_free_passes = 1 if step.objective.uses_reference and built.tuning.keeps_base else 0
     if step.objective.look_ahead_terms:
-        reading_passes += 1 + reading_passes
-    return 1 + reading_passes + recomputed_blocks / blocks
+        gradient_free_passes += 1 + gradient_free_passes
+    return 1 + gradient_free_passes + recomputed_blocks / blocks
 
 
-def _elements_of_layer(model_config: Any, degree: int, tokens: float) -> float:
+def _exchanged_per_layer(model_config: Any, degree: int, tokens: float) -> float:
     """Elements that a forward pass of one layer exchanges; 0 if the configuration tells of no heads."""
     heads = heads_of(model_config)
     return 0.0 if heads is None else heads.counted_elements(tokens, degree)

@@ -30,7 +30,7 @@ from trainer.planner.depth_extrapolation import (
 )
 from trainer.planner.fake_tensors import replaced_by_fakes
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
-from trainer.planner.simulate import SimulatedStep, StepParts, operations, watching
+from trainer.planner.simulate import SimulatedStep, StepParts, peak_operations, recording_engine
 
 Batches = list[dict[str, Any]]
 Exchange = tuple[str, int, int, str, str]
@@ -114,7 +114,7 @@ class CostModel:
     """Of the whole model."""
     trained: int = 0
     """Parameters that train."""
-    trained_dealt: int = 0
+    trained_expert_parallel: int = 0
     """Those of experts that are dealt over ranks among them."""
     vocabulary: int = 0
     """Rows of the model's vocabulary."""
@@ -126,9 +126,9 @@ class CostModel:
     """Whether the model is right for one row at a time only."""
 
     def peak_at(self, units: float) -> MemoryPeak:
-        """The most that a rank holds in a step, if its micro-batches have `units` units (rows or tokens, as `rows` says)."""
+        """The peak memory of a rank's step, if its micro-batches have `units` units (rows or tokens, as `rows` says)."""
         small_phases, large_phases = self.phases
-        totals = {}
+        totals: dict[StepPhase, float] = {}
         for phase, large_peak in large_phases.items():
             # At another size, another operation of the phase may be its highest.
             candidates = [(small_phases[phase].total, large_peak.total), *self.peak_candidates[phase]]
@@ -194,13 +194,15 @@ class CostModel:
         small, large = self.host_inputs
         if not large.tensors:
             return math.inf
-        # Each tensor takes a power of two: the largest one of which all fit is the room for one.
-        room_for_one = int(limit // large.tensors)
-        if room_for_one < 1:
+        # Pinned memory is allocated in powers of two: find the largest power that all tensors may have.
+        bytes_per_tensor = int(limit // large.tensors)
+        if bytes_per_tensor < 1:
             return 0.0
-        size = large.tensors * (1 << (room_for_one.bit_length() - 1))
+        largest_power = 1 << (bytes_per_tensor.bit_length() - 1)
+        largest_size = large.tensors * largest_power
+        # Invert the line through the two simulated sizes.
         bytes_per_unit = (large.size - small.size) / (self.sizes[1].units - self.sizes[0].units)
-        return self.sizes[1].units + (size - large.size) / bytes_per_unit
+        return self.sizes[1].units + (largest_size - large.size) / bytes_per_unit
 
     def _at_units(self, small: float, large: float, units: float) -> float:
         """The value at `units`, on the line through the values at the two simulated sizes."""
@@ -209,23 +211,26 @@ class CostModel:
         return large + (large - small) * (units - large_units) / (large_units - small_units)
 
 
-def sizes_for(
-    built: Any, vocabulary: int, length: int, *, straight: bool, slices: int = 1, in_tiles: bool = False
+def micro_batches_to_simulate(
+    built: Any, vocabulary: int, length: int, *, is_linear: bool, slices: int = 1, in_tiles: bool = False
 ) -> tuple[bool, list[list[int]]]:
     """The two micro-batches to simulate for a cost model, as the lengths of their sequences in tokens.
 
-    Returns (whether a size is a number of rows; else of tokens, the lengths for either size). Two sizes give the line on
-    which all others lie. Both must fill several chunks of logits of the head (the loss takes tokens in chunks, and the second
-    chunk is made while the first still lives). Without padding, short sequences say as much as long ones, and are simulated
-    sooner, if attention's memory is linear in their length (`straight`). Otherwise all have `length` tokens.
-    `built.data_spec` says how many sequences a document has. `slices`: ranks that share a row. `in_tiles`: MLPs take their
-    tokens in tiles, of which a short sequence would be a single one.
+    Returns (whether the unit of a size is a row, not a token; the lengths for the smaller and for the larger size). All other
+    sizes lie on the line through these two. The cases in order:
+
+    - padded rows, or memory of attention that is not linear in the length (not `is_linear`): sequences of `length` tokens;
+    - MLPs that take their tokens in tiles (`in_tiles`), which short sequences would not fill: half of `length`, and `length`;
+    - else short sequences, which are simulated sooner, but fill two and three chunks of logits: the loss takes tokens in
+      chunks, and the second chunk is made while the first is still live.
+
+    `slices`: ranks that share a row.
     """
     per_document = built.data_spec.sequences_per_document
     chunk_tokens = slices * max(128, CHUNK_LOGITS // max(1, vocabulary))
     fills_chunks = chunk_tokens <= 4 * length  # else no micro-batch of a few rows fills one
     padded = built.layout is not Layout.padding_free
-    if padded or not straight:
+    if padded or not is_linear:
         documents = 1
         if fills_chunks:
             documents = -(-2 * chunk_tokens // (per_document * length))
@@ -247,41 +252,43 @@ def simulate_sizes(
     expected: dict[StepPhase, int] | None = None,
     is_needed: Callable[[StepPhase], bool] = lambda _: True,
 ) -> list[SimulatedStep]:
-    """Simulate a step of each size of micro-batch by one engine, which takes a step before that does not count.
+    """Simulate a step of each size of micro-batch with one engine, after a warm-up step that creates the optimizer's state.
 
-    `sizes`: the micro-batches of each step, smallest first. In the last step memory is also told apart by kind, which is done
-    once a phase, after its highest operation. `expected` guesses which operation that will be; default: the same as at the
-    size before. If the guess comes too late for a phase that `is_needed`, the step is taken again. The model is on meta, and
-    cannot be used afterwards. Raises what the engine raises, and ConfigError for what it refuses.
+    `sizes`: the micro-batches of each step, smallest first. In the last step memory is also counted by kind (a tally), once a
+    phase, after the operation at which the phase peaks. `expected`: the number of that operation by phase, as a guess; default:
+    as at the size before. If the guess was too late for a phase that `is_needed`, the step is taken again. The model is on
+    meta, and cannot be used afterwards. Raises what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
         batches_by_size = replaced_by_fakes(parts.built, sizes)
-        with watching(replace(parts, batches=batches_by_size[0]), runtime) as watched:
-            watched.take(batches_by_size[0][:1])
-            steps = [watched.again(batches) for batches in batches_by_size[:-1]]
-            smaller = operations(steps[-1][0])
+        with recording_engine(replace(parts, batches=batches_by_size[0]), runtime) as recorded:
+            recorded.take_step(batches_by_size[0][:1])
+            steps = [recorded.take_step_and_peaks(batches) for batches in batches_by_size[:-1]]
+            smaller_peaks, _ = steps[-1]
+            known_operations = peak_operations(smaller_peaks)
             if expected is None:
-                expected = smaller
-            else:  # what an update does depends on the depth alone
-                updates = {phase: at for phase, at in smaller.items() if phase.name in ("update", "between")}
-                expected = expected | updates
-            known_kinds = watched.recorder.known_kinds()
+                expected = known_operations
+            else:  # the update depends on the depth alone, so it peaks where it did at the smaller size
+                for phase, operation in known_operations.items():
+                    if phase.name in ("update", "between"):
+                        expected = {**expected, phase: operation}
+            known_kinds = recorded.recorder.known_kinds()
             largest_batches = batches_by_size[-1]
-            peaks, record = watched.again(largest_batches, expected)
-            # A phase peaked before its tally: take the step again, now that its peaks are known.
+            peaks, record = recorded.take_step_and_peaks(largest_batches, expected)
+            # If a phase peaked before its tally, take the step again, now that the peaks are known.
             if not _tallied_at_peaks(peaks, expected, is_needed):
-                watched.recorder.restore_kinds(known_kinds)
-                tallied, _ = watched.again(largest_batches, operations(peaks))
+                recorded.recorder.restore_kinds(known_kinds)
+                tallied, _ = recorded.take_step_and_peaks(largest_batches, peak_operations(peaks))
                 for phase, peak in tallied.items():
                     peaks[phase].kinds = peak.kinds
             steps.append((peaks, record))
-            return [watched.report(peaks, record) for peaks, record in steps]
+            return [recorded.report(peaks, record) for peaks, record in steps]
 
 
 def _tallied_at_peaks(
     peaks: dict[StepPhase, PhasePeak], expected: dict[StepPhase, int], is_needed: Callable[[StepPhase], bool]
 ) -> bool:
-    """Whether each needed phase was tallied at its peak: it exists, and is not highest sooner than `expected`."""
+    """Whether each needed phase was tallied at its peak: it exists, and its peak is not before the `expected` operation."""
     for phase, operation in expected.items():
         if is_needed(phase) and (phase not in peaks or peaks[phase].operation < operation):
             return False
@@ -289,35 +296,37 @@ def _tallied_at_peaks(
 
 
 def fit_cost_model(
-    take: Callable[[int, dict[StepPhase, int] | None], tuple[list[SimulatedStep], list[MicroBatchSize], bool]],
+    simulate_at_depth: Callable[
+        [int, dict[StepPhase, int] | None], tuple[list[SimulatedStep], list[MicroBatchSize], bool]
+    ],
     blocks: int,
     *,
     period: int | None,
     accumulation: int,
     local_world_size: int,
     ends: int = END_BLOCKS,
-    joined: bool = False,
+    ends_overlap: bool = False,
 ) -> CostModel:
     """The cost model of a step in a model of `blocks` blocks, from steps of two sizes in models of two depths.
 
-    `take(depth, expected)` simulates both sizes of micro-batch in a model of `depth` blocks, and returns (the steps, the
-    sizes, whether they are in rows); for `expected` see `simulate_sizes`. `period`: after how many blocks their kinds repeat;
-    None simulates the whole model. `accumulation`: micro-batches of a step. `local_world_size`: ranks of a host. `ends`:
-    blocks at either end that may differ from those between. `joined`: whether the two ends may have a block in common.
+    `simulate_at_depth(depth, expected)` simulates both sizes of micro-batch in a model of `depth` blocks, and returns (the
+    steps, the sizes, whether they are in rows); for `expected` see `simulate_sizes`. `period`: after how many blocks their
+    kinds repeat; None simulates the whole model. `accumulation`: micro-batches of a step. `local_world_size`: ranks of a host.
+    `ends`: blocks at either end that may differ from those between. `ends_overlap`: whether a block may belong to both ends.
     """
-    depths = shallow_depths(blocks, period, ends, ends_overlap=joined) if period else None
+    depths = shallow_depths(blocks, period, ends, ends_overlap=ends_overlap) if period else None
     if depths is None:  # no period, or too few blocks to extrapolate
-        shallow, sizes, rows = take(blocks, None)
+        shallow, sizes, rows = simulate_at_depth(blocks, None)
         deep = shallow
         phases = [step.phases for step in deep]
         further_periods = 0.0
         extrapolate: Callable[[int, int], int] = _as_simulated
     else:
         # Simulate two shallow models: every further block costs what the last one did.
-        shallow, sizes, rows = take(depths[0], None)
-        # A further block changes how much lives, not after which operation of a phase it is most.
-        expected = operations(phases_of_deeper_model(shallow[1].phases, depths, ends))
-        deep, _, _ = take(depths[1], expected)
+        shallow, sizes, rows = simulate_at_depth(depths[0], None)
+        # A further block changes how many bytes are live, not after which operation of a phase they are most.
+        expected = peak_operations(phases_of_deeper_model(shallow[1].phases, depths, ends))
+        deep, _, _ = simulate_at_depth(depths[1], expected)
         phases = [phases_at_depth(shallow[i], deep[i], depths, blocks, ends) for i in range(2)]
         further_periods = (blocks - depths[1]) / (depths[1] - depths[0])
         extrapolate = extrapolation_to(depths, blocks)
@@ -331,7 +340,7 @@ def fit_cost_model(
         return small, large
 
     small_phases, large_phases = phases
-    # What rests, is exchanged or is on the host does not depend on the size: index 1 stands for both sizes.
+    # Memory between steps, collectives and host memory do not depend on the size: those of the larger one (index 1) are taken.
     return CostModel(
         blocks=blocks,
         accumulation=accumulation,
@@ -367,31 +376,32 @@ def _moved_before_update(step: SimulatedStep) -> int:
 
 
 def peak_candidates(small: PhasePeak, large: PhasePeak) -> list[tuple[int, int]]:
-    """Operations of a phase after which most may be live in some larger micro-batch, as (bytes at the small, at the large size).
+    """Live bytes after those operations of a phase that may be its peak at some size, as (at the small, at the large size).
 
     `small` and `large` are the same phase at the two simulated sizes. Which operation is highest depends on the size: what a
-    block keeps for its backward pass grows with the tokens, the gradients of its weights do not. Kept are the operations that
-    no other exceeds both at the large size and in how they grow. The list is empty if the two sizes have different operations.
-    `live_after_operation` of both is emptied, since nothing needs it afterwards.
+    block keeps for its backward pass grows with the tokens, the gradients of its weights do not. An operation is a candidate if
+    no other has both more bytes at the large size and more growth. The list is empty if the two sizes have different operations.
+    Side effect: empties `live_after_operation` of both, which nothing needs afterwards.
     """
     candidates: list[tuple[int, int]] = []
     if len(small.live_after_operation) == len(large.live_after_operation):
         live_at_sizes = set(zip(small.live_after_operation, large.live_after_operation, strict=True))
-        steepest = None
-        for small_bytes, large_bytes in sorted(live_at_sizes, key=lambda live: (-live[1], live[0])):
+        most_bytes_first = sorted(live_at_sizes, key=lambda small_and_large: (-small_and_large[1], small_and_large[0]))
+        largest_growth = None
+        for small_bytes, large_bytes in most_bytes_first:
             growth = large_bytes - small_bytes
-            if steepest is None or growth > steepest:
+            if largest_growth is None or growth > largest_growth:
                 candidates.append((small_bytes, large_bytes))
-                steepest = growth
+                largest_growth = growth
     small.live_after_operation = []
     large.live_after_operation = []
     return candidates
 
 
 def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) -> dict[Exchange, tuple[int, int]]:
-    """(calls, bytes together) of each kind of exchange of weights and gradients in a step; those of tokens are left out.
+    """(calls, bytes together) of each kind of collective on weights and gradients in a step; token exchanges are left out.
 
-    `accumulation`: micro-batches of the step. `local_world_size`: ranks of a host.
+    `accumulation`: micro-batches of the step. `local_world_size`: ranks of a host, to count the hosts of a process group.
     """
     calls: Counter[Exchange] = Counter()
     size_bytes: Counter[Exchange] = Counter()
@@ -427,9 +437,11 @@ def most_hosts_of_a_group(degree: int, local_world_size: int) -> int:
 
     Hosts of six ranks have groups of four on one host and across two. Every step waits for the group across two.
     """
-    # Groups begin at each multiple of the greatest common divisor within a host. The last one reaches furthest.
-    last_begin = local_world_size - math.gcd(degree, local_world_size)
-    return (last_begin + degree - 1) // local_world_size + 1
+    # The first ranks of groups, counted within their hosts, are all multiples of the greatest common divisor. A group with the
+    # largest of them crosses most hosts.
+    largest_first_rank = local_world_size - math.gcd(degree, local_world_size)
+    last_rank = largest_first_rank + degree - 1
+    return last_rank // local_world_size + 1
 
 
 def _token_exchanges_at_depth(
@@ -439,12 +451,13 @@ def _token_exchanges_at_depth(
     accumulation: int,
     local_world_size: int,
 ) -> tuple[TokenExchange, ...]:
-    """What ranks of the whole model exchange for a micro-batch's tokens, from steps of two sizes at two depths."""
-    at_sizes = []
+    """The token exchanges of a micro-batch in the whole model, from steps of two sizes (the lists) at two depths."""
+    exchanges_by_size: list[dict[int, tuple[int, int]]] = []
     for shallow_step, deep_step in zip(shallow, deep, strict=True):
         shallow_exchanges = _token_exchanges(shallow_step, accumulation)
-        at_sizes.append(extrapolate_pairs(shallow_exchanges, _token_exchanges(deep_step, accumulation), extrapolate))
-    small, large = at_sizes
+        deep_exchanges = _token_exchanges(deep_step, accumulation)
+        exchanges_by_size.append(extrapolate_pairs(shallow_exchanges, deep_exchanges, extrapolate))
+    small, large = exchanges_by_size
     exchanges = []
     for ranks, (calls, large_bytes) in large.items():
         hosts = most_hosts_of_a_group(ranks, local_world_size)

@@ -13,22 +13,24 @@ from trainer.planner.memory_tracker import PhasePeak, StepPhase
 
 
 def deferred_gradient_bytes(cost_model: CostModel, shards: int, expert_ranks: int = 1) -> int:
-    """Bytes more that gradients take if they wait unreduced for the last micro-batch.
+    """Bytes that full gradients in fp32 take beyond this rank's shard, if they wait unreduced for the last micro-batch.
 
-    They are in fp32, and 1 of `shards` is there anyway. Of experts dealt over `expert_ranks` ranks, a rank has its own alone.
+    `shards`: ranks that shard the gradients. `expert_ranks`: ranks over which experts are distributed (`parallel.experts`): a
+    rank has full gradients of its own experts only.
     """
-    waiting = (cost_model.trained - cost_model.trained_dealt) * (1 - 1 / shards)
-    waiting += cost_model.trained_dealt * (1 / expert_ranks - 1 / shards)
-    return round(4 * waiting)
+    bytes_per_element = 4
+    elements = (cost_model.trained - cost_model.trained_expert_parallel) * (1 - 1 / shards)
+    elements += cost_model.trained_expert_parallel * (1 / expert_ranks - 1 / shards)
+    return round(bytes_per_element * elements)
 
 
 def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
-    """The cost model of the same step if gradients are reduced in the last micro-batch alone.
+    """The cost model of the same step if gradients are reduced only in the last micro-batch.
 
-    `waiting`: bytes that whole gradients take more than reduced ones until then. Against that, the buffers that a reduction
-    reads, which outlive their micro-batch into the next forward pass, are not there.
+    Each phase then holds `waiting` bytes more, those of full gradients beyond reduced ones. A forward pass holds less again: the
+    buffers that the reduction of the micro-batch before would still have there.
     """
-    # Keys are (collective, ranks, hosts, type, when); the reductions of all micro-batches but the last go.
+    # Leave out the reductions of all micro-batches but the last. Keys are (collective, ranks, hosts, type, when).
     exchanged = {}
     for key, calls_and_bytes in cost_model.exchanged.items():
         collective = key[0]
@@ -38,23 +40,22 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
     small_phases, large_phases = cost_model.phases
 
     def released_bytes(phase: StepPhase) -> int:
-        """What the reduction of the micro-batch before holds in buffers during a forward pass."""
+        """Bytes of buffers that the reduction of the micro-batch before holds during a forward pass; 0 in other phases."""
         if phase.name != "forward":
             return 0
-        # In the first micro-batch only what is gathered is in buffers.
-        first = large_phases.get(replace(phase, micro=0), large_phases[phase])
-        in_buffers = large_phases[phase].kinds.get(MemoryKind.communication, 0)
-        return in_buffers - first.kinds.get(MemoryKind.communication, 0)
+        # No reduction precedes the first micro-batch: its buffers are those of gathered weights, which stay.
+        first_micro_batch = large_phases.get(replace(phase, micro=0), large_phases[phase])
+        gathered_bytes = first_micro_batch.kinds.get(MemoryKind.communication, 0)
+        return large_phases[phase].kinds.get(MemoryKind.communication, 0) - gathered_bytes
 
     growth = {phase: waiting - released_bytes(phase) for phase in large_phases}
 
     def deferred_peaks(phases: dict[StepPhase, PhasePeak]) -> dict[StepPhase, PhasePeak]:
-        """The peaks with gradients that wait unreduced, and without the buffers of the reductions."""
+        """The peaks with full gradients, and without the buffers of reductions."""
         peaks = {}
         for phase, peak in phases.items():
-            kinds = peak.kinds
-            if kinds:
-                kinds = dict(kinds)
+            kinds = dict(peak.kinds)
+            if kinds:  # the larger size alone has bytes by kind
                 kinds[MemoryKind.gradients] = kinds.get(MemoryKind.gradients, 0) + waiting
                 kinds[MemoryKind.communication] = kinds.get(MemoryKind.communication, 0) - released_bytes(phase)
             peaks[phase] = PhasePeak(peak.total + growth[phase], peak.operation, kinds)

@@ -47,17 +47,17 @@ class ExtrapolatedStep:
 def shallow_depths(
     blocks: int, period: int = 1, ends: int = END_BLOCKS, *, ends_overlap: bool = False
 ) -> tuple[int, int] | None:
-    """Two numbers of blocks to simulate in place of `blocks`, whose kinds of blocks repeat after `period`.
+    """Two numbers of blocks to simulate in place of a model of `blocks` blocks, whose kinds repeat after `period` blocks.
 
-    None means the whole model, which has no more blocks than the two together. Both leave the remainder of `blocks`, so
-    that the last block is of the same kind. `ends_overlap`: the two ends may have a block in common, because all blocks are
-    of one kind and nothing reaches from one end to the other.
+    None if the two together have about as many blocks as the whole model, which is then simulated itself. Both have the same
+    remainder by `period` as `blocks`, so that the last block is of the same kind. `ends_overlap`: a block may belong to both
+    ends, because all blocks are of one kind and nothing reaches from one end to the other.
     """
     if ends_overlap and period == 1:
         fewest_blocks = 2 * ends - 1
     else:
         fewest_blocks = 2 * ends * period
-    # The remainder: the last block then stands where it does in a period of the whole model.
+    # Add the remainder, so that the last block is at the same position of its period as in the whole model.
     shallower = fewest_blocks + (blocks - fewest_blocks) % period
     if 2 * shallower + period > blocks:  # the two together would cost as much as the whole model
         return None
@@ -79,19 +79,21 @@ def phases_at_depth(
 
 
 def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolate: Callable[[int, int], int]) -> PhasePeak:
-    """The peak of one phase in the whole model, from its peaks in the shallow and the deeper of two simulated models.
+    """The peak of one phase in the whole model, from its peaks in the shallow and in the deeper of two simulated models.
 
-    The bytes that are live after each operation grow along a line of their own, so another operation than in the simulated
-    models may be the highest. `extrapolate`: from an amount in both models to that of the whole one.
+    The live bytes after each operation are extrapolated by themselves, so the peak may be after another operation than in the
+    simulated models. `extrapolate`: from an amount in both models to that of the whole one.
     """
     total = extrapolate(shallow.total, deep.total)
     kinds = extrapolate_by_key(shallow.kinds, deep.kinds, extrapolate)
-    # Without the same operations nothing can be matched: the peaks themselves are extrapolated.
+    # If the two models have different operations, these cannot be matched: only the peaks are extrapolated.
     if len(shallow.live_after_operation) != len(deep.live_after_operation):
         return PhasePeak(total, 0, kinds, [])
     live_after_operation = [*map(extrapolate, shallow.live_after_operation, deep.live_after_operation)]
     highest = max(live_after_operation, default=total)
-    if highest != total and kinds:  # kinds are known of the highest operation alone
+    if (
+        highest != total and kinds
+    ):  # bytes by kind are known at the simulated peak only: the difference counts as activations
         kinds[MemoryKind.activations] = kinds.get(MemoryKind.activations, 0) + highest - total
     return PhasePeak(highest, 0, kinds, live_after_operation)
 
@@ -170,7 +172,7 @@ def host_inputs_at_depth(shallow: SimulatedStep, deep: SimulatedStep, extrapolat
 
 
 def full_depth_step(step: SimulatedStep, blocks: int) -> ExtrapolatedStep:
-    """The result for a model that was simulated as it is, with all its `blocks` blocks."""
+    """`step` of a model that was simulated with all its `blocks` blocks, in the form of an extrapolated step."""
     peak, phase_peak = step.peak
     return ExtrapolatedStep(
         blocks=blocks,
@@ -208,10 +210,10 @@ def step_at_depth(
 
 
 def phases_from_ends(step: SimulatedStep, depth: int, ends: int = END_BLOCKS) -> dict[StepPhase, PhasePeak]:
-    """The phases of a step in a model of `depth` blocks, named so that models of different depths can be compared.
+    """The phases of a step in a model of `depth` blocks, with keys by which models of different depths can be compared.
 
-    The first `ends` blocks keep their index, the last ones have negative places (-1 is the last block), and phases of the
-    blocks between are left out. In a model so short that a block is near both ends, its phases occur twice.
+    The first `ends` blocks keep their index as `place`, the last `ends` blocks have negative places (-1 is the last block), and
+    phases of the blocks between are left out. A block that is near both ends has two entries. Phases outside blocks stay.
     """
     phases: dict[StepPhase, PhasePeak] = {}
     for phase, peak in step.phases.items():
@@ -226,7 +228,7 @@ def phases_from_ends(step: SimulatedStep, depth: int, ends: int = END_BLOCKS) ->
     return phases
 
 
-def near_an_end(phase: StepPhase, depth: int, ends: int = END_BLOCKS) -> bool:
+def is_near_an_end(phase: StepPhase, depth: int, ends: int = END_BLOCKS) -> bool:
     """Whether `phases_from_ends` keeps the phase of a model of `depth` blocks."""
     place = phase.place
     return not isinstance(place, int) or place < ends or place >= depth - ends
@@ -235,28 +237,29 @@ def near_an_end(phase: StepPhase, depth: int, ends: int = END_BLOCKS) -> bool:
 def phases_of_deeper_model(
     shallow_phases: dict[StepPhase, PhasePeak], depths: tuple[int, int], ends: int
 ) -> dict[StepPhase, PhasePeak]:
-    """What to expect of the deeper of two models: for each phase, the peak of the corresponding block in the shallow one.
+    """The expected phases of the deeper of two models: each has the peak of the corresponding block in the shallow model.
 
-    The planner uses it before it simulates the deeper model, to know after which operation a phase will hold most. `depths`:
-    blocks of the shallow and of the deeper model. `ends`: blocks at either end that may differ from those between.
+    The planner uses it before it simulates the deeper model, to know after which operation a phase will peak. `depths`: blocks
+    of the shallow and of the deeper model. `ends`: blocks at either end that may differ from those between.
     """
     shallow_depth, deep_depth = depths
-    phases: dict[StepPhase, PhasePeak] = {}
-    phases_of_block_0 = set()  # stands for every block: forward and backward of each micro-batch
+    expected: dict[StepPhase, PhasePeak] = {}
+    # The passes of a block (forward and backward of each micro-batch), as phases of block 0.
+    passes_of_block_0 = set()
     for phase, peak in shallow_phases.items():
         if isinstance(phase.place, int):
-            phases_of_block_0.add(replace(phase, place=0))
+            passes_of_block_0.add(replace(phase, place=0))
         else:
-            phases[phase] = peak
-    for place in range(deep_depth):
-        for phase in phases_of_block_0:
-            # Blocks near the end, and all but the first in a backward pass, are counted from the end.
-            from_start = place < ends or (place < deep_depth - ends and phase.name == "forward")
-            shallow_place = place if from_start else place - (deep_depth - shallow_depth)
-            peak_of_same_block = shallow_phases.get(replace(phase, place=shallow_place))
+            expected[phase] = peak
+    for block in range(deep_depth):
+        for block_pass in passes_of_block_0:
+            # Blocks near the end, and all but the first in a backward pass, correspond by their distance from the end.
+            from_start = block < ends or (block < deep_depth - ends and block_pass.name == "forward")
+            shallow_block = block if from_start else block - (deep_depth - shallow_depth)
+            peak_of_same_block = shallow_phases.get(replace(block_pass, place=shallow_block))
             if peak_of_same_block is not None:
-                phases[replace(phase, place=place)] = peak_of_same_block
-    return phases
+                expected[replace(block_pass, place=block)] = peak_of_same_block
+    return expected
 
 
 def _exchanged_by_collective(collectives: list[Collective]) -> dict[tuple[str, int, str], tuple[int, int]]:

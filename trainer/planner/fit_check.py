@@ -43,11 +43,11 @@ class SimulatedPeak:
 
 
 def simulable(strategy: StrategyConfig) -> StrategyConfig:
-    """The strategy as it can be simulated: not compiled, and without gradients that wait if they fit."""
-    strategy = replace(strategy, compile=False)
-    if isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
-        strategy = replace(strategy, defer_sync=False)
-    return strategy
+    """The strategy in a form that can be simulated: not compiled, and gradients are reduced in each micro-batch if it is open."""
+    uncompiled = replace(strategy, compile=False)
+    if isinstance(uncompiled, Fsdp2Config) and uncompiled.defer_sync is None:
+        return replace(uncompiled, defer_sync=False)
+    return uncompiled
 
 
 def why_not_simulated(error: Exception) -> str:
@@ -57,10 +57,10 @@ def why_not_simulated(error: Exception) -> str:
 
 
 def single_step_config(config: RunConfig, world: int, *, mode_if_auto: ActivationCheckpointing) -> RunConfig:
-    """The run with the shortest step that takes as much memory as any of its steps, in a form that can be simulated.
+    """The run with a step of at most two micro-batches, uncompiled, which takes as much memory as its real step.
 
-    That is a step of two micro-batches at most, uncompiled. `world`: ranks of the run. `mode_if_auto`: the recomputation to
-    simulate where the run itself would choose by memory which blocks are recomputed.
+    `world`: ranks of the run. `mode_if_auto`: the recomputation to simulate if the run chooses by memory which blocks it
+    recomputes (`strategy.activation_checkpointing=auto`).
     """
     strategy = simulable(config.strategy)
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
@@ -74,10 +74,11 @@ def single_step_config(config: RunConfig, world: int, *, mode_if_auto: Activatio
 def must_fit(
     config: RunConfig, prepared: PreparedData, precision: Precision, runtime: Runtime, announce: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The `must_fit` of the run record, simulated for the longest micro-batch; empty unless `run.must_fit` asks for it.
+    """Check by simulation that the run fits its GPUs, if `run.must_fit` asks for it; returns `{"must_fit": ...}` for `run.json`.
 
-    All ranks must call: rank 0 simulates in another process, and all go by the card with the least memory. Raises DoesNotFit
-    on every rank, also if it cannot be told; ConfigError if the ranks have no GPUs.
+    The longest micro-batch is simulated, and compared with the memory of the smallest GPU. Returns {} if not asked for. All ranks
+    must call; rank 0 simulates in another process. Raises DoesNotFit on every rank if it does not fit, or if the simulation
+    fails; ConfigError if the ranks have no GPUs.
     """
     if not config.run.must_fit:
         return {}
@@ -85,14 +86,14 @@ def must_fit(
         raise ConfigError("run.must_fit=true: asks for the memory of GPUs, and this run has none; leave it out")
     announce("simulating whether the run fits its GPUs (run.must_fit)")
     least_gib = min(gather_objects(device_gib(runtime), runtime))
-    peak: SimulatedPeak | str = ""
+    peak_of_rank_0: SimulatedPeak | str = ""
     if runtime.is_main:
-        step = single_step_config(config, runtime.world_size, mode_if_auto=ActivationCheckpointing.full)
-        step = replace(step, precision=precision)
+        step_config = single_step_config(config, runtime.world_size, mode_if_auto=ActivationCheckpointing.full)
+        step_config = replace(step_config, precision=precision)
         lengths = longest_lengths(data_spec_of(config.objective), workload(config, prepared))
         ranks = runtime.world_size, runtime.local_world_size
-        peak = simulate_in_process(step, lengths, ranks, TIMEOUT_SHARE * config.run.timeout_s)
-    peak = broadcast_object(peak, runtime)
+        peak_of_rank_0 = simulate_in_process(step_config, lengths, ranks, TIMEOUT_SHARE * config.run.timeout_s)
+    peak: SimulatedPeak | str = broadcast_object(peak_of_rank_0, runtime)
     if isinstance(peak, str):
         raise DoesNotFit(
             f"run.must_fit=true: it is not known whether the run fits, since {peak}; leave it out to try it"
@@ -135,16 +136,19 @@ def does_not_fit_message(fit: MemoryFit, peak: SimulatedPeak, config: RunConfig)
 def simulate_in_process(
     config: RunConfig, lengths: list[int], ranks: tuple[int, int], timeout_s: float
 ) -> SimulatedPeak | str:
-    """The peak of a step of sequences of `lengths` tokens on (all ranks, those of a host), or why it cannot be told."""
+    """The peak memory of a step with sequences of `lengths` tokens, or a text that says why it could not be simulated.
+
+    `ranks`: (all ranks, ranks of a host).
+    """
     peak: SimulatedPeak | str = call_in_process(_simulate, (config, lengths, ranks), timeout_s)
     return peak
 
 
 def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> Any:
-    """What `function(*arguments)` returns in a new process, or a text that says why there is no answer.
+    """The result of `function(*arguments)` in a new process, or a text that says why it did not return.
 
-    `function` must be defined at the top of a module, so that the new process can import it. Simulations are called so: a
-    process that is part of a job, or holds a GPU, cannot simulate other ranks.
+    For simulations, which a process that is part of a job, or holds a GPU, cannot run itself. `function` must be defined at the
+    top of a module, so that the new process can import it.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -164,6 +168,7 @@ def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], ti
 
 
 def _answer_in_child(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """What the new process of `call_in_process` does: leave the job and its GPU, then send the result of the call."""
     parent = multiprocessing.parent_process()
     die_with_parent(None if parent is None else parent.pid)
     for number in (*SIGNALS, signal.SIGINT):  # meant for the run, which saves and ends
@@ -175,6 +180,7 @@ def _answer_in_child(sender: Connection, function: Callable[..., Any], arguments
 
 
 def _simulate(config: RunConfig, lengths: list[int], ranks: tuple[int, int]) -> SimulatedPeak | str:
+    """`simulate_in_process`, within the new process."""
     from trainer.planner.simulation import simulate_depth
 
     try:

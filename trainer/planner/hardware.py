@@ -144,19 +144,25 @@ def fit_in_memory(live_bytes: int, groups: int, memory_gib: float, allocator: fl
 
 
 def room_for_tensors(cost_model: CostModel, card: Card) -> float:
-    """Bytes of tensors that the card has room for."""
+    """Bytes of simulated tensors for which the card has memory, beside the process itself, NCCL and the allocator's overhead."""
     other_gib = PROCESS_CONTEXT_GIB + NCCL_GROUP_GIB * group_count(cost_model)
-    # Reserved memory is more than tensors take, and real tensors may take more than simulated ones.
+    # The allocator reserves more than tensors take, and real tensors may take more than simulated ones (`card.tensors`).
     room_bytes = (card.memory_gib - other_gib) * GIB / (1 + card.allocator) / card.tensors
     return max(0.0, room_bytes)
 
 
 def group_count(cost_model: CostModel | ExtrapolatedStep) -> int:
     """How many groups of ranks exchange something in a step."""
-    # A group that shares rows or experts is one of its own, also if it has as many ranks as another.
-    groups = {(key[1], key[0].startswith(ALL_TO_ALL)) for key in cost_model.exchanged if key[1] > 1}
-    sharing = len(cost_model.token_exchanges) if isinstance(cost_model, CostModel) else 0
-    return len(groups) + sharing
+    groups = set()
+    for key in cost_model.exchanged:
+        collective, ranks = key[:2]
+        # A group that shares rows or experts is another one than the group of as many ranks that shares weights.
+        is_token_exchange = collective.startswith(ALL_TO_ALL)
+        if ranks > 1:
+            groups.add((ranks, is_token_exchange))
+    # A cost model has its token exchanges apart, one for each group.
+    token_groups = len(cost_model.token_exchanges) if isinstance(cost_model, CostModel) else 0
+    return len(groups) + token_groups
 
 
 def host_gib(cost_model: CostModel, ranks: int, units: float) -> float:

@@ -107,12 +107,12 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """It changes nothing: other modes need not know of it."""
+        """For torch: this mode only observes operations, so other modes need not handle it."""
         return True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled in a simulation: to keep torch.compile out of each operation would only take time."""
+        """For torch: nothing is compiled in a simulation, so no time is spent to keep torch.compile out of each operation."""
         return False
 
     # -- what lives ----------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class LiveBytes(TorchDispatchMode):
             live_storage.kind = kind
 
     def _on_free(self, key: int) -> Callable[[Any], None]:
-        """The callback of a weak reference: it takes the storage out of the count when python frees it."""
+        """The callback of the weak reference to a storage: subtracts its bytes when Python frees it."""
 
         def free(_reference: Any) -> None:
             live_storage = self._live.pop(key, None)
@@ -145,7 +145,7 @@ class LiveBytes(TorchDispatchMode):
         return free
 
     def _on_resize(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage with its new size: FSDP2 frees and fills its buffers so, without a new tensor."""
+        """Count a storage with its new size: FSDP2 frees and fills its buffers by resizing them, without a new tensor."""
         live_storage = self._live.get(storage_key(storage))
         if live_storage is None:
             return
@@ -158,7 +158,7 @@ class LiveBytes(TorchDispatchMode):
     # -- through a step ------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """A step begins: operations are counted from here."""
+        """Forget the peaks so far, and count the operations of each phase from 0."""
         self.peaks = {}
         self._operations_to_tally = {}
         self._current_phase = None
@@ -166,21 +166,21 @@ class LiveBytes(TorchDispatchMode):
     def begin_tallied_step(
         self, tally_after: dict[StepPhase, int], owned_tensors: Callable[[], Iterable[tuple[MemoryKind, Tensor]]]
     ) -> None:
-        """A step begins in which live bytes are also told apart by kind, which takes too long to do after each operation.
+        """As `begin_step`; once a phase, live bytes will also be counted by kind. After each operation, that would take too long.
 
-        `tally_after`: the operation of each phase after which it is done, by its number within the phase. `owned_tensors`
-        names the tensors of the engine and their kinds.
+        `tally_after`: by phase, the number of the operation after which they are counted by kind. `owned_tensors`: yields
+        (kind, tensor) for each tensor of the engine.
         """
         self.begin_step()
         self._operations_to_tally = tally_after
         self._owned_tensors = owned_tensors
 
     def known_kinds(self) -> dict[int, tuple[_LiveStorage, MemoryKind]]:
-        """The kind of each live storage as it is known now; a tally learns more."""
+        """The live storages, each with its kind as known now, for `restore_kinds`: a tally sets more precise kinds."""
         return {key: (live_storage, live_storage.kind) for key, live_storage in self._live.items()}
 
     def restore_kinds(self, known_kinds: dict[int, tuple[_LiveStorage, MemoryKind]]) -> None:
-        """Undo what a tally learned about storages that are still live."""
+        """Set the kinds of storages that are still live back to `known_kinds`, which were taken before a tally."""
         for key, (live_storage, kind) in known_kinds.items():
             if self._live.get(key) is live_storage:
                 live_storage.kind = kind
@@ -199,13 +199,13 @@ class LiveBytes(TorchDispatchMode):
         return {kind: size for kind, size in bytes_by_kind.items() if size}
 
     def note_peak_with(self, extra_bytes: int) -> None:
-        """Note what is live as if `extra_bytes` more were."""
+        """Note the live bytes as if `extra_bytes` more were live."""
         self.extra_bytes = extra_bytes
         self.note_live_bytes()
         self.extra_bytes = 0
 
     def note_live_bytes(self) -> None:
-        """Append the live bytes to the course of the current phase, and update its peak: called after each operation."""
+        """Append the live bytes to the list of the current phase, and update its peak: called after each operation."""
         if not self._is_counting or self.ignored:
             return
         if self.phase is not self._current_phase:

@@ -31,26 +31,28 @@ UNPLANNED_MICRO = 4
 """Micro-batch that is tried first if the step cannot be simulated."""
 
 
-def settle_micro(
+def resolve_micro_batch(
     config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], freeze: Callable[[RunConfig], None]
 ) -> RunConfig:
-    """The run with a number for `batch.micro`: that of the configuration, or for `auto` the one that is chosen here.
+    """Resolve `batch.micro=auto`: choose the largest micro-batch that fits in memory. Any other number stays.
 
-    `announce` prints a line for the user. `freeze` writes a choice to the run's directory, so that a later start takes the
-    same. All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every
-    rank if not even the smallest fits, or if some ranks alone run out of memory.
+    `announce` prints a line for the user. `freeze` writes the choice to the run directory, so that a later start takes the same
+    one. All ranks must call; they follow rank 0, which may have read an earlier start's choice. Raises DoesNotFit on every rank
+    if not even the smallest fits, or if some ranks run out of memory and others do not.
     """
     runtime = inputs.runtime
     batch, earlier_resolution = broadcast_object((config.batch, config.resolution(MICRO)), runtime)
     config = _with_micro(config, batch["micro"], earlier_resolution)
     samples = samples_per_reader(config, runtime.world_size)
     if batch["micro"] != AUTO:
-        # One that an earlier start chose need not divide the part of each reader any more.
-        was_open = asked_micro(batch, config.substitutions) == AUTO
-        if not was_open or samples % batch["micro"] == 0:
+        # The user's own number stays. An earlier start's choice stays if it divides each reader's samples: their number differs
+        # if this start has another number of ranks.
+        is_users_choice = asked_micro(batch, config.substitutions) != AUTO
+        if is_users_choice or samples % batch["micro"] == 0:
             return config
+
+    # Rank 0 simulates a step. All ranks take the same micro-batch, so the smallest device decides.
     announce("choosing the micro-batch (batch.micro=auto): simulating a step")
-    # All ranks take the same micro-batch, so the smallest device decides.
     least_gib = min(gather_objects(memory_gib(runtime), runtime))
     proposal: tuple[int, str] = (0, "")
     if runtime.is_main:
@@ -58,10 +60,11 @@ def settle_micro(
         timeout_s = TIMEOUT_SHARE * runtime.timeout_s
         proposal = propose_micro(config, inputs.data, inputs.precision, ranks, (runtime.kind, least_gib), timeout_s)
     micro, plan_summary = broadcast_object(proposal, runtime)
-    trials: list[OutOfMemoryTrial] = []
-    # The plan may be too optimistic: real steps have the last word.
+
+    # The simulation may be too optimistic: try real steps, with a smaller micro-batch each time they run out of memory.
+    failed_trials: list[OutOfMemoryTrial] = []
     while runs_out_of_memory(_with_micro(config, micro, None), inputs, _trial_of(micro)):
-        trials.append(OutOfMemoryTrial(micro))
+        failed_trials.append(OutOfMemoryTrial(micro))
         smaller_micros = [divisor for divisor in divisors(samples) if divisor < micro]
         if not smaller_micros:
             raise DoesNotFit(
@@ -72,13 +75,16 @@ def settle_micro(
         announce(f"batch.micro={micro} runs out of memory; trying {smaller_micros[-1]}")
         micro = smaller_micros[-1]
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents held"
-    settled_config = _with_micro(config, micro, Resolution(MICRO, AUTO, micro, reason, tuple(trials)))
-    freeze(settled_config)
-    return settled_config
+    resolved_config = _with_micro(config, micro, Resolution(MICRO, AUTO, micro, reason, tuple(failed_trials)))
+    freeze(resolved_config)
+    return resolved_config
 
 
 def preview_micro(config: RunConfig, prepared: PreparedData) -> RunConfig:
-    """The run with the micro-batch that it would try first on devices like those of this host; for a run without ranks yet."""
+    """The run with the micro-batch that `auto` would try first on devices like those of this host. Nothing is tried.
+
+    For commands that show a run before it starts, when there are no ranks yet.
+    """
     if config.batch["micro"] != AUTO:
         return config
     device_kind = str(config.run.device)
@@ -101,6 +107,7 @@ def _trial_of(micro: int) -> TrialDescription:
 
 
 def _with_micro(config: RunConfig, micro: Any, note: Resolution | str | None) -> RunConfig:
+    """The run with `batch.micro=micro`, and with `note` as the reason of that choice; None removes an earlier reason."""
     substitutions = dict(config.substitutions)
     substitutions.pop(MICRO, None)
     if note:
@@ -123,10 +130,10 @@ def propose_micro(
     device: tuple[str, float],
     timeout_s: float,
 ) -> tuple[int, str]:
-    """The largest micro-batch that should fit by a simulated step, and a sentence that says why.
+    """(the largest micro-batch that fits according to a simulated step, the reason as a sentence).
 
     `ranks`: (all ranks, those of a host). `device`: (`cuda` or `cpu`, GiB of each device). If the step cannot be simulated,
-    a small number is proposed. 1 if nothing fits: the real steps that follow have the last word.
+    a small number is proposed; if nothing fits, 1. Real steps test the proposal afterwards.
     """
     world_size = ranks[0]
     kind, available_gib = device
@@ -136,19 +143,19 @@ def propose_micro(
     micros = divisors(samples_per_reader(config, world_size))
     reason = ""
     for mode in recomputation_modes(config.strategy.activation_checkpointing):
-        step = single_step_config(_with_micro(config, 1, None), world_size, mode_if_auto=mode)
-        arguments = (replace(step, precision=precision), longest, ranks, kind)
-        cost_model: CostModel | str = call_in_process(simulated_form, arguments, timeout_s)
+        step_config = single_step_config(_with_micro(config, 1, None), world_size, mode_if_auto=mode)
+        arguments = (replace(step_config, precision=precision), longest, ranks, kind)
+        cost_model: CostModel | str = call_in_process(try_simulate_cost_model, arguments, timeout_s)
         if isinstance(cost_model, str):
             first_tried = max(micro for micro in micros if micro <= UNPLANNED_MICRO)
             return first_tried, f"not planned: {cost_model}"
         if cost_model.alone:
             return 1, "the model is right for one document at a time only"
         gib_by_micro = {micro: needed_gib(cost_model, micro, lengths, available_gib) for micro in micros}
-        fitting = [micro for micro in micros if gib_by_micro[micro] <= available_gib]
-        largest = fitting[-1] if fitting else 1
+        fitting_micros = [micro for micro in micros if gib_by_micro[micro] <= available_gib]
+        largest = fitting_micros[-1] if fitting_micros else 1
         reason = f"planned {gib_by_micro[largest]:.2f} of {available_gib:.2f} GiB"
-        if fitting:
+        if fitting_micros:
             return largest, reason
     return 1, reason
 
@@ -159,18 +166,18 @@ def needed_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, avai
     return fit_in_memory(peak.total, group_count(cost_model), available_gib).total / GIB
 
 
-def simulated_form(config: RunConfig, length: int, ranks: tuple[int, int], kind: str) -> CostModel | str:
-    """The cost model of a rank's step, simulated, or a text that says why it cannot be.
+def try_simulate_cost_model(config: RunConfig, length: int, ranks: tuple[int, int], kind: str) -> CostModel | str:
+    """The cost model of a rank's step, or a text that says why the step cannot be simulated.
 
-    `length`: tokens of each sequence. `ranks`: (all ranks, those of a host). `kind`: `cuda` or `cpu`. A process that is part
-    of a job cannot simulate: call it through `call_in_process`.
+    `length`: tokens of each sequence. `ranks`: (all ranks, those of a host). `kind`: `cuda` or `cpu`. To be called through
+    `call_in_process`, since a process that is part of a job cannot simulate.
     """
-    from trainer.planner.simulation import simulate_form
+    from trainer.planner.simulation import simulate_cost_model_of_run
 
     device = SIMULATED if kind == "cuda" else torch.device("cpu")
     accumulation = samples_per_reader(config, ranks[0])
     try:
-        return simulate_form(
+        return simulate_cost_model_of_run(
             config, length, accumulation=accumulation, world_size=ranks[0], local_world_size=ranks[1], device=device
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer

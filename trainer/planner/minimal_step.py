@@ -25,8 +25,8 @@ def step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch
     """One rank's micro-batches, which are on the CPU, as the `StepBatch` on `device` that the training loop takes."""
     micro_batches = [to_device(batch, device) for batch in batches]
     tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
-    # If the loss needs a mean over the step first, as KTO's does over mismatched answers, the loop takes a pass without gradients
-    # ahead of the step. Those answers are as long as these.
+    # Some losses need a mean over the step first (KTO over mismatched answers): the loop takes a pass without gradients ahead of
+    # the step. Its inputs are as long as those of the step, so the step's own stand for them.
     ahead = [{**batch, "ahead_of": True} for batch in micro_batches if batch.get("ahead")]
     return StepBatch(
         micro_batches=micro_batches,
@@ -40,10 +40,11 @@ def step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch
 
 
 def minimal_trainer(engine: Any) -> Trainer:
-    """A `Trainer` with an engine, and nothing else that a training run has: only `train_step` may be called.
+    """A `Trainer` with an engine and placeholders for everything else: only `train_step` may be called.
 
-    Simulated steps and steps on trial run through it, so that they do what a training run's own step does.
+    Simulated steps and trial steps run through it, so that they do exactly what a step of a training run does.
     """
+    # `train_step` reads the schedule; the learning rate does not matter.
     settings = LoopSettings(
         total_steps=3,
         seed=0,
@@ -54,7 +55,7 @@ def minimal_trainer(engine: Any) -> Trainer:
         save_final=False,
     )
     unused = cast(Any, None)
-    # A step says how much of an epoch is over; of samples that nobody counts, any number will do.
+    # `train_step` divides by the number of samples to report the share of the epoch, which nobody reads here.
     loader = SimpleNamespace(order=SimpleNamespace(num_units=1))
     return Trainer(
         settings,

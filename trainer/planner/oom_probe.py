@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,7 +31,7 @@ PROBE_STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class TrialInputs:
-    """What a run has before its model is built."""
+    """What a run has before its model is built, and what a trial of a choice needs of it."""
 
     tokenizer: Any
     data: PreparedData
@@ -65,10 +66,10 @@ def memory_gib(runtime: Runtime) -> float:
 
 
 def runs_out_of_memory(config: RunConfig, inputs: TrialInputs, trial: TrialDescription) -> bool:
-    """Try `config`: whether two real steps of the longest documents run out of memory on all ranks. All ranks must call.
+    """Take two real steps of the longest documents with `config`; returns whether all ranks ran out of memory.
 
-    `batch.micro=auto` and `strategy=auto` try their choice so before they settle on it. Model and optimizer of the trial are
-    freed again. Raises DoesNotFit if some ranks run out and others do not.
+    So `batch.micro=auto` and `strategy=auto` test a choice. Model and optimizer of the trial are freed again. All ranks must
+    call. Raises DoesNotFit if some ranks run out and others do not.
     """
     reason: str | None = None
     try:
@@ -76,7 +77,8 @@ def runs_out_of_memory(config: RunConfig, inputs: TrialInputs, trial: TrialDescr
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or "out of memory").splitlines()[0]  # the error's frames hold what was allocated
+        # Keep the text alone: the error's stack frames keep the trial's tensors alive.
+        reason = (str(error).strip() or "out of memory").splitlines()[0]
     gc.collect()
     if inputs.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -107,29 +109,33 @@ def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
 
 
 def agree_on_outcome(trial: TrialDescription, reason: str | None, runtime: Runtime) -> bool:
-    """Whether all ranks ran out of memory; False if none did. All ranks must call.
+    """Whether all ranks ran out of memory in a trial; False if none did. All ranks must call.
 
-    `reason`: why this one ran out; None if it did not. A rank that runs out alone leaves the others in an exchange that
-    it cannot join. It waits for them a while, in the store that is not used for exchange, and raises DoesNotFit, which ends
-    the job.
+    `reason`: why this rank ran out; None if it did not. If only some ranks run out, the others hang in a collective that those do
+    not join. So outcomes are exchanged through the ranks' key-value store, where a rank can stop waiting, and DoesNotFit ends
+    the job. Ranks that hang there are ended with it.
     """
+    ran_out = reason is not None
     if runtime.world_size == 1:
-        return reason is not None
+        return ran_out
+    # Report this rank's outcome, and wait for those of the others.
     store = default_store()
     keys = [f"shardtune/{trial.setting}/{trial.choice}/{rank}" for rank in range(runtime.world_size)]
-    store.set(keys[runtime.rank], "out" if reason else "held")
+    store.set(keys[runtime.rank], "out" if ran_out else "held")
     timeout_s = TIMEOUT_SHARE * runtime.timeout_s
-    if reason:  # this rank gives up first: the others could not say which rank ran out, and why
+    if ran_out:  # give up before the others do, which could not say which rank ran out, and why
         timeout_s /= 2
-    try:
+    outcome_by_rank: list[str] = []  # empty if some ranks did not report in time
+    with contextlib.suppress(RuntimeError, ValueError):
         store.wait(keys, timedelta(seconds=timeout_s))
-        outcomes = [store.get(key).decode() for key in keys]
-    except (RuntimeError, ValueError):
-        outcomes = []
-    if outcomes and len(set(outcomes)) == 1:
-        return reason is not None
-    ranks_out = [rank for rank, outcome in enumerate(outcomes) if outcome == "out"]
-    if not ranks_out and reason:
+        outcome_by_rank = [store.get(key).decode() for key in keys]
+    all_agree = len(set(outcome_by_rank)) == 1
+    if all_agree:
+        return ran_out
+
+    # Some ranks ran out, and others did not or hang.
+    ranks_out = [rank for rank, outcome in enumerate(outcome_by_rank) if outcome == "out"]
+    if not ranks_out and ran_out:
         ranks_out = [runtime.rank]
     who_ran_out = f"rank {', '.join(map(str, ranks_out))} runs" if ranks_out else "some rank ran"
     because = f" ({reason})" if reason else ""

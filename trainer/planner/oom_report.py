@@ -34,17 +34,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunRecord, runtime: Runtime) -> Iterator[None]:
-    """While training is under way: turn an error of memory into DoesNotFit, whose message says what was held and what helps.
+    """A context around training that turns an out-of-memory error into one whose message says what was held and what helps.
 
-    The rank that ran out raises it; the others lose their peer. It is OutOfMemory instead if a smaller `batch.micro` may
-    help, which needs a training step and a `batch.micro` above 1. `record.receipt` has what the run was expected to take.
+    It raises OutOfMemory, after which a launcher may start again, if a smaller `batch.micro` may help: in a training step with a
+    `batch.micro` above 1. Otherwise it raises DoesNotFit. `record.receipt` has the predicted memory. Only the rank that ran out
+    raises; the others lose their connection to it.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        batch = trainer.current_batch
+        batch = trainer.current_batch  # None outside training steps
         if batch:
             where = f"step {trainer.progress.step + 1}"
         else:
@@ -64,9 +65,9 @@ def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunReco
 def reporting_evaluation_out_of_memory(
     current_work: Callable[[], str], config: RunConfig, runtime: Runtime
 ) -> Iterator[None]:
-    """While `shardtune evaluate` is at work, which has no trainer: turn an error of memory into DoesNotFit, with what helps.
+    """A context for `shardtune evaluate` that turns an out-of-memory error into DoesNotFit, whose message says what helps.
 
-    `current_work()` says what was under way, such as the name of a task.
+    `current_work()` returns what is being computed, such as the name of a task.
     """
     try:
         yield
@@ -88,16 +89,18 @@ def reporting_evaluation_out_of_memory(
 
 
 def _prediction(cost: PredictedCost | None) -> str:
+    """A clause with the predicted memory, such as `; expected 5.20 (estimate: ...)`; empty without a prediction."""
     return "" if cost is None else f"; expected {cost.memory_gib:.2f} ({cost.memory_by})"
 
 
 def _who_ran_out(error: BaseException, runtime: Runtime) -> str:
+    """Rank and host that ran out of memory, with the first line of the error."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return f"rank {runtime.rank} on {socket.gethostname()} ran out of memory ({lines[0][:200]})"
 
 
 def _memory_so_far(runtime: Runtime) -> str:
-    """A line of the message: this rank's peak of memory so far, and what is free. On a GPU also what torch has reserved."""
+    """A line of the message: this rank's peak memory so far and free memory; on a GPU also what torch has reserved."""
     peaks = peak_memory_gib(runtime.device)
     if runtime.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(runtime.device)
@@ -111,7 +114,7 @@ def _memory_so_far(runtime: Runtime) -> str:
 
 
 def _largest_micro_batch(batch: StepBatch) -> str:
-    """The largest micro-batch of this rank's step."""
+    """A line of the message: how many micro-batches this rank's step has, and the shape of the largest one."""
     shapes = [micro_batch["input_ids"].shape for micro_batch in batch.micro_batches if "input_ids" in micro_batch]
     rows, width = max(shapes, key=lambda shape: shape.numel()) if shapes else (0, 0)
     shape = f"{rows} x {width:,} tokens" if rows > 1 else f"{width:,} tokens"
@@ -137,10 +140,12 @@ def _remedies(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
         remedies.append(f"data.max_length below {config.data.max_length}")
     if str(config.tuning.name) == "full":
         remedies.append("tuning=lora")
-    more_to_share = 2 * runtime.sequence_size
-    takes_rows = family_of(config.objective).kind is not ModelKind.encoder_decoder
-    if takes_rows and runtime.world_size % more_to_share == 0:
-        remedies.append(f"parallel.sequence={more_to_share}, if single documents are too long (docs/long-context.md)")
+    doubled_sequence = 2 * runtime.sequence_size
+    can_share_rows = family_of(config.objective).kind is not ModelKind.encoder_decoder
+    if can_share_rows and runtime.world_size % doubled_sequence == 0:
+        remedies.append(
+            f"parallel.sequence={doubled_sequence}, if single documents are too long (docs/long-context.md)"
+        )
     is_sharded = str(config.strategy.name) in ("fsdp2", "zero3")
     remedies.append("more ranks" if is_sharded else "strategy=fsdp2 or zero3 on more ranks")
     return (

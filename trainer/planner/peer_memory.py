@@ -74,25 +74,25 @@ def peer_memory(
     settings: Sequence[PeerSetting],
     shard_counts: ShardCounts,
 ) -> PeerMemory:
-    """What one rank of another trainer would hold for the step that `cost_model` describes, and in which phase most.
+    """Peak memory of one rank of another trainer, for the step that `cost_model` describes.
 
-    `units`: the size of the micro-batch, in the unit of the cost model (rows or tokens). `logit_count`: its tokens times the
-    words of the vocabulary. `settings`: what that trainer does differently. All else is taken to be as in our own step.
+    `units`: the size of the micro-batch, in the unit of the cost model (rows or tokens). `logit_count`: its tokens times the size
+    of the vocabulary. `settings`: what that trainer does differently; all else is assumed to be as in our own step. The peak is
+    the larger of two phases: the loss, with all logits, and the update or our own step's peak.
     """
     loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * logit_count)
     resting, activations = _memory_at_the_loss(cost_model, units)
     parts_by_phase: dict[str, dict[str, int]] = {}
     if PeerSetting.pure_bf16 in settings:
-        weights = 2 * cost_model.parameters  # bytes in bf16; gradients take as many, the two moments twice that
-        # Most is held at one of two moments: at the loss, with the logits, or in the update, with copies of the weights.
+        bf16_bytes = 2 * cost_model.parameters  # of the weights; gradients take as many, the two moments twice as many
         sharded_state = {
-            "weights": weights // shard_counts.weights,
-            "moments": 2 * weights // shard_counts.moments,
+            "weights": bf16_bytes // shard_counts.weights,
+            "moments": 2 * bf16_bytes // shard_counts.moments,
         }
         parts_by_phase["update"] = {
             **sharded_state,
-            "gradients": weights // shard_counts.gradients,
-            "foreach copies": weights // shard_counts.moments,
+            "gradients": bf16_bytes // shard_counts.gradients,
+            "foreach copies": bf16_bytes // shard_counts.moments,
         }
         parts_by_phase["loss"] = {**sharded_state, "activations": activations, "logits": loss_bytes}
     else:
@@ -106,7 +106,7 @@ def peer_memory(
 
 
 def _memory_at_the_loss(cost_model: CostModel, units: float) -> tuple[int, int]:
-    """What our own step holds at the end of a forward pass, without logits: (bytes of weights and state, of activations)."""
+    """(bytes of weights and optimizer state, bytes of activations) of our own step after a forward pass, without logits."""
     phases = cost_model.phases[1]
     loss_phase = next(phase for phase in phases if phase.name == "forward" and phase.place in ("head", "after"))
     kinds = phases[loss_phase].kinds
@@ -114,6 +114,6 @@ def _memory_at_the_loss(cost_model: CostModel, units: float) -> tuple[int, int]:
     for kind, size in kinds.items():
         if kind not in (MemoryKind.activations, MemoryKind.logits):
             resting += size
-    # Kinds are of the larger simulated size: what the peak grows by from there on are activations.
+    # Bytes by kind are those of the larger simulated size. Beyond it, only activations grow.
     growth = cost_model.peak_at(units).total - cost_model.peak_at(cost_model.sizes[1].units).total
     return resting, kinds.get(MemoryKind.activations, 0) + max(growth, 0)

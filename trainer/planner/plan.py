@@ -32,7 +32,7 @@ from trainer.model.config import ModelKind as ModelKind
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import family_of
 from trainer.planner.cost_model import CostModel, MemoryPeak
-from trainer.planner.dealt_experts import with_dealt_experts
+from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.deferred_reduction import deferred_gradient_bytes, with_deferred_reduction
 from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_inputs, room_for_tensors
 from trainer.planner.lengths import LARGEST_MICRO, DocumentLengths, divisors
@@ -72,7 +72,7 @@ class RunVariant:
 
     config: RunConfig
     words: tuple[str, ...]
-    """The words to type for it, beside those that were typed."""
+    """The settings to add to the command line for it, such as `strategy=fsdp2`."""
     offload: bool = False
 
     @property
@@ -105,7 +105,7 @@ class Choice:
     price: float | None
     """US dollars for the budget, all cards."""
     defers: bool | None = None
-    """Whether gradients wait unreduced for the last micro-batch; None if the plan did not choose it."""
+    """Whether gradients are reduced only in the last micro-batch; None if the plan did not choose it."""
     round: RoundTime | None = None
     """Seconds of a round, if the model writes what it learns from."""
     peer_memory: PeerMemory | None = None
@@ -137,7 +137,7 @@ class PlannedRun:
     expert_imbalance: float = ASSUMED_IMBALANCE
     """With `parallel.experts`: rows that arrive at the busiest rank over the mean of its group."""
     imbalance_measured_over: int | None = None
-    """Ranks of a group in the run that measured the imbalance; None if it is typed or assumed, and so of every group."""
+    """Ranks of a group in the run that measured the imbalance; None if it was set or assumed, and so holds for any group."""
     round: RoundLoad | None = None
     """What a round asks for, if the model writes what it learns from."""
 
@@ -147,12 +147,14 @@ class PlannedRun:
         return self.nodes * self.ranks_per_node
 
     def imbalance_over(self, expert_ranks: int) -> float:
-        """Rows that arrive at the busiest of `expert_ranks` ranks over the mean of its group.
+        """Rows that arrive at the busiest of `expert_ranks` ranks, divided by the mean over the ranks.
 
-        Of fewer ranks than measured, each holds the experts of several, so that at most as much is to be expected. Of more, a
-        rank has fewer experts, which even out less: then nothing below the assumed imbalance is taken.
+        If the imbalance was measured over at least as many ranks, it is an upper bound: with fewer ranks, each holds more
+        experts, whose loads even out. With more ranks than measured, the imbalance may be larger, so at least the assumed one
+        is taken.
         """
-        if self.imbalance_measured_over is None or expert_ranks <= self.imbalance_measured_over:
+        is_upper_bound = self.imbalance_measured_over is None or expert_ranks <= self.imbalance_measured_over
+        if is_upper_bound:
             return self.expert_imbalance
         return max(self.expert_imbalance, ASSUMED_IMBALANCE)
 
@@ -168,7 +170,7 @@ class MeasuredImbalance:
 
 
 def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: MeasuredImbalance | None) -> PlannedRun:
-    """`job` with the imbalance of its experts' load: the one that was typed, else what a run has measured, else the assumed."""
+    """`job` with the imbalance of its experts: as set in the plan's settings, else as a run measured it, else the assumed one."""
     if settings.expert_imbalance is not None:
         return replace(job, expert_imbalance=settings.expert_imbalance)
     if measured is None:
@@ -177,17 +179,19 @@ def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: MeasuredImba
 
 
 def run_variants(
-    config: RunConfig, settings: PlanConfig, typed: set[str], world: int | None
+    config: RunConfig, settings: PlanConfig, given_keys: set[str], world: int | None
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
-    """The ways to run that a plan compares: each combination of strategy, recomputation and so on that the user left open.
+    """The variants of a run that a plan compares: all combinations of strategy, recomputation and so on that the user left open.
 
-    `typed`: keys of settings that the user typed, which stay. `world`: ranks of the run; None if not known. Returns (variants
-    to simulate, variants that are ruled out and why). Raises ConfigError with the problems that every variant has, or if no
-    variant is left.
+    `given_keys`: keys of settings on the command line, which stay. `world`: ranks of the run; None if not known. Returns
+    (variants to simulate, variants that are ruled out and why). Raises ConfigError with the problems that every variant has, or
+    if no variant is left.
     """
-    variants = list(_every_variant(config, settings, typed))
-    if "parallel.experts" not in typed and world is not None:
-        variants += _with_dealt_experts(variants, world)
+    variants = list(_every_variant(config, settings, given_keys))
+    if "parallel.experts" not in given_keys and world is not None:
+        variants += _with_expert_parallelism(variants, world)
+
+    # Problems of every variant are problems of the run itself.
     problems_by_variant = [_problems(variant.config, world) for variant in variants]
     common_problems = _peer_problems(config, settings.theirs)
     for problem in problems_by_variant[0]:
@@ -195,6 +199,7 @@ def run_variants(
             common_problems.append(problem)
     if common_problems:
         raise ConfigError(common_problems)
+
     possible = []
     refused = []
     for variant, problems in zip(variants, problems_by_variant, strict=True):
@@ -207,17 +212,19 @@ def run_variants(
     return possible, refused
 
 
-def _with_dealt_experts(variants: list[RunVariant], world: int) -> list[RunVariant]:
-    """The variants once more for each possible degree of expert parallelism (ranks among which a layer's experts are dealt)."""
-    dealt = []
-    configs = with_dealt_experts([variant.config for variant in variants], world)
-    for variant, configs_of_variant in zip(variants, configs, strict=True):
-        for config in configs_of_variant:
-            # Those that cannot run are no news: nobody asked for them.
+def _with_expert_parallelism(variants: list[RunVariant], world: int) -> list[RunVariant]:
+    """Further variants: each of `variants` with each degree of expert parallelism (ranks that share a layer's experts).
+
+    Those that cannot run are left out without a reason, since nobody asked for them.
+    """
+    expert_parallel_variants = []
+    configs_by_variant = with_expert_parallelism([variant.config for variant in variants], world)
+    for variant, expert_parallel_configs in zip(variants, configs_by_variant, strict=True):
+        for config in expert_parallel_configs:
             if not _problems(config, world):
                 words = (*variant.words, f"parallel.experts={config.parallel.experts}")
-                dealt.append(replace(variant, config=config, words=words))
-    return dealt
+                expert_parallel_variants.append(replace(variant, config=config, words=words))
+    return expert_parallel_variants
 
 
 FURTHER_DEGREES = (2, 4, 8)
@@ -231,19 +238,19 @@ FURTHER_SETTINGS: tuple[dict[str, Any], ...] = (
 
 
 def further_variants(
-    config: RunConfig, settings: PlanConfig, typed: set[str], world: int, long_rows: dict[str, Any]
+    config: RunConfig, settings: PlanConfig, given_keys: set[str], world: int, long_rows: dict[str, Any]
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
-    """Further ways to run, for when nothing fits: several ranks share each row, and the strategy gets settings for long rows.
+    """Variants for a run of which nothing fits: several ranks share each row, and the strategy gets settings for long rows.
 
-    `long_rows`: one of FURTHER_SETTINGS. `typed`: keys of settings that the user typed. Returns (variants to simulate,
-    variants that are ruled out and why). Blocks are recomputed whole, unless the recomputation was typed. No variants if
-    ranks share rows already, or if `parallel.sequence` or one of the settings was typed.
+    `long_rows`: one of FURTHER_SETTINGS. `given_keys`: keys of settings on the command line. Returns (variants to simulate,
+    variants that are ruled out and why). All blocks are recomputed, unless the command line sets the recomputation. No variants
+    if ranks share rows already, or if the command line sets `parallel.sequence` or a setting of `long_rows`.
     """
-    shares_rows = config.parallel.sequence > 1 or "parallel.sequence" in typed
-    if shares_rows or any(f"strategy.{key}" in typed for key in long_rows):
+    shares_rows = config.parallel.sequence > 1 or "parallel.sequence" in given_keys
+    if shares_rows or any(f"strategy.{key}" in given_keys for key in long_rows):
         return [], []
     strategy = replace(config.strategy, **long_rows)
-    if "strategy.activation_checkpointing" not in typed:
+    if "strategy.activation_checkpointing" not in given_keys:
         strategy = replace(strategy, activation_checkpointing=ActivationCheckpointing.full)
     words = [f"strategy.{key}={str(value).lower()}" for key, value in long_rows.items()]
     possible = []
@@ -251,11 +258,12 @@ def further_variants(
     for degree in FURTHER_DEGREES:
         if world % degree:
             continue
-        shared = replace(config, strategy=strategy, parallel=replace(config.parallel, sequence=degree))
-        of_model = sequence_problems(shared)
-        for variant in _every_variant(shared, settings, typed | {"strategy.activation_checkpointing"}):
-            variant = replace(variant, words=(*variant.words, f"parallel.sequence={degree}", *words))
-            problems = [*_problems(variant.config, world), *of_model]
+        sharing_config = replace(config, strategy=strategy, parallel=replace(config.parallel, sequence=degree))
+        model_problems = sequence_problems(sharing_config)
+        fixed_keys = given_keys | {"strategy.activation_checkpointing"}
+        for base_variant in _every_variant(sharing_config, settings, fixed_keys):
+            variant = replace(base_variant, words=(*base_variant.words, f"parallel.sequence={degree}", *words))
+            problems = [*_problems(variant.config, world), *model_problems]
             if problems:
                 refused.append((variant, problems[0]))
             else:
@@ -264,28 +272,33 @@ def further_variants(
 
 
 def _problems(config: RunConfig, world: int | None) -> list[str]:
+    """The problems of a run that rule it out in a plan as well; those that only keep it from starting here are left out."""
     return [problem for problem in problems_of(config, world_size=world) if not problem.startswith(RUN_ONLY_PROBLEMS)]
 
 
-def _every_variant(config: RunConfig, settings: PlanConfig, typed: set[str]) -> Iterator[RunVariant]:
+def _every_variant(config: RunConfig, settings: PlanConfig, given_keys: set[str]) -> Iterator[RunVariant]:
     """Each combination of strategy, base quantisation, recomputation and offload that the user left open.
 
-    `typed`: keys of settings that the user typed. A strategy that cannot offload has no variant that does.
+    `given_keys`: keys of settings on the command line. A strategy that cannot offload has no variant that does.
     """
     requested_mode = config.strategy.activation_checkpointing
-    modes: Sequence[ActivationCheckpointing] = (requested_mode,)
-    if requested_mode is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in typed:
-        modes = RECOMPUTATION_MODES
+    mode_is_open = (
+        requested_mode is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in given_keys
+    )
+    modes = RECOMPUTATION_MODES if mode_is_open else (requested_mode,)
     quantisations = settings.quantisation or [config.model.quantisation]
     offloads = (False, True) if settings.offload else (False,)
-    strategies = _strategies(config.strategy, typed)
+    # The strategy on the command line, or else all strategies with the settings that they have in common.
+    strategies = [config.strategy] if "strategy" in given_keys else every_strategy(config.strategy)
     for strategy, quantisation, mode, offload in product(strategies, quantisations, modes, offloads):
         words = [f"strategy={strategy.name}", f"strategy.activation_checkpointing={mode}"]
         variant_strategy = _with_offload(strategy) if offload else strategy
         if variant_strategy is None:
             continue
         if offload:
-            words += _OFFLOAD_WORDS[isinstance(strategy, ZeroConfig)]
+            words.append(
+                "strategy.offload_optimizer=cpu" if isinstance(strategy, ZeroConfig) else "strategy.cpu_offload=true"
+            )
         if settings.quantisation:
             words.append(f"model.quantisation={quantisation}")
         variant_config = replace(
@@ -294,9 +307,6 @@ def _every_variant(config: RunConfig, settings: PlanConfig, typed: set[str]) -> 
             model=replace(config.model, quantisation=quantisation),
         )
         yield RunVariant(variant_config, tuple(words), offload)
-
-
-_OFFLOAD_WORDS = (["strategy.cpu_offload=true"], ["strategy.offload_optimizer=cpu"])
 
 
 def _with_offload(strategy: StrategyConfig) -> StrategyConfig | None:
@@ -308,23 +318,18 @@ def _with_offload(strategy: StrategyConfig) -> StrategyConfig | None:
     return None
 
 
-def _strategies(requested: StrategyConfig, typed: set[str]) -> list[StrategyConfig]:
-    """The strategy that was typed, or all of them with the common settings that were."""
-    return [requested] if "strategy" in typed else every_strategy(requested)
-
-
-def micro_batches(job: PlannedRun, typed: int | None, sequence: int = 1) -> list[int]:
-    """Micro-batches to plan for: the one typed, or all that divide a reader's part of the global batch.
+def micro_batches(job: PlannedRun, given: int | None, sequence: int = 1) -> list[int]:
+    """Micro-batches to plan for: the `given` one, or all that divide a reader's part of the global batch.
 
     A reader is a rank, or the `sequence` ranks that share a row and so read the same samples. The list is empty if the global
-    batch does not divide evenly, or the one typed does not divide a reader's part.
+    batch does not divide evenly, or if `given` does not divide a reader's part.
     """
     samples_per_reader, remainder = divmod(job.global_batch, job.ranks // sequence)
     if remainder:
         return []
-    if typed is not None:
-        return [typed] if samples_per_reader % typed == 0 else []
-    return divisors(samples_per_reader)
+    if given is None:
+        return divisors(samples_per_reader)
+    return [given] if samples_per_reader % given == 0 else []
 
 
 def rank_choices(
@@ -334,9 +339,9 @@ def rank_choices(
     micros: list[int],
     peer_settings: Sequence[PeerSetting] = (),
 ) -> list[Choice]:
-    """A variant with each micro-batch of `micros`: those that fit, the fastest first; then those that do not, smallest first.
+    """The variant with each micro-batch of `micros`: those that fit, the fastest first; then those that do not, smallest first.
 
-    `peer_settings`: what another trainer does differently (`plan.theirs`), to tell its memory beside.
+    `peer_settings`: what another trainer does differently (`plan.theirs`), if its memory is to be computed as well.
     """
     choices = []
     for micro in micros:
@@ -350,19 +355,21 @@ def rank_choices(
 
 
 def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> Choice:
-    """What a step of this variant takes with `micro` documents per forward pass: memory, seconds, and hours and price of the run.
+    """The cost of a variant with `micro` documents per forward pass: memory and seconds of a step, hours and price of the run.
 
-    Under FSDP2 it also decides whether gradients wait unreduced for the last micro-batch, unless that is set.
+    Under FSDP2 it also decides whether gradients are reduced only in the last micro-batch, if the run leaves that open.
     """
     card = job.card
     strategy = variant.config.strategy
     accumulation = job.global_batch // (readers_of(variant.config, job.ranks) * micro)
     units = float(micro) if cost_model.rows else job.lengths.tokens_of_longest(micro)
     words = [*variant.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
+    # Memory, by the longest documents.
     peak = cost_model.peak_at(units)
     defers = None
     if accumulation > 1 and isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
-        # The run would decide by an estimate; the plan knows, and says it.
+        # Reduce gradients only in the last micro-batch if full ones fit. The run itself would decide by an estimate; the plan has
+        # simulated it, so its choice is added to the command line.
         shards = job.ranks // replica_count(strategy, job.ranks, job.nodes)
         waiting = deferred_gradient_bytes(cost_model, shards, variant.config.parallel.experts)
         deferred_model = with_deferred_reduction(cost_model, waiting)
@@ -372,12 +379,12 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
             cost_model = deferred_model
             peak = deferred_peak
         words.append(f"strategy.defer_sync={str(defers).lower()}")
-    # Memory is judged by the longest documents, time by the average ones.
+    # Time, by documents of average length.
     load = _average_load(cost_model, job, micro, accumulation)
     step = step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
     tokens = job.lengths.mean * job.global_batch
-    of_round = _round_time(variant.config, cost_model, job, step)
-    step_s = step.total_s if of_round is None else of_round.seconds_per_step
+    seconds_of_round = _round_time(variant.config, cost_model, job, step)
+    step_s = step.total_s if seconds_of_round is None else seconds_of_round.seconds_per_step
     hours = _budget_hours(variant.config, job, step_s, tokens)
     price = None
     if hours is not None and card.price_per_hour is not None:
@@ -396,7 +403,7 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
         node_gib=job.node_gib,
         hours=hours,
         price=price,
-        round=of_round,
+        round=seconds_of_round,
         defers=defers,
     )
 
@@ -458,6 +465,7 @@ def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> l
 
 
 def _average_load(cost_model: CostModel, job: PlannedRun, micro: int, accumulation: int) -> MicroBatchLoad:
+    """The size of a micro-batch of `micro` documents of average length, and how many of them a step has (`accumulation`)."""
     units = float(micro) if cost_model.rows else micro * job.lengths.mean
     return MicroBatchLoad(units, micro * job.lengths.mean_square, accumulation)
 

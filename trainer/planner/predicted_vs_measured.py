@@ -32,15 +32,15 @@ def checkpoint_bytes(trained: int, optimizer: str) -> int:
 
 
 def predicted(built: Built, record: RunRecord, optimizer: str, device_gib: float) -> PredictedCost:
-    """What the run is expected to take: memory, seconds of a step, bytes of a checkpoint; texts beside say by which estimate.
+    """The predicted cost of a run: memory, seconds of a step, bytes of a checkpoint, each with a text that names the method.
 
-    `built.expected`: bytes of weights and optimizer state, and of activations, by arithmetic. `record`: the run's record as it
-    is at the start. `optimizer`: its name, a key of STATE_BYTES. `device_gib`: memory of this rank's device. Seconds leave
-    out what ranks exchange.
+    `built.expected`: (bytes of weights and optimizer state, bytes of activations), by arithmetic. `record`: the run's record at
+    the start. `optimizer`: its name, a key of STATE_BYTES. `device_gib`: memory of this rank's device. The seconds do not include
+    communication.
     """
     assert built.expected is not None
     state_bytes, activation_bytes = built.expected
-    if record.must_fit:  # a simulated step knows more than either estimate
+    if record.must_fit:  # a simulated step is more precise than either estimate
         memory_gib = record.must_fit.live_gib
         memory_by = SIMULATED
     else:
@@ -48,10 +48,10 @@ def predicted(built: Built, record: RunRecord, optimizer: str, device_gib: float
         memory_by = BY_RULE if built.activations is None else BY_SHAPES
     step_s = None
     step_by = record.reference_tflops_source
-    peak = record.reference_tflops
-    if peak:
+    peak_tflops = record.reference_tflops
+    if peak_tflops:
         flops = record.flops_per_token * record.tokens_per_step / record.world_size
-        step_s = flops / (PRODUCT_EFFICIENCY * peak * 1e12)
+        step_s = flops / (PRODUCT_EFFICIENCY * peak_tflops * 1e12)
         step_by = STEP_BY
     return PredictedCost(
         memory_gib=memory_gib,
@@ -66,7 +66,7 @@ def predicted(built: Built, record: RunRecord, optimizer: str, device_gib: float
 
 
 def memory_text(record: RunRecord) -> list[str]:
-    """The start screen on memory: what was simulated, or a warning if the estimate exceeds the device; else nothing."""
+    """Lines on memory for the start screen: the simulated need, or a warning if the estimate exceeds the device; else none."""
     simulated = record.must_fit
     if simulated:
         gib = f"{simulated.needed_gib:.2f} of {simulated.device_gib:.2f} GiB"

@@ -31,7 +31,7 @@ FORWARD_SHARE = 1 / 3
 
 @dataclass(frozen=True, slots=True)
 class RoundLoad:
-    """What a round asks of a run: sizes that are known without simulating a step."""
+    """The sizes of a round of online learning, which are known without simulating a step."""
 
     prompts: int
     """Prompts of a round."""
@@ -52,7 +52,7 @@ class RoundLoad:
     iterations: int
     """How often each of these steps is taken."""
     passes: int
-    """Passes without gradients over all answers of a round: what the policy and the reference say of them."""
+    """Passes without gradients over all answers of a round, for log-probabilities of the policy and of the reference model."""
 
     @property
     def answers(self) -> int:
@@ -71,7 +71,7 @@ class RoundLoad:
 
 @dataclass(frozen=True, slots=True)
 class WritingModel:
-    """What of a model and a card decides how long writing takes."""
+    """The sizes of a model that decide how long it takes to write an answer."""
 
     parameters: int
     """Of the whole model; of experts, all of them: the rows of a batch choose most."""
@@ -113,7 +113,7 @@ class RoundTime:
 
 
 def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longest_prompt: int) -> RoundLoad | None:
-    """The sizes of a round, in which the model writes answers and then learns from them; None for other objectives.
+    """The sizes of a round, in which the model writes answers and then learns from them; None for objectives without rounds.
 
     `prompt_tokens`: mean length of a prompt. `longest_prompt`: tokens of the longest one. `model_config`: of transformers.
     """
@@ -156,31 +156,35 @@ def round_time(
     parts if they are more than a batch holds. `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds
     between two steps, whole weights not counted.
     """
+    # The batches of answers that a rank writes one after the other.
     readers = readers_of(config, ranks)  # ranks that write answers to different prompts
-    rows_of_part = min(load.rows, load.group_size)
-    parts_of_batch = max(1, load.rows // rows_of_part)
-    parts = load.prompts * -(-load.group_size // rows_of_part)
-    rows = min(parts_of_batch, -(-parts // readers)) * rows_of_part
-    batches = -(-parts // (parts_of_batch * readers))
+    rows_per_part = min(load.rows, load.group_size)
+    parts_per_batch = max(1, load.rows // rows_per_part)
+    parts = load.prompts * -(-load.group_size // rows_per_part)
+    rows = min(parts_per_batch, -(-parts // readers)) * rows_per_part
+    batches = -(-parts // (parts_per_batch * readers))
+
+    # Sharded weights are gathered once a round if memory allows it, else again for each token that is written.
     key_bytes = rows * load.key_bytes * (load.longest_prompt + load.new_tokens)
     writing_bytes = model.weight_bytes + round(key_bytes)
     is_sharded = shards_weights(config.strategy) and ranks > 1
-    # Sharded weights are gathered once a round if memory allows it, else again for each token that is written.
-    room = USABLE_SHARE * (card.memory_gib * 2**30 - other_bytes)
-    gathers_once = not is_sharded or writing_bytes <= room
+    usable_bytes = USABLE_SHARE * (card.memory_gib * 2**30 - other_bytes)
+    gathers_once = not is_sharded or writing_bytes <= usable_bytes
     gather_s = 0.0
     if is_sharded:
         gather_s = model.weight_bytes * (ranks - 1) / ranks / ring_bytes_per_s(card, ranks, nodes)
 
-    mean_tokens = load.prompt_tokens + load.new_tokens / 2  # keys that are read for a token, halfway through an answer
+    # Seconds to write: for each new token the slower of decoding and gathering; before that, the prompts (prefill).
+    mean_tokens = load.prompt_tokens + load.new_tokens / 2  # whose keys are read for a token, halfway through an answer
     token_s = decode_s(model, card, config.precision, rows=rows, key_bytes=rows * load.key_bytes * mean_tokens)
-    # A prompt is computed once for its group where the weights are whole, else for each of its answers.
-    prompts_of_rank = load.prompts / readers * (1 if gathers_once else load.group_size)
-    flops = 2 * model.parameters * prompts_of_rank * load.prompt_tokens
+    # A prompt is computed once for its group if the rank has all weights, else for each of its answers.
+    prompts_per_rank = load.prompts / readers * (1 if gathers_once else load.group_size)
+    flops = 2 * model.parameters * prompts_per_rank * load.prompt_tokens
     prefill_s = flops / (card.tflops(config.precision) * 1e12 * PRODUCT_EFFICIENCY)
-    write_s = batches * load.new_tokens * (token_s if gathers_once else max(token_s, gather_s)) + prefill_s
     if gathers_once:
-        write_s += gather_s
+        write_s = batches * load.new_tokens * token_s + prefill_s + gather_s
+    else:
+        write_s = batches * load.new_tokens * max(token_s, gather_s) + prefill_s
     score_s = None if card.scoring_s is None else load.answers * card.scoring_s
     return RoundTime(
         write_s=card.writing_pace * write_s,
@@ -193,9 +197,12 @@ def round_time(
 
 
 def decode_s(model: WritingModel, card: Card, precision: Precision, *, rows: int, key_bytes: float) -> float:
-    """Seconds in which a rank writes one token of each of `rows` answers, whose keys take `key_bytes` bytes."""
-    moved = model.weight_bytes + KEY_COPIES * key_bytes + LOGIT_PASSES * 4 * rows * model.vocabulary
-    moves_s = moved / (card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
+    """Seconds in which a rank writes one token of each of `rows` answers, whose keys take `key_bytes` bytes.
+
+    The slowest of three: memory traffic, matrix products, and the launches of kernels.
+    """
+    moved_bytes = model.weight_bytes + KEY_COPIES * key_bytes + LOGIT_PASSES * 4 * rows * model.vocabulary
+    moves_s = moved_bytes / (card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
     products_s = 2 * model.parameters * rows / (card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY)
     return max(moves_s, products_s, model.blocks * BLOCK_LAUNCH_S)
 

@@ -98,29 +98,29 @@ def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> Simulate
     """
     with fake_tensors(runtime.device):
         (batches,) = replaced_by_fakes(parts.built, [parts.batches])
-        return watch(replace(parts, batches=batches), runtime, repeat=repeat)
+        return record_steps(replace(parts, batches=batches), runtime, repeat=repeat)
 
 
-def watch(parts: StepParts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> SimulatedStep:
-    """Take steps on whatever tensors `parts` has, real or fake, and report what one takes. All ranks must call.
+def record_steps(parts: StepParts, runtime: Runtime, *, warmup_steps: int = 1, repeat: int = 1) -> SimulatedStep:
+    """Take training steps on the tensors of `parts`, real or fake, and report what one step takes. All ranks must call.
 
-    Tests compare real steps with simulated ones so. `warm` steps go before and do not count. Of 1 + `repeat` more the least
-    counts, since real process groups let go of tensors in threads of their own, sometimes late.
+    Tests compare real steps with simulated ones by it. The first `warmup_steps` steps do not count. Of the 1 + `repeat` steps
+    after them, the lowest peak of each phase counts: threads of real process groups free tensors late in some steps.
     """
-    with watching(parts, runtime) as watched:
-        return _steps(parts, watched, warm, repeat)
+    with recording_engine(parts, runtime) as recorded:
+        return _lowest_of_steps(parts, recorded, warmup_steps, repeat)
 
 
 @contextmanager
-def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
-    """Build the engine of `parts` and record its memory and exchanges from its making on. All ranks must call.
+def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEngine]:
+    """A context with the engine of `parts`, whose memory and collectives are recorded from its creation on.
 
-    The model in `parts.built` becomes the engine's, and cannot be used for another.
+    The model in `parts.built` becomes the engine's, and cannot be used for another. All ranks must call.
     """
     if "deepspeed" in sys.modules:  # ZeRO-3 simulated before leaves a linear function that casts weights anew each time
         restore_linear()
     recorder = Recorder(runtime.device)
-    with _uncollected(), recorder:
+    with _without_garbage_collection(), recorder:
         strategy = build_strategy(parts.strategy, parts.precision, runtime)
         places: dict[nn.Module, int | str] = dict.fromkeys(teacher_blocks(parts.built.step_module), "teacher")
         places |= {block: index for index, block in enumerate(repeated_blocks(parts.built.step_module))}
@@ -132,14 +132,14 @@ def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
         )
         for kind, tensor in engine_tensors(engine):
             recorder.track(tensor, kind)
-        watched = WatchedEngine(engine, recorder, places)
-        with watched.places(), track_bucket_reductions(engine, recorder, parts.full_trained_elements):
-            yield watched
+        recorded = RecordedEngine(engine, recorder, places)
+        with recorded.hooked_blocks(), track_bucket_reductions(engine, recorder, parts.full_trained_elements):
+            yield recorded
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: when it comes depends on what ran before, and what it frees is live until then."""
+def _without_garbage_collection() -> Iterator[None]:
+    """A context without garbage collection: garbage counts as live until it is collected, at a time that nobody controls."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -150,34 +150,38 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _steps(parts: StepParts, watched: WatchedEngine, warm: int, repeat: int) -> SimulatedStep:
-    """Take `warm` steps that do not count, then 1 + `repeat` that do: in each phase the least peak of these is reported."""
-    recorder = watched.recorder
-    for _ in range(warm):
-        watched.take(parts.batches)
-    record = watched.take(parts.batches)
-    peaks = recorder.peaks
+def _lowest_of_steps(parts: StepParts, recorded: RecordedEngine, warmup_steps: int, repeat: int) -> SimulatedStep:
+    """Take `warmup_steps` steps, then 1 + `repeat` steps of which each phase's lowest peak is reported.
+
+    Collectives and arithmetic are those of the first counted step. Simulated steps must all have the same peaks (RuntimeError).
+    """
+    recorder = recorded.recorder
+    for _ in range(warmup_steps):
+        recorded.take_step(parts.batches)
+    record = recorded.take_step(parts.batches)
+    lowest_peaks = recorder.peaks
     for _ in range(repeat):
-        watched.take(parts.batches, tally_after=operations(peaks))
-        repeated = recorder.peaks
-        if watched.runtime.simulated:
-            differing = [phase for phase, peak in peaks.items() if peak.total != repeated[phase].total]
+        # It is known now after which operation each phase peaks: there, bytes are also told apart by kind.
+        recorded.take_step(parts.batches, tally_after=peak_operations(lowest_peaks))
+        new_peaks = recorder.peaks
+        if recorded.runtime.simulated:
+            differing = [phase for phase, peak in lowest_peaks.items() if peak.total != new_peaks[phase].total]
             if differing:
                 phases = ", ".join(map(str, differing))
                 raise RuntimeError(f"two steps of one run hold different amounts of memory: {phases}")
-        for phase, peak in repeated.items():
-            peak.total = min(peak.total, peaks[phase].total)
-        peaks = repeated
-    return watched.report(peaks, record)
+        for phase, peak in new_peaks.items():
+            peak.total = min(peak.total, lowest_peaks[phase].total)
+        lowest_peaks = new_peaks
+    return recorded.report(lowest_peaks, record)
 
 
-def operations(peaks: dict[StepPhase, PhasePeak]) -> dict[StepPhase, int]:
-    """After which of its operations each phase was highest."""
+def peak_operations(peaks: dict[StepPhase, PhasePeak]) -> dict[StepPhase, int]:
+    """The operation of each phase after which most bytes were live, by its number within the phase."""
     return {phase: peak.operation for phase, peak in peaks.items()}
 
 
-class WatchedEngine:
-    """An engine that tells a recorder what it is at."""
+class RecordedEngine:
+    """An engine with the calls of the training loop, which reports each phase of a step to a recorder."""
 
     def __init__(self, engine: Any, recorder: Recorder, block_places: dict[nn.Module, int | str]) -> None:
         self.engine = engine
@@ -191,7 +195,7 @@ class WatchedEngine:
         self._micro = 0
         self._trainer = minimal_trainer(self)
 
-    def take(self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None) -> Record:
+    def take_step(self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None) -> Record:
         """Take one training step of these micro-batches, and return what was recorded of it; peaks are in `recorder.peaks`.
 
         `tally_after`: the operation of each phase after which memory is told apart by kind; None: after none.
@@ -200,7 +204,7 @@ class WatchedEngine:
             self.recorder.begin_step()
         else:
             self.recorder.begin_tallied_step(tally_after, lambda: engine_tensors(self.engine))
-        self.start()
+        self.begin_step()
         host_inputs = plan_of(self.step_module).host_inputs
         if host_inputs is not None:
             host_inputs.begin_step()
@@ -209,21 +213,21 @@ class WatchedEngine:
         if host_inputs is not None:
             self.recorder.record.host_inputs = host_inputs.peak
         del batch  # its tensors do not count between steps
-        self.at("between")
+        self.set_phase("between")
         self.recorder.note_live_bytes()
         return self.recorder.record
 
-    def again(
+    def take_step_and_peaks(
         self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None
     ) -> tuple[dict[StepPhase, PhasePeak], Record]:
-        """`take`, with the peak of each phase."""
-        record = self.take(batches, tally_after)
+        """As `take_step`; returns (the peak of each phase, what was recorded of the step)."""
+        record = self.take_step(batches, tally_after)
         return self.recorder.peaks, record
 
     def report(self, phases: dict[StepPhase, PhasePeak], record: Record) -> SimulatedStep:
-        """What was measured of a step, with what lives between steps: call it when the step is over, before the next.
+        """The result of a step that was recorded, with the memory that stays between steps. To be called before the next step.
 
-        `phases`: the peak of each. Tensors of the engine on the host count once for each storage.
+        `phases`: the peak of each. Host memory is that of the engine's tensors; tensors that share a storage count once.
         """
         resting = self.recorder.tally()
         host_bytes_by_storage = {}
@@ -244,15 +248,16 @@ class WatchedEngine:
             host_inputs=record.host_inputs,
         )
 
-    def start(self) -> None:
-        """A step begins."""
+    def begin_step(self) -> None:
+        """Report to the recorder that the first micro-batch of a step begins."""
         self._micro = 0
-        self.at("forward", "before")
+        self.set_phase("forward", "before")
 
-    def at(self, phase: str, place: int | str = "before") -> None:
-        """Tell the recorder which phase and place (as in `StepPhase.place`) is at work from now on.
+    def set_phase(self, phase: str, place: int | str = "before") -> None:
+        """Report to the recorder which phase, and which part of the model, computes from now on.
 
-        It follows what kind of memory new tensors are: outputs of the head are logits, all else in a step activations.
+        `place`: as in `StepPhase.place`. Also sets the kind of memory that new tensors count as: outputs of the head are logits,
+        all else in a step activations.
         """
         self.recorder.phase = StepPhase(phase, self._micro, place)
         if phase == "between":
@@ -263,30 +268,30 @@ class WatchedEngine:
             self.recorder.new_kind = MemoryKind.activations
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
-        self.at("forward")
-        self.recorder.squared_lengths = _squares(batch)
+        self.set_phase("forward")
+        self.recorder.squared_lengths = _squared_lengths(batch)
         return self.engine.forward(batch, last=last)
 
     @contextmanager
     def inference(self, *, averaged: bool = True, at_start: bool = False) -> Iterator[nn.Module]:
         """A pass without gradients before the step's own: counted with the first forward pass."""
-        self.at("forward")
+        self.set_phase("forward")
         with self.engine.inference(averaged=averaged, at_start=at_start) as module:
             yield module
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self.at("backward")
+        self.set_phase("backward")
         self.engine.backward(loss, last=last)
         self._micro += 1
 
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
         self._micro -= 1
-        self.at("update")
+        self.set_phase("update")
         return self.engine.step(lr_factor, update_filter)
 
     @contextmanager
-    def places(self) -> Iterator[None]:
-        """While entered, hooks tell the recorder which block or head is at work. They keep no tensor alive."""
+    def hooked_blocks(self) -> Iterator[None]:
+        """A context in which hooks report to the recorder which block, or the head, computes. They keep no tensor alive."""
         with ExitStack() as stack:
             for block, place in self.block_places.items():
                 self._hook(stack, block, place)
@@ -299,29 +304,29 @@ class WatchedEngine:
             yield
 
     def _hook(self, stack: ExitStack, module: nn.Module, place: int | str) -> None:
-        """Register hooks by which the recorder learns when `module`, a block or the head, is at work, forward and backward.
+        """Register hooks that report when `module`, a block or the head, computes, in forward and backward passes.
 
         `stack` removes them when it closes. `place`: the block's index, `teacher` for the teacher's blocks, or `head`.
         """
 
-        def phase() -> str:
+        def current_phase() -> str:
             return self.recorder.phase.name
 
-        def enter(*_: Any) -> None:
-            self.at(phase(), place)
+        def before_forward(*_: Any) -> None:
+            self.set_phase(current_phase(), place)
 
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            if phase() != "forward":  # a block that is recomputed stays at work
+        def after_forward(_module: nn.Module, _args: Any, output: Any) -> None:
+            if current_phase() != "forward":  # recomputation within a backward pass, which goes on with this block
                 return
-            self.at("forward", "after" if place == "head" else place)
+            self.set_phase("forward", "after" if place == "head" else place)
             for tensor in _tensors_in(output):
                 if tensor.requires_grad:
                     # The gradient of its output comes when the module's backward pass begins.
-                    tensor.register_hook(lambda _grad: self.at("backward", place))
+                    tensor.register_hook(lambda _grad: self.set_phase("backward", place))
                     break
 
-        stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
-        stack.callback(module.register_forward_hook(leave).remove)
+        stack.callback(module.register_forward_pre_hook(before_forward, prepend=True).remove)
+        stack.callback(module.register_forward_hook(after_forward).remove)
 
 
 def _tensors_in(output: Any) -> Iterator[Tensor]:
@@ -332,7 +337,7 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
             yield from _tensors_in(element)
 
 
-def _squares(batch: dict[str, Any]) -> int:
+def _squared_lengths(batch: dict[str, Any]) -> int:
     """The sum of the squared lengths of a micro-batch's documents, to which attention's arithmetic is proportional.
 
     Rows with padding count with their whole width: attention computes it.

@@ -20,8 +20,8 @@ from strategies.runtime import SIMULATED, Runtime
 from strategies.sequence import with_sequence
 from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
-from trainer.build.experts import plan_experts
-from trainer.build.parts import build_step, right_alone, tile
+from trainer.build.experts import plan_expert_parallelism
+from trainer.build.parts import build_step, needs_one_row_batches, tile
 from trainer.build.recomputation import micro_batch_of
 from trainer.build.references import attach_frozen
 from trainer.build.reward_models import attach_reward_models
@@ -31,18 +31,25 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import cut_of
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
+from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.registry import data_spec_of, family_of
 from trainer.optim.build import build_optimizer
-from trainer.planner.cost_model import CostModel, MicroBatchSize, fit_cost_model, simulate_sizes, sizes_for
-from trainer.planner.depth_extrapolation import END_BLOCKS, ExtrapolatedStep, near_an_end, step_at_depth
+from trainer.planner.cost_model import (
+    CostModel,
+    MicroBatchSize,
+    fit_cost_model,
+    micro_batches_to_simulate,
+    simulate_sizes,
+)
+from trainer.planner.depth_extrapolation import END_BLOCKS, ExtrapolatedStep, is_near_an_end, step_at_depth
 from trainer.planner.memory_tracker import StepPhase
-from trainer.planner.model_blocks import block_pattern, repeated_blocks, truncated_model
+from trainer.planner.model_blocks import BlockPattern, block_pattern, repeated_blocks, truncated_model
 from trainer.planner.simulate import ShapesOnly, SimulatedStep, StepParts, simulate
 from trainer.step import Built
 
 
 class NoTokenizer:
-    """What building a model asks of a tokenizer: how many tokens there are, those added by the run included."""
+    """Stands in for a tokenizer where a model is built: it has only the number of tokens, those added by the run included."""
 
     def __init__(self, config: ModelConfig) -> None:
         rows = load_model_config(config).get_text_config().vocab_size
@@ -61,22 +68,22 @@ def simulate_run(
     world_size: int = 1,
     local_world_size: int = 8,
     device: torch.device = SIMULATED,
-    stands_for: tuple[int, int | None] = (0, None),
+    full_pattern: BlockPattern | None = None,
     expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> SimulatedStep:
     """Simulate one training step of rank `rank`, as on a GPU (or on `device` "cpu"), on tensors without memory.
 
-    Each micro-batch has sequences of `lengths` tokens. Of `model.path` only the config.json is read. `stands_for`: (blocks of
-    the deeper model that this one stands for, after how many their kinds repeat). `expert_imbalance`: with
-    `parallel.experts`, tokens that arrive at this rank's experts over the mean of its group. Raises ConfigError for what the
-    run itself would refuse, RuntimeError in a process that is part of a job.
+    Each micro-batch has sequences of `lengths` tokens. Of `model.path` only the config.json is read. `full_pattern`: if
+    the model is a shallow one, the blocks of the full model that it is simulated for; else None.
+    `expert_imbalance`: with `parallel.experts`, tokens that arrive at this rank's experts over the mean of its group. Raises
+    ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
     """
     with simulated_rank(
         rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
     ) as all_ranks:
         runtime = with_sequence(all_ranks, config.parallel.sequence)
         parts = step_parts(config, lengths, runtime)
-        return simulate(_with_full_size(parts, *stands_for), runtime)
+        return simulate(_with_full_size(parts, full_pattern), runtime)
 
 
 def simulate_depth(
@@ -110,7 +117,7 @@ def simulate_depth(
                 world_size=world_size,
                 local_world_size=local_world_size,
                 device=device,
-                stands_for=(blocks, pattern.period),
+                full_pattern=pattern,
                 expert_imbalance=expert_imbalance,
             )
 
@@ -125,7 +132,7 @@ def simulate_depth(
     )
 
 
-def simulate_form(
+def simulate_cost_model_of_run(
     config: RunConfig,
     length: int,
     *,
@@ -138,19 +145,18 @@ def simulate_form(
 ) -> CostModel:
     """The cost model of a rank's step: its memory and work at any size of micro-batch, from simulations of two sizes.
 
-    `length`: tokens of each sequence. Steps of `accumulation` micro-batches are simulated, as the rank that holds most, in
+    `length`: tokens of each sequence. Steps of `accumulation` micro-batches are simulated for the rank that holds most, in
     two models of few blocks; with `exact`, in the whole model. `expert_imbalance` and errors: as for `simulate_run`.
     """
     pattern = block_pattern(config.model)
     blocks = pattern.number
     period = None if exact else pattern.period
-    # The last rank's part of the gradients is reduced first, when everything else is still live.
-    # It is also the last of those that share a row, which has as many heads and tokens as any.
-    rank = world_size - 1 if _reduces_by_bucket(config) else busiest_rank(config)
+    rank = _rank_with_most_memory(config, world_size)
     end_blocks = end_blocks_of(config) if period else END_BLOCKS
     sequences = data_spec_of(config.objective).sequences_per_document
-    details: dict[str, Any] = {}  # of the model as it was built, at whatever depth
-    parameters_by_depth: dict[int, ParameterCounts] = {}
+    # Filled by the simulations: fields of the cost model that do not depend on the depth, and counts that do.
+    details: dict[str, Any] = {}
+    counts_by_depth: dict[int, ParameterCounts] = {}
 
     def simulate_model_of(
         depth: int, expected: dict[StepPhase, int] | None
@@ -164,16 +170,15 @@ def simulate_form(
         ):
             runtime = with_sequence(all_ranks, config.parallel.sequence)
             parts = step_parts(truncated, [length] * sequences, runtime)
-            parts = _with_full_size(parts, blocks, pattern.period)
+            parts = _with_full_size(parts, pattern)
             built = parts.built
-            details.update(notes=_notes_of(built), layout=str(built.layout), alone=right_alone(built, config.objective))
-            parameters_by_depth[depth] = _parameter_counts(built)
-            straight = parts.precision is not Precision.fp32  # whose attention keeps its scores
-            rows, lengths_by_size = sizes_for(
+            details.update(_fields_of_any_depth(built, config.objective))
+            counts_by_depth[depth] = _parameter_counts(built)
+            rows, lengths_by_size = micro_batches_to_simulate(
                 built,
                 vocabulary_of(truncated.model),
                 length,
-                straight=straight,
+                is_linear=parts.precision is not Precision.fp32,  # attention in fp32 keeps its scores, length x length
                 slices=runtime.sequence_size,
                 in_tiles=config.strategy.mlp_tokens is not None,
             )
@@ -184,7 +189,7 @@ def simulate_form(
                 batches.append([micro_batch] * accumulation)
                 units = len(lengths) // sequences if rows else sum(lengths)
                 sizes.append(MicroBatchSize(units, squares=sum(tokens**2 for tokens in lengths)))
-            is_needed = partial(near_an_end, depth=depth, ends=end_blocks)
+            is_needed = partial(is_near_an_end, depth=depth, ends=end_blocks)
             return simulate_sizes(parts, batches, runtime, expected, is_needed), sizes, rows
 
     cost_model = fit_cost_model(
@@ -192,25 +197,30 @@ def simulate_form(
         blocks,
         period=period,
         ends=end_blocks,
-        joined=ends_may_overlap(config),
+        ends_overlap=ends_may_overlap(config),
         accumulation=accumulation,
         local_world_size=local_world_size,
     )
-    counts = _extrapolated_counts(parameters_by_depth, blocks)
+    counts = _extrapolated_counts(counts_by_depth, blocks)
     return replace(
         cost_model,
         parameters=counts.total,
         trained=counts.trained,
-        trained_dealt=counts.trained_dealt,
+        trained_expert_parallel=counts.trained_expert_parallel,
         vocabulary=vocabulary_of(config.model),
         **details,
     )
 
 
-def _notes_of(built: Built) -> tuple[str, ...]:
-    """What was chosen while the model was built, but for kernels: they were asked of a machine that is not meant."""
-    notes = built.substitutions.items()
-    return tuple(f"{key}: {note}" for key, note in notes if key != "model.attention")
+def _fields_of_any_depth(built: Built, objective: ObjectiveConfig) -> dict[str, Any]:
+    """The fields `notes`, `layout` and `alone` of a cost model, which are the same at any depth of the simulated model."""
+    # Without the note on attention kernels: they were chosen for this machine, not for the GPU of the plan.
+    notes = [f"{key}: {note}" for key, note in built.substitutions.items() if key != "model.attention"]
+    return {
+        "notes": tuple(notes),
+        "layout": str(built.layout),
+        "alone": needs_one_row_batches(built, objective),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +229,8 @@ class ParameterCounts:
 
     total: int
     trained: int
-    trained_dealt: int
-    """Those of dealt experts (`parallel.experts`) among the trained ones."""
+    trained_expert_parallel: int
+    """Those of the trained ones that are in experts distributed over ranks (`parallel.experts`)."""
 
 
 def _extrapolated_counts(counts_by_depth: dict[int, ParameterCounts], blocks: int) -> ParameterCounts:
@@ -237,7 +247,7 @@ def _extrapolated_counts(counts_by_depth: dict[int, ParameterCounts], blocks: in
     return ParameterCounts(
         at_full_depth(shallow.total, deep.total),
         at_full_depth(shallow.trained, deep.trained),
-        at_full_depth(shallow.trained_dealt, deep.trained_dealt),
+        at_full_depth(shallow.trained_expert_parallel, deep.trained_expert_parallel),
     )
 
 
@@ -253,7 +263,7 @@ def end_blocks_of(config: RunConfig) -> int:
         return end_blocks
     with TemporaryDirectory() as directory, simulated_rank(0, 1) as runtime:
         depth = pattern.first + (pattern.period or 1)
-        # Blocks are the same whoever shares their rows, and one rank shares none.
+        # One rank suffices to build the blocks, whose sizes do not depend on how rows are shared.
         truncated = replace(
             config, model=truncated_model(config.model, depth, Path(directory)), parallel=ParallelConfig(sequence=1)
         )
@@ -286,25 +296,33 @@ def busiest_rank(config: RunConfig) -> int:
     heads = heads_of(load_model_config(config.model))
     if heads is None or heads.query % degree == 0:
         return 0
-    # Heads are dealt by `head_shares`, whose last share is the number rounded up.
+    # Heads are distributed by `head_shares`, whose last share is rounded up.
     return degree - 1
 
 
-def _reduces_by_bucket(config: RunConfig) -> bool:
-    return isinstance(config.strategy, ZeroConfig) and config.strategy.stage < 3
+def _rank_with_most_memory(config: RunConfig, world_size: int) -> int:
+    """The rank whose step takes most memory: under ZeRO-1 and 2 the last one, else the busiest of those that share a row."""
+    reduces_by_bucket = isinstance(config.strategy, ZeroConfig) and config.strategy.stage < 3
+    if reduces_by_bucket:
+        # The last rank's part of the gradients is reduced first, when everything else is still live. It is also the last of the
+        # ranks that share a row, which has as many heads and tokens as any.
+        return world_size - 1
+    return busiest_rank(config)
 
 
-def _with_full_size(parts: StepParts, blocks: int, period: int | None) -> StepParts:
-    """The parts of a shallow model's step with `full_trained_elements` of the model of `blocks` blocks that it stands for.
+def _with_full_size(parts: StepParts, full_pattern: BlockPattern | None) -> StepParts:
+    """The parts of a shallow model's step with `full_trained_elements`, the trained elements of the full model.
 
-    `period`: after how many blocks their kinds repeat. Each further period has the trained elements of the last one.
+    `full_pattern`: the blocks of the full model, in which each further period has the trained elements of the last one. None, or
+    as many blocks as the shallow model has: `parts` as they are.
     """
     module = parts.built.step_module
     units = repeated_blocks(module)
-    if period is None or len(units) >= blocks:
+    if full_pattern is None or full_pattern.period is None or len(units) >= full_pattern.number:
         return parts
+    period = full_pattern.period
     trained_in_period = sum(_trained_elements(unit) for unit in units[-period:])
-    further_blocks = blocks - len(units)
+    further_blocks = full_pattern.number - len(units)
     full_trained = _trained_elements(module) + trained_in_period * further_blocks // period
     return replace(parts, full_trained_elements=full_trained)
 
@@ -314,14 +332,15 @@ def _trained_elements(module: nn.Module) -> int:
 
 
 def _parameter_counts(built: Built) -> ParameterCounts:
-    """How many parameters a model has, and how many train. It must not be sharded yet: each has its whole shape."""
+    """How many parameters a model has, and how many train. It must not be sharded yet, so that all have their full shapes."""
     module = built.step_module
     trained = sum(p.numel() for _, p in named_parameters(module) if p.requires_grad)
-    trained_dealt = 0
-    for name in module.plan.dealt_experts:
-        own = module.get_submodule(name).parameters(recurse=False)
-        trained_dealt += sum(parameter.numel() for parameter in own if parameter.requires_grad)
-    return ParameterCounts(sum(element_counts(module).values()), trained, trained_dealt)
+    trained_expert_parallel = 0
+    for name in module.plan.expert_parallel_modules:
+        for parameter in module.get_submodule(name).parameters(recurse=False):
+            if parameter.requires_grad:
+                trained_expert_parallel += parameter.numel()
+    return ParameterCounts(sum(element_counts(module).values()), trained, trained_expert_parallel)
 
 
 def vocabulary_of(config: ModelConfig) -> int:
@@ -365,7 +384,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
     attach_frozen(built, config.model, config.objective, config.tuning, source, tokenizer)  # type: ignore[arg-type]
     attach_reward_models(built.step_module, config.objective, source, half_on_gpu=half_on_gpu)
     tile(built, config)
-    plan_experts(built, config, runtime)
+    plan_expert_parallelism(built, config, runtime)
     names = [name for name, _ in named_parameters(built.step_module)]
     parts = StepParts(
         built=built,
@@ -382,9 +401,9 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
 
 
 def _micro_batch_of(parts: StepParts, lengths: list[int], micro_batches: int, runtime: Runtime) -> dict[str, Any]:
-    """A micro-batch of sequences of `lengths` tokens, cut to this rank's slice where ranks share a row.
+    """A micro-batch of sequences of `lengths` tokens, cut to this rank's slice if ranks share a row.
 
-    `micro_batches`: how many like it a step has, all ranks together; their sum is what a loss is divided by.
+    `micro_batches`: how many such micro-batches a step has, all ranks together; losses are divided by their tokens together.
     """
     batch = micro_batch_of(parts.built, lengths, cut_of(runtime))
     batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * micro_batches)

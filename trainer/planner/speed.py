@@ -23,8 +23,8 @@ COLLECTIVE_LATENCY_S = 30e-6
 """Seconds that a collective takes before its first byte, within a node; once more for each doubling of nodes."""
 HOST_UPDATE_GB_S = 40.0
 """GB/s at which a host's cores go through optimizer state that lies there, all ranks of a node together. An assumption."""
-_WHOLE_TRIPS = {"allreduce": 2.0}
-"""How often the bytes of a collective go around its ranks; once for others."""
+_RING_PASSES = {"allreduce": 2.0}
+"""How often the bytes of a collective go around the ring of its ranks; once for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,36 +71,39 @@ def step_time(
     product_flops_per_s = card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY
     memory_bytes_per_s = card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY
     host_bytes_per_s = card.host_gb_s * 1e9 * LINK_EFFICIENCY
-    flops, moved, crossed = cost_model.work(load.units, load.squares)
+    flops, moved_bytes, host_copy_bytes = cost_model.work(load.units, load.squares)
+    # Forward and backward passes.
     products_s = load.micro_batches * flops / product_flops_per_s
-    moves_s = load.micro_batches * moved / memory_bytes_per_s
+    moves_s = load.micro_batches * moved_bytes / memory_bytes_per_s
     compute_s = products_s + moves_s
+    # Collectives on weights and gradients run beside the computation. Exposed are the seconds by which they take longer, and one
+    # block's collectives, beside which nothing is computed at the begin or end of a micro-batch.
     overlappable_s, update_exchange_s = exchange_s(cost_model, load.micro_batches, card)
-    # Nothing hides what comes before the first product of a micro-batch, or after the last.
-    unhidden_s = overlappable_s / max(1, cost_model.blocks * load.micro_batches)
-    exposed_s = max(overlappable_s - compute_s, 0.0) + min(unhidden_s, compute_s) + update_exchange_s
-    # Attention waits for the heads of the other slices, experts for the tokens of other ranks, and what follows waits for
-    # its own tokens.
-    waited_s = load.micro_batches * token_exchange_s(cost_model, load.units, card)
+    one_block_s = overlappable_s / max(1, cost_model.blocks * load.micro_batches)
+    exposed_s = max(overlappable_s - compute_s, 0.0) + min(one_block_s, compute_s) + update_exchange_s
+    # Token exchanges are all exposed: attention and experts wait for tokens of other ranks, and the next layer for its own.
+    token_exchange_total_s = load.micro_batches * token_exchange_s(cost_model, load.units, card)
+    # The update, and copies between host and device.
     update_s = cost_model.update_bytes / memory_bytes_per_s
-    update_s += load.micro_batches * crossed / host_bytes_per_s
-    if cost_model.host_bytes > 2**20:
+    update_s += load.micro_batches * host_copy_bytes / host_bytes_per_s
+    keeps_state_on_host = cost_model.host_bytes > 2**20  # not just step counters
+    if keeps_state_on_host:
         passes = 3  # states are read and written, gradients are read
         update_s += passes * cost_model.host_bytes * ranks_per_node / (HOST_UPDATE_GB_S * 1e9)
-    # The pace is a measured step's time, divided by what this function estimates for it; 1 if none was measured.
+    # `card.pace`: seconds of a measured step, divided by what this function estimates for it; 1 if none was measured.
     return StepTime(
         products_s=card.pace * products_s,
         moves_s=card.pace * moves_s,
-        exchange_s=card.pace * (overlappable_s + update_exchange_s + waited_s),
-        exposed_s=card.pace * (exposed_s + waited_s),
+        exchange_s=card.pace * (overlappable_s + update_exchange_s + token_exchange_total_s),
+        exposed_s=card.pace * (exposed_s + token_exchange_total_s),
         update_s=card.pace * update_s,
     )
 
 
 def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[float, float]:
-    """Seconds of a step's collectives over weights and gradients, on a step of `micro_batches` micro-batches.
+    """Seconds of the collectives on weights and gradients, in a step of `micro_batches` micro-batches.
 
-    Returns (seconds in forward and backward passes, which arithmetic may hide; seconds in the update, which nothing hides).
+    Returns (seconds in forward and backward passes, which computation may hide; seconds in the update, which nothing hides).
     """
     overlappable_s = 0.0
     update_exchange_s = 0.0
@@ -112,7 +115,7 @@ def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[f
         if when == "update":
             update_exchange_s += seconds
         elif when == "each" and cost_model.accumulation > 1:
-            # The simulation counted these in all of its micro-batches but the last: scale them to the real number.
+            # Counted in all simulated micro-batches but the last (`accumulation - 1`): scale to those of the real step.
             overlappable_s += seconds * (micro_batches - 1) / (cost_model.accumulation - 1)
         else:
             overlappable_s += seconds
@@ -120,32 +123,35 @@ def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[f
 
 
 def token_exchange_s(cost_model: CostModel, units: float, card: Card) -> float:
-    """Seconds in which ranks that share rows or experts send each other tokens, in a micro-batch of `units` (rows or tokens)."""
+    """Seconds of the all-to-alls between ranks that share rows or experts, in a micro-batch of `units` (rows or tokens)."""
     seconds = 0.0
     for exchange in cost_model.token_exchanges:
         latency_s = exchange.calls * COLLECTIVE_LATENCY_S * (1 + math.log2(exchange.hosts))
         size = cost_model.exchanged_bytes(exchange, units)
-        ranks_a_host = exchange.ranks / exchange.hosts
-        within_host = size * (ranks_a_host - 1) / exchange.ranks / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
-        # All cards of a host send at a time through its links to the others.
-        between_hosts = size * (1 - 1 / exchange.hosts) * card.gpus_per_node / (card.node_gb_s * 1e9 * LINK_EFFICIENCY)
-        seconds += latency_s + max(within_host, between_hosts)
+        # The part for ranks on the same host goes over links between cards, the part for other hosts over the network, which all
+        # cards of a host share. Both are sent at the same time.
+        ranks_per_host = exchange.ranks / exchange.hosts
+        link_bytes = size * (ranks_per_host - 1) / exchange.ranks
+        network_bytes = size * (1 - 1 / exchange.hosts) * card.gpus_per_node
+        link_s = link_bytes / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
+        network_s = network_bytes / (card.node_gb_s * 1e9 * LINK_EFFICIENCY)
+        seconds += latency_s + max(link_s, network_s)
     return seconds
 
 
 def ring_bytes_per_s(card: Card, ranks: int, hosts: int) -> float:
-    """Bytes a second that a ring of `ranks` ranks on `hosts` hosts passes on: its slowest link."""
+    """Bytes a second that a ring of `ranks` ranks on `hosts` hosts passes on: those of its slowest link."""
     if hosts == 1:
         return card.link_gb_s * 1e9 * LINK_EFFICIENCY
-    share = min(1.0, ranks / hosts / card.gpus_per_node)
-    inside = card.link_gb_s if ranks > hosts else math.inf
-    return min(inside, card.node_gb_s * share) * 1e9 * LINK_EFFICIENCY
+    share_of_network = min(1.0, ranks / hosts / card.gpus_per_node)
+    link_gb_s = card.link_gb_s if ranks > hosts else math.inf  # with one rank a host, no link within a host is used
+    return min(link_gb_s, card.node_gb_s * share_of_network) * 1e9 * LINK_EFFICIENCY
 
 
 def _ring_trips(operation_name: str, ranks: int) -> float:
-    """How often the bytes of a collective go around a ring of so many ranks."""
-    whole_trips = 1.0
-    for collective, trips in _WHOLE_TRIPS.items():
+    """How often the bytes of a collective pass each link of a ring of `ranks` ranks; `operation_name`: such as `allreduce_`."""
+    passes = 1.0
+    for collective, passes_of_collective in _RING_PASSES.items():
         if collective in operation_name:
-            whole_trips = trips
-    return whole_trips * ((ranks - 1) / ranks)
+            passes = passes_of_collective
+    return passes * ((ranks - 1) / ranks)

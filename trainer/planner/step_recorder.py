@@ -76,22 +76,23 @@ class Recorder(LiveBytes):
         self.record = Record()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run one torch operation of the step, and record what it costs: an exchange, a host read, a copy, or arithmetic.
+        """Run one torch operation of the step, and record what it costs: a collective, a host read, a copy, or arithmetic.
 
-        In a simulation tensors have no values, so a host read returns a stand-in, and collectives only pretend to run.
+        In a simulation, tensors have no values and no other rank exists: a host read returns a placeholder (0 or False), and a
+        collective returns its input at once.
         """
         traits = _operation_traits(func)
         if traits.exchanges:
             self._record_collective(func, args)
         if traits.is_reduce_scatter:
-            self._note_copy_of_gloo(func, args)
+            self._count_gloo_copy(func, args)
         if traits.reads_on_host:
             if device_of(args[0]) == self.device:
                 self.record.host_reads[_calling_line()] += 1
             if hasattr(args[0], "fake_device"):
                 return _harmless_value(args[0].dtype)
         if traits.returns_input_and_work and op_cache.simulating():
-            # What the kernel for tensors without memory answers, and sooner.
+            # As torch's kernel for fake tensors would return it, but faster.
             return args[0], Work.boxed(FakeWork())
         output, flops, moved = self._cached_or_run(func, args, kwargs, traits)
         if traits.copies:
@@ -148,17 +149,17 @@ class Recorder(LiveBytes):
             )
         )
 
-    def _note_copy_of_gloo(self, func: Any, args: Any) -> None:
-        """Count the copy of the whole input that a reduce-scatter of gloo (the backend on CPUs) makes while it adds up.
+    def _count_gloo_copy(self, func: Any, args: Any) -> None:
+        """Count the copy of the full input that a reduce-scatter of gloo (the backend on CPUs) makes while it reduces.
 
-        Only simulated ranks need it: in real ones the copy is seen as it is made.
+        Only for simulated ranks: in real ones the recorder sees the copy itself.
         """
         if self.device.type != "cpu":
             return
         if torch.distributed.get_backend(CollectiveOp.get_process_group(func, args)) != FAKE_BACKEND:
             return
-        whole = args[1]
-        self.note_peak_with(rounded(whole.numel() * whole.element_size()))
+        full_input = args[1]
+        self.note_peak_with(rounded(full_input.numel() * full_input.element_size()))
 
     def _record_host_copy(self, func: Any, args: Any, out: Tensor) -> None:
         """Count the bytes of a copy if it crosses between the device and the host."""
@@ -176,17 +177,20 @@ class Recorder(LiveBytes):
         packet = func.overloadpacket
         name = _qualified_name(func)
         if name.startswith(_ATTENTION):
-            # Scores and their product with the values: 2 products of 2 operations each; the backward pass has 5.
+            # Operations for each pair of positions: the forward pass has 2 products (scores, and scores times values), the
+            # backward pass has 5; each is a multiplication and an addition.
             if "backward" in name:
-                query, per_pair = args[1], 10
+                query = args[1]
+                operations_per_pair = 10
             else:
-                query, per_pair = args[0], 4
-            causal_pairs = self.squared_lengths / 2
-            return per_pair * causal_pairs * query.shape[1] * query.shape[-1]
+                query = args[0]
+                operations_per_pair = 4
+            causal_pairs = self.squared_lengths / 2  # a position attends to those before it
+            return operations_per_pair * causal_pairs * query.shape[1] * query.shape[-1]
         if packet is torch.ops.aten.addmm_:
             left, right = args[1:3]
             return 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
-        if packet is GROUPED_PRODUCT:  # rows by groups, each with a matrix of its own, or columns by groups
+        if packet is GROUPED_PRODUCT:  # products of experts: each group of rows, or of columns, has a matrix of its own
             left, right = args[:2]
             matrices = left.shape[0] if left.dim() == right.dim() == 3 else 1
             return 2.0 * matrices * left.shape[-2] * left.shape[-1] * right.shape[-1]
@@ -246,13 +250,14 @@ def _is_uncounted(func: Any) -> bool:
 
 
 def _harmless_value(dtype: torch.dtype) -> bool | float | int:
-    """What the host reads from a tensor without values: something that lets the run go on."""
+    """The value that the host gets for a tensor without values; False and 0 let the code go on as in a normal step."""
     if dtype is torch.bool:
         return False
     return 0.0 if dtype.is_floating_point else 0
 
 
 def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation was called with `is_causal=True`, by position or by name."""
     names = [argument.name for argument in operation_schema(func).arguments]
     arguments = dict(zip(names, args, strict=False)) | kwargs
     return bool(arguments.get("is_causal", False))

@@ -31,7 +31,7 @@ from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config
 from trainer.planner.hardware import GIB, Card, card_named
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
-from trainer.planner.micro_batch import needed_gib, recomputation_modes, simulated_form
+from trainer.planner.micro_batch import needed_gib, recomputation_modes, try_simulate_cost_model
 from trainer.planner.oom_probe import PROBE_STEPS, TrialDescription, TrialInputs, memory_gib, runs_out_of_memory
 from trainer.planner.plan import Choice, PlannedRun, RunVariant, micro_batches, rank_choices
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
@@ -44,59 +44,66 @@ PARALLEL_SIMULATIONS = 4
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """What the ranks of a run have."""
+    """The devices of a run's ranks."""
 
     ranks: int
     ranks_per_host: int
-    """Ranks of a host."""
     kind: str
+    """`cuda` or `cpu`."""
     memory_gib: float
-    """Of the rank that has least."""
+    """Memory of the smallest device."""
     card: Card | None
-    """What is known of it; None where that is nothing, and on CPUs."""
+    """The GPU's rates; None on CPUs, and for GPUs that are of several kinds or not in `conf/hardware/`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A strategy to be tried, and why it is the next."""
+    """A strategy to be tried, and the reason why it is the next."""
 
     strategy: StrategyConfig
-    why: str
+    reason: str
 
     @property
     def name(self) -> str:
-        """As it is typed."""
+        """The strategy's name on the command line."""
         return str(self.strategy.name)
 
 
-def settle_strategy(
+def resolve_strategy(
     config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], freeze: Callable[[RunConfig], None]
 ) -> RunConfig:
-    """The run with a strategy: that of the configuration, or for `strategy=auto` the one that is chosen here.
+    """Resolve `strategy=auto`: choose the fastest strategy that fits in memory. Any other strategy stays.
 
-    `announce` prints a line for the user. `freeze` writes a choice to the run's directory, so that a later start takes the
-    same. All ranks must call; they follow rank 0, which may have read what was chosen before. Raises DoesNotFit on every
-    rank if no strategy fits; OutOfMemory if some ranks alone run out, after which a new start may take the next.
+    `announce` prints a line for the user. `freeze` writes the choice to the run directory, so that a later start takes the same
+    one. All ranks must call; they follow rank 0, which may have read an earlier start's choice. Raises DoesNotFit on every rank
+    if no strategy fits; OutOfMemory if some ranks run out and others do not, after which a new start may take the next
+    strategy.
     """
     runtime = inputs.runtime
-    batch = _batch_for_ranks(config, runtime.world_size)
-    earlier = config.resolution(STRATEGY)
-    strategy, earlier, batch = broadcast_object((config.strategy, earlier, batch), runtime)
-    config = replace(_with_strategy(config, strategy, earlier), batch=batch)
+    own_values = (config.strategy, config.resolution(STRATEGY), _batch_for_ranks(config, runtime.world_size))
+    strategy, earlier_resolution, batch = broadcast_object(own_values, runtime)
+    config = replace(_with_strategy(config, strategy, earlier_resolution), batch=batch)
     if not isinstance(strategy, AutoConfig):
-        was_open = earlier is not None and (earlier.asked, earlier.chosen) == (AUTO, strategy.name)
-        if not was_open or not list(sharding_problems(config, runtime.world_size)):
+        is_earlier_choice = earlier_resolution is not None and (
+            (earlier_resolution.asked, earlier_resolution.chosen) == (AUTO, strategy.name)
+        )
+        is_possible = not list(sharding_problems(config, runtime.world_size))
+        if not is_earlier_choice or is_possible:
             return config
         # An earlier start chose it for another number of ranks: choose again.
         config = _with_strategy(config, AutoConfig(**common_settings(strategy)), None)
+
+    # Rank 0 plans the strategies.
     devices = devices_of(runtime)
-    failed_trials = [] if earlier is None else list(earlier.tried)
+    failed_trials = [] if earlier_resolution is None else list(earlier_resolution.tried)
     proposals_in_order: Iterator[Proposal] = iter(())
     if runtime.is_main:
         simulating = ": simulating steps" if devices.ranks > 1 else ""
         announce(f"choosing the strategy (strategy=auto){simulating}")
         timeout_s = TIMEOUT_SHARE * runtime.timeout_s
         proposals_in_order = proposals(config, inputs.data, inputs.precision, devices, timeout_s)
+
+    # Try one after the other by real steps, until one does not run out of memory. A single rank needs no trial.
     while True:
         ran_out = [trial.choice for trial in failed_trials]
         # Rank 0 alone has proposals. The others learn each one from it, so that all ranks try the same.
@@ -108,17 +115,17 @@ def settle_strategy(
                 "lower batch.micro or data.max_length, recompute (strategy.activation_checkpointing=full), take more GPUs "
                 "or tuning=lora; `shardtune plan` compares them"
             )
-        if devices.ranks == 1 or not _proposal_runs_out(config, proposal, inputs):
+        if devices.ranks == 1 or not _runs_out_of_memory(config, proposal, inputs):
             break
         announce(f"strategy={proposal.name} runs out of memory; trying the next")
         failed_trials.append(OutOfMemoryTrial(proposal.name))
-    reason = proposal.why
+    reason = proposal.reason
     if devices.ranks > 1:
         reason += f"; {PROBE_STEPS} steps of the longest documents held"
     resolution = Resolution(STRATEGY, AUTO, proposal.name, reason, tuple(failed_trials))
-    settled_config = _with_strategy(config, proposal.strategy, resolution)
-    freeze(settled_config)
-    return settled_config
+    resolved_config = _with_strategy(config, proposal.strategy, resolution)
+    freeze(resolved_config)
+    return resolved_config
 
 
 def preview_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
@@ -132,8 +139,8 @@ def preview_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
     ranks_per_host = config.launcher.per_node
     ranks = ranks_per_host * config.launcher.nodes
     if device_kind == "cuda" and not torch.cuda.is_available() and ranks > 1:
-        legal = {str(strategy.name): strategy for strategy in candidates(config, ranks)[0]}
-        placeholder = legal.get("fsdp2") or next(iter(legal.values()))
+        possible = {str(strategy.name): strategy for strategy in candidates(config, ranks)[0]}
+        placeholder = possible.get("fsdp2") or next(iter(possible.values()))
         note = (
             f"{AUTO} -> the fastest that fits, on the host with the GPUs; the figures here are for {placeholder.name}"
         )
@@ -143,25 +150,27 @@ def preview_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
     devices = Devices(ranks, ranks_per_host, device_kind, memory_gib(runtime), _card(gpu_name(runtime)))
     timeout_s = TIMEOUT_SHARE * config.run.timeout_s
     first = next(proposals(config, prepared, config.precision, devices, timeout_s))
-    reason = first.why
+    reason = first.reason
     if ranks > 1:
         reason += f"; {PROBE_STEPS} steps of the longest documents will be tried"
     return _with_strategy(config, first.strategy, Resolution(STRATEGY, AUTO, first.name, reason))
 
 
 def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
-    """`batch`, with `micro` open again if the run itself chose one that is not for so many ranks.
+    """`batch`, with `micro` set back to `auto` if an earlier start chose a number that is not possible for `ranks` ranks.
 
-    The steps on trial could not be cut into it. `settle_micro`, which comes after the strategy, chooses it anew.
+    Trial steps could not be divided into it. `resolve_micro_batch`, which is called after the strategy is chosen, chooses again.
     """
     batch = config.batch
-    if batch["micro"] == AUTO or asked_micro(batch, config.substitutions) != AUTO:
+    is_earlier_choice = batch["micro"] != AUTO and asked_micro(batch, config.substitutions) == AUTO
+    if not is_earlier_choice:
         return batch
     is_divisor = (batch["global"] // readers_of(config, ranks)) % batch["micro"] == 0
     return batch if is_divisor else {**batch, "micro": AUTO}
 
 
 def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: Resolution | str | None) -> RunConfig:
+    """The run with that strategy, and with `note` as the reason of the choice; None removes an earlier reason."""
     substitutions = dict(config.substitutions)
     substitutions.pop(STRATEGY, None)
     if note:
@@ -176,13 +185,13 @@ def gpu_name(runtime: Runtime) -> str | None:
 
 
 def devices_of(runtime: Runtime) -> Devices:
-    """What a plan must know of the devices of all ranks; their memory is that of the rank with least. All ranks must call."""
-    memory_and_names = gather_objects((memory_gib(runtime), gpu_name(runtime)), runtime)
-    names = {name for _, name in memory_and_names}
+    """The devices of all ranks, for a plan: the memory of the smallest, and the GPU if all are alike. All ranks must call."""
+    memory_and_name_by_rank = gather_objects((memory_gib(runtime), gpu_name(runtime)), runtime)
+    names = {name for _, name in memory_and_name_by_rank}
     card = None
-    if len(names) == 1:  # nothing is known of a mix of cards
+    if len(names) == 1:
         card = _card(names.pop())
-    least_gib = min(memory for memory, _ in memory_and_names)
+    least_gib = min(memory for memory, _ in memory_and_name_by_rank)
     return Devices(runtime.world_size, runtime.local_world_size, runtime.kind, least_gib, card)
 
 
@@ -190,10 +199,10 @@ def _card(name: str | None) -> Card | None:
     return None if name is None else card_named(name)
 
 
-def _proposal_runs_out(config: RunConfig, proposal: Proposal, inputs: TrialInputs) -> bool:
-    """Try the proposed strategy: whether two real steps run out of memory on all ranks. All ranks must call.
+def _runs_out_of_memory(config: RunConfig, proposal: Proposal, inputs: TrialInputs) -> bool:
+    """Take two real steps with the proposed strategy; returns whether they run out of memory on all ranks. All ranks must call.
 
-    Steps are of one document a micro-batch if `batch.micro` is `auto` too: it is chosen after the strategy. Raises
+    If `batch.micro` is `auto` too, which is resolved after the strategy, a micro-batch of one document is taken. Raises
     OutOfMemory, which names the strategy, if some ranks run out and others do not.
     """
     micro = 1 if config.batch["micro"] == AUTO else config.batch["micro"]
@@ -203,7 +212,7 @@ def _proposal_runs_out(config: RunConfig, proposal: Proposal, inputs: TrialInput
     try:
         return runs_out_of_memory(trial_config, inputs, trial)
     except DoesNotFit as error:
-        # Some ranks alone ran out, so the job must end; a new start may try the next strategy.
+        # Ranks disagree, so the job must end; a new start may try the next strategy.
         raise OutOfMemory(str(error), ran_out_with={STRATEGY: proposal.name}) from error
 
 
@@ -212,20 +221,20 @@ def proposals(
 ) -> Iterator[Proposal]:
     """Strategies that can run this configuration, in the order in which they are to be tried, each with the reason.
 
-    `timeout_s`: how long one simulation may take. With a card of known speed all are simulated at once and ordered by speed;
-    else each is simulated only when it is asked for, the one that shards least first.
+    On a GPU of known speed, all are simulated at once and ordered by speed. On other devices, each is simulated only when the
+    caller asks for it, the one that shards least first. `timeout_s`: how long one simulation may take.
     """
-    legal = {str(strategy.name): strategy for strategy in candidates(config, devices.ranks)[0]}
-    in_order = [legal[name] for name in LEAST_SHARDED_FIRST if name in legal]
-    if devices.ranks == 1 or len(in_order) == 1:
+    possible = {str(strategy.name): strategy for strategy in candidates(config, devices.ranks)[0]}
+    least_sharded_first = [possible[name] for name in LEAST_SHARDED_FIRST if name in possible]
+    if devices.ranks == 1 or len(least_sharded_first) == 1:
         reason = "one rank has nothing to share" if devices.ranks == 1 else "the only one that can run this"
-        yield from (Proposal(strategy, reason) for strategy in in_order)
+        yield from (Proposal(strategy, reason) for strategy in least_sharded_first)
         return
     planner = Planner(config, prepared, precision, devices, timeout_s)
     if planner.rates_known:
-        yield from planner.fastest(in_order)
+        yield from planner.fastest(least_sharded_first)
     else:
-        yield from planner.least_sharded(in_order)
+        yield from planner.least_sharded(least_sharded_first)
 
 
 class Planner:
@@ -246,15 +255,15 @@ class Planner:
 
     @property
     def rates_known(self) -> bool:
-        """Whether seconds can be reckoned."""
+        """Whether the speed of the device is known, so that seconds of a step can be estimated."""
         card = self.devices.card
         return card is not None and card.tflops(self.precision) > 0
 
     def least_sharded(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
-        """Strategies to try where the device's speed is unknown, each with the reason.
+        """Strategies to try on a device of unknown speed, each with the reason.
 
-        First those that should fit, in the order given; then those that cannot be simulated; last the one that needs least.
-        Each is planned with every mode of recomputation that is open, without recomputation first.
+        First those that fit according to a simulation, in the order given; then those that cannot be simulated; last the one that
+        needs least memory. Each is simulated with every mode of recomputation that is open, without recomputation first.
         """
         available_gib = self.devices.memory_gib
         unplanned: dict[str, Proposal] = {}
@@ -277,18 +286,22 @@ class Planner:
             yield Proposal(strategy, f"planned {needed:.2f} of {available_gib:.2f} GiB, the least of all")
 
     def fastest(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
-        """Strategies to try on a card of known speed, each with the reason.
+        """Strategies to try on a GPU of known speed, each with the reason.
 
-        First those that should fit, the fastest first; then those that cannot be simulated; last the one that needs least.
+        First those that fit according to a simulation, the fastest first; then those that cannot be simulated; last the one that
+        needs least memory.
         """
-        ways = [(strategy, mode) for strategy in strategies for mode in self.modes]
-        threads = min(PARALLEL_SIMULATIONS, len(ways), len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(threads) as pool:  # threads that wait for processes
-            cost_models = list(pool.map(self.simulate_cost_model, *zip(*ways, strict=True)))
+        # Simulate all of them. Each thread only waits for the process that simulates.
+        combinations = [(strategy, mode) for strategy in strategies for mode in self.modes]
+        threads = min(PARALLEL_SIMULATIONS, len(combinations), len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(threads) as pool:
+            cost_models = list(pool.map(self.simulate_cost_model, *zip(*combinations, strict=True)))
+
+        # Group them by the result.
         fitting: list[tuple[StrategyConfig, Choice]] = []
         too_large: list[tuple[StrategyConfig, Choice]] = []
         unplanned: list[Proposal] = []
-        for (strategy, mode), cost_model in zip(ways, cost_models, strict=True):
+        for (strategy, mode), cost_model in zip(combinations, cost_models, strict=True):
             if isinstance(cost_model, str):
                 unplanned.append(Proposal(strategy, f"not planned: {cost_model}"))
                 continue
@@ -297,31 +310,33 @@ class Planner:
                 fitting.append((strategy, choice))
             else:
                 too_large.append((strategy, choice))
+
         assert self.devices.card is not None
         for strategy, choice in sorted(fitting, key=lambda planned: -planned[1].tokens_per_s):
             speed = f"{choice.tokens_per_s:,.0f} tokens/s on {self.devices.card.name}"
             yield Proposal(
-                strategy, f"planned {_gib(choice)} GiB and {speed}: the fastest of what fits and was not tried"
+                strategy, f"planned {_gib_text(choice)} GiB and {speed}: the fastest of what fits and was not tried"
             )
         yield from unplanned
         if too_large:
             strategy, choice = max(too_large, key=lambda planned: planned[1].fit.margin)
-            yield Proposal(strategy, f"planned {_gib(choice)} GiB, the least of all")
+            yield Proposal(strategy, f"planned {_gib_text(choice)} GiB, the least of all")
 
     def simulate_cost_model(self, strategy: StrategyConfig, mode: ActivationCheckpointing) -> CostModel | str:
         """The cost model under a strategy, simulated in a process of its own, or why it cannot be."""
         devices = self.devices
         config = replace(self.config, strategy=strategy, batch={**self.config.batch, "micro": 1}, substitutions={})
-        step = replace(single_step_config(config, devices.ranks, mode_if_auto=mode), precision=self.precision)
+        step_config = single_step_config(config, devices.ranks, mode_if_auto=mode)
+        step_config = replace(step_config, precision=self.precision)
         length = int(self.lengths.longest[0]) // self.lengths.sequences_per_unit
-        arguments = (step, length, (devices.ranks, devices.ranks_per_host), devices.kind)
-        cost_model: CostModel | str = call_in_process(simulated_form, arguments, self.timeout_s)
+        arguments = (step_config, length, (devices.ranks, devices.ranks_per_host), devices.kind)
+        cost_model: CostModel | str = call_in_process(try_simulate_cost_model, arguments, self.timeout_s)
         return cost_model
 
     def _best_choice(self, strategy: StrategyConfig, mode: ActivationCheckpointing, cost_model: CostModel) -> Choice:
-        """What a step takes under this strategy and mode of recomputation, with the best micro-batch for it.
+        """The cost of a step under this strategy and mode of recomputation, with the configured micro-batch.
 
-        That is the one in the configuration, or for `auto` the fastest that fits; the smallest if none fits.
+        For `batch.micro=auto`: with the fastest micro-batch that fits; with the smallest if none fits.
         """
         assert self.devices.card is not None
         job = PlannedRun(
@@ -337,5 +352,6 @@ class Planner:
         return rank_choices(variant, cost_model, job, micros)[0]
 
 
-def _gib(choice: Choice) -> str:
+def _gib_text(choice: Choice) -> str:
+    """Memory that a rank needs, and that its device has, such as `12.30 of 79.10`."""
     return f"{choice.fit.total / GIB:.2f} of {choice.fit.limit / GIB:.2f}"

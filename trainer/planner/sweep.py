@@ -56,37 +56,41 @@ def plan_variants(
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """The answer of a plan: simulate each of `variants`, and order them by memory and speed.
+    """Simulate each of `variants`, and order them by memory and speed.
 
-    `refused`: variants that were ruled out before, and why. `job`: ranks, card and batch of the run. `micro`: the micro-batch
-    that was typed; None plans for all. Raises ConfigError if no variant could be simulated.
+    `refused`: variants that were ruled out before, and why. `job`: ranks, card and batch of the run. `micro`: the micro-batch on
+    the command line; None plans for all. Raises ConfigError if no variant could be simulated.
     """
+    # How many micro-batches of a step to simulate. Two are enough to tell the last one from the others.
     micros_by_variant = [micro_batches(job, micro, variant.config.parallel.sequence) for variant in variants]
     accumulations = []
     for variant, micros in zip(variants, micros_by_variant, strict=True):
-        # Two micro-batches tell the last one from the others; the cost model has any number of them.
         readers = readers_of(variant.config, job.ranks)
         accumulations.append(2 if job.global_batch // (readers * micros[0]) > 1 else 1)
     cost_models = simulate_variants(variants, job, accumulations, settings, on_progress)
-    refused = list(refused)
+
+    # Rank the micro-batches of each variant; a variant that cannot be simulated is refused.
+    all_refused = list(refused)
     planned: list[tuple[CostModel, list[Choice]]] = []
     for variant, cost_model, micros in zip(variants, cost_models, micros_by_variant, strict=True):
         if isinstance(cost_model, str):
-            refused.append((variant, cost_model))
+            all_refused.append((variant, cost_model))
         else:
             planned.append((cost_model, rank_choices(variant, cost_model, job, micros, settings.theirs)))
     if not planned:
-        reasons = {reason for _, reason in refused}
+        reasons = {reason for _, reason in all_refused}
         if len(reasons) == 1:
             raise ConfigError([*reasons])
-        raise ConfigError([f"{' '.join(variant.words)}: {reason}" for variant, reason in refused])
+        raise ConfigError([f"{' '.join(variant.words)}: {reason}" for variant, reason in all_refused])
+
+    # Order the variants by their best choices.
     all_choices = [choice for _, choices in planned for choice in choices]
     planned.sort(key=lambda model_and_choices: _rank_key(model_and_choices[1][0]))
     return PlanAnswer(
         job=job,
         best_choices=[choices[0] for _, choices in planned],
         all_choices=sorted(all_choices, key=_rank_key),
-        refused=refused,
+        refused=all_refused,
         cost_model=planned[0][0],
     )
 
@@ -100,15 +104,15 @@ def with_further(
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """`answer`, in which nothing fits, completed by further variants; the arguments are those of `plan_variants`.
+    """`answer`, in which nothing fits, with further `variants` simulated and added; other arguments: see `plan_variants`.
 
     If none of the further variants can be simulated, they are listed as refused.
     """
     try:
         further = plan_variants(variants, refused, job, micro, settings, on_progress)
     except ConfigError as error:
-        left_out = [(variant, error.problems[0]) for variant in variants]
-        return replace(answer, refused=[*answer.refused, *refused, *left_out])
+        not_simulated = [(variant, error.problems[0]) for variant in variants]
+        return replace(answer, refused=[*answer.refused, *refused, *not_simulated])
     return replace(
         further,
         best_choices=sorted([*answer.best_choices, *further.best_choices], key=_rank_key),
@@ -118,9 +122,10 @@ def with_further(
 
 
 def with_worst_imbalance(answer: PlanAnswer, settings: PlanConfig) -> PlanAnswer:
-    """`answer` with the memory of its first choice in the worst case of its routing, for which it is simulated once more.
+    """`answer` with the memory that its first choice needs if routing is as uneven as possible.
 
-    The worst case: all tokens of an expert group choose experts of one rank. Unchanged without `parallel.experts`.
+    In the worst case, all tokens of an expert group choose experts of one rank: the choice is simulated once more with that
+    imbalance. `answer` stays as it is without `parallel.experts`, or if the simulation fails.
     """
     choice = answer.best_choices[0]
     expert_ranks = choice.variant.config.parallel.experts
@@ -153,36 +158,38 @@ def simulate_variants(
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> list[CostModel | str]:
-    """The cost model of each variant, or a text that says why it cannot be simulated; each runs in a worker process.
+    """The cost model of each variant, or a text that says why it cannot be simulated. Each is simulated in a worker process.
 
-    `accumulations`: how many micro-batches of a step to simulate, for each variant. `on_progress` is called after each.
+    `accumulations`: how many micro-batches of a step to simulate, for each variant. `on_progress` is called after each variant.
     """
     length = int(job.lengths.longest[0])
     cost_models: list[CostModel | str] = [""] * len(variants)
     workers = settings.workers or len(os.sched_getaffinity(0))
-    # Import and build once here: otherwise each of the processes would do it.
+    # Import and build once here, before the workers are forked: otherwise each of them would do it.
     import trainer.planner.simulation  # noqa: F401
     from trainer.planner.model_blocks import block_pattern
 
     for variant in variants:
         block_pattern(variant.config.model)
-    gc.freeze()  # the children collect garbage often, and need not look through what is there
-    # Forked, so that what takes seconds to import is there. ZeRO first: it takes longest.
+    gc.freeze()  # the workers collect garbage often, and need not search the objects that exist now
     context = multiprocessing.get_context("fork")
     process_count = min(workers, max(1, len(variants)))
     with ProcessPoolExecutor(
         process_count, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
     ) as pool:
-        order = sorted(range(len(variants)), key=lambda i: -_expected_duration(variants[i]))
-        running: dict[Future[CostModel | str], int] = {
-            pool.submit(_simulate, variants[i].config, length, accumulations[i], job, settings.exact): i for i in order
-        }
+        # The slowest simulations first, so that no worker is busy alone at the end.
+        slowest_first = sorted(range(len(variants)), key=lambda index: -_expected_duration(variants[index]))
+        index_by_future: dict[Future[CostModel | str], int] = {}
+        for index in slowest_first:
+            config = variants[index].config
+            future = pool.submit(_simulate, config, length, accumulations[index], job, settings.exact)
+            index_by_future[future] = index
         try:
-            for done, future in enumerate(as_completed(running), 1):
-                index = running[future]
+            for done, future in enumerate(as_completed(index_by_future), 1):
+                index = index_by_future[future]
                 try:
                     cost_models[index] = future.result()
-                except BrokenProcessPool:  # one of its processes was killed: none of the others answers any more
+                except BrokenProcessPool:  # a worker was killed, and the pool stops all others
                     cost_models[index] = WORKER_KILLED
                 on_progress(done, len(variants), " ".join(variants[index].words))
         except BaseException:
@@ -192,14 +199,14 @@ def simulate_variants(
 
 
 def _expected_duration(variant: RunVariant) -> int:
-    """How long its simulation takes, compared with others: an order of magnitude is enough to sort them."""
+    """A number that is larger for variants whose simulation takes longer: ZeRO-3, then other stages of ZeRO, then the rest."""
     if variant.name == "zero3":
         return 2
     return 1 if variant.name.startswith("zero") else 0
 
 
 def _start_worker(parent: int) -> None:
-    """What a new worker does first: it will end with its parent, computes on one core, and what libraries print is dropped."""
+    """Prepare a new worker process: it ends with its parent, computes on one core, and drops what libraries print."""
     import torch
 
     die_with_parent(parent)
@@ -215,16 +222,16 @@ def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun
 
     `length`: tokens of the longest unit (a document, or both of a pair). `accumulation`: micro-batches to simulate.
     """
-    from trainer.planner.simulation import simulate_form
+    from trainer.planner.simulation import simulate_cost_model_of_run
 
-    # What earlier variants left, and what they imported, lives on. Frozen, it costs the next collections no time.
+    # Objects that earlier variants imported and cached stay. Frozen, they cost the next garbage collections no time.
     gc.collect()
     gc.freeze()
-    # What gradients that wait unreduced would add is computed from the result (`with_deferred_reduction`).
+    # Reductions in the last micro-batch alone are computed afterwards from this cost model (`with_deferred_reduction`).
     config = replace(config, strategy=simulable(config.strategy), precision=job.precision)
     sequences_per_unit = job.lengths.sequences_per_unit
     try:
-        return simulate_form(
+        return simulate_cost_model_of_run(
             config,
             length // sequences_per_unit,
             accumulation=accumulation,

@@ -68,7 +68,7 @@ class RoundMaker:
     """What gives the reference its log-probabilities, where the divergence from it has a weight."""
     stop_now: Callable[[], bool] = lambda: False
     """Asked on all ranks between two phases: whether to stop."""
-    tell_phase: Callable[[str], None] = lambda phase: None
+    report_phase: Callable[[str], None] = lambda phase: None
     """Called with what the run is at, for messages about a rank that fails or stands still."""
     on_round: list[Callable[[Round, int], None]] = field(default_factory=list)
     """Called on all ranks with each new round, and the optimizer steps taken before it."""
@@ -90,7 +90,7 @@ class RoundMaker:
             facts["groups/replaced"] = num_prompts - len(kept.groups)
             facts["groups/missing"] = self.prompts_per_round - len(kept.groups)
         made = self.weighed_round(kept.groups, kept.scores, first_sample, num_prompts)
-        self.tell_phase("training")
+        self.report_phase("training")
         is_idle = idle(self._rewards(written.scores))
         made.facts = round_metrics(written.groups, written.scores, is_idle) | facts
         made.costs = self._speeds(written.groups)
@@ -251,7 +251,7 @@ class RoundMaker:
     def _phase(self, phase: str, name: str) -> Iterator[None]:
         """Around a part of a round: tells what the run is at, adds its seconds, and stops before it if it is asked to."""
         self._check_stop()
-        self.tell_phase(phase)
+        self.report_phase(phase)
         began = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - began

@@ -162,20 +162,20 @@ def record_end(
     trackers: Trackers,
     outcome: Outcome,
     record: RunRecord,
-    measures: tuple[Meter, Checkpoints],
+    meter: Meter,
+    checkpoints: Checkpoints,
     context: RunContext,
 ) -> Iterator[None]:
     """A context around the steps of a run. However they end, trackers are closed, and `run.json` gets what the run took.
 
-    `outcome` is filled while the run goes on. `measures`: what speed, memory and the cost of checkpoints are read from.
+    `outcome` is filled while the run goes on. Speed and memory are read from `meter`, the cost of saving from `checkpoints`.
     """
-    meter, checkpoints = measures
     ending = RunEnding(State.done)
     may_have_diverged = True
     try:
         yield
     except BaseException as error:
-        # A run that was stopped goes on, and may recover. One that something else broke off, as a full disk, failed for that.
+        # A stopped run will be resumed, and may recover; a run that failed, as of a full disk, has that as its reason.
         may_have_diverged = isinstance(error, LimitExceeded)
         ending = RunEnding.by(error)
         if ending.state is State.failed and isinstance(error, Exception):  # not after a Ctrl-C
@@ -185,13 +185,13 @@ def record_end(
         context.console.leave()
         if may_have_diverged:
             ending = _with_divergence(ending, outcome)
-        # A run that failed has no speed in its outcome yet.
+        # Summarise and close the trackers. A run that failed has no speed in its outcome yet.
         speed = outcome.speed or meter.speed()
         last_row = {**outcome.last_row, **meter.peaks}
         trackers.summarise(summary_of(last_row, speed, outcome.after | outcome.test))
-        export = context.run_dir / "export"
-        has_export = ending.state is State.done and exports_at_end(config) and export.is_dir()
-        trackers.close(replace(ending, exported=export if has_export else None))
+        export_dir = context.run_dir / "export"
+        has_export = ending.state is State.done and exports_at_end(config) and export_dir.is_dir()
+        trackers.close(replace(ending, exported=export_dir if has_export else None))
         if ending.state is not State.done:
             for name, link in trackers.hints:
                 context.console.print_line(f"{name + ':':<11} {link}")
@@ -210,9 +210,9 @@ def _with_divergence(ending: RunEnding, outcome: Outcome) -> RunEnding:
 def record_measured(record: RunRecord, meter: Meter, checkpoints: Checkpoints, context: RunContext) -> None:
     """Write into `run.json` what the run took, however it ended. On rank 0 alone; no collective."""
     if context.runtime.is_main:
-        refused = checkpoints.state_buffer.refused
-        if refused is not None:
-            record.substitutions["checkpoint.background"] = f"false: {refused}"
+        no_background_reason = checkpoints.state_buffer.refused
+        if no_background_reason is not None:
+            record.substitutions["checkpoint.background"] = f"false: {no_background_reason}"
         assert record.receipt is not None  # since `run_facts`
         record.receipt.measured = measured(meter, context.runtime.device, checkpoints.last)
         # An error here would hide what ended the run. A run that succeeds writes the file once more.
@@ -251,14 +251,20 @@ def track_evaluation(
     `directory`: for W&B's files. A tracker that fails is reported and ends nothing.
     """
     model = report["model"]
-    name = Path(model["run"] or model["path"]).name
+    model_name = Path(model["run"] or model["path"]).name
     # The number in `step-000500`; 0 for a model that is no checkpoint.
     step_digits = re.sub(r"\D", "", model["checkpoint"] or "")
     step = int(step_digits or 0)
-    facts = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
-    settings = {**model, **facts, "against": report.get("against", {}).get("what")}
-    logging = replace(config.logging, artifacts=False)
-    opened = _open_beside_the_run(config, logging, "evaluate", name, directory, settings, print_line)
+    conditions = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
+    opened = _open_own_wandb_run(
+        config,
+        replace(config.logging, artifacts=False),
+        job_type="evaluate",
+        trained_name=model_name,
+        directory=directory,
+        settings={**model, **conditions, "against": report.get("against", {}).get("what")},
+        print_line=print_line,
+    )
     metrics = _metrics_of_report(report)
     opened.trackers.log(metrics, step=step)
     opened.trackers.tables(tables, step=step)
@@ -272,28 +278,35 @@ def track_export(config: RunConfig, exported: Path, trained_id: str, print_line:
     It is a W&B run of its own, in the group of the run, whose artifact has the name that the run would have given it.
     `trained_id`: the run's id in W&B; empty if it has none. A tracker that fails is reported and ends nothing.
     """
-    name = exported.parent.name
-    opened = _open_beside_the_run(
-        config, config.logging, "export", name, exported.parent, {}, print_line, trained_id=trained_id
+    run_dir = exported.parent
+    opened = _open_own_wandb_run(
+        config,
+        config.logging,
+        job_type="export",
+        trained_name=run_dir.name,
+        directory=run_dir,
+        settings={},
+        print_line=print_line,
+        trained_id=trained_id,
     )
     _close(opened, RunEnding(State.done, exported=exported), print_line)
 
 
-def _open_beside_the_run(
+def _open_own_wandb_run(
     config: RunConfig,
     logging: LoggingConfig,
-    work: str,
-    name: str,
+    *,
+    job_type: str,
+    trained_name: str,
     directory: Path,
     settings: dict[str, Any],
     print_line: Callable[[str], None],
-    *,
     trained_id: str = "",
 ) -> OpenedTrackers:
-    """Start a W&B run of its own for work on a model that has been trained, in the group of the run that trained it.
+    """Start a W&B run of its own for an evaluation or an export, in the W&B group of the run that trained the model.
 
-    `work`: `evaluate` or `export`, its type of job. `name`: of the trained run. `directory`: for W&B's files. `settings`: what
-    stands in W&B beside the run's configuration. `trained_id`: the id of the trained run, whose artifact an export becomes.
+    `job_type`: `evaluate` or `export`. `trained_name`, `trained_id`: name and W&B id of the run that trained the model; an export
+    becomes a version of that run's artifact. `directory`: for W&B's files. `settings`: shown in W&B beside the configuration.
     """
     opened = open_without_rows(
         TrackedRun(
@@ -303,12 +316,12 @@ def _open_beside_the_run(
                 trackio=False,
                 mlflow=False,
                 name=None,
-                job_type=work,
-                group=logging.group or name,
+                job_type=job_type,
+                group=logging.group or trained_name,
             ),
             run_dir=directory,
             run_id="",
-            name=f"{work}-{name}",
+            name=f"{job_type}-{trained_name}",
             resumed_at=0,
             settings={**settings, "metric_names": EDITION, "config": plain(config)},
             model_of=trained_id,
@@ -333,7 +346,7 @@ def _metrics_of_report(report: dict[str, Any]) -> dict[str, float]:
     for task, task_report in report["tasks"].items():
         for metric, record in task_report["metrics"].items():
             name = f"eval/{task}/{metric}"
-            for field, key in (("value", name), ("low", f"{name}/low"), ("high", f"{name}/high")):
+            for field, suffix in (("value", ""), ("low", "/low"), ("high", "/high")):
                 if record.get(field) is not None:
-                    metrics[key] = record[field]
+                    metrics[name + suffix] = record[field]
     return metrics

@@ -25,7 +25,7 @@ from strategies.errors import (
 from strategies.flight_recorder import Exchange
 from strategies.heartbeat import LOST_PEER, TIMED_OUT, CutOffRank, Heartbeats, LaggingRank, SilentRank
 from strategies.redaction import redacted
-from strategies.rendezvous import Meeting
+from strategies.rendezvous import Rendezvous
 from strategies.runtime import Runtime, broadcast_object
 from trainer.reporting.status import (
     FROZEN,
@@ -68,28 +68,28 @@ class Attempt:
     """Ends this process, which has lost its connection to the host of the ranks' store."""
 
     @contextlib.contextmanager
-    def join_ranks(self, timeout_s: float) -> Iterator[Meeting]:
+    def join_ranks(self, timeout_s: float) -> Iterator[Rendezvous]:
         """A context until there is a process group. The ranks meet in their store and start to send signs of life.
 
         All ranks must call, within `timeout_s`. If they stop (Preempted) because rank 0 lost the directory, all raise LeaseLost.
         """
-        meeting = Meeting.join(timeout_s, self.why_lost)
-        if meeting.store is not None:  # several ranks
+        rendezvous = Rendezvous.join(timeout_s, self.why_lost)
+        if rendezvous.store is not None:  # several ranks
             self.heartbeats = Heartbeats(
-                meeting.store, meeting.rank, meeting.world, lambda: (self.phase, self.step), timeout_s
+                rendezvous.store, rendezvous.rank, rendezvous.world, lambda: (self.phase, self.step), timeout_s
             )
             self.heartbeats.at_timeout = self.at_timeout
             self.heartbeats.when_cut_off = self.when_cut_off
         try:
-            yield meeting
+            yield rendezvous
         except Preempted as stop:
-            lost = meeting.leave()
+            lost = rendezvous.leave()
             if lost is not None:
                 raise LeaseLost(lost) from stop
             raise
 
-    def tell_phase(self, phase: str) -> None:
-        """Note what the attempt is at."""
+    def set_phase(self, phase: str) -> None:
+        """Note what the attempt is doing now, such as `data preparation`."""
         self.phase = phase
 
     def at_step(self, step: int) -> None:
@@ -247,16 +247,18 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     if LOST_PEER.search(str(error)) and read_status(attempt.run_dir).get("state") == State.preempted:
         return  # a peer was asked to stop and has ended, and this rank lost the connection to it
 
+    # Find the rank that caused the failure, if it is another one.
     cause: SilentRank | CutOffRank | LaggingRank | None = None
     if attempt.heartbeats is not None:
         cause = attempt.heartbeats.cause(error)
     timed_out = not isinstance(error, ShardtuneError) and TIMED_OUT.search(str(error)) is not None
     exchanges: dict[int, Exchange] | None = None
     if timed_out and cause is None and attempt.heartbeats is not None:
-        # All ranks give signs of life: the one that is behind in the order of exchanges is the cause.
+        # All ranks give signs of life: the cause is the rank whose last collective comes first in their common order.
         exchanges = attempt.heartbeats.collect_exchanges(None)
         cause = attempt.heartbeats.lagging_rank(error, exchanges)
 
+    # Record that rank with its phase and step, or else this rank.
     phase = attempt.phase
     step = attempt.step
     details: dict[str, Any] = {}
@@ -274,6 +276,7 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     summary = first_sentence(str(error)) or type(error).__name__
     with contextlib.suppress(StorageError):  # it would hide what ended the run
         write_status(attempt.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {summary}")
+    # The record exists now, so collecting the state of every rank, which takes seconds, can only add to it.
     if timed_out and attempt.heartbeats is not None:
         if exchanges is None:
             exchanges = attempt.heartbeats.collect_exchanges(cause.sign if cause else None)

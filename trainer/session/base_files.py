@@ -83,31 +83,31 @@ def changed_files(config: RunConfig, recorded: dict[str, str], *, teacher: bool,
     try:
         present = base_files(config, teacher=teacher)
         directory = weights_directory(config.model)
-        recorded = _files_that_load(recorded, directory)
-        present = _files_that_load(present, directory)
+        loaded_then = _files_that_load(recorded, directory)
+        loaded_now = _files_that_load(present, directory)
     except ConfigError as error:
         return [str(error)]
     except OSError as error:
         return [f"{error.filename}: cannot be read ({error_summary(error)})"]
-    left_out = []
+    ignored_prefixes = []
     if not teacher:
-        left_out.append(f"{TEACHER}/")
-    if not _reads_start(config, teacher=teacher, start=start):
-        left_out.append(f"{START}/")
-    return changes(_without(recorded, left_out), _without(present, left_out))
+        ignored_prefixes.append(f"{TEACHER}/")
+    if not _needs_first_adapter(config, teacher=teacher, start=start):
+        ignored_prefixes.append(f"{START}/")
+    return changes(_without(loaded_then, ignored_prefixes), _without(loaded_now, ignored_prefixes))
 
 
 def _files_that_load(digests: dict[str, str], directory: Path) -> dict[str, str]:
     """The digests without those of files in the base's `directory` that the model's loader does not read. Errors: ConfigError."""
     prefix = f"{BASE}/"
-    base = {}
+    base_digests = {}
     for name, digest in digests.items():
         if name.startswith(prefix):
-            base[name.removeprefix(prefix)] = digest
-    kept = _without(digests, [prefix])
-    for name, digest in files_of_model(base, directory).items():
-        kept[f"{prefix}{name}"] = digest
-    return kept
+            base_digests[name.removeprefix(prefix)] = digest
+    loaded = _without(digests, [prefix])
+    for name, digest in files_of_model(base_digests, directory).items():
+        loaded[f"{prefix}{name}"] = digest
+    return loaded
 
 
 def _without(digests: dict[str, str], prefixes: list[str]) -> dict[str, str]:
@@ -115,13 +115,15 @@ def _without(digests: dict[str, str], prefixes: list[str]) -> dict[str, str]:
     return {name: digest for name, digest in digests.items() if not name.startswith(tuple(prefixes))}
 
 
-def _reads_start(config: RunConfig, *, teacher: bool, start: bool) -> bool:
+def _needs_first_adapter(config: RunConfig, *, teacher: bool, start: bool) -> bool:
     """Whether the adapter that `tuning.from` names is still needed once the run has a checkpoint.
 
-    All tensors of LoRA are trained, so a checkpoint has them all. Other methods read projections from the adapter's file that
-    no checkpoint has, and PiSSA and OLoRA the part that they split off the base.
+    A checkpoint has every tensor of plain LoRA, since all are trained. So the adapter's own files are needed only for the model
+    before training: if `start` asks for it, or if the objective compares with it. Other methods read tensors from the adapter's
+    file that no checkpoint has, and PiSSA and OLoRA read the part that they split off the base.
     """
-    if not isinstance(config.tuning, LoraConfig) or rewrites_base(config.tuning.init):
+    checkpoint_has_all = isinstance(config.tuning, LoraConfig) and not rewrites_base(config.tuning.init)
+    if not checkpoint_has_all:
         return True
     family = family_of(config.objective)
     compares = family.compares_distributions(config.objective) or family.compares_with_start(config.objective)
@@ -174,18 +176,21 @@ def pin_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> N
 
 
 def at_commit(model: ModelConfig, commit: str | None) -> ModelConfig:
-    """The settings of a hub model at one of its commits. A directory or a typed revision is left as it is.
+    """The settings of a hub model, pinned to one of its commits. A directory, or a revision that the user set, stays as it is.
 
-    A tokenizer of another repository does not have that commit; the model is then named by its snapshot directory. If this
-    machine only has another commit, that one is taken: a new commit mostly has the same weights, and the digests tell.
+    If this machine has that commit, it is taken. If the tokenizer is of another repository, which does not have the commit, the
+    model is named by its snapshot directory instead. If this machine has only another commit, the revision stays open: a new
+    commit mostly has the same weights, and the digests tell.
     """
-    if commit is None or model.revision not in (None, commit) or Path(str(model.path)).expanduser().is_dir():
+    has_other_revision = model.revision not in (None, commit)
+    is_directory = Path(str(model.path)).expanduser().is_dir()
+    if commit is None or has_other_revision or is_directory:
         return model
     pinned = replace(model, revision=commit)
     try:
         snapshot = weights_directory(replace(pinned, download=False))
-    except ConfigError:
-        # The model's code is only taken from the run's own commit.
+    except ConfigError:  # this machine does not have the commit
+        # A model that runs code of its repository is only taken at the run's own commit.
         must_be_pinned = (model.download and model.tokenizer is None) or model.trust_remote_code
         return pinned if must_be_pinned else replace(model, revision=None)
     if model.tokenizer is None:

@@ -15,7 +15,7 @@ from trainer.reporting.outcome import Outcome
 SMALL = 0.01
 """Relative change of the held-out loss below which it counts as level."""
 LAST_PART = 0.25
-"""Share of the run over which it is looked at whether the loss still falls."""
+"""Share of the run, at its end, over which a falling held-out loss means that more steps may help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class HeldOutPoint:
 def closing_sentence(outcome: Outcome, *, from_rewards: bool) -> str:
     """Whether the run overfits and whether more steps would help, as one sentence for its last lines.
 
-    `from_rewards`: it learns from rewards, of which more is better, so that signs are turned to compare them like losses.
+    `from_rewards`: the run learns from rewards. A higher reward is better, so its sign is turned to compare it like a loss.
     """
     quantity = "reward" if from_rewards else "loss"
     sign = -1.0 if from_rewards else 1.0
@@ -44,28 +44,44 @@ def closing_sentence(outcome: Outcome, *, from_rewards: bool) -> str:
     ]
     if not points:
         return "nobody can know, since nothing is held out: data.eval_share=0.05 holds out one document in twenty"
-    before = sign * evaluations[0]["held_out"] if not evaluations[0]["step"] else None
+    held_out_before = None  # of the model before training, if step 0 was evaluated
+    if evaluations[0]["step"] == 0:
+        held_out_before = sign * evaluations[0]["held_out"]
     if len(points) == 1:
-        return _sentence_of_one(points[0], before, quantity, sign)
+        return _sentence_on_one_evaluation(points[0], held_out_before, quantity, sign)
 
     best = min(points, key=lambda point: point.held_out)
     last = points[-1]
-    change = _relative(best.held_out, last.held_out)
-    where = f"held-out {quantity} best at step {best.step} ({readable(sign * best.held_out)})"
-    if before is not None and best.held_out >= before:
-        return f"no step is better than the model before training ({readable(sign * before)}): a lower optim.lr, not more steps"
-    if change > SMALL:
-        if last.train <= best.train:
-            return f"yes: {where}, {change:.0%} worse since then while training went on to improve: fewer steps or more data"
-        return f"no, but it got worse: {where}, {change:.0%} worse since then, training too: a lower optim.lr, not more steps"
-    gain = _relative(last.held_out, _point_before_last_part(points).held_out)
-    if best is last and gain > SMALL:
-        return f"no sign of it: {where}, {gain:.0%} better over the last quarter: more steps may help"
-    return f"no sign of it: {where}, level at the end: more steps would gain little"
+    loss_since_best = _relative_difference(best.held_out, last.held_out)
+    gain_in_last_part = _relative_difference(last.held_out, _point_before_last_part(points).held_out)
+    got_worse = loss_since_best > SMALL
+    training_improved = last.train <= best.train
+    still_improves = best is last and gain_in_last_part > SMALL
+
+    best_text = f"held-out {quantity} best at step {best.step} ({readable(sign * best.held_out)})"
+    if held_out_before is not None and best.held_out >= held_out_before:
+        before_text = readable(sign * held_out_before)
+        return f"no step is better than the model before training ({before_text}): a lower optim.lr, not more steps"
+    if got_worse and training_improved:
+        return (
+            f"yes: {best_text}, {loss_since_best:.0%} worse since then while training went on to improve: "
+            "fewer steps or more data"
+        )
+    if got_worse:
+        return (
+            f"no, but it got worse: {best_text}, {loss_since_best:.0%} worse since then, training too: "
+            "a lower optim.lr, not more steps"
+        )
+    if still_improves:
+        return f"no sign of it: {best_text}, {gain_in_last_part:.0%} better over the last quarter: more steps may help"
+    return f"no sign of it: {best_text}, level at the end: more steps would gain little"
 
 
-def _sentence_of_one(point: HeldOutPoint, before: float | None, quantity: str, sign: float) -> str:
-    """The sentence of a run that was evaluated only at its end."""
+def _sentence_on_one_evaluation(point: HeldOutPoint, before: float | None, quantity: str, sign: float) -> str:
+    """The sentence on a run that was evaluated only at its end. `before`: the held-out value before training, if measured.
+
+    `point` and `before` are smaller if better; `sign` turns them back into the `quantity` (loss or reward) that is shown.
+    """
     more = "evaluation.every_steps=<steps> evaluates on the way"
     if before is None:
         return f"one evaluation cannot tell (held-out {quantity} {readable(sign * point.held_out)}); {more}"
@@ -76,12 +92,12 @@ def _sentence_of_one(point: HeldOutPoint, before: float | None, quantity: str, s
 
 
 def _point_before_last_part(points: list[HeldOutPoint]) -> HeldOutPoint:
-    """The last evaluation before the last quarter of the run; the first one if all are in it."""
-    begin = (1 - LAST_PART) * points[-1].step
-    earlier = [point for point in points if point.step <= begin]
+    """The last evaluation before the last quarter of the run; the first evaluation if all of them are in that quarter."""
+    last_part_start = (1 - LAST_PART) * points[-1].step
+    earlier = [point for point in points if point.step <= last_part_start]
     return earlier[-1] if earlier else points[0]
 
 
-def _relative(better: float, worse: float) -> float:
+def _relative_difference(better: float, worse: float) -> float:
     """How much `worse` is above `better`, as a share of `better`."""
     return (worse - better) / (abs(better) or 1.0)

@@ -30,7 +30,7 @@ class EvaluationInterval:
     """Whether evaluations before the last step compute the held-out loss alone."""
 
 
-def settle_interval(
+def resolve_evaluation_interval(
     config: RunConfig,
     data: PreparedData,
     built: Built,
@@ -41,17 +41,17 @@ def settle_interval(
 ) -> EvaluationInterval:
     """How often this run is evaluated (`evaluation.every_steps`), with `auto` computed from the sizes of run and held-out data.
 
-    The number for `auto` is kept in `progress`, so that a resumed run has the same, and stands in `built.substitutions` for
-    people. No collective.
+    Two side effects for `auto`: the number is stored in `progress`, so that a resumed run has the same one, and noted with its
+    reason in `built.substitutions`, which the start screen shows. No collective.
     """
-    every = config.evaluation.every_steps
-    if every != AUTO:
-        return EvaluationInterval(int(every))
+    configured_steps = config.evaluation.every_steps
+    if configured_steps != AUTO:
+        return EvaluationInterval(int(configured_steps))
     held_out = data.evaluation
     if held_out is None or len(held_out) == 0 or isinstance(loader, RolloutLoader):
-        # Held-out rewards are of answers that are written: too dear to be computed without being asked for.
+        # Held-out rewards need written answers, which is too expensive unless the user sets an interval.
         return EvaluationInterval(0, loss_alone=True)
-    share = EvalShare(
+    eval_share = EvalShare(
         config.evaluation.batch,
         runtime.reader,
         runtime.readers,
@@ -63,7 +63,7 @@ def settle_interval(
     size = RunSize(
         total_steps=total_steps,
         tokens_per_step=float(loader.unit_tokens.mean()) * config.batch["global"],
-        held_out_tokens=int(held_out.lengths[share.sequences(held_out)].sum()),
+        held_out_tokens=int(held_out.lengths[eval_share.sequences(held_out)].sum()),
     )
     # A run that was too short for any evaluation on the way may have been extended. Every other number stays.
     if not progress.evaluate_every:

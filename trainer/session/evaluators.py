@@ -22,11 +22,11 @@ from trainer.planner.oom_probe import TrialInputs
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.types import RewardScorer
 from trainer.session.announcements import RunContext
-from trainer.session.monitors import with_tasks
+from trainer.session.monitors import add_task_evaluator
 from trainer.step import Built
 
 
-def evaluators_of(
+def build_run_evaluators(
     config: RunConfig,
     inputs: TrialInputs,
     tasks: list[PreparedTask],
@@ -38,7 +38,8 @@ def evaluators_of(
 ) -> list[Evaluator]:
     """The evaluators that the configuration asks for; empty without held-out data and tasks.
 
-    Rounds are evaluated by the rewards of `loader`. Errors: those of `build_evaluators`, and of rewards.
+    A run that learns from rewards is evaluated by the rewards of its `loader`, any other by its held-out loss and metrics.
+    `challenges`: the detectors that receive what tasks measure. Errors: those of `build_evaluators`, and of rewards.
     """
     data = inputs.data
     tokenizer = inputs.tokenizer
@@ -46,15 +47,15 @@ def evaluators_of(
     def watch_for_stop() -> Callable[[], bool]:
         return context.agreement.for_loop().ask_and_wait
 
-    def asking() -> ModelInterface:
-        return asking_of(config, data, built, tokenizer, engine, context.runtime, watch_for_stop())
+    def make_model_interface() -> ModelInterface:
+        return model_interface_for_run(config, data, built, tokenizer, engine, context.runtime, watch_for_stop())
 
     if isinstance(loader, RolloutLoader):
         scorer = loader.maker.scorer
-        of_rewards = build_reward_evaluators(
+        reward_evaluators = build_reward_evaluators(
             config, data, built, tokenizer, engine, context.runtime, scorer, watch_for_stop()
         )
-        return with_tasks(config, challenges, of_rewards, tasks, asking, context)
+        return add_task_evaluator(config, challenges, reward_evaluators, tasks, make_model_interface, context)
     evaluators = build_evaluators(
         replace(config.evaluation, tasks=asked_tasks(config)),
         config.model,
@@ -65,10 +66,10 @@ def evaluators_of(
         context.runtime,
         watch_for_stop,
     )
-    return with_tasks(config, challenges, evaluators, tasks, asking, context)
+    return add_task_evaluator(config, challenges, evaluators, tasks, make_model_interface, context)
 
 
-def asking_of(
+def model_interface_for_run(
     config: RunConfig,
     data: PreparedData,
     built: Built,
@@ -77,7 +78,7 @@ def asking_of(
     runtime: processes.Runtime,
     stop_now: Callable[[], bool],
 ) -> ModelInterface:
-    """The run's model behind the calls that tasks make: answers, likelihoods, labels, losses."""
+    """The interface through which tasks use the run's model: it writes answers and measures likelihoods, labels and losses."""
     return build_model_interface(
         config.evaluation,
         config.model,
@@ -100,16 +101,19 @@ def build_test_evaluators(
     scorer: RewardScorer | None,
     watch_for_stop: Callable[[], Callable[[], bool]],
 ) -> list[Evaluator]:
-    """The evaluators of the test documents, all of them and in one piece; empty without any.
+    """The evaluators of the test documents, which use all of them; empty without test documents.
 
-    `scorer`: that of the rewards, of an objective whose batches are rounds. `watch_for_stop`: as in `build_evaluators`. What they
-    yield is named as on evaluation documents (`eval/loss`).
+    `scorer`: computes the rewards, if the run learns from rewards; else None. `watch_for_stop`: as in `build_evaluators`. Metrics
+    have the names of those of evaluation documents (`eval/loss`).
     """
-    # No metric of the test documents is watched, and no part of them is left out.
+    # No metric of the test documents is monitored, and no document is left out.
     settings = replace(config.evaluation, tasks={}, watch=None, max_documents=None, loss_by_position=False)
     if scorer is not None:
-        of_test = replace(data, evaluation=data.test)
-        # Every prompt is answered: `samples` is how many are enough to watch the training.
-        asked = replace(config, evaluation=replace(settings, generate=replace(settings.generate, samples=0)))
-        return build_reward_evaluators(asked, of_test, built, tokenizer, engine, runtime, scorer, watch_for_stop())
+        test_data = replace(data, evaluation=data.test)
+        # Every prompt is answered (`samples=0`); during training, a sample of them is enough.
+        generate = replace(settings.generate, samples=0)
+        test_config = replace(config, evaluation=replace(settings, generate=generate))
+        return build_reward_evaluators(
+            test_config, test_data, built, tokenizer, engine, runtime, scorer, watch_for_stop()
+        )
     return build_evaluators(settings, config.model, data.test, built, tokenizer, engine, runtime, watch_for_stop)

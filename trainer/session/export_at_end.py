@@ -23,58 +23,67 @@ from trainer.session.exported_model import describe_trained_model
 from trainer.session.result import TrainedRun
 
 
-def export_at_end(run: TrainedRun, of_model: ModelFacts, record: RunRecord) -> Path | None:
-    """Write `export/` out of a checkpoint and return its directory; None if none is asked for, or if something forbids it.
+def export_at_end(run: TrainedRun, model_facts: ModelFacts, record: RunRecord) -> Path | None:
+    """Export the checkpoint of `model_facts.step` into `export/`; returns that directory, or None if nothing is exported.
 
-    The weights are those that `of_model` is about. All ranks must call; each writes its share of a whole model's files. The
-    engine is closed. Notes in `record` what the gates said, and why nothing was exported. Errors: those of writing.
+    Nothing is exported if the configuration does not ask for it, or if gates, a changed base or an unreadable checkpoint forbid
+    it. Notes in `record` the result of the gates and the reason. Closes the engine. All ranks must call; each writes its share of
+    the model's files. Errors: those of writing.
     """
     run.outcome.export_follows = leaves_export_to_job(run.config)
     record.gates = {}
     record.not_exported = []
     if not exports_at_end(run.config):
         return None
-    exported = _export(run, of_model)
-    if run.outcome.saved_for_export and exported is not None:  # what is said of a later export needs the checkpoint
+    exported = _export_if_allowed(run, model_facts)
+    # A checkpoint that was saved for the export alone is only needed if the user has to export it later.
+    if run.outcome.saved_for_export and exported is not None:
         run.checkpoints.discard(run.outcome.progress.step)
-    record.gates = of_model.gates
-    record.not_exported = of_model.run.not_exported or []
-    record.export_problem = of_model.run.export_problem
+    record.gates = model_facts.gates
+    record.not_exported = model_facts.run.not_exported or []
+    record.export_problem = model_facts.run.export_problem
     return exported
 
 
-def _export(run: TrainedRun, of_model: ModelFacts) -> Path | None:
-    """Export the weights that `of_model` is about; None if gates, a changed base or the checkpoint forbid it. All ranks call."""
+def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
+    """Export the checkpoint of `model_facts.step`; None if gates, a changed base or the checkpoint forbid it.
+
+    The reason is printed and noted in `model_facts`. All ranks must call.
+    """
     config = run.config
     inputs = run.inputs
     context = run.context
-    judged = judge_at_end(
+    # The gates: limits on metrics that the configuration sets.
+    gate_results = judge_at_end(
         config.gates,
         config.evaluation.tasks,
         run_dir=context.run_dir,
-        step=of_model.step,
+        step=model_facts.step,
         fallback_dir=config.checkpoint.fallback_dir,
         runtime=context.runtime,
     )
-    of_model.gates = judged.record()
-    if judged.refused:
-        context.console.print_line(judged.refusal_text(context.run_dir))
-        if judged.override is None:
+    model_facts.gates = gate_results.record()
+    if gate_results.refused:
+        context.console.print_line(gate_results.refusal_text(context.run_dir))
+        if gate_results.override is None:
             return None
-    config = replace(config, model=at_commit(config.model, of_model.run.base_commit))
-    if changed := _changed_base(config, of_model, context):
-        of_model.run.not_exported = changed
+
+    # The base and the checkpoint.
+    config = replace(config, model=at_commit(config.model, model_facts.run.base_commit))
+    changed_base_files = _changed_base_files(config, model_facts, context)
+    if changed_base_files:
+        model_facts.run.not_exported = changed_base_files
         return None
-    checkpoint, problem = _sealed_checkpoint(config, of_model.step, context)
+    checkpoint, problem = _readable_checkpoint(config, model_facts.step, context)
     if checkpoint is None:
         context.console.print_line(f"not exported: {problem}")
-        of_model.run.export_problem = problem
+        model_facts.run.export_problem = problem
         return None
 
+    # The export. Engine and state buffer are closed first, since it needs their memory.
     reference = None
     if config.export.verify:
         reference = take_reference(run.engine, run.built, inputs.tokenizer, context.runtime)
-    # What follows needs their memory.
     run.engine.close()
     run.checkpoints.state_buffer.release()
     model = describe_trained_model(
@@ -84,7 +93,7 @@ def _export(run: TrainedRun, of_model: ModelFacts) -> Path | None:
         [checkpoint],
         inputs.precision,
         on_gpu=context.runtime.device.type == "cuda",
-        total_steps=of_model.run.total_steps,
+        total_steps=model_facts.run.total_steps,
         staged_model=run.staged_model,
     )
     try:
@@ -92,25 +101,27 @@ def _export(run: TrainedRun, of_model: ModelFacts) -> Path | None:
             model,
             destination=context.run_dir / "export",
             config=config.export,
-            facts=of_model,
+            facts=model_facts,
             runtime=context.runtime,
             reference=reference,
         )
-    except ExportInUse as error:  # `shardtune export`, typed while the run still trained: the run itself is done
+    except (
+        ExportInUse
+    ) as error:  # somebody runs `shardtune export` on this run: no reason to fail the run, which is done
         context.console.print_line(f"not exported: {error}")
-        of_model.run.export_problem = str(error)
+        model_facts.run.export_problem = str(error)
         return None
 
 
-def _changed_base(config: RunConfig, of_model: ModelFacts, context: RunContext) -> list[str]:
+def _changed_base_files(config: RunConfig, model_facts: ModelFacts, context: RunContext) -> list[str]:
     """Files of the base that have changed since this run started, one line each; mostly empty. All ranks must call.
 
     An export copies the base or merges into it: with another base it would be a model that nobody trained. The run itself
-    is done, so a changed base is only said on the screen: it neither fails the run nor starts it again.
+    is done, so a changed base is only printed: it neither fails the run nor starts it again.
     """
 
     def compare() -> list[str]:
-        recorded = files_among((of_model.run.identity or {})[BASE])
+        recorded = files_among((model_facts.run.identity or {})[BASE])
         return changed_files(config, recorded, teacher=False, start=False)
 
     changed = call_on_main(compare, context.runtime)
@@ -123,25 +134,26 @@ def _changed_base(config: RunConfig, of_model: ModelFacts, context: RunContext) 
     return changed
 
 
-def _sealed_checkpoint(config: RunConfig, step: int, context: RunContext) -> tuple[Path | None, str]:
-    """(the checkpoint of a step that every rank can read, a problem in words). All ranks must call.
+def _readable_checkpoint(config: RunConfig, step: int, context: RunContext) -> tuple[Path | None, str]:
+    """(the checkpoint of a step, an empty text), or (None, why not every rank can read it whole). All ranks must call.
 
-    The checkpoint is None if there is none, or if it cannot be exported; the problem is empty otherwise. Each rank compares its
-    share of the files with their checksums. Errors: StorageError if the directory of checkpoints cannot be listed.
+    Each rank compares its share of the files with their checksums. Errors: StorageError if the directory of checkpoints cannot be
+    listed.
     """
     checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
 
-    def find() -> Path | None:
+    def find_on_rank_0() -> Path | None:
         return dict(checkpoints_in(checkpoint_dirs)).get(step)
 
-    checkpoint = call_on_main(find, context.runtime)
+    checkpoint = call_on_main(find_on_rank_0, context.runtime)
     command = f"shardtune export {context.run_dir}"
     if checkpoint is None:
         return None, (
             f"there is no checkpoint of step {step}, and the export is read out of one. Free space for it, then start "
             f"the same command again; or export an earlier step: {command}"
         )
-    blind_ranks = [rank for rank, sees in enumerate(gather_objects(_sees(checkpoint), context.runtime)) if not sees]
+    visible_by_rank = gather_objects(_is_visible(checkpoint), context.runtime)
+    blind_ranks = [rank for rank, is_visible in enumerate(visible_by_rank) if not is_visible]
     if blind_ranks:
         return None, (
             f"{checkpoint} cannot be seen from {len(blind_ranks)} of the ranks (the first is {blind_ranks[0]}), and each rank "
@@ -153,7 +165,7 @@ def _sealed_checkpoint(config: RunConfig, step: int, context: RunContext) -> tup
     return checkpoint, ""
 
 
-def _sees(checkpoint: Path) -> bool:
+def _is_visible(checkpoint: Path) -> bool:
     """Whether this process can see a checkpoint. Waits as long as a network file system may hide what another host has made."""
     try:
         retry_until_visible((checkpoint / MANIFEST).stat, NOT_YET_VISIBLE)

@@ -55,7 +55,7 @@ Identity = dict[str, dict[str, Any]]
 def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) -> Identity:
     """Everything that decides a run's result, by kind (`KINDS`) and key, as JSON values. No collective.
 
-    `files`: whether the files of base and source are read, and digested. Without, these kinds are empty.
+    `files`: whether the files of base, source and reward models are read and digested. If not, their kinds have no digests.
     """
     identity: Identity = {kind: {} for kind in KINDS if kind != "unknown"}
     settings = plain(config)
@@ -76,8 +76,8 @@ def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) ->
         identity["code"] = {}
     identity["versions"] = _versions()
     # Through JSON once, so that it compares equal to what is read from the file.
-    as_read: Identity = json.loads(json.dumps(identity, default=str))
-    return as_read
+    as_json_values: Identity = json.loads(json.dumps(identity, default=str))
+    return as_json_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def differences(recorded: Identity, current: Identity, *, accept: list[str]) -> 
 
     `accept`: kinds that are left out. A missing value is `-`.
     """
-    found = []
+    differing = []
     for kind in KINDS:
         if kind in accept:
             continue
@@ -108,8 +108,8 @@ def differences(recorded: Identity, current: Identity, *, accept: list[str]) -> 
         for key in sorted(recorded_values.keys() | current_values.keys()):
             difference = IdentityDifference(kind, key, recorded_values.get(key, "-"), current_values.get(key, "-"))
             if difference.there != difference.here:
-                found.append(difference)
-    return found
+                differing.append(difference)
+    return differing
 
 
 def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
@@ -195,15 +195,16 @@ def _compare_ranks(identity_by_rank: list[tuple[str, Identity]], accept: list[st
 
 
 def _compare_with_earlier_start(config: RunConfig, current: Identity, run_dir: Path) -> list[str]:
-    """The accepted differences: those of the run whose checkpoint will be loaded, then those between it and this start.
+    """Compare this start (`current`) with the earlier run whose checkpoint will be loaded; returns all accepted differences.
 
+    First those that the earlier run's record lists, then those between it and this start. Empty if no checkpoint will be loaded.
     Raises ConfigError, with each difference, if `run.accept` does not name all of their kinds.
     """
     earlier_run = _run_of_checkpoint(config, run_dir)
     if earlier_run is None:
         return []
     try:
-        recorded, accepted = _read(earlier_run / IDENTITY)
+        recorded, accepted_earlier = _read(earlier_run / IDENTITY)
     except (OSError, ValueError) as error:
         if "unknown" in config.run.accept:
             return [f"unknown: {earlier_run / IDENTITY} cannot be read"]
@@ -213,15 +214,16 @@ def _compare_with_earlier_start(config: RunConfig, current: Identity, run_dir: P
         ) from error
     # An earlier version did not record the settings that were added since.
     recorded = _with_later_settings(recorded, config)
-    changed = differences(recorded, current, accept=config.run.accept)
-    if changed:
+    not_accepted = differences(recorded, current, accept=config.run.accept)
+    if not_accepted:
         refusal = (
             f"run.resume: {earlier_run} was trained differently (there). Undo the change, start a new run.dir without "
-            f"run.resume, or accept the change: {_accept_setting(changed, config.run.accept)}"
+            f"run.resume, or accept the change: {_accept_setting(not_accepted, config.run.accept)}"
         )
-        raise ConfigError("\n    ".join([refusal, *_first_lines(changed)]))
+        raise ConfigError("\n    ".join([refusal, *_first_lines(not_accepted)]))
+    # `run.accept` names the kinds of all differences, so they are accepted by this start. Each is listed once.
     accepted_now = [str(difference) for difference in differences(recorded, current, accept=[])]
-    return list(dict.fromkeys([*accepted, *accepted_now]))
+    return list(dict.fromkeys([*accepted_earlier, *accepted_now]))
 
 
 def _with_later_settings(recorded: Identity, config: RunConfig) -> Identity:
@@ -230,13 +232,14 @@ def _with_later_settings(recorded: Identity, config: RunConfig) -> Identity:
     An earlier version behaved as a new setting's default does. So a run of that version is refused only if the setting has
     another value now.
     """
-    kinds = {kind: dict(values) for kind, values in recorded.items()}
-    known_keys = set[str]().union(*recorded.values())
+    completed = {kind: dict(values) for kind, values in recorded.items()}
+    recorded_keys = set[str]().union(*recorded.values())
     for key, default in defaults_of(config).items():
         kind = kind_of(key)
-        if kind is not None and key not in known_keys:
-            kinds.setdefault(kind, {})[key] = json.loads(json.dumps(default, default=str))  # as it is read back
-    return kinds
+        if kind is not None and key not in recorded_keys:
+            as_json_value = json.loads(json.dumps(default, default=str))  # as it would be read from the file
+            completed.setdefault(kind, {})[key] = as_json_value
+    return completed
 
 
 def _read(path: Path) -> tuple[Identity, list[str]]:

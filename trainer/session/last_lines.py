@@ -57,12 +57,12 @@ def end_text(
 
 
 def _test_lines(record: RunRecord, width: int) -> list[str]:
-    """The metrics of the test documents, and how often they were looked at; none without test documents."""
+    """The metrics of the test documents, and how often they have been measured; no lines without test documents."""
     if record.test is None:
         return []
     lines = [f"  {name:<{width}} {readable(value)}" for name, value in record.test["metrics"].items()]
-    about = f"{record.test['documents']:,} test documents at step {record.test['step']}"
-    return [*lines, f"  ({about}, looked at {times(record.test['looks'])}: choose nothing by them)"]
+    scope = f"{record.test['documents']:,} test documents at step {record.test['step']}"
+    return [*lines, f"  ({scope}, looked at {times(record.test['looks'])}: choose nothing by them)"]
 
 
 def _finding_lines(outcome: Outcome) -> list[str]:
@@ -85,7 +85,7 @@ def _answer_lines(outcome: Outcome) -> list[str]:
 
 
 def _best_lines(record: RunRecord, run_dir: Path, outcome: Outcome) -> list[str]:
-    """One line if better weights exist than those that leave the run: of an earlier step, or the model before training."""
+    """One line if better weights exist than the exported ones: those of an earlier step, or the model before training."""
     best = outcome.progress.best_metric
     if outcome.watch not in outcome.after or best is None:
         return []
@@ -110,7 +110,7 @@ def _named(chosen: Mapping[str, Any]) -> str:
 
 
 def _has_improved(outcome: Outcome) -> bool:
-    """Whether the best watched metric is better than before training; True if it was not measured before."""
+    """Whether the best monitored metric is better than before training; True if it was not measured before."""
     best = outcome.progress.best_metric
     before = outcome.before.get(outcome.watch)
     if best is None or before is None:
@@ -119,9 +119,11 @@ def _has_improved(outcome: Outcome) -> bool:
 
 
 def _has_better_step(record: RunRecord, outcome: Outcome) -> bool:
-    """Whether an earlier step had a better watched metric, and the last weights leave the run all the same."""
-    chosen = record.exported_checkpoint or {}
-    if chosen.get("which") == "best" or outcome.progress.best_step in (None, outcome.progress.step):
+    """Whether an earlier step had a better monitored metric than the exported checkpoint, which is the last one."""
+    exported = record.exported_checkpoint or {}
+    is_best_exported = exported.get("which") == "best"
+    is_last_step_best = outcome.progress.best_step in (None, outcome.progress.step)
+    if is_best_exported or is_last_step_best:
         return False
     best = outcome.progress.best_metric
     last = outcome.after.get(outcome.watch)
@@ -136,7 +138,11 @@ def _export_of_best(run_dir: Path) -> str:
 
 
 def _next_step(record: RunRecord, run_dir: Path, outcome: Outcome, export: Path | None) -> str | None:
-    """What the user does next, as a command if there is one; None if gates kept the model from being exported."""
+    """What the user does next, as a command if there is one; None if gates kept the model from being exported.
+
+    In this order, since a model that is worse is not worth a chat: train again if training made it worse; export an earlier step
+    that is better; wait for the export job; export; try the exported model.
+    """
     findings = findings_in(outcome.challenges)
     if not _has_improved(outcome):
         remedy = findings[0].remedies[0] if findings and findings[0].remedies else "a lower optim.lr"

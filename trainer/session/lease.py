@@ -157,11 +157,11 @@ class Lease:
             directory.mkdir(parents=True, exist_ok=True)
             while True:
                 # Read the number before looking for a living owner: if anybody claims in between, our number is taken.
-                number, _ = latest(directory)
+                number, _ = latest_claim(directory)
                 refuse_in_use(run_dir, patience_s, stop)
                 if not shared_files.claim(_claim_path(directory, number + 1), _json_bytes(asdict(own)), own.token):
                     continue  # somebody was faster, or this host's view of the directory is old
-                if latest(directory)[0] == number + 1:
+                if latest_claim(directory)[0] == number + 1:
                     break
                 # A later claim exists, whose owner has removed the one that had this number.
                 _claim_path(directory, number + 1).unlink(missing_ok=True)
@@ -203,23 +203,27 @@ class Lease:
         self.release()
 
     def _find_loss(self) -> str | None:
-        """Why the directory is not this attempt's any more; None if it is. Makes a claim again that somebody deleted.
+        """Why the directory is not this attempt's any more, even if it cannot be read; None if it is.
 
-        A directory that cannot be read counts as lost only once others may take this attempt for dead.
+        May repair a claim that somebody deleted, and follow a rename. An unreadable directory counts as lost only after so long
+        that others may take this attempt for dead.
         """
         try:
             with self._look_lock:
-                return self._why_superseded()
+                return self._check_claim()
         except OSError as error:
             silent_s = time.monotonic() - self._beaten_at
             if silent_s <= self.owner.beat_s * BEATS_PER_PATIENCE:
                 return None
             return f"unreadable for {silent_s:.0f} s ({error.strerror})"
 
-    def _why_superseded(self) -> str | None:
-        """Why the directory is not this attempt's any more; None if it is. Errors: OSError."""
-        number, owner = latest(self.directory)
-        if self._claim_is_here():
+    def _check_claim(self) -> str | None:
+        """Why the directory is not this attempt's any more; None if it is. Errors: OSError if it cannot be read.
+
+        If this attempt's claim is missing, looks for a renamed directory first, and then makes the claim again.
+        """
+        number, owner = latest_claim(self.directory)
+        if self._claim_exists():
             if number > self.number and owner is not None:
                 return f"{owner.describe()} took it over"
             return None
@@ -231,13 +235,13 @@ class Lease:
             print(f"{self.home}: the directory was renamed to {home}", flush=True)
             self.home = home
             self._on_move(home)
-            number, owner = latest(self.directory)
-            if number == self.number and self._claim_is_here():
+            number, owner = latest_claim(self.directory)
+            if number == self.number and self._claim_exists():
                 return None
-        return self._claim_again(number, owner)
+        return self._restore_claim(number, owner)
 
-    def _claim_is_here(self) -> bool:
-        """Whether the claim of this attempt can be read where it was made. Errors: OSError."""
+    def _claim_exists(self) -> bool:
+        """Whether the file of this attempt's claim exists and is still this attempt's. Errors: OSError."""
         try:
             claim = json.loads(shared_files.read(_claim_path(self.directory, self.number)))
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -252,30 +256,40 @@ class Lease:
             home = self._directory_handle.find()
         return home
 
-    def _claim_again(self, number: int, owner: Owner | None) -> str | None:
+    def _restore_claim(self, latest_number: int, latest_owner: Owner | None) -> str | None:
         """Make this attempt's missing claim again; returns None, or why the directory is another attempt's by now.
 
-        `number` and `owner` are the latest claim's.
+        `latest_number` and `latest_owner` are those of the latest claim in the directory, in the order of the cases:
+
+        - this attempt's own claim: nothing is missing;
+        - this attempt's claim, torn by a crash: written again;
+        - a later claim of an attempt that is over by now, or a claim of an owner that may live: the directory is lost;
+        - none, or one of a dead owner: the claim is made again.
         """
-        if owner is not None and owner.token == self.owner.token:
-            return None  # the claim could be read a moment ago: only the second look failed
+        claim_path = _claim_path(self.directory, self.number)
         content = _json_bytes(asdict(self.owner))
-        is_torn = owner is not None and owner.token == ""
-        if number == self.number and is_torn:
-            shared_files.replace(_claim_path(self.directory, number), content, self.owner.token)
+        is_torn = latest_owner is not None and latest_owner.token == ""
+        if latest_owner is not None and latest_owner.token == self.owner.token:
+            return None  # the claim could be read a moment ago: only the second look failed
+        if latest_number == self.number and is_torn:
+            shared_files.replace(claim_path, content, self.owner.token)
             return None
-        if number > self.number and owner is None:
+
+        if latest_number > self.number and latest_owner is None:
             return "another attempt took it over"
-        if number and owner is not None and not is_torn and is_alive_here(owner, self.owner) is not False:
-            return f"{owner.describe()} took it over"
+        if latest_number and latest_owner is not None and not is_torn:
+            may_be_alive = is_alive_here(latest_owner, self.owner) is not False  # None: this host cannot tell
+            if may_be_alive:
+                return f"{latest_owner.describe()} took it over"
+
         self.directory.mkdir(exist_ok=True)
-        if not shared_files.claim(_claim_path(self.directory, self.number), content, self.owner.token):
+        if not shared_files.claim(claim_path, content, self.owner.token):
             return "another attempt took it over"
         print(f"{self.directory}: was emptied by somebody; the run's claim is made again", flush=True)
         return None
 
     def _beat(self) -> None:
-        """Count up, and look whether the directory is still this attempt's, until it is released or lost. The thread's body."""
+        """Body of the thread: write a sign of life and check the claim, in turns, until the lease is released or lost."""
         count = 0
         while True:
             count += 1
@@ -294,7 +308,7 @@ class Lease:
                 return
 
 
-def latest(directory: Path) -> tuple[int, Owner | None]:
+def latest_claim(directory: Path) -> tuple[int, Owner | None]:
     """(number of the newest claim, its owner). The number is 0 without claims; the owner is None if it is over.
 
     A claim that was torn by a crash has an owner with an empty token.
@@ -331,13 +345,15 @@ def refuse_in_use(run_dir: Path, patience_s: float, stop: Callable[[], bool] = l
 
 
 def living_owner(run_dir: Path, patience_s: float, stop: Callable[[], bool] = lambda: False) -> str | None:
-    """The living owner of the directory, in words; None if the directory may be claimed. May wait for `patience_s`.
+    """The living owner of the directory, in words; None if the directory may be claimed.
 
-    Raises Preempted if `stop` says so while it waits.
+    The cases in order, the cheap ones first: nobody has a claim; it is an earlier start of this SLURM job; its process is, or
+    was, on this host; it is on another host. In the last case, its signs of life are watched for up to `patience_s`, or until
+    `stop` says that this process shall end (Preempted).
     """
     directory = run_dir / "lease"
     own = this_process(patience_s)
-    number, owner = latest(directory)
+    number, owner = latest_claim(directory)
     if owner is None:
         return None
     is_earlier_start = bool(owner.job) and owner.job == own.job and owner.restart < own.restart
@@ -346,7 +362,7 @@ def living_owner(run_dir: Path, patience_s: float, stop: Callable[[], bool] = la
     is_alive = is_alive_here(owner, own)
     if is_alive is not None:
         return f"{owner.describe()}, is running it" if is_alive else None
-    # Another host's: watch whether it still counts up.
+    # It is on another host: watch whether the count in its file of signs of life still grows.
     first_beat = _read_beat(directory, number)
     if os.environ.get(SILENT) == f"{owner.token}:{first_beat}":
         return None  # watched already, by this process or the one that started it
@@ -360,7 +376,7 @@ def living_owner(run_dir: Path, patience_s: float, stop: Callable[[], bool] = la
         if stop():
             raise Preempted("asked to stop while waiting for the run directory; nothing was begun")
         time.sleep(min(1.0, owner.beat_s))
-        newest, current_owner = latest(directory)
+        newest, current_owner = latest_claim(directory)
         if newest != number or current_owner is None:  # somebody else claimed it, or the owner has ended
             return living_owner(run_dir, patience_s, stop)
         if _read_beat(directory, number) != first_beat:
@@ -395,7 +411,7 @@ def _hidden(pid: int) -> bool:
 
 def other_owner(run_dir: Path) -> str | None:
     """The attempt that may own the directory now that this host's own has ended, in words; None if none does. Does not wait."""
-    _, owner = latest(run_dir / "lease")
+    _, owner = latest_claim(run_dir / "lease")
     if owner is None or is_alive_here(owner, this_process(1)) is False:
         return None
     return owner.describe()

@@ -76,8 +76,8 @@ def result_at_end(
 ) -> dict[str, Any] | None:
     """What `run.json` says of the test documents when training has ended; None if there are none. All ranks must call.
 
-    A run that was stopped between this and its end does not look again: the metrics of the same checkpoint are on record.
-    Errors: StorageError, Preempted.
+    If the run was stopped after an earlier call, the recorded metrics of the same checkpoint are taken, and nothing is measured
+    again. `make_evaluators` is called only if something is measured. Errors: StorageError, Preempted.
     """
     if data.test is None or len(data.test) == 0:
         return None
@@ -105,8 +105,8 @@ def num_documents(data: PreparedData) -> int:
 def _metrics_on_record(weights: CheckpointWeights) -> dict[str, float] | None:
     """The test metrics that the run has measured of these weights before; None if it has not."""
     for report in kept_reports(weights.run_dir, TEST):
-        is_of_weights = weights.artefact is not None and report.artefact == weights.artefact
-        if is_of_weights and report.report.get("measured_by") == BY_RUN:
+        is_same_checkpoint = weights.artefact is not None and report.artefact == weights.artefact
+        if is_same_checkpoint and report.report.get("measured_by") == BY_RUN:
             return dict(report.report.get("metrics") or {})
     return None
 
@@ -137,17 +137,17 @@ def keep_look(
 def keep_result(
     weights: CheckpointWeights, metrics: dict[str, float], documents: int, *, recorded: bool
 ) -> dict[str, Any]:
-    """The result of a look that `shardtune evaluate` has taken, as JSON values; kept with the run if it is `recorded`.
+    """The test result of `shardtune evaluate` as JSON values, which is written into the run directory if `recorded`.
 
-    A run of somebody else keeps nothing. On rank 0 alone. Errors: StorageError.
+    `recorded` is false for a run of another user, whose directory is not written. On rank 0 alone. Errors: StorageError.
     """
     if recorded:
         keep_look(weights, metrics, documents, BY_COMMAND)
     result = ResultOnTest(metrics=metrics, step=weights.step, documents=documents, looks=num_looks(weights.run_dir))
     if recorded:
-        # The newest look of the run's own end stays what the run is measured by.
-        in_record = read_json(weights.run_dir / RUN_RECORD).get("test") or asdict(result)
-        add_to_run_record(weights.run_dir, "test", {**in_record, "looks": result.looks})
+        # The metrics that the run itself measured at its end stay in `run.json`; only the number of looks grows.
+        recorded_test = read_json(weights.run_dir / RUN_RECORD).get("test") or asdict(result)
+        add_to_run_record(weights.run_dir, "test", {**recorded_test, "looks": result.looks})
     return {"run": str(weights.run_dir), "checkpoint": weights.checkpoint, **asdict(result)}
 
 

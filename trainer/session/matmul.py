@@ -18,7 +18,7 @@ from trainer.reporting.resolution import Resolution, resolution_of
 from trainer.reporting.shared_choice import shared_choice
 
 
-def settle_matmul(
+def resolve_matmul(
     config: RunConfig, run_dir: Path, runtime: Runtime, freeze: Callable[[Path, RunConfig], None]
 ) -> tuple[RunConfig, Runtime]:
     """Choose the library that multiplies float32 matrices on CPUs, if `run.matmul` is auto. All ranks must call.
@@ -48,7 +48,10 @@ def settle_matmul(
 def _resolution_of_run(
     config: RunConfig, run_dir: Path, choice: MatmulChoice, freeze: Callable[[Path, RunConfig], None]
 ) -> Resolution:
-    """How this run got its library: as an earlier start chose, else by `choice`, which is then frozen. On rank 0."""
+    """Which library this run uses, and why: that of its earlier start, else that of its comparison, else `choice`. On rank 0.
+
+    A new choice is written into the frozen configuration.
+    """
     earlier = config.resolution(MATMUL)
     if earlier is not None and kept_matmul(config) is not Matmul.auto:
         return earlier
@@ -60,7 +63,10 @@ def _resolution_of_run(
 
 
 def _with_library(library: Matmul, runtime: Runtime) -> Runtime:
-    """The runtime with the library of the run; with BLAS, and a reason, if this rank's host does not have that library."""
+    """The runtime with the library that the run began with.
+
+    If this rank's host does not have that library, the runtime uses BLAS, with the reason in `runtime.matmul.reason`.
+    """
     assert runtime.matmul is not None
     if library in (runtime.matmul.library, Matmul.auto):
         return runtime

@@ -31,10 +31,13 @@ from trainer.session.evaluation_interval import EvaluationInterval
 from trainer.step import Built
 
 
-def challenges_of(
+def build_detectors(
     config: RunConfig, built: Built, total_steps: int, interval: EvaluationInterval, context: RunContext
 ) -> Challenges:
-    """The detectors of a run of `total_steps`, which is evaluated at each `interval`. Only rank 0 writes their events."""
+    """The detectors of overfitting, forgetting and instability for a run of `total_steps`, which is evaluated every `interval`.
+
+    Only rank 0 writes their events. They are also registered with the attempt, so that they follow a renamed run directory.
+    """
     planned_evaluations = 1  # at the end
     if interval.steps:
         planned_evaluations = -(-total_steps // interval.steps)  # rounded up
@@ -73,10 +76,10 @@ def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConf
 
 
 def last_answers(challenges: Challenges, engine: Engine, *, asks_again: bool) -> list[dict[str, str]]:
-    """The two questions of the end of a run, with the answers of base and tuned model; empty if they are not asked.
+    """The two chat questions of the last lines of a run, with the answers of base and tuned model; empty if they are not asked.
 
-    `asks_again`: `engine` has other weights by now than in the last evaluation. All ranks must call. Raises Preempted on all or
-    none.
+    `asks_again`: ask them now, since `engine` has other weights than in the last evaluation. All ranks must call. Raises
+    Preempted, on all ranks or on none.
     """
     if asks_again or not challenges.chat_rows:
         try:
@@ -88,7 +91,7 @@ def last_answers(challenges: Challenges, engine: Engine, *, asks_again: bool) ->
     return challenges.answer_pairs()
 
 
-def with_tasks(
+def add_task_evaluator(
     config: RunConfig,
     challenges: Challenges,
     evaluators: list[Evaluator],
@@ -96,10 +99,10 @@ def with_tasks(
     make_model_interface: Callable[[], ModelInterface],
     context: RunContext,
 ) -> list[Evaluator]:
-    """The evaluators of a run, with one more for its tasks, all of which hand what they see to the detectors.
+    """The evaluators of a run, with one more for its tasks, if there are any. All of them report to the detectors.
 
-    `make_model_interface`: builds the model's interface for tasks; called only if there are any. Raises the errors of rows that
-    cannot be encoded.
+    Sets the callbacks of `evaluators`. `make_model_interface`: builds the model's interface for tasks; called only if there are
+    tasks. Raises the errors of rows that cannot be encoded.
     """
     for evaluator in evaluators:
         if isinstance(evaluator, GenerationEvaluator):
@@ -111,11 +114,12 @@ def with_tasks(
     task_evaluator = TaskEvaluator(tasks, make_model_interface())
     task_evaluator.check_rows()  # an error should come now, not at the first evaluation
     forgetting = config.challenges.forgetting
-    names = list(forgetting.tasks)
-    own_names = (GENERAL, CHAT, CHAT_ANSWERS)
-    names = [*(task.task.name for task in tasks if task.task.name in own_names), *names]
-    if names and forgetting.action is not Reaction.off:
-        challenges.base = BaseRows(task_evaluator, names, context.run_dir, context.console.print_line)
+    # Forgetting is measured on the tasks that the trainer adds for it and on those that the user names for it.
+    built_in_names = (GENERAL, CHAT, CHAT_ANSWERS)
+    forgetting_tasks = [task.task.name for task in tasks if task.task.name in built_in_names]
+    forgetting_tasks += forgetting.tasks
+    if forgetting_tasks and forgetting.action is not Reaction.off:
+        challenges.base = BaseRows(task_evaluator, forgetting_tasks, context.run_dir, context.console.print_line)
     if config.logging.tables and context.runtime.is_main:
         challenges.first = FirstRows(context.run_dir)
     return [*evaluators, WatchedTasks(task_evaluator, challenges, makes_tables=config.logging.tables)]

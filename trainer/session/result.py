@@ -56,28 +56,33 @@ class TrainedRun:
         return None if self.local_model is self.config.model else self.local_model
 
 
-def settle_result(run: TrainedRun, record: RunRecord) -> ModelFacts:
-    """Choose the checkpoint that leaves the run, and measure it; returns the facts for its documents.
+def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFacts:
+    """Choose the checkpoint that is to be exported, load it and evaluate it; returns the facts for its model card.
 
-    Afterwards the engine has its weights. Notes in the outcome and in `record` what is said and measured of them. All ranks must
+    Afterwards the engine has the weights of that checkpoint. Notes the results in `run.outcome` and in `record`. All ranks must
     call. Errors: StorageError, Preempted, those of rewards.
     """
+    # Sum up the training.
     from_rewards = family_of(run.config.objective).rollout is not None
     run.outcome.closing = closing_sentence(run.outcome, from_rewards=from_rewards)
+
+    # Load the checkpoint, and let it answer the questions outside of the task.
     run.context.attempt.phase = "choosing the checkpoint to export"
-    chosen, tokens = load_exported(run)
+    chosen, tokens = load_checkpoint_to_export(run)
     record.exported_checkpoint = asdict(chosen)
     weights_changed = chosen.step != run.outcome.progress.step
     run.outcome.answers = last_answers(run.challenges, run.engine, asks_again=weights_changed)
+
+    # Evaluate it on the test documents.
     run.context.attempt.phase = "evaluating the test documents"
-    run.context.attempt.require_ownership(run.context.runtime)  # the look is kept in the directory
-    record.test = measure_test(run, chosen.step)
+    run.context.attempt.require_ownership(run.context.runtime)  # the result is written into the run directory
+    record.test = measure_test_documents(run, chosen.step)
     run.outcome.test = {} if record.test is None else record.test["metrics"]
     return model_facts(run.config, record, run.outcome, chosen.step, tokens, run.context.run_dir)
 
 
-def load_exported(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
-    """(the checkpoint that leaves the run, the tokens it was trained on); afterwards the engine has its weights.
+def load_checkpoint_to_export(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
+    """(the checkpoint to export, the tokens it was trained on); afterwards the engine has its weights.
 
     All ranks must call. Errors: StorageError if the best checkpoint cannot be read: `export.checkpoint=last` does without it.
     """
@@ -100,8 +105,10 @@ def load_exported(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
     return chosen, progress.tokens
 
 
-def measure_test(run: TrainedRun, step: int) -> dict[str, Any] | None:
-    """What `run.json` says of the test documents, with the weights of `step`, which the engine has; None if there are none.
+def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
+    """Evaluate the weights of `step`, which the engine has, on the test documents; the result is what `run.json` has of them.
+
+    None without test documents.
 
     All ranks must call. Errors: StorageError, Preempted, those of rewards.
     """

@@ -32,9 +32,10 @@ def open_rounds(
     resumed_from: Path | None,
     context: RunContext,
 ) -> tuple[RolloutLoader, int]:
-    """(the rounds of this rank, the optimizer steps of the run). All ranks must call.
+    """Open what a run with rounds needs: the rewards, the loader that writes answers, and the record of rounds.
 
-    `resumed_from`: the checkpoint that was loaded. Errors: those of rewards, StorageError.
+    Returns (the loader of this rank, the optimizer steps of the run). `resumed_from`: the checkpoint that was loaded, from which
+    the loader continues. All ranks must call. Errors: those of rewards, StorageError.
     """
     from trainer.evaluation.endpoint.judge import Judge
     from trainer.rollout.record import RoundRecord
@@ -45,6 +46,7 @@ def open_rounds(
     def watch_for_stop() -> Callable[[], bool]:
         return context.agreement.for_loop().ask_and_wait
 
+    # The rewards: programs and servers, a judge model, and reward models.
     judge = None
     if config.evaluation.judge.url:
         judge = Judge(config.evaluation.judge, context.runtime, watch_for_stop())
@@ -53,10 +55,11 @@ def open_rounds(
     )
     context.attempt.at_end.callback(scorer.close)
     scorer.model_scorer = open_model_scorer(config, engine, context.runtime, watch_for_stop())
-    of_rounds = RoundInputs(
-        inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.tell_phase
+    round_inputs = RoundInputs(
+        inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.set_phase
     )
-    loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, of_rounds)
+    loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, round_inputs)
+    # The record of rounds. A resumed run forgets the rounds after its checkpoint.
     record = RoundRecord(context.run_dir, config.objective.rollout.record)
     processes.call_on_main(lambda: record.take_back(progress.step), context.runtime)
     loader.maker.on_round.append(
@@ -79,7 +82,7 @@ def _tell_timeouts(made: Round, step: int, context: RunContext) -> None:
 
 
 def show_rounds(config: RunConfig, loader: StepLoader | RolloutLoader, trackers: Trackers, context: RunContext) -> None:
-    """Let trackers show answers of rounds as tables, with `logging.tables`."""
+    """Let trackers show the answers of each round as a table, if `logging.tables` asks for it. On rank 0 alone."""
     if not isinstance(loader, RolloutLoader) or not config.logging.tables or not context.runtime.is_main:
         return
     from trainer.rollout.round_table import NAME, round_table

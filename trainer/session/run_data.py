@@ -89,7 +89,7 @@ class RowsNeeded:
     """Why an export or an evaluation reads the run's own documents."""
 
     purpose: str
-    """A clause: what asks for them."""
+    """A clause on what needs them, such as `split=test: asks the run's test documents`."""
     way_out: str
     """What to do if they are gone, as a command to the user."""
 
@@ -106,23 +106,23 @@ def data_of_run(
 ) -> tuple[ObjectiveConfig, PreparedData, list[str]]:
     """(objective, data, accepted differences) to build the model of an earlier run with. No collective.
 
-    `needed`: why the run's own documents are read; None if they are not, and then the data is a stand-in. Errors: DataError if
-    they are needed and do not exist any more, unless `accept` takes the rows of today.
+    `needed`: why the run's own documents are read; None if nothing needs them, and then the data is a stand-in that only gives
+    shapes. Errors: DataError if the documents are needed and do not exist any more, unless `accept` takes the present rows.
     """
     if needed is None and record.is_whole:
-        return *without_rows(config, record), []
+        return *stand_in_data(config, record), []
     if needed is None:
         needed = RowsNeeded("run.json cannot be read, and the labels' names come from the rows", "Bring run.json back")
-    return config.objective, *run_rows(
+    return config.objective, *training_documents(
         config, record, tokenizer, needed, accept=accept, stop=stop, print_line=print_line
     )
 
 
-def without_rows(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig, PreparedData]:
-    """(objective, data) that build the run's model without reading a row. No collective.
+def stand_in_data(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig, PreparedData]:
+    """(objective, data) to build the run's model with, without reading a row. No collective.
 
-    The data is a single document without meaning, which only gives shapes. Class weights that were balanced by the labels of
-    all rows are left out: they belong to the loss, not to the model.
+    The data is a single document without meaning, which only gives shapes. The objective has no class weights, which may have
+    been computed from the labels of all rows: they belong to the loss, not to the model.
     """
     objective = config.objective
     if isinstance(objective, ClassificationConfig):
@@ -152,7 +152,7 @@ def _one_document(directory: Path, data_spec: DataSpec, fingerprint: str) -> Tok
     return TokenDataset(directory, {"fingerprint": fingerprint, "sources": ["data"]})
 
 
-def run_rows(
+def training_documents(
     config: RunConfig,
     record: DataRecord,
     tokenizer: Any,
@@ -164,18 +164,18 @@ def run_rows(
 ) -> tuple[PreparedData, list[str]]:
     """(the prepared documents that the run was trained on, accepted differences). No collective.
 
-    They come from the prepared data of the training if that still exists, else from `data.path`. Errors: DataError if neither
-    has them, unless `accept` takes the rows of today.
+    They come from the prepared data of the training if that still exists, else from the rows of `data.path`. Errors: DataError if
+    neither has them, unless `accept` takes the present rows.
     """
-    # Where the run prepared it, or in the cache of this host, which names directories by fingerprints.
-    cached = Path(config.data.cache_dir).expanduser() / record.fingerprint[:32]
-    for directory in (record.directory, cached):
+    # The prepared data of the training: where the run made it, or in the cache of this host, by its fingerprint.
+    cached_directory = Path(config.data.cache_dir).expanduser() / record.fingerprint[:32]
+    for directory in (record.directory, cached_directory):
         if directory is not None and _is_prepared(directory, record):
             prepared = open_prepared(directory, verify=config.data.verify)
             prepared.date = kept_date(config)
-            return _with_names(prepared, record, needed), []
+            return _checked_label_names(prepared, record, needed), []
 
-    # It is gone: prepare the rows again, if they are still the same.
+    # It is gone. Prepare the rows again, if they are still the same.
     data_spec = data_spec_of(config.objective)
     try:
         preparation = Preparation(
@@ -192,9 +192,9 @@ def run_rows(
             f"{error}\n    {record.run_dir}: {needed.purpose}, and the prepared data of the training is gone, too. "
             f"{needed.way_out}, or bring the rows back"
         ) from error
-    # The fingerprint covers the rows and everything that prepares them, before anything is prepared.
-    changed = f"{preparation.fingerprint}/train" != record.fingerprint
-    if changed and not accept:
+    # The fingerprint is known before anything is prepared. It covers the rows and everything that prepares them.
+    has_changed = f"{preparation.fingerprint}/train" != record.fingerprint
+    if has_changed and not accept:
         raise DataError(
             f"{record.run_dir}: {needed.purpose}. The rows of data.path, of data.eval_path or data.test_path, or what prepares "
             f"them, have changed since the training, and the data that was prepared then is gone. {needed.way_out}, bring the "
@@ -204,9 +204,9 @@ def run_rows(
     prepared = preparation.open_or_make()
     data_spec.check(prepared.train)
     accepted = []
-    if changed:
+    if has_changed:
         accepted.append(f"{DATA}: other rows than the run was trained on")
-    return _with_names(prepared, record, needed), accepted
+    return _checked_label_names(prepared, record, needed), accepted
 
 
 def _is_prepared(directory: Path, record: DataRecord) -> bool:
@@ -215,8 +215,8 @@ def _is_prepared(directory: Path, record: DataRecord) -> bool:
     return f"{manifest.get('fingerprint')}/train" == record.fingerprint
 
 
-def _with_names(data: PreparedData, record: DataRecord, needed: RowsNeeded) -> PreparedData:
-    """Return `data` if it has the run's label names. Raises DataError for others: their ids would mean something else."""
+def _checked_label_names(data: PreparedData, record: DataRecord, needed: RowsNeeded) -> PreparedData:
+    """Return `data` itself if its label names are the run's. Raises DataError otherwise: a label id would mean another label."""
     if record.is_whole and data.label_names != record.label_names:
         raise DataError(
             f"{record.run_dir}: was trained with the labels {record.label_names}, and the rows of today have {data.label_names}. "

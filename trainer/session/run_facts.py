@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from strategies.base import Engine, Precision
-from strategies.expert_share import share_of
+from strategies.expert_share import expert_share_of
 from strategies.hardware import advice
 from strategies.mesh import replica_count
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
 from strategies.sharding_report import sharding_record
-from trainer.build.experts import dealing_lines
+from trainer.build.experts import expert_parallel_lines
 from trainer.build.recomputation import device_gib
 from trainer.checkpoints.manifest import artefact_of
 from trainer.config.run import MATMUL, RunConfig, kept_matmul
@@ -87,25 +87,25 @@ class RunParts:
 
 
 def run_facts(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
-    """The record that becomes `run.json` before the first step. All ranks must call.
+    """The record that becomes `run.json` before the first step, with a prediction of the run's cost. All ranks must call.
 
     `checked`: fields of the record that were known before the model was built.
     """
-    record = _record(config, checked, run_parts)
+    record = _record_without_prediction(config, checked, run_parts)
     built = run_parts.built
     runtime = run_parts.runtime
     prediction = predicted(built, record, str(config.optim.name), device_gib(runtime))
     loader = run_parts.loader
-    tokens_of_row = float(loader.unit_tokens.mean()) * config.batch["micro"]
+    tokens_per_micro_batch = float(loader.unit_tokens.mean()) * config.batch["micro"]
     prediction.exchanged_bytes = expected_bytes(
-        built, config.strategy, run_parts.precision, runtime, loader.accumulation, tokens_of_row
+        built, config.strategy, run_parts.precision, runtime, loader.accumulation, tokens_per_micro_batch
     )
     record.receipt = Receipt(predicted=prediction)
     return record
 
 
-def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
-    """The record of a run as it is built, without the predictions of its cost. All ranks must call."""
+def _record_without_prediction(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
+    """The record of a run as it is built, without the prediction of its cost. All ranks must call."""
     runtime = run_parts.runtime
     precision = run_parts.precision
     built = run_parts.built
@@ -161,7 +161,7 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
         weights_read_bytes=gather_objects(run_parts.source.checkpoint.conversions.files.bytes_read, runtime),
         packed_weights=_packed_weight_facts(run_parts.source, runtime),
         weights_left_out=_unused_weight_facts(run_parts.source),
-        dealt_experts=_dealt_experts(config, built, precision, runtime),
+        dealt_experts=_expert_parallel_lines(config, built, precision, runtime),
         routers=added_losses.start_lines(loader.accumulation) if added_losses else [],
         substitutions=_substitutions(config, built.substitutions, precision, runtime),
         base_parameters=sum(parameter.numel() for parameter in built.plain.parameters()),
@@ -176,12 +176,13 @@ def _record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) 
     )
 
 
-def _dealt_experts(config: RunConfig, built: Built, precision: Precision, runtime: Runtime) -> list[str] | None:
-    """What the start screen says of experts that are dealt over ranks; None if they are not."""
+def _expert_parallel_lines(config: RunConfig, built: Built, precision: Precision, runtime: Runtime) -> list[str] | None:
+    """The lines on the start screen about expert parallelism; None if experts are not distributed over ranks."""
     if config.parallel.experts == 1:
         return None
-    replicas = replica_count(config.strategy, runtime.world_size, runtime.hosts)
-    return dealing_lines(built, precision, runtime.world_size // replicas) or None
+    num_replicas = replica_count(config.strategy, runtime.world_size, runtime.hosts)
+    ranks_per_replica = runtime.world_size // num_replicas
+    return expert_parallel_lines(built, precision, ranks_per_replica) or None
 
 
 def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
@@ -204,9 +205,9 @@ def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, An
 
 
 def _unused_weight_facts(source: WeightSource) -> dict[str, Any] | None:
-    """Facts of stored weights that the architecture has no place for: how many, the first five, how many a whole export keeps.
+    """Facts, for `run.json`, of the checkpoint's weights that the architecture has no parameter for; None if there are none.
 
-    None if there are none.
+    `weights`: how many. `first`: the names of the first five. `kept_in_export`: how many of them a whole export copies.
     """
     conversions = source.checkpoint.conversions
     unused = conversions.left_out()
@@ -218,9 +219,9 @@ def _unused_weight_facts(source: WeightSource) -> dict[str, Any] | None:
 def _substitutions(
     config: RunConfig, model_substitutions: Mapping[str, str], precision: Precision, runtime: Runtime
 ) -> dict[str, str]:
-    """Notes by setting on what the run uses instead of what was set: choices of `auto`, and settings that could not be met.
+    """Notes by setting on what the run uses instead of the configured value: for `auto`, or where the value is not possible.
 
-    `model_substitutions`: those that were made while the model was built.
+    An example: `precision`: `auto -> bf16 (on cuda)`. `model_substitutions`: those made while the model was built.
     """
     substitutions = {**config.substitutions, **model_substitutions}
     if config.precision is Precision.auto:
@@ -244,33 +245,34 @@ def model_flops_per_token(built: Built, mean_length: float, answer_share: float)
     text_config = text_settings(built.config)
     width, blocks = width_and_blocks(built.plain)
     experts_per_token = getattr(text_config, "num_experts_per_tok", None) or getattr(text_config, "moe_topk", None)
-    total = 0.0  # weights that multiply for a token
-    trained = 0.0
-    counts = element_counts(built.step_module)
+    # Elements of weight matrices that one token is multiplied with: all, and those that are trained.
+    matmul_elements = 0.0
+    trained_elements = 0.0
+    full_counts = element_counts(built.step_module)
     for name, parameter in named_parameters(built.step_module):
         base_name = built.tuning.base_name(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape beside an empty parameter
-        share = share_of(built.step_module, name)
-        if share is not None:  # experts that are dealt over ranks: of all of them
+        share = expert_share_of(built.step_module, name)
+        if share is not None:  # this rank has some of the experts only: count all of them
             shape = share.whole_shape(shape)
         if base_name in built.quantised:
             shape = built.quantised[base_name]
         is_lookup = base_name in built.vocabulary and not _is_head(built, name)
         if len(shape) < 2 or is_lookup:  # norms, biases and embedding look-ups multiply nothing
             continue
-        numel = float(counts[name])
+        numel = float(full_counts[name])
         if len(shape) == 3 and isinstance(experts_per_token, int):  # [experts, ...]
             num_experts = shape[0]
             numel *= min(experts_per_token, num_experts) / num_experts
         if built.two_sides is not None:
             is_encoder = ".encoder." in f".{name}"
             numel *= 1 - answer_share if is_encoder else answer_share
-        total += numel
+        matmul_elements += numel
         if parameter.requires_grad:
-            trained += numel
+            trained_elements += numel
     return flops_per_token(
-        matmul_parameters=round(total),
-        trainable_matmul_parameters=round(trained),
+        matmul_parameters=round(matmul_elements),
+        trainable_matmul_parameters=round(trained_elements),
         layers=blocks,
         width=width,
         mean_length=mean_length,
@@ -352,7 +354,7 @@ def start_text(record: RunRecord) -> str:
 
 
 def _packed_text(packed: Mapping[str, Any]) -> str:
-    """The line on packed weights for the start screen."""
+    """The line on the start screen about the packed copy of a quantised base. `packed`: from `_packed_weight_facts`."""
     if packed["not_kept"]:
         return f"packed weights are not kept for later runs: {packed['not_kept']}"
     size = f"{packed['bytes'] / 2**30:.2f} GiB"

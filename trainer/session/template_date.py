@@ -11,43 +11,45 @@ from dataclasses import replace
 from pathlib import Path
 
 from strategies.errors import StorageError
-from strategies.rendezvous import Meeting
+from strategies.rendezvous import Rendezvous
 from strategies.runtime import Runtime, first_error
 from trainer.config.run import TEMPLATE_DATE, RunConfig, kept_date
 from trainer.data.tokens.clock import TemplateDate
 from trainer.reporting.shared_choice import shared_choice
 
 FirstDate = Callable[[], TemplateDate]
-"""The date on which the data was first prepared into the cache of this host."""
+"""Returns the date on which the data was first prepared into the cache of this host."""
 
 
-def date_of_run(
-    config: RunConfig, run_dir: Path | None, meeting: Meeting, stop: Callable[[], bool]
+def template_date_chooser(
+    config: RunConfig, run_dir: Path | None, rendezvous: Rendezvous, stop: Callable[[], bool]
 ) -> Callable[[FirstDate], TemplateDate]:
-    """The function that chooses the date for `Preparation`: the run's own, else that of its comparison, else the cache's.
+    """The function by which `Preparation` chooses the date for templates. All ranks must call it.
 
-    Rank 0 chooses and the other ranks wait for it, until `stop` says that the ranks stop (Preempted). Errors: StorageError.
+    It takes the date that an earlier start of this run recorded, else that of the comparison which the run belongs to, else the
+    date of the data cache. Rank 0 chooses and the other ranks wait for it, until `stop` says that the ranks stop (Preempted).
+    Errors: StorageError.
     """
 
-    def choose(first_date: FirstDate) -> TemplateDate:
-        """The date of all ranks. `first_date` gives that of this host's cache."""
+    def choose_for_all_ranks(cache_date: FirstDate) -> TemplateDate:
+        """The same date on every rank. `cache_date` gives that of this host's data cache."""
 
         def choose_on_rank_0() -> str:
-            earlier = kept_date(config)
-            if earlier is not None:
-                return str(earlier)
-            proposal = str(first_date())
+            recorded_date = kept_date(config)
+            if recorded_date is not None:
+                return str(recorded_date)
+            proposal = str(cache_date())
             if run_dir is None:
                 return proposal
-            # The points of a comparison share one date: the first of them to ask decides.
+            # All runs of a comparison share one date: the first run that gets here decides.
             return str(shared_choice(run_dir, TEMPLATE_DATE, proposal))
 
-        return TemplateDate.parse(meeting.chosen_by_rank_0(TEMPLATE_DATE, choose_on_rank_0, stop))
+        return TemplateDate.parse(rendezvous.chosen_by_rank_0(TEMPLATE_DATE, choose_on_rank_0, stop))
 
-    return choose
+    return choose_for_all_ranks
 
 
-def keep_date(
+def record_template_date(
     config: RunConfig,
     date: TemplateDate | None,
     run_dir: Path,
@@ -61,15 +63,15 @@ def keep_date(
     substitutions = {key: note for key, note in config.substitutions.items() if key != TEMPLATE_DATE}
     if date is None:
         return replace(config, substitutions=substitutions)
-    dated = replace(config, substitutions={**substitutions, TEMPLATE_DATE: str(date)})
+    dated_config = replace(config, substitutions={**substitutions, TEMPLATE_DATE: str(date)})
     # An error of rank 0 is raised on all ranks, which would otherwise wait for it.
     error = None
     if runtime.is_main and kept_date(config) != date:
         try:
-            freeze(run_dir, dated)
+            freeze(run_dir, dated_config)
         except StorageError as caught:
             error = caught
     failure = first_error(error, runtime)
     if failure is not None:
         raise StorageError(failure.text)
-    return dated
+    return dated_config

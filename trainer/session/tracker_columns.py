@@ -49,16 +49,19 @@ def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     return columns
 
 
-def chosen_columns(asked_columns: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that `logging.columns` asks for: `optim.weight_decay` becomes the column `optim_weight_decay`.
+def chosen_columns(column_specs: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that the user lists in `logging.columns`, by column name. Each entry of the list is one of
 
-    A group (`optim`) gives the name of its choice. `name=text` makes a column of that name and content. `settings`: those of the
-    run, by dotted key.
+    - a setting: `optim.weight_decay` becomes the column `optim_weight_decay` with the setting's value;
+    - a group of settings: `optim` becomes the column `optim` with the name of the optimizer;
+    - `name=text`: a column of that name and content.
+
+    `settings`: those of the run, by dotted key. A setting that does not exist, or has a column anyway, is left out.
     """
     columns: dict[str, Any] = {}
-    for asked in asked_columns:
-        key, is_own_column, text = asked.partition("=")
-        if is_own_column:
+    for column_spec in column_specs:
+        key, equals_sign, text = column_spec.partition("=")
+        if equals_sign:
             columns[re.sub(r"\W", "_", key)] = text
             continue
         setting = key if key in settings else f"{key}.name"

@@ -11,7 +11,7 @@ from launch.plan.answer import _imbalance_notes
 from launch.plan.from_run import _measured_imbalance
 from strategies.base import Precision
 from tests.helpers.building import model_dir
-from trainer.planner.dealt_experts import with_dealt_experts
+from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.hardware import card_named
 from trainer.planner.lengths import DocumentLengths
 from trainer.planner.plan import PlanConfig, PlannedRun, run_variants, with_imbalance
@@ -69,7 +69,7 @@ def test_what_cannot_deal_experts_is_left_out(model, tmp_path):
         return config
 
     dense = variants(model_dir(tmp_path, "llama"), "strategy=fsdp2", "launcher.nodes=1", "launcher.gpus_per_node=8")
-    assert with_dealt_experts([dense], 8) == [[]]
+    assert with_expert_parallelism([dense], 8) == [[]]
     config = variants(model, "launcher.nodes=1", "launcher.gpus_per_node=6")  # of a host's six ranks two can be a group
     possible, _ = run_variants(config, PlanConfig(), set(), 6)
     found = {(way.name, way.config.parallel.experts) for way in possible if way.config.parallel.experts > 1}
@@ -117,6 +117,6 @@ def test_a_plan_deals_no_experts_that_its_teacher_cannot(model, tmp_path):
         words += ["launcher.gpus_per_node=4", "objective=distillation", f"objective.teacher.path={teacher}"]
         config = compose(words, check=False).config
         config.batch.update({"micro": 1, "global": 8})
-        (dealt,) = with_dealt_experts([config], 4)
+        (dealt,) = with_expert_parallelism([config], 4)
         degrees[name] = [way.parallel.experts for way in dealt]
     assert degrees == {"six": [2], "dense": [2, 4]}
