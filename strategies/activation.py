@@ -93,7 +93,7 @@ def _checkpoint_arguments(mode: ActivationCheckpointing) -> dict[str, Any]:
 
 
 def _keep_outputs(module: nn.Module) -> None:
-    """Keep layers from overwriting their product in place: the product that is kept would change."""
+    """Stop layers from overwriting their product in place, which would change the product that is kept."""
     for layer in module.modules():
         if getattr(layer, "overwrites_output", False):
             layer.overwrites_output = False  # type: ignore[assignment]
@@ -144,7 +144,7 @@ def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
 
 
 def _keep_inputs_on_host(step_module: nn.Module) -> None:
-    """Let blocks that recompute keep their inputs in the host's memory until the backward pass needs them again.
+    """Let blocks that recompute keep their inputs in host memory until the backward pass needs them.
 
     Raises ConfigError if the model's checkpointing cannot be wrapped for it.
     """
@@ -161,11 +161,11 @@ def _keep_inputs_on_host(step_module: nn.Module) -> None:
 def _checkpoint_as_planned(
     step_module: nn.Module, blocks: list[nn.Module], modes: list[ActivationCheckpointing]
 ) -> None:
-    """Switch on recomputation with a mode of its own for each block: `modes` has one entry a block, in forward order."""
+    """Switch on recomputation block by block: `modes` has the mode of each block, in forward order."""
     used_modes = [mode for mode in modes if mode is not ActivationCheckpointing.none]
     if not used_modes:
         return
-    # The model's interface prepares the model for checkpointing, and treats all blocks alike. Then each block is set.
+    # First for all blocks alike, since the model's interface also prepares the model itself; then block by block.
     _checkpoint(step_module, used_modes[0])
     for block, mode in zip(blocks, modes, strict=True):
         checkpoint = partial(torch.utils.checkpoint.checkpoint, **_checkpoint_arguments(mode))

@@ -45,7 +45,9 @@ class Activations:
     def total(self, modes: list[ActivationCheckpointing]) -> float:
         """Bytes of activations at the peak of a step, if each block recomputes as its entry of `modes` says."""
         kept_bytes = 0.0
-        recomputed_bytes = 0.0  # of the largest block that recomputes: while it is at work, everything is there again
+        recomputed_bytes = (
+            0.0  # of the largest block that recomputes: in its backward pass, all its activations exist again
+        )
         for block, mode in enumerate(modes):
             # The three lists are named as the modes are.
             kept_bytes += getattr(self, mode.value)[block]
@@ -55,7 +57,7 @@ class Activations:
 
 
 class _Attention(torch.autograd.Function):
-    """Saves what flash attention saves: inputs, output and one sum a row. On meta torch would take the path with T x T scores."""
+    """Saves what flash attention saves: inputs, output and one sum a row. On meta, torch would save T x T scores instead."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _ShapesOfFlashAttention(TorchFunctionMode):
-    """Inside this mode attention saves what flash attention does, whatever kernel the device would choose."""
+    """A mode in which attention saves the tensors of flash attention, whatever kernel the device would choose."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -99,9 +101,9 @@ class _ActivationCounter(TorchDispatchMode):
         self._parameter_keys = {storage_key(storage) for storage in self._parameter_storages}
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that autograd saves for the backward pass, in the block that runs; autograd calls this as a hook.
+        """Hook of autograd: count a tensor that is saved for the backward pass, in the block that runs.
 
-        A storage counts once. Parameters and buffers do not count: they are there anyway.
+        A storage counts once. Parameters and buffers do not count, since they are no activations.
         """
         storage = tensor.untyped_storage()
         key = storage_key(storage)
@@ -134,7 +136,7 @@ class _ActivationCounter(TorchDispatchMode):
 
 
 def _shape_of_grouped_product(left: Tensor, right: Tensor, *_: Any, **_more: Any) -> Tensor:
-    """What a product by groups makes: `[S, b]` of `[S, a]` and `[E, a, b]`. On meta torch knows that of bf16 alone."""
+    """The output of a grouped product on meta: `[S, b]` of `[S, a]` and `[E, a, b]`. torch itself can do that in bf16 only."""
     assert (left.dim(), right.dim()) == (2, 3), (
         "a forward pass of experts has rows by groups, each with a matrix of its own"
     )

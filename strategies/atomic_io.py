@@ -209,10 +209,11 @@ def publish(source: Path, target: Path) -> None:
 
 
 def publish_replacing(source: Path, target: Path, replaced: Path) -> None:
-    """Put the finished directory `source` in the place of `target`, which exists. A power cut leaves one of the two, whole.
+    """Replace the directory `target`, which exists, by the finished directory `source`. A power cut leaves one of them, complete.
 
-    The two names are swapped at once. If the file system cannot do that, the old directory is called `replaced` for a moment
-    before the new one has its name: after a cut between the two, the caller finds it there and puts it back. Errors: OSError.
+    The two names are exchanged atomically. If the file system cannot do that, the old directory is first renamed to `replaced`
+    and then the new one to `target`: after a power cut between the two, the caller finds the old one and renames it back.
+    Errors: OSError.
     """
     sync_directory(source)
     if replaced.exists():
@@ -240,9 +241,9 @@ def retry_until_visible(
     codes: tuple[int, ...] = NOT_YET_VISIBLE,
     was_deleted: Callable[[], bool] = lambda: False,
 ) -> Returned:
-    """Call a function that opens something, again and again until a network file system shows what another host has written.
+    """Call a function that opens a file, repeatedly until a network file system shows what another host has written.
 
-    `codes`: the errors that are waited out, for at most `PATIENCE_S`. `was_deleted`: says that there is nothing to wait for.
+    `codes`: the errors after which it is called again, for at most `PATIENCE_S`. `was_deleted`: whether to give up at once.
     """
     waited = 0.0
     pause = 0.05
@@ -262,9 +263,9 @@ class EndsTooEarly(OSError):
 
 
 class RetryingReader:
-    """Reads the files of one checkpoint. If the disk stumbles, it makes three attempts over 30 s. Several threads may use it.
+    """Reads the files of one checkpoint, with three attempts over 30 s after a disk error. Several threads may use it.
 
-    A disk that failed all three attempts is not waited for again at the next file.
+    After a disk has failed all three attempts, the next files get only one.
     """
 
     def __init__(
@@ -276,10 +277,10 @@ class RetryingReader:
         self._exhausted = False
 
     def read(self, path: Path, read: Callable[[], Returned], codes: tuple[int, ...] = NOT_YET_VISIBLE) -> Returned:
-        """Call `read`, which opens `path` and reads it from its beginning, and return what it returns.
+        """Call `read`, which opens `path` and reads it from its beginning, and return its result.
 
-        It is called again after an error that may pass. `codes`: errors by which a network file system hides a file that
-        another host has just written; they are waited out. Raises the OSError of the last attempt.
+        `read` is called again after errors that may be temporary. `codes`: errors by which a network file system hides a file
+        that another host has just written. Raises the OSError of the last attempt.
         """
         for pause in PAUSES_S:
             try:
@@ -413,7 +414,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
 
 
 def missing_space(directory: Path, needed: int) -> str | None:
-    """A sentence that says that `needed` bytes do not fit on the disk of `directory`; None if they do, or nobody can say."""
+    """A sentence that says that `needed` bytes do not fit on the disk of `directory`; None if they do, or if it is unknown."""
     try:
         free = disk.free(directory)
     except OSError:
@@ -433,7 +434,7 @@ def size_text(size: float) -> str:
 
 
 def error_summary(error: BaseException) -> str:
-    """Why something failed, in one line for people: for an OSError the system's words and the file, else type and first line."""
+    """An error in one line: for an OSError the system's message and the file, otherwise the type and the first line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if "No space left on device" in str(error):  # libraries wrap it in errors of their own

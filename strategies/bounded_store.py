@@ -49,7 +49,7 @@ class BoundedStore:
         return bool(self._call(self._store.check, keys))
 
     def unanswered_s(self) -> float:
-        """Seconds since the last answer if a call is late, else 0."""
+        """Seconds since the last answer if a call has exceeded its limit and is still unanswered, else 0."""
         if self._late is None or self._late.done():
             return 0.0
         return time.monotonic() - self._answered_at
@@ -69,9 +69,10 @@ class BoundedStore:
         return stored
 
     def _make_calls(self) -> None:
+        """Body of the thread: make the calls in the queue, one after the other."""
         while True:
             function, arguments, answer = self._calls.get()
             try:
                 answer.set_result(function(*arguments))
-            except BaseException as error:  # noqa: BLE001 - whoever asked raises it
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for the answer
                 answer.set_exception(error)

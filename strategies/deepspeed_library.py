@@ -35,7 +35,7 @@ _AVERAGES = {"SUM": False, "AVG": True}
 
 
 def import_deepspeed(*, on_cpu: bool) -> Any:
-    """Import DeepSpeed, quiet, and on a CPU without the shared-memory op, which would need a C++ compiler."""
+    """Import DeepSpeed without its messages, and on a CPU without its shared-memory op, which would need a C++ compiler."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its autotuner imports mlflow if that is installed, which takes seconds, and is not used here.
     with _without("mlflow"):
@@ -53,7 +53,7 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
 
 @contextmanager
 def _without(module: str) -> Iterator[None]:
-    """Inside the context `module` cannot be imported, unless it already is."""
+    """A context in which `module` cannot be imported, unless it has been imported before."""
     if module in sys.modules:
         yield
         return
@@ -67,8 +67,8 @@ def _without(module: str) -> Iterator[None]:
 def free_engine_memory(engine: Any) -> None:
     """Free the memory of an engine that is not used any more. No collective.
 
-    Its hooks (and under stage 3 more than those) keep parameters alive from inside autograd, where garbage collection does not
-    look. So the storages are emptied, whoever still refers to them.
+    References from inside autograd (hooks, and others under stage 3), which garbage collection does not find, keep its parameters
+    alive. So the storages themselves are emptied.
     """
     engine.destroy()
     optimizer = engine.optimizer
@@ -86,10 +86,10 @@ def free_engine_memory(engine: Any) -> None:
 
 
 def settle_accelerator(runtime: Runtime) -> None:
-    """Let DeepSpeed use the device of `runtime`, which may be a simulated one; call it before DeepSpeed starts.
+    """Let DeepSpeed use the device of `runtime`, which may be a simulated one. To be called before DeepSpeed starts.
 
-    DeepSpeed takes the rank within the host (`LOCAL_RANK`) for the number of the GPU. That is wrong if each rank sees only
-    its own GPU, so the variable gets the number of the GPU.
+    DeepSpeed uses `LOCAL_RANK`, the rank within the host, as the number of the GPU. That is wrong if each rank sees only its own
+    GPU, so the variable is set to the number of the GPU.
     """
     if runtime.device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(runtime.device.index)
@@ -117,7 +117,10 @@ class HostExchange:
         return getattr(self.backend, name)
 
     def _goes_through_memory(self, tensor: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> bool:
-        """Whether shared memory can do a collective: of all ranks, large, contiguous. Every rank decides alike."""
+        """Whether a collective goes through shared memory: it is of all ranks, large, and its tensor contiguous.
+
+        Every rank decides alike.
+        """
         of_all_ranks = group is None or dist.get_world_size(group) == self.memory.size
         is_large = tensor.numel() >= _MIN_ELEMENTS
         return of_all_ranks and is_large and tensor.is_contiguous() and op.name in _AVERAGES
@@ -152,7 +155,7 @@ class HostExchange:
 
 
 def route_collectives_through(memory: HostMemory | None) -> None:
-    """Let DeepSpeed's collectives go through `memory`; None: let it make them itself again."""
+    """Let DeepSpeed's collectives go through shared memory; with None, through its own backend again."""
 
     def through_memory(current: Any) -> Any:
         # An earlier engine of this process may have put an exchange there.
@@ -182,8 +185,8 @@ def global_norm(
 class DeviceClipping:
     """Clips gradients and skips updates on the device, in a hook before each step of the inner optimizer.
 
-    DeepSpeed itself reads the norm on the host several times a step to decide both. This is for bf16 with torch's fused
-    optimizers, which look at `found_inf`. DeepSpeed's own clipping and overflow check are switched off.
+    DeepSpeed itself decides both on the host, which reads the norm several times a step. This class is for bf16 with torch's
+    fused optimizers, which read `found_inf`. DeepSpeed's own clipping and overflow check are switched off.
     """
 
     def __init__(self, zero_optimizer: Any, max_norm: float, device: torch.device) -> None:
@@ -221,10 +224,10 @@ class DeviceClipping:
 
 
 class UpdateGate:
-    """Skips an update if the filter says so, by replacing the inner optimizer's `step`: the norm is known there.
+    """Skips an update if the update filter says so, by replacing the inner optimizer's `step`, when the norm is known.
 
-    The rest of DeepSpeed's step goes on, with weights and moments as they were. The host reads the answer, as DeepSpeed
-    reads the norm.
+    The rest of DeepSpeed's step runs with unchanged weights and moments. The host waits for the filter's answer, as it does for
+    DeepSpeed's norm.
     """
 
     def __init__(self, zero_optimizer: Any, device: torch.device) -> None:

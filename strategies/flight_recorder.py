@@ -43,9 +43,9 @@ def enable_recorder() -> None:
 
 
 def last_exchange() -> Exchange | None:
-    """The exchange that this rank waits for, the oldest if there are several; else the last one. None if nothing is recorded.
+    """The collective that this rank waits for, the oldest if there are several; otherwise its last one.
 
-    Any thread may call it. It does not communicate.
+    None if nothing is recorded. Any thread may call it. It does not communicate.
     """
     from strategies.compat.process_groups import recorded_exchanges
 

@@ -14,7 +14,7 @@ from strategies.parameters import BESIDE, named_parameters
 
 
 class FsdpFullParameters(FullParameters):
-    """Gathers what FSDP2 has sharded; of dealt experts those of the rank's place alone.
+    """Gathers what FSDP2 has sharded; with expert parallelism, only the experts that this rank holds.
 
     `dtype`: the type in which FSDP2 gathers floating-point parameters.
     """
@@ -40,7 +40,7 @@ class FsdpFullParameters(FullParameters):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Hold all parameters on every rank inside the context, for forward passes that need no other rank.
+        """A context in which every rank has all parameters, so that forward passes need no other rank.
 
         FSDP2's hooks, which would gather and reshard block by block, are off inside. All ranks must enter and leave it.
         """
@@ -48,7 +48,7 @@ class FsdpFullParameters(FullParameters):
 
         from strategies.compat.fsdp import without_fsdp_hooks
 
-        # Not those of models beside it: answers are written by the student alone.
+        # Not those of a teacher or of reward models: only the trained model writes answers.
         student_parts: list[FSDPModule] = []
         for name, module in self.wrapped.named_modules():
             if isinstance(module, FSDPModule) and not name.startswith(BESIDE):
@@ -90,7 +90,7 @@ class ZeroFullParameters(FullParameters):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Hold all parameters on every rank inside the context, for forward passes that need no other rank.
+        """A context in which every rank has all parameters, so that forward passes need no other rank.
 
         DeepSpeed's coordinator, which would fetch and free parameters module by module, is idle inside. All ranks must enter
         and leave it.

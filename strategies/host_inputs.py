@@ -37,14 +37,14 @@ class HostInputs:
         self.peak = OnHost(self.live, self.live_bytes)
 
     def wrap(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """A function like `checkpoint` (torch's activation checkpointing), which keeps a block's hidden states on the host.
+        """Wrap `checkpoint` (torch's activation checkpointing), so that a block's hidden states are saved on the host.
 
-        `checkpoint(function, *inputs)` runs a block and saves its inputs for the recomputation. Hidden states are the first
-        floating-point tensor among the inputs.
+        `checkpoint(function, *inputs)` runs a block and saves its inputs for the recomputation. The first floating-point tensor
+        among the inputs is taken for the hidden states.
         """
 
         def checkpoint_from_host(function: Callable[..., Any], *inputs: Any) -> Any:
-            hidden = next((each for each in inputs if _is_float(each)), None)
+            hidden = next((tensor for tensor in inputs if _is_float(tensor)), None)
             if hidden is None:
                 raise ConfigError(
                     "strategy.offload_activations=true: this model hands its blocks their hidden states by name, where "
@@ -53,10 +53,10 @@ class HostInputs:
             if is_on_host(hidden):
                 return checkpoint(function, *inputs)
 
-            hidden_shape = hidden.shape  # a hook that knew the tensor itself would keep it on the device
+            hidden_shape = hidden.shape  # not the tensor: a hook that refers to it would keep it on the device
 
             def pack(saved: Tensor) -> Any:
-                # Masks and positions are the same for all blocks: copies of them would only take time.
+                # Masks and positions stay on the device, since all blocks share them.
                 is_hidden = saved.shape == hidden_shape and _is_float(saved)
                 return (saved.device, self._to_host(saved)) if is_hidden else saved
 
@@ -89,7 +89,7 @@ def is_on_host(tensor: Tensor) -> bool:
 
 
 def _unpack(packed: Any) -> Tensor:
-    """The tensor on its own device."""
+    """A saved tensor on its device: as it is, or copied back from a (device, host copy) pair."""
     if isinstance(packed, Tensor):
         return packed
     device, copy = packed

@@ -97,22 +97,22 @@ def choose_library(requested: Matmul) -> MatmulChoice:
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and torch's of it
         os.environ.setdefault(name, _KEPT_KERNELS)
     _use(onednn=False)
-    choice = _judge(requested)
+    choice = _library_for(requested)
     _onednn = choice.library is Matmul.onednn
     _use(onednn=_onednn)
     return choice
 
 
 def agree_on_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
-    """Switch to BLAS if the ranks have chosen different libraries. Returns the choice that now holds on this rank.
+    """Switch to BLAS if the ranks have chosen different libraries, which round differently. Returns this rank's final choice.
 
-    `choices`: those of all ranks. Replicas that round differently would drift apart.
+    `choices`: those of all ranks, in rank order.
     """
     if len({choice.library for choice in choices}) == 1:
         return choices[rank]
     choose_library(Matmul.blas)
-    odd_rank = next(number for number, choice in enumerate(choices) if choice.library is Matmul.blas)
-    return MatmulChoice(Matmul.blas, f"rank {odd_rank}: {choices[odd_rank].reason}")
+    blas_rank = next(number for number, choice in enumerate(choices) if choice.library is Matmul.blas)
+    return MatmulChoice(Matmul.blas, f"rank {blas_rank}: {choices[blas_rank].reason}")
 
 
 def restore_default() -> None:
@@ -138,6 +138,7 @@ def as_chosen(tensor: Tensor) -> Tensor:
 
 
 def _switches(tensor: Tensor) -> bool:
+    """Whether `in_blas` and `as_chosen` have to switch the library for the products of a tensor."""
     return _onednn and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -157,11 +158,15 @@ class _Switch(torch.autograd.Function):
 
 
 def _use(*, onednn: bool) -> None:
+    """Switch float32 products of this process to oneDNN, or to BLAS."""
     torch.set_float32_matmul_precision("medium" if onednn else "highest")
 
 
-def _judge(requested: Matmul) -> MatmulChoice:
-    """The library that this process should take, and why. `requested`: `run.matmul`, where `auto` goes by the table."""
+def _library_for(requested: Matmul) -> MatmulChoice:
+    """The library that this process should use, and why. `requested`: `run.matmul`; `auto` is looked up in the table.
+
+    BLAS if it is requested, or if oneDNN is missing or would round to bfloat16; else what is requested, or the table's.
+    """
     if requested is Matmul.blas:
         return MatmulChoice(Matmul.blas, "as asked")
     if not torch.backends.mkldnn.is_available():
@@ -170,10 +175,11 @@ def _judge(requested: Matmul) -> MatmulChoice:
         return MatmulChoice(Matmul.blas, "oneDNN would round float32 products to bfloat16 here")
     if requested is Matmul.onednn:
         return MatmulChoice(Matmul.onednn, "as asked")
-    return _by_table(this_processor())
+    return _library_by_table(this_processor())
 
 
-def _by_table(processor: Processor) -> MatmulChoice:
+def _library_by_table(processor: Processor) -> MatmulChoice:
+    """oneDNN on processors where it was measured to be at least MIN_RATIO times as fast; BLAS on all others."""
     measured = next((row for row in MEASURED if row.processor == processor), None)
     if measured is None:
         return MatmulChoice(Matmul.blas, f"oneDNN was not measured on {processor}")
@@ -220,10 +226,10 @@ def _blas_of_torch() -> str:
 
 
 def _is_float32() -> bool:
-    """Whether oneDNN keeps the 24 bits of float32. Tested with a product of numbers that bfloat16 cannot hold."""
-    odd = torch.full((64, 64), 1.0 + 2.0**-12)
+    """Whether oneDNN multiplies float32 without rounding to bfloat16. Tested with numbers that bfloat16 cannot represent."""
+    not_bfloat16 = torch.full((64, 64), 1.0 + 2.0**-12)
     _use(onednn=True)
     try:
-        return bool(((odd @ torch.eye(64)) == odd).all())
+        return bool(((not_bfloat16 @ torch.eye(64)) == not_bfloat16).all())
     finally:
         _use(onednn=False)

@@ -31,7 +31,7 @@ def activations_by_rule(
 ) -> float:
     """Bytes that a forward pass of `tokens` tokens keeps, by a rule of thumb. `width`: the size of a hidden state."""
     per_block = KEPT_PER_WIDTH.get(checkpointing, ACTIVATIONS_PER_WIDTH)
-    # On top, everything of the block that is at work: even if it recomputes, all of it is there for a moment.
+    # In addition, everything of one block: even if blocks recompute, the one that computes has all of it for a moment.
     kept_values = tokens * width * (blocks * per_block + ACTIVATIONS_PER_WIDTH)
     return float(kept_values * _compute_bytes(precision))
 
@@ -93,23 +93,23 @@ def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
         itemsize = compute_bytes if parameter.is_floating_point() else parameter.element_size()
         return parameter.numel() * itemsize
 
-    dealt = expert_parallel_parameters(step_module)
+    expert_parallel = expert_parallel_parameters(step_module)
     expert_ranks = plan_of(step_module).expert_ranks
 
     def gathered_size(parameter: nn.Parameter) -> float:
-        """Bytes on a rank while it is gathered: of experts that are dealt over ranks, a rank gathers its own."""
-        return size_of(parameter) / (expert_ranks if id(parameter) in dealt else 1)
+        """Bytes on a rank while the parameter is gathered. With expert parallelism, a rank gathers its own experts only."""
+        return size_of(parameter) / (expert_ranks if id(parameter) in expert_parallel else 1)
 
-    # Frozen models beside it take memory as well, and never train.
+    # Frozen models (a teacher, reward models) take memory as well.
     frozen = sum(size_of(p) for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
     trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
     compute = frozen + trained * compute_bytes
     blocks = [sum(map(gathered_size, block.parameters())) for block in step_module.shard_units()]  # type: ignore[operator]
-    in_step = 0.0
+    gathered_in_step = 0.0
     for name, parameter in named_parameters(step_module, teacher=True):
-        if not name.startswith(REWARD_MODELS):  # those are gathered between two steps, and not in one
-            in_step += gathered_size(parameter)
-    outside_blocks = in_step - sum(blocks)
+        if not name.startswith(REWARD_MODELS):  # those are gathered between steps
+            gathered_in_step += gathered_size(parameter)
+    outside_blocks = gathered_in_step - sum(blocks)
     averaged = plan_of(step_module).ema_decay > 0
     return _Sizes(
         frozen=frozen,
@@ -122,13 +122,13 @@ def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
 
 def _zero_bytes(sizes: _Sizes, config: ZeroConfig, precision: Precision, ranks: int) -> float:
     """Bytes of parameters, gradients and optimizer state on one of `ranks` ranks, under the ZeRO stage of `config`."""
-    # fp32 parameters of stage 3 are their own masters.
+    # Under stage 3 in fp32, the parameters themselves are the fp32 masters.
     master_bytes = 0 if precision is Precision.fp32 and config.stage == 3 else 4
     parameters = sizes.compute / (ranks if config.stage == 3 else 1)
     optimizer = sizes.trained * (sizes.optimizer + master_bytes) / ranks
     gradients = sizes.trained * 4 / ranks
     if config.stage == 1:
-        # Every rank has the full gradients: summed in fp32, or in fp16 as they come.
+        # Every rank has full gradients: in fp16 as the backward pass makes them, otherwise summed up in fp32.
         gradients = sizes.trained * (2.0 if precision is Precision.fp16 else 4.0)
     if config.offload_optimizer != "none":
         optimizer = 0.0

@@ -60,28 +60,34 @@ def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> Device
 def expert_mesh(
     device: torch.device, runtime: Runtime, replicate: int, expert_ranks: int
 ) -> tuple[dist.ProcessGroup, DeviceMesh]:
-    """The groups of expert parallelism (`parallel.experts`) that this rank belongs to. All ranks must call.
+    """The process groups of expert parallelism (`parallel.experts`) that this rank belongs to. All ranks must call.
 
     `expert_ranks` neighbouring ranks of a replica form an expert group: together they hold all experts of a layer, and the
-    place of a rank in its group says which of them are its own. The ranks with the same place in other groups hold the same
-    experts, and shard them among those of one replica. Returns (this rank's expert group, the mesh of ranks with the same
-    experts, whose dimensions are those of `shard_mesh`).
+    index of a rank within its group determines which experts are its own. Ranks with the same index in other groups hold the
+    same experts; those of one replica shard them. Returns (this rank's expert group, the mesh of ranks with the same experts,
+    whose dimensions are those of `shard_mesh`).
     """
     with real_tensors():
-        # Axes: replica, expert group within the replica, place within the group.
+        # Axes: replica, expert group within the replica, index within the group.
         ranks = torch.arange(runtime.world_size).view(replicate, -1, expert_ranks)
-        replica, row, place = (int(index) for index in torch.unravel_index(torch.tensor(runtime.rank), ranks.shape))
-        experts = _own_group(ranks[replica, row], device, runtime)
-        shard = _own_group(ranks[replica, :, place], device, runtime)
+        own_position = torch.unravel_index(torch.tensor(runtime.rank), ranks.shape)
+        replica, group, group_rank = (int(index) for index in own_position)
+        expert_group = _own_group(ranks[replica, group], device, runtime)
+        shard_group = _own_group(ranks[replica, :, group_rank], device, runtime)
         if replicate == 1:
-            return experts, DeviceMesh.from_group(shard, device.type, mesh_dim_names=("shard",))
-        groups = [_own_group(ranks[:, row, place], device, runtime), shard]
-        mesh = DeviceMesh.from_group(groups, device.type, ranks[:, :, place], mesh_dim_names=("replicate", "shard"))
-        return experts, mesh
+            return expert_group, DeviceMesh.from_group(shard_group, device.type, mesh_dim_names=("shard",))
+        replicate_group = _own_group(ranks[:, group, group_rank], device, runtime)
+        mesh = DeviceMesh.from_group(
+            [replicate_group, shard_group],
+            device.type,
+            ranks[:, :, group_rank],
+            mesh_dim_names=("replicate", "shard"),
+        )
+        return expert_group, mesh
 
 
 def _own_group(members: torch.Tensor, device: torch.device, runtime: Runtime) -> dist.ProcessGroup:
-    """A group of `members`, of which this rank is one. Only they call."""
+    """A new process group of the ranks `members`, of which this rank is one. Only its members must call."""
     group = dist.new_group(
         members.tolist(),
         timeout=timedelta(seconds=runtime.timeout_s),

@@ -55,7 +55,7 @@ class Runtime:
     timeout_s: float = 600
     """Seconds after which a collective that makes no progress fails."""
     simulated: bool = False
-    """Whether the other ranks do not exist. Every collective then answers as if they had said what this one says."""
+    """Whether the other ranks do not exist. Every collective then returns as if they had the values of this rank."""
     expert_imbalance: float = 1.0
     """In a simulation: rows that arrive for the experts of this rank, over the mean of the ranks of its expert group."""
     sequence_size: int = 1
@@ -103,12 +103,11 @@ def start(
 ) -> Runtime:
     """Join the job described by the environment (torchrun's variables), or form a job of one.
 
-    `store`: where the ranks have met already (`strategies/rendezvous.py`); without it they meet here.
-
     All ranks must call, once. Sets the number of CPU threads: `threads`, or this job's cores divided by the ranks on the host.
-    On a CPU it also settles the library of float32 products, the same on every rank. Raises ConfigError if `cuda` is asked for
-    and there is none.
+    On a CPU it also chooses the library of float32 products, the same on every rank. `store`: the ranks' store, if they have
+    connected before (`strategies/rendezvous.py`). Raises ConfigError if `device` is `cuda` and there is no GPU.
     """
+    # Device and threads.
     if device == "cuda":
         why_missing = missing_cuda()
         if why_missing is not None:
@@ -126,6 +125,8 @@ def start(
     else:
         torch_device = torch.device("cpu")
     library_choice = None if use_cuda else choose_library(matmul)
+
+    # The process group.
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
     if world >= LAZY_CONNECTION_RANKS:
@@ -138,7 +139,7 @@ def start(
         local_rank=local_rank,
         local_world_size=local_world,
         device=torch_device,
-        # The CPU half of the group of all ranks. A group of its own would connect every rank with every other once more.
+        # The CPU part of the group of all ranks. A separate group would need as many connections once more.
         control_group=dist.group.WORLD,
         matmul=library_choice,
         shared_memory=shared_memory,
@@ -176,7 +177,7 @@ def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
 
 
 def _form_group_of_one(backend: str, timeout: timedelta) -> None:
-    """Form the process group of a job of one rank. It talks to nobody, so it must work without a network."""
+    """Form the process group of a job of one rank, which needs no network, and must work on a host without one."""
     try:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     except RuntimeError as error:
@@ -211,7 +212,7 @@ def threads_from_environment() -> int | None:
     torchrun sets 1 by default, which would leave all but one core of a rank idle.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
-    # Our own launchers settle the number before they start torchrun, so there a 1 is meant.
+    # Our own launchers set the number before they start torchrun, so under them a 1 is intended.
     set_by_torchrun = text == "1" and "TORCHELASTIC_RUN_ID" in os.environ and "SHARDTUNE_RUN_DIR" not in os.environ
     if not text.isdecimal() or set_by_torchrun:
         return None
@@ -259,7 +260,7 @@ def out_of_memory_kills() -> int | None:
 
 
 def free_host_memory() -> int | None:
-    """Bytes that this process may still take of its host, by the kernel's estimate and its cgroups; None if nobody can say."""
+    """Bytes of host memory that this process may still allocate, by the kernel's estimate and its cgroups; None if unknown."""
     try:
         available_kib = _counter(Path("/proc/meminfo").read_text(encoding="utf-8"), "MemAvailable:")
     except OSError:
@@ -271,7 +272,7 @@ def free_host_memory() -> int | None:
     for limit, used, statistics in zip(*cgroup_files, strict=False):
         if limit.strip() == "max":
             continue
-        # Some of what counts as used can be had at once: cached pages of files that were not touched lately.
+        # Cached pages of files count as used, but the kernel frees them when memory is needed.
         cached = _counter(statistics, "inactive_file") or 0
         free = min(free, int(limit) - int(used) + cached)
     return max(0, free)

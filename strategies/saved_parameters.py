@@ -60,7 +60,7 @@ class SavedParameters(Mapping[str, Tensor]):
         return name in self._shapes  # `Mapping` would read the parameter to find out
 
     def __getitem__(self, name: str) -> Tensor:
-        """What the run evaluates and exports of a parameter: its average, else its weight."""
+        """The value of a parameter that the run evaluates and exports: its average, if the run has one, else its weight."""
         if name not in self._shapes:
             raise KeyError(name)
         if f"{name}/{EMA_KEY}" in self._index:
@@ -72,8 +72,8 @@ class SavedParameters(Mapping[str, Tensor]):
         return weight.lerp_(self.state(name, SCHEDULE_FREE_KEY), 1 - 1 / self._schedule_free_beta)
 
     def state(self, name: str, key: str) -> Tensor:
-        """What the checkpoint keeps of a parameter under `key` (`weight`, a moment, ...), in the parameter's shape."""
-        # `read_tensors` takes ranges that a rank holds; here the range is the whole tensor, and a meta tensor gives its size.
+        """The checkpoint's tensor of a parameter under `key` (`weight`, a moment, ...), in the parameter's shape."""
+        # `read_tensors` reads ranges that a rank holds; here the range is the full tensor, whose size a meta tensor gives.
         shape = self._shapes[name]
         everything = LocalElements(f"{name}/{key}", shape.numel(), 0, torch.empty(shape, device="meta").view(-1))
         try:
@@ -86,7 +86,7 @@ class SavedParameters(Mapping[str, Tensor]):
 
     @property
     def title(self) -> str:
-        """What these parameters are, for messages."""
+        """The name of the checkpoint, for messages."""
         return self.checkpoint.name
 
     def progress(self) -> Progress:
@@ -117,7 +117,7 @@ class MeanOfCheckpoints(Mapping[str, Tensor]):
         return total.div_(len(self.checkpoints)).float()
 
     def state(self, name: str, key: str) -> Tensor:
-        """What the newest checkpoint keeps of a parameter under `key`. No mean: it may be a choice, such as AdaLoRA's ranks."""
+        """The newest checkpoint's tensor of a parameter under `key`. Not a mean: it may be a choice, such as AdaLoRA's ranks."""
         return self.checkpoints[-1].state(name, key)
 
     @property

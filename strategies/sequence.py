@@ -4,8 +4,8 @@
 of their tokens each. Attention needs all tokens at once, so it exchanges slices for heads (`AllToAll`), as in DeepSpeed
 Ulysses (Jacobs et al. 2023, arXiv:2309.14509): each rank then attends over the whole row with some of the heads.
 
-Strategies are not told. They average gradients over all ranks as always, which is right because every rank returns its share
-of each sum, and because the collectives here have their true adjoints.
+Strategies need not know of it. They average gradients over all ranks as always, which is correct because every rank returns its
+share of each sum, and because the backward passes of the collectives here are their exact adjoints.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class AllToAll(torch.autograd.Function):
 
 
 def _all_to_all(flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-    """The elements that this rank is sent, in rank order. On the meta device they have a shape alone."""
+    """The elements that this rank receives, in rank order. On the meta device nothing is exchanged."""
     output = flat.new_empty(sum(received))
     if not flat.is_meta:
-        # The plain call, which waits in the stream's order. An asynchronous one hands out a tensor that has no memory yet.
+        # The synchronous call, which is ordered in the stream. An asynchronous one returns a tensor that has no memory yet.
         dist.all_to_all_single(output, flat.contiguous(), received, sent, group=group)
     return output
 
@@ -92,8 +92,8 @@ def _all_to_all(flat: Tensor, sent: list[int], received: list[int], group: Any) 
 class SumOverGroup(torch.autograd.Function):
     """The sum of a tensor over a sequence-parallel group. All ranks of the group must call, forward and backward.
 
-    Every rank goes on to compute with the sum, and each of their terms depends on it. So the adjoint is a sum as well. The
-    identity, which many take, would keep this rank's term alone.
+    Every rank computes a term of the loss with the sum, so the gradient of `local` is the sum of all ranks' gradients. The
+    identity, which is often used as the backward pass, would give only this rank's term.
     """
 
     @staticmethod

@@ -15,8 +15,8 @@ from strategies.runtime import Runtime, gather_objects
 def held_elements(step_module: nn.Module) -> int:
     """How many parameter elements this rank holds between steps, counted from its live tensors; for the run record.
 
-    Elements are those of the model: packed (quantised) weights count as what they stand for, experts that are dealt over
-    ranks count on each rank that holds them.
+    Elements are those of the model: a packed (quantised) weight counts with the elements that it encodes. Experts distributed
+    over ranks count on each rank that holds them.
     """
     local_total = 0
     counts = element_counts(step_module)
@@ -42,7 +42,7 @@ def _local_and_full_numel(parameter: Any) -> tuple[int, int]:
 
 
 def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
-    """What `run.json` says of the sharding: parameters in total, those that train, those each rank holds, and how ranks exchange.
+    """The record of sharding in `run.json`: parameters in total, trainable ones, those each rank holds, and the backend.
 
     All ranks must call.
     """

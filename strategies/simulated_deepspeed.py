@@ -89,10 +89,10 @@ class SimulatedAccelerator(CPU_Accelerator):
 
 @torch.no_grad()
 def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
-    """Stands in for DeepSpeed's `reduce_scatter_coalesced` in a simulation, where only sizes count.
+    """Replaces DeepSpeed's `reduce_scatter_coalesced` in a simulation, where only sizes matter.
 
-    Returns this rank's part of each gradient in `tensors`, as DeepSpeed does, and makes the same buffers and the same exchange.
-    It leaves out the views of every rank's parts: making them would be most of the work of a step with many ranks.
+    Returns this rank's part of each gradient in `tensors`, with the buffers and the collective of DeepSpeed's function, but
+    without its views of every rank's parts, which with many ranks would be most of the work of a simulated step.
     """
     ranks = comm.get_world_size(group)
     rank = comm.get_rank(group)
@@ -101,7 +101,7 @@ def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tens
     pieces: list[Tensor] = []
     for tensor, numel, part_size in zip(tensors, numels, part_sizes, strict=True):
         pieces.append(tensor.view(-1))
-        # The last owners get less than their part, or nothing: each such part is padded.
+        # The parts of the last ranks may be shorter, or empty: they are padded to `part_size`.
         for owner in range(numel // part_size, ranks):
             padding = part_size - min(part_size, max(0, numel - part_size * owner))
             if padding:

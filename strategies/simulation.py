@@ -40,10 +40,11 @@ def simulated_rank(
     device: torch.device = SIMULATED,
     expert_imbalance: float = 1.0,
 ) -> Iterator[Runtime]:
-    """Be rank `rank` of `world_size`, with `local_world_size` ranks a host, in this process alone. Collectives return at once.
+    """A context in which this process is rank `rank` of `world_size` ranks, the others of which do not exist.
 
-    `device` "cpu" stands for itself. `expert_imbalance`: rows that arrive for the rank's experts over the mean of its group
-    (`parallel.experts`). Raises RuntimeError if this process is part of a job already.
+    Collectives return at once. `local_world_size`: ranks of a host. `device`: SIMULATED stands for a GPU; "cpu" is the CPU
+    itself. `expert_imbalance`: rows that arrive for the rank's experts, over the mean of its group (`parallel.experts`). Raises
+    RuntimeError if this process is part of a job already.
     """
     from strategies.compat.fake_collectives import FakeStore
 
@@ -51,16 +52,16 @@ def simulated_rank(
         raise RuntimeError("a rank is simulated in a process that is part of no job")
     # Other libraries import DeepSpeed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    ranks_a_host = min(local_world_size, world_size)
+    ranks_per_host = min(local_world_size, world_size)
     local_rank_before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(rank % ranks_a_host)  # DeepSpeed reads it
+    os.environ["LOCAL_RANK"] = str(rank % ranks_per_host)  # DeepSpeed reads it
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield Runtime(
             rank,
             world_size,
-            rank % ranks_a_host,
-            ranks_a_host,
+            rank % ranks_per_host,
+            ranks_per_host,
             device,
             dist.group.WORLD,
             simulated=True,
@@ -75,7 +76,7 @@ def simulated_rank(
 
 @contextmanager
 def fake_tensors(device: torch.device) -> Iterator[None]:
-    """Inside the context new tensors have no memory, and operations on `SIMULATED` are chosen as on a GPU."""
+    """A context in which new tensors have no memory, and operations on `SIMULATED` are chosen as on a GPU."""
     import strategies.compat.fake_collectives  # noqa: F401 - gives collectives of fake tensors their shapes
     from strategies.compat.fake_tensors import FakeTensorMode
 
@@ -88,16 +89,16 @@ def fake_tensors(device: torch.device) -> Iterator[None]:
 
 
 def real_tensors() -> AbstractContextManager[Any]:
-    """Inside the context tensors are real in a simulation too: for small ones whose values are read."""
+    """A context in which tensors are real even in a simulation, for small ones whose values are read."""
     from strategies.compat.fake_tensors import unset_fake_temporarily
 
     return unset_fake_temporarily()
 
 
 def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorator for a function that makes a constant tensor: it is called once for each set of arguments.
+    """Decorator for a function that makes a constant tensor: calls it once for each set of arguments, and keeps the result.
 
-    Real tensors are kept for good, fake ones only as long as their simulation: they must not get into another one.
+    Real tensors are kept for the life of the process. Fake ones are kept in the mode of their simulation, and end with it.
     """
     real_tensors_by_key: dict[Any, Tensor] = {}
 
@@ -167,7 +168,7 @@ class AsOnGpu(TorchFunctionMode):
     """Lets functions do for tensors on `SIMULATED` what they do on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, or what torch would call in its place on a GPU."""
+        """Call `func`, or the function that torch would call instead of it for tensors on a GPU."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
@@ -187,7 +188,7 @@ class AsOnGpu(TorchFunctionMode):
     def _backward(
         self, root: Any, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
     ) -> None:
-        """Run the backward pass inside this mode, for what is recomputed on the way: torch's own entry would leave the mode."""
+        """Run the backward pass inside this mode, so that recomputation is in it too; torch's own entry would leave the mode."""
         assert inputs is None, "no engine asks for the gradients of some tensors alone"
         roots = (root,) if isinstance(root, Tensor) else tuple(root)
         gradients = gradient if isinstance(gradient, tuple | list) else [gradient] * len(roots)
@@ -236,7 +237,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Call the kernel that torch takes on a GPU for these arguments: flash, memory-efficient, or plain products."""
+    """Call the kernel that torch chooses on a GPU for these arguments: flash, memory-efficient, or plain products."""
     if query.device != SIMULATED:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -244,9 +245,12 @@ def _attention(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     head_size = query.shape[-1]
-    if query.dtype in _HALF_TYPES and attn_mask is None and head_size <= 256 and head_size == value.shape[-1]:
+    is_grouped = enable_gqa and query.shape[-3] != key.shape[-3]
+    is_half_without_mask = query.dtype in _HALF_TYPES and attn_mask is None
+    can_use_flash = is_half_without_mask and head_size <= 256 and head_size == value.shape[-1]
+    can_use_efficient = not is_grouped and query.dim() == 4
+    if can_use_flash:
         # The flash kernel takes heads of multiples of 8: others are padded.
         padding = (0, -head_size % 8)
         if padding[1]:
@@ -254,7 +258,7 @@ def _attention(
         if scale is None:
             scale = head_size**-0.5
         return FLASH_ATTENTION(query, key, value, dropout_p, is_causal, scale=scale)[0][..., :head_size]
-    if not grouped and query.dim() == 4:
+    if can_use_efficient:
         bias = attn_mask
         if bias is not None:
             if bias.dtype is torch.bool:

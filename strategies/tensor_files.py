@@ -73,9 +73,9 @@ def is_count(value: Any) -> bool:
 
 
 def layout(local: Iterable[LocalElements], file: str) -> tuple[bytes, dict[str, FilePart]]:
-    """Lay out a safetensors file with the tensors of `local`, under the name `file`. Reads no values.
+    """Plan a safetensors file with the tensors of `local`, under the name `file`. Reads no values.
 
-    Returns (the head of the file, which lists names, shapes and offsets; where each tensor lies, for the index).
+    Returns (the head of the file, which lists names, shapes and offsets; the place of each tensor in the file, for the index).
     """
     local = list(local)
     entries: dict[str, dict[str, Any]] = {}
@@ -160,7 +160,7 @@ def _is_row(row: Any) -> bool:
 
 
 def stays_in_directory(name: str) -> bool:
-    """Whether a file's name leads nowhere but into its directory."""
+    """Whether a file's name is a plain name without a path, so that no file outside the directory is opened."""
     return bool(name) and not name.startswith(".") and "/" not in name and "\0" not in name
 
 
@@ -182,7 +182,7 @@ def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) 
         buffer = torch.empty(size, dtype=torch.float32)
         filled = 0
         for part in index[elements.name]:
-            # The overlap of what the file has and what this rank holds.
+            # The overlap of the elements in the file and those of this rank.
             start = max(part.start, elements.start)
             stop = min(part.start + part.length, elements.start + size)
             if start < stop:

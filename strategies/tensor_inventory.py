@@ -42,7 +42,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def engine_tensors(engine: Engine) -> Iterator[tuple[MemoryKind, Tensor]]:
     """(kind of memory, tensor) for everything that `engine` keeps at this moment: weights, gradients, optimizer state and so on.
 
-    A simulation tells its live bytes apart by these. If a storage comes twice, its last kind holds.
+    A simulation counts live bytes by kind with it. If a storage comes twice, its last kind counts.
     """
     module = engine.step_module
     for tensor in (*module.parameters(), *module.buffers()):

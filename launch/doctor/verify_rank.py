@@ -30,7 +30,7 @@ def main() -> int:
     request = json.loads((directory / REQUEST).read_text(encoding="utf-8"))
     rank = int(os.environ["RANK"])
 
-    def say(text: str) -> None:
+    def report_progress(text: str) -> None:
         if rank == 0:
             with (directory / PROGRESS).open("a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
@@ -44,7 +44,7 @@ def main() -> int:
             matmul=kept_matmul(config),
             shared_memory=config.run.shared_memory,
         )
-        report = verify(config, directory, runtime, user_ranks=request["user_ranks"], say=say)
+        report = verify(config, directory, runtime, user_ranks=request["user_ranks"], report_progress=report_progress)
         if rank == 0:
             write_text_atomic(directory / REPORT, json.dumps(report))
         processes.barrier(runtime)

@@ -83,7 +83,7 @@ def verdict(
         about = {"model": model.record(), "changes": small.changes, "ranks": small.ranks}
     barrier(job.runtime)
     with planted(fault):
-        found = run.verify(config, directory, job.runtime, user_ranks=user_ranks, say=lambda text: None)
+        found = run.verify(config, directory, job.runtime, user_ranks=user_ranks, report_progress=lambda text: None)
     if job.runtime.is_main:
         shutil.rmtree(directory)
     return {**found, **about}

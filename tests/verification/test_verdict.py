@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from strategies.base import Precision
-from trainer.verification.steps import Compared, TakenStep
+from trainer.verification.steps import ComparedSteps, TakenStep
 from trainer.verification.verdict import judge
 
 KINDS = {"q": "attention", "up": "MLP"}
@@ -20,9 +20,9 @@ def step(loss=2.0, q=0.0, up=0.0, **changes):
 
 
 def judged(configured, single=None, half=None):
-    compared = [Compared(Precision.fp32, single or step(), configured)]
+    compared = [ComparedSteps(Precision.fp32, single or step(), configured)]
     if half is not None:
-        compared.append(Compared(Precision.bf16, *half))
+        compared.append(ComparedSteps(Precision.bf16, *half))
     return judge(compared)
 
 

@@ -450,11 +450,7 @@ def _base_config(config: ModelConfig, tuning_config: TuningConfig) -> Any:
 
 
 def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: AttentionLayout) -> None:
-    """Freeze parameters that get no gradient or must not train.
-
-    These are fixed position tables, towers for images and sound, and indexers, which select keys by index and so pass no
-    gradient.
-    """
+    """Freeze what gets no gradient or must not train: fixed tables, towers for images and sound, and indexers of keys."""
     encoder_decoder.freeze_fixed(model)
     freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
     indexers = freeze_key_selectors(model)

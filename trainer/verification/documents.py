@@ -16,7 +16,7 @@ from trainer.objectives.pairs import REJECTED
 
 SEED = 0
 FIRST_TOKEN = 4
-"""Below it lie the tokens that a small copy keeps for itself: padding, begin and end."""
+"""Ids below it are a small copy's special tokens: padding, begin and end."""
 LONGEST_PROMPT = LONGEST_ANSWER = 20
 MAX_LENGTH = 64
 """Tokens of a pack."""
@@ -34,19 +34,20 @@ def write_documents(
     multi_label: bool,
     must_learn: bool,
 ) -> None:
-    """Write `number` drawn documents as a store into `directory`, which must not exist.
+    """Write `number` random documents as a store into `directory`, which must not exist.
 
-    `must_learn`: every document has a target. `labels`: how many there are. Errors: OSError.
+    `labels`: number of labels. `multi_label`: a document may have several. `must_learn`: every document has a target. Errors:
+    OSError.
     """
+    # A label is drawn as one number; with several labels a document, it is a bit mask of them.
+    label_values = 1 << labels if multi_label else labels
     samples: list[Sample] = []
     generator = np.random.default_rng(SEED)
     for index in range(number):
-        samples += _document(
-            generator, data_spec, index, vocabulary, labels if not multi_label else 1 << labels, must_learn
-        )
+        samples += _document(generator, data_spec, index, vocabulary, label_values, must_learn)
     sequences = Sequences.of(samples, data_spec.counts)
-    none = np.zeros(len(samples), np.int64)
-    sequences.columns |= {"document": np.arange(len(samples)), "source": none, "ended": none}
+    zeros = np.zeros(len(samples), np.int64)
+    sequences.columns |= {"document": np.arange(len(samples)), "source": zeros, "ended": zeros}
     directory.mkdir(parents=True)
     store = StoreWriter(directory)
     store.append(sequences)
@@ -56,17 +57,23 @@ def write_documents(
 
 
 def open_documents(directory: Path, label_names: list[str] | None) -> PreparedData:
-    """The drawn documents, opened anew: what one comparison attaches to them, another does not see."""
+    """The random documents, opened once more for each step: what one step attaches to them is not seen by another."""
     train = TokenDataset.open(directory)
     return PreparedData(train=train, evaluation=None, directory=directory, report={}, label_names=label_names)
 
 
 def _document(
-    generator: np.random.Generator, data_spec: DataSpec, index: int, vocabulary: int, labels: int, must_learn: bool
+    generator: np.random.Generator,
+    data_spec: DataSpec,
+    index: int,
+    vocabulary: int,
+    label_values: int,
+    must_learn: bool,
 ) -> Iterator[Sample]:
-    """The sequences of one document: a prompt with one answer, or with two of which the second was rejected.
+    """The sequences of one random document: a prompt with one answer, or with two of which the second is the rejected one.
 
-    Some documents are learned whole, and one in five not at all.
+    Answers are supervised. Unless `must_learn`, one document in five has no target at all, and in one in five the prompt is
+    supervised as well.
     """
     prompt = generator.integers(FIRST_TOKEN, vocabulary, generator.integers(1, LONGEST_PROMPT + 1))
     for number in range(data_spec.sequences_per_document):
@@ -83,7 +90,7 @@ def _document(
         if DESIRABLE in data_spec.marks:
             marks[DESIRABLE] = int(index % 3 != 0)
         if LABEL in data_spec.marks:
-            marks[LABEL] = int(generator.integers(labels))
+            marks[LABEL] = int(generator.integers(label_values))
         if REPLAY in data_spec.marks:
             marks[REPLAY] = int(index % 4 == 0)
         yield Sample(ids, supervised, marks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from trainer.tuning.expert_parts import router_weights
 MODEL_KINDS = ("attention", "MLP", "experts", "router", "norms", "embeddings", "head", "other")
 ADAPTERS = "adapters"
 KINDS = (*MODEL_KINDS, *(f"{ADAPTERS}, {kind}" for kind in MODEL_KINDS))
-"""In the order in which they are shown. Adapters go by what they adapt."""
+"""Kinds in the order in which they are shown. The kind of an adapter's parameter is that of the weight which it adapts."""
 SPELLINGS = {
     "embeddings": ("embed",),
     "head": ("lm_head",),
@@ -24,13 +25,17 @@ SPELLINGS = {
     "attention": ("attn", "attention"),
     "MLP": ("mlp", "feed", "ffn", "fc1", "fc2", "dense_h_to", "dense_4h_to"),
 }
-"""What the name or the class of a module of each kind has in it. The first that is met counts, from the inside out."""
+"""Texts in the name or class of a module of each kind. Modules are tried from the innermost to the outermost."""
 ROUTER_NAMES = ("gate", "router")
 """What models call the module that chooses experts. The gate of an MLP is `gate_proj`."""
 
 
 def kinds_of_parameters(built: Built, names: list[str]) -> dict[str, str]:
-    """The kind of each trained parameter of `names`, by the modules of the plain architecture that hold it."""
+    """The kind of each trained parameter of `names`, by name: one of KINDS.
+
+    The first of these that applies: an adapter's parameter; a router's weight; a new classification head; the kind of the
+    innermost module that contains the parameter and has a known kind.
+    """
     plain = built.plain
     modules = dict(plain.named_modules())
     routers = set(router_weights(plain))
@@ -38,38 +43,41 @@ def kinds_of_parameters(built: Built, names: list[str]) -> dict[str, str]:
     head = plain.get_output_embeddings()
     kinds = {}
     for name in names:
-        base = built.tuning.base_name(name)
+        plain_name = built.tuning.base_name(name)
         if built.tuning.owns(name):
-            kinds[name] = f"{ADAPTERS}, {_kind_of_adapter(name)}"
-        elif base in routers:
+            kinds[name] = f"{ADAPTERS}, {_kind_of_adapted_weight(name)}"
+        elif plain_name in routers:
             kinds[name] = "router"
-        elif base.startswith(built.head_prefixes) and built.head_prefixes:
+        elif built.head_prefixes and plain_name.startswith(built.head_prefixes):
             kinds[name] = "head"
         else:
-            kinds[name] = _kind_by_modules(base, modules, embeddings, head)
+            kinds[name] = _kind_by_modules(plain_name, modules, embeddings, head)
     return kinds
 
 
-def _kind_of_adapter(name: str) -> str:
-    """The kind of what an adapter's parameter adapts, by the names of the modules above it."""
+def _kind_of_adapted_weight(name: str) -> str:
+    """The kind of the weight that an adapter's parameter adapts, by the names of the modules that contain it."""
     if any(part in ROUTER_NAMES for part in name.split(".")):
         return "router"
     return _kind_by_modules(name, {}, None, None)
 
 
 def _kind_by_modules(name: str, modules: Mapping[str, Any], embeddings: Any, head: Any) -> str:
-    """The kind of a parameter of the plain architecture by the innermost module above it that tells one."""
+    """The kind of the innermost module that contains a parameter and has a known kind; `other` if none has.
+
+    `modules`: those of the plain architecture by path; empty if only the names count.
+    """
     parts = name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
-        path = ".".join(parts[:depth])
-        module = modules.get(path)
-        words = f"{parts[depth - 1]} {type(module).__name__}".lower()
+        module_path = ".".join(parts[:depth])
+        module = modules.get(module_path)
         if module is not None and module is embeddings:
             return "embeddings"
         if module is not None and module is head:
             return "head"
+        name_and_class = f"{parts[depth - 1]} {type(module).__name__}".lower()
         for kind, spellings in SPELLINGS.items():
-            if any(spelling in words for spelling in spellings):
+            if any(spelling in name_and_class for spelling in spellings):
                 return kind
     return "other"
 
@@ -77,25 +85,31 @@ def _kind_by_modules(name: str, modules: Mapping[str, Any], embeddings: Any, hea
 def distances(
     gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor], kinds: Mapping[str, str]
 ) -> dict[str, tuple[float, float]]:
-    """(largest difference, largest element of `expected`) of each kind of gradient; NaN counts as infinite.
+    """(largest difference to `expected`, largest element of `expected`) over the parameters of each kind.
 
-    A parameter that only one of both has counts with zeros in the other.
+    A parameter that `gradients` lacks counts as zeros there. A difference that is NaN counts as infinite. `kinds`: by parameter.
     """
     by_kind: dict[str, tuple[float, float]] = {}
     for name, kind in kinds.items():
-        other = expected[name].double()
-        own = gradients.get(name, torch.zeros_like(other)).double()
-        difference = float((own - other).abs().max()) if other.numel() else 0.0
-        if difference != difference:  # NaN
+        expected_gradient = expected[name].double()
+        gradient = gradients.get(name, torch.zeros_like(expected_gradient)).double()
+        difference = 0.0
+        largest = 0.0
+        if expected_gradient.numel():
+            difference = float((gradient - expected_gradient).abs().max())
+            largest = float(expected_gradient.abs().max())
+        if math.isnan(difference):
             difference = float("inf")
-        largest = float(other.abs().max()) if other.numel() else 0.0
-        so_far = by_kind.get(kind, (0.0, 0.0))
-        by_kind[kind] = max(so_far[0], difference), max(so_far[1], largest)
+        earlier_difference, earlier_largest = by_kind.get(kind, (0.0, 0.0))
+        by_kind[kind] = (max(earlier_difference, difference), max(earlier_largest, largest))
     return by_kind
 
 
 def relative(distance: tuple[float, float]) -> float | None:
-    """A difference over the largest element; None if there is no gradient on either side, which is no agreement."""
+    """(difference, largest element) as a ratio; infinite if only the expected gradient is zero.
+
+    None if both gradients are zero: nothing was compared, so that they do not count as equal.
+    """
     difference, largest = distance
     if largest == 0:
         return None if difference == 0 else float("inf")

@@ -26,7 +26,7 @@ DOCUMENTS_PER_SAMPLE = 6
 
 
 def label_names(config: RunConfig) -> list[str] | None:
-    """Names of the labels of drawn texts; None for objectives without labels."""
+    """Label names for the random documents: those of the settings, or made-up ones; None for objectives without labels."""
     family = family_of(config.objective)
     if family.kind is not ModelKind.classifier or family.num_outputs is not None:
         return None
@@ -39,9 +39,10 @@ def label_names(config: RunConfig) -> list[str] | None:
 
 
 def write_inputs(config: RunConfig, directory: Path, *, user_ranks: int | None) -> tuple[SmallModel, SmallRun]:
-    """Write the small copies and the drawn documents of a verification into `directory`. No collective.
+    """Write the small copies of model and teacher, and random documents, into `directory`. No collective.
 
-    Errors: ConfigError if the model or its teacher is not there, or no small copy can be made.
+    `user_ranks`: ranks of the run itself; None if not known. Errors: ConfigError if the model or its teacher is not on this
+    machine, or no small copy can be made.
     """
     family = family_of(config.objective)
     names = label_names(config)
@@ -55,9 +56,9 @@ def write_inputs(config: RunConfig, directory: Path, *, user_ranks: int | None) 
             trust_remote_code=teacher.trust_remote_code,
             download=config.model.download,
         )
-        # Drawn otherwise than the student, which would have nothing to learn from a teacher that says what it says.
+        # With another seed than the student: from a teacher with equal weights, it would get no gradient.
         write_small_model(teacher_model, ModelKind.causal, directory / TEACHER, outputs=None, seed=1)
-    small = run_in(directory, config, user_ranks=user_ranks)
+    small = small_run_in(directory, config, user_ranks=user_ranks)
     vocabulary = load_model_config(small.config.model).get_text_config().vocab_size
     write_documents(
         directory / DOCUMENTS,
@@ -72,29 +73,35 @@ def write_inputs(config: RunConfig, directory: Path, *, user_ranks: int | None) 
 
 
 def _must_learn(config: RunConfig) -> bool:
-    """Whether every document needs a target: pairs, verdicts and answers of an encoder-decoder model have one."""
+    """Whether every document needs a target: for pairs, ratings, labels, and answers of an encoder-decoder model."""
     family = family_of(config.objective)
     data_spec = data_spec_of(config.objective)
     return family.kind is not ModelKind.causal or bool(data_spec.marks) or data_spec.sequences_per_document > 1
 
 
-def run_in(directory: Path, config: RunConfig, *, user_ranks: int | None) -> SmallRun:
-    """The run on what `write_inputs` wrote into `directory`."""
+def small_run_in(directory: Path, config: RunConfig, *, user_ranks: int | None) -> SmallRun:
+    """The run on the small copies and documents that `write_inputs` wrote into `directory`."""
     teacher = directory / TEACHER
     has_teacher = family_of(config.objective).teacher(config.objective) is not None
     return small_run(copy.deepcopy(config), directory / MODEL, teacher if has_teacher else None, user_ranks=user_ranks)
 
 
 def verify(
-    config: RunConfig, directory: Path, runtime: Runtime, *, user_ranks: int | None, say: Callable[[str], None]
+    config: RunConfig,
+    directory: Path,
+    runtime: Runtime,
+    *,
+    user_ranks: int | None,
+    report_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The verdict as JSON values; empty on all ranks but 0. All ranks must call, after `write_inputs` on one of them.
+    """Compare a step of the run on all ranks with the same step by one process; returns the verdict as JSON values.
 
-    Errors: those of building the run, and of its engines.
+    Empty on all ranks but 0. All ranks must call, after `write_inputs` on one of them. Errors: those of building the run, and of
+    its engines.
     """
-    small = run_in(directory, config, user_ranks=user_ranks)
+    small = small_run_in(directory, config, user_ranks=user_ranks)
     runtime = with_sequence(runtime, small.config.parallel.sequence)
-    compared = compare_steps(small, directory / DOCUMENTS, label_names(config), directory, runtime, say)
+    compared = compare_steps(small, directory / DOCUMENTS, label_names(config), directory, runtime, report_progress)
     if not runtime.is_main:
         return {}
     return judge(compared).record()

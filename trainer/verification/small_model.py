@@ -1,8 +1,8 @@
-"""Writes a small copy of a model, with weights drawn so that faults show and roundings do not.
+"""Writes a small copy of a model, with random weights by which faults show in gradients and rounding errors do not.
 
-A copy keeps the numbers of heads and of experts and every kind of layer (`trainer/model/shrink.py`). Of the weights, none
-is zero, since what is multiplied by zero has no gradient. A router sends each token to experts that are far ahead of the
-others, since a token that is almost as fond of one expert as of another would go elsewhere by a rounding.
+A copy keeps the numbers of heads and of experts and every kind of layer (`trainer/model/shrink.py`). No weight is zero, since
+a value that is multiplied by zero gets no gradient. The scores of the experts that a router chooses for a token are far above
+those of the others, since of two nearly equal scores a rounding error could change the choice.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ MOST_ELEMENTS = 100_000_000
 TRIED_TOKENS = 11
 """Tokens of the pass that shows whether a copy runs."""
 CALM = 0.3
-"""Factor on the weights of a mixture of experts, so that what blocks add does not hide the kind of a token from a router."""
+"""Factor on the weights of a mixture of experts, so that the outputs of blocks do not hide the kind of a token from a router."""
 CLEAR = 8.0
-"""Length of what an embedding says of its token's kind, beside about 1 that it says of the token."""
-FONDNESS = 0.5
-"""Factor on the scores of routers: at 1 the chosen experts would take so much that their router gets no gradient."""
+"""Length of the part of an embedding that encodes the token's kind; the part of the token itself has a length of about 1."""
+ROUTER_SCALE = 0.5
+"""Factor on the weights of routers. At 1, softmax would give the chosen experts so much that the router gets no gradient."""
 MOST_TOKEN_KINDS = 32
 
 
@@ -61,7 +61,7 @@ class SmallModel:
     elements: int
     """Of all parameters."""
     decided_routers: int
-    """Router matrices whose choices no rounding changes."""
+    """Router matrices with weights by which no rounding error changes a choice."""
 
     def record(self) -> dict[str, Any]:
         """The copy as JSON values."""
@@ -115,7 +115,7 @@ def write_small_model(
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Within the block transformers draws none, which it would also do where nobody looks."""
+    """A context in which transformers draws no progress bars, which it would also write to files."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()
@@ -128,7 +128,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _write_tokenizer(rows: int, directory: Path) -> None:
-    """Write a tokenizer with a word for each row of the embeddings: the model's own would have too many."""
+    """Write a tokenizer with one token for each of the `rows` embeddings; the model's own has more tokens than the copy."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -145,7 +145,7 @@ def _write_tokenizer(rows: int, directory: Path) -> None:
 
 
 def _first_that_runs(config: ModelConfig, kind: ModelKind, settings: Any, plain: Any) -> tuple[Any, int]:
-    """(the first small copy that can be built and run, its decided routers). Raises ConfigError if there is none."""
+    """(the first small copy that can be built and run, how many of its routers are decided). ConfigError if there is none."""
     first_reason = ""
     try:
         for small in small_copies(settings, plain, keep_counts=True):
@@ -163,24 +163,30 @@ def _first_that_runs(config: ModelConfig, kind: ModelKind, settings: Any, plain:
 
 
 def _built_and_run(config: ModelConfig, kind: ModelKind, settings: Any, plain: Any, small: Any) -> tuple[Any, int]:
-    """(the model of a small copy, its decided routers). Raises whatever keeps it from running."""
-    small = copy.deepcopy(small)
-    set_dropout(small, 0.0)
+    """(the model of the small configuration `small`, how many routers are decided). Raises any error of building and running it.
+
+    `settings`, `plain`: configuration and architecture of the full model.
+    """
+    small_settings = copy.deepcopy(small)
+    set_dropout(small_settings, 0.0)
     if kind is ModelKind.classifier:
-        describe_head(small, plain.config.num_labels, 0, several=False)
-    model_class = auto_class(kind, small)
+        describe_head(small_settings, plain.config.num_labels, 0, several=False)
+    model_class = auto_class(kind, small_settings)
     options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     options["trust_remote_code"] = config.trust_remote_code
+    # On meta first: is it small enough, and does it have every kind of layer?
     with meta_context():
-        on_meta = model_class.from_config(copy.deepcopy(small), **options)
+        on_meta = model_class.from_config(copy.deepcopy(small_settings), **options)
     elements = sum(parameter.numel() for parameter in on_meta.parameters())
     if elements > MOST_ELEMENTS:
         raise NotShrinkable(f"a small copy would have {elements:,} elements")
-    if lost := lost_kinds(settings, plain, small, on_meta):
+    lost = lost_kinds(settings, plain, small_settings, on_meta)
+    if lost:
         raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
-    model = model_class.from_config(small, dtype=torch.float32, **options).eval()
+    # Then with weights: does a forward pass give finite numbers?
+    model = model_class.from_config(small_settings, dtype=torch.float32, **options).eval()
     decided_routers = _draw_weights(model)
-    ids = torch.arange(TRIED_TOKENS)[None] % text_settings(small).vocab_size
+    ids = torch.arange(TRIED_TOKENS)[None] % text_settings(small_settings).vocab_size
     inputs = {"input_ids": ids, "use_cache": False}
     if kind is ModelKind.encoder_decoder:
         inputs["decoder_input_ids"] = ids
@@ -193,44 +199,51 @@ def _built_and_run(config: ModelConfig, kind: ModelKind, settings: Any, plain: A
 
 @torch.no_grad()
 def _draw_weights(model: Any) -> int:
-    """Draw matrices and disturb vectors; how many routers were made decided."""
-    names = router_weights(model)
-    scale = CALM if names else 1.0
+    """Draw random weights in place: new matrices, and noise on vectors (norms, biases). Returns how many routers are decided.
+
+    A router is decided if no rounding error changes its choices (`_make_routers_decided`).
+    """
+    router_names = router_weights(model)
+    scale = CALM if router_names else 1.0
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, scale / math.sqrt(parameter.shape[-1]))
         else:
             parameter.add_(torch.randn_like(parameter) * 0.02)
     embeddings = model.get_input_embeddings()
-    matrices = [matrix for matrix in map(model.get_parameter, names) if matrix.dim() == 2]
     width = embeddings.weight.shape[-1]
-    matrices = [matrix for matrix in matrices if matrix.shape[1] == width]
-    if matrices:
-        _decide(embeddings, matrices, experts_per_token(model.config))
-    return len(matrices)
+    # Matrices [experts, width], which read the hidden states themselves.
+    router_matrices = []
+    for matrix in map(model.get_parameter, router_names):
+        if matrix.dim() == 2 and matrix.shape[1] == width:
+            router_matrices.append(matrix)
+    if router_matrices:
+        _make_routers_decided(embeddings, router_matrices, experts_per_token(model.config))
+    return len(router_matrices)
 
 
-def _decide(embeddings: nn.Embedding, matrices: list[Tensor], experts_per_token: int) -> None:
-    """Give each token a kind, and each kind its own experts, of which a router is much fonder than of the others.
+def _make_routers_decided(embeddings: nn.Embedding, router_matrices: list[Tensor], experts_per_token: int) -> None:
+    """Give each token a kind, and each kind its own experts, whose router scores are far above those of the others.
 
-    A kind is a direction of the hidden states, which the residual stream carries to each router.
+    The kind of a token is a direction that is added to its embedding, and which the residual stream carries to each router.
     """
-    most_experts = max(matrix.shape[0] for matrix in matrices)
+    most_experts = max(matrix.shape[0] for matrix in router_matrices)
     rows, width = embeddings.weight.shape
-    kinds = min(MOST_TOKEN_KINDS, width // 2, max(2, math.ceil(most_experts / experts_per_token)))
-    directions = torch.linalg.qr(torch.randn(width, kinds))[0].T
-    embeddings.weight.add_(CLEAR * directions[torch.arange(rows) % kinds])
-    for matrix in matrices:
+    num_kinds = min(MOST_TOKEN_KINDS, width // 2, max(2, math.ceil(most_experts / experts_per_token)))
+    directions = torch.linalg.qr(torch.randn(width, num_kinds))[0].T  # orthogonal, one a kind
+    embeddings.weight.add_(CLEAR * directions[torch.arange(rows) % num_kinds])
+    for matrix in router_matrices:
         matrix.zero_()
-        for kind, chosen in enumerate(_experts_of_kinds(kinds, matrix.shape[0], experts_per_token)):
-            for place, expert in enumerate(chosen):
-                # Unlike weights within a kind, so that the router has a gradient where weights are made to add up to 1.
-                matrix[expert] += FONDNESS * (1 + place / (4 * experts_per_token)) * directions[kind]
+        for kind, experts_of_kind in enumerate(_experts_by_kind(num_kinds, matrix.shape[0], experts_per_token)):
+            for index, expert in enumerate(experts_of_kind):
+                # Different scores within a kind: of equal ones, normalised to a sum of 1, the router would get no gradient.
+                score = ROUTER_SCALE * (1 + index / (4 * experts_per_token))
+                matrix[expert] += score * directions[kind]
         matrix.add_(torch.randn_like(matrix) * 1e-3)
 
 
-def _experts_of_kinds(kinds: int, num_experts: int, experts_per_token: int) -> Iterator[list[int]]:
-    """The experts of each kind of token: neighbours, since some routers choose within groups of experts first."""
-    for kind in range(kinds):
+def _experts_by_kind(num_kinds: int, num_experts: int, experts_per_token: int) -> Iterator[list[int]]:
+    """The experts of each kind of token: neighbours, since some routers choose a group of experts first."""
+    for kind in range(num_kinds):
         first = kind * experts_per_token
-        yield [(first + place) % num_experts for place in range(min(experts_per_token, num_experts))]
+        yield [(first + offset) % num_experts for offset in range(min(experts_per_token, num_experts))]

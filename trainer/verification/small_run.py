@@ -22,8 +22,8 @@ READERS = 2
 """Ranks, or groups of ranks that share a row, with documents of their own."""
 REPLICAS = 2
 LR = 2.0**20
-"""Rate of the one step. The difference of the weights over this rate is the gradient: at a high one nothing is lost by
-rounding the weights, and a power of two rounds nothing itself."""
+"""Learning rate of the one step. The gradient is computed as the difference of the weights divided by this rate. With a high
+rate, rounding the weights loses nothing of it; a power of two adds no rounding error."""
 MOST_MICRO = 3
 MOST_RANK = 16
 """Rank of an adapter at most: matrices of a small copy have no more than a few dozen rows."""
@@ -43,8 +43,8 @@ class SmallRun:
     changes: list[str] = field(default_factory=list)
     """Settings that are not as the user has them, a line each."""
 
-    def alone(self, precision: Precision) -> RunConfig:
-        """The same step by one process: `strategy=single`, one micro-batch, nothing recomputed."""
+    def single_process_config(self, precision: Precision) -> RunConfig:
+        """The configuration of the same step by one process: `strategy=single`, one micro-batch, nothing recomputed."""
         global_batch = self.config.batch["global"]
         return replace(
             self.config,
@@ -62,15 +62,16 @@ def sequence_degree(config: RunConfig) -> int:
 
 
 def expert_ranks(config: RunConfig) -> int:
-    """Ranks over which experts are dealt in the comparison: the fewest above 1 that divide the run's own number; 1 if it is 1."""
+    """Ranks of an expert group in the comparison: the fewest above 1 that divide the run's own number; 1 if it is 1."""
     degree = config.parallel.experts
     return next((divisor for divisor in range(2, degree + 1) if degree % divisor == 0), 1)
 
 
 def number_of_ranks(config: RunConfig) -> int:
-    """The fewest ranks with two readers, each a rank or a group that shares its rows, and with two replicas of two shards.
+    """The fewest ranks that exercise every kind of communication of the run.
 
-    If experts are dealt, two ranks hold the same ones: of one replica, or of two.
+    There are two readers (each a rank, or a group of ranks that share rows); with hsdp, two replicas of two shards; with expert
+    parallelism, two ranks for each expert, in one replica or in two.
     """
     ranks = READERS * sequence_degree(config)
     if config.strategy.name is StrategyName.hsdp:
@@ -81,9 +82,10 @@ def number_of_ranks(config: RunConfig) -> int:
 
 
 def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_ranks: int | None) -> SmallRun:
-    """The run on the copies in `model` and `teacher`; `user_ranks`: ranks of the run itself, None if they are not known.
+    """The run on the small copies in `model` and `teacher`, with every setting adapted that a small copy or few ranks need.
 
-    Raises ConfigError for an objective that writes what it learns from: there is nothing to compare before it has written.
+    `user_ranks`: ranks of the run itself; None if not known. Raises ConfigError for an objective whose model writes the answers
+    that it learns from, since a random model writes nothing worth comparing.
     """
     if family_of(config.objective).rollout is not None:
         raise ConfigError(
@@ -95,13 +97,13 @@ def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_rank
     degree = sequence_degree(config)
     if degree != config.parallel.sequence:
         changes.append(f"parallel.sequence={config.parallel.sequence} -> {degree}: the fewest ranks that share a row")
-    dealt_over = expert_ranks(config)
-    if dealt_over != config.parallel.experts:
+    expert_degree = expert_ranks(config)
+    if expert_degree != config.parallel.experts:
         changes.append(
-            f"parallel.experts={config.parallel.experts} -> {dealt_over}: the fewest ranks over which they go"
+            f"parallel.experts={config.parallel.experts} -> {expert_degree}: the fewest ranks over which they go"
         )
-    micro = config.batch["micro"]
-    micro = 2 if micro == AUTO else min(int(micro), MOST_MICRO)
+    user_micro = config.batch["micro"]
+    micro = 2 if user_micro == AUTO else min(int(user_micro), MOST_MICRO)
     accumulation = _accumulation(config, user_ranks)
     strategy = _strategy(config.strategy, changes)
     small = replace(
@@ -119,7 +121,7 @@ def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_rank
             keep_packed=False,
         ),
         data=replace(config.data, path=None, sources={}, max_length=MAX_LENGTH, max_documents=None),
-        parallel=replace(config.parallel, sequence=degree, experts=dealt_over),
+        parallel=replace(config.parallel, sequence=degree, experts=expert_degree),
         batch={"global": micro * (ranks // degree) * accumulation, "micro": micro},
         tuning=_tuning(config.tuning, changes),
         objective=_objective(config.objective, teacher),
@@ -137,16 +139,16 @@ def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_rank
 
 
 def _accumulation(config: RunConfig, user_ranks: int | None) -> int:
-    """2 micro-batches a step if the run accumulates, or if that is not known; else 1."""
-    micro = config.batch["micro"]
-    # Without GPUs, and without a number that was typed, a run has one rank: nobody has said how many there will be.
-    if user_ranks is None or user_ranks < config.parallel.sequence or user_ranks == 1 or micro == AUTO:
+    """Micro-batches of a step: 2 if the run accumulates, or if that is not known; else 1."""
+    # 1 is the default on a machine without GPUs, which says nothing about the ranks of the run.
+    ranks_known = user_ranks is not None and user_ranks > 1 and user_ranks >= config.parallel.sequence
+    if not ranks_known or user_ranks is None or config.batch["micro"] == AUTO:
         return 2
     return min(2, max(1, accumulation_steps(config, user_ranks)))
 
 
 def _strategy(strategy: StrategyConfig, changes: list[str]) -> StrategyConfig:
-    """The strategy, with what depends on the size of a model or on the number of hosts set for a small copy."""
+    """The strategy with settings for a small copy on one host; appends a line to `changes` for each that the user may notice."""
     changed: dict[str, Any] = {}
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
         changed["activation_checkpointing"] = ActivationCheckpointing.full
@@ -166,7 +168,7 @@ def _strategy(strategy: StrategyConfig, changes: list[str]) -> StrategyConfig:
 
 
 def _objective(objective: ObjectiveConfig, teacher: Path | None) -> ObjectiveConfig:
-    """The objective, with the copy of its teacher."""
+    """The objective with the small copy of its teacher, if it has one."""
     if teacher is None:
         return objective
     settings: Any = objective
@@ -174,8 +176,11 @@ def _objective(objective: ObjectiveConfig, teacher: Path | None) -> ObjectiveCon
 
 
 def _tuning(tuning: TuningConfig, changes: list[str]) -> TuningConfig:
-    """The method, without what is drawn by rank, with ranks and layers that a small copy has."""
-    names = {each.name for each in fields(tuning)}
+    """The tuning method without dropout, which differs by rank, and with adapter ranks and layers that a small copy has.
+
+    Appends a line to `changes` for each setting that the user may notice.
+    """
+    names = {declared.name for declared in fields(tuning)}
     settings: Any = tuning
     changed: dict[str, Any] = {}
     if getattr(tuning, "dropout", 0.0):

@@ -34,7 +34,7 @@ from trainer.verification.gradients import kinds_of_parameters
 from trainer.verification.small_run import LR, SmallRun
 
 DRAWN_STD = 0.05
-"""Size of what is drawn in the place of adapter factors that begin at zero."""
+"""Standard deviation of the random values of adapter factors that would begin at zero."""
 
 MOST_HALVINGS = 14
 """Times that fp16 may halve its loss scale of 2^16 before its step counts as one without finite gradients."""
@@ -42,24 +42,25 @@ MOST_HALVINGS = 14
 
 @dataclass(slots=True)
 class TakenStep:
-    """What one step computed. Only rank 0 has gradients and kinds."""
+    """The results of one training step. Only rank 0 has gradients and kinds."""
 
     loss: float
     """Mean over the step's targets, on every rank."""
     gradients: dict[str, Tensor]
-    """By plain name, whole, float32 on the CPU."""
+    """Full gradients by plain name, float32 on the CPU."""
     kinds: dict[str, str]
+    """The kind of each parameter, by plain name."""
     kernels: str
     finite: bool
-    """Whether the update was applied; it is skipped if a gradient is no number."""
+    """Whether the update was applied; it is skipped if a gradient is NaN or infinite."""
     expert_tokens: list[list[int]] | None = None
     """How many tokens chose each expert, by layer, all ranks together; None without experts."""
 
 
 class NonzeroValues:
-    """A `ParameterSource` that draws the adapter parameters which would begin at zero.
+    """A `ParameterSource` with random values for adapter parameters that would begin at zero.
 
-    A factor that is zero leaves the other one without a gradient, and then nothing would be compared.
+    If one factor of an adapter is zero, the other one gets no gradient that could be compared.
     """
 
     def __init__(self, source: WeightSource, seed: int) -> None:
@@ -70,9 +71,10 @@ class NonzeroValues:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
         if not self.source.tuning.owns(name):
             return self.source.read_slice(name, shape, start, stop)
-        whole = self.source.read_slice(name, shape, 0, shape.numel())
-        if not whole.is_floating_point() or bool(whole.any()):
-            return whole[start:stop]
+        full = self.source.read_slice(name, shape, 0, shape.numel())
+        is_zero = full.is_floating_point() and not bool(full.any())
+        if not is_zero:
+            return full[start:stop]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, name))
         return (torch.randn(shape.numel(), generator=generator) * DRAWN_STD)[start:stop]
 
@@ -80,13 +82,13 @@ class NonzeroValues:
 def take_step(
     config: RunConfig, documents: Path, label_names: list[str] | None, directory: Path, runtime: Runtime
 ) -> TakenStep:
-    """One step of `config` on the drawn documents. All ranks of `runtime` must call.
+    """Take one step of `config` on the random documents. All ranks of `runtime` must call.
 
-    `directory`: where a reference is recorded; another one for each step that is compared. Errors: ConfigError, and those
+    `directory`: for recorded log-probabilities of the reference model; another one for each step. Errors: ConfigError, and those
     of the engines.
     """
     if "deepspeed" in sys.modules:
-        # ZeRO-3 leaves a linear function behind, which the next engine of this process must not meet.
+        # ZeRO-3 replaces torch's linear function for the whole process; undo that for the next engine.
         from strategies.compat.deepspeed import restore_linear
 
         restore_linear()
@@ -108,7 +110,7 @@ def take_step(
 
 
 def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built: Built, runtime: Runtime) -> TakenStep:
-    """Take the first step of the run, and read it."""
+    """Take the first step of the run, and compute its gradients from the change of the weights."""
     loader, _ = build_loader(config, data, built, engine, runtime)
     trainer = minimal_trainer(engine)
     trainer.settings = replace(trainer.settings, seed=config.run.seed, schedule=config.schedule)
@@ -117,7 +119,7 @@ def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built:
         batch = next(batches)
     record = trainer.train_step(batch)
     if config.precision is Precision.fp16:
-        # A step that overflows is skipped, and halves the loss scale: so begins every run in fp16.
+        # Every run in fp16 begins with steps that overflow, are skipped and halve the loss scale: repeat the step until it fits.
         for _ in range(MOST_HALVINGS):
             if not bool(record.result.skipped):
                 break
@@ -125,6 +127,7 @@ def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built:
             record = trainer.train_step(batch)
     after = _weights(engine)
 
+    # Sum up over the ranks.
     local_sum = record.local_sums["loss"].double()
     expert_tokens = record.expert_tokens
     if runtime.world_size > 1:
@@ -154,7 +157,7 @@ def _weights(engine: Engine) -> dict[str, Tensor]:
 def _record_reference(
     config: RunConfig, data: PreparedData, engine: Engine, built: Built, directory: Path, runtime: Runtime
 ) -> None:
-    """Record what the model says before the step, if the objective compares with it and no adapter can be switched off."""
+    """Record the model's log-probabilities before the step, if the objective needs them and no adapter can be switched off."""
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return
     settings = RecordingSettings(
@@ -168,7 +171,7 @@ def _record_reference(
 
 
 def describe_kernels(built: Built) -> str:
-    """What a pass of the model computes with: attention, the layout of documents, the head."""
+    """The kernels of a forward pass in words: attention, layout of documents, head, quantisation."""
     parts = [f"attention {built.attention}", f"{built.layout.value} rows".replace("_", "-")]
     path = getattr(built.plain, "forward_path", None)
     if path is not None:
@@ -181,14 +184,14 @@ def describe_kernels(built: Built) -> str:
     return ", ".join(parts)
 
 
-def alone(runtime: Runtime) -> Runtime:
-    """This process as if it were the only one."""
+def single_process_runtime(runtime: Runtime) -> Runtime:
+    """The runtime of this process as if it were the only rank."""
     return replace(runtime, rank=0, world_size=1, local_rank=0, local_world_size=1, sequence_size=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """The steps of one precision: by one process, and as configured."""
+class ComparedSteps:
+    """Two steps in one precision: by one process, and as configured on all ranks."""
 
     precision: Precision
     single: TakenStep | None
@@ -202,9 +205,9 @@ def compare_steps(
     label_names: list[str] | None,
     directory: Path,
     runtime: Runtime,
-    say: Callable[[str], None],
-) -> list[Compared]:
-    """The step in float32, then in the run's own precision if that is another. All ranks must call; `say` prints progress."""
+    report_progress: Callable[[str], None],
+) -> list[ComparedSteps]:
+    """Take the steps to compare: in float32, then in the run's own precision if that is another. All ranks must call."""
     precisions = [Precision.fp32]
     if small.config.precision is not Precision.fp32:
         precisions.append(small.config.precision)
@@ -212,14 +215,14 @@ def compare_steps(
     for precision in precisions:
         single = None
         if runtime.is_main:
-            say(f"one process, {precision}")
+            report_progress(f"one process, {precision}")
             single = _single_step(small, precision, documents, label_names, directory / f"single-{precision}", runtime)
-        # The others wait here, not in the first collective of a strategy, whose own limit may be shorter.
+        # The other ranks wait here: the timeout of a strategy's first collective may be shorter.
         processes.barrier(runtime)
-        say(f"as configured, {precision}")
+        report_progress(f"as configured, {precision}")
         config = replace(small.config, precision=precision)
         configured = take_step(config, documents, label_names, directory / f"ranks-{precision}", runtime)
-        compared.append(Compared(precision, single, configured))
+        compared.append(ComparedSteps(precision, single, configured))
     return compared
 
 
@@ -231,13 +234,16 @@ def _single_step(
     directory: Path,
     runtime: Runtime,
 ) -> TakenStep:
-    """The step of one process: in one micro-batch, or for a model that is right for one document alone, one by one."""
-    config = small.alone(precision)
-    lone = alone(runtime)
+    """Take the step by one process, in one micro-batch.
+
+    If the model computes correctly only with one document in a batch, which ConfigError says, each document is a micro-batch.
+    """
+    config = small.single_process_config(precision)
+    single_runtime = single_process_runtime(runtime)
     try:
-        return take_step(config, documents, label_names, directory, lone)
+        return take_step(config, documents, label_names, directory, single_runtime)
     except ConfigError as error:
         if not error.problems[0].startswith("batch.micro="):
             raise
     one_by_one: dict[str, Any] = {**config.batch, "micro": 1}
-    return take_step(replace(config, batch=one_by_one), documents, label_names, directory, lone)
+    return take_step(replace(config, batch=one_by_one), documents, label_names, directory, single_runtime)

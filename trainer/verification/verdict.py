@@ -1,29 +1,30 @@
-"""Judges the compared steps: distances by kind of gradient, their bounds, and what lies beyond."""
+"""Judges the compared steps: differences by kind of gradient, their bounds, and the problems that exceed them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from strategies.base import Precision
 from trainer.verification.gradients import KINDS, distances, relative
-from trainer.verification.steps import Compared, TakenStep
+from trainer.verification.steps import ComparedSteps, TakenStep
 
 BOUND = 1e-5
 """Largest difference in float32, as a share of the largest element of a kind."""
 TIMES_ROUNDING = 3.0
-"""Bound in another precision: as many times what one process in that precision is away from itself in float32."""
+"""Bound in another precision, as a multiple of the rounding error: the difference of one process in it to itself in float32."""
 LEAST_BOUND = {Precision.bf16: 2.0**-10, Precision.fp16: 2.0**-13}
 """Bound of gradients in another precision at least: an eighth of the type's own precision."""
 LEAST_BOUND_OF_LOSS = {Precision.bf16: 2.0**-8, Precision.fp16: 2.0**-11}
-"""Bound of the loss likewise: half of it. The loss is one number, which one process may come to by chance in any precision; that
-of a classifier is the mean of a few scores, each rounded to the type. Smaller faults show in float32."""
+"""Bound of the loss in another precision at least: half of the type's precision. The loss is one number, whose rounding error in
+one process may be small by chance; that of a classifier is the mean of a few rounded scores. Smaller faults show in float32."""
 LOSS = "loss"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One quantity in one precision."""
+    """The difference of the configured step from that of one process, in one quantity and one precision."""
 
     precision: str
     quantity: str
@@ -34,13 +35,13 @@ class Difference:
 
     @property
     def exceeded(self) -> bool:
-        """Whether it lies beyond its bound."""
+        """Whether the difference is larger than its bound; NaN counts as larger."""
         return self.distance is not None and not self.distance <= self.bound
 
 
 @dataclass(slots=True)
 class VerificationResult:
-    """What a verification found. Only rank 0 makes one."""
+    """The result of a verification, on rank 0 only."""
 
     differences: list[Difference] = field(default_factory=list)
     kernels: dict[str, str] = field(default_factory=dict)
@@ -49,16 +50,16 @@ class VerificationResult:
     notes: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """The verdict as JSON values. A distance that is no finite number is written as a text."""
+        """The verdict as JSON values. An infinite distance becomes the text `infinite`."""
         rows = []
-        for each in self.differences:
+        for difference in self.differences:
             rows.append(
                 {
-                    "precision": each.precision,
-                    "quantity": each.quantity,
-                    "distance": _as_json(each.distance),
-                    "bound": _as_json(each.bound),
-                    "exceeded": each.exceeded,
+                    "precision": difference.precision,
+                    "quantity": difference.quantity,
+                    "distance": _as_json(difference.distance),
+                    "bound": _as_json(difference.bound),
+                    "exceeded": difference.exceeded,
                 }
             )
         return {
@@ -71,15 +72,18 @@ class VerificationResult:
 
 
 def _as_json(number: float | None) -> float | str | None:
-    """The number, or a word where JSON has none."""
+    """The number; `infinite` for infinity, which JSON does not have."""
     return "infinite" if number == float("inf") else number
 
 
-def judge(compared: list[Compared]) -> VerificationResult:
-    """The verdict on the steps of each precision, of which float32 is the first. For rank 0."""
+def judge(compared: list[ComparedSteps]) -> VerificationResult:
+    """The verdict on the compared steps of each precision, float32 first. On rank 0 only.
+
+    Every configured step is compared with the step of one process in float32.
+    """
     verdict = VerificationResult()
-    exact = compared[0].single
-    assert exact is not None
+    reference = compared[0].single
+    assert reference is not None
     for steps in compared:
         single = steps.single
         assert single is not None
@@ -90,60 +94,67 @@ def judge(compared: list[Compared]) -> VerificationResult:
                 verdict.problems.append(f"{steps.precision}: {name}, a gradient is no finite number")
         rounding = None
         if steps.precision is not Precision.fp32:
-            rounding = _distances(single, exact)
-        _compare(verdict, steps.precision, steps.configured, exact, rounding)
-        _note_experts(verdict, str(steps.precision), steps.configured, single)
-    gradients = [each for each in verdict.differences if each.quantity != LOSS]
-    if all(each.distance is None for each in gradients):
+            rounding = _distances(single, reference)
+        _add_differences(verdict, steps.precision, steps.configured, reference, rounding)
+        _note_moved_tokens(verdict, str(steps.precision), steps.configured, single)
+    gradient_differences = [difference for difference in verdict.differences if difference.quantity != LOSS]
+    if all(difference.distance is None for difference in gradient_differences):
         verdict.problems.append("no parameter has a gradient, so that nothing was compared")
     return verdict
 
 
-def _distances(step: TakenStep, exact: TakenStep) -> dict[str, float | None]:
-    """Relative distances of loss and gradients from those of `exact`, by quantity, in the order in which they are shown."""
-    by_kind = distances(step.gradients, exact.gradients, exact.kinds)
-    result: dict[str, float | None] = {LOSS: relative((abs(step.loss - exact.loss), abs(exact.loss)))}
-    if result[LOSS] is not None and result[LOSS] != result[LOSS]:  # NaN
-        result[LOSS] = float("inf")
+def _distances(step: TakenStep, reference: TakenStep) -> dict[str, float | None]:
+    """Relative differences of loss and gradients to those of `reference`, by quantity, in the order in which they are shown."""
+    loss_distance = relative((abs(step.loss - reference.loss), abs(reference.loss)))
+    if loss_distance is not None and math.isnan(loss_distance):
+        loss_distance = float("inf")
+    distance_by_quantity: dict[str, float | None] = {LOSS: loss_distance}
+    distance_by_kind = distances(step.gradients, reference.gradients, reference.kinds)
     for kind in KINDS:
-        if kind in by_kind:
-            result[kind] = relative(by_kind[kind])
-    return result
+        if kind in distance_by_kind:
+            distance_by_quantity[kind] = relative(distance_by_kind[kind])
+    return distance_by_quantity
 
 
-def _compare(
+def _add_differences(
     verdict: VerificationResult,
     precision: Precision,
     step: TakenStep,
-    exact: TakenStep,
+    reference: TakenStep,
     rounding: dict[str, float | None] | None,
 ) -> None:
-    """Add the differences of a step. `rounding`: distances of one process in this precision; None in float32."""
+    """Add the differences between `step` and `reference` to the verdict, and a problem for each that exceeds its bound.
+
+    `rounding`: the differences of one process in this precision to itself in float32, by quantity; None in float32.
+    """
     bounds = None if rounding is None else _bounds(precision, rounding)
-    for quantity, distance in _distances(step, exact).items():
+    for quantity, distance in _distances(step, reference).items():
         bound = BOUND if bounds is None else bounds[quantity]
         difference = Difference(str(precision), quantity, distance, bound)
         verdict.differences.append(difference)
         if difference.exceeded:
-            what = "loss differs" if quantity == LOSS else f"{quantity}: gradients differ"
+            finding = "loss differs" if quantity == LOSS else f"{quantity}: gradients differ"
             verdict.problems.append(
-                f"{precision}: {what} by {distance:.1e} from one process, at most {bound:.1e} is rounding"
+                f"{precision}: {finding} by {distance:.1e} from one process, at most {bound:.1e} is rounding"
             )
-    lacking = sorted(set(exact.gradients) ^ set(step.gradients))
-    if lacking:
+    in_one_only = sorted(set(reference.gradients) ^ set(step.gradients))
+    if in_one_only:
         verdict.problems.append(
-            f"{precision}: {lacking[0]} trains in one of both alone (of {len(lacking)} such parameters)"
+            f"{precision}: {in_one_only[0]} trains in one of both alone (of {len(in_one_only)} such parameters)"
         )
 
 
 def _bounds(precision: Precision, rounding: dict[str, float | None]) -> dict[str, float]:
-    """The bound of each quantity in a precision, from the distances of one process in it.
+    """The bound of each quantity in a precision, from the rounding errors of one process in it (`rounding`).
 
-    A kind of gradient counts as at least as far away as the kinds are on average: its largest difference is that of one
-    element, and may be small by chance.
+    The rounding error of a kind of gradient counts as no smaller than the average over kinds: it is the largest difference of
+    one element, which may be small by chance.
     """
-    of_gradients = [distance for quantity, distance in rounding.items() if quantity != LOSS and distance is not None]
-    average = sum(of_gradients) / max(1, len(of_gradients))
+    gradient_errors = []
+    for quantity, distance in rounding.items():
+        if quantity != LOSS and distance is not None:
+            gradient_errors.append(distance)
+    average = sum(gradient_errors) / max(1, len(gradient_errors))
     bounds = {}
     for quantity, distance in rounding.items():
         if quantity == LOSS:
@@ -153,13 +164,16 @@ def _bounds(precision: Precision, rounding: dict[str, float | None]) -> dict[str
     return bounds
 
 
-def _note_experts(verdict: VerificationResult, precision: str, step: TakenStep, single: TakenStep) -> None:
-    """Note tokens that went to other experts than in one process of the same precision: not every distance is then a fault."""
+def _note_moved_tokens(verdict: VerificationResult, precision: str, step: TakenStep, single: TakenStep) -> None:
+    """Note in the verdict how many tokens went to other experts than in one process of the same precision.
+
+    By such tokens, gradients may differ without a fault.
+    """
     if step.expert_tokens is None or single.expert_tokens is None:
         return
     moved = 0
     for layer, single_layer in zip(step.expert_tokens, single.expert_tokens, strict=True):
         for tokens, single_tokens in zip(layer, single_layer, strict=True):
             moved += abs(tokens - single_tokens)
-    if moved:
+    if moved:  # each moved token changes two counts
         verdict.notes.append(f"{precision}: {moved // 2} choices of routers are others than in one process")
