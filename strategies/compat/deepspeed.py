@@ -55,16 +55,16 @@ def replace_backend(replacement: Callable[[Any], Any]) -> None:
 def replace_in_stage3(
     *, reduce_scatter: Callable[..., Any], gathered_handle: type, compare_integers: Callable[[Any], None]
 ) -> None:
-    """Put these in the place of what stage 3 calls by names of its own modules.
+    """Replace three functions and classes that DeepSpeed's stage 3 uses, which no setting can replace.
 
-    They are the exchange of many gradients, the handle of a gather of many parameters, and the question whether all ranks have
-    the same numbers. No setting replaces them.
+    `reduce_scatter`: reduces and scatters a list of gradients. `gathered_handle`: the class of handles of an all-gather of many
+    parameters. `compare_integers`: checks that all ranks have the same numbers.
     """
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 
     stage3.reduce_scatter_coalesced = reduce_scatter
     partition_parameters.AllGatherCoalescedHandle = gathered_handle  # type: ignore[misc, assignment]  # replaced on purpose
-    # Each of them has imported the function, and calls it by its own name.
+    # Each of these modules has imported the function, and calls it by a name of its own.
     modules: tuple[Any, ...] = (partition_parameters, partitioned_param_coordinator, stage3)
     for module in modules:
         module.assert_ints_same_as_other_ranks = compare_integers
@@ -74,10 +74,10 @@ def replace_in_stage3(
 
 
 def forget_groups(*, living: bool = False) -> None:
-    """Let go of the process groups of an earlier run of this process, which DeepSpeed keeps beyond their end.
+    """Drop DeepSpeed's references to process groups of an earlier run of this process, which were destroyed.
 
-    With `living`, also of those that torch still has. `groups._release_process_group_references` is what DeepSpeed's own
-    `destroy_process_group` calls; a run that ends through torch does not come by there.
+    With `living`, also those to groups that still exist. DeepSpeed's own `destroy_process_group` calls
+    `groups._release_process_group_references` for it; a run that destroys its groups through torch does not.
     """
     from deepspeed.utils import groups
 
@@ -129,9 +129,9 @@ _TENSORS_BY_KIND = {
 
 
 def tensors_of_optimizer(zero_optimizer: Any) -> Iterator[tuple[str, Tensor]]:
-    """(kind, tensor) of what a ZeRO optimizer keeps beside the state of its inner optimizer.
+    """(kind, tensor) for each tensor that a ZeRO optimizer keeps in addition to the state of its inner optimizer.
 
-    `kind` is parameters, optimizer, gradients or communication. DeepSpeed shows them nowhere.
+    `kind` is `parameters`, `optimizer`, `gradients` or `communication`. DeepSpeed has no public access to them.
     """
     for kind, names in _TENSORS_BY_KIND.items():
         for name in names:

@@ -53,15 +53,15 @@ def onednn_multiplies_in_bf16() -> bool:
 
 @contextmanager
 def resizes_reported(report: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """Within it, `report(storage)` is called after each `storage.resize_(...)`, by which FSDP2 frees and refills what it gathers.
+    """A context in which `report(storage)` is called after each `storage.resize_(...)`.
 
-    Replaces `torch.UntypedStorage.resize_`: it is a method and no operation, so that neither a dispatch mode nor a function mode
-    sees it.
+    FSDP2 frees and refills its gathered buffers by resizing them. `torch.UntypedStorage.resize_` is replaced, since it is a
+    method and not an operation: neither a dispatch mode nor a function mode sees it.
     """
-    resize = torch.UntypedStorage.resize_
+    original_resize = torch.UntypedStorage.resize_
 
     def resize_and_report(storage: Any, size: int) -> Any:
-        resized = resize(storage, size)
+        resized = original_resize(storage, size)
         report(storage)
         return resized
 
@@ -69,7 +69,7 @@ def resizes_reported(report: Callable[[torch.UntypedStorage], None]) -> Iterator
     try:
         yield
     finally:
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        torch.UntypedStorage.resize_ = original_resize  # type: ignore[method-assign,assignment]
 
 
 def mark_constant_when_compiled(function: Callable[..., Any]) -> None:

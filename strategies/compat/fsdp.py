@@ -23,22 +23,23 @@ take, which torch exports nowhere. `compute_local_shape_and_global_offset`: wher
 
 
 def finish_sharding(root: nn.Module) -> None:
-    """Let FSDP2 do now what it would do in the first forward pass: pad uneven shards, pin those on the host. No collective.
+    """Let FSDP2 do now what it would do in the first forward pass: pad uneven shards, and pin those on the host. No collective.
 
-    `FSDPState._lazy_init` replaces the sharded tensors, so that whoever keeps them must come later. Nothing public calls it.
+    `FSDPState._lazy_init`, which has no public caller, replaces the sharded tensors; so code that keeps references to them, such
+    as an optimizer, must come after it.
     """
     root._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
 
 def _parameter_groups(root: nn.Module) -> Iterator[Any]:
-    """The groups of parameters that FSDP2 gathers together, below `root` and in it."""
+    """The groups of parameters that FSDP2 gathers together, of `root` and all modules in it."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
             yield from module._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator,attr-defined]
 
 
 def gather_on(root: nn.Module, device: torch.device) -> None:
-    """Let FSDP2 gather parameters on `device`: by itself it takes the host where the process group is not of GPUs."""
+    """Let FSDP2 gather parameters on `device`. By default it gathers on the CPU if the process group is not for GPUs."""
     for group in _parameter_groups(root):
         group.device = device
         for parameter in group.fsdp_params:
@@ -46,9 +47,9 @@ def gather_on(root: nn.Module, device: torch.device) -> None:
 
 
 def hidden_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(kind, tensor) of what FSDP2 keeps beside the parameters that modules show.
+    """(kind, tensor) for each tensor that FSDP2 keeps in addition to the parameters of the modules.
 
-    `kind` is parameters, gradients, gathered or communication.
+    `kind` is `parameters`, `gradients`, `gathered` or `communication`.
     """
     for group in _parameter_groups(root):
         for reduced in getattr(group.comm_ctx, "reduce_scatter_states", ()):  # none before the first pass
@@ -70,20 +71,20 @@ def hidden_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def without_fsdp_hooks(modules: Sequence[Any]) -> Iterator[None]:
-    """Within it, FSDP's own hooks around the passes of `modules` are left out; other hooks stay.
+    """A context without FSDP's own hooks around the forward passes of `modules`; other hooks stay.
 
-    Without gradients, with all weights gathered and no types to cast (`cast_forward_inputs=False`), they do nothing. In a small
-    block's pass for one token they take a tenth of the time. FSDP2 gives nobody the handles of its hooks.
+    Without gradients, with all weights gathered and no types to cast (`cast_forward_inputs=False`), those hooks do nothing, but
+    take a tenth of the time of a small block's pass for one token. FSDP2 has no public handles of its hooks.
     """
-    before = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
+    all_hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
     try:
-        for module, (pre_hooks, hooks) in zip(modules, before, strict=True):
+        for module, (pre_hooks, hooks) in zip(modules, all_hooks, strict=True):
             state: Any = module._get_fsdp_state()
             module._forward_pre_hooks = _without(pre_hooks, state._pre_forward_hook_handle)
             module._forward_hooks = _without(hooks, state._post_forward_hook_handle)
         yield
     finally:
-        for module, (pre_hooks, hooks) in zip(modules, before, strict=True):
+        for module, (pre_hooks, hooks) in zip(modules, all_hooks, strict=True):
             module._forward_pre_hooks = pre_hooks
             module._forward_hooks = hooks
 

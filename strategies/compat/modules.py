@@ -45,7 +45,7 @@ def persistent_buffers(model: nn.Module, *, remove_duplicate: bool = True) -> It
 
 
 def replace_buffers(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Put `make(buffer)` in the place of every buffer."""
+    """Replace every buffer of `model` by `make(buffer)`."""
     for owner in model.modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None:
@@ -58,5 +58,5 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def stay_in_place(module: nn.Module) -> None:
-    """Let `module.to(...)` and its like do nothing (`_apply`): fake parameters do not suffer to be moved to where they are."""
+    """Let `module.to(...)` and similar methods do nothing (`_apply`): moving fake parameters to their own device fails."""
     module._apply = lambda fn, recurse=True: module  # type: ignore[method-assign, assignment]

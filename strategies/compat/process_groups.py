@@ -25,7 +25,7 @@ def living_groups() -> list[dist.ProcessGroup]:
 
 
 def set_group_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
-    """Let the collectives of `group` wait so long for other ranks. No collective.
+    """Set how long the collectives of `group` wait for other ranks. No collective.
 
     `_set_pg_timeout` until torch 2.14. The public `dist.set_timeout` came later and is deprecated since 2.15; it stays the first
     choice while it is there.
@@ -48,9 +48,10 @@ def make_fake_backend_known() -> None:
 
 
 def recorded_exchanges() -> list[dict[str, Any]]:
-    """What the flight recorders of this process have, the oldest first; empty where nothing is recorded. For any thread.
+    """The entries of this process's flight recorders, the oldest first; empty if nothing is recorded. Any thread may call it.
 
-    They are read as JSON by functions of `torch._C`. What is public writes pickles to files, when NCCL's watchdog wants to.
+    They are read as JSON by functions of `torch._C`. The public way writes pickles to files, at a time that NCCL's watchdog
+    chooses.
     """
     from torch._C import _distributed_c10d as c10d
 
@@ -64,16 +65,17 @@ def recorded_exchanges() -> list[dict[str, Any]]:
 
 @contextmanager
 def collectives_reported(names: Mapping[str, str], report: Callable[[str, int], None]) -> Iterator[None]:
-    """Within it, `report(name, num_bytes)` is called as each collective of this process begins, whoever calls it.
+    """A context in which `report(name, num_bytes)` is called when a collective of this process begins, whatever code calls it.
 
-    `names`: the operations of `torch.ops.c10d` that are reported, and under what name; those that this torch does not have are
-    passed over. `num_bytes` is the size of the largest of an operation's arguments, that of a list the sum of its tensors: the
-    whole that is gathered or reduced.
+    `names`: by operation of `torch.ops.c10d`, the name under which it is reported; operations that this torch does not have are
+    ignored. `num_bytes`: the size of the largest argument (of a list, the sum of its tensors), which is the full tensor that is
+    gathered or reduced.
 
-    The public `torch.library` puts a kernel before those of the backends, for these operations alone. A dispatch mode counts the
-    same, but sees every operation of a step, and autograd takes more memory while a mode is at work: it adds up gradients out
-    of place. The flight recorder does not know gloo's sum of shards from an all-reduce, and forgets. Private are the keys after
-    autograd's (`_after_autograd_keyset`) and the end of a library (`_destroy`): without it a kernel stays until it is collected.
+    The public `torch.library` puts a kernel before those of the backends, for these operations only. A dispatch mode could count
+    them too, but it sees every operation of a step, and autograd takes more memory inside a mode: it adds up gradients out of
+    place. The flight recorder cannot distinguish gloo's reduce-scatter from an all-reduce, and keeps only the last entries.
+    Private are the keys after autograd's (`_after_autograd_keyset`), and `_destroy`, without which a kernel stays until the
+    library is garbage-collected.
     """
     library = torch.library.Library("c10d", "IMPL")
     try:
@@ -87,7 +89,7 @@ def collectives_reported(names: Mapping[str, str], report: Callable[[str, int], 
 
 
 def _reporting(operation: Any, name: str, report: Callable[[str, int], None]) -> Callable[..., Any]:
-    """The kernel that reports `operation` and calls those of the backends."""
+    """A kernel for `operation` that calls `report`, and then the kernel of the backend."""
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         report(name, max(map(_num_bytes, (*args, *kwargs.values())), default=0))
@@ -106,9 +108,9 @@ def _num_bytes(argument: Any) -> int:
 
 
 class ReducerWithoutRebuild:
-    """Stands in for the reducer of a DistributedDataParallel module of fake tensors.
+    """Replaces the reducer of a DistributedDataParallel module of fake tensors, so that it does not rebuild its buckets.
 
-    DDP makes its buckets anew by the order in which gradients came. That order is the one thing it reads of them.
+    DDP rebuilds them in the order in which gradients arrived, for which it would read values that fake tensors do not have.
     """
 
     def __init__(self, reducer: Any) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 
 def checkpoint_block(block: nn.Module, checkpoint: Callable[..., Any], *, recomputes: bool) -> None:
-    """Let one block keep or recompute its activations by its own function.
+    """Let one block keep its activations, or recompute them with the function `checkpoint`.
 
     Sets `gradient_checkpointing` and `_gradient_checkpointing_func` of transformers' `GradientCheckpointingLayer`. The public
     `activation_checkpointing_enable` gives every block of a model the same function, and a plan has several kinds.
@@ -23,10 +23,10 @@ def checkpoint_block(block: nn.Module, checkpoint: Callable[..., Any], *, recomp
 
 
 def wrap_checkpoints(model: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> int:
-    """Put `wrap(function)` in the place of the function by which each recomputed block of `model` recomputes; their number.
+    """Wrap the checkpoint function of each block of `model` that recomputes; returns how many blocks there are.
 
-    Replaces `_gradient_checkpointing_func`, which the public `activation_checkpointing_enable` has set. That method can keep
-    inputs on the host by itself (`offload=True`), but not by block, and it copies what it is given and does not count it.
+    Replaces `_gradient_checkpointing_func`, which the public `activation_checkpointing_enable` has set. That method itself can
+    keep inputs on the host (`offload=True`), but not block by block, and it does not count them.
     """
     wrapped = 0
     for module in model.modules():

@@ -89,8 +89,8 @@ def prepare_data(
 ) -> PreparedData:
     """The prepared data set of the run, from the cache if nothing has changed.
 
-    `stop`: called now and then, whether to stop. `print_line`: gets a line every 15 s.
-    `choose_date`: as in `Preparation`; by default the date that the run has kept, else that of the cache.
+    `stop`: called now and then; True if the preparation shall stop. `print_line`: called with a line of progress every 15 s.
+    `choose_date`: as in `Preparation`; by default the date that the run has recorded, else that of the cache.
     Errors: DataError, also if the objective could learn nothing from the data.
     """
     data_spec = data_spec_of(config.objective)
@@ -108,7 +108,7 @@ def prepare_data(
 
 
 def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, stop: Callable[[], bool]) -> None:
-    """Make shard (i, n), part i of n, of the first pass over the data. `prepare_data` merges the parts when all are made."""
+    """Do part i of n of the first pass over the data, for `shard` = (i, n). When all are done, `prepare_data` merges them."""
     preparation = Preparation(
         config.data,
         tokenizer,

@@ -86,7 +86,7 @@ class Card:
 
 
 def card_named(name: str) -> Card | None:
-    """The card of `conf/hardware/` with this name of the driver; None if there is none."""
+    """The card in `conf/hardware/` whose driver calls it `name`, such as `NVIDIA A100-SXM4-80GB`; None if there is none."""
     from omegaconf import OmegaConf
 
     for file in sorted(CARDS.glob("*.yaml")):

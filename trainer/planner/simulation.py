@@ -368,7 +368,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
     if precision is Precision.auto:
         precision = Precision.bf16 if runtime.kind == "cuda" else Precision.fp32
     tokenizer = NoTokenizer(config.model)
-    source = source or ShapesOnly()
+    weight_source = source or ShapesOnly()
     half_on_gpu = runtime.device == SIMULATED and precision is not Precision.fp32
     built = build_step(
         config.model,
@@ -381,8 +381,8 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         half_on_gpu=half_on_gpu,
     )
     built.step_module.plan.ema_decay = config.optim.ema_decay
-    attach_frozen(built, config.model, config.objective, config.tuning, source, tokenizer)  # type: ignore[arg-type]
-    attach_reward_models(built.step_module, config.objective, source, half_on_gpu=half_on_gpu)
+    attach_frozen(built, config.model, config.objective, config.tuning, weight_source, tokenizer)  # type: ignore[arg-type]
+    attach_reward_models(built.step_module, config.objective, weight_source, half_on_gpu=half_on_gpu)
     tile(built, config)
     plan_expert_parallelism(built, config, runtime)
     names = [name for name, _ in named_parameters(built.step_module)]
@@ -393,7 +393,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         make_optimizer=partial(build_optimizer, config.optim, model_names=names, lr_factor=built.tuning.lr_factor),
         max_grad_norm=config.optim.max_grad_norm,
         batches=[],
-        source=source,
+        source=weight_source,
     )
     accumulation = accumulation_steps(config, runtime.world_size)
     micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.readers, runtime)

@@ -225,8 +225,8 @@ class _OperationTraits:
 
 @cache
 def _operation_traits(func: Any) -> _OperationTraits:
-    """What `Recorder` has to know of a torch operation, whatever its operands are; cached, since each call asks for it."""
-    packet = func.overloadpacket
+    """The properties of a torch operation that `Recorder` needs. Cached, since they do not depend on the operands."""
+    packet = func.overloadpacket  # the operation without its overload
     return _OperationTraits(
         exchanges=func in collective_ops and func not in sync_ops,
         is_reduce_scatter=_qualified_name(func) == "c10d::_reduce_scatter_base_",

@@ -140,9 +140,10 @@ class Attempt:
 
 
 def refuse_replaced(run_dir: Path, sha256: str) -> None:
-    """Raise ConfigError if the configuration frozen in the directory is not this attempt's. For the owner of the directory.
+    """Raise ConfigError if another start has replaced the configuration that this attempt froze in the directory.
 
-    Two starts in the same moment may both freeze their configuration before either owns the directory.
+    Two starts at the same moment may both freeze their configurations before one of them owns the directory. So the owner calls
+    this when it has the lease. `sha256`: of this attempt's configuration.
     """
     try:
         frozen = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
@@ -378,7 +379,10 @@ def _hang_details(run_dir: Path, error: BaseException, exchanges: dict[int, Exch
 
 @contextlib.contextmanager
 def _own_directory(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Lease | None]:
-    """Own the run directory within the context. Losing or renaming it is a request to stop. No directory: no lease."""
+    """A context in which this process owns the run directory. If the directory is lost or renamed, `request` asks to stop.
+
+    Without a directory there is no lease.
+    """
     if run_dir is None:
         yield None
         return

@@ -95,9 +95,9 @@ class IdentityDifference:
 
 
 def differences(recorded: Identity, current: Identity, *, accept: list[str]) -> list[IdentityDifference]:
-    """Every value that differs between the identity of an earlier start (or another rank) and the current one.
+    """The values that differ between two identities: `recorded` of an earlier start or another rank, and `current` of this one.
 
-    `accept`: kinds that are left out. A missing value is `-`.
+    `accept`: kinds whose differences are not reported. A missing value is `-`.
     """
     differing = []
     for kind in KINDS:

@@ -70,10 +70,10 @@ def _with_library(library: Matmul, runtime: Runtime) -> Runtime:
     assert runtime.matmul is not None
     if library in (runtime.matmul.library, Matmul.auto):
         return runtime
-    runtime = with_matmul(library, runtime)
-    assert runtime.matmul is not None
-    if runtime.matmul.library is library:
+    switched = with_matmul(library, runtime)
+    assert switched.matmul is not None
+    if switched.matmul.library is library:
         reason = "as this run began"
     else:
-        reason = f"this run began with {library}; {runtime.matmul.reason}"
-    return replace(runtime, matmul=MatmulChoice(runtime.matmul.library, reason))
+        reason = f"this run began with {library}; {switched.matmul.reason}"
+    return replace(switched, matmul=MatmulChoice(switched.matmul.library, reason))

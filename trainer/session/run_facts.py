@@ -285,7 +285,10 @@ def _is_head(built: Built, name: str) -> bool:
 
 
 def repetition_warning(global_batch: int, epochs: float, steps: int) -> list[str]:
-    """A warning line if a step takes more documents than there are: copies in one step teach nothing new. Else none."""
+    """A warning line if a step takes more documents than the data has, since copies within a step add nothing; else no line.
+
+    `epochs`: of the whole run of `steps` steps.
+    """
     epochs_per_step = epochs / max(1, steps)
     if epochs_per_step <= 1:
         return []
