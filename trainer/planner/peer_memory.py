@@ -82,27 +82,29 @@ def peer_memory(
     """
     loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * logit_count)
     resting, activations = _memory_at_the_loss(cost_model, units)
-    parts_by_phase: dict[str, dict[str, int]] = {}
     if PeerSetting.pure_bf16 in settings:
         bf16_bytes = 2 * cost_model.parameters  # of the weights; gradients take as many, the two moments twice as many
         sharded_state = {
             "weights": bf16_bytes // shard_counts.weights,
             "moments": 2 * bf16_bytes // shard_counts.moments,
         }
-        parts_by_phase["update"] = {
+        other_phase = "update"
+        other_parts = {
             **sharded_state,
             "gradients": bf16_bytes // shard_counts.gradients,
             "foreach copies": bf16_bytes // shard_counts.moments,
         }
-        parts_by_phase["loss"] = {**sharded_state, "activations": activations, "logits": loss_bytes}
+        other_total = sum(other_parts.values())
+        loss_parts = {**sharded_state, "activations": activations, "logits": loss_bytes}
     else:
-        parts_by_phase["as ours"] = {}
-        parts_by_phase["loss"] = {"what stays": resting, "activations": activations, "logits": loss_bytes}
-    totals = {phase: sum(parts.values()) for phase, parts in parts_by_phase.items()}
-    if "as ours" in totals:
-        totals["as ours"] = cost_model.peak_at(units).total
-    peak_phase = max(totals, key=lambda phase: totals[phase])
-    return PeerMemory(totals[peak_phase], peak_phase, parts_by_phase[peak_phase])
+        other_phase = "as ours"
+        other_parts = {}
+        other_total = cost_model.peak_at(units).total
+        loss_parts = {"what stays": resting, "activations": activations, "logits": loss_bytes}
+    loss_total = sum(loss_parts.values())
+    if loss_total > other_total:
+        return PeerMemory(loss_total, "loss", loss_parts)
+    return PeerMemory(other_total, other_phase, other_parts)
 
 
 def _memory_at_the_loss(cost_model: CostModel, units: float) -> tuple[int, int]:
