@@ -75,8 +75,8 @@ def tokens_of_longest(built: Built, work: Workload) -> int:
 def micro_batch_of(built: Built, lengths: list[int], cut: Cut | None) -> dict[str, Any]:
     """A micro-batch of placeholders of these lengths in tokens, on the CPU, to measure a step whose result does not matter.
 
-    Every token that may be a target is one. Token ids, counts and means are placeholders, on which no shape depends. With a `cut`,
-    the slice of a rank.
+    Every token that may be a target is one. Token ids, counts and means are placeholders, on which no shape depends. With a
+    `cut`, the slice of a rank.
     """
     samples = [built.data_spec.placeholder(tokens) for tokens in lengths]
     batch = built.collator(samples, cut)
