@@ -35,6 +35,11 @@ def blocks(text):
 
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if blocks(path.read_text(encoding="utf-8")))
 
+SHOWN_ELSEWHERE = ("plan", "compare")
+"""Verbs whose examples `make test` runs only where a page is chosen for others.
+
+tests/launch/plan and tests/launch/compare run both, and test_pages.py composes each command of every page.
+"""
 NEEDS = {"qlora": "bitsandbytes", "lm-eval": "lm_eval", "deployment": "bitsandbytes"}
 """Packages of extras without which a page's examples cannot run."""
 
@@ -106,8 +111,9 @@ def commands(page: Path) -> list[list[str]]:
 
 def shown(page: Path) -> set[Hashable]:
     """What the examples of a page show: verbs, and the first part of every setting."""
-    words = [word for command in commands(page) for word in command]
-    verbs = {tuple(command[:2]) for command in commands(page) if command[0] in ("shardtune", "torchrun")}
+    proving = [command for command in commands(page) if command[1] not in SHOWN_ELSEWHERE]
+    words = [word for command in proving for word in command]
+    verbs = {tuple(command[:2]) for command in proving if command[0] in ("shardtune", "torchrun")}
     return verbs | {re.split(r"[.=]", word)[0] for word in words if "=" in word}
 
 
