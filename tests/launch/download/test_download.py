@@ -16,11 +16,21 @@ from tests.helpers.tokenizers import write_chat_data
 
 CALLS = """
 import json, sys
+from pathlib import Path
 from launch.main import main
-codes = [main(call) for call in json.loads(sys.argv[1])]
+
+def damage(file):
+    path = Path(file)
+    path.chmod(0o644)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return 0
+
+codes = [damage(call[1]) if call[0] == "damage" else main(call) for call in json.loads(sys.argv[1])]
 print(codes, file=sys.stderr)
-sys.exit(max(codes))
 """
+"""Commands, one after the other in one process, whose libraries read where the hub is when they are imported."""
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +81,15 @@ def test_download_lets_a_run_start_without_a_hub_and_names_damage(site):
     words = ["strategy=single", "debug=tiny", "run.device=cpu", "budget.steps=1", "run.dir=run", "export.at_end=false"]
     words += ["logging.wandb=disabled", "logging.report=false"]
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    done = here(root, [["download", "--verify", "pinned.yaml"], ["train", "pinned.yaml", *words]], **offline)
-    assert done.returncode == 0, done.stderr
-    assert "as fetched" in done.stdout and (root / "run/metrics.jsonl").exists()
     piece = json.loads((root / "pinned.json").read_text())["pieces"][0]
     [weights] = [file["path"] for file in piece["files"] if file["path"].endswith(".safetensors")]
     place = (root / "hf" / piece["directory"] / weights).resolve()
-    place.chmod(0o644)
-    content = bytearray(place.read_bytes())
-    content[-1] ^= 1
-    place.write_bytes(content)
-    done = here(root, [["download", "--verify", "pinned.yaml"]], **offline)
-    assert done.returncode == 69 and "SHA-256 is not that of what was fetched" in done.stdout
+    verify = ["download", "--verify", "pinned.yaml"]
+    done = here(root, [verify, ["train", "pinned.yaml", *words], ["damage", str(place)], verify], **offline)
+    assert done.stderr.endswith("[0, 0, 0, 69]\n"), done.stderr
+    sound, _, damaged = done.stdout.partition("as fetched")
+    assert damaged and "SHA-256 is not that of what was fetched" not in sound and (root / "run/metrics.jsonl").exists()
+    assert "SHA-256 is not that of what was fetched" in damaged
 
 
 def test_download_refusals(site, tmp_path, capsys):
