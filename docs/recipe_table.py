@@ -267,6 +267,7 @@ RECIPES = [
         nodes=2,
         settings={"parallel": {"experts": 8}},
     ),
+    instruct("qwen3_next_80b_a3b", "lora", "fsdp2", "h200", 8, 4096, (64, 1)),
     instruct("qwen3_5_9b", "lora", "fsdp2", "a100_80g", 2, 4096, (32, 1)),
     instruct("qwen3_5_35b_a3b", "lora", "fsdp2", "h100_80g", 8, 4096, (64, 1)),
     # Gemma
@@ -347,7 +348,6 @@ WANTED = {
     "Llama 4 Maverick": "the published count is too coarse to check a shape",
     "Ministral 3, Mistral Small": "no whole configuration was at hand",
     "ModernBERT large, DeBERTa, RoBERTa": "no configuration was at hand whose source is named",
-    "Qwen3-Next 80B-A3B": "its shape is known (`model=qwen3_next_80b_a3b`), a recipe is not planned yet",
     "Qwen3.5 0.8B, 2B, 4B, 27B and 122B-A10B": "no whole configuration was at hand: the heads of linear attention are missing",
 }
 """Families and sizes without a recipe, and why."""
