@@ -21,7 +21,7 @@ STILL_SO = {
     "faults.md": {"no run directory yet"},
     "security.md": {"not yet"},
     "slurm.md": {"no step of this run was measured yet"},
-    "speed.md": {"nothing has been measured yet", "not been measured beside TRL yet"},
+    "speed.md": {"nothing has been measured yet"},
     "tracking.md": {"W&B does not know it yet"},
 }
 """Sentences with a "not yet" that are true today, or that describe a moment of a run, by page. Look again before you add one."""
