@@ -64,10 +64,11 @@ class Comparison:
 
     @property
     def has_comparable_mfu(self) -> bool:
-        """Whether all runs divide their speed by the same peak. What each run measured on a busy CPU is no such peak."""
-        peaks = [run.first_repeat.record.reference_tflops for run in self.begun_runs]
-        known_peaks = [peak for peak in peaks if peak]
-        return bool(known_peaks) and max(known_peaks) <= MAX_PEAK_RATIO * min(known_peaks)
+        """Whether all runs with an MFU divide their speed by the same peak. A peak measured on a busy CPU is that run's alone."""
+        repeats: list[RecordedRun] = []
+        for run in self.runs:
+            repeats += run.repeated.repeats
+        return _are_one_peak(_mfu_peaks(repeats))
 
 
 def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | None] = lambda name: None) -> Comparison:
@@ -335,14 +336,25 @@ def _notes(rows: list[RepeatedRun], names: list[str]) -> list[str]:
     return notes
 
 
-def _note_on_peaks(runs: list[RecordedRun]) -> list[str]:
-    """A caveat if runs measured their MFU against different peaks."""
+def _mfu_peaks(runs: list[RecordedRun]) -> list[float]:
+    """The peaks in TFLOP/s a device that runs measured their MFU against; runs without an MFU, as on CPUs, have none."""
     peaks = []
     for run in runs:
         has_mfu = any("mfu" in row for row in run.steps.values())
         if has_mfu and run.record.reference_tflops:
             peaks.append(run.record.reference_tflops)
-    if not peaks or max(peaks) <= MAX_PEAK_RATIO * min(peaks):
+    return peaks
+
+
+def _are_one_peak(peaks: list[float]) -> bool:
+    """Whether peaks are the same but for noise; no peaks are."""
+    return not peaks or max(peaks) <= MAX_PEAK_RATIO * min(peaks)
+
+
+def _note_on_peaks(runs: list[RecordedRun]) -> list[str]:
+    """A caveat if runs measured their MFU against different peaks."""
+    peaks = _mfu_peaks(runs)
+    if _are_one_peak(peaks):
         return []
     figures = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
     return [

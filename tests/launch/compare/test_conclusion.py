@@ -34,7 +34,8 @@ def write_run(
     """Write the files of a run of eight steps.
 
     `losses`: the loss of step 1. `scale`: factor of all held-out sums; None for a run without held-out data. `batches`: sums
-    over micro-batches; None if the run kept none. A `record` with a peak (`reference_tflops`) makes rows with an MFU.
+    over micro-batches; None if the run kept none. A `record` with a peak (`reference_tflops`) makes rows with an MFU, but not on
+    a CPU.
     """
     directory.mkdir(parents=True)
     groups: dict[str, dict[str, object]] = {"strategy": {"name": "ddp"}, "logging": {"every_steps": 1}}
@@ -45,7 +46,7 @@ def write_run(
     rows: list[dict[str, object]] = []
     for step in range(1, 9):
         row = {"step": step, "loss": losses - step / 10, "tokens": 100 * step, "memory_gib": memory, "step_s": 0.5}
-        if "reference_tflops" in (record or {}):
+        if record is not None and "reference_tflops" in record and record.get("device") != "cpu":
             row["mfu"] = 0.5
         rows.append({**row, "tokens_per_s": speed + step % 2})
     if scale is not None:
@@ -319,6 +320,18 @@ def test_mfu_of_different_peaks_is_left_out_of_every_table(tmp_path, peak, is_sh
     page_headings = [column.heading for column in points_table(comparison).columns]
     assert ("MFU" in headings, "MFU" in page_headings) == (is_shown, is_shown)
     assert ("MFU is of different peaks" in as_text(comparison)) is not is_shown
+
+
+def test_a_run_without_mfu_takes_it_from_no_other(tmp_path):
+    """A run on a CPU knows a peak too, but has no MFU."""
+    rows = []
+    for device, tflops in (("cuda", 100.0), ("cpu", 0.1)):
+        record = {"reference_tflops": tflops, "device": device}
+        rows.append(point(tmp_path, device, settings={"strategy.name": device}, record=record))
+    comparison = compare(rows)
+    assert "MFU" in [heading for heading, _ in tables(comparison)[0][1]]
+    assert "MFU" in [column.heading for column in points_table(comparison).columns]
+    assert "different peaks" not in as_text(comparison)
 
 
 @pytest.mark.parametrize(
