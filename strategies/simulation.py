@@ -213,8 +213,9 @@ def _on_asked_device(made: Tensor, args: Any, kwargs: Any) -> Tensor:
     A single number stays where it is: it goes with tensors of any device, and models read its value.
     """
     device = kwargs.get("device")
-    if device is None and torch.is_tensor(args[0]):
-        device = args[0].device
+    source = args[0] if args else kwargs.get("data")  # `torch.tensor(data=...)` is possible, too
+    if device is None and torch.is_tensor(source):
+        device = source.device
     if device != SIMULATED or made.dim() == 0 or made.device == SIMULATED:
         return made
     return torch.empty(made.shape, dtype=made.dtype, device=SIMULATED)

@@ -6,6 +6,8 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from strategies.base import ActivationCheckpointing, SingleConfig
+from strategies.runtime import SIMULATED
+from strategies.simulation import fake_tensors
 from tests.helpers.building import run_config
 from trainer.build.sequence import heads_of
 from trainer.evaluation.full_weights import cache_bytes
@@ -89,6 +91,20 @@ def test_layers_may_have_heads_of_their_own(tmp_path):
     assert (heads.query, heads.key_value, heads.width) == (2, 1, 32)
     assert cache_bytes(settings, rows=1, tokens=1, itemsize=2) == 2 * 2 * 2 * 32 * 2
     assert simulate_run(run_of(tmp_path, settings), [40, 24]).flops > 0
+
+
+def test_numbers_of_a_model_lie_where_it_asks_for_them():
+    """torch makes them on the CPU, with which the model's own tensors could not be multiplied."""
+    with fake_tensors(SIMULATED):
+        own = torch.zeros(2, device=SIMULATED)
+        on_device = [
+            torch.tensor([1, 2], device=SIMULATED),
+            torch.tensor(data=[1, 2], device=SIMULATED),
+            torch.as_tensor([1.0, 2.0], device=SIMULATED),
+            own.new_tensor([1.0, 2.0]),
+        ]
+        assert {made.device for made in on_device} == {SIMULATED}
+        assert torch.tensor(data=[1, 2]).device == torch.device("cpu"), "nothing was asked for"
 
 
 def test_a_step_with_long_rope_takes_what_one_with_plain_rope_takes(tmp_path):
