@@ -75,11 +75,14 @@ OTHER_MODULES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `shardtune <verb> ...`; returns the exit code."""
+    """Run `shardtune <verb> ...` with `argv`, by default the process's own arguments; returns the exit code.
+
+    Options without a verb (`--help`, `--version`, `--shell-completion`) are answered here.
+    """
     if argv is None:
         streams.restart_in_utf8()
-    words = sys.argv[1:] if argv is None else list(argv)
-    verb = words[0] if words else "--help"
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -87,17 +90,17 @@ def main(argv: list[str] | None = None) -> int:
         print(version())
         return 0
     if verb in ("--shell-completion", "-sc") or verb.startswith("--shell-completion="):
-        return print_completion(words)
+        return print_completion(arguments)
     if verb not in VERBS:
         problem = _unknown_verb(verb)
         print(f"shardtune: {problem}", file=sys.stderr)
-        return _report_failure(words, [problem], 64)
-    if "--version" in words:
+        return _report_failure(arguments, [problem], 64)
+    if "--version" in arguments:
         print(version())
         return 0
     if verb in VERBS_THAT_SAVE:
         hold()
-    return run_guarded(verb, words[1:])
+    return run_guarded(verb, arguments[1:])
 
 
 def _unknown_verb(verb: str) -> str:
@@ -126,14 +129,17 @@ def version() -> str:
     return f"shardtune {number}{revision_text} ({ROOT}), Python {sys.version.split()[0]}"
 
 
-def print_completion(words: list[str]) -> int:
-    """Print the completion script of a shell; returns the exit code."""
+def print_completion(arguments: list[str]) -> int:
+    """Print the completion script for a shell; returns the exit code.
+
+    `arguments` are like `--shell-completion bash` or `--shell-completion=bash`.
+    """
     from launch.config.completion import script
     from strategies.errors import ConfigError
 
-    shell = words[0].partition("=")[2]
-    if not shell and len(words) > 1:
-        shell = words[1]
+    shell = arguments[0].partition("=")[2]
+    if not shell and len(arguments) > 1:
+        shell = arguments[1]
     try:
         print(script(shell, VERBS, declared_words()), end="")
     except ConfigError as error:
@@ -143,7 +149,7 @@ def print_completion(words: list[str]) -> int:
 
 
 def declared_words() -> dict[str, list[type[VerbWords]]]:
-    """The classes that declare the words of each verb."""
+    """{verb: classes that declare its arguments}, for the completion in a shell."""
     from importlib import import_module
 
     from launch.config.verb_words import declared_in
@@ -152,12 +158,12 @@ def declared_words() -> dict[str, list[type[VerbWords]]]:
 
 
 def module_of(verb: str) -> str:
-    """The module whose `main` does the verb."""
+    """The module whose `main` runs the verb, such as `launch.compare.command`."""
     return f"launch.{OTHER_MODULES.get(verb, f'{verb}.command')}"
 
 
 def run_guarded(verb: str, argv: list[str]) -> int:
-    """Run a verb with its words, and turn every error into a message and an exit code, which is returned.
+    """Run a verb with its arguments, and turn every error into a message and an exit code, which is returned.
 
     A verb that saves (`VERBS_THAT_SAVE`) does so even if nobody can read its output any more.
     """
@@ -167,19 +173,25 @@ def run_guarded(verb: str, argv: list[str]) -> int:
 
 
 def _output_context(verb: str) -> AbstractContextManager[None]:
-    """The context in which a verb writes to stdout and stderr: with control characters spelled out, unless it needs them."""
+    """The context in which a verb writes to stdout and stderr.
+
+    A verb that saves goes on if its output is closed. A verb that draws on the terminal writes as it likes. All others write
+    control characters spelled out.
+    """
     from launch.output import tolerate_closed_streams
 
     if verb in VERBS_THAT_SAVE:
         return tolerate_closed_streams()
-    return nullcontext() if verb in VERBS_THAT_DRAW else streams.only_printable()
+    if verb in VERBS_THAT_DRAW:
+        return nullcontext()
+    return streams.only_printable()
 
 
 @contextmanager
 def _note_interrupts() -> Iterator[list[int]]:
-    """Within the block, collect each Ctrl-C in the list that is yielded, beside the usual KeyboardInterrupt.
+    """Within the block, note each Ctrl-C in the list that is yielded; the usual KeyboardInterrupt is raised, too.
 
-    A library that is being imported may turn that exception into an error of its own.
+    The list tells Ctrl-C from other errors: a library that is being imported may turn KeyboardInterrupt into an error of its own.
     """
     interrupts: list[int] = []
 
@@ -187,7 +199,7 @@ def _note_interrupts() -> Iterator[list[int]]:
         interrupts.append(signal_number)
         signal.default_int_handler(signal_number, frame)
 
-    # Only the main thread may set handlers, and whoever has set another one keeps it.
+    # Only the main thread may set handlers. A handler that somebody else has set is kept.
     is_main_thread = threading.current_thread() is threading.main_thread()
     if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield interrupts
@@ -200,7 +212,7 @@ def _note_interrupts() -> Iterator[list[int]]:
 
 
 def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int:
-    """Run a verb and turn its errors into messages and an exit code. `interrupts`: fills with each Ctrl-C."""
+    """Run a verb, print a message for its error, and return the exit code. `interrupts` has an entry for each Ctrl-C so far."""
     from strategies.errors import ConfigError, ShardtuneError, is_panic, tokenizer_panic
     from strategies.redaction import redacted
 
@@ -219,7 +231,7 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
         print(f"shardtune {verb}: interrupted", file=sys.stderr)
         return _report_failure(argv, ["interrupted"], 130)
     except BrokenPipeError:  # the reader of our output went away, as in `shardtune train --cfg | head`
-        # Python writes what is buffered at exit, and would fail once more.
+        # Python writes buffered output at exit, which would fail once more: let it go to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
@@ -237,7 +249,7 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:
-    """Check the environment and the words, as far as all verbs do, and run one verb; returns the exit code."""
+    """Check what all verbs need of the environment and the arguments, and run one verb; returns the exit code."""
     from importlib import import_module
 
     from launch.config.user_files import take_config_dirs
@@ -249,17 +261,18 @@ def _run_verb(verb: str, argv: list[str]) -> int:
     return int(import_module(module_of(verb)).main(take_config_dirs(argv)) or 0)
 
 
-def _report_failure(words: list[str], problems: list[str], code: int) -> int:
-    """If the words have `--json`, print the error as JSON, as the last thing on stdout; returns the exit code `code`.
+def _report_failure(arguments: list[str], problems: list[str], code: int) -> int:
+    """If `--json` is among the arguments, print the error as JSON, as the last thing on stdout; returns `code`.
 
-    The ranks of a job print none: their launcher says how the run ended.
+    The ranks of a job print nothing: their launcher says how the run ended.
     """
     from launch.output import JSON_FLAG, print_json
 
-    if JSON_FLAG in words and not _is_rank():
+    if JSON_FLAG in arguments and not _is_rank():
         answer = {"error": "\n".join(problems), "problems": problems, "exit_code": code}
-        prints_an_object_a_line = bool({"--follow", "--watch"} & set(words))
-        print_json(answer, one_line=prints_an_object_a_line)
+        # With these options a verb prints many JSON objects, one a line.
+        prints_object_per_line = bool({"--follow", "--watch"} & set(arguments))
+        print_json(answer, one_line=prints_object_per_line)
     return code
 
 
@@ -274,15 +287,15 @@ def _is_rank() -> bool:
         return False
 
 
-def _refuse_addresses(words: list[str]) -> None:
+def _refuse_addresses(arguments: list[str]) -> None:
     """Refuse an address behind `to=`, which would become a local directory called `s3:`. Errors: ConfigError."""
     from strategies.errors import ConfigError
 
-    for word in words:
-        if word.startswith("to=") and "://" in word:
+    for argument in arguments:
+        if argument.startswith("to=") and "://" in argument:
             raise ConfigError(
-                f"{word}: is an address, and only local directories are written to; name a directory, and copy it afterwards. "
-                "`shardtune export <run> to=hub:<owner>/<name>` pushes to the hub"
+                f"{argument}: is an address, and only local directories are written to; name a directory, and copy it "
+                "afterwards. `shardtune export <run> to=hub:<owner>/<name>` pushes to the hub"
             )
 
 

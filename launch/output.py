@@ -49,8 +49,8 @@ class TableRow:
 def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 0) -> list[str]:
     """Lay out a table as lines of text, at most as wide as the terminal; titles are drawn if any column has one.
 
-    No cell is cut: text is folded. A table is wider than the terminal only if its numbers and `LEAST_TEXT_WIDTH` of each column
-    of text are. `indent`: blanks before each line.
+    No cell is cut: text is folded. The table gets wider than the terminal only if its numbers, and `LEAST_TEXT_WIDTH` characters
+    of each text column, do not fit. `indent`: blanks before each line. Notes of a row stand below it.
     """
     from rich.console import Console
     from rich.style import Style
@@ -73,22 +73,22 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 
             overflow="fold",
             no_wrap=column.is_number,
         )
-    for row_number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         # Cells are `Text`: as plain strings, the brackets in `tuning.targets=[q_proj]` would be markup.
         cells = [FoldedText(displayable(cell)) for cell in row.cells]
-        # Rich gives the style back with each line that it draws. So we know below which line the notes of a row stand.
-        grid.add_row(*cells, style=Style(meta={"row": row_number}))
+        # Rich returns the style with each line that it draws. From it we know after which line the notes of a row belong.
+        grid.add_row(*cells, style=Style(meta={"row": index}))
     table_width = max(width() - indent, _least_width(columns, rows))
     # With a height rich asks no terminal for its size.
     console = Console(file=io.StringIO(), width=table_width, height=25, color_system=None)
 
     lines = []
-    for row_number_of_lines, drawn_lines in groupby(console.render_lines(grid, pad=False), key=_row_number):
+    for row_number, drawn_lines in groupby(console.render_lines(grid, pad=False), key=_row_number):
         for drawn_line in drawn_lines:
             text = "".join(segment.text for segment in drawn_line)
             lines.append((" " * indent + text).rstrip())
-        if row_number_of_lines is not None:
-            lines += rows[row_number_of_lines].notes
+        if row_number is not None:  # None for the line of titles
+            lines += rows[row_number].notes
     return lines
 
 
@@ -112,19 +112,19 @@ def break_word(word: str, columns: int) -> str:
 
 
 def _least_width(columns: Sequence[Column], rows: Sequence[TableRow]) -> int:
-    """The width below which a table must not shrink: that of its numbers, and up to `LEAST_TEXT_WIDTH` for columns of text."""
+    """The least width of a table: its numbers in full, `LEAST_TEXT_WIDTH` characters of longer text columns, and the gaps."""
     from rich.cells import cell_len
 
     least = COLUMN_GAP * (len(columns) - 1)
-    for number, column in enumerate(columns):
-        cells = [column.title, *(displayable(row.cells[number]) for row in rows)]
+    for index, column in enumerate(columns):
+        cells = [column.title, *(displayable(row.cells[index]) for row in rows)]
         longest = max(map(cell_len, cells))
         least += longest if column.is_number else min(longest, LEAST_TEXT_WIDTH)
     return least
 
 
 def width() -> int:
-    """The width of the terminal in columns, at least 80, which it also is if stdout is no terminal. COLUMNS goes before both."""
+    """The width of the terminal in columns, at least 80. Without a terminal it is 80; the variable COLUMNS wins over both."""
     return max(80, shutil.get_terminal_size((80, 24)).columns)
 
 

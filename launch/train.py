@@ -190,7 +190,7 @@ def _search(words: list[str], print_point: Callable[[Composed], None] | None) ->
     search = plan_search(words)
     if print_point is not None:
         print(f"# {search_listing(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
-        print_point(search.first_job)
+        print_point(search.first_trial)
         return 0
     return run_search(search, search.directory, start_trial)
 

@@ -10,15 +10,15 @@ from dataclasses import asdict
 from typing import Any
 
 from launch.compare import repeats
-from launch.compare.comparison import TEST_DOCUMENTS, ComparedRun, Comparison
+from launch.compare.comparison import TEST_DOCUMENTS, ComparedPoint, Comparison
 from launch.compare.conclusion import Conclusion
 from launch.compare.curves import rounded
 from launch.compare.events import notable_step_lines, resolved_settings
 from launch.output import Column, TableRow, fold_all, table
 from trainer.reporting.numbers import short, times
 
-MeasureColumn = tuple[str, Callable[[ComparedRun], str]]
-"""(heading of a column, function that returns a run's cell in it)."""
+MeasureColumn = tuple[str, Callable[[ComparedPoint], str]]
+"""(heading of a column, function that returns the cell of a point in it)."""
 UNKNOWN = "-"
 """The cell of a number that is not known."""
 LOSS_DIFFERENCE = "loss diff"
@@ -26,7 +26,7 @@ MFU = "MFU"
 ANSWER = "answer"
 """Title of the section that Markdown and HTML show first."""
 MAX_LISTED_VALUES = 8
-"""Values of a setting that differs which are listed one a run; of more runs each value stands once, with its count."""
+"""Up to this many points, the value of a setting is listed for each; beyond, each value stands once, with its count."""
 
 
 def _number(value: float | None, number_format: str) -> str:
@@ -49,108 +49,105 @@ def _milliseconds(seconds: float | None) -> str:
     return f"{seconds * 1000:,.0f}"
 
 
-def _loss_difference(run: ComparedRun) -> str:
-    return UNKNOWN if run.loss_difference is None else rounded(run.loss_difference.early)
+def _loss_difference(point: ComparedPoint) -> str:
+    return UNKNOWN if point.loss_difference is None else rounded(point.loss_difference.early)
 
 
-def _start_seconds(run: ComparedRun) -> float | None:
-    """Seconds from the start of a run to its first step; the evaluation before that step is not counted."""
-    measured = run.measured
+def _start_seconds(point: ComparedPoint) -> float | None:
+    """Seconds from the start of a run to its first step, without the evaluation before that step; None if not known."""
+    measured = point.measured
     if measured.start_s is None:
         return None
     return measured.start_s - (measured.evaluation_before_s or 0)
 
 
-def _spread(run: ComparedRun) -> str:
-    """The cell `slowest-fastest` of the repeats, in tokens/s."""
-    if run.summary.spread is None:
+def _spread(point: ComparedPoint) -> str:
+    """The cell `slowest-fastest` of a point's repeats, in tokens/s."""
+    if point.summary.spread is None:
         return UNKNOWN
-    slowest, fastest = run.summary.spread
+    slowest, fastest = point.summary.spread
     return f"{_rate(slowest)}-{_rate(fastest)}"
 
 
 def _part_column(part: str) -> MeasureColumn:
-    return part, lambda run: _milliseconds(run.summary.parts_s.get(part))
+    return part, lambda point: _milliseconds(point.summary.parts_s.get(part))
 
 
 MAIN_COLUMNS: tuple[MeasureColumn, ...] = (
-    ("steps", lambda run: str(run.measured.steps)),
-    ("loss", lambda run: _number(run.measured.loss, ".4f")),
+    ("steps", lambda point: str(point.measured.steps)),
+    ("loss", lambda point: _number(point.measured.loss, ".4f")),
     (LOSS_DIFFERENCE, _loss_difference),
-    ("tokens/s", lambda run: _rate(run.measured.tokens_per_s)),
+    ("tokens/s", lambda point: _rate(point.measured.tokens_per_s)),
     # A model that learns labels has no supervised tokens: its rate of 0 is no measurement.
-    ("supervised/s", lambda run: _rate(run.measured.supervised_tokens_per_s or None)),
-    (MFU, lambda run: _number(run.measured.mfu, ".1%")),
-    ("GiB", lambda run: _number(run.measured.memory_gib, ".3g")),
+    ("supervised/s", lambda point: _rate(point.measured.supervised_tokens_per_s or None)),
+    (MFU, lambda point: _number(point.measured.mfu, ".1%")),
+    ("GiB", lambda point: _number(point.measured.memory_gib, ".3g")),
 )
 COST_COLUMNS: tuple[MeasureColumn, ...] = (
     ("repeats", _spread),
-    ("planned", lambda run: _number(run.measured.planned_gib, ".3g")),
-    ("start s", lambda run: _number(_start_seconds(run), ".1f")),
-    ("save s", lambda run: _number(run.measured.checkpoint_s, ".2f")),
-    ("GiB saved", lambda run: _number(run.measured.checkpoint_gib, ".3g")),
-    ("$/M", lambda run: _number(run.summary.dollars_per_million, ".3g")),
+    ("planned", lambda point: _number(point.measured.planned_gib, ".3g")),
+    ("start s", lambda point: _number(_start_seconds(point), ".1f")),
+    ("save s", lambda point: _number(point.measured.checkpoint_s, ".2f")),
+    ("GiB saved", lambda point: _number(point.measured.checkpoint_gib, ".3g")),
+    ("$/M", lambda point: _number(point.summary.dollars_per_million, ".3g")),
 )
 STEP_PART_COLUMNS: tuple[MeasureColumn, ...] = (
-    ("whole", lambda run: _milliseconds(run.measured.step_s)),
+    ("whole", lambda point: _milliseconds(point.measured.step_s)),
     *map(_part_column, (*repeats.STEP_PARTS, "rest")),
 )
 EXCHANGE_COLUMNS: tuple[MeasureColumn, ...] = (
-    ("GiB a step", lambda run: _number(run.measured.exchanged_gib, ".3g")),
-    ("planned", lambda run: _number(run.measured.planned_exchanged_gib, ".3g")),
-    ("exposed ms", lambda run: _milliseconds(run.measured.exposed_s)),
+    ("GiB a step", lambda point: _number(point.measured.exchanged_gib, ".3g")),
+    ("planned", lambda point: _number(point.measured.planned_exchanged_gib, ".3g")),
+    ("exposed ms", lambda point: _milliseconds(point.measured.exposed_s)),
 )
 
 
 def tables(comparison: Comparison) -> list[tuple[str, list[MeasureColumn]]]:
     """(title, columns) of each table of the comparison, for text, Markdown and HTML alike; the first table has no title.
 
-    A column is a heading and a function that gives a run's cell. The first table has no MFU if no run has one, or if the runs
-    measured it against different peaks. Of the others,
-    columns that are unknown for every run are left out, and so are tables without a column.
+    The first table has no MFU if no point has one, or if the points have different peaks. Of the others, columns that are unknown
+    for every point are left out, and so are tables without a column.
     """
-    begun = comparison.begun_runs
-    details: list[tuple[str, tuple[MeasureColumn, ...]]] = [("what it took", COST_COLUMNS)]
-    if any(run.summary.parts_s for run in begun):
-        details.append(("a step in ms", STEP_PART_COLUMNS))
-    if any(run.measured.exchanged_gib for run in begun):
-        details.append(("exchanged", EXCHANGE_COLUMNS))
+    begun_points = comparison.begun_points
+    left_out_headings = set()
+    if len(comparison.points) == 1:  # there is no other point that its loss could differ from
+        left_out_headings.add(LOSS_DIFFERENCE)
+    has_no_mfu = all(point.measured.mfu is None for point in begun_points)  # on CPUs, as a rule
+    if begun_points and (has_no_mfu or not comparison.has_comparable_mfu):
+        left_out_headings.add(MFU)
+    main_columns = [(heading, cell_of) for heading, cell_of in MAIN_COLUMNS if heading not in left_out_headings]
 
-    main_columns = list(MAIN_COLUMNS)
-    if len(comparison.runs) == 1:  # there is no other run that its loss could differ from
-        main_columns = [(heading, cell_of) for heading, cell_of in MAIN_COLUMNS if heading != LOSS_DIFFERENCE]
-    has_no_mfu = all(run.measured.mfu is None for run in begun)  # on CPUs, as a rule
-    if begun and (has_no_mfu or not comparison.has_comparable_mfu):
-        main_columns = [(heading, cell_of) for heading, cell_of in main_columns if heading != MFU]
+    details: list[tuple[str, tuple[MeasureColumn, ...]]] = [("what it took", COST_COLUMNS)]
+    if any(point.summary.parts_s for point in begun_points):
+        details.append(("a step in ms", STEP_PART_COLUMNS))
+    if any(point.measured.exchanged_gib for point in begun_points):
+        details.append(("exchanged", EXCHANGE_COLUMNS))
     titled_columns = [("", main_columns)]
     for title, columns in details:
-        known_columns = [column for column in columns if _is_known(column, begun)]
+        known_columns = [column for column in columns if _is_known(column, begun_points)]
         if known_columns:
             titled_columns.append((title, known_columns))
     return titled_columns
 
 
-def _is_known(column: MeasureColumn, runs: list[ComparedRun]) -> bool:
-    """Whether any run has a number in the column."""
+def _is_known(column: MeasureColumn, points: list[ComparedPoint]) -> bool:
+    """Whether any of the points has a number in the column."""
     _, cell_of = column
-    return any(cell_of(run) != UNKNOWN for run in runs)
+    return any(cell_of(point) != UNKNOWN for point in points)
 
 
 def as_text(comparison: Comparison) -> str:
     """The comparison as text for a terminal: the tables, then the sections below them."""
     lines: list[str] = []
-    for title, measures in tables(comparison):
-        columns = [Column(f"{title}:" if title else "")]
-        columns += [Column(heading, is_number=True) for heading, _ in measures]
+    for title, measure_columns in tables(comparison):
+        is_main_table = not title
+        columns = [Column("" if is_main_table else f"{title}:")]
+        columns += [Column(heading, is_number=True) for heading, _ in measure_columns]
         rows = []
-        for run in comparison.runs:
-            is_main_table = not title
-            if not is_main_table and not run.measured.steps:
-                continue  # only the first table has runs that never began
-            notes: list[str] = []
-            if is_main_table and run.repeated.reason:
-                notes = fold_all([run.repeated.reason])
-            rows.append(TableRow(_row(run, measures), notes))
+        # Only the main table has points that never began, and says why a point is not done.
+        for point in comparison.points if is_main_table else comparison.begun_points:
+            notes = fold_all([point.reason]) if is_main_table and point.reason else []
+            rows.append(TableRow(_row(point, measure_columns), notes))
         if lines:
             lines.append("")
         lines += table(columns, rows)
@@ -160,19 +157,19 @@ def as_text(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _row(run: ComparedRun, columns: Sequence[MeasureColumn]) -> list[str]:
-    """A run's row of a table: its name, then its cell in each column."""
-    return [run.name, *(cell_of(run) for _, cell_of in columns)]
+def _row(point: ComparedPoint, columns: Sequence[MeasureColumn]) -> list[str]:
+    """The row of a point in a table: its name, then its cell in each column."""
+    return [point.name, *(cell_of(point) for _, cell_of in columns)]
 
 
 def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """(title, lines) of each section below the tables; a section without lines is shown nowhere."""
+    """(title, lines) of each section below the tables, in order. Callers leave out sections without lines."""
     differences = []
     for difference in comparison.differences:
         differences.append(f"{difference.key}: {_listed_values(difference.values)}")
     return [
         (ANSWER, comparison.conclusion.lines),
-        ("verdict", [run.verdict for run in comparison.runs]),
+        ("verdict", [point.verdict for point in comparison.points]),
         ("loss curves", _curve_lines(comparison)),
         ("held-out metrics, before and after", _evaluation_lines(comparison)),
         ("steps that stood out", notable_step_lines(comparison)),
@@ -184,7 +181,7 @@ def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def _listed_values(values: Sequence[Any]) -> str:
-    """The values of a setting in the order of the runs, or of many runs each value once with the number of its runs."""
+    """The values of a setting in the order of the points; of many points each value once, with how many have it."""
     if len(values) <= MAX_LISTED_VALUES:
         return ", ".join(short(value) for value in values)
     counts = Counter(short(value) for value in values)
@@ -192,77 +189,81 @@ def _listed_values(values: Sequence[Any]) -> str:
 
 
 def _curve_lines(comparison: Comparison) -> list[str]:
-    """A line for each run with a baseline: how far its loss curve is from the baseline's, or why they cannot be compared."""
+    """A line for each point with a baseline: how far its loss curve is from the baseline's, or why they are not comparable."""
     lines = []
-    for run in comparison.runs:
-        difference = run.loss_difference
-        if run.against is None:
+    for point in comparison.points:
+        difference = point.loss_difference
+        if point.baseline_name is None:
             continue
-        if run.not_comparable:
-            lines.append(f"{run.name}: not comparable with {run.against}: {'; '.join(run.not_comparable)}")
+        if point.not_comparable:
+            lines.append(f"{point.name}: not comparable with {point.baseline_name}: {'; '.join(point.not_comparable)}")
         elif difference is None:
-            lines.append(f"{run.name}: no step with a loss that {run.against} has too")
+            lines.append(f"{point.name}: no step with a loss that {point.baseline_name} has too")
         else:
             lines.append(
-                f"{run.name} against {run.against}: largest relative difference {rounded(difference.early)} over the first "
-                f"five steps (step {difference.early_step}), {rounded(difference.drift)} over all {difference.steps} common "
-                f"ones (step {difference.drift_step})"
+                f"{point.name} against {point.baseline_name}: largest relative difference "
+                f"{rounded(difference.early)} over the first five steps (step {difference.early_step}), "
+                f"{rounded(difference.drift)} over all {difference.steps} common ones (step {difference.drift_step})"
             )
     return lines
 
 
 def _metric_names(comparison: Comparison) -> list[str]:
-    """Names of the held-out metrics that any run has, each once, in the order of the runs."""
+    """Names of the held-out metrics that any point has, each once, in the order of the points."""
     names: dict[str, None] = {}
-    for run in comparison.runs:
-        names |= dict.fromkeys(run.measured.before) | dict.fromkeys(run.measured.after)
+    for point in comparison.points:
+        names |= dict.fromkeys(point.measured.before) | dict.fromkeys(point.measured.after)
     return list(names)
 
 
 def _evaluation_lines(comparison: Comparison) -> list[str]:
-    """A line `metric  run: before -> after` for each held-out metric and each run that has it."""
+    """A line `metric  point: before -> after` for each held-out metric and each point that has it."""
     lines = []
     for metric in _metric_names(comparison):
-        for run in comparison.runs:
-            before = run.measured.before.get(metric)
-            after = run.measured.after.get(metric)
+        for point in comparison.points:
+            before = point.measured.before.get(metric)
+            after = point.measured.after.get(metric)
             if before is not None or after is not None:
-                lines.append(f"{metric}  {run.name}: {_number(before, '.4f')} -> {_number(after, '.4f')}")
+                lines.append(f"{metric}  {point.name}: {_number(before, '.4f')} -> {_number(after, '.4f')}")
     return lines
 
 
 def _test_lines(comparison: Comparison) -> list[str]:
-    """A line for each metric of the test documents and each run that has it, with how often they were looked at."""
+    """A line for each metric of the test documents and each point that has it, such as `test/loss  ddp: 2.3100 (...)`."""
     lines = []
-    for run in comparison.runs:
-        measured = run.first_repeat.record.test or {}
+    for point in comparison.points:
+        measured = point.first_repeat.record.test or {}
         about = f"{measured.get('documents')} documents, looked at {times(measured.get('looks') or 0)}"
         for name, value in (measured.get("metrics") or {}).items():
-            lines.append(f"{name}  {run.name}: {_number(value, '.4f')} ({about})")
+            lines.append(f"{name}  {point.name}: {_number(value, '.4f')} ({about})")
     return sorted(lines)
 
 
 def cell_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, headings, cells of each row) of each table, for Markdown and HTML; the first one ends with each run's state."""
+    """(title, headings, rows of cells) of each table, for Markdown.
+
+    The first table has no title, and ends with the state of each point; it alone has points that never began.
+    """
     tables_of_cells = []
     for title, columns in tables(comparison):
         headings = ["run", *(heading for heading, _ in columns)]
-        rows = []
-        if title:
-            rows = [_row(run, columns) for run in comparison.begun_runs]
+        is_main_table = not title
+        if not is_main_table:
+            rows = [_row(point, columns) for point in comparison.begun_points]
         else:
             headings.append("state")
-            for run in comparison.runs:
-                state = run.repeated.reason or run.repeated.state
-                rows.append([*_row(run, columns), state])
+            rows = []
+            for point in comparison.points:
+                state = point.reason or point.state
+                rows.append([*_row(point, columns), state])
         tables_of_cells.append((title, headings, rows))
     return tables_of_cells
 
 
 def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()) -> str:
     """The comparison as a Markdown page; `pictures` are (title, path relative to the page) of plots."""
-    is_single_run = len(comparison.runs) == 1
-    lines = [f"# Run {comparison.first}" if is_single_run else "# Comparison"]
+    is_single_run = len(comparison.points) == 1
+    lines = [f"# Run {comparison.default_baseline}" if is_single_run else "# Comparison"]
     if comparison.conclusion.sentences:
         lines += ["", " ".join(comparison.conclusion.sentences)]
         lines += _take_when_lines(comparison.conclusion)
@@ -278,21 +279,21 @@ def as_markdown(comparison: Comparison, pictures: Sequence[tuple[str, str]] = ()
     for title, path in pictures:
         lines += ["", f"## {title}", "", f"![{title}]({path})"]
     lines += ["", "## Runs", ""]
-    for run in comparison.runs:
-        run_dirs = [f"`{run_dir}`" for run_dir in _run_directories(run)]
+    for point in comparison.points:
+        run_dirs = [f"`{run_dir}`" for run_dir in _run_directories(point)]
         if run_dirs:
-            lines.append(f"- {run.name}: {', '.join(run_dirs)}")
+            lines.append(f"- {point.name}: {', '.join(run_dirs)}")
     return "\n".join(lines) + "\n"
 
 
 def _take_when_lines(conclusion: Conclusion) -> list[str]:
-    """A Markdown table of which point (combination of settings) to take for which goal, and what to run to learn more."""
+    """Lines of Markdown: a table of which point to take for which goal, then what to run to learn more."""
     lines = []
-    if conclusion.take:
+    if conclusion.recommendations:
         lines += ["", _markdown_row(["for", "take", "why", "words"]), _markdown_row(["---"] * 4)]
-        for choice in conclusion.take:
-            words = f"`{choice.words}`" if choice.words else "-"
-            lines.append(_markdown_row([choice.goal, f"`{choice.point.name}`", choice.why, words]))
+        for choice in conclusion.recommendations:
+            arguments = f"`{choice.arguments}`" if choice.arguments else "-"
+            lines.append(_markdown_row([choice.goal, f"`{choice.point.name}`", choice.why, arguments]))
     if conclusion.to_learn_more:
         lines += ["", conclusion.to_learn_more]
     return lines
@@ -302,19 +303,20 @@ def _capitalised(title: str) -> str:
     return title[0].upper() + title[1:]
 
 
-def _run_directories(run: ComparedRun) -> list[str]:
-    """The run directory of each repeat; empty for a point that was refused, because nothing was ever written for it."""
-    if not run.repeated.row.directories:
+def _run_directories(point: ComparedPoint) -> list[str]:
+    """The run directory of each repeat of a point; empty for a refused point, for which nothing was ever written."""
+    if not point.row.directories:
         return []
-    return [str(repeat.directory) for repeat in run.repeated.repeats]
+    return [str(repeat.directory) for repeat in point.repeats]
 
 
 def as_html(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
-    """The comparison as one HTML file, or the page of its only run. Without the extra `report` it only lacks its plots.
+    """The comparison as one HTML file; of a single point it is the page of its run.
 
-    `reload_after_s`: seconds after which a browser reloads it; None for a page that will not change any more.
+    `reload_after_s`: seconds after which a browser reloads the page; None for a page that will not change any more. Without the
+    packages of the extra `report` the page has no plots.
     """
-    if len(comparison.runs) == 1:
+    if len(comparison.points) == 1:
         from launch.compare.run_page.page import run_page
 
         return run_page(comparison, reload_after_s=reload_after_s)
@@ -330,11 +332,11 @@ def _markdown_row(cells: list[str]) -> str:
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values, as in `compare.json`. Sizes are GiB, times seconds, speeds those of all ranks together."""
-    test_documents = {run.name: run.first_repeat.record.test for run in comparison.runs}
+    test_documents = {point.name: point.first_repeat.record.test for point in comparison.points}
     return {
-        "first": comparison.first,
+        "first": comparison.default_baseline,
         "answer": _answer_as_dict(comparison.conclusion),
-        "runs": [_run_as_dict(comparison, run_index) for run_index in range(len(comparison.runs))],
+        "runs": [_run_as_dict(comparison, point_index) for point_index in range(len(comparison.points))],
         "notes": list(comparison.notes),
         "test_documents": test_documents,
     }
@@ -343,12 +345,13 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 def _answer_as_dict(conclusion: Conclusion) -> dict[str, Any]:
     """The answer as JSON values: its sentences, which point to take for which goal, and the jobs by quality, the best first.
 
-    A job is all points that train alike but for seed and strategy; a point is one row of the comparison. `shown_worse` says
-    whether a job is worse than the best one beyond chance, `interval` over which range the relative difference lies.
+    A point is one row of the comparison. A job is all points that train the same apart from seed and strategy. Of each job,
+    `shown_worse` says whether it is worse than the best one beyond chance, and `interval` and `seed_interval` where the relative
+    difference lies, by held-out documents and by seeds.
     """
     take = []
-    for choice in conclusion.take:
-        take.append({"for": choice.goal, "run": choice.point.name, "why": choice.why, "words": choice.words})
+    for choice in conclusion.recommendations:
+        take.append({"for": choice.goal, "run": choice.point.name, "why": choice.why, "words": choice.arguments})
     ranked = conclusion.ranked
     quality = None
     if ranked is not None:
@@ -359,7 +362,7 @@ def _answer_as_dict(conclusion: Conclusion) -> dict[str, Any]:
                     "runs": [point.name for point in job.points],
                     "value": ranked.value(job),
                     "shown_worse": difference is not None and difference.is_shown,
-                    "interval": None if difference is None else difference.interval,
+                    "interval": None if difference is None else difference.document_interval,
                     "seed_interval": None if difference is None else difference.seed_interval,
                     "seeds": job.seeds,
                 }
@@ -372,38 +375,38 @@ def _answer_as_dict(conclusion: Conclusion) -> dict[str, Any]:
     return {"sentences": list(conclusion.sentences), "take": take, "quality": quality}
 
 
-def _run_as_dict(comparison: Comparison, run_index: int) -> dict[str, Any]:
-    """Run `run_index` as JSON values; `differing` holds the settings in which the runs differ, with this run's values."""
-    run = comparison.runs[run_index]
-    run_dirs = _run_directories(run)
+def _run_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
+    """A point as JSON values; `differing` holds its values of the settings in which the points differ."""
+    point = comparison.points[point_index]
+    run_dirs = _run_directories(point)
     loss_difference = None
-    if run.loss_difference is not None:
-        loss_difference = {**asdict(run.loss_difference), "same": run.loss_difference.same}
+    if point.loss_difference is not None:
+        loss_difference = {**asdict(point.loss_difference), "same": point.loss_difference.same}
     return {
-        "name": run.name,
+        "name": point.name,
         "directory": run_dirs[0] if run_dirs else None,
         "repeats": run_dirs,
-        "state": run.repeated.state,
-        "reason": run.repeated.reason,
-        "measured": asdict(run.measured) | asdict(run.summary),
-        "against": run.against,
-        "same_job": run.is_same_job,
+        "state": point.state,
+        "reason": point.reason,
+        "measured": asdict(point.measured) | asdict(point.summary),
+        "against": point.baseline_name,
+        "same_job": point.is_same_job,
         "loss_difference": loss_difference,
-        "not_comparable": list(run.not_comparable),
-        "verdict": run.verdict,
-        "differing": {setting.key: setting.values[run_index] for setting in comparison.differences},
+        "not_comparable": list(point.not_comparable),
+        "verdict": point.verdict,
+        "differing": {setting.key: setting.values[point_index] for setting in comparison.differences},
     }
 
 
 def as_csv(comparison: Comparison) -> str:
-    """The comparison as CSV: a row for each run, with its measurements, then the settings in which the runs differ."""
+    """The comparison as CSV: a row for each point, with its measurements, then the settings in which the points differ."""
     metrics = _metric_names(comparison)
     collectives: dict[str, None] = {}
-    for run in comparison.runs:
-        collectives |= dict.fromkeys(run.measured.exchanged_bytes)
+    for point in comparison.points:
+        collectives |= dict.fromkeys(point.measured.exchanged_bytes)
     rows = []
-    for run_index in range(len(comparison.runs)):
-        rows.append(_csv_row(comparison, run_index, metrics, list(collectives)))
+    for point_index in range(len(comparison.points)):
+        rows.append(_csv_row(comparison, point_index, metrics, list(collectives)))
     csv_file = io.StringIO()
     writer = csv.DictWriter(csv_file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -411,60 +414,60 @@ def as_csv(comparison: Comparison) -> str:
     return csv_file.getvalue()
 
 
-def _csv_row(comparison: Comparison, run_index: int, metrics: list[str], collectives: list[str]) -> dict[str, Any]:
-    """The cells of run `run_index` by column of the CSV.
+def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], collectives: list[str]) -> dict[str, Any]:
+    """The cells of a point by column of the CSV.
 
-    Every run has the same columns in the same order, because the first row makes the header: `metrics` and `collectives`
-    are those of any run, and a run without one has an empty cell.
+    Every point has the same columns in the same order, because the first row makes the header. So `metrics` and `collectives`
+    are those that any point has, and a point without one has an empty cell.
     """
-    run = comparison.runs[run_index]
-    run_dirs = _run_directories(run)
-    slowest, fastest = run.summary.spread or (None, None)
-    difference = asdict(run.loss_difference) if run.loss_difference is not None else {}
+    point = comparison.points[point_index]
+    run_dirs = _run_directories(point)
+    slowest, fastest = point.summary.spread or (None, None)
+    difference = asdict(point.loss_difference) if point.loss_difference is not None else {}
     row = {
-        "name": run.name,
+        "name": point.name,
         "directory": run_dirs[0] if run_dirs else None,
-        "state": run.repeated.state,
-        "reason": run.repeated.reason,
-        "verdict": run.verdict,
-        **_measured_cells(run, collectives),
-        **_summary_cells(run),
+        "state": point.state,
+        "reason": point.reason,
+        "verdict": point.verdict,
+        **_measured_cells(point, collectives),
+        **_summary_cells(point),
         "tokens_per_s_slowest": slowest,
         "tokens_per_s_fastest": fastest,
-        "against": run.against,
+        "against": point.baseline_name,
         "loss_difference_early": difference.get("early"),
         "loss_difference_early_step": difference.get("early_step"),
         "loss_difference_drift": difference.get("drift"),
         "loss_difference_drift_step": difference.get("drift_step"),
-        "not_comparable": "; ".join(run.not_comparable),
+        "not_comparable": "; ".join(point.not_comparable),
     }
     for metric in metrics:
-        row[f"before/{metric}"] = run.measured.before.get(metric)
+        row[f"before/{metric}"] = point.measured.before.get(metric)
     for metric in metrics:
-        row[f"after/{metric}"] = run.measured.after.get(metric)
+        row[f"after/{metric}"] = point.measured.after.get(metric)
     for setting in comparison.differences:
-        row[setting.key] = setting.values[run_index]
+        row[setting.key] = setting.values[point_index]
     return row
 
 
-def _measured_cells(run: ComparedRun, collectives: list[str]) -> dict[str, Any]:
-    """A run's measurements by column of the CSV; `collectives` are those that any run used, a column each."""
-    cells = asdict(run.measured)
-    # A cell of CSV holds one number: these get columns of their own below, or stand in `before/` and `after/`.
+def _measured_cells(point: ComparedPoint, collectives: list[str]) -> dict[str, Any]:
+    """The measurements of a point by column of the CSV; each of the `collectives` has a column of its own."""
+    cells = asdict(point.measured)
+    # A cell of CSV holds one number. Of these, two get columns below, and two stand in the columns `before/` and `after/`.
     for field_of_several in ("before", "after", "tokens_per_s_quartiles", "exchanged_bytes"):
         del cells[field_of_several]
     for collective in collectives:
-        cells[f"exchanged_{collective}_gib"] = run.measured.exchanged_bytes.get(collective, 0) / 2**30
-    low, high = run.measured.tokens_per_s_quartiles or (None, None)
+        cells[f"exchanged_{collective}_gib"] = point.measured.exchanged_bytes.get(collective, 0) / 2**30
+    low, high = point.measured.tokens_per_s_quartiles or (None, None)
     return {**cells, "tokens_per_s_low": low, "tokens_per_s_high": high}
 
 
-def _summary_cells(run: ComparedRun) -> dict[str, Any]:
-    """The figures of a run's repeats by column of the CSV; the parts of a step have a column each."""
-    cells = asdict(run.summary)
-    # Its slowest and fastest repeat, and `<part>_s`, have columns of one number each.
+def _summary_cells(point: ComparedPoint) -> dict[str, Any]:
+    """The figures over a point's repeats by column of the CSV; each part of a step has a column of its own."""
+    cells = asdict(point.summary)
+    # A cell of CSV holds one number: the parts get columns below, the slowest and fastest repeat have some already.
     for field_of_several in ("tokens_per_s_repeats", "memory_gib_repeats", "parts_s"):
         del cells[field_of_several]
     for part in (*repeats.STEP_PARTS, "rest"):
-        cells[f"{part}_s"] = run.summary.parts_s.get(part)
+        cells[f"{part}_s"] = point.summary.parts_s.get(part)
     return cells

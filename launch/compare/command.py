@@ -79,7 +79,7 @@ succeeded. docs/reference/comparisons.md explains each number."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune compare` with the words typed after it; returns the exit code. Errors: ConfigError, StorageError."""
+    """Run `shardtune compare` with the arguments behind it; returns the exit code. Errors: ConfigError, StorageError."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
@@ -169,7 +169,7 @@ def _write_page(rows: list[ComparisonRow], page: Path, reload_after_s: float | N
 
 
 def _comparison_directory(words: list[str]) -> Path | None:
-    """The directory of an earlier comparison (it has a `comparison.json`) if that is the only word; None for runs."""
+    """The directory of an earlier comparison (it has a `comparison.json`), if that is the only argument; None for runs."""
     from launch.compare.settings import COMPARISON_FILE
 
     if len(words) != 1:
@@ -179,13 +179,16 @@ def _comparison_directory(words: list[str]) -> Path | None:
 
 
 def _compare_new_points(words: CompareWords) -> int:
-    """Run every combination of the settings typed, then print and write how the runs compare; returns the exit code."""
+    """Run every point that the settings make, then print and write the comparison; returns the exit code.
+
+    With `--dry-run`, only list the points.
+    """
     from launch.compare.follow import PeriodicPage
     from launch.compare.points import STOP_EXIT_CODES, plan_points, run_points
     from trainer.stopping.signals import hold, release
 
     if not words.dry_run:
-        hold()  # a signal before the first run is kept for it: Ctrl-C then stops it as `train` would
+        hold()  # keep a signal that comes before the first run for that run, so that Ctrl-C stops it as it stops `train`
     plan = plan_points(words.settings)
     to = words.to or Path("runs") / plan.name
     if (to / "config.yaml").exists():
@@ -219,7 +222,7 @@ def points_listing(plan: PointsPlan, to: Path) -> str:
     rows = []
     for point in plan.points:
         refusals = fold_all([f"refused: {problem}" for problem in point.refusals], indent=4)
-        rows.append(TableRow((point.name, " ".join([*point.words, *plan.rate_words(point)])), refusals))
+        rows.append(TableRow((point.name, " ".join([*point.arguments, *plan.rate_argument(point)])), refusals))
     lines = [heading, *table((Column(), Column()), rows, indent=2), *plan.partial_settings]
     if plan.left_out:
         lines.append(f"left out by compare.skip and compare.where: {plan.left_out}")
@@ -251,7 +254,7 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
         print(json.dumps(comparison_json, indent=1, allow_nan=False), flush=True)
     else:
         print(as_text(comparison), flush=True)
-    # The page comes after the tables: somebody else's directory may refuse it, and the tables are there by then.
+    # The page comes after the tables: writing into somebody else's directory may fail, and then the tables are there already.
     if run_page is not None:
         written = _write_run_files(comparison, run_page)
     if as_json or not (written or run_page is not None):
@@ -268,9 +271,9 @@ def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_js
 
 
 def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, Any], to: Path) -> list[str]:
-    """Write every file of the comparison into `to`; returns what was written, as the last line of the command names it.
+    """Write every file of the comparison into `to`; returns their names, as the last line of the command shows them.
 
-    Without the extra `report` there are no plots, and the page lacks its own.
+    Without the packages of the extra `report`, no plots are written, and the page has none.
     """
     from launch.compare.answer import as_csv, as_html, as_markdown
     from launch.compare.page import missing_packages, write_plot_images
@@ -299,8 +302,8 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
 def _write_run_files(comparison: Comparison, page: Path) -> list[str]:
     """Write the page of a single run into its run directory, and the script that shows the run in W&B.
 
-    Returns the files as the last line names them; nothing if they cannot be written. The directory may be somebody
-    else's, so a failure is only printed: the comparison itself has succeeded.
+    Returns the names of the written files, as the last line of the command shows them. A failure is only printed, because the
+    comparison itself has succeeded and the directory may be somebody else's.
     """
     from launch.compare.run_report import write
     from launch.compare.workspace import write_workspace
@@ -319,12 +322,12 @@ def _write_run_files(comparison: Comparison, page: Path) -> list[str]:
 
 
 def rows_from_words(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:
-    """(rows of the runs that the words name, error messages for words that name no run or name one twice)."""
+    """(rows of the runs that the arguments name, error messages for arguments that name no run or one twice)."""
     problems: list[str] = []
     rows: list[ComparisonRow] = []
-    for typed in words:
+    for argument in words:
         try:
-            rows += _rows_from_word(typed)
+            rows += _rows_from_argument(argument)
         except ConfigError as error:
             problems += error.problems
 
@@ -340,19 +343,23 @@ def rows_from_words(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:
     return rows, problems
 
 
-def _rows_from_word(typed: str) -> list[ComparisonRow]:
-    """The rows that one word names: a run, an earlier comparison, or every run below a directory.
+def _rows_from_argument(argument: str) -> list[ComparisonRow]:
+    """The rows that one argument names. The first case that applies:
 
-    Errors: ConfigError if there are none.
+    - a run on W&B's server, a run directory, or W&B's own directory of a run: one row
+    - a directory with a `comparison.json`: the points of that comparison
+    - a directory of run directories: a row for each
+
+    Raises ConfigError if it is none of these.
     """
     from launch.compare.run_files import is_run_directory
     from launch.compare.settings import ComparisonRow, read_comparison_file
     from launch.compare.wandb_files import is_wandb_directory, wandb_address
 
-    address = wandb_address(typed)
+    address = wandb_address(argument)
     if address is not None:
         return [ComparisonRow((Path(address),))]
-    path = Path(typed).expanduser()
+    path = Path(argument).expanduser()
     if is_run_directory(path) or is_wandb_directory(path):
         return [ComparisonRow((path,))]
     if rows := read_comparison_file(path):
@@ -363,11 +370,11 @@ def _rows_from_word(typed: str) -> list[ComparisonRow]:
         return [ComparisonRow((run_dir,)) for run_dir in run_dirs]
 
     if not path.exists():
-        raise ConfigError(f"{typed}: there is no such directory; name run directories")
-    # `wandb/` of a run holds W&B's directories of it: somebody who named `wandb/` meant one of these.
+        raise ConfigError(f"{argument}: there is no such directory; name run directories")
+    # Somebody who names the directory `wandb/` of a run means one of W&B's directories in it.
     wandb_dirs = [child for child in sorted(path.glob("*run-*")) if is_wandb_directory(child)]
     hint = f"; name a run of W&B in it, such as {wandb_dirs[0]}" if wandb_dirs else ""
-    raise ConfigError(f"{typed}: not a run directory (there is no config.yaml in it, and no runs below it){hint}")
+    raise ConfigError(f"{argument}: not a run directory (there is no config.yaml in it, and no runs below it){hint}")
 
 
 def _natural_order(path: Path) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""The settings along which the points of a comparison differ, in the order in which they were typed."""
+"""The settings along which the points of a comparison differ, in the order of the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ComparedAxis:
 
     @property
     def title(self) -> str:
-        """What people call the setting: `strategy`, `optim.lr`, `ranks`."""
+        """The setting's name for a reader: `strategy`, `optim.lr`, `ranks`."""
         if self.key == WORLD_SIZE:
             return "ranks"
         return self.key.removesuffix(".name")
@@ -39,45 +39,50 @@ class ComparedAxis:
 
 
 def compared_axes(
-    names: Sequence[str], differences: Sequence[SettingDifference], typed_keys: Sequence[str] = ()
+    names: Sequence[str], differences: Sequence[SettingDifference], command_keys: Sequence[str] = ()
 ) -> list[ComparedAxis]:
     """The axes of a comparison: settings in which its points differ, with a label for each point, such as rank 8, 16, 16.
 
-    Plots give each axis a colour or a dash. An axis that tells no further points apart is left out: with
+    Plots give each axis a colour or a dash. A setting that tells no further points apart is left out: with
     `compare.where=[tuning=full+optim.lr=2e-5,...]` the learning rate follows from the method, and is no axis of its own. Points
-    that no setting tells apart get a last axis with their `names`. `typed_keys`: keys in the order of the command that started
-    the points, such as `strategy`; empty for runs that existed.
+    that no setting tells apart get a last axis with their `names`.
+
+    `differences`: settings that differ, with a value for each point. `command_keys`: keys such as `strategy` in the order of the
+    command that started the points; empty if the runs existed already.
     """
     settings = [difference for difference in differences if _is_axis(difference.key)]
-    settings.sort(key=lambda difference: _order(difference.key, typed_keys))
+    settings.sort(key=lambda difference: _order(difference.key, command_keys))
     axes: list[ComparedAxis] = []
-    combinations = [""] * len(names)  # by point: its labels on the axes so far
+    combinations = [""] * len(names)  # of each point: its labels on the axes so far, joined
     for difference in settings:
         labels = tuple(_label(value) for value in difference.values)
-        longer = [f"{before}\n{label}" for before, label in zip(combinations, labels, strict=True)]
-        if len(set(longer)) > len(set(combinations)):
+        with_this_axis = [
+            f"{labels_so_far}\n{label}" for labels_so_far, label in zip(combinations, labels, strict=True)
+        ]
+        tells_more_apart = len(set(with_this_axis)) > len(set(combinations))
+        if tells_more_apart:
             axes.append(ComparedAxis(difference.key, labels))
-            combinations = longer
+            combinations = with_this_axis
     if len(set(combinations)) < len(names):
         axes.append(ComparedAxis(POINT_KEY, tuple(names)))
     return axes
 
 
 def _is_axis(key: str) -> bool:
-    """Whether a difference is a choice of the user's that changes the run, and no fact that follows from others."""
+    """Whether a difference can be an axis: a setting that changes the run, or the number of ranks, and no other recorded fact."""
     if key.startswith("run.json "):
         return key == WORLD_SIZE
     return not is_below(key, NOT_NAMED)
 
 
-def _order(key: str, typed_keys: Sequence[str]) -> tuple[int, int]:
-    """Sort key: settings that were typed, in their order, then those that names begin with, then others."""
-    typed_key = key.removesuffix(".name")
+def _order(key: str, command_keys: Sequence[str]) -> tuple[int, int]:
+    """Sort key: settings of the command in its order, then those that names begin with, then others."""
+    command_key = key.removesuffix(".name")  # `strategy.name` is given as `strategy=ddp`
     if key == WORLD_SIZE:
-        typed_key = "launcher.processes"
-    for candidate in (typed_key, key):
-        if candidate in typed_keys:
-            return 0, typed_keys.index(candidate)
+        command_key = "launcher.processes"
+    for candidate in (command_key, key):
+        if candidate in command_keys:
+            return 0, command_keys.index(candidate)
     if key in FIRST_IN_NAME:
         return 1, FIRST_IN_NAME.index(key)
     return 2, 0

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.compare.comparison import TEST_DOCUMENTS, ComparedRun, Comparison
-from launch.compare.conclusion import Conclusion, listed
+from launch.compare.comparison import TEST_DOCUMENTS, ComparedPoint, Comparison
+from launch.compare.conclusion import Conclusion
 from launch.compare.cost_plots import comparison_plots
 from launch.compare.page_table import held_out_table, points_table
 from launch.compare.quality import diverged
+from launch.compare.recommendation import listed
 from launch.compare.repeats import REFUSED
 from trainer.pages.pieces import Callout, PageCard, Tone, worst_first
 from trainer.pages.render import render
 from trainer.pages.vega import vega_script
 from trainer.reporting.status import State
 
+MAX_AXIS_VALUES = 12
+"""Values of an axis that the head of the page names."""
 MAX_LINES = 60
 """Lines of a folded section; of more the first are shown, and where the others are."""
 MAX_REASONS = 5
@@ -33,38 +36,45 @@ FOLDED_SECTIONS = {
 def comparison_page(
     comparison: Comparison, sections: Sequence[tuple[str, list[str]]], *, reload_after_s: float | None = None
 ) -> str:
-    """The HTML page of a comparison. `sections`: (title, lines) of the details; a browser reloads it after `reload_after_s`."""
+    """The HTML page of a comparison.
+
+    `sections`: (title, lines) of the details that are folded. A browser reloads the page after `reload_after_s` seconds; None for
+    a page that will not change any more.
+    """
     conclusion = comparison.conclusion
     return render(
         "launch.compare",
         "comparison.html.j2",
-        heading=f"Comparison of {len(comparison.runs)} points",
+        heading=f"Comparison of {len(comparison.points)} points",
         axes=_axis_lines(comparison),
         answer=answer_of(conclusion),
         callouts=worst_first(point_callouts(comparison)),
         cards=recommendation_cards(conclusion),
-        take=conclusion.take,
+        recommendations=conclusion.recommendations,
         to_learn_more=conclusion.to_learn_more,
         table=points_table(comparison),
         held_out=held_out_table(comparison),
         plots=comparison_plots(comparison),
         sections=_shortened(sections),
-        runs=_run_lines(comparison),
+        runs=_directory_lines(comparison),
         vega_script=vega_script(),
         reload_after_s=reload_after_s,
     )
 
 
 def _axis_lines(comparison: Comparison) -> list[tuple[str, str]]:
-    """(title, values) of each axis."""
-    return [
-        (axis.title, ", ".join(axis.values[:12]) + (" ..." if len(axis.values) > 12 else ""))
-        for axis in comparison.axes
-    ]
+    """(title, values) of each axis, such as `("strategy", "ddp, fsdp2")`; at most `MAX_AXIS_VALUES` values are named."""
+    lines = []
+    for axis in comparison.axes:
+        values = ", ".join(axis.values[:MAX_AXIS_VALUES])
+        if len(axis.values) > MAX_AXIS_VALUES:
+            values += " ..."
+        lines.append((axis.title, values))
+    return lines
 
 
 def answer_of(conclusion: Conclusion) -> tuple[Tone, str, str]:
-    """(tone, heading, text): the sentence about quality or parity is the heading, the others follow."""
+    """(tone, heading, text) of the answer: its headline is the heading, and its other sentences are the text."""
     if not conclusion.sentences:
         return "note", "Nothing to compare", ""
     heading = conclusion.headline
@@ -75,34 +85,39 @@ def answer_of(conclusion: Conclusion) -> tuple[Tone, str, str]:
 
 def recommendation_cards(conclusion: Conclusion) -> list[PageCard]:
     """A card for each recommended point."""
-    return [PageCard(f"For {choice.goal}", choice.point.name, choice.why, "good") for choice in conclusion.take]
+    return [
+        PageCard(f"For {choice.goal}", choice.point.name, choice.why, "good") for choice in conclusion.recommendations
+    ]
 
 
 def point_callouts(comparison: Comparison) -> list[Callout]:
-    """What a reader should know of points that have no result: failed, refused, diverged, not done."""
+    """A call-out for each kind of point that has no result: failed, refused, stopped, running, and diverged."""
     tones: dict[str, Tone] = {
         State.failed: "bad",
         REFUSED: "warning",
         State.preempted: "warning",
         State.running: "note",
     }
-    words = {State.failed: "failed", REFUSED: "refused", State.preempted: "stopped", State.running: "running"}
-    by_state: dict[str, list[ComparedRun]] = {}
-    for run in comparison.runs:
-        if run.repeated.ended is not None:
-            by_state.setdefault(run.repeated.state, []).append(run)
+    points_by_state: dict[str, list[ComparedPoint]] = {}
+    diverged_names = []
+    for point in comparison.points:
+        if point.unfinished_state is not None:
+            points_by_state.setdefault(point.state, []).append(point)
+        elif diverged(point):
+            diverged_names.append(point.name)
     callouts = []
-    for state, runs in by_state.items():
-        heading = f"{len(runs)} of {len(comparison.runs)} points {words.get(state, state)}: {listed([run.name for run in runs])}"
-        reasons = [f"{run.name}: {run.repeated.reason}" for run in runs[:MAX_REASONS] if run.repeated.reason]
+    for state, points in points_by_state.items():
+        state_text = "stopped" if state == State.preempted else state
+        names = listed([point.name for point in points])
+        heading = f"{len(points)} of {len(comparison.points)} points {state_text}: {names}"
+        reasons = [f"{point.name}: {point.reason}" for point in points[:MAX_REASONS] if point.reason]
         callouts.append(Callout(tones.get(state, "note"), heading, ". ".join(reasons)))
-    names = [run.name for run in comparison.runs if run.repeated.ended is None and diverged(run)]
-    if names:
+    if diverged_names:
         text = (
             "Their losses ended above those at the beginning. They are left out of every recommendation. Try a lower optim.lr, "
             "or schedule.warmup_share=0.1."
         )
-        callouts.append(Callout("bad", f"Diverged: {listed(names)}", text))
+        callouts.append(Callout("bad", f"Diverged: {listed(diverged_names)}", text))
     return callouts
 
 
@@ -119,10 +134,10 @@ def _shortened(sections: Sequence[tuple[str, list[str]]]) -> list[tuple[str, lis
     return shortened
 
 
-def _run_lines(comparison: Comparison) -> list[tuple[str, str]]:
-    """(name, directories) of each point that was run."""
+def _directory_lines(comparison: Comparison) -> list[tuple[str, str]]:
+    """(name of a point, its run directories with commas between them) of each point that was not refused."""
     lines = []
-    for run in comparison.runs:
-        if run.repeated.row.directories:
-            lines.append((run.name, ", ".join(str(repeat.directory) for repeat in run.repeated.repeats)))
+    for point in comparison.points:
+        if point.row.directories:
+            lines.append((point.name, ", ".join(str(repeat.directory) for repeat in point.repeats)))
     return lines

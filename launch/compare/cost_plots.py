@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.curve_plots import course_plot, difference_plot, held_out_plot, loss_plot
-from launch.compare.quality import watched_metric_name
+from launch.compare.quality import quality_metric_name
 from launch.compare.vega_specs import HEIGHT, LEGEND_CONFIG, SCHEMA, WIDTH, PagePlot, Spec, name_lookup, point_encoding
 
 SPARE_X: Spec = {"scale": {"zero": False, "padding": 24}, "axis": {"tickCount": 6}}
@@ -25,41 +25,42 @@ COSTS = {
 
 def comparison_plots(comparison: Comparison) -> list[PagePlot]:
     """The plots of a comparison in the order of the page; those without numbers are left out."""
-    same_jobs = any(run.is_same_job for run in comparison.runs)
+    has_same_jobs = any(point.is_same_job for point in comparison.points)
     curves = [loss_plot(comparison), held_out_plot(comparison)]
     difference = difference_plot(comparison)
-    # Strategies are compared by their difference, methods by their quality.
-    curves.insert(0 if same_jobs else 2, difference)
+    # Strategies of one job are compared by the difference of their losses, so it comes first; other points by their quality.
+    curves.insert(0 if has_same_jobs else 2, difference)
     plots = [*curves, quality_against_cost_plot(comparison), speed_plot(comparison), memory_plot(comparison)]
     plots += [step_parts_plot(comparison), course_plot(comparison)]
     return [plot for plot in plots if plot is not None]
 
 
-def has_same_meaning(run: ComparedRun) -> bool:
-    """Whether planned and measured memory of a run mean the same: tensors of a whole step, simulated and on a GPU.
+def has_same_meaning(point: ComparedPoint) -> bool:
+    """Whether planned and measured memory of a point mean the same: the tensors of a whole step.
 
-    On a CPU the resident set has libraries in it, and the quick estimate leaves out the logits.
+    They do if the plan simulated the step (the quick estimate leaves out the logits) and the run was on a GPU (on a CPU the
+    measured resident set has libraries in it).
     """
-    by_simulation = (run.measured.planned_by or "").startswith("simulation")
-    return by_simulation and run.first_repeat.record.device not in ("", "cpu")
+    by_simulation = (point.measured.planned_by or "").startswith("simulation")
+    return by_simulation and point.first_repeat.record.device not in ("", "cpu")
 
 
-def _bar_spec(rows: list[dict[str, Any]], runs: Sequence[ComparedRun], layers: list[Spec]) -> Spec:
-    """A Vega-Lite chart of horizontal bars, one a run, with the run's name above its bar.
+def _bar_spec(rows: list[dict[str, Any]], points: Sequence[ComparedPoint], layers: list[Spec]) -> Spec:
+    """A Vega-Lite chart of horizontal bars, one for each point, with the point's name above its bar.
 
-    `rows`: the data, each with the run's name under `point`. `layers`: the marks that are drawn of them.
+    `rows`: the data, each row with the name of its point under `point`. `layers`: the marks that are drawn of them.
     """
     return {
         "$schema": SCHEMA,
         "config": LEGEND_CONFIG,
         "width": WIDTH,
-        "height": ROW_HEIGHT * len(runs),
+        "height": ROW_HEIGHT * len(points),
         "data": {"values": rows},
         "encoding": {
             "y": {
                 "field": "point",
                 "type": "nominal",
-                "sort": [run.name for run in runs],
+                "sort": [point.name for point in points],
                 "title": None,
                 "scale": {"paddingInner": 0.55, "paddingOuter": 0.55},
                 "axis": {
@@ -81,15 +82,17 @@ def _bar_spec(rows: list[dict[str, Any]], runs: Sequence[ComparedRun], layers: l
 
 def speed_plot(comparison: Comparison) -> PagePlot | None:
     """A bar of tokens/s for each point, with the spread of its repeats; None if no speed is known."""
-    runs = comparison.begun_runs
+    points = comparison.begun_points
     rows: list[dict[str, Any]] = []
-    has_spread = False
-    for run in runs:
-        if run.measured.tokens_per_s is not None:
+    has_repeats = False
+    for point in points:
+        if point.measured.tokens_per_s is not None:
             # A single run shows the middle half of its steps.
-            slowest, fastest = run.summary.spread or run.measured.tokens_per_s_quartiles or (None, None)
-            has_spread |= run.summary.spread is not None
-            rows.append({"point": run.name, "speed": run.measured.tokens_per_s, "slowest": slowest, "fastest": fastest})
+            slowest, fastest = point.summary.spread or point.measured.tokens_per_s_quartiles or (None, None)
+            has_repeats |= point.summary.spread is not None
+            rows.append(
+                {"point": point.name, "speed": point.measured.tokens_per_s, "slowest": slowest, "fastest": fastest}
+            )
     if not rows:
         return None
     numbers = [{"field": field, "type": "quantitative", "format": ",.1f"} for field in ("speed", "slowest", "fastest")]
@@ -103,24 +106,26 @@ def speed_plot(comparison: Comparison) -> PagePlot | None:
             "encoding": spread,
         },
     ]
-    what = (
-        "from the slowest to the fastest repeat" if has_spread else "the middle half of the steps: each point ran once"
+    line_meaning = (
+        "from the slowest to the fastest repeat" if has_repeats else "the middle half of the steps: each point ran once"
     )
-    return PagePlot("speed", "Speed", f"Median tokens/s. The dark line is {what}.", _bar_spec(rows, runs, layers))
+    return PagePlot(
+        "speed", "Speed", f"Median tokens/s. The dark line is {line_meaning}.", _bar_spec(rows, points, layers)
+    )
 
 
 def memory_plot(comparison: Comparison) -> PagePlot | None:
     """A bar of GiB for each point, and a mark for what was planned if it means the same; None if no memory is known."""
-    runs = comparison.begun_runs
+    points = comparison.begun_points
     rows: list[dict[str, Any]] = []
-    for run in runs:
-        if run.measured.memory_gib is not None:
-            planned = run.measured.planned_gib if has_same_meaning(run) else None
-            rows.append({"point": run.name, "GiB": run.measured.memory_gib, "planned": planned})
+    for point in points:
+        if point.measured.memory_gib is not None:
+            planned = point.measured.planned_gib if has_same_meaning(point) else None
+            rows.append({"point": point.name, "GiB": point.measured.memory_gib, "planned": planned})
     if not rows:
         return None
     numbers = [{"field": field, "type": "quantitative", "format": ".4f"} for field in ("GiB", "planned")]
-    on_cpu = any(run.first_repeat.record.device == "cpu" for run in runs)
+    on_cpu = any(point.first_repeat.record.device == "cpu" for point in points)
     x = {"field": "GiB", "type": "quantitative", "title": "GiB", "axis": {"tickCount": 6}}
     layers: list[Spec] = [
         {"mark": "bar", "encoding": {"x": x, "tooltip": [{"field": "point", "type": "nominal"}, *numbers]}}
@@ -137,16 +142,16 @@ def memory_plot(comparison: Comparison) -> PagePlot | None:
             }
         )
         caption += " The dark tick is what the simulation planned."
-    return PagePlot("memory", "Memory", caption, _bar_spec(rows, runs, layers))
+    return PagePlot("memory", "Memory", caption, _bar_spec(rows, points, layers))
 
 
 def step_parts_plot(comparison: Comparison) -> PagePlot | None:
     """A stacked bar for each point: milliseconds of each part of a step; None if no run timed them."""
-    runs = comparison.begun_runs
+    points = comparison.begun_points
     rows: list[dict[str, Any]] = []
-    for run in runs:
-        for part, seconds in run.summary.parts_s.items():
-            rows.append({"point": run.name, "part": part, "ms": round(1000 * seconds, 3), "order": PARTS.index(part)})
+    for point in points:
+        for part, seconds in point.summary.parts_s.items():
+            rows.append({"point": point.name, "part": part, "ms": round(1000 * seconds, 3), "order": PARTS.index(part)})
     if not rows:
         return None
     encoding = {
@@ -160,33 +165,38 @@ def step_parts_plot(comparison: Comparison) -> PagePlot | None:
         ],
     }
     caption = "Medians over the steps. Communication is part of where it is waited for."
-    return PagePlot("parts", "A step's parts", caption, _bar_spec(rows, runs, [{"mark": "bar", "encoding": encoding}]))
+    return PagePlot(
+        "parts", "A step's parts", caption, _bar_spec(rows, points, [{"mark": "bar", "encoding": encoding}])
+    )
 
 
-def _costs(run: ComparedRun) -> dict[str, float | None]:
-    """What a point cost, by the name of the cost in the menu; None if it is not known."""
+def _costs(point: ComparedPoint) -> dict[str, float | None]:
+    """The costs of a point by name, as the menu of the plot shows them (see `COSTS`); None if one is not known."""
     return {
-        "seconds of steps": sum(row.get("step_s") or 0.0 for row in run.first_repeat.steps.values()),
-        "GiB": run.measured.memory_gib,
-        "GiB saved": run.measured.checkpoint_gib,
-        "dollars a million tokens": run.summary.dollars_per_million,
+        "seconds of steps": sum(row.get("step_s") or 0.0 for row in point.first_repeat.steps.values()),
+        "GiB": point.measured.memory_gib,
+        "GiB saved": point.measured.checkpoint_gib,
+        "dollars a million tokens": point.summary.dollars_per_million,
     }
 
 
 def quality_against_cost_plot(comparison: Comparison) -> PagePlot | None:
-    """A mark for each point: its watched metric, or last loss, against a cost that the reader chooses; None below two points."""
-    runs = comparison.begun_runs
-    watched = watched_metric_name(runs)
-    is_held_out = watched is not None and all(watched in run.measured.after for run in runs)
+    """A mark for each point: its quality against a cost that the reader chooses; None below two points.
+
+    Quality is the held-out metric that decides if every point has it, else the last training loss.
+    """
+    points = comparison.begun_points
+    metric = quality_metric_name(points)
+    is_held_out = metric is not None and all(metric in point.measured.after for point in points)
     rows: list[dict[str, Any]] = []
     known_costs: set[str] = set()
-    drawn: list[ComparedRun] = []
-    for run in runs:
-        quality = run.measured.after[str(watched)] if is_held_out else run.measured.loss
+    drawn: list[ComparedPoint] = []
+    for point in points:
+        quality = point.measured.after[str(metric)] if is_held_out else point.measured.loss
         if quality is not None:
-            costs = _costs(run)
+            costs = _costs(point)
             rows.append({"p": len(drawn), "quality": quality, **costs})
-            drawn.append(run)
+            drawn.append(point)
             known_costs |= {name for name, cost in costs.items() if cost is not None}
     if len(rows) < 2 or not known_costs:
         return None
@@ -196,7 +206,7 @@ def quality_against_cost_plot(comparison: Comparison) -> PagePlot | None:
     margin = max(0.1 * (max(qualities) - min(qualities)), 1e-3 * abs(max(qualities)))
     names = " : ".join(f"against === '{choice}' ? '{COSTS[choice]}'" for choice in choices)
     menu = {"input": "select", "options": choices, "name": "against "}
-    y_title = str(watched) if is_held_out else "last training loss"
+    y_title = str(metric) if is_held_out else "last training loss"
     domain = [min(qualities) - margin, max(qualities) + margin]
     spec = {
         "$schema": SCHEMA,

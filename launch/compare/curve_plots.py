@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.curves import SAME_LOSS_TOLERANCE
 from launch.compare.events import notable_steps
-from launch.compare.quality import watched_metric_name
+from launch.compare.quality import quality_metric_name
 from launch.compare.vega_specs import (
     HEIGHT,
     LEGEND_CONFIG,
@@ -37,25 +37,29 @@ MAX_STEPS_OF_POINT = 400
 """Steps of one point that are drawn: evenly spread ones, and those that stand out."""
 MIN_STEPS_OF_POINT = 20
 MAX_HELD_OUT_METRICS = 12
-"""Held-out metrics in the menu, the watched one first."""
+"""Held-out metrics in the menu, the one that decides first."""
 MAX_NOTABLE = 40
 """Steps that stood out that are drawn; a plot with more is not readable."""
+MAX_POINTS_WITH_NOTABLE = 4
+"""Points of a plot up to which steps that stood out are among its rows."""
 LEAST_DIFFERENCE = 1e-9
 """Differences below it are drawn at it: an axis of logarithms has no zero."""
 COURSE_METRICS = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
 CLICK = "Scroll to zoom, drag to move, double-click to go back. A click on a value in the legend shows it alone."
 
 
-def drawn_steps(run: ComparedRun, count: int) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl` that a plot of curves draws of a run: every n-th, and the steps that stood out.
+def drawn_steps(point: ComparedPoint, num_points: int) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` that a plot draws of a point's first repeat: every n-th, and the steps that stood out.
 
-    Each has `seconds`, the time of all steps up to it. `count`: how many runs share the plot; the more, the fewer rows of each,
-    so that the page stays small.
+    Each row also has `seconds`, the time of all steps up to it. `num_points`: how many points share the plot. The more there
+    are, the fewer rows of each are drawn, so that the page stays small; of more than four, steps that stood out are not drawn.
     """
-    rows = list(run.first_repeat.steps.values())
-    most = min(MAX_STEPS_OF_POINT, max(MIN_STEPS_OF_POINT, MAX_CURVE_ROWS // max(1, count)))
-    stride = max(1, math.ceil(len(rows) / most))
-    notable = {step.step for step in notable_steps(run.first_repeat)[-MAX_NOTABLE:]} if count <= 4 else set()
+    rows = list(point.first_repeat.steps.values())
+    max_rows = min(MAX_STEPS_OF_POINT, max(MIN_STEPS_OF_POINT, MAX_CURVE_ROWS // max(1, num_points)))
+    stride = max(1, math.ceil(len(rows) / max_rows))
+    notable: set[int] = set()
+    if num_points <= MAX_POINTS_WITH_NOTABLE:
+        notable = {step.step for step in notable_steps(point.first_repeat)[-MAX_NOTABLE:]}
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in rows)
     drawn = []
     for number, (row, seconds) in enumerate(zip(rows, elapsed_s, strict=True)):
@@ -65,12 +69,12 @@ def drawn_steps(run: ComparedRun, count: int) -> list[dict[str, Any]]:
 
 
 def _curve_spec(
-    comparison: Comparison, runs: Sequence[ComparedRun], data: Spec, y: Spec, tooltip: Spec, *, height: int = HEIGHT
+    comparison: Comparison, points: Sequence[ComparedPoint], data: Spec, y: Spec, tooltip: Spec, *, height: int = HEIGHT
 ) -> Spec:
-    """A Vega-Lite chart with one curve for each of `runs`.
+    """A Vega-Lite chart with one curve for each of `points`.
 
-    `data`: rows with the run's number as `p`, and `step`, `tokens` and `seconds`, of which the reader chooses the horizontal
-    axis. `y`: the encoding of the value. `tooltip`: what the pointer shows of it.
+    `data`: rows with the number of their point in `points` as `p`, and `step`, `tokens` and `seconds`, one of which the reader
+    chooses for the horizontal axis. `y`: the encoding of the value. `tooltip`: what the pointer shows of it.
     """
     return {
         "$schema": SCHEMA,
@@ -80,7 +84,7 @@ def _curve_spec(
         "title": over_title(),
         "data": data,
         "params": [over_menu()],
-        "transform": [name_lookup(comparison, runs), over_transform()],
+        "transform": [name_lookup(comparison, points), over_transform()],
         "layer": [
             {
                 "mark": {"type": "line", "strokeWidth": 2, "clip": True, "point": {"size": 26}},
@@ -99,16 +103,16 @@ def _curve_spec(
 
 
 def difference_plot(comparison: Comparison) -> PagePlot | None:
-    """How far each point's loss is from that of the point it is compared with, on an axis of logarithms; None without any."""
-    losses = {run.name: run.first_repeat.steps for run in comparison.runs}
-    runs = [run for run in comparison.runs if run.loss_difference is not None]
+    """How far each point's loss is from its baseline's, step by step, on a logarithmic axis; None if no losses are comparable."""
+    steps_by_point = {point.name: point.first_repeat.steps for point in comparison.points}
+    points = [point for point in comparison.points if point.loss_difference is not None]
     rows = []
-    for number, run in enumerate(runs):
-        baseline = losses[str(run.against)]
-        for row in drawn_steps(run, len(runs)):
-            reference = baseline.get(row["step"], {}).get("loss")
-            if reference is not None and row["loss"] is not None:
-                relative = abs(row["loss"] - reference) / (abs(reference) or 1.0)
+    for number, point in enumerate(points):
+        baseline_steps = steps_by_point[str(point.baseline_name)]
+        for row in drawn_steps(point, len(points)):
+            baseline_loss = baseline_steps.get(row["step"], {}).get("loss")
+            if baseline_loss is not None and row["loss"] is not None:
+                relative = abs(row["loss"] - baseline_loss) / (abs(baseline_loss) or 1.0)
                 cells = (number, row["step"], row.get("tokens"), row["seconds"], max(relative, LEAST_DIFFERENCE))
                 rows.append(cells)
     if not rows:
@@ -122,7 +126,7 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
         "axis": {"format": ".0e", "tickCount": 6},
     }
     tooltip = {"field": "difference", "type": "quantitative", "format": ".2e"}
-    spec = _curve_spec(comparison, runs, data, y, tooltip)
+    spec = _curve_spec(comparison, points, data, y, tooltip)
     spec["layer"].append(
         {
             "data": {"values": [{"limit": SAME_LOSS_TOLERANCE}]},
@@ -131,7 +135,7 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
             "encoding": {"y": {"datum": SAME_LOSS_TOLERANCE}},
         }
     )
-    baselines = list(dict.fromkeys(str(run.against) for run in runs))
+    baselines = list(dict.fromkeys(str(point.baseline_name) for point in points))
     compared_with = baselines[0] if len(baselines) == 1 else "the first point of the same job, or the first of all"
     return PagePlot(
         name="difference",
@@ -144,39 +148,39 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
 
 def loss_plot(comparison: Comparison) -> PagePlot | None:
     """The training losses; None if no step has one."""
-    runs = comparison.begun_runs
+    points = comparison.begun_points
     rows = []
-    for number, run in enumerate(runs):
-        for row in drawn_steps(run, len(runs)):
+    for number, point in enumerate(points):
+        for row in drawn_steps(point, len(points)):
             if row["loss"] is not None:
                 rows.append((number, row["step"], row.get("tokens"), row["seconds"], row["loss"]))
     if not rows:
         return None
     data = csv_data(("p", "step", "tokens", "seconds", "loss"), rows)
     y = {"field": "loss", "type": "quantitative", "title": "training loss", "scale": {"zero": False}}
-    spec = _curve_spec(comparison, runs, data, y, {"field": "loss", "type": "quantitative", "format": ".6f"})
+    spec = _curve_spec(comparison, points, data, y, {"field": "loss", "type": "quantitative", "format": ".6f"})
     caption = CLICK
-    if any(run.is_same_job for run in runs):
+    if any(point.is_same_job for point in points):
         caption += " Equal curves lie on each other: the differences above tell them apart."
-    notable_rows = _notable_rows(runs)
+    notable_rows = _notable_rows(points)
     if 0 < len(notable_rows) <= MAX_NOTABLE:
         spec["layer"].append(_notable_layer(notable_rows))
         caption += " Dotted: steps that stood out; the pointer says what was done."
     return PagePlot("loss", "Training loss", caption, spec)
 
 
-def _notable_rows(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
+def _notable_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
     """A row for each step that stood out: its position on the three horizontal axes, and what a guard or detector found there."""
     notable_rows = []
-    for run in runs:
-        notables = notable_steps(run.first_repeat)
+    for point in points:
+        notables = notable_steps(point.first_repeat)
         if not notables:
             continue
-        row_by_step = {row["step"]: row for row in drawn_steps(run, 1)}
+        row_by_step = {row["step"]: row for row in drawn_steps(point, 1)}
         for notable in notables:
             row = row_by_step.get(notable.step, {})
             position = {"step": notable.step, "tokens": row.get("tokens"), "seconds": row.get("seconds")}
-            notable_rows.append({"point": run.name, **position, "what": notable.text})
+            notable_rows.append({"point": point.name, **position, "what": notable.text})
     return notable_rows
 
 
@@ -198,18 +202,18 @@ def _notable_layer(rows: list[dict[str, Any]]) -> Spec:
 
 
 def held_out_plot(comparison: Comparison) -> PagePlot | None:
-    """One held-out metric over the run, which the reader chooses, the watched one first; None if nothing was evaluated."""
-    runs = comparison.begun_runs
+    """A held-out metric over training, chosen by the reader in a menu; None if nothing was evaluated."""
+    points = comparison.begun_points
     names = _held_out_names(comparison)
     if not names:
         return None
     rows = []
-    evaluations_of_point = max(2, MAX_CURVE_ROWS // max(1, len(runs) * len(names)))
-    for number, run in enumerate(runs):
-        rows += _held_out_rows(number, run, names, evaluations_of_point)
+    max_evaluations = max(2, MAX_CURVE_ROWS // max(1, len(points) * len(names)))
+    for number, point in enumerate(points):
+        rows += _held_out_rows(number, point, names, max_evaluations)
     data = csv_data(("p", "step", "tokens", "seconds", "metric", "value"), rows, text_columns=("metric",))
     y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
-    spec = _curve_spec(comparison, runs, data, y, {"field": "value", "type": "quantitative", "format": ".6g"})
+    spec = _curve_spec(comparison, points, data, y, {"field": "value", "type": "quantitative", "format": ".6g"})
     spec["transform"].insert(0, {"filter": "datum.metric === metric"})
     menu = {"name": "metric", "value": names[0], "bind": {"input": "select", "options": names, "name": "metric "}}
     spec["params"].append(menu)
@@ -217,29 +221,32 @@ def held_out_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _held_out_names(comparison: Comparison) -> list[str]:
-    """The metrics of the menu, the watched one first, then those that most points have."""
-    names: dict[str, int] = {}
-    for run in comparison.begun_runs:
-        for name in {**run.measured.before, **run.measured.after}:
-            names[name] = names.get(name, 0) + 1
-    watched = watched_metric_name(comparison.begun_runs)
-    ordered = sorted(names, key=lambda name: (name != watched, -names[name]))
+    """The metrics of the menu: the one that decides first, then those that most points have; at most `MAX_HELD_OUT_METRICS`."""
+    num_points_by_metric: dict[str, int] = {}
+    for point in comparison.begun_points:
+        for name in {**point.measured.before, **point.measured.after}:
+            num_points_by_metric[name] = num_points_by_metric.get(name, 0) + 1
+    decisive_metric = quality_metric_name(comparison.begun_points)
+    ordered = sorted(num_points_by_metric, key=lambda name: (name != decisive_metric, -num_points_by_metric[name]))
     return ordered[:MAX_HELD_OUT_METRICS]
 
 
-def _held_out_rows(number: int, run: ComparedRun, names: Sequence[str], most: int) -> list[tuple[Any, ...]]:
-    """Data rows (run number, step, tokens, seconds, metric, value) of the held-out metrics `names` of a run.
+def _held_out_rows(
+    number: int, point: ComparedPoint, names: Sequence[str], max_evaluations: int
+) -> list[tuple[Any, ...]]:
+    """Data rows (point number, step, tokens, seconds, metric, value) of the held-out metrics `names` of a point.
 
-    At most about `most` evaluations are drawn, the first and the last among them.
+    Of more than about `max_evaluations` evaluations, evenly spread ones are drawn, the first and the last among them.
     """
-    steps = run.first_repeat.steps
+    steps = point.first_repeat.steps
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in steps.values())
     seconds_by_step = {0: 0.0, **dict(zip(steps, elapsed_s, strict=True))}
-    evaluations = list(run.first_repeat.evaluations.items())
-    stride = max(1, math.ceil(len(evaluations) / most))
+    evaluations = list(point.first_repeat.evaluations.items())
+    stride = max(1, math.ceil(len(evaluations) / max_evaluations))
     rows = []
     for index, (step, metrics) in enumerate(evaluations):
-        if index % stride and index != len(evaluations) - 1:
+        is_last = index == len(evaluations) - 1
+        if index % stride and not is_last:
             continue
         tokens = 0 if step == 0 else steps.get(step, {}).get("tokens")
         for name in names:
@@ -249,25 +256,27 @@ def _held_out_rows(number: int, run: ComparedRun, names: Sequence[str], most: in
 
 
 def course_plot(comparison: Comparison) -> PagePlot | None:
-    """Gradient norm, learning rate or speed over the run, which the reader chooses; None if no row has any of them."""
-    runs = comparison.begun_runs
+    """Gradient norm, learning rate or speed over training, chosen by the reader in a menu; None if no row has any of them."""
+    points = comparison.begun_points
     rows = []
-    known: set[str] = set()
-    for number, run in enumerate(runs):
-        for row in drawn_steps(run, len(runs)):
+    known_metrics: set[str] = set()
+    for number, point in enumerate(points):
+        for row in drawn_steps(point, len(points)):
             values = []
             for metric in COURSE_METRICS:
                 value = row.get(metric)
-                values.append(value if isinstance(value, int | float) else None)
-                known |= {metric} if isinstance(value, int | float) else set()
+                is_number = isinstance(value, int | float)
+                values.append(value if is_number else None)
+                if is_number:
+                    known_metrics.add(metric)
             rows.append((number, row["step"], row.get("tokens"), row["seconds"], *values))
-    if not known:
+    if not known_metrics:
         return None
-    titles = [title for metric, title in COURSE_METRICS.items() if metric in known]
+    titles = [title for metric, title in COURSE_METRICS.items() if metric in known_metrics]
     data = csv_data(("p", "step", "tokens", "seconds", *COURSE_METRICS.values()), rows)
     y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
     spec = _curve_spec(
-        comparison, runs, data, y, {"field": "value", "type": "quantitative", "format": ".6g"}, height=240
+        comparison, points, data, y, {"field": "value", "type": "quantitative", "format": ".6g"}, height=240
     )
     spec["transform"] += [{"calculate": "datum[metric]", "as": "value"}, {"filter": "isValid(datum.value)"}]
     menu = {"name": "metric", "value": titles[0], "bind": {"input": "select", "options": titles, "name": "metric "}}

@@ -1,4 +1,4 @@
-"""Compares loss curves with the first run's: how far they differ, where, and whether they may be compared."""
+"""Compares the loss curves of two runs: how far they differ, at which step, and whether they can be compared."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ SPEED_SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class LossDifference:
-    """Relative differences of two curves over the steps that both have."""
+    """Relative differences of the losses of two runs, over the steps that both have."""
 
     early: float
-    """The largest over the first five steps."""
+    """The largest difference over the first five common steps."""
     early_step: int
     drift: float
-    """The largest over all."""
+    """The largest difference over all common steps."""
     drift_step: int
     steps: int
-    """How many steps both have."""
+    """How many steps both runs have."""
 
     @property
     def same(self) -> bool:
@@ -87,22 +87,24 @@ def rounded(difference: float) -> str:
 
 
 def baseline_index(runs: list[RecordedRun], run_index: int, first: int) -> int | None:
-    """Index of the run whose loss run `run_index` is compared with: the earliest with the same steps, else `first`.
+    """Index of the run that the loss of run `run_index` is compared with. The first case that applies:
 
-    So a strategy is compared with the first one of the same method and learning rate, and a method with the first run.
-    `first` is the first run that has steps; None for a run before it.
+    - None for a run before `first`, which is the first run that took a step.
+    - The earliest run that trains the same job with the same seed, so that two strategies of one method are compared.
+    - Otherwise `first`.
     """
     if run_index < first:
         return None
     settings = step_settings(runs[run_index])
-    for earlier in range(run_index):
-        if runs[earlier].steps and step_settings(runs[earlier]) == settings:
-            return earlier
+    for earlier_index in range(run_index):
+        earlier = runs[earlier_index]
+        if earlier.steps and step_settings(earlier) == settings:
+            return earlier_index
     return first
 
 
 def step_settings(run: RecordedRun) -> dict[str, Any]:
-    """The settings that decide what is computed in a step: two runs with equal ones must have equal losses."""
+    """The settings that decide what is computed in a step, with the seed: two runs with equal ones must have equal losses."""
     return {key: value for key, value in run.config.items() if _decides_steps(key)}
 
 
@@ -122,9 +124,10 @@ def first_step_not_finite(run: RecordedRun) -> int | None:
 
 
 def why_not_comparable(baseline: RecordedRun, run: RecordedRun) -> list[str]:
-    """Why the losses of two runs are not of the same documents in the same order: a line `key: value and value` for each.
+    """Why the losses of two runs cannot be compared: their data, its order or the objective differs.
 
-    Empty if the losses can be compared.
+    A line `key: value and value` for each difference; empty if the losses can be compared. `identity.json` of the runs says it,
+    or their settings if one of them has no such file.
     """
     if not baseline.identity or not run.identity:
         return _difference_lines(_identity_from_config(baseline), _identity_from_config(run))

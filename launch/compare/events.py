@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.run_files import RecordedRun
 from trainer.monitors.guard_config import DONE, Action, outlier_text
 
@@ -58,37 +58,40 @@ def _event_text(event: dict[str, Any]) -> str:
 
 
 def notable_step_lines(comparison: Comparison) -> list[str]:
-    """A line for each notable step of each run, the last `MAX_STEPS` of a run."""
+    """A line for each notable step of each point's first repeat, the last `MAX_STEPS` of a point."""
     lines = []
-    for run in comparison.runs:
-        prefix = _run_prefix(comparison, run)
-        steps = notable_steps(run.first_repeat)
+    for point in comparison.points:
+        prefix = _point_prefix(comparison, point)
+        steps = notable_steps(point.first_repeat)
         if len(steps) > MAX_STEPS:
-            events_file = f"{run.first_repeat.directory}/events.jsonl"
+            events_file = f"{point.first_repeat.directory}/events.jsonl"
             lines.append(f"{prefix}{len(steps) - MAX_STEPS} earlier steps, in {events_file}")
         lines += [f"{prefix}step {notable.step}: {notable.text}" for notable in steps[-MAX_STEPS:]]
     return lines
 
 
 def resolved_settings(comparison: Comparison) -> list[str]:
-    """Lines on settings such as `auto` whose values the runs chose themselves: one for all runs if all chose the same."""
-    runs = [run for run in comparison.runs if not run.first_repeat.record.is_empty]
+    """Lines on settings such as `auto` that the runs resolved: one line for all points if all resolved it alike.
+
+    A line looks like `run.matmul: blas` or `ddp: run.matmul: blas`.
+    """
+    points = [point for point in comparison.points if not point.first_repeat.record.is_empty]
     keys: dict[str, None] = {}
-    for run in runs:
-        keys |= dict.fromkeys(run.first_repeat.record.substitutions)
+    for point in points:
+        keys |= dict.fromkeys(point.first_repeat.record.substitutions)
     lines = []
     for key in keys:
-        choice_by_run = {run.name: run.first_repeat.record.substitutions.get(key) for run in runs}
-        choices = set(choice_by_run.values())
-        if len(choices) == 1:
-            lines.append(f"{key}: {choices.pop()}")
+        value_by_point = {point.name: point.first_repeat.record.substitutions.get(key) for point in points}
+        values = set(value_by_point.values())
+        if len(values) == 1:
+            lines.append(f"{key}: {values.pop()}")
             continue
-        for name, choice in choice_by_run.items():
-            if choice is not None:
-                lines.append(f"{name}: {key}: {choice}")
+        for name, value in value_by_point.items():
+            if value is not None:
+                lines.append(f"{name}: {key}: {value}")
     return lines
 
 
-def _run_prefix(comparison: Comparison, run: ComparedRun) -> str:
-    """What a line about one run begins with: its name, or nothing if it is the only run."""
-    return f"{run.name}: " if len(comparison.runs) > 1 else ""
+def _point_prefix(comparison: Comparison, point: ComparedPoint) -> str:
+    """What a line about a point begins with: `ddp: `, or nothing if it is the only point."""
+    return f"{point.name}: " if len(comparison.points) > 1 else ""

@@ -19,10 +19,10 @@ WritePage = Callable[[float | None], None]
 
 
 def follow(run_dirs: list[Path], write: WritePage) -> None:
-    """Write the page every `PAGE_INTERVAL_S` seconds until all runs have ended; the caller writes the last one.
+    """Write the page every `PAGE_INTERVAL_S` seconds until all runs have ended; the caller writes the last version.
 
-    `write(seconds)` writes a page that the browser reloads after so long; None: not any more. A run that has not begun is waited
-    for only while another one is active, and for `QUIET_S` afterwards. Errors: KeyboardInterrupt, after a last page.
+    `write(seconds)` writes a page that the browser reloads after `seconds`, or never if None. Runs that have not begun are waited
+    for while another run is active, and `QUIET_S` seconds longer. On Ctrl-C a last page is written and KeyboardInterrupt raised.
     """
     last_active = monotonic()
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ FIRST_IN_NAME = (
     *("optim.lr", "batch.global", "batch.micro", "run.seed"),
 )
 """Come first in a name, in this order."""
+CHOICES = ("strategy", "tuning", "objective", "optim", "schedule", "launcher")
+"""Groups of settings whose `name` is chosen by the group alone, as in `strategy=ddp`."""
 ABSENT = "-"
 MAX_NAME_LENGTH = 40
 """Characters of a name."""
@@ -70,9 +74,10 @@ def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
 
 
 def _differs(key: str, runs: list[RecordedRun]) -> bool:
-    """Whether a setting has several values among runs that made the same choice of its group.
+    """Whether a setting has several values among runs with the same choice in its group.
 
-    So `tuning.rank` differs between two runs of lora, and not between one of lora and one of full tuning.
+    `tuning.rank` may differ between two runs with `tuning=lora`. Between `tuning=lora` and `tuning=full` it does not
+    count: there it follows from the choice.
     """
     choice_key = f"{key.split('.')[0]}.name"
     values_by_choice: dict[Any, set[str]] = {}
@@ -88,7 +93,7 @@ def _recorded(record: RunRecord, key: str) -> Any:
 
 
 def _comparable(value: Any) -> str:
-    """A text that is the same for equal values of a setting. Trackers write 0.0 as 0, so whole floats count as integers."""
+    """A text that is the same for equal values of a setting. Whole floats count as integers, because trackers write 0.0 as 0."""
     if isinstance(value, list):
         return f"[{', '.join(map(_comparable, value))}]"
     if isinstance(value, float) and value.is_integer():
@@ -99,14 +104,14 @@ def _comparable(value: Any) -> str:
 def run_names(runs: list[RecordedRun], differences: list[SettingDifference]) -> list[str]:
     """A name for each run made of the settings that differ, such as `fsdp2-lora-lr2e-4`.
 
-    Runs that these do not tell apart also get the name of their directory.
+    Runs that would still share a name get the name of their directory behind it.
     """
     names = [""] * len(runs)
     for suffixes in _name_suffixes(differences):
         longer_names = [_joined(name, suffix) for name, suffix in zip(names, suffixes, strict=True)]
         if max(map(len, longer_names)) <= MAX_NAME_LENGTH:  # else only the table shows this difference
             names = longer_names
-    # Two runs still share a name if their difference is no part of a name, or would have made it too long.
+    # Two runs still share a name if they differ in a setting that is no part of names, or would have made them too long.
     counts = Counter(names)
     unique_names = []
     for name, run in zip(names, runs, strict=True):
@@ -120,33 +125,30 @@ def _joined(name: str, suffix: str) -> str:
 
 
 def _name_suffixes(differences: list[SettingDifference]) -> list[list[str]]:
-    """What each difference adds to the runs' names: `result[i][j]` is the suffix of difference `i` for run `j`.
+    """What each difference adds to the runs' names: `result[i][j]` is the suffix of run `j` for difference `i`.
 
-    The most telling differences come first, because later ones may not fit into the name any more.
+    The settings that tell a reader most come first, because later ones may not fit into the name any more.
     """
     values_by_key = {difference.key: difference.values for difference in differences}
-    settings = []
+    setting_keys = []
     for key in values_by_key:
         if not key.startswith("run.json ") and not is_below(key, NOT_NAMED):
-            settings.append(key)
-    telling_settings = [key for key in FIRST_IN_NAME if key in settings]
-    other_settings = [key for key in settings if key not in FIRST_IN_NAME]
+            setting_keys.append(key)
 
-    # The world size is the only fact of `run.json` that is part of a name.
-    world_size_key = "run.json world_size"
     suffixes = []
-    for key in (*telling_settings, world_size_key, *other_settings):
-        values = values_by_key.get(key)
-        if values is None:  # every run has the same world size
-            continue
-        if key == world_size_key:
-            suffixes.append([_ranks(world_size) for world_size in values])
-        else:
-            suffixes.append([_name_suffix(key, value) for value in values])
+    for key in FIRST_IN_NAME:
+        if key in setting_keys:
+            suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
+    # The world size is the only fact of `run.json` that is part of a name.
+    if "run.json world_size" in values_by_key:
+        suffixes.append([_ranks_suffix(world_size) for world_size in values_by_key["run.json world_size"]])
+    for key in setting_keys:
+        if key not in FIRST_IN_NAME:
+            suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
     return suffixes
 
 
-def _ranks(world_size: Any) -> str:
+def _ranks_suffix(world_size: Any) -> str:
     """What the world size adds to a name: `1rank`, `4ranks`, nothing if it is not known."""
     if world_size == ABSENT:
         return ""
@@ -176,6 +178,40 @@ def _word_characters(value_text: str) -> str:
     return re.sub(r"[^\w.]+", "_", value_text).strip("_")
 
 
+def point_arguments(differences: Sequence[SettingDifference], number: int) -> str:
+    """The settings of point `number` in which the points differ, as arguments for a shell: `strategy=ddp optim.lr=1e-3`."""
+    arguments = []
+    for difference in differences:
+        value = difference.values[number]
+        is_setting = not difference.key.startswith("run.json ") and not is_below(difference.key, NOT_NAMED)
+        if is_setting and value != ABSENT:
+            arguments.append(shlex.quote(setting_argument(difference.key, value)))
+    return " ".join(arguments)
+
+
+def setting_argument(key: str, value: Any) -> str:
+    """A setting as a command-line argument: `tuning=lora`, `optim.lr=1e-3`, `tuning.dora=true`."""
+    group, _, name = key.rpartition(".")
+    if name == "name" and group in CHOICES:
+        key = group
+    return f"{key}={_argument_value(value)}"
+
+
+def _argument_value(value: Any) -> str:
+    """The value of a command-line argument `key=value`, such as `null`, `true`, `[q_proj,v_proj]` or `'a,b.jsonl'`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        entries = [_argument_value(entry) for entry in value]
+        return f"[{','.join(entries)}]"
+    text = short(value)
+    # Unquoted, a comma would make an axis of the value, and a bracket a list.
+    needs_quotes = any(char in ",[]{}=:" for char in text) and "'" not in text
+    return f"'{text}'" if needs_quotes else text
+
+
 def is_below(key: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of the prefixes, or below one."""
+    """Whether a dotted key is one of the prefixes or below one: `logging.name` is below `logging`."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

@@ -50,8 +50,8 @@ def write_plot_images(comparison: Comparison, to: Path) -> list[tuple[str, str]]
 
 def _plots(comparison: Comparison) -> Sequence[PagePlot | Figure]:
     """The plots of the page: those of several points, or of one run."""
-    if len(comparison.runs) > 1:
+    if len(comparison.points) > 1:
         return comparison_plots(comparison)
-    run = comparison.runs[0]
-    shown, closer = figures(run.first_repeat, run.summary.parts_s, profile=None)
-    return [*shown, *closer]
+    point = comparison.points[0]
+    main_plots, folded_plots = figures(point.first_repeat, point.summary.parts_s, profile=None)
+    return [*main_plots, *folded_plots]

@@ -30,7 +30,7 @@ MAX_LINE_LENGTH = 110
 
 
 class RunsProgress:
-    """Shows on stderr how far a series of runs is, which are started one after another: run, step and time left.
+    """Shows on stderr how far a series of runs is that are started one after another: number of the run, step and time left.
 
     Of `total_runs`, `done` had finished before this command. `pages` are rewritten while the runs train.
     """
@@ -53,10 +53,10 @@ class RunsProgress:
         self._name = name
         self._run_dir = run_dir
         self._total_steps = total_steps
-        # A run that continues has steps from before: they say nothing about its pace now.
+        # A resumed run has steps of an earlier start: they say nothing about its speed now.
         self._step_at_start = _last_step(run_dir)
         self._first_seen: tuple[float, int] | None = None
-        """(time at which its first new step was seen, that step)."""
+        """(when a first new step was seen, that step); None before."""
         self._started_at = self._printed_at = time.monotonic()
         if not self._is_terminal:
             self._print(f"{self._heading()} -> {run_dir}")
@@ -120,10 +120,10 @@ class RunsProgress:
         return line
 
     def _seconds_left(self, now: float, step: int) -> float | None:
-        """Estimated seconds to the end of all runs; None as long as nothing is known.
+        """Estimated seconds to the end of all runs; None before an estimate is possible.
 
-        A run is expected to take as long as the mean of those before it. For the first one: its start, and its steps at the
-        pace so far.
+        Each run is expected to take as long as the mean of the finished ones. While the first one runs, the estimate is its start
+        plus its steps at the speed so far.
         """
         if self._first_seen is None and step > self._step_at_start:
             self._first_seen = (now, step)
@@ -136,9 +136,9 @@ class RunsProgress:
             run_s = start_s + step_s * (self._total_steps - first_step)
         else:
             return None
-        elapsed_s = now - self._started_at
+        left_of_this_run_s = max(0.0, run_s - (now - self._started_at))
         later_runs = self.total_runs - self.run_number
-        return max(0.0, run_s - elapsed_s) + run_s * later_runs
+        return left_of_this_run_s + run_s * later_runs
 
     def _print(self, line: str, *, replaceable: bool = False) -> None:
         """Print a line; in a terminal, the next one replaces it if it is `replaceable`."""
@@ -169,7 +169,7 @@ def run_with_progress(name: str, composed: Composed, run_dir: Path, progress: Ru
     output = run_dir / "logs" / "output.log"
     output.parent.mkdir(parents=True, exist_ok=True)
     progress.start_run(name, run_dir, composed.config.budget.steps)
-    # The reason of a failure is shown with the others; what led to it stays beside the run.
+    # The comparison shows the reason of a failure; the whole output stays in the run's directory.
     with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         try:
             redirected = RedirectedOutput(output, progress.update)

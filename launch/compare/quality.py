@@ -22,6 +22,12 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 from launch.compare.curves import SAME_LOSS_TOLERANCE, step_settings
+from launch.compare.metric_meaning import (
+    DEFAULT_METRIC,
+    differing_keys,
+    metric_direction,
+    why_measured_differently,
+)
 from launch.compare.run_files import RecordedRun, last_held_out_metrics
 from strategies import atomic_io
 from trainer.reporting.findings import findings_in
@@ -29,9 +35,8 @@ from trainer.reporting.results import EVALUATION, LAST_HELD_OUT, kept_reports
 from trainer.reporting.run_record import MOST_BYTES
 
 if TYPE_CHECKING:
-    from launch.compare.compared_run import ComparedRun
+    from launch.compare.compared_point import ComparedPoint
 
-DEFAULT_WATCH = "eval/loss"
 LEVEL = 0.05
 """How often, at most, equal jobs are said to differ, over all pairs of a comparison together."""
 MIN_BATCHES = 4
@@ -39,21 +44,10 @@ MIN_BATCHES = 4
 
 With four of them, equal models are said to differ as rarely as with eight: 5 to 6 % of 6,000 made-up pairs at a level of 5 %.
 """
-REWARD = "eval/reward"
-REWARDS = "objective.rewards."
-"""Prefix of the settings of rewards."""
-TRAINING_ONLY = "objective.forgetting."
-"""Prefix of settings of the objective that change no held-out loss."""
-SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "calibration_error", "nll")
-LARGER_IS_BETTER = (
-    *("accuracy", "margin", "f1", "f1_macro", "f1_micro", "bleu", "chrf", "rouge1", "rouge2", "rougeL"),
-    *("exact_match", "token_accuracy", "win_rate", "reward", "score"),
-)
-"""Names of metrics whose direction is known without asking the tasks that have them, which loads torch."""
 
 
 @dataclass(frozen=True, slots=True)
-class WatchedMetric:
+class QualityMetric:
     """The held-out metric by which a comparison judges quality."""
 
     name: str
@@ -67,24 +61,24 @@ class WatchedMetric:
 
 @dataclass(frozen=True)
 class ComparedJob:
-    """The points of a comparison that train the same job, apart from their seed."""
+    """All points of a comparison whose settings differ in nothing but seed and strategy."""
 
-    points: tuple[ComparedRun, ...]
+    points: tuple[ComparedPoint, ...]
     settings: dict[str, Any]
-    """What a step computes, by dotted key, without the seed."""
+    """The settings that decide what a step computes, by dotted key, without the seed."""
 
     @cached_property
     def done_runs(self) -> list[RecordedRun]:
-        """The runs of all points and repeats that ended as they should: those that broke off are no measure of quality."""
+        """The runs of all points and repeats that are done: one that was stopped or failed is no measure of quality."""
         runs: list[RecordedRun] = []
         for point in self.points:
-            runs += [run for run in point.repeated.repeats if run.ended is None and run.steps]
+            runs += [run for run in point.repeats if run.unfinished_state is None and run.steps]
         return runs
 
     def values(self, metric: str) -> list[float]:
-        """The metric at the last evaluation, one value for each seed: the median of its strategies and repeats.
+        """The metric at the last evaluation, one value for each seed: the median over the seed's strategies and repeats.
 
-        Runs without the metric are left out.
+        Runs that are not done, and runs without the metric, are left out.
         """
         values_by_seed: dict[Any, list[float]] = {}
         for run in self.done_runs:
@@ -99,47 +93,49 @@ class ComparedJob:
         return len({run.config.get("run.seed") for run in self.done_runs})
 
     @property
-    def is_broken(self) -> bool:
+    def has_diverged(self) -> bool:
         """Whether a run that is done has diverged: such a job has no quality, whatever was measured before."""
         return any(_run_diverged(run) for run in self.done_runs)
 
 
 @dataclass(frozen=True, slots=True)
 class QualityDifference:
-    """How the watched metric of one job differs from that of a better one, and what is known of chance."""
+    """How the metric of one job differs from that of its baseline, and whether chance may explain it."""
 
     relative: float
-    """(value - better value) / |better value|: positive for a loss that is higher."""
+    """(value - baseline value) / |baseline value|: positive if the value is larger than the baseline's."""
     seeds: int
     """Seeds of the job that has more of them."""
     seed_interval: tuple[float, float] | None = None
     """Of `relative`, over seeds; None if both jobs have one seed, or if their seeds differ by rounding alone."""
-    interval: tuple[float, float] | None = None
+    document_interval: tuple[float, float] | None = None
     """Of `relative`, over held-out documents; None if it is not known."""
-    beyond_reports: bool | None = None
+    reports_apart: bool | None = None
     """Whether the intervals of `shardtune evaluate` are apart; None if it did not evaluate both."""
 
     @property
     def is_shown(self) -> bool:
-        """Whether the difference is real: no interval (over seeds, over documents, of reports) allows for chance alone."""
-        evidence = [] if self.beyond_reports is None else [self.beyond_reports]
-        for interval in (self.seed_interval, self.interval):
+        """Whether chance does not explain the difference: there is evidence (seeds, documents, reports), and all of it agrees."""
+        excludes_chance = []
+        for interval in (self.seed_interval, self.document_interval):
             if interval is not None:
                 low, high = interval
                 # An interval on the other side of zero is evidence for the opposite.
-                evidence.append(low > 0 if self.relative > 0 else high < 0)
-        # Rounding alone differs by less.
-        return abs(self.relative) > SAME_LOSS_TOLERANCE and bool(evidence) and all(evidence)
+                excludes_chance.append(low > 0 if self.relative > 0 else high < 0)
+        if self.reports_apart is not None:
+            excludes_chance.append(self.reports_apart)
+        is_more_than_rounding = abs(self.relative) > SAME_LOSS_TOLERANCE
+        return is_more_than_rounding and bool(excludes_chance) and all(excludes_chance)
 
     @property
     def sources(self) -> list[str]:
         """What the judgement rests on, as nouns; empty if nothing is known of chance."""
         sources = []
-        if self.interval is not None:
+        if self.document_interval is not None:
             sources.append("held-out documents")
         if self.seed_interval is not None:
             sources.append("seeds")
-        if self.beyond_reports is not None:
+        if self.reports_apart is not None:
             sources.append("intervals of shardtune evaluate")
         return sources
 
@@ -147,14 +143,14 @@ class QualityDifference:
     def evidence_text(self) -> str:
         """What the judgement rests on, with its numbers; empty if on nothing."""
         clauses = []
-        if self.interval is not None:
-            low, high = self.interval
+        if self.document_interval is not None:
+            low, high = self.document_interval
             clauses.append(f"95 % interval over held-out documents {low:+.2%} to {high:+.2%}")
         if self.seed_interval is not None:
             low, high = self.seed_interval
             clauses.append(f"95 % interval over {self.seeds} seeds {low:+.2%} to {high:+.2%}")
-        if self.beyond_reports is not None:
-            word = "apart" if self.beyond_reports else "overlap"
+        if self.reports_apart is not None:
+            word = "apart" if self.reports_apart else "overlap"
             clauses.append(f"intervals of shardtune evaluate {word}")
         return "; ".join(clauses)
 
@@ -163,7 +159,7 @@ class QualityDifference:
 class RankedJobs:
     """The jobs of a comparison, the best first, by one held-out metric."""
 
-    metric: WatchedMetric
+    metric: QualityMetric
     jobs: list[ComparedJob]
     differences: list[QualityDifference | None] = field(default_factory=list)
     """Of each job from the best one; None for the best."""
@@ -202,9 +198,9 @@ def _is_shown(difference: QualityDifference | None) -> bool:
     return difference is not None and difference.is_shown
 
 
-def diverged(point: ComparedRun) -> bool:
-    """Whether any repeat's losses ended worse than they began, or are no numbers."""
-    return any(_run_diverged(run) for run in point.repeated.repeats)
+def diverged(point: ComparedPoint) -> bool:
+    """Whether the losses of any repeat ended worse than they began, or are not finite."""
+    return any(_run_diverged(run) for run in point.repeats)
 
 
 def _run_diverged(run: RecordedRun) -> bool:
@@ -213,9 +209,9 @@ def _run_diverged(run: RecordedRun) -> bool:
     return bool(run.steps) and run.steps[max(run.steps)]["loss"] is None
 
 
-def jobs_of(points: Sequence[ComparedRun]) -> list[ComparedJob]:
-    """The points that took a step, grouped into jobs: points of a job have equal settings but for seed and strategy."""
-    points_by_key: dict[str, list[ComparedRun]] = {}
+def jobs_of(points: Sequence[ComparedPoint]) -> list[ComparedJob]:
+    """The points that took a step, grouped into jobs: points of one job have equal settings apart from seed and strategy."""
+    points_by_key: dict[str, list[ComparedPoint]] = {}
     settings_by_key: dict[str, dict[str, Any]] = {}
     for point in points:
         if not point.measured.steps:
@@ -228,60 +224,44 @@ def jobs_of(points: Sequence[ComparedRun]) -> list[ComparedJob]:
     return [ComparedJob(tuple(points), settings_by_key[key]) for key, points in points_by_key.items()]
 
 
-def watched_metric(jobs: Sequence[ComparedJob]) -> WatchedMetric | None:
-    """The metric by which quality is compared: `evaluation.watch` if every job has it, else the held-out loss; None without.
+def quality_metric(jobs: Sequence[ComparedJob]) -> QualityMetric | None:
+    """The metric by which the quality of the jobs is compared; None if there is none.
 
-    It is never a metric of the test documents: who chooses by them has none left to measure the choice with.
+    It is `evaluation.watch` of the first job, or else the held-out loss. Every job must have it, except jobs that diverged and
+    jobs without a run that is done. It is never a metric of the test documents: whoever chooses by them cannot measure the
+    choice with them any more.
     """
     if not jobs:
         return None
     first_run = jobs[0].points[0].first_repeat
-    for name in (str(first_run.config.get("evaluation.watch") or DEFAULT_WATCH), DEFAULT_WATCH):
+    configured = str(first_run.config.get("evaluation.watch") or DEFAULT_METRIC)
+    for name in (configured, DEFAULT_METRIC):
         if name.startswith("test/"):
             continue
-        if all(job.values(name) or job.is_broken or not job.done_runs for job in jobs):
-            larger = watched_direction(first_run, name)
-            if larger is not None and any(job.values(name) for job in jobs):
-                return WatchedMetric(name, larger)
+        any_has_it = any(job.values(name) for job in jobs)
+        all_have_it = all(job.values(name) or job.has_diverged or not job.done_runs for job in jobs)
+        if any_has_it and all_have_it:
+            greater_is_better = metric_direction(first_run, name)
+            if greater_is_better is not None:
+                return QualityMetric(name, greater_is_better)
     return None
 
 
-def watched_metric_name(points: Sequence[ComparedRun]) -> str | None:
-    """The name of the watched metric of any of the points; None if no point has a held-out metric by which to judge."""
-    metric = watched_metric(jobs_of(points))
+def quality_metric_name(points: Sequence[ComparedPoint]) -> str | None:
+    """The name of the metric to show first: the one that all jobs have, else the held-out loss if any point has it, else None."""
+    metric = quality_metric(jobs_of(points))
     if metric is not None:
         return metric.name
-    return DEFAULT_WATCH if any(DEFAULT_WATCH in point.measured.after for point in points) else None
+    return DEFAULT_METRIC if any(DEFAULT_METRIC in point.measured.after for point in points) else None
 
 
-def watched_direction(run: RecordedRun, name: str) -> bool | None:
-    """Whether a larger value of the watched metric is better, as the run recorded it, its settings say, or its name."""
-    outcome = run.record.outcome
-    if outcome is not None and outcome.watch == name and outcome.greater_is_better is not None:
-        return outcome.greater_is_better
-    configured = run.config.get("evaluation.greater_is_better")
-    if configured is not None and run.config.get("evaluation.watch") == name:
-        return bool(configured)
-    return direction_of(name)
-
-
-def direction_of(name: str) -> bool | None:
-    """Whether a larger value of a metric is better, by its name; None if the name does not tell."""
-    parts = name.split("/")
-    if "loss" in parts[1:2] or parts[0] == "forgetting":
-        return False
-    if parts[-1] in SMALLER_IS_BETTER:
-        return False
-    return True if parts[-1] in LARGER_IS_BETTER else None
-
-
-def comparable_jobs(jobs: Sequence[ComparedJob], metric: WatchedMetric) -> list[ComparedJob]:
-    """The jobs that have the metric, and were asked the same as the first one of them."""
-    measured = [job for job in jobs if job.values(metric.name) and not job.is_broken]
+def comparable_jobs(jobs: Sequence[ComparedJob], metric: QualityMetric) -> list[ComparedJob]:
+    """The jobs that have the metric and did not diverge, as far as it was measured in the same way as for the first of them."""
+    measured = [job for job in jobs if job.values(metric.name) and not job.has_diverged]
     comparable = []
     for job in measured:
         first_run = measured[0].points[0].first_repeat
-        if why_other_questions(first_run, job.points[0].first_repeat, metric.name) is None:
+        if why_measured_differently(first_run, job.points[0].first_repeat, metric.name) is None:
             comparable.append(job)
     return comparable
 
@@ -292,7 +272,7 @@ def pairwise_level(number_of_jobs: int) -> float:
     return LEVEL / max(1, pairs)
 
 
-def rank(jobs: Sequence[ComparedJob], metric: WatchedMetric) -> RankedJobs | None:
+def rank(jobs: Sequence[ComparedJob], metric: QualityMetric) -> RankedJobs | None:
     """The jobs that can be compared by the metric, the best first; None if fewer than two can be."""
     comparable = comparable_jobs(jobs, metric)
     if len(comparable) < 2:
@@ -306,15 +286,18 @@ def rank(jobs: Sequence[ComparedJob], metric: WatchedMetric) -> RankedJobs | Non
 
 
 def quality_difference(baseline: ComparedJob, job: ComparedJob, metric: str, level: float = LEVEL) -> QualityDifference:
-    """How a metric of `job` differs from that of `baseline`, with all evidence on chance. `level`: of each two-sided test."""
-    reference = median(baseline.values(metric))
-    relative = (median(job.values(metric)) - reference) / (abs(reference) or 1.0)
+    """How a metric of `job` differs from that of `baseline`, with all evidence on whether chance explains it.
+
+    `level` is the significance level of each two-sided test. Both jobs must have the metric.
+    """
+    baseline_value = median(baseline.values(metric))
+    relative = (median(job.values(metric)) - baseline_value) / (abs(baseline_value) or 1.0)
     return QualityDifference(
         relative=relative,
         seeds=max(baseline.seeds, job.seeds),
         seed_interval=_seed_interval(baseline, job, metric, level),
-        interval=_document_interval(baseline, job, metric, level),
-        beyond_reports=_reports_apart(baseline, job, metric, relative),
+        document_interval=_document_interval(baseline, job, metric, level),
+        reports_apart=_reports_apart(baseline, job, metric, relative),
     )
 
 
@@ -325,81 +308,27 @@ def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, level: 
     """
     from trainer.monitors.forgetting import student_quantile
 
-    old_values = baseline.values(metric)
-    new_values = job.values(metric)
-    freedom = len(old_values) + len(new_values) - 2
-    if freedom < 1:
+    baseline_values = baseline.values(metric)
+    values = job.values(metric)
+    degrees_of_freedom = len(baseline_values) + len(values) - 2
+    if degrees_of_freedom < 1:
         return None
-    old_mean = fmean(old_values)
-    new_mean = fmean(new_values)
-    scale = abs(median(old_values)) or 1.0
-    deviations = [value - old_mean for value in old_values]
-    deviations += [value - new_mean for value in new_values]
-    squares = math.fsum(value**2 for value in deviations)
-    deviation = math.sqrt(squares / freedom) / scale
-    if deviation <= SAME_LOSS_TOLERANCE:
+    baseline_mean = fmean(baseline_values)
+    mean = fmean(values)
+    scale = abs(median(baseline_values)) or 1.0
+
+    # Standard deviation of a seed from the mean of its job, relative like the difference itself.
+    deviations = [value - baseline_mean for value in baseline_values]
+    deviations += [value - mean for value in values]
+    squares = math.fsum(deviation**2 for deviation in deviations)
+    standard_deviation = math.sqrt(squares / degrees_of_freedom) / scale
+    if standard_deviation <= SAME_LOSS_TOLERANCE:
         return None
-    relative = (new_mean - old_mean) / scale
-    error = deviation * math.sqrt(1 / len(old_values) + 1 / len(new_values))
-    margin = student_quantile(1 - level / 2, freedom) * error
+
+    relative = (mean - baseline_mean) / scale
+    standard_error = standard_deviation * math.sqrt(1 / len(baseline_values) + 1 / len(values))
+    margin = student_quantile(1 - level / 2, degrees_of_freedom) * standard_error
     return relative - margin, relative + margin
-
-
-def why_other_questions(baseline: RecordedRun, run: RecordedRun, metric: str) -> str | None:
-    """The settings because of which a metric was measured in two different ways, so that its values cannot be compared.
-
-    None if both runs were evaluated alike: the same documents, tokens, loss and scoring, as far as this metric needs them.
-    """
-    parts = metric.split("/")
-    task_prefix = f"evaluation.tasks.{parts[1]}." if len(parts) == 3 else None
-    if task_prefix is not None and any(key.startswith(task_prefix) for key in baseline.config):
-        keys = {key for key in {*baseline.config, *run.config} if key.startswith(task_prefix)}
-        # A task without a file of its own asks the evaluation documents.
-        if baseline.config.get(f"{task_prefix}path") is not None:
-            return _differing(baseline, run, keys)
-    if direction_of(metric) is False or parts[-1] == "margin":
-        # A loss is the objective's own: that of another objective, or of another beta, is another quantity.
-        objective_keys = {key for key in {*baseline.config, *run.config} if key.startswith("objective.")}
-        own_keys = {key for key in objective_keys if not key.startswith(TRAINING_ONLY)}
-        objective = _differing(baseline, run, own_keys)
-        if objective is not None:
-            return objective
-    if metric == REWARD or metric.startswith("eval/pass_at_"):
-        scoring = _differing(baseline, run, _keys_of_scoring(baseline) | _keys_of_scoring(run))
-        if scoring is not None:
-            return scoring
-    fingerprints = {each.identity.get("data", {}).get("fingerprint") for each in (baseline, run)}
-    limits = _differing(baseline, run, {"evaluation.max_documents"})
-    if limits is not None:
-        return limits
-    if len(fingerprints) == 1 and None not in fingerprints:
-        return None
-    # A loss is of tokens: with another tokenizer it is of other units, whatever the documents are.
-    keys = {"data.eval_path", "data.eval_share", "model.tokenizer", "model.chat_template", "data.max_length"}
-    if None in fingerprints or not baseline.config.get("data.eval_path"):
-        keys |= {"data.path", "run.seed"}
-    if baseline.config.get("model.tokenizer") is None:
-        keys |= {"model.path"}
-    return _differing(baseline, run, keys)
-
-
-def _keys_of_scoring(run: RecordedRun) -> set[str]:
-    """Settings that decide what `eval/reward` says of an answer: the rewards that count, and where an answer is cut off."""
-    keys = {"objective.rollout.max_new_tokens", "objective.rollout.stop"}
-    for key in run.config:
-        if not key.startswith(REWARDS) or key.endswith(".timeout_s"):
-            continue
-        name = key.removeprefix(REWARDS).partition(".")[0]
-        # A control is measured beside, and changes no score.
-        if run.config.get(f"{REWARDS}{name}.weight") != 0:
-            keys.add(key)
-    return keys
-
-
-def _differing(baseline: RecordedRun, run: RecordedRun, keys: set[str]) -> str | None:
-    """The keys whose values differ between two runs, as words; None if none does."""
-    names = [key for key in sorted(keys) if baseline.config.get(key) != run.config.get(key)]
-    return ", ".join(names) or None
 
 
 def _document_interval(
@@ -413,71 +342,89 @@ def _document_interval(
 
     baseline_run = baseline.done_runs[0]
     run = job.done_runs[0]
-    if _differing(baseline_run, run, {"evaluation.batch", "evaluation.max_documents"}) is not None:
+    if differing_keys(baseline_run, run, {"evaluation.batch", "evaluation.max_documents"}) is not None:
         return None
     pairs = _paired_sums(baseline_run, run, metric)
     if pairs is None:
         return None
-    old_sums = [old for old, _ in pairs]
-    new_sums = [new for _, new in pairs]
-    total = math.fsum(old_sums)
+    baseline_sums = [baseline_sum for baseline_sum, _ in pairs]
+    sums = [run_sum for _, run_sum in pairs]
+    total = math.fsum(baseline_sums)
     if len(pairs) < MIN_BATCHES or not total:
         return None
     quantile = student_quantile(1 - level / 2, len(pairs) - 1)
-    if metric == DEFAULT_WATCH:
-        relative = (math.fsum(new_sums) - total) / total
-        margin = quantile * ratio_error(old_sums, new_sums)
+    if metric == DEFAULT_METRIC:
+        # Micro-batches have different numbers of tokens: the difference is one of sums, and its error that of a ratio.
+        relative = (math.fsum(sums) - total) / total
+        margin = quantile * ratio_error(baseline_sums, sums)
         return relative - margin, relative + margin
-    changes = [new - old for old, new in pairs]
+    # Any other metric counts each micro-batch alike: Student's test of the paired changes.
+    changes = [run_sum - baseline_sum for baseline_sum, run_sum in pairs]
     scale = abs(total) / len(pairs)
+    relative = fmean(changes) / scale
     margin = quantile * stdev(changes) / math.sqrt(len(pairs)) / scale
-    return fmean(changes) / scale - margin, fmean(changes) / scale + margin
+    return relative - margin, relative + margin
 
 
 def _paired_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[tuple[float, float]] | None:
     """(sum of the baseline, sum of the run) of a metric over each micro-batch of their last evaluations; None if not kept."""
-    old_sums = _kept_sums(baseline, metric)
-    new_sums = _kept_sums(run, metric)
-    if old_sums is None or new_sums is None:
+    baseline_sums = _kept_sums(baseline, metric)
+    sums = _kept_sums(run, metric)
+    if baseline_sums is None or sums is None:
         return None
     # Another number of ranks has another number of empty micro-batches at the end, which sum to 0.
-    common = min(len(old_sums), len(new_sums))
-    if any(old_sums[common:]) or any(new_sums[common:]):
+    common = min(len(baseline_sums), len(sums))
+    if any(baseline_sums[common:]) or any(sums[common:]):
         return None
-    pairs = [(old, new) for old, new in zip(old_sums, new_sums, strict=False) if old or new]
-    return pairs if all(math.isfinite(old) and math.isfinite(new) for old, new in pairs) else None
+    pairs = []
+    for baseline_sum, run_sum in zip(baseline_sums, sums, strict=False):
+        if not math.isfinite(baseline_sum) or not math.isfinite(run_sum):
+            return None
+        if baseline_sum or run_sum:
+            pairs.append((baseline_sum, run_sum))
+    return pairs
 
 
 def _kept_sums(run: RecordedRun, metric: str) -> list[float] | None:
-    """The sums of a metric over each micro-batch of the run's last evaluation; None if the run did not keep them."""
+    """The sums of a metric over each micro-batch of the run's last evaluation; None if the run did not keep them.
+
+    The file is like `{"step": 40, "batches": {"eval/loss": [81.2, 79.9]}}`.
+    """
     try:
         kept = json.loads(atomic_io.read_bytes(run.directory / LAST_HELD_OUT, max_bytes=MOST_BYTES))
         if kept["step"] != max(run.evaluations, default=0):
-            return None  # of an evaluation whose row was lost
+            return None  # the file is of an evaluation whose row in metrics.jsonl was lost
         return [float(batch_sum) for batch_sum in kept["batches"][metric]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def _reports_apart(baseline: ComparedJob, job: ComparedJob, metric: str, relative: float) -> bool | None:
-    """Whether the intervals of a task's metric in the newest evaluation reports of both jobs are apart, on the side that
-    the relative difference is on; None if not known.
+    """Whether the reports of `shardtune evaluate` on both jobs have intervals of a task's metric that do not overlap.
+
+    They must lie as `relative` says: that of the job above the baseline's if it is positive. None if one of them has no report.
     """
-    first = _reported_interval(baseline.done_runs[0], metric)
-    second = _reported_interval(job.done_runs[0], metric)
-    if first is None or second is None:
+    baseline_interval = _reported_interval(baseline.done_runs[0], metric)
+    interval = _reported_interval(job.done_runs[0], metric)
+    if baseline_interval is None or interval is None:
         return None
-    return first[1] < second[0] if relative > 0 else second[1] < first[0]
+    baseline_low, baseline_high = baseline_interval
+    low, high = interval
+    return baseline_high < low if relative > 0 else high < baseline_low
 
 
 def _reported_interval(run: RecordedRun, metric: str) -> tuple[float, float] | None:
-    """(low, high) of a task's metric in the newest report of `shardtune evaluate` on the run's last weights; None without."""
+    """(low, high) of a task's metric in the newest report of `shardtune evaluate` on the run's last weights; None without.
+
+    `metric` is like `eval/qa/accuracy`: of the task `qa`, as in the report's `tasks` and their `metrics`.
+    """
     parts = metric.split("/", 2)
     if len(parts) != 3:
         return None
+    _, task, name = parts
     for kept in kept_reports(run.directory, EVALUATION):
         try:
-            record = kept.report["tasks"][parts[1]]["metrics"][parts[2]]
+            record = kept.report["tasks"][task]["metrics"][name]
             # A report may be of another checkpoint: then its value is another one.
             if math.isclose(record["value"], last_held_out_metrics(run)[metric], rel_tol=1e-6):
                 return float(record["low"]), float(record["high"])

@@ -1,4 +1,4 @@
-"""Makes one row from the repeats of a point: medians with their spread, measured beside planned values, and price."""
+"""Reads the repeats of a point and combines their numbers: medians with their spread, the largest memory, and the price."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class RepeatsSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class RepeatedRun:
-    """A row of the comparison with its runs, one for each repeat, and their figures."""
+class MeasuredPoint:
+    """A point as its runs measured it: the run of each repeat, and their numbers combined."""
 
     row: ComparisonRow
     repeats: tuple[RecordedRun, ...]
-    """The runs that have a directory; for a refused row, one run without steps that holds the reasons."""
+    """The runs that have a directory; for a refused point, one run without steps that holds the reasons."""
     measured: RunMeasurements
     summary: RepeatsSummary
 
@@ -75,14 +75,14 @@ class RepeatedRun:
     def state(self) -> str:
         """State of the first repeat that is not done; `done` if all are."""
         for run in self.repeats:
-            if run.ended:
+            if run.unfinished_state:
                 return run.state
         return "done"
 
     @property
-    def ended(self) -> str | None:
+    def unfinished_state(self) -> str | None:
         """State and last step of the first repeat that is not done, such as `repeat 2: failed at step 3`; None if all are."""
-        return self._first_known(run.ended for run in self.repeats)
+        return self._first_known(run.unfinished_state for run in self.repeats)
 
     @property
     def reason(self) -> str | None:
@@ -90,42 +90,42 @@ class RepeatedRun:
         return self._first_known(run.reason for run in self.repeats)
 
     def _first_known(self, sentences: Iterable[str | None]) -> str | None:
-        """The first sentence that is not None, of one for each repeat; it names the repeat if it is a later one."""
+        """The first text that is not None, where each repeat has one; a later repeat is named, as in `repeat 2: failed`."""
         for number, sentence in enumerate(sentences, 1):
             if sentence:
                 return f"repeat {number}: {sentence}" if number > 1 else sentence
         return None
 
 
-def read_repeats(row: ComparisonRow, price_of: Callable[[str], float | None]) -> RepeatedRun:
-    """Read the run directories of a row of the comparison, and summarise them; a row has one run for each repeat.
+def read_repeats(row: ComparisonRow, price_of: Callable[[str], float | None]) -> MeasuredPoint:
+    """Read the runs of a point, one for each repeat, and combine their numbers.
 
     `price_of` maps the driver's name of a card to US dollars an hour, or None if its price is not known. Raises ConfigError as
     `read_recorded_run` does.
     """
-    runs = _read_frozen_repeats(row)
-    per_repeat = [measure(run, row.warmup) for run in runs]
-    # A repeat that failed before its first step has no numbers; without any other the first one is shown empty.
-    begun = [measured for measured in per_repeat if measured.steps] or per_repeat[:1]
-    combined = _combine_repeats(per_repeat[0], begun)
-    # A profiler trace shows what of the exchange was exposed: truer than the estimate of the counted step.
+    runs = _read_runs(row)
+    all_measured = [measure(run, row.warmup) for run in runs]
+    # A repeat that failed before its first step has no numbers. If no repeat has any, the first stands for all.
+    begun = [measured for measured in all_measured if measured.steps] or all_measured[:1]
+    combined = _combine_repeats(all_measured[0], begun)
+    # A profiler trace measures how long the exchange was exposed; without one it is an estimate from a single step.
     traced_exposed_s = _median([exposed_s(run.directory) for run in runs])
     if traced_exposed_s is not None:
         combined = replace(combined, exposed_s=traced_exposed_s)
     speeds = [measured.tokens_per_s for measured in begun if measured.tokens_per_s is not None]
     memory_peaks = _known_numbers([measured.memory_gib for measured in begun])
     summary = RepeatsSummary(
-        repeats=sum(measured.steps > 0 for measured in per_repeat),
+        repeats=sum(measured.steps > 0 for measured in all_measured),
         tokens_per_s_repeats=tuple(speeds),
         memory_gib_repeats=tuple(memory_peaks),
         parts_s=_step_parts_s(runs, row.warmup, combined.step_s),
         dollars_per_million=_dollars_per_million(row, runs[0].record, combined.tokens_per_s, price_of),
     )
-    return RepeatedRun(row, runs, combined, summary)
+    return MeasuredPoint(row, runs, combined, summary)
 
 
-def _read_frozen_repeats(row: ComparisonRow) -> tuple[RecordedRun, ...]:
-    """The runs of a row, one for each repeat that has a run directory; always at least the first."""
+def _read_runs(row: ComparisonRow) -> tuple[RecordedRun, ...]:
+    """The runs of a point, one for each repeat that has a run directory; always at least the first."""
     if row.refused:
         return (_never_started_run(row),)
     # The first is always read, so that its error is shown. Later repeats may not have been started yet.
@@ -134,9 +134,9 @@ def _read_frozen_repeats(row: ComparisonRow) -> tuple[RecordedRun, ...]:
 
 
 def _combine_repeats(first: RunMeasurements, begun: list[RunMeasurements]) -> RunMeasurements:
-    """The measurements of a row: medians over the repeats for `MEDIAN_FIELDS`, the largest memory, else the first repeat's.
+    """The measurements of a point: medians over its repeats for `MEDIAN_FIELDS`, the largest memory, else those of the first.
 
-    `begun` are the measurements of the repeats that took a step.
+    `begun`: the measurements of the repeats that took a step.
     """
     combined: dict[str, float | None] = {}
     for name in MEDIAN_FIELDS:

@@ -60,8 +60,8 @@ class RecordedRun:
         return str(self.status.get("state") or ("failed" if self.failure else "not started"))
 
     @property
-    def ended(self) -> str | None:
-        """State and last step of a run that is not done, such as `failed at step 3`; None for one that is done."""
+    def unfinished_state(self) -> str | None:
+        """State and last step of a run that is not done, such as `failed at step 3`; None if it is done."""
         if self.state == State.done:
             return None
         last_step = self.status.get("step") or self.failure.get("step") or max(self.steps, default=None)
@@ -72,12 +72,12 @@ class RecordedRun:
         """State, last step and the reason why the run ended, on one line; None for a run that is done."""
         if self.state == State.running:
             last_seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
-            return f"{self.ended}, last seen at {last_seen}"
+            return f"{self.unfinished_state}, last seen at {last_seen}"
         message = self.status.get("reason") or self.failure.get("message")
-        if not self.ended or not message:
-            return self.ended
+        if not self.unfinished_state or not message:
+            return self.unfinished_state
         one_line = " ".join(str(message).split())
-        return f"{self.ended}: {one_line}"
+        return f"{self.unfinished_state}: {one_line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _split_by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, float]] = {}
     for row in rows:
-        if "loss" in row:  # only a row of training has it: an evaluation's is called `eval/loss`
+        if "loss" in row:  # only the row of a training step has it: in that of an evaluation it is called `eval/loss`
             steps[row["step"]] = row
             continue
         metrics: dict[str, float] = {}
@@ -217,7 +217,7 @@ def _read_metric_rows(path: Path) -> MetricRows:
 
 
 def rows_after_warmup(run: RecordedRun, warmup_steps: int) -> list[dict[str, Any]]:
-    """Rows of the steps that count for speeds: those behind the first `warmup_steps` and the rest of their logging interval.
+    """Rows of the steps that count for speeds: those after the `warmup_steps` and after the logging interval these end in.
 
     With one warm-up step and `logging.every_steps=10`, these are the steps from 11 on. Empty if the run ended before.
     """
@@ -230,7 +230,7 @@ def rows_after_warmup(run: RecordedRun, warmup_steps: int) -> list[dict[str, Any
 
 
 def measure(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
-    """The numbers of a run that are compared. Speeds are medians over `rows_after_warmup`, or over all rows if it is empty."""
+    """The numbers of a run that are compared. Speeds are medians over the rows after the warm-up, or over all rows if none is."""
     rows = list(run.steps.values())
     counted_rows = rows_after_warmup(run, warmup_steps)
     rates = {key: _finite_numbers(counted_rows or rows, key) for key in RATES}
@@ -285,7 +285,7 @@ def _finite_numbers(rows: list[dict[str, Any]], key: str) -> list[float]:
 
 
 def _null_as_zero(bytes_by_collective: dict[str, float]) -> dict[str, float]:
-    """The sizes with 0 for null, which a record has for a number that is not finite."""
+    """The sizes with 0 instead of null, which the record has for a number that is not finite."""
     return {collective: size_bytes or 0.0 for collective, size_bytes in bytes_by_collective.items()}
 
 

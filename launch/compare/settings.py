@@ -39,36 +39,39 @@ class CompareConfig:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """One point: the directories of its repeats, or why it was refused."""
+    """Where one point of a comparison is read from: the run directories of its repeats, or the reasons why it was refused."""
 
     directories: tuple[Path, ...]
     name: str | None = None
-    """None makes a name of the settings in which the run differs from the others."""
+    """None: the point is named by the settings in which it differs from the others."""
     refused: tuple[str, ...] = ()
     """Why the point cannot be run; empty if it can."""
     config: dict[str, Any] = field(default_factory=dict)
     """The settings of a refused point, by dotted key; other points have theirs in their run directories."""
     warmup: int = 1
     price_per_hour: float | None = None
-    typed_keys: tuple[str, ...] = field(default=(), compare=False)
-    """Keys of the command's words in their order, which is that of the axes; empty for runs that existed."""
+    command_keys: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of the settings on the command line, which is the order of the axes; empty if the runs existed already."""
 
 
-def keys_of_words(words: Sequence[str]) -> tuple[str, ...]:
-    """The keys of words such as `strategy=ddp,fsdp2`, in their order."""
-    return tuple(word.partition("=")[0] for word in words)
+def setting_keys(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The keys of settings such as `strategy=ddp,fsdp2`, in their order."""
+    return tuple(argument.partition("=")[0] for argument in arguments)
 
 
-def write_comparison_file(to: Path, rows: list[ComparisonRow], words: list[str]) -> None:
-    """Write `comparison.json` into `to`: the words of the command, and its points. Errors: StorageError."""
+def write_comparison_file(to: Path, rows: list[ComparisonRow], arguments: list[str]) -> None:
+    """Write `comparison.json` into `to`: the arguments of the command, and a row for each point.
+
+    Errors: StorageError.
+    """
     points = []
     for row in rows:
         # Relative, so that a comparison can be moved or mounted elsewhere.
         directories = [str(path.relative_to(to)) for path in row.directories]
         point = {**asdict(row), "directories": directories}
-        del point["typed_keys"]  # they follow from the words
+        del point["command_keys"]  # they follow from `words`
         points.append(point)
-    record = {VERSION_KEY: FILE_VERSION, "words": words, "points": points}
+    record = {VERSION_KEY: FILE_VERSION, "words": arguments, "points": points}
     write_text_atomic(to / COMPARISON_FILE, json.dumps(record, indent=1) + "\n")
 
 
@@ -83,8 +86,8 @@ def read_comparison_file(to: Path) -> list[ComparisonRow]:
     try:
         record = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_FILE_BYTES))
         version_of(record)  # refuses the file of a later version
-        typed_keys = keys_of_words(record.get("words") or [])
-        return [replace(_row_from_json(point, to), typed_keys=typed_keys) for point in record["points"]]
+        command_keys = setting_keys(record.get("words") or [])
+        return [replace(_row_from_json(point, to), command_keys=command_keys) for point in record["points"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); name the run directories below {to} instead, or repeat the command that made it"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.compare.comparison import ComparedRun, Comparison
+from launch.compare.comparison import ComparedPoint, Comparison
 
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -67,17 +67,17 @@ def _csv_cell(value: Any) -> str:
     return json.dumps(str(value).replace('"', "'").replace("\n", " "), ensure_ascii=False)
 
 
-def name_lookup(comparison: Comparison, runs: Sequence[ComparedRun]) -> Spec:
-    """Vega-Lite transform that gives each data row its run's name and the run's value on each axis of the comparison.
+def name_lookup(comparison: Comparison, points: Sequence[ComparedPoint]) -> Spec:
+    """Vega-Lite transform that gives each data row the name of its point, and the point's value on each axis.
 
-    Rows have only the run's number `p` in `runs`, so that the page stays small.
+    Data rows have only the number of their point in `points`, as `p`, so that the page stays small.
     """
-    index_by_name = {run.name: index for index, run in enumerate(comparison.runs)}
+    index_by_name = {point.name: index for index, point in enumerate(comparison.points)}
     values = []
-    for number, run in enumerate(runs):
-        row = {"p": number, "point": run.name}
+    for number, point in enumerate(points):
+        row = {"p": number, "point": point.name}
         for axis_number, axis in enumerate(visible_axes(comparison)):
-            row[f"axis{axis_number}"] = axis[1][index_by_name[run.name]]
+            row[f"axis{axis_number}"] = axis[1][index_by_name[point.name]]
         values.append(row)
     fields = ["point", *(f"axis{number}" for number in range(len(visible_axes(comparison))))]
     return {"lookup": "p", "from": {"data": {"values": values}, "key": "p", "fields": fields}}

@@ -56,10 +56,10 @@ def part_directories(directory: Path) -> list[Path]:
 
 
 def read_wandb_directory(directory: Path) -> RecordedRun:
-    """Read a run from W&B's directories, of which there is one for each start; `directory` is any of them.
+    """Read a run from W&B's directories. There is one for each start of the run; `directory` is any of them.
 
-    What a run does not log to W&B stays empty: identity, receipt, checkpoints, events. Raises ConfigError where the run is
-    not one of shardtune, its files cannot be read, or wandb is not installed.
+    What a run does not log to W&B stays empty: identity, receipt, checkpoints, events. Raises ConfigError if the run is not
+    shardtune's, its files cannot be read, or wandb is not installed.
     """
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def read_wandb_directory(directory: Path) -> RecordedRun:
     host: str | None = None
     started_at = 0.0
     for part in part_directories(directory):
-        exit_record = {}  # what ended an earlier start did not end the run
+        exit_record = {}  # the end of an earlier start is not the end of the run
         # Later records complete or replace earlier ones, as they do on W&B's server.
         for record in _read_wandb_records(part):
             record_type = record["type"]
@@ -94,19 +94,22 @@ def is_wandb_address(directory: Path) -> bool:
     return str(directory).startswith(SERVER_PREFIX)
 
 
-def wandb_address(word: str) -> str | None:
-    """`wandb:<entity>/<project>/<run id>` of the run that a word names, by this form or by the address of its page in W&B.
+def wandb_address(argument: str) -> str | None:
+    """`wandb:<entity>/<project>/<run id>` of the run that a command-line argument names.
 
-    None if the word is neither. Errors: ConfigError for a `wandb:` that is not complete.
+    The argument has this form already, or is the address of the run's page in W&B. None if it is neither. Raises ConfigError for
+    an incomplete `wandb:...`.
     """
-    if match := RUN_PAGE_URL.fullmatch(word):
+    if match := RUN_PAGE_URL.fullmatch(argument):
         return f"{SERVER_PREFIX}{match['entity']}/{match['project']}/{match['run']}"
-    if not word.startswith(SERVER_PREFIX):
+    if not argument.startswith(SERVER_PREFIX):
         return None
-    names = word.removeprefix(SERVER_PREFIX).split("/")
-    if len(names) != 3 or not all(names):
-        raise ConfigError(f"{word}: names no run; write wandb:<entity>/<project>/<run id>, or the address of its page")
-    return word
+    parts = argument.removeprefix(SERVER_PREFIX).split("/")
+    if len(parts) != 3 or not all(parts):
+        raise ConfigError(
+            f"{argument}: names no run; write wandb:<entity>/<project>/<run id>, or the address of its page"
+        )
+    return argument
 
 
 def read_from_wandb_server(address: Path) -> RecordedRun:
@@ -130,9 +133,10 @@ def read_from_wandb_server(address: Path) -> RecordedRun:
 def _recorded_run(
     directory: Path, wandb_config: dict[str, Any], status: dict[str, Any], history: _LoggedSteps
 ) -> RecordedRun:
-    """A run from what W&B has of it. Raises ConfigError where it is not one of shardtune.
+    """A run as W&B has it. Raises ConfigError if it is not shardtune's, or a later version wrote it.
 
-    `wandb_config` has the run's configuration under `config`, and beside it keys of `run.json` and columns of the run table.
+    `wandb_config` has the run's settings under `config`. Its other keys are those of `run.json` and
+    columns of W&B's run table.
     """
     config = wandb_config.get("config")
     if not isinstance(config, dict) or "strategy" not in config:
@@ -237,26 +241,27 @@ class _LoggedSteps:
 
 
 def _split_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is of the training step, by its names in `metrics.jsonl`; the rest) of a row of W&B."""
+    """(metrics of the training step, by their names in `metrics.jsonl`; all others, by their names in W&B) of a row of W&B."""
     step_row = {}
     others = {}
-    for tracked, value in row.items():
-        name = recorded_name(tracked)
+    for wandb_name, value in row.items():
+        name = recorded_name(wandb_name)
         if name is not None:
             step_row[name] = value
-        elif tracked != TRAINING_S.name:  # the files of a run have no such counter
-            others[tracked] = value
+        elif wandb_name != TRAINING_S.name:  # the files of a run have no such counter
+            others[wandb_name] = value
     return step_row, others
 
 
 def _split_first_edition(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is of the training step; the rest) of a row of W&B of before metrics had names of their own there."""
+    """(metrics of the training step; all others) of a row of W&B, for rows of the first edition of metric names."""
     step_row = {}
     others = {}
     for name, value in row.items():
-        # `blocks_s/worst` and `loss/a` are of the step, as `blocks_s` and `loss` are; `eval/loss` is not, without `eval`.
-        is_of_step = "/" not in name or name.partition("/")[0] in row
-        if is_of_step:
+        # `blocks_s/worst` and `loss/a` belong to the step, because the row also has `blocks_s` and `loss`. `eval/loss` does
+        # not, because the row has no `eval`.
+        belongs_to_step = "/" not in name or name.partition("/")[0] in row
+        if belongs_to_step:
             step_row[name] = value
         else:
             others[name] = value
@@ -264,7 +269,7 @@ def _split_first_edition(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def _finite_or_none(logged: Any) -> Any:
-    """What W&B logged; None for a number that is not finite, which W&B writes as a word."""
+    """The logged value; None for a number that is not finite, which W&B writes as `"NaN"` or `"Infinity"`."""
     if isinstance(logged, str):
         return None if logged in NOT_FINITE else logged
     if isinstance(logged, float) and not math.isfinite(logged):
@@ -273,9 +278,10 @@ def _finite_or_none(logged: Any) -> Any:
 
 
 def _status_from_wandb(exit_record: dict[str, Any], summary: dict[str, Any], started_at: float) -> dict[str, Any]:
-    """What `status.json` of the run would say: state, step, and the time of its last sign of life.
+    """What the run's `status.json` would hold: its state, its last step, and when it was last seen.
 
-    `exit_record` is empty as long as W&B knows of no exit: the run counts as running. `started_at` is a Unix time.
+    `exit_record`: W&B's record of the run's end. It is empty while W&B knows of none: the run counts as running then. `summary`:
+    the last values that the run logged. `started_at`: a Unix time.
     """
     last_seen_at = started_at + float(summary.get("_runtime") or 0.0)
     if not exit_record:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.compare.comparison import ComparedRun, Comparison, compare
+from launch.compare.comparison import ComparedPoint, Comparison, compare
 from launch.compare.curves import step_settings
 from launch.compare.repeats import REFUSED
 from launch.compare.run_files import RecordedRun, is_run_directory
@@ -42,10 +42,10 @@ def workspace_script(comparison: Comparison, to: Path) -> str | None:
     if not runs:
         return None
     axes = _axes(comparison)
-    watched = str(runs[0].config.get("evaluation.watch") or "eval/loss")
-    final = f"final/{watched}" if any(run.measured.after for run in comparison.runs) else "final/loss"
+    held_out_metric = str(runs[0].config.get("evaluation.watch") or "eval/loss")
+    final = f"final/{held_out_metric}" if any(point.measured.after for point in comparison.points) else "final/loss"
     summary = dict.fromkeys(["final/loss", final, *SUMMARY_COLUMNS])
-    grouping = [column for column, values in axes.items() if _groups(values, len(runs))]
+    grouping = [column for column, values in axes.items() if _is_grouping(values, len(runs))]
     return script_text(
         _questions(comparison, axes),
         install=install_command("workspace"),
@@ -58,15 +58,15 @@ def workspace_script(comparison: Comparison, to: Path) -> str | None:
         baseline=_baseline(comparison),
         summary=list(summary),
         answer=comparison.conclusion.lines,
-        verdict=[run.verdict for run in comparison.runs],
-        points=_points_table(comparison, axes, watched),
+        verdict=[point.verdict for point in comparison.points],
+        points=_points_table(comparison, axes, held_out_metric),
         max_runs=max(10, len(runs)),
         x=_x_axis(runs),
         loss=_names_in_wandb("loss", runs),
         grad_norm=_names_in_wandb("grad_norm", runs),
         tokens_per_s=_names_in_wandb("tokens_per_s", runs),
         memory_gib=_names_in_wandb("memory_gib", runs),
-        held_out=watched,
+        held_out=held_out_metric,
         final=final,
     )
 
@@ -83,8 +83,8 @@ def write_workspace(comparison: Comparison, to: Path) -> str | None:
 def workspace_line(run_dirs: Sequence[Path], to: Path) -> str | None:
     """Write `workspace.py` into `to`, the directory of a sweep or a search, for those of its runs that have begun.
 
-    Returns a line that names the file, or says why there is none; None if no run has begun. The runs are what was asked
-    for, so that an error is a line, too.
+    Returns a line that names the file, or says why there is none; None if no run has begun. An error is returned as a line, too:
+    the runs must not fail for this file.
     """
     rows = [ComparisonRow((run_dir,), name=run_dir.name) for run_dir in run_dirs if is_run_directory(run_dir)]
     if not rows:
@@ -113,7 +113,7 @@ def renew_workspace(run_dir: Path) -> None:
 
 def why_no_workspace(comparison: Comparison) -> str | None:
     """Why W&B can show none of these runs, as a line for people; None if it has some, or if none was started."""
-    if runs_in_wandb(comparison) or not any(run.repeated.state != REFUSED for run in comparison.runs):
+    if runs_in_wandb(comparison) or not any(point.state != REFUSED for point in comparison.points):
         return None
     return (
         "not in W&B: these runs were recorded with logging.wandb=disabled, which debug= sets too; "
@@ -124,9 +124,9 @@ def why_no_workspace(comparison: Comparison) -> str | None:
 def runs_in_wandb(comparison: Comparison) -> list[RecordedRun]:
     """The runs of the comparison, with all repeats, that log to W&B."""
     runs: list[RecordedRun] = []
-    for compared in comparison.runs:
-        if compared.repeated.state != REFUSED:
-            runs += compared.repeated.repeats
+    for point in comparison.points:
+        if point.state != REFUSED:
+            runs += point.repeats
     return [run for run in runs if _wandb_mode(run) != "disabled"]
 
 
@@ -139,60 +139,66 @@ def _wandb_mode(run: RecordedRun) -> str:
 
 
 def _names_in_wandb(metric: str, runs: list[RecordedRun]) -> list[str]:
-    """What a metric of steps is called in W&B: several names if the runs began with different editions of them."""
-    # A run that waits has no record yet, and will begin with today's names.
+    """What a metric of steps is called in W&B, once each: the names differ by the edition with which a run began."""
+    # A run that was not started yet has no record, and will begin with today's names.
     editions = {EDITION if run.record.is_empty else run.record.metric_names for run in runs}
     names = [metric if edition == FIRST_EDITION else tracked_name(metric) for edition in sorted(editions)]
     return list(dict.fromkeys(names))  # later editions differ in few names
 
 
 def _x_axis(runs: list[RecordedRun]) -> str:
-    """The metric that all of these runs can be drawn over.
+    """The metric on the x axis of plots with all of these runs. The first case that applies:
 
-    It is the axis of `logging.x`, or tokens if the batches differ: a step of one run is then not a step of another. Runs of
-    different editions of the names share W&B's own count of steps alone.
+    - The runs began with different editions of metric names: W&B's own count of steps, the only name they share.
+    - First edition, or global batches or `logging.x` differ: tokens. A step of one run is not a step of another.
+    - Otherwise: what `logging.x` of all runs says.
     """
-    (first_name, *other_names) = _names_in_wandb("tokens", runs)
-    if other_names:
+    names_of_tokens = _names_in_wandb("tokens", runs)
+    if len(names_of_tokens) > 1:
         return "Step"
+    (tokens_name,) = names_of_tokens
     axes = {str(run.config.get("logging.x", XAxis.step)) for run in runs}
     batches = {run.config.get("batch.global") for run in runs}
-    if first_name == "tokens" or len(batches) > 1 or len(axes) > 1:
-        return first_name
+    if tokens_name == "tokens" or len(batches) > 1 or len(axes) > 1:
+        return tokens_name
     return XAxis(axes.pop()).tracked_name
 
 
 def _questions(comparison: Comparison, axes: dict[str, tuple[Any, ...]]) -> list[tuple[str, list[str]]]:
-    """(question, panels) of each section of the W&B workspace; which questions depends on whether there is a single run, runs
-    that differ in strategy alone, or others.
+    """(question, panels in Python) of each section of the W&B workspace.
+
+    The questions depend on whether there is a single point, points of the same job, or points of several jobs. `axes`: see
+    `_axes`.
     """
     memory = list(MEMORY)
     losses = list(LOSSES)
-    if any(run.measured.memory_reserved_gib is not None for run in comparison.runs):  # on GPUs
+    if any(point.measured.memory_reserved_gib is not None for point in comparison.points):  # on GPUs
         memory.append(RESERVED)
-    for run in comparison.runs:
-        if any(metric.startswith("eval/loss_by_position/") for metric in run.measured.after):
+    for point in comparison.points:
+        if any(metric.startswith("eval/loss_by_position/") for metric in point.measured.after):
             losses.append(BY_POSITION)
             break
-    if len(comparison.runs) == 1:
+    if len(comparison.points) == 1:
         return [
             ("Does it learn?", losses),
             ("How fast is it?", list(FASTEST)),
             ("What does it need?", memory),
             ("What does it cost?", list(COSTS)),
         ]
-    same_job, other_jobs = _jobs(comparison)
+    jobs = [step_settings(point.first_repeat) for point in comparison.points]  # equal for points of one job and seed
+    number_of_jobs = sum(job not in jobs[:index] for index, job in enumerate(jobs))
     questions = [("Which is fastest?", list(FASTEST)), ("What does each need?", memory)]
-    if other_jobs and axes:
+    if number_of_jobs > 1 and axes:
         questions.insert(0, ("Which settings are best?", list(SETTINGS)))
-    # Points that compute the same must have the same loss. Of others one wants to know which learns best.
-    questions.append(("Is it the same loss?" if same_job else "Which learns best?", losses))
+    # Points of one job must have the same loss. Of points of other jobs one wants to know which learns best.
+    has_same_job = number_of_jobs < len(jobs)
+    questions.append(("Is it the same loss?" if has_same_job else "Which learns best?", losses))
     return [*questions, ("What does each cost?", list(COSTS))]
 
 
 def _jobs(comparison: Comparison) -> tuple[bool, bool]:
     """(whether two points train the same job, whether two points train different ones), a job being all but its speed."""
-    jobs = [step_settings(run.first_repeat) for run in comparison.runs]
+    jobs = [step_settings(point.first_repeat) for point in comparison.points]
     number_of_jobs = sum(job not in jobs[:index] for index, job in enumerate(jobs))
     return number_of_jobs < len(jobs), number_of_jobs > 1
 
@@ -200,34 +206,42 @@ def _jobs(comparison: Comparison) -> tuple[bool, bool]:
 def _axes(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
     """The settings in which the points differ: {column of W&B's run table: value of each point}.
 
-    If none of them has a column of its own, they are found in the whole configuration, `config`.
+    If none of these settings has a column of its own, the columns are those of the whole configuration, such as
+    `config.parallel.sequence`; at most `MOST_UNNAMED_AXES`.
     """
-    asked: set[str] = set()
-    for run in comparison.runs:
-        asked |= _asked_columns(run.first_repeat)
+    configured_columns: set[str] = set()
+    for point in comparison.points:
+        configured_columns |= _configured_columns(point.first_repeat)
     axes = {}
-    others = {}
+    axes_without_column = {}
     for difference in comparison.differences:
-        group = difference.key.removesuffix(".name")
-        if difference.key in COLUMNS:
-            axes[COLUMNS[difference.key]] = difference.values
-        elif difference.key in asked or group in asked:
-            axes[_column_name(difference.key if difference.key in asked else group)] = difference.values
-        elif " " not in difference.key:  # `run.json host` is no setting
-            others[f"config.{difference.key}"] = difference.values
-    return axes or dict(list(others.items())[:MOST_UNNAMED_AXES])
+        key = difference.key
+        group = key.removesuffix(".name")
+        if key in COLUMNS:
+            axes[COLUMNS[key]] = difference.values
+        elif key in configured_columns:
+            axes[_column_name(key)] = difference.values
+        elif group in configured_columns:
+            axes[_column_name(group)] = difference.values
+        elif " " not in key:  # `run.json host` is no setting
+            axes_without_column[f"config.{key}"] = difference.values
+    return axes or dict(list(axes_without_column.items())[:MOST_UNNAMED_AXES])
 
 
-def _asked_columns(run: RecordedRun) -> set[str]:
+def _configured_columns(run: RecordedRun) -> set[str]:
     """The settings that `logging.columns` of a run names: the axes of its sweep, and what the user added."""
     return {word.partition("=")[0] for word in run.config.get("logging.columns") or []}
 
 
-def _groups(values: tuple[Any, ...], number_of_runs: int) -> bool:
-    """Whether an axis groups the runs. A number that each run of a search has for itself would make groups of one run."""
-    numbers = [value for value in values if isinstance(value, int | float)]
-    has_own_values = len({*map(str, values)}) == len(values) == number_of_runs
-    return not (len(numbers) == len(values) >= FEWEST_OF_SEARCH and has_own_values)
+def _is_grouping(values: tuple[Any, ...], number_of_runs: int) -> bool:
+    """Whether runs are grouped by an axis. Not by a number that differs in each run of a search: each group would be one run.
+
+    `values`: of each point on the axis.
+    """
+    is_numeric = all(isinstance(value, int | float) for value in values)
+    is_search = is_numeric and len(values) >= FEWEST_OF_SEARCH
+    differs_in_each_run = len({*map(str, values)}) == len(values) == number_of_runs
+    return not (is_search and differs_in_each_run)
 
 
 def _table_columns(axes: dict[str, tuple[Any, ...]], runs: list[RecordedRun]) -> list[str]:
@@ -235,7 +249,7 @@ def _table_columns(axes: dict[str, tuple[Any, ...]], runs: list[RecordedRun]) ->
     columns = list(axes)
     user_columns: set[str] = set()
     for run in runs:
-        user_columns |= _asked_columns(run)
+        user_columns |= _configured_columns(run)
     for name in sorted(user_columns):
         if name not in COLUMNS and f"{name}.name" not in COLUMNS:
             columns.append(_column_name(name))
@@ -248,8 +262,11 @@ def _column_name(key: str) -> str:
 
 
 def _filter(runs: list[RecordedRun]) -> str:
-    """A filter in Python that finds these runs and no others of the project: by their ids, their groups or directories."""
-    # A run that waits, such as a later repeat, has no id yet; the same command writes this file anew when it has.
+    """A filter in Python that finds these runs and no others of the project.
+
+    By their ids if all are known, else by their groups, else by their directories.
+    """
+    # A run that was not started, such as a later repeat, has no id yet; the same command writes this file anew when it has.
     run_ids = [_run_id(run) for run in runs if run.state != "not started"]
     if run_ids and None not in run_ids:
         return f'ws.Metric("ID").isin({sorted(map(str, run_ids))!r})'
@@ -262,10 +279,10 @@ def _filter(runs: list[RecordedRun]) -> str:
 
 
 def _baseline(comparison: Comparison) -> str | None:
-    """The id in W&B of the run that the others are compared with; None for a single run, or if it is not known."""
-    if len(comparison.runs) == 1:
+    """The id in W&B of the first run of the default baseline; None for a single point, or if the id is not known."""
+    if len(comparison.points) == 1:
         return None
-    first = next(run.first_repeat for run in comparison.runs if run.name == comparison.first)
+    first = next(point.first_repeat for point in comparison.points if point.name == comparison.default_baseline)
     return None if _wandb_mode(first) == "disabled" else _run_id(first)
 
 
@@ -275,23 +292,34 @@ def _run_id(run: RecordedRun) -> str | None:
         return str(run.directory).rpartition("/")[2]
     if run.record.outcome is not None and run.record.outcome.progress.get("wandb_id"):
         return str(run.record.outcome.progress["wandb_id"])
-    # A run that did not end says it in the name of W&B's directory: that of the last start, since a start that never saved
-    # is forgotten by the next one.
-    parts = [run.directory] if is_wandb_directory(run.directory) else [*run.directory.glob("wandb/*run-*")]
-    started = [part.name.removeprefix("offline-") for part in parts if is_wandb_directory(part)]
-    match = RUN_DIRECTORY_NAME.fullmatch(max(started, default=""))
+    # A run that did not end has its id in the name of W&B's directory. The latest counts: if an earlier start saved nothing,
+    # the next start got a new id.
+    candidates = [run.directory] if is_wandb_directory(run.directory) else [*run.directory.glob("wandb/*run-*")]
+    names = [path.name.removeprefix("offline-") for path in candidates if is_wandb_directory(path)]
+    match = RUN_DIRECTORY_NAME.fullmatch(max(names, default=""))
     return match["id"] if match else None
 
 
-def _points_table(comparison: Comparison, axes: dict[str, tuple[Any, ...]], watched: str) -> list[str]:
-    """The points as the lines of a Markdown table: their values on the axes, what they reached, and what they took."""
+def _points_table(comparison: Comparison, axes: dict[str, tuple[Any, ...]], held_out_metric: str) -> list[str]:
+    """The points as lines of a Markdown table: values on the axes, losses, speed, memory, price and state."""
     settings = [column.removeprefix("config.") for column in axes]
-    headings = ["run", *settings, "steps", "loss", watched, "tokens/s", "s a step", "GiB", "$/M tokens", "state"]
+    headings = [
+        "run",
+        *settings,
+        "steps",
+        "loss",
+        held_out_metric,
+        "tokens/s",
+        "s a step",
+        "GiB",
+        "$/M tokens",
+        "state",
+    ]
     rows = []
-    for number, run in enumerate(comparison.runs):
+    for number, point in enumerate(comparison.points):
         axis_cells = [short(values[number]) for values in axes.values()]
-        rows.append([run.name, *axis_cells, *_measured_cells(run, watched), run.repeated.reason or run.repeated.state])
-    # Columns that no point has anything in are left out.
+        rows.append([point.name, *axis_cells, *_measured_cells(point, held_out_metric), point.reason or point.state])
+    # Columns that are unknown for every point are left out.
     columns = []
     for cells in zip(headings, *rows, strict=True):
         if any(cell != UNKNOWN for cell in cells[1:]):
@@ -301,22 +329,22 @@ def _points_table(comparison: Comparison, axes: dict[str, tuple[Any, ...]], watc
     return lines
 
 
-def _measured_cells(run: ComparedRun, watched: str) -> list[str]:
+def _measured_cells(point: ComparedPoint, held_out_metric: str) -> list[str]:
     """Steps, loss, held-out metric, speed, memory and price of a point; a dash for what is not known."""
-    measured = run.measured
+    measured = point.measured
     return [
         str(measured.steps or UNKNOWN),
         _cell(measured.loss, readable),
-        _cell(measured.after.get(watched), readable),
+        _cell(measured.after.get(held_out_metric), readable),
         _cell(measured.tokens_per_s, "{:,.0f}".format),
         _cell(measured.step_s, "{:.3g}".format),
         _cell(measured.memory_gib, "{:.3g}".format),
-        _cell(run.summary.dollars_per_million, "{:.3g}".format),
+        _cell(point.summary.dollars_per_million, "{:.3g}".format),
     ]
 
 
-def _cell(number: float | None, written: Callable[[float], str]) -> str:
-    return UNKNOWN if number is None else written(number)
+def _cell(number: float | None, format_number: Callable[[float], str]) -> str:
+    return UNKNOWN if number is None else format_number(number)
 
 
 def markdown_cell(text: str) -> str:

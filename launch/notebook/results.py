@@ -19,7 +19,7 @@ from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTa
 if TYPE_CHECKING:
     import pandas as pd
 
-    from launch.compare.comparison import ComparedRun, Comparison
+    from launch.compare.comparison import ComparedPoint, Comparison
 
 TONE_OF_VERDICT: dict[str, Tone] = {"better": "good", "worse": "bad"}
 
@@ -33,7 +33,7 @@ class ComparisonResult:
     @property
     def verdict(self) -> list[str]:
         """A sentence for each run: its loss, speed and memory beside those of the first."""
-        return [run.verdict for run in self.comparison.runs]
+        return [run.verdict for run in self.comparison.points]
 
     @property
     def answer(self) -> list[str]:
@@ -58,8 +58,8 @@ class ComparisonResult:
         import pandas as pd
 
         rows = []
-        for run in self.comparison.runs:
-            for repeat, recorded in enumerate(run.repeated.repeats, 1):
+        for run in self.comparison.points:
+            for repeat, recorded in enumerate(run.repeats, 1):
                 name = {"run": run.name, "repeat": repeat}
                 rows += [{**name, **row} for row in recorded.steps.values()]
                 rows += [{**name, "step": step, **metrics} for step, metrics in recorded.evaluations.items()]
@@ -77,18 +77,18 @@ class ComparisonResult:
         conclusion = self.comparison.conclusion
         tone, heading, text = answer_of(conclusion)
         curves = []
-        for run in self.comparison.begun_runs[:MOST_CURVES]:
+        for run in self.comparison.begun_points[:MOST_CURVES]:
             losses = [(step, row["loss"]) for step, row in run.first_repeat.steps.items() if row["loss"] is not None]
             curves.append(Curve(run.name, smoothed(losses)))
         return fragment(
-            f"{len(self.comparison.runs)} runs, compared with {self.comparison.first}",
+            f"{len(self.comparison.points)} runs, compared with {self.comparison.default_baseline}",
             lead=Callout(tone, heading, text) if conclusion.sentences else None,
             cards=recommendation_cards(conclusion),
             callouts=worst_first(point_callouts(self.comparison)),
             lines=_lines_below(conclusion.to_learn_more) if conclusion.sentences else self.verdict,
-            tables=[_table_of_runs(self.comparison.runs)],
+            tables=[_table_of_runs(self.comparison.points)],
             picture=picture(curves, x_title="steps", description="Training loss of each run over its steps"),
-            footer=f"{MOST_CURVES} runs are drawn" if len(self.comparison.begun_runs) > MOST_CURVES else "",
+            footer=f"{MOST_CURVES} runs are drawn" if len(self.comparison.begun_points) > MOST_CURVES else "",
         )
 
 
@@ -100,7 +100,7 @@ def _lines_below(to_learn_more: str) -> list[str]:
     return [to_learn_more] if to_learn_more else []
 
 
-def _table_of_runs(runs: tuple[ComparedRun, ...]) -> PageTable:
+def _table_of_runs(runs: tuple[ComparedPoint, ...]) -> PageTable:
     """What was reached and what it took, a row for each run; columns that no run has a number in are left out.
 
     No cell is marked as the best: the answer names one only where chance does not explain the difference.
@@ -122,9 +122,9 @@ def _table_of_runs(runs: tuple[ComparedRun, ...]) -> PageTable:
     return PageTable(list(compress(columns, known)), shown_rows)
 
 
-def _cells_of_run(run: ComparedRun) -> list[PageCell]:
+def _cells_of_run(run: ComparedPoint) -> list[PageCell]:
     measured = run.measured
-    state = run.repeated.state
+    state = run.state
     return [
         PageCell(run.name, run.name),
         PageCell(state, state),

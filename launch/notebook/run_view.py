@@ -23,7 +23,7 @@ def run_view(run_dir: Path) -> str:
         comparison = compare([ComparisonRow((run_dir,))], price_of)
     except ConfigError as error:
         return fragment(str(run_dir), lead=Callout("note", "No run to show", "; ".join(error.problems)))
-    compared = comparison.runs[0]
+    compared = comparison.points[0]
     run = compared.first_repeat
     verdict = verdict_on(run)
     report = run_dir / REPORT

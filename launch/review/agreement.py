@@ -12,28 +12,28 @@ TUNED_WINS = "tuned"
 OTHER_WINS = "other"
 TIE = "tie"
 Votes = dict[tuple[str, str], str]
-"""Who won: `TUNED_WINS`, `OTHER_WINS` or `TIE`, by (reviewer, item id)."""
+"""Votes on one question, by (reviewer, item id): `TUNED_WINS`, `OTHER_WINS` or `TIE`."""
 
 
 def winner(choice: str, item: KeyItem) -> str:
-    """Whose answer a reviewer preferred, from the side `a` or `b` that was chosen; `item` is the item's entry in the key."""
+    """Which model's answer a reviewer preferred: `choice` is `a`, `b` or `tie`; `item` says on which side each model was."""
     if choice == TIE:
         return TIE
     return TUNED_WINS if choice == item["tuned"] else OTHER_WINS
 
 
 def alpha(votes: Votes) -> float | None:
-    """Krippendorff's nominal alpha over the items that several reviewers judged; None if nobody could have disagreed."""
+    """Krippendorff's nominal alpha over the items that several reviewers judged; None if all votes are the same."""
     votes_by_item: dict[str, list[tuple[str, str]]] = {}
     for (reviewer, item_id), vote in votes.items():
         votes_by_item.setdefault(item_id, []).append((reviewer, vote))
-    rows = []
+    rows = []  # (reviewer, item id, vote), the form that nltk reads
     for item_id, votes_on_item in votes_by_item.items():
         if len(votes_on_item) > 1:
             rows += [(reviewer, item_id, vote) for reviewer, vote in votes_on_item]
     different_votes = {vote for _, _, vote in rows}
     if len(different_votes) < 2:
-        return None  # alpha divides by the disagreement that chance would give, which is 0 here
+        return None  # alpha divides by the disagreement expected by chance, which is 0 here
     from nltk.metrics.agreement import AnnotationTask
 
     return float(AnnotationTask(data=rows).alpha())
@@ -42,7 +42,7 @@ def alpha(votes: Votes) -> float | None:
 def kappa(votes: list[str], other_votes: list[str]) -> float | None:
     """Cohen's kappa of two reviewers; `votes[i]` and `other_votes[i]` are on the same item.
 
-    None without votes, or if all votes of both are the same: then chance would agree as well.
+    None without votes, or if all votes of both are the same: two reviewers who answer at random would agree as well.
     """
     if not votes or len({*votes, *other_votes}) < 2:
         return None

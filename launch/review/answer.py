@@ -36,17 +36,19 @@ def score_text(score: dict[str, Any]) -> str:
 
 
 def _win_rate_rows(score: dict[str, Any]) -> list[TableRow]:
-    """A table row for each metric `win_rate/<arm>` and `win_rate/<arm>/<question>`; an arm is a model that was compared."""
+    """A table row for each metric `win_rate/<arm>` and `win_rate/<arm>/<question>`; an arm is a model beside the tuned one."""
     rows = []
     for name, metric in score["metrics"].items():
         metric_kind, *parts = name.split("/")
-        # `win_rate` and `win_rate/<question>` repeat the numbers of one arm.
-        if metric_kind != "win_rate" or not parts or parts[0] not in score["arms"]:
+        # `win_rate` and `win_rate/<question>`, without an arm, repeat the numbers of one arm.
+        has_arm = bool(parts) and parts[0] in score["arms"]
+        if metric_kind != "win_rate" or not has_arm:
             continue
+        arm = parts[0]
         question = parts[1] if len(parts) > 1 else "overall"
         interval = "" if metric["value"] is None else f"{_number(metric['low'])} to {_number(metric['high'])}"
         counts = (metric["wins"], metric["ties"], metric["losses"], metric.get("num_equal", 0))
-        rows.append(TableRow((parts[0], question, _number(metric["value"]), interval, *map(str, counts))))
+        rows.append(TableRow((arm, question, _number(metric["value"]), interval, *map(str, counts))))
     return rows
 
 
@@ -69,7 +71,7 @@ def _agreement_lines(score: dict[str, Any]) -> list[str]:
 
 
 def _reviewer_lines(reviewer: dict[str, Any]) -> list[str]:
-    """A line on how much one reviewer judged, then a line for each sign of careless answers."""
+    """A line on how much one reviewer judged, then a line for each rule that flags careless answers."""
     line = reviewer["name"]
     if reviewer["dropped"]:
         line += " (dropped)"

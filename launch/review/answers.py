@@ -39,9 +39,9 @@ class Reviewer:
 
 
 def read_reviewers(paths: list[Path], review_id: str, key: ReviewKey) -> list[Reviewer]:
-    """Read the files that reviewers sent back, and check them against the key of the review.
+    """Read the files that reviewers sent back, one file for each reviewer, and check them against the key of the review.
 
-    Errors: DataError with every file that cannot be used, and why.
+    Raises DataError with every file that cannot be used, and why.
     """
     item_ids = {item["id"] for item in key["items"]}
     questions = {OVERALL, *key["rubric"]}
@@ -57,7 +57,7 @@ def read_reviewers(paths: list[Path], review_id: str, key: ReviewKey) -> list[Re
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{path}: cannot be read ({error})")
             continue
-        # Upper and lower case do not tell reviewers apart: somebody may write the own name in two ways.
+        # Upper and lower case do not tell reviewers apart: people write their names in both ways.
         earlier = reviewer_by_name.setdefault(reviewer.name.casefold(), reviewer)
         if earlier is not reviewer:
             problems.append(
@@ -80,7 +80,10 @@ def _read_reviewer(path: Path, review_id: str) -> Reviewer:
 
 
 def _parse_page_file(path: Path, contents: str, review_id: str) -> Reviewer:
-    """A reviewer's answers from the JSON that the page saved; `path` is for messages. Errors: DataError."""
+    """A reviewer's answers from the JSON that the page saved; `path` is for messages. Errors: DataError.
+
+    The JSON is like `{"version": 1, "review": id, "reviewer": name, "items": {id: {"answers": {"overall": "a"}, "seconds": 9}}}`.
+    """
     try:
         saved = json.loads(contents)
     except ValueError as error:
@@ -108,9 +111,10 @@ def _seconds(value: Any) -> float | None:
 
 
 def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
-    """A reviewer's answers from the filled-in CSV, with the separator that its spreadsheet uses. Errors: DataError."""
+    """A reviewer's answers from the filled-in CSV; `path` is for messages. Errors: DataError."""
     header = contents.splitlines()[0]
-    rows = csv.DictReader(io.StringIO(contents), delimiter=max(",;\t", key=header.count))
+    separator = max(",;\t", key=header.count)  # spreadsheets write their own; the header has it most often
+    rows = csv.DictReader(io.StringIO(contents), delimiter=separator)
     columns = list(rows.fieldnames or ())
     missing_columns = {"review", "reviewer", "item", OVERALL} - set(columns)
     if missing_columns:
@@ -152,7 +156,7 @@ def _parse_choices(row: dict[str, Any], questions: list[str], location: str) -> 
 
 
 def _check_review_id(location: str, named_id: Any, review_id: str) -> None:
-    """Raise DataError if answers are of another review; `named_id` is the id that stands with them at `location`."""
+    """Raise DataError if answers are of another review; `named_id` is the id that the file has at `location`."""
     if named_id != review_id:
         other = f"of the review {str(named_id)[:12]}" if named_id else "of no review that it names"
         raise DataError(f"{location}: is {other}, and this one is {review_id[:12]}; give the answers of this review")

@@ -31,7 +31,7 @@ RULES = {
 def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority: dict[str, str]) -> list[str]:
     """A sentence for each of the `RULES` that a reviewer's answers break; empty for a careful reviewer.
 
-    `majority` is who won for most of the other reviewers, by item id.
+    `majority`: the vote of most of the other reviewers, by item id.
     """
     items = {item["id"]: item for item in key["items"]}
     choices = {}
@@ -48,17 +48,18 @@ def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority: dict[str, s
 
 
 def _disagrees_with_itself(choices: dict[str, str], items: dict[str, KeyItem]) -> str | None:
-    """The flag of a reviewer who judges repeated items otherwise the second time; None if the rule is kept.
+    """The flag of a reviewer who judges repeated items differently the second time; None if the rule is kept.
 
-    Some items come twice, the second time with sides exchanged. `choices` are `a`, `b` or `tie` by item id.
+    Some items come twice, the second time with the sides exchanged. `choices` are `a`, `b` or `tie` by item id.
     """
     repeated = 0
     agreed = 0
     for item_id, choice in choices.items():
-        first_id = items[item_id]["repeats"]
+        first_id = items[item_id]["repeats"]  # None for an item that repeats no other
         if first_id in choices:
+            same_judgement = OTHER_SIDE[choices[first_id]]
             repeated += 1
-            agreed += choice == OTHER_SIDE[choices[first_id]]
+            agreed += choice == same_judgement
     if repeated < MIN_REPEATS or agreed > repeated / 2:
         return None
     return f"repeats: agrees with itself in {agreed} of {repeated} repeated items"

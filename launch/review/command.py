@@ -39,9 +39,9 @@ docs/review.md explains how the votes are counted."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune review` with the words typed after it; returns the exit code.
+    """Run `shardtune review` with the arguments behind it; returns the exit code.
 
-    Errors: ConfigError, DataError, StorageError and what generating answers raises.
+    Raises ConfigError, DataError, StorageError, and what generating answers raises.
     """
     if not argv or asks_for_help(argv):
         show_help(USAGE)
@@ -53,9 +53,9 @@ def main(argv: list[str]) -> int:
 
 
 def make_review(argv: list[str]) -> int:
-    """`review make`: draw prompts, let every model answer, and write the page, the table and the key.
+    """`review make`: draw prompts, let every model answer them, and write the page, the table and the key.
 
-    Returns the exit code, 75 if it was asked to stop.
+    Returns the exit code: 0, or 75 if it was stopped while the models answered.
     """
     from launch.review.prompts import draw_prompts
     from launch.review.sheet import KEY_FILE, PAGE_FILE, TABLE_FILE, make_sheet, review_csv, review_page, write_key
@@ -88,7 +88,10 @@ def make_review(argv: list[str]) -> int:
 
 
 def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
-    """Let every model answer the prompts: answers by arm, in the order of the prompts; None if it was asked to stop."""
+    """Let every model answer the prompts, and return {arm: answers in the order of the prompts}; None if it was stopped.
+
+    An arm is one of the compared models; `tuned` comes first.
+    """
     from launch.evaluate.command import start
     from launch.review.prompts import write_task_rows
     from launch.review.sheet import BASE, TUNED
@@ -99,7 +102,7 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
     answers: dict[str, list[str]] = {}
     for name, directory in request.arms.items():
         if directory is None and name == BASE:
-            continue  # the evaluation of the tuned model answers as the base too
+            continue  # the evaluation of the tuned model also writes the answers of its base
         plan = arm_plan(request, name, directory)
         if start(plan, quiet=False):
             return None
@@ -107,7 +110,6 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
             row = json.loads(line)
             arm = row["arm"] if directory is None else name
             answers.setdefault(arm, []).append(row["answer"])
-    # The tuned model first, then the others as they were named.
     other_arms = [arm for arm in request.arms if arm != TUNED]
     return {arm: answers[arm] for arm in (TUNED, *other_arms)}
 
@@ -150,7 +152,7 @@ def score_answers(argv: list[str]) -> int:
     if not set(names) - set(words.drop):
         raise ConfigError("drop: leaves nobody; name fewer")
 
-    # Twice on the disk: beside the key for whoever holds the review, and in the run's records for its card and gates.
+    # The result is written twice: beside the key, and into the run's records, where its model card and its gates find it.
     scores = score_review(review_id, key, reviewers, words.drop)
     scores_json = json_text(scores, indent=1, ensure_ascii=False)
     write_text_atomic(words.review / RESULT_FILE, scores_json + "\n")

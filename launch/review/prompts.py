@@ -33,9 +33,9 @@ class ReviewPrompt:
 
 
 def draw_prompts(path: str, n: int, seed: int) -> list[ReviewPrompt]:
-    """Draw `n` different prompts from the files at `path` at random by `seed`; all of them if there are fewer.
+    """Draw `n` different prompts at random from the files at `path`; all of them if there are fewer.
 
-    Errors: ConfigError, DataError with file and line.
+    Raises ConfigError for a path that is no local file, DataError with file and line for a row without a prompt.
     """
     files = expand(path, "prompts")
     for file in files:
@@ -56,7 +56,7 @@ def draw_prompts(path: str, n: int, seed: int) -> list[ReviewPrompt]:
 
 def write_task_rows(path: Path, prompts: list[ReviewPrompt]) -> None:
     """Write the prompts as rows of an evaluation task, by which the models answer them. Errors: StorageError."""
-    # A file has one form of rows: plain texts alone, or conversations throughout.
+    # All rows of a file must have the same form. If any prompt is a conversation, plain texts become one-turn conversations.
     all_plain = all(prompt.turns is None for prompt in prompts)
     lines = []
     for prompt in prompts:
@@ -70,7 +70,11 @@ def write_task_rows(path: Path, prompts: list[ReviewPrompt]) -> None:
 
 
 def _prompt_of_row(row: Row) -> ReviewPrompt:
-    """The prompt in a row of data, from the first of `COLUMNS` that it has. Raises DataError if it has none."""
+    """The prompt in a row of data, from the first of `COLUMNS` that the row has. Raises DataError if it has none.
+
+    `messages` is a conversation. A `prompt` or `question` is a plain text. An `instruction` is a user's turn, with the column
+    `input` below it if there is one.
+    """
     location = f"{row.file}:{row.line}"
     fields = row.fields
     column = next((name for name in COLUMNS if fields.get(name)), None)
@@ -84,8 +88,8 @@ def _prompt_of_row(row: Row) -> ReviewPrompt:
     if not isinstance(content, str) or not content.strip():
         raise DataError(f"{location}: {column} is {str(content)[:40]!r}; it must be a text")
     if column != "instruction":
-        return ReviewPrompt(location, content, None)
-    # Data in the style of Alpaca has what an instruction is about in a column of its own.
+        return ReviewPrompt(location, content, turns=None)
+    # Data in the style of Alpaca: `input` holds the text that the instruction is about.
     context = fields.get("input")
     has_context = isinstance(context, str) and bool(context.strip())
     text = f"{content}\n\n{context}" if has_context else content
@@ -97,9 +101,9 @@ def _prompt_of_conversation(location: str, messages: Any) -> ReviewPrompt:
     turns = messages if isinstance(messages, list) else []
     last_user_turn = None
     if all(map(_is_turn, turns)):
-        for number, turn in enumerate(turns):
+        for index, turn in enumerate(turns):
             if turn["role"] == "user":
-                last_user_turn = number
+                last_user_turn = index
     if last_user_turn is None:
         raise DataError(f"{location}: messages must be turns with a role and a text, one of the user's at least")
     prompt_turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns[: last_user_turn + 1]]

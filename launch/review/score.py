@@ -29,19 +29,19 @@ METHOD = (
 def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], dropped: list[str]) -> dict[str, Any]:
     """The record of a review as JSON values: win rates with intervals, agreement, disputed items, and the reviewers.
 
-    Votes of the reviewers named in `dropped` do not count.
+    The votes of reviewers named in `dropped` do not count.
     """
-    counted = [reviewer for reviewer in reviewers if reviewer.name not in dropped]
-    votes = {question: _votes(counted, key, question) for question in [OVERALL, *key["rubric"]]}
-    arms = [arm for arm in key["arms"] if arm != TUNED]
+    counted_reviewers = [reviewer for reviewer in reviewers if reviewer.name not in dropped]
+    votes_by_question = {question: _votes(counted_reviewers, key, question) for question in [OVERALL, *key["rubric"]]}
+    arms = [arm for arm in key["arms"] if arm != TUNED]  # the models that the tuned one is compared with
 
-    # Also of dropped reviewers: the record shows why they were dropped.
+    # Signs of careless answers, also of dropped reviewers: the record shows why they were dropped.
     flags_by_name = {}
     for reviewer in reviewers:
         flags_by_name[reviewer.name] = carelessness_flags(reviewer, key, _majority(reviewer, reviewers, key))
-    unflagged = [reviewer for reviewer in counted if not flags_by_name[reviewer.name]]
+    unflagged = [reviewer for reviewer in counted_reviewers if not flags_by_name[reviewer.name]]
     without_flagged = None
-    if 0 < len(unflagged) < len(counted):
+    if 0 < len(unflagged) < len(counted_reviewers):
         without_flagged = _metrics({OVERALL: _votes(unflagged, key, OVERALL)}, key, arms)["win_rate"]
     summaries = []
     for reviewer in reviewers:
@@ -59,15 +59,15 @@ def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], drop
         "rubric": key["rubric"],
         "reviewers": summaries,
         "rules": RULES,
-        "metrics": _metrics(votes, key, arms),
+        "metrics": _metrics(votes_by_question, key, arms),
         "without_flagged": without_flagged,
-        "kappa": pairwise_kappas(votes[OVERALL]),
-        "disagreements": _disagreements(votes[OVERALL], counted, key),
+        "kappa": pairwise_kappas(votes_by_question[OVERALL]),
+        "disagreements": _disagreements(votes_by_question[OVERALL], counted_reviewers, key),
     }
 
 
 def _votes(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> Votes:
-    """Who won by one question, for every (reviewer, item id).
+    """The votes of the reviewers on one question, by (reviewer, item id).
 
     Repeated items are left out: they only show whether a reviewer is consistent.
     """
@@ -81,29 +81,29 @@ def _votes(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> Vote
 
 
 def _metrics(votes_by_question: dict[str, Votes], key: ReviewKey, arms: list[str]) -> dict[str, dict[str, Any]]:
-    """Win rates and agreement by the metric names that gates use; `arms` are those that the tuned model is compared with.
+    """Win rates and agreement, by the metric names that gates use. `arms`: the models that the tuned one is compared with.
 
-    `win_rate/<arm>/<question>` and `alpha/<question>`, the question left out for the overall one. `win_rate` without an arm
-    is that against the base or, if the base was not compared, against the arm with which the tuned model does worst.
+    The names are `win_rate/<arm>/<question>` and `alpha/<question>`, without the question for the overall one. `win_rate` without
+    an arm is the win rate against the base or, if the base was not compared, against the arm with the lowest win rate.
     """
     metrics: dict[str, dict[str, Any]] = {}
     for arm in arms:
         for question, votes in votes_by_question.items():
             metrics[f"win_rate/{arm}{_suffix(question)}"] = _win_rate(votes, key, arm)
 
-    def rate_or_last(arm: str) -> tuple[bool, float]:
+    def win_rate_order(arm: str) -> tuple[bool, float]:
         win_rate = metrics[f"win_rate/{arm}"]["value"]
         return win_rate is None, win_rate or 0  # an arm that nobody judged comes last
 
-    main_arm = BASE if BASE in arms else min(arms, key=rate_or_last)
+    main_arm = BASE if BASE in arms else min(arms, key=win_rate_order)
     for question, votes in votes_by_question.items():
         suffix = _suffix(question)
         metrics[f"win_rate{suffix}"] = metrics[f"win_rate/{main_arm}{suffix}"]
         metrics[f"alpha{suffix}"] = {"value": alpha(votes)}
     num_reviewers = len({reviewer for reviewer, _ in votes_by_question[OVERALL]})
     metrics["num_reviewers"] = {"value": float(num_reviewers)}
-    in_order = sorted(metrics, key=lambda name: (name.count("/"), name != "win_rate", name))
-    return {name: metrics[name] for name in in_order}
+    sorted_names = sorted(metrics, key=lambda name: (name.count("/"), name != "win_rate", name))
+    return {name: metrics[name] for name in sorted_names}
 
 
 def _suffix(question: str) -> str:
@@ -112,9 +112,9 @@ def _suffix(question: str) -> str:
 
 
 def _win_rate(votes: Votes, key: ReviewKey, arm: str) -> dict[str, Any]:
-    """The win rate against one arm with its 95 % interval, and the counts behind it; None for the rate if nobody judged.
+    """The win rate of the tuned model against one arm, with its 95 % interval and counts, as a metric of the record.
 
-    `METHOD` says how it is computed.
+    `METHOD` says how it is computed. The rate is None if nobody judged an item of this arm.
     """
     items = {item["id"]: item for item in key["items"] if item["other"] == arm}
     values_by_prompt: dict[int, list[float]] = {}
@@ -143,7 +143,7 @@ def _win_rate(votes: Votes, key: ReviewKey, arm: str) -> dict[str, Any]:
 
 
 def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
-    """Who won for most of the reviewers other than `reviewer`, by item id; only items that at least two of them judged."""
+    """The vote of most of the other reviewers than `reviewer`, by item id; only items that at least two of them judged."""
     votes = _votes([other for other in reviewers if other is not reviewer], key, OVERALL)
     counts_by_item: dict[str, Counter[str]] = {}
     for (_, item_id), vote in votes.items():
@@ -175,13 +175,13 @@ def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_d
 
 def _disagreements(votes: Votes, reviewers: list[Reviewer], key: ReviewKey) -> list[dict[str, Any]]:
     """Items on which reviewers prefer opposite answers, with votes and comments; the most even ones first."""
-    imbalances_and_rows = []
+    rows_with_imbalance = []
     for item in key["items"]:
         vote_by_reviewer = {reviewer: vote for (reviewer, item_id), vote in votes.items() if item_id == item["id"]}
         decided_votes = [vote for vote in vote_by_reviewer.values() if vote != TIE]
         if len(set(decided_votes)) < 2:
             continue
-        # |wins - losses|: 0 if as many reviewers prefer the one answer as the other.
+        # |wins - losses|: 0 if both answers are preferred by the same number of reviewers.
         imbalance = abs(2 * decided_votes.count(TUNED_WINS) - len(decided_votes))
         row = {
             "item": item["id"],
@@ -190,9 +190,9 @@ def _disagreements(votes: Votes, reviewers: list[Reviewer], key: ReviewKey) -> l
             "votes": vote_by_reviewer,
             "comments": _comments(item["id"], reviewers),
         }
-        imbalances_and_rows.append((imbalance, row))
-    imbalances_and_rows.sort(key=lambda imbalance_and_row: imbalance_and_row[0])
-    return [row for _, row in imbalances_and_rows[:MAX_LISTED]]
+        rows_with_imbalance.append((imbalance, row))
+    rows_with_imbalance.sort(key=lambda entry: entry[0])
+    return [row for _, row in rows_with_imbalance[:MAX_LISTED]]
 
 
 def _comments(item_id: str, reviewers: list[Reviewer]) -> dict[str, str]:

@@ -70,14 +70,15 @@ def make_sheet(
     config: ReviewConfig,
     salt: str = "",
 ) -> Sheet:
-    """Pair the tuned model's answers with those of each other arm, in random order and on random sides.
+    """Pair the tuned model's answers with those of each other arm (compared model), in random order and on random sides.
 
-    `answers` are by arm, in the order of the prompts. `about` goes into the key. `salt` is random but in tests. Pairs of
-    equal answers are not shown: they are ties. A share of the items, `review.repeats`, comes again with sides exchanged.
+    `answers`: by arm, in the order of the prompts. `about`: further entries of the key. `salt`: random unless a test gives one.
+    Pairs of equal answers are not shown and count as ties. A share `review.repeats` of the items is shown a second time with the
+    sides exchanged.
     """
     salt = salt or secrets.token_hex(16)
     rng = random.Random(f"sides {config.seed} {salt}")
-    # The order of the draws from `rng` is part of the format: the same seed and salt give the same review.
+    # The order of the draws from `rng` must not change: the same seed and salt give the same review.
     pairs, same = _pair_answers(prompts, answers, rng)
     pair_order = list(range(len(pairs)))
     rng.shuffle(pair_order)
@@ -89,7 +90,8 @@ def make_sheet(
     for item_number, pair_number in enumerate([*pair_order, *repeated]):
         pair = pairs[pair_number]
         row = dict(pair.key_row)
-        if item_number >= len(pair_order):  # an item that comes again, with sides exchanged
+        is_repeat = item_number >= len(pair_order)
+        if is_repeat:
             row["repeats"] = key_rows[pair_order.index(pair_number)]["id"]
             row[TUNED] = "b" if row[TUNED] == "a" else "a"
         row["id"] = hashlib.sha256(f"{salt} {item_number}".encode()).hexdigest()[:12]
@@ -120,7 +122,7 @@ def _pair_answers(
 ) -> tuple[list[_AnswerPair], list[dict[str, Any]]]:
     """(pairs whose answers differ, key rows of the pairs whose answers are equal), with a random side for the tuned model.
 
-    `rng` draws a side for every pair, also for equal ones: one equal pair more does not move the sides of the others.
+    `rng` also draws a side for pairs of equal answers, so that the sides of the other pairs do not depend on how many there are.
     """
     pairs = []
     same = []
@@ -134,14 +136,14 @@ def _pair_answers(
             if tuned.strip() == other.strip():
                 same.append({"prompt": prompt_number, "other": arm})
                 continue
-            words = sum(len(text.split()) for text in (prompt.text, tuned, other))
-            key_row = {"prompt": prompt_number, "other": arm, TUNED: side, "repeats": None, "words": words}
+            num_words = sum(len(text.split()) for text in (prompt.text, tuned, other))
+            key_row = {"prompt": prompt_number, "other": arm, TUNED: side, "repeats": None, "words": num_words}
             pairs.append(_AnswerPair(prompt.text, tuned, other, key_row))
     return pairs, same
 
 
 def _item_hash(item: SheetItem) -> str:
-    """The SHA-256 of what an item shows, by which the key proves which texts were judged."""
+    """The SHA-256 of the texts that an item shows, by which the key proves what was judged."""
     return hashlib.sha256(json.dumps([item.prompt, item.a, item.b]).encode()).hexdigest()
 
 

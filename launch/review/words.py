@@ -1,4 +1,4 @@
-"""The words of `shardtune review make` and `review score`."""
+"""The arguments of `shardtune review make` and `review score`."""
 
 from __future__ import annotations
 
@@ -65,29 +65,29 @@ class ScoreWords(VerbWords):
 
 @dataclass(slots=True)
 class MakeRequest:
-    """The words of `review make`, checked and resolved."""
+    """The arguments of `review make`, checked and resolved."""
 
     run: Path
     prompts: str
     arms: dict[str, str | None]
-    """The models to compare, by name: the run or model directory; None for the run under review and its base model."""
+    """The models to compare, by name: run or model directory; None for the run under review (`tuned`) and its base model."""
     to: Path
     checkpoint: Path
     model: dict[str, Any]
     """What is judged, for the key and the reports: run, checkpoint, its fingerprint, and what was accepted."""
     review: ReviewConfig
     settings: list[str]
-    """Setting words for the evaluation of the run, without those of `review.`."""
+    """Settings for the evaluation of the run, such as `precision=bf16`, without those of `review.`."""
     allowing: list[str]
-    """Words that allow the runs among the arms to use files or hosts outside of their directories."""
+    """Arguments that allow the runs among the arms to use files or hosts outside of their directories."""
     command: list[str]
-    """All words as they were typed, the verb first, for messages."""
+    """The command line, the verb first, for messages."""
     accept: str = ""
-    """The word `accept=[...]` for another base model than the runs were trained on; empty if it was not typed."""
+    """The argument `accept=[...]`, which allows another base model than the runs were trained on; empty if not given."""
 
 
 def read_make_words(argv: list[str]) -> MakeRequest:
-    """Read the words of `review make`, find the checkpoint, and check the arms. Errors: ConfigError with every problem."""
+    """Read the arguments of `review make`, find the checkpoint, and check the arms. Raises ConfigError with every problem."""
     from launch.config.compose import recompose
     from launch.config.read_run import RunReader, read_run, split_allowing_words
     from launch.export.command import find_checkpoint
@@ -95,6 +95,7 @@ def read_make_words(argv: list[str]) -> MakeRequest:
     from trainer.config.ranges import range_problems
     from trainer.session.base_files import use_recorded_base
 
+    # The arguments themselves.
     command = ["review", "make", *argv]
     allowing, argv = split_allowing_words(argv, ARMS_PREFIX)
     words, problems = read_words("review make", MakeWords, argv)
@@ -107,6 +108,7 @@ def read_make_words(argv: list[str]) -> MakeRequest:
     review_settings = [f"review.{key}={words.typed[key]}" for key in ("n", "seed") if key in words.typed]
     settings = [*words.settings, *review_settings]
 
+    # The configuration of the run with these settings, and its checkpoint.
     def compose_for_review(frozen: RunConfig, setting_words: list[str]) -> RunConfig:
         frozen.run.dir = None
         frozen.run.resume = "auto"
@@ -116,6 +118,8 @@ def read_make_words(argv: list[str]) -> MakeRequest:
     config = read_run(run, reading_verb, settings, compose_for_review)
     checkpoint = find_checkpoint(run, words.checkpoint, config.checkpoint)
     accepted = use_recorded_base(config, run, words.accept, teacher=True, start=True)
+
+    # What the review compares, and where it is written.
     review = config.review
     arms, arm_problems = _read_arms(words.arms)
     problems = [*range_problems(review, "review"), *review.problems(), *arm_problems]
@@ -147,7 +151,7 @@ def read_make_words(argv: list[str]) -> MakeRequest:
 
 
 def read_score_words(argv: list[str]) -> ScoreWords:
-    """Read the words of `review score`, with the default of `review=` filled in. Errors: ConfigError with every problem."""
+    """Read the arguments of `review score`, with the default of `review=` filled in. Raises ConfigError with every problem."""
     from launch.review.sheet import KEY_FILE
 
     words, problems = read_words("review score", ScoreWords, argv)
@@ -178,23 +182,24 @@ def _uses_outside_value(value: OutsideValue, config: RunConfig) -> bool:
 
 
 def _without_allowing_words(settings: list[str]) -> list[str]:
-    """The setting words without those that allow one run to use something outside: another run needs its own permission."""
+    """The settings without those that allow a run to use something outside its directory: each run needs its own permission."""
     from launch.config.read_run import is_allowing_word
 
     return [word for word in settings if not is_allowing_word(word)]
 
 
-def _read_arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
-    """(the directory of each arm by its name, error messages); the directory is None for the run under review and its base.
+def _read_arms(arms: list[str]) -> tuple[dict[str, str | None], list[str]]:
+    """({name of an arm: its directory}, error messages); the directory is None for the run under review and its base model.
 
-    Directories of the same name get an apostrophe to tell them apart.
+    `arms` are the values of `arms=`: base, tuned, runs and model directories. A second directory of the same name gets an
+    apostrophe.
     """
     from launch.review.sheet import BASE, TUNED
 
-    typed_word = f"arms=[{','.join(typed)}]"
+    argument = f"arms=[{','.join(arms)}]"
     directory_by_arm: dict[str, str | None] = {}
     problems = []
-    for arm in typed:
+    for arm in arms:
         path = Path(arm).expanduser()
         if arm in (BASE, TUNED):
             directory_by_arm[arm] = None
@@ -204,16 +209,17 @@ def _read_arms(typed: list[str]) -> tuple[dict[str, str | None], list[str]]:
                 name += "'"
             directory_by_arm[name] = str(path)
         else:
-            problems.append(f"{typed_word}: {arm} is neither {BASE}, {TUNED}, a run nor a model directory")
+            problems.append(f"{argument}: {arm} is neither {BASE}, {TUNED}, a run nor a model directory")
     if not problems and (TUNED not in directory_by_arm or len(directory_by_arm) < 2):
-        problems.append(f"{typed_word}: needs {TUNED}, and something to compare it with, as in arms=[{BASE},{TUNED}]")
+        problems.append(f"{argument}: needs {TUNED}, and something to compare it with, as in arms=[{BASE},{TUNED}]")
     return directory_by_arm, problems
 
 
 def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> EvaluationPlan:
-    """The plan of an evaluation in which one arm answers the prompts; that of the tuned model lets its base answer too.
+    """The plan of an evaluation in which one arm (compared model) answers the prompts of the review.
 
-    `directory` is the arm's run or model; None for the run under review itself.
+    `directory`: the arm's run or model; None for the run under review. The evaluation of that run also writes the answers of its
+    base model, if this is among the arms.
     """
     from launch.evaluate.words import make_plan, parse_words
     from launch.review.sheet import BASE
@@ -221,7 +227,7 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
     # The answers are what is wanted: the task scores them against a placeholder, and nobody reads the score.
     task = "evaluation.tasks.answers"
     is_run = directory is None or (Path(directory) / "config.yaml").is_file()
-    words = [
+    arguments = [
         "evaluation.tasks=[]",
         f"{task}.kind=exact_match",
         f"{task}.path={request.to / 'answers' / 'prompts.jsonl'}",
@@ -229,22 +235,22 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
         f"to={request.to / 'answers' / arm}",
     ]
     if directory is None:
-        words += request.settings
+        arguments += request.settings
     else:
-        words += [*_without_allowing_words(request.settings), *request.allowing]
+        arguments += [*_without_allowing_words(request.settings), *request.allowing]
     if request.accept and is_run:
-        words.append(request.accept)
+        arguments.append(request.accept)
     if directory is None:
         step = int(request.checkpoint.name.rpartition("-")[2])  # step-000040
-        words += [str(request.run), f"checkpoint={step}"]
+        arguments += [str(request.run), f"checkpoint={step}"]
         if BASE in request.arms:
-            words.append(f"against={BASE}")
+            arguments.append(f"against={BASE}")
     elif is_run:
-        words.append(directory)
+        arguments.append(directory)
     else:
-        words.append(f"model.path={directory}")
+        arguments.append(f"model.path={directory}")
 
-    evaluate_words = parse_words(words)
+    evaluate_words = parse_words(arguments)
     evaluate_words.command = request.command
     evaluate_words.prefix = "" if directory is None else ARMS_PREFIX
     plan = make_plan(evaluate_words)

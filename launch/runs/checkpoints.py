@@ -29,11 +29,11 @@ class StoredCheckpoint:
     size: int
     """Bytes of its files."""
     best: float | None = None
-    """The held-out metric that evaluation watches, if this is the run's best checkpoint."""
+    """If this is the run's best checkpoint: the value of the held-out metric by which it was chosen."""
     elsewhere: bool = False
-    """Whether it lies in `checkpoint.fallback_dir`."""
+    """Whether it is in `checkpoint.fallback_dir`."""
     given_up: bool = False
-    """Whether a rollback went back to a checkpoint before it, so that the run does not continue from it."""
+    """Whether a rollback returned to an earlier checkpoint, so that the run does not continue from this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class CheckpointList:
     """The checkpoints that a run has stored."""
 
     checkpoints: tuple[StoredCheckpoint, ...]
-    watch: str | None
-    """The held-out metric by which the best one is chosen."""
+    monitored_metric: str | None
+    """Name of the held-out metric by which the best one is chosen."""
     problem: str | None = None
     """Why not all could be listed; None if they were."""
 
@@ -62,8 +62,10 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
     """
     checkpoint_settings, evaluation_settings = _read_settings(run_dir)
     fallback = checkpoint_settings.get("fallback_dir")
-    watch = evaluation_settings.get("watch")
+    monitored_metric = evaluation_settings.get("watch")
     directories = checkpoint_dirs_of(run_dir, fallback if isinstance(fallback, str) else None)
+
+    # Their paths. Checkpoints that a rollback gave up are moved into `given-up-<n>/`.
     given_up_paths = []
     try:
         published_checkpoints = checkpoints_in(directories)
@@ -72,10 +74,11 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
                 if STEP_NAME.fullmatch(path.name):
                     given_up_paths.append(path)
     except StorageError as error:
-        return CheckpointList((), None, str(error))
+        return CheckpointList((), monitored_metric=None, problem=str(error))
     except OSError as error:
-        return CheckpointList((), None, f"cannot be listed: {atomic_io.error_summary(error)}")
+        return CheckpointList((), monitored_metric=None, problem=f"cannot be listed: {atomic_io.error_summary(error)}")
 
+    # Their sizes and ages.
     best_step, best_metric = _best_step_and_metric(published_checkpoints)
     problem = None
     checkpoints: list[StoredCheckpoint] = []
@@ -99,11 +102,11 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
             continue
         except OSError as error:
             problem = f"{path.name} cannot be read: {atomic_io.error_summary(error)}"
-    return CheckpointList(tuple(checkpoints), watch if isinstance(watch, str) else None, problem)
+    return CheckpointList(tuple(checkpoints), monitored_metric if isinstance(monitored_metric, str) else None, problem)
 
 
 def _best_step_and_metric(published_checkpoints: list[tuple[int, Path]]) -> tuple[int | None, float | None]:
-    """(step, watched metric) of the best checkpoint, by the newest checkpoint whose progress can be read; None if unknown."""
+    """(step, metric) of the best checkpoint, as the newest checkpoint with a readable `progress.json` says; None if unknown."""
     for _, path in reversed(published_checkpoints):
         progress = _read_progress(path)
         if progress:

@@ -45,42 +45,42 @@ class DocumentExposure:
     run: Path
     documents: dict[str, int] = field(default_factory=dict)
     """How many of them are in the run's data, by split."""
-    where: tuple[str, ...] = ()
+    shown_documents: tuple[str, ...] = ()
     """The first of them, as file:line."""
-    times: int = 0
+    times_trained: int = 0
     """How often training drew one of them, up to `step`."""
     step: int = 0
     """The last optimizer step of the run."""
-    through: Path | None = None
+    earlier_run: Path | None = None
     """An earlier run that was trained on them, and whose weights this one began with."""
-    unknown: str | None = None
+    why_unknown: str | None = None
     """Why the exposure cannot be determined; None if it can."""
 
     @property
     def trained(self) -> bool:
         """Whether the run's weights have seen one of the documents, in its own training or in that of an earlier run."""
-        return self.times > 0 or self.through is not None
+        return self.times_trained > 0 or self.earlier_run is not None
 
 
 def document_exposures(runs: Iterable[tuple[Path, RunConfig | str]], query: DocumentQuery) -> list[DocumentExposure]:
-    """The exposure of each run to the documents of the query.
+    """The exposure of each run to the documents of the query: by its own training, or by that of a run before it.
 
-    `runs` are (run directory, its frozen configuration or why that cannot be read). A run that began with the weights of
-    another one has seen what that one saw.
+    `runs` are (run directory, its frozen configuration, or a message that says why it cannot be read). A run that began with the
+    weights of an earlier run has seen what the earlier run was trained on.
     """
     configs = dict(runs)
     exposures = {run: _exposure(run, config, query) for run, config in configs.items()}
     predecessors = {run: _predecessors(run, config, configs) for run, config in configs.items()}
     for run in configs:
-        # Breadth first, so that the nearest predecessor is named.
+        # Breadth first through the predecessors, so that the nearest one that was trained on a document is named.
         visited = {run}
         to_visit = list(predecessors[run])
         while to_visit:
             predecessor = to_visit.pop(0)
             if predecessor in visited:
                 continue
-            if exposures[predecessor].times:
-                exposures[run] = replace(exposures[run], through=predecessor)
+            if exposures[predecessor].times_trained:
+                exposures[run] = replace(exposures[run], earlier_run=predecessor)
                 break
             visited.add(predecessor)
             to_visit += predecessors[predecessor]
@@ -88,41 +88,44 @@ def document_exposures(runs: Iterable[tuple[Path, RunConfig | str]], query: Docu
 
 
 def _predecessors(run: Path, config: RunConfig | str, runs: Iterable[Path]) -> list[Path]:
-    """The runs (of `runs`) whose exports this one loaded: as base model, as adapters merged into it, or as first adapter."""
+    """The runs (of `runs`) whose exports this one loaded: as base model, as merged adapters, or as the adapter it began with."""
     record = readable_run_record(run)
-    loaded = [record.tuning_from.path if record.tuning_from else None, record.base_model]
+    loaded_paths = [record.tuning_from.path if record.tuning_from else None, record.base_model]
     if not isinstance(config, str):
-        loaded += config.model.adapters
+        loaded_paths += config.model.adapters
     predecessors = []
-    for path in filter(None, loaded):
+    for path in filter(None, loaded_paths):
         export_dir = Path(str(path)).expanduser().resolve()
-        # An export lies in the directory of its run; among runs within runs the innermost one made it.
-        enclosing = [other for other in runs if other != run and export_dir.is_relative_to(other.resolve())]
-        if enclosing:
-            predecessors.append(max(enclosing, key=lambda other: len(other.parts)))
+        # An export is in the directory of its run. If runs are within runs, the innermost one made it.
+        enclosing_runs = [other for other in runs if other != run and export_dir.is_relative_to(other.resolve())]
+        if enclosing_runs:
+            predecessors.append(max(enclosing_runs, key=lambda other: len(other.parts)))
     return predecessors
 
 
 def _exposure(run: Path, config: RunConfig | str, query: DocumentQuery) -> DocumentExposure:
-    """The exposure of one run by its own training alone; if it cannot be determined, `unknown` says why."""
+    """The exposure of one run by its own training alone; if it cannot be determined, `why_unknown` says why."""
     record = readable_run_record(run)
     if isinstance(config, str):
-        return DocumentExposure(run=run, unknown=config)
+        return DocumentExposure(run=run, why_unknown=config)
     if not record.data_fingerprint or not record.data_directory:
-        return DocumentExposure(run=run, unknown="has no run.json: it never began to train, or was copied without it")
+        return DocumentExposure(
+            run=run, why_unknown="has no run.json: it never began to train, or was copied without it"
+        )
     try:
         return _exposure_from_prepared_data(run, config, record, query)
     except (ConfigError, DataError, OSError) as error:
-        return DocumentExposure(run=run, unknown=" ".join(str(error).split()))
+        return DocumentExposure(run=run, why_unknown=" ".join(str(error).split()))
 
 
 def _exposure_from_prepared_data(
     run: Path, config: RunConfig, record: RunRecord, query: DocumentQuery
 ) -> DocumentExposure:
-    """The exposure of one run, by its prepared data and its progress. Errors: DataError, ConfigError, OSError."""
+    """The exposure of one run, from its prepared data and how far it trained. Errors: DataError, ConfigError, OSError."""
     from trainer.data.store.documents import DocumentTable
     from trainer.data.store.sequences import TokenDataset
 
+    # The prepared data must be what the run was trained on.
     directory = Path(record.data_directory)
     if not (directory / "train").is_dir():
         raise DataError(f"its prepared data {directory} is not there; the same command prepares it again")
@@ -134,25 +137,27 @@ def _exposure_from_prepared_data(
         if (directory / name).is_dir():
             splits[name] = TokenDataset.open(directory / name)
 
-    # The document table has all splits; `documents` of a split has the row in the table of each of its sequences.
+    # Which documents match, by split. The table has the documents of all splits; `documents` of a split holds, for each of its
+    # sequences, the row of its document in the table.
     document_table = DocumentTable(directory)
     wanted_rows = matching_rows(document_table, query)
     rows_by_split = {name: np.intersect1d(split.documents, wanted_rows) for name, split in splits.items()}
     rows_in_any_split = np.unique(np.concatenate(list(rows_by_split.values())))
     shown_documents = [document_table.row(int(row)) for row in rows_in_any_split[:SHOWN_DOCUMENTS]]
 
+    # How often training drew them, from the start to the last step. `passed` are ranges of samples that a rollback left out.
     progress = record.outcome.progress if record.outcome else {}
     step = int(progress.get("step") or _last_step(run))
     samples = int(progress.get("samples") or step * int(config.batch["global"]))
-    times = 0
+    times_trained = 0
     if len(rows_by_split["train"]):
         skipped_ranges = progress.get("passed") or []
-        times = _times_trained(train, config, samples, skipped_ranges, rows_by_split["train"])
+        times_trained = _times_trained(train, config, samples, skipped_ranges, rows_by_split["train"])
     return DocumentExposure(
         run=run,
         documents={name: len(rows) for name, rows in rows_by_split.items() if len(rows)},
-        where=tuple(f"{document['file']}:{document['line']}" for document in shown_documents),
-        times=times,
+        shown_documents=tuple(f"{document['file']}:{document['line']}" for document in shown_documents),
+        times_trained=times_trained,
         step=step,
     )
 
@@ -168,24 +173,24 @@ def _last_step(run: Path) -> int:
 def _times_trained(
     train: Any, config: RunConfig, samples: int, skipped_ranges: list[dict[str, int]], rows: np.ndarray
 ) -> int:
-    """How often the run trained on one of the documents in `rows`, among the first `samples` that it drew.
+    """How often the run trained on one of the documents in `rows`, among the first `samples` samples that it drew.
 
-    The run's sample order is built anew: it follows from the data, the settings and the seed. `skipped_ranges` are ranges
-    (`first`, `count`) of samples that a rollback left out.
+    The order of the samples is built again: it follows from the data, the settings and the seed. `skipped_ranges` are ranges of
+    samples that a rollback left out, such as `{"first": 640, "count": 64}`. `rows`: row numbers of documents.
     """
     from trainer.data.batches.mixing import build_order
     from trainer.objectives.registry import data_spec_of
 
     sequences_per_document = data_spec_of(config.objective).sequences_per_document
-    units, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
+    # A pack is what the order draws as one sample: one sequence, or several sequences in one row.
+    packs, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
     order.set_skipped((skipped["first"], skipped["count"]) for skipped in skipped_ranges)
-    is_wanted = np.isin(train.documents, rows)  # of each sequence
-    # Wanted documents of each unit that the order draws: a sequence, or several that are packed together.
-    if units is None:
-        wanted_in_unit = is_wanted.astype(np.int64)
+    is_wanted_sequence = np.isin(train.documents, rows)
+    if packs is None:
+        wanted_by_pack = is_wanted_sequence.astype(np.int64)
     else:
-        wanted_in_unit = np.array([is_wanted[unit].sum() // sequences_per_document for unit in units])
-    return int(wanted_in_unit[order.units(0, samples)].sum())
+        wanted_by_pack = np.array([is_wanted_sequence[pack].sum() // sequences_per_document for pack in packs])
+    return int(wanted_by_pack[order.units(0, samples)].sum())
 
 
 def matching_rows(document_table: Any, query: DocumentQuery) -> np.ndarray:
@@ -203,9 +208,9 @@ def matching_rows(document_table: Any, query: DocumentQuery) -> np.ndarray:
 
 
 def _matches_file_and_line(batch: pa.RecordBatch, query: DocumentQuery) -> np.ndarray:
-    """Which documents of a batch come from the file and line of the query, as a boolean for each row.
+    """Which documents of a batch come from the file and line of the query: a boolean for each row.
 
-    The file may be named as in the run's settings, by the end of its path, or by a path from here.
+    The file matches if it is named as in the run's settings, by the end of its path, or by a path from the current directory.
     """
     import pyarrow.compute as pc
 
@@ -213,12 +218,12 @@ def _matches_file_and_line(batch: pa.RecordBatch, query: DocumentQuery) -> np.nd
     files = batch.column("file")
     is_file = pc.or_(pc.equal(files, name), pc.ends_with(files, "/" + name.removeprefix("./")))
     is_file = pc.or_(is_file, pc.equal(files, str(Path(name).expanduser().resolve())))
-    is_document = pc.and_(is_file, pc.equal(batch.column("line"), query.line))
-    return np.asarray(pc.fill_null(is_document, False))
+    is_line = pc.equal(batch.column("line"), query.line)
+    return np.asarray(pc.fill_null(pc.and_(is_file, is_line), False))
 
 
 def _contains_text(batch: pa.RecordBatch, text: str) -> np.ndarray:
-    """Which documents of a batch contain the text in a column or in a turn of a conversation, as a boolean for each row."""
+    """Which documents of a batch contain the text, in a column or in a message of a conversation: a boolean for each row."""
     import pyarrow.compute as pc
 
     from trainer.data.store.documents import TURNS

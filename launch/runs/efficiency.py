@@ -33,6 +33,7 @@ SACCT_RETRY_S = 1.0
 CPU_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 SIZE = re.compile(r"([\d.]+)([KMGT]?)")
 GPU_BUSY = re.compile(r"gres/gpuutil=(\d+)")
+"""In sacct's `TRESUsageInAve`, such as `cpu=00:01:30,gres/gpuutil=180`: per cent, summed over the GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,9 +67,10 @@ class StartUsage:
 
 
 def record_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str] = os.environ) -> str:
-    """Measure the start of a job that ends now, add it to `jobs.jsonl` and `run.json`, and return a line on it for people.
+    """Measure what a start of a job used, add it to `jobs.jsonl` and `run.json`, and return a line on it for people.
 
-    Never raises: a missing figure must not end the job script.
+    Called at the end of the start. `start`: 0 for the first one, then one more for each requeue. Never raises: a missing figure
+    must not end the job script.
     """
     usage = measure_start(run_dir, job, start, exit_code, env)
     line = describe_start(asdict(usage))
@@ -82,38 +84,40 @@ def record_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mappi
 
 
 def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str]) -> StartUsage:
-    """What the start of a job used that ends now, from SLURM's variables in `env`, from sacct and from `run.json`."""
+    """What a start of a job used until now, from SLURM's variables in `env`, from sacct and from `run.json`."""
+    # Time: as the variables say, or else as sacct measured the step of the ranks.
     began = _number(env.get("SLURM_JOB_START_TIME"))
     ends = _number(env.get("SLURM_JOB_END_TIME"))
-    # Taken before sacct is asked, which may take half a minute.
-    elapsed_s = time.time() - began if began else None
-    rows, unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
+    elapsed_s = time.time() - began if began else None  # before sacct is called, which may take half a minute
+    rows, why_unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
     ranks_row = next((row for row in rows if _is_ranks_step(row)), {})
-    if not unknown and not ranks_row:
-        unknown = "sacct knows no step of the job"
+    if not why_unknown and not ranks_row:
+        why_unknown = "sacct knows no step of the job"
     step_elapsed_s = _number(ranks_row.get("ElapsedRaw"))
     if elapsed_s is None:
         elapsed_s = step_elapsed_s
-    memory_asked_mib = _number(env.get("SLURM_MEM_PER_NODE"))
     limit_s = None
     if began and ends:
         limit_s = ends - began
 
+    # CPUs and memory.
+    memory_asked_mib = _number(env.get("SLURM_MEM_PER_NODE"))
     cpus = int(ranks_row.get("AllocCPUS") or 0) or None
     cpu_s = _cpu_s(ranks_row.get("TotalCPU", ""))
     cpu_share = None
     if cpu_s is not None and step_elapsed_s and cpus:
         cpu_share = cpu_s / (step_elapsed_s * cpus)
 
+    # GPUs: how busy they were, and what they cost.
     run_record = readable_run_record(run_dir)
     gpus = run_record.world_size if run_record.device_name else 0
     gpu_share = None
     price = None
     dollars = None
     if gpus:
-        busy = GPU_BUSY.search(ranks_row.get("TRESUsageInAve", ""))  # per cent, summed over the GPUs
-        if busy:
-            gpu_share = min(1.0, int(busy[1]) / 100 / gpus)
+        busy_percent = GPU_BUSY.search(ranks_row.get("TRESUsageInAve", ""))  # summed over the GPUs
+        if busy_percent:
+            gpu_share = min(1.0, int(busy_percent[1]) / 100 / gpus)
         if run_record.device_name:
             price = price_of(run_record.device_name)
         if price is not None and elapsed_s:
@@ -133,7 +137,7 @@ def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapp
         gpu_share=gpu_share,
         dollars=dollars,
         price_per_hour=price,
-        unknown=unknown,
+        unknown=why_unknown,
     )
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from launch.runs.job_record import JobRecord, read_job_record
-from launch.runs.queue import Queue, submitted_as
+from launch.runs.queue import Queue, last_submitted_job
 
 SLURM_TIMEOUT_S = 5.0
 """Seconds that sacct and scontrol may take."""
@@ -20,8 +20,11 @@ JOB_FIELDS = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
 
 
 def describe_end(run_dir: Path, queue: Queue) -> str | None:
-    """A line on how the last SLURM job of a run ended; None if it had none, or the job may still wait or run."""
-    submitted_job = submitted_as(run_dir)
+    """A line on how the last SLURM job of a run ended; None if it had none, ended well, or may still wait or run.
+
+    The job's script says it in `job.json`. If the script never began, SLURM says it, as far as it still knows the job.
+    """
+    submitted_job = last_submitted_job(run_dir)
     record = read_job_record(run_dir)
     # The record is of an earlier job if the run was submitted again since.
     if record is not None and submitted_job in (None, record.job):
@@ -38,7 +41,7 @@ def describe_end(run_dir: Path, queue: Queue) -> str | None:
 
 
 def _describe_record(record: JobRecord, queue: Queue) -> str | None:
-    """A line on how the start of a job ended, by its `job.json`; None if it succeeded, restarts, or may still run."""
+    """A line on how the last start of a job ended, by its `job.json`; None if it succeeded, restarts, or may still run."""
     start = f"job {record.job}, start {record.start}"
     if record.ended is not None:
         if record.code == 0 or record.will_restart:
@@ -59,7 +62,7 @@ def end_by_slurm(job: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _cached_end_by_slurm(job: str, cache_period: int) -> str | None:
-    """`end_by_slurm`, cached; `cache_period` is not used: it changes with time, and so makes the cache forget."""
+    """`end_by_slurm`, cached. `cache_period` is only part of the cache's key: it changes with time, so that answers expire."""
     # sacct needs SLURM's accounting, which not every cluster has; scontrol forgets a job after some minutes.
     rows = _call_slurm(
         ["sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"]

@@ -31,6 +31,7 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
     """
     run_dir = Path(run_dir).expanduser()
     config_file = run_dir / "config.yaml"
+    # Nothing may be in the way: no file, no checkpoints that must not be resumed, no other run, and no job or process.
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir}: is a file; name a directory")
     for directory in (run_dir / "logs", run_dir / "checkpoints", run_dir / "lease"):
@@ -40,7 +41,7 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
             )
     config = composed.config
     checkpoints = checkpoints_in(checkpoint_dirs_of(run_dir, config.checkpoint.fallback_dir))
-    # Also a checkpoint that is not whole yet: it may be another attempt's that is just being written.
+    # An incomplete checkpoint counts, too: another attempt may be writing it.
     if config.run.resume == "never" and (checkpoints or any((run_dir / "checkpoints").glob("*"))):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if config_file.exists():
@@ -58,22 +59,22 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
         copies.renew_copies(rewards, run_dir, has_progress=bool(checkpoints), accept=config.run.accept)
 
     config.run.dir = str(run_dir)
-    words = " ".join(json.dumps(word) for word in composed.overrides)
-    header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {words}\n"
+    overrides = " ".join(json.dumps(override) for override in composed.overrides)
+    header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {overrides}\n"
     write_text_atomic(config_file, header + to_yaml(config))
     remember_config(config)
     return run_dir
 
 
 def refuse_queued(run_dir: Path) -> None:
-    """Refuse a run directory that another job in SLURM's queue is for: it would start with what is frozen now.
+    """Raise InUse if another job in SLURM's queue is for this run directory: it would train with the settings frozen now.
 
-    A directory that was submitted before is also refused as long as squeue fails. Errors: InUse.
+    As long as squeue fails, a directory that was submitted before is refused as well.
     """
     job = _job_in_queue(run_dir)
     if job is None:
         return
-    state = f"it is pending: {job.why}" if job.is_pending else f"it is {job.state}"
+    state = f"it is pending: {job.waiting_text}" if job.is_pending else f"it is {job.state}"
     raise InUse(
         f"run.dir={run_dir}: job {job.id} is for this run, and would train with what is frozen now ({state}). "
         f"`shardtune stop {run_dir}` ends it; or choose another run.dir"
@@ -81,7 +82,7 @@ def refuse_queued(run_dir: Path) -> None:
 
 
 def job_with_same_config(composed: Composed, run_dir: Path) -> QueuedJob | None:
-    """The job in SLURM's queue that runs, or will run, this very configuration in this directory; None if there is none."""
+    """The job in SLURM's queue that runs, or will run, exactly this configuration in this directory; None if there is none."""
     try:
         frozen_hash = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
@@ -92,17 +93,18 @@ def job_with_same_config(composed: Composed, run_dir: Path) -> QueuedJob | None:
 
 
 def _job_in_queue(run_dir: Path) -> QueuedJob | None:
-    """The job in SLURM's queue that is for a run; None if there is none, or it is the job that this process is part of.
+    """The job in SLURM's queue that is for a run; None if there is none, it is about to end, or this process is part of it.
 
-    Errors: InUse if squeue fails and the run was submitted before.
+    If squeue fails, it is called once more. If it fails again and the run was submitted before, InUse is raised.
     """
     own_job_ids = _own_job_ids()
     cache_period = int(time.monotonic() // QUEUE_CACHE_S)
     queue = _cached_queue(cache_period)
     if queue.problem is not None:
         submitted_job = unfinished_job(run_dir)
-        # A job that still waits for a run that is done would find nothing to do.
-        if submitted_job is None or submitted_job in own_job_ids or is_finished(run_dir):
+        # A job for a finished run would find nothing to do.
+        may_be_queued = submitted_job is not None and submitted_job not in own_job_ids and not is_finished(run_dir)
+        if not may_be_queued:
             return None
         queue = _cached_queue(cache_period, again=True)
         if queue.problem is not None:
@@ -129,6 +131,6 @@ def _own_job_ids() -> set[str]:
 def _cached_queue(cache_period: int, again: bool = False) -> Queue:
     """SLURM's queue, cached: squeue is called once in each `cache_period`, and once more with `again`.
 
-    Neither argument is used: they only distinguish entries of the cache.
+    The arguments are only the cache's key.
     """
     return read_queue()

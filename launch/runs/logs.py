@@ -33,12 +33,17 @@ class LogsRequest:
 
 
 def choose_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -> list[Path]:
-    """The log files to show, the most important one last; empty if the run has written none.
+    """The log files to show, the most important one last; empty if the run has written none. The first case that applies:
 
-    With `failed_rank`, the default is the log of that rank after the output of its job, where libraries print their
-    errors. Raises ConfigError for a requested rank or job that has no file.
+    - A job is requested, or the last one: its output files.
+    - A rank is requested: its log.
+    - No rank has a log: the output of the newest job.
+    - A rank has failed (`failed_rank`): the output of the newest job, where libraries print their errors, then the rank's log.
+    - Otherwise: the log of rank 0.
+
+    Raises ConfigError for a requested rank or job that has no file.
     """
-    # Tasks of an array write into the directory of its first run: most of these files are of other runs.
+    # Tasks of an array write into the directory of its first run, so most of these outputs belong to other runs.
     files = [path for path in _list_directory(run_dir / "logs") if not ARRAY_TASK_OUTPUT.search(path.name)]
     files += _array_outputs(run_dir)
     log_by_rank = {}
@@ -68,7 +73,9 @@ def choose_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -
     rank_log = log_by_rank.get(failed_rank or 0)
     if rank_log is None:
         return newest_job_files
-    return [rank_log] if failed_rank is None else [*newest_job_files, rank_log]
+    if failed_rank is not None:
+        return [*newest_job_files, rank_log]
+    return [rank_log]
 
 
 def _rank_list(ranks: Collection[int]) -> str:
@@ -79,16 +86,16 @@ def _rank_list(ranks: Collection[int]) -> str:
 
 
 def last_lines(path: Path, count: int) -> tuple[list[str], int]:
-    """(the last `count` whole lines of a file, the byte offset behind them). Errors: OSError.
+    """(the last `count` complete lines of a file, the byte offset behind them). Errors: OSError.
 
-    A last line that has no line break yet is left for later, when it is whole.
+    A last line without a line break is left for the next call, when it is complete.
     """
     with atomic_io.open_regular(path) as (descriptor, size):
         start = max(0, size - TAIL_BYTES)
         tail = os.pread(descriptor, size - start, start)
-    whole, line_break, _ = tail.rpartition(b"\n")
-    offset = start + len(whole) + len(line_break)
-    lines = whole.split(b"\n") if line_break else []
+    complete, line_break, _ = tail.rpartition(b"\n")
+    offset = start + len(complete) + len(line_break)
+    lines = complete.split(b"\n") if line_break else []
     if start:
         lines = lines[1:]  # the tail begins within a line
     if count == 0:
@@ -104,7 +111,7 @@ class AddedText:
     """Byte offset in each file up to which it was read; a file that is not here is read from its beginning."""
 
     def lines(self, path: Path) -> list[str]:
-        """The whole lines that were added since the last call; empty if there are none, or the file cannot be read now."""
+        """The complete lines that were added since the last call; empty if there are none, or the file cannot be read now."""
         try:
             with atomic_io.open_regular(path) as (descriptor, size):
                 start = self.offsets.get(path, 0)
@@ -113,13 +120,13 @@ class AddedText:
                 added = os.pread(descriptor, MAX_READ_BYTES, start)
         except OSError:
             return []
-        whole, line_break, _ = added.rpartition(b"\n")
+        complete, line_break, _ = added.rpartition(b"\n")
         if not line_break and len(added) == MAX_READ_BYTES:  # a line of a million characters: shown in pieces
-            whole = added
-        self.offsets[path] = start + len(whole) + len(line_break)
-        if not whole and not line_break:
+            complete = added
+        self.offsets[path] = start + len(complete) + len(line_break)
+        if not complete and not line_break:
             return []
-        return [_as_terminal_shows(line) for line in whole.split(b"\n")]
+        return [_as_terminal_shows(line) for line in complete.split(b"\n")]
 
 
 def _as_terminal_shows(line: bytes) -> str:
@@ -130,8 +137,8 @@ def _as_terminal_shows(line: bytes) -> str:
 def _newest_job_files(job_files: list[tuple[str, Path]]) -> list[Path]:
     """The output files of the job that wrote last; `job_files` are (job id, file) of all jobs.
 
-    A task of an array has two ids: its script's file is named by `17_3`, and those of its nodes by another number. The
-    files of both are returned.
+    A task of an array has two ids: the file of its script is named by `17_3`, and those of its nodes by another number. If the
+    job that wrote last is a task, the files of both ids are returned, taking the newest of the other kind.
     """
     if not job_files:
         return []

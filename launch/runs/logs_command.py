@@ -62,7 +62,7 @@ RESTART_WAIT_S = 5.0
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune logs` with the words typed after it; returns the exit code. Errors: ConfigError."""
+    """Run `shardtune logs` with the arguments behind it; returns the exit code. Errors: ConfigError."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.reconfigure(errors="replace")  # a log may hold characters that the terminal's encoding lacks
     run_dir = words.run
     request = LogsRequest(words.rank, words.job)
-    # Of a run that was started again after a failure, failure.json is out of date.
+    # If the run was started again after a failure, its failure.json is out of date.
     failure: dict[str, Any] = {}
     if read_status(run_dir).get("state") in (None, State.failed):
         failure = read_failure(run_dir)
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 
 def logs_words(argv: list[str]) -> LogsWords:
-    """Read the words typed after `shardtune logs`. Raises ConfigError with every problem at once."""
+    """Read the arguments behind `shardtune logs`. Raises ConfigError with every problem at once."""
     words, problems = read_words("logs", LogsWords, argv)
     if words.rank is not None and words.job is not None:
         problems.append("rank= and job= name different files; give one of the two")
@@ -198,6 +198,7 @@ class FollowedRun:
         state_read_at = float("-inf")
         ended_at: float | None = None
         while True:
+            # Read the state, and the queue less often.
             now = time.monotonic()
             if now - state_read_at >= STATE_INTERVAL_S:
                 state_read_at = now
@@ -212,18 +213,19 @@ class FollowedRun:
                     ended_at = None
                 elif ended_at is None:
                     ended_at = now
-            # Read before the end is reported, so that the last lines are shown.
+            # Print what was added, before the end is reported: so the last lines are shown.
             with suppress(ConfigError):  # the rank has no log yet
                 for path in choose_files(self.run_dir, self.request, None):
                     while lines := added.lines(path):
                         self.printer(path, lines)
+            # A run that has not succeeded may still be started again, for a moment.
             if ended_at is not None and (run.state == "done" or now - ended_at > RESTART_WAIT_S):
                 self._report_end(run)
                 return
             time.sleep(READ_INTERVAL_S)
 
     def _read_view(self, queue: Queue) -> RunView:
-        """The state of the run now. Also remembers its launcher: once the run has ended, its lease does not lead there."""
+        """The state of the run now. Also notes the run's launcher, which cannot be found any more once the run has ended."""
         from launch.runs.owner import launcher_process, read_lease_holder
         from launch.runs.status import read_run_view
 

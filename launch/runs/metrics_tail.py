@@ -29,14 +29,14 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
             lines = os.pread(descriptor, TAIL_BYTES, start).split(b"\n")
     except OSError:
         return []
-    whole_lines = lines[1:] if start else lines  # a read in the middle begins within a line
+    whole_lines = lines[1:] if start else lines  # from the middle of the file, the first line is torn
     return rows_in(whole_lines)
 
 
 def loss_curve(path: Path, points: int) -> list[float]:
-    """The loss at about `points` evenly spread places of `metrics.jsonl`, in the order of the steps.
+    """About `points` losses from evenly spread positions of `metrics.jsonl`, in the order of the steps.
 
-    Losses that are not finite are left out.
+    Only a few KiB are read at each position. Losses that are not finite are left out.
     """
     loss_at_step: dict[int, float] = {}
     try:
@@ -44,7 +44,7 @@ def loss_curve(path: Path, points: int) -> list[float]:
             for number in range(points):
                 start = size * number // points
                 lines = os.pread(descriptor, SAMPLE_BYTES, start).split(b"\n")
-                whole_lines = lines[1:] if start else lines  # a read in the middle begins within a line
+                whole_lines = lines[1:] if start else lines  # from the middle of the file, the first line is torn
                 step_row = next((row for row in rows_in(whole_lines) if "loss" in row), None)
                 if step_row is None:
                     continue

@@ -47,7 +47,14 @@ def pipeline_parts(run_dir: Path, queue: Queue) -> list[PipelinePart]:
 
 
 def _part_state(run_dir: Path, queue: Queue, part_name: str, job_id: str, state_before: str | None) -> tuple[str, str]:
-    """(state, description) of one part of a pipeline, by the file it left, the queue, and the state of the part before it."""
+    """(state, description) of one part of a pipeline. The first case that applies:
+
+    - It left a file with its exit code: done or failed.
+    - Its job is in the queue: queued or running.
+    - The part before it failed: cancelled, as SLURM does.
+    - The queue cannot be read: unknown.
+    - Otherwise its job has ended without a file: failed.
+    """
     end = _read_json(run_dir / PART_RESULTS_DIRECTORY / f"{part_name}.json")
     if isinstance(end, dict) and end.get("job") == job_id:  # else the file is of an earlier submission
         exit_code = end.get("code")
@@ -58,7 +65,6 @@ def _part_state(run_dir: Path, queue: Queue, part_name: str, job_id: str, state_
     for job in queue.jobs:
         if job_id in (job.id, job.raw_id):
             return "queued" if job.is_pending else "running", job.description
-    # It left neither a file nor a job in the queue. SLURM cancels a job whose predecessor failed.
     if state_before in ("failed", "cancelled"):
         return "cancelled", "cancelled, since one before it failed"
     if queue.problem:

@@ -56,7 +56,7 @@ LIMIT_USED_UP_REASON = re.compile(r"(?P<whose>QOS|Assoc)(Grp|Max)\w+|MaxCpuPerAc
 
 
 def reason_text(reason: str, job_id: str) -> str:
-    """A sentence on why a job waits, from squeue's word for it such as `Priority`; a word that is not known is returned."""
+    """A sentence on why a job waits, from squeue's reason such as `Priority`; an unknown reason is returned as it is."""
     name = reason.split(",")[0].strip("()")  # squeue may give several, and put them in parentheses
     if name in HELD_REASONS:
         return HELD_TEXT.format(id=job_id)
@@ -97,8 +97,8 @@ class QueuedJob:
         return self.state in WAITING_STATES
 
     @property
-    def why(self) -> str:
-        """A sentence on why it waits, with the time at which SLURM expects to start it."""
+    def waiting_text(self) -> str:
+        """A sentence on why the job waits, with the time at which SLURM expects to start it."""
         if self.state in HELD_STATES:
             return HELD_TEXT.format(id=self.id)
         sentence = reason_text(self.reason, self.id)
@@ -112,7 +112,7 @@ class QueuedJob:
         """A clause on its state, such as `job 17 RUNNING` or `job 17 pending: <reason>`."""
         if not self.is_pending:
             return f"job {self.id} {self.state}"
-        return f"job {self.id} pending: {self.why}"
+        return f"job {self.id} pending: {self.waiting_text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Queue:
     """The jobs of this user in SLURM's queue, as squeue listed them."""
 
     jobs: tuple[QueuedJob, ...] = ()
-    by_run: dict[Path, QueuedJob] = field(default_factory=dict)
+    job_by_run: dict[Path, QueuedJob] = field(default_factory=dict)
     """The job that was submitted for a run, by the resolved run directory."""
     problem: str | None = None
     """Why squeue failed, so that nobody knows which jobs there are; None also on a host without squeue."""
@@ -130,22 +130,22 @@ class Queue:
     def find_job(self, run_dir: Path, job_id: str | None) -> QueuedJob | None:
         """The job of a run; None if it has none in the queue.
 
-        It is found by `job_id`, which the run's own records name, by the id that `shardtune submit` noted in the run
-        directory, or by the job's script, which lies there.
+        It is found by `job_id`, which the run's own records name, or else by the id that `shardtune submit` noted in the run
+        directory, or else by the job's script, which is in the run directory.
         """
         if not self.jobs:
             return None
-        submitted_job = submitted_as(run_dir)
+        submitted_job = last_submitted_job(run_dir)
         for known_id in filter(None, (job_id, submitted_job)):
             for job in self.jobs:
-                # A copied run names the job of the other one, and somebody else's run could name any job.
+                # A copy of a run names the job of the original, and somebody else's run could name any job.
                 if known_id in (job.raw_id, job.id) and not _is_of_another_run(job, run_dir):
                     return job
-        job_by_script = self.by_run.get(run_dir.resolve())
-        if job_by_script is not None and submitted_job and "_" in job_by_script.id:
-            # The run was submitted as another job. This array is an earlier one whose script has been written anew since.
+        job_with_script = self.job_by_run.get(run_dir.resolve())
+        if job_with_script is not None and submitted_job and "_" in job_with_script.id:
+            # The run was submitted as another job since. This is an earlier array, whose script was overwritten meanwhile.
             return None
-        return job_by_script
+        return job_with_script
 
 
 def note_submitted(run_dirs: list[Path], job: str) -> None:
@@ -158,19 +158,19 @@ def note_submitted(run_dirs: list[Path], job: str) -> None:
         write_text_atomic(run_dir / SUBMITTED_FILE, f"{job_id}\n")
 
 
-def submitted_as(run_dir: Path) -> str | None:
+def last_submitted_job(run_dir: Path) -> str | None:
     """Id of the job as which a run was last submitted, as scancel takes it; None if it never was, or the file names none."""
     try:
         job_id = (run_dir / SUBMITTED_FILE).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
-    # It stands in commands that are to be pasted, and in somebody else's run it can be any text.
+    # The id becomes part of commands for the user to paste, and in somebody else's run the file can hold any text.
     return job_id if JOB_ID.fullmatch(job_id) else None
 
 
 def unfinished_job(run_dir: Path) -> str | None:
     """Id of the job as which a run was last submitted; None if its script has recorded that it will not start again."""
-    submitted_job = submitted_as(run_dir)
+    submitted_job = last_submitted_job(run_dir)
     record = read_job_record(run_dir)
     if record is not None and record.job == submitted_job and record.is_over:
         return None
@@ -219,29 +219,31 @@ def read_queue() -> Queue:
 
 
 def _run_of_job(job: QueuedJob) -> Path | None:
-    """The run directory that a job was submitted for, resolved; None if its script is none of shardtune's."""
+    """The run directory that a job was submitted for, resolved; None if its script is not shardtune's.
+
+    - A task of an array: the script is in the directory of the first run, and lists the runs by task number.
+    - A single job: the script is in the run directory.
+    - slurm/train.sbatch, submitted by hand without `shardtune submit`: it makes the directory `runs/slurm-<job>`.
+    """
     script = Path(job.command)
     if script.name != "train.sbatch":
         return None
-    array_task = job.id.partition("_")[2]
-    if not array_task.isdigit() or not (script.parent / "config.yaml").exists():
-        # slurm/train.sbatch, submitted by hand without `shardtune submit`, makes a run directory of this name.
-        by_hand = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"
-        if by_hand.is_dir():
-            return by_hand.resolve()
-        return script.parent.resolve()
-    # The script of an array lies in the directory of its first run, and lists the runs by task.
-    runs = runs_of_script(script)
-    task_number = int(array_task)
-    return runs[task_number].resolve() if task_number < len(runs) else None
+    task_number = job.id.partition("_")[2]
+    is_array_task = task_number.isdigit() and (script.parent / "config.yaml").exists()
+    if is_array_task:
+        runs = runs_of_script(script)
+        return runs[int(task_number)].resolve() if int(task_number) < len(runs) else None
+    by_hand = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"
+    return by_hand.resolve() if by_hand.is_dir() else script.parent.resolve()
 
 
 def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
-    """Whether the script of a job shows that it was submitted for another run than `run_dir`; False if it does not tell."""
+    """Whether the script of a job shows that the job was submitted for another run than `run_dir`; False if that is unknown."""
     script = Path(job.command)
     array_task = job.id.partition("_")[2]
     if script.name == "train.sbatch" and array_task.isdigit():
-        # A later submission may have overwritten the script, for other runs below the same directory.
+        # A run beside the script's directory counts as the job's: a later submission, for other runs there, may have
+        # overwritten the script.
         runs = {run.resolve() for run in runs_of_script(script)}
         run = run_dir.resolve()
         is_sibling = run.is_relative_to(script.parent.resolve().parent)

@@ -77,7 +77,7 @@ class RunView:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the last step, at the pace of recent steps; None if the run is not running, or this is not known."""
+        """Seconds until the last step, at the speed of recent steps; None if the run is not running, or this is not known."""
         if self.state != State.running or self.step is None or self.total is None or self.step_s is None:
             return None
         return max(0, self.total - self.step) * self.step_s
@@ -85,23 +85,23 @@ class RunView:
 
 @dataclass(slots=True)
 class RunSearch:
-    """The outcome of a search for runs below a directory."""
+    """The result of a search for runs below a directory."""
 
     runs: list[Path] = field(default_factory=list)
     unreadable: dict[Path, str] = field(default_factory=dict)
     """Directories that cannot be listed, and why not; any of them may hold runs."""
     is_cut: bool = False
-    """Whether the search ended early, after `MAX_DIRECTORIES`."""
+    """Whether the search stopped early, after `MAX_DIRECTORIES` directories."""
 
 
 def find_runs(root: Path) -> RunSearch:
-    """Search runs below a directory, itself included; `runs` of the outcome is in the order of their names.
+    """Search runs in `root` and in the directories below it; the result has them in the order of their names.
 
-    Errors: OSError if `root` itself cannot be listed.
+    A directory with a `config.yaml` is a run, and nothing below it is searched. Raises OSError if `root` cannot be listed.
     """
     search = RunSearch()
     directories_read = 0
-    # Level by level, so that a search that is cut has found the runs nearest to the root.
+    # Level by level, so that a search that stops early has found the runs nearest to `root`.
     level = [root]
     for depth in range(MAX_DEPTH + 1):
         next_level: list[Path] = []
@@ -118,7 +118,7 @@ def find_runs(root: Path) -> RunSearch:
                     raise
                 search.unreadable[directory] = error.strerror or str(error)
                 continue
-            if "config.yaml" in entries:  # a run: nothing below it is one
+            if "config.yaml" in entries:
                 search.runs.append(directory)
             elif depth < MAX_DEPTH:
                 next_level += [directory / name for name, entry in entries.items() if _is_searched(entry, root)]
@@ -164,12 +164,13 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
 
     Never raises: what cannot be read is left out, or is the reason of the state `unknown`.
     """
+    # What the run's own files and SLURM's queue say of it.
     status = read_status(run_dir)
     lease_problem = None
     try:
         lease_holder = read_lease_holder(run_dir)
     except (OSError, ValueError) as error:
-        lease_holder = LeaseHolder(0, None, None, None)
+        lease_holder = LeaseHolder(starts=0, owner=None, is_alive=None, silent_s=None)
         lease_problem = f"its lease cannot be read: {atomic_io.error_summary(error)}"
     owner = lease_holder.owner
     # A run that never started has no run.json: one file less to look for on a slow file system.
@@ -179,19 +180,16 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
     job = queue.find_job(run_dir, job_id)
     parts = pipeline_parts(run_dir, queue)
 
-    # Each source may correct the state by the one before: files of the run, its last job, the other jobs of its pipeline.
+    # Its state. Each source may correct the one before: files of the run, its last job, the other jobs of its pipeline.
     state, why = _state(run_dir, status, lease_holder, job)
     if job is None and state in (LOST, NOT_STARTED):
         state, why = _state_from_job(run_dir, queue, state, why)
     state, why = _state_from_pipeline(parts, state, why)
-    if lease_problem and state == LOST:  # the lease alone could tell that the run is lost
+    if lease_problem and state == LOST:  # only the lease could have said whether it is lost
         state = UNKNOWN
         why = lease_problem
-    last_seen_s = _seconds_since(status)
-    if owner is not None and state in (State.running, LOST):
-        last_seen_s = lease_holder.silent_s
 
-    # While an attempt holds the lease, that says who runs it; afterwards the status does.
+    # Who runs it, and the last sign of life: while an attempt holds the lease, the lease says so; afterwards the status does.
     host = _as_text(status.get("host"))
     pid = _as_int(status.get("pid"))
     since = None
@@ -199,9 +197,13 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
         host = owner.host
         pid = owner.pid
         since = owner.since
+    last_seen_s = _seconds_since(status)
+    if owner is not None and state in (State.running, LOST):
+        last_seen_s = lease_holder.silent_s
 
+    # How far it is, from the last rows of its metrics. Rows of evaluations have no loss.
     rows = metrics_tail.last_rows(run_dir / "metrics.jsonl")
-    step_rows = [row for row in rows if "loss" in row]  # the others are of evaluations
+    step_rows = [row for row in rows if "loss" in row]
     steps_reached = [status.get("step")]
     loss = None
     if step_rows:
@@ -233,18 +235,26 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
 def _state(
     run_dir: Path, status: dict[str, Any], lease_holder: LeaseHolder, job: QueuedJob | None
 ) -> tuple[str, str | None]:
-    """(state, reason) of a run, by `status.json`, its lease, `failure.json`, and its job in the queue."""
-    status_state = status.get("state")
-    if job is not None and job.is_pending and status_state != State.done:
+    """(state, reason) of a run, by its own files and its job in the queue. The first case that applies:
+
+    - Its job waits in the queue, and it is not done: queued.
+    - Its status says running, or it holds its lease (a run that starts has no status yet): running, or lost without heartbeats.
+    - Its status says that it has ended: done, failed or preempted.
+    - It has a `failure.json`: failed.
+    - Its `status.json` cannot be read: unknown.
+    - Otherwise it has not started.
+    """
+    recorded_state = status.get("state")
+    if job is not None and job.is_pending and recorded_state != State.done:
         return QUEUED, job.description
-    # A run that holds its lease but has written no status yet is starting.
-    if status_state == State.running or (status_state not in ENDED and lease_holder.owner is not None):
+    is_starting = recorded_state not in ENDED and lease_holder.owner is not None
+    if recorded_state == State.running or is_starting:
         if lease_holder.is_working:
             return State.running, _as_text(status.get("reason"))
         return LOST, _why_lost(lease_holder)
-    failure = read_failure(run_dir) if status_state in (None, State.failed) else {}
-    if status_state in ENDED:
-        return str(status_state), one_line(failure.get("message") or status.get("reason"))
+    failure = read_failure(run_dir) if recorded_state in (None, State.failed) else {}
+    if recorded_state in ENDED:
+        return str(recorded_state), one_line(failure.get("message") or status.get("reason"))
     if failure:
         return State.failed, one_line(failure.get("message"))
     if (run_dir / "status.json").exists():
@@ -253,24 +263,34 @@ def _state(
 
 
 def _state_from_job(run_dir: Path, queue: Queue, state: str, why: str | None) -> tuple[str, str | None]:
-    """(state, reason) of a run that is lost or not started, and whose job has left the queue, by what is known of that job."""
+    """(state, reason) of a run that is lost or has not started, corrected by how its last job ended.
+
+    Called for a run that has no job in the queue any more. A run whose job ended before it could start has failed. If the queue
+    cannot be read, the job may still be waiting, and the reason says so. Otherwise `state` and `why` are returned as they are.
+    """
     was_submitted = (run_dir / job_record.JOB_RECORD_FILE).exists() or (run_dir / SUBMITTED_FILE).exists()
     if not was_submitted:
         return state, why
     end = describe_end(run_dir, queue)
-    if end is not None and state == NOT_STARTED:
-        return State.failed, end
-    if end is None:
-        submitted = unfinished_job(run_dir)
-        if submitted is None or not (queue.problem or queue.has_no_squeue):
-            return state, why
-        problem = queue.problem or "this host has no squeue"
-        end = f"was submitted as job {submitted}; whether it still waits or runs is not known: {problem}"
-    return state, f"{why}; {end}" if why else end
+    if end is not None:
+        if state == NOT_STARTED:
+            return State.failed, end
+        return state, f"{why}; {end}" if why else end
+    submitted_job = unfinished_job(run_dir)
+    is_queue_known = not queue.problem and not queue.has_no_squeue
+    if submitted_job is None or is_queue_known:
+        return state, why
+    problem = queue.problem or "this host has no squeue"
+    doubt = f"was submitted as job {submitted_job}; whether it still waits or runs is not known: {problem}"
+    return state, f"{why}; {doubt}" if why else doubt
 
 
 def _state_from_pipeline(parts: list[PipelinePart], state: str, why: str | None) -> tuple[str, str | None]:
-    """(state, reason) of a run whose pipeline has failed in a part other than training; else the two as they were."""
+    """(state, reason) of a run, corrected by the other jobs of its pipeline.
+
+    If one of them failed (preparing or evaluating, for example), the reason names it, and a run that has not begun has failed.
+    Otherwise `state` and `why` are returned as they are.
+    """
     broken_part = failed_part(parts)
     if broken_part is None or broken_part.part == "train":
         return state, why
@@ -283,7 +303,7 @@ def _state_from_pipeline(parts: list[PipelinePart], state: str, why: str | None)
 
 
 def _why_lost(lease_holder: LeaseHolder) -> str:
-    """Why a run counts as lost whose status says that it runs: its process ended, hangs, or gives no sign of life."""
+    """Why a run is lost that should be running: its process ended, hangs, or gives no sign of life."""
     owner = lease_holder.owner
     if owner is None:
         return "ended without a message: its status says running, but no process runs it"
@@ -309,12 +329,13 @@ def is_frozen(run_dir: Path) -> bool:
 
 def _last_held_out_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The metrics of the last evaluation among the rows of `metrics.jsonl`, with its `step`; empty if there is none."""
-    evaluations = [row for row in rows if "loss" not in row]
-    if not evaluations:
+    evaluation_rows = [row for row in rows if "loss" not in row]  # only a row of a training step has `loss`
+    if not evaluation_rows:
         return {}
+    last_row = evaluation_rows[-1]
     metrics = {}
-    for key in evaluations[-1]:
-        metric = metrics_tail.finite_number(evaluations[-1], key)
+    for key in last_row:
+        metric = metrics_tail.finite_number(last_row, key)
         if key not in ("tokens", "epoch") and metric is not None:
             metrics[key] = metric
     return metrics

@@ -59,7 +59,7 @@ DAMAGED_EXIT_CODE = 69
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune status` with the words typed after it; returns the exit code. Errors: ConfigError."""
+    """Run `shardtune status` with the arguments behind it; returns the exit code. Errors: ConfigError."""
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -83,15 +83,15 @@ def main(argv: list[str]) -> int:
 
 
 def status_words(argv: list[str]) -> StatusWords:
-    """Read the words typed after `shardtune status`. Raises ConfigError with every problem at once."""
+    """Read the arguments behind `shardtune status`. Raises ConfigError with every problem at once."""
     words, problems = read_words("status", StatusWords, argv)
     if words.root is not None and not words.root.is_dir():
         problems.append(f"{words.root}: there is no such directory; name a run, or the directory of your runs")
-    lineage_words = [f"{key}={words.typed[key]}" for key in ("document", "text") if key in words.typed]
-    if len(lineage_words) > 1:
-        problems.append(f"{' '.join(lineage_words)}: name one document, or one piece of text")
-    if lineage_words and (words.watch or words.verify):
-        problems.append(f"{lineage_words[0]}: is looked for once; leave --watch and --verify out")
+    lineage_arguments = [f"{key}={words.typed[key]}" for key in ("document", "text") if key in words.typed]
+    if len(lineage_arguments) > 1:
+        problems.append(f"{' '.join(lineage_arguments)}: name one document, or one piece of text")
+    if lineage_arguments and (words.watch or words.verify):
+        problems.append(f"{lineage_arguments[0]}: is looked for once; leave --watch and --verify out")
     if words.watch and words.verify:
         problems.append("--watch --verify: every look would read all checkpoints; give one of the two")
     if words.document is not None and FILE_AND_LINE.fullmatch(words.document) is None:
@@ -104,9 +104,9 @@ def status_words(argv: list[str]) -> StatusWords:
 
 
 def read_runs_status(root: Path, known_queue: Queue | None = None) -> RunsStatus:
-    """Read the state of the runs below `root` and of SLURM's queue; if `root` is a run, also its details.
+    """Read the state of the runs below `root` and SLURM's queue; if `root` itself is a run, also the run's details.
 
-    With a `known_queue` from an earlier call, squeue is not called. Raises ConfigError if the directory cannot be listed.
+    `known_queue`: a queue that was read before; None calls squeue. Raises ConfigError if the directory cannot be listed.
     """
     from launch.runs import checkpoints, queue
     from launch.runs.metrics_tail import loss_curve
@@ -131,7 +131,7 @@ def read_runs_status(root: Path, known_queue: Queue | None = None) -> RunsStatus
         details = RunDetails(
             store=checkpoints.list_checkpoints(root),
             failure=read_failure(root),
-            curve=loss_curve(root / "metrics.jsonl", 60),
+            curve=loss_curve(root / "metrics.jsonl", points=60),
             logs=root / "logs",
             starts=recorded_starts(root),
         )
@@ -161,7 +161,7 @@ def watch(root: Path, *, as_json: bool) -> None:
 
 
 def repeat_runs_status(root: Path) -> Iterator[RunsStatus]:
-    """The state of the runs again and again, without end. squeue is called less often: many users share its controller."""
+    """The state of the runs every `WATCH_INTERVAL_S` seconds, without end; squeue is called every `QUEUE_INTERVAL_S` seconds."""
     queue = None
     queue_read_at = float("-inf")
     while True:

@@ -21,7 +21,7 @@ FILE_AND_LINE = re.compile(r"(?P<file>.+):(?P<line>[0-9]+)")
 def main(root: Path, document: str | None, piece: str | None, *, as_json: bool) -> int:
     """Print which runs below `root` were trained on a document; returns the exit code, 0. Errors: ConfigError.
 
-    The document is named by `document` in the form `FILE_AND_LINE`, or by `piece`, a piece of its text.
+    The document is named by `document`, as in `train.jsonl:12`, or by `piece`, a piece of its text.
     """
     from launch.runs.data_lineage import DocumentQuery, document_exposures
     from launch.runs.status import find_runs
@@ -29,7 +29,7 @@ def main(root: Path, document: str | None, piece: str | None, *, as_json: bool) 
     query = DocumentQuery(text=piece)
     if document is not None:
         match = FILE_AND_LINE.fullmatch(document)
-        assert match is not None  # the words were checked for it
+        assert match is not None  # `status_words` refuses other forms
         query = DocumentQuery(file=match["file"], line=int(match["line"]))
     try:
         runs = find_runs(root).runs
@@ -56,7 +56,7 @@ def _load_config(run: Path) -> RunConfig | str:
 def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExposure]) -> str:
     """What `status document=` prints: each run that has the document, those of which it is not known, and what to do."""
     exposed = [exposure for exposure in exposures if exposure.trained or exposure.documents]
-    unknown = [exposure for exposure in exposures if exposure.unknown is not None and not exposure.trained]
+    unknown = [exposure for exposure in exposures if exposure.why_unknown is not None and not exposure.trained]
     if exposed:
         lines = [f"{query}: in {len(exposed)} of {len(exposures)} runs below {root}"]
         lines += fold_all([f"{exposure.run}: {_exposure_sentence(exposure)}" for exposure in exposed])
@@ -64,7 +64,7 @@ def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExpos
         lines = [f"{query}: in no run below {root}"]
     if unknown:
         lines.append(f"not known for {len(unknown)}:")
-        lines += fold_all([f"{exposure.run}: {exposure.unknown}" for exposure in unknown])
+        lines += fold_all([f"{exposure.run}: {exposure.why_unknown}" for exposure in unknown])
     if any(exposure.trained for exposure in exposed):
         lines += fold(
             "weights that were trained on it, and copies of them elsewhere, keep what they learned: train anew without it"
@@ -73,13 +73,13 @@ def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExpos
 
 
 def _exposure_sentence(exposure: DocumentExposure) -> str:
-    """How often a run trained on the document, whether it holds it out, and which run's weights brought it."""
+    """A sentence on one run: how often it trained on the document, whether it holds it out, and which earlier run saw it."""
     trained_on = exposure.documents.get("train", 0)
     held_out = sum(count for split, count in exposure.documents.items() if split != "train")
     in_training_data = f"{trained_on} documents of its training data" if trained_on > 1 else "in its training data"
     clauses = []
-    if exposure.times:
-        how_often = "once" if exposure.times == 1 else f"{exposure.times} times"
+    if exposure.times_trained:
+        how_often = "once" if exposure.times_trained == 1 else f"{exposure.times_trained} times"
         clauses.append(f"{in_training_data}, trained on {how_often} by step {exposure.step}")
     elif trained_on:
         clauses.append(f"{in_training_data}, but not trained on by step {exposure.step}")
@@ -87,11 +87,11 @@ def _exposure_sentence(exposure: DocumentExposure) -> str:
         clauses.append("held out, evaluated on alone")
     elif held_out:
         clauses.append(f"{held_out} held out, evaluated on alone")
-    if exposure.through is not None:
-        clauses.append(f"began with the weights of {exposure.through}")
-    if exposure.where and (trained_on > 1 or held_out > 1):
-        more = " ..." if trained_on + held_out > len(exposure.where) else ""
-        clauses.append(f"{', '.join(exposure.where)}{more}")
+    if exposure.earlier_run is not None:
+        clauses.append(f"began with the weights of {exposure.earlier_run}")
+    if exposure.shown_documents and (trained_on > 1 or held_out > 1):
+        more = " ..." if trained_on + held_out > len(exposure.shown_documents) else ""
+        clauses.append(f"{', '.join(exposure.shown_documents)}{more}")
     return "; ".join(clauses)
 
 
@@ -100,18 +100,18 @@ def as_dict(query: DocumentQuery, exposures: list[DocumentExposure]) -> dict[str
     runs = []
     for exposure in exposures:
         trained: bool | None = exposure.trained
-        if exposure.unknown is not None and not exposure.trained:
+        if exposure.why_unknown is not None and not exposure.trained:
             trained = None
         runs.append(
             {
                 "run": str(exposure.run),
                 "trained": trained,
-                "times": exposure.times,
+                "times": exposure.times_trained,
                 "step": exposure.step,
                 "documents": exposure.documents,
-                "where": list(exposure.where),
-                "through": None if exposure.through is None else str(exposure.through),
-                "unknown": exposure.unknown,
+                "where": list(exposure.shown_documents),
+                "through": None if exposure.earlier_run is None else str(exposure.earlier_run),
+                "unknown": exposure.why_unknown,
             }
         )
     return {"document": str(query), "runs": runs}

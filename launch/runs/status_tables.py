@@ -71,8 +71,8 @@ class RunsStatus:
 def status_text(status: RunsStatus, damaged: Mapping[Path, str] | None, *, live: bool = False) -> str:
     """What `status` prints: a table of the runs, or the details of a single run.
 
-    `damaged` maps damaged checkpoints to what is wrong with them; None if none was verified. `live` (for --watch) adds loss
-    curves to runs that train, and leaves out runs that do not fit on the terminal.
+    `damaged`: {damaged checkpoint: what is wrong with it}, empty if all are intact, None if they were not verified. `live` (for
+    --watch) adds loss curves to runs that train, and leaves out runs that do not fit on the terminal.
     """
     if status.details is not None:
         lines = _single_run_lines(status.runs[0], status.details, damaged)
@@ -112,13 +112,13 @@ def _runs_table(status: RunsStatus, *, live: bool) -> list[str]:
 
 
 def _most_urgent_runs(status: RunsStatus) -> list[str]:
-    """The table of as many runs as fit on the terminal, the most urgent first; a last line counts the others."""
+    """The table of the runs that fit on the terminal, most urgent first; a last line counts the others."""
     max_lines = max(1, shutil.get_terminal_size((80, 24)).lines - LINES_BELOW)
     runs = sorted(status.runs, key=_urgency)
-    rows = [_row(run, status.root, live=True) for run in runs[:max_lines]]  # a run takes a line at least
+    rows = [_row(run, status.root, live=True) for run in runs[:max_lines]]
     lines = table(COLUMNS, rows)
     while len(lines) > max_lines and len(rows) > 1:
-        rows.pop()
+        rows.pop()  # a run takes several lines if its name is folded or it has notes
         lines = table(COLUMNS, rows)
     hidden = len(runs) - len(rows)
     return [*lines, f"... and {hidden} more"] if hidden else lines
@@ -150,11 +150,11 @@ def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
 
 
 def _urgency(run: RunView) -> tuple[int, float]:
-    """Sort key: runs that train, that wait and that are lost, in this order; then the others, those that ended last first."""
+    """Sort key: running, queued and lost runs, in this order, then all others; within these, the latest seen first."""
     order = (State.running, QUEUED, LOST)
-    rank = order.index(run.state) if run.state in order else len(order)
+    position = order.index(run.state) if run.state in order else len(order)
     last_seen_s = run.last_seen_s if run.last_seen_s is not None else math.inf
-    return rank, last_seen_s
+    return position, last_seen_s
 
 
 def _location_and_reason(run: RunView) -> str:
@@ -166,7 +166,7 @@ def _location_and_reason(run: RunView) -> str:
         location.append(f"on {run.host}")
     if run.state in (State.running, LOST) and run.job_id:
         job = f"job {run.job_id}"
-        # A job that is not RUNNING although its run is: suspended, or about to be ended.
+        # Its run is running, but the job is not: it is suspended, for example, or about to end.
         if run.job is not None and run.job.state != "RUNNING":
             job += f" {run.job.state}"
         location.append(job)
@@ -199,7 +199,7 @@ def _jobs_of_runs(status: RunsStatus) -> set[str]:
 
 
 def _single_run_lines(run: RunView, details: RunDetails, damaged: Mapping[Path, str] | None) -> list[str]:
-    """What `status <run>` prints: state and step, a table of facts, what to do next, checkpoints, and where the logs are."""
+    """What `status <run>` prints: state and step, a table of facts, advice, checkpoints, and where the logs are."""
     heading = f"{run.directory}: {run.state}, step {_step(run)}"
     if run.step and run.total:
         heading += f" ({run.step / run.total:.1%})"
@@ -288,7 +288,15 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
 
 
 def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
-    """Lines `failed: <reason>` and `to do: <advice>` for a failed run; `failure` is its `failure.json`, empty if it has none."""
+    """Lines `failed: <reason>` and `to do: <advice>` for a failed run. The advice depends on the first case that applies:
+
+    - Another job of its pipeline failed, so that it never began.
+    - The user's settings or data are wrong.
+    - Any other error that would come again: its traceback.
+    - Something that may not come again (a lost node, for example): run the same command.
+
+    `failure`: its `failure.json`; empty if it has none.
+    """
     broken_part = pipeline_jobs.failed_part(list(run.parts))
     if broken_part is not None and not failure:
         advice = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same words again"
@@ -298,9 +306,10 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     if failure:
         step = f", step {failure['step']}" if failure.get("step") is not None else ""
         origin = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('phase')}{step}: "
-        if not failure.get("user_error"):  # the message of a user's error says all; another needs its type
+        # The message of a user's error is enough. Any other error is shown with its type.
+        if not failure.get("user_error"):
             origin += f"{failure.get('error')}: "
-    # Any other word of `retry` means that the same command may succeed.
+    # Any other value of `retry` means that the same command may succeed.
     fails_again = failure.get("retry") in (None, "out_of_memory")
     if failure.get("user_error") and fails_again:
         advice = "change what the message says; the same command then continues it"
@@ -320,12 +329,12 @@ def _checkpoint_lines(store: CheckpointList, damaged: Mapping[Path, str] | None)
     if not store.checkpoints:
         return ["", "no checkpoints"]
     columns = (Column(), Column(is_number=True), Column(is_number=True), Column())
-    rows = [_checkpoint_row(checkpoint, store.watch, damaged) for checkpoint in store.checkpoints]
+    rows = [_checkpoint_row(checkpoint, store.monitored_metric, damaged) for checkpoint in store.checkpoints]
     return ["", f"checkpoints in {store.checkpoints[0].path.parent}:", *table(columns, rows, indent=2)]
 
 
 def _checkpoint_row(
-    checkpoint: StoredCheckpoint, watched_metric: str | None, damaged: Mapping[Path, str] | None
+    checkpoint: StoredCheckpoint, monitored_metric: str | None, damaged: Mapping[Path, str] | None
 ) -> TableRow:
     """A checkpoint's row of the table: name, age, size and remarks.
 
@@ -336,7 +345,7 @@ def _checkpoint_row(
         damage = damaged.get(checkpoint.path)
         remarks.append("intact" if damage is None else f"damaged: {damage}")
     if checkpoint.best is not None:
-        remarks.append(f"best: {watched_metric or 'held out'} {checkpoint.best:.4f}")
+        remarks.append(f"best: {monitored_metric or 'held out'} {checkpoint.best:.4f}")
     if checkpoint.given_up:
         remarks.append(f"given up, in {checkpoint.path.parent.name}")
     notes = []
@@ -402,7 +411,7 @@ def _details_as_dict(details: RunDetails, damaged: Mapping[Path, str]) -> dict[s
         checkpoints.append(row)
     return {
         "failure": details.failure or None,
-        "watch": details.store.watch,
+        "watch": details.store.monitored_metric,
         "checkpoints": checkpoints,
         "starts": details.starts,
         "checkpoints_problem": details.store.problem,

@@ -35,7 +35,7 @@ class NotRunning:
 
 @dataclass(frozen=True, slots=True)
 class SignalProcess:
-    """TERM to a process of this host: the run's own, or its launcher, which passes TERM on and restarts nothing."""
+    """Stops a run by TERM to a process of this host: the run's own, or its launcher, which passes TERM on."""
 
     pid: int
     identity: str
@@ -72,7 +72,7 @@ class SignalProcess:
 
 @dataclass(frozen=True, slots=True)
 class SignalJob:
-    """Signals to a job that runs a script of shardtune: TERM to its shell, then USR2 to the ranks, which save and end."""
+    """Stops a running job with a script of shardtune's: TERM to its shell, then USR2 to the ranks, which save and end."""
 
     job: QueuedJob
 
@@ -110,9 +110,15 @@ StopMethod = NotRunning | SignalProcess | SignalJob | CancelJob
 
 
 def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMethod:
-    """How a run can be stopped from this host; `job` is its job in the queue, None if it has none.
+    """How a run can be stopped from this host; `job` is its job in the queue, None if it has none. The first case that applies:
 
-    Raises CannotStop, with what to type, if it cannot be stopped from here; ConfigError if its lease cannot be read.
+    - A pending job with a script of shardtune's: cancel the job.
+    - A running job with such a script: signal the job. Another script may react to a signal in any way.
+    - A process on this host: signal its launcher, or the process itself.
+    - No job and no process on this host: nothing runs, or CannotStop says on which host to stop it.
+    - A job with another script: CannotStop says what to do.
+
+    Raises ConfigError if the lease cannot be read.
     """
     try:
         lease_holder = read_lease_holder(run_dir)
@@ -120,18 +126,16 @@ def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMetho
         raise ConfigError(
             f"{run_dir / 'lease'}: cannot be read ({error.strerror}), so nobody knows who runs it"
         ) from error
-    # By SLURM, if the job is surely shardtune's: another script may do anything on a signal.
-    if job is not None:
-        if job.is_pending and (queue.by_run.get(run_dir.resolve()) is job or _runs_our_script(job)):
+    if job is not None and job.is_pending:
+        if queue.job_by_run.get(run_dir.resolve()) is job or _runs_our_script(job):
             return CancelJob(job)
-        if not job.is_pending and _runs_our_script(job):
-            return SignalJob(job)
-    # By a signal, if its process is on this host.
+    elif job is not None and _runs_our_script(job):
+        return SignalJob(job)
     owner = lease_holder.owner
     if owner is not None and lease_holder.is_alive:
         _refuse_unrelated_process(run_dir, owner.pid)
         launcher = launcher_process(owner)
-        if launcher is not None:  # it passes the signal on, and does not start the ranks again
+        if launcher is not None:  # it passes the signal on to the ranks, and does not start them again
             return SignalProcess(*launcher)
         return SignalProcess(owner.pid, owner.process)
 

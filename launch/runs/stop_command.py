@@ -53,7 +53,7 @@ FAILED_EXIT_CODE = 70
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune stop` with the words typed after it; returns the exit code. Errors: ConfigError, CannotStop."""
+    """Run `shardtune stop` with the arguments behind it; returns the exit code. Errors: ConfigError, CannotStop."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 
 def stop_words(argv: list[str]) -> StopWords:
-    """Read the words typed after `shardtune stop`. Raises ConfigError with every problem at once."""
+    """Read the arguments behind `shardtune stop`. Raises ConfigError with every problem at once."""
     from launch.runs.status import is_frozen
 
     words, problems = read_words("stop", StopWords, argv)
@@ -79,9 +79,9 @@ def stop_words(argv: list[str]) -> StopWords:
 
 
 def stop(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | None]:
-    """Ask a run to save and to end, and wait up to `wait_s` seconds until it has; with `dry_run`, only say how.
+    """Ask a run to save and to end, and wait up to `wait_s` seconds until it has; with `dry_run`, only print how.
 
-    Returns (exit code, the command that stops it; None if nothing was running). Errors: CannotStop.
+    Returns (exit code, shell command that does the same, or None if nothing was running). Errors: CannotStop.
     """
     from launch.runs.queue import read_queue_twice
     from launch.runs.status import read_run_view
@@ -185,13 +185,13 @@ class StopWait:
         self._queue_problem = queue.problem
         for job in queue.jobs:
             if job.id == self.method.job.id:
-                if job.is_pending:  # it was requeued all the same, for example by an administrator
+                if job.is_pending:  # it was requeued nevertheless, for example by an administrator
                     CancelJob(job).send()
                 return False
         return queue.problem is None
 
     def _report_end(self) -> int:
-        """Print how the run ended and what was saved; returns the exit code."""
+        """Print how the run ended and what was saved; returns the exit code: `FAILED_EXIT_CODE` if it failed, else 0."""
         from launch.runs.status import one_line
         from launch.runs.stop import CancelJob
         from trainer.reporting.status import State, read_failure, read_status

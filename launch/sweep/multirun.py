@@ -1,4 +1,4 @@
-"""`train -m`: one run for each combination of the words that give several values.
+"""`train -m`: one run for each combination of the settings that have several values.
 
 Every point is composed and validated before the first one starts. Here the points run one after another, each in its
 own processes. With launcher=slurm they are a job array, or one array for each kind of node that they ask for.
@@ -26,24 +26,26 @@ class RunPoint(Protocol):
 
 
 def multirun(words: list[str], *, launch: RunPoint, show: Callable[[Composed], None] | None, check: bool) -> int:
-    """Run every combination of the words' values by `launch`, or only `show` it; returns the first exit code that is not 0.
+    """Run every combination of the settings' values (a point) by `launch`; returns the first exit code that is not 0.
 
-    `check`: whether each point is validated, as running one needs. Raises ConfigError with the problems of all points.
+    `words`: the arguments of the command. `show`: called with each point instead of running it. `check`: whether each point is
+    validated, which running needs. Raises ConfigError with the problems of all points.
     """
     from launch.cluster.array_size import refuse_large_arrays
     from launch.config.axes import name_in_trackers, point_label, read_axes
     from launch.config.compose import compose, default_run_dir
 
+    # Compose every point before the first one starts.
     axes = read_axes(words)
     points = axes.points()
     if show is None:  # before anything is composed: that takes long for many points
         refuse_large_arrays(points)
     labels = [axes.describe_point(point) for point in points]
-    jobs = []
+    composed_points = []
     problems = []
     for number, point in enumerate(points):
         try:
-            jobs.append(compose(point, check=check))
+            composed_points.append(compose(point, check=check))
         except ConfigError as error:
             problems += [f"point {number} ({labels[number]}): {problem}" for problem in error.problems]
     if problems:
@@ -51,45 +53,48 @@ def multirun(words: list[str], *, launch: RunPoint, show: Callable[[Composed], N
     for line in axes.settings_of_some_points():
         print(line, file=sys.stderr)
     if show is not None:
-        for number, job in enumerate(jobs):
+        for number, composed in enumerate(composed_points):
             print(f"# point {number}: {labels[number]}")
-            show(job)
+            show(composed)
         return 0
 
-    if jobs[0].config.run.dir:
-        base_dir = Path(jobs[0].config.run.dir).expanduser()
+    # A directory for each point, and names for the trackers.
+    if composed_points[0].config.run.dir:
+        base_dir = Path(composed_points[0].config.run.dir).expanduser()
     else:
-        # Named by the hash of all jobs together: a requeued SLURM job finds the directory again.
-        hashes = json.dumps([job.sha256 for job in jobs])
+        # Named by the hash of all points together, so that a requeued SLURM job finds the directory again.
+        hashes = json.dumps([composed.sha256 for composed in composed_points])
         base_dir = default_run_dir(hashlib.sha256(hashes.encode()).hexdigest())
     run_dirs = [base_dir / str(number) for number in range(len(points))]
-    for point, job in zip(points, jobs, strict=True):
+    for point, composed in zip(points, composed_points, strict=True):
         settings = axes.values_on_axes(point)
-        setting_words = [f"{key}={setting}" for key, setting in settings.items()]
-        name_in_trackers(job.config.logging, base_dir, point_label(settings), setting_words)
-    if jobs[0].config.launcher.name.value == "slurm":
+        axis_arguments = [f"{key}={setting}" for key, setting in settings.items()]
+        name_in_trackers(composed.config.logging, base_dir, point_label(settings), axis_arguments)
+
+    if composed_points[0].config.launcher.name.value == "slurm":
         from launch.cluster.submission import submit_array
 
-        exit_code = submit_array(jobs, run_dirs)
+        exit_code = submit_array(composed_points, run_dirs)
         _print_workspace(run_dirs)  # each job that ends writes it anew, with what is known then
         return exit_code
-    return _run_one_by_one(jobs, run_dirs, labels, launch)
+    return _run_one_by_one(composed_points, run_dirs, labels, launch)
 
 
-def _run_one_by_one(jobs: list[Composed], run_dirs: list[Path], labels: list[str], launch: RunPoint) -> int:
+def _run_one_by_one(composed_points: list[Composed], run_dirs: list[Path], labels: list[str], launch: RunPoint) -> int:
     """Run the points one after another, print their table, and return the first exit code that is not 0.
 
-    A point that fails does not keep the later ones from running; a point that is asked to stop does.
+    After a point that fails, the later points still run. After a point that is stopped, they don't.
     """
     exit_codes: list[int] = []
-    for job, run_dir, label in zip(jobs, run_dirs, labels, strict=True):
-        print(f"[{len(exit_codes) + 1}/{len(jobs)}] {label} -> {run_dir}", flush=True)
+    for composed, run_dir, label in zip(composed_points, run_dirs, labels, strict=True):
+        print(f"[{len(exit_codes) + 1}/{len(composed_points)}] {label} -> {run_dir}", flush=True)
         try:
-            exit_codes.append(launch(job, run_dir, isolate=True))
+            exit_codes.append(launch(composed, run_dir, isolate=True))
         except ShardtuneError as error:
             print(f"shardtune train: {error}", file=sys.stderr)
             exit_codes.append(error.exit_code)
-        if exit_codes[-1] in (75, 130):  # asked to stop: the points after this one are not wanted now
+        was_stopped = exit_codes[-1] in (75, 130)  # preempted, or Ctrl-C: the later points are not wanted now
+        if was_stopped:
             break
     from launch.sweep.multirun_answer import points_table
 

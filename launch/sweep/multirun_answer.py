@@ -59,11 +59,11 @@ def _metric_cells(run: RecordedRun | None) -> tuple[str, ...]:
     if run is None or not run.steps:
         return ("-",) * 5
     metrics = measure(run)
-    watched_metric = str(run.config.get("evaluation.watch") or "eval/loss")
+    monitored_metric = str(run.config.get("evaluation.watch") or "eval/loss")
     return (
         str(max(run.steps)),
         _number(metrics.loss, ".4f"),
-        _number(metrics.after.get(watched_metric), ".4f"),
+        _number(metrics.after.get(monitored_metric), ".4f"),
         _number(metrics.tokens_per_s, ",.0f"),
         _number(metrics.memory_gib, ".3g"),
     )

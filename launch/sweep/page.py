@@ -28,13 +28,13 @@ WIDTH, HEIGHT = 320, 170
 """Size of a drawing, in its own units."""
 MARGIN = 12
 """Room around the points of a drawing."""
-AXIS_REACH = 4
-"""How far the axis of the metric goes from the best trial, as a multiple of how far the median is from it."""
+AXIS_LENGTH = 4
+"""Length of the metric axis from the best trial on, as a multiple of the distance from the best trial to the median."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialPoint:
-    """A trial in a drawing: its place from the upper left corner, and what the pointer shows."""
+    """A trial in a drawing: its position from the upper left corner, and what the pointer shows."""
 
     x: float
     y: float
@@ -63,13 +63,13 @@ class SettingDrawing:
 def search_page(study: Study, search: Search, search_dir: Path) -> str:
     """The page of a search as HTML, with every trial that the study has."""
     trials = study.get_trials(deepcopy=False)
-    # Ascending: with the sign, the best trial comes first.
+    # Sorting is ascending: with the sign, the best trial comes first.
     sign = -1 if search.greater_is_better else 1
     done = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
     done.sort(key=lambda trial: (sign * (trial.value or 0.0), trial.number))
-    # An infinite metric has no place on an axis.
+    # An infinite metric has no position on an axis.
     drawn = [trial for trial in done if math.isfinite(trial.value or 0.0)]
-    drawings = [drawing_of(setting, drawn, search) for setting in search.space] if len(drawn) > 1 else []
+    drawings = [setting_drawing(setting, drawn, search) for setting in search.space] if len(drawn) > 1 else []
     space = [(setting.key, setting.text) for setting in search.space]
     return render(
         "launch.sweep",
@@ -90,23 +90,28 @@ def search_page(study: Study, search: Search, search_dir: Path) -> str:
 
 
 def run_directory(trial: FrozenTrial, search_dir: Path) -> Path:
-    """Where the run of a trial is. A twin of an earlier trial was not run again: its run is that of the other one."""
+    """The run directory of a trial. A trial with the arguments of an earlier one (its twin) was not run: it has the twin's."""
     return search_dir / str(trial.user_attrs.get("twin", trial.number))
 
 
 def _verdict(done: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search, search_dir: Path) -> Callout:
-    """The best trial with its words, and the command that exports its model; or that there is none."""
-    num_open = sum(trial.state.name in ("RUNNING", "WAITING") for trial in trials)
-    num_open += max(search.settings.trials - len(trials), 0)
-    are = "is" if num_open == 1 else "are"
-    going_on = f"{num_open} of {search.settings.trials} trials {are} not done yet. " if num_open else ""
+    """The best trial with its arguments and the command that exports its model; or that there is no best trial.
+
+    `done`: the trials with a result, the best first. `trials`: all that were begun.
+    """
+    num_unfinished = sum(trial.state.name in ("RUNNING", "WAITING") for trial in trials)
+    num_unfinished += max(search.settings.trials - len(trials), 0)  # those that were not begun yet
+    progress = ""
+    if num_unfinished:
+        are = "is" if num_unfinished == 1 else "are"
+        progress = f"{num_unfinished} of {search.settings.trials} trials {are} not done yet. "
     if not done:
-        text = f"{going_on}No trial is done, so there is no best one."
-        return Callout("warning" if num_open else "bad", "No result", text)
+        text = f"{progress}No trial is done, so there is no best one."
+        return Callout("warning" if num_unfinished else "bad", "No result", text)
     best = done[0]
-    text = f"{going_on}The words of the trial, and the command that exports its model:"
+    text = f"{progress}The words of the trial, and the command that exports its model:"
     directory = shlex.quote(str(run_directory(best, search_dir)))
-    commands = [shlex.join(search.trial_words(best.params)), f"shardtune export {directory}"]
+    commands = [shlex.join(search.trial_arguments(best.params)), f"shardtune export {directory}"]
     return Callout("good", f"Best: trial {best.number}, {search.metric} {number(best.value)}", text, commands)
 
 
@@ -126,19 +131,22 @@ def _cards(done: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: S
 
 
 def _failures(trials: Sequence[FrozenTrial], search: Search) -> list[tuple[str, str]]:
-    """(trial with its words, reason) of each failed trial."""
+    """(trial with its arguments, reason) of each failed trial."""
     failures = []
     for trial in trials:
         if trial.state.name == "FAIL":
             reason = trial.user_attrs.get("reason", "its command was killed while it was drawn")
-            failures.append((f"trial {trial.number}: {' '.join(search.trial_words(trial.params))}", reason))
+            failures.append((f"trial {trial.number}: {' '.join(search.trial_arguments(trial.params))}", reason))
     return failures
 
 
 def _trials_table(
     done: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search, search_dir: Path
 ) -> PageTable:
-    """All trials, the best first: number, metric, state, the value of each setting, and what happened."""
+    """The table of all trials, the best first: number, metric, state, the value of each setting, and what happened.
+
+    `done`: the trials with a result, the best first.
+    """
     best: PageColumn = PageColumn(search.metric, best="largest" if search.greater_is_better else "smallest")
     columns = [PageColumn("trial"), best, PageColumn("state")]
     columns += [PageColumn(setting.key, "settings") for setting in search.space]
@@ -153,14 +161,14 @@ def _trials_table(
         if trial.state.name == "COMPLETE":
             metric = PageCell(number(trial.value), trial.value)
         elif trial.intermediate_values:
-            # No result, so that it is shown and never the best.
+            # The trial has no result: its last metric is shown, but without a value to sort by it is never the best.
             metric = PageCell(number(trial.intermediate_values[max(trial.intermediate_values)]))
         row = [PageCell(str(trial.number), trial.number, href=href), metric]
         row.append(PageCell(state, state, tone=STATE_TONES[state]))
         for setting in search.space:
             row.append(_setting_cell(setting, trial))
-        about = _what_happened(trial)
-        rows.append([*row, PageCell(about, about)])
+        remark = _what_happened(trial)
+        rows.append([*row, PageCell(remark, remark)])
     return PageTable(columns, rows)
 
 
@@ -169,12 +177,12 @@ def _setting_cell(setting: SearchedSetting, trial: FrozenTrial) -> PageCell:
     if setting.key not in trial.params:
         return PageCell("\N{EN DASH}")
     value = trial.params[setting.key]
-    text = setting.word(value).partition("=")[2]
+    text = setting.argument(value).partition("=")[2]
     return PageCell(text, text if setting.choices else float(value))
 
 
 def _what_happened(trial: FrozenTrial) -> str:
-    """A trial's end in words, where its state and metric do not say it."""
+    """How a trial ended, if its state and metric do not say it: a twin, pruned or failed; else empty."""
     if "twin" in trial.user_attrs:
         return f"the same words as trial {trial.user_attrs['twin']}, not run again"
     if trial.state.name == "PRUNED" and trial.intermediate_values:
@@ -184,44 +192,46 @@ def _what_happened(trial: FrozenTrial) -> str:
     return ""
 
 
-def drawing_of(setting: SearchedSetting, done: Sequence[FrozenTrial], search: Search) -> SettingDrawing:
-    """The metric of the trials that are done (the best first) by the value of one setting."""
+def setting_drawing(setting: SearchedSetting, done: Sequence[FrozenTrial], search: Search) -> SettingDrawing:
+    """The drawing of the metric by the value of one setting: a point for each of the `done` trials, which are best first."""
+    # The axis of the metric goes from the best trial to the worst. Trials that diverged would press all others into one line, so
+    # it ends at `AXIS_LENGTH` times the distance to the median, and worse trials are drawn at its end.
     metrics = [trial.value or 0.0 for trial in done]
     best = metrics[0]
     median = metrics[len(metrics) // 2]
-    # Trials that diverged would press all others into one line: they stand at the edge.
-    reach = AXIS_REACH * (median - best)
-    edge = metrics[-1]
-    if 0 < abs(reach) < abs(edge - best):
-        edge = best + reach
-    span = edge - best or 1.0
+    max_length = AXIS_LENGTH * (median - best)
+    axis_end = metrics[-1]
+    if 0 < abs(max_length) < abs(axis_end - best):
+        axis_end = best + max_length
+    axis_length = axis_end - best or 1.0
+
     points = []
     for trial, metric in zip(done, metrics, strict=True):
-        share = (metric - best) / span  # 0 at the best metric, 1 at the edge
+        value = trial.params[setting.key]
+        share = (metric - best) / axis_length  # 0 at the best metric, 1 at the end of the axis
         height = min(share, 1.0) if search.greater_is_better else 1 - min(share, 1.0)
-        x = MARGIN + _position(setting, trial.params[setting.key]) * (WIDTH - 2 * MARGIN)
+        x = MARGIN + _position(setting, value) * (WIDTH - 2 * MARGIN)
         y = MARGIN + height * (HEIGHT - 2 * MARGIN)
-        text = f"trial {trial.number}: {setting.word(trial.params[setting.key])}, {search.metric} {number(metric)}"
-        points.append(TrialPoint(x, y, text, trial is done[0], share > 1))
-    best_word = setting.word(done[0].params[setting.key])
-    description = f"{search.metric} of {len(done)} trials by {setting.key}; the best one has {best_word}"
-    ticks = [setting.word(value).partition("=")[2] for value in setting.choices or (setting.low, setting.high)]
+        text = f"trial {trial.number}: {setting.argument(value)}, {search.metric} {number(metric)}"
+        points.append(TrialPoint(x, y, text, is_best=trial is done[0], is_beyond=share > 1))
+    best_argument = setting.argument(done[0].params[setting.key])
+    description = f"{search.metric} of {len(done)} trials by {setting.key}; the best one has {best_argument}"
+    ticks = [setting.argument(value).partition("=")[2] for value in setting.choices or (setting.low, setting.high)]
     return SettingDrawing(
         key=setting.key,
         description=description,
         points=points,
         ticks=ticks,
         has_choices=bool(setting.choices),
-        upper_metric=number(max(best, edge)),
-        lower_metric=number(min(best, edge)),
+        upper_metric=number(max(best, axis_end)),
+        lower_metric=number(min(best, axis_end)),
     )
 
 
 def _position(setting: SearchedSetting, value: object) -> float:
-    """Where a value is between the ends of its setting, 0 to 1."""
+    """Position of a value on the axis of its setting, from 0 at the lower end to 1; choices are evenly spread."""
     if setting.choices:
-        places = len(setting.choices)
-        return (setting.choices.index(str(value)) + 0.5) / places
+        return (setting.choices.index(str(value)) + 0.5) / len(setting.choices)
     scale = math.log if setting.log else float
     low = scale(setting.low)
     high = scale(setting.high)

@@ -55,29 +55,29 @@ class SearchProgress(RunsProgress):
         self._trial_dir = run_dir
         self._metric = metric
         self._prune = prune
-        self._metrics_bytes = -1
-        # A trial that is resumed has reported some steps before.
+        self._reported_file_bytes = -1
+        # A resumed trial has reported some steps already.
         self._reported_steps = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-        self._asked_to_end = False
+        self._was_asked_to_end = False
 
     def update(self) -> None:
         """Print how far the trial is, and report new evaluations; called many times a second.
 
-        A trial that is to be pruned, or whose evaluations lack the metric, is asked to end, as `stop` asks a run.
+        A trial that is to be pruned, or whose evaluations lack the metric, is asked to save and end, as by `shardtune stop`.
         """
         super().update()
         metrics_file = self._trial_dir / "metrics.jsonl"
         with suppress(OSError):  # the trial has not written it yet
             size_bytes = metrics_file.stat().st_size
-            if size_bytes == self._metrics_bytes:
-                return
-            self._metrics_bytes = size_bytes
+            if size_bytes == self._reported_file_bytes:
+                return  # nothing new was written
+            self._reported_file_bytes = size_bytes
             self.report()
-            if self._asked_to_end:
+            if self._was_asked_to_end:
                 return
             self.pruned = self._prune and self._trial.should_prune()
             if self.pruned or missing_metric(self._trial_dir, self._metric):
-                self._asked_to_end = True
+                self._was_asked_to_end = True
                 os.kill(os.getpid(), signal.SIGTERM)  # this process passes it on to the run, and starts nothing again
 
     def report(self) -> None:
@@ -124,7 +124,7 @@ def missing_metric(run_dir: Path, metric: str) -> str | None:
 
 
 def _evaluation_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl` that are of evaluations."""
+    """The rows of evaluations in `metrics.jsonl`."""
     evaluation_rows = []
     for row in rows(run_dir):
         if any(key.startswith("eval/") for key in row):
@@ -175,9 +175,12 @@ def open_study(search: Search, search_dir: Path) -> Study:
 
 
 def _refuse_another_search(study: Study, identity: dict[str, str], search_dir: Path) -> None:
-    """Raise ConfigError, with every difference, if the study is of another search; write `identity` into a new study."""
+    """Raise ConfigError, with every difference, if the study is of another search; write `identity` into a new study.
+
+    `identity`: see `Search.identity`.
+    """
     recorded = study.user_attrs.get("asked")
-    if recorded is None:
+    if recorded is None:  # the study is new
         study.set_user_attr("asked", identity)
         return
     if recorded == identity:
@@ -190,9 +193,9 @@ def _refuse_another_search(study: Study, identity: dict[str, str], search_dir: P
 
 
 def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
-    """Run the trials that are left, each by `run_trial`, print the table of all, and return the exit code.
+    """Run the trials that are left, each by `run_trial`, print the table of all trials, and return the exit code.
 
-    Raises ConfigError, StorageError.
+    The exit code is 0 if the search has a result. Raises ConfigError, StorageError.
     """
     from launch.compare.workspace import workspace_line
     from launch.output import fold
@@ -218,7 +221,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
         print(f"written: {page}", file=sys.stderr, flush=True)
     if exit_code or any(trial.state.name == "COMPLETE" for trial in trials):
         return exit_code
-    # Without a single result the search failed, with the code of its first failure.
+    # Without any result the search has failed, with the exit code of its first failed trial.
     for trial in trials:
         if trial.user_attrs.get("code"):
             return trial.user_attrs["code"]
@@ -242,9 +245,9 @@ def write_search_page(study: Study, search: Search, search_dir: Path) -> Path | 
 
 
 def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTrial) -> int:
-    """Run trials until the search has enough, first those that another command left unfinished.
+    """Run trials until the search has enough: first those that another command left unfinished, then new ones.
 
-    Returns 0, 75 if this command was asked to stop, or the exit code of a trial that ends the whole search.
+    Returns 0, 75 if this command was asked to stop, or the exit code of a trial that was stopped or that ends the whole search.
     """
     unfinished = [trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
     while not pending():
@@ -259,7 +262,7 @@ def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTr
                 exit_code = _run_trial(trial, search, search_dir, run_trial)
             except KeyboardInterrupt:  # between two runs
                 exit_code = 130
-        write_search_page(study, search, search_dir)  # for whoever watches the search
+        write_search_page(study, search, search_dir)  # after each trial, so that the page can be followed
         if exit_code in (*STOP_EXIT_CODES, *FATAL_EXIT_CODES):
             return exit_code
     return 75
@@ -268,9 +271,9 @@ def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTr
 def _take_over_trial(
     study: Study, search: Search, search_dir: Path, unfinished: list[int]
 ) -> tuple[Trial, Lease] | None:
-    """(trial, its lease) of the first trial in `unfinished` that no other command runs any more; None if there is none.
+    """(trial, its lease) of the first unfinished trial that no other command runs any more; None if there is none.
 
-    Trials that were looked at are removed from `unfinished`.
+    `unfinished`: numbers of such trials; each number that was tried is removed from the list.
     """
     from optuna.trial import Trial
 
@@ -280,13 +283,15 @@ def _take_over_trial(
         if lease is None:
             continue
         trial = study.get_trials(deepcopy=False)[number]
-        if trial.state.name == "RUNNING" and len(trial.params) == len(search.space):
+        is_unfinished = trial.state.name == "RUNNING"
+        has_all_values = len(trial.params) == len(search.space)
+        if is_unfinished and has_all_values:
             # Optuna has no call that continues a trial: this is how it makes one from its own records.
             storage = _open_journal(search_dir)
             study_id = storage.get_study_id_from_name(study.study_name)
             trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
             return Trial(study, trial_id), lease  # its run is resumed in its directory
-        if trial.state.name == "RUNNING":  # its command was killed while the values were drawn
+        if is_unfinished:  # its command was killed while the values were drawn
             study.tell(number, state=_trial_state("FAIL"))
         lease.release()
     return None
@@ -295,7 +300,7 @@ def _take_over_trial(
 def _draw_trial(study: Study, search: Search, search_dir: Path) -> tuple[Trial, Lease] | None:
     """(a new trial with its values, its lease); None if the search has enough trials.
 
-    A lock lets one command draw at a time: all commands that work on the search share the number of trials.
+    A lock lets one command draw at a time, because all commands that work on the search share the number of trials.
     """
     from optuna.samplers import TPESampler
     from optuna.storages.journal import JournalFileSymlinkLock
@@ -307,7 +312,7 @@ def _draw_trial(study: Study, search: Search, search_dir: Path) -> tuple[Trial, 
             number = len(study.get_trials(deepcopy=False))
             if number >= search.settings.trials:
                 return None
-            # The seed depends on the trial's number: a command that continues draws what the first one would have drawn.
+            # The seed depends on the trial's number, so that a command that continues draws what the first would have drawn.
             sampler_seed = (search.settings.seed * SEED_STRIDE + number) % 2**32
             study.sampler = TPESampler(seed=sampler_seed)
             trial = study.ask({setting.key: setting.distribution() for setting in search.space})
@@ -322,25 +327,28 @@ def _claim_trial(search: Search, search_dir: Path, number: int) -> Lease | None:
     """The lease that allows this command to run trial `number`; None if another command holds it."""
     lease_dir = search_dir / "commands" / str(number)
     try:
-        return Lease.acquire(lease_dir, search.first_job.config.run.lease_s, stop=pending)
+        return Lease.acquire(lease_dir, search.first_trial.config.run.lease_s, stop=pending)
     except InUse:
         return None
 
 
 def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTrial) -> int:
-    """Run one trial and report its result to the study; returns the exit code of its run, 0 for a pruned trial.
+    """Run one trial and report its result to the study; returns the exit code of its run. The cases, in order:
 
-    A trial that was asked to stop stays unfinished, so that a later command resumes it. Raises ConfigError if its
-    evaluations lack the metric: those of the other trials would lack it too.
+    - An earlier trial had the same arguments: its result counts for both, and nothing is run (0).
+    - Another user started the run: it is left to them (0).
+    - The evaluations lack the metric, as they would in every trial: ConfigError.
+    - The trial was pruned (0), or stopped: a stopped trial stays unfinished, so that a later command resumes it.
+    - Otherwise it is done or has failed: see `_report_result`.
     """
     from launch.compare.run_files import read_recorded_run
     from launch.config.axes import name_in_trackers, point_label
     from launch.config.compose import compose
 
     study = trial.study
-    words = search.trial_words(trial.params)
-    # Rounded values and choices may be drawn twice: the first result counts for both.
-    twin = _earlier_trial_with_same_words(study, words, search)
+    arguments = search.trial_arguments(trial.params)
+    # Rounded values and choices may be drawn twice.
+    twin = _earlier_trial_with_same_arguments(study, arguments, search)
     if twin is not None:
         trial.set_user_attr("twin", twin.number)
         study.tell(trial.number, twin.value)
@@ -349,11 +357,11 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     run_dir = search_dir / str(trial.number)
     prunes = search.settings.prune is Prune.median
     progress = SearchProgress(search.settings.trials, trial, run_dir, search.metric, prune=prunes)
-    name = point_label(dict(word.split("=", 1) for word in words))  # type: ignore[arg-type]
+    name = point_label(dict(word.split("=", 1) for word in arguments))  # type: ignore[arg-type]
     reason = None
     try:
-        composed = compose([*search.fixed, *words])
-        name_in_trackers(composed.config.logging, search_dir, name, words)
+        composed = compose([*search.fixed, *arguments])
+        name_in_trackers(composed.config.logging, search_dir, name, arguments)
         exit_code = run_trial(name, composed, run_dir, progress)
         if exit_code and exit_code not in STOP_EXIT_CODES:
             reason = read_recorded_run(run_dir).reason
@@ -369,19 +377,21 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     if lacks_metric:
         raise ConfigError(lacks_metric)
     progress.report()
-    if exit_code in STOP_EXIT_CODES and progress.pruned:
+    was_stopped = exit_code in STOP_EXIT_CODES
+    if was_stopped and progress.pruned:
         study.tell(trial.number, state=_trial_state("PRUNED"))
         print(f"trial {trial.number}: pruned, it is behind the median of the others", file=sys.stderr, flush=True)
         return 0
-    if exit_code in STOP_EXIT_CODES:
+    if was_stopped:
         return exit_code
-    return _tell_result(trial, search, run_dir, exit_code, reason)
+    return _report_result(trial, search, run_dir, exit_code, reason)
 
 
-def _tell_result(trial: Trial, search: Search, run_dir: Path, exit_code: int, reason: str | None) -> int:
-    """Report to the study how a trial ended that was not asked to stop; returns its exit code, or 70 without a finite metric.
+def _report_result(trial: Trial, search: Search, run_dir: Path, exit_code: int, reason: str | None) -> int:
+    """Report to the study how a trial ended that was neither stopped nor pruned; returns its exit code.
 
-    The result is the metric of its last evaluation. `reason` says why the run failed, if it did.
+    The result is the metric of its last evaluation; without a finite one the trial has failed with exit code 70. `reason` says
+    why the run failed, if it did.
     """
     metrics = list(evaluations(run_dir, search.metric).values())
     last_metric = metrics[-1] if metrics else math.nan
@@ -399,10 +409,10 @@ def _tell_result(trial: Trial, search: Search, run_dir: Path, exit_code: int, re
     return 0
 
 
-def _earlier_trial_with_same_words(study: Study, words: list[str], search: Search) -> FrozenTrial | None:
-    """A trial that is done and had the same words, so that running them again would give the same result; None without one."""
+def _earlier_trial_with_same_arguments(study: Study, arguments: list[str], search: Search) -> FrozenTrial | None:
+    """A trial that is done and had the same arguments, so that running again would give the same result; None without one."""
     for earlier in study.get_trials(deepcopy=False):
-        if earlier.state.name == "COMPLETE" and search.trial_words(earlier.params) == words:
+        if earlier.state.name == "COMPLETE" and search.trial_arguments(earlier.params) == arguments:
             return earlier
     return None
 

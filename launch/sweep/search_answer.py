@@ -1,4 +1,4 @@
-"""Prints the trials of a search as a table, and the words of the best one."""
+"""Prints the trials of a search as a table, and the arguments of the best one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATES = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "
 
 
 def search_table(study: Study, search: Search, search_dir: Path) -> str:
-    """What is printed after a search: a table of all trials, the best first, and the words of the best one."""
+    """What is printed after a search: a table of all trials, the best first, and the arguments of the best one."""
     # Sorting is ascending: with the sign, the best trial comes first.
     sign = -1 if search.greater_is_better else 1
     trials = study.get_trials(deepcopy=False)
@@ -31,16 +31,16 @@ def search_table(study: Study, search: Search, search_dir: Path) -> str:
     if not complete:
         return "\n".join([*lines, "no trial is done: there is no best one"])
     best = complete[0]
-    # A twin of an earlier trial was not run: its run is that of the other one.
+    # A trial with the arguments of an earlier one was not run: its run is that of its twin.
     run_dir = search_dir / str(best.user_attrs.get("twin", best.number))
     lines += fold(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {run_dir}; its words:", 0)
-    return "\n".join([*lines, f"  {shlex.join(search.trial_words(best.params))}"])
+    return "\n".join([*lines, f"  {shlex.join(search.trial_arguments(best.params))}"])
 
 
 def _row(trial: FrozenTrial, search: Search) -> TableRow:
-    """A trial's row of the table: number, metric, state and words; a pruned trial shows the metric of its last evaluation."""
+    """A trial's row of the table: number, metric, state and arguments; of a pruned trial the metric of its last evaluation."""
     metric = trial.value
-    cell_lines = [" ".join(search.trial_words(trial.params))]
+    cell_lines = [" ".join(search.trial_arguments(trial.params))]
     if trial.state.name == "PRUNED" and trial.intermediate_values:
         last_step = max(trial.intermediate_values)
         if metric is None:

@@ -1,4 +1,4 @@
-"""Reads the search space of a hyperparameter search: words with ranges or lists of values, as Optuna distributions."""
+"""Reads the search space of a hyperparameter search: arguments with ranges or lists of values, as Optuna distributions."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class SearchedSetting:
 
     key: str
     text: str
-    """What was typed behind the equals sign, such as `interval(1e-5,1e-3)`."""
+    """What is behind the equals sign of the argument, such as `interval(1e-5,1e-3)`."""
     choices: tuple[str, ...] = ()
-    """Values as they would be typed; empty for a setting of numbers."""
+    """Values as in an argument; empty for a setting of numbers."""
     low: float = 0.0
     high: float = 0.0
     step: float | None = None
@@ -47,45 +47,45 @@ class SearchedSetting:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
-    def word(self, value: Any) -> str:
-        """The word, such as `optim.lr=2e-4`, that gives the setting a value that was drawn."""
+    def argument(self, value: Any) -> str:
+        """The argument that gives the setting a drawn value, such as `optim.lr=0.0002`."""
         if self.choices:
             text = value
         elif self.is_integer:
             text = int(value)
         else:
-            # Rounding, as that of a logarithm, must not leave the interval.
+            # Rounding errors, for example of a logarithm, must not lead out of the interval.
             in_interval = min(max(value, self.low), self.high)
             text = f"{in_interval:.{DIGITS}g}"
         return f"{self.key}={text}"
 
-    def extreme_words(self) -> list[str]:
-        """A word for each choice, or for both ends of the numbers: if these are legal, so is every value between."""
+    def arguments_at_ends(self) -> list[str]:
+        """An argument for each choice, or for both ends of the numbers: if these are legal, so is every value between them."""
         values = self.choices or dict.fromkeys((self.low, self.high))
-        return [self.word(value) for value in values]
+        return [self.argument(value) for value in values]
 
 
-def read_space(words: list[str]) -> tuple[list[SearchedSetting], list[str]]:
-    """(the settings that are searched, the words with one value, which all trials share).
+def read_space(arguments: list[str]) -> tuple[list[SearchedSetting], list[str]]:
+    """Split arguments into (the searched settings, which have several values; the arguments with one, which all trials share).
 
     Raises ConfigError with every problem at once.
     """
     problems: list[str] = []
     space: list[SearchedSetting] = []
     fixed: list[str] = []
-    for word in words:
+    for argument in arguments:
         try:
-            setting = _read_setting(word)
+            setting = _read_setting(argument)
         except ConfigError as error:
             problems += error.problems
             continue
         if setting is None:
-            fixed.append(word)
+            fixed.append(argument)
         else:
             space.append(setting)
 
     keys = [setting.key for setting in space]
-    keys += [word.partition("=")[0] for word in fixed]
+    keys += [argument.partition("=")[0] for argument in fixed]
     for setting in space:
         if keys.count(setting.key) > 1:
             problems.append(f"{setting.key}={setting.text}: {setting.key} is given twice")
@@ -94,12 +94,12 @@ def read_space(words: list[str]) -> tuple[list[SearchedSetting], list[str]]:
     return space, fixed
 
 
-def _read_setting(word: str) -> SearchedSetting | None:
-    """The searched setting of a word with several values; None for a word with one value. Errors: ConfigError."""
-    key, equals_sign, values_text = word.partition("=")
+def _read_setting(argument: str) -> SearchedSetting | None:
+    """The searched setting of an argument with several values; None for an argument with one. Errors: ConfigError."""
+    key, equals_sign, values_text = argument.partition("=")
     if equals_sign and FUNCTION.fullmatch(values_text.strip()) and not values_text.startswith("glob("):
-        return _read_sweep_function(word, key, values_text.strip())
-    points = read_axes([word]).alternatives[0]  # `a,b` is a list of choices
+        return _read_sweep_function(argument, key, values_text.strip())
+    points = read_axes([argument]).alternatives[0]  # `a,b` is a list of choices
     if len(points) == 1:
         return None
     choices = [point.partition("=")[2] for point in points]
@@ -111,72 +111,75 @@ def _unique(choices: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(choices))
 
 
-def _read_sweep_function(word: str, key: str, values_text: str) -> SearchedSetting | None:
-    """The searched setting of a word in Hydra's sweep syntax, such as `optim.lr=interval(1e-5,1e-3)`.
+def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedSetting | None:
+    """The searched setting of an argument in Hydra's sweep syntax: `choice(...)`, `interval(...)` or `range(...)`.
 
-    None if it has one value, as `int(3)`, or is a text that only looks like a function. Errors: ConfigError.
+    None if the argument has one value, as in `int(3)`, or is a text that only looks like a function. Raises ConfigError.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
     from hydra.errors import HydraException
 
     try:
-        override = OverridesParser.create().parse_override(word)
+        override = OverridesParser.create().parse_override(argument)
         sweep: Any = override.value() if override.is_sweep_override() else None
     except (HydraException, NotImplementedError) as error:
         if _takes_text(key):
             return None  # a path or a text that looks like a function
         # Hydra's message names its grammar rule first and the functions that it has last: keep what is between.
         reason = re.sub(r"^\w+ while evaluating .*?': ", "", str(error).splitlines()[0]).split(" Available")[0]
-        raise ConfigError(f"{word}: is no distribution ({reason}); write {EXAMPLES}") from error
+        raise ConfigError(f"{argument}: is no distribution ({reason}); write {EXAMPLES}") from error
     if sweep is None:
         return None
     tags = sweep.tags
     if unknown_tags := tags - {"log"}:
         raise ConfigError(
-            f"{word}: there is no tag {', '.join(sorted(unknown_tags))}; tag(log,interval(1e-5,1e-3)) is the one there is"
+            f"{argument}: there is no tag {', '.join(sorted(unknown_tags))}; tag(log,interval(1e-5,1e-3)) is the one there is"
         )
     if getattr(sweep, "shuffle", False):
-        raise ConfigError(f"{word}: a search draws in an order of its own; leave shuffle out")
+        raise ConfigError(f"{argument}: a search draws in an order of its own; leave shuffle out")
 
     if isinstance(sweep, ChoiceSweep):
         if tags:
-            raise ConfigError(f"{word}: log is of numbers between two ends; write tag(log,interval(1e-5,1e-3))")
-        choices = [point.partition("=")[2] for point in read_axes([word]).alternatives[0]]
+            raise ConfigError(f"{argument}: log is of numbers between two ends; write tag(log,interval(1e-5,1e-3))")
+        choices = [point.partition("=")[2] for point in read_axes([argument]).alternatives[0]]
         return SearchedSetting(key, values_text, _unique(choices))
     if isinstance(sweep, IntervalSweep):
-        return _interval(word, SearchedSetting(key, values_text, log="log" in tags), sweep.start, sweep.end)
+        return _interval(argument, SearchedSetting(key, values_text, log="log" in tags), sweep.start, sweep.end)
     assert isinstance(sweep, RangeSweep)
     if tags:
         raise ConfigError(
-            f"{word}: a range has steps, which a logarithm has not; write tag(log,interval(...)), or choice(...)"
+            f"{argument}: a range has steps, which a logarithm has not; write tag(log,interval(...)), or choice(...)"
         )
-    return _range(word, SearchedSetting(key, values_text), sweep.start, sweep.stop, sweep.step)
+    return _range(argument, SearchedSetting(key, values_text), sweep.start, sweep.stop, sweep.step)
 
 
-def _interval(word: str, setting: SearchedSetting, low: Any, high: Any) -> SearchedSetting:
-    """The setting with the ends of its interval. Raises ConfigError if these are not the ends of one.
+def _interval(argument: str, setting: SearchedSetting, low: Any, high: Any) -> SearchedSetting:
+    """The setting with `low` and `high` as the ends of its interval. Raises ConfigError if these are not ends of one.
 
-    Only whole numbers are drawn if the setting takes no others, or if both ends were typed as whole numbers.
+    Only whole numbers are drawn if the setting takes no others, or if both ends are written as whole numbers. `argument` is for
+    messages.
     """
     is_integer = _takes_integers(setting.key) or (isinstance(low, int) and isinstance(high, int))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ConfigError(f"{word}: goes from {low:g} to {high:g}; write the smaller end first, both of them numbers")
+        raise ConfigError(
+            f"{argument}: goes from {low:g} to {high:g}; write the smaller end first, both of them numbers"
+        )
     if setting.log and low <= 0:
-        raise ConfigError(f"{word}: a logarithm needs ends above 0; raise {low:g}, or leave tag(log,...) out")
+        raise ConfigError(f"{argument}: a logarithm needs ends above 0; raise {low:g}, or leave tag(log,...) out")
     if is_integer and (low != int(low) or high != int(high)):
-        raise ConfigError(f"{word}: {setting.key} is a whole number; give whole ends")
+        raise ConfigError(f"{argument}: {setting.key} is a whole number; give whole ends")
     return replace(setting, low=low, high=high, is_integer=is_integer)
 
 
-def _range(word: str, setting: SearchedSetting, start: Any, stop: Any, step: Any) -> SearchedSetting:
-    """The setting with the numbers of a range; `stop` is not one of them, as in Python and Hydra.
+def _range(argument: str, setting: SearchedSetting, start: Any, stop: Any, step: Any) -> SearchedSetting:
+    """The setting with the numbers of a range, without `stop`, as in Python and Hydra. Raises ConfigError if there is none.
 
-    Raises ConfigError for a range without a number.
+    `argument` is for messages.
     """
     if not (step > 0 and start < stop):
         raise ConfigError(
-            f"{word}: goes from {start:g} up to {stop:g} by {step:g}, which has no number; write range(1,9,2)"
+            f"{argument}: goes from {start:g} up to {stop:g} by {step:g}, which has no number; write range(1,9,2)"
         )
     is_integer = all(isinstance(number, int) for number in (start, stop, step))
     count = math.ceil((stop - start) / step - RANGE_TOLERANCE)

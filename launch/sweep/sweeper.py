@@ -49,147 +49,154 @@ class Search:
     settings: SweeperConfig
     space: tuple[SearchedSetting, ...]
     fixed: tuple[str, ...]
-    """The words that all trials share."""
-    first_job: Composed
-    """The job with the first value of each searched setting: what it has in other settings, all trials have."""
+    """The arguments that all trials share."""
+    first_trial: Composed
+    """The configuration with the first value of each searched setting. All trials have its values of the other settings."""
 
     @property
     def metric(self) -> str:
         """The held-out metric that the search improves."""
-        return self.first_job.config.evaluation.watched
+        return self.first_trial.config.evaluation.watched
 
     @property
     def greater_is_better(self) -> bool:
         """Whether a larger metric is better."""
         from trainer.config.evaluation import more_is_better
 
-        return more_is_better(self.first_job.config)
+        return more_is_better(self.first_trial.config)
 
     def identity(self) -> dict[str, str]:
-        """What must be the same for a command to continue this search in its directory; keys and values are for messages."""
+        """What must be the same so that another command may continue this search in its directory; also shown in messages."""
         identity = {}
-        for setting in sorted(self.space, key=lambda setting: setting.key):  # the order of the words does not matter
+        for setting in sorted(
+            self.space, key=lambda setting: setting.key
+        ):  # the order of the arguments does not matter
             identity[f"{setting.key}="] = setting.text
         better = "larger" if self.greater_is_better else "smaller"
         identity["metric"] = f"{self.metric}, {better} is better"
         identity["sweeper.seed"] = str(self.settings.seed)
-        identity["the words that all trials share"] = self.first_job.sha256[:8]
+        identity["the words that all trials share"] = self.first_trial.sha256[:8]
         return identity
 
-    def trial_words(self, params: dict[str, Any]) -> list[str]:
-        """The words of a trial, such as `optim.lr=2e-4`, from the values that were drawn for it by setting."""
-        return [setting.word(params[setting.key]) for setting in self.space if setting.key in params]
+    def trial_arguments(self, params: dict[str, Any]) -> list[str]:
+        """The arguments of a trial, such as `optim.lr=0.0002`; `params` are the values that Optuna drew, by setting."""
+        return [setting.argument(params[setting.key]) for setting in self.space if setting.key in params]
 
     @property
     def directory(self) -> Path:
         """The directory of the search: `run.dir`, or a directory below runs/ whose name is a hash of the search."""
-        typed_dir = self.first_job.config.run.dir
-        if typed_dir:
-            return Path(typed_dir).expanduser()
+        configured_dir = self.first_trial.config.run.dir
+        if configured_dir:
+            return Path(configured_dir).expanduser()
         digest = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()
         return Path("runs") / f"search-{digest[:8]}"
 
 
-def is_search(words: list[str]) -> bool:
-    """Whether a search is meant: whether any word is `sweeper=...` or `sweeper.<setting>=...`, right or wrong."""
-    return any(word.partition("=")[0].split(".")[0] == "sweeper" for word in words)
+def is_search(arguments: list[str]) -> bool:
+    """Whether any argument is `sweeper=...` or `sweeper.<setting>=...`, right or wrong, so that a search is meant."""
+    return any(argument.partition("=")[0].split(".")[0] == "sweeper" for argument in arguments)
 
 
-def chosen_sweeper(words: list[str]) -> str:
-    """What draws the trials, as the last word `sweeper=` names it; `optuna` if there is none."""
-    for word in reversed(words):
-        if word.startswith("sweeper="):
-            return word.partition("=")[2]
+def chosen_sweeper(arguments: list[str]) -> str:
+    """The value of the last argument `sweeper=`, which names what draws the trials; `optuna` if there is none."""
+    for argument in reversed(arguments):
+        if argument.startswith("sweeper="):
+            return argument.partition("=")[2]
     return SWEEPERS[0]
 
 
-def plan_search(words: list[str]) -> Search:
-    """Read the words of a search, and compose its jobs as far as needed to know that every trial is legal.
+def plan_search(all_arguments: list[str]) -> Search:
+    """Read the arguments of a search, and compose enough trials to know that every one is legal.
 
     Raises ConfigError with every problem at once.
     """
     from launch.config.compose import compose
 
-    settings, run_words = read_sweeper_words(words)
-    space, fixed = read_space(run_words)
+    settings, run_arguments = read_sweeper_settings(all_arguments)
+    space, fixed = read_space(run_arguments)
     if not space:
         raise ConfigError(
-            f"sweeper={chosen_sweeper(words)}: no word has several values to search; write one as <setting>={EXAMPLES}"
+            f"sweeper={chosen_sweeper(all_arguments)}: no word has several values to search; write one as <setting>={EXAMPLES}"
         )
-    typed = {word.partition("=")[0]: word for word in run_words}
+    argument_by_key = {argument.partition("=")[0]: argument for argument in run_arguments}
     if settings.metric is not None:
+        # The search judges by the monitored metric, so `sweeper.metric` sets that.
         watch = f"evaluation.watch={settings.metric}"
-        if typed.get("evaluation.watch", watch) != watch:
-            raise ConfigError(f"sweeper.metric={settings.metric}: and {typed['evaluation.watch']}; give one of them")
-        if "evaluation.watch" not in typed:
+        if argument_by_key.get("evaluation.watch", watch) != watch:
+            given = argument_by_key["evaluation.watch"]
+            raise ConfigError(f"sweeper.metric={settings.metric}: and {given}; give one of them")
+        if "evaluation.watch" not in argument_by_key:
             fixed.append(watch)
-    if "export.at_end" not in typed:  # most trials are thrown away
+    if "export.at_end" not in argument_by_key:  # most trials are thrown away
         fixed.append("export.at_end=false")
     searched_keys = {setting.key for setting in space}
     for key in ("run.dir", "evaluation.watch", "evaluation.greater_is_better", "launcher"):
         if key in searched_keys:
-            raise ConfigError(f"{typed[key]}: is the same for all trials; give one value")
+            raise ConfigError(f"{argument_by_key[key]}: is the same for all trials; give one value")
 
-    # Not every combination: settings are assumed not to depend on each other. Compose the first value of all settings,
-    # then each other end or choice of one setting beside the first values of the others.
-    extreme_words = [setting.extreme_words() for setting in space]
-    first_words = [words_of_setting[0] for words_of_setting in extreme_words]
-    first_job = compose([*fixed, *first_words])
-    problems = _search_problems(first_job, settings, chosen_sweeper(words))
-    for number, words_of_setting in enumerate(extreme_words):
-        other_words = first_words[:number] + first_words[number + 1 :]
-        for word in words_of_setting[1:]:
+    # Not every combination is composed: settings are assumed not to depend on each other. First the first values of all
+    # settings together, then each other end or choice of one setting with the first values of the others.
+    arguments_by_setting = [setting.arguments_at_ends() for setting in space]
+    first_arguments = [arguments[0] for arguments in arguments_by_setting]
+    first_trial = compose([*fixed, *first_arguments])
+    problems = _search_problems(first_trial, settings, chosen_sweeper(all_arguments))
+    for number, arguments in enumerate(arguments_by_setting):
+        other_arguments = first_arguments[:number] + first_arguments[number + 1 :]
+        for argument in arguments[1:]:
             try:
-                compose([*fixed, *other_words, word])
+                compose([*fixed, *other_arguments, argument])
             except ConfigError as error:
-                problems += [f"with {word}: {problem}" for problem in error.problems]
+                problems += [f"with {argument}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    return Search(settings, tuple(space), tuple(fixed), first_job)
+    return Search(settings, tuple(space), tuple(fixed), first_trial)
 
 
-def read_sweeper_words(words: list[str]) -> tuple[SweeperConfig, list[str]]:
-    """(the settings of the search, `sweeper.*`; the other words, which are of its runs).
+def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list[str]]:
+    """Split arguments into (the settings of the search, `sweeper.*`; the other arguments, which are settings of its runs).
 
     Raises ConfigError with every problem at once.
     """
-    settings, other_words, problems = read_group("sweeper", SweeperConfig(), words)
-    sweeper_words: list[str] = []
-    run_words: list[str] = []
-    for word in other_words:
-        is_sweeper = word == "sweeper" or word.startswith("sweeper=")
+    settings, other_arguments, problems = read_group("sweeper", SweeperConfig(), all_arguments)
+    sweeper_arguments: list[str] = []
+    run_arguments: list[str] = []
+    for argument in other_arguments:
+        is_sweeper = argument == "sweeper" or argument.startswith("sweeper=")
         if is_sweeper:
-            sweeper_words.append(word)
+            sweeper_arguments.append(argument)
         else:
-            run_words.append(word)
-    for word in sweeper_words:
-        if word.partition("=")[2] not in SWEEPERS:
+            run_arguments.append(argument)
+    for argument in sweeper_arguments:
+        if argument.partition("=")[2] not in SWEEPERS:
             problems.append(
-                f"{word}: there is no such sweeper; sweeper=optuna searches, sweeper=wandb writes a file for W&B's agent, "
+                f"{argument}: there is no such sweeper; sweeper=optuna searches, sweeper=wandb writes a file for W&B's agent, "
                 "and without it -m runs all points"
             )
     if settings.trials < 1:
         problems.append(f"sweeper.trials={settings.trials}: must be at least 1")
     if settings.seed < 0:
         problems.append(f"sweeper.seed={settings.seed}: must be at least 0")
-    if not sweeper_words:  # sweeper.trials=20 alone would start no search
-        setting_word = next(word for word in words if word.startswith("sweeper"))
-        problems.append(f"{setting_word}: is of a search; add sweeper=optuna")
-    if chosen_sweeper(words) == "optuna" and find_spec("optuna") is None:
+    if not sweeper_arguments:  # sweeper.trials=20 alone would start no search
+        setting_argument = next(argument for argument in all_arguments if argument.startswith("sweeper"))
+        problems.append(f"{setting_argument}: is of a search; add sweeper=optuna")
+    if chosen_sweeper(all_arguments) == "optuna" and find_spec("optuna") is None:
         problems.append(f"sweeper=optuna: needs the package optuna; {install_command('search')}")
     if problems:
         raise ConfigError(problems)
-    return settings, run_words
+    return settings, run_arguments
 
 
-def _search_problems(first_job: Composed, settings: SweeperConfig, sweeper: str) -> list[str]:
-    """Why a job that could run alone cannot be a trial of a search: no metric to judge it by, or SLURM as its launcher."""
+def _search_problems(first_trial: Composed, settings: SweeperConfig, sweeper: str) -> list[str]:
+    """Why a legal configuration cannot be a trial of a search: no metric to judge it by, or SLURM as its launcher.
+
+    `first_trial` stands for all trials. `sweeper` is for messages.
+    """
     from trainer.config.evaluation import is_held_out_loss
     from trainer.config.run import LauncherName
     from trainer.evaluation.interval import AUTO
     from trainer.evaluation.tasks.registry import metric_directions
 
-    config = first_job.config
+    config = first_trial.config
     problems = []
     has_evaluation_data = config.data.eval_path is not None or config.data.eval_share
     if not has_evaluation_data and config.evaluation.watched not in metric_directions(config.evaluation.tasks):
@@ -198,7 +205,8 @@ def _search_problems(first_job: Composed, settings: SweeperConfig, sweeper: str)
             "data.eval_path or data.eval_share=0.05"
         )
     every = config.evaluation.every_steps
-    if settings.prune is Prune.median and (not every or (every == AUTO and not is_held_out_loss(config))):
+    is_measured_during_training = bool(every) and (every != AUTO or is_held_out_loss(config))
+    if settings.prune is Prune.median and not is_measured_during_training:
         problems.append(
             f"sweeper.prune=median: judges trials amid their way, where evaluation.every_steps={every} does not measure "
             f"{config.evaluation.watched}; set evaluation.every_steps to a number of steps, or leave it out"

@@ -21,8 +21,8 @@ MAX_LISTED_VALUES = 1000
 def write_sweep(words: list[str], *, print_only: bool = False) -> int:
     """Write `sweep.yaml` into the directory of the search, and print how the sweep is started; returns the exit code.
 
-    `workspace.py` beside it shows the trials in W&B, once there are some. With `print_only`, the file is printed instead. Errors:
-    ConfigError with every problem, StorageError.
+    `workspace.py` is written beside it: a script that shows the trials in W&B. With `print_only`, `sweep.yaml` is printed, and
+    nothing is written. Raises ConfigError with every problem, StorageError.
     """
     import yaml
 
@@ -50,7 +50,7 @@ def sweep_config(search: Search) -> dict[str, Any]:
     Raises ConfigError for settings that W&B's agent does not have.
     """
     settings = search.settings
-    logging = search.first_job.config.logging
+    logging = search.first_trial.config.logging
     problems = []
     if settings.prune is not Prune.none:
         problems.append(
@@ -61,8 +61,9 @@ def sweep_config(search: Search) -> dict[str, Any]:
         problems.append(f"sweeper.seed={settings.seed}: W&B draws by a seed of its own; leave it out")
     if problems:
         raise ConfigError(problems)
-    agent_words = ("run.dir=", "logging.wandb=")  # W&B names the directory of a trial, and must receive its metrics
-    fixed = [word for word in search.fixed if not word.startswith(agent_words)]
+    # Left to the agent: W&B names the directory of a trial, and must receive its metrics.
+    agent_settings = ("run.dir=", "logging.wandb=")
+    fixed = [argument for argument in search.fixed if not argument.startswith(agent_settings)]
     if logging.group is None:
         fixed.append(f"logging.group={trials_group(search)}")
     sweep: dict[str, Any] = {"project": logging.project or "shardtune"}
@@ -78,15 +79,15 @@ def sweep_config(search: Search) -> dict[str, Any]:
 
 def trials_group(search: Search) -> str:
     """The group of the trials in W&B, by which `workspace.py` finds them."""
-    return search.first_job.config.logging.group or search.directory.resolve().name
+    return search.first_trial.config.logging.group or search.directory.resolve().name
 
 
 def sweep_workspace(search: Search) -> str:
-    """The script that shows the trials in W&B, as `launch/compare/workspace.py` writes it for runs that are here.
+    """The script that shows the trials in W&B: a view and a report.
 
-    The trials are not here: the agent's hosts have them. So the script knows what is searched, and no results.
+    Unlike the script that `launch/compare/workspace.py` writes, it has no results: the trials run on the hosts of W&B's agents.
     """
-    logging = search.first_job.config.logging
+    logging = search.first_trial.config.logging
     columns = {setting.key: COLUMNS.get(setting.key, f"config.{setting.key}") for setting in search.space}
     direction = "largest" if search.greater_is_better else "smallest"
     final = f"final/{search.metric}"
@@ -142,8 +143,8 @@ def sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
             raise ConfigError(f"{setting.key}={setting.text}: has {count:,} values; write interval({low},{high})")
         values = []
         for index in range(count):
-            word = setting.word(setting.low + index * setting.step)
-            values.append(_number_or_text(word.partition("=")[2]))
+            argument = setting.argument(setting.low + index * setting.step)
+            values.append(_number_or_text(argument.partition("=")[2]))
         return {"values": values}
     bounds = {"min": low, "max": high}
     if setting.log and setting.is_integer:
@@ -154,7 +155,7 @@ def sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
 
 
 def _number_or_text(value_text: str) -> Any:
-    """A value as a number if W&B will write that number as it was typed (1e-5 becomes 1e-05, and stays a text)."""
+    """A value as a number if W&B will write the number in the same way; else as text, such as `1e-5`, which would be 1e-05."""
     for number_type in (int, float):
         try:
             number = number_type(value_text)

@@ -14,6 +14,8 @@ MAX_ANSWERS = 6
 """Pairs of answers on the page."""
 MAX_CHARACTERS = 600
 """Characters of a prompt or answer."""
+MAX_SUMMARY_CHARACTERS = 90
+"""Characters of a prompt in the line that summarises a pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +33,29 @@ class AnswerPair:
     @property
     def summary(self) -> str:
         """One line on the pair: the task, what changed, and the end of the prompt."""
-        words = " ".join(self.prompt.split())
-        end = words if len(words) <= 90 else f"… {words[-90:]}"
-        parts = (self.task.replace(GENERATED, "held-out document"), self.change, end)
+        one_line = " ".join(self.prompt.split())
+        prompt_end = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
+        parts = (self.task.replace(GENERATED, "held-out document"), self.change, prompt_end)
         return ": ".join(part for part in parts if part)
 
 
 def answer_pairs(run: RecordedRun) -> list[AnswerPair]:
-    """Answers before and after, from the newest evaluation beside the base, else from the run itself; empty without any.
+    """Answers to the same prompts before and after training; at most `MAX_ANSWERS`, and empty if none were kept.
 
-    Of an evaluation: answers that changed between right and wrong. Of the run: the first prompts.
+    They come from the newest evaluation report that compares the run with its base model: answers that changed between right
+    and wrong. Without such a report they come from the run's own evaluations: the first prompts.
     """
     for report in kept_reports(run.directory, EVALUATION):
-        against = report.report.get("against") or {}
-        if against.get("what") == "base":
-            pairs = _changed_answers(against.get("tasks") or {})
+        comparison = report.report.get("against") or {}
+        if comparison.get("what") == "base":
+            pairs = _changed_answers(comparison.get("tasks") or {})
             if pairs:
                 return pairs[:MAX_ANSWERS]
     return _answers_of_run(run)[:MAX_ANSWERS]
 
 
 def _answers_of_run(run: RecordedRun) -> list[AnswerPair]:
-    """The answers that the run kept of its first evaluation and its newest."""
+    """Pairs of the answers that the run kept of its first evaluation, before training, and of its newest."""
     kept = read_kept_answers(run.directory)
     first = kept.get("first") or {}
     last = kept.get("last") or {}
@@ -60,8 +63,12 @@ def _answers_of_run(run: RecordedRun) -> list[AnswerPair]:
         return []  # evaluated once, or not before the first step: there is no before and after
     pairs: list[AnswerPair] = []
     for task, rows in (last.get("tasks") or {}).items():
-        before = {row.get("prompt"): row for row in (first.get("tasks") or {}).get(task) or []}
-        pairs += [_pair_of_run(task, before[row["prompt"]], row) for row in rows if row.get("prompt") in before]
+        first_rows = (first.get("tasks") or {}).get(task) or []
+        before_by_prompt = {row.get("prompt"): row for row in first_rows}
+        for row in rows:
+            before = before_by_prompt.get(row.get("prompt"))
+            if before is not None:
+                pairs.append(_pair_of_run(task, before, row))
     return pairs
 
 
@@ -76,7 +83,10 @@ def _pair_of_run(task: str, before: dict[str, Any], after: dict[str, Any]) -> An
 
 
 def _changed_answers(tasks: dict[str, Any]) -> list[AnswerPair]:
-    """The changed rows of all tasks, won and lost in turn."""
+    """Answers that the base model gave wrong and the trained one right (won), and the other way round (lost), in turn.
+
+    `tasks`: the report's comparison of each task, in which `changed` has the rows under `won` and `lost`.
+    """
     won: list[AnswerPair] = []
     lost: list[AnswerPair] = []
     for name, comparison in tasks.items():

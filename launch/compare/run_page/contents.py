@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from launch.compare.comparison import ComparedRun
+from launch.compare.comparison import ComparedPoint
 from launch.compare.run_files import RecordedRun, RunMeasurements
-from launch.compare.run_page.held_out import MetricChange, best_step, card_changes, metric_changes, watched_metric
+from launch.compare.run_page.held_out import MetricChange, best_step, card_changes, metric_changes, monitored_metric
 from strategies.errors import ShardtuneError
 from trainer.pages.numbers import UNKNOWN, byte_size, duration, number, percent
 from trainer.pages.pieces import PageCard, PageCell, PageColumn, PageTable, Tone
@@ -29,14 +29,14 @@ RESOLVED = "substitutions."
 """How keys begin under which the run keeps what `auto` became."""
 
 
-def cards(compared: ComparedRun) -> list[PageCard]:
+def cards(compared: ComparedPoint) -> list[PageCard]:
     """The numbers at the head: held-out metrics before and after, duration, speed, memory."""
     run = compared.first_repeat
     measured = compared.measured
     held_out = [_metric_card(run, change) for change in card_changes(metric_changes(run))]
-    found: list[PageCard | None] = [*held_out, *_training_loss_cards(run, has_held_out=bool(held_out))]
-    found += [_duration_card(run), _speed_card(run, measured), _memory_card(run, measured)]
-    return [card for card in found if card is not None]
+    candidates: list[PageCard | None] = [*held_out, *_training_loss_cards(run, has_held_out=bool(held_out))]
+    candidates += [_duration_card(run), _speed_card(run, measured), _memory_card(run, measured)]
+    return [card for card in candidates if card is not None]
 
 
 def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
@@ -47,16 +47,16 @@ def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
     if change.judgement:
         notes.append(change.judgement)
     best = best_step(run)
-    is_watched = change.name == watched_metric(run)
-    if is_watched and best is not None and not best.last_is_as_good and best.beats_beginning:
+    is_monitored = change.name == monitored_metric(run)
+    if is_monitored and best is not None and not best.last_is_as_good and best.beats_beginning:
         notes.append(f"best {change.shown(best.value)} at step {best.step}")
     return PageCard(change.title, change.shown(change.after), ", ".join(notes), change.tone, change.arrow)
 
 
 def _training_loss_cards(run: RecordedRun, *, has_held_out: bool) -> list[PageCard]:
-    """The training loss of a run that nothing held out was evaluated in; it has no tone, since it is no measure of quality.
+    """A card with the training loss, if nothing held out was evaluated. It has no colour, because it does not measure quality.
 
-    Of a run that learns from rewards it is the reward: the loss is near 0 by construction.
+    A run that learns from rewards gets its reward instead: its loss is near 0 by construction.
     """
     name = "reward" if any("reward" in row for row in run.steps.values()) else "loss"
     numbers = [row[name] for row in run.steps.values() if isinstance(row.get(name), int | float)]
@@ -86,13 +86,15 @@ def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
     if run.record.world_size:
         ranks = run.record.world_size
         notes.append("1 rank" if ranks == 1 else f"{ranks} ranks together")
-    if measured.mfu is not None and _mfu_means_something(run):
+    if measured.mfu is not None and _has_peak(run):
         notes.append(f"MFU {percent(measured.mfu)}")
     return PageCard("Speed", number(measured.tokens_per_s, digits=3), ", ".join(notes), unit="tokens/s")
 
 
-def _mfu_means_something(run: RecordedRun) -> bool:
-    """Whether there is a peak to hold the speed against: a CPU's, measured on a busy machine, is none."""
+def _has_peak(run: RecordedRun) -> bool:
+    """Whether the run has a peak that its MFU can be a share of. A CPU has none unless the settings give one: it is measured
+    while other programs may run.
+    """
     return run.record.device != CPU or run.config.get("logging.reference_tflops") is not None
 
 
@@ -119,16 +121,16 @@ def _predicted(run: RecordedRun) -> PredictedCost:
     return receipt.predicted or PredictedCost()
 
 
-def cost_table(compared: ComparedRun) -> PageTable | None:
-    """What the run took beside what was planned, a row each, with its unit; None if nothing was measured."""
+def cost_table(compared: ComparedPoint) -> PageTable | None:
+    """A table of what the run took, beside what was planned, with a row for each cost; None if nothing was measured."""
     run = compared.first_repeat
     measured = compared.measured
     predicted = _predicted(run)
-    taken = (run.record.receipt or Receipt()).measured or MeasuredCost()
+    receipt = (run.record.receipt or Receipt()).measured or MeasuredCost()
     planned_gib = predicted.memory_gib
     planned_step_s = predicted.step_s
     if run.record.device == CPU:
-        # The measured peak has the process's libraries in it, and a CPU's own peak is no yardstick: these are no pairs.
+        # Not comparable: the measured memory has the process's libraries in it, and the plan knows no reliable peak of a CPU.
         planned_gib = None
         planned_step_s = None
     planned_exchange = _bytes(measured.planned_exchanged_gib)
@@ -138,7 +140,7 @@ def cost_table(compared: ComparedRun) -> PageTable | None:
         _cost_row("Time of a step", duration, planned_step_s, measured.step_s),
         _cost_row("Exchanged in a step, rank 0", byte_size, planned_exchange, _bytes(measured.exchanged_gib)),
         _cost_row("Waited for the exchange in a step", duration, None, measured.exposed_s),
-        _cost_row("Size of a checkpoint", byte_size, predicted.checkpoint_bytes, taken.checkpoint_bytes),
+        _cost_row("Size of a checkpoint", byte_size, predicted.checkpoint_bytes, receipt.checkpoint_bytes),
         _cost_row("Writing a checkpoint", duration, None, measured.checkpoint_s),
         _cost_row("Start to first step, without evaluation", duration, None, _start_s(measured)),
         _cost_row("Price of a million tokens, US$", number, None, compared.summary.dollars_per_million),
@@ -150,14 +152,14 @@ def cost_table(compared: ComparedRun) -> PageTable | None:
 
 
 def _cost_row(
-    what: str, written: Callable[[float], str], planned: float | None, taken: float | None
+    what: str, format_value: Callable[[float], str], planned: float | None, taken: float | None
 ) -> list[PageCell] | None:
-    """A row of the table; None if nothing was taken. `written`: a value with its unit."""
+    """A row of the cost table; None if the cost was not measured. `format_value` writes a value with its unit."""
     if not taken:
         return None
-    planned_cell = PageCell(written(planned), planned) if planned else PageCell(UNKNOWN)
+    planned_cell = PageCell(format_value(planned), planned) if planned else PageCell(UNKNOWN)
     ratio_cell = PageCell(f"{taken / planned:.2f}", taken / planned) if planned else PageCell(UNKNOWN)
-    return [PageCell(what, what), planned_cell, PageCell(written(taken), taken), ratio_cell]
+    return [PageCell(what, what), planned_cell, PageCell(format_value(taken), taken), ratio_cell]
 
 
 def _bytes(gib: float | None) -> float | None:
@@ -179,25 +181,28 @@ class Settings:
 
 
 def settings(run: RecordedRun) -> Settings:
-    """The settings of a run. Of a `config.yaml` that this version cannot read, none count as chosen."""
+    """The settings of a run: all of them, and those that were chosen, which are neither defaults nor paths nor resolved.
+
+    If this version cannot read the run's `config.yaml`, none count as chosen.
+    """
     defaults = _defaults(run.directory)
     chosen = []
     everything = []
     for key, value in run.config.items():
-        everything.append((key, _written(value)))
+        everything.append((key, _setting_value(value)))
         is_default = key in defaults and defaults[key] == value
         is_chosen = key not in PLACES and not key.startswith(RESOLVED) and value not in (None, [], {})
         if defaults and not is_default and is_chosen:
-            chosen.append((key, _written(value)))
+            chosen.append((key, _setting_value(value)))
     return Settings(chosen, everything)
 
 
-def _written(value: Any) -> str:
-    """A value as it is typed: true, 2e-4, [q_proj,v_proj], none."""
+def _setting_value(value: Any) -> str:
+    """A value as on the command line: true, 2e-4, [q_proj,v_proj], none."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
+        return f"[{','.join(map(_setting_value, value))}]"
     return short(value)
 
 
@@ -213,7 +218,7 @@ def _defaults(run_dir: Path) -> dict[str, Any]:
 
 
 def provenance(run: RecordedRun) -> list[tuple[str, str]]:
-    """(name, text) of where the run comes from; what was not recorded has no row."""
+    """(name, text) rows on where the run comes from: data, method, batch, machine, versions; one not recorded has no row."""
     record = run.record
     methods = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
     batch = ""
@@ -245,16 +250,16 @@ def provenance(run: RecordedRun) -> list[tuple[str, str]]:
 
 
 def links(run: RecordedRun) -> list[tuple[str, str]]:
-    """(words, address relative to the page) of the other pages about the run that are there."""
-    places: list[tuple[str, Path]] = []
+    """(text, address relative to the page) of a link to each other page or file about the run that exists."""
+    targets: list[tuple[str, Path]] = []
     if run.record.data_directory:
-        places.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))
-    places.append(("evaluation", run.directory / "evaluation.html"))
-    for kind, words in ((EVALUATION, "newest evaluation report"), (REVIEW, "review by people")):
-        places += [(words, report.path) for report in kept_reports(run.directory, kind)[:1]]
-    places += [("model card", run.directory / "export" / "README.md"), ("metrics", run.directory / "metrics.jsonl")]
-    places.append(("run record", run.directory / "run.json"))
-    return [(words, address(run.directory, path)) for words, path in places if path.is_file()]
+        targets.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))
+    targets.append(("evaluation", run.directory / "evaluation.html"))
+    for kind, text in ((EVALUATION, "newest evaluation report"), (REVIEW, "review by people")):
+        targets += [(text, report.path) for report in kept_reports(run.directory, kind)[:1]]
+    targets += [("model card", run.directory / "export" / "README.md"), ("metrics", run.directory / "metrics.jsonl")]
+    targets.append(("run record", run.directory / "run.json"))
+    return [(text, address(run.directory, path)) for text, path in targets if path.is_file()]
 
 
 def address(run_dir: Path, path: Path) -> str:

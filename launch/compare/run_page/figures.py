@@ -10,7 +10,7 @@ from typing import Any
 from launch.compare.events import notable_steps
 from launch.compare.profiles import ProfiledSteps
 from launch.compare.run_files import RecordedRun
-from launch.compare.run_page.held_out import BestStep, best_step, watched_metric
+from launch.compare.run_page.held_out import BestStep, best_step, monitored_metric
 
 Spec = dict[str, Any]
 """A specification in Vega-Lite, or a part of one."""
@@ -82,26 +82,26 @@ CHOSEN_X: Spec = {"calculate": "datum[over]", "as": "x"}
 def figures(
     run: RecordedRun, parts_s: dict[str, float], profile: ProfiledSteps | None
 ) -> tuple[list[Figure], list[Figure]]:
-    """(plots that everybody sees, plots for those who look closer); those for which there are no numbers are left out.
+    """(plots at the head of the page, plots that are folded); plots without numbers are left out.
 
-    `parts_s`: seconds of each part of a step, by its name.
+    `parts_s`: seconds of each part of a step, by its name. `profile`: None if the run was not profiled.
     """
     positions = step_positions(run)
     loss = _loss_figure(run, positions)
-    shown = [loss]
-    closer = [_course_figure(run, positions), _parts_figure(parts_s), _profile_figure(profile)]
+    main = [loss]
+    folded = [_course_figure(run, positions), _parts_figure(parts_s), _profile_figure(profile)]
     metrics = _metrics_figure(run, positions)
     rewards = _reward_figure(run, positions)
     if rewards is not None:
         # The loss of such a run is near 0 by construction and tells nothing.
-        shown = [rewards]
-        closer.insert(0, loss)
-    # What the run goes by stands among what everybody sees.
-    if watched_metric(run) == HELD_OUT_LOSS:
-        closer.insert(0, metrics)
+        main = [rewards]
+        folded.insert(0, loss)
+    # The plot that has the monitored metric is at the head of the page.
+    if monitored_metric(run) == HELD_OUT_LOSS:
+        folded.insert(0, metrics)
     else:
-        shown.append(metrics)
-    return _known(shown), _known(closer)
+        main.append(metrics)
+    return _known(main), _known(folded)
 
 
 def _known(candidates: list[Figure | None]) -> list[Figure]:
@@ -127,23 +127,26 @@ def drawn_steps(run: RecordedRun) -> list[int]:
     return [step for index, step in enumerate(steps) if index % stride == 0 or index == last or step in notable]
 
 
-def weight_of(num_steps: float, min_steps: int) -> float:
-    """The weight of what came before in an exponential mean over so many steps, `min_steps` at least; 0 smooths nothing."""
-    # A mean over N steps has its centre of mass where an exponential one with this weight has it.
-    span = max(num_steps, min_steps)
-    return 1 - 2 / (span + 1) if span else 0.0
+def smoothing_weight(num_steps: float, min_steps: int) -> float:
+    """The weight of the earlier values in an exponential mean that smooths like a mean over `num_steps`; 0 smooths nothing.
+
+    At least `min_steps` are averaged.
+    """
+    # The usual convention for N steps: alpha = 2 / (N + 1), with which both means have the same centre of mass.
+    window = max(num_steps, min_steps)
+    return 1 - 2 / (window + 1) if window else 0.0
 
 
 def smoothed(values: dict[int, float], weight: float) -> dict[int, float]:
     """The exponential mean of finite values by step, without the bias towards 0 at the beginning."""
     mean = 0.0
     norm = 0.0
-    result = {}
+    smoothed_values = {}
     for step, value in values.items():
         mean = weight * mean + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        result[step] = mean / norm
-    return result
+        norm = weight * norm + (1 - weight)  # the sum of all weights so far, which approaches 1
+        smoothed_values[step] = mean / norm
+    return smoothed_values
 
 
 def _rounded(value: float) -> float:
@@ -161,7 +164,7 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
         return None
     curves = {}
     for name, (share, min_steps) in SMOOTHINGS.items():
-        curves[name] = smoothed(losses, weight_of(share * len(losses), min_steps))
+        curves[name] = smoothed(losses, smoothing_weight(share * len(losses), min_steps))
     rows = []
     for step in drawn_steps(run):
         if step in losses:
@@ -171,12 +174,11 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     caption = "The pale line is each step's own loss."
     if held_out_rows:
         caption += " Held-out loss is that of documents the model is not trained on."
-    best = best_step(run)
     layers = _training_layers(rows, has_held_out=bool(held_out_rows)) + _held_out_layers(held_out_rows)
-    best_layers = _best_layers(run, best, positions) if best is not None and best.beats_beginning else []
-    if best is not None and best_layers:
-        layers += best_layers
-        caption += f" ★ marks step {best.step}, the best by {watched_metric(run)}."
+    best = best_step(run)
+    if best is not None and best.beats_beginning and _has_held_out_loss(run, best.step):
+        layers += _best_layers(run, best, positions)
+        caption += f" ★ marks step {best.step}, the best by {monitored_metric(run)}."
     notable_rows = _notable_rows(run, positions)
     if notable_rows:
         layers.append(_notable_layer(notable_rows))
@@ -293,20 +295,24 @@ def _held_out_rows(run: RecordedRun, positions: dict[int, Row], metric: str) -> 
     return _thinned(rows)
 
 
-def _thinned(rows: list[Row], most: int = MAX_POINTS) -> list[Row]:
-    """Evenly spread rows, `most` at most, and the last among them."""
-    stride = max(1, math.ceil(len(rows) / most))
+def _thinned(rows: list[Row], max_rows: int = MAX_POINTS) -> list[Row]:
+    """About `max_rows` of the rows, evenly spread, and always the last one."""
+    stride = max(1, math.ceil(len(rows) / max_rows))
     last = len(rows) - 1
     return [row for index, row in enumerate(rows) if index % stride == 0 or index == last]
 
 
+def _has_held_out_loss(run: RecordedRun, step: int) -> bool:
+    """Whether the evaluation of a step has a finite held-out loss."""
+    loss = run.evaluations[step].get(HELD_OUT_LOSS)
+    return loss is not None and math.isfinite(loss)
+
+
 def _best_layers(run: RecordedRun, best: BestStep, positions: dict[int, Row]) -> list[Spec]:
-    """A star at the best step, at the height of its held-out loss, with its number beside it."""
-    loss = run.evaluations[best.step].get(HELD_OUT_LOSS)
-    if loss is None or not math.isfinite(loss):
-        return []
+    """A ring at the best step, at the height of its held-out loss, with a label beside it."""
+    loss = run.evaluations[best.step][HELD_OUT_LOSS]
     position = positions.get(best.step, {"step": best.step, "tokens": None, "seconds": None})
-    near_the_end = best.step > 0.8 * max(run.steps, default=best.step)
+    is_near_the_end = best.step > 0.8 * max(run.steps, default=best.step)  # its label would not fit on the right
     base: Spec = {
         "data": {"values": [{**position, "value": _rounded(loss)}]},
         "transform": [CHOSEN_X, *_loss_y("datum.value")],
@@ -320,7 +326,7 @@ def _best_layers(run: RecordedRun, best: BestStep, positions: dict[int, Row]) ->
         "fontWeight": 600,
         "style": "ink",
     }
-    label |= {"align": "right" if near_the_end else "left", "strokeWidth": 0}
+    label |= {"align": "right" if is_near_the_end else "left", "strokeWidth": 0}
     ring = {"type": "point", "size": 190, "strokeWidth": 2, "filled": False, "style": "best"}
     return [{**base, "mark": ring, "encoding": encoding}, {**base, "mark": label, "encoding": encoding}]
 
@@ -344,8 +350,8 @@ def _notable_layer(rows: list[Row]) -> Spec:
 
 
 def _metrics_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
-    """One held-out metric, which the reader chooses; None if there is none beside the loss."""
-    names: dict[str, None] = {watched_metric(run): None}  # the one that is shown first
+    """A held-out metric, chosen by the reader in a menu; None if there is none beside the loss."""
+    names: dict[str, None] = {monitored_metric(run): None}  # first, so that the menu shows it first
     for metrics in run.evaluations.values():
         names |= dict.fromkeys(metrics)
     names.pop(HELD_OUT_LOSS, None)
@@ -354,8 +360,9 @@ def _metrics_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | Non
         rows += _held_out_rows(run, positions, name)
     if not rows:
         return None
-    known = list(dict.fromkeys(row["metric"] for row in rows))
-    menu = {"name": "metric", "value": known[0], "bind": {"input": "select", "options": known, "name": "metric"}}
+    metrics_with_rows = list(dict.fromkeys(row["metric"] for row in rows))
+    bind = {"input": "select", "options": metrics_with_rows, "name": "metric"}
+    menu = {"name": "metric", "value": metrics_with_rows[0], "bind": bind}
     spec = {
         "height": HEIGHT // 2,
         "data": {"values": rows},
@@ -368,14 +375,14 @@ def _metrics_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | Non
             "tooltip": [{"field": "metric", "type": "nominal"}, *_tooltip("value", "value")],
         },
     }
-    title = "Other held-out metrics" if watched_metric(run) == HELD_OUT_LOSS else "Held-out metrics"
+    title = "Other held-out metrics" if monitored_metric(run) == HELD_OUT_LOSS else "Held-out metrics"
     return Figure("held-out", title, "Before the first step, and after each evaluation.", spec)
 
 
 def _reward_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
-    """A metric of written answers, which the reader chooses, while training and held out; None for runs without rewards.
+    """A metric of generated answers, in training and held out, chosen by the reader in a menu; None for runs without rewards.
 
-    The reward is shown first. In a run whose rounds are several steps, each step has the numbers of its round.
+    The reward is shown first. If a round takes several steps, each step has the numbers of its round.
     """
     names: dict[str, None] = {}
     for row in run.steps.values():
@@ -383,18 +390,23 @@ def _reward_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None
     if REWARD not in names:
         return None
     rows: list[Row] = []
-    # Only so many names: the page has the numbers of each step for each of them.
-    known = sorted(names, key=lambda name: (name != REWARD, not name.startswith("rewards/"), name))[:MAX_ANSWER_METRICS]
-    for name in known:
-        of_steps = []
+    # The reward first, then its components. Only so many: the page has the numbers of each step for each metric.
+    ordered = sorted(names, key=lambda name: (name != REWARD, not name.startswith("rewards/"), name))
+    shown_names = ordered[:MAX_ANSWER_METRICS]
+    for name in shown_names:
+        step_rows = []
         for step, row in run.steps.items():
             value = row.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
-                of_steps.append({"series": TRAINING, **positions[step], "value": _rounded(value), "metric": name})
+                step_rows.append({"series": TRAINING, **positions[step], "value": _rounded(value), "metric": name})
         held_out = _held_out_rows(run, positions, f"eval/{name}")
-        rows += _thinned(of_steps, MAX_ANSWER_POINTS)
+        rows += _thinned(step_rows, MAX_ANSWER_POINTS)
         rows += [{**row, "metric": name} for row in _thinned(held_out, MAX_ANSWER_POINTS)]
-    menu = {"name": "of", "value": known[0], "bind": {"input": "select", "options": known, "name": "metric"}}
+    menu = {
+        "name": "of",
+        "value": shown_names[0],
+        "bind": {"input": "select", "options": shown_names, "name": "metric"},
+    }
     spec = {
         "height": HEIGHT,
         "data": {"values": rows},

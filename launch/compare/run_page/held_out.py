@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launch.compare.quality import DEFAULT_WATCH, direction_of, watched_direction
+from launch.compare.metric_meaning import DEFAULT_METRIC, direction_by_name, metric_direction
 from launch.compare.run_files import RecordedRun
 from trainer.pages.numbers import number, percent
 from trainer.pages.pieces import Arrow, Tone
@@ -41,22 +41,22 @@ class MetricChange:
         return title_of(self.name)
 
     @property
-    def gain(self) -> float | None:
-        """How much better it got, in its own unit; negative if it got worse, None if it is not known."""
+    def improvement(self) -> float | None:
+        """How much better the value got, in the metric's own unit; negative if it got worse, None if that is not known."""
         if self.before is None or self.greater_is_better is None:
             return None
         return self.after - self.before if self.greater_is_better else self.before - self.after
 
     @property
     def tone(self) -> Tone:
-        """Green if it got better, red if it got worse, none where that is not known."""
-        if self.gain is None or self.gain == 0:
+        """The colour of the change on the page: `good` if it got better, `bad` if worse, none if neither or not known."""
+        if self.improvement is None or self.improvement == 0:
             return ""
-        return "good" if self.gain > 0 else "bad"
+        return "good" if self.improvement > 0 else "bad"
 
     @property
     def arrow(self) -> Arrow:
-        """Which way the number went."""
+        """Whether the number went up, down or stayed level; empty if it was not evaluated before training."""
         if self.before is None:
             return ""
         if self.after == self.before:
@@ -66,18 +66,18 @@ class MetricChange:
     @property
     def judgement(self) -> str:
         """`better`, `worse` or `the same`; empty where that is not known."""
-        if self.gain is None:
+        if self.improvement is None:
             return ""
         return {"good": "better", "bad": "worse", "": "the same"}[self.tone]
 
     def shown(self, value: float) -> str:
-        """A value of this metric as the page writes it."""
+        """A value of this metric as the page writes it: `61 %` for a share such as accuracy, else `2.872`."""
         is_share = self.name.rsplit("/", 1)[-1] in SHARES
         return percent(value) if is_share else number(value)
 
     @property
     def change(self) -> str:
-        """The change in words: `2.872 to 2.336 (-18.7%)`; of a metric that is no loss without the percentage."""
+        """The change as text, such as `2.872 to 2.336 (-18.7%)`. Only a loss has the percentage."""
         if self.before is None:
             return self.shown(self.after)
         change = f"{self.shown(self.before)} to {self.shown(self.after)}"
@@ -89,7 +89,7 @@ class MetricChange:
 
 @dataclass(frozen=True, slots=True)
 class BestStep:
-    """The evaluation with the best value of the watched metric."""
+    """The evaluation with the best value of the monitored metric."""
 
     step: int
     value: float
@@ -100,49 +100,49 @@ class BestStep:
 
 
 def metric_changes(run: RecordedRun) -> list[MetricChange]:
-    """The held-out metrics of a run's last evaluation, the watched one first; empty if it was not evaluated after a step."""
+    """The held-out metrics of a run's last evaluation, the monitored one first; empty if it was not evaluated after a step."""
     last_step = max(run.evaluations, default=0)
     if last_step == 0:
         return []
     before = run.evaluations.get(0, {})
-    watched = watched_metric(run)
-    names = sorted(run.evaluations[last_step], key=lambda name: name != watched)
+    monitored = monitored_metric(run)
+    names = sorted(run.evaluations[last_step], key=lambda name: name != monitored)
     changes = []
     for name in names:
-        # The setting is null where nobody typed it, so that the run's record, else the name, says it.
-        greater_is_better = watched_direction(run, name) if name == watched else direction_of(name)
+        # Only of the monitored metric may the run have recorded which direction is better.
+        greater_is_better = metric_direction(run, name) if name == monitored else direction_by_name(name)
         changes.append(MetricChange(name, run.evaluations[last_step][name], before.get(name), greater_is_better))
     return changes
 
 
 def card_changes(changes: list[MetricChange]) -> list[MetricChange]:
-    """Those that stand at the head of the page: the watched one, then loss, accuracy, margin and reward."""
+    """The changes at the head of the page: of the monitored metric, which is first, and of the metrics in `TITLES`."""
     shown = [change for index, change in enumerate(changes) if index == 0 or change.name in TITLES]
     return shown[:MAX_CARDS]
 
 
-def watched_metric(run: RecordedRun) -> str:
-    """The metric that decides the best checkpoint: what the run recorded, else `evaluation.watch`, else what is usual."""
+def monitored_metric(run: RecordedRun) -> str:
+    """The metric that decides the best checkpoint: as the run recorded, else `evaluation.watch`, else the reward or the loss."""
     outcome = run.record.outcome
     recorded = outcome.watch if outcome is not None else None
-    named = recorded or run.config.get("evaluation.watch")
-    if named:
-        return str(named)
+    configured = run.config.get("evaluation.watch")
+    if recorded or configured:
+        return str(recorded or configured)
     has_reward = any(REWARD in metrics for metrics in run.evaluations.values())
-    return REWARD if has_reward else DEFAULT_WATCH
+    return REWARD if has_reward else DEFAULT_METRIC
 
 
-def watched_change(run: RecordedRun) -> MetricChange | None:
-    """The change of the watched metric; None if the last evaluation has no number for it."""
+def monitored_change(run: RecordedRun) -> MetricChange | None:
+    """The change of the monitored metric; None if the last evaluation has no number for it."""
     changes = metric_changes(run)
-    return changes[0] if changes and changes[0].name == watched_metric(run) else None
+    return changes[0] if changes and changes[0].name == monitored_metric(run) else None
 
 
-def watched_is_lost(run: RecordedRun) -> bool:
-    """Whether the watched metric was a number in an earlier evaluation and is none in the last one: NaN or infinite."""
-    watched = watched_metric(run)
-    has_it = [watched in run.evaluations[step] for step in sorted(run.evaluations)]
-    return any(has_it) and not has_it[-1]
+def monitored_metric_is_lost(run: RecordedRun) -> bool:
+    """Whether the last evaluation has no number for the monitored metric (NaN or infinite), and an earlier one has."""
+    monitored = monitored_metric(run)
+    is_number = [monitored in run.evaluations[step] for step in sorted(run.evaluations)]
+    return any(is_number) and not is_number[-1]
 
 
 def title_of(name: str) -> str:
@@ -151,23 +151,25 @@ def title_of(name: str) -> str:
 
 
 def best_step(run: RecordedRun) -> BestStep | None:
-    """The best evaluation after the first step, by the watched metric.
+    """The best evaluation after the first step, by the monitored metric.
 
     None if no evaluation has it, or nobody knows whether a larger value is better.
     """
-    watched = watched_metric(run)
-    greater_is_better = watched_direction(run, watched)
-    values = {}
+    monitored = monitored_metric(run)
+    greater_is_better = metric_direction(run, monitored)
+    value_by_step: dict[int, float] = {}
     for step, metrics in run.evaluations.items():
-        value = metrics.get(watched)
+        value = metrics.get(monitored)
         if value is not None and math.isfinite(value):
-            values[step] = value
-    before = values.pop(0, None)
-    if not values or greater_is_better is None:
+            value_by_step[step] = value
+    before = value_by_step.pop(0, None)  # of the evaluation before the first step
+    if not value_by_step or greater_is_better is None:
         return None
     choose = max if greater_is_better else min
-    step = choose(values, key=lambda candidate: values[candidate])
-    best = values[step]
-    beats_beginning = before is None or (best > before if greater_is_better else best < before)
-    last_is_as_good = values.get(max(run.evaluations)) == best
-    return BestStep(step, best, last_is_as_good, beats_beginning)
+    step = choose(value_by_step, key=lambda candidate: value_by_step[candidate])
+    best_value = value_by_step[step]
+    beats_beginning = before is None
+    if before is not None:
+        beats_beginning = best_value > before if greater_is_better else best_value < before
+    last_is_as_good = value_by_step.get(max(run.evaluations)) == best_value
+    return BestStep(step, best_value, last_is_as_good, beats_beginning)

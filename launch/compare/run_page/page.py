@@ -34,7 +34,7 @@ class ProfileTables:
 
 def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
     """The HTML page of a comparison's only run; a browser reloads it after `reload_after_s` seconds."""
-    compared = comparison.runs[0]
+    compared = comparison.points[0]
     run = compared.first_repeat
     profile = read_profile(run.directory)
     profile_tables = None
@@ -44,7 +44,7 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
             _text_table(OPERATORS, profile.operators, "Operators, all ranks"),
         ]
         profile_tables = ProfileTables(profile.steps, profile.measured_on == "device", profile.traces, tables)
-    main_plots, closer_plots = figures.figures(run, compared.summary.parts_s, profile)
+    main_plots, folded_plots = figures.figures(run, compared.summary.parts_s, profile)
     notable = notable_steps(run)
     return render(
         PACKAGE,
@@ -56,7 +56,7 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
         cards=contents.cards(compared),
         callouts=callouts(run),
         main_plots=main_plots,
-        closer_plots=closer_plots,
+        folded_plots=folded_plots,
         answers=answer_pairs(run),
         rounds=shown_groups(run),
         costs=contents.cost_table(compared),

@@ -15,6 +15,8 @@ from trainer.rollout.round_table import REWARDS, groups_of_rows
 
 MAX_ANSWERS = 4
 """Answers of a group that are shown: the best ones and the worst ones."""
+MAX_SUMMARY_CHARACTERS = 60
+"""Characters of a prompt in the line that summarises a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,9 @@ def shown_groups(run: RecordedRun) -> list[ShownGroup]:
     """
     files = recorded_rounds(run.directory)
     steps = list(files)
-    chosen = dict.fromkeys(steps[index] for index in _first_middle_last(len(steps)))
+    shown_steps = dict.fromkeys(steps[index] for index in _first_middle_last(len(steps)))  # each once
     groups: list[ShownGroup] = []
-    for step in chosen:
+    for step in shown_steps:
         groups += _groups_of_round(step, files[step])
     return groups
 
@@ -66,17 +68,17 @@ def _groups_of_round(step: int, file: Path) -> list[ShownGroup]:
 
     `file`: a recorded round, a Parquet file with a row for each answer.
     """
-    scored = []
+    scored_groups = []  # (mean reward, rows)
     for rows in groups_of_rows(_rows(file)):
         rewards = [row["reward"] for row in rows if row.get("reward") is not None]
         if rewards:
-            scored.append((sum(rewards) / len(rewards), rows))
-    if not scored:
+            scored_groups.append((sum(rewards) / len(rewards), rows))
+    if not scored_groups:
         return []
-    scored.sort(key=lambda group: group[0], reverse=True)
-    shown = [_shown_group(f"step {step}, best prompt", *scored[0])]
-    if len(scored) > 1:
-        shown.append(_shown_group(f"step {step}, worst prompt", *scored[-1]))
+    scored_groups.sort(key=lambda group: group[0], reverse=True)
+    shown = [_shown_group(f"step {step}, best prompt", *scored_groups[0])]
+    if len(scored_groups) > 1:
+        shown.append(_shown_group(f"step {step}, worst prompt", *scored_groups[-1]))
     return shown
 
 
@@ -92,20 +94,23 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _shown_group(which: str, mean: float, rows: Sequence[dict[str, Any]]) -> ShownGroup:
-    """A group for the page: the answers to one prompt, of many the first and the last ones. `rows`: the best answer first."""
-    kept = list(rows)
+def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]]) -> ShownGroup:
+    """A group for the page: one prompt with its answers, of many the best and the worst ones. `rows`: the best answer first.
+
+    `title` is like `step 40, best prompt`.
+    """
+    shown_rows = list(rows)
     if len(rows) > MAX_ANSWERS:
         half = MAX_ANSWERS // 2
-        kept = [*rows[:half], *rows[-half:]]
+        shown_rows = [*rows[:half], *rows[-half:]]
     prompt = str(rows[0]["prompt"])
-    words = " ".join(prompt.split())
-    end = words if len(words) <= 60 else f"… {words[-60:]}"
+    one_line = " ".join(prompt.split())
+    prompt_end = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
     return ShownGroup(
-        summary=f"{which}, mean reward {number(mean)}: {end}",
+        summary=f"{title}, mean reward {number(mean_reward)}: {prompt_end}",
         prompt=shortened(prompt),
-        answers=[_shown_answer(row) for row in kept],
-        left_out=len(rows) - len(kept),
+        answers=[_shown_answer(row) for row in shown_rows],
+        left_out=len(rows) - len(shown_rows),
     )
 
 

@@ -1,4 +1,4 @@
-"""The verdict on a run in one sentence, and call-outs about what a reader should know, each with the words to type."""
+"""The verdict on a run in one sentence, and call-outs about what a reader should know, each with a command."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from launch.compare.run_page.held_out import (
     MetricChange,
     best_step,
     metric_changes,
+    monitored_change,
+    monitored_metric,
+    monitored_metric_is_lost,
     title_of,
-    watched_change,
-    watched_is_lost,
-    watched_metric,
 )
 from trainer.data.report.audit import AUDIT, DOCUMENT_LEAK_KINDS
 from trainer.pages.numbers import number
@@ -50,77 +50,81 @@ class RunVerdict:
 
 
 def verdict_on(run: RecordedRun) -> RunVerdict:
-    """The verdict on a run: how it ended, else what its detectors found, else whether the watched metric got better."""
+    """The verdict on a run, for the head of its page. The first case that applies:
+
+    - The run is not done: where it stands, and how it continues.
+    - A detector found that the last weights are of no use, or a training loss is NaN, or the monitored metric is at the end.
+    - Nothing held out was evaluated.
+    - Otherwise the monitored metric decides: see `_verdict_on_metric`.
+    """
     if run.state != State.done:
         return _verdict_on_unfinished(run)
     findings = findings_in(run.record.challenges)
-    changes = metric_changes(run)
-    steps = _steps_text(run)
-    worst = next((finding for finding in findings if finding.name in BAD_FINDINGS), None)
-    if worst is not None:
-        text = f"{worst.says[:1].upper()}{worst.says[1:]}. {steps}."
-        if worst.remedies:
-            text += f" Try: {'; '.join(worst.remedies[:SHOWN_REMEDIES])}."
-        return RunVerdict("bad", HEADINGS[worst.name], text, _commands_after(run, worst))
+    steps_text = _steps_text(run)
+    bad_finding = next((finding for finding in findings if finding.name in BAD_FINDINGS), None)
+    if bad_finding is not None:
+        description = f"{bad_finding.says[:1].upper()}{bad_finding.says[1:]}"
+        text = f"{description}. {steps_text}.{_remedies_text(bad_finding)}"
+        return RunVerdict("bad", HEADINGS[bad_finding.name], text, _commands_after(run, bad_finding))
     broken_step = first_step_not_finite(run)
     if broken_step is not None:
         heading = f"The loss is not a number from step {broken_step} on"
-        return RunVerdict("bad", heading, f"{steps}.", (_again_with_lower_rate(run),))
-    if watched_is_lost(run):
-        heading = f"{title_of(watched_metric(run))} is not a number at the end"
-        return RunVerdict("bad", heading, f"{steps}.", _export_best(run) or (_again_with_lower_rate(run),))
-    watched = changes[0] if changes else None
-    if watched is None:
-        text = (
-            f"{steps}. Nothing held out was evaluated, so nobody knows whether the model got better on new documents."
-        )
+        return RunVerdict("bad", heading, f"{steps_text}.", (_retry_with_lower_rate(run),))
+    if monitored_metric_is_lost(run):
+        heading = f"{title_of(monitored_metric(run))} is not a number at the end"
+        return RunVerdict("bad", heading, f"{steps_text}.", _export_best(run) or (_retry_with_lower_rate(run),))
+
+    changes = metric_changes(run)
+    if not changes:
+        text = f"{steps_text}. Nothing held out was evaluated, so nobody knows whether the model got better on new documents."
         return RunVerdict("note", "Trained, not evaluated", text)
-    return _verdict_on_metric(run, watched, findings, steps)
+    return _verdict_on_metric(run, changes[0], findings, steps_text)
 
 
 def _verdict_on_metric(
-    run: RecordedRun, watched: MetricChange, findings: list[RecordedFinding], steps: str
+    run: RecordedRun, metric: MetricChange, findings: list[RecordedFinding], steps_text: str
 ) -> RunVerdict:
-    """The verdict on a finished run by its watched metric, and by findings that leave the model usable."""
-    change = f"{watched.title} went from {watched.change}"
-    if watched.before is None:
-        return RunVerdict(
-            "note", f"{watched.title}: {watched.change}", f"{steps}. It was not evaluated before the first step."
-        )
-    if watched.tone == "bad":
-        return RunVerdict("bad", f"{watched.title} got worse", f"{change}. {steps}.", _export_best(run))
-    if findings and watched.tone == "good":
+    """The verdict on a finished run by a held-out metric before and after training.
+
+    `findings` of the detectors, which are warnings here, turn "better" into "better, but". `steps_text`: how far the run came.
+    """
+    change = f"{metric.title} went from {metric.change}"
+    if metric.before is None:
+        heading = f"{metric.title}: {metric.change}"
+        return RunVerdict("note", heading, f"{steps_text}. It was not evaluated before the first step.")
+    if not metric.judgement:
+        heading = f"{metric.title}: {metric.change}"
+        text = f"{steps_text}. Its name does not say whether a larger value is better, so this page gives no verdict."
+        return RunVerdict("note", heading, text)
+    if metric.judgement == "worse":
+        return RunVerdict("bad", f"{metric.title} got worse", f"{change}. {steps_text}.", _export_best(run))
+    if metric.judgement == "better" and findings:
         names = ", ".join(finding.name for finding in findings)
-        return RunVerdict("warning", f"Better, but: {names}", f"{change}. {steps}.", _export_best(run))
-    if watched.gain is None:
-        text = f"{steps}. Its name does not say whether a larger value is better, so this page gives no verdict."
-        return RunVerdict("note", f"{watched.title}: {watched.change}", text)
-    if watched.tone == "good":
-        return RunVerdict("good", f"{watched.title} got better", f"{change}. {steps}.")
-    return RunVerdict("warning", f"{watched.title} did not change", f"{change}. {steps}.")
+        return RunVerdict("warning", f"Better, but: {names}", f"{change}. {steps_text}.", _export_best(run))
+    if metric.judgement == "better":
+        return RunVerdict("good", f"{metric.title} got better", f"{change}. {steps_text}.")
+    return RunVerdict("warning", f"{metric.title} did not change", f"{change}. {steps_text}.")
 
 
 def _verdict_on_unfinished(run: RecordedRun) -> RunVerdict:
-    """The verdict on a run that is not done: where it stands, why it ended, and how it goes on."""
+    """The verdict on a run that is running, stopped or failed: at which step it is, why it ended, and how it continues."""
     directory = shlex.quote(str(run.directory))
     total = run.record.total_steps
     step = run.status.get("step") or max(run.steps, default=0)
-    place = f"step {step} of {total}" if total else f"step {step}"
+    progress = f"step {step} of {total}" if total else f"step {step}"
     reason = " ".join(str(run.status.get("reason") or run.failure.get("message") or "").split())
     if run.state == State.running:
-        return RunVerdict("note", f"Running: {place}", "", (f"shardtune logs {directory}",))
+        return RunVerdict("note", f"Running: {progress}", "", (f"shardtune logs {directory}",))
     if run.state == State.preempted:
-        text = f"{reason}. The same command goes on from its last checkpoint." if reason else ""
-        return RunVerdict(
-            "warning", f"Stopped at {place}", text or "The same command goes on from its last checkpoint."
-        )
+        text = "The same command goes on from its last checkpoint."
+        return RunVerdict("warning", f"Stopped at {progress}", f"{reason}. {text}" if reason else text)
     if run.state == State.failed:
-        return RunVerdict("bad", f"Failed at {place}", reason, (f"shardtune logs {directory}",))
+        return RunVerdict("bad", f"Failed at {progress}", reason, (f"shardtune logs {directory}",))
     return RunVerdict("note", run.state.capitalize(), reason)
 
 
 def _steps_text(run: RecordedRun) -> str:
-    """How far a run came: `Trained 40 steps, 12,345 tokens`."""
+    """How far a run came, such as `Trained 40 steps, 12,345 tokens`; the tokens only if they were recorded."""
     steps = max(run.steps, default=0)
     tokens = run.steps[steps].get("tokens") if steps else None
     text = "Trained 1 step" if steps == 1 else f"Trained {steps:,} steps"
@@ -129,13 +133,20 @@ def _steps_text(run: RecordedRun) -> str:
 
 def callouts(run: RecordedRun) -> list[Callout]:
     """What a reader should know beside the verdict, the worst first."""
-    found = [*_finding_callouts(run), *_leak_callouts(run), *_straggler_callouts(run), *_gate_callouts(run)]
-    found += [*_best_step_callouts(run), *_course_callouts(run)]
-    return worst_first(found)
+    return worst_first(
+        [
+            *_finding_callouts(run),
+            *_leak_callouts(run),
+            *_straggler_callouts(run),
+            *_gate_callouts(run),
+            *_best_step_callouts(run),
+            *_course_callouts(run),
+        ]
+    )
 
 
 def _finding_callouts(run: RecordedRun) -> list[Callout]:
-    """One for each finding of the detectors, but for the one that is the verdict."""
+    """A call-out for each finding of the detectors, except the one that is the verdict."""
     verdict_heading = verdict_on(run).heading
     found = []
     for finding in findings_in(run.record.challenges):
@@ -143,21 +154,26 @@ def _finding_callouts(run: RecordedRun) -> list[Callout]:
         if heading == verdict_heading:
             continue
         tone: Tone = "bad" if finding.name in BAD_FINDINGS else "warning"
-        text = f"Since step {finding.step}: {finding.says}."
-        if finding.remedies:
-            text += f" Try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}."
+        text = f"Since step {finding.step}: {finding.says}.{_remedies_text(finding)}"
         found.append(Callout(tone, heading, text, _commands_after(run, finding)))
     return found
 
 
+def _remedies_text(finding: RecordedFinding) -> str:
+    """The first remedies that a finding names, such as ` Try: a lower optim.lr.`; empty if it names none."""
+    if not finding.remedies:
+        return ""
+    return f" Try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}."
+
+
 def _commands_after(run: RecordedRun, finding: RecordedFinding) -> tuple[str, ...]:
-    """Words to type after a finding: the best checkpoint where one is better, or the run again with a lower rate."""
+    """Commands after a finding: retry with a lower rate if the run diverged, else export the best checkpoint if it helps."""
     if finding.name == "diverged":
-        return (_again_with_lower_rate(run),)
+        return (_retry_with_lower_rate(run),)
     return _export_best(run)
 
 
-def _again_with_lower_rate(run: RecordedRun) -> str:
+def _retry_with_lower_rate(run: RecordedRun) -> str:
     """The command that trains the same with a tenth of the learning rate, in a directory of its own."""
     directory = shlex.quote(str(run.directory))
     rate = run.config.get("optim.lr")
@@ -179,43 +195,45 @@ def _export_best(run: RecordedRun) -> tuple[str, ...]:
 
 
 def _best_step_callouts(run: RecordedRun) -> list[Callout]:
-    """An earlier step that was better than the last one, or that none was better than the model before training."""
+    """A call-out if an earlier step was better than the last one, or if no step was better than the model before training."""
     best = best_step(run)
-    watched = watched_change(run)
-    if best is None or watched is None:
+    monitored = monitored_change(run)
+    if best is None or monitored is None:
         return []
     if not best.beats_beginning:
-        before = watched.shown(watched.before) if watched.before is not None else ""
-        text = f"{watched.title} was {before} before training, and {watched.shown(best.value)} at best, at step {best.step}."
+        before = monitored.shown(monitored.before) if monitored.before is not None else ""
+        text = f"{monitored.title} was {before} before training, and {monitored.shown(best.value)} at best, at step {best.step}."
         return [Callout("warning", "No step is better than the model before training", text)]
     if best.last_is_as_good:
         return []
-    text = f"{watched.title} was {watched.shown(best.value)} there, and {watched.shown(watched.after)} at the end."
+    text = (
+        f"{monitored.title} was {monitored.shown(best.value)} there, and {monitored.shown(monitored.after)} at the end."
+    )
     if _exported_best(run):
         text += " Its weights were exported."
     return [Callout("note", f"Step {best.step} was the best", text, _export_best(run))]
 
 
 def _leak_callouts(run: RecordedRun) -> list[Callout]:
-    """Held-out documents that training has seen, by held-out split, from the audit of the data."""
+    """A call-out for each held-out split with documents that are also in the training data, from the audit of the data."""
     audit = read_json(run.directory / run.record.data_directory / AUDIT) if run.record.data_directory else {}
     directory = shlex.quote(str(run.directory))
-    again = f"shardtune train {directory}/config.yaml run.dir={directory}-clean data.leakage.policy=drop_train"
+    retry = f"shardtune train {directory}/config.yaml run.dir={directory}-clean data.leakage.policy=drop_train"
     found = []
     for split, leaks in (audit.get("leakage") or {}).items():
-        by_kind = leaks.get("train") or {}
-        num_documents = sum(by_kind.get(kind) or 0 for kind in DOCUMENT_LEAK_KINDS)
-        # Taken out before training: nothing of it was learned.
-        if not num_documents or leaks.get("policy") == "drop_train":
+        documents_by_kind = leaks.get("train") or {}
+        num_documents = sum(documents_by_kind.get(kind) or 0 for kind in DOCUMENT_LEAK_KINDS)
+        was_taken_out = leaks.get("policy") == "drop_train"  # before training, so that nothing of it was learned
+        if not num_documents or was_taken_out:
             continue
         text = f"{num_documents:,} training documents are in the held-out data ({split}) too. "
         text += "Its numbers are better than those on new documents would be."
-        found.append(Callout("warning", "Training documents in the held-out data", text, (again,)))
+        found.append(Callout("warning", "Training documents in the held-out data", text, (retry,)))
     return found
 
 
 def _straggler_callouts(run: RecordedRun) -> list[Callout]:
-    """Ranks that held the others up."""
+    """A call-out if ranks were slower than the others, which had to wait for them."""
     outcome = run.record.outcome
     if outcome is None or not outcome.slow_ranks:
         return []
@@ -225,6 +243,7 @@ def _straggler_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _slow_rank_text(slow_rank: dict[str, Any]) -> str:
+    """Such as `Rank 3 on node7 computes 1.8 times as long as the others, from step 40 to 90`."""
     until = f" to {slow_rank['until_step']}" if slow_rank.get("until_step") else " on"
     factor = number(slow_rank.get("factor"), digits=2)
     place = f"Rank {slow_rank.get('rank')} on {slow_rank.get('host')}"
@@ -244,7 +263,7 @@ def _gate_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _course_callouts(run: RecordedRun) -> list[Callout]:
-    """What happened on the way: resumed, stopped early, steps that stood out, lines that cannot be read."""
+    """Call-outs on what happened during the run: resumed, stopped early, steps that stood out, lines that cannot be read."""
     found = []
     if run.record.resumed_from:
         text = f"From {run.record.resumed_from}. Duration, speed and memory are those of all attempts where they were recorded."
@@ -254,7 +273,7 @@ def _course_callouts(run: RecordedRun) -> list[Callout]:
     outcome = run.record.outcome
     if outcome is not None and outcome.stopped_early:
         patience = run.config.get("evaluation.patience")
-        text = f"The watched metric had not improved for {patience} evaluations."
+        text = f"The monitored metric had not improved for {patience} evaluations."
         found.append(Callout("note", "The run stopped early", text))
     # What a detector found has a call-out of its own.
     outliers = [event for event in run.events if event.get("event") != "challenge"]

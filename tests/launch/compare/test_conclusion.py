@@ -7,9 +7,9 @@ import pytest
 
 from launch.compare.answer import as_dict, as_html, as_markdown, as_text, tables
 from launch.compare.comparison import compare
-from launch.compare.conclusion import setting_word
+from launch.compare.metric_meaning import why_measured_differently
+from launch.compare.names import setting_argument
 from launch.compare.page_table import points_table
-from launch.compare.quality import why_other_questions
 from launch.compare.run_files import RecordedRun
 from launch.compare.settings import ComparisonRow
 from trainer.reporting.run_record import RunRecord
@@ -64,7 +64,7 @@ def write_run(
 
 def point(tmp_path: Path, name: str, repeats: int = 1, **run) -> ComparisonRow:
     directories = [write_run(tmp_path / f"{name}-{number}", **run) for number in range(repeats)]
-    return ComparisonRow(tuple(directories), name, typed_keys=("strategy", "tuning", "optim.lr"))
+    return ComparisonRow(tuple(directories), name, command_keys=("strategy", "tuning", "optim.lr"))
 
 
 def test_strategies_are_held_to_parity_and_taken_for_speed_or_memory(tmp_path):
@@ -78,7 +78,7 @@ def test_strategies_are_held_to_parity_and_taken_for_speed_or_memory(tmp_path):
         "ddp is the fastest (100 tokens/s; one run each); fsdp2 takes the least memory (1 GiB).",
     )
     assert (found.tone, found.headline) == ("good", found.sentences[0])
-    assert [(choice.goal, choice.point.name, choice.words) for choice in found.take] == [
+    assert [(choice.goal, choice.point.name, choice.arguments) for choice in found.recommendations] == [
         ("the most tokens/s", "ddp", "strategy=ddp"),
         ("the least memory", "fsdp2", "strategy=fsdp2"),
     ]
@@ -95,7 +95,7 @@ def test_a_strategy_with_another_loss_is_told_first_and_never_taken(tmp_path):
         "1 of 2 points that should only compute elsewhere has another loss: fsdp2 differs from ddp by 0.001 at step 5. "
         "Find out why before you use them."
     )
-    assert [choice.point.name for choice in found.take] == ["hsdp"]
+    assert [choice.point.name for choice in found.recommendations] == ["hsdp"]
 
 
 def test_speeds_within_the_spread_of_repeats_are_no_difference(tmp_path):
@@ -107,7 +107,7 @@ def test_speeds_within_the_spread_of_repeats_are_no_difference(tmp_path):
             directories.append(run)
         rows.append(ComparisonRow(tuple(directories), name))
     found = compare(rows).conclusion
-    assert found.sentences[-1] == "No difference in speed or memory shown." and not found.take
+    assert found.sentences[-1] == "No difference in speed or memory shown." and not found.recommendations
     assert not any(table_best(rows, heading) for heading in ("tokens/s", "measured"))
 
 
@@ -127,10 +127,10 @@ def test_methods_are_ranked_by_the_held_out_loss_where_the_documents_show_it(tmp
     other = "full" if best == "lora" else "lora"
     assert found.headline.startswith(f"{best} has the lowest eval/loss: ")
     assert f"No difference shown from {other}; the other is worse." in found.headline
-    taken = {goal: choice.point.name for choice in found.take for goal in choice.goal.split(" and ")}
+    taken = {goal: choice.point.name for choice in found.recommendations for goal in choice.goal.split(" and ")}
     assert taken["the least memory"] == taken["the most tokens/s"] == "lora" and "ia3" not in taken.values()
     assert "Of the points that are not shown to be worse: lora is the fastest" in found.sentences[-1]
-    full, _, ia3 = comparison.runs
+    full, _, ia3 = comparison.points
     assert full.verdict == "full: eval/loss 3.0000, 100 tokens/s, 8 GiB; the others are compared with it"
     assert ia3.verdict.startswith(
         "ia3: eval/loss 3.3000, worse than full (3.0000; 95 % interval over held-out documents "
@@ -197,7 +197,7 @@ def test_repeats_of_one_seed_are_no_evidence_of_quality_and_one_value(tmp_path):
     found = comparison.conclusion
     assert found.ranked is not None and not found.ranked.shown_worse and not found.ranked.sources
     assert [job.seeds for job in found.ranked.jobs] == [1, 1] and "No difference in eval/loss shown" in found.headline
-    assert "no difference shown from full (3.0000; one seed each: repeats of a seed say" in comparison.runs[1].verdict
+    assert "no difference shown from full (3.0000; one seed each: repeats of a seed say" in comparison.points[1].verdict
     assert table_best(rows, "eval/loss") == "" and found.to_learn_more
 
 
@@ -221,12 +221,12 @@ def test_verdict_and_answer_rest_on_all_seeds_of_a_job(tmp_path):
     margin = 2.776 * 0.01 * (2 / 3) ** 0.5
     assert ranked.differences[1].seed_interval == pytest.approx((0.1 - margin, 0.1 + margin), abs=1e-4)
     assert "The order by eval/loss rests on seeds." in near.conclusion.sentences
-    verdicts = [run.verdict for run in near.runs]
+    verdicts = [run.verdict for run in near.points]
     assert verdicts[1].startswith("full2: eval/loss 3.0000, with another seed than full1 (2.9700)")
     assert "lora1: eval/loss 3.2700, worse than full1 (2.9700; 95 % interval over 3 seeds +7." in verdicts[3]
     far = compared(tmp_path / "far", 0.1)
     assert "chance explains that much, judged by seeds" in far.conclusion.headline
-    assert all("no difference shown from full1" in run.verdict for run in far.runs[3:])
+    assert all("no difference shown from full1" in run.verdict for run in far.points[3:])
 
 
 @pytest.mark.parametrize("failed", ["lora", "none"])
@@ -256,7 +256,7 @@ def test_test_documents_decide_nothing_and_are_never_marked(tmp_path):
         rows.append(point(tmp_path, name, settings=settings, scale=scale, metrics=metrics))
     comparison = compare(rows)
     assert comparison.conclusion.ranked is not None and comparison.conclusion.ranked.metric.name == "eval/loss"
-    assert comparison.conclusion.take[0].point.name == "full"
+    assert comparison.conclusion.recommendations[0].point.name == "full"
     assert (table_best(rows, "eval/loss"), table_best(rows, "test/loss")) == ("smallest", "")
     assert table_best(rows, "eval/perplexity") == "smallest"
     assert table_best(rows, "eval/accuracy") == "", "nothing says how far an accuracy of one run depends on chance"
@@ -267,10 +267,10 @@ def test_other_held_out_documents_are_not_compared(tmp_path):
     rows += [point(tmp_path, "c", settings={"optim.lr": 1e-4, "data.eval_path": "other.jsonl"}, scale=0.5)]
     rows += [point(tmp_path, "d", settings={"optim.lr": 1e-5, "objective.beta": 0.5}, scale=0.1)]
     comparison = compare(rows)
-    assert "its eval/loss cannot be compared with that of a (other objective.beta)" in comparison.runs[3].verdict
+    assert "its eval/loss cannot be compared with that of a (other objective.beta)" in comparison.points[3].verdict
     assert comparison.conclusion.ranked is not None
     assert {job.points[0].name for job in comparison.conclusion.ranked.jobs} == {"a", "b"}
-    assert "its eval/loss cannot be compared with that of a (other data.eval_path)" in comparison.runs[2].verdict
+    assert "its eval/loss cannot be compared with that of a (other data.eval_path)" in comparison.points[2].verdict
 
 
 def test_failed_and_diverged_points_are_told_and_never_taken(tmp_path):
@@ -285,7 +285,7 @@ def test_failed_and_diverged_points_are_told_and_never_taken(tmp_path):
     rows += [point(tmp_path, "big", settings={"optim.lr": 1e-2}, state="failed", memory=0.1)]
     comparison = compare(rows)
     assert comparison.conclusion.sentences[0] == "1 of 4 points diverged: high. 1 of 4 points failed: big."
-    assert {choice.point.name for choice in comparison.conclusion.take} <= {"a", "b"}
+    assert {choice.point.name for choice in comparison.conclusion.recommendations} <= {"a", "b"}
     assert comparison.conclusion.ranked is not None and "high" not in comparison.conclusion.headline
     assert [job.points[0].name for job in comparison.conclusion.ranked.jobs] == ["a", "b"]
     table = points_table(comparison)
@@ -346,7 +346,7 @@ def test_a_run_without_mfu_takes_it_from_no_other(tmp_path):
     ],
 )
 def test_words_to_paste(key, value, word):
-    assert setting_word(key, value) == word
+    assert setting_argument(key, value) == word
 
 
 def test_axes_are_in_the_order_of_the_command_and_none_follows_from_another(tmp_path):
@@ -445,4 +445,4 @@ def test_rewards_of_other_functions_are_no_ranking(more, reason):
         RecordedRun(Path("run"), settings, identity, RunRecord(), {}, {}, {}, {})
         for settings in (config, config | more)
     ]
-    assert why_other_questions(*runs, "eval/reward") == reason
+    assert why_measured_differently(*runs, "eval/reward") == reason

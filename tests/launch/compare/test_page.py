@@ -87,7 +87,7 @@ def test_no_two_runs_share_a_colour(rows, tmp_path, count):
 
 def test_compare_page_numbers_over_repeats(rows):
     """The middle of the repeats, their spread, price and parts; computed by hand here."""
-    a, b, _ = compare(rows).runs
+    a, b, _ = compare(rows).points
     assert a.measured.tokens_per_s == 110 and a.summary.spread == (100, 120) and b.summary.spread is None
     assert a.summary.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
     assert b.summary.dollars_per_million is None
@@ -96,7 +96,7 @@ def test_compare_page_numbers_over_repeats(rows):
     )
     facts = rows[1].directories[0] / "run.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"device_name": "NVIDIA A10G"}))
-    a, b, _ = compare(rows, price_of).runs
+    a, b, _ = compare(rows, price_of).points
     assert a.summary.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
     assert b.summary.dollars_per_million == pytest.approx(price_of("NVIDIA A10G") * 2 / 3600 / 50 * 1e6)
 
@@ -195,7 +195,7 @@ def test_compare_page_leaves_warm_up_steps_out_of_speeds(rows):
     for row in told[:5]:
         row["tokens_per_s"] = 1.0
     (b / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    speeds = [compare([ComparisonRow((b,), warmup=warmup)]).runs[0].measured for warmup in (0, 1, 5, 7)]
+    speeds = [compare([ComparisonRow((b,), warmup=warmup)]).points[0].measured for warmup in (0, 1, 5, 7)]
     assert [found.warmup_steps for found in speeds] == [0, 1, 5, 0]  # with nothing left, all count, and a note says so
     assert [found.tokens_per_s for found in speeds] == [1.0, 1.0, 50.0, 1.0]
 
@@ -217,13 +217,13 @@ def test_compare_page_sets_a_loss_beside_that_of_the_same_job(rows, tmp_path):
     ways += [("lora-ddp", "lora", "ddp", 1.01), ("lora-zero2", "lora", "zero2", 1.01 * (1 + 1e-7))]
     refused = ComparisonRow((), "lora-single", refused=("no",), config={"strategy.name": "single"})
     found = compare([refused, *(point(*way) for way in ways)])
-    assert found.first == "full-ddp"
-    assert [run.against for run in found.runs] == [None, None, "full-ddp", "full-ddp", "lora-ddp"]
-    assert [run.loss_difference and run.loss_difference.same for run in found.runs] == [None, None, True, False, True]
-    assert found.runs[4].verdict == (
+    assert found.default_baseline == "full-ddp"
+    assert [run.baseline_name for run in found.points] == [None, None, "full-ddp", "full-ddp", "lora-ddp"]
+    assert [run.loss_difference and run.loss_difference.same for run in found.points] == [None, None, True, False, True]
+    assert found.points[4].verdict == (
         "lora-zero2: same loss as lora-ddp within 1e-7; 1.0 x its tokens/s, 1.0 x its memory"
     )
-    assert found.runs[3].verdict == (
+    assert found.points[3].verdict == (
         "lora-ddp: eval/loss 2.5000, no difference shown from full-ddp (2.5000; one run each); 1.0 x its tokens/s, "
         "1.0 x its memory"
     )

@@ -54,7 +54,7 @@ def compared(directory):
 
 
 def read(directory):
-    return compared(directory).runs[0].first_repeat
+    return compared(directory).points[0].first_repeat
 
 
 def html(directory) -> str:
@@ -128,17 +128,17 @@ def test_what_a_reader_should_know_comes_worst_first(tmp_path):
 
 
 def test_cards_before_and_after(tmp_path):
-    cards = contents.cards(compared(run_of(tmp_path / "run", (3.0, 2.0, 2.5))).runs[0])
+    cards = contents.cards(compared(run_of(tmp_path / "run", (3.0, 2.0, 2.5))).points[0])
     shown = [(card.label, card.value, card.tone, card.arrow) for card in cards]
     assert shown == [
         ("Held-out loss", "2.500", "good", "down"),
         *(("Duration", "10 s", "", ""), ("Speed", "200", "", ""), ("Memory", "1.5 GiB", "", "")),
     ]
     assert cards[0].note == "before training 3.000, better, best 2.000 at step 10"
-    unevaluated = contents.cards(compared(run_of(tmp_path / "none", ())).runs[0])
+    unevaluated = contents.cards(compared(run_of(tmp_path / "none", ())).points[0])
     assert unevaluated[0].label == "Training loss" and not unevaluated[0].tone
     device = {"device": "cuda", "receipt": {"predicted": {"device_gib": 1.6, "memory_gib": 1.4}}}
-    full = contents.cards(compared(run_of(tmp_path / "full", **device)).runs[0])[-1]
+    full = contents.cards(compared(run_of(tmp_path / "full", **device)).points[0])[-1]
     assert full.tone == "warning" and full.note.startswith("93.8% of a card's 1.60 GiB")
 
 
@@ -210,7 +210,7 @@ def test_taken_stands_beside_planned_only_where_both_mean_the_same(tmp_path):
     receipt["measured"] = {"checkpoint_bytes": 150.0, "checkpoint_s": 2.0}
 
     def rows(device):
-        table = contents.cost_table(compared(run_of(tmp_path / device, device=device, receipt=receipt)).runs[0])
+        table = contents.cost_table(compared(run_of(tmp_path / device, device=device, receipt=receipt)).points[0])
         return {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
 
     assert rows("cuda")["Memory of a rank"] == ["3.0 GiB", "1.5 GiB", "0.50"]
@@ -351,9 +351,9 @@ def test_curves_are_smoothed_over_all_steps():
     assert figures.smoothed({1: 4.0, 2: 2.0, 3: 2.0}, 0.0) == {1: 4.0, 2: 2.0, 3: 2.0}
     smooth = figures.smoothed({1: 4.0, 2: 2.0}, 0.5)
     assert smooth == {1: 4.0, 2: pytest.approx((0.5 * 4 + 2) / 1.5)}
-    assert [figures.weight_of(*steps) for steps in ((0.0, 0), (30, 3))] == [0.0, pytest.approx(29 / 31)]
+    assert [figures.smoothing_weight(*steps) for steps in ((0.0, 0), (30, 3))] == [0.0, pytest.approx(29 / 31)]
     # Of a run of a few steps, each choice still shows another curve.
-    short = [figures.weight_of(6 * share, least) for share, least in figures.SMOOTHINGS.values()]
+    short = [figures.smoothing_weight(6 * share, least) for share, least in figures.SMOOTHINGS.values()]
     assert short == [0.0, 0.5, pytest.approx(5 / 7)]
     constant = figures.smoothed(dict.fromkeys(range(50), 3.0), 0.95)
     assert list(constant.values()) == pytest.approx([3.0] * 50)

@@ -56,7 +56,7 @@ def test_wandb_files_hold_what_the_run_directory_has(run):
     assert theirs.steps == ours.steps and len(ours.steps) == 4
     assert theirs.evaluations == ours.evaluations and list(ours.evaluations) == [0, 2, 4]
     assert setting_differences([ours, theirs]) == []  # also where JSON has 0.0 as 0
-    assert (theirs.state, theirs.ended) == ("done", None)
+    assert (theirs.state, theirs.unfinished_state) == ("done", None)
     for key in ("host", "world_size", "data_fingerprint"):
         assert getattr(theirs.record, key) == getattr(ours.record, key)
     assert measure(theirs).tokens_per_s == measure(ours).tokens_per_s
@@ -100,7 +100,7 @@ def test_wandb_files_with_earlier_names_are_read_and_compared_with_todays(earlie
     assert theirs.steps == ours.steps and list(ours.steps) == [1, 2, 3, 4]
     assert theirs.evaluations == ours.evaluations and list(ours.evaluations) == [0, 2, 4]
     assert (theirs.record.metric_names, read_wandb_directory(run[1]).record.metric_names) == (1, 3)
-    assert theirs.ended is None and theirs.status["step"] == 4
+    assert theirs.unfinished_state is None and theirs.status["step"] == 4
     capsys.readouterr()
     assert command_here(["compare", str(earlier), str(run[1]), "to=answer", "--json"]) == 0
     points = json.loads(capsys.readouterr().out)["runs"]
@@ -153,7 +153,7 @@ def test_wandb_files_of_all_starts_are_one_run(monkeypatch, tmp_path):
     point = read_wandb_directory(parts[1])
     assert {step: row["loss"] for step, row in point.steps.items()} == {1: 3.0, 2: 2.0, 3: None}
     assert "blocks_s/worst" in point.steps[1] and not point.evaluations
-    assert point.ended == "failed at step 3"
+    assert point.unfinished_state == "failed at step 3"
 
 
 def test_wandb_directory_of_another_program_is_refused(run, monkeypatch, tmp_path, capsys):
@@ -234,7 +234,7 @@ def serving(part, monkeypatch):
 def test_wandb_server_has_what_the_run_directory_has(run, server, tmp_path, capsys):
     ours, theirs = read_recorded_run(run[0]), read_from_wandb_server(Path("wandb:team/project/x1"))
     assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations
-    assert setting_differences([ours, theirs]) == [] and theirs.ended is None
+    assert setting_differences([ours, theirs]) == [] and theirs.unfinished_state is None
     page = "https://wandb.ai/team/project/runs/x1?nw=nwuser"
     assert command_here(["compare", str(run[0]), page, f"to={tmp_path / 'answer'}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -262,7 +262,7 @@ def test_wandb_server_with_earlier_names_has_what_the_run_directory_has(earlier,
 def test_how_a_run_on_the_server_ended(server, state, ended):
     server.state = state
     server.summary_metrics = server.summary_metrics | {"state": "failed" if state == "crashed" else ""}
-    assert read_from_wandb_server(Path("wandb:team/project/x1")).ended == ended
+    assert read_from_wandb_server(Path("wandb:team/project/x1")).unfinished_state == ended
 
 
 def test_wandb_server_errors_are_reported(server, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import pytest
 from launch.main import main
 from launch.runs import status_command
 from launch.runs.job_record import record_job_end, record_job_start
-from launch.runs.queue import Queue, QueuedJob, note_submitted, submitted_as
+from launch.runs.queue import Queue, QueuedJob, last_submitted_job, note_submitted
 from launch.runs.status import RunView, find_runs, read_run_view
 from launch.runs.status_tables import status_text
 from strategies import atomic_io
@@ -262,7 +262,7 @@ def test_which_job_a_run_is_for_is_replaced_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_io.Disk, "write", full)
     with pytest.raises(StorageError, match="No space left"):
         note_submitted([tmp_path], "8")
-    assert submitted_as(tmp_path) == "7"
+    assert last_submitted_job(tmp_path) == "7"
 
 
 def test_status_watch_fits_the_terminal_and_begins_with_running_runs(tmp_path, monkeypatch):

@@ -65,9 +65,9 @@ def test_search_space_words(word, meant):
 def test_search_value_is_run_as_it_is_shown():
     """Six digits, and never outside of the ends because of them."""
     lr = SearchedSetting("optim.lr", "", low=1.23456789e-5, high=1e-3)
-    assert lr.word(0.000234567891) == "optim.lr=0.000234568"
-    assert float(lr.word(1.0)[9:]) == 1e-3
-    assert SearchedSetting("tuning.rank", "", low=1, high=8, is_integer=True).word(4) == "tuning.rank=4"
+    assert lr.argument(0.000234567891) == "optim.lr=0.000234568"
+    assert float(lr.argument(1.0)[9:]) == 1e-3
+    assert SearchedSetting("tuning.rank", "", low=1, high=8, is_integer=True).argument(4) == "tuning.rank=4"
 
 
 @pytest.mark.parametrize(
