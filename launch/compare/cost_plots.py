@@ -200,44 +200,59 @@ def quality_against_cost_plot(comparison: Comparison) -> PagePlot | None:
             known_costs |= {name for name, cost in costs.items() if cost is not None}
     if len(rows) < 2 or not known_costs:
         return None
-    choices = [name for name in COSTS if name in known_costs]
+    quality_title = str(metric) if is_held_out else "last training loss"
+    cost_names = [name for name in COSTS if name in known_costs]
+    spec = _quality_against_cost_spec(comparison, drawn, rows, quality_title, cost_names)
+    caption = "Left is cheaper. Point at a mark to see its name and numbers."
+    return PagePlot("trade", "Quality against cost", caption, spec)
+
+
+def _quality_against_cost_spec(
+    comparison: Comparison,
+    points: Sequence[ComparedPoint],
+    rows: list[dict[str, Any]],
+    quality_title: str,
+    cost_names: list[str],
+) -> Spec:
+    """A Vega-Lite chart with a mark for each row, and a menu of the costs for its horizontal axis.
+
+    `rows`: the data, each row with the number of its point in `points` as `p`, its `quality`, and its costs by name.
+    """
     qualities = [row["quality"] for row in rows]
     # At least a thousandth: values that differ by rounding alone are drawn at the same height.
     margin = max(0.1 * (max(qualities) - min(qualities)), 1e-3 * abs(max(qualities)))
-    names = " : ".join(f"against === '{choice}' ? '{COSTS[choice]}'" for choice in choices)
-    menu = {"input": "select", "options": choices, "name": "against "}
-    y_title = str(metric) if is_held_out else "last training loss"
     domain = [min(qualities) - margin, max(qualities) + margin]
-    spec = {
+    # The title below the plot is that of the chosen cost: an axis title of Vega-Lite cannot change.
+    cost_title = " : ".join(f"against === '{name}' ? '{COSTS[name]}'" for name in cost_names)
+    menu = {"input": "select", "options": cost_names, "name": "against "}
+    return {
         "$schema": SCHEMA,
         "config": LEGEND_CONFIG,
         "width": WIDTH,
         "height": HEIGHT,
         "title": {
-            "text": {"expr": f"{names} : ''"},
+            "text": {"expr": f"{cost_title} : ''"},
             "orient": "bottom",
             "anchor": "middle",
             "fontSize": 12,
             "offset": 6,
         },
         "data": {"values": rows},
-        "params": [{"name": "against", "value": choices[0], "bind": menu}],
+        "params": [{"name": "against", "value": cost_names[0], "bind": menu}],
         "transform": [
-            name_lookup(comparison, drawn),
+            name_lookup(comparison, points),
             {"calculate": "datum[against]", "as": "x"},
             {"filter": "isValid(datum.x)"},
         ],
         "mark": {"type": "point", "filled": True, "size": 130, "opacity": 0.85},
         "encoding": {
             "x": {"field": "x", "type": "quantitative", "title": None, **SPARE_X},
-            "y": {"field": "quality", "type": "quantitative", "title": y_title, "scale": {"domain": domain}},
+            "y": {"field": "quality", "type": "quantitative", "title": quality_title, "scale": {"domain": domain}},
             **point_encoding(comparison, dashed=False),
             "tooltip": [
                 {"field": "point", "type": "nominal"},
-                {"field": "quality", "type": "quantitative", "format": ".6g", "title": y_title},
+                {"field": "quality", "type": "quantitative", "format": ".6g", "title": quality_title},
                 {"field": "x", "type": "quantitative", "format": ".6g", "title": "cost"},
             ],
         },
     }
-    caption = "Left is cheaper. Point at a mark to see its name and numbers."
-    return PagePlot("trade", "Quality against cost", caption, spec)

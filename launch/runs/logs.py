@@ -137,27 +137,31 @@ def _as_terminal_shows(line: bytes) -> str:
 def _newest_job_files(job_files: list[tuple[str, Path]]) -> list[Path]:
     """The output files of the job that wrote last; `job_files` are (job id, file) of all jobs.
 
-    A task of an array has two ids: the file of its script is named by `17_3`, and those of its nodes by another number. If the
-    job that wrote last is a task, the files of both ids are returned, taking the newest of the other kind.
+    A task of an array has two ids: the file of its script is named by `17_3`, and the logs of its nodes by another number.
+    Nothing says which two belong together, so the newest files of the other kind are added.
     """
     if not job_files:
         return []
-
-    def last_writer(candidates: list[tuple[str, Path]]) -> str:
-        job, _ = max(candidates, key=lambda job_and_path: _modified_at(job_and_path[1]))
-        return job
-
-    newest_job = last_writer(job_files)
+    newest_job = _last_writer(job_files)
     files = [path for job, path in job_files if job == newest_job]
-    if "_" in newest_job:
+    is_script_of_task = "_" in newest_job
+    if is_script_of_task:
         node_logs = [(job, path) for job, path in job_files if path.suffix == ".log"]
         if node_logs:
-            newest_on_nodes = last_writer(node_logs)
-            return [path for job, path in node_logs if job == newest_on_nodes] + files
+            newest_on_nodes = _last_writer(node_logs)
+            files = [path for job, path in node_logs if job == newest_on_nodes] + files
+        return files
+    has_script_output = any(path.suffix == ".out" for path in files)
     task_outputs = [path for job, path in job_files if "_" in job]
-    if task_outputs and not any(path.suffix == ".out" for path in files):
+    if task_outputs and not has_script_output:
         files.append(max(task_outputs, key=_modified_at))
     return files
+
+
+def _last_writer(job_files: list[tuple[str, Path]]) -> str:
+    """The id of the job whose file was written to last."""
+    job, _ = max(job_files, key=lambda job_and_path: _modified_at(job_and_path[1]))
+    return job
 
 
 def _array_outputs(run_dir: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from launch.output import print_json
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.runs.logs import LogsRequest
+    from launch.runs.logs import AddedText, LogsRequest
     from launch.runs.queue import Queue
     from launch.runs.status import RunView
 
@@ -189,21 +189,20 @@ class FollowedRun:
 
     def until_done(self) -> None:
         """Print what is added to the logs until the run is done, or has ended and nothing will start it again."""
-        from launch.runs.logs import AddedText, choose_files
+        from launch.runs.logs import AddedText
         from launch.runs.queue import Queue, read_queue
 
         added = AddedText(self.offsets)
         queue = Queue()
         queue_read_at = float("-inf")
         state_read_at = float("-inf")
-        ended_at: float | None = None
+        ended_at: float | None = None  # since when the run is over; None while it is not
         while True:
-            # Read the state, and the queue less often.
+            # Read the state, and the queue less often: while the run trains, nothing depends on the queue.
             now = time.monotonic()
             if now - state_read_at >= STATE_INTERVAL_S:
                 state_read_at = now
                 run = self._read_view(queue)
-                # While the run trains, nothing depends on the queue.
                 if run.state != "running" and now - queue_read_at >= QUEUE_INTERVAL_S:
                     queue = read_queue()
                     queue_read_at = now
@@ -213,16 +212,22 @@ class FollowedRun:
                     ended_at = None
                 elif ended_at is None:
                     ended_at = now
-            # Print what was added, before the end is reported: so the last lines are shown.
-            with suppress(ConfigError):  # the rank has no log yet
-                for path in choose_files(self.run_dir, self.request, None):
-                    while lines := added.lines(path):
-                        self.printer(path, lines)
+            # Print before the end is reported, so that the last lines are shown.
+            self._print_added(added)
             # A run that has not succeeded may still be started again, for a moment.
             if ended_at is not None and (run.state == "done" or now - ended_at > RESTART_WAIT_S):
                 self._report_end(run)
                 return
             time.sleep(READ_INTERVAL_S)
+
+    def _print_added(self, added: AddedText) -> None:
+        """Print the lines that were added to the log files since the last call."""
+        from launch.runs.logs import choose_files
+
+        with suppress(ConfigError):  # the requested rank has no log yet
+            for path in choose_files(self.run_dir, self.request, failed_rank=None):
+                while lines := added.lines(path):
+                    self.printer(path, lines)
 
     def _read_view(self, queue: Queue) -> RunView:
         """The state of the run now. Also notes the run's launcher, which cannot be found any more once the run has ended."""

@@ -68,6 +68,17 @@ X_MENU: Spec = {
     "bind": {"input": "select", "options": ["step", "tokens", "seconds"], "name": "over"},
 }
 """The menu that chooses what the x axis shows."""
+SMOOTHING_MENU: Spec = {
+    "name": "smoothing",
+    "value": "some",
+    "bind": {"input": "select", "options": [*SMOOTHINGS], "name": "smoothing"},
+}
+SCALE_MENU: Spec = {
+    "name": "scale",
+    "value": "linear",
+    "bind": {"input": "select", "options": ["linear", "log"], "name": "loss axis"},
+}
+"""Vega cannot change the type of an axis, so `_loss_y` computes logarithms, and the labels of `LOSS_AXIS` turn them back."""
 X_TITLE: Spec = {"expr": "{step: 'step', tokens: 'tokens', seconds: 'seconds of training'}[over]"}
 ZOOM: Spec = {
     "name": "zoom",
@@ -183,21 +194,7 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     if notable_rows:
         layers.append(_notable_layer(notable_rows))
         caption += " Dotted lines: steps that stood out; the pointer says why."
-    menus = [
-        X_MENU,
-        {
-            "name": "smoothing",
-            "value": "some",
-            "bind": {"input": "select", "options": [*SMOOTHINGS], "name": "smoothing"},
-        },
-        {
-            "name": "scale",
-            "value": "linear",
-            "bind": {"input": "select", "options": ["linear", "log"], "name": "loss axis"},
-        },
-    ]
-    spec = {"height": HEIGHT, "params": menus, "layer": layers}
-    # Vega's type of an axis cannot be a choice of the reader's, so the numbers are made logarithms, and the labels losses.
+    spec = {"height": HEIGHT, "params": [X_MENU, SMOOTHING_MENU, SCALE_MENU], "layer": layers}
     title = "Training and held-out loss" if held_out_rows else "Training loss"
     return Figure("loss", title, f"{caption} {ZOOM_HINT}", spec)
 
