@@ -11,6 +11,7 @@ from launch.compare.events import notable_steps
 from launch.compare.profiles import ProfiledSteps
 from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.held_out import BestStep, best_step, monitored_metric
+from launch.compare.run_page.smoothing import smoothed, smoothing_weight
 
 Spec = dict[str, Any]
 """A specification in Vega-Lite, or a part of one."""
@@ -34,7 +35,7 @@ COURSE_LABELS: dict[str, Spec] = {
 """How the labels of those axes are written."""
 REWARD = "reward"
 """Metric of the steps of a run that learns from rewards."""
-OF_ANSWERS = (
+ANSWER_METRIC_PREFIXES = (
     "rewards/",
     "frac_reward_zero_std",
     "completions/mean_length",
@@ -42,7 +43,7 @@ OF_ANSWERS = (
     "entropy",
     "kl",
 )
-"""How the names of further metrics of written answers begin."""
+"""How the names of further metrics of generated answers begin."""
 MAX_ANSWER_METRICS = 8
 MAX_ANSWER_POINTS = 200
 """Points of each of these curves: the page has all of them, of which the reader sees one."""
@@ -136,28 +137,6 @@ def drawn_steps(run: RecordedRun) -> list[int]:
     notable = {step.step for step in notable_steps(run)[-MAX_POINTS:]}
     last = len(steps) - 1
     return [step for index, step in enumerate(steps) if index % stride == 0 or index == last or step in notable]
-
-
-def smoothing_weight(num_steps: float, min_steps: int) -> float:
-    """The weight of the earlier values in an exponential mean that smooths like a mean over `num_steps`; 0 smooths nothing.
-
-    At least `min_steps` are averaged.
-    """
-    # The usual convention for N steps: alpha = 2 / (N + 1), with which both means have the same centre of mass.
-    window = max(num_steps, min_steps)
-    return 1 - 2 / (window + 1) if window else 0.0
-
-
-def smoothed(values: dict[int, float], weight: float) -> dict[int, float]:
-    """The exponential mean of finite values by step, without the bias towards 0 at the beginning."""
-    mean = 0.0
-    norm = 0.0
-    smoothed_values = {}
-    for step, value in values.items():
-        mean = weight * mean + (1 - weight) * value
-        norm = weight * norm + (1 - weight)  # the sum of all weights so far, which approaches 1
-        smoothed_values[step] = mean / norm
-    return smoothed_values
 
 
 def _rounded(value: float) -> float:
@@ -381,29 +360,20 @@ def _reward_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None
 
     The reward is shown first. If a round takes several steps, each step has the numbers of its round.
     """
-    names: dict[str, None] = {}
-    for row in run.steps.values():
-        names |= dict.fromkeys(name for name in row if name == REWARD or name.startswith(OF_ANSWERS))
+    names = _answer_metric_names(run)
     if REWARD not in names:
         return None
     rows: list[Row] = []
-    # The reward first, then its components. Only so many: the page has the numbers of each step for each metric.
-    ordered = sorted(names, key=lambda name: (name != REWARD, not name.startswith("rewards/"), name))
-    shown_names = ordered[:MAX_ANSWER_METRICS]
-    for name in shown_names:
-        step_rows = []
+    for name in names:
+        training_rows = []
         for step, row in run.steps.items():
             value = row.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
-                step_rows.append({"series": TRAINING, **positions[step], "value": _rounded(value), "metric": name})
-        held_out = _held_out_rows(run, positions, f"eval/{name}")
-        rows += _thinned(step_rows, MAX_ANSWER_POINTS)
-        rows += [{**row, "metric": name} for row in _thinned(held_out, MAX_ANSWER_POINTS)]
-    menu = {
-        "name": "of",
-        "value": shown_names[0],
-        "bind": {"input": "select", "options": shown_names, "name": "metric"},
-    }
+                training_rows.append({"series": TRAINING, **positions[step], "value": _rounded(value), "metric": name})
+        held_out_rows = _held_out_rows(run, positions, f"eval/{name}")
+        rows += _thinned(training_rows, MAX_ANSWER_POINTS)
+        rows += [{**row, "metric": name} for row in _thinned(held_out_rows, MAX_ANSWER_POINTS)]
+    menu = {"name": "of", "value": names[0], "bind": {"input": "select", "options": names, "name": "metric"}}
     spec = {
         "height": HEIGHT,
         "data": {"values": rows},
@@ -421,6 +391,18 @@ def _reward_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None
     return Figure("reward", "Reward of written answers", f"{caption} {ZOOM_HINT}", spec)
 
 
+def _answer_metric_names(run: RecordedRun) -> list[str]:
+    """The metrics of generated answers that any step has: the reward, its components, then others; `MAX_ANSWER_METRICS` at most.
+
+    The page has the numbers of each step for each of them, so there must not be many.
+    """
+    names: dict[str, None] = {}
+    for row in run.steps.values():
+        names |= dict.fromkeys(name for name in row if name == REWARD or name.startswith(ANSWER_METRIC_PREFIXES))
+    ordered = sorted(names, key=lambda name: (name != REWARD, not name.startswith("rewards/"), name))
+    return ordered[:MAX_ANSWER_METRICS]
+
+
 def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     """Gradient norm, learning rate and speed beneath each other; None if no row has any of them."""
     strips: list[Spec] = []
@@ -432,31 +414,34 @@ def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None
             if isinstance(value, int | float) and math.isfinite(value):
                 rows.append({**positions[step], metric: _rounded(value)})
         if rows:
-            strips.append(
-                {
-                    "height": STRIP_HEIGHT,
-                    "data": {"values": rows},
-                    "params": [ZOOM | {"name": "along"}],
-                    "transform": [CHOSEN_X],
-                    "mark": {"type": "line", "strokeWidth": 1.5},
-                    "encoding": {
-                        "x": {**X_AXIS, "axis": {**X_AXIS["axis"], "title": None}},
-                        "y": {
-                            "field": metric,
-                            "type": "quantitative",
-                            "title": title,
-                            "axis": COURSE_LABELS[metric],
-                            "scale": {"zero": False},
-                        },
-                        "tooltip": _tooltip(metric, title),
-                    },
-                }
-            )
+            strips.append(_course_strip(metric, title, rows))
     if not strips:
         return None
-    strips[-1]["encoding"]["x"] = X_AXIS  # the lowest alone names the axis that all share
+    strips[-1]["encoding"]["x"] = X_AXIS  # only the lowest one names the axis that all share
     spec = {"params": [X_MENU], "vconcat": strips, "spacing": 8}
     return Figure("course", "Gradients, learning rate, speed", ZOOM_HINT, spec)
+
+
+def _course_strip(metric: str, title: str, rows: list[Row]) -> Spec:
+    """The plot of one metric of `COURSE`, without a title of its horizontal axis."""
+    return {
+        "height": STRIP_HEIGHT,
+        "data": {"values": rows},
+        "params": [ZOOM | {"name": "along"}],
+        "transform": [CHOSEN_X],
+        "mark": {"type": "line", "strokeWidth": 1.5},
+        "encoding": {
+            "x": {**X_AXIS, "axis": {**X_AXIS["axis"], "title": None}},
+            "y": {
+                "field": metric,
+                "type": "quantitative",
+                "title": title,
+                "axis": COURSE_LABELS[metric],
+                "scale": {"zero": False},
+            },
+            "tooltip": _tooltip(metric, title),
+        },
+    }
 
 
 def _parts_figure(parts_s: dict[str, float]) -> Figure | None:
