@@ -165,7 +165,7 @@ def searched():
         )  # fmt: skip
     search = SimpleNamespace(
         space=space, fixed=("tuning=lora",), metric="eval/loss", greater_is_better=False,
-        settings=SimpleNamespace(trials=6), trial_words=lambda params: [each.word(params[each.key]) for each in space],
+        settings=SimpleNamespace(trials=6), trial_arguments=lambda params: [each.argument(params[each.key]) for each in space],
     )  # fmt: skip
     return SimpleNamespace(get_trials=lambda deepcopy: trials), search
 
