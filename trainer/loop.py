@@ -87,8 +87,7 @@ class Trainer:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
         # What a resumed run had measured before it was interrupted. Only rank 0 has read it.
         earlier = broadcast_object(self.metrics.earlier, self.meter.runtime)
-        self.outcome.before = earlier.before
-        self.outcome.after = earlier.after
+        self.outcome.before, self.outcome.after = earlier.before, earlier.after
         self.outcome.last_row = earlier.last_row
         self._restore_from_progress()
         if earlier.last_row:
@@ -116,14 +115,15 @@ class Trainer:
         evaluate_every = self.settings.evaluate_every if self.evaluators else 0
         self._course = RunSchedule(self.settings.total_steps, self._first_step, time.perf_counter(), evaluate_every)
         self.meter.begin(evaluation_s)
-        while True:
-            try:
-                self._take_remaining_steps()
-                break
-            except RollBack as rollback:
-                self._roll_back(rollback.outlier)
-            finally:
-                gc.unfreeze()  # a notebook may train again, so that the engine of this run must be freed
+        try:
+            while True:
+                try:
+                    self._take_remaining_steps()
+                    break
+                except RollBack as rollback:
+                    self._roll_back(rollback.outlier)
+        finally:
+            gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
 
         self.evaluation_monitor.finished(self.progress)
         self._settle()

@@ -1,5 +1,6 @@
 """Whole runs in this process: an odd batch is noted or skipped, named, and judged alike after a resume."""
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -136,12 +137,20 @@ def test_anomaly_rollback_is_the_run_on_data_without_those_documents(root, tmp_p
     assert curve(tmp_path / "on") == curve(tmp_path / "never")[10:]
 
 
-def test_anomaly_rollback_before_the_first_checkpoint_has_one_to_go_back_to(root, tmp_path):
+def test_anomaly_rollback_before_the_first_checkpoint_has_one_to_go_back_to(root, tmp_path, monkeypatch):
+    take_step, frozen_objects = NativeEngine.step, []
+
+    def counting_step(engine, *args, **kwargs):
+        frozen_objects.append(gc.get_freeze_count())
+        return take_step(engine, *args, **kwargs)
+
+    monkeypatch.setattr(NativeEngine, "step", counting_step)
     words = ("guards.loss=rollback", "checkpoint.every_minutes=0", "budget.steps=10")
     assert run(root, tmp_path / "back", *words) == 0
     progress = json.loads((tmp_path / "back" / "run.json").read_text())["outcome"]["progress"]
     assert progress["rollbacks"] == 1
     assert [row["step"] for row in rows(tmp_path / "back")] == list(range(1, 11))
+    assert min(frozen_objects) > 10_000, "the garbage collector would walk all objects again after a rollback"
 
 
 def test_a_level_in_a_run_is_undone_from_before_it_began(root, tmp_path, monkeypatch):
