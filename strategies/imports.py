@@ -9,20 +9,22 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def importing(module: str) -> Iterator[None]:
-    """Within it Python does not look for garbage, if `module` is still to be imported; what is there afterwards is kept.
+def importing(module: str, *, freeze: bool = True) -> Iterator[None]:
+    """Within it Python does not look for garbage, if `module` is still to be imported.
 
     The 3,600 modules of a start make objects that nearly all stay. Python would look through them 1,200 times, which takes a
-    fifth of the start. Later searches leave out what is there at the end (`gc.freeze`). Garbage that was there before, of a
-    notebook for example, is taken away first.
+    fifth of the start. `freeze`: later searches leave out all objects that there are at the end (`gc.freeze`); garbage that was
+    there before is taken away first. False where a model may be among them: it is part of cycles, and would never be freed.
     """
     if module in sys.modules or not gc.isenabled():
         yield
         return
-    gc.collect()
+    if freeze:
+        gc.collect()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.freeze()
+        if freeze:
+            gc.freeze()

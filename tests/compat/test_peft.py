@@ -42,12 +42,14 @@ def adapted_names(model):
 def test_nothing_is_compiled_while_peft_is_imported():
     """What happens at a function's first call is in tests/tuning/test_loading.py."""
     script = """
+import gc
 import torch
 from trainer.tuning.compat import peft as compat
 compiled = []
 torch.compile = lambda function=None, **settings: compiled.append(function) or (function or (lambda made: made))
 compat.load_peft()
 assert not [each for each in compiled if each is None or each.__module__.startswith(("peft", "bitsandbytes"))], compiled
+assert gc.isenabled() and gc.get_freeze_count() == 0, "the model that gets an adapter would never be freed"
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -9,11 +9,13 @@ import pytest
 from strategies.imports import importing
 
 PROGRAM = """
-import sys
+import gc, sys
+sys.modules["library_that_is_not_to_be_imported"] = None
 from trainer.model.compat import load_models_without_scipy
 
 load_models_without_scipy()
 assert "transformers.modeling_utils" in sys.modules
+assert gc.isenabled() and gc.get_freeze_count() == 0, "a model that there is would never be freed"
 assert not {name.partition(".")[0] for name in sys.modules} & {"scipy", "sklearn", "pandas", "wandb"}
 
 import torch

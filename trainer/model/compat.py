@@ -43,12 +43,13 @@ def load_models_without_scipy() -> None:
 
     utils.is_scipy_available = is_hidden
     try:
-        with importing("transformers.modeling_utils"):
+        with importing("transformers.modeling_utils", freeze=False):
             import_module("transformers.modeling_utils")
     finally:
         utils.is_scipy_available = is_scipy_available
     for module in [*sys.modules.values()]:
-        if vars(module).get("is_scipy_available") is is_hidden:
+        # Not every entry is a module: None keeps a library from being imported.
+        if getattr(module, "__dict__", {}).get("is_scipy_available") is is_hidden:
             module.is_scipy_available = is_scipy_available  # type: ignore[attr-defined]
             module.linear_sum_assignment = _matched_by_scipy  # type: ignore[attr-defined]
 

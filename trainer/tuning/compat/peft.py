@@ -26,7 +26,8 @@ def load_peft() -> ModuleType:
     takes a third of a start, and most runs call none of these functions. So each function is compiled at its first call.
     Neither library has a setting for it.
     """
-    with importing("peft"), _compile_at_first_call():
+    # The model that gets an adapter is there already.
+    with importing("peft", freeze=False), _compile_at_first_call():
         import peft
     return peft
 
