@@ -383,6 +383,7 @@ def test_math_verify_compares_results_in_latex():
         ("format", {"pattern": "("}, "is no regular expression"),
         ("length", {"limit": 0}, "must be a number of tokens above 0"),
         ("json_schema", {"schema": "/no/such"}, "no such file"),
+        ("json_schema", {"schema": __file__}, "the schema is no JSON"),
         ("exact_match", {"normalise": "all"}, "options.normalise=all"),
     ],
 )

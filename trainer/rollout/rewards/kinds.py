@@ -160,33 +160,52 @@ class JsonSchemaReward(RewardKind):
 
     def problems(self, key: str) -> Iterator[str]:
         file = self.option_values["schema"]
-        if file is not None and not Path(str(file)).expanduser().is_file():
+        if file is None:
+            return
+        if not Path(str(file)).expanduser().is_file():
             yield f"{key}.options.schema={file}: no such file; give a file with a JSON schema"
+            return
+        try:
+            self._schema_of_file()
+        except (BadScore, OSError, ValueError) as error:
+            yield f"{key}.options.schema={file}: {error}; give a file with a JSON schema"
 
     def needed_columns(self) -> list[str]:
         return [] if self.option_values["schema"] else ["schema"]
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
-        self._schema(columns)
+        if self.option_values["schema"] is None:  # else `problems` has read the file
+            self._schema_of_row(columns)
 
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
-        _, error = check_json(text.strip(), self._schema(columns))
+        schema = self._schema_of_row(columns) if self.option_values["schema"] is None else self._schema_of_file()
+        _, error = check_json(text.strip(), schema)
         return float(error is None)
 
-    def _schema(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """The schema of the file, or that of a row. Raises BadScore."""
-        file = self.option_values["schema"]
+    def _schema_of_file(self) -> dict[str, Any]:
+        """The schema in the file that `options.schema` names. Raises BadScore, OSError, ValueError."""
+        file = Path(str(self.option_values["schema"])).expanduser()
+        schema = _parsed_schema(file.read_text(encoding="utf-8"))
+        if not isinstance(schema, dict):
+            raise BadScore("the schema is no JSON object")
+        return schema
+
+    def _schema_of_row(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """The schema of a row, as JSON or parsed. Raises BadScore."""
         schema = columns.get("schema")
-        if file is not None:
-            schema = Path(str(file)).expanduser().read_text(encoding="utf-8")
         if isinstance(schema, str):
-            try:
-                schema = json.loads(schema)
-            except ValueError as error:
-                raise BadScore(f"the schema is no JSON ({error})") from None
+            schema = _parsed_schema(schema)
         if not isinstance(schema, dict):
             raise BadScore('needs the column "schema" with a JSON schema, or options.schema=FILE')
         return schema
+
+
+def _parsed_schema(text: str) -> Any:
+    """The value of a JSON text. Raises BadScore."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadScore(f"the schema is no JSON ({error})") from None
 
 
 class ToolCallsReward(RewardKind):

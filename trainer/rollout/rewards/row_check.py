@@ -52,11 +52,11 @@ def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
 def _kept_columns(data: PreparedData) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`file:line`, columns that rewards read) of each document that has a prompt in a split of the run."""
     splits = [split for split in (data.train, data.evaluation, data.test) if split is not None]
-    is_used = np.unique(np.concatenate([np.asarray(split.documents) for split in splits]))
+    used_rows = np.unique(np.concatenate([np.asarray(split.documents) for split in splits]))
     first_row = 0
     for batch in DocumentTable(data.directory).batches:
-        used = is_used[(is_used >= first_row) & (is_used < first_row + batch.num_rows)] - first_row
+        used_in_batch = used_rows[(used_rows >= first_row) & (used_rows < first_row + batch.num_rows)] - first_row
         # Of the rest of a document, its turns above all, nothing is turned into Python values.
-        for row in batch.select(["file", "line", "columns"]).take(used).to_pylist():
+        for row in batch.select(["file", "line", "columns"]).take(used_in_batch).to_pylist():
             yield f"{row['file']}:{row['line']}", json.loads(row["columns"] or "{}")
         first_row += batch.num_rows
