@@ -20,8 +20,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from strategies.imports import importing
-
 # -- imports --------------------------------------------------------------------------------------------------------
 
 
@@ -33,6 +31,8 @@ def load_models_without_scipy() -> None:
     a function that imports scipy when it is called. transformers has no setting for it.
     """
     from transformers import utils
+
+    from strategies.imports import importing
 
     if "transformers.loss.loss_utils" in sys.modules:
         return
