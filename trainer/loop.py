@@ -87,7 +87,8 @@ class Trainer:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
         # What a resumed run had measured before it was interrupted. Only rank 0 has read it.
         earlier = broadcast_object(self.metrics.earlier, self.meter.runtime)
-        self.outcome.before, self.outcome.after = earlier.before, earlier.after
+        self.outcome.before = earlier.before
+        self.outcome.after = earlier.after
         self.outcome.last_row = earlier.last_row
         self._restore_from_progress()
         if earlier.last_row:
@@ -124,7 +125,6 @@ class Trainer:
                     self._roll_back(rollback.outlier)
         finally:
             gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
-
         self.evaluation_monitor.finished(self.progress)
         self._settle()
         if self.settings.save_for_export and not self.checkpoints.holds(self.progress.step):
