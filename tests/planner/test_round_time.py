@@ -59,6 +59,25 @@ def test_fewer_rows_at_a_time_take_more_batches(config):
     assert planned(few_rows).write_s == pytest.approx(4 * planned(config).write_s, rel=0.1)
 
 
+def test_answers_at_a_time_are_halved_until_their_keys_fit_beside_the_weights(config):
+    """A run without `objective.rollout.rows` writes fewer answers at a time instead of gathering weights for every token."""
+    rollout = replace(config.objective.rollout, rows=None, max_new_tokens=4096)
+    long_answers = replace(config, objective=replace(config.objective, rollout=rollout))
+    key_bytes = (
+        16 * 2**20 / 64
+    )  # 64 answers of 4,296 tokens take 67 GiB, which do not fit beside 16 GB of weights; 32 do
+    automatic = planned(long_answers, key_bytes=key_bytes)
+    assert automatic.gathers_once
+    assert automatic.writing_bytes == LARGE.weight_bytes + 32 * 4296 * key_bytes
+    rows = {rows: replace(rollout, rows=rows) for rows in (32, 64)}
+    chosen = {
+        n: planned(replace(config, objective=replace(config.objective, rollout=r)), key_bytes=key_bytes)
+        for n, r in rows.items()
+    }
+    assert automatic == chosen[32]
+    assert not chosen[64].gathers_once  # what the user set is taken as it is
+
+
 def test_weights_that_do_not_fit_whole_are_gathered_for_every_token(config):
     fits = planned(config)
     too_full = planned(config, other_bytes=70 * 2**30)

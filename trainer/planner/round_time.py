@@ -39,6 +39,8 @@ class RoundLoad:
     """Answers to a prompt."""
     rows: int
     """Most answers that a rank writes at a time."""
+    may_lower_rows: bool
+    """Whether the run halves `rows` until their keys fit; not if `objective.rollout.rows` is set."""
     prompt_tokens: float
     """Mean length of a prompt."""
     longest_prompt: int
@@ -129,6 +131,7 @@ def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longe
         prompts=prompts,
         group_size=int(settings.group_size),
         rows=rollout.rows or MOST_ROWS["cuda"],
+        may_lower_rows=not rollout.rows,
         prompt_tokens=prompt_tokens,
         longest_prompt=longest_prompt,
         new_tokens=written_tokens(config.objective),
@@ -156,19 +159,24 @@ def round_time(
     parts if they are more than a batch holds. `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds
     between two steps, whole weights not counted.
     """
+    # As a run does it (`trainer/build/rounds.py: answers_in_memory`): answers are halved until their keys fit beside all weights.
+    usable_bytes = USABLE_SHARE * (card.memory_gib * 2**30 - other_bytes)
+    answer_bytes = load.key_bytes * (load.longest_prompt + load.new_tokens)
+    most_rows = load.rows
+    while load.may_lower_rows and most_rows > 1 and most_rows * answer_bytes > usable_bytes - model.weight_bytes:
+        most_rows //= 2
+
     # The batches of answers that a rank writes one after the other.
     readers = readers_of(config, ranks)  # ranks that write answers to different prompts
-    rows_per_part = min(load.rows, load.group_size)
-    parts_per_batch = max(1, load.rows // rows_per_part)
+    rows_per_part = min(most_rows, load.group_size)
+    parts_per_batch = max(1, most_rows // rows_per_part)
     parts = load.prompts * -(-load.group_size // rows_per_part)
     rows = min(parts_per_batch, -(-parts // readers)) * rows_per_part
     batches = -(-parts // (parts_per_batch * readers))
 
     # Sharded weights are gathered once a round if memory allows it, else again for each token that is written.
-    key_bytes = rows * load.key_bytes * (load.longest_prompt + load.new_tokens)
-    writing_bytes = model.weight_bytes + round(key_bytes)
+    writing_bytes = model.weight_bytes + round(rows * answer_bytes)
     is_sharded = shards_weights(config.strategy) and ranks > 1
-    usable_bytes = USABLE_SHARE * (card.memory_gib * 2**30 - other_bytes)
     gathers_once = not is_sharded or writing_bytes <= usable_bytes
     gather_s = 0.0
     if is_sharded:
