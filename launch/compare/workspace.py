@@ -196,13 +196,6 @@ def _questions(comparison: Comparison, axes: dict[str, tuple[Any, ...]]) -> list
     return [*questions, ("What does each cost?", list(COSTS))]
 
 
-def _jobs(comparison: Comparison) -> tuple[bool, bool]:
-    """(whether two points train the same job, whether two points train different ones), a job being all but its speed."""
-    jobs = [step_settings(point.first_repeat) for point in comparison.points]
-    number_of_jobs = sum(job not in jobs[:index] for index, job in enumerate(jobs))
-    return number_of_jobs < len(jobs), number_of_jobs > 1
-
-
 def _axes(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
     """The settings in which the points differ: {column of W&B's run table: value of each point}.
 
