@@ -306,7 +306,8 @@ EXPERIMENTS = _table(
         ),
         "Full tuning at 1e-3 forgets some of its chat with every seed: this rate is too high for it. At a tenth of the rate, and "
         "with LoRA, the chat gets better. Replay did not save the run with the high rate: its chat got worse still.",
-        "Other things that the model knew. Twenty questions are few, and replay has rows of the same kind as they are.",
+        "Other things that the model knew. Twenty questions are few. Replay of answers in sentences, as theirs are: the "
+        "replayed ones are single words.",
     ),
     Experiment(
         "style",
