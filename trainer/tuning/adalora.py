@@ -92,16 +92,21 @@ class RankAllocation:
             parameter.grad.add_(gradient)
 
     def after_update(self, step: int, *, finite: bool) -> None:
-        """After each optimizer step of AdaLoRA: update how important each rank is, and take the least important ones.
+        """After each optimizer step of AdaLoRA: update how important each rank is, and remove the least important ones.
 
-        Importance comes from the gradients that were just applied. After the last allocation the ranks are settled. `step` counts
-        from 1. `finite`: whether the optimizer took the step; it skips one whose gradients are not finite.
+        Importance comes from the gradients that were just applied. `step` counts from 1. `finite`: whether the optimizer took the
+        step; it skips one whose gradients are not finite. The last allocation, `tfinal` steps before the end, makes the ranks
+        final (`_settled`). Cases, in order:
+        - after the last allocation, the ranks are final: set removed entries back to zero.
+        - before the last allocation, the step was skipped: nothing.
+        - the last allocation is due, no step has measured importance, and this one was skipped too: wait for the next.
+        - else: update importance and remove ranks; from the last allocation on, the ranks are final.
         """
         assert self._total_steps > 0, "begin was not called"
         self._create_missing_state()
         last_allocation = self._total_steps - self.settings.tfinal
         if step > last_allocation and self._settled:
-            # The optimizer may have moved entries that were taken: back to zero.
+            # The optimizer may have moved removed entries away from zero.
             for name, parameter in self._adapter_parameters():
                 if name in self._masks:
                     parameter.masked_fill_(self._masks[name] == 0, 0.0)
@@ -109,14 +114,14 @@ class RankAllocation:
         if step < last_allocation and not finite:  # the step was skipped, and its gradients are worth nothing
             return
 
-        # Asked only when the ranks have to be settled: the answer waits for the device.
+        # `_has_importance` waits for the device, so it is called only when the ranks have to become final.
         if step >= last_allocation and not self._has_importance():
             # No step has measured importance yet (all were skipped), and without it every entry would tie.
-            if not finite:  # the next step has to settle the ranks
+            if not finite:  # the next step has to make the ranks final
                 return
             self.allocator.update_ipt(self.tuner.model)
 
-        # peft leaves `rank_pattern` at None if this step takes no rank.
+        # peft leaves `rank_pattern` at None if this step removes no rank; else it is {name: [True, False, ...]}, by rank.
         self.settings.rank_pattern = None
         self.tuner.update_and_allocate(min(step, last_allocation))
         for name, is_left in (self.settings.rank_pattern or {}).items():

@@ -117,7 +117,7 @@ class Adapter:
     def _peft_settings(self, model: Any) -> Any:
         """peft's config for this run: the method's options, which modules get adapters, which train in full, and the task.
 
-        Errors: ConfigError.
+        Also sets `self.note`: what a user is told of modules that `all-linear` leaves out. Errors: ConfigError.
         """
         settings = peft_config(self.config)
         targets = self.config.targets
@@ -143,6 +143,7 @@ class Adapter:
     def _fully_trained_modules(self, model: Any, settings: Any) -> list[str]:
         """Names of the modules that train in full beside the adapters: those of the settings, new heads, grown embeddings.
 
+        Such as `["score", "model.embed_tokens"]`.
         If grown embeddings are tied to the head, this also tells peft's `settings` to keep them tied. Errors: ConfigError.
         """
         names = list(dict.fromkeys([*self.config.modules_to_save, *self.new_heads]))
@@ -164,13 +165,16 @@ class Adapter:
     def _record_adapters(self, tuned: nn.Module, settings: Any) -> None:
         """Record the parameters that peft added to each layer, and make `self.replicas`, which give them their initial values.
 
-        Parameters that peft left on the CPU move to meta; buffers that are on meta get their values, since no rank draws these
-        later. `settings`: peft's config with the initial values that the run asks for.
+        Also changes `tuned`: parameters that peft left on the CPU move to meta; buffers that are on meta get their values, since
+        no rank draws these later. `settings`: peft's config with the initial values that the run asks for.
+
+        An entry of `self._owned`: base_model.model.h.0.attn.lora_A.default.weight -> (h.0.attn, lora_A.default.weight).
         """
+        # Adapted layers, and copies of the base layers under them.
         from peft.tuners.lora import ParamWrapper
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        base_layers: dict[str, nn.Module] = {}
+        base_layers: dict[str, nn.Module] = {}  # by name in the base model
         for name, module in tuned.named_modules():
             if not isinstance(module, BaseTunerLayer):
                 continue
@@ -195,6 +199,7 @@ class Adapter:
         reads_base = method_of(self.config).reads_base or _lora_init_reads_base(self.config)
         self.replicas = AdapterReplicas(settings, base_layers, reads_base=reads_base)
 
+        # Values of the buffers that are on meta.
         meta_buffers = {name for name, buffer in tuned.named_buffers() if buffer.is_meta}
         if not meta_buffers:
             return
@@ -312,12 +317,15 @@ class Adapter:
 
 
 def check_targets(model: nn.Module, targets: Any) -> None:
-    """Raise ConfigError if a target of `tuning.targets` matches no module of a plain model; it lists the linear layers.
+    """Raise ConfigError if a target of `tuning.targets` matches no module of a model without adapters.
 
-    `targets`: a regular expression on whole module names, `all-linear`, `auto`, or a list of names or their last parts.
+    The message lists the linear layers. `targets` is one of:
+    - `all-linear` or `auto`: nothing to check.
+    - another text: a regular expression on whole module names, such as `.*\\.mlp\\..*`.
+    - a list: each entry is a module's name or its last parts; `q_proj` matches `layers.0.self_attn.q_proj`.
     """
     module_names = []
-    linear_names = set()
+    linear_names: set[str] = set()  # last parts, such as q_proj
     for name, module in model.named_modules():
         if name:
             module_names.append(name)
@@ -326,7 +334,7 @@ def check_targets(model: nn.Module, targets: Any) -> None:
     advice = f"linear layers here are: {', '.join(sorted(linear_names))}; or use tuning.targets=all-linear"
 
     if isinstance(targets, str):
-        # peft matches a text against whole names, and knows two words of its own.
+        # peft chooses the modules itself for these two values, and matches any other text against whole names.
         if targets in ("all-linear", "auto"):
             return
         if not any(re.fullmatch(targets, name) for name in module_names):

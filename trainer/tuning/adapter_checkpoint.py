@@ -77,10 +77,12 @@ class StoredAdapter:
     def match_names(self, tuned: nn.Module) -> None:
         """Find every trained parameter of the PeftModel `tuned` in the file, and fill `names`.
 
-        Raises ConfigError if the file lacks one, or has other tensors or shapes.
+        Raises ConfigError in this order: the file lacks a trained parameter or has a tensor that `tuned` does not have; a shape
+        differs. An entry of `names`: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
         """
+        # Compare the names.
         keys_by_name = file_keys(tuned)
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         missing = []
         for name, parameter in tuned.named_parameters(remove_duplicate=False):
             shapes[name] = tuple(parameter.shape)
@@ -103,7 +105,7 @@ class StoredAdapter:
             )
 
         self.names = {name: key for name, key in keys_by_name.items() if key in self._keys}
-        # Buffers have no shape to compare with: peft makes them anew from the file.
+        # Compare the shapes. Buffers have none to compare with: peft makes them anew from the file.
         for name, key in self.names.items():
             stored_shape = tuple(self._file.get_slice(key).get_shape())
             if name in shapes and stored_shape != shapes[name]:

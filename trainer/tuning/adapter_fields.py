@@ -15,7 +15,8 @@ NAMES = ("target_modules", "modules_to_save", "target_parameters")
 def wrong_field(settings: dict[str, Any]) -> str | None:
     """Describe the first field of an adapter_config.json whose value has the wrong type; None if all are right.
 
-    `settings`: the file's JSON, which anybody may have written. Null is right for every field.
+    `settings`: the file's JSON, which anybody may have written. Null is right for every field. `{"r": "8"}` gives
+    `r="8", which is no number`.
     """
     for name, value in settings.items():
         if value is None:

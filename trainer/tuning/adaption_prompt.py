@@ -41,6 +41,7 @@ class AdaptionPrompt(AddedParameters):
         from peft import AdaptionPromptConfig as PeftSettings
         from peft import get_peft_model
 
+        # Can peft adapt this architecture, and are there so many layers?
         model_config: Any = model.config
         model_type = model_config.model_type
         num_layers = model_config.num_hidden_layers
@@ -56,6 +57,7 @@ class AdaptionPrompt(AddedParameters):
                 f"tuning.adapter_layers={self.config.adapter_layers}: this model has {num_layers} layers; use at most "
                 f"{num_layers}, or 0 for all"
             )
+        # Wrap the model; new heads train beside the prompts.
         is_classifier = "SequenceClass" in type(model).__name__
         peft_settings = PeftSettings(
             adapter_len=self.config.adapter_len,
@@ -67,6 +69,7 @@ class AdaptionPrompt(AddedParameters):
             tuned: Any = get_peft_model(model, peft_settings)  # type: ignore[arg-type]
         for name in self.new_heads:
             model.get_submodule(name).requires_grad_(True)
+        # The wrapped attention modules get our forward pass, which can leave the prompt out (`active`).
         for name, module in tuned.named_modules():
             if is_adapted_attention(module):
                 module.forward = partial(_adapted_forward, self, module, module.forward)  # type: ignore[method-assign]

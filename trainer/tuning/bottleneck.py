@@ -154,10 +154,11 @@ def insert(
 ) -> dict[str, BottleneckLayer]:
     """Add a bottleneck adapter behind the parts that `config` chooses in every block. Returns the adapters by name.
 
-    With `device` they are float32 there (meta, for training); without it they have the device and the type of the module that
-    they stand behind. Errors: ConfigError if the model has no block with such parts.
+    Placement `pfeiffer` adds one behind the feed-forward part, the other also one behind attention. `is_active` is asked in each
+    forward pass. With `device` they are float32 there (meta, for training); without it they have the device and the type of the
+    module that they stand behind. Errors: ConfigError if the model has no block with such parts.
     """
-    parts_by_block = {}
+    parts_by_block: dict[str, BlockParts] = {}
     for name, module in model.named_modules():
         parts = _block_parts(module, config)
         if parts is not None:
@@ -194,7 +195,8 @@ def _apply_adapter(is_active: Callable[[], bool], owner: nn.Module, _args: Any, 
 def _block_parts(module: nn.Module, config: BottleneckConfig) -> BlockParts | None:
     """The names of the attention and of the feed-forward part in a block; None if the module is no block (layer) of the model.
 
-    `tuning.attention` and `tuning.feedforward` name them; the usual names are tried for one that is not set.
+    `tuning.attention` and `tuning.feedforward` name them; the usual names are tried for one that is not set. A block of Llama
+    gives `BlockParts("self_attn", "mlp")`, one of BERT `BlockParts("attention.output.dense", "output.dense")`.
     """
     descendants = {name for name, _ in module.named_modules()}
     children = dict(module.named_children())

@@ -69,6 +69,7 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
     yield from _strategy_problems(method, method_setting, run)
     yield from _layout_problems(method, method_setting, run.data)
     yield from _model_problems(method, method_setting, run)
+    # `refused`, `no_seq2seq` and `no_merge` of the table hold the reason why the method cannot do it.
     if run.sequence > 1 and (reason := method.refused.get("sequence")):
         yield f"parallel.sequence={run.sequence} with {method_setting}: {reason}; set parallel.sequence=1, or use tuning=lora"
     if run.experts > 1 and (reason := method.refused.get("experts")):
@@ -148,6 +149,7 @@ def check_positions(
     """
     if max_positions is None or max_positions < 1:  # XLNet has -1, which means any number
         return
+    # The document alone, whatever the tuning method.
     if longest_tokens > max_positions:
         remedy = f"Set data.max_length={max_positions}"
         document = "document"
@@ -165,6 +167,7 @@ def check_positions(
             f"data: the longest {document} takes {longest_tokens} tokens, and the model has {max_positions} positions "
             f"(max_position_embeddings): what lies beyond was never learned, or is not there. {remedy}"
         )
+    # The document behind its virtual tokens.
     if not isinstance(tuning, VirtualConfig):
         return
     if longest_tokens + tuning.num_virtual_tokens > max_positions:
@@ -241,7 +244,10 @@ def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
 
 
 def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
-    """Sentences that say what is wrong with LoRA's initial values, its ranks by pattern, and its adapters of experts."""
+    """What is wrong with LoRA's initial values, its adapters of experts, and ranks and alphas by module, one line each.
+
+    `tuning.rank_pattern` and `tuning.alpha_pattern` hold a number by regular expression, such as `{"q_proj": 16}`.
+    """
     if not INITS.fullmatch(tuning.init):
         examples = ["default", "gaussian", "pissa", "pissa_niter_4", "olora"]
         close_matches = difflib.get_close_matches(tuning.init, examples, n=1)

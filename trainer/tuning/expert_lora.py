@@ -28,7 +28,10 @@ from trainer.tuning.replica import ADAPTER
 
 
 def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the expert and router parameters that get adapters. Raises ConfigError if the model has none that can."""
+    """Names of the expert and router parameters that get adapters, such as `layers.0.mlp.experts.gate_up_proj`.
+
+    Raises ConfigError if the settings ask for experts or routers, and the model has none that can be adapted.
+    """
     targets: list[str] = []
     if config.experts:
         modules = expert_modules(model)
@@ -58,6 +61,12 @@ def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
 def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -> None:
     """Write into peft's `settings` which experts and routers get LoRA, and which routers `all-linear` must leave out.
 
+    Routers that are plain linear layers, by `config.router` and the form of the targets:
+    - off, `all-linear`: excluded by name.
+    - on, a set of module names: added to the set.
+    - on, a regular expression: added as alternatives; `q_proj` becomes `(q_proj)|layers\\.0\\.mlp\\.gate`.
+    - else: nothing to do.
+
     Errors: ConfigError if the settings ask for experts or routers and the model has none that can be adapted.
     """
     settings.target_parameters = parameter_targets(model, config) or None
@@ -70,7 +79,7 @@ def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -
             settings.exclude_modules = "|".join([*excluded, *router_patterns])
     elif isinstance(settings.target_modules, set):
         settings.target_modules |= set(router_names)
-    elif router_names and settings.target_modules != "all-linear":  # a regular expression, in brackets as a whole
+    elif router_names and settings.target_modules != "all-linear":  # a regular expression
         settings.target_modules = "|".join([f"({settings.target_modules})", *router_patterns])
 
 

@@ -178,7 +178,13 @@ def _fused_class() -> type:
         """The layers that share its input, where there are any."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """The layer's output, base and low-rank product in one; any unusual call goes to peft's own forward pass."""
+            """The layer's output, base and low-rank product computed together. Cases, in order:
+
+            - other arguments, adapters switched off, merged or of another name, or `fused` off: peft's own forward pass.
+            - base weight of another type than `x`, without autocast: peft's own forward pass, which casts.
+            - no layer shares the input, or under compilation: this layer alone.
+            - else: computed with the layers that share the input (query, key and value as a rule).
+            """
             is_plain_call = self.fused and not (args or kwargs or self.disable_adapters or self.merged)
             if not is_plain_call or self.active_adapters != [ADAPTER]:
                 return super().forward(x, *args, **kwargs)

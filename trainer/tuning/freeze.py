@@ -33,10 +33,11 @@ class Freeze(Full):
         Raises ConfigError if nothing is left to train.
         """
         config = self.config
+        # `id()` of each parameter that trains.
         trained_ids = _parameter_ids(self._chosen_modules(model))
         if config.bias_only or config.norm_only:
             trained_ids &= self._bias_and_norm_ids(model)
-        # These train whole, whatever kind of parameter was chosen: heads are drawn anew, and so may embeddings be.
+        # These train whole, also with `bias_only` or `norm_only`: heads start at random, and so may embeddings.
         always_trained: list[nn.Module] = [model.get_submodule(name) for name in self.new_heads]
         if config.embeddings or self.train_embeddings:
             always_trained += _vocabulary_modules(model)
@@ -58,7 +59,11 @@ class Freeze(Full):
         return model
 
     def _chosen_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The modules that `layers` and `modules` name; the whole model if only a kind of parameter is chosen."""
+        """The modules that `tuning.layers` and `tuning.modules` choose together; the whole model if both are unset and only
+        a kind of parameter is chosen (`bias_only`, `norm_only`).
+
+        Raises ConfigError if the regular expression `tuning.modules` matches no module name.
+        """
         config = self.config
         modules: list[nn.Module] = []
         if config.layers is not None:

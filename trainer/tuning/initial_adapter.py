@@ -97,10 +97,11 @@ def adapter_hash(directory: str | Path) -> str:
 
 
 def adopt_adapter_settings(tuning: TuningConfig, typed: set[str]) -> dict[str, str]:
-    """Take settings that the user left at their defaults from the adapter that `tuning.from` names. Changes `tuning`.
+    """Change settings in `tuning` that the user left at their defaults to those of the adapter that `tuning.from` names.
 
-    `typed`: keys that the user gave, such as `tuning.rank`. Returns what was taken: `<default> -> <adapter's> (of tuning.from)`
-    by key. A directory that cannot be read is reported by `problems`.
+    `typed`: keys that the user set, such as `tuning.rank`. Returns what changed, by key, for messages:
+    `{"tuning.rank": "8 -> 16 (of tuning.from)"}`. Nothing changes without `tuning.from`, or if its directory cannot be read or
+    holds an adapter of another method: `problems` reports that.
     """
     if not isinstance(tuning, AdapterConfig) or tuning.from_ is None:
         return {}
@@ -109,8 +110,9 @@ def adopt_adapter_settings(tuning: TuningConfig, typed: set[str]) -> dict[str, s
         return {}
     if isinstance(tuning, LoraConfig):
         stored = _with_expert_settings(stored)
-    adopted = {}
+    adopted: dict[str, str] = {}
     defaults = type(tuning)()
+    # Our field -> the key in adapter_config.json, such as rank -> r.
     peft_keys = {**PEFT_KEYS.get(type(tuning), {}), "targets": "target_modules", "modules_to_save": "modules_to_save"}
     for field, peft_key in peft_keys.items():
         current = getattr(tuning, field)
@@ -118,7 +120,7 @@ def adopt_adapter_settings(tuning: TuningConfig, typed: set[str]) -> dict[str, s
         if f"tuning.{field}" in typed or current != getattr(defaults, field):
             continue  # the user chose it
         if stored_value is None or _comparable(stored_value) == _comparable(current):
-            continue
+            continue  # the adapter has no such setting, or the same value
         if isinstance(stored_value, list):
             stored_value = sorted(stored_value)
         # JSON knows no difference between 16 and 16.0, and a bool field may hold 1.
@@ -129,7 +131,11 @@ def adopt_adapter_settings(tuning: TuningConfig, typed: set[str]) -> dict[str, s
 
 
 def problems(tuning: AdapterConfig) -> Iterator[str]:
-    """What keeps a run from continuing the adapter that `tuning.from` names, one line each."""
+    """What keeps a run from continuing the adapter that `tuning.from` names, one line each.
+
+    A method that cannot continue adapters, an unreadable directory or another method is the only line; then come all settings
+    that differ from the adapter's, and initial values that would be replaced.
+    """
     if tuning.from_ is None:
         return
     setting = f"tuning.from={tuning.from_}"

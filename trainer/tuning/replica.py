@@ -108,6 +108,7 @@ class AdapterReplicas:
         """
         from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
+        # A model of nothing but these layers. Adapted as modules, or as single parameters.
         model = nn.Module()
         modules = []
         parameters = []
@@ -123,7 +124,7 @@ class AdapterReplicas:
         settings.target_modules = modules
         if hasattr(settings, "target_parameters"):
             settings.target_parameters = parameters or None
-        # The names are those that were chosen already, and nothing else is here to be chosen, tied or trained in full.
+        # Off: settings that choose, tie or train other modules. The layers here are the chosen ones.
         settings.exclude_modules = None
         settings.modules_to_save = None
         for key in ("layers_to_transform", "layers_pattern", "modules_to_tie", "trainable_token_indices"):

@@ -24,10 +24,14 @@ ROUTING_CLASSES = re.compile(r"Router|Gate|Grouped")
 def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> tuple[str | None, str]:
     """(a regular expression of the names of modules that get no adapter, or None; a note for the user, or empty).
 
-    Towers for images and sound never get one: texts give them no gradient. With `every_linear`, these are left out too:
-    layers that compute more than a product; all layers of a state-space mixer but its input projection, since its fused
-    kernels read the other weights without calling the layers; other layers whose weight the model reads directly; and
-    layers whose adapter plain peft would not load back. `settings`: peft's config.
+    Towers for images and sound never get one: texts give them no gradient. With `every_linear` (`tuning.targets=all-linear`),
+    these are left out too:
+    - layers that compute more than a product.
+    - all layers of a state-space mixer but its input projection: its fused kernels read the other weights directly.
+    - other layers whose weight the model reads without calling the layer.
+    - layers whose adapter plain peft would not load back.
+
+    `settings`: peft's config.
     """
     # `beside_text`: the names of a multimodal model's towers.
     tower_names = tuple(getattr(model, "beside_text", ()))
@@ -93,22 +97,22 @@ def unsuitable_layers(model: nn.Module) -> list[str]:
 
 
 def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the linear layers that `tuning.targets=all-linear` must leave out, as two lists: (special, bypassed).
+    """Names of the linear layers that `tuning.targets=all-linear` must leave out, as two lists:
 
-    Special ones compute more than a product, or lie in a state-space mixer. The model reads the weight of bypassed ones without
-    calling them.
+    - special: those that compute more than a product, and those of a state-space mixer but its `in_proj`.
+    - bypassed: the model reads their weight without calling them.
     """
     special = []
     bypassed = []
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for owner_name, owner in model.named_modules():
         owner_class: Any = type(owner)
-        # The parameters of every Mamba-like mixer.
+        # A state-space mixer: every one that is like Mamba's has these two parameters.
         is_mixer = hasattr(owner, "A_log") and hasattr(owner, "D")
         for name, child in owner.named_children():
             if child is head or not isinstance(child, nn.Linear):
                 continue
-            full_name = f"{owner_name}.{name}".lstrip(".")
+            full_name = f"{owner_name}.{name}".lstrip(".")  # the root's name is empty
             if ROUTING_CLASSES.search(type(child).__name__) or (is_mixer and name != "in_proj"):
                 special.append(full_name)
             elif name in _weights_used_directly(owner_class):

@@ -73,6 +73,7 @@ class Virtual(AddedParameters):
         """
         from peft import PEFT_TYPE_TO_TUNER_MAPPING, get_peft_model
 
+        # What peft needs to know of the model.
         is_classifier = "SequenceClass" in type(model).__name__
         decoder = _decoder_of(model)
         self._check_prefix(model, decoder)
@@ -95,6 +96,7 @@ class Virtual(AddedParameters):
         if not is_classifier:
             tuned.generate = model.generate
 
+        # The encoder that makes the tokens: its parameters are ours to start, and the hook runs it.
         encoder = tuned.prompt_encoder[ADAPTER]
         self._owned = {f"{ENCODER}.{name}" for name, _ in encoder.named_parameters()}
         self._settings = copy.deepcopy(tuned.peft_config[ADAPTER])
