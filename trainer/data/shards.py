@@ -122,12 +122,19 @@ class Assembly:
         """Documents so far."""
 
     def append(self, block: Block) -> None:
-        """Write one block. Raises DataError as soon as too many rows are bad."""
+        """Write one block: its bad rows, dropped documents, documents and tokens. Changes columns of `block.sequences` in place.
+
+        Blocks number labels and documents from 0; here these become the numbers of the whole data set. Raises DataError as soon
+        as too many rows are bad.
+        """
+        # Counts, bad rows and drops.
         self._count(block)
         for bad in block.bad:
             self._quarantine.write(json.dumps({"source": block.source, **asdict(bad)}, ensure_ascii=False) + "\n")
         for drop in block.tally.drops:
             self.log_drop(*drop)
+
+        # Give up early if too many rows are bad.
         num_bad = self.totals.bad_reasons.total()
         # Shares of the first rows say little: a run that allows some bad rows reads on for a while.
         judged_rows = max(self.totals.rows.total(), 10 * GIVE_UP_ROWS)
@@ -154,6 +161,7 @@ class Assembly:
         sequence_columns["source"] = np.full(len(block.sequences.lengths), source, np.int64)
         self._num_documents += num_documents
 
+        # Columns of documents, one entry a document.
         document_columns = {
             "split": np.full(num_documents, split, np.int16),
             "source": np.full(num_documents, source, np.int16),

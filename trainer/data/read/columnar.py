@@ -97,9 +97,10 @@ def _open_table(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], I
 
 
 def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """(schema, batches) of an Arrow IPC file or stream. Raises DataError for a stream that is cut off, or does not end there.
+    """(schema, batches) of an Arrow IPC file or stream.
 
-    The library does not notice that.
+    While the batches of a stream are read, raises DataError if the stream is cut off, or if bytes follow its end: pyarrow notices
+    neither.
     """
     import pyarrow as pa
 
@@ -189,9 +190,8 @@ def table_rows(
 def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Yield Arrow batches unchanged after a check that their buffers are sound, since reading broken ones would crash.
 
-    Raises ArrowInvalid for a broken one.
-
-    A text column that is not UTF-8 but sound otherwise passes; `_column_values` finds its rows.
+    A text column whose only fault is that it is not UTF-8 passes: `_column_values` finds the rows. Raises ArrowInvalid for any
+    other fault.
     """
     import pyarrow as pa
     from pyarrow import types
@@ -201,6 +201,7 @@ def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             try:
                 column.validate(full=True)
             except pa.ArrowInvalid as error:
+                # Only a text column whose encoding alone is wrong may pass.
                 is_text = types.is_string(column.type) or types.is_large_string(column.type)
                 if "UTF8" not in str(error) or not is_text:
                     raise
@@ -251,7 +252,10 @@ def _scalar_value(scalar: pa.Scalar) -> Any:
 
 
 def _to_json(node: Any) -> Any:
-    """A Python value that Arrow made, or one inside of it, as JSON has it. Raises Refusal if JSON has nothing for it."""
+    """A Python value that Arrow made, or one inside of it, as JSON has it: NaN -> None, b"text" -> "text".
+
+    Raises Refusal for what JSON has nothing for: infinity, and bytes that are no text.
+    """
     if isinstance(node, float) and not math.isfinite(node):
         if math.isnan(node):
             return None
@@ -283,17 +287,24 @@ def _is_json_ready(arrow_type: pa.DataType) -> bool:
 
 
 def _plain_type(arrow_type: pa.DataType) -> pa.DataType:
-    """The type to which values of an Arrow type are cast before they become Python values. Raises TypeError if there is none."""
+    """The type to which values of an Arrow type are cast before they become Python values, which JSON is to have.
+
+    Examples: timestamp -> string, dictionary<string> -> string, list<date> -> list<string>, int64 -> int64. Raises TypeError if
+    JSON has nothing for the type, such as a duration.
+    """
     import pyarrow as pa
     from pyarrow import types
 
+    # Encodings: the type of what they encode.
     if types.is_dictionary(arrow_type):
         return _plain_type(arrow_type.value_type)
     if isinstance(arrow_type, pa.BaseExtensionType):
         return _plain_type(arrow_type.storage_type)
+    # Dates, times and decimals: their text.
     is_point_in_time = types.is_date(arrow_type) or types.is_time(arrow_type) or types.is_timestamp(arrow_type)
     if is_point_in_time or types.is_decimal(arrow_type):
         return pa.string()
+    # Containers: the same container of plain types.
     if types.is_large_list(arrow_type):
         return pa.large_list(_plain_type(arrow_type.value_type))
     if types.is_list(arrow_type) or types.is_fixed_size_list(arrow_type):
@@ -302,7 +313,9 @@ def _plain_type(arrow_type: pa.DataType) -> pa.DataType:
         return pa.map_(_plain_type(arrow_type.key_type), _plain_type(arrow_type.item_type))
     if types.is_struct(arrow_type):
         return pa.struct([pa.field(field.name, _plain_type(field.type)) for field in arrow_type])
+    # What JSON has nothing for.
     is_span_of_time = types.is_interval(arrow_type) or types.is_duration(arrow_type)
     if is_span_of_time or types.is_nested(arrow_type) or types.is_run_end_encoded(arrow_type):
         raise TypeError(f"no rule turns {arrow_type} into JSON")
+    # Texts, numbers, true/false and null are plain already.
     return arrow_type

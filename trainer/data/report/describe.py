@@ -93,7 +93,12 @@ class ReportWriter:
         return audit.report()
 
     def audit(self, totals: Totals, columns: Columns, selection: Selection) -> audit_schema.Audit:
-        """The audit of the store, without samples. Raises AssertionError if a row was neither kept nor dropped."""
+        """The audit of the store, without samples. Raises AssertionError if a row was neither kept nor dropped.
+
+        `totals`: what was counted while rows were read. `columns`: what is known of each document. `selection`: which documents
+        each split has, and what was dropped to make the splits.
+        """
+        # Every row read is either kept or dropped.
         num_rows = totals.rows.total()
         num_dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
         # Balance may repeat documents, which are kept once all the same.
@@ -103,6 +108,7 @@ class ReportWriter:
                 f"{num_rows} rows in, {num_kept} kept and {num_dropped} dropped: some are unaccounted for"
             )
 
+        # Sizes, by split and by source.
         datasets = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
         splits = {}
         for split, dataset in datasets.items():
@@ -113,6 +119,7 @@ class ReportWriter:
         languages = {}
         if self.config.languages:
             languages = count_languages(self._some_documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS))
+        # What the selection reported: counts by kind of copy ("exact", "near", ...) and by held-out split.
         selection_report = selection.report
         duplicates = selection_report.get("duplicates", {})
         leakage = selection_report.get("leakage", {})
@@ -172,9 +179,10 @@ class ReportWriter:
         """
         has_own_files = getattr(self.config, f"{name}_path", None) is not None
         key = f"data.{name}_path" if has_own_files else "data.path"
+        # First fault: no document is left. The message lists all drops and advises on the stage that took most.
         if not split.documents:
-            drop_counts = []
-            reasons = set()
+            drop_counts: list[str] = []  # such as "tokenise/too_long 12"
+            reasons: set[str] = set()
             for stage in flow:
                 for reason, count in stage.dropped.items():
                     drop_counts.append(f"{stage.stage}/{reason} {count}")
@@ -191,6 +199,7 @@ class ReportWriter:
                 f"{key}: no document of the {name} split {missing} "
                 f"(dropped: {', '.join(drop_counts) or 'none'}); {advice}fix the data"
             )
+        # Second fault: too few tokens are supervised.
         if has_answers and not split.labelled and split.supervised_share < self.config.min_supervised_share:
             raise DataError(
                 f"{key}: only {split.supervised_share:.4%} of the {name} tokens are supervised, less than "
@@ -272,9 +281,10 @@ class ReportWriter:
     def _decode_samples(
         self, dataset: TokenDataset, data_spec: DataSpec, label_names: list[str] | None
     ) -> list[audit_schema.DecodedSample]:
-        """A few sequences as text; of pairs both answers, since one alone would not tell which is wanted.
+        """A few documents of a split as text, for a reader of the audit; of a pair both answers, one sample each.
 
-        They are spread over the whole split, since files are often sorted.
+        They are spread over the whole split, since files are often sorted. `data_spec` gives the heading of each sequence of a
+        document ("chosen", "rejected") and a note on it; `label_names` are in the order of their ids.
         """
         table = DocumentTable(self.directory)
         samples: list[audit_schema.DecodedSample] = []
@@ -284,6 +294,7 @@ class ReportWriter:
         first_sequences = (shown_documents * per_document).tolist()
         for first in first_sequences:
             location = table.document(int(dataset.documents[first])).location
+            # The sequences of one document follow one another in the data set.
             for index, heading in enumerate(data_spec.headings(), start=first):
                 sample = dataset.sample(index)
                 notes = (heading.rstrip(":\n"), data_spec.note(sample, label_names))

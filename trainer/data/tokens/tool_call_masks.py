@@ -37,7 +37,7 @@ class _TurnMarks:
     """Character positions of one turn's marks in the text without marks, in order."""
 
     marks: list[tuple[str, int]]
-    """(kind, position)"""
+    """(kind, position); kinds are BEGIN and END of the content, THOUGHT, CALL, and EDGE of the turns before and after."""
 
     def of(self, *kinds: str) -> list[int]:
         """Positions of the marks of these kinds."""
@@ -269,8 +269,14 @@ class TurnSpanFinder:
     def _learning_begin(self, chat: Chat, index: int, text: str, marks: _TurnMarks) -> int:
         """Where in `text` supervision of a turn begins; `marks`: where its content, thoughts and calls stand.
 
-        That is its content. If the turn has no content (calls alone), or a thought that is supervised, it is where generation
-        would begin: behind the header of the turn.
+        If thoughts are shown and not learned (`Reasoning.context`):
+        - a thought and a content: at the content;
+        - a thought and calls: behind the thought;
+        - a content: behind the thought within it, if it has one.
+        Otherwise, and for calls alone:
+        - a content without a thought: at the content;
+        - a thought: where generation would begin, behind the header of the turn;
+        - calls alone: there too, or behind the empty thought that the template writes there.
         """
         content = marks.content
         thoughts = marks.thoughts
@@ -292,12 +298,14 @@ class TurnSpanFinder:
         return empty_thought.end() if empty_thought else begin
 
     def _header_end(self, chat: Chat, index: int, text: str, marks: _TurnMarks) -> int:
-        """Where in `text` generation of a turn would begin: behind the turn's header, as the template ends a prompt with it.
+        """Where in `text` generation of a turn would begin: behind its header, such as `<|im_start|>assistant\\n`.
 
-        Errors: RefusedDocument if the text has no such header before the turn.
+        The header is what the template writes at the end of a prompt, which is made of the turns before. Raises RefusedDocument
+        if the text has no such header before the turn.
         """
         previous_end = marks.edge_before()
         if previous_end is not None:
+            # First way: look for the header right behind the turn before, whose end is marked in the prompt.
             # What the prompt has behind the turn before is the header, whatever the template does to earlier turns.
             earlier = chat.messages[:index]
             earlier[-1] = {**earlier[-1], "content": _mark_end(earlier[-1]["content"])}
@@ -307,6 +315,7 @@ class TurnSpanFinder:
                 for header in _with_and_without_thought(after_edge):
                     if text.startswith(header, previous_end) and previous_end + len(header) <= marks.begin:
                         return previous_end + len(header)
+        # Second way: the whole prompt stands at the beginning of the text.
         prompt = chat.apply(chat.messages[:index], prompt=True)
         for header in _with_and_without_thought(prompt):
             if text.startswith(header) and len(header) <= marks.begin:
@@ -321,8 +330,9 @@ class TurnSpanFinder:
         """Render the conversation with marks in turn `index`, and EDGE at the end of the turn before and the start of the next.
 
         Returns the positions of the marks in `text`, the rendering without marks; None if the marks change the text.
-        `call_level`: see `_mark_call`.
+        `mark_content`: puts BEGIN and END around the turn's content. `call_level`: see `_mark_call`.
         """
+        # The turn itself: marks around its content, its thought, and the parts of its calls.
         messages = list(chat.messages)
         turn = {**messages[index]}
         if (turn["content"] or "").strip():
@@ -333,6 +343,8 @@ class TurnSpanFinder:
         if "tool_calls" in turn:
             turn["tool_calls"] = [_mark_call(call, call_level) for call in turn["tool_calls"]]
         messages[index] = turn
+
+        # Its neighbours: one mark where the turn before ends, one where the next begins.
         if index > 0:
             previous = messages[index - 1]
             if (previous["content"] or "").strip() and "tool_calls" not in previous:
@@ -345,7 +357,7 @@ class TurnSpanFinder:
                 whitespace = content[: len(content) - len(trimmed)]
                 messages[index + 1] = {**following, "content": whitespace + EDGE + trimmed}
 
-        # Text and marks alternate: pieces[0::2] is text, pieces[1::2] are marks.
+        # Read the positions off the rendering. Text and marks alternate: pieces[0::2] is text, pieces[1::2] are marks.
         pieces = _MARKS.split(chat.apply(messages))
         if "".join(pieces[::2]) != text:
             return None
@@ -392,7 +404,11 @@ def _with_and_without_thought(header: str) -> tuple[str, str]:
 
 
 def _mark_call(call: dict[str, Any], level: int) -> dict[str, Any]:
-    """A tool call with CALL marks around its name; below level 2 around the texts of its arguments; at level 0 around their keys.
+    """A tool call with CALL marks around parts of it. `level`, the fewer marks the higher it is:
+
+    - 0: around its name, and the texts and keys of its arguments: |search|, {|query|: |weather|};
+    - 1: around its name and the texts of its arguments: |search|, {query: |weather|};
+    - 2: around its name alone: |search|, {query: weather}.
 
     Templates may look up keys, so that fewer and fewer marks are tried.
     """

@@ -207,8 +207,12 @@ FAX_CERTAINTY = 0.85
 def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
     """Telephone numbers in a text, with a score from 0 to 1 for how certain each is; those right after the word fax as FAX.
 
-    `regions`: countries (ISO 3166-1 alpha-2) whose national numbers are looked for. Words before a number raise its score
-    ("phone") or lower it ("order").
+    `regions`: countries (ISO 3166-1 alpha-2) whose national numbers are looked for. The score is the certainty that the number's
+    spelling gives, changed by the first case that applies:
+    - a word before it speaks against it ("order"), and it is not written internationally: lowered;
+    - the word fax stands before it: at least `FAX_CERTAINTY`;
+    - a word for telephone before it, or its kind behind it ("(home)"): at least `USUAL_GROUPS_CERTAINTY`;
+    - it is written like a large number (1.000.000): lowered.
     """
     findings = []
     for match in PHONE_CANDIDATE.finditer(text):
@@ -217,6 +221,7 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
         if not 7 <= num_digits <= 17 or DATE.match(candidate):
             continue
         numbers = _valid_numbers(candidate, tuple(regions))
+        # From characters of the candidate to characters of the text, then the score by what stands around.
         for index, (start_in_candidate, end_in_candidate, certainty) in enumerate(numbers):
             start = match.start(1) + start_in_candidate
             end = match.start(1) + end_in_candidate
@@ -242,6 +247,8 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
 @lru_cache(maxsize=4096)
 def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
     """The valid telephone numbers in a run of digits: (start, end, certainty from 0 to 1), by characters of `candidate`.
+
+    Example: "+49 30 123456" -> ((0, 13, 0.95),).
 
     If it is valid in several of the countries `regions`, it is read as in the one that is most certain.
     """
