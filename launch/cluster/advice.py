@@ -66,7 +66,7 @@ def list_partitions() -> list[Partition]:
 
 
 def _parse_partition(cells: list[str]) -> Partition:
-    """One line of sinfo, split into cells: the name with the mark of the default partition, then `SINFO_FORMAT`."""
+    """One line of sinfo, split into its cells: the name, marked with `*` for the default partition, then `SINFO_FORMAT`."""
     marked_name, name, time_limit, _, nodes, cpus, memory, generic_resources, availability = cells
     gpus = 0
     gpu_kinds = set()
@@ -93,19 +93,22 @@ def _leading_number(cell: str) -> int:
 
 
 def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
-    """Check a job against what the cluster offers, before it is submitted; returns notes for the user.
+    """Check a job against what the cluster offers, before it is submitted; returns lines of notes for the user.
 
-    The notes are about ranks, time limit, restarts and price. Errors: ConfigError for a job that can never start, or would be
-    told to save as soon as it starts.
+    `run_dirs`: the directories of the runs that are submitted together. The notes are about ranks, time limit, long steps,
+    restarts and price, such as "price   $40 at most a start: 16 GPU hours of $2.50 (conf/hardware)".
+    Errors: ConfigError for a job that can never start, or would be told to save as soon as it starts.
     """
     assert isinstance(config.launcher, SlurmConfig)
     slurm = as_submitted(config.launcher)
     limit_s = seconds(slurm.time)
+    # The signal to save comes `signal_lead_s` before the time limit.
     if slurm.signal_lead_s >= limit_s:
         raise ConfigError(
             f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({clock(limit_s)}) is no "
             "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
         )
+    # Partitions: empty if sinfo cannot tell; then nothing is checked against them.
     partitions = list_partitions()
     candidates = partitions_of_job(slurm, partitions)
     # A QOS, a reservation or an option that is not read here may lift a partition's limits.
@@ -117,6 +120,7 @@ def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
     elif partitions and slurm.partition and not candidates:
         known = ", ".join(dict.fromkeys(partition.name for partition in partitions))
         raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
+    # How long a step takes: measured by an earlier start of the run, else computed from its configuration.
     step_s = _measured_step_s(run_dirs)
     if step_s is None:
         step_s = longest_step_s(config, gpu_kinds_of_job(slurm, candidates))
@@ -170,6 +174,7 @@ def ranks_lines(slurm: SlurmConfig) -> list[str]:
 def _reasons_never_to_start(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     """Why SLURM could never start the job in these partitions: more time, GPUs, CPUs, memory or nodes than they have."""
     names = "/".join(dict.fromkeys(partition.name for partition in candidates))
+    # Each resource by itself: what the job requests against the most that any of the partitions has.
     problems = []
     longest_s = max(partition.limit_s for partition in candidates)
     if seconds(slurm.time) > longest_s:
@@ -197,7 +202,7 @@ def _reasons_never_to_start(slurm: SlurmConfig, candidates: list[Partition]) -> 
             f"launcher.mem={slurm.mem}: the nodes of partition {names} have {most_mib}M at most: it would never start"
         )
 
-    # Each resource by itself may be there, and no node may have all of them.
+    # All resources together: nodes that have as many GPUs, and CPUs, and as much memory as the job requests.
     fitting_nodes = 0
     for partition in candidates:
         has_all = partition.gpus >= gpus and partition.cpus >= cpus and partition.memory_mb >= memory_mib
@@ -211,9 +216,9 @@ def _reasons_never_to_start(slurm: SlurmConfig, candidates: list[Partition]) -> 
 
 
 def mebibytes(memory: str | None) -> float:
-    """`launcher.mem` (SLURM's memory of a node, `64G`) in MiB.
+    """`launcher.mem` (memory of a node, as SLURM writes it) in MiB: `64G` -> 65536.0, `512` -> 512.0 (MiB without a unit).
 
-    0, which is all of a node's for SLURM, if nothing is asked for, or in a form that is not read here.
+    0.0 if no memory is requested or its form is not known here. To SLURM, 0 means all memory of the node.
     """
     size = MEMORY.fullmatch((memory or "").strip())
     if size is None:
@@ -224,7 +229,10 @@ def mebibytes(memory: str | None) -> float:
 
 
 def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
-    """A line on what happens at the time limit, and notes on a partition that is down or a long `signal_lead_s`."""
+    """A line on what happens at the time limit, and notes on a partition that is down or a long `signal_lead_s`.
+
+    An example: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued".
+    """
     limit_s = seconds(slurm.time)
     consequence = "is requeued"
     if "no-requeue" in options_of(slurm.extra):
@@ -249,7 +257,10 @@ def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
 
 
 def _measured_step_s(run_dirs: list[Path]) -> float | None:
-    """Seconds of a step by the last rows of the run's metrics; None if no earlier start has measured any, or of several runs."""
+    """Median seconds of the last steps in the run's metrics file.
+
+    None if no earlier start of the run has measured a step, or if several runs are submitted together.
+    """
     from launch.runs import metrics_tail
 
     if len(run_dirs) > 1:
@@ -259,7 +270,10 @@ def _measured_step_s(run_dirs: list[Path]) -> float | None:
 
 
 def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
-    """A line on how many starts the rest of a run takes, if an earlier start has measured its steps; empty for several runs."""
+    """A line on how many restarts the rest of a run takes: steps left x seconds a step / seconds a start.
+
+    Without a measured step the line says that this is not known. Empty if several runs are submitted together.
+    """
     from launch.runs import metrics_tail
     from trainer.reporting.run_record import readable_run_record
 
@@ -276,6 +290,7 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     start_s = max(1.0, seconds(slurm.time) - slurm.signal_lead_s)
     restarts = max(0, math.ceil(remaining_s / start_s) - 1)
     plural = "" if restarts == 1 else "s"
+    # SLURM's requeue after a save is what `launcher.retry` calls "preempted".
     line = f"starts  {clock(remaining_s)} of steps are left at {step_s:.3g} s a step: {restarts} restart{plural} at the limit"
     allowed = slurm.retry.get("preempted", 0)
     if restarts > allowed:
@@ -284,7 +299,10 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
 
 
 def gpu_kinds_of_job(slurm: SlurmConfig, candidates: list[Partition]) -> set[str]:
-    """The cluster's own names for the cards that the job may be given; empty if it asks for none, or nothing says which."""
+    """The cluster's own names for the kinds of GPU that the job may get, such as {"a100", "h100"}.
+
+    Empty if the job requests no GPUs, or if neither its settings nor sinfo name a kind.
+    """
     request = slurm.gpu_request
     if request is None:
         return set()
@@ -300,7 +318,8 @@ def _price_lines(slurm: SlurmConfig, candidates: list[Partition], runs: int) -> 
     if request is None:
         return []
     gpu_kinds = gpu_kinds_of_job(slurm, candidates)
-    prices = {price_by_word(kind) for kind in gpu_kinds}
+    prices: set[float | None] = {price_by_word(kind) for kind in gpu_kinds}  # US dollars an hour of a GPU
+    # Known only if all kinds that the job may get cost the same.
     price = prices.pop() if len(prices) == 1 else None
     gpu_hours = request.count * slurm.nodes * runs * seconds(slurm.time) / 3600
     if price is None:

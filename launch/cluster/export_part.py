@@ -32,17 +32,22 @@ LAYER = re.compile(r"^(.*\.\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class ExportResources:
-    """What an export takes."""
+    """CPU processes and memory that the job of an export requests."""
 
     processes: int
     memory_gib: int
 
 
 def export_resources(config: RunConfig) -> ExportResources | None:
-    """What the export of a run takes; None if the base is not on this host, or its files are not safetensors."""
+    """How many processes and GiB the export of a run takes, from the sizes of its base model's files.
+
+    An adapter that is not merged is written by one process. Otherwise several processes write one file each at a time.
+    None if the base model is not on this host, or its files are not safetensors.
+    """
     if not config.model.path:
         return None
     directory = Path(config.model.path).expanduser()
+    # Elements of each layer ("model.layers.0"), and of each tensor outside the layers, by name.
     elements_by_group: dict[str, int] = {}
     stored_bytes = 0
     try:
@@ -57,16 +62,18 @@ def export_resources(config: RunConfig) -> ExportResources | None:
     if not elements_by_group:
         return None
 
-    # Tensors are merged and converted in float32: what goes in, and what comes out. No group is larger than a layer.
+    # Tensors are merged and converted in float32, a group at a time: the 2 is for input and output.
     group_bytes = 2 * FLOAT32_BYTES * max(elements_by_group.values())
     if isinstance(config.tuning, AdapterConfig) and not config.export.merge:
         return ExportResources(1, math.ceil((PROCESS_BYTES + 2 * group_bytes) / GIB))
+    # The size of the export, and of its largest file.
     num_elements = sum(elements_by_group.values())
     export_bytes = stored_bytes
     if str(config.export.dtype) in EXPORT_BYTES:
         export_bytes = num_elements * EXPORT_BYTES[str(config.export.dtype)]
     file_bytes = min(export_bytes, int(config.export.max_shard_gib * GIB))
     processes = max(1, min(MAX_PROCESSES, export_bytes // max(1, file_bytes)))
+    # Each process holds a file and a group.
     needed = processes * (PROCESS_BYTES + file_bytes + group_bytes)
     if config.export.verify:
         # One process loads the model that was trained, and later the export.
@@ -75,7 +82,12 @@ def export_resources(config: RunConfig) -> ExportResources | None:
 
 
 def _tensors_of(file: Path) -> list[tuple[str, int, int]]:
-    """(name, elements, bytes of an element) of each tensor in a safetensors file. Errors: OSError, ValueError, KeyError."""
+    """(name, elements, bytes of an element) of each tensor in a safetensors file, read from its header.
+
+    The file begins with the header's length (8 bytes, little-endian), then the header as JSON:
+    {"lm_head.weight": {"dtype": "BF16", "shape": [32000, 4096], ...}, "__metadata__": ...}.
+    Errors: OSError, ValueError, KeyError.
+    """
     with open_regular(file.resolve()) as (descriptor, _):
         length_bytes = bytearray(8)
         read_exactly(descriptor, memoryview(length_bytes), 0)

@@ -34,14 +34,17 @@ class ThisHost:
 def locate_this_host(launcher: LauncherConfig) -> ThisHost:
     """Find out which of a run's hosts this one is, and how the others reach it, from `launcher.rdzv` and this host's interfaces.
 
-    Errors: ConfigError if names or addresses do not tell, with the setting that does.
+    Errors: ConfigError if no address is found at which others reach this host, or `launcher.node_rank` contradicts
+    `launcher.rdzv`; the message names the setting that would help.
     """
     assert launcher.rdzv is not None
+    # "host:port" or "[IPv6]:port"
     first_host = launcher.rdzv.rpartition(":")[0].strip("[]")
     own_interfaces = interfaces()
     first_host_addresses = _resolve_addresses(first_host, f"launcher.rdzv={launcher.rdzv}")
     is_first = any(address in own_interfaces or is_loopback(address) for address in first_host_addresses)
     address = _address_others_reach(launcher, first_host, first_host_addresses, own_interfaces, is_first=is_first)
+    # Its rank: as configured, else known for the first host and for the other one of two.
     rank = launcher.node_rank
     if rank is None and (is_first or launcher.nodes == 2):
         rank = 0 if is_first else 1
@@ -67,10 +70,14 @@ def _address_others_reach(
     *,
     is_first: bool,
 ) -> str:
-    """The address at which other hosts reach this one. Errors: ConfigError if there is none, or it is not clear which.
+    """The IP address at which other hosts reach this one. Errors: ConfigError if there is none, or it is not clear which.
 
-    `first_host`: the name in `launcher.rdzv`, with the addresses that this host resolves it to. `is_first`: it is this host.
-    `own_interfaces`: the network interface of each of this host's addresses.
+    - `launcher.address` is set: the first of its addresses here that is this host's and no loopback.
+    - This host is the one in `launcher.rdzv`: the address of that name here, or the only one that this host has.
+    - Any other host: the address from which its packets to the first host leave.
+
+    `first_host`: the host in `launcher.rdzv`. `first_host_addresses`: what this host resolves its name to. `is_first`: whether it
+    is this host. `own_interfaces`: interface name by address of this host, such as {"10.0.0.3": "eth0"}.
     """
     if launcher.address is not None:
         for address in _resolve_addresses(launcher.address, _address_setting(launcher)):
@@ -88,7 +95,6 @@ def _address_others_reach(
                 return address
         return _only_address_others_reach(first_host, own_interfaces)
     assert launcher.rdzv is not None
-    # The address from which this host's packets to the first host leave.
     address = local_address_towards(first_host_addresses[0], launcher.rdzv)
     if address not in own_interfaces or is_loopback(address):
         raise ConfigError(

@@ -26,7 +26,7 @@ RETRY_CAUSES = {
     "node_fail": ("a rank was lost", "lost"),
     "out_of_memory": ("a rank ran out of memory", "out-of-memory"),
 }
-"""Why a job may be requeued whose run has not saved, in words, and what the file that counts it is called."""
+"""Causes for which a job may be requeued although its run has not saved: (reason in messages, prefix of the counting file)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ class JobOutcome:
 def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
     """Record how this start of a job ended, and requeue the job if its run is to go on; returns the job's exit code.
 
-    `code`: the exit code of the training step. `stopped`: whether the script received TERM. `unstarted`: whether it was told to
-    stop before it had started a rank.
+    `code`: the exit code of the srun step that ran the training. `stopped`: whether the job script received TERM.
+    `unstarted`: whether it was told to stop before it had started a rank.
     """
     job = JobStart.here()
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
@@ -157,7 +157,12 @@ def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
 def _determine_outcome(job: JobStart, run_dir: Path, code: int, *, stopped: bool, unstarted: bool) -> JobOutcome:
     """How a start of a job ended, from what its ranks recorded in the run directory, and whether the job is to start again.
 
-    Parameters as for `end`.
+    The cases, in order; the last two look at the recorded failure:
+    - told to stop before a rank was started, or saved (`preempted`): requeued within limits;
+    - done: not requeued;
+    - a rank was lost or ran out of memory: requeued within limits;
+    - any other error: not requeued.
+    Records of an earlier start of the job do not count. Parameters as for `end`.
     """
     if unstarted:
         return _outcome_after_save(job, run_dir, code, step=None, stopped=stopped, unstarted=True)
@@ -168,8 +173,9 @@ def _determine_outcome(job: JobStart, run_dir: Path, code: int, *, stopped: bool
     if state == State.done:
         return JobOutcome(code, "done")
 
+    # The run has failed: by its own record, else by SLURM's.
     failure = read_failure(run_dir)
-    retry_cause = None
+    retry_cause = None  # a key of RETRY_CAUSES
     why = ""
     if job.is_of_this_start(failure):
         retry_cause = failure.get("retry")
@@ -179,7 +185,7 @@ def _determine_outcome(job: JobStart, run_dir: Path, code: int, *, stopped: bool
         if killed_for_memory(job):
             retry_cause = "out_of_memory"
             why = f"{why}. SLURM ended them for the memory limit of the job: raise launcher.mem, or lower batch.micro"
-            record_failure(run_dir, 0, OutOfMemory(why), "starting or training")
+            record_failure(run_dir, 0, OutOfMemory(why), "starting or training")  # 0: the rank
     if retry_cause in RETRY_CAUSES:  # never after an error of the run itself
         return _outcome_after_loss(job, run_dir, code, retry_cause, stopped=stopped)
     return JobOutcome(code, " ".join(why.split()) or f"ended with exit code {code}")
@@ -188,11 +194,13 @@ def _determine_outcome(job: JobStart, run_dir: Path, code: int, *, stopped: bool
 def _outcome_after_save(
     job: JobStart, run_dir: Path, code: int, *, step: int | None, stopped: bool, unstarted: bool
 ) -> JobOutcome:
-    """The outcome of a start that was told to stop, and has saved at `step` or had nothing to save.
+    """The outcome of a start that was told to stop, and has saved at `step` (None: it had nothing to save).
 
-    The job is requeued unless SLURM ends it, it restarted as often as `launcher.retry` allows, or it makes no progress.
+    The job is requeued unless SLURM ends it, it restarted as often as `launcher.retry` allows, or `MOST_IDLE_STARTS` starts in a
+    row made no step. In the last two cases the exit code is `PREEMPTED`: the run can be resumed by hand.
     """
     state = "told to stop before its ranks were started" if unstarted else "state saved"
+    # Progress since the start before this one, which the job's record tells.
     record = read_job_record(run_dir)
     earlier_step = 0
     idle_starts = 0
@@ -203,6 +211,7 @@ def _outcome_after_save(
     idle_starts = idle_starts + 1 if step == earlier_step else 0
     outcome = JobOutcome(code, state, step=step, idle_starts=idle_starts)
 
+    # Reasons not to requeue.
     if ended_by_slurm(job, stopped):
         reason = f"stopped by SLURM or by scancel, {state}; not requeued from here"
         return replace(outcome, reason=reason, will_restart=None)
@@ -224,7 +233,8 @@ def _retry_limit(cause: str) -> int:
 def _outcome_after_loss(job: JobStart, run_dir: Path, code: int, cause: str, *, stopped: bool) -> JobOutcome:
     """The outcome of a start that lost a rank, or ran out of memory (`cause`: a key of `RETRY_CAUSES`).
 
-    The job is requeued unless SLURM ends it or that happened too often. After memory ran out, the micro-batch is halved.
+    The job is requeued unless SLURM ends it or that happened too often. After memory ran out, the micro-batch is halved in the
+    run's configuration before the job starts again; if that is not possible, the job is not requeued.
     """
     why, counter = RETRY_CAUSES[cause]
     limit = _retry_limit(cause)

@@ -19,9 +19,11 @@ from trainer.reporting.status import read_failure
 def lower_micro(run_dir: Path) -> str | None:
     """Freeze smaller settings for a run that ran out of memory; returns the change as text, None if there is none.
 
-    A training run gets about half of its micro-batch, and with it twice the gradient accumulation. A run that was choosing its
-    strategy (`strategy=auto`) gets the strategy on trial recorded as too large. Either way the frozen configuration keeps what
-    was asked for beside what became of it, so that it stays the same run. Errors: ConfigError, StorageError.
+    - While `strategy=auto` tried a strategy: that strategy is recorded as too large ("without strategy=ddp").
+    - During training: the micro-batch is halved, with twice the gradient accumulation ("batch.micro: 8 -> 4").
+    - With a micro-batch of 1, or one that is not chosen yet (`auto`): no change.
+    The frozen configuration keeps the requested value beside the one in use, so that it stays the same run.
+    Errors: ConfigError, StorageError.
     """
     config = load_frozen(run_dir / "config.yaml")
     if isinstance(config.strategy, AutoConfig):
@@ -48,7 +50,7 @@ def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
 
 
 def _with_micro(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfig:
-    """The configuration with a smaller micro-batch, and a record of what was asked for and of every trial that led here."""
+    """The configuration with a smaller micro-batch, and a record of the requested one and of each that ran out of memory."""
     earlier = config.resolution(MICRO) or Resolution(MICRO, config.batch["micro"])
     resolution = replace(
         earlier,
@@ -61,6 +63,6 @@ def _with_micro(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunCo
 
 
 def _half_micro(micro: int) -> int:
-    """The largest divisor of a micro-batch that is at most its half."""
+    """The largest divisor of a micro-batch that is at most its half: 8 -> 4, 9 -> 3, 7 -> 1."""
     # A divisor of the micro-batch also divides each rank's share of the global batch.
     return max(size for size in range(1, micro // 2 + 1) if micro % size == 0)

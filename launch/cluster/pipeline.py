@@ -44,10 +44,13 @@ exec "$python" -m launch.job part "$part" "$run" "$processes"
 
 
 def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
-    """The settings that one job of the chain asks SLURM for.
+    """The launcher settings of one job of the chain. `part`: prepare, train, evaluate or export.
 
-    `part`: prepare, train, evaluate or export. All but training get one node, and GPUs only if they compute on them. The export
-    asks for the cores and the memory of its own processes.
+    - train: the run's own settings;
+    - a part that computes on GPUs: one node with the run's GPUs;
+    - a part in `WITHOUT_GPUS`: one node without GPUs, in `launcher.cpu_partition` if that is set;
+    - export: as that, with the cores and the memory of its own processes.
+    Each adds its options of `launcher.part_options`.
     """
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
@@ -108,7 +111,7 @@ def submit_chain(
     `sbatch`: submits a script with options and returns the job id. If SLURM refuses one part, those before it are cancelled.
     Errors: ConfigError, StorageError.
     """
-    jobs: list[tuple[str, str]] = []
+    jobs: list[tuple[str, str]] = []  # (part, job id)
     for part, script in scripts.items():
         dependency = []
         if jobs:
@@ -120,9 +123,10 @@ def submit_chain(
             if jobs:
                 subprocess.run(["scancel", *(job for _, job in jobs)], capture_output=True)
             raise ConfigError([f"{part}: {problem}; nothing was submitted" for problem in error.problems]) from error
+    # Record the chain, as [{"part": "prepare", "job": "1234"}, ...].
     record_file = run_dir / PIPELINE_FILE
     try:
-        if len(jobs) == 1:  # a record would be of an earlier submission that was a chain
+        if len(jobs) == 1:  # no chain: a record that is there is of an earlier submission
             record_file.unlink(missing_ok=True)
             return jobs
         rows = [{"part": part, "job": job} for part, job in jobs]

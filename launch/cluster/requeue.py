@@ -23,7 +23,7 @@ SCRIPT_END_S = 10.0
 """Seconds that are left of the job's time for the script to end: no further try is made then."""
 DEFAULT_LEAD_S = 180.0
 FINAL_REFUSALS = ("disabled", "denied", "Invalid job id", "not supported")
-"""Words of scontrol after which another try is pointless."""
+"""Parts of scontrol's messages after which another try is pointless."""
 ENDED_BY_SLURM = "SLURM or scancel ends the job"
 LAST_OUTPUT_BYTES = 2**16
 MEMORY_KILL = re.compile(r"exceeded (job )?memory limit|oom[-_ ]kill", re.IGNORECASE)
@@ -63,7 +63,8 @@ def signal_lead_s(run_dir: Path) -> float:
 def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
     """Ask SLURM to start the job again, until it agrees or `patience_s` seconds are over.
 
-    Returns None if it agreed, else why not. `term`: whether this process received SIGTERM meanwhile.
+    `term`: whether this process received SIGTERM meanwhile. Returns None if SLURM agreed, `ENDED_BY_SLURM` if it ends or preempts
+    the job itself meanwhile, else why it refused: for good, or each time until the end.
     """
     # The job's own time limit bounds the tries, too.
     end_time = os.environ.get("SLURM_JOB_END_TIME", "")
@@ -76,7 +77,7 @@ def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
         refusal = _request_requeue(job)
         if refusal is None:
             return None
-        if any(words in refusal for words in FINAL_REFUSALS):
+        if any(phrase in refusal for phrase in FINAL_REFUSALS):
             return f"scontrol requeue failed: {refusal}"
         left_s = deadline - time.monotonic()
         if left_s < wait_s:
@@ -105,9 +106,10 @@ def _request_requeue(job: NamedJob) -> str | None:
 
 
 def ended_by_slurm(job: NamedJob, stopped: bool) -> bool:
-    """Whether SLURM ends or preempts the job, which then requeues it by itself if at all.
+    """Whether SLURM ends or preempts the job (then only SLURM requeues it); asks `scontrol` unless `stopped`.
 
     A requeue from here as well would run such a job once too often. `stopped`: whether the job script received SIGTERM.
+    False if scontrol does not answer.
     """
     if stopped:
         return True
@@ -116,7 +118,7 @@ def ended_by_slurm(job: NamedJob, stopped: bool) -> bool:
         scontrol = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SCONTROL_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
         return False
-    # `PreemptTime=None`, or the time at which SLURM decided to take the nodes away.
+    # "PreemptTime=None", or the time at which SLURM decided to take the nodes away: "PreemptTime=2026-01-31T12:00:00".
     for word in scontrol.stdout.split():
         name, _, value = word.partition("=")
         if name == "PreemptTime" and value[:1].isdigit():

@@ -112,9 +112,10 @@ def start(
 def _wait_for_nodes(nodes: list[Node], pending: list[int], poll: Callable[[], None] | None) -> int:
     """Wait until all nodes have ended, or one failed and the others had `STOP_GRACE_S` seconds to end too.
 
-    Signals that come in `pending` are passed on to all nodes. `poll` is called a few times a second. Returns the first exit code
-    that is not 0, and 130 after Ctrl-C.
+    Signals that the signal handler appends to `pending` are taken off and passed on to all nodes. `poll` is called a few times a
+    second. Returns 130 after Ctrl-C, else the first exit code that is not 0, in the order of the nodes, or 0.
     """
+    # Times by the monotonic clock; None until it happens.
     failed_at: float | None = None
     interrupted_at: float | None = None
     last_heartbeat = 0.0
@@ -128,7 +129,7 @@ def _wait_for_nodes(nodes: list[Node], pending: list[int], poll: Callable[[], No
                 interrupted_at = now
             for node in nodes:
                 node.send({"signal": int(signal_number)})
-        # A node ends its ranks if it hears nothing for a while.
+        # A heartbeat is an empty message. A node ends its ranks if it receives no message for a while.
         if now - last_heartbeat > HEARTBEAT_S:
             last_heartbeat = now
             for node in nodes:
@@ -139,6 +140,7 @@ def _wait_for_nodes(nodes: list[Node], pending: list[int], poll: Callable[[], No
         failed_codes = [code for code in codes if code]
         if failed_codes and failed_at is None:
             failed_at = now
+        # Has the run ended?
         if interrupted_at is not None:
             if all_ended or now - interrupted_at > STOP_GRACE_S + NODE_END_S:
                 return 130
@@ -148,10 +150,11 @@ def _wait_for_nodes(nodes: list[Node], pending: list[int], poll: Callable[[], No
 
 
 def _end_nodes(nodes: list[Node]) -> None:
-    """End whatever still runs on any host: send Ctrl-C twice, then close the connection, then kill ssh."""
+    """End whatever still runs on any host: send Ctrl-C twice, then close the connection, then kill ssh; and close the logs."""
+    # Twice: the first Ctrl-C lets the ranks save, the second does not wait.
     for _ in range(2):
         for node in nodes:
-            has_ranks = node.facts is not None
+            has_ranks = node.facts is not None  # a node reports its facts before it starts ranks
             if has_ranks and node.process.poll() is None:
                 node.send({"signal": int(signal.SIGINT)})
         if all(node.process.poll() is not None for node in nodes):

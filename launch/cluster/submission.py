@@ -119,7 +119,7 @@ def refuse_unshared_model(config: RunConfig) -> None:
 
 
 def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:
-    """Print the job scripts (text by part) instead of submitting them.
+    """Print the job scripts (text by part, such as "train") instead of submitting them.
 
     Each script of a chain stands below the sbatch command that would submit it, with its dependency on the part before.
     """
@@ -231,7 +231,10 @@ def sbatch(script: Path, options: list[str]) -> str:
 
 
 def parse_job_id(output: str, script: Path) -> str:
-    """The job id in the output of `sbatch --parsable`, among lines that a site may print itself. Errors: ConfigError."""
+    """The job id in the output of `sbatch --parsable`: "welcome\\n1234;cluster\\n" -> "1234".
+
+    A cluster may print lines of its own before or after it. Errors: ConfigError if no line, or several, could be the id.
+    """
     stripped_lines = [line.strip() for line in output.splitlines()]
     ids = [line for line in stripped_lines if JOB_ID.fullmatch(line)]
     if len(ids) != 1:
@@ -243,9 +246,10 @@ def parse_job_id(output: str, script: Path) -> str:
 
 
 def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
-    """Freeze the runs of a sweep and submit those that are neither finished nor in the queue; returns 0.
+    """Freeze the runs of a sweep and submit those that are neither finished nor in the queue; returns 0 (the exit code).
 
-    `run_dirs`: the directory of each run of `composed`. Runs that ask for the same resources become one job array.
+    `run_dirs`: the directory of each run of `composed`. Runs with the same launcher settings become one job array.
+    Errors: ConfigError, before anything is frozen, if an array would be too large or ranks cannot share a run's model.
     """
     from launch.cluster.array_size import refuse_large_array
     from launch.config.frozen import is_finished
@@ -257,7 +261,8 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
         refuse_large_array(max(len(array) for array in arrays))
     for run in composed:
         refuse_unshared_model(run.config)
-    remaining = []
+    # Freeze the runs, and keep those that are to be submitted.
+    remaining: list[tuple[Composed, Path]] = []
     for run, run_dir in runs:
         job = job_with_same_config(run, run_dir)
         if job is not None:
@@ -276,7 +281,11 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
 
 
 def group_by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Composed, Path]]]:
-    """Group runs, given with their directories, that ask SLURM for the same: all tasks of an array have the same options."""
+    """Group runs, given with their directories, that request the same of SLURM: all tasks of an array have the same options.
+
+    For three runs (a, b, c), of which b has another `launcher.time`: [[a, c], [b]].
+    """
+    # By the JSON of the launcher's settings and the timeout.
     groups: dict[str, list[tuple[Composed, Path]]] = {}
     for composed, run_dir in runs:
         settings = flat(plain(composed.config))

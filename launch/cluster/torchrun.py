@@ -82,7 +82,7 @@ class StartNotice:
 
 @dataclass(frozen=True, slots=True)
 class RankProgram:
-    """What the ranks of a run do."""
+    """The program that each rank of a run executes."""
 
     module: str
     """The Python module that each rank runs."""
@@ -126,9 +126,11 @@ def start(
 ) -> tuple[int, set[int]]:
     """Run the frozen configuration of `run_dir` to its end, as ranks of `program` on this host.
 
-    `run_id`: names the rendezvous of several hosts. Returns torchrun's exit code, or 130 after Ctrl-C, and the signals that came.
-    Those that ask to save are passed on to the ranks; Ctrl-C gives them a few seconds, then kills.
+    `run_id`: names the rendezvous of several hosts. `redirected`: where the output goes; None for the terminal.
+    Signals that ask the run to save are passed on to the ranks; Ctrl-C gives them `STOP_GRACE_S` seconds to save, then kills.
+    Returns (torchrun's exit code, or 130 after Ctrl-C; the numbers of all signals received).
     """
+    # torchrun's command line and environment.
     this_host = locate_this_host(config.launcher) if config.launcher.nodes > 1 else None
     _refuse_network(config.launcher, this_host)
     arguments = torchrun_arguments(config.launcher, run_id, this_host, program.module)
@@ -138,6 +140,7 @@ def start(
     env = _agent_environment(config, this_host, cores)
     env["SHARDTUNE_CONFIG"] = str(run_dir / program.config)
     env["SHARDTUNE_RUN_DIR"] = str(run_dir)
+    # Run it.
     _adopt_orphans()
     with (
         collected_signals() as (pending, received),
@@ -146,6 +149,7 @@ def start(
     ):
         # A session of its own keeps the terminal's Ctrl-C for us alone.
         agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_prepare_agent_process, **streams)
+        # Called a few times a second while torchrun runs.
         watchers: list[Callable[[], None]] = []
         if redirected is not None:
             watchers.append(redirected.poll)
@@ -191,7 +195,7 @@ def _host_watchers(
 ) -> list[Callable[[], None]]:
     """Functions to call a few times a second while a run on several hosts goes on. `agent_pid`: torchrun's process.
 
-    One reports hosts that have not come, the other kills a torchrun whose ranks are gone.
+    The first reports hosts that have not joined the rendezvous, the second kills a torchrun whose ranks are gone.
     """
     import psutil
 
@@ -258,25 +262,28 @@ def _output_streams(redirected: RedirectedOutput | None) -> Iterator[dict[str, A
 
 
 def _wait_for_agent(agent: subprocess.Popen[bytes], pending: list[int], watchers: list[Callable[[], None]]) -> int:
-    """Wait for torchrun to end, and pass signals in `pending` on to its ranks; returns its exit code, or 130 after Ctrl-C.
+    """Wait for torchrun to end, and pass signals in `pending` on to its ranks.
 
+    `pending`: numbers of received signals, filled by the signal handler while this runs and emptied here.
     `watchers` are called a few times a second.
+    Returns torchrun's exit code; or 130 after Ctrl-C: when torchrun has ended, at a second Ctrl-C, or after `STOP_GRACE_S`.
     """
     interrupted_at: float | None = None
     while True:
         for poll in watchers:
             poll()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = agent.wait(timeout=0.2)
+            code = agent.wait(timeout=0.2)  # raises TimeoutExpired while torchrun runs
             return 130 if interrupted_at is not None else code
         if pending.count(signal.SIGINT) and interrupted_at is not None:
             return 130  # a second Ctrl-C does not wait
         if signal.SIGINT in pending:
             interrupted_at = time.monotonic()
-            # Ranks save on TERM. Replaced in its place in the list: what comes meanwhile is not lost.
+            # Ranks save on TERM. Changed item by item: a signal that the handler appends meanwhile is not lost.
             for index, signal_number in enumerate(pending):
                 pending[index] = signal.SIGTERM if signal_number == signal.SIGINT else signal_number
-        if pending and _signal_ranks(agent.pid, pending[0]):  # kept until there are ranks
+        # A signal stays pending until there are ranks to receive it.
+        if pending and _signal_ranks(agent.pid, pending[0]):
             pending.pop(0)
         if interrupted_at is not None and time.monotonic() - interrupted_at > STOP_GRACE_S:
             return 130
@@ -303,11 +310,12 @@ def _kill_remaining_processes(agent: subprocess.Popen[bytes]) -> None:
     """Kill all processes of the run that still live: torchrun (`agent`), its ranks and their helpers, and orphans of these."""
     import psutil
 
+    # Candidates: descendants of torchrun, and of this process.
     processes: list[psutil.Process] = []
     if agent.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             processes += psutil.Process(agent.pid).children(recursive=True)
-    # Orphans were given to this process (`_adopt_orphans`).
+    # Orphans have become children of this process (`_adopt_orphans`).
     for child in psutil.Process().children(recursive=True):
         if child.pid != agent.pid and child not in processes:
             processes.append(child)
@@ -325,7 +333,7 @@ def _kill_remaining_processes(agent: subprocess.Popen[bytes]) -> None:
 def run_torchrun(argv: list[str]) -> int:
     """Run torchrun in this process without its long report of errors; returns the exit code.
 
-    If a signal killed a rank, that is recorded in the run directory, since the rank itself cannot.
+    `argv`: torchrun's arguments. If a signal killed a rank, that is recorded in the run directory, since the rank itself cannot.
     """
     import logging
 
@@ -333,7 +341,7 @@ def run_torchrun(argv: list[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     logging.disable(logging.CRITICAL)
-    # None if the kernel does not count them.
+    # Processes that the kernel has killed for want of memory so far; None if it does not count them.
     kills_before = out_of_memory_kills()
     with contextlib.ExitStack() as cleanup:
         if HEARTBEAT_DIRECTORY not in os.environ:  # under SLURM; else it is the launcher's, who outlives this process

@@ -35,6 +35,8 @@ AFTER_ERROR_OTHERS_S = 10.0
 """The same while other nodes have not answered yet."""
 LABELLED = re.compile(r"\s*(\d+): ?(.*)")
 """A line of `srun --label`: the number of the node's task before what it printed."""
+# Groups: node, rank, number of the piece, how many pieces, text. A line looks like: preflight 3 -1 1/2 {"look": {"node": 3, ...
+# The texts of all pieces together are one JSON object. Rank -1 stands for the node itself.
 REPORT_LINE = re.compile(rf"{REPORT_MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
 TASK_ENDED = re.compile(r"srun: error: (\S+): task (\d+): ")
 """srun's message about a task that ended with an error: its host and number."""
@@ -47,6 +49,7 @@ def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
     `tree`: the run's configuration as nested dictionaries. `nodes`: how many nodes the job has.
     """
     launcher, model, data, run = (tree[section] for section in ("launcher", "model", "data", "run"))
+    # GPUs of a node: those that the job requests, else one for each rank.
     processes = ranks_per_node(launcher)
     requested_gpus = gpu_request(launcher)
     if requested_gpus is not None:
@@ -54,6 +57,7 @@ def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
     else:
         gpus = processes if run["device"] == "cuda" else 0
 
+    # Data files and directories that each node must see: not what is on the Hub or at a URL.
     source_paths = [source.get("path") for source in (data["sources"] or {}).values()]
     local_paths = []
     for setting in (data["path"], *source_paths):
@@ -61,7 +65,7 @@ def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
         for path in paths:
             if path is not None and not is_hub(str(path)) and not is_address(str(path)):
                 local_paths.append(str(path))
-    downloads = model["download"]  # then no node needs to have it
+    downloads = model["download"]  # whether the run downloads the model: then no node needs to have it
     run_dir = str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None
     return PreflightRequest(
         nodes=nodes,
@@ -102,9 +106,13 @@ class _ReportCollector:
     """Nodes whose process has ended with an error."""
 
     def add_line(self, node: int | None, line: str) -> None:
-        """Take one line that a node or srun printed: a piece of a report, srun's message on an ended task, or other output.
+        """Sort one line that a node or srun printed into `reports`.
 
-        `node`: the number of the node; None for a line of srun, which may carry the number itself.
+        - a piece of a report: kept, and the report added once its last piece is there;
+        - srun's message about a task that ended: the node counts as ended, and its host is known; kept as output, too;
+        - an empty line, or one in which srun only tells of its progress: dropped;
+        - anything else: output of its node, or unlabelled output, cut to 300 characters.
+        `node`: the number of the node; None for a line of srun, which may carry it as a label ("3: text").
         """
         if node is None and (label := LABELLED.fullmatch(line)):
             node = int(label[1])
@@ -134,7 +142,10 @@ class _ReportCollector:
             self._add_report(node, rank, json.loads(json_text))
 
     def _add_report(self, node: int, rank: int, report: dict[str, Any]) -> None:
-        """Take a complete report: the facts of a node, the rates of rank 0, or the error of any rank."""
+        """Take a complete report, which has one of three forms.
+
+        {"look": facts of the node}, {"exchange": communication rates, from rank 0} or {"error": message of a rank}.
+        """
         if "look" in report:
             self.reports.facts[node] = {**report["look"], "heard_at": time.time()}
         elif "exchange" in report:
@@ -171,7 +182,7 @@ def _visible_nodes(shared_directory: Path | None, nodes: set[int]) -> set[int]:
     """
     if shared_directory is None:
         return nodes
-    deadline = time.monotonic() + VISIBLE_S
+    deadline = time.monotonic() + VISIBLE_S  # seconds
     while True:
         visible = {node for node in nodes if (shared_directory / str(node)).exists()}
         if visible == nodes or time.monotonic() > deadline:
@@ -181,9 +192,9 @@ def _visible_nodes(shared_directory: Path | None, nodes: set[int]) -> set[int]:
 
 @contextlib.contextmanager
 def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
-    """A directory in the run directory where this host and the nodes look for each other's files; removed after the block.
+    """Create `<run directory>/preflight/<token>`, where this host and the nodes look for each other's files.
 
-    None if the run has no directory. Errors: StorageError.
+    It is removed after the block. Yields None if the run has no directory. Errors: StorageError if it cannot be written.
     """
     if request.run_dir is None:
         yield None
@@ -232,18 +243,24 @@ def _start(command: NodeCommand, request: PreflightRequest, lines: queue.Queue[A
 
 
 def _collect(collector: _ReportCollector, processes: list[subprocess.Popen[str]], *, is_queued: bool) -> float:
-    """Collect reports until all are there, a node has failed, or time is up.
+    """Collect reports into `collector.reports` until one of these:
 
-    Returns the seconds since the nodes' first sign of life, or since the start unless `is_queued`.
+    - all processes have closed their output;
+    - some nodes have not answered within `FACTS_TIMEOUT_S` seconds;
+    - a node ended without an answer, and the others had a few seconds more (`reports.not_waited_for`: those still missing);
+    - all nodes have answered, and the communication test has reported too or is not waited for.
+
+    Returns the seconds since the start; with `is_queued`, since the nodes' first sign of life.
     """
     request = collector.request
     reports = collector.reports
-    # While the job waits in the queue, the time does not count.
+    # Times by the monotonic clock; None until it happens. The wait in SLURM's queue does not count.
     began_at: float | None = None if is_queued else time.monotonic()
     error_at: float | None = None
     all_answered_at: float | None = None
-    open_pipes = 2 * len(processes)
+    open_pipes = 2 * len(processes)  # stdout and stderr of each
     while True:
+        # Is there anything left to wait for?
         now = time.monotonic()
         waited_s = 0.0 if began_at is None else now - began_at
         answered = set(reports.facts)
@@ -264,6 +281,7 @@ def _collect(collector: _ReportCollector, processes: list[subprocess.Popen[str]]
             if _is_exchange_settled(request, reports, now - all_answered_at):
                 return waited_s
 
+        # Take the next line, if one comes within 0.2 s.
         try:
             line = collector.lines.get(timeout=0.2)
         except queue.Empty:
@@ -277,7 +295,13 @@ def _collect(collector: _ReportCollector, processes: list[subprocess.Popen[str]]
 
 
 def _is_exchange_settled(request: PreflightRequest, reports: NodeReports, waited_s: float) -> bool:
-    """Whether no more reports of the communication test need to be waited for.
+    """Whether no more reports of the communication test need to be waited for, in any of these cases:
+
+    - the nodes' answers already show problems, so that the result is known without the test;
+    - there is no test, or only one rank;
+    - rank 0 has reported the rates;
+    - a rank has failed, and the others had `AFTER_ERROR_S` seconds to report theirs;
+    - the time of the test is over.
 
     `waited_s`: seconds since all nodes have answered.
     """
@@ -316,7 +340,7 @@ def commands_by_srun(
 ) -> list[NodeCommand]:
     """The command that checks all nodes through one srun. `SHARDTUNE_SETUP` in the environment prepares each node.
 
-    `options`: of srun, beside the usual ones. `prefix`: the words before the command that put it into a container.
+    `options`: of srun, beside the usual ones. `prefix`: the command line of the container runtime, before the command itself.
     """
     argv = [
         "srun",

@@ -31,10 +31,13 @@ def report_lines(node: int, rank: int, report: dict[str, Any]) -> str:
 
 
 def run_node() -> int:
-    """Report the facts of this node, and start its ranks, which measure their communication; returns the exit code."""
+    """Print the facts of this node, run its ranks, which measure their communication, and return the exit code.
+
+    A node of one rank runs it in this process, and one of several starts a process for each. None runs without the test.
+    """
     request = PreflightRequest.from_environment()
     node_number = int(os.environ.get("SHARDTUNE_NODE") or os.environ.get("SLURM_NODEID") or 0)
-    # -1: of the node itself, not of one of its ranks.
+    # The node itself, not one of its ranks, reports as rank -1.
     sys.stdout.write(report_lines(node_number, -1, {"look": node_facts(request, node_number)}))
     sys.stdout.flush()
     world_size = request.nodes * request.processes
@@ -52,7 +55,7 @@ def run_node() -> int:
     for local_rank in range(request.processes):
         rank = node_number * request.processes + local_rank
         rank_env = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
-        if request.processes == 1:  # this process is the rank
+        if request.processes == 1:  # this process becomes the rank
             os.environ.update(env | rank_env)
             return run_rank()
         command = [sys.executable, "-m", "launch.cluster.preflight.node", "rank"]
@@ -70,7 +73,7 @@ def run_rank() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         rates = measure_communication(request.device, request.timeout_s)
-    except Exception as error:  # noqa: BLE001 - whatever the libraries raise is what is to be told
+    except Exception as error:  # noqa: BLE001 - whatever the libraries raise is to be reported
         message = f"{type(error).__name__}: {error}"[:2000]
         sys.stdout.write(report_lines(node_number, rank, {"error": message}))
         sys.stdout.flush()

@@ -49,7 +49,7 @@ SLOWDOWN: tuple[tuple[str, ...], ...] = (
     ("clocks_throttle_reasons.hw_slowdown",),
     (),
 )
-"""Whether the hardware slows a card down, as newer and older drivers call it; some know neither."""
+"""Field of nvidia-smi that says whether the hardware slows a GPU down: in newer drivers, in older ones, in those without."""
 VISIBLE_S = 5.0
 """Seconds after which a file that another host wrote must be seen; network file systems remember what was not there."""
 GIB = 2**30
@@ -97,8 +97,10 @@ class PreflightRequest:
 
 
 def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
-    """Everything that node number `node` sees of what the request names, for the coordinator, as JSON.
+    """Everything that node number `node` sees of what the request names: what the coordinator receives as a JSON object.
 
+    Most values are plain, such as {"node": 0, "host": "gpu01", "cores": 64, "packages": {"torch": "2.8.0"}, "paths": {"a.jsonl":
+    true}}; "run_dir", "models" and the GPUs have functions of their own below.
     Nothing is judged here (`verdict.judge` does that), and nothing that is missing raises an error.
     """
     packages = {}
@@ -167,10 +169,13 @@ def _memory_free_gib() -> float | None:
 
 
 def run_dir_facts(run_dir: Path, token: str, node: int) -> dict[str, Any]:
-    """What this node sees of the run directory: whether the coordinator's file is there, whether it can write, free space.
+    """What this node sees of the run directory; also writes a file there by which the coordinator sees this node.
 
-    `token`: names this preflight's directory below it. `behind_s`: seconds by which this host's clock is behind that of the file
-    system.
+    `token`: names this preflight's directory in the run directory. The result's keys:
+    - sees: whether the coordinator's file is visible here, at the latest after `VISIBLE_S` seconds; without it, nothing follows;
+    - problem: why this node cannot write there; None if it can;
+    - behind_s: seconds by which this host's clock is behind that of the file system;
+    - free_gib: free space.
     """
     directory = run_dir / "preflight" / token
     facts: dict[str, Any] = {"sees": False, "problem": None}
@@ -191,9 +196,10 @@ def run_dir_facts(run_dir: Path, token: str, node: int) -> dict[str, Any]:
 
 
 def model_facts(name: str, revision: str | None) -> dict[str, Any]:
-    """The files of a model that this node has without the network: how many, a digest of names and sizes, missing weights.
+    """The files of a model that this node has without the network; {"files": 0, "digest": None} if it has none.
 
-    `name`: a directory or a hub id, looked up in the hub's cache.
+    `name`: a directory, or a hub id, which is looked up in the hub's cache. The result's keys: files (how many), digest (of their
+    names and sizes), lacking (weight files that the model's index names and that are not there).
     """
     directory = Path(name).expanduser()
     if not directory.is_dir():
@@ -223,8 +229,10 @@ def model_facts(name: str, revision: str | None) -> dict[str, Any]:
 def gpu_facts() -> dict[str, Any]:
     """The GPUs of this node: NVIDIA's with the processes on them, or else AMD's; none if neither driver lists any.
 
-    `gpu_count`: how many of them a process may use.
+    The result's keys: gpus (a dictionary each: {"index": 0, "name": "NVIDIA H100", "memory_mib": 81559, ...}), gpu_count (how
+    many of them a process may use), gpu_processes (a text each: "pid name MiB").
     """
+    # Names for the columns of `_nvidia_rows`, in order. Rows of a driver that does not know the last one are shorter.
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
     gpus = []
     for row in _nvidia_rows():
@@ -245,7 +253,10 @@ def gpu_facts() -> dict[str, Any]:
 
 
 def _nvidia_rows() -> list[list[str]]:
-    """A row of nvidia-smi for each GPU, with the fields below; whether it is slowed down comes last, if the driver knows that."""
+    """A row of nvidia-smi for each GPU, with the fields below; whether it is slowed down comes last, if the driver knows that.
+
+    nvidia-smi refuses all fields for one that its driver does not know, so that the names of that last field are tried in turn.
+    """
     fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
     for slowdown_field in SLOWDOWN:
         rows = nvidia_smi("gpu", (*fields, *slowdown_field))

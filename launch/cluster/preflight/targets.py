@@ -1,4 +1,4 @@
-"""Which nodes the words of `shardtune doctor` name, and how they are reached."""
+"""Which nodes the arguments of `shardtune doctor` name, and how they are reached."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from trainer.config.run import RunConfig, SlurmConfig
 from trainer.reporting.code_revision import ROOT
 
 MINUTES = 10
-"""Asked of SLURM for a preflight outside an allocation."""
+"""Time limit of the job that SLURM is asked for when a preflight runs outside an allocation."""
 
 
 def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
-    """Find out which nodes `shardtune doctor` checks, from its words, and how.
+    """Find out which nodes `shardtune doctor` checks, and how, from its command-line arguments (`words`).
 
-    Returns (what each node must have, the commands that check them, the nodes' names, whether SLURM's queue is waited for).
-    Errors: ConfigError.
+    Returns (what each node must have, the commands that check them, the nodes' names, whether the nodes must first be waited
+    for in SLURM's queue). Errors: ConfigError for launcher settings that are wrong, or name other hosts without SLURM.
     """
     from launch.config.compose import compose, refusals
     from trainer.config.resuming import plain
 
     config = compose(words, check=False).config
+    # Only the launcher's settings matter here: a model or data set may still be missing.
     problems = [problem for problem in refusals(config) if key_of_problem(problem).startswith("launcher.")]
     if problems:
         raise ConfigError(problems)
@@ -39,7 +40,8 @@ def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[NodeComm
             f"launcher.nodes={config.launcher.nodes}: only nodes of SLURM are asked from here (launcher=slurm); else call "
             "doctor on each of them"
         )
-    request = preflight_request(plain(config), 1)
+    # This host, as the only node.
+    request = preflight_request(plain(config), nodes=1)
     with socket.create_server(("localhost", 0)) as listener:  # any free port
         free_port = listener.getsockname()[1]
     request.master = f"localhost:{free_port}"
@@ -52,19 +54,23 @@ def _slurm_targets(config: RunConfig, words: list[str]) -> tuple[PreflightReques
     from launch.cluster.slurm import Options, node_request, quoted_options, setup_text
     from trainer.config.resuming import plain
 
+    # Which nodes.
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
     in_allocation = "SLURM_JOB_ID" in os.environ
     hosts = hosts_of_job() if in_allocation else []
-    if in_allocation and not any(word.startswith("launcher.nodes=") for word in words):
+    nodes_are_given = any(word.startswith("launcher.nodes=") for word in words)
+    if in_allocation and not nodes_are_given:
         slurm.nodes = len(hosts)
     if in_allocation and slurm.nodes > len(hosts):
         raise ConfigError(f"launcher.nodes={slurm.nodes}: this allocation has {len(hosts)}; leave it out")
     if not hosts:  # SLURM has not chosen any yet
         hosts = [f"node {number}" for number in range(slurm.nodes)]
+    # What each node must have.
     tree = plain(config)
-    request = preflight_request(tree, slurm.nodes)
+    request = preflight_request(tree, nodes=slurm.nodes)
     request.exchange = True
+    # The srun command that checks them.
     env = {
         **os.environ,
         "SHARDTUNE_SETUP": setup_text(slurm, ROOT),
@@ -72,10 +78,10 @@ def _slurm_targets(config: RunConfig, words: list[str]) -> tuple[PreflightReques
         "PYTHONSAFEPATH": "1",
     }
     if in_allocation:
-        srun_options = ["--overlap"]
+        srun_options = ["--overlap"]  # beside whatever else runs in the allocation
     else:
         options: Options = {**node_request(slurm), "time": MINUTES, "job-name": "shardtune-doctor"}
-        # No shell reads them here, so that the quotes for one are taken off again.
+        # `quoted_options` quotes for a shell. No shell reads these: shlex.split takes the quotes off again.
         srun_options = [shlex.split(option)[0] for option in quoted_options(options)]
     container_options, prefix = containers.srun_options_and_prefix(tree, [ROOT])
     containers.refuse_missing(tree["launcher"])
