@@ -172,6 +172,7 @@ def _fitting_formats(
     `columns`: the renamed columns, all of which a format must use. `expects_verdicts`: the objective learns from verdicts, so
     that a column `label` holds one, whatever its value.
     """
+    # All formats whose columns the row has.
     fitting: dict[DataFormat, Spelling] = {}
     for format, spellings in SPELLINGS.items():
         # Every row with a question has a prompt: that format is meant only where the objective says so.
@@ -187,13 +188,13 @@ def _fitting_formats(
     thumbs_columns = fitting.get(DataFormat.thumbs, ())
     if "label" in thumbs_columns and "label" not in columns:
         label = fields["label"]
-        is_surely_thumbs = str(label) not in ("0", "1")  # which may be classes of another kind
+        is_surely_thumbs = str(label) not in ("0", "1")  # 0 and 1 may be classes as well as verdicts
         if label is not None and not expects_verdicts and not is_surely_verdict(label):
             del fitting[DataFormat.thumbs]
-    if "conversations" in fitting.get(DataFormat.preference, ()):  # which are the prompt then
+    if "conversations" in fitting.get(DataFormat.preference, ()):  # the conversations are the prompt of the pair
         fitting.pop(DataFormat.sharegpt, None)
 
-    # The richer format reads all that the poorer one does.
+    # Of two formats, one of which reads all that the other does and more, the fuller one stays.
     extended: set[DataFormat] = set()
     for format in fitting:
         if is_surely_thumbs or format is not DataFormat.thumbs:
@@ -333,6 +334,7 @@ class RowReader:
             if isinstance(field, Fault):
                 raise Refusal(field.reason, f'column "{name}": {field.message}')
         self._fill(document, fields, spelling)
+        # The columns that go with any conversation: system prompt and tools.
         if self.format not in _WITHOUT_SYSTEM:
             if fields.get("system") not in (None, ""):
                 _add_system(document, text_of(fields, "system"))
@@ -369,7 +371,7 @@ class RowReader:
         raise Refusal("wrong_format", f"columns {sorted([*_column_names(fields), *unread_columns])}, but {needs}")
 
     def _fill(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
-        """Fill the document from the columns of `spelling`. Raises Refusal."""
+        """Fill the document from the columns of `spelling`, such as ("prompt", "completion"). Raises Refusal."""
         last_column = spelling[-1]
         if last_column in ("thumbs", "label") and self.format is DataFormat.thumbs:
             document.desirable = verdict_of(fields[last_column])

@@ -60,8 +60,12 @@ def turns_of(column: Any, name: str, needs: str, ignored: Collection[str] = ()) 
 
 
 def _transcript_turns(transcript: str, name: str) -> list[dict[str, str]]:
-    """The turns of a text in which every one begins with its speaker, "Human:" or "Assistant:". Raises Refusal."""
-    # What stands before the first speaker, then speakers and what they say in turn.
+    """The turns of a text in which every one begins with its speaker, "Human:" or "Assistant:". Raises Refusal.
+
+    Example: "\\n\\nHuman: Hi\\n\\nAssistant: Hello" -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content":
+    "Hello"}]. `name`: the column, for messages.
+    """
+    # The split gives what stands before the first speaker, then speaker and text in turn: ["", "Human", " Hi", ...].
     before_first, *speakers_and_texts = _SPEAKER.split(text_of({name: transcript}, name))
     if before_first.strip() or not speakers_and_texts:
         raise Refusal("no_prompt", f'"{name}" is a text; add its "prompt", or give it as a list of messages')
@@ -73,10 +77,13 @@ def _transcript_turns(transcript: str, name: str) -> list[dict[str, str]]:
 
 
 def _read_turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
-    """A turn of a row as a `Message`. `name` is what error messages call it, such as `messages[2]`. Raises Refusal."""
+    """A turn of a row as a `Message`. `name` is what error messages call it, such as `messages[2]`. Raises Refusal.
+
+    Example: {"from": "human", "value": "Hi"} -> {"role": "user", "content": "Hi"}. `ignored`: keys that are left out.
+    """
     if not isinstance(turn, dict):
         raise Refusal("bad_messages", f'{name} is {show_value(turn)}; it must be {{"role": ..., "content": ...}}')
-    # OpenAI's convention is role and content, that of ShareGPT is from and value.
+    # Role and text. OpenAI's convention is role and content, that of ShareGPT is from and value.
     role_key = "from" if "from" in turn and "role" not in turn else "role"
     text_key = "content"
     if "content" not in turn and ("value" in turn or role_key == "from"):
@@ -91,6 +98,7 @@ def _read_turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     if not _UNREAD_KEYS.isdisjoint(turn):
         _refuse_unread_keys(turn, name, ignored)
 
+    # Content, thought and calls of any other turn.
     message: Message = {"role": role}
     other_fields = _thought_and_calls(turn, name, role, ignored)
     # ShareGPT's function_call turn holds the call as its text.
@@ -102,6 +110,7 @@ def _read_turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     else:
         message["content"] = _content(turn, text_key, f"{name}.{text_key}")
 
+    # Whether the turn is learned.
     weight = _loss_weight(turn, name, ignored)
     if weight is not None:
         # A weight of 1 is the usual case, and not written down.
@@ -125,9 +134,11 @@ def _template_role(row_role: Any, name: str) -> str:
 def _thought_and_calls(turn: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> Message:
     """The fields of a turn besides its content: an assistant's thought and tool calls, and which call a tool's result answers.
 
-    `name` is what error messages call the turn. Raises Refusal.
+    Example: {"role": "assistant", "thinking": "Hm.", ...} -> {"reasoning_content": "Hm."}. `name` is what error messages call the
+    turn. Raises Refusal.
     """
     fields: Message = {}
+    # Thought and calls, whichever of their keys the row uses.
     for key in (*_THOUGHT_KEYS, *_CALL_KEYS):
         field_value = turn.get(key)
         if field_value is None or key in ignored or is_nothing(field_value):
@@ -190,7 +201,8 @@ def _content(turn: dict[str, Any], key: str, name: str) -> str:
 def _loss_weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> float | None:
     """How much a turn counts in the loss, from 0 (not learned) to 1, by its `weight`, `train` or `masked`.
 
-    None if it has none of these. Raises Refusal if one has a wrong value, or if they contradict each other.
+    {"weight": 0.5} -> 0.5; {"train": false} -> 0; {"masked": true} -> 0; {"train": true, "weight": 0.5} -> 0.5. None if it has
+    none of these. Raises Refusal if one has a wrong value, or if they contradict each other.
     """
     keys = [key for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None]
     weights: set[float] = set()
@@ -198,6 +210,7 @@ def _loss_weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> f
         setting = turn[key]
         if key in ignored:
             continue
+        # A weight is a number; `train` and `masked` are true or false.
         if key in _WEIGHT_KEYS and isinstance(setting, int | float):
             if not (setting == 0 or MIN_WEIGHT <= setting <= 1):  # nor is NaN
                 allowed = f"a number from 0 to 1 (what is not 0 at least {MIN_WEIGHT:g})"
@@ -212,6 +225,7 @@ def _loss_weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> f
             weights.add(1.0 if is_learned else 0.0)
     if not weights:
         return None
+    # What the keys say must agree.
     least = min(weights)
     agreeing = {least}
     if least > 0:  # "train": true beside a weight takes nothing from it
@@ -243,6 +257,7 @@ def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
     """
     if chosen == rejected:
         raise Refusal("identical_pair", '"chosen" and "rejected" are the same; there is nothing to prefer')
+    # Whole conversations: what both begin with becomes the prompt.
     if not prompt or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         num_shared = _num_shared_turns(chosen, rejected)
         shared = chosen[:num_shared]
@@ -254,6 +269,7 @@ def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
             raise Refusal("differing_prompts", message)
         # From here on the prompt is what both conversations begin with.
         prompt = shared
+    # By now there must be a prompt that does not begin with an answer, and an answer of the assistant on either side.
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer:
             raise Refusal("no_answer", f'"{name}" has no answer of its own after the turns that both share')

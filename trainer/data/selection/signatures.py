@@ -187,9 +187,12 @@ class Signer:
     def sign(self, documents: list[Document]) -> dict[str, np.ndarray]:
         """Hashes by which copies are found: columns of uint64 [n], in which two documents are equal if they are copies.
 
-        "digest" is a hash of the text itself, "normal" of its words after `normalize`, "prompt" of the words of its prompt (0:
-        none), and "verdict", if near copies are looked for, of its label (0: none). If whole documents are compared, those with
-        other labels differ in "normal", too.
+        - "digest": of the text itself, or of the whole document, by `data.duplicates.text`;
+        - "normal": of the text's words after `normalize`; of documents with different labels it differs, if whole documents are
+          compared;
+        - "prompt": of the words of the prompt; 0 without a prompt or without held-out data;
+        - "verdict", only if near copies are looked for: of the label or verdict; 0 without one, or unless whole
+          documents are compared.
         """
         digests: list[int] = []
         normal_digests: list[int] = []
@@ -202,6 +205,8 @@ class Signer:
             text = ""  # making it takes time, and is left out if nobody looks
             if needs_words or not compares_whole:
                 text = compared_text(document, self.config.text)
+
+            # For exact copies.
             identity = content(document) if compares_whole else text
             digest = digest64(identity.encode("utf-8", "surrogatepass"))
             digests.append(digest)
@@ -211,9 +216,11 @@ class Signer:
             if compares_whole and verdict != (None, None):
                 verdict_digests[row] = digest64(json.dumps(verdict).encode())
 
+            # For copies that differ in case, spaces and the like.
             words_digest = normal_digest(normalize(text)) if needs_words else None
             normal_digests.append(digest if words_digest is None else words_digest)
 
+            # For leaks of prompts into held-out data.
             prompt = prompt_of(document) if self.held_out else None
             prompt_digest = None if prompt is None else normal_digest(normalize(prompt))
             prompt_digests.append(prompt_digest or 0)

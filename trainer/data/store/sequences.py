@@ -243,13 +243,17 @@ class Sequences:
 
     @classmethod
     def of(cls, samples: list[Sample], counts: Callable[[Sample], dict[str, float]]) -> Sequences:
-        """Concatenate samples to the arrays that are written to disk; in place, the first token of each becomes no target.
+        """Concatenate samples to the arrays that are written to disk. Changes the samples: the first token becomes no target.
 
-        `counts`: gives, for each term of the objective's loss, how many tokens or sequences of a sample it is divided by.
+        `counts`: gives, for each term of the objective's loss, how many tokens or sequences of a sample it is divided by, such as
+        {"loss": 12}. Columns of the result, one number a sample: "supervised" (targets), "term.NAME" (these counts), "mark.NAME"
+        (marks, such as the label).
         """
         for sample in samples:
             sample.supervised[:1] = False
         columns = {"supervised": np.array([np.count_nonzero(sample.supervised) for sample in samples], np.int64)}
+
+        # One column a term.
         counts_by_term: dict[str, list[float]] = {}
         for number, sample in enumerate(samples):
             for term, count in counts(sample).items():
@@ -258,6 +262,8 @@ class Sequences:
             # Counts are whole unless turns have weights of their own. Whole numbers are summed without rounding.
             are_whole = all(isinstance(count, int) for count in term_counts)
             columns[TERM_PREFIX + term] = np.array(term_counts, np.int64 if are_whole else np.float64)
+
+        # One column a mark.
         mark_names: set[str] = set()
         for sample in samples:
             mark_names.update(sample.marks)
@@ -311,8 +317,9 @@ class StoreWriter:
         self._write_weights(sequences)
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
         for name, numbers in sequences.columns.items():
-            # Both codes, `q` for int64 and `d` for float64, have 8 bytes, and both have a zero of zero bytes.
+            # `q` is the array code of int64, `d` of float64: both have 8 bytes, and 8 zero bytes are 0 in both.
             column = self.columns.setdefault(name, array("q", bytes(8 * sequences_before)))
+            # A column of whole numbers becomes one of floats with the first block that has floats in it.
             if numbers.dtype.kind == "f" and column.typecode == "q":
                 column = array("d", column)
                 self.columns[name] = column

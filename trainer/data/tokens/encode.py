@@ -228,7 +228,7 @@ class Encoder:
         `batch`: (document, messages) of each; a conversation is rendered by the chat template, and a document without messages
         as plain text. `fast=False` renders every conversation twice, to find the spans without a shortcut.
         """
-        # (messages, messages with escaped control tokens); None for a document that is no conversation.
+        # Which documents are conversations: (messages, messages with escaped control tokens); None for any other.
         turns_of_documents: list[tuple[list[Message], list[Message]] | None] = []
         conversations = []
         for document, messages in batch:
@@ -246,6 +246,7 @@ class Encoder:
             template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
         rendered_conversations = iter(template.render_all(conversations, fast=fast) if template else [])
 
+        # Put both kinds together again, in the order of `batch`.
         rendered = []
         for turns, (document, _) in zip(turns_of_documents, batch, strict=True):
             if turns is None or template is None:
@@ -320,8 +321,11 @@ class Encoder:
     def _to_samples(self, documents: list[Document], rendered: list[RenderedText]) -> list[Sample]:
         """The sample of each document: tokens of its rendered text, and the special tokens that belong around them.
 
-        Labelled texts get the tokenizer's own affixes, such as [CLS] and [SEP]. Other texts, and prompts with completions that no
-        template renders, get BOS (if the tokenizer has it) and a learned EOS. Conversations have what their template wrote.
+        - a text with a label: the tokenizer's own affixes, such as [CLS] and [SEP];
+        - a text without a label, or a prompt with its completion that no template rendered: BOS, if the tokenizer writes one, and
+          a learned EOS;
+        - a conversation: none, since the template wrote them.
+        Special tokens that the text has already are not put there twice. Raises RefusedDocument for two BOS at the beginning.
         """
         samples = []
         bos = self.bos_id
@@ -333,6 +337,7 @@ class Encoder:
             begins_with_bos = False
             if self.control_tokens is ControlTokens.keep and bos is not None:
                 begins_with_bos = input_ids[:1].tolist() == [bos]
+            # Affixes by the kind of document.
             if document.label is not None:
                 marks[LABEL] = self._label_id(document)
                 opening = [] if begins_with_bos and self.opening == [bos] else self.opening
@@ -387,7 +392,8 @@ def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarr
 
 
 def _tokens_of_span(encoding: Encoding, begin: int, end: int) -> slice:
-    """The tokens that the characters [begin, end) of a text became; empty if they became none."""
+    """The tokens that the characters [begin, end) of a text became, as a slice of the encoding; empty if they became none."""
+    # The usual case: the first and the last character are each in a token.
     if begin < end:
         first = encoding.char_to_token(begin)
         last = encoding.char_to_token(end - 1)

@@ -49,7 +49,10 @@ KEY_CHARACTERS = 16
 
 
 def coverage(config: PrivacyConfig) -> dict[str, Any]:
-    """For the audit: `looked_for`, a list of types, and `not_looked_for`, every other known type with the reason."""
+    """For the audit: `looked_for`, a list of types, and `not_looked_for`, every other known type with the reason.
+
+    Example: {"looked_for": ["EMAIL", "PHONE"], "not_looked_for": {"PERSON": "needs data.privacy.engine=presidio", ...}}.
+    """
     requested = frozenset(config.types) or PRESETS[config.preset]
     if config.mode == PrivacyMode.none:
         requested = frozenset()
@@ -100,6 +103,7 @@ class PersonalDataFinder:
 
     def _find_by_rules(self, text: str) -> list[PrivacyFinding]:
         """Findings of our own rules and of the telephone library, certain or not; they may overlap."""
+        # A rule is tried only on texts that have what it needs, since most texts have none of it.
         has_digit = DIGIT.search(text) is not None
         has_number = has_digit and NUMBER.search(text) is not None
         # By what a rule may need, see `PrivacyRule.needs`.
@@ -131,7 +135,7 @@ class PersonalDataFinder:
 
 
 def resolve_overlaps(text: str, findings: list[PrivacyFinding]) -> list[PrivacyFinding]:
-    """Findings without overlap: a finding keeps the characters that no better one has taken.
+    """Findings without overlap, in the order of `text`: a finding keeps the characters that no better one has taken.
 
     Longer findings go first, then more certain ones, then the order of `TYPES`; names last, whose ends are uncertain. Every
     letter and digit that any finding covers is covered by exactly one finding of the result.
@@ -253,7 +257,10 @@ def refuse_findings(findings: Findings, config: PrivacyConfig) -> None:
 
 
 def normalise(type_: str, personal_text: str, regions: Sequence[str]) -> str:
-    """The same text for all spellings of a person's data: without case, spaces, separators and national telephone formats."""
+    """The same text for all spellings of a person's data: without case, spaces, separators and national telephone formats.
+
+    Example: EMAIL "Jane@Example.com" -> "jane@example.com"; USERNAME "@Jane" -> "jane"; a SECRET keeps its case.
+    """
     # Full-width digits and the like become the usual ones.
     text = " ".join(unicodedata.normalize("NFKC", personal_text).split())
     normal_type = NORMALISED_AS.get(type_, type_)
@@ -285,8 +292,9 @@ def pseudonym(type_: str, personal_text: str, key: bytes, regions: Sequence[str]
 
 
 def mask(type_: str, text: str) -> str:
-    """Personal data as a report may show it: `j***@e***.com`. Only the shape of numbers and the first letters of names remain.
+    """Personal data as a report may show it. Only the shape of numbers and the first letters of names remain.
 
+    EMAIL jane@example.com -> j***@e***.com; PERSON "Jane Doe" -> J*** D***; PHONE 555-0123 -> ***-****; SECRET -> ***.
     No four letters or digits in a row of the text are ever shown, and of secrets nothing.
     """
     if type_ == "SECRET":
