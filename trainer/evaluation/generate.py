@@ -173,6 +173,7 @@ class Writer:
         all ranks or none, DataError for a context without tokens or a pair that the model has no positions for, and
         Interrupted if the run is asked to stop.
         """
+        # Refuse pairs that the model cannot read.
         model = model_of(engine)
         decoder_start = self.generation_config.decoder_start_token_id if model.config.is_encoder_decoder else None
         limit = position_limit(model.config)
@@ -183,6 +184,7 @@ class Writer:
             check_rows("pair", inputs, None if limit is None else limit + 1)
 
         def make_batch(numbers: list[int]) -> dict[str, Any]:
+            """The tensors of the pairs of these numbers."""
             batch_pairs = [pairs[number] for number in numbers]
             return pair_rows(batch_pairs, pad_token_id=self.tokenizer.pad_token_id, decoder_start=decoder_start)
 
@@ -195,6 +197,7 @@ class Writer:
             misses = terms["misses"].tolist()
             for number, logprob, missed in zip(numbers, logprobs, misses, strict=True):
                 tokens = len(pairs[number][1])
+                # `missed`: tokens that were not the model's likeliest.
                 own_likelihoods[number] = Likelihood(logprob, tokens, greedy=missed == 0)
         return self.gather_by_number(own_likelihoods)
 
@@ -257,14 +260,21 @@ class Writer:
 def cut_answer(
     prompt: int, draw: int, ids: list[int], stop: Sequence[str], end_ids: frozenset[int], tokenizer: Any
 ) -> WrittenAnswer:
-    """An answer from new tokens, which may be padded after its end: cut at the first end token or stop string."""
+    """An answer from new tokens, which may be padded after its end: cut at the first end token or stop string.
+
+    `prompt` and `draw`: the numbers of its prompt and of the answer among those to it. The answer's tokens include the end token,
+    or those that complete the stop string; its text ends before the stop string.
+    """
 
     def text_of(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
+    # The first end token.
     end = next((position + 1 for position, token in enumerate(ids) if token in end_ids), None)
     ids = ids[:end]
     text = text_of(ids)
+
+    # The first stop string.
     stop_positions = [text.index(stop_text) for stop_text in stop if stop_text in text]
     if not stop_positions:
         return WrittenAnswer(prompt, text, ids, end is not None, draw)

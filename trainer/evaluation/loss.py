@@ -67,25 +67,34 @@ class LossEvaluator:
         """Called after each evaluation with the sums of each micro-batch in the order of the documents, by metric."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
+        """Yield the metrics as (name, value), such as ("eval/loss", 2.31), first of the whole set, then of its parts.
+
+        Values are equal on all ranks. All ranks must call; raises Interrupted on all or none.
+        """
+        # By term ("loss", "accuracy" ...): its sums [parts, ...], with one row if there are no parts.
         sums: dict[str, torch.Tensor] = {}
-        means: dict[str, torch.Tensor] = {}
-        batch_sums: dict[str, list[torch.Tensor]] = {}
-        # A sum has a row for each part; without parts it has one row.
-        row_of_source = {part.source: row for row, part in enumerate(self._parts)}
+        means: dict[
+            str, torch.Tensor
+        ] = {}  # by term: means over the whole set that the loss needs; most losses need none
+        batch_sums: dict[str, list[torch.Tensor]] = {}  # by term: the sum of each micro-batch
+        row_by_source = {part.source: row for row, part in enumerate(self._parts)}
         if self._ahead is not None:
             means = look_ahead(engine, self._ahead(), self._count, averaged=True, check_stop=self._check_stop)
+
+        # Sum the terms of this rank's micro-batches.
         with engine.inference() as module:
             for batch in self._batches():
-                row = row_of_source.get(batch.pop("source", None), 0)
+                row = row_by_source.get(batch.pop("source", None), 0)
                 terms = module({**batch, "ahead": means})
                 for term, value in {**terms, **row_counts(batch, terms)}.items():
                     if term not in sums:
-                        sums[term] = value.new_zeros((max(1, len(row_of_source)), *value.shape), dtype=torch.float64)
+                        sums[term] = value.new_zeros((max(1, len(row_by_source)), *value.shape), dtype=torch.float64)
                     sums[term][row] += value.double()
                     if term in BATCH_TERMS:
                         batch_sums.setdefault(term, []).append(value.double())
                 self._check_stop()
+
+        # Divide the sums of all ranks: first over all parts, then by part.
         totals = self._reduce(sums, batch_sums, engine)
         whole_totals = {term: total.sum(0) for term, total in totals.items()}
         for name, value in self._metrics(whole_totals, self._count).items():
@@ -100,10 +109,11 @@ class LossEvaluator:
     def _reduce(
         self, sums: dict[str, torch.Tensor], batch_sums: dict[str, list[torch.Tensor]], engine: Engine
     ) -> dict[str, torch.Tensor]:
-        """Add the sums of all ranks: {term: tensor}. All ranks must call.
+        """Add the sums of all ranks, and pass the sums of each micro-batch to `on_batch_sums`. All ranks must call.
 
-        `sums`: this rank's, by term, with a row for each part of the documents. `batch_sums`: of some terms, the sum of each
-        micro-batch; in the order of the documents they go to `on_batch_sums`, for paired tests between evaluations.
+        Returns the totals by term, in the shape of `sums`. `sums`: this rank's, by term, with a row for each part of the
+        documents. `batch_sums`: of the terms in `BATCH_TERMS`, the sum of each of this rank's micro-batches. `on_batch_sums` gets
+        those of all ranks in the order of the documents, such as {"eval/loss": [310.2, 287.9]}, for paired tests.
         """
         terms = sorted(sums)
         batch_terms = sorted(batch_sums)
@@ -116,8 +126,8 @@ class LossEvaluator:
         sizes = [part.numel() for part in flat_sums]
         by_batch = reduced[sum(sizes) :].view(len(batch_terms), -1)
         self.on_batch_sums({f"eval/{term}": by_batch[row].tolist() for row, term in enumerate(batch_terms)})
-        pieces = reduced[: sum(sizes)].split(sizes)
-        return {term: piece.view(sums[term].shape) for term, piece in zip(terms, pieces, strict=True)}
+        flat_totals = reduced[: sum(sizes)].split(sizes)
+        return {term: total.view(sums[term].shape) for term, total in zip(terms, flat_totals, strict=True)}
 
     def _metrics(self, totals: dict[str, torch.Tensor], count: float) -> dict[str, float]:
         """Metrics by name, the loss first. `count` is the denominator of the means."""

@@ -101,7 +101,7 @@ class ServedWriter:
     def likelihoods(self, engine: Any, pairs: Sequence[Pair]) -> list[Likelihood]:
         """The likelihood of each continuation after its context. Raises ConfigError if the server does not tell it.
 
-        `pairs`: (token ids of the context, token ids of the continuation).
+        `pairs`: (token ids of the context, token ids of the continuation). ([5, 8], [13, 2]) -> the likelihood of [13, 2].
         """
 
         def request_likelihood(pair: Pair) -> Likelihood:
@@ -116,14 +116,15 @@ class ServedWriter:
             )
             logprobs = getattr(first_choice(response), "logprobs", None)
             token_logprobs = getattr(logprobs, "token_logprobs", None) or []
-            scored = slice(len(context), len(ids))
+            scored = slice(len(context), len(ids))  # the tokens of the continuation
             continuation_logprobs = token_logprobs[scored]
             if len(token_logprobs) < len(ids) or any(logprob is None for logprob in continuation_logprobs):
                 raise ConfigError(
                     f"{KEY}.url={self.client.config.url}: tells no log-probabilities of a prompt's tokens (echo with logprobs, "
                     "as vLLM does), which tasks of likelihood need; ask it for written answers alone, or evaluate without it"
                 )
-            # Of each position, the server's likeliest token and its log-probability. Some servers leave them out.
+            # Of each position {"likeliest token": its log-probability}. If a server leaves them out, the continuation counts
+            # as greedy (each token the likeliest one).
             top_logprobs = getattr(logprobs, "top_logprobs", None) or [None] * len(ids)
             is_greedy = True
             for logprob, top in zip(continuation_logprobs, top_logprobs[scored], strict=True):
@@ -200,9 +201,10 @@ def connect_served_model(
 
 
 def find_served_model(client: Client, path: str) -> str:
-    """The name under which a server serves the model in `path`: `evaluation.server.model`, else the one that fits the path.
+    """The name under which a server serves the model in `path`.
 
-    Raises ConfigError that lists the served models, if none or several fit.
+    It is `evaluation.server.model` if that is set; else the one whose name or directory is `path`, or has the same last part.
+    Raises ConfigError that lists the served models, if the set one is not among them, or if none or several fit the path.
     """
     served_models = client.models()
     names = [str(model["id"]) for model in served_models]

@@ -49,7 +49,7 @@ class Judge:
         chunks: list[list[str]] = []
 
         def split_new_questions() -> int:
-            """Take known verdicts from the cache, and split the other questions into chunks; returns the number of chunks."""
+            """Fill `verdict_by_question` from the cache, and `chunks` with the other questions. Returns the number of chunks."""
             model = self._client.model() if questions else ""
             different_questions = list(dict.fromkeys(questions))
             for question in different_questions:
@@ -70,6 +70,7 @@ class Judge:
             return len(chunks)
 
         def ask_chunk(number: int) -> None:
+            """Send a chunk of questions to the server, and add the verdicts to `verdict_by_question`."""
             num_left = sum(map(len, chunks[number:]))
             verdict_by_question.update(self._ask_and_cache(chunks[number], num_left))
 

@@ -13,8 +13,9 @@ from trainer.evaluation.harness.task_files import TaskFiles, missing_data
 def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's Task objects by name, with their data, from files and caches of this machine.
 
-    `options`: those of our task (`num_fewshot`, `generation` ...), which override the YAML. Errors: ConfigError naming the
-    data sets that would be fetched, and for settings that cannot be met; DataError.
+    `options`: those of our task (`num_fewshot`, `generation` ...), which override the YAML. Raises ConfigError for data that
+    would be fetched from a hub, for tasks that run code or show pictures, and for settings that this engine cannot meet;
+    DataError for data that cannot be read.
     """
     from lm_eval.tasks import TaskManager
 
@@ -25,7 +26,7 @@ def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]
         try:
             loaded: dict[str, Any] = dict(manager.load([task_files.name])["tasks"])
         except Exception as error:  # noqa: BLE001  what a task's own functions and `datasets` raise
-            if hub_data_sets:
+            if hub_data_sets:  # most likely a data set is not in the cache
                 raise ConfigError(_would_fetch(task_files, hub_data_sets)) from None
             one_line = " ".join(str(error).split())[:400]
             raise DataError(
@@ -93,10 +94,12 @@ def _would_fetch(task_files: TaskFiles, hub_data_sets: dict[str, str]) -> str:
 
 
 def _apply_options(name: str, task: Any, options: dict[str, Any]) -> None:
-    """Override few-shot examples and generation of an lm-eval task by our options, as the harness's own command does.
+    """Set few-shot examples and generation of an lm-eval task to our options, in place, as the harness's own command does.
 
-    Raises ConfigError for settings that this engine cannot meet.
+    `name`: the task's name, for errors. `options`: {"num_fewshot": 5 or None, "generation": {"max_gen_toks": 64}, ...}. Raises
+    ConfigError for settings that this engine cannot meet.
     """
+    # Few-shot examples.
     yaml_shots = task.get_config("num_fewshot")
     wanted_shots = options["num_fewshot"]
     if wanted_shots is not None and yaml_shots == 0 and wanted_shots != 0:
@@ -106,6 +109,7 @@ def _apply_options(name: str, task: Any, options: dict[str, Any]) -> None:
     if wanted_shots is not None or yaml_shots is None:
         task.set_config(key="num_fewshot", value=wanted_shots or 0)
 
+    # Generation, of tasks whose answers are written.
     if task.get_config("output_type") != "generate_until":
         return
     if options["generation"]:

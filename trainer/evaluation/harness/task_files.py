@@ -42,9 +42,10 @@ class TaskFiles:
 def find_tasks(name: str | None, path: str | None) -> TaskFiles:
     """The lm-eval tasks that a name stands for: a task, a group or a tag. Reads YAMLs, no data.
 
-    They come from `path` (a YAML, or a directory of YAMLs) or from the harness's own files. Without a name, it is the first
-    one in `path`. Errors: ConfigError, whose text begins with the name or the path.
+    They come from `path` (a YAML, or a directory of YAMLs) or from the harness's own files. If `name` is None and `path` is a
+    YAML, the first task in it is taken. Raises ConfigError, whose text begins with the name or the path.
     """
+    # The user's YAMLs.
     index: dict[str, Any] = {}
     unreadable: list[str] = []  # an error message for each YAML that cannot be read
     if path is not None:
@@ -54,10 +55,14 @@ def find_tasks(name: str | None, path: str | None) -> TaskFiles:
     if name is None:
         problem = unreadable[0] if unreadable else "has neither `task` nor `group`; name the task"
         raise ConfigError(f"{path}: {problem}")
+
+    # The harness's own YAMLs that the task needs.
     index = _with_built_in_tasks(name, index)
     if name not in index:
         raise ConfigError(f"{name}: {_unknown_task(name, index, path, unreadable)}")
     single_tasks = dict(_single_tasks(name, {}, index))
+
+    # A group's YAML may have how it averages over its tasks: {"metric": "acc", "weight_by_size": false}, or a list of these.
     aggregates = (index[name].cfg or {}).get("aggregate_metric_list") or []
     if not isinstance(aggregates, list):
         aggregates = [aggregates]
@@ -66,10 +71,10 @@ def find_tasks(name: str | None, path: str | None) -> TaskFiles:
 
 
 def _with_built_in_tasks(name: str, user_index: dict[str, Any]) -> dict[str, Any]:
-    """The user's entries by name, and those of the harness that the task `name` needs: itself, and all members of groups.
+    """The index of tasks and groups by name: the user's entries, and those of the harness that the task `name` needs.
 
-    Only files that mention a missing name are read, and then those that mention the members of what was found, until none is
-    missing. Entries of the user win over those of the harness.
+    If `name` is a group, its members are needed too, and theirs. Reading all YAMLs of the harness would take ten seconds, so only
+    files that mention a missing name are read, again and again until none is missing. The user's entries win over the others.
     """
     index = dict(user_index)
     searched: set[str] = set()
@@ -167,7 +172,7 @@ def _files_naming(names: set[str]) -> list[Path]:
     pattern = re.compile(rb"(?<![\w.+-])(?:" + any_name + rb")(?![\w.+-])")
     queue = [file for file, text in _built_in_files().items() if pattern.search(text)]
     files = {*queue}
-    for file in queue:  # grows while it is walked: files that include files that include one
+    for file in queue:  # grows during the loop, by files that include one of its files
         for including in _included_by().get(file, ()):
             if including not in files:
                 files.add(including)
@@ -227,17 +232,18 @@ def _unknown_task(name: str, index: dict[str, Any], path: str | None, unreadable
 
 
 def missing_data(settings: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Where the data of an lm-eval task is, as (error message, hub data set): (None, None) if it is in files of this machine.
+    """What an lm-eval task lacks of its data on this machine, as (error message, data set of a hub); at most one is set.
 
-    The message is set if a file is missing, the data set if the task reads one of a hub.
+    - (None, None): the data is in local files, or a function of the task makes it.
+    - (None, "cais/mmlu (law)"): it is a data set of a hub, or a file at a URL. It may be in the cache of `datasets`.
+    - ("dataset_kwargs.data_files ...: no such file", None): a file is missing, or no file is named.
 
-    `settings`: those of the task's YAML. A data set of a hub may be in the cache of `datasets`. Data that a function makes is
-    not known before the function runs.
+    `settings`: those of the task's YAML.
     """
     path = settings.get("dataset_path")
-    if settings.get("custom_dataset") or settings.get("class") or path is None:
+    if settings.get("custom_dataset") or settings.get("class") or path is None:  # a function or a class makes the data
         return None, None
-    if path not in BUILDERS:
+    if path not in BUILDERS:  # the directory of a data set, or its name on a hub
         if Path(path).expanduser().exists():
             return None, None
         hub_data_set = str(path)

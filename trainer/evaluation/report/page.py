@@ -145,7 +145,13 @@ def _verdicts(report: Record) -> dict[str, str]:
 
 
 def report_verdict(report: Record) -> Callout:
-    """The sentence at the top of the page: in how many tasks the model is better or worse, or how to find out."""
+    """The box at the top of the page: in how many tasks the model is better or worse than the other one.
+
+    - No comparison in the report: a note that says how to make one.
+    - No task in common: a note.
+    - Metrics that became worse than allowed ("regressions"): bad.
+    - Else the numbers of tasks; bad if some are worse and none better, a warning if both, good if some are only better.
+    """
     if "against" not in report:
         run = report["model"]["run"]
         text = "Intervals show how far chance reaches. A comparison with the base shows whether tuning made the model better."
@@ -163,16 +169,17 @@ def report_verdict(report: Record) -> Callout:
     unclear = len(verdicts) - num_better - num_worse - num_different
     if not verdicts:
         return Callout("note", f"Nothing could be compared with {what}", "The two have no task in common.")
-    said = [f"better in {num_better}"] if num_better else []
-    said += [f"worse in {num_worse}"] if num_worse else []
-    said += [f"different in {num_different}"] if num_different else []  # neither direction of their metric is better
-    said += [f"no difference shown in {unclear}"] if unclear and said else []
+    # For example ["better in 2", "no difference shown in 1"]; empty if no task shows a difference.
+    phrases = [f"better in {num_better}"] if num_better else []
+    phrases += [f"worse in {num_worse}"] if num_worse else []
+    phrases += [f"different in {num_different}"] if num_different else []  # neither direction of their metric is better
+    phrases += [f"no difference shown in {unclear}"] if unclear and phrases else []
     if report.get("regressions"):
-        counts = f"{', '.join(said)} of {_tasks(len(verdicts))}. " if said else ""
+        counts = f"{', '.join(phrases)} of {_tasks(len(verdicts))}. " if phrases else ""
         text = f"{counts[:1].upper()}{counts[1:]}These metrics became worse:"
         return Callout("bad", f"Worse than {what}", text)
-    heading = f"Against {what}: {', '.join(said)} of {_tasks(len(verdicts))}"
-    if not said:
+    heading = f"Against {what}: {', '.join(phrases)} of {_tasks(len(verdicts))}"
+    if not phrases:
         heading = f"Against {what}: no difference shown in any of {_tasks(len(verdicts))}"
     text = "A task counts by its first metric, and as better or worse only if the whole 95 % interval of the difference is."
     tone: Tone = "note"
@@ -195,7 +202,7 @@ def report_cards(report: Record) -> list[PageCard]:
     cards = []
     for verdict, tone in TONES.items():
         names = names_by_verdict.get(verdict, [])
-        # Nothing worse is good news, and stands there.
+        # A verdict without tasks has no card, except "worse": that none became worse is good news.
         if names or (verdict == WORSE and names_by_verdict):
             shown_tone = tone if names else ""
             cards.append(PageCard(verdict.capitalize(), str(len(names)), _some(names), shown_tone))
@@ -213,7 +220,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 def report_callouts(report: Record) -> list[Callout]:
-    """What a reader should know beside the verdict: accepted differences, tasks without a comparison, further metrics."""
+    """The boxes below the verdict.
+
+    They show further metrics of tasks that became worse, in what the model or its data differs from those of the run (which the
+    user has accepted), and tasks that were not compared, as the other model has not run them.
+    """
     callouts = []
     against = report.get("against")
     worse = []

@@ -65,10 +65,10 @@ def shown_rows(
 ) -> dict[str, TaskRows]:
     """The rows that the page shows, by task.
 
-    `other_rows`: those of the other model, by task, as far as they are known. `compared_tasks`: what `evaluation.json` says of
-    each compared task.
+    `other_rows`: those of the other model, by task, as far as they are known. `compared_tasks`: the comparison record of each
+    task in `evaluation.json`, whose key `changed` has the rows that one model has right and the other wrong.
     """
-    # A task shows up to three kinds of rows.
+    # A task shows up to three kinds of rows: the worst, lost and won. The limit holds for each kind.
     limit = min(max(MAX_ROWS // (3 * max(len(tasks), 1)), 3), MAX_WORST_ROWS)
     chosen = {}
     for task in tasks:
@@ -99,25 +99,32 @@ def _text_limit(texts: Sequence[str]) -> int:
 def _chosen_rows(
     task: Task, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], changed: dict[str, Any], limit: int
 ) -> TaskRows:
-    """The rows of one task to show: up to `limit` each of those lost to the other model, won from it, and with the worst score.
+    """The rows of one task to show, the worst first: the `limit` with the worst score, and up to `limit` each of lost and won.
 
-    `changed`: the rows that one model has right and the other wrong, as `changed_rows` gives them. A row's sides are the filters
-    that it appears under: lost, won, wrong.
+    A lost row was right with the other model and is wrong now; a won row is the reverse. A row's sides are the filters that it
+    appears under: lost, won, wrong.
+
+    `changed`: lost and won rows as `changed_rows` returns them: {"lost": [{"where": "rows.jsonl:3", "other": "the other model's
+    answer", ...}], "num_lost": 1, "won": [], "num_won": 0}. Empty without a comparison.
     """
     score_name, score_of_row = row_value(task, rows)
     other_answers = {row.where: row.answer for row in other_rows}
     right_score = right_or_wrong_score(task, rows)
-    sides: dict[str, list[str]] = {}
+
+    # Which rows were lost or won, by their location (`file:line`).
+    sides_by_location: dict[str, list[str]] = {}
     for side in (LOST, WON):
-        for row in changed.get(side, ())[:limit]:
-            other_answers.setdefault(row["where"], row["other"])
-            sides.setdefault(row["where"], []).append(side)
+        for changed_row in changed.get(side, ())[:limit]:
+            other_answers.setdefault(changed_row["where"], changed_row["other"])
+            sides_by_location.setdefault(changed_row["where"], []).append(side)
+
+    # The rows to show. All shown rows that are wrong pass the filter "wrong".
     ordered = worst_rows_first(task, rows)
-    worst = {row.where for row in ordered[:limit]}
+    worst_locations = {row.where for row in ordered[:limit]}
     shown = []
     for row in ordered:
-        row_sides = sides.get(row.where, [])
-        if row.where not in worst and not row_sides:
+        row_sides = sides_by_location.get(row.where, [])
+        if row.where not in worst_locations and not row_sides:
             continue
         value = number(score_of_row(row))
         if right_score is not None:
@@ -126,6 +133,8 @@ def _chosen_rows(
             if not is_right:
                 row_sides = [*row_sides, WRONG]
         shown.append(_shown_row(row, tuple(row_sides), value, other_answers.get(row.where, "")))
+
+    # The filters that show at least one row.
     filters = []
     num_wrong = 0 if right_score is None else sum(row.scores[right_score] != 1 for row in rows)
     totals = {LOST: changed.get("num_lost", 0), WON: changed.get("num_won", 0), WRONG: num_wrong}
@@ -133,8 +142,9 @@ def _chosen_rows(
         num_shown = sum(name in row.sides for row in shown)
         if num_shown:
             filters.append((name, description, num_shown, totals[name]))
-    names: set[str] = set().union(*(row.texts for row in shown))
-    columns: list[str] = [name for name in ("answer", "other", "reference") if name in names]
+
+    text_names: set[str] = set().union(*(row.texts for row in shown))
+    columns: list[str] = [name for name in ("answer", "other", "reference") if name in text_names]
     heading = score_name if right_score is None else "result"
     return TaskRows(shown, columns, heading, filters, len(rows) - len(shown))
 

@@ -121,7 +121,12 @@ def _choice_offsets(cases: Sequence[Case]) -> list[int]:
 def _right_choice(answer: Any, choices: list[str], labels: Any) -> int:
     """The number of the right choice, from 0. Raises Refusal if `answer` names none of the choices.
 
-    `answer`: a label of `labels` (ARC), a number, the choice itself, or a letter. `labels`: None if the choices have none.
+    `answer` is read as the first of these that it can be:
+    - one of `labels`, which data sets such as ARC have beside their choices (None if there are none),
+    - a number: 1,
+    - the text of a choice,
+    - a letter: "B", "b." or "B)",
+    - a number as text: "1".
     """
     if isinstance(labels, list) and len(labels) == len(choices) and answer in labels:
         return labels.index(answer)

@@ -116,6 +116,8 @@ class Counterfactual(Task):
 
         `attribute`: what the groups differ in, such as "gender"; a key of `self.terms`. Raises Refusal if it is unknown, or if
         the template has no slot or one that a group has no terms for.
+
+        "{person} works as a nurse." -> Variant("female", "Emily works as a nurse.", 5, {"person": "Emily"}), and others.
         """
         if attribute not in self.terms:
             raise Refusal(
@@ -194,7 +196,8 @@ class Counterfactual(Task):
     def _compare_answers(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each case, with whether the model's answers about the groups differ. All ranks must call.
 
-        The terms of a group are replaced with their slots in its answer, so that naming the person makes no difference.
+        Terms of a group become slots again in its answer, so that naming the person makes no difference: "Emily is kind." and
+        "James is kind." both become "{person} is kind.".
         """
         documents = []
         for case in cases:
@@ -220,7 +223,9 @@ class Counterfactual(Task):
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         """The metrics, and for each group of people in the rows the effect of naming it, in nats."""
         group_metrics = []
-        for group in _groups_with_prefix(rows, "of_"):
+        for group in _groups_with_prefix(
+            rows, "of_"
+        ):  # `of_GROUP`: the group's effect in a case; `in_GROUP`: 1 if it has one
             metric = Metric(
                 f"effect_{group}",
                 f"{group} against the mean of all groups, nats",
@@ -263,6 +268,8 @@ def _groups_with_prefix(rows: Sequence[TaskRow], prefix: str) -> list[str]:
 def _corrected_p(rows: Sequence[TaskRow]) -> dict[str, float]:
     """p of each group's effect by a permutation test, corrected for the number of groups; empty if no row has effects.
 
+    Two scores of a row hold the effects: `of_GROUP` (nats), and `in_GROUP`, which is 1 if the case has the group.
+
     If the model treats groups alike, any assignment of a case's effects to its groups is equally likely. So the effects of each
     case are permuted over its groups `PERMUTATIONS` times, and summed over cases as the observed ones are.
     """
@@ -275,6 +282,8 @@ def _corrected_p(rows: Sequence[TaskRow]) -> dict[str, float]:
             effects_by_groups.setdefault(groups, []).append([row.scores[f"of_{group}"] for group in groups])
     if not effects_by_groups:
         return {}
+
+    # Sums over cases for each group, as they are and after each permutation.
     names = list(dict.fromkeys(chain.from_iterable(effects_by_groups)))
     observed = np.zeros(len(names))
     by_chance = np.zeros((PERMUTATIONS, len(names)))
@@ -294,6 +303,8 @@ def _row(case: Case, value_by_group: dict[str, np.ndarray]) -> TaskRow:
 
     A group's value is float64 [1] (a log-likelihood) or [labels] (probabilities). There is an effect only of log-likelihoods: how
     far that of the group is above the mean of all groups.
+
+    Log-likelihoods of -20 (female) and -22 (male) -> {"gap": 2, "of_female": 1, "in_female": 1, "of_male": -1, "in_male": 1}.
     """
     values = list(value_by_group.values())
     is_one_number = len(values[0]) == 1

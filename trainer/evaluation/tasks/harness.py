@@ -182,7 +182,10 @@ class Harness(Task):
         return complete_scores(rows, self.loaded_tasks)
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-        """The metrics that these rows have values of: a task of the harness may score other things than its YAML says."""
+        """The metrics that these rows have values of: a task of the harness may score other things than its YAML says.
+
+        Score names of rows: `acc` is a metric, and `loss.word_perplexity`, `rows.acc` (1 where the row has it) are parts of one.
+        """
         known = {metric.name: metric for metric in self.metrics}
         row_names = _names_in(rows)
 
@@ -198,12 +201,12 @@ class Harness(Task):
         metrics = []
         for name in names:
             metric = known.get(name)
-            if metric is None:
+            if metric is None:  # only the rows have it
                 description = "mean over rows, as lm-eval has it"
                 metric = Metric(name, description, greater_is_better=None, ratio=(name, None))
             if any(name in row.items for row in rows):  # values that are no numbers cannot be summed
                 metric = replace(metric, ratio=None)
-            elif f"rows.{name}" in row_names and metric.ratio is not None:
+            elif f"rows.{name}" in row_names and metric.ratio is not None:  # only some rows have a value
                 metric = replace(metric, ratio=(metric.ratio[0], f"rows.{name}"))
             metrics.append(metric)
         return tuple(metrics)

@@ -115,6 +115,9 @@ class LoadedTasks:
 
         `value`: what lm-eval logs for the document and the metric. A number that can be summed becomes scores, and the item is
         None. Everything else, such as a pair of labels for F1, becomes the item, in JSON values.
+
+        ("acc", True) -> ({"acc": 1.0}, None). ("f1", (1, 0)) -> ({}, [1, 0]). ("word_perplexity", (-50.0, 12)) ->
+        ({"loss.word_perplexity": 50.0, "count.word_perplexity": 12.0}, None).
         """
         from lm_eval.api import metrics
 
@@ -192,12 +195,13 @@ def task_rows(name: str, samples: Sequence[dict[str, Any]], all_tasks: LoadedTas
 
 
 def complete_scores(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow]:
-    """Add what the scores of single rows lack.
+    """Add to the scores of each row, in place, what depends on all rows; returns the same list.
 
-    If some rows have no value of a metric, the others get `rows.METRIC`, which counts them. The score of the first metric is put
-    first, since the first score sorts the rows.
+    - If some rows have no value of a metric, the others get the score `rows.METRIC` = 1, so that a mean counts only these.
+    - The score of the first metric is put first, since the first score sorts the rows. If the metric is no ratio of sums, that
+      is a new score `each.METRIC`: the metric of the row alone.
     """
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter()  # rows that have a value, by metric; names with a dot are parts of a metric
     for row in rows:
         counts.update(name for name in row.scores if "." not in name)
     incomplete_metrics = {name for name, count in counts.items() if count < len(rows)}
@@ -229,6 +233,11 @@ def _has_metric(name: str, row: TaskRow) -> bool:
 
 def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
     """The report's row of one document, with prompt, answer and reference, without the scores of metrics.
+
+    What the row has depends on the responses in `sample`:
+    - (log-probability, is greedy) of each choice: the answer is the likeliest choice, scores are `logprob.0`, `logprob.1` ...
+    - a written text: the answer is that text after lm-eval's filter.
+    - a number, the log-probability of a whole document: the score `logprob.0`, and no answer.
 
     `name`: the lm-eval task. `sample`: what lm-eval logged of the document. `several`: whether the task is one of several, so
     that its name becomes the row's source.
@@ -265,9 +274,11 @@ def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
 def lm_eval_standard_errors(
     all_tasks: LoadedTasks, metrics: Sequence[Metric], rows: Sequence[TaskRow]
 ) -> dict[str, float]:
-    """Standard errors of means by lm-eval's own functions: METRIC, and for several tasks also METRIC/TASK.
+    """Standard errors of the metrics that are means, by lm-eval's own functions.
 
-    METRIC of several tasks is lm-eval's pooled error; there is none if all tasks weigh the same, whatever their number of rows.
+    Of one task: {"acc": 0.012}. Of several: {"acc": 0.009, "acc/arc_easy": 0.01, "acc/arc_challenge": 0.014}, where "acc" is
+    lm-eval's pooled error; it is missing if all tasks weigh the same, whatever their number of rows. A metric is left out if one
+    of its tasks has only one row.
     """
     from lm_eval.api.metrics import mean, mean_stderr, pooled_sample_stderr
 
@@ -280,7 +291,7 @@ def lm_eval_standard_errors(
         for task, values in values_by_task.items():
             if len(values) > 1:
                 errors[task] = float(mean_stderr(values))
-        if not errors or len(errors) < len(values_by_task):  # one row alone has no standard error
+        if not errors or len(errors) < len(values_by_task):  # no task has values, or one has a single row
             continue
         if len(errors) == 1:
             standard_errors[metric.name] = next(iter(errors.values()))

@@ -143,9 +143,14 @@ class Refusals(PromptTask):
         case.fields |= {"asked": prompt, "harmful": is_harmful}
 
     def _is_harmful(self, fields: dict[str, Any]) -> bool:
-        """Whether the prompt of a row should be refused. Raises Refusal if neither the row nor `options.harmful` says it.
+        """Whether the prompt of a row should be refused. The first of these that is there decides:
 
-        The row's own label comes first, then XSTest's type, then the setting for the whole file, then the data set's columns.
+        1. the row's label, in "should_refuse" or else in "label", such as "unsafe" or true,
+        2. a type of XSTest, in "type": "contrast_homonyms" is harmful, "homonyms" is not,
+        3. the setting `options.harmful`, for the whole file,
+        4. a column "goal" or "behavior": the row is of AdvBench, HarmBench or JailbreakBench, whose prompts are all harmful.
+
+        Raises Refusal for another label, or if there is none of these.
         """
         by_lower_name = {name.lower(): value for name, value in fields.items()}
         for column in ("should_refuse", "label"):

@@ -25,9 +25,14 @@ MAX_LISTED_ROWS = 5
 def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = False) -> list[Case]:
     """The rows of a task, each checked by its kind, at most `max_rows`.
 
-    They come from the task's path, else from the rows that the product ships for this kind, else from `held_out`, the run's
-    evaluation documents. `remote`: whether the path may be a URL. Errors: DataError with file and line for rows that cannot be
-    used, or if there are no rows; ConfigError for a bad path.
+    The first of these that there is:
+    - what the kind of task loads by itself (unchecked, as lm-evaluation-harness does),
+    - the files in the task's `path`,
+    - the rows that shardtune ships for this kind,
+    - `held_out`, the run's evaluation documents.
+
+    `remote`: whether the path may be a URL. Raises DataError with file and line for rows that cannot be used, or if there are no
+    rows; ConfigError for a bad path, or if there is none of the above.
     """
     config = task.config
     if task.loads_own_rows:
@@ -71,7 +76,8 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
 def _file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
     """The rows of the files in the task's path as cases, at most `max_rows`.
 
-    A kind with a file of its own gets the columns of each row, any other kind gets the document that a reader makes of it.
+    A kind of task with a file format of its own (such as bbq) gets the columns of each row. Any other kind gets the document that
+    the reader of a training format makes of the row. Raises ConfigError for a bad path, DataError for a row that cannot be read.
     """
     key = f"{task.key}.path"
     files = expand(task.config.path, key, remote=remote)

@@ -231,8 +231,11 @@ class Stereotype(Task):
 def _row(case: Case, likelihoods: Sequence[Likelihood], weight: float) -> TaskRow:
     """The report's row of a pair of sentences, scored by their likelihoods (stereotype, anti-stereotype, perhaps unrelated).
 
-    `weight`: the pair's share in the mean over StereoSet's target terms; 1 for other data sets. Log-probabilities are sums, as
-    CrowS-Pairs has them for causal models. With an unrelated sentence, as in StereoSet, they are means over tokens.
+    Log-probabilities are sums over tokens, as CrowS-Pairs has them for causal models. With an unrelated sentence, as in
+    StereoSet, they are means over tokens. Besides the scores of the pair there are two for each of its groups, such as
+    `of_gender` (1.0 if the stereotype is likelier) and `in_gender` (always 1.0, which counts the pair).
+
+    `weight`: the pair's share in the mean over StereoSet's target terms; 1 for other data sets.
     """
     texts = case.fields["texts"]
     if len(texts) > 2:
@@ -262,7 +265,8 @@ def _row(case: Case, likelihoods: Sequence[Likelihood], weight: float) -> TaskRo
 def _sentences_by_label(sentences: Any) -> list[str]:
     """The three sentences of a StereoSet item, in the order of `LABELS`. Raises Refusal.
 
-    `sentences`: a list of objects with sentence and gold_label, or (from Parquet) an object with a list for each column.
+    `sentences`: [{"sentence": "Girls are soft.", "gold_label": "stereotype"}, ...], or from Parquet the same as columns:
+    {"sentence": [...], "gold_label": [...]}. A label may also be its number in `NUMBERED`.
     """
     if isinstance(sentences, dict) and all(isinstance(column, list) for column in sentences.values()):
         # A table stores the list of sentences as columns.
@@ -313,8 +317,9 @@ def _winobias_sentences(row: Row) -> Iterator[Row]:
 
 
 def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[Row]]) -> Iterator[Row]:
-    """A row for each pair of sentences from two WinoBias files, `pro_stereotyped_...` and `anti_stereotyped_...`.
+    """A row for each pair of sentences from two WinoBias files, such as `pro_stereotyped_1.txt` and `anti_stereotyped_1.txt`.
 
+    The files belong together if their names differ in "pro" and "anti" only; then the sentences in the same line are a pair.
     `key`: prefix of the task's settings. Raises DataError if a file has no counterpart, or one with another number of sentences.
     """
     pro_files = []
@@ -331,7 +336,7 @@ def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[Row]]) -> I
             problem = "has no file beside it that begins with anti"
         elif len(sentences_by_file[pro]) != len(sentences_by_file[anti]):
             problem = f"and {anti} have unlike numbers of lines"
-        if anti is None or problem is not None:
+        if anti is None or problem is not None:  # `anti is None` is for the type checker alone
             raise DataError(f"{pro}: {problem}; give both of WinoBias's files of one type in {key}.path")
         pairs = zip(sentences_by_file[pro], sentences_by_file[anti], strict=True)
         for pro_row, anti_row in pairs:

@@ -164,13 +164,15 @@ class JsonSchema(Task):
             yield f"{self.key}.options.schema={file}: no such file; give a file with a JSON schema"
 
     def parse_case(self, case: Case) -> None:
-        """Keep the JSON schema, of `options.schema` or else of the row, and make a document of the prompt.
+        """Set the row's JSON schema in `case.fields`, and its prompt as `case.document`. Raises Refusal if either is not valid.
 
-        Raises Refusal if there is no prompt or no valid schema.
+        The schema is that of `options.schema`, or else of the row, as an object or as JSON text. The prompt is the row's
+        "messages" without an answer at their end, or else its "prompt".
         """
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
 
+        # The schema.
         fields = case.fields
         file = self.option_values["schema"]
         schema = fields.get("schema")
@@ -188,8 +190,8 @@ class JsonSchema(Task):
         except SchemaError as error:
             raise Refusal("bad_schema", f'"schema" is no JSON schema: {error.message}') from None
 
+        # The prompt. The answer "{}" is a stand-in: the format of a document needs one, and the model sees only the prompt.
         file_name, _, line = case.location.rpartition(":")
-        # The answer is a stand-in: the format of a document needs one, and only the prompt is asked.
         case.document = Document(file_name, int(line))
         if "messages" in fields:
             turns = turns_of(fields["messages"], "messages", "a list of messages")
