@@ -228,7 +228,8 @@ def tokens_per_square(model_config: Any) -> int:
 def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, float]]:
     """Set every dropout probability in `model_config`, and switch off whatever else the model draws at random.
 
-    Returns (the configuration or part of it, the setting's name, its value before) for each setting that was changed.
+    Returns (the configuration or part of it, the setting's name, its value before) for each setting that was found, such as
+    `(model_config, "attention_dropout", 0.1)`.
     """
     earlier_values = []
     owners = [model_config]

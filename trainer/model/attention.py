@@ -67,7 +67,7 @@ def varlen_attention(
             f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
             "switch the model to 'sdpa' with set_attn_implementation"
         )
-    # GPT-OSS passes its sinks as `s_aux`.
+    # What the model asks for. GPT-OSS passes its sinks as `s_aux`.
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     for unknown in ("head_mask", "position_bias"):
         if kwargs.get(unknown) is not None:
@@ -81,6 +81,7 @@ def varlen_attention(
         query, document_bounds, cu_seq_lens_q = _by_document_position(module, query, documents)
     if branches is not None and (_has_chunks(module) or not causal):
         raise ValueError("branches of a document are not implemented for attention in chunks or to later tokens")
+    # One kernel for all documents, where there is one.
     if sinks is None and _has_varlen_kernel(query, value, softcap, dropout):
         boundaries = KeyBoundaries(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         if branches is not None:
@@ -92,6 +93,7 @@ def varlen_attention(
             key = key.index_select(2, rows)
             value = value.index_select(2, rows)
         return _varlen_kernel(query, key, value, boundaries, scaling, sliding_window, causal), None
+    # Else document by document.
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     branches_left = iter(branches if branches is not None else [])
     lengths = [stop - start for start, stop in pairwise(bounds)]
@@ -329,8 +331,8 @@ def _attend_with_mask(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask
 def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
     """`_attend_one_document` by the kernels of a GPU: heads are repeated, and a window is computed in stretches of queries.
 
-    The one that takes float32 and masks has no grouped heads, for which torch would build all H x T x T scores; and a mask of
-    T x T is as large as that for one head.
+    Heads are repeated because torch's kernel for float32 and masks knows no grouped heads: torch would build all H x T x T scores
+    instead. Queries go in stretches because a mask over all of them has T x T entries.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -94,9 +94,16 @@ def _sum_over_tokens(values: Tensor, is_token: Tensor | None) -> Tensor:
 def losses_of(
     config: ModelConfig, settings: Any, plain: nn.Module, kind: ModelKind
 ) -> tuple[RouterLosses, dict[str, int], dict[str, str]]:
-    """(the losses that a run adds, the routers that they are made of, notes: what the model's config asks and is not done).
+    """(the losses that a run adds, the routers that they are made of, notes by setting).
 
-    `settings`: transformers' configuration; `plain`: its model. Raises ConfigError for a setting that cannot be followed.
+    Routers are module names with the index of the logits in their output. Notes say what the model's configuration asks for and
+    is not done. `settings`: transformers' configuration; `plain`: its model. Cases, in order:
+    - neither the settings nor the configuration ask for such losses: none.
+    - an encoder-decoder, or a model without routers that can be recorded: none; ConfigError if the settings ask for them.
+    - the balancing loss does not fit the model: its weight is 0; ConfigError if the settings ask for it.
+    - else: the weights of the settings; for the balancing loss that of the configuration if the setting is null.
+
+    Raises ConfigError also for other settings that cannot be followed.
     """
     text = text_settings(settings)
     notes: dict[str, str] = {}

@@ -113,7 +113,10 @@ class Conversions:
         return rules, firsts, unused
 
     def _plan_group(self, group: ConversionGroup) -> None:
-        """Find out what a group makes and how its rows can be read."""
+        """Set `shapes` and `row_source` of a group: what it makes, and what has to be read for some rows of it.
+
+        The conversion is run on meta tensors, so that nothing is read but shapes.
+        """
         if group.converter is None:
             (stored,) = group.sources[""]
             self._read_directly(group, self.files.shape(stored))
@@ -274,7 +277,11 @@ class Conversions:
 
 
 def _rows_of(operations: list[Any], sources: list[list[Tensor]], dimensions: int) -> str:
-    """How rows of a parameter can be made from stored tensors: `list`, `rows` or `whole`, as `ConversionGroup.row_source` has it.
+    """How rows of a parameter can be made from stored tensors, which decides how much has to be read for some rows:
+
+    - `list`: the tensors are stacked along the rows: as many tensors as rows.
+    - `rows`: the conversion leaves rows as they are: the same rows of each tensor.
+    - `whole`: else, everything.
 
     `operations`: transformers' conversion, in order. `sources`: the stored tensors, on meta. `dimensions`: of the parameter.
     """

@@ -13,11 +13,15 @@ HEAD_SIZES = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim")
 
 
 def head_sizes(model_config: Any) -> list[int]:
-    """The sizes of attention heads that a transformers config tells of, ascending; none if it tells nothing."""
+    """The sizes of attention heads that a transformers config states, ascending, such as `[64, 128]`; empty if it states none.
+
+    Without an entry of its own the size is the hidden size over the number of heads.
+    """
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     sizes: set[Any] = set()
     for name in HEAD_SIZES:
         sizes.update(layer_values(text, name))
+    # Latent attention (DeepSeek): a query head is these two parts side by side.
     latent_parts = [getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
     if all(isinstance(part, int) for part in latent_parts):
         sizes.add(sum(part for part in latent_parts if part))
@@ -32,8 +36,8 @@ def head_sizes(model_config: Any) -> list[int]:
 def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: float = 0.0) -> str | None:
     """Why FlashAttention 2 cannot compute this model's attention on this GPU; None if it can.
 
-    `half`: whether the run computes in bf16 or fp16. The package is asked for last, through transformers: FlashAttention 4
-    goes by the same import name.
+    Checked in order: the GPU and the precision, the sizes of heads, the backward pass, the installed package. `half`: whether the
+    run computes in bf16 or fp16. transformers checks the package, since FlashAttention 4 has the same import name.
     """
     if gpu is None or not half:
         return "it needs a GPU and precision=bf16 or fp16"

@@ -56,11 +56,15 @@ class KeptLayers:
     depth: int
 
     def before(self, index: int) -> int:
-        """How many of them lie before a layer."""
+        """How many kept layers lie before the layer `index` of the full model."""
         return sum(kept < index for kept in self.indices)
 
     def by_layer(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """What those settings become that speak of layers: their number, lists of one entry each, lists and maps by index."""
+        """New values of the settings that depend on the number or the order of layers. `settings`: those of a config.json.
+
+        Where layers 0, 1 and 31 of 32 are kept: `num_hidden_layers` 32 -> 3, `first_k_dense_replace` 1 -> 1 (a border counted
+        from the start), `mlp_only_layers` [0, 31] -> [0, 2] (layers by index), and of a list of 32 entries these three stay.
+        """
         changed: dict[str, Any] = {}
         for name, value in settings.items():
             if name in DEPTHS and isinstance(value, int):
@@ -143,9 +147,10 @@ def depth_of(settings: dict[str, Any]) -> int:
 
 
 def layer_kinds(plain: nn.Module, depth: int) -> list[tuple[Any, ...]]:
-    """What each of `depth` layers is.
+    """What tells each of `depth` layers from the others, by index; layers with equal entries are built alike. Empty if unknown.
 
-    Counts every list of so many layers that the model has, and lists that together have so many and lie in one module.
+    An entry has a part for each list of `depth` layers that the model has (encoder and decoder, as a rule), where several shorter
+    lists of one module that have `depth` layers together count as one.
     """
     layer_lists = []
     for module in plain.modules():

@@ -64,10 +64,13 @@ def resolve_layout(
     needs_padding: bool,
     kernels: KernelChoices,
 ) -> AttentionLayout:
-    """How documents lie in a row, and which kernel attends.
+    """How documents lie in a row, and which kernel computes attention.
 
-    `unproven(attention)`: why documents cannot lie in one row with that kernel; empty if they can. Raises ConfigError for a
-    combination that would silently mix documents.
+    `unproven(attention)`: why documents cannot lie in one row with that kernel; empty if they can. Cases, in order:
+    - settings that exclude each other, or name a kernel that cannot run here: ConfigError.
+    - padded rows are set or needed, or the kernel is for them (sdpa, eager): padded.
+    - the first kernel that is proven for several documents in one row: padding-free.
+    - none is: ConfigError if the settings ask for one row, since documents would be mixed; else padded, with a note.
     """
     if layout is Layout.padding_free and needs_padding:
         raise ConfigError(
@@ -87,7 +90,7 @@ def resolve_layout(
         if layout is Layout.auto and not needs_padding:
             notes["data.layout"] = f"padded (attention={model.attention})"
         return _padded(model, notes)
-    reasons: dict[str, str] = {}
+    reasons: dict[str, str] = {}  # why documents cannot lie in one row, by kernel
     for attention in KERNELS_BY_SETTING.get(model.attention) or kernels.in_order():
         reasons[attention] = unproven(attention)
         if not reasons[attention]:

@@ -97,6 +97,7 @@ def load_model_config(config: ModelConfig) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    # Read it.
     path = resolve_path(config)
     if Path(path).is_dir():
         check_small_files(Path(path))
@@ -119,6 +120,7 @@ def load_model_config(config: ModelConfig) -> Any:
         if shape is None:
             raise _config_error(path, error, config) from error
         model_config = config_of_shape(shape)
+    # Check its sizes, then set positions.
     text = model_config.get_text_config()
     below_one = []
     for setting in REQUIRED_SIZES:
@@ -209,10 +211,14 @@ def _config_error(path: str, error: Exception, config: ModelConfig) -> ConfigErr
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The fast tokenizer with added tokens and the chosen chat template; raises ConfigError where there is none."""
+    """The fast tokenizer with added tokens and the chosen chat template.
+
+    Raises ConfigError if there is none that can be loaded, or if an added token is in the vocabulary already.
+    """
     with importing("transformers"):
         from transformers import AutoTokenizer
 
+    # Load it.
     path = resolve_path(config, config.tokenizer)
     if Path(path).is_dir():
         check_small_files(Path(path))
@@ -241,6 +247,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise _hub_error("model.tokenizer" if config.tokenizer else "model.path", path, error, config) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer={path}: has no fast tokenizer (tokenizer.json); convert it first")
+    # Change it as the settings say.
     if config.chat_template is not None:
         tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     if tokenizer.pad_token is None:

@@ -107,6 +107,7 @@ def replace_with_quantised(model: nn.Module, directory: str, settings: Any, devi
             f"model.path={directory}: its output layer lies in few bits too, which losses cannot be computed in here; serve it, "
             "and give evaluation.server=http://..."
         )
+    # Linear layers are replaced by the loaded ones; other modules take over parameters and buffers.
     loaded_modules = dict(loaded.named_modules())
     for name, module in list(model.named_modules()):
         loaded_module = loaded_modules.get(name)

@@ -104,10 +104,10 @@ def round_stack(scheme: Scheme, weight: Tensor) -> Tensor:
 def quantise_experts(
     model: nn.Module, scheme: Scheme, *, kept_in_float32: set[str], base_name: Callable[[str], str]
 ) -> dict[str, Shape]:
-    """Store the frozen weights of experts packed, in place, on meta; their shapes by base name.
+    """Replace the frozen weights of experts by packed bytes (uint8), in place, on meta; returns their old shapes by base name.
 
-    Modules whose name has a part in `kept_in_float32` stay as they are, as do experts that train, and those that compute in
-    a way of their own.
+    Experts stay as they are if they train, if they compute in a way of their own, or if a part of their name (between dots) is in
+    `kept_in_float32`.
     """
     shape_by_name: dict[str, Shape] = {}
     modules: dict[str, Any] = dict(expert_modules(model))

@@ -156,7 +156,11 @@ def _rope_parameters(text: Any, config: ModelConfig) -> dict[str, Any]:
 
 
 def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own_positions: int) -> None:
-    """Replace the scaling of `parameters` by `model.rope.type`, counted from the positions that the base was trained with."""
+    """Replace the scaling in `parameters` (the config's rope parameters), in place, by that of `model.rope`.
+
+    The factor is `model.rope.factor`, or `model.positions` over the positions that the base was trained with: 32768 over 8192
+    give 4. Raises ConfigError if the base's own scaling cannot be replaced, or if the factor is unknown or below 1.
+    """
     scaling = config.rope.type
     base_type = parameters.get("rope_type", "default")
     if base_type not in SCALABLE_TYPES:
@@ -181,6 +185,7 @@ def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own
             f"model.positions={config.positions}: is less than the {original} positions that the base was trained with, and "
             "needs no scaling; leave model.rope.type at null"
         )
+    # Remove what belongs to the old scaling, then write the new one.
     recorded = ORIGINAL in parameters
     was_yarn = base_type == RopeScaling.yarn
     for key in SCALING_KEYS & parameters.keys():

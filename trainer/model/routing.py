@@ -111,7 +111,10 @@ def number_experts(model: nn.Module) -> tuple[int, ...]:
 
 
 def recorded_routers(model: nn.Module) -> dict[str, int]:
-    """The modules whose output transformers records as router logits, by name, and which part of it they are."""
+    """The modules whose output transformers records as router logits, by name, with the index of the logits in that output.
+
+    Such as `{"model.layers.0.mlp.gate": 0}`.
+    """
     output_index: dict[str, int] = {}
 
     def search(module: nn.Module, name: str, recorders: list[Any]) -> None:

@@ -32,8 +32,9 @@ def kind_problems(
 ) -> Iterator[str]:
     """Why a model cannot be trained as the `kind` that its objective needs, one line each.
 
-    `model` is the content of its config.json. `lengths` are the positions that the run needs on a side, by the setting that
-    asks for them.
+    `model` is the content of its config.json. `lengths`: the positions that the run needs on the encoder's or the decoder's side,
+    by the setting that asks for them, such as `{"data.max_length": 512}`. Only the seq2seq objective needs an encoder-decoder;
+    of these only the ones in `PROVEN_ENCODER_DECODERS` are trained.
     """
     model_type = model.get("model_type", "unknown")
     is_proven = model_type in PROVEN_ENCODER_DECODERS

@@ -194,7 +194,10 @@ def _nested_settings(
 def _shrunk(
     settings: dict[str, Any], cls: Any, plain: nn.Module, shrink_sizes: Callable[..., Any], choice: int
 ) -> dict[str, Any]:
-    """The settings of a small copy: fewer layers, by `choice`, and sizes by `shrink_sizes`."""
+    """The settings of a small copy of a model: fewer layers, sizes by `shrink_sizes`, and bounds and ids that fit these.
+
+    `choice`: number of the choice of layers that is tried. Configurations within (of a text model, say) are shrunk as well.
+    """
     kept_layers = _kept_layers(settings, plain, choice)
     small = dict(settings) | kept_layers.by_layer(settings)
     small |= shrink_sizes(small, settings)
@@ -305,7 +308,10 @@ def _inner_width(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Widths and numbers of heads divided by one number; the size of a head stays as it is."""
+    """Widths and numbers of heads divided by one number; the size of a head stays as it is.
+
+    The divisor is the largest power of two up to 32 that divides all numbers of heads in `full`: 32 and 8 heads give 8.
+    """
     head_counts = []
     for name, value in full.items():
         if name.endswith(("heads", "n_head")) and isinstance(value, int) and value > 1:

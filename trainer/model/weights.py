@@ -276,7 +276,17 @@ class WeightSource:
             )
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU. The first case that holds:
+
+        - a frozen model beside the tuned one: from its own source.
+        - the tuning method owns or rewrites it: the method's initial value.
+        - quantised: the packed bytes.
+        - not in the checkpoint: a fixed value, or drawn from the seed.
+        - the vocabulary grows: the stored rows, then new ones.
+        - else: as stored.
+
+        In the last two a row in `zeroed` (as a rule the padding token's) is set to zero.
+        """
         if name.startswith(BESIDE):
             for prefix, frozen in self.beside.items():
                 if name.startswith(prefix):
@@ -296,7 +306,7 @@ class WeightSource:
             values = self.checkpoint.read_slice(stored, start, stop)
         if base in self.zeroed:
             columns = math.prod(shape[1:])
-            first = self.zeroed[base] * columns
+            first = self.zeroed[base] * columns  # of the row's elements
             values = values.clone()
             values[max(0, first - start) : max(0, first + columns - start)] = 0
         return values

@@ -59,7 +59,10 @@ class AnswerCollator(Collator):
     axes = AXES | dict.fromkeys(ROW_ENTRIES, Axis.supervised_row) | {ANSWER_LENGTHS: Axis.sequence}
 
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add the entries; zeros for sequences that are no answers (those of a plan), nothing where nothing is learned."""
+        """Add `ANSWER_LENGTHS` (learned tokens of each sequence) and the entries of `ROW_ENTRIES`, one number a learned token.
+
+        The entries are zeros if a sequence is no answer (as in a plan), and empty if nothing is learned.
+        """
         lengths = [float(np.count_nonzero(sample.supervised[1:])) for sample in samples]
         batch[ANSWER_LENGTHS] = torch.tensor(lengths, dtype=torch.float32)
         answers = [sample for sample in samples if isinstance(sample, AnswerSample)]

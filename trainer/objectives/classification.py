@@ -186,20 +186,22 @@ def labels_of(labels: Any) -> str:
 
 
 def split_labels(label: str) -> list[str]:
-    """The names in what `labels_of` made."""
+    """The label names in a text that `labels_of` made: `cat|dog` gives `["cat", "dog"]`, an empty text none."""
     return label.split(LABEL_SEPARATOR) if label else []
 
 
 def number_labels(
     columns: Columns, table: DocumentTable, names: list[str] | None, *, multi_label: bool
 ) -> tuple[list[str] | None, np.ndarray | None]:
-    """(label names in the order of their ids, the id of each text in `columns.labels`).
+    """(label names in the order of their ids, the id of each text in `columns.labels`; None without labels).
 
-    With `multi_label` the id of a text has the bit of each of its labels. Without `names` they are those of the training
-    split. Raises DataError for labels that are no names, for more than fit into the bits, and for too few to tell apart.
+    With `multi_label` bit i of an id is set if the text has the label `names[i]`: with the names cat and dog, `cat` is 1, `dog`
+    is 2 and `cat|dog` is 3. If `names` is None, they are the labels of the training split. Raises DataError for labels that the
+    training split does not have, for more than fit into the bits, and for too few to tell apart.
     """
     if not columns.labels:
         return names, None
+    # The label names in each text.
     label_sets = [[label] for label in columns.labels]
     if multi_label:
         label_sets = [split_labels(label) for label in columns.labels]

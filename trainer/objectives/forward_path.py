@@ -297,8 +297,12 @@ class _Proof:
         return sequence_proof.sequence_problem(forward, row, attention)
 
     def _fastest_right_path(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[ForwardPath | None, str]:
-        """(the fastest path that is right, empty text), or (None, why the fastest path is not right)."""
-        paths = list(FORWARD_PATHS)
+        """(the fastest path that is right, empty text), or (None, why the fastest path is not right).
+
+        A path is right if its loss and gradients agree with the stock model's in one of the types that are tried. Running out of
+        GPU memory is raised: it proves nothing.
+        """
+        paths = list(FORWARD_PATHS)  # the fastest first
         if layout is Layout.padding_free:  # only positions tell the model where a document begins
             paths = [path for path in paths if path.positions]
         dtypes: tuple[torch.dtype, ...] = (self.dtype, torch.float32)
@@ -327,6 +331,7 @@ class _Proof:
 
     def _compare_with_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
         """Run a path on the documents together, and describe how its loss or gradients differ; empty if they do not."""
+        # Build the model on this path, with the stock model's weights.
         in_half = dtype is torch.bfloat16
         tolerance = TOLERANCE
         if in_half:
@@ -339,6 +344,7 @@ class _Proof:
         model.train(not self.is_random)
         if in_half:
             model = model.to("cuda")
+        # The loss and the gradients of all documents.
         batches = [self.documents]
         if path.alone:
             batches = [[document] for document in self.documents]
@@ -350,6 +356,7 @@ class _Proof:
             batch_loss, _ = summed_loss(model, batch)
             batch_loss.backward()
             loss = loss + batch_loss.detach().cpu()
+        # Compare both with the stock model's.
         difference = abs(float(loss) - float(self.stock_loss)) / float(self.stock_loss)
         if not difference <= tolerance:  # a NaN is no agreement
             return f"the loss differs by {difference:.1e} from that of the documents in separate rows"

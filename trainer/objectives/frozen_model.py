@@ -138,6 +138,7 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: AttentionLayo
         with meta_context():
             return model_class.from_config(settings, attn_implementation=attention, **build_options(config))
 
+    # Build, once more if the checkpoint has an output head of its own.
     try:
         model = build()
     except ValueError as error:

@@ -79,7 +79,10 @@ def _combine_problems(config: GrpoConfig) -> Iterator[str]:
 
 
 def _clip_problems(config: GrpoConfig) -> Iterator[str]:
-    """Bounds of the ratio that the chosen form does not read, or needs."""
+    """Bounds of the probability ratio that `objective.clip_form` needs and does not have, or has and does not read.
+
+    `cispo` needs a `clip_high` of 1 or more; only `ppo` reads `clip_negative`; `none` reads no bound.
+    """
     if config.clip_form is ClipForm.cispo and (config.clip_high is None or config.clip_high < 1):
         given = "null" if config.clip_high is None else f"{config.clip_high:g}"
         yield (

@@ -96,17 +96,20 @@ class RatedDataSpec(UnlabelledDataSpec):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """One sequence for each rated answer, marked with its verdict."""
+        """(document, its samples): one for each rated answer, marked 1 under `DESIRABLE` if it was rated good, else 0.
+
+        A document has one rated answer (thumbs up or down), or two (a pair: the chosen, then the rejected).
+        """
         for start in range(0, len(documents), DOCUMENTS_PER_BATCH):
             batch = documents[start : start + DOCUMENTS_PER_BATCH]
             conversations = [_rated_conversations(document) for document in batch]
             # All answers of the batch are encoded together; `encoded` gives them in the same order.
             answers = []
-            for document, of_document in zip(batch, conversations, strict=True):
-                answers += [(document, turns) for turns in of_document]
+            for document, rated in zip(batch, conversations, strict=True):
+                answers += [(document, turns) for turns in rated]
             encoded = iter(encoder.encode_answers(answers))
-            for document, of_document in zip(batch, conversations, strict=True):
-                samples = [next(encoded) for _ in of_document]
+            for document, rated in zip(batch, conversations, strict=True):
+                samples = [next(encoded) for _ in rated]
                 if len(samples) == 2:
                     share_prompt(document, *samples)
                 fitted = fit_answers(encoder, document, samples, config, tally)
@@ -166,9 +169,11 @@ class RatedCollator(Collator):
 
 
 def _rated_conversations(document: Document) -> list[list[Message] | None]:
-    """The conversation that ends in each rated answer of a document. None stands for its own prompt and completion.
+    """The conversation that ends in each rated answer of a document, with the turns before it marked `train: False`.
 
-    Turns before the answer are marked `train: False`, so that only the answer counts.
+    - a pair: two conversations, to the chosen and to the rejected answer.
+    - prompt and completion: `[None]`, which stands for these two texts.
+    - messages: one; its answer is all assistant turns behind the last turn of another role.
     """
     if document.chosen and document.rejected:
         prompt: list[Message] = [{**message, "train": False} for message in document.messages or []]

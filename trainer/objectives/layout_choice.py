@@ -65,12 +65,15 @@ class Proofs:
             return architecture(ModelKind.causal, copy.deepcopy(self.settings), self.config, "eager", "sft")[0]
 
     def choose_path(self, arrangement: AttentionLayout) -> ForwardPath:
-        """The proven forward path of an arrangement; a note is added to it if that is not the fastest.
+        """The proven forward path of an arrangement. Adds notes to `arrangement.notes`, for example if it is not the fastest.
 
-        Raises ConfigError if tokens see what follows them.
+        Proofs run on a small copy of the model (`ProvenPaths`). Cases, in order:
+        - tokens see what follows them, or paths were tried and none was right for the layout: ConfigError.
+        - nothing could be tried: ConfigError if the model cannot be given tokens alone, else the stock path.
+        - else: the fastest path that was right.
         """
         layout = arrangement.layout
-        kernel = NAME
+        kernel = NAME  # padded rows are proven together with the built-in kernel
         if layout is Layout.padding_free:
             kernel = arrangement.attention
         proven = self.paths(kernel)
@@ -150,6 +153,7 @@ def causal_model(
 
     `needs_padding`: the tuning method needs a row for each document, and hidden states. Raises ConfigError.
     """
+    # The layout of documents in rows, the kernel and the forward path.
     proofs = Proofs(config, settings, half_on_gpu=half_on_gpu)
     arrangement = resolve_layout(
         config,
@@ -170,11 +174,12 @@ def causal_model(
             f"tuning: virtual tokens cannot be put before the inputs of a {settings.model_type}, whose logits are made by its "
             "own forward pass; use tuning=lora"
         )
+    # The model. `kernel`: the one that it got, which may differ from the arrangement's.
     with context:
         model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
-    untied = untied_as_stored(config, settings, model)
+    untied = untied_as_stored(config, settings, model)  # changes `settings`
     if untied:
-        # The checkpoint has two matrices although the configuration ties them: `settings` are changed, so build again.
+        # The checkpoint has two matrices although the configuration ties them: build again, untied.
         arrangement.notes["model.tied_head"] = untied
         with meta_context():
             model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")

@@ -64,16 +64,17 @@ def record_reference_logps(
             continue
         # A file of another name belongs to another model, or to other tokens.
         name = hashlib.sha256(f"{settings.key}/{dataset.fingerprint}".encode()).hexdigest()[:16]
+        # (prefix of the file's name, name of the column, which sample it holds for each sequence)
         columns: list[tuple[str, str, AheadOf]] = [("", REFERENCE, TokenDataset.sample)]
         if settings.look_ahead_of is not None:
             columns.append(("mismatched-", REFERENCE_AHEAD, settings.look_ahead_of))
-        for prefix, mark, sample_of in columns:
+        for prefix, column_name, sample_of in columns:
             path = settings.directory / f"{split}-{prefix}{name}.npy"
             column = _read_column(path, len(dataset), runtime)
             if column is None:
                 column = _compute_logps(dataset, engine, settings, sample_of, runtime, stop_now)
                 _write_column(path, column, runtime)
-            dataset.attach(mark, column)
+            dataset.attach(column_name, column)
 
 
 class RecordLogps:
@@ -92,9 +93,9 @@ def _compute_logps(
     runtime: processes.Runtime,
     stop_now: Callable[[], bool],
 ) -> np.ndarray:
-    """float32 [N]: the log-probability of each sequence, as `sample_of` gives it, under the model as it is now.
+    """float32 [N]: the log-probability of each of the dataset's N sequences under the model as it is now.
 
-    All ranks must call.
+    `sample_of(dataset, index)` gives the sequence. All ranks must call. Raises Preempted if `stop_now` says so.
     """
     device = runtime.device
     logps_by_sequence = torch.zeros(len(dataset), dtype=torch.float64, device=device)

@@ -63,7 +63,10 @@ def build_objective(config: ObjectiveConfig, references: ReferenceModels | None 
 
 
 def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with an objective's own settings and with the others for it, one line each."""
+    """What is wrong with an objective's own settings and with the others for it, one line each.
+
+    The objective's family checks its own; here follow what it cannot do with the data: replay, labels, prompts without answers.
+    """
     family = family_of(config)
     yield from family.problems(config, other_settings)
     replayed_sources = [name for name, source in other_settings.data.sources.items() if source.replay]

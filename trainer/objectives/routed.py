@@ -48,6 +48,7 @@ class AddedLosses:
     ) -> dict[str, Tensor]:
         """The objective's terms, which `compute` gives; in training also `ADDED_LOSS`, its parts, and the tokens by expert.
 
+        While `compute` runs, hooks record router logits, hidden states and chosen experts.
         All ranks must call: with a balancing loss, they add up their choices if the batch does not have the step's yet.
         """
         if not torch.is_grad_enabled():
@@ -130,11 +131,11 @@ def _token_mask(batch: dict[str, Any]) -> Tensor | None:
 def added_losses(
     config: ModelConfig, settings: Any, plain: nn.Module, model: nn.Module, kind: ModelKind
 ) -> tuple[AddedLosses | None, dict[str, str]]:
-    """Hook the tuned `model` so that its added losses can be computed; freezes biases that balance experts.
+    """Hook the tuned `model` so that its added losses can be computed, and freeze biases that balance experts.
 
-    Returns None if the model adds nothing and has no experts, and for encoder-decoder models; and notes, by setting, on what
-    its configuration asks for and does not get. `settings`: transformers' configuration. `plain`: the model before tuning.
-    Raises ConfigError for settings that the model cannot follow.
+    Returns (the added losses, notes). The first is None for an encoder-decoder model, and if nothing is added and the model has
+    no experts. Notes, by setting, say what the configuration asks for and does not get. `settings`: transformers' configuration.
+    `plain`: the model before tuning. Raises ConfigError for settings that the model cannot follow.
     """
     router_losses, routers, notes = losses_of(config, settings, plain, kind)
     if kind is ModelKind.encoder_decoder:

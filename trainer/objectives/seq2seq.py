@@ -173,7 +173,7 @@ class SourceTargetEncoder(Encoder):
             yield np.array([*self.opening, *encoding.ids, *self.closing], dtype=np.int32)
 
     def fit(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
-        """The sample with both sides within their bounds, or nothing if `policy` drops it.
+        """The sample with both sides within their bounds, as a list of one, or an empty list if `policy` drops it.
 
         A cut prompt keeps the tokenizer's closing tokens. A cut answer has none: the model should not learn to end there.
         Raises DataError if the policy is `fail`.
@@ -206,18 +206,21 @@ class SourceTargetEncoder(Encoder):
 def source_and_target(document: Document) -> tuple[str, str, float]:
     """(prompt, answer, weight of the answer). A weight of 0 means that it is not learned.
 
-    A conversation has an optional system turn, one user turn and one assistant turn; its prompt is the system turn, an empty
-    line, and the user turn. The separator of prompt/completion rows is left out, since the two sides are separate sequences.
-    Raises RefusedDocument for any other document.
+    - A row of prompt and completion: both as they are, with the weight 1. Their separator is left out, since the two sides are
+      separate sequences.
+    - A conversation of an optional system turn, one user turn and one assistant turn: the prompt is the system turn, an empty
+      line, and the user turn; the weight is that of the assistant turn.
+    - Any other document, tool calls or thoughts in it, or a weight of an earlier turn: RefusedDocument is raised.
     """
     if document.prompt is not None:
         return document.prompt, document.completion or "", 1.0
     turns = [*(document.messages or []), *(document.chosen or [])]
     if len(turns) > 1:
         *system, user, assistant = turns
-    else:  # no conversation: refused below
+    else:  # no conversation: turns of no role, which are refused below
         system = []
         user = assistant = {"role": ""}
+    # Refuse what is no prompt with one answer.
     roles = [turn["role"] for turn in turns]
     if (user["role"], assistant["role"]) != ("user", "assistant") or roles[:-2] not in ([], ["system"]):
         kind = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
@@ -234,6 +237,7 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
             "tools, calls and thoughts are written by chat templates, and objective=seq2seq has none; name them in "
             "data.ignore_columns to train without them, or use objective=sft with a causal model",
         )
+    # The two texts, and the weight of the answer.
     prompt = "\n\n".join([*(turn["content"] for turn in system), user["content"]])
     if any("weight" in turn for turn in turns[:-1]):
         problem = (

@@ -66,7 +66,10 @@ def uses_replay_kl(config: ObjectiveConfig) -> bool:
 
 
 def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the settings of replay, forgetting and label smoothing together."""
+    """What is wrong with the settings of replay, forgetting and label smoothing together, one line each.
+
+    A source is replayed if `data.sources.<name>.replay` is true: its documents keep the model near what it was before.
+    """
     sources = other_settings.data.sources
     forgetting = forgetting_settings(config)
     replayed_sources = [name for name, source in sources.items() if source.replay]
@@ -199,12 +202,14 @@ class SftWithReplayKl(Sft):
         self.initial_model = initial_model
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The terms of training that also holds the model near to its beginning on replayed documents (by a KL divergence).
+        """`loss`, and its parts `sft_loss` and `replay_kl` (a divergence from the initial model on replayed documents).
 
-        The decoder runs once on all tokens, and the model as it began on the replayed documents.
+        The trained model runs once on all tokens, the initial model on the replayed documents. In evaluation: the terms without
+        the divergence.
         """
         if not torch.is_grad_enabled():
             return super().terms(model, batch)
+        # Hidden states of the initial model, moved to the ranks that have the same rows of the whole batch.
         initial_head, initial_hidden = self.initial_model(model, batch["replay"])
         if "replay_moves" in batch:
             sent, received = batch["replay_moves"]

@@ -23,10 +23,10 @@ def look_ahead(
     averaged: bool,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
-    """Each term of this rank's micro-batches `batches`, summed over all ranks and divided by `count`: 0-d float32.
+    """Each term of the objective, by name, summed over the micro-batches of all ranks and divided by `count`: 0-d float32.
 
-    Computed without gradients and dropout; `averaged` as in `Engine.inference`. All ranks must call, with equally many
-    micro-batches; `check_stop` is called after each. `count` of 0 leaves the sums as they are.
+    `batches`: this rank's micro-batches. Computed without gradients and dropout; `averaged` as in `Engine.inference`. All ranks
+    must call, with equally many micro-batches; `check_stop` is called after each. `count` of 0 leaves the sums as they are.
     """
     sums: dict[str, torch.Tensor] = {}
     with engine.inference(averaged=averaged) as module:
