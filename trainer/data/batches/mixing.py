@@ -22,7 +22,8 @@ from trainer.data.store.sequences import TokenDataset
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Pack documents into rows (packs) of at most `capacity` tokens: the longest first, each into the fullest pack with room.
 
-    `lengths`: tokens of each document. Returns the document numbers of each pack. Deterministic: equal lengths keep their
+    `lengths`: tokens of each document. Returns the document numbers of each pack: lengths 3, 6, 4 and 5 with capacity 10 give
+    [[1, 2], [3, 0]]. Deterministic: equal lengths keep their
     order, and of equally full packs the latest is taken. A bitset of the free rooms (tokens left in a pack) finds the best
     fit, so that 50,000 documents take a fraction of a second.
     """
@@ -105,6 +106,7 @@ class Mix:
         ends when the first source has been seen once, or all have (`mixing.epoch`). Raises DataError for a weighted source
         without documents or without tokens, ConfigError for an epoch that is too long.
         """
+        # Two sources of 100 and 300 documents with equal weights: 100 of each, or with EpochEnd.all 300 of each.
         amounts = self.tokens if mixing.over is MixOver.tokens else self.documents
         # Units of each source per unit of epoch length: its share, divided by what one of its units holds on average.
         rates: list[Fraction] = []
@@ -144,7 +146,7 @@ class Mix:
         epochs of `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen
         in an epoch.
         """
-        passes = []
+        passes: list[float] = []  # of each source, as all lists here
         for quota, size in zip(quotas, self.units, strict=True):
             passes.append(int(quota) / int(size) if size else 0.0)
         documents = [rate * int(number) for rate, number in zip(passes, self.documents, strict=True)]
@@ -228,6 +230,7 @@ def build_order(
     None if each sequence is drawn alone. `sequences_per_document`: 2 for pairs, else 1. With `data.sources.*.weight` the order
     mixes the sources in these shares. Raises ConfigError and DataError for weights of sources that cannot be used.
     """
+    # The units, and the source of each.
     weights = source_weights(config, train.source_names)
     sources = train.sources
     units: list[list[int]] | None = None
@@ -238,6 +241,7 @@ def build_order(
         # Without weights a pack may hold documents of several sources: all count as source 0.
         packed_sources = sources if weights else np.zeros_like(sources)
         units, sources = pack_by_source(train.lengths, packed_sources, config.max_length)
+    # The order: all units in a random order, or mixed by weight.
     if not weights:
         num_units = len(train) if units is None else len(units)
         return units, GlobalOrder(num_units, seed=seed, shuffle=config.shuffle)
@@ -245,6 +249,7 @@ def build_order(
     unit_documents = np.ones(len(train), np.int64)
     if units is not None:
         unit_tokens = np.array([train.lengths[unit].sum() for unit in units])
+        # A pair of answers is one document with two sequences.
         unit_documents = np.array([len(unit) // sequences_per_document for unit in units])
     mix = Mix.of(config, train.source_names, sources, unit_tokens, unit_documents)
     return units, MixedOrder(sources, mix.quotas(config.mixing), seed=seed, shuffle=config.shuffle)

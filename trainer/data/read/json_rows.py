@@ -208,7 +208,10 @@ class _ObjectWithDoubledKeys(dict[str, Any]):
 
 
 def decode_line(raw: bytes) -> dict[str, Any]:
-    """The one JSON object in `raw`, its faulty columns as `Fault`. Raises Refusal."""
+    """The one JSON object in `raw`, its faulty columns as `Fault`. Raises Refusal if it is not one object.
+
+    Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": Fault("nan", ...)}.
+    """
     try:
         row = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -229,7 +232,8 @@ def decode_line(raw: bytes) -> dict[str, Any]:
         raise Refusal(_TOO_DEEP.reason, _TOO_DEEP.message) from None
     if not isinstance(row, dict):
         raise Refusal("not_an_object", f"a row must be an object with named fields, and is {show_value(row)}")
-    fault = _first_fault([*row])  # in the names of the columns
+    # A fault in a column's name spoils the row, one in its value the column alone.
+    fault = _first_fault([*row])
     if fault is not None:
         raise Refusal(fault.reason, fault.message)
     fields = {name: _first_fault(column) or column for name, column in row.items()}
@@ -241,8 +245,9 @@ def decode_line(raw: bytes) -> dict[str, Any]:
 def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
     """Whether `orjson` lost nothing when it read `raw`: no key that was there twice, no rounded number; and no deep nesting.
 
-    Every key has a colon behind it, and texts may contain more. If the bytes have as many colons as that, no key is missing.
-    Only an escaped colon (`\\u003a`) in a text could make up for a lost one.
+    Every key has a colon behind it, and texts may contain more. If the bytes have as many colons as that, no key is missing:
+    {"a": "x:y"} has two, one for its key and one in its text. Only an escaped colon (`\\u003a`) in a text could make up for a
+    lost one.
     """
     num_colons = 0
     num_containers = 0
@@ -267,7 +272,10 @@ def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
 
 
 def _first_fault(column: Any) -> Fault | None:
-    """The first fault in the value of a column, searched level by level; None if it is sound. The row counts as one level."""
+    """The first fault in the value of a column, searched level by level; None if it is sound. The row counts as one level.
+
+    Faults: what the decoder left as a `Fault`, a key that is there twice, half a surrogate pair, nesting beyond `MAX_DEPTH`.
+    """
     level = [column]
     depth = 1
     while level:
@@ -300,23 +308,32 @@ def _has_lone_surrogate(text: str) -> bool:
 
 
 def _hint(text: str, error: json.JSONDecodeError) -> str:
-    """A hint at the mistake that whoever wrote the row probably made; empty if the position of the error does not tell."""
+    """A hint at the mistake that whoever wrote the row probably made; empty if the position of the error does not tell.
+
+    `text`: the row. `error`: what the json module found wrong with it, and where.
+    """
     position = error.pos
     character = text[position : position + 1]
     end = len(text.rstrip())
+    # Something follows the object: {"a": 1},
     if error.msg == "Extra data":
         if "\r" in text.strip():
             return "; the line holds carriage returns: end lines with a line feed"
         return "; remove the comma after the object" if character == "," else "; a line holds one object"
+    # {"a": 1,}
     follows_comma = text[:position].rstrip().endswith(",") and character in ("}", "]")
     if follows_comma or error.msg.startswith("Illegal trailing comma"):  # as Python says it since 3.13
         return "; a comma before the closing bracket is not allowed"
+    # {'a': 1}
     if character == "'":
         return "; JSON takes double quotes"
+    # {"a": True}
     if text.startswith(("True", "False", "None"), position):
         return "; JSON writes true, false and null"
+    # A line break within a text.
     if error.msg.startswith("Invalid control") and position < end:
         return "; inside a text, write line breaks and tabs as \\n and \\t"
+    # {"a": 1
     if position >= end or error.msg.startswith("Unterminated"):
         return "; the object is cut off, or spread over several lines"
     return ""

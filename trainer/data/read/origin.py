@@ -128,7 +128,7 @@ class Origin:
     def files(self, digest: Callable[[Path], str]) -> list[dict[str, Any]]:
         """{"path", "bytes", "sha256"} of each file, as far as they are known, for the audit.
 
-        `digest` gives the SHA-256 of a file.
+        A local file has all three, a remote one no "sha256", a hub data set the path alone. `digest` gives the SHA-256 of a file.
         """
         records: list[dict[str, Any]] = []
         for path in self.paths:
@@ -214,7 +214,11 @@ def _file_bytes(path: File) -> int:
 
 
 def _load_error(full_name: str, error: Exception, *, streaming: bool = False) -> DataError:
-    """The error for a hub data set that `datasets` could not load: the cause in a line, and what to do about it."""
+    """The error for a hub data set that `datasets` could not load: the cause in a line, and what to do about it.
+
+    Example: "hub:org/name cannot be loaded: Unknown split "dev"...; name a split that it has". `full_name`: the data set with the
+    options it was asked for with. `streaming`: whether it was to be read from the hub row by row.
+    """
     text = str(error).strip()
     cause = text.splitlines()[0][:300] if text else type(error).__name__
     # By name, because the classes live in several libraries, which are not imported here.
@@ -223,6 +227,7 @@ def _load_error(full_name: str, error: Exception, *, streaming: bool = False) ->
     is_unreached = is_offline or bool(class_names & UNREACHED_ERRORS)
     if "DatasetNotFoundError" in class_names and not is_offline:
         remedy = "check the name; for a private or gated data set, log in with a token that has access (HF_TOKEN)"
+    # "Config name is missing", "BuilderConfig 'x' not found"
     elif "onfig" in cause and "ValueError" in class_names and "ConnectionError" not in class_names:
         remedy = f"name one of its configs; the message says which there are: {' '.join(text.split())[:600]}"
     elif "split" in cause.lower():

@@ -64,18 +64,23 @@ def is_hub(path: File | str) -> bool:
 
 
 def expand(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
-    """The files that the setting `key` names: a file, a directory, a glob or `hub:org/name`, or a list of these, in that order.
+    """The files that a setting names, in the order in which it names them; a file named twice is there once.
 
-    With `remote` also addresses (s3://, https:// and so on), which are looked up; without it they are an error.
-    A directory is searched with all below it, sorted by path; one written by `datasets.save_to_disk` gives its Arrow
-    files. A name that exists as typed is never read as a glob. A file named twice is read once. Raises DataError.
+    `path_setting`: one of these, or a list of them:
+    - `hub:org/name`: kept as it is;
+    - an address (s3://, https:// and so on): the remote files that it names, looked up over the network; an error without
+      `remote`;
+    - a file: itself, even if its name could be read as a glob;
+    - a directory: the data files in it and below, sorted by path; one written by `datasets.save_to_disk` gives its Arrow files;
+    - a glob: the files that match.
+    `key`: the setting's name, for messages. Raises DataError.
     """
     paths = [path_setting]
     if isinstance(path_setting, Sequence) and not isinstance(path_setting, str):
         paths = list(path_setting)
     if not paths:
         raise DataError(f"{key}=[] names no file; give a file, a directory or a glob")
-    # By resolved path: two paths name the same file if they lead to the same one, links followed.
+    # Resolved path (links followed) -> path as it was named: two paths name the same file if they lead to the same one.
     files: dict[File, File] = {}
     for path in paths:
         if not isinstance(path, str | os.PathLike) or not str(path):
@@ -102,6 +107,9 @@ def expand(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
 
 def sets_of(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
     """The sets of a held-out split by name: (the setting that names the set, its files).
+
+    Example: {"law": "law.jsonl"} of `eval` -> {"law": ("data.eval_path.law", "law.jsonl")}; "test.jsonl" of `test` ->
+    {"test": ("data.test_path", "test.jsonl")}.
 
     `path_setting`: what `data.<split>_path` holds. A split has one set, named like it; that of evaluation may have several.
     Raises ConfigError for a name that cannot be one.
@@ -130,6 +138,7 @@ def _expand_local(typed_path: str, key: str) -> list[Path]:
     Raises DataError if there are none, with a hint at what may be meant.
     """
     path = Path(typed_path).expanduser()
+    # A directory or a file of that very name.
     try:
         if path.is_dir():
             return _directory_files(path, key)
@@ -139,6 +148,7 @@ def _expand_local(typed_path: str, key: str) -> list[Path]:
         raise DataError(f"{key}={typed_path}: {error.strerror}") from error
     if path.is_symlink():
         raise DataError(f"{key}={typed_path}: {_describe_broken_link(path)}")
+    # A glob.
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
     files = [_require_readable(match, key) for match in matches if not match.is_dir()]
     if files:
@@ -147,6 +157,7 @@ def _expand_local(typed_path: str, key: str) -> list[Path]:
         raise DataError(
             f"{key}={typed_path} matches only directories; write {typed_path.rstrip('/')}/**/*.jsonl or the like"
         )
+    # Nothing: "a,b" may be meant as a list; else there may be a close name, or a hub data set of that name.
     hint = _list_hint(typed_path)
     if not hint:
         hint = _close_name_hint(path) + _hub_hint(typed_path)
@@ -195,7 +206,11 @@ def _directory_files(path: Path, key: str) -> list[Path]:
 
 
 def _walk(directory: Path, key: str, parents: tuple[Path, ...]) -> Iterator[Path]:
-    """Readable files in `directory` and below; `parents` are the real paths on the way here, by which loops are found."""
+    """Readable files in `directory` and below, hidden ones left out. Raises DataError for a loop of links.
+
+    `parents`: the real paths of `directory` and the directories above it, by which loops are found. A directory that
+    `datasets.save_to_disk` wrote gives its Arrow files.
+    """
     try:
         entries = sorted(directory.iterdir())
     except OSError as error:
@@ -221,7 +236,11 @@ def _walk(directory: Path, key: str, parents: tuple[Path, ...]) -> Iterator[Path
 
 
 def _saved_files(directory: Path, key: str) -> list[Path] | None:
-    """Arrow files, in order, of a directory that `datasets.save_to_disk` made; None for any other directory."""
+    """Arrow files, in order, of a directory that `datasets.save_to_disk` made; None for any other directory.
+
+    Raises DataError if it holds several splits, or a selection of rows that the files do not show.
+    """
+    # A saved DatasetDict has a directory for each split: only one can be meant.
     if (directory / "dataset_dict.json").is_file():
         splits = list(read_object(directory / "dataset_dict.json", "save the data set again").get("splits", []))
         if len(splits) != 1:
@@ -229,6 +248,7 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
             example = directory / (splits[0] if splits else "train")
             raise DataError(f"{key}={directory} holds the splits {names}; name one of them, for example {example}")
         directory = directory / splits[0]
+    # A saved Dataset lists its Arrow files in state.json.
     state_file = directory / "state.json"
     if not (state_file.is_file() and (directory / "dataset_info.json").is_file()):
         return None

@@ -71,7 +71,11 @@ class _Lines:
 
 
 def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Rejected]:
-    """Rows of a delimited file, record by record."""
+    """Rows of a delimited file, record by record: the first one is the header, blank lines are skipped.
+
+    A record with bytes that are not UTF-8, or with more or fewer cells than the header, becomes a `Rejected`. Raises DataError
+    for a record after which rows can no longer be separated, such as a quote that is never closed.
+    """
     # strict=True: otherwise a misplaced quote would silently swallow the following rows.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     name = str(path)

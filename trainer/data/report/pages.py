@@ -81,7 +81,8 @@ def _shorten(text: str) -> str:
 def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
     """A decoded sample as runs for the page: (escaped text, its CSS class "learned", "context" or "cut").
 
-    Of a sample with more than `max_characters`, two thirds are its beginning and one third its end.
+    Example: [("Hi", "context"), ("Hello", "learned")]; "cut" is a note of the page's own, such as "… 900 characters …".
+    Of a sample with more than `max_characters`, two thirds of what is shown are its beginning and one third its end.
     """
     from markupsafe import escape
 
@@ -96,6 +97,7 @@ def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTE
     for piece in sample.pieces:
         text = piece["text"]
         css_class = "learned" if piece["learned"] else "context"
+        # What of the piece lies before the gap, the gap itself, and what lies behind it.
         head = text[: max(head_end - position, 0)]
         if head:
             page_runs.append((escape(visible(head)), css_class))
@@ -104,6 +106,7 @@ def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTE
         tail = text[max(tail_begin - position, 0) :]
         if tail:
             page_runs.append((escape(visible(tail)), css_class))
+        # A weight below 1 is shown behind the piece, as "*0.5".
         if "weight" in piece and page_runs[-1][1] == "learned":
             page_runs.append((f"*{piece['weight']:g}", "cut"))
         position += len(text)
@@ -137,16 +140,21 @@ def hub_licence(licence: str | None) -> tuple[str | None, str | None]:
 
 
 def datacard(audit: Audit, config: CardConfig) -> str:
-    """The text of `datacard.md`. Text from the data is escaped for Markdown, what the owner states is Markdown of theirs."""
+    """The text of `datacard.md`: the hub's metadata as YAML, then the card.
+
+    Text from the data is escaped for Markdown; what the owner states in `config` is taken as Markdown.
+    """
     from huggingface_hub import DatasetCard, DatasetCardData
     from markupsafe import Markup
 
+    # What the metadata says.
     source_names = ", ".join(dict.fromkeys(source.name for source in audit.sources[:5]))
     title = " ".join(visible(config.title or f"Fine-tuning data: {source_names}").split())
     languages = list(config.languages) or _common_languages(audit.languages)
     num_documents = sum(split.documents for split in audit.splits.values())
     licence, licence_name = hub_licence(visible(config.licence or "").strip())
     is_labelled = any(split.labelled for split in audit.splits.values())
+    # Index into SIZES: how many of the limits 1,000, 10,000, ..., 1,000,000,000 are reached.
     size_category = bisect_right([10**power for power in range(3, 10)], num_documents)
     metadata = DatasetCardData(
         pretty_name=title,
@@ -157,6 +165,7 @@ def datacard(audit: Audit, config: CardConfig) -> str:
         task_categories=["text-classification" if is_labelled else "text-generation"],
         tags=["shardtune", "fine-tuning"],
     )
+    # The card itself.
     environment = templates(escape_markdown, autoescape=False)
     environment.globals["stated"] = lambda words: Markup(visible(words or "").strip() or "Not stated.")
     body = environment.get_template("card.md.j2").render(

@@ -131,6 +131,7 @@ class SpanFinder:
         Conversations of one shape (roles, supervised turns, outer whitespace) share a skeleton: what the template writes around
         their contents. It is kept and fitted to the contents.
         """
+        # Take the conversation apart into its shape and its contents.
         roles: list[str] = []
         contents: list[str] = []
         whitespace: ContentWhitespace = {}
@@ -146,6 +147,7 @@ class SpanFinder:
             roles.append(message["role"])
             contents.append(trimmed)
         shape = (*roles, tuple(learned), *whitespace.items())
+        # The skeleton of this shape: kept, or made now.
         if shape in self._skeletons:
             skeleton = self._skeletons[shape]
         else:
@@ -321,7 +323,11 @@ class SpanFinder:
         `text`: as rendered. `spans`: supervised spans in `closed_text`, which ends with an end-of-turn token. Each edge of a span
         is kept as (contents before it, characters of template text before it), which holds for contents of any length. None
         unless the text has each placeholder once, in order.
+
+        Example, with <0> and <1> as placeholders: "U:<0>|A:<1>$" with the span "<1>$" gives the literals "U:", "|A:" and "$", and
+        the edges (1, 5, 2, 6): one content and 5 characters before its begin, two contents and 6 characters before its end.
         """
+        # The literals: what stands between the placeholders.
         literals: list[str] = []
         placeholder_begins: list[int] = []
         position = 0
@@ -345,6 +351,7 @@ class SpanFinder:
                     return None
             return num_before, position - sum(map(len, placeholders[:num_before]))
 
+        # The edges of the spans.
         edges = []
         for begin, end in spans:
             begin_edge = split_position(begin)
