@@ -273,7 +273,7 @@ def _course_callouts(run: RecordedRun) -> list[Callout]:
     outcome = run.record.outcome
     if outcome is not None and outcome.stopped_early:
         patience = run.config.get("evaluation.patience")
-        text = f"The monitored metric had not improved for {patience} evaluations."
+        text = f"The watched metric had not improved for {patience} evaluations."
         found.append(Callout("note", "The run stopped early", text))
     # What a detector found has a call-out of its own.
     outliers = [event for event in run.events if event.get("event") != "challenge"]
