@@ -100,7 +100,13 @@ def row_of(config: TuningConfig) -> str:
 
 
 def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw) -> Cell:
-    """The verdict on one combination. `row` and `feature` are keys of `rows()` and `FEATURES`."""
+    """The verdict on one combination: refused, with the reason and what to use instead; testable on GPUs only; or tested.
+
+    `row` and `feature` are keys of `rows()` (tuning methods) and `FEATURES`. The first reason for a refusal counts:
+    - the method does not run under the strategy, or the optimizer does not
+    - the method refuses the feature, or the feature by itself does not go with strategy, optimizer or method
+    - the method refuses the optimizer
+    """
     method = rows()[row]
     asked_feature = FEATURES[feature]
     support = SUPPORT[optim]
@@ -110,8 +116,8 @@ def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimN
     if strategy in support.refused:
         return Cell(CellState.refused, support.refused[strategy], f"{support.instead}, or optim=adamw")
     reason = method.refused.get(asked_feature.word)
-    counts_here = not asked_feature.only_under or strategy in asked_feature.only_under
-    if reason and counts_here:
+    concerns_strategy = not asked_feature.only_under or strategy in asked_feature.only_under
+    if reason and concerns_strategy:
         return Cell(CellState.refused, reason, asked_feature.instead)
     without_feature = _without_feature(row, strategy, feature, optim)
     if without_feature is not None:
@@ -138,7 +144,10 @@ def _without_feature(row: str, strategy: StrategyName, feature: str, optim: Opti
 
 
 def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig) -> Iterator[str]:
-    """What a method's row refuses and no other check says, one line each: `key=value: reason; what to do`."""
+    """Error messages for what a tuning method refuses and no other check reports, one line each: `key=value: reason; what to do`.
+
+    That is the strategy, compiled blocks, full activation checkpointing, and the optimizer.
+    """
     row = row_of(tuning)
     if row not in rows():
         return
@@ -161,9 +170,9 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig)
 
 
 def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:
-    """One word for all strategies that run the optimizer: `tested` or `refused`; if they differ, where it is which.
+    """A cell of a table over all strategies that run the optimizer: `tested`, or, if they differ, "refused under `ddp`, `zero3`".
 
-    With a feature or an optimizer, the strategies that do not run the method at all are left out.
+    With a feature, or another optimizer than AdamW, the strategies that do not run the method at all are left out.
     """
     names = [name for name in STRATEGIES if name not in SUPPORT[optim].refused]
     if feature != "plain" or optim is not OptimName.adamw:

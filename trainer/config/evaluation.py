@@ -147,7 +147,10 @@ def _learns_to_chat(config: RunConfig) -> bool:
 
 
 def _forgetting(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the way forgetting is measured."""
+    """Error messages for `challenges.forgetting`: its limit, the tasks it names, its chat questions, and its file of plain text.
+
+    Looks for the files of `challenges.forgetting.data` on this machine.
+    """
     key = "challenges.forgetting"
     watched = config.challenges.forgetting
     try:
@@ -165,6 +168,8 @@ def _forgetting(config: RunConfig) -> Iterator[str]:
         yield from _chat_questions(config)
     if watched.data is None:
         return
+
+    # A task is made from the file of plain text.
     if GENERAL in config.evaluation.tasks:
         yield f"evaluation.tasks.{GENERAL}: is the name of the task that {key}.data makes; call yours otherwise"
     if family_of(config.objective).kind is ModelKind.classifier or not build_objective(config.objective).perplexity:
@@ -188,7 +193,7 @@ def _chat_questions(config: RunConfig) -> Iterator[str]:
 
 
 def _of_file(word: str, error: ShardtuneError) -> str:
-    """What is wrong with the files that a word names, as validation says it."""
+    """An error about the files that a setting names, with that setting (`data.eval_path=x`) in front of it once."""
     return f"{word}: {str(error).removeprefix(word).lstrip(': ')}"
 
 
@@ -209,7 +214,10 @@ def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
 
 
 def _tasks(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the tasks, one line each; reads no rows."""
+    """Error messages about the evaluation tasks, their judge and their server, one line each.
+
+    Looks for the tasks' files, without reading their rows.
+    """
     tasks = config.evaluation.tasks
     family = family_of(config.objective)
     yield from registry.task_problems(tasks)
@@ -223,7 +231,7 @@ def _tasks(config: RunConfig) -> Iterator[str]:
         )
     for name, task in tasks.items():
         kind = registry.TASK_KINDS.get(task.kind)
-        if kind is None:
+        if kind is None:  # reported by `task_problems`
             continue
         key = f"evaluation.tasks.{name}"
         if family.kind is ModelKind.classifier and not kind.works_with_classifiers:
@@ -245,7 +253,7 @@ def _needs_judge(name: str, task: TaskConfig) -> bool:
 
 
 def _server(config: RunConfig) -> Iterator[str]:
-    """What a server that writes answers cannot do."""
+    """Error messages for settings that do not go with `evaluation.server`, a server that writes the answers of the tasks."""
     server = config.evaluation.server
     yield from server.problems("evaluation.server")
     if server.url is None:

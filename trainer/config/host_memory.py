@@ -9,23 +9,24 @@ from trainer.model.rules import read_config
 
 
 def node_gib(tree: dict[str, Any], ranks: int) -> float:
-    """GiB of a node that `ranks` ranks take if inputs of blocks wait on the host; 0 if none do, or sizes are not known.
+    """GiB of a node's memory that its `ranks` ranks take for inputs of blocks that wait on the host; 0 if none do.
 
-    `tree`: the configuration as plain values. Documents count as long as `data.max_length` allows.
+    0 as well if the model's config.json does not state its sizes. `tree`: the configuration as plain values. Documents count as
+    long as `data.max_length` allows.
     """
     strategy = tree["strategy"]
     if not strategy.get("offload_activations"):
         return 0.0
     model = read_config(tree["model"]["path"]) or {}
-    model = model.get("text_config") or model
+    model = model.get("text_config") or model  # of a model that reads images, too
     width = model.get("hidden_size") or model.get("n_embd")
     blocks = model.get("num_hidden_layers") or model.get("n_layer")
     if not width or not blocks:
         return 0.0
     micro = tree["batch"]["micro"]
     documents = micro if isinstance(micro, int) else 1  # `auto` chooses what fits
-    itemsize = 4 if tree["precision"] == "fp32" else 2
-    # Ranks that share a row hold a slice of it each. A run that was submitted by an earlier version has no `parallel`.
+    itemsize = 4 if tree["precision"] == "fp32" else 2  # bytes of a number
+    # Ranks that share a row hold a slice of it each, rounded up. A run submitted by an earlier version has no `parallel`.
     tokens = -(-documents * tree["data"]["max_length"] // tree.get("parallel", {}).get("sequence", 1))
     on_host = expected_on_host(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
     return node_bytes(on_host, ranks) / GIB

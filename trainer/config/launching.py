@@ -128,7 +128,7 @@ def _extra(launcher: SlurmConfig) -> Iterator[str]:
 
 
 def _pipeline(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
-    """What is wrong with a chain of jobs."""
+    """Error messages about `launcher.pipeline`, the jobs that follow each other, such as [prepare, train, evaluate]."""
     parts = launcher.pipeline
     pipeline_word = f"launcher.pipeline=[{','.join(parts)}]"
     in_order = [part for part in PARTS if part in parts]

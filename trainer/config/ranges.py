@@ -19,16 +19,21 @@ def range_problems(settings: Any, key: str = "") -> list[str]:
 
 
 def _problems_below(settings: Any, key: str, better_advice: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Walk the settings depth first. `better_advice` is what the field that holds them says about some of their numbers."""
+    """A line for each number out of its range, in `settings` and the groups inside of it: "optim.lr=-1: must be above 0; ...".
+
+    `key`: under which the settings stand, such as `optim`; empty for the whole. `better_advice`: advice by name of a number,
+    which the field that holds `settings` gives in place of the number's own.
+    """
     for field in fields(settings):
         own_key = f"{key}.{field.name}" if key else field.name
         content = getattr(settings, field.name)
+        # What the field declares: bounds of its number, words that are allowed instead, advice, the class of a table's entries.
         traits = traits_of(type(settings), field.name, better_advice)
         if is_dataclass(content):
             yield from _problems_below(content, own_key, traits.advice_below)
         elif traits.entries is not None:
             yield from _entry_problems(content, own_key, traits.entries)
-        elif isinstance(content, dict):
+        elif isinstance(content, dict):  # settings by name, such as `data.sources`
             for name, entry in content.items():
                 if is_dataclass(entry):
                     yield from _problems_below(entry, f"{own_key}.{name}")
@@ -40,7 +45,11 @@ def _problems_below(settings: Any, key: str, better_advice: Mapping[str, str] | 
 
 
 def _entry_problems(table: dict[str, Any], table_key: str, entries: type) -> Iterator[str]:
-    """The table is `batch`. Its entries are whole numbers, which nothing has checked yet."""
+    """A line for each entry of a table that is no whole number, or out of its range; the table is `batch`.
+
+    `entries`: the class whose fields declare the ranges. A field is called like its entry, with a `_` behind a Python keyword
+    (`global_`). Nothing has checked the types of the entries yet.
+    """
     for field in fields(entries):
         name = field.name.removesuffix("_")
         key = f"{table_key}.{name}"

@@ -21,7 +21,10 @@ from trainer.rollout.rewards.model_files import reward_model_problems
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the rewards of a run, one line each. Reads the syntax of reward files, and first rows of the data."""
+    """Error messages about the rewards of a run, one line each. Reads the syntax of reward files, and first rows of the data.
+
+    Columns are only compared with the data if the rewards have no other problem.
+    """
     objective = config.objective
     yield from _watch_problems(config)
     if not isinstance(objective, RoundsConfig):
@@ -85,7 +88,10 @@ def _of_reward(name: str, reward: RewardEntry) -> Iterator[str]:
 
 
 def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str]:
-    """Rewards that name a column which the data lacks, by the first row of each file that is on this machine."""
+    """An error message for each reward that needs a column which the data lacks.
+
+    Reads the first row of each input that is on this machine. What is on others, or cannot be read, is passed over.
+    """
     if config.data.remote:  # its files are looked at when the data is prepared
         return
     try:
@@ -128,7 +134,12 @@ def _first_columns(data_input: Input) -> set[str] | None:
 
 
 def _missing_columns(name: str, reward: RewardEntry, columns: set[str]) -> list[str]:
-    """The columns that a reward cannot do without, and that are not there."""
+    """The columns that a reward needs and the data lacks.
+
+    - A function: its required arguments that are neither columns nor options of the reward. Loads the function's file.
+    - A reward model: none.
+    - A built-in kind: the first of its alternatives, such as `solution` or `answer`, if there is none of them.
+    """
     if reward.function is not None:
         try:
             function = function_of(reward.function, f"objective.rewards.{name}.function")
@@ -139,7 +150,7 @@ def _missing_columns(name: str, reward: RewardEntry, columns: set[str]) -> list[
     if reward.path is not None:  # reads the prompt and the answer alone
         return []
     alternatives = KINDS[reward.kind](reward.options).needed_columns()
-    # Of a conversation, the answer at its end is the reference.
+    # A conversation has no column `completion`, but the answer at its end is one.
     has_answer = not columns.isdisjoint({"messages", "conversation", "conversations"})
     if not alternatives or not columns.isdisjoint(alternatives) or ("completion" in alternatives and has_answer):
         return []

@@ -81,12 +81,15 @@ class GpuRequest:
 
 
 def gpu_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
-    """The GPUs a node of a SLURM job, from the launcher's settings as plain values; None if nothing asks for GPUs.
+    """The GPUs of each node of a SLURM job, from the launcher's settings as plain values; None if nothing asks for GPUs.
 
-    `--gpus` counts those of the whole job, which are divided by `launcher.nodes` (rounded down).
+    The first of these that is given counts: `--gpus-per-node` in `launcher.extra`, `launcher.gpus_per_node`, `--gres` in
+    `launcher.extra`, `launcher.gres`, `--gpus-per-task`, and `--gpus`, which counts those of the whole job and is divided by
+    `launcher.nodes` (rounded down).
     """
-    own_words = launcher.get("part_options", {}).get("train", []) if launcher.get("pipeline") else []
-    extra = options_of([*launcher.get("extra", []), *own_words])
+    # Options of the job that trains: those of all jobs, and in a pipeline its own.
+    train_options = launcher.get("part_options", {}).get("train", []) if launcher.get("pipeline") else []
+    extra = options_of([*launcher.get("extra", []), *train_options])  # such as {"gres": "gpu:h100:8"}
     if "gpus-per-node" in extra:
         return _request("gpus-per-node", extra, nodes=1)
     if launcher.get("gpus_per_node"):

@@ -16,7 +16,10 @@ from trainer.optim.support import SUPPORT, Needs
 
 
 def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Everything that does not fit the strategy. `world_size` is the number of ranks, None if it is not known."""
+    """Error messages for everything that does not fit the strategy.
+
+    `world_size` is the number of ranks; None if it is not known, which leaves out the rules about it.
+    """
     strategy = config.strategy
     if strategy.name is StrategyName.single and world_size is not None and world_size > 1:
         yield f"strategy=single: runs in one process, not {world_size}; take strategy=ddp, or launcher.processes=1"
@@ -28,9 +31,10 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
         yield "precision=fp16: not supported on CPUs; set precision=bf16 or precision=fp32"
-    plans = strategy.activation_checkpointing is ActivationCheckpointing.auto
-    plans |= isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
-    if strategy.memory_gib is not None and not plans:
+    # Whether anything is left to plan for a memory budget.
+    plans_by_memory = strategy.activation_checkpointing is ActivationCheckpointing.auto
+    plans_by_memory |= isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
+    if strategy.memory_gib is not None and not plans_by_memory:
         yield (
             f"strategy.memory_gib={strategy.memory_gib:g}: is what strategy.activation_checkpointing=auto, and "
             "strategy.defer_sync=null under fsdp2 and hsdp, plan for; set one of them, or strategy.memory_gib=null"
@@ -43,7 +47,11 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 
 def _long_rows(strategy: StrategyConfig) -> Iterator[str]:
-    """What tiles of the MLP, and inputs of blocks on the host, do not go with."""
+    """Error messages for settings that the two options for long rows do not go with.
+
+    These are the MLP computed in tiles of tokens (`strategy.mlp_tokens`), and inputs of blocks that wait on the host
+    (`strategy.offload_activations`).
+    """
     mode = strategy.activation_checkpointing
     recomputation = f"strategy.activation_checkpointing={mode}"
     if strategy.mlp_tokens is not None:
@@ -91,7 +99,11 @@ def _shared_rows(config: RunConfig) -> Iterator[str]:
 
 
 def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Settings under which experts cannot be dealt over ranks. What depends on the model is asked when its files are read."""
+    """Error messages if the experts of an MoE model cannot be spread over groups of `parallel.experts` ranks.
+
+    What depends on the model is checked when its files are read. The last rule, that the groups divide the ranks of a replica, is
+    only checked under FSDP2 and HSDP, and if the number of ranks is known and divides into replicas.
+    """
     expert_ranks = config.parallel.experts
     typed = f"parallel.experts={expert_ranks}"
     strategy = config.strategy
@@ -104,23 +116,29 @@ def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or {GATHERED}"
     if not isinstance(strategy, Fsdp2Config):  # it is chosen later
         return
+
     replicas = number_of_replicas(strategy, config)
-    if world_size is None or world_size % replicas:
+    if world_size is None or world_size % replicas:  # the latter is reported by itself
         return
     sharded_over = world_size // replicas
     if sharded_over % expert_ranks == 0:
         return
+
+    # Remedies: another size of the groups, or other replicas.
     ranks = "the ranks of a replica" if replicas > 1 else "the number of ranks"
     legal = [str(divisor) for divisor in range(2, sharded_over + 1) if sharded_over % divisor == 0]
     remedy = f"set one of {', '.join(legal)}" if legal else f"set {GATHERED}"
     if world_size % expert_ranks == 0:
-        fewer = world_size // expert_ranks
-        remedy += f", or strategy.replicate={fewer}" if fewer > 1 else ", or strategy=fsdp2"
+        fewer_replicas = world_size // expert_ranks
+        remedy += f", or strategy.replicate={fewer_replicas}" if fewer_replicas > 1 else ", or strategy=fsdp2"
     yield f"{typed}: must divide {ranks}, {sharded_over}, so that every group is whole; {remedy}"
 
 
 def number_of_replicas(strategy: StrategyConfig, config: RunConfig) -> int:
-    """How many replicas the settings ask for: under hsdp at least two, unless they say one."""
+    """How many replicas of the model the settings ask for; 1 unless the strategy is hsdp.
+
+    Under hsdp it is `strategy.replicate`, or without it one for each node, and at least two.
+    """
     if not isinstance(strategy, Fsdp2Config) or strategy.name is StrategyName.fsdp2:
         return 1
     return strategy.replicate or max(2, config.launcher.nodes)
@@ -140,7 +158,7 @@ def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) 
 
 
 def _zero(strategy: ZeroConfig) -> Iterator[str]:
-    """What the stage of ZeRO cannot offload."""
+    """Error messages for a stage that is not that of the strategy, and for offloading that the stage cannot do."""
     places = ("none", "cpu", "nvme")
     if strategy.name.value != f"zero{strategy.stage}":
         own_stage = strategy.name.value.removeprefix("zero")

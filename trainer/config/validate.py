@@ -95,34 +95,37 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
 
 
 def candidates(config: RunConfig, world_size: int | None) -> tuple[list[StrategyConfig], list[str]]:
-    """(the strategies that `strategy=auto` may become on `world_size` ranks, the problems if it can become none).
+    """What `strategy=auto` may become on `world_size` ranks (None: not known yet): (the strategies that can run, problems).
 
-    A problem that every strategy has is no reason against one of them. It is reported by itself.
+    A problem that every strategy has, such as a missing data file, is no reason against one of them: it is returned as a problem,
+    beside the strategies that have no other. If each has a problem of its own and they share none, no strategy is returned, and
+    the problems name the first one under each.
     """
     strategies = every_strategy(config.strategy)
     if world_size == 1:  # one rank has nothing to share
         strategies = [strategy for strategy in strategies if strategy.name is StrategyName.single]
     elif world_size is not None:
         strategies = [strategy for strategy in strategies if strategy.name is not StrategyName.single]
-    problems = [problems_of(replace(config, strategy=strategy), world_size=world_size) for strategy in strategies]
+    # The problems under each strategy, in the order of `strategies`.
+    problem_lists = [problems_of(replace(config, strategy=strategy), world_size=world_size) for strategy in strategies]
     shared_problems = []
-    for problem in problems[0]:
-        if all(problem in of_strategy for of_strategy in problems):
+    for problem in problem_lists[0]:
+        if all(problem in problems for problems in problem_lists):
             shared_problems.append(problem)
     legal = []
     first_problems = []
-    for strategy, of_strategy in zip(strategies, problems, strict=True):
-        if set(of_strategy) <= set(shared_problems):
+    for strategy, problems in zip(strategies, problem_lists, strict=True):
+        if set(problems) <= set(shared_problems):
             legal.append(strategy)
         else:
-            first_problems.append(f"under {strategy.name}: {of_strategy[0]}")
+            first_problems.append(f"under {strategy.name}: {problems[0]}")
     if shared_problems or legal:
         return legal, shared_problems
     return [], ["strategy=auto: no strategy can run this", *first_problems]
 
 
 def _budget(config: RunConfig) -> Iterator[str]:
-    """Whether exactly one budget is set."""
+    """An error message unless exactly one of steps, epochs and tokens is set."""
     rule = "exactly one of budget.steps, budget.epochs and budget.tokens says how long to train"
     budgets = {name: getattr(config.budget, name) for name in ("steps", "epochs", "tokens")}
     set_names = [name for name, length in budgets.items() if length is not None]
@@ -134,7 +137,11 @@ def _budget(config: RunConfig) -> Iterator[str]:
 
 
 def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Whether micro-batches and ranks divide the global batch."""
+    """Error messages if sizes of batches are missing or unknown, or if micro-batches and ranks do not divide the global batch.
+
+    `world_size` is None if the number of ranks is not known; then one rank counts. With batch.global=30 and batch.micro=4 on 2
+    ranks: "must be a multiple of batch.micro=4 x 2 ranks = 8; set batch.global=24 or batch.global=32, or ...".
+    """
     global_batch = config.batch.get("global")
     micro_batch = config.batch.get("micro")
     unknown = sorted(set(config.batch) - {"global", "micro"})
@@ -148,10 +155,11 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
     if family_of(config.objective).rollout is not None:
         yield from answer_batch_problems(config)
         return
-    # Ranks that share their rows count as one reader.
+
+    # Ranks that share their rows (`parallel.sequence`) count as one reader of documents.
     readers = max(1, readers_of(config, world_size or 1))
     named_readers = "the ranks" if world_size is None else name_of_readers(readers, config.parallel.sequence)
-    if micro_batch == AUTO:
+    if micro_batch == AUTO:  # a legal one is chosen later, if there can be any
         if global_batch % readers:
             legal = _nearest_multiples(global_batch, readers)
             yield f"batch.global={global_batch}: must be a multiple of the {named_readers}; set {legal}"
@@ -177,7 +185,10 @@ def _nearest_multiples(global_batch: int, divisor: int) -> str:
 
 
 def _model(config: RunConfig) -> Iterator[str]:
-    """Whether the model and the tokenizer are there, and fit the objective."""
+    """Error messages if the model or the tokenizer is not there, or does not fit the objective.
+
+    Only this machine's files are looked at: whether a hub id exists shows when it is loaded.
+    """
     model = config.model
     if model.path is None:
         yield "model.path: not set; give a model directory or a hub id, as in model.path=models/smollm2"
@@ -186,18 +197,21 @@ def _model(config: RunConfig) -> Iterator[str]:
         if name is None:
             continue
         path = Path(name).expanduser()
-        way_out = "give a model directory, or a hub id such as org/name"
+        remedy = "give a model directory, or a hub id such as org/name"
         if path.is_file():
-            yield f"model.{key}={name}: is a file; {way_out}"
+            yield f"model.{key}={name}: is a file; {remedy}"
         elif not path.is_dir() and not may_be_hub_id(name):
-            yield f"model.{key}={name}: does not exist; {way_out}"
+            yield f"model.{key}={name}: does not exist; {remedy}"
+
+    # A directory that is no model, but holds some.
     directory = Path(model.path or "").expanduser()
     if model.path and not (directory / "config.json").is_file():
-        models_inside = [config.parent for config in sorted(directory.glob("*/config.json"))]
+        models_inside = [config_file.parent for config_file in sorted(directory.glob("*/config.json"))]
         if models_inside:
             yield (
                 f"model.path={model.path}: holds models, and is none; give one of them, as in model.path={models_inside[0]}"
             )
+
     yield from model_problems(config.objective, config, read_config(model.path))
     yield from position_problems(model)
     if model.neftune_alpha:
@@ -235,9 +249,9 @@ def _base(config: RunConfig) -> Iterator[str]:
 
 
 def _data(config: RunConfig) -> Iterator[str]:
-    """Whether the data is there, and fits the objective."""
+    """Error messages if files of the data are not there, or do not fit the objective."""
     data = config.data
-    paths = {"data.path": data.path}
+    paths = {"data.path": data.path}  # by setting: a path or glob, a list of them, or None
     for split in ("eval", "test"):
         try:
             paths.update(sets_of(getattr(data, f"{split}_path"), split).values())
@@ -301,12 +315,12 @@ def _written(config: RunConfig) -> Iterator[str]:
 
 
 def _run(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the run directory, its checkpoints and its device."""
+    """Error messages about the run directory, its checkpoints and its device, one setting after the other."""
     yield from _resume(config)
     yield from _written(config)
     for kind in set(config.run.accept) - set(KINDS):
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        yield f"run.accept=[{kind}]: there is no such kind of change; {near[0] if near else 'one of ' + ', '.join(KINDS)}"
+        closest = difflib.get_close_matches(kind, KINDS, n=1)
+        yield f"run.accept=[{kind}]: there is no such kind of change; {closest[0] if closest else 'one of ' + ', '.join(KINDS)}"
     if config.run.dir is not None and not config.run.dir.strip():
         yield "run.dir: is empty; name a directory, or null for the default"
     checkpoint = config.checkpoint

@@ -45,12 +45,14 @@ class BaseRows:
         """Tasks asked of a model that is the base still: the evaluation before the first step takes them."""
 
     def begin(self, engine: Engine, step: int) -> None:
-        """Have the base model's answers to the evaluation tasks, with which forgetting is measured later.
+        """Set `tasks` to the base model's answers to the evaluation tasks, with which forgetting is measured later.
 
-        They are read from the file of an earlier start, or the base is asked now, before the first step. With an adapter the
-        base can always be asked, by switching the adapter off. Full tuning changes the base, so that it can be asked only
-        before step 1. `step`: of the checkpoint that this start continues from. Sets `tasks` (None: forgetting is not
-        measured) and `fresh_tasks`. All ranks must call; raises Interrupted on all or none.
+        `step`: of the checkpoint that this start continues from; 0 for a new run. The cases, in their order:
+        - An earlier start kept the answers in its file: they are read.
+        - Full tuning continues from a later step: it has changed the base, so that `tasks` stays None, and forgetting is not
+          measured.
+        - Else the base runs the tasks now, with an adapter switched off if there is one; the answers are written to the file.
+        Full tuning at step 0 also sets `fresh_tasks`. All ranks must call; raises Interrupted on all or none.
         """
         self.tasks = self._read_kept()
         if self.tasks is not None:
@@ -65,6 +67,7 @@ class BaseRows:
                 "base, and full tuning keeps none; start a new run.dir"
             )
             return
+
         self.evaluator.model.engine = engine
         as_base = built.tuning.reference(built.step_module.model) if keeps_base else nullcontext()
         with as_base:
@@ -74,7 +77,7 @@ class BaseRows:
         self.tasks = {}
         for done in finished:
             self.tasks[done.prepared.task.name] = BaseTask(done.rows, _first_metric(done))
-        if self.runtime.is_main:
+        if self.runtime.is_main:  # for a resumed run
             task_records = {name: asdict(task) for name, task in self.tasks.items()}
             write_text_atomic(self.path, json_text({"key": self._key(), "tasks": task_records}))
 
@@ -104,7 +107,11 @@ class BaseRows:
             return None
 
     def _key(self) -> list[list[object]]:
-        """What the results are of: name, kind, number of cases, and perhaps data of each task. Other cases have another key."""
+        """What the kept results are of, one list a task, such as ["general", "loss", 64, "<fingerprint of its data>"].
+
+        That is name, kind, number of cases, and the fingerprint of a task that computes losses. Other tasks or cases have another
+        key, so that their results are not taken for these.
+        """
         key: list[list[object]] = []
         for prepared in self.evaluator.tasks:
             task = prepared.task

@@ -93,8 +93,9 @@ class DegenerateCount:
 def degenerate_counts(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCount]:
     """How many answers are `empty`, `repeated`, or `foreign` (in a language that no reference has), by that kind.
 
-    Each count stands beside that of the references, the right answers of the same prompts, which may be empty or repeat
-    themselves too. There is no count of foreign ones if no language could be told.
+    Such as {"empty": DegenerateCount(answers=3, references=1, total=50), ...}: the references are the right answers of the same
+    prompts, which may be empty or repeat themselves too. Only pairs whose languages are both recognised count for `foreign`;
+    without any there is no such key.
     """
     tests: dict[str, Callable[[str], bool]] = {"empty": is_empty, "repeated": repeats_itself}
     counts = {}

@@ -111,7 +111,7 @@ class Challenges:
 
         If overfitting has ended the run at that step, `ends` is set again: no further step could find it again.
         """
-        for event in self._events():
+        for event in self._events():  # such as {"event": "challenge", "challenge": "divergence", "step": 40, ...}
             if event.get("event") == "challenge" and event["step"] <= progress.step:
                 found = {key: event[key] for key in event if key not in EVENT_KEYS}
                 self.record.setdefault(str(event["challenge"]), found)
@@ -252,7 +252,7 @@ class Challenges:
     def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
         """Run the detectors on an evaluation, with the tasks taken since the last one, and report what is found the first time.
 
-        `values`: its metrics by name. Returns the numbers that are logged beside them, such as `forgetting`.
+        `values`: its metrics by name. Returns the numbers that are logged beside them, such as {"forgetting": 0.02}.
         """
         self._add_to_history(progress, values)
         self.kept_answers.write(progress.step)
@@ -305,8 +305,8 @@ class Challenges:
     def _judge_divergence(self, progress: Progress, values: dict[str, float]) -> None:
         """Compare training and held-out loss with those at the run's beginning, and record whether the run is worse now.
 
-        `values`: metrics of the evaluation at this step; empty if there is none. A verdict is reported once, and afterwards
-        only updated in `record`. If it no longer holds, the run has recovered.
+        `values`: metrics of the evaluation at this step; empty if there is none. A new verdict (`diverged`, `worse`) is reported;
+        one that was reported before only gets its newest numbers in `record`. With none any more, the run has recovered.
         """
         if self.config.divergence.action is Reaction.off or progress.step < self.first_judged:
             return
@@ -325,7 +325,7 @@ class Challenges:
 
         first_step = progress.step
         if earlier.get("found"):
-            first_step = earlier.get("first_step", earlier["step"])  # an event has the step alone
+            first_step = earlier.get("first_step", earlier["step"])  # what was read from an event has no `first_step`
         if finding.verdict in self._verdicts:  # reported already: only the numbers are new
             self.record[divergence.NAME] = finding.record()
             if finding.stops and self.ends is None:

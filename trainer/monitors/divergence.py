@@ -135,8 +135,8 @@ def first_judged(warmup_steps: int) -> int:
 def training_change(first: float | None, recent: Sequence[float], window: int) -> TrainingChange | None:
     """The training loss now, the median of the last `window` steps, beside that of step 1.
 
-    `first`: the loss of step 1. `recent`: losses of the last steps, `window` of them or more. The rise is stated in standard
-    deviations of single steps. None if there are too few losses, or the first one is not known.
+    `first`: the loss of step 1. `recent`: losses of the last steps, oldest first, `window` of them or more. The rise is stated in
+    standard deviations of single steps. None if there are too few losses, or the first one is not known.
     """
     if first is None or len(recent) < window:
         return None
@@ -173,10 +173,12 @@ def held_out_change(
     batches: tuple[Sequence[float], Sequence[float]] | None,
     level: float,
 ) -> HeldOutChange:
-    """How much worse a held-out metric is than before the first step, with a lower bound from a paired test.
+    """How much worse a held-out metric is than before the first step, with a lower bound from a paired test if there can be one.
 
-    `values`: the metric before and now. `batches`: its sums over each micro-batch, before and now; None if the micro-batches are
-    other ones, so that there is no test. `level`: of the one-sided test.
+    `metric`: the margin of preference pairs, which is better if higher, or a loss. `values`: the metric before and now.
+    `batches`: its sums over each micro-batch, before and now; None if they are not the same micro-batches. `level`: of the
+    one-sided test. There is no bound without `batches`, for a loss too small to divide by, with fewer than `MIN_BATCHES`
+    micro-batches, or with a sum that is not finite.
     """
     before, now = values
     is_margin = metric == MARGIN
@@ -188,7 +190,8 @@ def held_out_change(
     is_too_small = not is_margin and abs(before) < MIN_LOSS
     if batches is None or is_too_small:
         return HeldOutChange(metric, before, now, rise)
-    # A rank that has run out of documents has an empty micro-batch, which sums to 0.
+
+    # The paired test. A rank that has run out of documents has an empty micro-batch, which sums to 0 and is left out.
     pairs = [(old, new) for old, new in zip(*batches, strict=True) if old or new]
     old_sums = [old for old, _ in pairs]
     new_sums = [new for _, new in pairs]
@@ -212,12 +215,14 @@ def _reference_loss(loss: float) -> float:
 
 
 def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) -> Verdict | None:
-    """What training loss and held-out metric together say of a run; None if nothing is wrong.
+    """The verdict on a run from its training loss and its held-out metric; None if nothing is wrong.
 
-    `diverged`: the model is broken, and both losses are above those at the beginning. `worse`: only the held-out metric is, as
-    with overfitting or forgetting. Either argument is None if it could not be compared.
+    Either argument is None if it could not be compared. The cases, in their order:
+    - No held-out metric: `diverged` if the training loss rose very far, else None.
+    - The held-out metric is not worse: None, whatever the training loss, which can rise by chance or by harder data.
+    - It is no number any more, or the training loss rose too: `diverged`.
+    - The held-out metric alone is worse, as with overfitting or forgetting: `worse`.
     """
-    # Held-out data decides where there is any: a training loss alone can rise by chance, or by harder data.
     is_worse = None if held_out is None else held_out.is_worse
     if is_worse is None:
         training_diverged = training is not None and training.rose(TRAINING_RISE_ALONE)
@@ -235,7 +240,8 @@ def finding_of(
 ) -> Finding | None:
     """The finding that a run is worse than at its own beginning, with what to do about it; None if it is not.
 
-    `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known.
+    `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known. Of a run that is
+    `worse`, a training loss that fell means overfitting, any other one forgetting.
     """
     verdict = verdict_of(training, held_out)
     if verdict is None:
@@ -248,6 +254,7 @@ def finding_of(
     elif verdict is Verdict.worse:
         remedies = forgetting.REMEDIES
         meaning = "; the run forgets what the model knew"
+
     changes = [change.text for change in (training, held_out) if change is not None]
     numbers: dict[str, float] = {}
     if training is not None:

@@ -72,8 +72,9 @@ def compare(
 def _error_of_share(metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow]) -> float | None:
     """Standard error of the share of a metric that was lost, from the paired rows of the base and the tuned model.
 
-    `metric.ratio` names the scores of a row whose sums the metric divides (denominator None: the number of rows). None if the
-    metric is no such ratio, if the rows are not the same or too few, or if their denominators differ.
+    `metric.ratio` names the scores of a row whose sums the metric divides, such as ("right", None) for an accuracy: None stands
+    for the number of rows. The result is None if the metric is no such ratio, if there are not as many rows of both or too few,
+    if any row's denominators differ, or if the base's numerators sum to 0.
     """
     if metric.ratio is None or len(base_rows) != len(rows) or len(base_rows) < MIN_ROWS:
         return None
@@ -118,6 +119,8 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
     compared: list[ComparedTask] = evidence.compared_tasks
     if not compared or config.action is Reaction.off or evidence.step == 0:
         return None
+
+    # Whether the worst task lost too much.
     worst = max(compared, key=lambda task: task.lost)
     limit = limit_of(config)
     level = LEVEL / evidence.task_evaluations  # Bonferroni: each evaluation that asks tasks is one more try
@@ -128,6 +131,7 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
     if not is_problem:
         return None
 
+    # What is reported of it; a bound and a limit only where there is one.
     numbers = {"forgetting": worst.lost, "base": worst.base, "now": worst.now, "rows": float(worst.rows)}
     certainty = ""
     if bound is not None:

@@ -57,11 +57,11 @@ class LevelWatch:
         at this step, or is at a level that was. A checkpoint has them."""
 
     def add(self, row: Mapping[str, Any], first_sample: int, told: Sequence[str]) -> list[RaisedLevel]:
-        """Take the metrics of a step, and return the levels that it shows for the first time.
+        """Remember the metrics of a step, and return the levels that it shows for the first time.
 
-        `first_sample`: samples consumed before the step. `told`: which of loss and gradient norm stand out in this step alone,
-        and were reported for it. A level is not returned if one of its steps was reported already. A step whose update was
-        left out is passed over.
+        `first_sample`: samples consumed before the step. `told`: which of `loss` and `grad_norm` were reported already since they
+        stand out in this single step. A level is not returned if one of its steps was reported already. A step whose update was
+        left out, or with a number that is not finite, is not remembered and shows none.
         """
         numbers = {name: float(row[name]) for name in MIN_RISE}
         if row.get("skipped") or not all(math.isfinite(number) for number in numbers.values()):
@@ -74,9 +74,9 @@ class LevelWatch:
             level = self._level_of(name)
             if level is None:
                 continue
-            of_level = [earlier for earlier in self.rows[:-1] if earlier["step"] >= level.began]
-            news = {f"told/{name}", "told/loss"}  # a norm that rises beside the loss is told with it
-            if not any(news & earlier.keys() for earlier in [*of_level, newest]):
+            earlier_steps = [earlier for earlier in self.rows[:-1] if earlier["step"] >= level.began]
+            reported_keys = {f"told/{name}", "told/loss"}  # a norm that rises beside the loss is reported with it
+            if not any(reported_keys & row_of_level.keys() for row_of_level in [*earlier_steps, newest]):
                 found.append(level)
             newest[f"told/{name}"] = 1.0
         return found
@@ -102,11 +102,11 @@ class LevelWatch:
         return RaisedLevel(name, now, score, began)
 
     def began(self, names: Sequence[str]) -> int | None:
-        """The step at which a number began to rise, asked when the step after the newest one stands out.
+        """The step at which a number began to rise, if it rose already before the step that stands out now; else None.
 
-        A rollback returns to a checkpoint from before that step. `names`: the numbers that stand out; the earliest beginning
-        counts. None if there was no rise before: a number was rising if the newest step is more than `RISE` robust standard
-        deviations above the median.
+        A rollback returns to a checkpoint from before that step. Called before the step that stands out is added. `names`: the
+        numbers that stand out (`loss`, `grad_norm`); the earliest beginning counts. A number was rising if the newest step added
+        is more than `RISE` robust standard deviations above the median.
         """
         steps = []
         for name in names:

@@ -58,7 +58,8 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
     """The finding that the run overfits; None if the evaluations so far do not show it.
 
     It needs three things: since its lowest value the held-out loss rises, its gap to the training loss grows, and the training
-    loss does not rise. `evidence.history` has both losses of each evaluation so far.
+    loss does not rise. Each is a Mann-Kendall test for a trend. `evidence.history` has both losses of each evaluation so far,
+    such as {"step": 100.0, "train": 1.9, "held_out": 2.1}.
     """
     measured = logged_metrics(evidence)
     if "overfitting/p_gap" not in measured or config.action is Reaction.off:
@@ -74,7 +75,7 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
         return None
     best = min(evidence.history, key=lambda evaluation: evaluation["held_out"])
     last = evidence.history[-1]
-    numbers = {key.rpartition("/")[2]: value for key, value in measured.items()}
+    numbers = {key.rpartition("/")[2]: value for key, value in measured.items()}  # `gap`, `p_held_out`, `p_gap`
     numbers["best_step"] = best["step"]
     return Finding(
         challenge="overfitting",

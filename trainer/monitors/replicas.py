@@ -47,10 +47,12 @@ class ReplicaCheck:
     def compare(self, engine: Engine, step: int, *, now: bool = False) -> None:
         """Compare the parameters that several ranks hold copies of, by checksums. Raises ReplicasDiffer on all ranks.
 
-        It is done every `guards.replicas_every_steps` steps, or `now`, as before a checkpoint: copies that have come apart mean
-        memory that flips bits, and no checkpoint should have them. All ranks must call, after the same steps. Waits for the
-        device. As long as all agree, one small object a rank is exchanged.
+        It is done every `guards.replicas_every_steps` steps (0: never), or `now`, as before a checkpoint: copies that have come
+        apart mean memory that flips bits, and no checkpoint should have them. Nothing happens for a step that was compared
+        already. All ranks must call, after the same steps. Waits for the device. As long as all agree, one small object a rank is
+        exchanged: a sum of checksums by shard.
         """
+        # Whether a comparison is due.
         alone = self.runtime.world_size == 1 or self.runtime.simulated
         if alone or not self.every_steps or step == self._compared_at:
             return
@@ -62,6 +64,7 @@ class ReplicaCheck:
         if not parameters:  # on no rank: all ranks have the same kinds of parameters
             return
 
+        # Checksums of single parameters, and their weighted sum over the parameters of each shard.
         checksums = torch.stack([checksum(tensor).to(self.runtime.device) for _, tensor, _ in parameters]).tolist()
         total_by_shard: dict[Shard, int] = {}
         checksum_by_name: dict[str, tuple[Shard, int]] = {}
@@ -81,7 +84,7 @@ class ReplicaCheck:
         `checksum_by_name`: this rank's (shard, checksum) of each parameter; ranks with an equal shard should have equal
         checksums. `last_equal_step`: of the last comparison, in which all agreed.
         """
-        gathered = gather_objects((socket.gethostname(), checksum_by_name), self.runtime)
+        gathered = gather_objects((socket.gethostname(), checksum_by_name), self.runtime)  # by rank
         hosts = [host for host, _ in gathered]
         odd_ranks: set[int] = set()
         odd_parameters: list[str] = []
@@ -106,8 +109,8 @@ class ReplicaCheck:
 def _odd_ranks(sums: list[tuple[Shard, int]]) -> set[int]:
     """Ranks whose checksum is not that of most ranks with the same shard; all ranks of a shard if there is no majority.
 
-    `sums`: (shard, checksum) of one parameter, by rank. A shard is this rank's position in the device mesh, as far as the
-    parameter is split over it: ranks at the same position hold copies of the same part.
+    `sums`: (shard, checksum) of one parameter, by rank. A shard is a rank's position in the device mesh, as far as the parameter
+    is split over it: ranks at the same position hold copies of the same part. Of [((0,), 7), ((0,), 7), ((0,), 9)] rank 2 is odd.
     """
     checksums_by_shard: dict[Shard, dict[int, int]] = {}  # of each rank with that shard
     for rank, (shard, rank_checksum) in enumerate(sums):
@@ -116,7 +119,8 @@ def _odd_ranks(sums: list[tuple[Shard, int]]) -> set[int]:
     for checksum_by_rank in checksums_by_shard.values():
         most_common, count = Counter(checksum_by_rank.values()).most_common(1)[0]
         has_majority = 2 * count > len(checksum_by_rank)
-        if count == len(checksum_by_rank):
+        all_agree = count == len(checksum_by_rank)
+        if all_agree:
             continue
         for rank, rank_checksum in checksum_by_rank.items():
             if rank_checksum != most_common or not has_majority:
@@ -143,7 +147,7 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]
                 shard.append(position)
         if len(shard) == len(tensor.placements):  # no other rank has this shard
             continue
-        share = expert_share_of(engine.step_module, name)
+        share = expert_share_of(engine.step_module, name)  # None for all but experts
         if share is not None:  # experts of an MoE layer that are spread over ranks: each rank of a group has others
             shard.append(share.group_rank)
         yield name, tensor.to_local(), tuple(shard)

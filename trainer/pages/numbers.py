@@ -10,9 +10,10 @@ BYTES_OF_UNIT = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number: 27,051 for 27051.2, 2.336, 3.4e-05, 1.0e+236. Whole numbers keep all their digits up to a thousand million.
+    """A number for people: 27,051 for 27051.2, 2.336, 3.4e-05, 1.0e+236; a dash for None.
 
-    `digits`: significant digits of a number that is not whole and below ten thousand.
+    From a thousand million on, and below a thousandth, it has two digits and an exponent. Else integers, and floats from ten
+    thousand on, have no decimals. `digits`: significant digits of the others.
     """
     if value is None:
         return UNKNOWN
@@ -48,14 +49,15 @@ def percent(share: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time in its two largest units: 0.35 s, 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    """A time in its two largest units: 85 ms, 0.35 s, 4.2 s, 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
     if 0 < seconds < 1:
         return f"{1000 * seconds:.0f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
-    if seconds < 59.5:
+    if seconds < 59.5:  # more is rounded to a minute
         return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{seconds:.0f} s"
     for large, small, large_s, small_s in (("min", "s", 60, 1), ("h", "min", 3600, 60), ("d", "h", 86400, 3600)):
+        # In whole small units: 200 s are 3 min and 20 s.
         count, rest = divmod(round(seconds / small_s), large_s // small_s)
         if large == "d" or count * large_s < {"min": 3600, "h": 86400}[large]:
             return f"{count} {large} {rest} {small}" if rest else f"{count} {large}"

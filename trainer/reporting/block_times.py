@@ -20,10 +20,11 @@ from trainer.reporting.step_times import now, seconds_between
 def timed_modules(blocks: list[nn.Module], *, exchanges_inside: bool) -> list[nn.Module]:
     """The modules whose forward passes are timed to find slow ranks: a rank's own computation, without waiting for others.
 
-    These are the transformer blocks, or their modules with weights if blocks wait for others inside. They do under ZeRO-3,
-    which gathers inside of them, with `exchanges_inside`: attention that exchanges slices for heads (`parallel.sequence`), and
-    where experts of an MoE layer are spread over ranks (`parallel.experts`), whose module waits itself and is left out. Empty
-    if blocks are compiled: hooks would be compiled with them.
+    - Blocks are compiled: none, since hooks would be compiled with them.
+    - No rank waits for others inside of a block: the transformer blocks themselves.
+    - Ranks wait for others inside of blocks: the modules in them that have weights of their own. That is so under ZeRO-3, which
+      gathers parameters there; with `exchanges_inside`, attention that exchanges slices for heads (`parallel.sequence`); and with
+      MoE experts that are spread over ranks (`parallel.experts`), whose module waits itself and is left out.
     """
     if any(is_compiled(block) for block in blocks):
         return []
@@ -33,8 +34,10 @@ def timed_modules(blocks: list[nn.Module], *, exchanges_inside: bool) -> list[nn
         # DeepSpeed marks the parameters that it partitions by an id.
         is_partitioned = is_partitioned or any(hasattr(parameter, "ds_id") for parameter in block.parameters())
         modules += block.modules()
+    # A module of spread experts has an `expert_share`.
     own_parts = [module for module in modules if not hasattr(module, "expert_share")]
-    if not is_partitioned and not exchanges_inside and len(own_parts) == len(modules):
+    has_spread_experts = len(own_parts) < len(modules)
+    if not is_partitioned and not exchanges_inside and not has_spread_experts:
         return blocks
     return [module for module in own_parts if next(module.parameters(recurse=False), None) is not None]
 

@@ -28,9 +28,12 @@ class EarlierResults:
 
 
 def earlier_results(rows: Iterable[dict[str, Any]]) -> EarlierResults:
-    """Held-out metrics, last row and median speeds of the steps in these rows of `metrics.jsonl`, which are in their order."""
+    """Held-out metrics, last row and median speeds of the steps in these rows of `metrics.jsonl`, oldest first.
+
+    A row of a step has a `loss`; one of an evaluation has none, such as {"step": 100, "eval/loss": 2.1}.
+    """
     results = EarlierResults()
-    values_by_rate: dict[str, list[float]] = {}
+    values_by_rate: dict[str, list[float]] = {}  # of each step, by the names in SPEED
     for row in rows:
         if "loss" in row:
             results.last_row = row

@@ -119,11 +119,11 @@ def tracked_name(name: str) -> str:
 def tracked_row(row: Mapping[str, Any], *, step: int, training_s: float, edition: int = EDITION) -> dict[str, Any]:
     """A row of `metrics.jsonl` under the names that trackers show, with the step and the seconds of all steps so far.
 
-    A row without a `loss` is of an evaluation: of its names only those in `POSITIONS` change. `edition`: of the run's names,
-    the second or a later one.
+    A step's {"loss": 2.3, "kl": 0.1} becomes {"train/loss": 2.3, "train/kl": 0.1}. A row without a `loss` is of an evaluation:
+    of its names only those in `POSITIONS` change. `edition`: which set of names the run began with, the second or a later one.
     """
     is_of_step = "loss" in row
-    compares_rewards = is_of_step and "margin" in row
+    compares_rewards = is_of_step and "margin" in row  # of preference pairs, as in DPO
     tracked = {METRIC_NAMES["step"].name: step, TRAINING_S.name: training_s}
     for name, metric in row.items():
         if compares_rewards and name == "accuracy":

@@ -64,7 +64,7 @@ def read_rows(path: Path) -> MetricRows:
         try:
             row = _parse_line(line)
         except ValueError as error:
-            is_last = number == len(lines)  # it has no end yet: it is just being written
+            is_last = number == len(lines)  # it has no newline yet: it is being written
             if not is_last:
                 content.unreadable.append(UnreadableLine(number, str(error), line))
             continue

@@ -328,8 +328,8 @@ class Meter:
     ) -> dict[str, Any]:
         """A step's row of `metrics.jsonl`.
 
-        `sums`: each term of the loss, summed over tokens and ranks. `wait_s`: seconds that all ranks together waited for data.
-        `step_s`: mean seconds of a step in the interval.
+        `sums`: each term of the loss (`loss`, `kl`, `loss/SOURCE`), summed over tokens and ranks, and the shares `router/...` and
+        `logits/...`. `wait_s`: seconds that all ranks together waited for data. `step_s`: mean seconds of a step in the interval.
         """
         loss_count = record.counts["loss"] or 1
         row: dict[str, Any] = {
@@ -347,11 +347,13 @@ class Meter:
             "data_wait_s": wait_s / self.runtime.world_size,
             "balance": record.balance,
         }
+        # By source of the data, such as `loss/web`, which is divided by the source's own count.
         for source, tokens in record.source_tokens.items():
             row[f"step_tokens/{source}"] = tokens
         for source, count in record.source_counts.items():
             if count and f"loss/{source}" in sums:
                 row[f"loss/{source}"] = sums[f"loss/{source}"] / count
+        # Metrics of the objective, such as `kl`.
         for name in self.metrics:
             row[name] = sums[name] / loss_count
         # These are shares of the whole batch already: nothing is left to divide by.

@@ -56,7 +56,8 @@ class Resolution:
 def resolution_of(setting: str, note: Any) -> Resolution | None:
     """The resolution of a setting as a file or a configuration holds it; None if `note` is none.
 
-    `note` is a Resolution, its fields as read from YAML or JSON, or the sentence of an early run directory.
+    `note` is a Resolution; its fields as read from YAML or JSON, such as {"asked": "auto", "chosen": 4, "reason": "planned"}; or
+    the sentence of an early run directory, such as "auto -> 4 (planned)".
     """
     if isinstance(note, Resolution):
         return note

@@ -384,7 +384,10 @@ def _without_none(hint: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type. Inside lists and objects null always is, since it stands for a number not finite."""
+    """Whether a JSON value is of the type `hint`, such as `list[int]`: [1, null] is, ["a"] is not.
+
+    Inside lists and objects null is of any type, since it stands for a number that is not finite.
+    """
     origin = get_origin(hint)
     if hint is Any:
         return True

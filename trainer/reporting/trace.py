@@ -22,21 +22,25 @@ Spans = list[tuple[float, float]]
 
 
 def summarise(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds and GiB of a trace of torch's profiler: top operators, communication, idle time, memory.
+    """A summary of a trace of torch's profiler: top operators, communication, idle time (seconds) and memory (GiB).
 
-    `events`: `traceEvents` of Chrome's format, times in microseconds. On a GPU what ran on the device counts; elsewhere operators
-    on all threads, whose `self` time is without the operators that they called. `exposed_s` is communication during which nothing
-    was computed, `idle_s` time in which neither was.
+    `events`: `traceEvents` of Chrome's format, times in microseconds, such as {"ph": "X", "name": "aten::mm", "cat": "cpu_op",
+    "ts": 12.5, "dur": 3.0, "pid": 1, "tid": 1}. If anything ran on a GPU, only that is counted; else operators on all threads of
+    the CPU. An operator's `self_s` is without the operators that it called. `exposed_s` is communication during which nothing was
+    computed, `idle_s` time with neither communication nor computation.
     """
     timed = [event for event in events if event.get("ph") == "X" and isinstance(event.get("dur"), int | float)]
     on_device = [event for event in timed if event.get("cat") in DEVICE_CATEGORIES]
     counted = on_device or [event for event in timed if event.get("cat") == "cpu_op"]
+
+    # Per operator: its own time and its calls.
     self_us = {event["name"]: 0.0 for event in counted}
     calls = dict.fromkeys(self_us, 0)
     for event, duration_us in _self_times(counted):
         self_us[event["name"]] += duration_us
         calls[event["name"]] += 1
 
+    # Over time: spans of communication and of computation, which may overlap.
     communication: Spans = []
     computation: Spans = []
     for event in counted:
@@ -47,6 +51,7 @@ def summarise(events: list[dict[str, Any]]) -> dict[str, Any]:
     window_us = busy[-1][1] - busy[0][0] if busy else 0.0
     busy_us = _total_length(busy)
     computed_us = _total_length(_merged(computation))
+
     longest_names = sorted(self_us, key=lambda name: -self_us[name])[:MAX_OPERATORS]
     operators = []
     for name in longest_names:
@@ -65,7 +70,8 @@ def summarise(events: list[dict[str, Any]]) -> dict[str, Any]:
 def _self_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], float]]:
     """(event, its duration in microseconds without the events that it called), thread by thread.
 
-    Operators call each other, so events of one thread are nested. A stack holds those that are open at each moment.
+    If `linear` takes 10 us and calls `mm`, which takes 7, then `linear` has 3 us and `mm` 7. Operators call each other, so events
+    of one thread are nested: a stack holds those that have begun and not ended at each moment.
     """
     events_by_thread: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
@@ -75,9 +81,10 @@ def _self_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], 
         open_events: list[list[Any]] = []
         # Of two events that begin together, the longer one is around the other.
         for event in sorted(thread_events, key=lambda event: (event["ts"], -event["dur"])):
+            # Those that ended before this one begins are complete.
             while open_events and open_events[-1][0]["ts"] + open_events[-1][0]["dur"] <= event["ts"]:
                 yield tuple(open_events.pop())  # type: ignore[misc]
-            if open_events:
+            if open_events:  # the innermost one has called this one
                 open_events[-1][1] -= event["dur"]
             open_events.append([event, event["dur"]])
         yield from (tuple(entry) for entry in open_events)  # type: ignore[misc]
@@ -100,10 +107,10 @@ def _total_length(spans: Spans) -> float:
 
 
 def _memory(events: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """The course of allocated memory, as about `MEMORY_POINTS` points of GiB over seconds since the first one.
+    """Allocated memory over time, as about `MEMORY_POINTS` points such as {"s": 0.25, "gib": 1.5}, seconds since the first one.
 
-    It is that of the GPU if there is one; of a CPU only what was allocated since the trace began. Time is cut into equal
-    stretches, and each is represented by its largest value, so that peaks stay.
+    It is the GPU's memory if there is a GPU; else the CPU's, of which only what was allocated since the trace began is known.
+    Time is cut into equal stretches, and each is represented by its largest value, so that peaks stay.
     """
     recorded = []  # (microseconds, arguments) of each allocation and release
     for event in events:

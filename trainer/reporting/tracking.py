@@ -181,7 +181,11 @@ def open_trackers(tracked_run: TrackedRun, environment: dict[str, str] | None = 
 
 
 def open_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
-    """Open the trackers alone, without `metrics.jsonl`. `environment`: variables; None for those of this process."""
+    """Open the trackers alone, without `metrics.jsonl`. `environment`: variables; None for those of this process.
+
+    A tracker that cannot be opened is left out, and `substitutions` has the reason by its setting, such as `logging.mlflow`.
+    """
+    # The settings and the run's id, as W&B's variables complete them.
     if environment is None:
         environment = dict(os.environ)
     logging = apply_environment(tracked_run.config, environment)
@@ -196,6 +200,7 @@ def open_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | Non
     if kinds:  # without trackers, variables such as WANDB_PROJECT decide nothing
         opened.substitutions = {key: str(resolution) for key, resolution in logging.resolutions.items()}
         opened.from_environment = {key: str(resolution.chosen) for key, resolution in logging.resolutions.items()}
+
     trackers: list[Tracker] = []
     for kind in kinds:
         try:

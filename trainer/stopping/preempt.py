@@ -44,7 +44,10 @@ class Agreement:
         return Agreement(self._request, self._runtime)
 
     def ask(self) -> None:
-        """Start the exchange of the question, if it is due. All ranks must call, and `stop_now` afterwards."""
+        """Start an exchange among all ranks of whether any was asked to stop, if it is due. All ranks must call, then `stop_now`.
+
+        It is due every `_interval` steps, which `stop_now` sets by the slowest rank's seconds of a step.
+        """
         is_asked = self._request.signal_name is not None
         if self._runtime.world_size == 1:
             self._answer[0] = float(is_asked)
@@ -68,7 +71,7 @@ class Agreement:
         return self.stop_now()
 
     def stop_now(self) -> bool:
-        """The agreed answer, equal on all ranks; the last one if the question was not due."""
+        """Whether to stop: the answer of the last exchange, equal on all ranks. Waits for an exchange that is under way."""
         if self._work is not None:
             self._work.wait()
             self._work = None

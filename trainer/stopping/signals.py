@@ -141,7 +141,7 @@ class StopRequest:
             number = signal.sigwait(self._handled)
             if self._closed.is_set():
                 return
-            if self._leave is not None:
+            if self._leave is not None:  # nothing to save yet
                 self._leave_later(signal.Signals(number).name)
             if number == signal.SIGINT:
                 _thread.interrupt_main(signal.SIGINT)

@@ -72,8 +72,8 @@ def is_suspended(status: str) -> bool:
 def watch(pid: int, mask: int, patience_s: float) -> None:
     """Kill process `pid`, our parent, once a signal of `mask` was pending for `patience_s`.
 
-    Returns when the parent needs no watchdog any more: it has ended, or closed the pipe. `mask`: as in /proc, bit n - 1 for
-    signal n.
+    Looks every `LOOK_EVERY_S` seconds. Returns when it has killed the parent, or when the parent needs no watchdog any more: it
+    has ended, or closed the pipe. `mask`: as in /proc, bit n - 1 for signal n (SIGTERM, 15: 0x4000).
     """
     waited_s = 0.0
     while os.getppid() == pid:
@@ -84,7 +84,7 @@ def watch(pid: int, mask: int, patience_s: float) -> None:
             status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         except OSError:
             return
-        if is_suspended(status):  # it is not to be blamed for not taking a signal
+        if is_suspended(status):  # it cannot take a signal now, and the time does not count
             continue
         if not pending_signals(status) & mask:
             waited_s = 0.0

@@ -43,7 +43,8 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, own_positio
     objective = facts.run.objective
     method = facts.run.tuning or "full"
     base = _base_name(facts.run.base_model or base_path)
-    loader = "peft"  # the library that loads the export
+    # The library that loads the export, as the card names it.
+    loader = "peft"
     if method == BOTTLENECK:
         loader = "shardtune"
     elif method in VIRTUAL_TOKENS and objective != "classification":

@@ -52,12 +52,13 @@ class Compute:
 def compute(run: RunRecord, answers: Mapping[str, Any], tokens: int | None) -> Compute:
     """What the training took, from the run's record and its owner's answers.
 
-    `tokens`: that the weights were trained on, all ranks together; None if that is not known.
+    `answers`: the owner's, by question; two are read, `base_flop` (FLOP of the base's training) and `device_watts`. `tokens`: on
+    which the weights were trained, all ranks together; None if that is not known.
     """
     devices = run.world_size or None
     tokens_per_s = None
     if run.outcome is not None:
-        tokens_per_s = run.outcome.speed.get("tokens_per_s")
+        tokens_per_s = run.outcome.speed.get("tokens_per_s")  # of all ranks together, median
     flop = None
     if run.flops_per_token and tokens:
         flop = run.flops_per_token * tokens
@@ -69,11 +70,11 @@ def compute(run: RunRecord, answers: Mapping[str, Any], tokens: int | None) -> C
     if flop and base_flop:
         share = flop / base_flop
 
-    # What was measured is better than an estimate from the watts of a device.
+    # Energy: what was measured is better than an estimate from the watts of a device.
     device_watts = number(answers.get("device_watts"))
     kwh = None
     energy = None
-    measured = run.energy
+    measured = run.energy  # such as {"kwh": 1.2, "kg_co2e": 0.4, "by": "codecarbon", "hosts": 2, "country": "DEU"}
     if measured:
         kwh = measured["kwh"]
         energy = (

@@ -191,7 +191,9 @@ def _counts_of(recorded: Mapping[str, Any]) -> dict[str, int]:
 def _metrics_in(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every metric of one evaluation report as a dictionary for the templates, with that of the base if the report has it.
 
-    `change` is the record of the comparison with the base, and `base` the base's value; both are None without one.
+    A report looks like {"tasks": {"qa": {"num_rows": 200, "metrics": {"accuracy": {"value": 0.7}}}}, "against": {"what": "base",
+    "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.6}}}}}}, and its metric here is `qa/accuracy`. `change` is the record of
+    the comparison with the base, and `base` the base's value; both are None without one.
     """
     comparison = report.get("against") or {}
     base_tasks: dict[str, Any] = {}

@@ -34,7 +34,10 @@ def licence_conflicts(base: str | None, sources: list[Mapping[str, Any]], export
 
 
 def _consequences(licence: str, export_licence: str | None) -> Iterator[str]:
-    """What one licence means for a release under `export_licence`; the second half of a sentence each."""
+    """What a licence means for a release under `export_licence`: none to four clauses, which follow "the base is under gpl-3.0".
+
+    `cc-by-nc-4.0` gives one: ", which allows no commercial use". The terms are recognised in the licence's name.
+    """
     if NO_DERIVATIVES.search(licence):
         yield ", which allows no derivatives; a tuned model may be one"
     if NON_COMMERCIAL.search(licence):

@@ -35,14 +35,18 @@ class LoggingFromEnvironment:
 
 
 def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> LoggingFromEnvironment:
-    """The settings of `logging` with W&B's variables applied: a setting wins over its variable, that over the default."""
+    """The settings of `logging` with W&B's variables applied: a setting wins over its variable, that over the default.
+
+    With WANDB_PROJECT=mine, an empty `logging.project` becomes `mine`, and `resolutions` says so. If `logging.project` is another
+    name already, it stays, and `passed_over` names the variable.
+    """
     resolutions: dict[str, Resolution] = {}
     passed_over: list[str] = []
     changes: dict[str, Any] = {}
     for name, variable in VARIABLES.items():
         text = environment.get(variable, "").strip()
         value: Any = text
-        if name == "tags":
+        if name == "tags":  # WANDB_TAGS=a,b is the list [a, b]
             tags = [tag.strip() for tag in text.split(",")]
             value = [tag for tag in tags if tag]
         if not value:
@@ -54,7 +58,7 @@ def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> 
         elif configured != value:
             passed_over.append(f"{variable}={text} (logging.{name} is set)")
 
-    # WANDB_MODE decides only if `logging.wandb` is auto.
+    # WANDB_MODE decides only if `logging.wandb` is auto. Without the variable, auto is offline.
     changes["wandb"] = config.wandb
     mode_text = environment.get("WANDB_MODE", "").strip().lower()
     mode = MODES.get(mode_text)
@@ -66,5 +70,5 @@ def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> 
             resolutions["logging.wandb"] = Resolution("logging.wandb", asked=None, chosen=mode, reason="WANDB_MODE")
     elif mode and mode != config.wandb:
         passed_over.append(f"WANDB_MODE={mode_text} (logging.wandb={config.wandb} is set)")
-    line = f"passed over: {', '.join(passed_over)}" if passed_over else None
-    return LoggingFromEnvironment(replace(config, **changes), resolutions, line)
+    passed_over_line = f"passed over: {', '.join(passed_over)}" if passed_over else None
+    return LoggingFromEnvironment(replace(config, **changes), resolutions, passed_over_line)

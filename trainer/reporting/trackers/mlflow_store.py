@@ -51,12 +51,14 @@ class MlflowRun:
             experiment_id = experiment.experiment_id
         else:
             experiment_id = client.create_experiment(tracked_run.project)
-        if tracked_run.resumed_at:
+
+        if tracked_run.resumed_at:  # the first run found is it; a new one is created if there is none
             for run in client.search_runs(
                 [experiment_id], filter_string=f"tags.`{RUN_ID_TAG}` = '{tracked_run.run_id}'"
             ):
                 client.update_run(run.info.run_id, status="RUNNING")
                 return str(run.info.run_id)
+
         from mlflow.entities import Param
 
         config = tracked_run.config

@@ -159,7 +159,8 @@ class WandbRun:
         """Start W&B's process again, and hand it the last rows.
 
         SLURM's TERM goes to every process of a step: it ends W&B's own before the run has saved, with rows that are in no file
-        yet. The rows go into another part of the same run, as after a resume. Raises ConnectionError after some such ends.
+        yet. The rows go into another part of the same run, as after a resume. Raises ConnectionError once W&B's process was
+        started `MAX_PROCESSES` times.
         """
         import wandb
 
@@ -170,7 +171,7 @@ class WandbRun:
         with contextlib.suppress(Exception):  # whatever its client raises without a process
             wandb.teardown()
         is_online = self._tracked_run.config.wandb is WandbMode.online and not self.note
-        if is_online:
+        if is_online:  # as before; it may be that the server no longer answers
             self.note = self._begin("online")
             is_online = self.note is None
         if not is_online:
@@ -212,7 +213,7 @@ class WandbRun:
         if ending.state is State.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
         self._run.summary.update({"state": ending.tracked_state})
-        if ending.state is not State.preempted:  # a run that goes on has no time for it, and ends once more
+        if ending.state is not State.preempted:  # a preempted run has no time for it: it is resumed, and ends once more
             self._set_diverged_tag(is_set=ending.diverged)
         if ending.alert in self._tracked_run.config.alerts:
             level = "WARN" if ending.state is State.preempted else "ERROR"
@@ -231,15 +232,16 @@ class WandbRun:
             self.hint = ("W&B", f"wandb sync {shlex.quote(run_files)}   (not all was uploaded in time)")
 
     def _set_diverged_tag(self, *, is_set: bool) -> None:
-        """Add the tag `diverged`, or remove the one that an earlier end of this run left.
+        """Add the tag `diverged` to the run (`is_set`), or remove the one that an earlier end of this run left.
 
-        W&B's client sets all tags at once, and sends the run's name and notes with them. So what people have changed in the
-        app is read first, and sent again. Where it cannot be read, nothing is sent.
+        W&B's client sets all tags at once, and sends the run's name and notes with them. So the tags, name and notes that people
+        have changed in the app are read first, and sent again. If they cannot be read, nothing is sent and a line is printed.
         """
         run = self._run
         tag = str(Alert.diverged)
         tags = list(run.tags or ())
-        if is_set == (tag in tags) or tag in self._tracked_run.config.tags:
+        is_as_wanted = is_set == (tag in tags)
+        if is_as_wanted or tag in self._tracked_run.config.tags:  # a tag that the user gave stays
             return
         if not run.offline:
             try:
@@ -255,8 +257,8 @@ class WandbRun:
                 run.name = labels.name
             if labels.notes != run.notes:
                 run.notes = labels.notes or ""
-        others = [other for other in tags if other != tag]
-        run.tags = [*others, tag] if is_set else others
+        other_tags = [other for other in tags if other != tag]
+        run.tags = [*other_tags, tag] if is_set else other_tags
 
 
 def _by_reference(directory: Path, name: str, kind: str, settings: dict[str, Any]) -> Any:
