@@ -48,12 +48,15 @@ class KeptColumns:
     """Whether all columns are kept, since a reward function takes whatever there is (`**kwargs`)."""
 
     def values_of(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """What is kept of a row. Raises Refusal: missing_reward_column, or that of a value which could not be read."""
+        """What is kept of a row, by column; columns that are null are left out.
+
+        Raises Refusal: missing_reward_column, or that of a value which could not be read.
+        """
         names = list(fields) if self.all else [*self.required, *self.optional]
         values = {name: fields[name] for name in names if fields.get(name) is not None}
         verl_model = fields.get("reward_model")
         wants_truth = "ground_truth" in names and "ground_truth" not in values
-        # verl's data sets have the right answer inside of this column.
+        # verl's data sets have the right answer inside of this column: {"ground_truth": "42", ...}.
         if wants_truth and isinstance(verl_model, dict) and "ground_truth" in verl_model:
             values["ground_truth"] = verl_model["ground_truth"]
         for name in self.required:
@@ -103,7 +106,10 @@ def value_at(fields: dict[str, Any], name: str) -> Any:
 
 
 def group_of(fields: dict[str, Any], name: str) -> str:
-    """The group that a row belongs to, from its column `name`. Raises Refusal: missing_group."""
+    """The group that a row belongs to, as text, from its column `name`: " a " -> "a", 7 -> "7", 7.0 -> "7".
+
+    Raises Refusal: missing_group, for a column that is missing or holds anything else.
+    """
     try:
         group = value_at(fields, name)
     except KeyError:
@@ -218,7 +224,7 @@ class UnreadColumns:
 
         `unread_columns`: further columns of the file, whose values are not in `fields`. `read_columns`: those that are read.
         """
-        # Most rows of a source have the same columns, so the answer for these is kept.
+        # What is unread depends on the columns alone. Most rows of a source have the same, so the answer for these is kept.
         shape = (read_columns, unread_columns, *fields)
         unread_and_refused = self._by_shape.get(shape)
         if unread_and_refused is None:
@@ -230,6 +236,7 @@ class UnreadColumns:
             unread_and_refused = unread, refused
             if len(self._by_shape) < MAX_NAMES:
                 self._by_shape[shape] = unread_and_refused
+        # Whether it is refused depends on the row's values.
         unread, refused = unread_and_refused
         for name in refused:
             if not is_nothing(fields[name]):

@@ -107,6 +107,7 @@ def cut_batch(
 
     slices: dict[str, Any] = {}
     for name, entry in batch.items():
+        # How the entry is cut follows from what its numbers are about.
         axis = axes.get(name)
         if axis is None:
             raise ValueError(
@@ -147,12 +148,14 @@ def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[
     missing = sequence_size - num_tokens
     if missing <= 0:
         return batch
+    # The filler tokens.
     changed = dict(batch)
     filler_id = batch["input_ids"][0, 0]  # an id that the model knows
     changed["input_ids"] = torch.cat([batch["input_ids"], filler_id.expand(1, missing)], dim=1)
     changed["position_ids"] = torch.cat([batch["position_ids"], torch.arange(missing)[None]], dim=1)
     changed["targets"] = torch.cat([batch["targets"], torch.full((1, missing), IGNORED)], dim=1)
     changed["is_token"] = (torch.arange(sequence_size) < num_tokens)[None]
+    # The boundaries of the documents, the filler document being the last.
     bounds = [*batch["document_bounds"], sequence_size]
     longest = max(stop - start for start, stop in pairwise(bounds))
     changed["document_bounds"] = bounds
@@ -164,6 +167,8 @@ def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[
 
 def moved_rows(before: list[int], after: list[int], rank: int) -> tuple[list[int], list[int]]:
     """Counts for an all-to-all that redistributes rows from one cut of them to another: (sent, received), each by rank.
+
+    Example: borders [0, 4, 8] before and [0, 2, 8] after; rank 0 sends [2, 2] and receives [2, 0].
 
     `before` and `after`, `[n + 1]`: the row offsets at which the ranks' slices begin, and the last one ends, in the old and the
     new cut. `rank` sends `sent[r]` rows to rank r and gets `received[r]` from it.

@@ -143,7 +143,10 @@ class MixedOrder(Order):
         return last_pass[1]
 
     def _walk(self, source: int, begin: int, count: int) -> np.ndarray:
-        """Draws [begin, begin + count) from a source, whose units come pass after pass without end."""
+        """Draws [begin, begin + count) from a source, whose units come pass after pass without end.
+
+        Of a source with 10 units, draws [8, 13) are the last two of pass 0 and the first three of pass 1.
+        """
         size = len(self._members[source])
         parts = []
         while count > 0:
@@ -160,6 +163,7 @@ class MixedOrder(Order):
         First the source of each sample is drawn. Then each source fills its places with its next units, where the epoch before
         left off.
         """
+        # The source of each sample of the epoch, int64 [num_units].
         source_of_sample = np.repeat(np.arange(len(self.quotas)), self.quotas)
         if self.shuffle:
             entropy = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
@@ -170,6 +174,7 @@ class MixedOrder(Order):
             source_of_sample = source_of_sample[np.argsort(np.concatenate(fractions), kind="stable")]
         # Each source's units keep their own order, so that no prefix uses a unit twice before another once.
         units = np.empty(self.num_units, dtype=np.int64)
+        # Positions in the epoch that go to each source, ascending.
         samples_of_source = np.split(np.argsort(source_of_sample, kind="stable"), np.cumsum(self.quotas)[:-1])
         for source, quota in enumerate(self.quotas.tolist()):
             if quota:
@@ -229,11 +234,13 @@ def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, t
     def tokens_before(epoch: int) -> int:
         return order.tokens_before(epoch, unit_tokens)
 
+    # A number of epochs that is enough, by doubling.
     max_epoch = 1
     while tokens_before(max_epoch) < tokens:
         max_epoch *= 2
     # The last epoch that begins before `tokens` are consumed.
     last_epoch = bisect.bisect_left(range(max_epoch + 1), tokens, key=tokens_before) - 1
+    # How many of its units it takes.
     cumulative = np.cumsum(unit_tokens[order.epoch(last_epoch)])
     tokens_left = tokens - tokens_before(last_epoch)
     units_of_last_epoch = int(np.searchsorted(cumulative, tokens_left, side="left")) + 1

@@ -32,6 +32,7 @@ def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
     stop = threading.Event()
 
     def put(kind: str, payload: Any = None) -> None:
+        """Hand something over, waiting for room; gives up once `stop` is set."""
         # With a timeout, so that the thread notices `stop` although nobody takes anything any more.
         while not stop.is_set():
             with suppress(queue.Full):
@@ -49,6 +50,7 @@ def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
             put("error", error)
 
+    # The consumer: items until the producer is over or has failed.
     thread = threading.Thread(target=produce, name="loader", daemon=True)
     thread.start()
     try:

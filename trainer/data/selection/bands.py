@@ -35,6 +35,7 @@ class BandIndex:
     def __init__(
         self, digests: Iterable[list[int] | None], num_documents: int, bands: int, directory: Path | None
     ) -> None:
+        # A hash key of each band of each document.
         self._bands = bands
         keys = _new_file((bands, num_documents), np.uint64, directory)
         has_keys = np.zeros(num_documents, bool)

@@ -83,11 +83,12 @@ def find_leaks(
     """
     # The held-out document that each training document agrees with; -1 for none yet.
     partner = np.full(len(train), -1, np.int64)
+    # Index into LEAK_KINDS of how they agree.
     kind = np.zeros(len(train), np.uint8)
     incomplete = 0
     # From the strictest kind on: a document that was found by one is not looked for by the next.
     for kind_index, kind_name in enumerate(LEAK_KINDS):
-        rows = np.flatnonzero(partner < 0)
+        rows = np.flatnonzero(partner < 0)  # positions in `train`
         documents = train[rows]
         if kind_name == "near":
             if not config.leakage.near:
@@ -96,6 +97,7 @@ def find_leaks(
             both = np.concatenate([held_out, documents])
             index = NearIndex(both, text_of, signatures["verdict"][both], config.duplicates.threshold, directory)
             partners = np.full(len(rows), -1, np.int64)
+            # All held-out documents are in the index before the first training document is looked for.
             for position in np.flatnonzero(index.may_be_near).tolist():
                 if position < len(held_out):
                     index.add(position)
@@ -118,7 +120,8 @@ def find_leaks(
 def first_equal(digests: np.ndarray, other_digests: np.ndarray, other_documents: np.ndarray) -> np.ndarray:
     """For each digest (hash of a text) of `digests`, the first document of the other side with the same; -1 if there is none.
 
-    `other_documents[i]`: the number of the document with `other_digests[i]`. Returns int64 [len(digests)].
+    `other_documents[i]`: the number of the document with `other_digests[i]`. Returns int64 [len(digests)]: digests [5, 9] and
+    other digests [9, 7] of the documents [30, 31] give [-1, 30].
     """
     if not len(other_digests):
         return np.full(len(digests), -1, dtype=np.int64)

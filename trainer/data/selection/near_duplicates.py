@@ -142,7 +142,7 @@ class NearIndex:
         return near_copy
 
     def _find(self, position: int, runs: list[bytes], sketch: Any) -> int | None:
-        """The document of the index that this one is a near copy of; None if there is none.
+        """The document of the index that this one is a near copy of; None if there is none. Counts comparisons in `report`.
 
         `runs`: its n-grams of words. `sketch`: its MinHash, which estimates the Jaccard similarity of two sets of n-grams. The
         candidates that share a band of it are compared exactly, the most similar by estimate first.

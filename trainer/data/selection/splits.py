@@ -90,7 +90,7 @@ def policies_of(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
     """What to do with each kind of copy (exact, normalised, near) that is looked for: `report` or `drop`, for example.
 
     The kinds come from strict to loose. A near copy may be an exact one, so that a policy for a looser kind holds at least for
-    all stricter ones. A kind that nobody asked for is not in the result.
+    all stricter ones: with near=drop alone all three are dropped. A kind that nobody asked for is not in the result.
     """
     by_severity = list(DuplicatePolicy)  # from `none` on
     severities = [by_severity.index(policy) for policy in (config.exact, config.normalized, config.near)]
@@ -122,6 +122,7 @@ def find_duplicates(
                 is_original, text_of, columns["verdict"], config.threshold, directory
             )
         else:
+            # Among the documents that are no copies so far, those with equal hashes.
             representative = rows.copy()
             digests = columns["digest" if kind == "exact" else "normal"][is_original]
             _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
@@ -184,7 +185,9 @@ class _SplitChooser:
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
         duplicates = find_duplicates(config, signatures, lambda row: self.text(int(train[row])), self.table.directory)
         representatives = train[duplicates.representative]
+        # An original is its own representative, and keeps its hash.
         self.content[train] = self.content[representatives]
+        # Counts and examples of each kind, such as {"exact": {"policy": "drop", "documents": 12, ...}}.
         report: dict[str, Any] = {}
         for kind, policy in policies_of(config).items():
             copies = np.flatnonzero(duplicates.kind == 1 + COPY_KINDS.index(kind))
@@ -214,6 +217,7 @@ class _SplitChooser:
         """
         columns = self.columns
         splits = self.selection.splits
+        # Splits with files of their own, and all training documents that are left.
         for split in HELD_OUT:
             if split in columns.splits:
                 splits[split] = columns.of_split(split)
@@ -221,9 +225,11 @@ class _SplitChooser:
         train = splits["train"] = train[self.is_kept[train]]
         if not (self.config.eval_share or self.config.test_share):
             return
+        # A draw for each of these documents.
         hashed = self.content if self.groups is None else self.groups
         seed_term = np.uint64((self.seed * SEED_FACTOR + SEED_OFFSET) % 2**64)
         draws = mix(hashed[train] + seed_term)
+        # Each held-out split takes the smallest draws that are still free.
         is_held_out = np.zeros(len(train), bool)
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
@@ -305,6 +311,7 @@ class _SplitChooser:
             if policy is LeakagePolicy.drop_train:
                 self.drop(train[is_shared], "leakage", f"group_in_{split}")
                 splits["train"] = train[~is_shared]
+        # How many documents and groups each split has; group 0 means none.
         for split, documents in {"train": splits["train"], **held_out_sets}.items():
             groups = self.groups[np.unique(documents)]
             counts = {"documents": len(groups), "groups": len(np.unique(groups[groups != 0]))}
@@ -378,6 +385,8 @@ def choose_splits(config: DataConfig, columns: Columns, table: DocumentTable, *,
 
 def take_whole_groups(draws: np.ndarray, number: int) -> np.ndarray:
     """Which of n documents to hold out, bool [n]: about `number` of them, and of a group all members or none.
+
+    Draws [7, 3, 7, 5] and number 2 give [False, True, False, True]: groups 3 and 5 have one member each.
 
     `draws` (uint64 [n]): documents with the same draw are a group. Groups are taken in the order of their draws; one that would
     be too much is passed over, and at least one is taken.

@@ -36,8 +36,9 @@ class ToolCallDialect:
 def probe_dialect(apply: Apply, added_tokens: list[str]) -> ToolCallDialect:
     """How a chat template wants tool calls: the first way to give one in which it writes name and arguments whole.
 
-    Renders a small conversation with one call in each way. `apply` renders messages; `added_tokens`: those of the tokenizer,
-    among which the token that closes the call is looked for. If no way works, the dialect is the default one.
+    Renders a small conversation with one call in each way: arguments as an object or as JSON text, the content beside the call
+    empty or None. `apply` renders messages; `added_tokens`: those of the tokenizer, among which the token that closes the call is
+    looked for. If no way works, the dialect is the default one.
     """
     # Marks in them, so that no text of the template itself is taken for them.
     name = f"{CALL}name"
@@ -86,6 +87,7 @@ def to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Iterator[Me
     """
     unanswered_ids: list[str] = []
     for turn_index, message in enumerate(messages):
+        # A turn with calls: each call gets an id, and the next results answer them.
         if "tool_calls" in message:
             calls = []
             for call_index, call in enumerate(message["tool_calls"]):

@@ -23,7 +23,7 @@ def keep_learnable(
     """The pieces of a sample that have at least one supervised token or a label; empty if the document is to be dropped.
 
     `pieces`: the shorter samples that `data.over_length` made of `sample` (see `fit_length`); None or empty if it dropped it.
-    `tally` counts, for the report, what was dropped, cut or odd (see `oddities`), with the row's location.
+    Counts in `tally`, for the report, what was dropped, cut or odd (see `oddities`), with the row's location.
     """
     if not pieces:
         tally.drop("tokenise", "too_long", document.location)
@@ -59,6 +59,7 @@ def fit_answers(
         assert config.over_length is OverLength.truncate, (
             "the other policies separate an answer from its prompt: the config layer refuses them"
         )
+    # Cut each answer, then see whether what is left still teaches something.
     fitted = []
     for answer in answers:
         is_longer = len(answer.input_ids) > max_length
@@ -71,6 +72,7 @@ def fit_answers(
         return []
     if is_too_long:
         tally.note("tokenise", "truncated", document.location)
+    # Of a pair, the preferred answer stands for both.
     note_oddities(encoder, document, answers[0], tally, was_cut=is_too_long)
     return fitted
 
@@ -178,13 +180,14 @@ def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_
 def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: int) -> tuple[Document, Sample]:
     """(the document with its system turn and as many of its last exchanges as fit, its sample).
 
-    If none fits, the last exchange alone, which is too long. The document is too long with all its exchanges.
+    If none fits, the last exchange alone, which is too long. Call it for a document that is too long with all its exchanges.
     """
     system, exchanges = _split_exchanges(encoder, document)
-    # By how many exchanges are left out.
+    # What was tried, by the number of exchanges that are left out at the beginning.
     candidates: dict[int, tuple[Document, Sample]] = {}
 
     def fits(left_out: int) -> bool:
+        """Whether the rest fits; keeps what it encoded in `candidates`."""
         candidates[left_out] = _encode_exchanges(encoder, document, system, exchanges[left_out:])
         _, sample = candidates[left_out]
         return len(sample.input_ids) <= max_length

@@ -90,7 +90,10 @@ class Checks:
             yield from self._text_problems(text, f"text {number}")
 
     def _text_problems(self, text: str, text_name: str) -> Iterator[tuple[str, str]]:
-        """(kind of problem, its position) of one text, which `text_name` names in the document."""
+        """(kind of problem, its position) of one text, such as ("encoding_damage", "text 2, U+FFFD at character 7").
+
+        `text_name`: what the position calls the text, such as "text 2".
+        """
         if not text or text.isspace():
             yield "empty_text", text_name
         control = _CONTROL.search(text)
@@ -111,7 +114,10 @@ class Checks:
 
 
 def _turn_problems(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
-    """(kind of problem, its position) in the order of the turns. `suffix` names the conversation, such as " of chosen"."""
+    """(kind of problem, its position) in the order of the turns, such as ("system_late", "turn 3 of chosen").
+
+    `suffix` names the conversation in the position, such as " of chosen".
+    """
     roles = [turn["role"] for turn in turns]
     earlier_turns: set[tuple[str, str]] = set()
     for index, (turn, role) in enumerate(zip(turns, roles, strict=True)):

@@ -115,7 +115,10 @@ class Filters:
         self.phrases = re.compile(pattern, re.IGNORECASE) if phrases else None
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """The document, or None if one of the filters drops it."""
+        """The document, or None if one of the filters drops it, which `tally` then counts under the filter's reason.
+
+        Filters in order: length of all texts, what is learned, language.
+        """
         reason = self._drop_reason_by_length(document)
         remark = ""
         if reason is None and document.desirable is not False:
@@ -144,7 +147,10 @@ class Filters:
         return None
 
     def _drop_reason_by_learned_text(self, document: Document) -> str | None:
-        """Why a row is dropped because of the text that is supervised (its answers, or a plain text); None if it is kept."""
+        """Why a row is dropped because of the text that is supervised (its answers, or a plain text); None if it is kept.
+
+        Reasons, in this order: "completion_too_short", "echoes_prompt", "phrase".
+        """
         answers = learned_answers(document)
         num_characters = sum(len(text.strip()) for text in answers)
         if answers and num_characters < self.config.min_completion_characters:
