@@ -54,18 +54,20 @@ class Dealer:
     def deal(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> tuple[list[DealtMicroBatch], float]:
         """Spread the answers of a step over the ranks that read rows of their own (readers), so that all take about as long.
 
-        Returns (this reader's micro-batches, balance of the whole step: mean over the readers' costs as a share of the highest).
-        Answers that share a prompt's computation stay together as a unit. Every reader gets as many micro-batches as the others;
-        one without an answer gets `filler`, whose tokens have no target.
+        Returns (this reader's micro-batches, balance of the whole step: mean over the readers' costs as a share of the highest,
+        which is 1.0 if all take equally long). Answers that share a prompt's computation stay together as a unit. Every reader
+        gets as many micro-batches as the others; one without an answer has only `filler`, whose tokens have no target.
         """
+        # A unit is a list of positions in `samples`, a slot the units of one micro-batch.
         units = self._units(samples)
-        costs = np.array([self._cost(samples, unit) for unit in units], dtype=np.int64)
+        costs = np.array([self._cost(samples, unit) for unit in units], dtype=np.int64)  # tokens of each unit
         per_slot = self.micro_batch // max(map(len, units), default=1)
         num_slots = max(1, -(-len(units) // (per_slot * self.readers))) * self.readers
         # Sorted by load, so that the readers' m-th micro-batches weigh about the same and none waits long.
         slots = deal(costs, num_slots, per_slot)
         loads = np.array([costs[slot].sum() for slot in slots], dtype=np.float64).reshape(-1, self.readers)
         balance = float(loads.mean(axis=1).sum() / max(1.0, loads.max(axis=1).sum()))
+
         own_micro_batches = []
         for slot in slots[self.reader :: self.readers]:
             positions: list[int] = []

@@ -80,11 +80,11 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[Scores], draws: int
     `eval/pass_at_K` is the expected best reward of K answers, of the prompts whose answers all have a score. For rewards of 0 and
     1 that is pass@k (Chen et al. 2021).
     """
-    totals = np.concatenate([of_group.total for of_group in scores])
+    totals = np.concatenate([group_scores.total for group_scores in scores])
     metrics = {REWARD: _mean(totals)}
     for name in scores[0].by_reward:
-        of_reward = np.concatenate([of_group.by_reward[name] for of_group in scores])
-        metrics[f"eval/rewards/{name}/mean"] = _mean(of_reward)
+        reward_values = np.concatenate([group_scores.by_reward[name] for group_scores in scores])
+        metrics[f"eval/rewards/{name}/mean"] = _mean(reward_values)
     answers: list[Answer] = []
     for group in groups:
         answers += group.answers
@@ -92,9 +92,10 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[Scores], draws: int
     metrics["eval/completions/clipped_ratio"] = float(np.mean([not answer.ended for answer in answers]))
     metrics["eval/answers/unscored"] = float(np.isnan(totals).sum())
     metrics |= _means_by_source(groups, scores)
-    whole = [of_group.total for of_group in scores if not np.isnan(of_group.total).any()]
+    # Of each prompt whose answers all have a score: these scores.
+    complete_totals = [group_scores.total for group_scores in scores if not np.isnan(group_scores.total).any()]
     for k in powers_up_to(draws):
-        best_of_k = [expected_best(total, k) for total in whole]
+        best_of_k = [expected_best(total, k) for total in complete_totals]
         metrics[f"eval/{PASS_PREFIX}{k}"] = _mean(np.array(best_of_k))
     return metrics
 
@@ -102,9 +103,9 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[Scores], draws: int
 def _means_by_source(groups: Sequence[Group], scores: Sequence[Scores]) -> Mapping[str, float]:
     """The mean reward of each source, as `eval/reward/NAME`; none where there is one source."""
     by_source: dict[str, list[np.ndarray]] = {}
-    for group, of_group in zip(groups, scores, strict=True):
+    for group, group_scores in zip(groups, scores, strict=True):
         if group.prompt.source:
-            by_source.setdefault(group.prompt.source, []).append(of_group.total)
+            by_source.setdefault(group.prompt.source, []).append(group_scores.total)
     return {f"{REWARD}/{source}": _mean(np.concatenate(totals)) for source, totals in sorted(by_source.items())}
 
 

@@ -81,31 +81,36 @@ def answer_logps(
 ) -> dict[int, np.ndarray]:
     """The log-probability of each token of answers that were written before, by the present (or reference) weights.
 
-    Returns float32 [tokens of the answer] by the answer's number in the round, the same on all ranks. `scorer`: a stand-in for
-    the objective that returns these numbers instead of a loss. `batches`: this rank's micro-batches, on the device. `answers`:
-    for each of them the numbers of the answers in it, one a sequence; None for a sequence that fills up. Every rank must call
-    with as many micro-batches as the others; ranks that share rows, with the same answers. `check_stop` is called after each
-    micro-batch and may raise, on all ranks alike.
+    Returns {number of the answer in the round: float32 [tokens of the answer]}, the same on all ranks.
+
+    `batches`: this rank's micro-batches, on the device; every rank must call with as many. `answers`: for each micro-batch the
+    number of the answer in each of its sequences, or None if a sequence only fills it up, such as [[0, 4], [9, None]]. Ranks that
+    share rows have the same answers. `scorer`: a stand-in for the objective that returns log-probabilities instead of a loss.
+    `check_stop` is called after each micro-batch and may raise, on all ranks alike.
     """
-    pieces: list[tuple[int, np.ndarray]] = []
+    # This rank's (number of the answer, log-probabilities of its tokens).
+    own_logps: list[tuple[int, np.ndarray]] = []
     with engine.inference(averaged=False, at_start=scorer.at_start) as module:
         # Through the root module's own forward: a sharding engine gathers parameters only there.
         step: Any = module
-        objective = step.objective
+        training_objective = step.objective
         step.objective = scorer
         try:
             for batch, numbers in zip(batches, answers, strict=True):
                 logps = step(batch)[LOGPS].float().cpu().numpy()
-                row_sequence = batch["row_sequence"].cpu().numpy()
-                for place, number in enumerate(numbers):
+                row_sequence = (
+                    batch["row_sequence"].cpu().numpy()
+                )  # of each token with a target: which sequence it is in
+                for sequence, number in enumerate(numbers):
                     if number is not None:
-                        pieces.append((number, logps[row_sequence == place]))
+                        own_logps.append((number, logps[row_sequence == sequence]))
                 check_stop()
         finally:
-            step.objective = objective
-    # Of ranks that share a row, each has a slice of an answer. Their order is the order of the slices.
-    by_answer: dict[int, list[np.ndarray]] = {}
-    for rank_pieces in gather_objects(pieces, runtime):
-        for number, logps in rank_pieces:
-            by_answer.setdefault(number, []).append(logps)
-    return {number: np.concatenate(parts) for number, parts in by_answer.items()}
+            step.objective = training_objective
+
+    # Ranks that share a row have a slice of the answer each, in the order of the ranks.
+    slices_by_answer: dict[int, list[np.ndarray]] = {}
+    for rank_logps in gather_objects(own_logps, runtime):
+        for number, logps in rank_logps:
+            slices_by_answer.setdefault(number, []).append(logps)
+    return {number: np.concatenate(slices) for number, slices in slices_by_answer.items()}

@@ -133,13 +133,14 @@ class RoundMaker:
         them again, with its own weights. Raises DataError if in many draws no group has rewards that differ.
         """
         wanted = self.prompts_per_round
-        draws = 1
+        attempts = 1  # how often answers were written for this round
         while True:
-            with_spread = np.flatnonzero(~idle(self._rewards(written.scores))).tolist()
+            with_spread = np.flatnonzero(~idle(self._rewards(written.scores))).tolist()  # numbers of groups
             num_written = len(written.groups)
+            # Enough groups are there, or some, and the most prompts that a round may answer are used up.
             if len(with_spread) >= wanted or (with_spread and num_written >= MOST_WRITTEN * wanted):
                 break
-            if not with_spread and draws >= MOST_IDLE_DRAWS:
+            if not with_spread and attempts >= MOST_IDLE_DRAWS:
                 raise DataError(self._no_spread(written))
             missing = wanted - len(with_spread)
             # As many prompts as are needed if the share of groups with differing rewards stays as it was so far.
@@ -149,7 +150,7 @@ class RoundMaker:
             further = self._write(first_sample + num_written, count, step)
             written.groups += further.groups
             written.scores += further.scores
-            draws += 1
+            attempts += 1
         taken = with_spread[:wanted]
         num_consumed = taken[-1] + 1 if len(taken) == wanted else num_written
         return written.select(taken), num_consumed
@@ -158,21 +159,23 @@ class RoundMaker:
         """The error message if all answers to each prompt have the same reward, so that there is nothing to learn."""
         rewards = rewards_of(written.scores)
         known = rewards[~np.isnan(rewards)]
-        seen = "no answer was scored"
+        observed = "no answer was scored"
         if len(known):
-            seen = f"rewards lie between {known.min():g} and {known.max():g}"
+            observed = f"rewards lie between {known.min():g} and {known.max():g}"
         return (
             f"objective.idle_groups=replace: in none of {len(written.groups)} groups of {self.settings.group_size} answers do "
-            f"the rewards differ ({seen}), so there is nothing to learn; give rewards that tell answers apart, easier prompts, "
-            "or a larger objective.group_size"
+            f"the rewards differ ({observed}), so there is nothing to learn; give rewards that tell answers apart, easier "
+            "prompts, or a larger objective.group_size"
         )
 
     def _weigh(self, made: Round) -> None:
         """Complete a round, in place: which answers count in the loss, their advantages, and log-probabilities for the loss.
 
         `old_logps` are those of the weights that wrote the answers, if several updates learn from one round; `reference_logps`
-        those of the reference model, for the KL divergence. With `kl.place=reward` the divergence is taken off the rewards.
+        those of the reference model, for the KL divergence. With `kl.place=reward` the divergence is subtracted from the rewards.
+        All ranks must call.
         """
+        # Which answers count in the loss.
         settings = self.settings
         rewards = self._rewards(made.scores)
         if settings.idle_groups is IdleGroups.drop:
@@ -180,25 +183,29 @@ class RoundMaker:
         if settings.mask_truncated:
             has_ended = [answer.ended for answer in all_answers(made.groups)]
             made.is_learned &= np.reshape(has_ended, made.is_learned.shape)
+
+        # Log-probabilities, each only if something needs it.
         num_answers = rewards.size
         several_updates = settings.rollout.steps * settings.rollout.iterations > 1
         kl_in_reward = settings.kl.weight > 0 and settings.kl.place is KlPlace.reward
-        # The divergence in the reward is that of every scored answer, learned or not.
-        asked = made.learned(range(num_answers))
+        # The divergence in the reward is that of every scored answer, whether it counts in the loss or not.
+        needed = made.learned(range(num_answers))
         if kl_in_reward:
-            asked = np.flatnonzero(~np.isnan(rewards).ravel()).tolist()
+            needed = np.flatnonzero(~np.isnan(rewards).ravel()).tolist()
         old_logps: dict[int, np.ndarray] = {}
         if several_updates or kl_in_reward:
-            old_logps = self._look_back(made, asked, PolicyLogps(settings.rollout.temperature))
+            old_logps = self._look_back(made, needed, PolicyLogps(settings.rollout.temperature))
         if settings.kl.weight > 0:
             reference = ReferenceLogps(settings.rollout.temperature, self.references)
-            made.reference_logps = self._look_back(made, asked, reference)
+            made.reference_logps = self._look_back(made, needed, reference)
+
+        # Advantages.
         if kl_in_reward:
             rewards = self._with_divergence(rewards, old_logps, made.reference_logps)
         if several_updates:
             made.old_logps = old_logps
         if settings.combine is Combine.normalised:
-            # Each reward was compared within its group; what is left is the scale of their sum.
+            # Each reward was already normalised within its group (`_rewards`); here their sum is, over the batch.
             made.advantages = advantages(rewards, Baseline.batch, Scale.batch_std)
         else:
             made.advantages = advantages(rewards, settings.baseline, settings.scale)
@@ -236,11 +243,12 @@ class RoundMaker:
             return {}
         with self._phase("looking back at the answers", "look_back_s"):
             samples = [made.sequence(number) for number in numbers]
-            dealt, _ = self.dealer.deal(samples, samples[0])
+            own_micro_batches, _ = self.dealer.deal(samples, samples[0])
+            # Of each micro-batch, the numbers of its answers in the round; None for a sequence that only fills it up.
             answers: list[list[int | None]] = []
-            for micro_batch in dealt:
-                answers.append([None if place is None else numbers[place] for place in micro_batch.positions])
-            batches = [to_device(micro_batch.batch, self.dealer.device) for micro_batch in dealt]
+            for micro_batch in own_micro_batches:
+                answers.append([None if position is None else numbers[position] for position in micro_batch.positions])
+            batches = [to_device(micro_batch.batch, self.dealer.device) for micro_batch in own_micro_batches]
             return answer_logps(self.engine, batches, answers, row_scorer, self.runtime, self._check_stop)
 
     def _check_stop(self) -> None:
@@ -249,7 +257,10 @@ class RoundMaker:
 
     @contextmanager
     def _phase(self, phase: str, name: str) -> Iterator[None]:
-        """Around a part of a round: tells what the run is at, adds its seconds, and stops before it if it is asked to."""
+        """Around a part of a round: reports `phase` as what the run is doing, and adds its seconds to `_seconds[name]`.
+
+        Raises Interrupted before the part begins, if the run is asked to stop.
+        """
         self._check_stop()
         self.report_phase(phase)
         began = time.perf_counter()
@@ -257,11 +268,14 @@ class RoundMaker:
         self._seconds[name] += time.perf_counter() - began
 
     def _speeds(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Seconds of the parts of a round, of the slowest rank, and the speed of writing. All ranks must call."""
+        """Seconds of each part of a round on its slowest rank, and the speed of writing. All ranks must call.
+
+        For example {"write_s": 8.1, "reward_s": 0.4, "look_back_s": 1.2, "written_tokens_per_s": 5100.0}.
+        """
         by_rank = gather_objects(self._seconds, self.runtime)
         seconds = dict.fromkeys(self._seconds, 0.0)
-        for of_rank in by_rank:
-            for name, rank_seconds in of_rank.items():
+        for seconds_of_rank in by_rank:
+            for name, rank_seconds in seconds_of_rank.items():
                 seconds[name] = max(seconds[name], rank_seconds)
         tokens = sum(len(answer.ids) for answer in all_answers(groups))
         return {**seconds, "written_tokens_per_s": tokens / max(seconds["write_s"], 1e-9)}

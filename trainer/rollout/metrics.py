@@ -27,9 +27,9 @@ def round_metrics(groups: Sequence[Group], scores: Sequence[Scores], is_idle: np
         "answers/timed_out": float(sum(score.timed_out for score in scores)),
     }
     for name in scores[0].by_reward:
-        of_reward = np.concatenate([score.by_reward[name] for score in scores])
-        metrics[f"rewards/{name}/mean"] = _mean(of_reward)
-        metrics[f"rewards/{name}/std"] = float(_spread(of_reward, axis=0))
+        reward_values = np.concatenate([score.by_reward[name] for score in scores])
+        metrics[f"rewards/{name}/mean"] = _mean(reward_values)
+        metrics[f"rewards/{name}/std"] = float(_spread(reward_values, axis=0))
     metrics |= _by_source(groups, rewards, is_idle) | _logged(scores) | _lengths(groups)
     return {name: value for name, value in metrics.items() if not np.isnan(value)}
 
@@ -61,9 +61,10 @@ def _by_source(groups: Sequence[Group], rewards: np.ndarray, is_idle: np.ndarray
 
 
 def _logged(scores: Sequence[Scores]) -> dict[str, float]:
-    """Means of what reward functions logged themselves: `logged/NAME`, and of columns of numbers `extra/NAME`.
+    """Means of what reward functions logged: `logged/NAME` by `log_metric`, `extra/NAME` of numbers in columns of `log_extra`.
 
-    Their names may be those of a run's own metrics, so that they have a beginning.
+    The prefixes keep them apart from a run's own metrics, which may have the same names. `maths` logging `steps` as 2.0 and 4.0
+    becomes {"logged/maths/steps": 3.0}.
     """
     values_by_name: dict[str, list[float]] = {}
     for score in scores:

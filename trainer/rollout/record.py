@@ -84,8 +84,8 @@ def rows_of(made: Round, most_groups: int | None = None) -> list[dict[str, Any]]
                 "advantage": _number(made.advantages[number, place]),
                 "learned": bool(made.is_learned[number, place]),
             }
-            for name, of_reward in scores.by_reward.items():
-                row[f"rewards/{name}"] = _number(of_reward[place])
+            for name, reward_values in scores.by_reward.items():
+                row[f"rewards/{name}"] = _number(reward_values[place])
             for name, values in scores.extra.items():
                 row[f"{EXTRA}{name}"] = values[place]
             rows.append(row)
@@ -93,9 +93,10 @@ def rows_of(made: Round, most_groups: int | None = None) -> list[dict[str, Any]]
 
 
 def _with_alike_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with all further columns of any; a column of texts and other values becomes one of texts.
+    """The rows, changed in place so that each has the same `extra/` columns, with values of one type, as Parquet needs.
 
-    Parquet has one type a column. A reward function may give a number for one answer and a text for another.
+    A row that lacks a column gets None in it. A column with numbers only becomes floats, any other one texts: a reward function
+    may log 1 for one answer and "none" for another, which become "1" and "none".
     """
     values_by_column: dict[str, list[Any]] = {}
     for row in rows:

@@ -77,9 +77,9 @@ class Round:
     ) -> tuple[list[AnswerSample], dict[str, float]]:
         """The data of one optimizer step: (sequences of the answers that count in the loss, counts of the step).
 
-        `numbers`: the answers of the step, numbered over all groups of the round. Each sequence has a number for each token of
-        its answer: advantage, loss weight, and the log-probabilities that the loss compares. The counts are what sums are
-        divided by, over all ranks.
+        `numbers`: the answers of the step, numbered over all groups of the round. The `rows` of a sequence have a number for each
+        token of its answer: advantage, loss weight, and the log-probabilities that the loss compares. The counts, over all ranks,
+        are what sums are divided by: {"loss": 512.0, "tokens": 512, "answers": 8}.
         """
         learned = self.learned(numbers)
         lengths = np.array([len(self.answer(number)[1].ids) for number in learned], dtype=np.int64)

@@ -15,7 +15,11 @@ ROUND_FILE = "round.safetensors"
 
 
 def round_bytes(made: Round) -> bytes:
-    """A round as the content of `ROUND_FILE`: tokens, rewards, advantages and log-probabilities, but no texts."""
+    """A round as the content of `ROUND_FILE`: tokens, rewards, advantages and log-probabilities, but no texts.
+
+    Rows of unequal length are stored one after another with their lengths: prompts [5, 6] and [7] are `prompt_ids` [5, 6, 7] and
+    `prompt_lengths` [2, 1].
+    """
     from safetensors.numpy import save
 
     answers = all_answers(made.groups)
@@ -32,28 +36,35 @@ def round_bytes(made: Round) -> bytes:
         "advantages": made.advantages,
         "is_learned": made.is_learned.astype(np.uint8),
     }
-    # As numbers beside their names: they stand in the row of each step that is left.
+    # Metrics of the answers, which `metrics.jsonl` gets at each remaining step. A file of arrays holds no texts: the names are
+    # the bytes of a JSON list.
     names = json.dumps(list(made.facts)).encode()
     arrays["fact_names"] = np.frombuffer(names, np.uint8)
     arrays["facts"] = np.array([*made.facts.values()], np.float64)
     arrays["places"] = np.array([prompt.place for prompt in prompts], np.int64)
     arrays["ended"] = np.array([answer.ended for answer in answers], np.uint8)
     arrays["writer_logps"] = _joined([answer.logprobs for answer in answers], np.float32)
-    for name, by_answer in (("old", made.old_logps), ("reference", made.reference_logps)):
-        numbers = sorted(by_answer)
+    # Log-probabilities of the answers that have any, in the order of the answers' numbers.
+    for name, logps_by_answer in (("old", made.old_logps), ("reference", made.reference_logps)):
+        numbers = sorted(logps_by_answer)
         arrays[f"{name}_answers"] = np.array(numbers, np.int64)
-        arrays[f"{name}_logps"] = _joined([by_answer[number] for number in numbers], np.float32)
+        arrays[f"{name}_logps"] = _joined([logps_by_answer[number] for number in numbers], np.float32)
     return save(arrays)
 
 
 def round_of(content: bytes, where: str) -> Round:
-    """The round whose `round_bytes` is `content`. Raises StorageError, which names `where`, for anything else."""
+    """The round that `round_bytes` made `content` of, but without the texts of prompts and answers, which are empty.
+
+    `where`: the file, for the error. Raises StorageError if the content is damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
         arrays = load(content)
         first_sample, num_prompts, group_size = arrays["numbers"].tolist()
+
+        # Prompts with their answers.
         answer_lengths = arrays["answer_lengths"]
         answer_ids = _split(arrays["answer_ids"], answer_lengths)
         writer_logps = _split(arrays["writer_logps"], answer_lengths)
@@ -63,14 +74,19 @@ def round_of(content: bytes, where: str) -> Round:
         for number, (place, ids) in enumerate(zip(arrays["places"].tolist(), prompt_ids, strict=True)):
             answers = []
             for draw in range(group_size):
-                answer = number * group_size + draw
-                answers.append(Answer(draw, answer_ids[answer].tolist(), writer_logps[answer], "", ended[answer]))
-            groups.append(Group(Prompt(place, ids.tolist(), "", {}, ""), answers))
-        logps = {}
+                answer = number * group_size + draw  # its number in the round
+                answers.append(
+                    Answer(draw, answer_ids[answer].tolist(), writer_logps[answer], text="", ended=ended[answer])
+                )
+            prompt = Prompt(place, ids.tolist(), text="", columns={}, origin="")
+            groups.append(Group(prompt, answers))
+
+        # By "old" and "reference": log-probabilities of each token, by the answer's number in the round.
+        logps: dict[str, dict[int, np.ndarray]] = {}
         for name in ("old", "reference"):
             numbers = arrays[f"{name}_answers"]
-            parts = _split(arrays[f"{name}_logps"], answer_lengths[numbers])
-            logps[name] = dict(zip(numbers.tolist(), parts, strict=True))
+            logps_of_answers = _split(arrays[f"{name}_logps"], answer_lengths[numbers])
+            logps[name] = dict(zip(numbers.tolist(), logps_of_answers, strict=True))
         facts: dict[str, float] = {}
         if "facts" in arrays:  # not in checkpoints of earlier versions
             names = json.loads(arrays["fact_names"].tobytes())

@@ -17,10 +17,11 @@ SHOWN_CHARACTERS = 300
 
 
 def trial_report(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str, Any]:
-    """What a trial of the rewards says before training, as JSON values: means, spread, idle groups and lengths of answers.
+    """What a trial of the rewards shows before training, as JSON values: rewards, idle groups, lengths, and some answers.
 
     A group is all answers to one prompt; it is idle if all score alike. `scores`: one entry a group. A number is None if nothing
-    was scored.
+    was scored. Nested values: `reward` is a summary of the totals, `rewards` such a summary by reward ({"maths": {"mean": 0.4,
+    ...}}), `idle_share_by_group_size` the expected share by size ({"2": 0.8, "4": 0.6, ...}).
     """
     rewards = rewards_of(scores)
     answers: list[Any] = []
@@ -29,8 +30,8 @@ def trial_report(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str,
     lengths = np.array([len(answer.ids) for answer in answers])
     by_reward: dict[str, Any] = {}
     for name in scores[0].by_reward:
-        of_reward = np.stack([score.by_reward[name] for score in scores])
-        by_reward[name] = _summary(of_reward)
+        reward_values = np.stack([score.by_reward[name] for score in scores])  # [groups, answers]
+        by_reward[name] = _summary(reward_values)
     truncated = [not answer.ended for answer in answers]
     idle_shares = {str(size): idle_share(rewards, size) for size in GROUP_SIZES}
     shown_groups = [_shown_group(group, score) for group, score in zip(groups, scores, strict=True)]
@@ -83,9 +84,13 @@ def idle_share(rewards: np.ndarray, size: int) -> float | None:
 
 
 def _shown_group(group: Group, scores: Scores) -> dict[str, Any]:
-    """A group (all answers to one prompt) for the report, with its best and its worst answer; without these if unscored."""
+    """A group (all answers to one prompt) for the report, with its best and its worst answer; without these if unscored.
+
+    {"where": "prompts.jsonl:3", "prompt": "2 + 2?", "mean": 0.5, "best": {"reward": 1.0, "rewards": {"maths": 1.0}, "ended":
+    true, "answer": "4"}, "worst": ...}.
+    """
     shown: dict[str, Any] = {"where": group.prompt.origin, "prompt": prompt_text(group.prompt.text)[-SHOWN_CHARACTERS:]}
-    scored = np.flatnonzero(~np.isnan(scores.total))
+    scored = np.flatnonzero(~np.isnan(scores.total))  # numbers of the scored answers
     if not len(scored):
         return shown
     shown["mean"] = float(scores.total[scored].mean())
@@ -93,10 +98,10 @@ def _shown_group(group: Group, scores: Scores) -> dict[str, Any]:
     worst = int(scored[np.argmin(scores.total[scored])])
     for name, number in (("best", best), ("worst", worst)):
         answer = group.answers[number]
-        of_answer = {reward: _number(of_reward[number]) for reward, of_reward in scores.by_reward.items()}
+        answer_rewards = {reward: _number(values[number]) for reward, values in scores.by_reward.items()}
         shown[name] = {
             "reward": float(scores.total[number]),
-            "rewards": of_answer,
+            "rewards": answer_rewards,
             "ended": answer.ended,
             "answer": answer.text[:SHOWN_CHARACTERS],
         }

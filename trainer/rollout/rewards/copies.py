@@ -26,7 +26,9 @@ MANIFEST = "rewards.json"
 
 
 def reward_files(rewards: Mapping[str, RewardEntry]) -> dict[Path, list[Path]]:
-    """The files that reward functions need, by the directory that they are imported from, in order.
+    """The files that reward functions need, by the directory that they are imported from, in the order of the rewards' names.
+
+    {Path("/home/me/rewards"): [Path("/home/me/rewards/maths.py"), Path("/home/me/rewards/units.py")]}: units.py is imported.
 
     Raises ConfigError for a file that cannot be read.
     """
@@ -83,7 +85,10 @@ def _files_of_module(directory: Path, module: str) -> list[Path]:
 
 
 def digests_of(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
-    """SHA-256 of each file that reward functions need, by its path in the copy. Raises ConfigError, OSError."""
+    """SHA-256 of each file that reward functions need, by its path in the copy: {"0/maths.py": "9f86d0..."}.
+
+    The number is that of the directory in `reward_files`. Raises ConfigError, OSError.
+    """
     digests = {}
     for number, (directory, files) in enumerate(reward_files(rewards).items()):
         for file in files:
@@ -119,12 +124,14 @@ def _replace_copies(rewards: Mapping[str, RewardEntry], by_directory: dict[Path,
     """Copy files (`reward_files`) into `target`, which appears whole or not at all. Raises OSError."""
     draft = target.with_name(f"{DIRECTORY}.unfinished")
     shutil.rmtree(draft, ignore_errors=True)
+    # Each source directory becomes a numbered one: /home/me/rewards/maths.py -> rewards/0/maths.py.
     numbers = {directory: number for number, directory in enumerate(by_directory)}
     for directory, files in by_directory.items():
         for file in files:
             copy = draft / str(numbers[directory]) / file.relative_to(directory)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
+    # The manifest: where each reward's function is in the copy, and the digests of all files.
     functions = {}
     for name, reward in rewards.items():
         if reward.function is not None:
@@ -222,10 +229,16 @@ def recorded_digests(run_dir: Path) -> dict[str, str]:
 
 
 def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progress: bool, accept: list[str]) -> None:
-    """Copy the reward files of a run that is about to start.
+    """Copy the reward files of a run that is about to start into its directory, unless it must keep the copies that it has.
 
-    Raises ConfigError if a run with progress has other ones now, and StorageError. `accept`: what `run.accept` names. A
-    run that was started before keeps its copies if a file is gone.
+    - No reward is a function: nothing is done.
+    - A file is gone of which there is a copy, and `run.accept` does not name rewards: the copies are kept.
+    - There are no copies, the run has made no step, or `run.accept` names rewards: the files are copied.
+    - A file cannot be read now: the copies are kept.
+    - A file differs from its copy: ConfigError, since the same run would be scored by two functions.
+    - All are as they were: they are copied again.
+
+    `has_progress`: whether the run has made steps. `accept`: what `run.accept` names. Raises StorageError too.
     """
     files = [split_function(reward.function)[0] for reward in rewards.values() if reward.function is not None]
     if not files:
@@ -248,5 +261,5 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
             f"objective.rewards: {changed_files} differs from the copy in {run_dir / DIRECTORY} that scored this run until now; "
             "add run.accept=[rewards] to go on with the new one, or put the old one back"
         )
-    # Afresh, though they are the same: nothing else that lies in a directory which somebody may have given away is run.
+    # Copied again, though they are the same: only this replaces other files that somebody may have put there, which would be run.
     copy_rewards(rewards, run_dir)

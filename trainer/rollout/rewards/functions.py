@@ -119,15 +119,19 @@ class FunctionReward:
         given: dict[str, Any],
         numbers: range,
     ) -> Any:
-        """Call the function with those of the arguments that it names. What it logs goes into `result`.
+        """Call the function with those of the arguments that it names, and return its result. What it logs goes into `result`.
 
-        `numbers`: of the answers that it is given. Raises BadScore for a column that has not one value for each of them.
+        Arguments, of which a later one wins over an earlier one of the same name: `columns` of the row, such as {"answer": "4"};
+        `given`, such as {"completion": "It is 4."}, with `step`, `log_metric` and `log_extra`; and the reward's options.
+        `numbers`: of the answers that it scores. Raises BadScore if it calls `log_extra` without a value for each of them.
         """
 
         def log_metric(name: str, value: float) -> None:
+            """For the function to call: keep a number, whose mean over the round is logged."""
             result.logged.setdefault(str(name), []).append(float(value))
 
         def log_extra(column: str, values: Any) -> None:
+            """For the function to call: keep a value for each answer, as a further column of the round's record."""
             is_list = hasattr(values, "__len__") and not isinstance(values, str | bytes | dict)
             if not is_list or len(values) != len(numbers):
                 raise BadScore(

@@ -162,13 +162,14 @@ class RewardModelScorer:
         All ranks must call, with the same groups. Raises on all ranks alike: DataError for a conversation that the chat template
         does not write, Interrupted if the run is asked to stop.
         """
+        # This rank's texts: (number of the group, number of the answer, tokens).
         own: list[tuple[int, int, list[int]]] = []
         problem: str | None = None
         try:
             own = self._own_texts(name, groups)
         except ShardtuneError as error:
             problem = str(error)
-        problems = [said for said in gather_objects(problem, self.runtime) if said is not None]
+        problems = [message for message in gather_objects(problem, self.runtime) if message is not None]
         if problems:
             raise DataError(f"objective.rewards.{name}: {problems[0]}")
         own_scores = self._run(name, [ids for _, _, ids in own])
@@ -197,21 +198,21 @@ class RewardModelScorer:
         with self.engine.inference(averaged=False) as module:
             # Through the root module's own forward: a sharding engine gathers parameters only there.
             step: Any = module
-            objective = step.objective
+            training_objective = step.objective
             added_losses = step.added_losses
             step.objective = _ModelScores(step.reward_models[name])
             step.added_losses = None
             try:
                 for turn in range(most):
-                    numbers = batches[turn] if turn < len(batches) else []
-                    filler = [[reader.pad_token_id]]
+                    numbers = batches[turn] if turn < len(batches) else []  # of texts
+                    filler = [[reader.pad_token_id]]  # read by a rank that has no batch left, so that all make the pass
                     batch = reader.batch([texts[number] for number in numbers] or filler, self.runtime.device)
-                    found = step(batch)[SCORES].tolist()
-                    for number, score in zip(numbers, found, strict=False):
+                    batch_scores = step(batch)[SCORES].tolist()
+                    for number, score in zip(numbers, batch_scores, strict=False):  # that of a filler is dropped
                         scores[number] = score
                     if self.stop_now():
                         raise Interrupted
             finally:
-                step.objective = objective
+                step.objective = training_objective
                 step.added_losses = added_losses
         return scores

@@ -100,12 +100,16 @@ def _refuse_other_models(settings: Mapping[str, Any], said: str) -> None:
 
 
 def reward_model_problems(reward: RewardEntry, key: str) -> Iterator[str]:
-    """What is wrong with a reward that is a model, one line each. `key`: the setting `objective.rewards.NAME`."""
+    """What is wrong with a reward that is a model, one line each; reads its files, but no weights.
+
+    `key`: the setting that it stands under, such as `objective.rewards.helpful`.
+    """
+    # Settings.
     assert reward.path is not None
     for option in reward.options:
         if option not in OPTIONS:
             yield f"{key}.options.{option}: a reward model has no such option; it has {', '.join(OPTIONS)}"
-    if reward.timeout_s != type(reward)().timeout_s:
+    if reward.timeout_s != type(reward)().timeout_s:  # not the default
         yield f"{key}.timeout_s={reward.timeout_s:g}: a reward model runs in the ranks and has no time limit; leave it out"
     tokens = reward.options.get("batch_tokens", BATCH_TOKENS)
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
@@ -113,6 +117,8 @@ def reward_model_problems(reward: RewardEntry, key: str) -> Iterator[str]:
     template = reward.options.get("chat_template")
     if template is not None and not Path(str(template)).expanduser().is_file():
         yield f"{key}.options.chat_template={template}: no such file; give a file with a Jinja chat template"
+
+    # Files: a tokenizer, and a chat template unless a setting gives one.
     try:
         files = reward_model_files(reward.path, f"{key}.path")
     except ConfigError as error:

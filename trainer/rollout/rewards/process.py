@@ -217,10 +217,10 @@ class WorkerPool:
         )
 
     def run(self, calls: Sequence[Call]) -> list[Reply]:
-        """What became of each call, in order.
+        """Have the workers make these calls, and return the reply to each, in the order of the calls.
 
-        A call that takes too long costs its worker, which is started again. One that ends the process is tried once more. Raises
-        DataError for a reward that fails, with the row, and Stopped.
+        A worker whose call takes longer than its time limit is killed and started again; the reply then says so. A call during
+        which the worker dies is tried once more. Raises DataError for a reward that fails, with the row, and Stopped.
         """
         round_of_calls = _RoundOfCalls(calls, self._never_in_time)
         busy: dict[
@@ -230,18 +230,21 @@ class WorkerPool:
         with selectors.DefaultSelector() as selector:
             while round_of_calls.waiting or busy:
                 self._check_stop()
+                # Give calls to idle workers.
                 while idle and round_of_calls.waiting:
                     worker = idle.pop()
                     number = round_of_calls.waiting.popleft()
                     worker.ask({"reward": calls[number].reward, "answers": calls[number].answers})
                     selector.register(worker.answer_fd, selectors.EVENT_READ)
                     busy[worker.answer_fd] = (worker, number, time.monotonic() + calls[number].timeout_s)
+                # Take replies, for at most `POLL_S` seconds.
                 for key, _ in selector.select(POLL_S):
                     worker, number, _ = busy[key.fd]
                     if self._take_reply(round_of_calls, worker, number):
                         selector.unregister(key.fd)
                         del busy[key.fd]
                         idle.append(self._alive(worker))
+                # Kill workers that are past their deadline.
                 now = time.monotonic()
                 for fd, (worker, number, deadline) in list(busy.items()):
                     if now > deadline:

@@ -24,8 +24,10 @@ SHOWN_ROWS = 3
 def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
     """Raise DataError if there are prompts whose answers a built-in reward could not score, whatever the model writes.
 
-    Local: reads what all ranks have alike, 30,000 rows a second with `maths` and more with other kinds (AMD Zen 4).
+    For example a row without the right answer that `maths` compares with. No collective: each rank reads the same prepared data,
+    30,000 rows a second with `maths` and more with other kinds (AMD Zen 4).
     """
+    # By the reward's name. Rewards that are functions or models have no kind, and cannot be checked before training.
     kinds = {name: KINDS[reward.kind](reward.options) for name, reward in settings.rewards.items() if reward.kind}
     if not kinds or not data.has_rows:
         return

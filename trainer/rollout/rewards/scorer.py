@@ -44,6 +44,8 @@ class WorkerScorer:
         self.rewards: Mapping[str, RewardEntry] = config.rewards
         self.runtime = runtime
         functions = copied_functions(config.rewards, run_dir)
+        # What workers load, by reward: {"file": "/runs/a/rewards/0/maths.py", "function": "score", "options": {}} for a function,
+        # {"kind": "length", "options": {"limit": 512}} for a built-in reward.
         setup: dict[str, dict[str, Any]] = {}
         self._one_by_one = set()
         """Rewards that are called with one answer at a time, so that a time limit is that of an answer."""
@@ -55,7 +57,7 @@ class WorkerScorer:
         self.model_scorer: RewardModelScorer | None = None
         """Scores by them; set once there is an engine that holds them."""
         for name, reward in config.rewards.items():
-            if name in self._of_ranks:
+            if name in self._of_ranks:  # the judge's, or a model's
                 continue
             if name in functions:
                 file, function = functions[name]
@@ -85,22 +87,27 @@ class WorkerScorer:
 
     def score(self, groups: Sequence[Group], *, step: int) -> list[Scores]:
         """The scores of each group, in order, the same on all ranks. See `RewardScorer`."""
+        # Functions and built-in rewards: each rank scores its share of the groups.
         own_numbers = range(self.runtime.rank, len(groups), self.runtime.world_size)
         # Ranks wait for the one whose calls take longest, at worst until each has reached its time limit.
         answers = sum(len(group.answers) for group in groups)
         longest_s = sum(reward.timeout_s for reward in self.rewards.values()) * answers
+        # By number of the group: its scores, and the numbers of its answers that get no total.
         collected: dict[int, tuple[Scores, list[int]]] = {}
         with longer_timeout(self.runtime, longest_s):
             for rank_scores in self._on_all_ranks(lambda: self._score_own(groups, own_numbers, step)):
                 collected |= rank_scores
         scores = [collected[number][0] for number in range(len(groups))]
         left_out = [collected[number][1] for number in range(len(groups))]
+
+        # The judge and reward models: all ranks together.
         for name in self._of_ranks:
             self._add(name, self._scored_by_ranks(name, groups), scores)
-        for of_group, without_total in zip(scores, left_out, strict=True):
-            of_group.total = weighted_total(of_group.by_reward, self._weights)
-            # An answer that a reward had no time for has no total, whatever the others say.
-            of_group.total[without_total] = np.nan
+
+        for group_scores, without_total in zip(scores, left_out, strict=True):
+            group_scores.total = weighted_total(group_scores.by_reward, self._weights)
+            # An answer for which a reward ran out of time has no total, whatever the other rewards are.
+            group_scores.total[without_total] = np.nan
         return scores
 
     @property
@@ -122,9 +129,9 @@ class WorkerScorer:
 
     @staticmethod
     def _add(name: str, by_group: Sequence[np.ndarray], scores: Sequence[Scores]) -> None:
-        """Put what reward `name` says of each group into its scores."""
-        for of_group, of_reward in zip(scores, by_group, strict=True):
-            of_group.by_reward[name] = of_reward
+        """Put the values of reward `name`, float64 [answers] of each group, into the groups' scores."""
+        for group_scores, reward_values in zip(scores, by_group, strict=True):
+            group_scores.by_reward[name] = reward_values
 
     def _score_own(
         self, groups: Sequence[Group], numbers: Sequence[int], step: int
@@ -134,14 +141,15 @@ class WorkerScorer:
         `numbers`: of the groups (all answers to one prompt) that this rank scores. Returns by group number (scores, numbers of
         answers without a total, because a reward function took too long).
         """
-        placed_calls: list[tuple[int, list[int], Call]] = []
+        # (number of the group, numbers of its answers, the call that scores them)
+        calls: list[tuple[int, list[int], Call]] = []
         for number in numbers:
-            placed_calls += self._calls_of(number, groups[number], step)
-        replies = self._pool.run([call for _, _, call in placed_calls])
+            calls += self._calls_of(number, groups[number], step)
+        replies = self._pool.run([call for _, _, call in calls])
         by_number = {}
         for number in numbers:
             by_number[number] = _Collected(len(groups[number].answers), self.rewards)
-        for (number, answers, call), reply in zip(placed_calls, replies, strict=True):
+        for (number, answers, call), reply in zip(calls, replies, strict=True):
             by_number[number].add(call.reward, answers, reply)
         return {
             number: (collected.scores(), sorted(collected.without_total)) for number, collected in by_number.items()
@@ -164,7 +172,10 @@ class WorkerScorer:
                 yield number, answers, Call(name, arguments, group.prompt.origin, reward.timeout_s)
 
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` gives on each rank. Raises what it raises on one of them, on all ranks alike."""
+        """Call `work` on each rank; returns the results of all ranks, in their order. All ranks must call.
+
+        If `work` raises DataError or Stopped on a rank, all ranks end their worker processes and raise DataError or Interrupted.
+        """
         returned: Any = None
         problem: str | None = None
         was_stopped = False
@@ -174,7 +185,7 @@ class WorkerScorer:
             was_stopped = True
         except DataError as error:
             problem = str(error)
-        except BaseException:
+        except BaseException:  # unforeseen: raised on this rank alone
             self.close()
             raise
         results = gather_objects((returned, problem, was_stopped), self.runtime)

@@ -114,6 +114,7 @@ def main(read_fd: int, write_fd: int, parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     with os.fdopen(read_fd, "rb") as calls, os.fdopen(write_fd, "wb") as answers:
+        # Setup: {"log": path of the log file, "rewards": {name: settings}}. What is printed from here on goes to the log.
         setup = receive(calls)
         log = CutLog(Path(setup["log"]))
         sys.stdout = sys.stderr = log  # type: ignore[assignment]
@@ -126,6 +127,7 @@ def main(read_fd: int, write_fd: int, parent: int) -> None:
                 send(answers, {"reward": name, "problem": "cannot be loaded", "traceback": shown_traceback()})
                 return
         send(answers, {"ready": True})
+        # Calls, until the trainer closes its end.
         while True:
             try:
                 call = receive(calls)
