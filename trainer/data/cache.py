@@ -71,7 +71,10 @@ def file_state(path: Path) -> tuple[str | int, ...]:
 
 
 def remembered_digest(path: Path, cache_dir: Path, big_bytes: int = BIG_FILE_BYTES) -> str:
-    """SHA-256 of a file. That of a file of at least `big_bytes` is remembered in `cache_dir` by its state. Raises DataError."""
+    """SHA-256 of a file. Writes that of a file of at least `big_bytes` into `cache_dir`, to be found again by the file's state.
+
+    The state is its path, size, inode and times. Raises DataError.
+    """
     state = file_state(path)
     _, size_bytes, *_ = state
     if int(size_bytes) < big_bytes:
@@ -137,7 +140,8 @@ def fingerprint_with_date(fingerprint: str, date: TemplateDate | None) -> str:
 def first_date(cache_dir: Path, fingerprint: str) -> TemplateDate:
     """The date on which data of this fingerprint (without a date) was first prepared into the cache; today if it never was.
 
-    Today is written down, so that everybody who prepares the same data from now on has the same date. Errors: StorageError.
+    Writes today's date into the cache then, so that everybody who prepares the same data from now on has the same date. Errors:
+    StorageError.
     """
     name = fingerprint[:32]
     for earlier_entry in (cache_dir / name / DONE, Shards(cache_dir / name, 0).home):

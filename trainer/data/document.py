@@ -115,7 +115,10 @@ class Document:
 
 
 def texts_of(node: Any) -> Iterator[str]:
-    """The texts in the arguments of tool calls, without names and keys. `node`: a list of calls, or anything inside of one."""
+    """The texts in the arguments of tool calls, without names and keys. `node`: a list of calls, or anything inside of one.
+
+    Example: [{"function": {"name": "search", "arguments": {"query": "weather"}}}] -> "weather".
+    """
     if isinstance(node, str):
         if node.strip():
             yield node
@@ -130,7 +133,10 @@ def texts_of(node: Any) -> Iterator[str]:
 
 
 def with_texts(node: Any, change: Callable[[str], str], change_key: Callable[[str], str] = str) -> Any:
-    """Arguments of a tool call with every text changed by `change`, and every key by `change_key`. `node`: anything in them."""
+    """Arguments of a tool call with every text changed by `change`, and every key by `change_key`. `node`: anything in them.
+
+    Example: {"query": "weather", "limit": 3} with str.upper -> {"query": "WEATHER", "limit": 3}.
+    """
     if isinstance(node, str):
         return change(node) if node.strip() else node
     if isinstance(node, dict):

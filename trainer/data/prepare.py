@@ -145,9 +145,10 @@ class Preparation:
             self._identify(choose_date or keep_or_first_date(None))
 
     def _identify(self, choose_date: ChooseDate) -> None:
-        """Compute the fingerprint under which the prepared data stands in the cache, and its directory there.
+        """Set `fingerprint`, under which the prepared data stands in the cache, `directory`, its place there, and `date`.
 
-        It covers the bytes of all inputs, the options, the tokenizer, and the date if the chat template writes the date.
+        Also sets `inputs`, `digests` and `is_small`. The fingerprint covers the bytes of all inputs, the options, the tokenizer,
+        and the date if the chat template writes the date.
         `choose_date`: returns the date to use, given a function that looks up when the same data was first prepared.
         """
         config = self.config
@@ -206,6 +207,7 @@ class Preparation:
         The work of `open_or_make`, which prints progress meanwhile.
         """
         started_at = time.perf_counter()
+        # Make it, unless it is there already.
         if not (self.directory / DONE).exists():
             self._refuse_rendered_rows()
         self.progress.phase = "waiting for another process that prepares the same data"
@@ -213,7 +215,7 @@ class Preparation:
         shards = None if (self.directory / DONE).exists() else Shards.finished(self.directory)
         was_made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
 
-        # Data that this process has just written need not be compared with its own hashes.
+        # Open it. Data that this process has just written need not be compared with its own hashes.
         self.progress.phase = "comparing the prepared data with its hashes"
         verify = None if was_made else self.config.verify
         # All bytes are read once a host; the other processes of the host look at samples.
@@ -253,7 +255,7 @@ class Preparation:
         return self.data_spec.encoder(self.tokenizer, self.config)
 
     def _readers(self) -> dict[tuple[str, str], RowReader]:
-        """A reader for each input, by (split, source), in the format that its first row has."""
+        """A reader for each input, by (split, source) such as ("train", "data"), in the format that its first row has."""
         spec = self.data_spec
         return readers_of(self.inputs, label=spec.label, preferred=spec.formats, kept=spec.kept)
 
@@ -367,9 +369,11 @@ class Preparation:
         )
         if self.config.max_documents is None:
             self.progress.expect(self.inputs, 1 / parts)
+        # The rows of this part, in ranges that become a block each.
         ranges = row_ranges(rows_of(self.inputs, self.config.max_documents))
         if parts > 1:
             ranges = (row_range for row_range in ranges if row_range.number % parts == part)
+        # Blocks in the order of the ranges, by this process or by several.
         workers = self.config.workers or usable_cores()
         if self.is_small:  # forking workers takes longer than small data
             workers = 1
@@ -405,6 +409,7 @@ def open_prepared(
         ) from error
     if verify is not None:
         compare_hashes(directory, hashes, verify)
+    # A split other than train may be missing.
     report = {**manifest["report"], "cached": cached, "seconds": round(seconds, 3)}
     evaluation = TokenDataset.open(directory / "eval") if (directory / "eval").is_dir() else None
     test = TokenDataset.open(directory / "test") if (directory / "test").is_dir() else None

@@ -174,6 +174,7 @@ def inputs_of(config: DataConfig) -> list[Input]:
     config_problems = [*problems(config)]
     if config_problems:
         raise ConfigError(config_problems)
+    # Training data: the sources with their own settings, or the files of `data.path` as one source called "data".
     inputs = []
     if config.sources:
         for name, source in config.sources.items():
@@ -186,11 +187,13 @@ def inputs_of(config: DataConfig) -> list[Input]:
     else:
         origin = Origin("data.path", expand(config.path, "data.path", remote=config.remote))
         inputs.append(Input("train", "data", "data.path", origin, config.format, dict(config.columns)))
+    # Held-out sets with files of their own.
     for split in HELD_OUT:
         for name, (key, paths) in sets_of(getattr(config, f"{split}_path"), split).items():
             origin = Origin(key, expand(paths, key, remote=config.remote))
             inputs.append(Input(split, name, key, origin, config.format, dict(config.columns)))
 
+    # What all inputs have in common: ignored columns and the column of groups, which must not be ignored.
     for source_input in inputs:
         source_input.ignored = frozenset(config.ignore_columns)
         source_input.group = config.group_by

@@ -121,7 +121,9 @@ class BlockMaker:
             if changed is not None:
                 remaining.append(changed)
             elif stage.name == "checks":
-                _, reason, _ = block.tally.drops[-1]
+                _, reason, _ = block.tally.drops[
+                    -1
+                ]  # (stage, reason, location) of the drop that the stage has just counted
                 excerpt = content(document)[:EXCERPT]
                 block.bad.append(Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt))
         num_dropped = len(documents) - len(remaining)
@@ -184,7 +186,7 @@ class BlockMaker:
 
         If the objective refuses one of the documents, each is tried alone.
         """
-        # A tally of its own, which is thrown away if the documents are tokenised again one by one.
+        # All documents at once. A tally of its own, which is thrown away if they are tokenised again one by one.
         tally = Tally()
         try:
             documents_and_sequences = list(self.data_spec.sequences(self.encoder, documents, self.config, tally))
@@ -199,6 +201,7 @@ class BlockMaker:
             return
         block.tally.merge(tally)
         block.tally.drops += tally.drops
+        # Documents without sequences were dropped; those that are lost by no setting go among the bad rows.
         reason_by_location = {location: reason for _, reason, location in tally.drops}
         for document, sequences in documents_and_sequences:
             if sequences:

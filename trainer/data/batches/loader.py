@@ -203,6 +203,7 @@ class StepLoader:
         Runs in the background thread. `ahead` has the same micro-batches once more with other samples, if the objective looks
         at them before the first backward pass.
         """
+        # Which sequences the step has: of all ranks, and of this one by micro-batch.
         slots = self._slots(first_sample)
         micro_batches = self._micro_batches_of(slots, self.share.reader)
         global_sequences = self._sequences(slots.ravel())
@@ -210,6 +211,7 @@ class StepLoader:
         # Counted over the whole global batch on every rank, so the loss is divided by the same number everywhere
         # without a collective.
         totals = {term: exact_sum(counts[global_sequences]) for term, counts in dataset.counts.items()}
+        # This rank's micro-batches, and the second ones that the objective looks ahead to.
         batches = []
         local_tokens = 0
         for sequences in micro_batches:
@@ -330,11 +332,13 @@ def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     groups = share.groups(dataset)
     tokens = dataset.lengths[share.sequences(dataset)].reshape(-1, per_document).sum(axis=1)
     ordered = documents[np.lexsort((-tokens, groups[documents]))]  # longest first within a source
+    # Each part holds the documents of one source.
     batches: list[list[int]] = []
     for part in np.split(ordered, np.flatnonzero(np.diff(groups[ordered])) + 1):
         batches += [part[start : start + share.batch].tolist() for start in range(0, len(part), share.batch)]
     # All readers get the same number of micro-batches, because each one is a collective forward pass.
-    for turn in range(-(-len(batches) // share.readers)):
+    num_turns = -(-len(batches) // share.readers)  # rounded up
+    for turn in range(num_turns):
         number = turn * share.readers + share.reader
         batch = batches[number] if number < len(batches) else []
         sequences: list[int] = []
@@ -359,6 +363,7 @@ def eval_batches(
     are told apart, `source` is the number of the one that the micro-batch holds.
     """
     device = torch.device(device)
+    # What the loss is divided by: counts over all ranks' sequences, by term of the loss.
     covered = share.sequences(dataset)
     totals = {term: exact_sum(counts[covered]) for term, counts in dataset.counts.items()}
     sample_of = ahead or TokenDataset.sample

@@ -131,6 +131,7 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
     """
     try:
         with open_binary(path) as file:
+            # The bytes as they stand in the file: are they compressed as its name says?
             head = file.peek(HEAD)[:HEAD]
             if not head:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")
@@ -222,7 +223,7 @@ class _MemberReader(io.RawIOBase):
         """
         while True:
             compressed = b""
-            # One member has ended; the next begins in what it did not use.
+            # One member (a compressed stream of its own) has ended; the next begins in what it did not use.
             if self.decompressor.eof:
                 compressed = self._next_member()
                 if not compressed:

@@ -58,7 +58,7 @@ class PreparedEntry:
 
 
 def locate(path: Path) -> PreparedEntry:
-    """The data set at `path`: its directory, or one of its splits.
+    """The data set at `path`: its directory, or one of its splits, which is then the `requested_split` of the result.
 
     Raises ConfigError if there is none, DataError if a file of it cannot be read.
     """
@@ -70,11 +70,13 @@ def locate(path: Path) -> PreparedEntry:
             f"{path}: holds no manifest.json, so it is no prepared data set, and no run.json, so it is no run; "
             "shardtune prepare prints the directory it made"
         )
+    # A split has an index, and its data set's manifest one level up.
     is_split = (path / "index.npy").is_file() and (path.parent / "manifest.json").is_file()
     if is_split:
         entry = locate(path.parent)
         entry.requested_split = path.name
         return entry
+    # The directories of the splits, in the order in which they are shown.
     splits = [directory for directory in path.iterdir() if (directory / "manifest.json").is_file()]
     splits.sort(key=lambda directory: (SPLIT_ORDER.get(directory.name, len(SPLIT_ORDER)), directory.name))
     directories = {directory.name: directory for directory in splits}
@@ -182,7 +184,7 @@ def groups_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
             groups.append(("source", name, dataset.sources == number))
     if dataset.labels is not None:
         names = prepared.manifest.get("label_names")
-        if not names:
+        if not names:  # labels without names are shown as their numbers
             names = list(range(int(dataset.labels.max(initial=-1)) + 1))
         for number, name in enumerate(names):
             groups.append(("label", str(name), dataset.labels == number))
@@ -203,7 +205,8 @@ def length_histogram(prepared: PreparedEntry, split: str, width: int) -> Rendera
     """A histogram of the lengths of a split's sequences in tokens, as bars within `width` columns of the terminal."""
     title = Text(f"{split}: length of sequences in tokens", style="bold")
     histogram = make_histogram(prepared.split(split).lengths, HISTOGRAM_BINS)
-    ranges = []
+    # What each bar is about, such as "128-255", and how many sequences it has.
+    ranges: list[str] = []
     for begin, end in pairwise(histogram.edges):
         first = int(begin)
         last = int(end) - 1

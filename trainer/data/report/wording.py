@@ -187,7 +187,7 @@ def _rows_lost_tile(audit: Audit) -> Tile:
     advice = ""
     if num_dropped:
         # If rows are lost that no setting asked to drop, only their stages are named: these have to be looked at.
-        drops: list[tuple[int, str, str]] = []
+        drops: list[tuple[int, str, str]] = []  # (rows, reason, stage), such as (12, "too_long", "tokenise")
         for stage in audit.flow:
             if stage.stage in UNREQUESTED_STAGES or not num_unrequested:
                 drops += [(count, reason, stage.stage) for reason, count in stage.dropped.items()]
@@ -231,7 +231,14 @@ def _truncated_tile(audit: Audit) -> Tile:
 
 
 def _leakage_tile(audit: Audit) -> Tile:
-    """The tile for training documents that are in a held-out split too, or of a group that is."""
+    """The tile for training documents that are in a held-out split too, or of a group that is.
+
+    The first case that applies, from the gravest on:
+    - there is no held-out split: not measured;
+    - the policy keeps leaks in training, and there are documents of a held-out group, or documents that leak: act;
+    - prompts are shared: look, since they may be a fixed instruction;
+    - nothing is left: good.
+    """
     if not audit.leakage:
         return Tile("Leakage", NOT_MEASURED, "no held-out split to compare with", Level.none, "leakage")
     all_leaks = audit.leakage.values()
@@ -259,12 +266,15 @@ def _leakage_tile(audit: Audit) -> Tile:
 
 
 def _duplicates_tile(audit: Audit) -> Tile:
-    """The tile for copies within the training data: how many, and whether they are still there."""
+    """The tile for copies within the training data: how many, and whether they are still there.
+
+    Not measured, good if all were taken out or none were found, else by the share of rows that are copies still in the data.
+    """
     if not audit.duplicates:
         return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, "duplicates")
     num_found = sum(copies.documents for copies in audit.duplicates.values())
-    # Documents still in the data, by kind.
-    left_in = {}
+    # Documents still in the data, by kind ("exact", "normalized", "near").
+    left_in: dict[str, int] = {}
     for kind, copies in audit.duplicates.items():
         if copies.policy in KEEPING_POLICIES and copies.documents:
             left_in[kind] = copies.documents
@@ -280,7 +290,11 @@ def _duplicates_tile(audit: Audit) -> Tile:
 
 
 def _personal_data_tile(audit: Audit) -> Tile:
-    """The tile for documents with personal data: how many, and what was done about it."""
+    """The tile for documents with personal data: how many, and what was done about it.
+
+    Not measured without a search; good if nothing was found or all of it was treated; else look, or act for types in
+    `HARMFUL_TYPES`.
+    """
     privacy = audit.privacy
     if privacy is None or not privacy.scanned:
         advice = "set data.privacy.mode=report"
@@ -306,6 +320,7 @@ def _personal_data_tile(audit: Audit) -> Tile:
 
 def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
     """What is not known about the data set, as short sentences; first what only its owner can tell."""
+    # What the owner did not state; then what the tiles of the page say is not good; then what was not looked for.
     gaps = _unstated_gaps(audit, stated)
     if "eval" not in audit.splits:
         gaps.append("there is no evaluation split")

@@ -221,6 +221,7 @@ class ChatTemplate:
         learned = self.learned_turns(messages)
         if learned:
             messages = messages[: learned[-1] + 1]
+        # Spans are found by private-use characters, which the texts must not have.
         for message in messages:
             for text in texts_in(message):
                 if not text.isascii() and _RESERVED_CHARACTER.search(text):
@@ -234,6 +235,7 @@ class ChatTemplate:
         if self.learn.reasoning is Reasoning.drop:
             turns = [_without_thought(message, location) for message in turns]
 
+        # Plain conversations are rendered in batches, the others one by one.
         has_unlearned_thought = False
         if self.learn.reasoning is not Reasoning.learn:
             has_unlearned_thought = any("</think>" in message["content"] for message in turns)
@@ -366,6 +368,7 @@ class ChatTemplate:
         Renders a conversation of four turns and looks at what follows each content.
         """
         end_tokens = {str(self.tokenizer.eos_token)}
+        # The template's own text before, between and behind four marked contents.
         roles = ("user", "assistant", "user", "assistant")
         text = self._render_probe([{"role": role, "content": f"{BEGIN}{role}{END}"} for role in roles])
         if text is None:
