@@ -48,11 +48,13 @@ class StateBuffer:
     def take(self, state: RankState) -> bool:
         """Copy this rank's part of the training state into the buffer; returns whether every rank could.
 
-        False if a host has no room or a copy failed, and then for the rest of the run. All ranks must call.
+        False if a host has no room or a copy failed (`refused` then has the reason), and from then on for the rest of the run.
+        All ranks must call.
         """
         if self.refused is not None:
             return False
         fits = self._buffer is not None and self._buffer.numel() >= state.num_elements
+        # Room on every host.
         needed_bytes = 0 if fits else state.num_elements * FLOAT32_BYTES
         self.refused = self._why_no_room(needed_bytes)
         if self.refused is not None:

@@ -100,11 +100,11 @@ class Checkpoints:
             raise StorageError(failure.text)
 
     def _set_aside_newer(self, resumed: Path | None) -> None:
-        """Move checkpoints newer than `resumed` (None: all) aside, and remove what killed runs left unfinished. On rank 0."""
+        """Move checkpoints newer than `resumed` (None: all) aside, and remove unfinished files of killed runs. On rank 0."""
         restore_replaced(self.checkpoint_dirs)
         checkpoints = checkpoints_in(self.checkpoint_dirs)
         resumed_path = None
-        resumed_step = None  # also if it is another run's checkpoint
+        resumed_step = None  # stays None if it is another run's checkpoint: then all of this run's are moved aside
         if resumed is not None:
             resumed_path = resumed.resolve()
             for step, path in checkpoints:
@@ -472,7 +472,7 @@ class Checkpoints:
         except StorageError as error:
             self.print_line(f"warning: old checkpoints could not be looked for ({error})")
             return
-        # Only checkpoints that are known to be complete count: a damaged one would replace an intact one.
+        # Only checkpoints that are known to be complete count, ascending: a damaged one would replace an intact one.
         verified_steps = [step for step, path in checkpoints if path in self._verified]
         if len(verified_steps) < self.config.keep:
             return

@@ -61,6 +61,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
     """
     reader = reader or RetryingReader()
 
+    # The names in the directory.
     try:
         present = set(list_names(directory))
         if "state" in present and (directory / "state" / OLD_METADATA).exists():
@@ -71,6 +72,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
         raise Malformed(f"cannot be read ({error_summary(error)})") from error
     if MANIFEST not in present:
         raise Malformed(OLD_FORMAT if OLD_METADATA in present else MISSING_MANIFEST)
+    # The manifest.
     present.remove(MANIFEST)
     try:
         content = reader.read(
@@ -84,6 +86,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
     if _render(files) != content:  # equal to the byte, so the manifest's hash of itself is right too
         raise Malformed("has a damaged manifest")
 
+    # One against the other.
     extra = sorted(name for name in present - set(files) if not IGNORED_NAMES.fullmatch(name))
     if extra:
         raise Malformed(f"holds files that are not in its manifest: {', '.join(extra[:3])}")

@@ -74,6 +74,7 @@ def recover(checkpoint_dirs: list[Path], print_line: Callable[[str], None]) -> N
     newest_step = max((step for step, _ in checkpoints_in(checkpoint_dirs)), default=-1)
     for checkpoint_dir in checkpoint_dirs:
         for name in names_in(checkpoint_dir):
+            # A staging directory, by its step.
             staging_name = STAGING_NAME.fullmatch(name)
             if staging_name is None or int(staging_name[1]) <= newest_step:
                 continue

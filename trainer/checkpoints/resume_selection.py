@@ -38,17 +38,18 @@ def restore_replaced(checkpoint_dirs: list[Path]) -> None:
 
 
 def effective_resume(checkpoint_dirs: list[Path], resume: str) -> str:
-    """The value of `run.resume` that counts: `auto` if the run began from the named checkpoint before and has newer ones.
+    """`run.resume` as it applies to this start: `auto` if the run began from the named checkpoint before and has newer ones.
 
-    So a requeued job, whose command names the same checkpoint again, does not go back to it. Errors: StorageError if that cannot
-    be found out.
+    So a requeued job, whose command names the same checkpoint again, does not go back to it. In all other cases `resume` itself:
+    `auto` and `never`, no record of a start from that path, another checkpoint at that path now, or no newer ones. Errors:
+    StorageError if the record cannot be read.
     """
     if resume in ("auto", "never"):
         return resume
     path = Path(resume).expanduser().resolve()
     try:
         record = _read_record(checkpoint_dirs[0].parent / RESUMED_FROM)
-        name = STEP_NAME.fullmatch(path.name)
+        name = STEP_NAME.fullmatch(path.name)  # step-<n>
         if record is None or record["path"] != str(path):
             return resume
         own_dirs = [checkpoint_dir.resolve() for checkpoint_dir in checkpoint_dirs]
@@ -112,6 +113,7 @@ def resume_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
         return None
     except Malformed as error:
         problem = str(error)
+    # What the user may have meant: a run directory, or one that holds checkpoints.
     names = set(names_in(path))
     advice = "give a checkpoint directory (step-...), auto or never"
     newest = _newest_with_manifest([path, *checkpoint_dirs])
@@ -140,9 +142,10 @@ def _newest_with_manifest(checkpoint_dirs: list[Path]) -> Path | None:
 
 
 def _candidates(checkpoint_dirs: list[Path], resume: str, last_step: int | None) -> tuple[str, list[Path]]:
-    """(the value of `run.resume` that counts, the run's checkpoints from the newest on if that is `auto`). On rank 0.
+    """(`run.resume` as of `effective_resume`, the run's checkpoints in the order to try them if that is `auto`, else none).
 
-    With `last_step`, those up to this step; if there are none, all others from the oldest on. Errors: OSError, StorageError.
+    The newest first; with `last_step`, the newest up to this step first, then later ones from the oldest. Called on rank 0; puts
+    checkpoints back whose replacement was cut short. Errors: OSError, StorageError.
     """
     restore_replaced(checkpoint_dirs)
     effective = effective_resume(checkpoint_dirs, resume)
@@ -182,7 +185,7 @@ def choose_checkpoint(
         if problem:
             raise ConfigError(f"run.resume={resume}: {problem}; give a checkpoint directory (step-...), or auto")
         return path
-    # From the newest on, the first that is intact.
+    # In the order of the candidates, the first that is intact.
     skipped = []
     for path in candidates:
         problem = verify_together(path, runtime)

@@ -58,6 +58,7 @@ class CombineSettings:
 def problems(settings: CombineSettings) -> list[str]:
     """What is wrong with the settings and the directories, one line each; reads only their JSON."""
     lines = []
+    # Each adapter by itself.
     settings_by_adapter = {}
     """peft's settings by directory, of the adapters that can be combined."""
     for directory in settings.adapters:
@@ -72,6 +73,7 @@ def problems(settings: CombineSettings) -> list[str]:
             lines.append(f"adapters={directory}: has magnitudes (DoRA), which do not add up; merge it alone")
         else:
             settings_by_adapter[directory] = adapter
+    # The settings, then the adapters with each other.
     if settings.weights and len(settings.weights) != len(settings.adapters):
         lines.append(
             f"weights={settings.weights}: {len(settings.weights)} for {len(settings.adapters)} adapters; give one for each"
@@ -108,6 +110,7 @@ def combine(
     lines = problems(settings)
     if lines:
         raise ConfigError(lines)
+    # Load the base.
     first = read_object(Path(settings.adapters[0]).expanduser() / SETTINGS)
     base = str(settings.base or first["base_model_name_or_path"])
     try:
@@ -119,6 +122,7 @@ def combine(
     tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _has_tokenizer(settings) else base)
     if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    # Combine, compute logits to compare with, and write.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         model = _combine_adapters(settings, base_model)
@@ -180,15 +184,17 @@ def _save_adapter(model: Any, base: str, to: Path) -> None:
 
 
 def _config_source(settings: CombineSettings, base: str) -> str:
-    """Where the config.json of the base is that the adapters were trained with.
+    """The directory or hub id whose config.json describes the base as the adapters were trained with it.
 
-    Raises ConfigError if they were trained under other positions: no one model computes what each of them learned.
+    That is the base, or the first adapter's directory if training changed the positions. Raises ConfigError if the adapters were
+    trained with different positions: no one model computes what each of them learned.
     """
     sources = [adapter_config_source(Path(directory).expanduser(), base) for directory in settings.adapters]
     positions = []
     for source in sources:
         config = read_object(Path(source) / CONFIG) if Path(source).is_dir() else {}
         text = config.get("text_config") or config
+        # (number of positions, rope parameters)
         positions.append((text.get("max_position_embeddings"), text.get("rope_parameters")))
     for directory, source, own in zip(settings.adapters, sources, positions, strict=True):
         if (source == base) != (sources[0] == base) or own != positions[0]:

@@ -55,6 +55,7 @@ def write_endings(tokenizer: Any, directory: Path, base_path: str) -> None:
     settings = {}
     if source.is_file():
         settings = json.loads(source.read_text(encoding="utf-8"))
+    # One id, a list of ids, or None.
     stated = settings.get("eos_token_id", tokenizer.eos_token_id)
     stated_ids = []
     if isinstance(stated, list):

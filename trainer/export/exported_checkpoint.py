@@ -37,8 +37,11 @@ class ChosenCheckpoint:
 def choose_exported(setting: ExportedCheckpoint, outcome: Outcome, saved_steps: Collection[int]) -> ChosenCheckpoint:
     """The checkpoint of the weights that are exported when training has ended.
 
-    `saved_steps`: steps whose checkpoint is on the disk. With `auto` it is the best one if the watched metric is worse at the
-    end, or if patience ended the run and the end is no better. Pure, and so the same on all ranks and at every start.
+    `saved_steps`: steps whose checkpoint is on the disk. The first case that holds (the same on all ranks and at every start):
+    - `setting` is `last`, there is no held-out metric, or the last step is the best: the last.
+    - `auto`, and by the monitored metric the end is not worse than the best (after early stopping: is better): the last.
+    - the best checkpoint is not on the disk: the last.
+    - else: the best.
     """
     progress = outcome.progress
     last_step = progress.step

@@ -47,7 +47,10 @@ class Converter:
 
 
 def find_converter(converter: str | None, python: str | None) -> Converter:
-    """llama.cpp's converter and the Python that runs it. Raises ConfigError if either is missing; nothing is fetched."""
+    """The command of llama.cpp's converter: `converter`, or the one on this machine. Raises ConfigError if it is missing.
+
+    A `.py` file is run by `python`, or by this Python; another program runs by itself, or by `python` if that is given.
+    """
     if python is not None and shutil.which(Path(python).expanduser()) is None:
         raise ConfigError(f"gguf.python={python}: there is no such program; {HOW_TO_NAME_CONVERTER}")
     file = converter or shutil.which(COMMAND)

@@ -58,9 +58,10 @@ def load_export(
 def _load_base(
     directory: Path, base_path: str | None, dtype: Any, for_generation: bool
 ) -> tuple[Any, Callable[[Any, Path], Any]]:
-    """Load the model that an export is of, or whose adapter it is, in `dtype`.
+    """Load the whole model in `directory`, or the base of the adapter in it, in `dtype`.
 
-    Returns (the model, a function that takes it and `directory`, puts the adapter on, and returns the result).
+    Returns (the model, a function that takes it and `directory`, adds the adapter, and returns the result). For a whole model the
+    function returns it unchanged.
     """
     import transformers
 
@@ -78,6 +79,7 @@ def _load_base(
         model = _auto_class(directory).from_pretrained(directory, dtype=dtype, local_files_only=True)
         # A whole model needs no adapter.
         return model, lambda model, directory: model
+    # The adapter's base, as a model for its task.
     settings = read_object(settings_file)
     base = base_path or settings["base_model_name_or_path"]
     # Positions may be those of the training, which the base's own config.json does not know.
@@ -99,6 +101,7 @@ def _load_base(
     num_tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
     if num_tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    # The function that adds the adapter.
     if settings_file.name == bottleneck.CONFIG_FILE:
         return model, bottleneck.load
     if for_generation and settings.get("peft_type") in VIRTUAL_TOKEN_METHODS:

@@ -52,12 +52,14 @@ class Turns:
 
 
 def turns_of_template(tokenizer: Any) -> Turns | None:
-    """The parts of the chat template; None if it is not a row of turns that are each alike.
+    """What the chat template puts around the turns of each role; None if it does more than join turns of one form each.
 
-    They are without the first token of a text, which llama.cpp adds itself.
+    Found by rendering short conversations and comparing the texts: around a user's turn may stand `("<|user|>", "<|end|>")`.
+    Without the first token of a text, which llama.cpp adds itself.
     """
     if tokenizer.chat_template is None:
         return None
+    # Render conversations that grow by a turn.
     roles = ("system", "user", "assistant", "user")
     messages = [{"role": role, "content": text} for role, text in zip(roles, _PROBE_TEXTS, strict=True)]
     system, user, answer, second_user = messages
@@ -72,6 +74,7 @@ def turns_of_template(tokenizer: Any) -> Turns | None:
     without_system = _render(tokenizer, [user])
     if one_turn is None or with_answer is None or with_second is None or with_opening is None or without_system is None:
         return None
+    # What stands around the turns of a user, of the model, and of the system.
     around_user = _text_around(with_answer, with_second, second_user["content"])
     around_answer = _text_around(one_turn, with_answer, answer["content"])
     if around_user is None or around_answer is None or not with_opening.startswith(one_turn):
@@ -85,6 +88,7 @@ def turns_of_template(tokenizer: Any) -> Turns | None:
         default_turn = without_system.removesuffix(user_turn)
         if default_turn:
             default_system = default_turn.removeprefix(before).removesuffix(after)
+    # What opens an answer. Last, render whole conversations with these parts, to compare with the template's.
     opening = with_opening.removeprefix(one_turn)
     turns = Turns(around_user, around_answer, around_system, opening, default_system)
     if not _renders_alike(turns, tokenizer, messages):

@@ -145,7 +145,11 @@ def write_few_bits(
 
 
 def _store(directory: Path, staging_dir: Path, kind: FewBits, tokenizer: Any, compressor: Compressor | None) -> Tensor:
-    """Store the model; returns its logits on the probe, before the files are read back."""
+    """Store the model of `directory` in few bits in `staging_dir`; returns its logits on the probe text, to compare with later.
+
+    `compressor`: stores it instead of transformers, for the kinds that need that. Raises ShardtuneError if this model cannot be
+    stored so.
+    """
     from torch.nn import Parameter
 
     from trainer.export.verify import probe_ids

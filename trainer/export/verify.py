@@ -193,9 +193,9 @@ def _compare(logits: Tensor, reference: Tensor, tolerance: float) -> Verificatio
 
 
 def _changed_by_loading(directory: Path, model: Any) -> str:
-    """Which tensors of a whole model, and which of their rows, differ after loading from what is stored.
+    """Which tensors of a whole model, and which of their rows, differ after loading from what is stored, to append to an error.
 
-    To be appended to an error: empty for an adapter, and where nothing differs.
+    Such as `; loaded otherwise than stored: lm_head.weight (rows 0, 7)`; empty for an adapter, and where nothing differs.
     """
     from trainer.model.weights import Checkpoint
 

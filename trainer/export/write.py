@@ -72,6 +72,7 @@ def write_export(
     error: BaseException | None = None
     values: ModelValues | None = None
     plan: ExportPlan | None = None
+    # Plan the files, if a whole model is written.
     try:
         if config.merge and model.built.tuning.adapter:
             _check_mergeable(model)
@@ -86,6 +87,7 @@ def write_export(
     # Ranks wait for the slowest of them, and for rank 0, which loads what was written.
     most_bytes = bytes_needed(model, plan)
     with longer_timeout(runtime, most_bytes / SLOWEST_DISK_BYTES_PER_S), _locked(destination, runtime):
+        # Write the weights or the adapter, then the small files.
         if plan is not None and values is not None:
             _write_weights(plan, values, staging_dir, destination, runtime)
         try:
@@ -97,6 +99,7 @@ def write_export(
             error = caught
         _raise_on_all_ranks(error, staging_dir, destination, runtime)
 
+        # Compare with the trained model, and put the directory in its place.
         try:
             if runtime.is_main and reference is not None:
                 verify_written(reference, model.built, staging_dir, model.base_path, adapter=writes_adapter)
@@ -150,6 +153,7 @@ def _write_weights(
     origin = _origin(plan, values.model)
 
     def open_here() -> _Staging:
+        """Make the staging directory, or keep its files from an earlier start of the same export; check the space. On rank 0."""
         keeps_files = open_staging(staging_dir, plan, origin)
         kept_bytes = sum(file.stat().st_size for file in staging_dir.glob("*.safetensors"))
         problem = missing_space(staging_dir, SMALL_FILES_BYTES + plan.size - kept_bytes)
@@ -251,6 +255,7 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
     tuning: Any = model.built.tuning
     tuned = model.built.step_module.model
     trained = {name: model.trained[name] for name in model.trained}
+    # peft's methods are written through peft, others by themselves.
     if isinstance(tuning, Adapter):
         tuning.seed = model.seed
         tuning.update_peft_settings(tuned, trained, model.trained.state)
@@ -318,7 +323,11 @@ def _note_added_tokens(model: TrainedModel, facts: ModelFacts, *, adapter: bool)
 def _raise_on_all_ranks(
     error: BaseException | None, staging_dir: Path | None, destination: Path, runtime: Runtime
 ) -> None:
-    """Raise on every rank what any rank met; nothing half-written stays. All ranks must call, those without an error too."""
+    """Raise on every rank the error of any rank (`error`: this rank's, or None); return if no rank has one. All ranks must call.
+
+    Before raising, rank 0 deletes `staging_dir`. Errors of reading the base become ConfigError, those of writing StorageError.
+    """
+    # This rank's error, with advice.
     if error is not None and _is_read_error(error):
         unreadable = ConfigError(
             f"writing the export {destination} failed: a weight file of the base cannot be read "
@@ -334,6 +343,7 @@ def _raise_on_all_ranks(
             remedy = remedy.replace("free space", "choose another directory (to=)")
         error = StorageError(f"{error_summary(cause)}; writing the export {destination} failed: {remedy}")
         error.__cause__ = cause
+    # Exchange it with the other ranks.
     failure = first_error(error, runtime)
     if failure is None:
         return

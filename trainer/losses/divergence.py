@@ -197,10 +197,13 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: TeacherComparison) -> tuple[Tensor, ...]:
-    """Five sums over rows, 0-d float32. Called inside the forward pass of the student's head.
+    """Compare student and teacher on rows: (total, nll, divergence, correct, other_loss), five sums over rows, 0-d float32.
 
-    The first is the weighted sum, through which gradients flow. The others are for the log: plain loss, divergence and correct
-    argmaxes (in evaluation) of the compared rows, and the plain loss of the other rows.
+    - total: the weighted sum of all losses, the only one with a gradient. The others are for the log.
+    - nll, divergence, correct: plain loss, divergence and (in evaluation) correct argmaxes of the compared rows, `against.rows`.
+    - other_loss: plain loss of `against.others`, rows that are not compared; 0 without such rows.
+
+    Called inside the forward pass of the student's head. Without `against.head` teacher and student share the head.
     """
     training = torch.is_grad_enabled()
     student_head = _HeadParameters(head.training_weight, head.bias, head.softcap, head.logit_scale)

@@ -198,7 +198,8 @@ class _RowCrossEntropy(torch.autograd.Function):
     ) -> Any:
         """The negative log-likelihood of each row, `[N]`, in float32 or wider.
 
-        `with_entropy`: (that, the entropy in nats of each row's distribution, which has no gradient).
+        `with_entropy`: also returns the entropy in nats of each row's distribution, `[N]`, which has no gradient. Rows are
+        processed in chunks, so that about `CHUNK_LOGITS` logits exist at a time.
         """
         softcap, scale, training = settings
         chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
@@ -233,7 +234,11 @@ class _RowCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, row_weight: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
-        """Gradients for the weights `row_weight [N]` of the rows; the head's are summed over logits that are made again."""
+        """Gradients of the rows' losses, weighted by `row_weight [N]` (what flows back into each row's loss).
+
+        That of the hidden states was computed in the forward pass. Those of the head's weight and bias, where it trains, are
+        summed over chunks of rows whose logits are computed again.
+        """
         grad_hidden, *saved_for_head = ctx.saved_tensors
         hidden_gradient = None
         if grad_hidden is not None:
@@ -329,7 +334,7 @@ class LossHead(nn.Linear):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         if against is not None:
             return against(self, hidden, targets)
-        # Asked here: inside an autograd function gradients are always off.
+        # Read here: inside an autograd function gradients are always off.
         training = torch.is_grad_enabled()
         settings = self.softcap, self.logit_scale, training
         bias: Tensor | None = self.bias
@@ -368,7 +373,8 @@ def computes_loss(head: nn.Module) -> bool:
 def logits_loss(logits: Tensor, targets: Tensor, counting: RowCounting | None = None) -> tuple[Tensor, ...]:
     """(summed loss, correct argmaxes) of `logits [N, V]`, for heads that are not a plain linear layer.
 
-    With `counting` the same further results as those of `LossHead`.
+    `counting` weights, groups and smooths the rows as in `LossHead.forward`. Further results follow: the loss of each group if
+    there are groups, then the loss without smoothing if there is smoothing.
     """
     logits = logits.float()
     counting = counting or RowCounting()

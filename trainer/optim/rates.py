@@ -118,7 +118,12 @@ OWN_RATES: dict[tuple[OptimName, str], UsualRate] = {
 
 
 def usual_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | None:
-    """The usual learning rate of a combination; None if no table has it. `method`: `TuningConfig.method`."""
+    """The usual learning rate of an optimizer, a tuning method (such as `lora`) and an objective (such as `sft`).
+
+    - Muon with its original scale: None.
+    - an optimizer whose rates are no multiple of AdamW's: its own table, for imitation and seq2seq; else None.
+    - else: AdamW's rate, times the optimizer's factor; None if no table has AdamW's.
+    """
     if isinstance(optim, MuonConfig) and optim.scale is MuonScale.original:
         return None  # its updates are of another size, and nobody has given a rate for fine-tuning
     if optim.name not in ADAMW_FACTORS:
@@ -131,7 +136,11 @@ def usual_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | N
 
 
 def _adamw_rate(method: str, objective: str) -> UsualRate | None:
-    """The usual learning rate of AdamW for a tuning method and an objective; None if no table has one of them."""
+    """The usual learning rate of AdamW for a tuning method and an objective; None if no table has one of them.
+
+    Objectives of `IMITATING` have the method's rate. Others have rates of their own for full tuning and LoRA; for further
+    methods the method's rate is scaled as LoRA's is.
+    """
     rate = METHODS.get(method)
     if rate is None or objective in IMITATING:
         return rate
@@ -150,13 +159,14 @@ def _adamw_rate(method: str, objective: str) -> UsualRate | None:
 
 def missing_rate(optim: OptimConfig, method: str, objective: str) -> str:
     """The message for a run that sets no `optim.lr`, where no table has a usual rate: it names the rates of similar runs."""
-    neighbours: list[str] = []
+    neighbours: list[str] = []  # such as "0.0002 with optim=adamw and lora"
+    # (optimizer, method): one of the two as in this run, then neither.
     candidates = [(optim, "lora"), (optim, "full"), (OptimConfig(), method), (OptimConfig(), "lora")]
     for other_optim, other_method in candidates:
         rate = usual_rate(other_optim, other_method, objective)
-        words = f"optim={other_optim.name} and {other_method}"
-        if rate is not None and not any(words in neighbour for neighbour in neighbours):
-            neighbours.append(f"{rate.usual:g} with {words}")
+        combination = f"optim={other_optim.name} and {other_method}"
+        if rate is not None and not any(combination in neighbour for neighbour in neighbours):
+            neighbours.append(f"{rate.usual:g} with {combination}")
     near = f"; usual rates nearby: {', '.join(neighbours)}" if neighbours else ""
     return (
         f"optim.lr: not set, and no usual rate is known for optim={optim.name}, {method} and objective={objective}; give "

@@ -91,7 +91,12 @@ def _missing_package(name: OptimName) -> str:
 
 
 def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, here: bool) -> Iterator[str]:
-    """What is wrong with an optimizer's settings, one line each. `here`: the run will start in this environment."""
+    """What is wrong with an optimizer's settings, one line each.
+
+    `schedule`: name of the learning rate schedule. `here`: the run will start in this environment, so its package has to be
+    there.
+    """
+    # The optimizer with the strategy, the schedule and the installed packages.
     support = SUPPORT[config.name]
     reason = support.refused.get(strategy.name)
     if reason is not None:
@@ -105,6 +110,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
         yield f"optim=schedule_free: averages in place of a decaying rate; set schedule=constant, not {schedule}"
     if here and support.package is not None and find_spec(support.package) is None:
         yield _missing_package(config.name)
+    # An average of the weights (`ema_decay`) with it.
     if config.ema_decay and config.name is OptimName.schedule_free:
         yield f"optim.ema_decay={config.ema_decay:g}: optim=schedule_free averages weights itself; set optim.ema_decay=0"
     if config.ema_decay and getattr(strategy, "offload_optimizer", "none") == "nvme":
@@ -112,6 +118,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
             f"optim.ema_decay={config.ema_decay:g}: the average needs the masters in memory, and "
             "strategy.offload_optimizer=nvme keeps them on a drive; set strategy.offload_optimizer=cpu, or optim.ema_decay=0"
         )
+    # Its own values, and its rules for groups of parameters.
     yield from _value_problems(config)
     for name, rule in config.groups.items():
         key = f"optim.groups.{name}.match"
@@ -125,7 +132,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
 
 
 def _value_problems(config: OptimConfig) -> Iterator[str]:
-    """Sentences that say what is wrong with single settings of the optimizer, where no range of a number can say it."""
+    """What is wrong with betas or Nesterov's momentum, one line each. Ranges of numbers are checked where they are declared."""
     betas = getattr(config, "betas", None)
     if betas is not None:
         usual = "[0.9,0.99]" if config.name is OptimName.lion else "[0.9,0.999]"

@@ -68,7 +68,10 @@ def bounds_of(gates: Mapping[str, Any]) -> list[Bound]:
 
 
 def parse_bound(metric: str, value: Any) -> Bound | None:
-    """One gate, from its value in the configuration; None if the value is no bound."""
+    """One gate, from its value in the configuration; None if the value is no bound.
+
+    `"<2.1"` gives the sign `<` and the limit 2.1, `">= 90%"` the limit 0.9, and a bare number, or `==`, the sign `=`.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     text = str(value).strip()
@@ -88,7 +91,10 @@ def parse_bound(metric: str, value: Any) -> Bound | None:
 
 
 def problems(gates: Mapping[str, Any]) -> list[str]:
-    """What is wrong with gates as they are written, one line each."""
+    """What is wrong with gates (bound by metric, such as `{"eval/loss": "<2.1"}`), one line each.
+
+    The entry `OVERRIDE` is no gate: it holds the reason for exporting although gates fail.
+    """
     problems = []
     for metric, value in gates.items():
         if metric == OVERRIDE:
@@ -108,9 +114,10 @@ def problems(gates: Mapping[str, Any]) -> list[str]:
 
 
 def read_word(word: str) -> tuple[dict[str, Any] | None, str]:
-    """Read a word `gates={...}` or `gates.NAME=...`, whose values are as in YAML. Quotes around a single value are taken off.
+    """Read an argument of the command line: (gates by name, ""), or (None, what is wrong with it).
 
-    Returns (gates by name, ""), or (None, what is wrong with the word).
+    - one gate, `gates.eval/loss="<2.1"`: `{"eval/loss": "<2.1"}`, quotes removed.
+    - several as YAML, `gates={eval/loss: "<2.1", memorised: 0}`: `{"eval/loss": "<2.1", "memorised": 0}`.
     """
     import yaml
 
@@ -124,7 +131,7 @@ def read_word(word: str) -> tuple[dict[str, Any] | None, str]:
             return None, f"{word}: {key} needs a value"
         return {name: text}, ""
     gates = None
-    # {memorised:0} is no pair in YAML, but users write it on a command line: the second attempt adds the blank.
+    # {memorised:0} is no pair in YAML, but users write it on a command line: the second attempt adds the space.
     for attempt in (text, re.sub(r":(?=\S)", ": ", text)):
         try:
             gates = yaml.safe_load(attempt)

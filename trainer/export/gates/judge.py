@@ -111,7 +111,11 @@ def judge(gates: Mapping[str, Any], weights: Weights, tasks: Mapping[str, Any]) 
 
 
 def _verdict(bound: Bound, metrics: list[MeasuredMetric], weights: Weights, tasks: Mapping[str, Any]) -> GateVerdict:
-    """The verdict on one gate. `metrics` are all that the run has measured, of these weights and of others."""
+    """The verdict on one gate. `metrics` are all that the run has measured, of these weights and of others.
+
+    - measured of these weights: by the values.
+    - measured of other weights only, or never: not passed, with the command that measures it.
+    """
     own_metrics = [metric for metric in metrics if metric.of_these_weights]
     matched = matching_metrics(bound.metric, own_metrics)
     if matched:
@@ -168,10 +172,17 @@ def _weights_name(weights: Weights) -> str:
 
 
 def _measuring_command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
-    """The command that measures a metric of the weights, with `<...>` where the user has to fill something in."""
+    """The command that measures a gate's metric of the weights, with `<...>` where the user has to fill something in.
+
+    By the part of the metric's name before a slash (`eval/` aside); the first case that holds:
+    - `review`, the test split or `FORGETTING`: the command for that.
+    - a task of the run (`tasks`, by name): `evaluate`.
+    - a kind of task that needs no file, or the first metric of one: `evaluate` with that kind.
+    - else: `evaluate` with a task that is still to be set up.
+    """
     run = weights.run_dir
     checkpoint = "" if weights.step is None else f" checkpoint={weights.step}"
-    # The metric of a gate begins with its task, its kind or its own name, and may go on behind a slash.
+    # The metric of a gate begins with its task, its kind or its own name, and may go on after a slash: summaries/rouge_l.
     first, _, below = metric.removeprefix("eval/").partition("/")
     if first == "review":
         return f"shardtune review make {run} prompts=<file>, then shardtune review score {run} <answers>"

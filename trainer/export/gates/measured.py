@@ -54,10 +54,13 @@ class MeasuredMetric:
 
 
 def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> list[MeasuredMetric]:
-    """All metrics that a run has measured, the newest first.
+    """All metrics that a run has measured: those of evaluation reports, newest first, then those that training logged.
 
-    `of_these_weights` is set for those of the weights at `step`, whose hash is `artefact`.
+    `step`, `artefact`: step and hash of the weights that are to be exported; None where unknown. Metrics of these weights have
+    `of_these_weights` set: reports by the hash (a test report without one by
+    its step), training's by the step.
     """
+    # Reports: each kind is read by a function of its own.
     metrics: list[MeasuredMetric] = []
     metrics_of = {EVALUATION: _metrics_of_evaluation, REVIEW: _metrics_of_review, TEST: _metrics_of_test}
     for report in kept_reports(run_dir):
@@ -65,11 +68,12 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
         if report.artefact is None and report.kind == TEST:  # of a run that wrote no checkpoint of its last step
             of_these_weights = artefact is None and step == (report.report.get("model") or {}).get("step")
         metrics += metrics_of[report.kind](report, of_these_weights)
+    # Training's evaluations, in the run's metrics.
     evaluated_steps = []
     for row in rows(run_dir):
         if any(name.startswith("eval/") for name in row):
             evaluated_steps.append(row["step"])
-    # The asked step first, then the others from the newest.
+    # The requested step first, then the others from the newest.
     for evaluated_step in dict.fromkeys([step, *reversed(evaluated_steps)]):
         if evaluated_step is None:
             continue
@@ -85,7 +89,10 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
 
 
 def matching_metrics(gate: str, metrics: list[MeasuredMetric]) -> list[MeasuredMetric]:
-    """Everything that a gate means, the newest of each."""
+    """The metrics that a gate's name stands for, the newest of each; empty if none does.
+
+    Forms of names are tried in the order of `MetricNames`: the first form that any metric has decides. `metrics`: newest first.
+    """
     name = gate.removeprefix("eval/") or gate
     for form in range(len(MetricNames._fields)):
         newest: dict[str, MeasuredMetric] = {}
@@ -101,6 +108,7 @@ def _metrics_of_evaluation(kept_report: KeptReport, of_these_weights: bool) -> I
     """The metrics of an evaluation's report, and how much was forgotten if it was compared with the base."""
     report = kept_report.report
     against = report.get("against") or {}
+    # {"tasks": {task: {"kind": ..., "metrics": {metric: entry}}}, "against": {"what": "base", "tasks": {task: ...}}}
     for task, task_report in (report.get("tasks") or {}).items():
         kind = str(task_report.get("kind"))
         for index, (metric, entry) in enumerate((task_report.get("metrics") or {}).items()):
