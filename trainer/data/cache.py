@@ -260,6 +260,7 @@ def _lock(path: Path, directory: Path, stop: Callable[[], None], head_start_s: f
     entry `directory` is done. `stop` is called while waiting, and may raise.
     """
     with path.open("a+", encoding="utf-8") as file:  # NFS gives no shared lock of what is open for writing alone
+        # The head start: stand back until another process has the lock, or has made the entry.
         started_at = time.monotonic()
         while time.monotonic() - started_at < head_start_s:
             if (directory / DONE).exists() or _is_locked(file):
@@ -267,6 +268,7 @@ def _lock(path: Path, directory: Path, stop: Callable[[], None], head_start_s: f
             stop()
             time.sleep(POLL_S)
 
+        # Ask for the lock until this process has it; closing the file gives it back.
         has_warned = False
         while True:
             with suppress(BlockingIOError):
@@ -329,6 +331,7 @@ class Shards:
     def finished(cls, directory: Path) -> Shards | None:
         """The shards of an entry; None if there are none. Raises DataError if only some of them are there."""
         home = directory.parent / f".{directory.name}.shards"
+        # Finished shards are directories such as 0-of-4; an array of jobs may have been run with several counts.
         counts = sorted({int(path.name.split("-of-")[1]) for path in home.glob("[0-9]*-of-*")})
         if not counts:
             return None

@@ -291,7 +291,10 @@ def _num_shared_turns(first: list[Message], second: list[Message]) -> int:
 
 
 def history_of(column: Any) -> list[Message]:
-    """Earlier turns of a conversation from a column of pairs [question, answer], or of one pair. Raises Refusal."""
+    """Earlier turns of a conversation from a column of pairs [question, answer], or of one pair. Raises Refusal.
+
+    Example: [["Hi", "Hello"]] -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}].
+    """
     pairs = column if isinstance(column, list) else [column]
     turns = []
     for number, pair in enumerate(pairs, 1):
@@ -348,6 +351,9 @@ def calls_of(column: Any, name: str) -> list[dict[str, Any]]:
 def _read_call(row_call: Any, name: str) -> dict[str, Any]:
     """A tool call of a row as `{"type": "function", "function": {"name", "arguments"}}`, perhaps with its `id`.
 
+    The row may have it with or without "function" around it, and arguments as an object or as a JSON text of one: {"name":
+    "search", "arguments": "{\\"query\\": \\"weather\\"}"} gets the arguments {"query": "weather"}.
+
     `name` is what error messages call it. Raises Refusal.
     """
     function = row_call.get("function", row_call) if isinstance(row_call, dict) else None
@@ -379,7 +385,10 @@ def _require_json(calls_or_tools: Any, name: str) -> Any:
 
 
 def _json_list(column: Any) -> Any:
-    """A column that holds a list, or one object of it alone, or a JSON text of either: the list. Anything else as it is."""
+    """A column that holds a list, or one object of it alone, or a JSON text of either: the list. Anything else as it is.
+
+    Examples: [a, b] -> [a, b]; {"name": "x"} -> [{"name": "x"}]; the text '[{"name": "x"}]' -> [{"name": "x"}]; "x" -> "x".
+    """
     parsed = _parse_json(column)
     if isinstance(parsed, dict):
         return [parsed]

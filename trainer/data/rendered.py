@@ -53,7 +53,11 @@ class TurnTokens:
         return cls(tuple(inside), tokenizer.bos_token, tokenizer.eos_token)
 
     def find_token(self, document: Document) -> str | None:
-        """The token that makes a document's prompt or text look rendered; None if there is none."""
+        """The token that makes a document's prompt or text look rendered; None if there is none.
+
+        A prompt or a text looks rendered with a token of `inside` anywhere; a text also with BOS at its beginning, or EOS at its
+        end.
+        """
         text = document.prompt or document.text or ""
         for token in self.inside:
             if token in text:

@@ -121,9 +121,8 @@ class BlockMaker:
             if changed is not None:
                 remaining.append(changed)
             elif stage.name == "checks":
-                _, reason, _ = block.tally.drops[
-                    -1
-                ]  # (stage, reason, location) of the drop that the stage has just counted
+                # The drop that the stage has just counted: (stage, reason, location).
+                _, reason, _ = block.tally.drops[-1]
                 excerpt = content(document)[:EXCERPT]
                 block.bad.append(Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt))
         num_dropped = len(documents) - len(remaining)

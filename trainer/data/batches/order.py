@@ -42,7 +42,10 @@ class Order(ABC):
         self._skipped: list[tuple[int, int]] = []
 
     def set_skipped(self, places: Iterable[tuple[int, int]]) -> None:
-        """Leave out exactly these places of the order, each as (first, count). Call it between two uses of the order."""
+        """Leave out exactly these ranges of the order, each as (first position, count). Replaces what was left out before.
+
+        Call it between two uses of the order.
+        """
         self._skipped = []
         covered_to = 0  # overlapping places count once
         for first, count in sorted(places):
@@ -52,7 +55,11 @@ class Order(ABC):
             covered_to = end
 
     def places(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Places in the order of the samples number [start, start + count) of the run, as runs of (first, count)."""
+        """Where in the order the run's samples [start, start + count) stand, as runs of (first place, count).
+
+        A place is a position in the endless order of all epochs; the run passes over those that `set_skipped` left out. With the
+        places 3 and 4 left out, samples 2 to 4 are at [(2, 1), (5, 2)].
+        """
         places = np.arange(start, start + count, dtype=np.int64)
         for first, skipped_count in self._skipped:
             places[places >= first] += skipped_count

@@ -313,7 +313,11 @@ def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
 
 
 def make_histogram(numbers: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
-    """A histogram of whole numbers in at most `bins` equal bins, and one more for outliers; `shares`: of numbers from 0 to 1."""
+    """A histogram of whole numbers in at most `bins` equal bins, and one more for outliers.
+
+    There are outliers if the largest number is more than twice the 98th percentile. With `shares` the numbers lie between 0 and
+    1, and the bins are always the same.
+    """
     lowest = percentile_98 = highest = 0
     if len(numbers):
         lowest, percentile_98, highest = map(int, np.quantile(numbers, (0, 0.98, 1)))

@@ -66,6 +66,7 @@ def render_pieces(
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    # Characters with whether each is learned, in lines of `width`, of which the first and the last are kept.
     lines, num_left_out = _ends(_wrap(_cells(pieces, marks=not colour), max(width, 1)), max_lines)
     if num_left_out:
         note = [(character, False) for character in f"[... {num_left_out} lines ...]"]
@@ -105,7 +106,8 @@ def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tu
 
     Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.
     """
-    # A token of context has weight 0, so one array tells context, learned and weighted tokens apart.
+    # Such as [("Question: ", 0.0), ("Answer", 1.0)]. A token of context has weight 0, so one array tells context, learned and
+    # weighted tokens apart.
     weights = sample.supervised * (np.float32(1) if sample.weights is None else sample.weights)
     edges = np.flatnonzero(np.diff(weights)) + 1
     pieces = []

@@ -63,7 +63,7 @@ class PreparationProgress:
             thread.join()
 
     def expect(self, inputs: list[Input], share: float) -> None:
-        """Estimate how many rows there are, for `share` (0 to 1) of the `inputs`.
+        """Set how many rows are expected, for `share` (0 to 1) of the `inputs`, so that lines can say "of about N".
 
         No estimate is made for hub data sets, and for very many files.
         """

@@ -71,7 +71,7 @@ def _separators() -> re.Pattern[str]:
 
 
 def normalize(text: str) -> bytes:
-    """The words of a text in UTF-8, each between spaces (one or more).
+    """The words of a text in UTF-8, each between spaces (one or more): "Hello, World!" -> b"hello  world ".
 
     Case is folded; spaces, brackets, quotes, `_ # |` and sentence punctuation only separate words. Signs that carry
     meaning in formulas and code (`+ - * / % < > = & @ $ ^ ~` and symbols of any script) stay, and `!=` stays as `<>`.

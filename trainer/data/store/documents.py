@@ -86,7 +86,10 @@ def _table_row(document: Document, names: list[str]) -> dict[str, Any]:
 
 
 def _with_json_text(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    """A row or a turn, in which the field `name` is a JSON text. As it is, if it has no such field."""
+    """A row or a turn, in which the field `name` is a JSON text: {"tools": [1]} -> {"tools": "[1]"}.
+
+    As it is, if it has no such field.
+    """
     if name not in fields:
         return fields
     return {**fields, name: json.dumps(fields[name], ensure_ascii=False)}

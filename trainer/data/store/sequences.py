@@ -190,13 +190,16 @@ def exact_sum(counts: np.ndarray) -> float:
 
 
 def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another."""
+    """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another.
+
+    Example: documents [1, 0] with pieces [1, 2, 1] have the sequences [1, 2, 0].
+    """
     first_sequences = np.cumsum(pieces) - pieces
     return concatenated_ranges(first_sequences[documents], pieces[documents])
 
 
 def concatenated_ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """int64: the ranges [begin, begin + size), one after another."""
+    """int64: the ranges [begin, begin + size), one after another: begins [5, 0] with sizes [2, 3] give [5, 6, 0, 1, 2]."""
     # Where each range begins in the result.
     result_begins = np.cumsum(sizes) - sizes
     offsets_in_range = np.arange(sizes.sum()) - np.repeat(result_begins, sizes)

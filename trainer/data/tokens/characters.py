@@ -60,7 +60,7 @@ class ControlTokenEscaper:
 
         `spans`: (begin, end) in characters of `text`. In `text`, a control token that the data only spells has an ESCAPE mark in
         it, and one that the template wrote has none. `backend` knows control tokens with the mark in front, so the marks in the
-        spelled ones are removed, and each real control token gets one.
+        spelled ones are removed, and each real control token gets one. With ^ for the mark: "<s>Hi <^s^>" -> "^<s>Hi <s>".
         """
         # (position in `text`, by how many characters everything behind it moves)
         shifts: list[tuple[int, int]] = []
