@@ -289,6 +289,7 @@ def _tell_length(
     config: RunConfig, data: PreparedData, built: Built, engine: Engine, runtime: processes.Runtime, opened: _RunData
 ) -> None:
     """Tell a tuning method that changes with the step (such as AdaLoRA) how many steps the run had."""
+    # As the run recorded it; else as many as the data and the budget make.
     if opened.record is not None and opened.record.total_steps is not None:
         built.step_module.plan.optimizer_hooks.begin(opened.record.total_steps)  # type: ignore[union-attr]
     elif family_of(config.objective).rollout is not None:
@@ -359,9 +360,9 @@ def _name_opponents(job: EvaluationJob, evaluator: TaskEvaluator, rows: dict[str
 def _evaluate_models(
     job: EvaluationJob, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator, listener: _Listener
 ) -> dict[str, EvaluatedModel]:
-    """Evaluate the model, and before it the base if the job asks for it; by arm. All ranks must call.
+    """Evaluate the model (`TUNED`), and before it the base (`BASE`) if the job asks for it. All ranks must call.
 
-    `built` is None for the model of a server.
+    `built` is None for the model of a server. Also loads the job's checkpoint into the engine.
     """
     models: dict[str, EvaluatedModel] = {}
     if built is not None:
@@ -378,7 +379,7 @@ def _evaluate_models(
 def _evaluate_base(
     job: EvaluationJob, engine: Engine, built: Built, evaluator: TaskEvaluator, listener: _Listener
 ) -> dict[str, EvaluatedModel]:
-    """Evaluate the model before training, if the job asks for it; then load the checkpoint. All ranks must call."""
+    """Evaluate the base if the job asks for it, and load the job's checkpoint, before or after that. All ranks must call."""
     models: dict[str, EvaluatedModel] = {}
     for prepared in evaluator.tasks:
         prepared.task.is_opponent = True
@@ -411,7 +412,7 @@ def _evaluate_model(evaluator: TaskEvaluator, arm: str, listener: _Listener) -> 
 
 def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
     """The head of the report: the model, how and where it was evaluated, and versions of libraries."""
-    of_the_run = job.checkpoint is not None and not job.accepted
+    is_checkpoint_of_run = job.checkpoint is not None and not job.accepted
     return {
         "version": record.VERSION,
         "model": {
@@ -420,7 +421,7 @@ def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: proce
             "run": job.run,
             "checkpoint": None if job.checkpoint is None else Path(job.checkpoint).name,
             "tuning": str(config.tuning.name),
-            "artefact": fingerprint(Path(str(job.checkpoint))) if of_the_run else None,
+            "artefact": fingerprint(Path(str(job.checkpoint))) if is_checkpoint_of_run else None,
             "accepted": job.accepted,
         },
         "time": time.time(),
@@ -436,7 +437,7 @@ def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: proce
 def _report(
     config: RunConfig, job: EvaluationJob, about: dict[str, Any], tasks: list[Task], models: dict[str, EvaluatedModel]
 ) -> tuple[dict[str, Any], dict[str, Table]]:
-    """Compute intervals and comparisons, and write the files; rank 0 alone. Returns the report, and tables of rows.
+    """Compute intervals and comparisons, and write the report's files; rank 0 alone. Returns (report, tables of rows by name).
 
     Errors: ConfigError for a report that cannot be read, StorageError.
     """
@@ -479,7 +480,10 @@ def _report(
 def _other_result(
     task: Task, base: EvaluatedModel | None, earlier: EarlierEvaluation | None
 ) -> tuple[list[TaskRow] | None, dict[str, float]] | None:
-    """(rows, metrics) of the model that a task is compared with; None if it has not run the task."""
+    """(rows, metrics) of the model to compare a task with, the base or an earlier report's; None if it did not run the task.
+
+    The rows are None if the earlier evaluation has none of the task.
+    """
     if base is not None:
         return base.rows[task.name], base.metrics[task.name]
     if earlier is None or task.name not in earlier.report["tasks"]:

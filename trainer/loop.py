@@ -143,7 +143,7 @@ class Trainer:
         return self.outcome
 
     def _take_remaining_steps(self) -> None:
-        """Take steps, and do what is due between them, until the budget is spent or evaluation says stop. Raises RollBack."""
+        """Take steps, evaluate and save on schedule, until the budget is spent or evaluation ends the run. Raises RollBack."""
         total = self.settings.total_steps
         # A run that patience or overfitting has ended, and that was killed in its export, takes no further step.
         is_over = self._make_up_evaluation() or self._is_out_of_patience()
@@ -166,7 +166,7 @@ class Trainer:
                 saves_best = improved and self._may_save_best(is_last)
                 if saves_best or self.checkpoints.due(self.progress.step):
                     self._save(must_succeed=False)
-                elif improved:  # the best checkpoint is one that there is
+                elif improved:  # nothing is saved, so the best checkpoint stays the earlier one
                     self.progress.best_metric, self.progress.best_step = best_before
                 self._stop_at_limit()
                 if self.agreement.stop_now():
@@ -389,8 +389,8 @@ class Trainer:
         return self._is_out_of_patience()
 
     def _evaluate(self, evaluators: list[Evaluator]) -> dict[str, float]:
-        """Run these evaluators; returns their metrics, in metrics.jsonl and on the screen too. All ranks must call."""
-        values: dict[str, float] = {}
+        """Run these evaluators, log their metrics, print and return them. All ranks must call."""
+        values: dict[str, float] = {}  # by name, such as `eval/loss`
         try:
             for evaluator in evaluators:
                 values.update(evaluator.run(self.engine))
@@ -433,7 +433,7 @@ class Trainer:
         return self.evaluation_monitor.stops_early() or early_stopping_reason(self.settings.evaluation, self.progress)
 
     def _is_out_of_patience(self) -> bool:
-        """Whether the run ends before its budget is spent; prints why, and records that patience ended it."""
+        """Whether the run ends before its budget is spent. If so, prints why, and records it if patience ended the run."""
         reason = self._early_stop_reason()
         if reason is None:
             return False
@@ -481,7 +481,7 @@ class Trainer:
             self._note_saved(self.checkpoints.publish_pending())
 
     def _note_saved(self, succeeded: bool) -> None:
-        """Record whether the last save succeeded. If it failed, the best checkpoint is the one before it."""
+        """Record whether the last save succeeded. If it failed, the best metric is again that of the checkpoint on disk."""
         step = self._being_saved.step
         self._saved_step = step if succeeded else -1
         if succeeded and self.checkpoints.pending is None:

@@ -192,6 +192,7 @@ def meet(
 ) -> tuple[PreparedData, list[PreparedTask], Staged, processes.Runtime]:
     """Prepare the data and that of tasks, copy them to this node's disk, and only then form the process group.
 
+    Returns (the data, the tasks, what was copied, the process group's runtime).
     No collective can time out while the data is made, since there is none before the last line. All ranks must call. Raises
     Preempted on every rank if any was told to stop meanwhile, LeaseLost on every rank if another attempt took the directory.
     """
@@ -298,7 +299,10 @@ def monitors_of(
 
 
 def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInterval | None = None) -> LoopSettings:
-    """The part of the configuration that the loop reads. Without an `interval`, `auto` evaluates nothing on the way."""
+    """The part of the configuration that the loop reads.
+
+    `interval`: what `evaluation.every_steps` was resolved to. Without it, `auto` evaluates nothing between start and end.
+    """
     every = config.evaluation.every_steps
     if interval is None:
         interval = EvaluationInterval(every if isinstance(every, int) else 0)

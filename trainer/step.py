@@ -83,7 +83,10 @@ class TrainStep(nn.Module):
 
 
 def outermost_blocks(module: nn.Module, classes: set[str]) -> list[nn.Module]:
-    """The modules of these classes, by name, that are inside no other one of them, in the order of the model."""
+    """The modules of these classes that are inside no other module of them, in the order of the model.
+
+    `classes`: names of classes, such as {"LlamaDecoderLayer"}.
+    """
     blocks: list[nn.Module] = []
     inside_blocks: set[int] = set()
     for part in module.modules():

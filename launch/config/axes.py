@@ -152,7 +152,7 @@ def read_axes(words: list[str]) -> Axes:
 
 
 def split_at_commas(text: str) -> list[str]:
-    """The parts between commas. Commas within quotes, brackets, braces and parentheses don't count."""
+    """The parts between commas, stripped: `a,[b,c],"d,e"` has three. Commas within quotes or any brackets don't count."""
     parts = [""]
     depth = 0  # of open brackets
     quote = ""  # the quotation mark that is open; empty outside quotes
@@ -174,9 +174,10 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def _expand_word(word: str) -> list[str]:
-    """The words that a word of a sweep stands for: itself, or one for each of its values.
+    """The words that a word of a sweep stands for: `optim.lr=1e-4,2e-4` for `optim.lr=1e-4` and `optim.lr=2e-4`.
 
-    Several values are written with commas, as `glob(...)`, or by Hydra's functions such as `range(0,3)`.
+    Several values are written with commas, as `glob(...)`, or by Hydra's functions such as `range(0,3)`. Any other word stands
+    for itself. Errors: ConfigError.
     """
     key = key_of(word)
     value_text = value_of(word)
@@ -208,13 +209,14 @@ def _glob_matches(word: str, key: str, glob_text: str) -> list[str]:
     """
     included: set[str] = set()
     excluded: set[str] = set()
+    # An argument is `pattern`, `[pattern,pattern]`, `include=...` or `exclude=...`.
     for argument in split_at_commas(glob_text.removeprefix("glob(").removesuffix(")")):
         name, assigned, patterns = argument.partition("=")
         matches = included
         if assigned and name.strip() == "exclude":
             matches = excluded
         elif not (assigned and name.strip() == "include"):
-            patterns = argument  # a pattern without a name, which may hold an equals sign itself
+            patterns = argument  # without a name; the pattern itself may hold an equals sign
         for pattern in split_at_commas(patterns.strip().strip("[]")):
             matches.update(_matches_of_pattern(key, pattern.strip("'\" ")))
     if key == MODEL_GROUP and included - excluded >= {*shape_names()}:
@@ -238,11 +240,12 @@ def _matches_of_pattern(key: str, pattern: str) -> list[str]:
 
 
 def excluded_points(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:
-    """For each point of a sweep, in order: whether a condition leaves it out.
+    """For each run of a sweep (a point: one value for each swept setting), in order: whether a condition leaves it out.
 
-    A condition of `skip` leaves out the points that have all its words. A condition of `where` leaves out the points that have
-    its first word and lack another one. Errors: ConfigError for a word that is no axis or no value of it, since such a
-    condition would never hold.
+    A condition is words joined by `+`, such as `tuning=lora+optim.lr=2e-4`. In `skip` it leaves out the points that have all its
+    words: those with LoRA and this rate. In `where` it leaves out those that have its first word and lack another one: those
+    with LoRA and another rate. Errors: ConfigError for a word that is no swept setting or no value of it, since such a condition
+    would never hold.
     """
     problems: list[str] = []
     skip_conditions = [_read_condition("compare.skip", text, axes, problems) for text in skip]

@@ -166,7 +166,12 @@ def values_of_settings() -> dict[str, list[str]]:
 def _fish(
     values_by_key: dict[str, list[str]], verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]
 ) -> str:
-    """The completion script for fish. It defines a function that prints the candidates for the word under the cursor."""
+    """The completion script for fish. It defines a function that prints the candidates for the word under the cursor.
+
+    `values_by_key`: possible values of each setting. `verbs`: one line of help for each verb. `declared`: the declarations of the
+    verb's own words, by verb.
+    """
+    # Verbs, with their help.
     lines = [
         "# Completion of shardtune in fish. Written by: shardtune --shell-completion fish",
         "complete -c shardtune -f",
@@ -174,6 +179,7 @@ def _fish(
     for verb, text in verbs.items():
         description = text.replace("'", "\\'")
         lines.append(f"complete -c shardtune -n __fish_use_subcommand -a {verb} -d '{description}'")
+    # The function: files after keys of paths, else values of the key, else keys.
     path_patterns = " ".join(f"'{key}=*'" for key in PATH_KEYS.split("|"))
     lines += [
         "function __shardtune_words",
@@ -197,6 +203,7 @@ def _fish(
         "end",
         "complete -c shardtune -n 'not __fish_use_subcommand' -a '(__shardtune_words)'",
     ]
+    # Words of single verbs, and flags.
     for verb, declarations in declared.items():
         keys = word_keys(declarations)
         if keys:

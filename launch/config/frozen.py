@@ -193,9 +193,14 @@ def differences(ours: RunConfig, theirs: RunConfig) -> list[DifferingSetting]:
 def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_change_strategy: bool) -> None:
     """Compare a command with the run whose `config.yaml` is at `path`: refuse another run, and prepare to resume the same one.
 
-    Of the same run, `composed.config` takes over what that run chose itself. `has_progress`: the directory has a checkpoint or
-    is finished; if not, another command may take its place. `may_change_strategy`: the run may resume with another strategy
-    or micro-batch. Errors: ConfigError.
+    Changes `composed.config`: of the same run, it takes over what that run chose itself. `has_progress`: the directory has a
+    checkpoint or is finished. `may_change_strategy`: the run may resume with another strategy or micro-batch. The cases, once
+    settings that differ by new defaults alone are put back:
+    - No setting differs: the run resumes.
+    - The directory has no progress: another command may take its place.
+    - Only settings of computation differ, with `may_change_strategy`: the run resumes, and a line says so.
+    - Else: ConfigError, which names the settings.
+    A `config.yaml` that cannot be read raises ConfigError if there is progress, and counts as another command's if not.
     """
     config = composed.config
     try:
@@ -219,7 +224,7 @@ def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_
         _copy_identifying(config, before)
         print(f"{path.parent}: keeps the defaults that it began with: {_join_differences(changed)}", file=sys.stderr)
         changed = []
-    # What the run settled at its first start decides results, so it holds whatever else may change.
+    # What the run resolved at its first start decides results, so it holds whatever else may change.
     if not changed or may_change_strategy:
         _keep_matmul(config, before)
         _keep_template_date(config, before, path.parent, has_progress=has_progress)

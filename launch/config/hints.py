@@ -53,6 +53,7 @@ class ForeignWords:
         """The values of the other trainers' settings, by normalised name."""
         self._name_by_word: dict[str, str] = {}
 
+        # Pick out the words of other trainers; of `--name value` one word is made.
         remaining = list(words)
         while remaining:
             word = remaining.pop(0)
@@ -74,6 +75,7 @@ class ForeignWords:
                 self._foreign_values[name] = value.strip("'\"")
                 self._name_by_word[word] = name
 
+        # How many ranks there will be, for translations that depend on it.
         typed_values: dict[str, str] = {}
         for word in words:
             key, _, value = word.lstrip("+").partition("=")
@@ -134,7 +136,10 @@ def explain_hydra_setting(key: str, value: str, word: str) -> str:
 
 
 def _equivalent_of_hydra(name: str, value: str) -> str | None:
-    """What to type instead of Hydra's setting `name` (without `hydra.`) with this value; None if nothing does the same."""
+    """What to type instead of Hydra's setting `name` (without `hydra.`) with this value; None if nothing does the same.
+
+    `sweeper.n_trials` with the value 20 gives "sweeper.trials=20 with -m sweeper=optuna".
+    """
     if name in ("run.dir", "sweep.dir"):
         return f"run.dir={value} names the directory, and under -m the one of all points"
     if name == "launcher" and "submitit" in value:
@@ -195,9 +200,10 @@ def explain_word_without_value(word: str) -> str:
 
 
 def take_split_settings(words: list[str], settings_by_key: SettingsByKey) -> tuple[list[str], list[str]]:
-    """(the words that remain, a problem for each setting that was typed in several words).
+    """Take out settings that were typed in several words: (the other words, a problem for each such setting).
 
-    A shell splits `optim.lr = 1e-4` into three words, and `--optim.lr 1e-4` into two.
+    A shell splits `optim.lr = 1e-4` into three words, `optim.lr= 1e-4` and `--optim.lr 1e-4` into two. The problem says how to
+    type the setting.
     """
     remaining: list[str] = []
     problems: list[str] = []
@@ -264,14 +270,19 @@ class UnknownKey:
 
 
 def explain_unknown_key(key: str, word: str, settings_by_key: SettingsByKey) -> UnknownKey:
-    """The message about a word whose key does not exist: the setting that replaced it, or one with a similar name."""
+    """The message about a word whose key does not exist. The first of these that applies counts:
+
+    - the setting was removed, is not offered, or stands for one of ours by a known mistake: what there is instead
+    - it is the `name` of a group, or a whole block of settings: how these are typed
+    - a group or setting has a similar name: that one
+    - else the message says only that there is no such setting
+    """
     missing = f"there is no setting {key}"
     value = word.partition("=")[2]
     if key in REMOVED:
         return UnknownKey(word, f"{missing} any more: {REMOVED[key]}")
     if key in NOT_OFFERED:
         return UnknownKey(word, f"{missing}: {NOT_OFFERED[key]}")
-    # From what is certain to what is only similar.
     instead = misspelled.in_place_of(key, value)
     if instead is not None:
         return UnknownKey(word, f"{missing}; {instead}")

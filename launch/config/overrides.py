@@ -245,9 +245,9 @@ def describe_type(annotation: Any) -> str:
 
 
 def _add_file(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: str) -> None:
-    """Add the choices and values of the user's settings file to `parsed`, as if they had been typed.
+    """Add the choices and values of the user's settings file to `parsed`, as if they had been typed; problems as well.
 
-    `word`: the file as typed.
+    `word`: the file as typed, such as `my.yaml`. A key of another trainer is a problem that names our setting.
     """
     try:
         choices, values = user_files.read_settings_file(word)
@@ -316,11 +316,14 @@ def _add_choice(parsed: ParsedWords, group: str, choice: str, word: str) -> None
 
 
 def _add_setting(parsed: ParsedWords, settings_by_key: dict[str, Setting], key: str, text: str, word: str) -> None:
-    """Add the value of a setting, typed as `text`, to `parsed`. Text stays as typed; the rest is read by Hydra's grammar."""
+    """Add the value of a setting, typed as `text`, to `parsed`. Text stays as typed; the rest is read by Hydra's grammar.
+
+    `word`: the whole argument, `key=text`, for messages. Gates, and lists of tasks or rewards, have a syntax of their own.
+    """
     if RESOLVED_BY_EACH_RANK.search(text):
         parsed.problems.append(f"{word}: {RANKS_DISAGREE}")
         return
-    # `<` and `>` are no characters of Hydra's grammar.
+    # As in `gates={eval/loss: "<3"}`: `<` and `>` are no characters of Hydra's grammar.
     if key.split(".")[0] == GATES:
         gates, problem = read_word(word.lstrip("+"))
         if gates is None:
@@ -335,6 +338,7 @@ def _add_setting(parsed: ParsedWords, settings_by_key: dict[str, Setting], key: 
             kind, _, name = entry.partition(":")
             parsed.values.append(TypedValue(f"{key}.{name or kind}.kind", kind, word))
         return
+    # `objective.rewards=[maths,rewards.py]`, or one of them without brackets.
     if key == REWARDS_TABLE and not text.startswith("{") and text != "null":
         entries = _list_entries(text)
         _add_rewards(parsed, [text] if entries is None else entries, word)

@@ -54,9 +54,10 @@ def refuse_non_numbers(env: Mapping[str, str]) -> None:
 
 
 def refuse_lone_host(env: Mapping[str, str]) -> None:
-    """Refuse to train on one host of a SLURM allocation of several: the others would idle, or be waited for in vain.
+    """Raise ConfigError if this process trains on one host of a SLURM allocation of several.
 
-    Errors: ConfigError.
+    The other hosts would idle, or be waited for in vain. The process is not alone if srun started it, if torchrun was started on
+    several hosts, or if it is one of several tasks of a step in a terminal. `env`: its environment variables.
     """
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
     in_terminal = env.get("SLURM_STEP_ID") == INTERACTIVE_STEP_ID or "SLURM_PTY_PORT" in env

@@ -108,6 +108,7 @@ def read_run(
     pin_commit(frozen, run_dir, may_fetch=False)
     config = change(_with_allowing_words(frozen, allowing_words), other_words)
 
+    # Values that reach out (see outside_values.py): used and allowed, used and not allowed, not used.
     typed = typed_keys(words) | reader.settled_groups
     used: list[OutsideValue] = []
     unused: list[OutsideValue] = []
@@ -126,7 +127,7 @@ def read_run(
         for key in value.settings:
             reset_to_default(config, key)
 
-    # Once a job: every rank reads the run.
+    # Rank 0 alone remembers and prints, since every rank of a job reads the run.
     if os.environ.get("RANK", "0") == "0":
         trusted_values.remember(used)
         _print_unused(run_dir, unused)

@@ -32,8 +32,9 @@ def user_files_may_apply(words: Iterable[str]) -> bool:
 def read_settings_file(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
     """(choices of groups, values by full key) of a user's YAML file of settings, which `word` names as typed.
 
-    A choice is `tuning: lora`, an entry of `defaults`, or a block with a `name`, as in the config.yaml of a run. Errors:
-    ConfigError if the file cannot be read or holds no settings.
+    A choice is `tuning: lora`, an entry of `defaults`, or a block with a `name`, as in the config.yaml of a run. A file
+    {tuning: {name: lora, rank: 16}} gives ({"tuning": "lora"}, [("tuning.rank", 16)]). Errors: ConfigError if the file cannot be
+    read or holds no settings.
     """
     tree = _read_tree(word)
     # Choices of `defaults` first: a choice in a block of its own overrides them, as in Hydra.
@@ -42,7 +43,7 @@ def read_settings_file(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]
     for key, value in tree.items():
         if key in NOT_SETTINGS:
             continue
-        is_group = key in choices_by_group()
+        is_group = key in choices_by_group()  # such as `tuning`, of which `lora` is a choice
         if is_group and isinstance(value, str):
             choices[key] = value
         elif is_group and isinstance(value, dict):

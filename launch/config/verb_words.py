@@ -199,7 +199,7 @@ def group_rows(prefix: str, settings: type) -> dict[str, str]:
 
 
 def parse_value(text: str, annotation: Any, spec: WordSpec | None = None) -> Any:
-    """The typed text as a value of the annotated type, within `spec`. Raises ValueError that says what it must be."""
+    """`text` as a value of the annotated type ("[1,2]" as list[int]: [1, 2]). Raises ValueError with what it must be."""
     spec = spec or WordSpec(kind="word", text="")
     if get_origin(annotation) in (Union, types.UnionType):
         # Only `X | None` is declared.
@@ -365,7 +365,7 @@ class _WordReader:
             yield f"{argument}={value}"
 
     def add(self, argument: str) -> None:
-        """Take one argument of the verb's command line: as a flag, a word or a bare word of its own, or to hand on."""
+        """Take one argument: as the verb's own flag, `key=value` or argument without `=`, to hand on, or as a problem."""
         key, assigned, text = argument.partition("=")
         name = self.field_by_key.get(key)
         kind = self.specs[name].kind if name is not None else ""

@@ -149,7 +149,11 @@ def _add_axolotl_entry(entry: Mapping[str, Any], name: str, prefix: str, convers
 
 
 def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSetting:
-    """Our words for one setting of an axolotl data set. `text`: its value as typed; `prefix`: `data` or `data.sources.<name>`."""
+    """Our settings for one setting of an axolotl data set: of `revision: v2` it is {"data.sources.<name>.revision": "v2"}.
+
+    `text`: its value as typed. `prefix`: where our settings of the data set stand, `data` or `data.sources.<name>`. Without an
+    equivalent the result has a note that says why, or that none is needed.
+    """
     is_named_source = prefix != "data"
     if key in AXOLOTL_COLUMNS:
         column = AXOLOTL_COLUMNS[key]
@@ -199,8 +203,10 @@ def _add_axolotl_type(value: Any, setting_name: str, prefix: str, conversion: Co
 def add_factory_datasets(names: str, setting: str, directory: str, conversion: ConvertedSettings, base: Path) -> None:
     """Translate LLaMA-Factory's `dataset:` or `eval_dataset:`, which name entries of `dataset_info.json` in `directory`.
 
-    `names`: the entries' names, separated by commas. `base`: the directory that a relative `directory` starts from.
+    `names`: the entries' names, separated by commas. `base`: where a relative `directory` starts, if it is not in the working
+    directory. An entry looks like {"file_name": "alpaca.json", "split": "train", "columns": {...}}.
     """
+    # The first dataset_info.json that is there.
     info_file = None
     for folder in (Path(directory).expanduser(), base / directory):
         if info_file is None and exists(folder / "dataset_info.json"):
@@ -212,6 +218,7 @@ def add_factory_datasets(names: str, setting: str, directory: str, conversion: C
         except (OSError, ValueError) as error:
             conversion.add_unsupported("dataset_dir", directory, f"{info_file} cannot be read ({error})")
 
+    # Each entry becomes `data`, or one of `data.sources`; held-out ones together become `data.eval_path`.
     is_held_out = setting == "eval_dataset"
     held_out_paths: list[str] = []
     dataset_names = list_entries(names)

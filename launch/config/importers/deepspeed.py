@@ -296,7 +296,10 @@ def _add_scheduler(block: Mapping[str, Any], conversion: ConvertedSettings, name
 
 
 def _add_tracker(key: str, block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
-    """Translate a block `wandb` or `tensorboard` (`key`) to settings of `logging`."""
+    """Translate a block `wandb` or `tensorboard` (`key`) of DeepSpeed's settings to settings of `logging`.
+
+    `block`: such as {"enabled": true, "project": "x"}. `name`: the block's full key in the imported file, for messages.
+    """
     is_on = is_true(to_cli_text(block.get("enabled")))
     for inner_key, value in block.items():
         full_name = f"{name}.{inner_key}"

@@ -209,7 +209,10 @@ def _defaults_that_hold(trainer: str, typed_by_name: Mapping[str, str]) -> dict[
 def _add_setting(
     key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, base: Path
 ) -> None:
-    """Translate one setting of the outermost level of the file. `foreign`: all its settings, on which a rule may depend."""
+    """Translate the setting `key` of the outermost level of a file (`tree`) into `conversion`.
+
+    Data sets, DeepSpeed and FSDP have their own translators. `foreign`: all settings of the file, on which a rule may depend.
+    """
     value = tree[key]
     name = normalised_name(key)
     if value is None or value in ("", [], {}):
@@ -231,7 +234,11 @@ def _add_setting(
 
 
 def _translate_setting(name: str, value: Any, foreign: ForeignSettings, base: Path) -> TranslatedSetting:
-    """Our words for a setting that needs no other one. `name`: its normalised name; `base`: where relative paths start."""
+    """Our settings for one setting of another trainer's file, or a note that says why there is none.
+
+    `name`: its normalised name. `foreign`: all settings of the file, on which a rule may depend. `base`: where relative paths
+    start.
+    """
     if name == "dataset_dir":
         return TranslatedSetting(note="files are named whole in data.path", not_needed=True)
     if name in ("dataset", "dataset_name", "dataset_path"):
