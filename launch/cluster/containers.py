@@ -23,23 +23,29 @@ SRUN_TIMEOUT_S = 10.0
 
 
 def runtime_of(launcher: Mapping[str, Any]) -> str | None:
-    """What starts the container of `launcher.*` settings: `pyxis` or `apptainer`; None without a container."""
+    """What starts the container of `launcher.*` settings: `pyxis` or `apptainer`; None without a container.
+
+    It is `launcher.container_by` if that is set. Else the image decides: a file "image.sif", a directory or "docker://ubuntu" is
+    apptainer's, and "ubuntu", an image of a registry, is pyxis'.
+    """
     image = launcher.get("container")
     if not image:
         return None
     requested = str(launcher.get("container_by", "auto"))
     if requested != "auto":
         return requested
-    # A file, a directory or an address with a scheme is apptainer's; the rest names an image of a registry.
     is_local = str(image).endswith((".sif", ".img")) or Path(image).expanduser().is_dir()
     return "apptainer" if is_local or "://" in str(image) else "pyxis"
 
 
 def srun_options_and_prefix(tree: Mapping[str, Any], directories: list[Path]) -> tuple[list[str], list[str]]:
-    """How ranks start in the container of a run: (options of srun for pyxis, words before the command for apptainer).
+    """How ranks start in the container of a run: (options of srun, beginning of the command line before the rank's command).
 
-    `tree`: the run's configuration as nested dictionaries. `directories`: mounted beside what the run reads. Both lists are empty
-    without a container. Errors: ConfigError for paths that the options cannot carry.
+    - pyxis: (["--container-image=...", ...], []);
+    - apptainer: ([], ["apptainer", "exec", ..., image]);
+    - no container: ([], []).
+    `tree`: the run's configuration as nested dictionaries. `directories`: mounted beside what the run reads.
+    Errors: ConfigError for paths that the options cannot carry.
     """
     launcher = tree["launcher"]
     runtime = runtime_of(launcher)
@@ -60,9 +66,10 @@ def srun_options_and_prefix(tree: Mapping[str, Any], directories: list[Path]) ->
 
 
 def mount_options(tree: Mapping[str, Any], directories: list[Path]) -> list[str]:
-    """`source:target[:options]` of every directory that a run needs in its container, with the same path inside.
+    """The mounts of every directory that a run needs in its container, at the same path inside: "/data:/data".
 
-    Parameters and errors as for `srun_options_and_prefix`.
+    Those of `launcher.container_mounts` follow as they are: `source:target[:options]`. Parameters and errors as for
+    `srun_options_and_prefix`.
     """
     paths = {path.expanduser().absolute() for path in [*directories, *_paths_of_settings(tree)]}
     # Outer directories first: one below another needs no mount of its own.
@@ -80,7 +87,10 @@ def mount_options(tree: Mapping[str, Any], directories: list[Path]) -> list[str]
 
 
 def _paths_of_settings(tree: Mapping[str, Any]) -> Iterator[Path]:
-    """The directories on this host's disks that the settings of a run name, or that hold a file they name."""
+    """The directories on this host that a run's settings name, or that hold a file they name; some may not exist.
+
+    "data/a.jsonl" and "data/*.jsonl" -> data. A hub id or a URL yields none, since there is no such path here.
+    """
     yield Path.cwd()
     data = tree["data"]
     yield Path(data["cache_dir"])
@@ -96,7 +106,7 @@ def _paths_of_settings(tree: Mapping[str, Any]) -> Iterator[Path]:
             if not isinstance(entry, str):
                 continue
             path = Path(entry).expanduser()
-            # `data/*.jsonl`: the directory above the first pattern. What is not here is a hub id or an address.
+            # Upwards from a pattern to the directory that holds what it matches.
             while GLOB_CHARACTERS & set(path.name):
                 path = path.parent
             if path.exists():

@@ -210,8 +210,9 @@ def check_nodes(run: FrozenRun, job: JobStart, master: str) -> None:
 
 
 def load_or_freeze_run(words: list[str], job: JobStart) -> FrozenRun:
-    """The run that was frozen for this job; or, for slurm/train.sbatch, the run that its `words` describe, which is frozen now.
+    """The run of this job: the one that was frozen when the job was submitted, else one that is composed and frozen now.
 
+    `words`: the command-line arguments of slurm/train.sbatch, such as "model.path=..."; only that script brings some.
     Errors: ConfigError.
     """
     frozen_config = os.environ.get("SHARDTUNE_CONFIG")
@@ -232,7 +233,10 @@ def load_or_freeze_run(words: list[str], job: JobStart) -> FrozenRun:
 
 
 def misplaced_words(words: list[str]) -> list[str]:
-    """Why slurm/train.sbatch cannot take some of these words: SLURM has decided them already, or the script itself does."""
+    """Why slurm/train.sbatch cannot take some of its arguments: SLURM has decided them already, or the script itself does.
+
+    ["launcher.time=1:00:00", "launcher.nodes=2"] -> one problem, about launcher.time.
+    """
     problems = []
     for word in words:
         key, _, value = word.partition("=")
@@ -247,7 +251,10 @@ def misplaced_words(words: list[str]) -> list[str]:
 
 
 def settings_from_job(job: JobStart) -> list[str]:
-    """The settings, as words, that a run by slurm/train.sbatch takes from its SLURM job and from the script's environment."""
+    """The settings that a run by slurm/train.sbatch takes from its SLURM job and from the script's environment.
+
+    As command-line arguments: ["run.dir=runs/slurm-123", "launcher.nodes=2", ...].
+    """
     from trainer.config.run import SlurmConfig
 
     env = os.environ
@@ -270,6 +277,7 @@ def choose_rendezvous(job: JobStart, address: str | None) -> str:
     Every start chooses anew: a requeued job may be given other nodes, and two jobs may share a node. Errors: ConfigError.
     """
     if address:
+        # A port of this host can be tested before the ranks meet there.
         host, _, typed_port = address.rpartition(":")
         is_this_host = host.split(".")[0] == socket.gethostname().split(".")[0]
         if is_this_host and not _is_port_free(int(typed_port)):
@@ -317,13 +325,14 @@ def _stdout_is_stderr() -> Iterator[int]:
 def main(argv: list[str]) -> int:
     """What job scripts call as `python -m launch.job`; returns the exit code. Errors: ConfigError.
 
-    `begin [words]`, `end <exit code of the step> <1 after TERM, else empty> [<1 if no rank was started>]`, or
-    `part <part> <run directory> <ranks>`.
+    - `begin [arguments]`: prints shell variables for the script, as NAME=value lines;
+    - `end <exit code of the step> <1 after TERM, else empty> [<1 if no rank was started>]`: records the end, requeues the job;
+    - `part <part> <run directory> <ranks>`: runs a part of a pipeline other than training.
     """
     if argv[:1] == ["part"] and len(argv) == 4:
         snapshot.refuse_changed()
         return pipeline_part.run_part(argv[1], Path(argv[2]), int(argv[3]))
-    # Three words by scripts that were written before signals were kept from the first line on.
+    # Three arguments come from scripts of an earlier shardtune, which did not tell whether a rank was started.
     if argv[:1] == ["end"] and len(argv) in (3, 4) and argv[1].isdecimal():
         return end(int(argv[1]), bool(argv[2]), unstarted=argv[3:] == ["1"])
     if argv[:1] != ["begin"]:

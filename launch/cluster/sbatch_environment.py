@@ -72,13 +72,19 @@ def sort_sbatch_variables(text: str, environment: Mapping[str, str] = os.environ
 
 
 def _option_of_variable(variable: str) -> str:
-    """The option of sbatch that a variable `SBATCH_*` sets."""
+    """The option of sbatch that a variable `SBATCH_*` sets: "SBATCH_MEM_PER_CPU" -> "mem-per-cpu"."""
     suffix = variable.removeprefix(PREFIX)
     return OTHER_NAMES.get(suffix, suffix.lower().replace("_", "-"))
 
 
 def _reason_to_drop(option: str, options: Mapping[str, str]) -> str | None:
-    """Why the environment may not set an `option` of sbatch for a script that has `options`; None if it may."""
+    """Why the environment may not set an `option` of sbatch for a script that has `options`; None if it may. Not in these cases:
+
+    - an option that is always the script's;
+    - the script sets it itself;
+    - it requests GPUs;
+    - the script sets another option that excludes it (`EXCLUSIVE_GROUPS`).
+    """
     if option in ALWAYS_THE_SCRIPTS:
         return ALWAYS_THE_SCRIPTS[option]
     if option in options:

@@ -104,7 +104,8 @@ def render(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | 
 def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> list[str]:
     """The lines of a job script up to the function `setup`: the options of sbatch, the runs, the interpreter and the code.
 
-    Parameters and errors as for `render`.
+    The body of the script (`BODY`) reads the shell variables that are set here: runs, patience, python, inside, container,
+    within and words. Parameters and errors as for `render`.
     """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig):
@@ -135,7 +136,8 @@ def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Pa
 def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[Path]) -> list[str]:
     """The lines of a job script that set the interpreters of the host and of the ranks, and how ranks start in a container.
 
-    `directories`: what a container must see, beside the paths of the settings.
+    They set `python` and `inside` (the interpreters), `container` (options of srun) and `within` (what stands before the command
+    of the ranks); these three are empty without a container. `directories`: mounted beside the paths of the settings.
     """
     if slurm.container is None:
         python = shlex.quote(checked_line(slurm.python or sys.executable, "launcher.python"))
@@ -178,13 +180,13 @@ def setup_text(slurm: SlurmConfig, clone: Path) -> str:
 
 
 def sbatch_options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
-    """The options behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes.
+    """The options behind `#SBATCH`, such as `--nodes=2`, quoted for sbatch's own parser, which takes shell quotes.
 
-    `runs`: the run directories; several make a job array.
+    `runs`: the run directories; several make a job array. `cwd`: the working directory of the job.
     """
     is_array = len(runs) > 1
     logs = f"{runs[0]}/logs".replace("%", "%%")  # sbatch reads %j and the like in the name of the output
-    array = None
+    array = None  # or "0-7%2": tasks 0 to 7, two of them at a time
     if is_array:
         limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
         array = f"0-{len(runs) - 1}{limit}"
@@ -236,11 +238,13 @@ def node_request(slurm: SlurmConfig) -> Options:
 def quoted_options(options: Options) -> list[str]:
     """`--name=value` for each option that is set, quoted as a shell and sbatch read it.
 
+    {"nodes": 2, "comment": "a b", "exclusive": True, "mem": None} -> ["--nodes=2", "--comment='a b'", "--exclusive"]
+    So True is an option without a value, and None one that is left out.
     Errors: ConfigError for a value that would end the line of a script.
     """
     quoted = []
     for key, setting in options.items():
-        if setting is True:  # an option without a value
+        if setting is True:
             quoted.append(f"--{key}")
         elif setting is not None:
             quoted.append(f"--{key}={shlex.quote(checked_line(str(setting), f'launcher.{key}'))}")
@@ -248,12 +252,15 @@ def quoted_options(options: Options) -> list[str]:
 
 
 def default_job_name(runs: list[str]) -> str:
-    """The job's name in the queue and in the names of its log files, so without odd characters."""
+    """The job's name in the queue and in the names of its log files: letters, digits, `_`, `.` and `-` only.
+
+    ["runs/first"] -> "first"; ["sweeps/lr/0"] -> "lr-0"; several runs -> "shardtune".
+    """
     if len(runs) > 1:
         return "shardtune"
     run = Path(runs[0])
     name = run.name
-    if name.isdecimal() and run.parent.name:  # a point of a sweep is called 0, 1, ...
+    if name.isdecimal() and run.parent.name:  # the runs of a sweep are called 0, 1, ...
         name = f"{run.parent.name}-{name}"
     return re.sub(r"[^\w.-]", "-", name) or "shardtune"
 

@@ -194,7 +194,7 @@ def _own_versions() -> dict[str, str]:
 
 def _why_silent(node: Node) -> str:
     """Why a host has not sent its facts: it is late, not reached, or has no Python or shardtune at the same place."""
-    code = node.process.poll()
+    code = node.process.poll()  # the exit code of ssh, which is that of the command there; None while it runs
     if code is None:
         return f"is reached, but did not answer within {HELLO_S:.0f} s ({node.last_output})"
     if code == SSH_FAILED:
@@ -202,7 +202,7 @@ def _why_silent(node: Node) -> str:
             f"is not reached: {node.last_output}; `ssh {node.name} true` must work without a password "
             "(~/.ssh/config, launcher.ssh)"
         )
-    if code in (126, 127):
+    if code in (126, 127):  # from the shell: cannot be executed, not found
         return f"has no {sys.executable}, the Python that runs here ({node.last_output}); it must be at the same place"
     if any("launch" in line and "No module named" in line for line in node.last_lines):
         return f"has no shardtune at {ROOT}, from where it runs here; the clone must be at the same place"
@@ -217,6 +217,7 @@ def rendezvous_address(nodes: list[Node]) -> str:
     """
     first_facts = nodes[0].facts
     assert first_facts is not None
+    # facts["ssh"]: the addresses of a host at which ssh reached it.
     address = next(iter(first_facts["ssh"]), "127.0.0.1")
     if is_loopback(address) and len(nodes) > 1:
         second_facts = nodes[1].facts

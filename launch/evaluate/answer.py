@@ -24,7 +24,11 @@ COLUMNS_AGAINST = (
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """An evaluation's report (evaluation.json) as a table of metrics with notes, for people."""
+    """An evaluation's report (evaluation.json) as a table of metrics with notes, for people.
+
+    What is read of it: {"model": ..., "method": text, "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.8, ...}}}}}, and after
+    a comparison "against": {"what": "base", "tasks": as above}.
+    """
     against = report.get("against")
     compared_tasks = against["tasks"] if against else {}
     title = _model_name(report["model"])

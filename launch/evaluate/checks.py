@@ -32,13 +32,14 @@ def has_held_out(config: RunConfig) -> bool:
 def check_plan(config: RunConfig, typed: list[str], *, run: Path | None, trained: bool, split: str) -> None:
     """Check an evaluation before a model is loaded: its settings, and the rows of its tasks. Errors: ConfigError, DataError.
 
-    `typed`: the settings that were typed. `run`: the evaluated run; None for a model without one. `trained`: whether there is
-    training data that tasks may read. `split`: the word.
+    `typed`: the settings on the command line. `run`: the evaluated run; None for a model without one. `trained`: whether there
+    is training data that tasks may read. `split`: "eval" runs tasks, "test" measures the run's test documents.
     """
     from launch.config.compose import load_frozen, refusals
     from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
+    # Is there something to measure?
     context = TaskContext.from_settings(config.data, config.objective)
     if split == "test":
         if config.data.test_path is None and not config.data.test_share:
@@ -53,7 +54,7 @@ def check_plan(config: RunConfig, typed: list[str], *, run: Path | None, trained
             f"evaluation.tasks: not set, and {reason}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
             f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(TASK_KINDS)}"
         )
-    # Training data of a run is read only where a task asks for it, and then as the run recorded it.
+    # Settings. Problems with a run's training data do not count: it is read only if a task needs it, as the run recorded it.
     written = None if run is None else load_frozen(run / "config.yaml")
     problems = []
     for problem in refusals(config, written=written):
@@ -73,7 +74,7 @@ def check_plan(config: RunConfig, typed: list[str], *, run: Path | None, trained
 
 
 def _quantised_model_problems(config: RunConfig, typed: list[str]) -> Iterator[str]:
-    """Problems with settings that a model stored in 4 or 8 bits does not allow, one line each. `typed`: the typed settings."""
+    """Problems with settings that a model stored in 4 or 8 bits does not allow. `typed`: those on the command line."""
     from strategies.base import StrategyName
     from trainer.evaluation.tasks.prepared import TaskContext
     from trainer.model.quantised_checkpoints import missing_library, quantising_library

@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
 def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     """Evaluate the model of a plan, and before it the one it is compared with, if any; print the report.
 
-    Returns the exit code, which is 69 if a metric got worse.
+    Returns the exit code: 69 if a metric got worse by more than is allowed, that of the ranks if they failed, else 0.
     """
     from launch.evaluate.answer import report_text
     from trainer.evaluation.report.record import PAGE, REPORT
@@ -133,7 +133,8 @@ def _print_test_result(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int
 def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     """Evaluate one model and write its report, in this process or with a rank for each GPU; returns the exit code.
 
-    `quiet`: messages go to stderr, since stdout is for JSON.
+    The configuration and the job are written into the plan's directory first: there the ranks read them.
+    `quiet`: what would be printed goes to stderr, since stdout is for JSON.
     """
     from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
@@ -148,14 +149,15 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     if evaluation_plan.job.split == "test":
         # The rewards of a run: the ranks run these copies, made now, and no file that lay in the directory before.
         copy_rewards(getattr(config.objective, "rewards", {}), directory)
+    # What the ranks read.
     sha256 = identity(config)
     write_text_atomic(directory / JOB_FILE, json.dumps(asdict(evaluation_plan.job), indent=1) + "\n")
     write_text_atomic(
         directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}"
     )
     with stdout_to_stderr(quiet):
-        if config.launcher.in_place:
-            hold()
+        if config.launcher.in_place:  # this process is the only rank
+            hold()  # signals that ask to stop wait until the evaluation can handle them
             before = state_before_start(directory)
             code = 0
             try:
@@ -169,8 +171,9 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
 def run_as_rank(words: list[str]) -> int:
     """Run as one rank of an evaluation, started by our launcher, torchrun or srun; returns the exit code.
 
-    `words`: those of the command line, for a rank without our launcher. Returns 0 also when asked to stop: another code would
-    make torchrun or srun end the other ranks.
+    `words`: the command-line arguments, read only without our launcher, which leaves configuration and job in files.
+    Returns 0 also when asked to stop: another code would make torchrun or srun end the other ranks. Returns 70 after an error
+    that our launcher shows.
     """
     hold()
     with importing("torch"):
@@ -185,6 +188,7 @@ def run_as_rank(words: list[str]) -> int:
     export_torchrun_variables()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    # What to evaluate: from the launcher's files, else from the command line.
     frozen = os.environ.get("SHARDTUNE_CONFIG")
     if frozen:
         directory = Path(frozen).parent

@@ -160,13 +160,17 @@ def _settled(config: RunConfig) -> RunConfig:
 
 
 def trial_text(report: dict[str, Any]) -> str:
-    """A report for people."""
+    """The report of a trial of rewards for people: a table of the rewards, advice, and the best and worst answers of some groups.
+
+    `report["groups"]`: [{"where": ..., "prompt": ..., "best": {"reward": 1.0, "answer": ...}, "worst": ...}, ...].
+    """
     lines = [
         f"{report['prompts']} prompts, {report['draws']} answers each, of {report['mean_length']:.0f} tokens on average "
         f"({100 * report['truncated_share']:.0f} % cut off at {report['max_new_tokens']})",
         "",
     ]
     rows = [_row("all together", report["reward"])]
+    # report["rewards"]: a summary of each reward, by its name. With one reward its row is the whole table.
     if len(report["rewards"]) > 1:
         rows += [_row(name, of_reward) for name, of_reward in report["rewards"].items()]
     else:
@@ -192,7 +196,7 @@ def trial_text(report: dict[str, Any]) -> str:
 
 
 def _row(name: str, summary: dict[str, Any]) -> TableRow:
-    """A row of the table of rewards."""
+    """A row of the table of rewards. A number that is None in the `summary` of a reward is shown as "-"."""
     numbers = ["-" if summary[key] is None else f"{summary[key]:.3g}" for key in ("mean", "least", "most", "spread")]
     return TableRow([name, *numbers, percent(summary["idle_share"]), str(summary["unscored"])])
 

@@ -32,7 +32,7 @@ DEFAULT_TASKS = ("loss", "bits_per_byte", "token_accuracy")
 
 @dataclass(kw_only=True)
 class EvaluateWords(VerbWords):
-    """What `shardtune evaluate` takes."""
+    """The command-line arguments of `shardtune evaluate`."""
 
     run: Path | None = bare_word("one run is evaluated at a time; name another as against=<run>", required=False)
     against: str | None = word(
@@ -95,7 +95,11 @@ class EvaluationPlan:
 
 
 def parse_words(argv: list[str]) -> EvaluateWords:
-    """Read the command line of `shardtune evaluate`. Errors: ConfigError with every problem."""
+    """Read the command line of `shardtune evaluate`, and check which arguments go together.
+
+    `evaluation.server=URL` becomes `evaluation.server.url=URL`; arguments with `against.` before them go to `allowing`.
+    Errors: ConfigError with every problem.
+    """
     from launch.config.read_run import split_allowing_words
 
     allowing, argv_of_verb = split_allowing_words(argv, AGAINST_PREFIX)
@@ -105,6 +109,7 @@ def parse_words(argv: list[str]) -> EvaluateWords:
     for index, setting in enumerate(words.settings):
         if setting.startswith(f"{SERVER_GROUP}="):  # short for `evaluation.server.url=`
             words.settings[index] = setting.replace(SERVER_GROUP, f"{SERVER_GROUP}.url", 1)
+    # What is evaluated: either a run or model.path=, and a server only with model.path=.
     model_words = [setting for setting in words.settings if setting.startswith("model.path=")]
     asks_server = any(setting.startswith(SERVER_GROUP) for setting in words.settings)
     if words.run is None and not model_words:
@@ -115,6 +120,7 @@ def parse_words(argv: list[str]) -> EvaluateWords:
         problems.append(
             f"{SERVER_GROUP}: a server answers for files that were exported; name them: model.path={words.run}/export"
         )
+    # Other arguments that exclude each other.
     if asks_server and words.against is not None and not Path(words.against).expanduser().is_file():
         problems.append(
             f"against={words.against}: one server answers for one model; evaluate the other first, and give its evaluation.json"
@@ -215,8 +221,9 @@ def _missing_model(config: RunConfig) -> list[str]:
 
 
 def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, str, list[str]]:
-    """(the configuration of a run with the typed words on top, the checkpoint's path, accepted differences of the base model).
+    """Read the configuration of a run, with the settings of the command line on top, and find the checkpoint to evaluate.
 
+    Returns (configuration, the checkpoint's path, lines on how the base model differs from that of the training, as accepted).
     Errors: ConfigError.
     """
     from launch.config.compose import recompose
@@ -231,6 +238,7 @@ def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, 
     main_plan = evaluate_words.main_plan
 
     def with_own_words(frozen: RunConfig, words: list[str]) -> RunConfig:
+        """The frozen configuration with settings of this evaluation on top; `words`: those of the command line."""
         frozen.run.dir = None
         frozen.run.resume = "auto"
         frozen.run.matmul = kept_matmul(frozen)
@@ -259,13 +267,22 @@ def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, 
 
 
 def _is_used_by_evaluation(value: OutsideValue, config: RunConfig, *, split: str = "eval") -> bool:
-    """Whether an evaluation uses a value of a run that reaches out of it: a path, an address or a tracker (`RunReader.uses`)."""
+    """Whether an evaluation uses a value of a run that reaches out of it: a path, an address or a tracker (`RunReader.uses`).
+
+    `value.settings`: the keys that have this value. The first case that fits decides:
+    - rewards: only without tasks, since the rewards themselves are tried then;
+    - the judge: if a task asks it, or test answers are scored by rewards;
+    - a tracker, or settings in `UNUSED_SETTINGS`: no;
+    - access to remote data, the data cache, streaming: if the run's rows are read (remote data: also if a task's path is there);
+    - the NVMe directory: if the strategy offloads to it;
+    - anything else: yes.
+    """
     from strategies.settings import Reach
     from trainer.evaluation.tasks.registry import asks_judge, reads_rows_of_run
 
-    # The test documents are measured by what the run learned from, whatever tasks it has.
+    # split=test runs no tasks: the test documents are measured by the run's own objective.
     tasks = {} if split == "test" else config.evaluation.tasks
-    # The rows of a task's own file are few, and are prepared in the reader's cache.
+    # The rows of a task's own file are few, and are prepared in the cache of the user who evaluates.
     reads_data = not tasks or any(reads_rows_of_run(task) for task in tasks.values())
     if any(key.startswith("objective.rewards.") for key in value.settings):
         return not tasks  # then the rewards themselves are tried
@@ -285,9 +302,9 @@ def _is_used_by_evaluation(value: OutsideValue, config: RunConfig, *, split: str
 
 
 def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) -> RunConfig:
-    """A configuration that evaluates the model at `path`, which has no run.
+    """A configuration that evaluates the model at `path`, which has no run; its objective follows from the model's config.json.
 
-    A configuration needs training data; if none is named, a stand-in file in `directory` takes its place. Errors: ConfigError.
+    A configuration needs training data: if none is named, a stand-in file is written into `directory`. Errors: ConfigError.
     """
     from launch.config.compose import compose
     from trainer.model.rules import read_config
@@ -295,9 +312,10 @@ def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) 
 
     model_config = read_config(path) or {}
     words = ["budget.steps=1", *evaluate_words.settings]
+    # The objective: classification, seq2seq, or the default for a causal language model.
     architectures = model_config.get("architectures") or ()
     is_classifier = any(str(name).endswith("ForSequenceClassification") for name in architectures)
-    labels = []
+    labels: list[str] = []  # names of the classes, in the order of their ids
     if is_classifier:
         label_by_id = model_config.get("id2label") or {}
         labels = [label_by_id[key] for key in sorted(label_by_id, key=int)]
@@ -310,6 +328,7 @@ def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) 
         words.append(f"model.adapters=[{evaluate_words.adapter}]")
 
     config = compose(words, check=False).config
+    # getattr's 0: an objective without `labels`. None: it has them, and none are set.
     if labels and getattr(config.objective, "labels", 0) is None:
         config.objective.labels = labels  # type: ignore[attr-defined]
     if config.data.path is None and not config.data.sources:
@@ -323,7 +342,10 @@ def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) 
 
 
 def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -> None:
-    """Overwrite training settings that do not matter in an evaluation, and choose tasks if none are set."""
+    """Overwrite settings of `config` that do not matter in an evaluation, and choose tasks if none are set.
+
+    With split=test no task is chosen: it runs none.
+    """
     from launch.config.compose import world_size_of
     from strategies.base import DdpConfig, Precision, SingleConfig
     from trainer.config.parallel import parallel_for_evaluation
@@ -335,6 +357,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
     from trainer.model.quantised_checkpoints import quantising_library
     from trainer.monitors.config import ChallengesConfig
 
+    # Strategy and parallel settings: those of the command line, else what fits the number of ranks.
     ranks = world_size_of(config) or 1
     strategy_was_typed = any(word.startswith(("strategy=", "strategy.")) for word in evaluate_words.settings)
     if ranks == 1 and not strategy_was_typed:
@@ -346,7 +369,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
         ranks_of_replica = max(1, ranks // number_of_replicas(config.strategy, config))
         config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks_of_replica)
 
-    # Nothing is trained, watched or exported. A batch of a run with rewards counts answers, in whole groups.
+    # Nothing is trained, monitored or exported. A batch of a run with rewards counts answers, in whole groups.
     config.batch = {"global": ranks * getattr(config.objective, "group_size", 1), "micro": 1}
     config.export.at_end = False
     config.export.checkpoint = ExportedCheckpoint.last
@@ -370,7 +393,14 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
 
 
 def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_words: EvaluateWords) -> None:
-    """Add to the plan what `against=` names: base, an earlier report, or a run or model, which is evaluated first."""
+    """Add to the plan what it is compared with, by `against`: one of these cases.
+
+    - "base" for a run: its base model is evaluated in the same process;
+    - "base" for a model with an adapter: the model without it is evaluated first;
+    - a file: an earlier report (evaluation.json), and a metric that got worse makes the exit code 69;
+    - the directory of a run or a model: it is evaluated first.
+    Errors: ConfigError if `against` is none of them, or the report that this evaluation writes.
+    """
     from trainer.evaluation.report.record import REPORT, read_report
 
     job = evaluation_plan.job

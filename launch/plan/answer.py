@@ -325,9 +325,10 @@ def costs(best: Choice, job: PlannedRun) -> list[str]:
 
 
 def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
-    """The command that runs the best choice, quoted for a shell, in lines of at most 80 columns where its words allow.
+    """The command that runs the best choice, quoted for a shell, in lines of at most 80 columns where its arguments allow.
 
-    A last line names what is still missing from it, such as a budget.
+    `words`: the run's settings on the command line of the plan; those that the plan has chosen (`best.words`) replace them.
+    The last line names what is missing: ["shardtune train model.path=... \\", "    strategy=fsdp2", "(with a budget ...)"].
     """
     typed_keys = {word.split("=")[0] for word in words}
     chosen_keys = {word.split("=")[0] for word in best.words}
@@ -338,6 +339,7 @@ def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
     if ranks_key not in typed_keys:
         command_words.append(f"{ranks_key}={job.ranks_per_node}")
 
+    # Broken into lines.
     lines = []
     line = "shardtune submit" if is_for_cluster else "shardtune train"
     for word in [*command_words, *best.words]:

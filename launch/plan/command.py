@@ -161,7 +161,11 @@ def measured_by(request: PlanRequest, command: list[str]) -> Calibrated:
 
 
 def read_plan(argv: list[str]) -> PlanRequest:
-    """Read the words typed after `shardtune plan`, and the file of the card. Raises ConfigError with every problem at once."""
+    """Read the command line of `shardtune plan`, and the file of the GPU that `hardware=` names ("card").
+
+    The settings are taken in turn: hardware.* change the card, plan.* the planner, and the rest are the run's.
+    Errors: ConfigError with every problem at once.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -188,12 +192,12 @@ def read_plan(argv: list[str]) -> PlanRequest:
     problems += hardware_problems + plan_problems
     if settings.workers < 0:
         problems.append(f"plan.workers={settings.workers}: must be at least 0; 0 takes one a core")
-    # A card that could not be read lacks everything: only its first problem is worth a line.
     if settings.expert_imbalance is not None and settings.expert_imbalance < 1:
         problems.append(
             f"plan.expert_imbalance={settings.expert_imbalance:g}: must be at least 1, where all ranks get as many rows; 2 is "
             "assumed without it"
         )
+    # Only without other problems: a card whose file could not be read lacks every figure.
     problems = problems or _card_problems(card)
     if problems:
         raise ConfigError(problems)
@@ -296,7 +300,7 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
 
 
 def _progress() -> Any:
-    """A function that prints on stderr how many ways to run are simulated: (done, total, name of the last one).
+    """Make a function that prints on stderr how many ways to run are simulated, from (done, total, name of the last one).
 
     In a terminal it writes over one line; in a log file it prints a single line at the end.
     """

@@ -31,12 +31,14 @@ from trainer.session.rate_text import learning_rate_of, rate_lines
 
 
 def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
-    """Sizes, batch arithmetic and memory of a run of a model of which only the published shape is here.
+    """Sizes, batch arithmetic and memory of a run whose model is not on this machine, by the model's published shape.
 
+    Without its tokenizer the data is not read: each sequence counts as the longest that the settings allow.
     Errors: ConfigError for a setting that the run would choose by its data.
     """
     _refuse_choices_by_data(config)
     check_parallel(config)
+    # The numbers.
     total, trained = _parameter_counts(config)
     world = config.launcher.per_node * config.launcher.nodes
     global_batch = config.batch["global"]
@@ -49,6 +51,7 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     tokens_per_step = longest * sequences * global_batch
     memory = simulated_memory(config, [longest] * sequences * micro, world)
     steps = _steps_of_budget(config, tokens_per_step)
+    # The lines for people.
     note = shape_note(shape, config.model.path)
     lines = [
         note,

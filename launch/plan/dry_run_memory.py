@@ -93,7 +93,10 @@ def dry_run_answer(
 
 
 def simulated_memory(config: RunConfig, lengths: list[int], world: int) -> SimulatedMemory:
-    """The memory of a step with a micro-batch of sequences of `lengths` tokens, simulated; or why it cannot be simulated."""
+    """The memory of a step with a micro-batch of sequences of `lengths` tokens on `world` ranks, simulated.
+
+    If the step cannot be simulated, the result says why, and whether that looks like a defect (`SimulatedMemory.defect`).
+    """
     on_gpu = str(config.run.device) == "cuda"
     try:
         step = simulate_depth(
@@ -113,12 +116,13 @@ def simulated_memory(config: RunConfig, lengths: list[int], world: int) -> Simul
                 "or of the model's code, and training may fail likewise; exit code 70"
             )
         return SimulatedMemory([f"memory per rank: {reason}"], {"unknown": reason}, defect=is_defect)
+    # As lines for people: the total, and kinds of memory from the largest on.
     unit_bytes = 2**20
     unit = "MiB"
     if step.total >= 2**30:
         unit_bytes = 2**30
         unit = "GiB"
-    # The run itself chooses, by its free memory, which activations are recomputed.
+    # With `auto`, the run itself chooses by its free memory which activations are recomputed.
     mode = config.strategy.activation_checkpointing
     note = ", with nothing recomputed yet" if mode is ActivationCheckpointing.auto else ""
     lines = [

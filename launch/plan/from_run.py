@@ -197,7 +197,10 @@ def _read_measured_run(
 def _plan_as_it_ran(
     config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig, expert_imbalance: MeasuredImbalance | None
 ) -> Choice | str:
-    """What a plan predicts for a run with the very settings that it had; or why that cannot be simulated, as a clause."""
+    """What a plan predicts for a run with the very settings that it had, by its `record`.
+
+    If that cannot be simulated, returns why, as a clause for a message: "its run.json does not say world_size".
+    """
     from launch.plan.job import job_of
     from strategies.base import ActivationCheckpointing, Precision
     from trainer.config.parallel import readers_of
@@ -207,7 +210,7 @@ def _plan_as_it_ran(
 
     if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
         return "its recomputation was chosen by its free memory (strategy.activation_checkpointing=auto); name a run that set it"
-    # A foreign or damaged record may lack what the run was computed with.
+    # A record that is damaged or not ours may lack what the run was computed with.
     missing_keys = []
     if record.world_size <= 0:
         missing_keys.append("world_size")
@@ -224,6 +227,7 @@ def _plan_as_it_ran(
     micro = record.micro_batch
     accumulation = 2 if job.global_batch > readers_of(config, job.ranks) * micro else 1
     variant = RunVariant(config, words=())
+    # One variant, one micro-batch: one choice.
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
     if isinstance(cost_model, str):
         return cost_model

@@ -19,7 +19,7 @@ from trainer.planner.round_time import round_load
 
 
 def job_of(config: RunConfig, card: Card) -> PlannedRun:
-    """What a plan needs to know of a run: card, ranks, batch, and the lengths of its documents.
+    """What a plan needs to know of a run: card, ranks, batch, and the lengths of its documents; prepares its data, if named.
 
     With `data.path` or `data.sources`, the data is prepared and its lengths are measured. Without, all documents are
     taken to be as long as `data.max_length` allows. Raises ConfigError if ranks cannot share the model's rows, although

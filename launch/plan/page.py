@@ -131,7 +131,10 @@ def _verdict(answer: PlanAnswer, words: list[str]) -> Callout:
 
 
 def _cards(answer: PlanAnswer) -> list[PageCard]:
-    """Memory, speed, time and price of the best way; of the smallest one if none fits."""
+    """Cards with memory, speed, time and price of the best way to run; of the first of `best_choices` if none fits.
+
+    "Card" has two meanings here: a `PageCard` is a box on the page, `job.card` is the GPU.
+    """
     job = answer.job
     choice = answer.best or answer.best_choices[0]
     left_gib = choice.fit.margin / GIB
@@ -184,7 +187,7 @@ def _notes(answer: PlanAnswer) -> list[Callout]:
 
 
 def memory_parts(choice: Choice) -> dict[str, float]:
-    """GiB on a card by part, under the keys of `PARTS`. Their sum is the memory that the way needs."""
+    """GiB on a GPU by part, under the keys of `PARTS` as text. Their sum is the memory that this way to run needs."""
     # A run of `from=` may have measured more tensors than the simulation has: each kind gets its share of that.
     factor = choice.fit.live / max(choice.peak.total, 1) / GIB
     parts = {str(kind): factor * size for kind, size in choice.peak.kinds.items()}
@@ -199,11 +202,12 @@ def _scale(answer: PlanAnswer) -> float:
 
 
 def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
-    """A bar for each way, in the order of the answer."""
+    """A bar for each way to run, in the order of the answer: its parts of memory side by side, cut at the end of the axis."""
     axis_gib = _scale(answer) * answer.job.card.memory_gib
     bars = []
     for choice in answer.best_choices[:MAX_BARS]:
         by_part = memory_parts(choice)
+        # Segments of the bar: (index of the colour, name, GiB, % of the axis).
         drawn = []
         position_gib = 0.0
         for index, (part, name) in enumerate(PARTS.items()):
@@ -221,14 +225,15 @@ def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
 
 
 def _ways_table(answer: PlanAnswer) -> PageTable:
-    """Every way with its memory, speed and parts of memory."""
+    """A table of every way to run, with its memory, speed, and the parts of memory that are not tiny in all of them."""
+    # GiB by part, for each choice.
     parts = [memory_parts(choice) for choice in answer.best_choices]
     shown = []
     for part in PARTS:
         largest = max(by_part.get(str(part), 0.0) for by_part in parts)
         if largest >= SMALLEST_GIB:
             shown.append(part)
-    # What becomes of a way stands beside its name, where a phone shows it without scrolling.
+    # The columns. Why a way does not fit stands beside its name, where a phone shows it without scrolling.
     columns = [PageColumn("strategy"), PageColumn("speed"), PageColumn("tokens/s", best="largest")]
     columns += [PageColumn("recomputed"), PageColumn("stored"), PageColumn("micro-batch")]
     columns += [
@@ -236,6 +241,7 @@ def _ways_table(answer: PlanAnswer) -> PageTable:
         PageColumn("left", "memory of a card, GiB"),
     ]
     columns += [PageColumn(PARTS[part], "of that, GiB") for part in shown]
+    # A row for each way; the second value of a cell is what the column is sorted by.
     rows = []
     for choice, by_part in zip(answer.best_choices, parts, strict=True):
         mode = str(choice.variant.config.strategy.activation_checkpointing)

@@ -58,10 +58,11 @@ def dry_run_lines(
     gpu_kinds: Iterable[str],
     parameters: tuple[int, int],
 ) -> list[str]:
-    """Lines on the seconds of a round for a run that is not started; none if the data has what is learned.
+    """Lines on the seconds of a round (answers written, scored and trained on) for a run that is not started.
 
-    `prompts`: lengths of the prompts in tokens. `mean_length`: tokens of a prompt with its answer. `gpu_kinds`: the site's words
-    for the cards of the job; without them, the card of this machine counts. `parameters`: (all, trained).
+    None if the run writes no answers. `prompts`: lengths of the prompts in tokens. `mean_length`: tokens of a prompt with its
+    answer. `gpu_kinds`: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this machine counts.
+    `parameters`: how many the model has, and how many of them are trained.
     """
     load = round_load(config, built.config, float(prompts.mean()), int(prompts.max(initial=0)))
     if load is None:
@@ -72,6 +73,7 @@ def dry_run_lines(
             "seconds of a round are not known for this processor: shardtune evaluate with the words of the run measures them on "
             "its first prompts"
         ]
+    # Seconds of a training step: its floating-point operations at the share of the GPU's peak that runs reach.
     total, trained = parameters
     ranks = config.launcher.per_node * config.launcher.nodes
     flops = model_flops_per_token(built, mean_length, 0.5) * mean_length * config.batch["global"]
@@ -93,7 +95,7 @@ def dry_run_lines(
 
 
 def _slowest_card(config: RunConfig, gpu_kinds: Iterable[str]) -> Card | None:
-    """The slowest of the cards that a job may be given, or the card of this machine; None if it is not known."""
+    """The GPU with the slowest memory of those that a job may get, or the GPU of this machine; None if it is not known."""
     if str(config.run.device) != "cuda":
         return None
     known: list[dict[str, Any]] = []

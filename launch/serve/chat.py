@@ -61,7 +61,7 @@ In the terminal: /new starts a new conversation, /quit or Ctrl-D ends chat, Ctrl
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune chat` with these words: one answer to a typed or piped prompt, or a dialogue; returns the exit code.
+    """Run `shardtune chat` with the arguments `argv`: one answer to a prompt, or a dialogue; returns the exit code.
 
     Errors: ConfigError.
     """
@@ -76,10 +76,11 @@ def main(argv: list[str]) -> int:
     exported = find_export(words.export)
     for line in compare_base(exported, accept="base" in words.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
-    # A script wants the answer alone; in a terminal the base shows what the tuning has changed.
+    # What to compare with. A script wants the answer alone; in a terminal the base shows what the tuning has changed.
     is_for_people = sys.stdout.isatty() and not words.as_json
     against = words.against or ("base" if is_for_people else "none")
     other_export = None if against in ("base", "none") else find_export(against)
+    # The prompt: from the command line, else piped in, else (None) a dialogue in the terminal.
     prompt = words.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
@@ -95,7 +96,8 @@ def main(argv: list[str]) -> int:
 def _load_conversations(exported: Any, other_export: Any, against: str, words: ChatWords) -> list[Conversation]:
     """Load the models that answer, with a conversation each: the tuned one last, and before it the one to compare with.
 
-    `against`: `base`, `none`, or as typed for `other_export`. Errors: ConfigError.
+    `exported`: the export to chat with. `against`: what it is compared with: `base`, `none`, or the directory of `other_export`.
+    Without an `against=` on the command line, a base that is not on this machine is left out. Errors: ConfigError.
     """
     from launch.serve.conversation import ChatSettings, Conversation
     from launch.serve.models import load, load_base

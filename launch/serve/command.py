@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ServeWords(VerbWords):
-    """What `shardtune serve` takes."""
+    """The command-line arguments of `shardtune serve`."""
 
     export: str = bare_word("give one run or export, as in shardtune serve runs/x")
     accept: list[str] = word(
@@ -61,13 +61,14 @@ server of transformers does. By default only this machine can reach it (127.0.0.
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune serve` with these words: serve an export until a signal comes, or show how; returns the exit code.
+    """Run `shardtune serve` with the arguments `argv`: serve an export until a signal comes, or show how; returns the exit code.
 
-    Errors: ConfigError.
+    With vLLM, that replaces this process. Errors: ConfigError.
     """
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
+    # Read the command line.
     words, problems = read_words("serve", ServeWords, argv)
     if any(setting.startswith("serve.key=") for setting in words.settings):
         problems.append(
@@ -99,9 +100,12 @@ def main(argv: list[str]) -> int:
 
 
 def chosen_engine(config: ServeConfig, exported: ExportedModel) -> str:
-    """The engine that will serve an export: `vllm` or `transformers`.
+    """The engine that will serve an export: `vllm` or `transformers`; sets `config.python` to the Python that has vLLM, if given.
 
-    Errors: ConfigError if vLLM is asked for (`serve.engine`, `serve.python`) and is not there, or cannot serve this adapter.
+    - serve.engine=transformers: that;
+    - vLLM is requested by serve.engine=vllm or serve.python: vLLM;
+    - neither: vLLM if it is installed and can serve this export, else transformers.
+    Errors: ConfigError if vLLM is requested, and is not installed or cannot serve this adapter.
     """
     from launch.serve.other_servers import vllm_command
     from launch.serve.vllm_environment import find_vllm_python
@@ -133,6 +137,7 @@ def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, words:
     """Print what `serve` would start (`--dry-run`), or the commands for vLLM and SGLang (`--print`); returns the exit code 0."""
     from launch.serve.other_servers import computed_type, sglang_command, shell_text, vllm_command
 
+    # Values of "vllm" and "sglang": the command as text, "" if the server does not take the adapter.
     plan = {
         "model": config.name or exported.name,
         "directory": str(exported.path),
@@ -159,12 +164,12 @@ def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, words:
 
 
 def start_vllm(exported: ExportedModel, config: ServeConfig) -> int:
-    """Replace this process by vLLM, with our middleware in front of all its addresses."""
+    """Replace this process by vLLM, with our middleware in front of all its addresses; never returns."""
     from launch.serve.other_servers import computed_type, shell_text, vllm_command, vllm_environment
     from launch.serve.vllm_environment import gateway_directory
 
     command = vllm_command(exported, config, middleware=True)
-    assert command is not None
+    assert command is not None  # `chosen_engine` made sure
     environment = os.environ | vllm_environment(exported, config)
     if config.python is not None:
         environment["PYTHONPATH"] = str(gateway_directory())

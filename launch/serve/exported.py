@@ -78,8 +78,9 @@ def stored_type(exported: ExportedModel) -> str | None:
 
 
 def find_export(word: str) -> ExportedModel:
-    """The export that a command-line word names: a run directory, or the directory of an export.
+    """The export that a command-line argument names: a run directory, or the directory of an export.
 
+    "runs/first" and "runs/first/export" are both the export of that run, called "first".
     Errors: ConfigError if there is none, or it generates no text.
     """
     path = Path(word).expanduser()
@@ -100,8 +101,9 @@ def find_export(word: str) -> ExportedModel:
 
 
 def _read_export(path: Path, file: str, name: str) -> ExportedModel:
-    """Read the settings of an export in a directory. `file`: the settings file that tells its kind, such as config.json.
+    """Read the settings of an export in a directory. `name`: what the export is called.
 
+    `file`: its settings file, which tells its kind: `MODEL_FILE` for a whole model, else an adapter, which has a base model.
     Errors: ConfigError if it cannot be served.
     """
     check_small_files(path)

@@ -75,9 +75,10 @@ def _base_of_run(export: Path) -> str | None:
 
 
 def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> ChatModel:
-    """Load a model and its tokenizer without the network, with settings that sample only if a request asks for it.
+    """Load a model and its tokenizer without the network, and set its generation settings for requests.
 
-    `base`: the base model if `path` is an adapter, for messages. Errors: ConfigError.
+    If the export's own settings sample, they stay. Else they become plain sampling (temperature 1, no top_p or top_k), which a
+    request can change or turn off. `base`: the base model if `path` is an adapter, for messages. Errors: ConfigError.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -93,6 +94,7 @@ def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> C
     except (OSError, ValueError) as error:
         base_text = f" on the base {base}" if base else ""
         raise ConfigError(f"{path}: cannot be loaded{base_text} ({' '.join(str(error).split())[:300]})") from error
+    # A copy, with all that generation needs.
     generation_config = copy.deepcopy(model.generation_config)
     model.generation_config = generation_config
     samples_by_default = bool(generation_config.do_sample)

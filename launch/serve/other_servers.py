@@ -20,7 +20,7 @@ MIDDLEWARE = "launch.serve.middleware.VllmMiddleware"
 
 
 def vllm_command(exported: ExportedModel, config: ServeConfig, *, middleware: bool = False) -> list[str] | None:
-    """The command that serves an export with vLLM; None for an adapter that vLLM does not take.
+    """The command that serves an export with vLLM: a whole model, or a plain LoRA adapter on its base; None for other adapters.
 
     `middleware`: with our checks in front of all addresses. The key is not in the command: vLLM reads VLLM_API_KEY.
     """

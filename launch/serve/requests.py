@@ -82,7 +82,8 @@ class ServedTextModel:
 def check_request(path: str, request: dict[str, Any], served: ServedTextModel) -> dict[str, Any]:
     """Check the body of a request to an OpenAI address, and translate it to what the engine computes.
 
-    Raises RefusedRequest for a field that the engine would ignore or cannot compute.
+    {"messages": [...], "seed": 3, "n": 1} -> {"model": ..., "stream": False, "messages": [...], "seed": 3, "temperature": 1.0,
+    "max_tokens": ...}. Raises RefusedRequest for a field that the engine would ignore or cannot compute.
     """
     # Each step moves its fields from `body` to `engine_body`: what is left at the end is unknown.
     body = {key: value for key, value in request.items() if value is not None and key not in IGNORED_FIELDS}
@@ -137,12 +138,13 @@ def _checked_field(
 def _move_messages(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
     """Check the messages and tools of a chat and move them to the engine's body; returns the number of prompt tokens.
 
-    Raises RefusedRequest.
+    What is moved is taken out of `body`. With tool_choice "none", the tools are checked and left out. Raises RefusedRequest.
     """
     messages = _checked_field(body.pop("messages", None), list, "messages", "a list with at least one message", bool)
     for number, message in enumerate(messages):
         _check_message(message, f"messages[{number}]")
     engine_body["messages"] = messages
+    # Tools, and variables of the chat template.
     choice = body.pop("tool_choice", "auto")
     tools = _checked_field(body.pop("tools", []), list, "tools", "a list of functions")
     for number, tool in enumerate(tools):
@@ -225,7 +227,10 @@ def _prompt_length(engine_body: dict[str, Any], served: ServedTextModel) -> int:
 
 
 def _as_templates_read(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of OpenAI's API as chat templates read it: its content one text, the arguments of tool calls an object."""
+    """A message of OpenAI's API as chat templates read it: its content one text, the arguments of tool calls an object.
+
+    {"role": "user", "content": [{"text": "a"}, {"text": "b"}]} -> {"role": "user", "content": "a b"}
+    """
     content = message.get("content")
     if isinstance(content, list):
         content = " ".join(part["text"] for part in content)
@@ -259,9 +264,10 @@ def _move_prompt(body: dict[str, Any], engine_body: dict[str, Any], served: Serv
 
 
 def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> None:
-    """Check temperature, top_p, seed and the like and move them to the engine's body. Raises RefusedRequest.
+    """Check temperature, top_p, seed and stop, and move them from `body` to the engine's body. Raises RefusedRequest.
 
-    The engine always gets a temperature, except for an export that samples by itself.
+    Without a temperature in the request, the engine gets 1.0 if the request has top_p or a seed, else 0.0 (greedy); none if the
+    export's own settings sample, or the server batches requests (then any of these fields is refused).
     """
     number = (int, float)
     sampling = {}
@@ -286,11 +292,12 @@ def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: Se
             return 0 < len(stops) <= 4 and all(isinstance(text, str) and text for text in stops)
 
         sampling["stop"] = _checked_field(stop, list, "stop", rule, are_stops)
+    # What does not fit this server, and what is added.
     if sampling and served.batching:
         why = "this server answers many requests at once (serve.batching=true), all sampled as the export says"
         raise field_refusal(min(sampling), f"{why}; leave it out", "unsupported_value")
     if not served.batching and "temperature" not in sampling and not served.samples_by_default:
-        # Who sends top_p or a seed wants samples; else the answer is greedy, as the export's own settings are.
+        # A client that sends top_p or a seed wants samples; else the answer is greedy, as the export's own settings are.
         sampling["temperature"] = 1.0 if "top_p" in sampling or "seed" in sampling else 0.0
     engine_body |= sampling
 
@@ -298,7 +305,7 @@ def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: Se
 def _move_lengths(
     body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel, prompt_tokens: int, path: str
 ) -> None:
-    """Check the length of the answer and move it to the engine's body as `max_tokens`.
+    """Check the length of the answer and move it to the engine's body as `max_tokens`; without one, it is the longest that fits.
 
     Raises RefusedRequest if prompt and answer do not fit into the model's context.
     """

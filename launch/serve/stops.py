@@ -86,7 +86,11 @@ class StopCuttingStream:
         await self.send({**message, "body": body})
 
     def _changed(self, event: bytes) -> bytes:
-        """One event of the stream as it is sent to the client; empty if it is held or dropped."""
+        """One event of the stream as it is sent to the client; empty if it is held or dropped.
+
+        An event is `data: {"choices": [...]}`. What is no such chunk passes as it is: the end of the stream (`DONE`), the token
+        counts, an error. After a stop text was found, everything is dropped.
+        """
         if self._text.is_cut:
             return b""
         content = event.removeprefix(DATA)

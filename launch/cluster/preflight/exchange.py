@@ -85,9 +85,10 @@ def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _measure_pairs(nodes: int, ranks_per_node: int, sent: torch.Tensor) -> list[tuple[int, int, float]]:
-    """[node, node, GB/s] for pairs of nodes, both ways at once between their first ranks. All ranks must call.
+    """(node, node, GB/s) for pairs of nodes, measured both ways at once between their first ranks. All ranks must call.
 
-    Nodes exchange in rounds, in each of which a node has at most one partner.
+    `sent`: what each rank sends. Nodes exchange in rounds, in each of which a node has at most one partner. Only the first
+    `MOST_ROUNDS` rounds are measured.
     """
     rank = dist.get_rank()
     received = torch.empty_like(sent)
@@ -103,6 +104,7 @@ def _measure_pairs(nodes: int, ranks_per_node: int, sent: torch.Tensor) -> list[
             exchange_s = _median_seconds(partial(_swap, sent, received, peer), sent.device)
             if rank == first_rank:
                 rates.append((first_node, second_node, sent.nbytes / exchange_s / 1e9))
+    # Every rank gets the rates of all.
     rates_by_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rates_by_rank, rates)
     return [rate for rank_rates in rates_by_rank for rate in rank_rates]
@@ -120,7 +122,7 @@ def pairing_rounds(nodes: int) -> list[list[tuple[int, int]]]:
     """All pairs of nodes, in rounds in which each node has at most one partner, by the circle method of tournaments.
 
     The nodes stand in a circle that is folded in the middle: who faces each other is a pair. From round to round the first stays,
-    and the others move on by one place.
+    and the others move on by one place. 4 -> [[(0, 3), (1, 2)], [(0, 2), (1, 3)], [(0, 1), (2, 3)]]
     """
     circle: list[int | None] = [*range(nodes)]
     if nodes % 2:

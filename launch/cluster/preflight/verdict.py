@@ -51,7 +51,7 @@ class NodeReports:
 
 @dataclass(frozen=True, slots=True)
 class PreflightVerdict:
-    """`problems` keep a job from starting, `notes` are worth knowing."""
+    """What a preflight found, as messages: `problems` keep a job from starting, `notes` are worth knowing."""
 
     problems: list[str]
     notes: list[str]
@@ -60,7 +60,8 @@ class PreflightVerdict:
 def judge(request: PreflightRequest, reports: NodeReports, *, is_final: bool = True) -> PreflightVerdict:
     """Judge the nodes of a preflight: what keeps the job from starting, and what is worth knowing.
 
-    `is_final`: no further report will come, so that a silent node is a problem too.
+    `is_final`: no further report will come. Only then are a silent node, a run directory that is not shared, and a communication
+    test without a result problems too.
     """
     problems = [*_problems_of_nodes(request, reports), *_problems_of_differing_nodes(reports)]
     if is_final:
@@ -138,11 +139,15 @@ def _run_dir_problems(host: str, run_dir: str | None, run_dir_facts: dict[str, A
 
 
 def _problems_of_differing_nodes(reports: NodeReports) -> Iterable[str]:
-    """A problem for each node that differs from most others in what must be the same on all: Python, code, libraries, model."""
+    """A problem for each node that differs from most others in what must be the same on all: Python, code, libraries, model.
+
+    An example: "gpu02: torch is 2.7.0, but 2.8.0 on gpu01; all nodes need the same".
+    """
     for subject, version_of in _equal_on_all_nodes(reports):
         version_by_node = {node: version_of(facts) for node, facts in sorted(reports.facts.items())}
         versions = list(version_by_node.values())
-        if len(set(versions)) < 2 or None in versions:
+        all_equal = len(set(versions)) < 2
+        if all_equal or None in versions:  # None: a node that does not know
             continue
         # If several versions are equally frequent, this is the one that comes first: that of the first node.
         usual = Counter(versions).most_common(1)[0][0]
@@ -158,9 +163,12 @@ def _problems_of_differing_nodes(reports: NodeReports) -> Iterable[str]:
 
 
 def _equal_on_all_nodes(reports: NodeReports) -> list[tuple[str, Callable[[dict[str, Any]], Any]]]:
-    """What must be the same on all nodes, as (name for messages, function that reads it from the facts of a node)."""
+    """What must be the same on all nodes, as (name for messages, function that reads it from the facts of a node).
+
+    An example: ("Python", a function with {"python": "3.12.1", ...} -> "3.12.1").
+    """
     packages: set[str] = set()
-    models: dict[str, None] = {}
+    models: dict[str, None] = {}  # a set that keeps its order
     for facts in reports.facts.values():
         packages |= facts["packages"].keys()
         models |= dict.fromkeys(facts["models"])
@@ -237,7 +245,7 @@ def _notes_on_single_nodes(reports: NodeReports) -> Iterable[str]:
 
 def _notes_on_clocks(reports: NodeReports) -> Iterable[str]:
     """A note for each node whose clock differs from that of most nodes by more than `CLOCK_S`."""
-    # Seconds by which a node's clock was ahead of the coordinator's when its report came in.
+    # Seconds by which a node's clock was ahead of the coordinator's when its report came in (`heard_at`).
     ahead_s_by_node = {}
     for node, facts in reports.facts.items():
         ahead_s_by_node[node] = facts["time"] - facts.get("heard_at", facts["time"])
@@ -264,6 +272,7 @@ def _notes_on_gpu_clocks(reports: NodeReports) -> Iterable[str]:
 
 def _notes_on_slow_nodes(reports: NodeReports) -> Iterable[str]:
     """A note for each node whose transfers to other nodes are far slower than transfers usually are here."""
+    # Of the communication test, if there was one: (node, node, GB/s) for each pair.
     pairs = (reports.exchange or {}).get("pairs", [])
     nodes = set()
     for first, second, _ in pairs:
