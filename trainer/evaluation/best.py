@@ -22,8 +22,8 @@ def record_evaluation(settings: EvaluationConfig, progress: Progress, values: di
     evaluation that was seen, which early stopping goes by, may be better than the best one that was saved.
     """
     value = values[settings.watched]
-    seen = progress.best_metric if progress.seen_metric is None else progress.seen_metric
-    if _improvement(settings, value, seen) > settings.min_delta:
+    best_seen = progress.best_metric if progress.seen_metric is None else progress.seen_metric
+    if _improvement(settings, value, best_seen) > settings.min_delta:
         progress.seen_metric = value
         progress.seen_step = progress.step
         progress.stale_evaluations = 0

@@ -45,6 +45,7 @@ def build_evaluators(
     """
     if held_out is None or len(held_out) == 0:
         return []
+    # Which documents this rank reads, and which of their parts get metrics of their own.
     data_spec = built.data_spec
     parts = evaluation_parts(held_out, generates=config.generate.samples > 0)
     share = EvalShare(
@@ -58,12 +59,16 @@ def build_evaluators(
     )
     batches = partial(eval_batches, held_out, share, built.collator, runtime.device)
     sequences = share.sequences(held_out)
+
+    # Groups of token positions, such as 1024, 2048, 4096, if the loss is reported by position.
     loss_batches = batches
     longest = int(held_out.lengths[sequences].max(initial=0))
     bounds = [] if built.two_sides else position_bounds(longest, asked=config.loss_by_position)
     if bounds:
         loss_batches = partial(with_position_groups, batches, bounds)
     _check_watched(config, held_out, parts, [f"eval/{name}" for name in metric_names(bounds)])
+
+    # The loss.
     loss_parts = []
     for source, names in parts.items():
         loss_parts.append(EvaluationPart(source, _loss_targets(held_out, sequences, source), names))
@@ -77,15 +82,17 @@ def build_evaluators(
         parts=loss_parts,
     )
     evaluators: list[Evaluator] = [loss_evaluator]
+
+    # Generated answers.
     if config.generate.samples:
         has_named_sets = bool(held_out.manifest.get("sets"))
-        answered = EvalShare(
+        generation_share = EvalShare(
             config.batch, engine.dp_rank, engine.dp_size, config.generate.samples, by_source=has_named_sets
         )
         decoder_start = built.two_sides.decoder_start if built.two_sides else None
         generation_evaluator = GenerationEvaluator(
             held_out,
-            answered,
+            generation_share,
             tokenizer,
             config.generate,
             generation_config=generation_config(model, built.config, decoder_start),
@@ -99,7 +106,11 @@ def build_evaluators(
 def _check_watched(
     config: EvaluationConfig, held_out: TokenDataset, parts: dict[int, dict[str, str]], position_metrics: list[str]
 ) -> None:
-    """Raise ConfigError if `evaluation.watch` names a part of the documents, or a group of positions, that there is not."""
+    """Raise ConfigError if the monitored metric (`evaluation.watch`) is of a part or a group of positions that there is not.
+
+    Checks only names with two slashes or more, such as `eval/loss/code`. `parts`: {number of the source: {metric: its full
+    name}}, as `evaluation_parts` returns them. `position_metrics`: full names of the losses by position.
+    """
     part_metrics = [*position_metrics]
     for names in parts.values():
         part_metrics += names.values()
@@ -150,7 +161,11 @@ def build_model_interface(
 def evaluation_parts(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
     """Which sources of the evaluation documents get metrics of their own: {number of the source: {metric: its full name}}.
 
-    Empty for a single source. Metrics whose terms depend on counts of the whole set are left out.
+    - Sets named in `data.eval_path`: {0: {"loss": "eval/code/loss", "accuracy": "eval/code/accuracy", ...}}.
+    - Several sources without names of sets: {0: {"loss": "eval/loss/code"}, 1: {"loss": "eval/loss/prose"}}.
+    - One source: {}.
+
+    Metrics whose terms depend on counts of the whole set are left out.
     """
     sources = sources_in(held_out)
     if held_out.manifest.get("sets"):  # named in data.eval_path: reported by name even if there is one alone

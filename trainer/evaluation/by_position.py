@@ -75,7 +75,10 @@ def row_counts(batch: Mapping[str, Any], terms: Mapping[str, Tensor]) -> dict[st
 
 
 def take_position_losses(totals: dict[str, Tensor]) -> dict[str, float]:
-    """Remove the terms by position from `totals`, the sums of all ranks; returns the mean losses of groups that have tokens."""
+    """Remove the terms by position from `totals`, the sums of all ranks; returns the mean losses of groups that have tokens.
+
+    Two terms of a group, its `count/...` and `loss/...`, become one metric, such as {"loss_by_position/1024": 2.1}.
+    """
     names = [term.removeprefix("count/") for term in totals if term.startswith(f"count/{GROUP}")]
     losses = {}
     for name in names:

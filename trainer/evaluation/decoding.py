@@ -183,7 +183,8 @@ class RoundDraws:
 def draw_in_two_levels(scores: Tensor, seeds: Tensor, position: int) -> tuple[Tensor, Tensor]:
     """(tokens int64 [S] drawn from the softmax of `scores [S, V]`, their log-probabilities float32 [S]).
 
-    A function of (scores, seed of the row, position) alone: `seeds` int64 [S], `position` the number of the new token.
+    The vocabulary is divided into blocks: first a block is drawn, then a token in it, each as the argmax of logits plus Gumbel
+    noise. A function of (scores, seed of the row, position) alone: `seeds` int64 [S], `position` the number of the new token.
     """
     missing = -scores.shape[1] % DRAW_BLOCK
     blocks = F.pad(scores.float(), (0, missing), value=-math.inf).unflatten(1, (-1, DRAW_BLOCK))

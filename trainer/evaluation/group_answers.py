@@ -53,11 +53,13 @@ class GroupWriter(Writer):
     def group_answers(
         self, engine: Engine, prompts: Sequence[Sequence[int]], settings: WritingConfig, seeds: Sequence[Sequence[int]]
     ) -> list[WrittenAnswer]:
-        """As `answers`, with the trained weights and the log-probabilities of the drawn tokens.
+        """`settings.draws` answers to each prompt by the trained weights, with the log-probabilities of the drawn tokens.
 
-        Where the model must be called by transformers' `generate`, or each pass is a collective, `answers` writes them.
-        All ranks must call. Errors: those of `answers`.
+        A prompt is computed once for all its answers. If the model must be called by transformers' `generate`, or each pass is a
+        collective, `answers` writes them instead. `seeds`: of each prompt, one for each draw. All ranks must call. Errors: those
+        of `answers`.
         """
+        # Divide the answers into parts that fit a batch.
         model = model_of(engine)
         limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)
         parts = []
@@ -67,6 +69,8 @@ class GroupWriter(Writer):
         lengths = [len(prompts[part.prompt]) + limits[part.prompt] for part in parts]
         rows_of_part = min(self.batch, settings.draws)
         parts_per_batch = max(1, self.batch // rows_of_part)
+
+        # Decide how weights are gathered, and so whether the loop of this class can be used.
         gathering = None
         if shares_prompts(model):
             itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
@@ -77,6 +81,7 @@ class GroupWriter(Writer):
         if gathering is None or gathering.in_step:
             return self.answers(engine, prompts, settings, seeds=seeds, averaged=False, keep_logprobs=True)
 
+        # Make batches of parts whose answers have the same longest length (`kinds`).
         check_rows("prompt", prompts, position_limit(model.config))
         config = generation_settings(self.generation_config, settings, self.tokenizer)
         end_ids = ending_ids(config)
@@ -85,12 +90,13 @@ class GroupWriter(Writer):
         batches = [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=parts_per_batch, kinds=part_limits)]
 
         def make_batch(part_numbers: list[int]) -> dict[str, Any]:
+            """The prompts of these parts as rows, and for each answer its prompt's row and its seed."""
             batch_parts = [parts[number] for number in part_numbers]
             batch_prompts = [prompts[part.prompt] for part in batch_parts]
             row_prompts: list[int] = []
             row_seeds: list[int] = []
-            for place, part in enumerate(batch_parts):
-                row_prompts += [place] * len(part.draws)
+            for prompt_row, part in enumerate(batch_parts):
+                row_prompts += [prompt_row] * len(part.draws)
                 row_seeds += [seeds[part.prompt][draw] for draw in part.draws]
             return {
                 "input_ids": padded(batch_prompts, self.tokenizer.pad_token_id, left=True),
@@ -100,16 +106,17 @@ class GroupWriter(Writer):
                 "room": part_limits[part_numbers[0]],  # the same in all parts of a batch
             }
 
+        # Write them. An answer's number is prompt * draws + draw.
         own_answers: dict[int, WrittenAnswer] = {}
         for part_numbers, terms in self.run_batches(
             engine, batches, objective, make_batch, gathering=gathering, averaged=False
         ):
             ids_of_rows = terms["answers"].tolist()
             logprobs = terms["logprobs"].cpu().numpy()
-            drawn = []
+            row_draws: list[tuple[int, int]] = []  # (prompt, draw) of each row of the batch
             for number in part_numbers:
-                drawn += [(parts[number].prompt, draw) for draw in parts[number].draws]
-            for row, (prompt, draw) in enumerate(drawn):
+                row_draws += [(parts[number].prompt, draw) for draw in parts[number].draws]
+            for row, (prompt, draw) in enumerate(row_draws):
                 answer = cut_answer(prompt, draw, ids_of_rows[row], settings.stop, end_ids, self.tokenizer)
                 answer = replace(answer, logprobs=logprobs[row, : len(answer.ids)].copy())
                 own_answers[prompt * settings.draws + draw] = answer
@@ -158,6 +165,7 @@ class GroupAnswers:
         """
         from transformers.cache_utils import DynamicCache
 
+        # One row for each prompt: its keys and values go into the cache.
         cache = DynamicCache(config=causal_model.config)
         mask = batch["attention_mask"]
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
@@ -174,6 +182,8 @@ class GroupAnswers:
         tokens = torch.full((len(rows), room), self.tokenizer.pad_token_id, device=mask.device)
         logprobs = torch.zeros(len(rows), room, device=mask.device)
         has_ended = torch.zeros(len(rows), dtype=torch.bool, device=mask.device)
+
+        # Each pass draws the next token of the answers that have not ended.
         for position in range(room):
             drawn, drawn_logprobs = draw_in_two_levels(
                 logits / self.settings.temperature, batch["seeds"][rows], position
@@ -181,10 +191,10 @@ class GroupAnswers:
             tokens[rows, position] = drawn
             logprobs[rows, position] = drawn_logprobs
             has_ended[rows] |= self._ends(drawn, tokens[rows, : position + 1])
-            going = (~has_ended[rows]).nonzero()[:, 0]
+            going = (~has_ended[rows]).nonzero()[:, 0]  # indices into `rows`
             if not len(going) or position + 1 == room:
                 break
-            if len(going) <= (1 - LEAVING_SHARE) * len(rows):
+            if len(going) <= (1 - LEAVING_SHARE) * len(rows):  # enough answers have ended: drop their rows
                 cache.batch_select_indices(going)
                 rows = rows[going]
                 mask = mask[going]

@@ -59,6 +59,8 @@ def pair_rows(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | 
 
     A decoder-only model reads context and continuation in one row. Otherwise the encoder reads the context, and the decoder the
     continuation. Padding is on the right, where no token sees it.
+
+    Context [5, 6] and continuation [7, 8]: of a decoder-only model, input [5, 6, 7] and targets [ignored, 7, 8].
     """
     inputs = []
     targets = []

@@ -52,13 +52,13 @@ def normalised_sum(
     for an unscored answer, which stays unscored and counts in no mean.
     """
     total = np.zeros_like(rewards)
-    for name, of_reward in by_reward.items():
+    for name, reward_values in by_reward.items():
         if weights[name] == 0:
             continue
-        scored = np.where(np.isnan(rewards), np.nan, of_reward)
-        of_group = advantages(scored, Baseline.group, Scale.std)
-        # Of equal rewards nothing is left, not even their rounding.
-        total += weights[name] * np.where(idle(scored)[:, None], 0.0, of_group)
+        scored = np.where(np.isnan(rewards), np.nan, reward_values)
+        normalised = advantages(scored, Baseline.group, Scale.std)
+        # Equal rewards become exactly 0, without what rounding leaves of them.
+        total += weights[name] * np.where(idle(scored)[:, None], 0.0, normalised)
     return np.where(np.isnan(rewards), np.nan, total)
 
 

@@ -75,10 +75,10 @@ class RoundMaker:
     _seconds: dict[str, float] = field(default_factory=lambda: {"write_s": 0.0, "reward_s": 0.0, "look_back_s": 0.0})
 
     def make(self, first_sample: int, step: int) -> Round:
-        """The round that begins after `first_sample` consumed prompts and `step` optimizer steps.
+        """Write, score and weigh the answers of the round after `first_sample` consumed prompts and `step` optimizer steps.
 
-        All ranks must call. Raises, on all ranks alike, DataError if a reward fails or no group has spread, and Interrupted if
-        the run is asked to stop.
+        Every function in `on_round` is called with the round. All ranks must call. Raises, on all ranks alike, DataError if a
+        reward fails or no group has rewards that differ, and Interrupted if the run is asked to stop.
         """
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         written = self._write(first_sample, self.prompts_per_round, step)

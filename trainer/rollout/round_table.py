@@ -32,6 +32,8 @@ def round_table(made: Round, step: int) -> Table:
     cells = []
     for group in groups_of_rows(rows):
         for number, row in enumerate(group):
+            # Groups are sorted: their first answer is the best. The column `place`, which in recorded rows is the number of the
+            # prompt, says this in the table.
             place = {0: "best", len(group) - 1: "worst"}.get(number, "")
             shown = {"step": step, "place": place, "prompt": _cut(row["prompt"]), "answer": _cut(row["answer"])}
             cells.append([{**row, **shown}[column] for column in columns])

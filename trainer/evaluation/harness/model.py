@@ -154,7 +154,11 @@ class EngineLM(TemplateLM):
 
     @_remember_error
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes to each context. Requests with the same settings are one call."""
+        """What the model writes to each context; requests with the same settings are written together.
+
+        A context that is too long loses its beginning, and is counted in `shortened_texts`. The arguments of a request are
+        (context, generation settings), such as ("Q: 2 + 2?", {"until": ["\\n"], "max_gen_toks": 64}).
+        """
         numbers_by_settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             settings = json.dumps(request.args[1], sort_keys=True, default=str)

@@ -24,9 +24,12 @@ class Change:
 
     @classmethod
     def of(cls, metric: dict[str, Any], difference: dict[str, Any] | None) -> Change | None:
-        """The change of a metric of `evaluation.json`, with its 95 % interval; None without one, or if both values are 0.
+        """The change of a metric, with its 95 % interval; None without a comparison, or if both values are 0 or one is infinite.
 
-        Where neither direction is better, positive is larger.
+        If neither direction is better, positive is larger.
+
+        `metric`, `difference`: records of `evaluation.json`, such as {"value": 0.6, "greater_is_better": true} and {"value": 0.5
+        of the other model, "difference": 0.1, "low": 0.02, "high": 0.18}: a change of 0.1 / 0.6.
         """
         if difference is None:
             return None

@@ -40,6 +40,9 @@ def compare_task(
 
     `resampled`: this model's metrics, float64 [resamples] each. `other_rows`: None if only the other model's metrics are known.
     If both models answered the same rows, they are compared row by row.
+
+    {"paired": true, "metrics": {"accuracy": {"value": 0.5, "difference": 0.1, "low": 0.02, "high": 0.18, "p": 0.01, "verdict":
+    "better"}}, "changed": {"num_won": 9, "won": [...], ...}}; `changed` only if paired, and each row is right or wrong.
     """
     rows = model.rows[task.name]
     paired_rows = None

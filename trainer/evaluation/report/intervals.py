@@ -113,7 +113,10 @@ def confidence_intervals(
 
 
 def share_counts(metric: Metric, rows: Sequence[TaskRow]) -> tuple[float, float] | None:
-    """(successes, cases) of a metric that is a share of rows with scores of 0 or 1; None for any other metric."""
+    """(successes, cases) of a metric that is a share of rows with scores of 0 or 1, such as (7.0, 10.0); None for any other.
+
+    It is no share if a row has another score, or a success without being a case.
+    """
     if metric.ratio is None or metric.exponential:
         return None
     numerator, denominator = metric.ratio

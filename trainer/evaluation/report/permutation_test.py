@@ -34,11 +34,13 @@ def family_p(
     chunk_exchanges = max(1, DRAWN_NUMBERS // len(rows))
     exchanges = EXCHANGES if all(metric.ratio for metric in metrics) else EXCHANGES // 2
     weighted_metrics = task.weighted_metrics([*rows, *other_rows])
+
+    # The differences of the models as they are, then after each exchange: [1 + exchanges, metrics].
     nothing_exchanged = np.zeros((1, len(rows)))
     chunks = [_differences(metrics, rows, other_rows, weighted_metrics, nothing_exchanged)]
     for begin in range(0, exchanges, chunk_exchanges):
         num_draws = min(chunk_exchanges, exchanges - begin)
-        exchanged = rng.integers(0, 2, (num_draws, len(rows))).astype(float)
+        exchanged = rng.integers(0, 2, (num_draws, len(rows))).astype(float)  # 1 where a row's answers change sides
         chunks.append(_differences(metrics, rows, other_rows, weighted_metrics, exchanged))
     differences = np.nan_to_num(np.concatenate(chunks))
     observed = differences[0]  # nothing was exchanged in the first row

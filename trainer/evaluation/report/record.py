@@ -83,7 +83,8 @@ def _metric_records(
 ) -> dict[str, dict[str, Any]]:
     """What `evaluation.json` says of each metric of a task, by name: value, interval, and what decides the number.
 
-    `values`: the metrics by name; a name may end in `/SOURCE`.
+    `values`: the metrics by name; a name may end in `/SOURCE`. {"accuracy": 0.8} -> {"accuracy": {"value": 0.8,
+    "greater_is_better": true, "says": "share of ...", "low": 0.7, "high": 0.88}}, with `stderr` and `signature` if there are any.
     """
     signatures = task.signatures()
     standard_errors = task.standard_errors(rows)

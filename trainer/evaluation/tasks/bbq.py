@@ -131,7 +131,8 @@ class Bbq(MultipleChoice):
         rows = super().run(cases, model)
         measure = self.option_values["likelihood"]
         for case, row in zip(cases, rows, strict=True):
-            # Each measure is the log-probability divided by a length of the answer: 1, its tokens, or its bytes.
+            # Each measure is the log-probability divided by a length of the answer: 1, its tokens, or its bytes. The scores
+            # `tokens_0` to `tokens_2` of the three answers are only needed here.
             token_counts = [row.scores.pop(f"tokens_{number}") for number in range(3)]
             if measure == "token":
                 lengths = token_counts

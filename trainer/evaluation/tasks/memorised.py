@@ -209,9 +209,10 @@ class Canary(DocumentTask):
     options: ClassVar[dict[str, Any]] = {"candidates": 100, "seed": 0}
 
     def parse_case(self, case: Case) -> None:
-        """Keep the secret, and the random texts of its form that it is compared with.
+        """Replace `case.fields` by the secret and the random texts of its form that it is compared with.
 
-        Raises Refusal if the secret has no letters or digits, or does not stand exactly once in what is learned of the row.
+        {"secret": "A7-x", "others": ["Q2-d", "K0-m", ...]}. Raises Refusal if the secret has no letters or digits, or does not
+        stand exactly once in what is learned of the row.
         """
         super().parse_case(case)
         secret = case.fields.get("secret")
@@ -220,7 +221,7 @@ class Canary(DocumentTask):
         learned_text = document.text if document.text is not None else document.completion
         if document.messages is not None:
             learned_text = next(turn["content"] for turn in reversed(document.messages) if turn["role"] == "assistant")
-        # A text without digits and letters has only itself as a form.
+        # Other texts of its form differ in digits, capitals ("u") and small letters ("l"); it needs one of these.
         has_variable_characters = isinstance(secret, str) and bool({*_character_kinds(secret)} & {*"dul"})
         if not isinstance(secret, str) or not has_variable_characters:
             raise Refusal("bad_secret", f'"secret" is {show_value(secret)}; it must be a text with letters or digits')
@@ -255,7 +256,7 @@ class Canary(DocumentTask):
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each secret, with its rank among random texts of its form by likelihood. All ranks must call.
 
-        Rank 1 is the likeliest text. The exposure in bits is log2(number of texts / rank).
+        Rank 1 is the likeliest text. The exposure in bits is log2(number of texts / rank): 6.66 for rank 1 of 101.
         """
         documents: list[Document] = []
         for case in cases:

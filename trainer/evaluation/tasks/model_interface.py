@@ -72,7 +72,10 @@ class ModelInterface:
         return self.built.config
 
     def encode_questions(self, documents: Sequence[Document]) -> list[Question]:
-        """Documents as tokens, split before their last answer. No collective. Raises DataError with file and line."""
+        """Documents as tokens, split before their last answer, whose end token is left out.
+
+        No collective. Raises DataError with file and line for a document with no token before its answer or in it.
+        """
         questions = []
         for document, sample in self.encoder.encode([_until_last_answer(document) for document in documents]):
             answer_start = sample.answer_begin()
@@ -160,7 +163,11 @@ class ModelInterface:
         return [all_logits[row] for row in range(len(samples))]
 
     def sequence_losses(self, dataset: TokenDataset, max_rows: int | None) -> dict[int, tuple[float, float]]:
-        """(summed loss, number of targets that were the likeliest token) of each sequence, by its number in the data set."""
+        """(summed loss, number of targets that were the likeliest token) of each sequence, by its number in the data set.
+
+        Kept in `cached_losses`, so that a second call for the same data makes no pass. `max_rows`: documents to evaluate; None:
+        all. All ranks must call.
+        """
         self._stop_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.cutting import cut_of

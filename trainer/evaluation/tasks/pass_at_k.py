@@ -46,10 +46,11 @@ def texts_by_prompt(written: Sequence[WrittenAnswer], num_prompts: int) -> list[
 def row_of_draws(
     row: TaskRow, texts: list[str], scores: Sequence[dict[str, float]], metrics: Sequence[Metric] = ()
 ) -> TaskRow:
-    """The report's row with its answer and scores filled in from all answers to its prompt.
+    """Fill in the answer and the scores of a report row, in place, from all answers to its prompt; returns the row.
 
-    `texts` are the answers, and `scores` those of each answer. Of several answers, the row gets the mean scores and pass@k for
-    each k in `metrics`, shows the first answer, and keeps all of them.
+    `texts` are the answers, and `scores` those of each answer, such as [{"right": 1.0}, {"right": 0.0}]. Of several answers, the
+    row gets the mean scores ({"right": 0.5}) and pass@k for each k in `metrics`, shows the first answer, and keeps all of them in
+    `items`.
     """
     row.answer = texts[0]
     row.scores = dict(scores[0])

@@ -99,7 +99,8 @@ def _check_outside_rows(task: Task, context: TaskContext, *, held_out: bool) -> 
 def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bool) -> None:
     """Read the rows of one task, and raise ConfigError or DataError if it has none or they cannot be used.
 
-    Rows of the run's own data are not read here: they are checked when the run's data is prepared.
+    Rows of the run's own data are not read here: they are checked when the run's data is prepared. `held_out`: whether there are
+    evaluation documents. `trained`: whether there is training data.
     """
     if task.loads_own_rows:
         read_cases(task, None)

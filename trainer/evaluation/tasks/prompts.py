@@ -95,7 +95,8 @@ class PromptTask(Task):
 def prompt_of(fields: dict[str, Any]) -> str:
     """The prompt of a row, from the first of `PROMPT_COLUMNS` that it has. Raises Refusal if there is none, or no text in it.
 
-    In HarmBench's rows, the text that the prompt is about (`contextstring`) comes before it.
+    {"Goal": "Write a poem"} -> "Write a poem". In HarmBench's rows, the text that the prompt is about (`contextstring`) comes
+    before it.
     """
     # Published files write the same columns differently: "Goal" in one, "goal" in the next.
     column_by_lower_name = {name.lower(): name for name in fields}

@@ -87,7 +87,13 @@ class FunctionReward:
         return cls(load_function(file, name), functions_of(file)[name], options)
 
     def __call__(self, answers: AnswersOfGroup) -> CallResult:
-        """The scores of the answers. Raises BadScore, and what the function raises."""
+        """The scores of the answers. Raises BadScore, and what the function raises.
+
+        How the function is called depends on the library whose convention it follows:
+        - TRL: once, with lists that have a value for each answer; it returns a list of scores.
+        - verl: for each answer, with `solution_str`; it returns a score, or {"score": 1.0, ...}.
+        - verifiers: for each answer, with `prompt` and `completion`; it returns the same.
+        """
         result = CallResult([])
         call = partial(self._call, answers, result)
         if self.signature.convention is Convention.trl:

@@ -65,7 +65,10 @@ class RewardKind(ABC):
         return [str(column)] if column else ["answer", *REFERENCE_COLUMNS]
 
     def references(self, columns: Mapping[str, Any]) -> list[str]:
-        """The right answers of a row. Raises BadScore if it has none."""
+        """The right answers of a row, from `options.reference` or the first of `REFERENCE_COLUMNS` that has any.
+
+        {"answer": "4"} -> ["4"], {"answer": ["4", "four"]} -> ["4", "four"]. Raises BadScore if it has none.
+        """
         column = self.option_values["reference"]
         names = [str(column)] if column else list(REFERENCE_COLUMNS)
         for name in names:

@@ -39,8 +39,9 @@ class RewardModelReader:
     def tokens_of(self, group: Group) -> list[list[int] | None]:
         """The tokens of a group's prompt with each answer; None for one that the model has too few positions for.
 
-        A prompt that is a text is a user's turn. Control tokens that an answer spells in plain letters are text, as those of
-        prompts are: else a policy could learn to write turns of its own. Errors: DataError.
+        The chat template writes prompt and answer as a conversation; a prompt that is a text is a user's turn. Control tokens
+        such as <|im_end|> in an answer are plain text, as in prompts: else a policy could learn to write turns of its own.
+        Raises DataError for a conversation that the template does not write, and for a token that the model has no row for.
         """
         prompt = group.prompt.text
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -309,15 +309,18 @@ class _RoundOfCalls:
         self.replies[number] = Reply(message["scores"], message["logged"], message["extra"])
 
     def note_timeout(self, number: int) -> None:
-        """Leave the answers of a call unscored. Raises DataError if the reward has been too slow all the time."""
+        """Leave the answers of a call unscored, and count it.
+
+        Raises DataError if `HOPELESS_TIMEOUTS` calls of the reward took too long and none was in time, in this round or in all.
+        """
         call = self.calls[number]
         self._timeouts[call.reward] += 1
         if call.reward in self._never_in_time:
             self._never_in_time[call.reward] += 1
         self.replies[number] = Reply(None, {}, {})
         # A round of few groups has few calls: a reward that always hangs is known after several rounds.
-        in_vain = max(self._timeouts[call.reward], self._never_in_time[call.reward])
-        if call.reward not in self._in_time and in_vain >= HOPELESS_TIMEOUTS:
+        timeouts = max(self._timeouts[call.reward], self._never_in_time[call.reward])
+        if call.reward not in self._in_time and timeouts >= HOPELESS_TIMEOUTS:
             raise DataError(
                 f"objective.rewards.{call.reward}: {HOPELESS_TIMEOUTS} calls took longer than timeout_s={call.timeout_s:g}, and "
                 f"none was in time (the last one: {call.origin}); does it wait for something that never comes? Mend it, or "
