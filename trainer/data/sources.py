@@ -216,11 +216,12 @@ def readers_of(
 ) -> dict[tuple[str, str], RowReader]:
     """A reader for each input, by its id. Its format is that of the settings, or recognised from the first row that can be read.
 
-    `label` reads a label; `preferred`: the formats that decide if several fit; `kept`: see `RowReader`. Also tells each
-    input which columns its reader needs. Raises ConfigError and DataError.
+    Sets `needed_columns` of each input. `label` reads a label; `preferred`: the formats that decide if several fit; `kept`: see
+    `RowReader`; `takes_all`: whether rows may have columns that carry meaning and are not read. Raises ConfigError and DataError.
     """
     readers = {}
     for source_input in inputs:
+        # The format.
         first_row: Row | Rejected
         if source_input.format is DataFormat.auto:
             first_row = _first_readable_row(source_input)
@@ -259,6 +260,7 @@ def readers_of(
         readers[source_input.id] = reader
         source_input.needed_columns = reader.needed_columns
 
+        # A first look at how the reader does.
         document = reader(first_row)
         if isinstance(document, Rejected) and document.reason.startswith(("unread_", "missing_reward_column")):
             # Every row has the columns that the first one has: stop before any work.

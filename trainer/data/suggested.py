@@ -15,7 +15,12 @@ _PASSAGES = ("context", "passage")
 
 
 def suggested_columns(fields: dict[str, Any]) -> dict[str, str]:
-    """A value for `data.columns` that seems to be meant: the row's column by the expected name. Empty if nothing is."""
+    """A value for `data.columns` that seems to be meant: the row's column by the expected name. Empty if nothing is.
+
+    - an answer that is chosen and one that is rejected: a pair, with its prompt if there is one;
+    - a prompt, a passage and a completion: an instruction with its input;
+    - a prompt and a completion: both, with a system prompt if there is one.
+    """
     prompt = _first_with_value(fields, _PROMPTS)
     chosen = _first_with_value(fields, _CHOSEN)
     rejected = _first_with_value(fields, _REJECTED)

@@ -164,6 +164,7 @@ class BlockMaker:
         # Labels get numbers of the block's own, because no worker knows those of the others; `Assembly` renumbers them.
         block.labels = sorted({document.label for document in documents if document.label is not None})
         encoder.set_label_names(block.labels)
+        # Only sources of training data can be marked as replay.
         is_replay = False
         if self.has_replay and block.split == "train":
             is_replay = self.config.sources[block.source].replay
@@ -174,6 +175,7 @@ class BlockMaker:
             samples += sequences
             pieces.append(len(sequences))
             tokenised.append(document)
+        # One entry a document in `pieces`, one a sequence in the columns of `sequences`.
         block.pieces = np.array(pieces, np.int64)
         block.sequences = Sequences.of(samples, self.data_spec.counts)
         is_ended = [last_learned_id(sample) in encoder.end_ids for sample in samples]

@@ -149,7 +149,7 @@ class StepLoader:
         return [int(row) for row in np.unique(self.dataset.documents[sequences])]
 
     def _slots(self, first_sample: int) -> np.ndarray:
-        """The step's global batch dealt into micro-batches: numbers of units, int64 [slots, units a slot].
+        """The step's global batch, distributed over micro-batches (slots): numbers of units, int64 [slots, units a slot].
 
         A unit is a document, or what stays together: a pack, a pair of answers. A reader is a rank that reads documents of its
         own. Slot m * readers + r is the m-th micro-batch of reader r. The slots come sorted by cost, so that the readers' m-th
@@ -271,7 +271,10 @@ class StepLoader:
         return pin_batch(batch, self.device)
 
     def _balance(self, slots: np.ndarray) -> float:
-        """The share of all ranks' time that is work, if time goes with costs and every micro-batch waits for all."""
+        """The share of all ranks' time that is work, if time goes with costs and every micro-batch waits for all.
+
+        1 if the readers' micro-batches cost the same; 0.75 if one of two readers has half the work of the other.
+        """
         # Slot m * readers + r is the m-th micro-batch of reader r, so rows are micro-batches and columns are readers.
         costs = self._unit_costs[slots].sum(axis=1).reshape(self.accumulation, self.share.readers)
         return float(costs.mean(axis=1).sum() / costs.max(axis=1).sum())

@@ -75,6 +75,7 @@ def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
     from markupsafe import Markup
 
     def finalize(expression: Any) -> Any:
+        """What is inserted for an expression of a template."""
         is_plain_text = isinstance(expression, str) and not isinstance(expression, Markup)
         return shown(expression) if is_plain_text else expression
 
@@ -163,7 +164,7 @@ def overall_level(all_tiles: list[Tile]) -> tuple[Level, str]:
 
 
 def _level(share: float, look_above: float, act_above: float) -> Level:
-    """The level of a share that is the worse the larger it is."""
+    """The level of a share that is the worse the larger it is: good up to `look_above`, look up to `act_above`, act beyond."""
     if share > act_above:
         return Level.act
     if share > look_above:

@@ -39,10 +39,12 @@ def resample(
     (arXiv:1910.10683, section 3.5.2), and the result. A group with a share above 0 keeps at least one document. Raises
     ConfigError for settings that cannot be met; a target missed because of `cap` or `max_repeats` is stated in the report.
     """
+    # What each group has, and what it should have.
     sizes_before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
     capped_sizes = sizes_before if config.cap is None else np.minimum(sizes_before, config.cap)
     target_shares = _target_shares(groups, capped_sizes, config)
     sizes = _target_sizes(capped_sizes, target_shares, config)
+    # What the settings allow; the last setting that bounds a group is the one that is reported.
     limited_by: list[str | None] = [None] * len(groups)
     for setting, largest in (("cap", config.cap), ("max_repeats", sizes_before * config.max_repeats)):
         if largest is None:
@@ -103,7 +105,8 @@ def _join_names(names: Sequence[str]) -> str:
 def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceConfig) -> np.ndarray:
     """How many documents each group should have, int64 [groups], before `cap` and `max_repeats` bound that.
 
-    `sizes`: documents that it has. If repeats are allowed, groups grow until the shares hold; else they shrink.
+    `sizes`: documents that it has. If repeats are allowed, groups grow until the shares hold; else they shrink: sizes [10, 100]
+    with equal shares become [100, 100] or [10, 10].
     """
     if config.target is BalanceTarget.natural:
         return sizes
@@ -122,7 +125,8 @@ def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceC
 def _uses_of_documents(group_of: np.ndarray, sizes_before: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
     """How often each document is used, int64 [n], so that groups of `sizes_before` documents come to have `sizes`.
 
-    Within a group, all are used equally often; a random draw decides which are used once more.
+    Within a group, all are used equally often; a random draw decides which are used once more. A group of 2 documents that is
+    to have 5 uses one of them twice and the other three times.
     """
     # Raw bits, because their stream is promised never to change between versions of numpy.
     random = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_RANDOM_STREAM,)))

@@ -44,8 +44,10 @@ class LeakedDocuments:
     def report(self, location_of: Callable[[int], str]) -> dict[str, Any]:
         """What the report says of documents that are in training and held-out data alike.
 
-        By kind of leak (equal, normalised, near, shared prompt): how many documents on each side, and the first pairs as
-        "file:line = file:line". `location_of`: gives the `file:line` of a document.
+        Of the form {"train": {"exact": 2, ...}, "held_out": {"exact": 1, ...}, "examples": {"exact": [...], ...}, "incomplete":
+        0}: by kind of `LEAK_KINDS`, how many documents on each side, and the first pairs as "file:line = file:line".
+
+        `location_of`: gives the `file:line` of a document.
         """
         train_counts: dict[str, int] = {}
         held_out_counts: dict[str, int] = {}

@@ -20,10 +20,10 @@ NGRAM = 5
 
 
 def ngrams(normalized: bytes, partition: int = 0) -> list[bytes]:
-    """The n-grams of 5 words of a normalised text, in order, as a set of which two texts are compared.
+    """The n-grams of 5 words of a normalised text, in order: b"a b c d e f" -> [b"a b c d e", b"b c d e f"].
 
-    A text of fewer words is a single n-gram, so that short texts are similar only when their words are the same. Texts of
-    different `partition` (a number, such as a hash of the label) share no n-gram.
+    Two texts are compared by the sets of their n-grams. A text of fewer words is a single n-gram, so that short texts are similar
+    only when their words are the same. Texts of different `partition` (a number, such as a hash of the label) share no n-gram.
     """
     words = normalized.split()
     if not words:

@@ -49,7 +49,10 @@ def reads_clock(template: str | None) -> bool:
 
 
 def with_date(template: str, day: date) -> str:
-    """The chat template with its calls of the clock replaced by the date `day`, at midnight."""
+    """The chat template with its calls of the clock replaced by the date `day`, at midnight.
+
+    Example: `{{ strftime_now("%d %b %Y") }}` -> `{{ "03 Jan 2025" }}`.
+    """
     midnight = datetime(day.year, day.month, day.day)
 
     def written_date(call: re.Match[str]) -> str:

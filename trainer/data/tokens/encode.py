@@ -110,6 +110,7 @@ class Encoder:
             encodings, _ = self.tokenize(rendered)
             for document, encoding in zip(batch, encodings, strict=True):
                 ids = np.array(encoding.ids, dtype=np.int32)
+                # A template writes BOS itself; else it is put there, if the tokenizer has it and the prompt lacks it.
                 has_template = self.template is not None and document.text is None
                 adds_bos = not has_template and self.opening[:1] == [self.bos_id] and ids[:1].tolist() != [self.bos_id]
                 if adds_bos:
@@ -171,6 +172,7 @@ class Encoder:
         content_begin = self.template.first_content_begin(turns, document.location, document.tools)
         if content_begin is None:
             return None
+        # What stands before the content, as one span, to be found again in the text that is tokenised.
         before_content = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
         (encoding,), (encoded_text,) = self.tokenize([before_content])
         _, characters_before = encoded_text.spans[0]

@@ -46,7 +46,10 @@ def compact(text: str) -> str:
 
 
 def stdnum_check(module: str, **options: bool) -> Callable[[str], bool]:
-    """The check of a module of stdnum, for numbers written with any separators; one repeated digit is nobody's number."""
+    """The check of a module of stdnum, such as "us.ssn", as a function of a text: whether it is a valid number of that kind.
+
+    The number may be written with any separators. One repeated digit is nobody's number. `options` go to the module's `is_valid`.
+    """
     is_valid = import_module(f"stdnum.{module}").is_valid
 
     def is_valid_number(text: str) -> bool:
@@ -134,7 +137,7 @@ def is_personal_ip(text: str) -> bool:
         return False
     if address.version == 4:
         return True
-    # `a::b` and the like are more often code than an address.
+    # An IPv6 address has a digit and three groups or more: `a::b` and the like are more often code than an address.
     num_groups = sum(1 for group in text.split(":") if group)
     return any(character.isdecimal() for character in text) and num_groups > 2
 
@@ -163,9 +166,9 @@ NETWORK = [
 
 
 def _iban_pattern() -> str:
-    """A regular expression for IBANs that knows the length of each country's.
+    """A regular expression for IBANs that knows the length of each country's, so that it takes in no word that follows.
 
-    So a word that follows a number is not taken for a part of it.
+    Its part for 22 characters is such as `(?:BG|BH|...|VA)\\d{2}(?:[ -]?[0-9a-z]){18}`.
     """
     countries_by_length: dict[int, list[str]] = {}
     for country, length in IBAN_LENGTHS.items():

@@ -103,7 +103,7 @@ class PrivacyRule:
     """Lower-case pieces of text one of which has to be there; empty: none has to be."""
 
     def score_in_context(self, text: str, start: int, end: int) -> float:
-        """How certain the match at `text[start:end]` is, by the words around it."""
+        """How certain the match at `text[start:end]` is, from 0 to 1, by the words around it; words against it go first."""
         before = text[max(0, start - CHARACTERS_BEFORE) : start]
         after = text[end : end + CHARACTERS_AFTER]
         if self.against and self.against.search(before):
