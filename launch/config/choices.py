@@ -82,7 +82,7 @@ def add_directory(directory: Path) -> None:
             "file of settings is given as a bare word: my.yaml"
         )
     # Hydra would silently take one of two files of the same name.
-    hidden = []
+    hidden: list[str] = []
     for group, choices in choices_of_group.items():
         hidden += [f"{group}/{choice}.yaml" for choice in choices if _choice_file(CONF_DIR, group, choice).exists()]
     if hidden:
@@ -150,7 +150,10 @@ def register_schemas() -> None:
 
 
 def add_table_entry(tree: Any, key: str) -> None:
-    """Add the entry that `key` is a setting of to its table in a composed tree, with its defaults, unless it is there."""
+    """Add the entry that `key` belongs to to its table in a composed tree, with its defaults, unless it is there.
+
+    `evaluation.tasks.qa.kind` adds the entry `qa` to the table `evaluation.tasks`. Any other key adds nothing.
+    """
     from omegaconf import OmegaConf
 
     for table, entry_class in entry_class_by_table().items():

@@ -54,8 +54,9 @@ def digest_of_model(directory: Path, *, download: bool = False) -> str | None:
     """SHA-256 of the Python code that `trust_remote_code` would run for a model's directory; None if there is no code.
 
     Code of another repository that `auto_map` in config.json names counts too. `download`: whether such a repository would be
-    fetched if it is not on this machine. Errors: NoDigest.
+    fetched if it is not on this machine. Raises NoDigest if code may lie anywhere, is not here yet, or cannot be read.
     """
+    # A reference: `modeling.Net` in this directory, `owner/name--modeling.Net` in another repository.
     references = sorted({*_auto_map_references(directory)})
     files = dict(_code_files(directory, CODE_OF_MODELS))
     if not references and not files:
@@ -93,7 +94,7 @@ def digest_of_task(path: Path) -> str:
         pending = [top]
         top = top.parent
         contents = {file.name: _read_code_file(file) for file in sorted(top.glob("*.py"))}
-    # A walk over the files that name each other. `seen` keeps two that include each other from going on for ever.
+    # Read the files, and those that they name in turn. `seen`: two that include each other are read once.
     seen = {*pending}
     while pending:
         file = pending.pop()

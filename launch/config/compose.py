@@ -260,7 +260,7 @@ def hydra_words(choices: dict[str, str]) -> list[str]:
 
 
 def _apply_typed_values(tree: DictConfig, parsed: overrides.ParsedWords) -> list[str]:
-    """Set the typed values in the composed tree, in their order. Returns a problem for each that cannot be set."""
+    """Set the typed values in the composed `tree`, in their order. Returns a problem for each that cannot be set."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -313,9 +313,9 @@ def _set_default(tree: DictConfig, key: str, current_choices: dict[str, str]) ->
 
 
 def _keep_one_budget(tree: DictConfig, parsed: overrides.ParsedWords) -> None:
-    """Clear the budgets that another one replaces: a typed one goes before that of a file, and that before an experiment's.
+    """Clear the budgets in `tree` that another one replaces: a typed one goes before a file's, and that before an experiment's.
 
-    A run must have exactly one of steps, epochs and tokens.
+    A run must have exactly one of steps, epochs and tokens. Two that were typed both stay, for validation to refuse.
     """
     from omegaconf import OmegaConf
 

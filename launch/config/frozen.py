@@ -304,10 +304,11 @@ def keep_rate_of_checkpoint(config: RunConfig) -> None:
 
 
 def _only_defaults_changed(composed: Composed, changed: list[DifferingSetting], before: RunConfig, path: Path) -> bool:
-    """Whether settings differ only because shardtune changed a default: the user typed the same words as for `before`.
+    """Whether settings differ only because shardtune changed a default: the user typed the same arguments as for `before`.
 
-    False if the words alone do not decide the settings: a file of the user's, a variable of the environment, or a value that
-    this machine chose may have changed as well.
+    False if the arguments alone do not decide the settings: a file of the user's, a variable of the environment, or a value that
+    this machine chose may have changed as well. False too if a value of `before` reaches out (a file, address or code) that this
+    user never typed. `changed`: the settings that differ. `path`: of the `config.yaml` of `before`.
     """
     words = _identifying_words(composed.overrides)
     if not has_same_words(composed.overrides, path):
@@ -398,7 +399,7 @@ def _keep_template_date(config: RunConfig, before: RunConfig, run_dir: Path, *, 
     if TEMPLATE_DATE in before.substitutions:
         config.substitutions[TEMPLATE_DATE] = before.substitutions[TEMPLATE_DATE]
     elif has_progress:
-        oldest_s = time.time()
+        oldest_s = time.time()  # seconds since 1970
         for file in run_dir.rglob("*"):
             with suppress(OSError):  # removed meanwhile
                 oldest_s = min(oldest_s, file.stat().st_mtime)
@@ -431,7 +432,7 @@ def _keep_exported_checkpoint(composed: Composed, before: RunConfig) -> None:
 
 
 def _keep_evaluation_interval(composed: Composed, before: RunConfig) -> bool:
-    """Keep that a run is evaluated only at its start and end, unless the words say otherwise; whether there was anything to keep.
+    """Set that a run is evaluated only at its start and end if it began so, unless typed otherwise; returns whether it was set.
 
     That was the default of earlier versions. A run for which somebody typed a number of steps is another run than one without.
     """

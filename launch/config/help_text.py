@@ -33,7 +33,11 @@ def show_help(text: str) -> None:
 
 
 def _blocks(lines: list[str]) -> list[str]:
-    """The paragraphs and table rows of a help text, each as one long line, from the lines of its source."""
+    """The paragraphs and table rows of a help text, each as one long line, from the lines of its source.
+
+    A line continues the one before it if that is a row of a table and this one is indented as its text, or if both are prose and
+    the one before is too long to have ended a paragraph.
+    """
     blocks: list[str] = []
     previous = ""
     for line in lines:
@@ -54,7 +58,10 @@ def _is_prose(line: str) -> bool:
 
 
 def _fold(block: str) -> list[str]:
-    """One paragraph, table row, usage line or command in lines of at most 80 columns."""
+    """One paragraph, table row, usage line or command in lines of at most 80 columns; a short one stays as it is.
+
+    A row has a head (`batch.micro=4`) and a text in a column of its own; under a wide head the text starts on the next line.
+    """
     if len(block) <= COLUMNS:
         return [block.rstrip()]
     indent = len(block) - len(block.lstrip())

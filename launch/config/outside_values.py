@@ -104,7 +104,10 @@ def _to_quoted_entry(value: Any) -> str:
 
 
 def outside_values(config: RunConfig) -> list[OutsideValue]:
-    """Every value of a configuration that reaches out of its run: code, files, addresses and trackers."""
+    """Every value of a configuration that reaches out of its run: code, files, addresses and trackers.
+
+    Such as the reward function of `objective.rewards.x.function`, with what it does in words and what it is remembered by.
+    """
     values: list[OutsideValue] = []
     for key, value in _settings_that_reach_out(config).items():
         values += _outside_values_of(config, key, value, reach_of(key))
@@ -204,7 +207,11 @@ def reward_code_identity(file: Path) -> dict[str, Any] | None:
 
 
 def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """The Python code that a `trust_remote_code` flag (`key`) lets run: the model's and the tokenizer's, or the teacher's."""
+    """The Python code that a `trust_remote_code` flag (`key`) lets run: the model's and the tokenizer's, or the teacher's.
+
+    One value for code that can still be fetched, remembered by its path; and one for code on this machine, remembered by its
+    digest, or each time anew if it has none (identity None). No value where there is no code.
+    """
     if key == "model.trust_remote_code":
         sources = [(config.model.path, config.model.revision), (config.model.tokenizer, config.model.revision)]
     else:
@@ -259,9 +266,9 @@ def _data_paths(config: RunConfig) -> Iterator[str]:
 
 
 def _file_values(config: RunConfig, key: str, value: Any) -> Iterator[OutsideValue]:
-    """The files of the reader that a setting names, whose texts would then stand in what the verb writes.
+    """The user's files that a setting (`key`) names, whose texts would then stand in what the verb writes.
 
-    A task of lm_eval is code instead, since its YAML names functions.
+    A task of lm_eval is code instead, since its YAML names functions. Options of a task that name no file give nothing.
     """
     group, _, name = key.rpartition(".")
     task_name = key.split(".")[2] if key.startswith("evaluation.tasks.") else None

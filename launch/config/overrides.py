@@ -354,7 +354,8 @@ def _add_setting(parsed: ParsedWords, settings_by_key: dict[str, Setting], key: 
 def _add_rewards(parsed: ParsedWords, entries: list[str], word: str) -> None:
     """Add the rewards of `objective.rewards=[maths,rewards.py,more.py:brief]` to `parsed`.
 
-    Each entry is a kind, a Python file that stands for its reward functions, or one function of a file.
+    Each entry is a kind (with a name behind a colon if it is used twice), a Python file that stands for all its reward functions,
+    or one function of a file. `maths` sets `objective.rewards.maths.kind`, `more.py:brief` `objective.rewards.brief.function`.
     """
     parsed.replaced_tables.add(REWARDS_TABLE)
     # Of several such words the last one counts, as of any setting. Entries that were typed by themselves stay.
@@ -384,7 +385,10 @@ def _add_rewards(parsed: ParsedWords, entries: list[str], word: str) -> None:
 def _add_setting_by_grammar(
     parsed: ParsedWords, settings_by_key: dict[str, Setting], key: str, text: str, word: str
 ) -> None:
-    """Add a value that Hydra's own parser reads to `parsed`: a number, a list, a dictionary or null."""
+    """Add a value that Hydra's own parser reads to `parsed`: a number, a list, a dictionary or null.
+
+    A sweep of values is a problem here. What the parser cannot read is a list of paths, for a setting of text, or a problem.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -413,7 +417,7 @@ def _add_setting_by_grammar(
 
 
 def _values_of_word(key: str, value: Any, word: str) -> list[TypedValue]:
-    """The settings that one word sets: `budget={epochs: 3}` and `batch={...}` set one for each entry, others only `key`."""
+    """The settings that one word sets: `budget={epochs: 3}` and `batch={...}` one for each entry, any other word only `key`."""
     if key not in ("batch", "budget") or not isinstance(value, dict):
         return [TypedValue(key, value, word)]
     return [TypedValue(f"{key}.{name}", entry, word) for name, entry in value.items()]

@@ -82,9 +82,9 @@ REMEDIES = {
 def add_step(blocks: list[dict[str, float]], row: Mapping[str, Any], controls: Sequence[str]) -> bool:
     """Add the metrics of a step to the newest block of steps, in place; returns whether the step has filled that block.
 
-    `blocks`: sums of metrics over equally many steps each, oldest first, the newest perhaps not full. When all `MOST_BLOCKS` are
-    full, neighbours are joined, so that blocks become twice as long. `row`: the step's metrics. `controls`: names of the metrics
-    of rewards of weight 0, which are measured and not trained.
+    `blocks`: sums of metrics over equally many steps each, such as {STEPS: 8.0, REWARD: 3.2}, oldest first, the newest perhaps
+    not full. When all `MOST_BLOCKS` are full, neighbours are joined, so that blocks become twice as long. `row`: the step's
+    metrics. `controls`: names of the metrics of rewards of weight 0, which are measured and not trained.
     """
     block_size = int(blocks[0][STEPS]) if len(blocks) > 1 else 1
     if not blocks or blocks[-1][STEPS] >= block_size:
@@ -123,9 +123,13 @@ def find_problems(
     evaluations: Sequence[Mapping[str, float]],
     controls: Sequence[str],
 ) -> Iterator[Finding]:
-    """What is wrong with the rewards of a run so far.
+    """Findings about the rewards of a run so far, with one of these verdicts:
 
-    `evaluations`: `train` and `held_out` reward of each one, `train` being the mean since the one before.
+    - `cheated`: the trained reward rises while a control (a reward of weight 0) or `eval/reward` falls.
+    - `collapsed` and `longer`: see `_collapse`.
+    - `idle`: in most groups of answers all score alike, and the reward is not simply near its best.
+    Nothing is found before `MIN_BLOCKS` full blocks. `blocks`: see `add_step`. `evaluations`: rewards, such as {"step": 100,
+    "train": 0.4, "held_out": 0.3}, `train` being the mean since the evaluation before. `controls`: the controls' metrics.
     """
     reward = series(blocks, REWARD)
     if len(reward) < MIN_BLOCKS:
@@ -143,12 +147,14 @@ def find_problems(
             verdict=verdict,
         )
 
+    # Trained reward against controls.
     if rising_p_value(reward) < RISING_LEVEL:
-        falling = {name: series(blocks, name) for name in controls}
-        for name, values in falling.items():
+        control_series = {name: series(blocks, name) for name in controls}
+        for name, values in control_series.items():
             if falls(values) or drops(values):
                 says = f"the trained reward rose from {reward[0]:.3g} to {reward[-1]:.3g} while the control {name} fell"
                 yield finding("cheated", f"{says} from {values[0]:.3g} to {values[-1]:.3g}", control=values[-1])
+    # Trained reward against the held-out one.
     after_start = [evaluation for evaluation in evaluations if evaluation["step"]]
     held_out = [evaluation["held_out"] for evaluation in after_start]
     trained = [evaluation["train"] for evaluation in after_start]
@@ -156,6 +162,7 @@ def find_problems(
         says = f"the trained reward rose from {trained[0]:.3g} to {trained[-1]:.3g} while eval/reward fell"
         yield finding("cheated", f"{says} from {held_out[0]:.3g} to {held_out[-1]:.3g}", held_out=held_out[-1])
     yield from _collapse(finding, reward, series(blocks, ENTROPY), series(blocks, LENGTH))
+    # Groups that teach nothing.
     idle = series(blocks, IDLE)
     recent_blocks = MIN_BLOCKS // 2
     share = float(np.mean(idle[-recent_blocks:])) if idle else 0.0

@@ -37,8 +37,8 @@ class RollingWindow:
     def scores(self, values: Tensor) -> Tensor:
         """How many robust standard deviations each value of a step (float64 [width]) is above the median of the window.
 
-        float64 [width], a column for each number that is watched. NaN while the window holds too few steps, and if any value is
-        not finite, which is reported by itself.
+        float64 [width]: of loss and gradient norm, as a rule. Robust: estimated by medians, which few outliers hardly move.
+        NaN while the window holds too few steps, and if any value is not finite, which is reported by itself.
         """
         middle = _median(self.window)
         spread = DEVIATIONS_PER_MAD * _median((self.window - middle).abs())

@@ -79,15 +79,16 @@ class Stragglers:
                 self._judge(rank, factor_of(rank, times), rows[-1]["step"])
 
     def _judge(self, rank: int, factor: float, step: int) -> None:
-        """Call a rank slow, or slow no longer, once `INTERVALS` intervals in a row say so.
+        """Record that a rank is slow, or slow no longer, once `INTERVALS` intervals in a row show the change.
 
-        `factor`: how many times as long as the others it took in this interval. A collective if the rank becomes slow.
+        `factor`: how many times as long as the others it took in this interval. Calls `on_change` on rank 0. A collective if the
+        rank becomes slow.
         """
         current = next((slow for slow in self._slow_now() if slow.rank == rank), None)
         was_slow = current is not None
         is_slow = factor > self.factor
         changed_factors = self._changed_factors[rank]
-        if is_slow == was_slow:
+        if is_slow == was_slow:  # no change, or one that did not last
             changed_factors.clear()
             return
         changed_factors.append(factor)

@@ -100,7 +100,10 @@ class Console:
 
 
 def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
-    """The fields of a step, in the order of a log's line. Each begins with its name."""
+    """The fields of a step in the order of a log's line, such as ["step 10/100", "loss 2.3100", "grad 0.912", ...].
+
+    `row`: the step's metrics, as in `metrics.jsonl`; what it lacks is left out.
+    """
     steps_taken = max(1, row["step"] - schedule.first_step)
     steps_left = schedule.total_steps - row["step"]
     eta_s = (time.perf_counter() - schedule.started_at) / steps_taken * steps_left
@@ -141,7 +144,7 @@ def _bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
         other_fields += f"  {field}"
     if not other_fields:
         return step_field[:width]
-    # What the fields leave goes to the bar.
+    # The bar gets the columns that the fields leave.
     bar_width = max(1, min(MAX_BAR_WIDTH, room - len(other_fields) + MIN_BAR_WIDTH))
     bar = ProgressBar(total=schedule.total_steps, completed=row["step"], width=bar_width)
     terminal = Terminal(file=sys.stdout, width=width, legacy_windows=False)
@@ -151,7 +154,7 @@ def _bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
 
 
 def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: dict[str, str]) -> list[str]:
-    """Fields beside the bar, the most important first. `field_by_name`: those of a log's line, by their first word."""
+    """Fields beside the bar, the most important first. `field_by_name`: a log line's, such as {"loss": "loss 2.3100"}."""
     next_evaluation = ""
     steps_left = schedule.total_steps - row["step"]
     if schedule.evaluate_every and steps_left > 0:

@@ -69,9 +69,10 @@ def metering(country: str | None, run_dir: Path, runtime: Runtime, print_line: C
 def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
     """The energy of a run, summed over hosts and starts; None if nobody measured.
 
-    Its keys are `kwh`, `kg_co2e`, `hours` (of hosts), `country`, `by` (who measured) and `hosts`, their number.
+    Such as {"kwh": 1.2, "kg_co2e": 0.4, "hours": 6.0, "country": "DEU", "by": "codecarbon 3.0", "hosts": 2}. `hours` are those of
+    all hosts together; country and measuring library are those of the newest start.
     """
-    measurements = []  # one for each start on each host
+    measurements: list[dict[str, Any]] = []  # one for each start on each host, as `_Meter.write` wrote it
     for path in sorted((run_dir / FOLDER).glob("*.json")):
         try:
             measurements.append(json.loads(path.read_text(encoding="utf-8")))

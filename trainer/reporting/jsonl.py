@@ -40,9 +40,9 @@ class JsonlTracker:
             ) from error
 
     def _keep_up_to(self, step: int) -> None:
-        """Remove the rows after this step, durably: the checkpoint counts on those before. Errors: OSError, with all rows there.
+        """Rewrite the file with its rows up to this step alone, durably, and set `earlier` to what they measured.
 
-        Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning.
+        Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning. Raises OSError with all rows still there.
         """
         content = read_rows(self.path)
         if content.unreadable:

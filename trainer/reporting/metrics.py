@@ -177,7 +177,7 @@ class Meter:
         self._records = []
         if not records:
             return []
-        terms = sorted(records[0].local_sums)
+        terms = sorted(records[0].local_sums)  # of the loss, such as `kl` and `loss`
         experts = [record.expert_tokens for record in records if record.expert_tokens is not None]
         # Everything that is summed over ranks goes into one table, for one reduction: a row for each step, with the columns
         # sums of the terms, tokens of each expert, seconds of the step's parts, wait for data, tokens.
@@ -259,6 +259,7 @@ class Meter:
     def _sum_over_ranks(self, table: Tensor, tokens: int) -> tuple[Tensor, dict[str, float]]:
         """(the sum of all ranks' `table`, on the host; the largest peaks of memory of any rank, GiB by name). A collective.
 
+        Also sets `peaks`, `by_rank` and `_gpu_metrics`.
         `tokens`: this rank's tokens of the interval's first step. The same reduction gathers what each rank measured of
         itself, for `by_rank`: a table with a row for each rank, in which each rank fills its own row and leaves the others 0,
         so that the sum is the gathered table.
@@ -268,6 +269,7 @@ class Meter:
         last_step_s = self._intervals[-1][-1] if self._intervals else 0.0
         gpu_values = [] if self.gpu is None else self.gpu.means()
 
+        # This rank's row of `by_rank`, in one reduction with `table`.
         own_row = [*peaks.values(), compute_s, tokens, last_step_s, *gpu_values]
         by_rank = torch.zeros(self.runtime.world_size, len(own_row), dtype=table.dtype)
         by_rank[self.runtime.rank] = torch.tensor(own_row, dtype=table.dtype)
@@ -275,6 +277,7 @@ class Meter:
         summed, gathered = reduced.split([table.numel(), by_rank.numel()])
         gathered = gathered.view_as(by_rank)
 
+        # The gathered columns apart again: memory, then blocks' seconds, tokens and seconds of a step, then the GPU.
         self.peaks = dict(zip(peaks, gathered.amax(0).tolist(), strict=False))  # the first columns
         gpu_start = len(own_row) - len(gpu_values)
         self.by_rank = []

@@ -274,8 +274,9 @@ class RunRecord:
     def as_json(self) -> dict[str, Any]:
         """The record as JSON values by key, for `run.json`.
 
-        A record that was made here has all keys but those of `OPTIONAL_KEYS` that have nothing to say. One that was read from
-        a file has the keys of that file, also those that this version does not know.
+        A record that was made here has every key, but those of `OPTIONAL_KEYS` only where their value is not the default. One
+        that was read from a file has that file's keys, also those that this version does not know, and keys whose value was set
+        since.
         """
         content = asdict(self)
         keys_in_file = content.pop("keys")

@@ -75,7 +75,8 @@ def start_of_job() -> dict[str, Any]:
 def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
     """Replace the `status.json` of a run by a new state, with this process and the time. Errors: StorageError.
 
-    `fields`: JSON values such as `reason` and `step`, and any others. On a full disk the old file is overwritten in its place.
+    `fields`: JSON values by key, such as `reason` and `step`, which override those written here. Secrets in the reason are
+    masked. On a full disk the old file is overwritten in its place.
     """
     status = {
         "state": State(state).value,

@@ -192,13 +192,14 @@ def _sort_key(key: str) -> int:
 
 
 def _defaults_that_hold(trainer: str, typed_by_name: Mapping[str, str]) -> dict[str, str]:
-    """The defaults of a trainer that nothing in its file overrides."""
+    """The defaults of a trainer, as text by normalised name, that nothing in its file (`typed_by_name`) overrides."""
     defaults = {}
     for key, value in DEFAULTS.get(trainer, {}).items():
         overriding = (key, *OVERRIDING_SETTINGS.get(key, ()))
         if not any(name in typed_by_name for name in overriding):
             defaults[key] = value
     if trainer == HUGGING_FACE and "learning_rate" in defaults:
+        # The rate depends on the kind of training, which settings of its own give away.
         for rate, names in TRL_RATES.items():
             if any(name in typed_by_name for name in names):
                 defaults["learning_rate"] = rate

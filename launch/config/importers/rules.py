@@ -122,7 +122,11 @@ def not_needed(why: str) -> Rule:
 
 
 def batch_sizes(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Our `batch.micro` and `batch.global` from another trainer's batch size per device, accumulation steps and ranks."""
+    """Our `batch.micro` and `batch.global` from another trainer's batch size per device, accumulation steps and ranks.
+
+    2 per device, 8 accumulation steps and 4 ranks are batch.micro=2 batch.global=64. A global batch in the other trainer's
+    settings goes before that product. `value` is not read, since the rule is that of each of these settings.
+    """
     micro = parse_number(foreign.get(*MICRO_BATCH_NAMES))
     accumulation = parse_number(foreign.get("gradient_accumulation_steps")) or 1
     global_batch = parse_number(foreign.get("train_batch_size"))
@@ -176,7 +180,10 @@ def held_out_share(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def precision_switch(kind: str) -> Rule:
-    """A rule for `fp16` or `bf16` (`kind`), which are two switches in other trainers and one setting, `precision`, here."""
+    """A rule for `fp16` or `bf16` (`kind`), which are two switches in other trainers and one setting, `precision`, here.
+
+    auto: `auto`. On: the kind. Off: nothing if the other switch is on or auto, else fp32.
+    """
 
     def rule(value: str, foreign: ForeignSettings) -> TranslatedSetting:
         if value.lower() == "auto":
@@ -203,7 +210,7 @@ def lora_targets(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def tuning_method(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Our `tuning` for a method's name in another trainer or in a course, such as qlora, prefix_tuning or adapters."""
+    """Our `tuning` for a method's name elsewhere: `qlora` is tuning=lora model.quantisation=nf4; a note for an unknown name."""
     words_by_name = {
         "lora": {"tuning": "lora"},
         "qlora": {"tuning": "lora", "model.quantisation": "nf4"},
@@ -233,7 +240,7 @@ def quantisation_bits(value: str, foreign: ForeignSettings) -> TranslatedSetting
 
 
 def report_to(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Our `logging` settings for a list of trackers, such as `[wandb,tensorboard]`; `all` and `none` are lists too."""
+    """Our `logging` settings for a list of trackers: `[wandb]` is logging.wandb=online; `all` and `none` stand for lists."""
     trackers = [name.lower() for name in list_entries(value)]
     has_all = "all" in trackers
     words = {"logging.wandb": "online" if has_all or "wandb" in trackers else "disabled"}
