@@ -100,7 +100,7 @@ class Classifier:
 
         own_results: dict[int, tuple[float, bool]] = {}
         own_numbers = range(self.runtime.rank, len(texts), self.runtime.world_size)
-        by_length = sorted(own_numbers, key=lambda number: len(texts[number]))  # little padding in a batch
+        by_length = sorted(own_numbers, key=lambda number: len(texts[number]))  # similar lengths need little padding
         for begin in range(0, len(by_length), self.batch):
             numbers = by_length[begin : begin + self.batch]  # of texts
             batch_texts = [texts[number] for number in numbers]

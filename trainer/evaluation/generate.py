@@ -112,6 +112,7 @@ class Writer:
         Raises, on all ranks or none, DataError for a prompt without tokens or one that the model has no positions for, and
         Interrupted if the run is asked to stop.
         """
+        # A row is one draw to one prompt.
         began = time.perf_counter()
         model = model_of(engine)
         config = generation_settings(self.generation_config, settings, self.tokenizer)
@@ -124,6 +125,8 @@ class Writer:
         lengths = []
         for (prompt, _), limit in zip(rows, limits, strict=True):
             lengths.append(len(prompts[prompt]) + (limit if is_decoder_only else 0))
+
+        # Divide the rows into batches, in each of which all answers have the same longest length.
         batches = self._own_batches(engine, lengths, settings.batch_tokens, limits)
         gathering = self._decide_gathering(engine, model, batches, lengths, settings.beams)
         objective = GenerateAnswers(
@@ -134,6 +137,7 @@ class Writer:
             return derive_seed(settings.seed, "draw", prompt, draw) if seeds is None else seeds[prompt][draw]
 
         def make_batch(row_numbers: list[int]) -> dict[str, Any]:
+            """The prompts of these rows, their seeds, and the most new tokens of an answer (`room`)."""
             batch_prompts = [prompts[rows[row][0]] for row in row_numbers]
             return {
                 "input_ids": padded(batch_prompts, self.tokenizer.pad_token_id, left=is_decoder_only),
@@ -142,7 +146,8 @@ class Writer:
                 "room": limits[row_numbers[0]],  # the same in all rows of a batch
             }
 
-        own_answers: dict[int, WrittenAnswer] = {}
+        # Write this rank's answers, then exchange them.
+        own_answers: dict[int, WrittenAnswer] = {}  # by number of the row
         end_ids = ending_ids(config)
         for row_numbers, terms in self.run_batches(
             engine, batches, objective, make_batch, gathering=gathering, averaged=averaged
@@ -319,7 +324,10 @@ def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], max_new_tok
 
 
 def check_rows(what: str, rows: Sequence[Sequence[int]], most: int | None) -> None:
-    """Raise DataError for rows without tokens, or with `most` or more."""
+    """Raise DataError for rows without tokens, or with `most` tokens or more (None: any number).
+
+    `what`: what a row is, for the message, such as "prompt".
+    """
     for number, row in enumerate(rows):
         if len(row) == 0:
             raise DataError(

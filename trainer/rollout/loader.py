@@ -103,12 +103,12 @@ class RolloutLoader:
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
         """Batches of `num_steps` steps. A round of answers is written and scored when the one before it is used up.
 
-        A round gives `rollout.steps` batches, and is gone through `rollout.iterations` times. It is written with the weights as
-        they are then, so all ranks must take the batches in step. `first_sample`: prompts consumed before. Errors: those of
-        `RoundMaker.make`.
+        A round gives `rollout.steps` batches, and is gone through `rollout.iterations` times: with 2 and 3, its 6 steps learn
+        from parts 0, 1, 0, 1, 0, 1. It is written with the weights as they are then, so all ranks must take the batches in step.
+        `first_sample`: prompts consumed before. Errors: those of `RoundMaker.make`.
         """
         rollout = self.maker.settings.rollout
-        step_of_round = self.progress.round_step
+        step_of_round = self.progress.round_step  # 0: the next step begins a round
         for _ in range(num_steps):
             began = time.perf_counter()
             if self.current is None or not step_of_round:
@@ -116,12 +116,12 @@ class RolloutLoader:
                 step_of_round = 0
             batch = self.step_batch(self.current, step_of_round % rollout.steps)
             batch.facts = dict(self.current.facts)
-            if not step_of_round:
+            if not step_of_round:  # the first step of the round also reports what the round cost
                 batch.facts |= self.current.costs
             if rollout.steps * rollout.iterations > 1:
                 batch.facts[ROUND_STEP] = step_of_round
             step_of_round += 1
-            if step_of_round == rollout.steps * rollout.iterations:
+            if step_of_round == rollout.steps * rollout.iterations:  # the last step: its prompts count as consumed
                 step_of_round = 0
                 batch.samples = self.current.num_prompts
                 first_sample += self.current.num_prompts
@@ -139,15 +139,15 @@ class RolloutLoader:
         samples, totals = made.samples(numbers, settings.normalise, settings.rollout.max_new_tokens)
         filler = made.sequence(0)
         dealer = self.maker.dealer
-        dealt, balance = dealer.deal(samples, filler)
+        own_micro_batches, balance = dealer.deal(samples, filler)
         micro_batches = []
-        for micro_batch in dealt:
+        for micro_batch in own_micro_batches:
             micro_batches.append(to_device({**micro_batch.batch, "totals": totals}, dealer.device))
         return StepBatch(
             micro_batches=micro_batches,
             totals=totals,
             tokens=sum(len(sample.input_ids) for sample in samples),
-            local_tokens=dealer.local_tokens(dealt),
+            local_tokens=dealer.local_tokens(own_micro_batches),
             supervised_tokens=int(totals["tokens"]),
             samples=0,
             balance=balance,

@@ -19,7 +19,10 @@ NUMPY_SEED = 1234
 
 @contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """Within it the harness's warnings go into the yielded list, each once, instead of to the screen. It draws no bars."""
+    """Within it the harness's warnings go into the yielded list, each once, instead of to the screen; no progress bars either.
+
+    Changes the logger of lm_eval and the settings of `datasets`, and restores them at its end.
+    """
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.utils import logging as datasets_logging
 

@@ -106,7 +106,8 @@ class EngineLM(TemplateLM):
     def _fit_to_positions(self, context: list[int], continuation: list[int]) -> Pair:
         """(context, continuation) as token ids, with the beginning of the context cut off if both are too long for the model.
 
-        Raises DataError for a continuation that has no tokens, or too many by itself.
+        A cut context is counted in `shortened_texts`. Raises DataError for a continuation without tokens, or with too many by
+        itself.
         """
         if not continuation:
             raise DataError("a choice has no tokens, so that there is nothing to score")
@@ -133,8 +134,8 @@ class EngineLM(TemplateLM):
 
         A long text is cut into windows of the model's length that do not overlap, and their log-likelihoods are added up.
         """
-        pairs = []  # a window each
-        request_of_pair = []
+        pairs = []  # (context, continuation) of each window
+        request_of_pair = []  # number of the request that the window is of
         for number, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),

@@ -246,7 +246,10 @@ def report_callouts(report: Record) -> list[Callout]:
 
 
 def _overview(report: Record, parts: Sequence[TaskPart]) -> PageTable:
-    """The table of all tasks, each by its first metric."""
+    """The table of all tasks, each by its first metric; with a comparison, also its difference from the other model.
+
+    `report`: the content of `evaluation.json`.
+    """
     other = _other_name(report)
     compared_tasks = report["against"]["tasks"] if other else {}
     leading = [_leading(report["tasks"][part.name], compared_tasks.get(part.name)) for part in parts]
@@ -317,7 +320,11 @@ def _direction(greater_is_better: bool | None) -> str:
 
 
 def _metrics_table(task_record: Record, compared: Record | None, other: str) -> PageTable:
-    """Every metric of a task, with what it is."""
+    """Every metric of a task, with what it is; with a comparison, also its difference from the other model.
+
+    `task_record`, `compared`: the task's records in `evaluation.json`, of this model and of the comparison. `other`: the name of
+    the other model.
+    """
     if compared is None:
         rows = [[_metric_cell(name, metric), _value_cell(metric)] for name, metric in task_record["metrics"].items()]
         return PageTable([PageColumn("metric"), PageColumn("value")], rows)

@@ -257,13 +257,17 @@ class Task(ABC):
 
 
 def user_turn(document: Document | None) -> str:
-    """What the user asked last in a document: the last user turn before the last answer, or its prompt; empty for a text."""
+    """What the user asked last in a document: its prompt, or the last user turn before the last answer; empty for a text.
+
+    Turns user "Hi", assistant "Hello", user "2 + 2?", assistant "4" -> "2 + 2?".
+    """
     if document is None:
         return ""
     if document.prompt is not None:
         return document.prompt
     turns = document.messages or []
     roles = [turn["role"] for turn in turns]
+    # Turns before the last one of the assistant; all turns if it has none.
     num_before_answer = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
     for turn in reversed(turns[:num_before_answer]):
         if turn["role"] == "user":

@@ -70,7 +70,11 @@ class PersonalDataTask(WrittenTask):
         return PersonalDataFinder(self.privacy)
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """A row for each prompt, with the pieces of personal data in the answer, which the report masks. All ranks must call."""
+        """A row for each prompt, with how many pieces of personal data its answer has that the prompt does not have.
+
+        A piece is an e-mail address, for example. The row shows the answer with each piece replaced by its type. All ranks must
+        call.
+        """
         questions = model.encode_questions(documents_of(cases))
         answers = model.answers(questions, self.config.write, self.key)
         decode = model.writer.tokenizer.decode
@@ -88,7 +92,8 @@ class PersonalDataTask(WrittenTask):
     def _mask(self, text: str, prompt: str) -> tuple[list[str], str]:
         """(types of the personal data in a text, the text with each piece replaced by `[type]`).
 
-        A piece that the prompt contains does not count: the model has only repeated what it was told.
+        "Write to ann@example.org" -> (["EMAIL"], "Write to [EMAIL]"). What the prompt contains does not count and stays: the
+        model has only repeated it.
         """
         types = []
         masked_text = ""

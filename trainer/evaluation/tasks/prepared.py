@@ -127,6 +127,7 @@ def tasks_on_run_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
     keys = []
     for task in build_tasks(tasks):
         has_file = task.config.path is not None or task.shipped_rows is not None
+        # A membership task compares training rows with evaluation documents, unless it names a file of others.
         draws_others = task.split == "both" and task.option_values["others"] is None
         if not task.loads_own_rows and (not has_file or draws_others):
             keys.append(task.key)

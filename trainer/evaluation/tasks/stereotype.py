@@ -159,7 +159,7 @@ class Stereotype(Task):
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         """The metrics that fit the rows (StereoSet's need unrelated sentences), and one for each group if there are several."""
         has_unrelated_sentences = any("compared" in row.scores for row in rows)
-        metrics = self.metrics if has_unrelated_sentences else self.metrics[:2]
+        metrics = self.metrics if has_unrelated_sentences else self.metrics[:2]  # the first two need only a pair
         groups: dict[str, None] = {}  # a dict keeps the order of the rows
         for row in rows:
             for score_name in row.scores:
@@ -189,6 +189,7 @@ class Stereotype(Task):
         is_compared = np.array(["compared" in row.scores for row in rows])
 
         def compared_scores(name: str) -> np.ndarray:
+            """A score of each row, float64 [rows]; 0 for a row without an unrelated sentence."""
             scores = score_array(rows, name)
             return np.where(is_compared, scores, 0.0)
 

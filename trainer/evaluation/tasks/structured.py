@@ -48,7 +48,11 @@ class ToolCalls(WrittenTask):
     )
 
     def parse_case(self, case: Case) -> None:
-        """Keep the calls of the reference answer. Raises Refusal for a row without tools or without an answer."""
+        """Replace `case.fields` by the calls of the reference answer, and that answer as a text.
+
+        {"calls": [{"name": "weather", "arguments": {"city": "Paris"}}], "reference": "[...]"}, the reference being the calls as
+        JSON, or the text of an answer without calls. Raises Refusal for a row without tools or without an answer.
+        """
         assert case.document is not None
         answer = last_answer(case.document)
         if answer is None or not case.document.tools:
@@ -66,6 +70,7 @@ class ToolCalls(WrittenTask):
 
         Raises DataError if the chat template writes calls in a form that is not read here: every answer would be wrong.
         """
+        # Check the first reference answer that has calls, as the chat template writes it.
         case_with_call = next((case for case in cases if case.fields["calls"]), None)
         if case_with_call is not None and case_with_call.document is not None:
             (question,) = model.encode_questions([case_with_call.document])
@@ -123,7 +128,10 @@ def parse_tool_calls(text: str) -> list[dict[str, Any]]:
 
 
 def _parse_call(json_object: dict[str, Any]) -> dict[str, Any] | None:
-    """The name and the arguments of a tool call that an answer writes as this JSON object; None if it is no call."""
+    """The name and the arguments of a tool call that an answer writes as this JSON object; None if it is no call.
+
+    {"name": "weather", "parameters": {"city": "Paris"}} -> {"name": "weather", "arguments": {"city": "Paris"}}.
+    """
     if isinstance(json_object.get("function"), dict):  # OpenAI's form
         json_object = json_object["function"]
     name = json_object.get("name")

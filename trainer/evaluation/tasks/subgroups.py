@@ -133,6 +133,7 @@ class Subgroups(ClassificationTask):
         every_row_once = np.ones(len(rows))
 
         def gaps_of(row_groups: np.ndarray) -> list[float]:
+            """The gaps in the order of `_GAP_METRICS`, if the rows are of these groups."""
             gaps = self._gaps(rows, row_groups, every_row_once)
             return [gaps[name] for name in _GAP_METRICS]
 
