@@ -212,7 +212,14 @@ def _note_interrupts() -> Iterator[list[int]]:
 
 
 def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int:
-    """Run a verb, print a message for its error, and return the exit code. `interrupts` has an entry for each Ctrl-C so far."""
+    """Run a verb (a subcommand of shardtune), print a message for its error, and return the exit code.
+
+    - an error that the user can mend (ShardtuneError): its message, and its own exit code;
+    - Ctrl-C: "interrupted", 130;
+    - a closed output pipe: no message, 0;
+    - any other error: its traceback without secrets, 70.
+    `interrupts` has an entry for each Ctrl-C so far.
+    """
     from strategies.errors import ConfigError, ShardtuneError, is_panic, tokenizer_panic
     from strategies.redaction import redacted
 

@@ -82,6 +82,7 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 
     # With a height rich asks no terminal for its size.
     console = Console(file=io.StringIO(), width=table_width, height=25, color_system=None)
 
+    # The lines that rich draws, grouped by row, with the notes of each row after them.
     lines = []
     for row_number, drawn_lines in groupby(console.render_lines(grid, pad=False), key=_row_number):
         for drawn_line in drawn_lines:

@@ -47,7 +47,10 @@ docs/slurm.md leads you from login to a requeued run on two nodes."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune submit` with these words: hand a run or a sweep to SLURM; returns 0. Errors: ConfigError, StorageError."""
+    """Run `shardtune submit` with the arguments `argv`: hand a run or a sweep to SLURM; returns 0 (the exit code).
+
+    `launcher=slurm` is added if no launcher is given. Errors: ConfigError, StorageError.
+    """
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -70,7 +73,10 @@ def main(argv: list[str]) -> int:
 
 
 def _submit_one(words: SubmitWords) -> int:
-    """Submit the run that the words describe, or print its configuration or script; returns 0."""
+    """Freeze and submit the run that the command line describes, or print its configuration or script; returns 0.
+
+    A run that is finished is not submitted again, unless it has a pipeline, whose later jobs may be missing.
+    """
     from launch.cluster.submission import Submission, refuse_unshared_model, submit
     from launch.config.compose import compose, default_run_dir, is_finished
     from launch.runs.freeze import freeze
@@ -92,6 +98,7 @@ def _submit_one(words: SubmitWords) -> int:
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
             submitted = submit(composed.config, [run_dir], print_only=words.print_only)
+    # With --json, the answer of a run that was not submitted names no job.
     if words.as_json:
         nothing = Submission({}, [str(run_dir.absolute())], {}, None)
         [answer] = submitted or [nothing]

@@ -82,7 +82,7 @@ COMMON_SETTINGS = {
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune train` with these words, as a launcher or as one rank; returns the exit code.
+    """Run `shardtune train` with the arguments `argv`, as a launcher or as one rank; returns the exit code.
 
     Errors: ConfigError, and whatever the run itself raises.
     """
@@ -110,7 +110,13 @@ def main(argv: list[str]) -> int:
 
 
 def _train_or_show(words: TrainWords) -> int:
-    """Train the run, search or sweep that the words describe, or print what that would be; returns the exit code."""
+    """Train the run, search or sweep that the command line describes, or print what that would be; returns the exit code.
+
+    - -m: a sweep or a search of several runs;
+    - --cfg: the configuration is printed;
+    - --dry-run: what the run would be is printed;
+    - none of them: the run is trained; with --json, its result is printed.
+    """
     with importing("torch"):
         from launch.config.compose import compose
         from launch.sweep.sweeper import is_search
@@ -136,7 +142,7 @@ def _train_or_show(words: TrainWords) -> int:
 
 
 def _multirun(words: TrainWords) -> int:
-    """Train the points of a sweep or a search, or print them; returns the exit code."""
+    """Train the runs of a sweep or a search, or print them; returns the exit code."""
     from launch.sweep.multirun import multirun
     from launch.sweep.sweeper import is_search
 
@@ -223,7 +229,7 @@ def launch_run(composed: Composed, run_dir: Path, *, isolate: bool = False) -> i
     from trainer.config.run import LauncherName
 
     config = composed.config
-    # Looked up before `freeze`, which writes. Said after it, once the directory is known to be this run's.
+    # Looked up before `freeze`, which writes. Printed after it, once the directory is known to be this run's.
     finished = is_finished(run_dir)
     freeze(composed, run_dir, may_change_strategy=not isolate)
     if finished:
@@ -251,8 +257,8 @@ def launch_run(composed: Composed, run_dir: Path, *, isolate: bool = False) -> i
 def run_as_rank(words: list[str]) -> int:
     """Train as one rank, started by our launcher, torchrun or srun; returns the exit code.
 
-    `words`: the command line, for a rank without our launcher. Returns 0 also if preempted: another code would make torchrun or
-    srun end the other ranks.
+    `words`: the settings on the command line, for a rank without our launcher. Returns 0 also if preempted: another code would
+    make torchrun or srun end the other ranks. Returns 70 after an error that our launcher shows.
     """
     hold()
     from launch.config.process_role import export_torchrun_variables
@@ -294,9 +300,10 @@ class RankRun:
 
 
 def _run_of_rank(words: list[str], rank: int) -> RankRun:
-    """The run that this rank trains: as our launcher has frozen it, else composed from the words, as under torchrun.
+    """The run that this rank trains.
 
-    Rank 0 of a composed run freezes it. Errors: ConfigError, StorageError.
+    Our launcher has frozen it (`SHARDTUNE_CONFIG` names the file); else, as under torchrun, it is composed from the settings on
+    the command line (`words`), and rank 0 freezes it into its directory. Errors: ConfigError, StorageError.
     """
     with importing("torch"):
         from launch.config.compose import compose, is_finished, load_frozen

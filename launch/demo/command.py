@@ -88,7 +88,7 @@ class DemoData:
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune demo` with the words typed after it; returns the exit code.
+    """Run `shardtune demo` with the arguments `argv`, which are passed on to `shardtune train`; returns the exit code.
 
     Errors: FetchError, StorageError, ShardtuneError if the model did not learn, and what training raises.
     """
@@ -97,6 +97,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         show_help(USAGE)
         return 0
+    # What is trained, and on what.
     started_at = time.monotonic()
     model = embedded_model()
     data = prepare_demo(embedded_file(SOURCE), load_tokenizer(model), cache_directory() / "demo")
@@ -116,6 +117,7 @@ def main(argv: list[str]) -> int:
     exit_code = run_guarded("train", words)
     if exit_code:
         return exit_code
+    # What the model has learned: the metrics of the first and the last evaluation on held-out notes.
     held_out = evaluations(run_dir, "eval/loss")
     before = held_out[0]
     after = held_out[-1]
@@ -130,7 +132,7 @@ def main(argv: list[str]) -> int:
 
 
 def training_words(model: Path, data: DemoData, run_dir: Path) -> list[str]:
-    """The words after `shardtune train`: LoRA with two ranks on a CPU, or on as many GPUs as divide the batch."""
+    """The arguments of `shardtune train`: LoRA with two ranks on a CPU, or on as many GPUs as divide the batch."""
     global_batch = 8
     processes = num_processes()
     return [

@@ -119,13 +119,14 @@ class NothingLearned(ShardtuneError):
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune demo` with typed words that hold `objective=grpo`; returns the exit code.
+    """Run `shardtune demo objective=grpo`; returns the exit code. Other arguments in `argv` are passed on to `shardtune train`.
 
     Errors: FetchError, StorageError, NothingLearned if the reward did not rise enough, and what training raises.
     """
     if {"-h", "--help"} & set(argv):
         show_help(USAGE)
         return 0
+    # What is trained, and by which rewards.
     started_at = time.monotonic()
     model = embedded_model()
     files = write_files(cache_directory() / "demo" / "three-words")
@@ -146,6 +147,7 @@ def main(argv: list[str]) -> int:
     if exit_code:
         return exit_code
     print_answers(run_dir / "export")
+    # The mean reward of each evaluation, from the base model on.
     rewards = [metrics[METRIC] for metrics in evaluations(run_dir, METRIC)]
     print(closing_text(run_dir, time.monotonic() - started_at))
     cheatable = [*training_words(model, files, Path(f"{run_dir}-cheatable"), cheatable=True), *without_run_dir(argv)]

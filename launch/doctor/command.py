@@ -52,7 +52,12 @@ UNFIT = 69
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb, or be one rank of `--verify`; returns the exit code. Errors: ConfigError."""
+    """Run `shardtune doctor` with the arguments `argv`, or be one rank of `--verify`; returns the exit code. Errors: ConfigError.
+
+    - --verify: compare a small copy of the run on several ranks with one process;
+    - settings, such as launcher=slurm: check the nodes that they describe;
+    - neither: examine this machine.
+    """
     if "SHARDTUNE_CONFIG" in os.environ and is_worker(os.environ):
         from launch.doctor import verify_rank
 
@@ -80,7 +85,10 @@ def main(argv: list[str]) -> int:
 
 
 def preflight(words: list[str], as_json: bool) -> int:
-    """Check the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
+    """Check the nodes that the settings (`words`) describe, and print the result; returns the exit code.
+
+    Errors: ConfigError, StorageError.
+    """
     from launch.cluster.preflight.answer import as_dict, report_text
     from launch.cluster.preflight.coordinator import run_preflight
     from launch.cluster.preflight.targets import preflight_targets

@@ -126,7 +126,7 @@ def _unmet(name: str, versions: Any) -> str | None:
 
 
 def _torch(machine: Machine) -> None:
-    """Note cores, memory and GPUs, as torch and the driver see them."""
+    """Add cores, memory and GPUs to the machine's facts, and problems with torch to its problems."""
     driver = _driver()
     try:
         import torch
@@ -138,6 +138,7 @@ def _torch(machine: Machine) -> None:
         return
     import psutil
 
+    # Memory: of the host, or less if a container limits it.
     memory = psutil.virtual_memory()
     limit = cgroup_memory()
     machine.facts["cores"] = usable_cores()
@@ -150,6 +151,7 @@ def _torch(machine: Machine) -> None:
         _gpus(machine)
         machine.facts["precision"] = machine.facts["gpus"][0]["precision"]
         return
+    # No GPU for torch, although the driver has one.
     if driver is not None:
         reason = "is built without CUDA: install a CUDA build of torch"
         if torch.version.cuda:
@@ -161,7 +163,7 @@ def _torch(machine: Machine) -> None:
 
 
 def _gpus(machine: Machine) -> None:
-    """Note each GPU that torch sees, and whether somebody uses it."""
+    """Add each GPU that torch sees to the machine's facts, and a note if other processes use its memory."""
     import torch
 
     from strategies.hardware import best_precision, gpu_of
@@ -189,7 +191,10 @@ def _driver() -> str | None:
 
 
 def _places(machine: Machine, env: Mapping[str, str]) -> None:
-    """Note the directories that runs write to, with their free space."""
+    """Add the directories that runs use to the machine's facts, with their free space, and problems or notes if it is little.
+
+    facts["places"]: {"cache": {"path": "/home/me/.cache/shardtune", "free_gib": 120.0, "exists": True}, ...}.
+    """
     from strategies.cache_dir import cache_directory
 
     hub = env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
@@ -201,6 +206,7 @@ def _places(machine: Machine, env: Mapping[str, str]) -> None:
     }
     machine.facts["places"] = {}
     for name, path in places.items():
+        # Of a directory that is not there yet, the nearest parent tells the disk.
         existing = next(directory for directory in (path, *path.parents) if directory.exists())
         try:
             free_gib = shutil.disk_usage(existing).free / GIB
@@ -217,7 +223,7 @@ def _places(machine: Machine, env: Mapping[str, str]) -> None:
 
 
 def _slurm(machine: Machine) -> None:
-    """Note whether SLURM is here and answers."""
+    """Add to the machine's facts whether SLURM is here, and a note if it does not answer."""
     from launch.runs.queue import read_queue
 
     machine.facts["slurm"] = shutil.which("sbatch") is not None

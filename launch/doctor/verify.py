@@ -159,11 +159,16 @@ def fit_to_devices(config: RunConfig, ranks: int) -> list[str]:
 
 
 def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: int | None) -> dict[str, Any] | None:
-    """Start the ranks on what lies in `directory`; the verdict as JSON values, None after Ctrl-C. Raises VerificationFailed."""
+    """Start the ranks that compare the copy of the run in `directory`; returns rank 0's report as JSON values, None after Ctrl-C.
+
+    `config`: the run's. `small`: its small copy. Writes configuration and request into `directory`, where the ranks read them.
+    Errors: VerificationFailed if a rank failed before there was a report.
+    """
     from launch.cluster.torchrun import RankProgram, RedirectedOutput, start
     from launch.config.frozen import identity, to_yaml
     from trainer.reporting.status import read_failure
 
+    # What the ranks read.
     sha256 = identity(config)
     (directory / CONFIG).write_text(f"# sha256: {sha256}\n{to_yaml(config)}", encoding="utf-8")
     request = {"user_ranks": user_ranks, "timeout_s": small.config.run.timeout_s}
@@ -175,6 +180,7 @@ def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: i
     code, _ = start(small.config, directory, sha256[:8], output, program=program)
     if code == 130:
         return None
+    # The report, else why there is none.
     if (directory / REPORT).exists():
         verdict: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
         return verdict
@@ -205,7 +211,7 @@ class _Progress:
 
 
 def what_is_compared(config: RunConfig, small: SmallRun) -> dict[str, Any]:
-    """The run as it is compared, as JSON values."""
+    """The settings under which the run is compared, as JSON values for the report."""
     return {
         "ranks": small.ranks,
         "device": str(config.run.device),
@@ -222,7 +228,10 @@ def what_is_compared(config: RunConfig, small: SmallRun) -> dict[str, Any]:
 
 
 def text(report: dict[str, Any]) -> list[str]:
-    """The answer for a person, as lines."""
+    """The report for people, as lines.
+
+    Read here: kernels ({"name of a pass": kernels}), notes and problems (lists of messages), agrees (a bool).
+    """
     lines = [*_summary(report), "", *_differences(report), "", "kernels of each pass:"]
     passes = report["kernels"]
     if len(set(passes.values())) == 1:
@@ -238,7 +247,11 @@ def text(report: dict[str, Any]) -> list[str]:
 
 
 def _summary(report: dict[str, Any]) -> list[str]:
-    """What is compared, on which copy."""
+    """Lines on what is compared, and on which copy of the model.
+
+    report["model"]: {"model_type": "llama", "elements": 100000, "kept": {"heads": 4}, "changed": {"layers": {"model": 32, "copy":
+    2}}}. report["compared"]: as by `what_is_compared`.
+    """
     model = report["model"]
     compared = report["compared"]
     kept = ", ".join(f"{name} {number}" for name, number in model["kept"].items())

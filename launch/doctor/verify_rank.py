@@ -14,7 +14,10 @@ line for each part of the work that has begun."""
 
 
 def main() -> int:
-    """Be one rank; returns its exit code. An error is left in `failure.json`, for the process that started the ranks."""
+    """Be one rank of `doctor --verify`; returns its exit code. Rank 0 writes the report.
+
+    An error is recorded in `failure.json`, for the process that started the ranks, and raised.
+    """
     release()
     from launch.config.compose import load_frozen
     from strategies import runtime as processes
@@ -25,6 +28,7 @@ def main() -> int:
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    # What to compare, as the process that started the ranks wrote it.
     frozen = Path(os.environ["SHARDTUNE_CONFIG"])
     directory = frozen.parent
     request = json.loads((directory / REQUEST).read_text(encoding="utf-8"))

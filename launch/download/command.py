@@ -68,14 +68,16 @@ def main(argv: list[str]) -> int:
 
 
 def _download(words: list[str], target: Path, *, dry_run: bool, as_json: bool) -> int:
-    """Fetch the models and data sets that a run with these words takes, and write the settings file `target`.
+    """Fetch the models and data sets that a run with the settings `words` needs from the hub ("pieces"); returns the exit code.
 
-    With `dry_run`, only print what would be fetched. Returns the exit code.
+    Then the settings file `target` is written, in which they are pinned to their commits, and beside it a manifest of the files.
+    With `dry_run`, only print what would be fetched.
     """
     from launch.config.compose import compose
     from launch.download.pieces import check_free_space, fetch_piece, hub_pieces, resolve
 
     config = compose(words, check=False).config
+    # What is to be fetched.
     pieces = [resolve(piece) for piece in hub_pieces(config)]
     missing_bytes = sum(piece.missing_bytes for piece in pieces)
     if dry_run:
@@ -85,7 +87,7 @@ def _download(words: list[str], target: Path, *, dry_run: bool, as_json: bool) -
         else:
             print("\n".join([*map(_plan_line, pieces), f"to fetch: {_size_text(missing_bytes)}"]))
         return 0
-    # Before the first byte: a disk that fills up after an hour would leave half a model.
+    # Fetch it. A disk that fills up after an hour would leave half a model, so the space is checked first.
     check_free_space(missing_bytes)
     fetched_pieces = []
     for piece in pieces:
@@ -152,7 +154,8 @@ def _write_pinned_files(target: Path, fetched_pieces: list[FetchedPiece]) -> tup
 def _verify(words: list[str], as_json: bool) -> int:
     """Read all fetched files again, and compare them with their manifest; returns the exit code. Errors: ConfigError.
 
-    `words` must be the path of one settings file that download wrote.
+    `words` must be the path of one settings file that download wrote. Its manifest, beside it with the suffix .json, is
+    {"pieces": [{"key": ..., "directory": ..., "files": [{"path": ..., "bytes": ..., "sha256": ...}]}]}.
     """
     from launch.download.pieces import file_damage
 

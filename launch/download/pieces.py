@@ -66,13 +66,14 @@ class FetchedPiece:
 
 
 def hub_pieces(config: RunConfig) -> list[HubPiece]:
-    """The models and data sets that the configuration names by hub ids.
+    """The models and data sets that the configuration names by hub ids, not yet resolved to commits.
 
     Errors: ConfigError if there are none, or if one cannot be pinned to a commit.
     """
     from trainer.data.read.paths import is_hub
 
     pieces = [*_models(config), *_training_data(config)]
+    # What cannot be pinned: evaluation and test data, and two repositories under one revision.
     problems = []
     for split in ("eval_path", "test_path"):
         paths = getattr(config.data, split)
@@ -139,9 +140,9 @@ def _source_name(dataset: str) -> str:
 
 
 def resolve(piece: HubPiece) -> HubPiece:
-    """The piece with the commit that its revision points to now and, for a model, the bytes that the cache lacks.
+    """Ask the hub for the commit to which a piece's revision points now and a model's size; returns the piece with them.
 
-    Asks the hub. Errors: ConfigError.
+    The size is that of all files, and of those that the cache lacks. Errors: ConfigError if the hub does not give the piece.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -188,7 +189,10 @@ def check_free_space(missing_bytes: int) -> None:
 
 
 def fetch_piece(piece: HubPiece) -> FetchedPiece:
-    """Fetch a resolved piece into the hub's cache; returns its files there, with their hashes. Errors: ConfigError, DataError."""
+    """Fetch a model or data set at its commit into the hub's cache; returns its files there, with their hashes.
+
+    Errors: ConfigError, DataError.
+    """
     from huggingface_hub import snapshot_download
 
     from trainer.model.loading import HUB_PATTERNS

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> list[Path]:
-    """The complete checkpoints that `average=last:<n>` or `average=[<step>,<step>]` names, oldest first. Errors: ConfigError."""
+    """The checkpoints that `average` names, oldest first, each checked to be complete.
+
+    "last:3" -> the newest three; "[100,200]" -> those of steps 100 and 200. `config`: the run's. Errors: ConfigError.
+    """
     from trainer.optim.config import OptimName
 
     if config.optim.name is OptimName.schedule_free:
@@ -24,7 +27,8 @@ def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> li
         "checkpoint.every_steps"
     )
     keyword, _, count = average.partition(":")
-    if keyword == "last" and count.isdigit() and int(count) > 1:
+    names_newest = keyword == "last" and count.isdigit() and int(count) > 1
+    if names_newest:
         number = int(count)
         steps = sorted(checkpoints)[-number:]
         if len(steps) < number:

@@ -47,14 +47,14 @@ class CombineWords(VerbWords):
 
 
 def asks_to_combine(argv: list[str]) -> bool:
-    """Whether these words of `export` combine adapters."""
+    """Whether these command-line arguments of `export` combine adapters."""
     return any(argument.startswith("adapters=") for argument in argv)
 
 
 def run(argv: list[str]) -> dict[str, Any]:
     """Combine LoRA adapters as the command line says, and write the model; returns the answer for `--json`.
 
-    Errors: ConfigError with every word that cannot be used, DriftError if the written model computes other logits.
+    Errors: ConfigError with every argument that cannot be used, DriftError if the written model computes other logits.
     """
     words, problems = read_words("export adapters=", CombineWords, argv)
     if words.typed.get("adapters") and not words.adapters:

@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
 
 
 def export_words(argv: list[str]) -> tuple[ExportWords, dict[str, Any]]:
-    """Read the command line of `shardtune export`; returns (its words, the gates among them). Errors: ConfigError."""
+    """Read the command line of `shardtune export`; returns (its arguments, the gates among them by name). Errors: ConfigError."""
     words, problems = read_words("export", ExportWords, argv)
     gates, unusable_gates = read_gates(words.gates)
     problems += unusable_gates
@@ -212,7 +212,10 @@ def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
 
 
 def _is_used_by_export(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:
-    """Whether an export with these words uses a value of the run that reaches out of it. Passed as `RunReader.uses`."""
+    """Whether an export uses a value of the run that reaches out of it: a path, an address or a tracker (for `RunReader.uses`).
+
+    `value.settings`: the keys that have this value.
+    """
     from launch.config.read_run import uses_model_alone
 
     if "export.answers" in value.settings:
@@ -231,10 +234,11 @@ def _exporting_line(request: ExportRequest) -> str:
 
 
 def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest) -> JudgedGates | None:
-    """Judge the checkpoint by the gates of the run and those on the command line; None if there are no gates.
+    """Judge the checkpoint by the gates of the run and those on the command line (`typed`); None if there are no gates.
 
-    A gate is a bound on a metric, such as `eval/loss<2`. Errors: ConfigError for a typed gate that contradicts the run's,
-    GateRefused if one fails and no override gives a reason.
+    A gate is a bound on a metric, such as `eval/loss<2`. `gates.override=<why>` lets a checkpoint pass although one fails.
+    Errors: ConfigError for a typed gate that contradicts the run's. GateRefused, unless there is an override, if a gate fails, or
+    nothing was measured: of a mean of checkpoints, or on another base model.
     """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.export.gates.bounds import OVERRIDE
@@ -253,6 +257,7 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
     gates = {**config.gates, **typed}
     if not gates.keys() - {OVERRIDE}:
         return None
+    # Weights of which no metric was measured.
     if request.averaged and OVERRIDE not in gates:
         names = ", ".join(path.name for path in request.averaged)
         raise GateRefused(
@@ -264,6 +269,7 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
             f"gates: nothing was measured of {request.checkpoint.name} on another base; leave accept out, or say with "
             f"gates.{OVERRIDE}=<why> why it may pass"
         )
+    # A checkpoint of the run: by the metrics at its step.
     fallback_dir = config.checkpoint.fallback_dir
     checkpoints = checkpoints_in(checkpoint_dirs_of(request.run_dir, fallback_dir))
     step = next(step for step, path in checkpoints if path == request.checkpoint)
@@ -412,8 +418,8 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
 def export(config: RunConfig, request: ExportRequest, num_processes: int) -> PreparedData | None:
     """Write the model directory of an export; returns the run's data, or None if nothing needs it.
 
-    The checkpoints are kept from pruning until it is written. Errors: those of building the model, reading the checkpoint and
-    writing.
+    The checkpoints are kept from pruning until it is written. If the run deleted the checkpoint meanwhile, `request.checkpoint`
+    becomes another (`next_checkpoint`). Errors: those of building the model, reading the checkpoint and writing.
     """
     from strategies.state import read_header
     from trainer.checkpoints.in_use import kept_from_pruning
@@ -436,7 +442,7 @@ def export(config: RunConfig, request: ExportRequest, num_processes: int) -> Pre
             rows_needed=None if request.rows_needed is None else asdict(request.rows_needed),
             accept_data=request.accept_data,
         )
-        # What is made of the rows later (`bits=`) is made in this process.
+        # Rows are needed for `bits=`, which is made of them in this process afterwards.
         if num_processes == 1 or request.rows_needed is not None:
             return writing.write_in_place(config, job)
         writing.write_in_processes(config, job, num_processes)

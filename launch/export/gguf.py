@@ -165,8 +165,8 @@ def rows_needed(request: QuantisedRequest) -> RowsNeeded:
 def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedData) -> Path:
     """Write a quantised copy of an export, and print how much the quantisation raises the loss; returns its folder.
 
-    The loss is that of held-out documents, or of training documents if there are none. Calibration uses the first documents of
-    training. Errors: ConfigError for an adapter.
+    The loss is that of held-out documents, or of training documents if there are none. A method that another Python computes
+    (`request.python`) is calibrated on the first documents of training. Errors: ConfigError for an adapter.
     """
     from launch.serve.exported import find_export
     from trainer.export.llm_compressor import Compressor
@@ -175,9 +175,11 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
     kind = request.kind
     if find_export(str(directory)).base is not None:
         raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be folded into its base")
+    # What the loss is measured on.
     measured_split = data.train if data.evaluation is None else data.evaluation
     number_of_samples = min(len(measured_split), MAX_DOCUMENTS)
     samples = [measured_split.sample(index) for index in range(number_of_samples)]
+    # What the method is calibrated on: token ids of training documents.
     compressor = None
     if request.python is not None:
         calibration_rows = []

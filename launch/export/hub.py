@@ -35,7 +35,7 @@ class HubTarget:
 
 
 def hub_target(words: ExportWords) -> HubTarget | None:
-    """The repository that `to=hub:` names, looked up at the hub unless it is a dry run; None if `to` is a directory.
+    """The repository that `to=hub:<owner>/<name>` names; None if `to` is a directory. Asks the hub, unless offline or a dry run.
 
     Errors: ConfigError for a bad name, or a repository that could not be pushed to.
     """
@@ -122,9 +122,9 @@ def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
 
 
 def push(target: HubTarget) -> str | None:
-    """List the files of an export's folder, and push them to the hub unless it is a dry run; returns the commit's address.
+    """Print the files of an export's folder, and push them to the hub unless it is a dry run.
 
-    None for a dry run. Errors: ShardtuneError if the push fails.
+    Returns the address of the commit; None for a dry run. Errors: ShardtuneError if the push fails.
     """
     files = sorted(path for path in target.folder.rglob("*") if path.is_file())
     size_by_name = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}

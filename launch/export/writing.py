@@ -103,7 +103,10 @@ def is_writer(environment: Mapping[str, str]) -> bool:
 
 
 def run_as_rank() -> int:
-    """Be one of the processes that write an export; returns its exit code. The launcher shows the first failure."""
+    """Be one of the processes that write an export; returns its exit code: 0, also when asked to stop, or 70 after an error.
+
+    An error is recorded in the job's directory, where the launcher finds the first failure and shows it.
+    """
     from launch.cluster.torchrun import die_with_parent
     from launch.config.compose import load_frozen
     from strategies import runtime as processes
@@ -114,6 +117,7 @@ def run_as_rank() -> int:
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    # Configuration and job, as the launcher wrote them.
     frozen = Path(os.environ["SHARDTUNE_CONFIG"])
     job_dir = frozen.parent
     config = load_frozen(frozen)

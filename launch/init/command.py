@@ -66,7 +66,10 @@ class InitResult:
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune init` with the words typed after it; returns the exit code. Errors: ConfigError, StorageError."""
+    """Run `shardtune init` with the arguments `argv`: write a settings file, and print what is in it; returns the exit code.
+
+    The file comes from another trainer's file, or from settings on the command line alone. Errors: ConfigError, StorageError.
+    """
     if asks_for_help(argv):
         show_help(USAGE)
         return 0

@@ -58,9 +58,10 @@ class FileContent:
 
 
 def settings_file_text(head: list[str], parsed: ParsedWords, origin: Mapping[str, str], tail: list[str]) -> str:
-    """The whole settings file for words that compose: a block for each group of settings.
+    """The text of a settings file (YAML): a block for each group of settings, with comments that explain them.
 
-    `origin` is what a setting was in another trainer's file, by our key. `head` and `tail` are lines of comments.
+    `parsed`: the settings, which must compose. `origin` is what a setting was in another trainer's file, by our key. `head` and
+    `tail` are lines of comments.
     """
     content = FileContent(parsed.choices, defaults_of(parsed.choices), origin)
     set_values = nested_values(parsed)
@@ -69,7 +70,7 @@ def settings_file_text(head: list[str], parsed: ParsedWords, origin: Mapping[str
     plain_choices = {group: choice for group, choice in parsed.choices.items() if group not in CHOSEN_BY_NAME}
     if plain_choices:
         lines += ["defaults:", *(f"  - {group}: {choice}" for group, choice in plain_choices.items()), ""]
-    sentences = docstrings(RunConfig)
+    sentences = docstrings(RunConfig)  # the explanation of each group, by its name
     for name, annotation in get_type_hints(RunConfig).items():
         if name == "substitutions":  # what a run resolved itself: no setting
             continue
@@ -134,11 +135,13 @@ def _without_enums(value: Any) -> Any:
 def _group_lines(name: str, annotation: type, set_values: dict[str, Any], content: FileContent) -> list[str]:
     """The lines of one group of settings, such as `optim`; empty if nothing in it is set or shown.
 
-    `annotation` is the group's class, `set_values` are its values that are set.
+    `annotation` is the group's class, `set_values` are its values that are set. For example:
+    ["# <docstring of the class>", "budget:", "  # <docstring of the setting>", "  steps: 100"]
     """
     group_defaults = getattr(content.defaults, name)
     settings_class = annotation
     lines: list[str] = []
+    # A group of which one choice is made, such as `optim=adamw`: that is its `name`, and decides about the class.
     if name in CHOSEN_BY_NAME:
         typed_choice = content.choices.get(name)
         choice = typed_choice or str(yaml_value(group_defaults.name))
@@ -153,6 +156,7 @@ def _group_lines(name: str, annotation: type, set_values: dict[str, Any], conten
     lines += _block_lines(name, settings_class, group_defaults, set_values, content, depth=1)
     if not lines:
         return []
+    # Above the group: the first paragraph of the class's docstring.
     about = []
     if settings_class.__doc__:
         first_paragraph = settings_class.__doc__.strip().split("\n\n")[0]
@@ -168,7 +172,7 @@ def _block_lines(
     """The lines of the settings of a class that are set or shown; an inner class is there if something in it is set.
 
     `prefix` is the dotted key of the block, `defaults` its object with defaults, `set_values` what is set in it, `depth` its
-    level: 1 for a group.
+    level: 1 for a group. An empty line stands before each setting, the first one too.
     """
     lines: list[str] = []
     sentences = all_docstrings(settings_class)
@@ -178,6 +182,7 @@ def _block_lines(
         name = setting.name.removesuffix("_")  # a field whose name is a Python keyword ends with _
         key = f"{prefix}.{name}"
         is_choice = depth == 1 and name == "name" and prefix in CHOSEN_BY_NAME
+        # Left out: the group's `name`, which `_group_lines` writes, and what is neither set nor always shown.
         if is_choice or (name not in set_values and key not in SHOWN):
             continue
         default = getattr(defaults, setting.name)

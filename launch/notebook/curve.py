@@ -60,11 +60,16 @@ class Picture:
 
 
 def picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Picture | None:
-    """The picture of these curves; None if none of them has two points to draw a line through."""
+    """The picture of these curves; None if none of them has two points to draw a line through.
+
+    Left out are points that are not finite, and curves with a single point unless they are drawn as dots. The y axis is
+    logarithmic if all values are positive and far apart (`LOGARITHMIC_FROM`).
+    """
     finite = [(curve, _finite(curve.points)) for curve in curves]
     drawable = [(curve, points) for curve, points in finite if len(points) > 1 or (points and curve.style == "dots")]
     if not any(len(points) > 1 for _, points in drawable):
         return None
+    # The axes span the points of all curves.
     all_points: list[tuple[float, float]] = []
     for _, points in drawable:
         all_points += points
@@ -73,6 +78,7 @@ def picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Pictu
     x_axis = _Axis.over([x for x, _ in all_points], LEFT, WIDTH - RIGHT)
     y_axis = _Axis.over(y_values, HEIGHT - BOTTOM, TOP, is_logarithmic=is_logarithmic)
 
+    # The curves, with points as positions in the picture. `number` counts colours.
     drawn = []
     number = 0
     for curve, points in drawable:
@@ -93,7 +99,10 @@ def picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Pictu
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Running mean over a fiftieth of the points before each, so that a trend shows through the noise of batches."""
+    """Running mean of each point and those before it, over a fiftieth of all, so that a trend shows through the noise of batches.
+
+    Points are (x, y). Those that are not finite are left out.
+    """
     window = max(1, len(points) // 50)
     means = []
     total = 0.0
@@ -111,7 +120,7 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about `MOST_POINTS` points: of each stretch the lowest and the highest, so that a spike stays."""
+    """At most about `MOST_POINTS` of the points (x, y): of each stretch the lowest and the highest, so that a spike stays."""
     if len(points) <= MOST_POINTS:
         return points
     stretch = math.ceil(2 * len(points) / MOST_POINTS)

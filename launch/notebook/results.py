@@ -71,11 +71,12 @@ class ComparisonResult:
         return as_text(self.comparison)
 
     def _repr_html_(self) -> str:
-        """The answer, what to take when, a table of the runs, and their losses."""
+        """The comparison as HTML for a notebook: the answer, what to take when, a table of the runs, and their losses."""
         from launch.compare.comparison_page import answer_of, point_callouts, recommendation_cards
 
         conclusion = self.comparison.conclusion
         tone, heading, text = answer_of(conclusion)
+        # The training loss of each run that has begun, of its first repeat.
         curves = []
         for run in self.comparison.begun_points[:MOST_CURVES]:
             losses = [(step, row["loss"]) for step, row in run.first_repeat.steps.items() if row["loss"] is not None]
@@ -200,7 +201,7 @@ class EvaluationResult:
         return report_text(self.report) if self.report else f"{self.directory}: not evaluated yet"
 
     def _repr_html_(self) -> str:
-        """The verdict and the cards of its page, and all metrics in one table."""
+        """The evaluation as HTML for a notebook: the verdict and the cards of its page, and all metrics in one table."""
         from trainer.evaluation.report.page import report_callouts, report_cards, report_verdict
 
         report = self.report

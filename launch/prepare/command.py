@@ -53,11 +53,11 @@ datacard.md. quarantine.jsonl lists the rows that cannot be used, and dropped.js
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune prepare` with the words typed after it; returns the exit code.
+    """Run `shardtune prepare` with the arguments `argv`: prepare a run's data, a shard of it, or print it; returns the exit code.
 
     Errors: ConfigError, DataError, StorageError.
     """
-    if "--print" in argv:  # has words of its own, which read_words would refuse
+    if "--print" in argv:  # has arguments of its own, which read_words would refuse
         from launch.prepare import print_documents
 
         other_words = [word for word in argv if word != "--print"]
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 
 def prepared_data(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
-    """(audit report, directory, whether it was in the cache) of the data that a run with these words takes.
+    """(audit report, directory, whether it was in the cache) of the data that a run with the settings `words` reads.
 
     The data is prepared if it is not in the cache.
     """

@@ -73,18 +73,22 @@ def print_words(argv: list[str]) -> PrintWords:
 
 
 def named_directory(words: list[str]) -> Path | None:
-    """The directory if `words` are one; None if they are the words of a run. Errors: ConfigError for a mixture."""
+    """The directory if `words` is the path of one; None if they are settings of a run. Errors: ConfigError for a mixture.
+
+    ["runs/first"] -> Path("runs/first"); ["data.path=a.jsonl", "settings.yaml"] -> None.
+    """
     bare_words = []
     for argument in words:
         is_setting = "=" in argument and not Path(argument).is_dir()  # a directory may have an equals sign in its name
-        if not is_setting and not argument.endswith(".yaml"):  # a settings file is a word of a run
+        if not is_setting and not argument.endswith(".yaml"):  # a settings file belongs to a run
             bare_words.append(argument)
-    if len(bare_words) == len(words) == 1 and not bare_words[0].startswith("-"):
+    is_one_path = len(bare_words) == len(words) == 1 and not bare_words[0].startswith("-")
+    if is_one_path:
         return Path(bare_words[0]).expanduser()
     if not bare_words:
         return None
     known_keys = [spec.key for spec in specs(PrintWords).values() if spec.kind == "word"]
-    # If the first word is the directory, the others are wrong beside it.
+    # A mixture. If the first argument is the directory, the others are wrong beside it.
     wrong_words = words[1:] if words[0] in bare_words else words
     problems = []
     for argument in wrong_words:
@@ -95,9 +99,9 @@ def named_directory(words: list[str]) -> Path | None:
 
 
 def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
-    """Run `shardtune prepare --print` with the other words; returns the exit code. Errors: ConfigError, DataError.
+    """Run `shardtune prepare --print` with the other arguments; returns the exit code. Errors: ConfigError, DataError.
 
-    `prepare` prepares the data of a run from its words, and returns its directory.
+    `prepare` prepares the data of a run from its settings, and returns the directory of the data.
     """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
@@ -110,7 +114,7 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
 
 
 def print_prepared(directory: Path, words: PrintWords) -> int:
-    """Print splits, lengths and decoded sequences of prepared data, as the words ask; returns the exit code.
+    """Print splits, lengths and decoded sequences of prepared data, as the command line says (`words`); returns the exit code.
 
     `directory` is that of the data or of a run. Nothing is printed before all of it is known to be possible.
     """
@@ -120,6 +124,7 @@ def print_prepared(directory: Path, words: PrintWords) -> int:
     from trainer.data.report import inspection
     from trainer.data.report.inspection import load_tokenizer, locate
 
+    # Which split, and which of its sequences (`match_count`: how many hold the text of find=; None without it).
     if (directory / RUN_RECORD).is_file():
         directory = data_directory_of(directory)
     prepared = locate(directory)
@@ -127,7 +132,7 @@ def print_prepared(directory: Path, words: PrintWords) -> int:
     rows, match_count = _rows_to_show(prepared, split, words)
     tokenizer = load_tokenizer(prepared, words.tokenizer) if rows else None
 
-    # In a pipe, rich would take 80 columns whatever COLUMNS says.
+    # Print. In a pipe, rich would take 80 columns whatever COLUMNS says.
     columns = None if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
     console = Console(markup=False, emoji=False, highlight=False, width=columns)
     console.print(Text(str(prepared.directory)), soft_wrap=True)
