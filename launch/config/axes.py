@@ -278,9 +278,10 @@ def _matches(condition: list[tuple[str, str]], values: dict[str, str]) -> bool:
 
 
 def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> list[tuple[str, str]]:
-    """The (key, value) pairs of one condition, such as `tuning=lora+optim.lr=2e-4`.
+    """The (key, value) pairs of a condition: `tuning=lora+optim.lr=2e-4` gives [("tuning", "lora"), ("optim.lr", "2e-4")].
 
-    `name`: the setting that holds the condition, for messages. A word that fits no axis is appended to `problems`.
+    `name`: the setting that holds the condition, for messages. A word that is no swept setting (axis) with one of its values is
+    left out, and a message is appended to `problems`.
     """
     pairs = []
     for word in BETWEEN_WORDS.split(text.strip().strip("'\"")):

@@ -57,7 +57,7 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
     Errors: ConfigError with every problem found.
     """
     use_reward_copies(argv)
-    # Every stage adds to the problems instead of raising: the user sees all of them at once.
+    # Every phase adds to the problems instead of raising: the user sees all of them at once.
     parsed = overrides.parse(argv)
     tree, problems = _compose_choices(parsed.choices)
     problems = parsed.problems + problems

@@ -111,7 +111,10 @@ def _words_text(words: Mapping[str, str]) -> str:
 
 
 def explain_unknown_choice(group: str, choice: str, word: str) -> str:
-    """The message about a word `group=choice` whose group has no such choice, with what was probably meant."""
+    """The message about `group=choice` (`word`, as typed) whose group has no such choice, with what was probably meant.
+
+    That is another trainer's name of a choice, a model that is no published shape, DeepSpeed's stage, or a similar choice.
+    """
     if group in CHOICES:
         words = CHOICES[group](choice, ForeignSettings({})).words
         if words:  # another trainer's name for one of our choices
@@ -312,10 +315,10 @@ def explain_unknown_key(key: str, word: str, settings_by_key: SettingsByKey) -> 
 
 
 def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
-    """The full keys of settings that a mistyped key may mean, the likeliest first.
+    """The full keys of settings that a mistyped key may mean, the likeliest first; empty if nothing is similar.
 
-    Those that are nearly the same, or have the same last part (`learning.lr` for `optim.lr`); if there are none, more distant
-    ones.
+    The first of these that finds any: keys that are nearly the same or have the same last part (`optim.lr` for `learning.lr`),
+    a more distant key, keys with a similar last part.
     """
     last_part = key.split(".")[-1]
     nearly_same = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.75)
@@ -336,7 +339,7 @@ def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
 def _similar_group(key: str, value: str, settings_by_key: SettingsByKey) -> str | None:
     """`did you mean <group>=<choice>?` if a key without dots looks like a group, or its value is a choice of just one group.
 
-    None if neither is so.
+    `tunning=lora` and `method=lora` give `tuning=lora`. None if neither is so.
     """
     if "." in key:
         return None

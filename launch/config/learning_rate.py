@@ -32,7 +32,8 @@ def rate_problems(config: RunConfig) -> list[str]:
 def keep_rate(config: RunConfig, before: RunConfig) -> None:
     """Give `config` the rate with which the run of `before` began, if neither of them has a rate that was set by hand.
 
-    The table of usual rates may have changed since, and a run must not change its rate when it is resumed.
+    The table of usual rates may have changed since, and a run must not change its rate when it is resumed. Nothing is changed if
+    optimizer, tuning method or objective differ.
     """
     is_typed = config.optim.lr is not None and LR not in config.substitutions
     names = [(run.optim.name, run.tuning.method, run.objective.name) for run in (config, before)]

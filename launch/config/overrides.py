@@ -137,7 +137,10 @@ def field_key(settings_by_key: dict[str, Setting], key: str) -> str:
 
 
 def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
-    """The setting behind a key as typed, also of an entry in a table (`data.sources.chat.path`); None if there is none."""
+    """The setting behind a key as typed, also of an entry in a table (`data.sources.chat.path`); None if there is none.
+
+    Tried are the key itself, then the key with `*` for one of its parts; of either, the table that it would be an entry of.
+    """
     key = field_key(settings_by_key, key)
     parts = key.split(".")
     # `data.sources.chat.path` is known as `data.sources.*.path`: any part but the first may be a name of the user's.
@@ -157,7 +160,10 @@ def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | Non
 
 
 def parse(words: list[str]) -> ParsedWords:
-    """Sort command-line words into choices of groups and values of settings. What cannot be read becomes a problem."""
+    """Sort command-line words into choices of groups and values of settings. What cannot be read becomes a problem.
+
+    `tuning=lora optim.lr=1e-4 my.yaml` gives the choice `lora`, the value of `optim.lr`, and before it those of the file.
+    """
     parsed = ParsedWords()
     settings_by_key = settings()
     words, parsed.problems = hints.take_split_settings(words, settings_by_key)

@@ -94,9 +94,9 @@ def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
 
 
 def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """Torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR ...) for a task that srun started, from SLURM's own.
+    """Torchrun's variables for a task that srun started, from SLURM's own: {"RANK": "3", "WORLD_SIZE": "8", ...}.
 
-    Variables that are set already are left out.
+    Variables that are set already are left out; if RANK is one of them, all are.
     """
     if "RANK" in env:
         return {}
@@ -127,7 +127,7 @@ def master_port(env: Mapping[str, str]) -> int:
 
 
 def tasks_on_node(counts: str, node: int) -> str:
-    """The number of tasks on the node with this index, from SLURM's shorthand such as `4(x3),2`."""
+    """The number of tasks on the node with this index, from SLURM's shorthand: `4(x3),2` is 4, 4, 4 and 2."""
     count_by_node: list[str] = []
     for part in counts.split(","):
         count, _, repeat = part.partition("(x")

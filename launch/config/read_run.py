@@ -77,7 +77,10 @@ def is_allowing_word(word: str) -> bool:
 
 
 def split_allowing_words(words: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
-    """Split a verb's words in two: those that allow a value of its run, without their `prefix`, and all others."""
+    """Split a verb's words in two: those that allow a value of its run, without their `prefix`, and all others.
+
+    An allowing word sets something that reaches out of the run, such as `model.trust_remote_code=true`; see `is_allowing_word`.
+    """
     allowing: list[str] = []
     other_words: list[str] = []
     for word in words:

@@ -37,11 +37,13 @@ GENERATED = ("eval/bleu", "eval/rougeL")
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the evaluation that is asked for, one line each; reads no rows."""
+    """Error messages about `evaluation` and what depends on it, one line each; reads no rows."""
     evaluation = config.evaluation
     has_data = config.data.eval_path is not None or config.data.eval_share > 0
     has_general = config.challenges.forgetting.data is not None or bool(config.challenges.forgetting.chat)
     has_anything = has_data or has_general or bool(evaluation.tasks)
+
+    # Settings that need something to be evaluated, or a schedule.
     for key in ("every_steps", "patience"):
         evaluations = getattr(evaluation, key)
         if isinstance(evaluations, int) and evaluations > 0 and not has_anything:
@@ -61,6 +63,8 @@ def problems(config: RunConfig) -> Iterator[str]:
             f"evaluation.patience={evaluation.patience}: counts evaluations of {evaluation.watched}, which "
             "evaluation.every_steps=auto makes at the start and at the end alone; give evaluation.every_steps a number of steps"
         )
+
+    # The metric to watch.
     if evaluation.watched.startswith("test/"):
         yield (
             f"evaluation.watch={evaluation.watched}: the test documents are measured once, when training has ended, and nothing "
@@ -102,7 +106,10 @@ def is_held_out_loss(config: RunConfig) -> bool:
 
 
 def more_is_better(config: RunConfig) -> bool:
-    """Whether a larger value of the watched metric is better, as the task or the objective says whose metric it is."""
+    """Whether a larger value of `evaluation.watch` is better: of a loss it is not, of a reward it is.
+
+    In this order: what the task says that has the metric; rewards; losses; else what any objective says of its metrics.
+    """
     watch = config.evaluation.watched
     larger_by_task = registry.metric_directions(asked_tasks(config)).get(watch)
     if larger_by_task is not None:
@@ -116,7 +123,7 @@ def more_is_better(config: RunConfig) -> bool:
 
 
 def asked_tasks(config: RunConfig) -> dict[str, TaskConfig]:
-    """The tasks of each evaluation: those of the user, and those that forgetting is measured by."""
+    """The tasks of each evaluation by name: those of the user, and those that forgetting is measured by."""
     watched = config.challenges.forgetting
     tasks = dict(config.evaluation.tasks)
     if watched.data is not None and watched.action is not Reaction.off:
@@ -130,7 +137,10 @@ def asked_tasks(config: RunConfig) -> dict[str, TaskConfig]:
 
 
 def _asks_chat_questions(config: RunConfig) -> bool:
-    """Whether the questions that come with shardtune are asked, as `challenges.forgetting.chat` says."""
+    """Whether the questions that come with shardtune are asked, by `challenges.forgetting.chat`.
+
+    None, the default, asks them if forgetting is measured anyway, the model learns to chat, and no task has their names.
+    """
     watched = config.challenges.forgetting
     if watched.action is Reaction.off or watched.chat is False:
         return False

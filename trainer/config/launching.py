@@ -26,7 +26,7 @@ JOBS = re.compile(r"\d+(_\d+)?(:\d+(_\d+)?)*")
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the launcher's settings, one line each."""
+    """Error messages about the settings of `launcher`, one line each."""
     launcher = config.launcher
     for cause, times in launcher.retry.items():
         if cause not in RETRIES:
@@ -43,7 +43,7 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def _local(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
-    """What is wrong without SLURM: one host, hosts over ssh, or the same command on each of several hosts."""
+    """Error messages for launcher=local: one host, hosts over ssh, or the same command on each of several hosts."""
     if launcher.ssh and not launcher.hosts:
         yield f"launcher.ssh=[{','.join(launcher.ssh)}]: no host is reached over ssh; name them in launcher.hosts=[n1,n2]"
     if launcher.hosts:
@@ -83,9 +83,9 @@ def _over_ssh(launcher: LauncherConfig) -> Iterator[str]:
     if len({*launcher.hosts}) < len(launcher.hosts):
         yield f"{hosts_word}: a host is named twice; its number of ranks is launcher.processes"
     for key in ("address", "node_rank"):
-        of_one_host = getattr(launcher, key)
-        if of_one_host is not None:
-            yield f"launcher.{key}={of_one_host}: {hosts_word} says it of each host; leave it out"
+        value = getattr(launcher, key)
+        if value is not None:
+            yield f"launcher.{key}={value}: {hosts_word} says it of each host; leave it out"
 
 
 def _slurm(launcher: SlurmConfig) -> Iterator[str]:

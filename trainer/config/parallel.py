@@ -58,7 +58,7 @@ class BatchedRun(Protocol):
 def parallel_for_evaluation(
     training: ParallelConfig, strategy: StrategyConfig, ranks_of_replica: int
 ) -> ParallelConfig:
-    """What ranks share while a model is evaluated that was trained with `training`.
+    """The settings of `parallel` for the evaluation of a model that was trained with those of `training`.
 
     Each rank generates answers for prompts of its own, and only the held-out loss of long documents would need a shared row.
     Experts stay dealt over as many ranks as can be, since all of a layer may not fit one: whatever divides the degree of the

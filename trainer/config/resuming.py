@@ -65,10 +65,13 @@ def defaults_of(config: Any) -> dict[str, Any]:
 
 
 def _collect_defaults(value: Any, default: Any, key: str, defaults: dict[str, Any]) -> None:
-    """Add the defaults of `value`, which stands at `key`, and of everything below it. `default` is MISSING if it has none."""
+    """Add the default of `value`, which stands at `key`, to `defaults`, or the defaults of the settings inside of it.
+
+    `default`: of `value` itself, as the field that holds it declares; MISSING if it has none.
+    """
     if is_dataclass(value):
         for setting in fields(value):
-            # The default of the whole group counts before the defaults of its class.
+            # A group's own default, such as another rate in `optim`, counts before the defaults of its class.
             if type(default) is type(value):
                 own_default = getattr(default, setting.name)
             else:

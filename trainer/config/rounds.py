@@ -21,7 +21,10 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def answer_batch_problems(config: RunConfig) -> Iterator[str]:
-    """Whether `batch.global`, which counts answers, holds whole groups. Nothing else has to divide it."""
+    """An error message if `batch.global`, which counts answers here, is no multiple of `objective.group_size`.
+
+    With batch.global=30 and objective.group_size=8 it names batch.global=24 or 32, and sizes of groups that divide 30.
+    """
     settings = config.objective
     assert isinstance(settings, RoundsConfig)
     answers = config.batch["global"]
@@ -41,7 +44,7 @@ def answer_batch_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _budget(config: RunConfig, settings: RoundsConfig) -> Iterator[str]:
-    """Budgets that nobody can turn into steps."""
+    """Error messages for budgets that cannot be turned into steps."""
     if config.budget.tokens is not None:
         yield (
             f"budget.tokens={config.budget.tokens}: nobody knows how long answers will be; set budget.steps, or budget.epochs "
@@ -55,14 +58,14 @@ def _budget(config: RunConfig, settings: RoundsConfig) -> Iterator[str]:
 
 
 def _data(config: RunConfig) -> Iterator[str]:
-    """Settings of data that do not go with prompts."""
+    """An error message for packing, which does not go with prompts."""
     data = config.data
     if data.packing:
         yield "data.packing=true: the rows of a step are answers that the model writes; set data.packing=false"
 
 
 def _noise(config: RunConfig) -> Iterator[str]:
-    """Noise of training, without which the answers were drawn."""
+    """Error messages for noise in training (embeddings, dropout), without which the answers are written."""
     reason = "answers are written without it, so the model would learn about answers that it did not write; set it to 0"
     if config.model.neftune_alpha:
         yield f"model.neftune_alpha={config.model.neftune_alpha:g}: {reason}"

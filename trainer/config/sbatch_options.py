@@ -36,7 +36,10 @@ MEMORY_OPTIONS = frozenset({"mem", "mem-per-cpu", "mem-per-gpu"})
 
 
 def options_of(words: Iterable[str]) -> dict[str, str]:
-    """Values of sbatch's options by long name, "" for an option without a value; the last one counts, as for sbatch."""
+    """Values of sbatch's options by long name: ["-t 10", "--gres=gpu:8"] gives {"time": "10", "gres": "gpu:8"}.
+
+    "" for an option without a value. Of an option given twice the last one counts, as for sbatch.
+    """
     options: dict[str, str] = {}
     for word in words:
         name = None
@@ -132,7 +135,10 @@ def total_gpus(launcher: Mapping[str, Any]) -> int | None:
 
 
 def _request(option: str, extra: Mapping[str, str], nodes: int) -> GpuRequest | None:
-    """The GPUs per node that an option of `launcher.extra` asks for, for `nodes` nodes together."""
+    """The GPUs per node that an option of `launcher.extra` asks for, which counts those of `nodes` nodes together.
+
+    None if there is less than one for each node.
+    """
     count, kind = _count_and_kind(extra[option])
     if count < nodes:
         return None

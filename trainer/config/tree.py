@@ -61,9 +61,10 @@ def settings_below(hint: Any) -> tuple[type, str] | None:
 def keyed_fields(
     settings: type, prefix: str = "", better_advice: Mapping[str, str] | None = None
 ) -> Iterator[KeyedField]:
-    """Every field of a settings class, each group before what it holds; `*` in a key stands for a name the user chooses.
+    """Every field of a settings class and of the groups in it, each group before what it holds.
 
-    `better_advice` is what the group that holds the settings says about some of them.
+    Keys are full, such as `optim.lr`; `*` in one stands for a name that the user chooses, as in `data.sources.*.path`. `prefix`:
+    the key of the settings themselves. `better_advice`: advice by field, which the group that holds the settings gives.
     """
     hints = get_type_hints(settings)
     for field in fields(settings):
@@ -82,7 +83,7 @@ def keyed_fields(
 
 @cache
 def traits_by_key() -> dict[str, Traits]:
-    """What each field of the tree says, groups included. Of classes that share a key, the first one speaks."""
+    """The traits of each field by full key, groups included. Of classes that share a key, the first one counts."""
     traits: dict[str, Traits] = {}
     for keyed in keyed_fields(RunConfig):
         traits[keyed.key] = keyed.traits
@@ -94,7 +95,10 @@ def traits_by_key() -> dict[str, Traits]:
 
 
 def nearest(key: str, trait: Callable[[Traits], Answer | None]) -> Answer:
-    """What the setting says, or else the nearest table or group above it. Raises KeyError if none of them says anything."""
+    """A trait of the setting `key`, or else of the nearest table or group above it; KeyError if none of them has it.
+
+    `trait`: reads it from a field's traits, None if the field has none. For `optim.lr`: `optim.lr`, then `optim`.
+    """
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         traits = traits_by_key().get(".".join(parts[:length]))

@@ -221,7 +221,7 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 
 def _noise(config: RunConfig) -> Iterator[str]:
-    """Where no noise can be added to embeddings."""
+    """Error messages for `model.neftune_alpha`, noise on embeddings, where none can be added."""
     key = f"model.neftune_alpha={config.model.neftune_alpha:g}"
     if family_of(config.objective).kind is ModelKind.encoder_decoder:
         yield f"{key}: is not for encoder-decoder models, whose two sides share embeddings; set it to 0"
@@ -230,7 +230,7 @@ def _noise(config: RunConfig) -> Iterator[str]:
 
 
 def _base(config: RunConfig) -> Iterator[str]:
-    """What is done to the base as it is loaded."""
+    """Error messages about what is done to the base as it is loaded: quantisation, and adapters that are merged into it."""
     model = config.model
     starts_here = config.launcher.name is LauncherName.local
     if model.quantisation is not Quantisation.none and starts_here:
@@ -283,7 +283,7 @@ def _missing_files(key: str, pattern: object) -> Iterator[str]:
 
 
 def _resume(config: RunConfig) -> Iterator[str]:
-    """Whether the checkpoint to go on from exists, or that of a run directory that was named."""
+    """An error message if the checkpoint to resume from is not there, whether it or its run directory was named."""
     resume = config.run.resume
     run_dir = config.run.dir
     try:
@@ -356,7 +356,7 @@ def _writable(directory: Path) -> bool:
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:
-    """Whether warmup and decay fit into the run."""
+    """Error messages if warmup and decay do not fit into the run."""
     schedule = config.schedule
     steps = config.budget.steps
     if schedule.name == "wsd" and not schedule.warmup_steps and schedule.warmup_share + schedule.decay_share > 1:

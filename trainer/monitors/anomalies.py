@@ -122,8 +122,9 @@ class Guards:
     def update_filter(self, local_loss: Tensor, count: float) -> UpdateFilter | None:
         """A function that the engine asks, with the gradient norm, before it updates the weights: is this update left out?
 
-        None unless `guards.loss` or `guards.grad_norm` is `skip`. `local_loss` is this rank's sum of
-        the loss over the step, `count` the number of tokens (or sequences) over all ranks that the loss is divided by.
+        None unless `guards.loss` or `guards.grad_norm` is `skip`. `local_loss`: this rank's sum of the loss over the step.
+        `count`: of tokens or sequences on all ranks, by which the loss is divided. The function keeps the step's scores for
+        `note_step`. All ranks must call it.
         """
         if not self.skips:
             return None
@@ -262,7 +263,10 @@ class Guards:
         return self._from_before(outlier, level.began)
 
     def _from_before(self, outlier: Outlier, began: int) -> Outlier:
-        """The outlier as one that began in an earlier step, with the samples from the update before that step on."""
+        """The outlier as one that began at step `began`, with the samples of all steps from the update that led there.
+
+        The samples stay those of its own step if that update is not remembered.
+        """
         update = self.levels.samples_before_update_of(began)
         if update is None:
             return replace(outlier, began=began)
@@ -291,12 +295,14 @@ class Guards:
         count)`. It maps consumed samples to ranges (first, count) in the run's order of samples, which differ once a rollback
         has passed over some; the error names samples by that order.
         """
+        # Too many returns to a checkpoint.
         if rollbacks > self.config.max_rollbacks:
             raise Diverged(
                 f"the run would go back for the {rollbacks}. time, since a step stood out once more: this is no longer about "
                 "single samples; lower optim.lr, raise guards.threshold, or look at the documents in events.jsonl. Limit: "
                 "guards.max_rollbacks"
             )
+        # Too many updates left out in a row: by the guards, or since gradients were not finite.
         num_skipped = len(self._skipped_in_a_row)
         if num_skipped < self.max_skipped_in_a_row:
             return

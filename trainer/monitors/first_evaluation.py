@@ -71,7 +71,7 @@ class KeptHeldOut:
 
 
 def _check(before: HeldOutBefore) -> None:
-    """Raises ValueError, TypeError or AttributeError if a metric or a sum is no number."""
+    """Raise ValueError, TypeError or AttributeError if a metric or a sum that was read is no number."""
     for metric in before.values.values():
         float(metric)
     for sums in before.batches.values():

@@ -16,6 +16,7 @@ def rising_p_value(values: Sequence[float]) -> float:
     """The one-sided p-value of the Mann-Kendall test: small if the values rise. 1 for fewer than two values.
 
     Of all pairs of an earlier and a later value, the test counts how many fall. Values in no order fall in half of the pairs.
+    [1, 2, 3] has no falling pair, as one of the 6 orders of three values has: 1 / 6.
     """
     count = len(values)
     if count < 2:

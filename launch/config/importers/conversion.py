@@ -75,6 +75,7 @@ class ConvertedSettings:
             earlier_sources = " and ".join(str(earlier) for earlier in self.sources_by_key[key])
             why = f"{key}={text} here, but {earlier_sources} gave {key}={self.words[key]}, which stays"
             self.add_unsupported(setting, source.value, why)
+        # A second setting of the file that means the same: both are named as the source.
         says_the_same_again = translation.words and not new_words and not contradicting_words
         if says_the_same_again:
             last_key = list(translation.words)[-1]

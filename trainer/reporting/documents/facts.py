@@ -131,7 +131,8 @@ class ModelFacts:
     def measured(self) -> list[dict[str, Any]]:
         """Every metric of evaluation reports on these very weights, with that of the base model beside it.
 
-        Each metric has its newest value, and the newest one of the base on the same rows.
+        Each metric, such as {"name": "qa/accuracy", "value": 0.7, "base": 0.6, ...}, has its newest value, and the newest one of
+        the base on the same rows.
         """
         newest: dict[str, dict[str, Any]] = {}
         for report in self.reports_of_kind(EVALUATION):
@@ -161,7 +162,7 @@ class ModelFacts:
 
     @property
     def elsewhere(self) -> int:
-        """Number of reports of the run that are about other weights, and say nothing here."""
+        """How many of the run's reports, looks at the test documents aside, are about other weights than these."""
         others = [report for report in self.reports if report.kind != TEST]
         return len(others) - sum(report.kind != TEST for report in self._reports_on_these_weights())
 
@@ -177,7 +178,10 @@ class ModelFacts:
 
 
 def _counts_of(recorded: Mapping[str, Any]) -> dict[str, int]:
-    """Counts of one split of the data report: its sizes, then how many rows had each problem. Problems of no row are left out."""
+    """Counts of one split of the data report: its sizes, then how many rows had each problem, if any had.
+
+    {"documents": 9, "tokens": 800, "too_long": {"count": 2}} gives {"documents": 9, "tokens": 800, "too_long": 2}.
+    """
     counts = {}
     for name in ("documents", "tokens", "supervised_tokens"):
         if name in recorded:

@@ -26,7 +26,7 @@ def write_papers(directory: Path, names: list[str], facts: ModelFacts) -> None:
 def render(name: str, facts: ModelFacts, **more: Any) -> str:
     """A document as Markdown, from the template `<name>.md.j2`. It ends with one newline.
 
-    `more`: variables of that template beside those that all have.
+    `name`: such as `card`. `more`: variables of that template beside those that all templates have.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
