@@ -160,7 +160,8 @@ def verify(directory: Path, *, only: str | None = None, may_be_deleted: bool = F
 def verify_together(directory: Path, runtime: Runtime) -> str | None:
     """What is wrong with a checkpoint, the same answer on every rank; None if nothing is. All ranks must call.
 
-    Rank 0 reads the manifest, and each rank compares its share of the files with it.
+    Rank 0 reads the manifest, and each rank compares its share of the files with it. The answer is that of the lowest rank that
+    found something.
     """
     problem: str | None = None
     files: list[WrittenFile] = []

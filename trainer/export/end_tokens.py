@@ -21,7 +21,7 @@ def ending_tokens(tokenizer: Any, generation: Any = None) -> list[int]:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The control token that the chat template writes right after an answer; None if it writes none."""
+    """The id of the control token that the chat template writes right after an answer (such as `<|im_end|>`), or None."""
     if tokenizer.chat_template is None:
         return None
     messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]

@@ -51,6 +51,7 @@ def sole_export(destination: Path) -> Iterator[None]:
     """
     path = destination.with_name(f".{destination.name}.lock")
     make_directories(path.parent)
+    # Lock the file; again, if it was removed between opening and locking.
     while True:
         descriptor = _open_lock(path)
         try:
@@ -66,6 +67,7 @@ def sole_export(destination: Path) -> Iterator[None]:
             if error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 raise
+        # Locked: is the file still the one that has this name?
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break

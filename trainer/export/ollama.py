@@ -136,7 +136,10 @@ def _renders_alike(turns: Turns, tokenizer: Any, messages: list[dict[str, str]])
 
 
 def modelfile(file: str, tokenizer: Any, generation: Any) -> tuple[str, str | None]:
-    """(the text of a Modelfile for `file`, what the user is told that it lacks or None)."""
+    """(the text of an Ollama Modelfile for the GGUF file `file`, a note on what it lacks or None).
+
+    Lines `FROM`, `TEMPLATE` and `SYSTEM` (if the chat template can be written so), `PARAMETER stop` and those of sampling.
+    """
     lines = [f"FROM ./{file}"]
     missing = None
     turns = turns_of_template(tokenizer)

@@ -86,9 +86,10 @@ class ExportPlan:
 
 
 def plan_files(values: ModelValues, dtype: torch.dtype, max_bytes: int) -> ExportPlan:
-    """Plan a whole model in files of at most `max_bytes`, or of one larger tensor. Reads headers of the base's files alone.
+    """Plan the files of a whole model: each at most `max_bytes`, or one larger tensor. Reads only headers of the base's files.
 
-    Floating-point tensors are stored as `dtype`. Errors: ConfigError for a conversion that fails.
+    First the model's parameters, converted back to the names and shapes of the base's files, group by group; then stored weights
+    that the architecture ignores. Floating-point tensors are stored as `dtype`. Errors: ConfigError for a conversion that fails.
     """
     conversions = values.base.conversions
     groups = conversions.stored_groups(values.names())

@@ -124,6 +124,7 @@ def write_few_bits(
     shutil.rmtree(staging_dir, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     try:
+        # Store, read back, compare logits, and measure the loss before and after.
         stored_logits = _store(directory, staging_dir, kind, tokenizer, compressor)
         tokenizer.save_pretrained(staging_dir)
         exported: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
@@ -131,6 +132,7 @@ def write_few_bits(
         reloaded = _load_model(staging_dir)
         difference = _check_read_back(stored_logits, _probe_logits(reloaded, tokenizer), kind, folder)
         cost = Cost(loss_before, loss_of(reloaded, samples), len(samples), split, difference)
+        # State the cost in both model cards, and put the directory in its place.
         card = directory / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         cost_note = f"By {kind.storing_library}, in `{kind}/`: {cost}. At most {MAX_TOKENS} tokens of each document."

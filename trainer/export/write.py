@@ -274,7 +274,10 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
 def _write_small_files(
     model: TrainedModel, plan: ExportPlan | None, staging_dir: Path, config: ExportConfig, facts: ModelFacts
 ) -> None:
-    """Write what stands beside the weights: settings, tokenizer, card and documents. `plan`: of a whole model."""
+    """Write the files beside the weights: settings, tokenizer, card and documents. `plan`: of a whole model; None: an adapter.
+
+    Also completes `facts`, of which the documents are written (`own_class`, `resize_to`).
+    """
     if plan is not None:
         index = plan.index_json()
         if index is not None:
@@ -310,7 +313,7 @@ def _write_settings(model: TrainedModel, dtype: torch.dtype, staging_dir: Path, 
 
 
 def _note_added_tokens(model: TrainedModel, facts: ModelFacts, *, adapter: bool) -> None:
-    """Tell the card when loaders of an adapter must first give the base rows for the new vocabulary."""
+    """Set `facts.resize_to` for the model card: the vocabulary that loaders of an adapter must resize the base to first, or None."""
     # A base with spare rows holds the new tokens without a resize.
     num_tokens = len(model.tokenizer)
     has_grown = bool(model.built.new_token_ids) and text_settings(model.built.config).vocab_size == num_tokens

@@ -135,6 +135,7 @@ class _LinearDivergence(torch.autograd.Function):
         weight = weight.to(hidden.dtype)  # once, not for each chunk
         student = replace(student, weight=weight)
 
+        # Sums over all chunks.
         nll = hidden.new_zeros((), dtype=torch.float32)
         divergence = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
@@ -144,6 +145,7 @@ class _LinearDivergence(torch.autograd.Function):
         for start in range(0, len(targets), chunk_rows):
             chunk = hidden[start : start + chunk_rows]
             target = targets[start : start + chunk_rows]
+            # The chunk's losses.
             logits = student.logits(chunk)
             teacher_logits = teacher.logits(against.hidden[start : start + chunk_rows])
             log_total = logits.logsumexp(dim=-1)
@@ -159,7 +161,7 @@ class _LinearDivergence(torch.autograd.Function):
                 correct += _weighted(logits.argmax(dim=-1) == target, chunk_weight).sum()
                 continue
 
-            # By the logits first; then the chain rule for soft cap, factor and the weights of rows.
+            # Its gradient by the logits first; then the chain rule for soft cap, factor and the weights of rows.
             grad = torch.zeros_like(logits)
             if against.loss_weight:
                 grad = torch.exp(logits - log_total[:, None])

@@ -107,7 +107,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counting: RowCounting,
         settings: HeadSettings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The sums of the class, for rows `hidden [N, H]` and int64 `targets [N]`; the gradients are saved for `backward`."""
+        """(loss, correct argmaxes, loss by group, loss without smoothing or None): sums over rows `hidden [N, H]`.
+
+        `targets [N]` is int64. In training the gradients are computed here too, and saved for `backward`.
+        """
         softcap, scale, training = settings
         row_weight = counting.weights
         groups = counting.groups
@@ -119,6 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.weight_dtype = weight.dtype
         weight = weight.to(hidden.dtype)  # once: a cast takes as long as the products of a chunk
 
+        # Sums over all chunks.
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
         loss_by_group = hidden.new_zeros(counting.num, dtype=torch.float32)
@@ -129,6 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             chunk = hidden[start : start + chunk_rows]
             target = targets[start : start + chunk_rows]
+            # The chunk's loss.
             logits = _logits(chunk, weight, bias, softcap, scale)
             log_probabilities = F.log_softmax(logits, dim=-1)
             chunk_weight = None if row_weight is None else row_weight[start : start + chunk_rows, None]
@@ -144,6 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 correct += _weighted((logits.argmax(dim=-1) == target)[:, None], chunk_weight).sum()
                 continue
 
+            # Its gradients: first by the logits, from which the others follow.
             grad = _product_gradient(logits, log_probabilities, target, softcap, scale, smoothing)
             if chunk_weight is not None:
                 grad.mul_(chunk_weight)

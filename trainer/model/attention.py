@@ -285,7 +285,8 @@ class AttentionRule:
 def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: Sequence[int] = ()) -> Tensor:
     """Attention within one document: q `[1, heads, T, width]`, k and v with as many heads or fewer.
 
-    `branches`: where its branches begin; none if it has none.
+    `branches`: where its branches (answers to one prompt) begin; empty if it has none. On a CPU one mask serves, unless a
+    document with branches is too long for it.
     """
     on_gpu = q.device.type == "cuda"
     if branches and (on_gpu or q.shape[2] > LONGEST_UNDER_ONE_MASK):

@@ -164,7 +164,10 @@ class Conversions:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in converted.items()}
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows `[first, last)` along dimension 0 of the model's parameter `name`, converted; reads only the rows if it can."""
+        """Rows `[first, last)` along dimension 0 of the model's parameter `name`, converted; reads only the rows if it can.
+
+        By the group's `row_source`: `direct`, `list` and `rows` read no others; `whole` converts all, and keeps the last group.
+        """
         group = self.groups[name]
         if group.row_source == "direct":
             return self.files.rows(_only_source(group), first, last)

@@ -135,10 +135,11 @@ def block_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> BlockMask:
-    """Which blocks of positions see each other, as transformers' mask interface asks for it; documents apart.
+    """FlexAttention's mask: which blocks of positions attend to each other, within documents only.
 
-    Not every architecture tells `mask_function` of documents, so they are asked of `documents`. Errors: ValueError for
-    padding, or without documents.
+    Called through transformers' mask interface. `mask_function(batch, head, query, key)`: the architecture's own rule
+    (causality, windows). Not every one keeps documents apart, so the boundaries of the row that is being computed do. Errors:
+    ValueError for padding, or without boundaries.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -196,6 +197,7 @@ def flex_attention(
         raise ValueError(f"attention '{NAME}' needs a mask of blocks, and this architecture makes none")
     if dropout or kwargs.get("position_bias") is not None:
         raise ValueError(f"attention '{NAME}' has no {'dropout' if dropout else 'position_bias'}")
+    # Sinks: a learned score for each head that takes weight away from the keys.
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave them wider under autocast
     groups = query.shape[1] // key.shape[1]
@@ -205,6 +207,7 @@ def flex_attention(
         attend: Callable[..., tuple[Tensor, Tensor]] = _attend_on_shapes
     else:
         attend = _attend_by_kernel if query.device.type == "cuda" else _attend_over_pairs
+    # `lse`: the logarithm of the sum of exp(score) of each query.
     out, lse = attend(query, key, value, attention_mask, scaling, softcap, sinks is not None)
     if sinks is not None:
         # The sinks' share of each row: exp(sink) beside the sum of exp(score).

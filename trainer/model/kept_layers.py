@@ -170,7 +170,11 @@ def layer_kinds(plain: nn.Module, depth: int) -> list[tuple[Any, ...]]:
 
 
 def kinds_of(plain: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
-    """What each layer is by its modules, by what settings call it, and by the stretch that it lies in."""
+    """What tells each layer from the others, by index; layers with equal entries can stand for each other in a small copy.
+
+    An entry has the layer's modules, what lists such as `layer_types` call it, its own settings, and the stretch of layers that
+    it lies in, as settings such as `n_input_layers` divide them.
+    """
     kinds = layer_kinds(plain, depth) or [()] * depth
     named_kinds = []  # lists such as `layer_types`
     for setting in settings.values():
@@ -213,7 +217,10 @@ def _kind_of_layer(layer: nn.Module) -> frozenset[Any]:
 
 
 def _switches(module: nn.Module) -> tuple[Any, ...]:
-    """Attributes that change what a module computes: flags, words, and whether it has a window or chunks."""
+    """Attributes that change what a module computes: flags, texts, and whether it has a window or chunks.
+
+    Such as `(("is_causal", True), ("sliding_window", False))`: a number of a window counts as False, None as True.
+    """
     switches = []
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name == "training":

@@ -93,6 +93,7 @@ def over_slices(attend: Attention) -> Attention:
             query = query.to(value.dtype)
             key = key.to(value.dtype)
 
+        # Exchange: from a slice of the row with all heads to the whole row with a share of the heads.
         group = group_of_slices(row_slices)
         rank = dist.get_rank(group)
         shares = head_shares(query.shape[1], key.shape[1], len(row_slices) - 1)
@@ -109,6 +110,7 @@ def over_slices(attend: Attention) -> Attention:
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][slice(*heads)]
 
+        # Attention over the whole row, then back to this rank's slice with all heads.
         row_output, _ = attend(module, row_query, row_key, row_value, attention_mask, *args, **kwargs)
         # Attention weights, which some functions return, are those of this rank's heads: nobody asks for them in training.
         return heads_to_slices(row_output, shares.query, row_slices, rank, group), None

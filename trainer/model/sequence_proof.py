@@ -85,10 +85,11 @@ def register() -> TokenLocalAttention:
 def sequence_problem(
     forward: Callable[[dict[str, Any]], Tensor], row: dict[str, Any], attention: TokenLocalAttention
 ) -> str | None:
-    """Why a model may not be cut along the sequence, in words that can follow its name; None if it may.
+    """Why a model may not be cut along the sequence, as text that can follow its name; None if it may.
 
-    `forward` runs a model that was built with the attention `NAME`, and returns what it computes of each token, `[T, width]`.
-    `row` is the inputs of a row of several documents without padding. Raises what the model raises.
+    The row is computed as a whole, then cut in several ways, slice by slice: both have to agree, and so have the settings of
+    each call of attention. `forward` runs a model that was built with the attention `NAME`, and returns what it computes of
+    each token, `[T, width]`. `row` is the inputs of a row of several documents without padding. Raises what the model raises.
     """
     length = row["input_ids"].shape[1]
     whole = _forward_pass(forward, row, 0, length, [0, length])
@@ -99,7 +100,7 @@ def sequence_problem(
         return "a small copy with random weights computes what is no number"
     tolerance = TOLERANCE if whole.dtype is torch.float64 else FLOAT32_TOLERANCE
     worst = 0.0
-    for row_slices in _cuts(length):
+    for row_slices in _cuts(length):  # such as [0, 5, 16]: two slices
         for start, stop in pairwise(row_slices):
             attention.calls.clear()
             part = _forward_pass(forward, row, start, stop, row_slices)

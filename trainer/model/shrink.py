@@ -114,6 +114,7 @@ def small_copies(config: Any, plain: nn.Module, *, keep_counts: bool = False) ->
     `keep_counts`: the first ones keep the numbers of heads and of experts (`COUNTS`). Raises NotShrinkable if not one of them
     is a configuration of its class.
     """
+    # How sizes are chosen. Each is tried with several choices of layers.
     ways: list[Callable[..., Any]] = [_sizes_by_name, _sizes_in_proportion]
     if keep_counts:
         ways = [partial(_sizes_with_counts, widened=False), partial(_sizes_with_counts, widened=True), *ways]
@@ -169,7 +170,7 @@ def lost_kinds(config: Any, plain: nn.Module, small_config: Any, small: nn.Modul
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """The settings as the configuration has them, which need not be those that it writes."""
+    """The settings of a configuration object, as in `to_dict()`, but with the values of its attributes where these differ."""
     settings = config.to_dict()
     sub_configs = getattr(config, "sub_configs", None) or {}
     for name, written in settings.items():
@@ -227,7 +228,11 @@ def _kept_layers(settings: dict[str, Any], plain: nn.Module, choice: int) -> Kep
 
 
 def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Each size as `SIZES` has it; sizes that are factors of one product stay consistent."""
+    """The small size of each setting that `SIZES` names; sizes that depend on each other are adapted.
+
+    That is: keys and values without groups keep as many heads as queries; heads times their size stays the width of attention,
+    and of the inner layer of a state-space model, where it was. `settings`: to be shrunk; `full`: the model's own.
+    """
     small: dict[str, Any] = {}
     heads_name = _first_set(full, ("num_attention_heads", "n_head", "n_heads"))
     heads = None if heads_name is None else full[heads_name]
@@ -291,7 +296,10 @@ def _at_most(limit: int, value: Any) -> Any:
 
 
 def _inner_width(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Sizes of a state-space layer that keep heads times their size equal to the inner width, if it was."""
+    """Sizes of a state-space layer that keep heads times their size equal to the inner width, if it was so in `full`.
+
+    The inner width is `mamba_d_ssm`, or the hidden size times an expansion factor. Empty if neither is that product.
+    """
     heads = _first_set(full, HEADS)
     head_size = _first_set(full, HEAD_SIZES)
     expansion = _first_set(full, EXPANSIONS)

@@ -17,7 +17,7 @@ CHUNK = 2**22
 
 
 def _has_separate_head(config: ModelConfig, model: Any) -> bool:
-    """Whether the files of `model` (on meta) hold two different matrices for embeddings and head."""
+    """Whether the files of `model` (on meta) hold two different matrices for embeddings and head. Ties them in `model` first."""
     model.tie_weights()
     embeddings = model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -59,9 +59,9 @@ def _values_differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
 
 
 def untied_as_stored(config: ModelConfig, settings: Any, model: Any) -> str:
-    """Let `settings` say that the head is a matrix of its own where the files do, and what to say of it; else empty.
+    """Untie embeddings and head in `settings` if the files hold two different matrices; returns a note for the user, else "".
 
-    `settings`: transformers' configuration; `model`: made of it on meta, to be made anew where the answer is not empty.
+    `settings`: transformers' configuration; `model`: built of it on meta, to be built again if the note is not empty.
     """
     if not getattr(settings.get_text_config(), "tie_word_embeddings", False) or not _has_separate_head(config, model):
         return ""

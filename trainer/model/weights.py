@@ -245,9 +245,10 @@ class WeightSource:
         self._mean_rows: dict[str, Tensor] = {}
 
     def check(self, named_shapes: dict[str, tuple[int, ...]], *, head_prefixes: tuple[str, ...]) -> None:
-        """Compare names and shapes with the checkpoint, before anything is allocated.
+        """Compare names and shapes with the checkpoint, before anything is allocated, and note new heads in `initialised`.
 
-        Only a new head (a name under `head_prefixes`) may be missing. Raises ConfigError with the first differences.
+        A parameter may be missing from the checkpoint if its value is computed, or if it is of a new head (a name under
+        `head_prefixes`). `named_shapes`: the model's parameters. Raises ConfigError with the first five differences.
         """
         problems = []
         for name, model_shape in named_shapes.items():

@@ -67,6 +67,7 @@ class Policy(Objective):
         config = self.config
         head, hidden, targets = supervised_rows(model, batch)
         now, entropy = row_logps(head, hidden, targets, config.rollout.temperature)
+        # The probability of each token now over that before the update, or over whole answers.
         advantages = batch[ADVANTAGES]
         old = batch.get(OLD_LOGPS)
         if old is None:
@@ -76,6 +77,7 @@ class Policy(Objective):
             log_ratio = _answer_means(log_ratio, batch)
         ratio = log_ratio.exp()
 
+        # The loss of each token, and what is only logged.
         losses = self._policy_losses(ratio, now, advantages)
         token_means = {ENTROPY: entropy, WRITER_DIFFERENCE: (old - batch[WRITER_LOGPS]).abs()}
         if self.uses_kl:

@@ -131,7 +131,10 @@ def _sum_over_ranks(local: torch.Tensor, runtime: processes.Runtime) -> np.ndarr
 
 
 def _read_column(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | None:
-    """The column in rank 0's file, on every rank; None if there is none of this length. All ranks must call."""
+    """The column (one number a sequence) in rank 0's file, on every rank. All ranks must call.
+
+    None if there is no file, or if it is torn or not of this `length`.
+    """
     column = None
     if runtime.is_main and path.exists():
         try:

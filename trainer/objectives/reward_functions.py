@@ -111,7 +111,10 @@ def functions_of(path: Path) -> dict[str, RewardFunction]:
 
 @lru_cache(maxsize=32)
 def _functions_of(path: Path, modified_ns: int) -> dict[str, RewardFunction]:
-    """As `functions_of`; `modified_ns` is a part of the cache's key alone."""
+    """The public reward functions of a file by name, as `functions_of`, found in its syntax tree: nothing of it is run.
+
+    `modified_ns`: when the file was changed, so that the cache (keyed by the arguments) reads a changed file again.
+    """
     try:
         module = ast.parse(path.read_bytes(), str(path))
     except (OSError, SyntaxError, ValueError) as error:

@@ -87,6 +87,7 @@ class Adapter:
         """
         from peft import get_peft_model
 
+        # Wrap.
         base_buffers = {name for name, _ in model.named_buffers()}
         lora_init = getattr(settings, "init_lora_weights", None)
         if self.needs_conversion:
@@ -104,6 +105,7 @@ class Adapter:
                 f"tuning={self.config.name}: peft cannot add it to this model with tuning.targets={self.config.targets}: "
                 f"{reason}"
             ) from error
+        # Record what was added.
         replica_settings = copy.deepcopy(tuned.peft_config[ADAPTER])
         if self.needs_conversion:
             replica_settings.init_lora_weights = lora_init

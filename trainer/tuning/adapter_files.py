@@ -136,7 +136,10 @@ class AdapterMerger:
 def check_mergeable(model: nn.Module, trained_names: set[str]) -> None:
     """Raise ConfigError if merging the LoRA adapters of a tuned model would change other layers too, or is not supported.
 
-    `trained_names`: plain names of the parameters that train.
+    - an adapted layer shares its weight with the embeddings: merging would change both.
+    - an embedding has DoRA: not supported.
+
+    `trained_names`: plain names of the parameters that train, such as `h.0.attn.lora_A.default.weight`.
     """
     # Without duplicates: a weight that two modules share has its first name alone.
     names = {name for name, _ in model.named_parameters()}

@@ -85,7 +85,7 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
 
 
 def _problems_alone(tuning: TuningConfig) -> Iterator[str]:
-    """Sentences that say what is wrong with the settings of `tuning` by themselves, whatever the rest of the run."""
+    """What is wrong with the settings of `tuning` by themselves, whatever the rest of the run, one line each."""
     if isinstance(tuning, AdapterConfig):
         yield from _target_problems(tuning)
         yield from start_problems(tuning)
@@ -206,7 +206,13 @@ def _quantisation_problems(
 
 
 def _target_problems(tuning: AdapterConfig) -> Iterator[str]:
-    """What is wrong with `tuning.targets`: its type, or its regular expression."""
+    """What is wrong with `tuning.targets`, one line each. The first case that holds:
+
+    - empty, with LoRA on experts or routers alone: nothing.
+    - empty otherwise, or neither text nor list: refused.
+    - a list of names: nothing; whether they match is checked on the model.
+    - a text: `auto` is for methods whose default it is; others are regular expressions.
+    """
     targets = tuning.targets
     if targets == [] and isinstance(tuning, LoraConfig) and (tuning.experts or tuning.router):
         return  # experts and routers alone
