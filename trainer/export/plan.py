@@ -135,7 +135,10 @@ def _bytes_of_group(members: dict[str, Tensor], stored: dict[str, Tensor]) -> in
 
 
 def _files_of(tensors: list[PlannedTensor], max_bytes: int) -> list[PlannedFile]:
-    """Tensors dealt to files in their order: a file ends before the tensor that would not fit into it."""
+    """Distribute tensors over files in their order: a file ends before the tensor that would make it larger than `max_bytes`.
+
+    A single file is named `SINGLE_FILE`, several have numbers.
+    """
     files = [PlannedFile()]
     size = 0
     for tensor in tensors:

@@ -49,6 +49,7 @@ class KeptChoices(TorchFunctionMode):
         if not self.remaining:
             self.calls_match = False
             return output
+        # The recorded choice of this call, if it is one of the same shape.
         recorded = self.remaining.pop(0).to(own_indices.device)
         if recorded.numel() != own_indices.numel() or recorded.shape[-1] != own_indices.shape[-1]:
             self.calls_match = False

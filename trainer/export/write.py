@@ -313,7 +313,7 @@ def _write_settings(model: TrainedModel, dtype: torch.dtype, staging_dir: Path, 
 
 
 def _note_added_tokens(model: TrainedModel, facts: ModelFacts, *, adapter: bool) -> None:
-    """Set `facts.resize_to` for the model card: the vocabulary that loaders of an adapter must resize the base to first, or None."""
+    """Set `facts.resize_to` for the model card: how many tokens loaders of an adapter must resize the base to, or None."""
     # A base with spare rows holds the new tokens without a resize.
     num_tokens = len(model.tokenizer)
     has_grown = bool(model.built.new_token_ids) and text_settings(model.built.config).vocab_size == num_tokens

@@ -358,7 +358,10 @@ class LossHead(nn.Linear):
 def _requested_results(
     results: tuple[Tensor, Tensor, Tensor, Tensor | None], counting: RowCounting
 ) -> tuple[Tensor, ...]:
-    """(loss, correct), then the losses of groups if there are groups, then the loss without smoothing if there is smoothing."""
+    """(loss, correct), then the loss of each group if there are groups, then the loss without smoothing if there is smoothing.
+
+    `results`: these four, with None as the last if there is no smoothing.
+    """
     loss, correct, loss_by_group, unsmoothed = results
     requested = [loss, correct]
     if counting.groups is not None:

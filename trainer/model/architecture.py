@@ -115,12 +115,16 @@ def _check_class(kind: ModelKind, model_config: Any, config: ModelConfig, object
 
 
 def beside_text(model: Any) -> tuple[str, ...]:
-    """Names of the modules that a causal model has beside its text model and head: towers for images and sound, projectors."""
+    """Names of the modules that a causal model has beside its text model and head: towers for images and sound, projectors.
+
+    Such as `("model.vision_tower", "model.multi_modal_projector")`; empty for a model of text alone.
+    """
     if text_settings(model.config) is model.config:
         return ()
     text_parts = {id(m) for m in (model.get_decoder(), model.get_output_embeddings()) if m is not None}
 
     def outside(module: Any, prefix: str) -> Iterator[str]:
+        """Names of the largest modules below `module` that have parameters and hold no text part."""
         for name, child in module.named_children():
             if id(child) in text_parts:
                 continue
@@ -141,7 +145,10 @@ def build_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _build(kind: ModelKind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
-    """(the model, the attention that it got: eager if `auto` came to SDPA and the class has none)."""
+    """(the model, the attention that it got).
+
+    That is `attention`, or eager if the setting is `auto`, SDPA was chosen for it, and the class has none.
+    """
     options = build_options(config)
     model_class = auto_class(kind, model_config)
     try:

@@ -168,7 +168,11 @@ def _scaled_by_document_position(module: Any, query: Tensor, bounds: list[int]) 
 def _attend_by_document(
     operands: list[Tensor], lengths: list[int], attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """`attend` for each document of a row; on CPUs the products of short documents are left to BLAS (`strategies/matmul.py`)."""
+    """`attend(q, k, v)` for each document of a row, joined to `[1, heads, T, width]` again.
+
+    `operands`: q, k and v of the row, `[1, heads, T, width]`. `lengths`: tokens of each document. On CPUs the products of short
+    documents are left to BLAS (`strategies/matmul.py`).
+    """
     all_short = max(lengths, default=0) < LONG_DOCUMENT
     row = in_blas(*operands) if all_short else operands  # one switch for the row, or one for each short document
     pieces = []
@@ -421,7 +425,11 @@ def _varlen_kernel(
     window: int | None,
     causal: bool,
 ) -> Tensor:
-    """torch's own variable-length kernel (CUDA, half precision)."""
+    """Attention within documents by torch's variable-length kernel (CUDA, half precision): `[1, T, heads, width]`.
+
+    q, k and v are `[1, heads, T, width]`. `window`: a query sees so many keys up to itself (and as many after it unless
+    `causal`).
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     grouped, width = q.shape[1] != k.shape[1], v.shape[-1]

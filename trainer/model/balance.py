@@ -166,7 +166,7 @@ def logit_z_weight(settings: Any) -> float:
 
 
 def _unsupported_balance(plain: nn.Module, top_k: int) -> str | None:
-    """What the class has in place of the balancing loss computed here, found by trial on a few logits; None if it is this one."""
+    """How the model class's balancing loss differs from the one here, as text; None if both agree on a few random logits."""
     function = getattr(sys.modules[type(plain).__module__], FUNCTION, None)
     if function is None:
         return "no balancing loss in transformers"

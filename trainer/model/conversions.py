@@ -92,7 +92,11 @@ class Conversions:
     # -- from the files ------------------------------------------------------------------------------------------
 
     def _group_stored_tensors(self, quantizer: Any) -> tuple[ConversionRules, dict[str, ConversionGroup], list[str]]:
-        """Every stored tensor's place, as transformers' loader finds it: (rules, groups by first name, the rest)."""
+        """Sort the stored tensors by what is made of them, as transformers' loader does: (rules, groups, the rest).
+
+        A group holds the stored tensors that are converted together, by the first parameter made of them. The rest are names of
+        stored tensors that the model has no parameter for.
+        """
         rules = conversion_rules(self.plain, quantizer)
         converter_of = rules.converter_of()
         state = self.plain.state_dict()
@@ -103,6 +107,7 @@ class Conversions:
             name, pattern = rules.name_in_model(stored, state, prefix)
             if name not in state and stored in state:
                 name, pattern = NO_RULES.name_in_model(stored, state, prefix)
+            # `pattern`: that of the conversion; None if the tensor is taken as it is.
             if name not in state:
                 unused.append(stored)
             elif pattern is not None:
@@ -148,7 +153,10 @@ class Conversions:
         return tensors
 
     def _convert(self, group: ConversionGroup, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """transformers' own conversion of a group's tensors, by pattern; results by name in the model."""
+        """Convert a group's tensors by transformers' own converter. `tensors`: by the converter's patterns.
+
+        Returns the parameters made of them, by name in the model. Raises ConfigError if the conversion fails.
+        """
         # The converter itself holds what it is to convert, by pattern.
         for pattern, sources in tensors.items():
             group.converter.collected_tensors[pattern] = list(sources)

@@ -105,6 +105,7 @@ def _by_own_experts(
         # A row of zeros: without one, the parameters would have no part in the graph, and other ranks wait for their gradients.
         no_expert = torch.zeros(1, dtype=torch.int64, device=rows.device)
         return compute(rows.sum(dim=0, keepdim=True), no_expert)[:0]
+    # The expert of each row: rows come rank by rank, and within a rank expert by expert.
     ids = torch.arange(num_own, device=rows.device).repeat(share.group_size)
     ids = ids.repeat_interleave(counts.by_expert.reshape(-1), output_size=len(rows))
     most_rows = max(LEAST_CHUNK, MOST_KEPT * sum(counts.sent))

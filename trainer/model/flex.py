@@ -234,7 +234,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def _attend_by_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """(the output, each row's log of the sum of its exponentials; without `with_lse` a 0 in its place)."""
+    """Attention by torch's FlexAttention kernel: (output, log of the sum of exp(score) of each query; 0 without `with_lse`)."""
     from torch.nn.attention.flex_attention import AuxRequest
     from torch.nn.attention.flex_attention import flex_attention as torch_flex
 

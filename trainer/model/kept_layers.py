@@ -129,7 +129,7 @@ def _shortest_prefix(kinds: list[tuple[Any, ...]], times: int) -> int:
 
 
 def _one_of_each(kinds: list[tuple[Any, ...]]) -> tuple[int, ...]:
-    """The first layer of each kind, and further ones from the start until there are `FEWEST`."""
+    """Indices of the first layer of each kind, and of further ones from the start until there are `FEWEST`: (0, 3)."""
     first_of_kind: dict[Any, int] = {}
     for index, kind in enumerate(kinds):
         first_of_kind.setdefault(kind, index)
@@ -189,7 +189,10 @@ def kinds_of(plain: nn.Module, settings: dict[str, Any], depth: int) -> list[tup
 
 
 def _stretch(settings: dict[str, Any], depth: int, index: int) -> tuple[bool, ...]:
-    """On which side of each border a layer lies."""
+    """For each setting of `STRETCHES` that is there: whether layer `index` lies at or behind the border that it sets.
+
+    With 8 layers and `n_output_layers` 2 the border is 6: layers 6 and 7 give True.
+    """
     sides = []
     for name in STRETCHES:
         border = settings.get(name)

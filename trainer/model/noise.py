@@ -20,7 +20,10 @@ _SPLITMIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
 @contextmanager
 def noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[None]:
-    """Within it the model's input embedding adds noise to what it looks up in `batch`, where gradients are made."""
+    """Inside the context, the model's input embedding adds noise of strength `alpha` (NEFTune's) to the embeddings of `batch`.
+
+    Only in training: not without gradients, and not for other inputs than those of the batch (a reference's, a teacher's).
+    """
     if not alpha or not torch.is_grad_enabled() or "drawn_by" not in batch:
         yield
         return

@@ -90,7 +90,11 @@ class PackedWeights:
         return sum(self.sizes.values())
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
-        """Bytes `[start, stop)` of a packed weight, out of its file; where it has none yet, it is packed first."""
+        """Bytes `[start, stop)` of a packed weight, read from its file in the cache.
+
+        The first call packs all weights that are missing. If the cache cannot be used (`reason` then says why), the weight is
+        packed in memory instead.
+        """
         try:
             if not self._started:
                 self._started = True
@@ -110,7 +114,10 @@ class PackedWeights:
         return self.pack(name)[start:stop]
 
     def _pack_missing(self) -> None:
-        """Pack what no other rank has packed or is packing: together the ranks of a host take each weight once."""
+        """Pack the weights that no other rank has packed or is packing, so that the ranks of a host pack each one once.
+
+        Sets `reason` instead if the weights are too small to be worth it, or if the disk has too little space.
+        """
         if self.total < SMALLEST_BYTES:
             self.reason = f"{self.total / 2**20:.1f} MiB are packed as fast as they are read"
             return
@@ -148,9 +155,13 @@ class PackedWeights:
             return None
 
     def _pack_into_cache(self, name: str, *, wait: bool) -> None:
-        """Pack a weight into its file, unless it is there; one that another process packs is waited for, or left to it."""
+        """Pack a weight into its file, unless it is there.
+
+        If another process is packing it: wait, then pack it again if the file cannot be read (`wait`), or return at once.
+        """
         from safetensors.torch import save
 
+        # Each weight locks a byte of one file, chosen by its name.
         lock_offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
         with (self.directory / "lock").open("a+b") as lock:
             try:

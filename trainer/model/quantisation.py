@@ -235,7 +235,10 @@ def quantise_layers(
 
 
 def unquantised_note(plain: nn.Module, packed_names: set[str]) -> str | None:
-    """What to say of the matrices that are not packed and stay as they are; None if they are few."""
+    """A note on the matrices that stay unpacked, with their size and the largest of them; None if they are few.
+
+    `packed_names`: the packed weights. "Few": less than `NOTABLE_SHARE` of all parameters.
+    """
     sizes = {}
     for name, parameter in plain.named_parameters():
         if parameter.dim() > 1 and name not in packed_names and not name.endswith("bias"):

@@ -131,7 +131,11 @@ def adapter_config_source(directory: Path, base: str) -> str:
 
 
 def _rope_parameters(text: Any, config: ModelConfig) -> dict[str, Any]:
-    """The rope parameters to change: those of full attention if layers have their own. Raises ConfigError if there are none."""
+    """The dict of rope parameters in transformers' configuration `text`, to be changed in place.
+
+    If kinds of layers have their own, that of full attention. Raises ConfigError for a model without rotary positions, with code
+    of its own, or with none for full attention.
+    """
     parameters: dict[str, Any] | None = getattr(text, "rope_parameters", None)
     if not parameters or getattr(text, "alibi", False):
         raise ConfigError(

@@ -123,7 +123,10 @@ def _cuts(length: int) -> Iterator[list[int]]:
 def _forward_pass(
     forward: Callable[[dict[str, Any]], Tensor], row: dict[str, Any], start: int, stop: int, row_slices: list[int]
 ) -> Tensor:
-    """What the model computes of the tokens [start, stop) of a row, `[stop - start, width]`."""
+    """What the model computes of the tokens [start, stop) of a row, `[stop - start, width]`, given only these tokens.
+
+    `row_slices`: the borders of all slices, as attention is told. Raises CannotBeCut for an output of another length.
+    """
     inputs = dict(row)
     for name in ROW_INPUTS:
         if name in row:

@@ -190,7 +190,10 @@ class PromptDataSpec(UnlabelledDataSpec):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """One sequence for each prompt that fits."""
+        """(document, its samples): one sample if its prompt has at most `data.max_length` tokens, else none, and a tally of that.
+
+        Raises DataError for a longer prompt if `data.over_length` is `fail`.
+        """
         for document, ids in encoder.encode_prompts(documents):
             if len(ids) <= config.max_length:
                 yield document, [Sample(ids, np.zeros(len(ids), dtype=bool))]

@@ -61,7 +61,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor]:
-    """The output head, the hidden states `[N, H]` that it is given, and the targets `[N]` of these rows.
+    """Run the model: (output head, hidden states `[N, H]` for the head, targets `[N]`), at the N positions that are learned.
 
     Where the model's own forward pass must be taken the "hidden states" are logits already, and the head passes them on.
     """
@@ -88,7 +88,7 @@ def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def forward_pass(model: nn.Module, batch: dict[str, Any]) -> None:
-    """Run a batch for what hooks record on the way (routers, hidden states). A causal model computes no head and no loss."""
+    """Run a batch only for what hooks record on the way (routers, hidden states). A causal model computes no head and no loss."""
     if hasattr(plain_model(model), "forward_path"):
         # Without target rows the head has nothing to do.
         supervised_rows(model, {**batch, "target_rows": batch["target_rows"][:0]})

@@ -60,7 +60,10 @@ def problems(config: ClassificationConfig, other_settings: OtherSettings) -> Ite
 
 
 def _name_problems(labels: list[str], *, multi_label: bool) -> Iterator[str]:
-    """What is wrong with `objective.labels`."""
+    """What is wrong with the label names of `objective.labels`, one line each.
+
+    There must be two or more (one with `multi_label`), all different; with `multi_label` at most `MAX_LABELS`, and none with `|`.
+    """
     least = 1 if multi_label else 2
     if len(labels) < least or len(set(labels)) < len(labels):
         yield f"objective.labels={labels}: must be two or more different names; null takes those of the data"
@@ -111,7 +114,10 @@ class LabelDataSpec(DataSpec):
         return LABEL_SEPARATOR.join(sorted(names))
 
     def _name_of(self, label: str) -> str:
-        """The name that a label means: itself, or that with this id if it is a number and no name is one."""
+        """The name that a document's label stands for: itself, or with the names cat and dog `1` stands for dog.
+
+        A number is an id unless a name is a number itself, or there is no such id.
+        """
         names = self.names or []
         is_number = label.isdecimal() and label.isascii()
         if not is_number or any(name.isdecimal() for name in names):
@@ -122,7 +128,11 @@ class LabelDataSpec(DataSpec):
         return names[label_id]
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
-        """Refuse a document without a label, or with one that `objective.labels` does not name."""
+        """Why a document cannot be used, as (kind of refusal, message); None if it can.
+
+        - no label: `WRONG_KIND`.
+        - a label that `objective.labels` does not name: `unknown_label`. Without that setting every label is taken.
+        """
         if document.label is None:
             problem = "has no label, which objective=classification learns and evaluates; it"
             return WRONG_KIND, f"{problem} needs rows with a text and a label (data.format=labelled)"

@@ -52,7 +52,11 @@ def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfi
 
 
 def common_layout(layout: Layout, teacher: ModelConfig | None, *, half_on_gpu: bool) -> tuple[Layout, dict[str, str]]:
-    """(layout, substitutions): padded rows if the teacher is not proven to keep documents in one row apart."""
+    """(layout of rows for model and teacher, note by setting if it is not the requested one).
+
+    Padded rows if the teacher is not proven to keep documents in one row apart. Raises ConfigError if the settings ask for one
+    row.
+    """
     if teacher is None or layout is Layout.padded:
         return layout, {}
     settings = load_model_config(teacher)

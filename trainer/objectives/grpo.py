@@ -34,7 +34,7 @@ def problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator[str]
 
 
 def _group_problems(config: GrpoConfig) -> Iterator[str]:
-    """What a group of one answer cannot be compared with, and when a group without spread still teaches."""
+    """Settings that do not go with groups of one answer, and `objective.idle_groups` where idle groups teach too."""
     if config.group_size == 1:
         within_group = []
         if config.baseline in (Baseline.group, Baseline.others):
@@ -55,7 +55,7 @@ def _group_problems(config: GrpoConfig) -> Iterator[str]:
 
 
 def _combine_problems(config: GrpoConfig) -> Iterator[str]:
-    """Settings of the advantage that `combine=normalised` decides itself."""
+    """Settings that do not go with `objective.combine=normalised`, which scales each reward within its group itself."""
     if config.combine is not Combine.normalised:
         return
     remedy = "leave it out, or set objective.combine=sum"

@@ -114,7 +114,11 @@ class Policy(Objective):
         return -torch.minimum(ratio * advantages, bounded * advantages)
 
     def _clipped(self, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N]` bool each: whether the bound below, or the one above, holds a token's ratio, so that it has no gradient."""
+        """(below, above), `[N]` bool each: whether clipping at that bound takes the gradient from a token.
+
+        - `none`: no token. `cispo`: above the upper bound, with a positive advantage.
+        - else, as PPO: below the lower bound with a negative advantage, above the upper one with a positive advantage.
+        """
         config = self.config
         none = torch.zeros_like(ratio, dtype=torch.bool)
         if config.clip_form is ClipForm.none:

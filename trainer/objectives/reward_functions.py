@@ -131,7 +131,7 @@ def _functions_of(path: Path, modified_ns: int) -> dict[str, RewardFunction]:
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> RewardFunction | None:
-    """The signature of a function; None if it is no reward function."""
+    """The signature of a function; None if it is no reward function: none of its parameters is a `Convention`."""
     arguments = node.args
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     keyword_only = [argument.arg for argument in arguments.kwonlyargs]

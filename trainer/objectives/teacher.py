@@ -50,7 +50,10 @@ class AdapterOff:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        """(head of the base model if the head itself is trained, else None; states `[M, H]`), without gradients."""
+        """(the head, hidden states `[M, H]`) of the base model, without gradients; no head (None) if it is not trained.
+
+        The base model is `model` with its adapters off and without dropout.
+        """
         training = model.training
         model.eval()
         try:

@@ -321,7 +321,11 @@ def _ia3_problems(tuning: Ia3Config) -> Iterator[str]:
 
 
 def _peft_problems(tuning: PeftConfig) -> Iterator[str]:
-    """What is wrong with the method of peft that `tuning.type` names, and with its options."""
+    """What is wrong with `tuning.type`, a method of peft, or with its `tuning.options`, one line each. The first case that holds:
+
+    - not set; a method that is a choice of `tuning` itself; one that cannot work; one that is not in `PEFT_METHODS`.
+    - else: problems of its options, for which peft is imported.
+    """
     peft_type = tuning.type
     proven = ", ".join(PEFT_METHODS)
     if peft_type is None:

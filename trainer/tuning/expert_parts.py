@@ -8,7 +8,10 @@ from torch import nn
 
 
 def weight_names(module: Any) -> tuple[str, ...]:
-    """Names of the weights of a module of experts, each `[experts, ., .]`, as transformers computes them; else empty."""
+    """Names of the weights of a module of experts, such as `("gate_up_proj", "down_proj")`, each a stack `[experts, ., .]`.
+
+    Empty if `module` is none whose experts transformers' own functions compute.
+    """
     # transformers sets these attributes on the experts that its functions compute.
     if not all(hasattr(module, key) for key in ("has_gate", "has_bias", "is_transposed", "num_experts")):
         return ()

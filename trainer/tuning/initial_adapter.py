@@ -65,7 +65,11 @@ _IRRELEVANT_FIELDS = {
 
 
 def differing_fields(expected: dict[str, Any], stored: dict[str, Any]) -> list[str]:
-    """Names of the fields that differ between two of peft's configs, and make the same tensors compute something else."""
+    """Names of the fields in which two of peft's configs differ so that the same tensors compute something else.
+
+    Such as `["lora_alpha", "r"]`; fields that only one of them has, that concern training alone, or that start values are left
+    out.
+    """
     differing = []
     for name in sorted(expected.keys() & stored.keys()):
         # Dropout and the start concern training; the tensors compute the same.
@@ -163,7 +167,10 @@ def problems(tuning: AdapterConfig) -> Iterator[str]:
 
 
 def merge_problems(directory: str) -> Iterator[str]:
-    """What keeps an adapter directory of `model.adapters` from being merged into the base, one line each."""
+    """What keeps an adapter directory of `model.adapters` from being merged into the base: one line, or none.
+
+    The directory cannot be read, or its method is unknown here, cannot be merged, or cannot be continued.
+    """
     setting = f"model.adapters={directory}"
     stored = read_settings(directory)
     if isinstance(stored, str):
@@ -185,8 +192,10 @@ def merge_problems(directory: str) -> Iterator[str]:
 def _with_expert_settings(stored: dict[str, Any]) -> dict[str, Any]:
     """The settings of a stored LoRA adapter, with the fields `experts` and `router` that our `LoraConfig` has and peft has not.
 
-    peft has one list, `target_parameters`. Parameters that do not end in `.weight` are experts'. Among the others, those of
-    `gate` and `router` are routers', and all else are linear layers, which belong to the modules.
+    peft has one list, `target_parameters`. By the name of each:
+    - not ending in `.weight` (`mlp.experts.gate_up_proj`): experts.
+    - `gate.weight` and `router.weight`: a router.
+    - else: a linear layer, which is added to `target_modules`.
     """
     has_experts = False
     has_router = False

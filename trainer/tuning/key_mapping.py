@@ -51,7 +51,10 @@ def unloadable_layers(model: nn.Module, settings: Any) -> list[str]:
 
 
 def check_loadable(model: Any) -> None:
-    """Raise ConfigError if plain peft would not load all of a tuned model's LoRA adapters back from its export."""
+    """Raise ConfigError if plain peft would not load all of a tuned model's LoRA adapters back from its export.
+
+    peft applies a base's renaming of keys to adapters too, and so may find no layer for some key.
+    """
     settings = getattr(model, "peft_config", {}).get(ADAPTER)
     if settings is None:
         return

@@ -28,6 +28,7 @@ class EncoderLstm(nn.LSTM):
         weights = [getattr(self, name) for name in lstm_weight_names(self)]
         set_lstm_weights(self, weights)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
+        # torch's own, unless this CPU has no LSTM of this half-precision type: then in float32.
         if inputs.device.type != "cpu" or dtype not in DTYPES.values() or supports_dtype(dtype):
             return super().forward(inputs, state)
         with torch.autocast("cpu", enabled=False):

@@ -100,7 +100,12 @@ class _MergedAdapter:
                 )
 
     def full_tensor(self, name: str, base: BaseReader) -> Tensor:
-        """The parameter with this adapter merged in. `base` reads the weights below it."""
+        """The full parameter `name` with this adapter merged in. `base` reads the weights without it.
+
+        - trained in full with the adapter: the stored value.
+        - not changed by the adapter: the base's value.
+        - else: its layer is merged, and kept for the layer's next parameter.
+        """
         if name in self.replaced:
             return self.stored.tensor(self.replaced[name])
         if name not in self.changed_names:

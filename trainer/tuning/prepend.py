@@ -63,7 +63,9 @@ class Prepend:
     ) -> tuple[Any, dict[str, Any]]:
         """A forward hook of the decoder: returns its inputs, all as keywords, with the virtual tokens before them.
 
-        While inactive (for a reference, the base alone), it returns them as they are.
+        They stay as they are while inactive (for a reference, the base alone). In generation only the mask and the positions
+        change after the first pass, whose cache has the virtual tokens. Returns (no positional arguments, all arguments by
+        name).
         """
         inputs = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         self.added_rows = 0

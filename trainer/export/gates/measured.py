@@ -134,6 +134,7 @@ def _forgotten(task_report: dict[str, Any], comparison: dict[str, Any]) -> dict[
     metric = next(iter(task_report.get("metrics") or {}), None)
     if metric is None:
         return {}
+    # {"value": the base's, "difference": the model's minus the base's, "low", "high"}
     difference = (comparison.get("metrics") or {}).get(metric)
     if not difference or not difference.get("value"):
         return {}
