@@ -365,7 +365,9 @@ def _notes(points: list[MeasuredPoint], names: list[str]) -> list[str]:
 
     # What is wrong with single runs and points.
     for run in runs:
-        if run.unreadable_lines:
+        if run.unreadable_lines == 1:
+            notes.append(f"{run.directory}: 1 line of its metrics or events cannot be read and is left out")
+        elif run.unreadable_lines:
             notes.append(
                 f"{run.directory}: {run.unreadable_lines} lines of its metrics or events cannot be read and are left out"
             )

@@ -52,7 +52,7 @@ class RecordedRun:
     events: tuple[dict[str, Any], ...] = ()
     """Lines of `events.jsonl`: steps that stood out."""
     unreadable_lines: int = 0
-    """Lines of both files that are no rows, and are left out."""
+    """Lines of both files that are no rows, and are left out; of a run in W&B's files, damaged places that were skipped."""
 
     @property
     def state(self) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,8 @@ FIRST_EDITION_STEP = "train_step"
 """The step in rows of W&B of before metrics had names of their own there."""
 RETRY_AFTER_S = 1.0
 """Seconds before wandb is asked once more to read a run's files."""
+SKIPPED = "skipped corrupt data"
+"""In what wandb says of a damaged place of a file, behind which it reads on and ends with 0."""
 RUN_PAGE_URL = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+)/runs/(?P<run>[^/?#]+).*")
 """Address of a run's page in W&B."""
 
@@ -67,10 +69,11 @@ def read_wandb_directory(directory: Path) -> RecordedRun:
     history = _LoggedSteps()
     host: str | None = None
     started_at = 0.0
+    damage: list[str] = []
     for part in part_directories(directory):
         exit_record = {}  # the end of an earlier start is not the end of the run
         # Later records complete or replace earlier ones, as they do on W&B's server.
-        for record in _read_wandb_records(part):
+        for record in _read_wandb_records(part, damage):
             record_type = record["type"]
             if record_type == "run":
                 run = record["run"]
@@ -86,7 +89,7 @@ def read_wandb_directory(directory: Path) -> RecordedRun:
     if host is not None:
         config["host"] = host
     status = _status_from_wandb(exit_record, summary, started_at)
-    return _recorded_run(directory, config, status, history)
+    return replace(_recorded_run(directory, config, status, history), unreadable_lines=len(damage))
 
 
 def is_wandb_address(directory: Path) -> bool:
@@ -168,8 +171,10 @@ def _recorded_run(
     )
 
 
-def _read_wandb_records(part: Path) -> Iterator[dict[str, Any]]:
+def _read_wandb_records(part: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
     """The records in one directory of W&B, in order, read by a process of wandb.
+
+    What wandb says of damaged places that it skipped is added to `damage`.
 
     Errors: ConfigError if wandb is not installed, or cannot read the files.
     """
@@ -180,6 +185,7 @@ def _read_wandb_records(part: Path) -> Iterator[dict[str, Any]]:
         # On a busy machine the command has ended with 1 over files that it could read a moment later.
         time.sleep(RETRY_AFTER_S)
         completed = _inspect(part)
+    damage += [line for line in completed.stderr.splitlines() if SKIPPED in line]
     lines = [line for line in completed.stdout.splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         try:

@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_keeps_the_names_it_began_with(earlier):
     assert len(wandb_files.part_directories(earlier)) == 2
     assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations
     assert "epoch" not in ours.steps[2] and ours.steps[4]["epoch"] == 2.0
-    records = list(wandb_files._read_wandb_records(wandb_files.part_directories(earlier)[-1]))
+    records = list(wandb_files._read_wandb_records(wandb_files.part_directories(earlier)[-1], []))
     names = {name for record in records if record["type"] == "history" for name in record["history"]["item"]}
     assert {"train_step", "loss", "tokens", "eval/loss"} < names and not any("train/" in name for name in names)
     axes = {each["metric"].get("step_metric") for each in records if each["type"] == "metric"}
@@ -131,6 +131,19 @@ def test_wandb_file_that_is_torn_is_read_up_to_the_damage(run, tmp_path):
     assert point.state == "running" and 1 in point.steps
 
 
+def test_a_damaged_place_of_a_wandb_file_is_told(run, tmp_path, capsys):
+    damaged = tmp_path / run[1].name
+    shutil.copytree(run[1], damaged)
+    (file,) = damaged.glob("*.wandb")
+    content = bytearray(file.read_bytes())
+    content[-400:-380] = bytes(20)
+    file.write_bytes(content)
+    assert read_wandb_directory(damaged).unreadable_lines == 1
+    assert command_here(["compare", str(run[1]), str(damaged)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{damaged}: 1 line of its metrics or events cannot be read" in told
+
+
 def test_wandb_files_of_all_starts_are_one_run(monkeypatch, tmp_path):
     """One directory for each start; steps that were taken again are those of the last one."""
     parts = [tmp_path / f"{name}-x1" for name in ("offline-run-20260102_000000", "run-20260101_000000")]
@@ -138,7 +151,7 @@ def test_wandb_files_of_all_starts_are_one_run(monkeypatch, tmp_path):
         part.mkdir()
         (part / "run-x1.wandb").touch()
 
-    def records(part):
+    def records(part, damage):
         number = parts.index(part)  # the first start is the second of them
         rows = [(1, 3.0), (2, 2.5)] if number else [(2, 2.0), (3, "NaN")]
         yield {"type": "run", "run": {"config": {"update": {"config": {"strategy": {"name": "ddp"}}}}}}
@@ -188,12 +201,12 @@ def test_a_run_is_compared_though_wandb_fails_to_read_its_files_at_first(monkeyp
     monkeypatch.setattr(wandb_files, "RETRY_AFTER_S", 0)
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/gone")
     monkeypatch.setenv("WANDB_DIR", "theirs")
-    assert list(wandb_files._read_wandb_records(tmp_path)) == [json.loads(line)]
+    assert list(wandb_files._read_wandb_records(tmp_path, [])) == [json.loads(line)]
     assert [("WANDB_SERVICE" in env, env["WANDB_DIR"]) for env in environments] == [(False, "theirs")] * 2
     environments.clear()
     answers[1] = answers[0]
     with pytest.raises(ConfigError, match=r"cannot read its files \(Error: no idea\); leave this run out"):
-        list(wandb_files._read_wandb_records(tmp_path))
+        list(wandb_files._read_wandb_records(tmp_path, []))
     assert len(environments) == 2
 
 
@@ -204,7 +217,7 @@ def server(run, monkeypatch):
 
 
 def serving(part, monkeypatch):
-    records = list(wandb_files._read_wandb_records(part))
+    records = list(wandb_files._read_wandb_records(part, []))
     config = next(each["run"]["config"]["update"] for each in records if each["type"] == "run")
     summary = {}
     for each in records:
