@@ -49,7 +49,7 @@ def run(tmp_path_factory):
     ]
     frozen = gc.get_freeze_count()
     assert command_here(["train", *words]) == 0
-    assert gc.get_freeze_count() <= frozen  # else a notebook keeps the optimizer of each run that it ever made
+    assert gc.get_freeze_count() <= frozen  # else a process that trains again keeps the optimizer of this run
     return root / "run", words
 
 
