@@ -57,7 +57,7 @@ class Axes:
         points: list[list[str]] = []
         shortened_points: set[tuple[str, ...]] = set()
         for full_point in itertools.product(*self.alternatives):
-            # A word with one value is the same in every point, so `values` has all keys.
+            # `full_point` has a word for each key, also those with one value.
             values = {key_of(word): value_of(word) for word in full_point}
             kept_words = []
             for word in full_point:
@@ -84,7 +84,7 @@ class Axes:
         return " ".join(words) or "only point"
 
     def settings_of_some_points(self) -> list[str]:
-        """A sentence for each setting that some points lack, because their choice on an axis has no such setting."""
+        """A line such as `tuning.rank: only where tuning is lora` for each setting that some points lack."""
         axes = self.axes
         sentences = []
         for key, limit in self._settings_of_some_choices().items():

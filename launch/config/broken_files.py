@@ -8,7 +8,7 @@ from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 
 
 def suspected_files(choices: dict[str, str]) -> str:
-    """The files that may be at fault if Hydra cannot compose these choices (by group), joined by "or".
+    """The files that may be at fault if Hydra cannot compose these choices (by group), as "conf/debug/x.yaml or my/a.yaml".
 
     Only files of the user and those that hold settings of every group are named: the groups that we ship are tested.
     """
@@ -33,7 +33,7 @@ def composition_problem(error: Exception) -> str:
 
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1} is not valid YAML: {error.problem}"
-    # Hydra repeats OmegaConf's error as a text of several lines. The error itself has the setting and the reason apart.
+    # Hydra repeats OmegaConf's error as a text of several lines. OmegaConf's has the setting and the reason apart.
     original = error if isinstance(error, OmegaConfBaseException) else error.__context__
     if not isinstance(original, OmegaConfBaseException) or not original.full_key:
         return " ".join(str(error).split())

@@ -99,6 +99,7 @@ def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[Verb
     values_by_key = values_of_settings()
     if shell == "fish":
         return _fish(values_by_key, verbs, declared)
+
     # bash and zsh share the form of their `case` branches: the values of each setting, the words of each verb.
     value_cases = []
     for key, values in values_by_key.items():
@@ -107,6 +108,8 @@ def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[Verb
     word_cases = []
     for verb, declarations in declared.items():
         word_cases.append(f'        {verb}) candidates="{" ".join(word_keys(declarations))}" ;;')
+
+    # What stands in place of the marks in the script's text.
     replacements = {
         "@VERBS@": " ".join(verbs),
         "@FLAGS@": " ".join(flags_of(declared)),
@@ -144,8 +147,8 @@ def flags_of(declared: dict[str, list[type[VerbWords]]]) -> list[str]:
 def values_of_settings() -> dict[str, list[str]]:
     """The possible values of every group and setting, by the key as typed; an empty list if they cannot be listed.
 
-    Left out: settings whose key holds a name of the user's (`data.sources.*.path`), and the `name` of a group, which is typed
-    as `<group>=<choice>`.
+    Such as {"tuning": ["full", "lora"], "run.must_fit": ["true", "false"], "optim.lr": []}. Left out: settings whose key holds a
+    name of the user's (`data.sources.*.path`), and the `name` of a group, which is typed as `<group>=<choice>`.
     """
     from launch.config.overrides import settings
 

@@ -11,10 +11,12 @@ from trainer.rollout.rewards.copies import stand_ins
 
 
 def use_reward_copies(words: list[str]) -> None:
-    """Let a run's own copies stand in for reward files that are gone, if the words name a run that has some.
+    """Let a run's own copies stand in for reward files that are gone, in this process from here on.
 
-    Only copies whose content this user has typed once: the directory may be somebody else's.
+    `words`: the command line. Nothing happens unless it names a `run.dir`, and a reward file that does not exist. Only copies
+    count whose code this user has used before: the directory may be somebody else's.
     """
+    # The run, and the reward files: `objective.rewards=[a.py,b.py:brief]` or `objective.rewards.x.function=a.py:x`.
     run_dir = None
     files: list[Path] = []
     for word in words:

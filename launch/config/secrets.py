@@ -13,9 +13,10 @@ from trainer.config.run import RunConfig
 def secret_problems(config: RunConfig, written: RunConfig | None) -> Iterator[str]:
     """A problem for each value that looks like a password or token, except for those that `written` holds already.
 
-    Typed values are written into config.yaml, the run record and the model card, and are sent to trackers.
+    Typed values are written into config.yaml, the run record and the model card, and are sent to trackers. `written`: the
+    configuration that the run's config.yaml holds; None if there is none yet.
     """
-    written_values = {} if written is None else flat(asdict(written))
+    written_values = {} if written is None else flat(asdict(written))  # by dotted key
     for key, value in flat(asdict(config)).items():
         if key in written_values and written_values[key] == value:
             continue

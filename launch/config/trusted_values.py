@@ -48,7 +48,7 @@ def state_directory() -> Path | None:
 def is_remembered(identity: dict[str, Any] | None) -> bool:
     """Whether this user typed a value before, here or on another machine with the same state directory.
 
-    `identity`: `OutsideValue.identity`; None is never remembered.
+    `identity`: `OutsideValue.identity`; None is never remembered. Also marks the value as used today, so that it is kept.
     """
     home = state_directory()
     if identity is None or home is None:
@@ -68,7 +68,8 @@ def is_remembered(identity: dict[str, Any] | None) -> bool:
 def remember(values: Iterable[OutsideValue]) -> None:
     """Keep values that this user typed, so that verbs that read a run with them need not ask again.
 
-    If the state directory cannot be written, a warning says so; it is no error.
+    Writes a file for each new identity into the state directory, and deletes the oldest beyond `MOST_VALUES`. If the directory
+    cannot be written, or others can write it, a warning says so; it is no error.
     """
     identities = [value.identity for value in values if value.identity is not None]
     new_identities = [identity for identity in identities if not is_remembered(identity)]

@@ -114,7 +114,7 @@ def read_words(verb: str, declaration: type[Declared], argv: Iterable[str]) -> t
 def read_group(
     prefix: str, defaults: Config, words: Iterable[str], *, once: bool = False
 ) -> tuple[Config, list[str], list[str]]:
-    """Read the words `<prefix>.<field>=` into a copy of `defaults`; returns (the settings, the other words, problems).
+    """Read arguments `<prefix>.<field>=value` into a copy of `defaults`; returns (the settings, the other arguments, problems).
 
     `defaults`: an object of a dataclass whose annotations say what the values may be. `once`: a setting that is typed again is
     a problem; without it the last one counts, as in the words of a run.
@@ -447,7 +447,7 @@ class _WordReader:
         self.problems.append(f"{argument}: there is no such flag{hint}")
 
     def _add_unknown_key(self, argument: str) -> None:
-        """Put an unknown word into `settings`, if the verb hands such words on and it is not mistyped; else it is a problem."""
+        """Put an argument of unknown key into `settings`, if the verb hands those on and it is not mistyped; else a problem."""
         key = argument.partition("=")[0]
         own_keys = []
         for spec in self.specs.values():
@@ -466,7 +466,7 @@ class _WordReader:
         self.problems.append(f"{argument}: there is no such word{hint}")
 
     def _place_bare_words(self) -> None:
-        """Assign the bare words to the fields that take one; the rest is for the field of a list, or else a problem."""
+        """Assign words without `=` to the fields that take one; the rest is for the field of a list, or else a problem."""
         placed: list[str] = []
         takes_rest = False
         for name in self._fields_of_kind("bare"):

@@ -18,15 +18,15 @@ def paper_words(config: RunConfig) -> Iterator[str]:
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the gates, one line each.
+    """Error messages about the gates, bounds on metrics for an export such as {"qa/accuracy": ">0.6"}, one line each.
 
-    A gate about a task that is not configured passes: its metric may be measured later.
+    A gate on a metric of a configured task must name one that the task has. Any other metric may be measured later.
     """
     yield from bounds.problems(config.gates)
     for bound in bounds.bounds_of(config.gates):
         task_name, _, metric = bound.metric.removeprefix("eval/").partition("/")
         task_config = config.evaluation.tasks.get(task_name)
-        if task_config is None or not metric:
+        if task_config is None or not metric:  # the metric of no task, or of one that is not configured
             continue
         kind = TASK_KINDS.get(task_config.kind)
         metrics = [] if kind is None else [declared.name for declared in kind(task_name, task_config).metrics]

@@ -89,7 +89,7 @@ def _over_ssh(launcher: LauncherConfig) -> Iterator[str]:
 
 
 def _slurm(launcher: SlurmConfig) -> Iterator[str]:
-    """What is wrong with what SLURM is asked for."""
+    """Error messages about the settings of a SLURM job, each with what to set in its place."""
     if launcher.hosts:
         yield f"launcher.hosts=[{','.join(launcher.hosts)}]: SLURM chooses the nodes; launcher=local takes hosts, over ssh"
     if not SLURM_TIME.fullmatch(launcher.time):
@@ -111,7 +111,10 @@ def _slurm(launcher: SlurmConfig) -> Iterator[str]:
 
 
 def _extra(launcher: SlurmConfig) -> Iterator[str]:
-    """Options of sbatch that would make something else of the job than what is printed of it and what its script does."""
+    """Error messages for sbatch's options in `launcher.extra` that the job's script or the launcher sets itself, and for GPUs.
+
+    GPUs of the whole job (`--gpus`) must be a multiple of the nodes.
+    """
     words_by_key = {"launcher.extra": launcher.extra}
     words_by_key |= {f"launcher.part_options.{part}": words for part, words in launcher.part_options.items()}
     for key, words in words_by_key.items():

@@ -71,7 +71,8 @@ class AnomalyLog:
     def _warning(self, outlier: Outlier, places: list[tuple[int, int]], documents: list[dict[str, Any]]) -> str:
         """The warning about an outlier: what stands out and how far, what was done, and which samples the step had.
 
-        `places`: ranges (first, count) of the step's samples in the run's order. `documents`: their records; empty if unknown.
+        `places`: ranges (first, count) of the step's samples in the run's order, such as [(640, 32)]. `documents`: records with
+        `file` and `line` of each; empty if unknown.
         """
         what = outlier_text(outlier.values, outlier.scores, outlier.began if outlier.is_level else None)
         if not outlier.is_level:

@@ -142,7 +142,7 @@ class Challenges:
             self._judge_divergence(progress, last.values)
 
     def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
-        """Take the metrics of the steps of a logging interval: their losses, or rewards if the run learns from these.
+        """Take the metrics of a logging interval's steps into `progress`: their losses, or rewards if the run learns from these.
 
         If there are no held-out metrics, divergence is judged here.
         """

@@ -62,8 +62,8 @@ class Stragglers:
         """Look for slow ranks in a logging interval, and add the ranks' compute times to its first row.
 
         `rows`: metrics of the interval's steps. `times`: by rank, how long its forward pass took in the model's blocks
-        (layers). The row gets their median, the largest, and which rank has it. All ranks must call, with the same
-        arguments.
+        (layers). The row gets their median, the largest, and which rank has it. Nothing is done for a single rank, or if any
+        was not timed. All ranks must call, with the same arguments.
         """
         all_timed = all(time.seconds > 0 for time in times)
         if not rows or len(times) < 2 or not all_timed:

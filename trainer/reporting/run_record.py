@@ -347,7 +347,8 @@ def _arguments_of(
 ) -> dict[str, Any]:
     """Arguments for a dataclass of this module from JSON values by field; what is null or of a wrong type is left out.
 
-    `prefix`: keys that lead to `content`, such as `outcome.`. `type_errors` gets a line for each value of a wrong type.
+    `prefix`: keys that lead to `content`, such as `outcome.`. `type_errors` gets a line for each value of a wrong type, such as
+    "world_size is not a whole number". A field that is a dataclass itself is made from its own object.
     """
     arguments = {}
     for name, hint in get_type_hints(record_class).items():

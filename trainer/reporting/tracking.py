@@ -51,7 +51,10 @@ class Trackers:
         self._training_s = rows.earlier.training_s
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
-        """Record numbers of one step everywhere. A failing tracker is dropped with a message. Errors: StorageError."""
+        """Record numbers of one step in `metrics.jsonl` and all trackers, with the tables that waited for that step.
+
+        A failing tracker is dropped with a message. Errors: StorageError.
+        """
         if self._rows is not None:
             try:
                 self._rows.log(metrics, step=step)

@@ -77,7 +77,8 @@ def exists(path: Path) -> bool:
 def add_axolotl_datasets(entries: Any, setting: str, conversion: ConvertedSettings, base: Path) -> None:
     """Translate axolotl's `datasets:` as training data, or `test_datasets:` as evaluation data.
 
-    `entries`: what the file has under `setting`: one data set or a list. `base`: the directory that relative paths start from.
+    `entries`: what the file has under `setting`: one data set or a list, each a path or a block such as {"path": "a.jsonl",
+    "type": "alpaca"}. `base`: the directory that relative paths start from. Several data sets become `data.sources`.
     """
     datasets = entries if isinstance(entries, list) else [entries]
     is_held_out = setting == "test_datasets"
@@ -258,6 +259,7 @@ def _add_factory_entry(entry: Mapping[str, Any], name: str, prefix: str, convers
 
     `name`: the entry in messages. `prefix`: where its settings go here, `data` or `data.sources.<name>`.
     """
+    # The format: the objective or a ranking decides the table of columns before `formatting` does.
     formatting = str(entry.get("formatting", "alpaca"))
     if conversion.words.get("objective") == "pretrain":
         column_table = "pretrain"
@@ -289,7 +291,7 @@ def _add_factory_entry(entry: Mapping[str, Any], name: str, prefix: str, convers
 def _add_factory_columns(
     entry: Mapping[str, Any], column_table: str, name: str, prefix: str, conversion: ConvertedSettings
 ) -> None:
-    """Translate the `columns` of an entry by one of the tables of `FACTORY_COLUMNS`."""
+    """Translate the `columns` of an entry, such as {"prompt": "question"}, by the table `column_table` of `FACTORY_COLUMNS`."""
     columns: dict[str, Any] = {}
     if column_table == "ranking" and entry.get("formatting", "alpaca") == "alpaca":
         columns["prompt"] = "instruction"  # LLaMA-Factory's default, which differs from ours

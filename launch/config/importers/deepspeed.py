@@ -112,7 +112,7 @@ def _is_auto(value: Any) -> bool:
 
 
 def _translation_in(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
-    """The translation that a table has for a setting. Its keys are lists of names with blanks between."""
+    """The translation that a table has for a setting; None if it has none. A key of it is names with blanks between."""
     for names, translation in table.items():
         if key in names.split():
             return translation
@@ -120,12 +120,15 @@ def _translation_in(table: Mapping[str, TranslatedSetting], key: str) -> Transla
 
 
 def _add_zero(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
-    """Translate `zero_optimization`: the stage decides our strategy, and the meaning of the other settings."""
+    """Translate the block `zero_optimization`: the stage decides our strategy, and the meaning of the other settings.
+
+    `name`: the block's full key in messages. A stage that is none of 0 to 3 is unsupported, and counts as 0 for the others.
+    """
     # DeepSpeed's own default is stage 0: no sharding, which is ddp here.
     stage_text = to_cli_text(block.get("stage", 0))
     is_known_stage = stage_text in ("0", "1", "2", "3")
     stage = stage_text if is_known_stage else "0"
-    zero_words = rules.zero_settings({**block, "stage": stage})
+    zero_words = rules.zero_settings({**block, "stage": stage})  # such as {"strategy": "zero3", ...}
     strategy = zero_words["strategy"]
     if is_known_stage:
         translation = TranslatedSetting({"strategy": strategy})
@@ -162,9 +165,10 @@ def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSe
 def _add_offload(
     key: str, block: Mapping[str, Any], zero_words: Mapping[str, str], conversion: ConvertedSettings, name: str
 ) -> None:
-    """Translate the block `offload_optimizer` or `offload_param` (`key`).
+    """Translate the block `offload_optimizer` or `offload_param` (`key`), such as {"device": "cpu", "pin_memory": true}.
 
-    `zero_words`: our words for the whole of `zero_optimization`, from which the block takes its own.
+    `zero_words`: our settings for the whole of `zero_optimization`, from which the block takes its own. A device that they lack,
+    such as `none`, needs no setting. `name`: the block's full key in messages.
     """
     our_key = "strategy.offload_optimizer" if key == "offload_optimizer" else "strategy.offload_parameters"
     for inner_key, value in block.items():
@@ -242,7 +246,10 @@ def _parameters(block: Mapping[str, Any], conversion: ConvertedSettings, name: s
 
 
 def _add_optimizer(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
-    """Translate a block `optimizer`: its `type`, and the `params` that an optimizer here has too."""
+    """Translate a block `optimizer`, such as {"type": "AdamW", "params": {"lr": 1e-4}}, to `optim` and `optim.*`.
+
+    An Adam without a rate gets DeepSpeed's default rate.
+    """
     kind = block.get("type")
     parameters = _parameters(block, conversion, name)
     if kind is not None:
@@ -268,7 +275,7 @@ def _add_optimizer(block: Mapping[str, Any], conversion: ConvertedSettings, name
 
 
 def _add_scheduler(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
-    """Translate a block `scheduler`: its `type` to our schedule, its `params` to settings of the schedule."""
+    """Translate a block `scheduler`, such as {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}, to `schedule`."""
     kind = to_cli_text(block.get("type"))
     parameters = _parameters(block, conversion, name)
     if kind not in SCHEDULES:

@@ -143,11 +143,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def detect_trainer(tree: Mapping[str, Any]) -> str | None:
-    """The trainer that a settings file was written for, by the names in it; None if no name is known."""
+    """The trainer that a settings file was written for, by the names in it; None if no name is known.
+
+    The first trainer in `MARKS` of whose names the file has one; else Hugging Face's, if it has any name that is known.
+    """
     setting_names = {str(key) for key in tree}
     for key, value in tree.items():
         if isinstance(value, dict):
-            setting_names |= {f"{key}.{name}" for name in value}
+            setting_names |= {f"{key}.{name}" for name in value}  # such as `zero_optimization.stage`
     for trainer, marks in MARKS.items():
         if setting_names & set(marks):
             return trainer
@@ -310,7 +313,8 @@ def _add_accelerate_deepspeed(
 def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings) -> None:
     """Translate `fsdp` or `fsdp_config` (`key`) to a strategy.
 
-    The two decide it together, so that their words are added once: with `fsdp` if it is set, else with `fsdp_config`.
+    The two decide it together, so that our settings are added once: with `fsdp` if it is set, else with `fsdp_config`. Of the
+    block `fsdp_config`, each setting is then reported by itself: not needed, translated or unsupported.
     """
     has_fsdp = tree.get("fsdp") not in (None, "", [])
     block = tree.get("fsdp_config")

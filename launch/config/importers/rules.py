@@ -291,7 +291,10 @@ def evaluation_interval(value: str, foreign: ForeignSettings) -> TranslatedSetti
 
 
 def deepspeed_stage(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """The strategy for a DeepSpeed file: by the ZeRO stage in it, or in its name (`ds_z3.json`) if it is not here."""
+    """The strategy for a DeepSpeed file (`value`, its path): by the ZeRO stage in it, or in its name if it is not here.
+
+    `ds_z3.json` is strategy=zero3. A note where the file cannot be read, or no stage is named.
+    """
     path = Path(value).expanduser()
     tree = None
     if path.suffix == ".json" and path.is_file():
@@ -314,7 +317,10 @@ def deepspeed_stage(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def zero_settings(zero_block: dict[str, object]) -> dict[str, str]:
-    """Our words for DeepSpeed's `zero_optimization`: the strategy, and which states are offloaded to CPU or NVMe."""
+    """Our settings for DeepSpeed's `zero_optimization`: the strategy, and which states are offloaded to CPU or NVMe.
+
+    {"stage": 3, "offload_param": {"device": "cpu"}} is {"strategy": "zero3", "strategy.offload_parameters": "cpu"}.
+    """
     stage = int(str(zero_block.get("stage") or 0))
     if stage == 0:
         return {"strategy": "ddp"}

@@ -51,7 +51,7 @@ def write_results(directory: Path, facts: ModelFacts) -> list[Path]:
     """Write `.eval_results/<task>.yaml`, in the hub's format, for each task whose data is a data set of the hub.
 
     Returns the files. `facts.benchmarks` names the data set of a task that was evaluated on a local copy. The first metric of a
-    task is its result.
+    task, such as `accuracy` of `qa/accuracy`, is its result; tasks on other data are passed over.
     """
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml

@@ -58,7 +58,8 @@ def paper_problems(papers: list[str]) -> Iterator[str]:
 def read_answers(path: str | None) -> tuple[dict[str, Any], list[str]]:
     """The owner's answers from a YAML file: (answers by question, error messages). Both are empty if `path` is None.
 
-    An answer that is null or empty leaves its question open.
+    The file {provider: Clinic of X, contact: } gives ({"provider": "Clinic of X"}, []): an answer that is null or empty leaves
+    its question open. A problem is an unknown question, or no number where one is asked for.
     """
     import yaml
 
