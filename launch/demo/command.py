@@ -167,7 +167,7 @@ def prepare_demo(source: Path, tokenizer: Any, directory: Path, *, held_out_toke
             tokens = len(tokenizer.apply_chat_template(document["messages"], return_dict=False))
             if tokens <= MAX_DOCUMENT_TOKENS:
                 documents.append(SizedDocument(document, tokens))
-    # Shuffled with a fixed seed: the split must be the same every time.
+    # Split them. Shuffled with a fixed seed: the split must be the same every time.
     random.Random(0).shuffle(documents)
     held_out: list[SizedDocument] = []
     while documents and _total_tokens(held_out) < held_out_tokens:

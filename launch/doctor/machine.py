@@ -61,7 +61,7 @@ class Machine:
 
 
 def examine(env: Mapping[str, str]) -> Machine:
-    """Examine this machine. Nothing here raises for what is missing: that is a problem or a note."""
+    """Collect facts, problems and notes about this machine; what is missing raises nothing, but is a problem or a note."""
     machine = Machine()
     machine.facts["host"] = socket.gethostname()
     machine.facts["system"] = platform.platform()
@@ -74,7 +74,10 @@ def examine(env: Mapping[str, str]) -> Machine:
 
 
 def _packages(machine: Machine) -> None:
-    """Note the versions of required packages, and which extras are complete."""
+    """Add the versions of required packages to the machine's facts, with what each extra lacks; a problem for each unmet one.
+
+    facts["packages"]: {"torch": "2.8.0"}. facts["extras"]: {"gpu": {"brings": "FlashAttention", "lacks": [messages]}}.
+    """
     machine.facts["python"] = platform.python_version()
     try:
         about = metadata.metadata(DISTRIBUTION)

@@ -45,8 +45,9 @@ class VerificationFailed(ShardtuneError):
 
 
 def verify(words: list[str], *, as_json: bool) -> int:
-    """Compare the run that the words describe with one process; returns the exit code, 69 if they differ.
+    """Compare the run that the settings (`words`) describe with one process, and print the report.
 
+    Returns the exit code: 69 if they differ, 130 after Ctrl-C.
     Errors: ConfigError for settings that cannot be compared, VerificationFailed if the ranks fail.
     """
     if not words:
@@ -65,7 +66,7 @@ def verify(words: list[str], *, as_json: bool) -> int:
 
 
 def _report(words: list[str], directory: Path) -> dict[str, Any] | None:
-    """What the ranks answer, with what was compared; None after Ctrl-C."""
+    """Run the comparison in `directory`; returns the verdict of the ranks, with what was compared; None after Ctrl-C."""
     config, notes = settings_to_compare(words)
     from launch.config.compose import ranks_of
     from trainer.verification.run import write_inputs
@@ -90,7 +91,10 @@ def _report(words: list[str], directory: Path) -> dict[str, Any] | None:
 
 
 def settings_to_compare(words: list[str]) -> tuple[RunConfig, list[str]]:
-    """(the configuration of the words, notes). Errors: ConfigError, also for strategies that leave nothing to compare."""
+    """(the configuration that the settings `words` describe, notes on what was changed in it for the comparison).
+
+    Errors: ConfigError, also for strategy=single and strategy=auto, which leave nothing to compare.
+    """
     from launch.config.compose import compose
     from strategies.base import Precision, StrategyName
     from trainer.config.run import Device, LauncherName
@@ -126,9 +130,9 @@ def settings_to_compare(words: list[str]) -> tuple[RunConfig, list[str]]:
 
 
 def fit_to_devices(config: RunConfig, ranks: int) -> list[str]:
-    """Let `config` compute on CPUs if not each of the ranks has a GPU of its own; notes on what that changes.
+    """Change `config` to compute on CPUs if not each of the ranks has a GPU of its own; returns notes on what that changes.
 
-    Errors: ConfigError if run.device=cuda was typed and there are too few GPUs.
+    Errors: ConfigError if run.device=cuda was given by the user and there are too few GPUs.
     """
     from strategies.base import Precision
     from trainer.config.run import Device
@@ -141,7 +145,7 @@ def fit_to_devices(config: RunConfig, ranks: int) -> list[str]:
     gpus = torch.cuda.device_count()
     if gpus >= ranks:
         return []
-    if "run.device" not in config.substitutions:
+    if "run.device" not in config.substitutions:  # not resolved from auto: the user has set it
         raise ConfigError(
             f"run.device=cuda: --verify takes {ranks} ranks with a GPU each, and this host has {gpus}; leave run.device out "
             "to compare on CPUs"
@@ -278,13 +282,16 @@ def _summary(report: dict[str, Any]) -> list[str]:
 
 
 def _differences(report: dict[str, Any]) -> list[str]:
-    """The table of differences: a row a quantity, two columns a precision."""
+    """The table of differences: a row for each quantity, and two columns for each precision: the difference and its bound.
+
+    report["differences"]: [{"quantity": "loss", "precision": "fp32", "distance": 1e-6, "bound": 1e-4, "exceeded": False}, ...].
+    """
     precisions = list(dict.fromkeys(row["precision"] for row in report["differences"]))
     columns = [Column("largest difference of")]
     for precision in precisions:
         columns += [Column(precision, is_number=True), Column("at most", is_number=True)]
     columns.append(Column())
-    cells: dict[str, list[str]] = {}
+    cells: dict[str, list[str]] = {}  # by quantity
     beyond = set()
     for row in report["differences"]:
         cells.setdefault(row["quantity"], []).extend([_number(row["distance"]), _number(row["bound"])])

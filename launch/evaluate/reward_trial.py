@@ -33,7 +33,10 @@ SHOWN_GROUPS = 3
 
 
 def is_trial(words: EvaluateWords) -> bool:
-    """Whether these words are those of a run that learns from rewards, or name such a run, and nothing else to evaluate."""
+    """Whether `shardtune evaluate` is to try rewards: its arguments name, or describe, a run that learns from rewards.
+
+    Not if they name something else to evaluate: tasks, a server, against=, split=test, or a run that has tasks of its own.
+    """
     from launch.config.compose import compose
     from trainer.objectives.registry import FAMILIES, family_of
 
@@ -136,7 +139,7 @@ def trial_config(words: EvaluateWords) -> RunConfig:
 
 
 def _settled(config: RunConfig) -> RunConfig:
-    """A configuration in which nothing is left to choose.
+    """Change `config` so that nothing is left to choose (`auto`) and no task runs; returns it.
 
     Errors: ConfigError for a job of SLURM, and for what these processes cannot share as the run did.
     """

@@ -77,7 +77,10 @@ def write_in_place(config: RunConfig, job: WritingJob) -> PreparedData:
 
 
 def write_in_processes(config: RunConfig, job: WritingJob, num_processes: int) -> None:
-    """Write the export in several processes of this host. Errors: WritersFailed, after their message was shown."""
+    """Write the export in several processes of this host, which read configuration and job from a temporary directory.
+
+    Errors: WritersFailed, after their message was shown.
+    """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RankProgram
     from launch.config.frozen import identity, to_yaml
@@ -194,9 +197,10 @@ def write_as_rank(config: RunConfig, job: WritingJob, runtime: Runtime) -> Prepa
 def _reference(
     config: RunConfig, data: PreparedData, model: TrainedModel, precision: Precision, runtime: Runtime
 ) -> Reference:
-    """What the trained model computes, with the checkpoint's weights in the run's own model, on this host's CPU.
+    """What the trained model computes on this host's CPU, with the checkpoint's weights: what the export is compared with.
 
-    Rank 0 loads the whole model, without moments, and lets it go again; the others wait. All ranks must call.
+    Rank 0 loads the whole model, without the optimizer's moments, and frees it again; the others wait, and get an empty
+    reference. All ranks must call.
     """
     from strategies.parameters import element_counts
     from strategies.runtime import broadcast_object, longer_timeout
@@ -215,7 +219,7 @@ def _reference(
                 f"{precision} by the model that was trained",
                 flush=True,
             )
-            # The average is in the weights already.
+            # If the run averages weights (ema_decay), the average is in the checkpoint's weights already.
             plain = replace(config, optim=replace(config.optim, ema_decay=0.0))
             alone = replace(runtime, world_size=1, local_world_size=1)
             engine, built, _ = build_engine(

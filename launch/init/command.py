@@ -111,10 +111,10 @@ def _file_from_words(words: list[str], target: Path) -> tuple[InitResult, str]:
 
 
 def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from the file `source` of another trainer, which typed words override.
+    """(result, text of the settings file) from the file `source` of another trainer, whose settings `typed` ones override.
 
     The file may still have problems for which a run is refused: they are listed, and do not keep it from being written.
-    Errors: ConfigError if the file cannot be read, or a typed word cannot be used.
+    Errors: ConfigError if the file cannot be read, or a typed setting cannot be used.
     """
     from launch.config.compose import compose
     from launch.config.hints import ranks_of
@@ -144,13 +144,14 @@ def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tup
 
 
 def _words_that_compose(converted: ConvertedSettings, typed: list[str]) -> list[str]:
-    """The words of the other trainer's file, then the typed ones, without those of the file that cannot be used.
+    """Settings ("key=value") from the other trainer's file, then the typed ones, without those of the file that cannot be used.
 
-    These are taken out of `converted`, with the reason. Errors: ConfigError if a typed word cannot be used.
+    Those are withdrawn from `converted`, each with its reason, until the rest composes to a configuration.
+    Errors: ConfigError if a typed setting cannot be used.
     """
     from launch.config.compose import compose
 
-    # One pass may not suffice: a value that could not be read may have hidden a problem of another word.
+    # One pass may not suffice: a value that could not be read may have hidden a problem of another setting.
     while True:
         file_words = _escaped_words(converted)
         words = [f"{key}={value}" for key, value in file_words.items()] + typed
@@ -193,9 +194,9 @@ def _escaped_words(converted: ConvertedSettings) -> dict[str, str]:
 
 
 def _drop_overridden(converted: ConvertedSettings, typed: list[str]) -> list[str]:
-    """Remove from the converted file what typed words override: the same key, another budget, other data.
+    """Remove from the converted file what the `typed` settings override: the same key, another budget, other data.
 
-    Returns the names of these settings in the other trainer's file.
+    Returns the names that these settings have in the other trainer's file.
     """
     typed_keys = {word.lstrip("+").partition("=")[0] for word in typed if "=" in word}
     has_budget = any(key.startswith("budget.") for key in typed_keys)
@@ -222,7 +223,7 @@ def _build_file(
     head: list[str],
     to_settle: list[str] | None = None,
 ) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from words that compose.
+    """(result, text of the settings file) from settings (`words`) that compose to a configuration.
 
     `head` are the sentences at the top of the file, `to_settle` the problems that are listed at its end.
     """

@@ -116,6 +116,7 @@ def _table_of_runs(runs: tuple[ComparedPoint, ...]) -> PageTable:
         PageColumn("memory", unit="GiB"),
     ]
     rows = [_cells_of_run(run) for run in runs]
+    # Which columns are shown: run and state always, the others if any run has a number there.
     known = []
     for index in range(len(columns)):
         known.append(index < 2 or any(row[index].text != UNKNOWN for row in rows))
@@ -225,7 +226,10 @@ class EvaluationResult:
 
 
 def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """A dictionary for each metric of a report; the keys of a comparison are there if the report has one."""
+    """A dictionary for each metric of a report, such as {"task": "qa", "metric": "accuracy", "value": 0.8, "low": 0.7, ...}.
+
+    After a comparison it also has the keys other, difference, difference_low, difference_high, p and verdict.
+    """
     against = report.get("against") or {}
     rows = []
     for name, task in report.get("tasks", {}).items():
@@ -244,7 +248,10 @@ def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _table_of_metrics(rows: list[dict[str, Any]]) -> PageTable:
-    """The metrics of all tasks: value and interval, and, of a comparison, the difference and its verdict."""
+    """A table of the metrics of all tasks: value and interval, and, after a comparison, the difference and its verdict.
+
+    `rows`: as by `_metric_rows`.
+    """
     is_compared = any("verdict" in row for row in rows)
     columns = [PageColumn("task"), PageColumn("metric"), PageColumn("value"), PageColumn("95 % interval")]
     if is_compared:  # the verdict first: on a narrow screen the rest is beyond the edge

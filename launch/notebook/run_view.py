@@ -18,7 +18,7 @@ from trainer.pages.pieces import Callout
 
 
 def run_view(run_dir: Path) -> str:
-    """HTML of a run. One that has not begun, or whose files cannot be read, is a sentence."""
+    """A run as HTML for a notebook: verdict, cards and its losses; only a message if it has not begun or cannot be read."""
     try:
         comparison = compare([ComparisonRow((run_dir,))], price_of)
     except ConfigError as error:

@@ -63,7 +63,7 @@ def _plural(noun: str, count: int) -> str:
 
 
 def _table_of_ways(answer: PlanAnswer) -> list[str]:
-    """A row for the best choice of each variant: its memory, the room left, its speed, and why it stands there."""
+    """A table with a row for the best choice of each way to run: its memory, what is left, its speed, and why it stands there."""
     columns = (
         *COLUMNS,
         Column("GiB", is_number=True),
@@ -118,7 +118,7 @@ def stored(variant: RunVariant) -> str:
 
 
 def _peer_table(answer: PlanAnswer) -> list[str]:
-    """A section on the memory that another trainer would need for each choice; no lines without `plan.theirs`."""
+    """A section on the memory that another trainer, the peer, would need for each choice; no lines without `plan.theirs`."""
     smallest_part = 0.05 * GIB  # smaller ones would be shown as 0.0
     rows = []
     for choice in answer.best_choices:
@@ -164,7 +164,7 @@ def why(choice: Choice, answer: PlanAnswer) -> str:
 
 
 def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
-    """The command of the best choice, and where its memory and its time go."""
+    """The command of the best choice, and where its memory and its time go; why nothing fits if there is no best choice."""
     best, job = answer.best, answer.job
     if best is None:
         return [*_nothing_fits(answer.best_choices[0]), *fold_all(expert_notes(answer), indent=0)]
@@ -219,7 +219,11 @@ def _nothing_fits(least: Choice) -> list[str]:
 
 
 def _imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
-    """What a plan assumes of the busiest rank of an expert group, with each of these numbers of ranks in a group."""
+    """Notes on what a plan assumes of the busiest rank of an expert group.
+
+    `degrees`: the values of `parallel.experts` (ranks in a group) in the plan. A run of `from=` has measured one of them; of
+    fewer and of more ranks there is a note each.
+    """
     gets = f"the busiest rank is assumed to get {job.expert_imbalance:.3g} times the mean of tokens in every layer"
     measured_over = job.imbalance_measured_over
     if measured_over is None:
@@ -240,12 +244,16 @@ def _imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
 
 
 def expert_notes(answer: PlanAnswer) -> list[str]:
-    """Whether dealing experts over ranks pays, and what the plan assumes of it; nothing if no way deals them."""
-    # The fastest choice comes first.
+    """Notes on whether sharding experts over ranks (`parallel.experts`) pays, and what the plan assumes of it.
+
+    None if no way to run shards them. Ways that don't shard them gather all experts of a layer on each rank.
+    """
+    # The fastest choice comes first in both lists.
     dealing = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1]
     gathering = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts == 1]
     if not dealing:
         return []
+    # The speed of the fastest of each kind.
     notes = []
     dealt = dealing[0]
     typed = f"parallel.experts={dealt.variant.config.parallel.experts}"
@@ -302,7 +310,7 @@ def number_of_cards(job: PlannedRun) -> str:
 
 
 def costs(best: Choice, job: PlannedRun) -> list[str]:
-    """Lines on the hours and the price of the budget or, if these are not known, on what to give for them."""
+    """Lines on the hours and the price of the budget or, if these are not known, on which settings would tell them."""
     epochs = best.variant.config.budget.epochs
     price_per_hour = job.card.price_per_hour  # of one card
     lines = []

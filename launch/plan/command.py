@@ -140,9 +140,9 @@ def main(argv: list[str]) -> int:
 
 
 def measured_by(request: PlanRequest, command: list[str]) -> Calibrated:
-    """The card with the figures that the run of `from=` measured; without `from=`, as its file says. Errors: ConfigError.
+    """The card (GPU) with the figures that the run of `from=` measured; without `from=`, as its file says. Errors: ConfigError.
 
-    `command` is the command as it was typed, for messages.
+    With `from=`, that run is simulated, which takes a while. `command` is the command line, for messages.
     """
     from launch.config.read_run import split_allowing_words
     from launch.plan.from_run import ALLOWING, Calibrated, calibrated
@@ -262,9 +262,10 @@ def _card_problems(card: Card) -> list[str]:
 
 
 def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
-    """(configuration of a run on GPUs that need not be here, the keys and groups that were typed). Raises ConfigError.
+    """(configuration of a run on GPUs that need not be here, the keys and groups that `words` set). Raises ConfigError.
 
-    If they are not typed, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. The settings
+    For ["strategy=fsdp2", "data.max_length=4096", "batch.micro=auto"], these are {"strategy", "data.max_length"}.
+    If they are not set, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. The settings
     are not validated here: `trainer.planner.plan.run_variants` does that for each way to run.
     """
     with importing("torch"):

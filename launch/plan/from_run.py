@@ -171,7 +171,10 @@ def _positive(measured: float | None) -> float | None:
 def _read_measured_run(
     run_dir: Path, allowing: list[str], command: list[str]
 ) -> tuple[RunConfig, RunRecord, MeasuredCost]:
-    """(configuration, `run.json`, its measured costs) of a run on GPUs. Raises ConfigError if it is not one, or has none."""
+    """(configuration, `run.json`, its measured costs) of a run on GPUs. Raises ConfigError if it is not one, or has none.
+
+    `allowing`: settings that allow what the run reaches out to. `command`: the command line, for messages.
+    """
     from launch.config.read_run import RunReader, read_run, uses_model_alone
 
     if not (run_dir / "config.yaml").is_file():

@@ -181,7 +181,10 @@ def data_directory_of(run_dir: Path) -> Path:
 
 
 def _rows_to_show(prepared: PreparedEntry, split: str, words: PrintWords) -> tuple[list[int], int | None]:
-    """(numbers of the sequences to decode, how many sequences contain the text of `find=`; None without `find=`)."""
+    """(numbers of the sequences to decode, how many sequences contain the text of `find=`; None without `find=`).
+
+    The first of these that is set decides: rows=, random=, find=, documents=true (then the first sequence); else there are none.
+    """
     from trainer.data.report.inspection import find_sequences
 
     sequences = prepared.split(split)

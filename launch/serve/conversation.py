@@ -82,7 +82,10 @@ class Conversation:
             self.messages[:] = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _prompt_ids(self, messages: list[dict[str, str]], prompt: str) -> list[int]:
-        """The token ids that the model gets: `messages` in its chat template, or without a template the prompt alone."""
+        """The token ids that the model gets: `messages` in its chat template, or without a template the prompt alone.
+
+        The system prompt, if there is one, comes first. Errors: ConfigError if the template refuses the messages.
+        """
         tokenizer = self.chat_model.tokenizer
         system = self.settings.system
         if not self.has_template:
@@ -97,7 +100,11 @@ class Conversation:
             ) from error
 
     def _generate(self, prompt_ids: list[int], max_tokens: int) -> Iterator[str]:
-        """Generate up to `max_tokens` tokens in a thread, and yield the text as it comes; sets `tokens` and `is_cut`."""
+        """Generate up to `max_tokens` tokens in a thread, and yield the text as it comes.
+
+        At the end it sets `tokens` (their number) and `is_cut` (whether the answer was cut off at `max_tokens`). If the reader
+        stops early, the thread is stopped too. Errors: those of generating.
+        """
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
@@ -126,6 +133,7 @@ class Conversation:
                 errors.append(error)
                 streamer.end()  # else the reader would wait for ever
 
+        # Generate, and yield.
         torch.manual_seed(self.settings.seed)
         thread = threading.Thread(target=generate, name=f"writing {self.chat_model.name}", daemon=True)
         thread.start()

@@ -206,7 +206,10 @@ class _RefusalFormatter:
         return bool(begin["status"] >= 400)
 
     def rewritten(self, status: int, content: bytes) -> bytes:
-        """The body of an answer as it is sent to the client: an error in OpenAI's format, anything else unchanged."""
+        """The body of an answer as it is sent to the client: an error in OpenAI's format, anything else unchanged.
+
+        The message of an error comes from the fields `detail` or `error`, else it is the whole body.
+        """
         if status < 400:
             return content
         try:

@@ -35,9 +35,10 @@ def load(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") 
 
 
 def load_base(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel | None:
-    """Load the model that an export was tuned from; None if it is not on this machine.
+    """Load the model that an export was tuned from: an adapter's base, or the model of the run that wrote the export.
 
-    A base without a chat template gets that of the export, so that both answer the same prompt.
+    None if it is not known or not on this machine. A base without a chat template gets that of the export, so that both answer
+    the same prompt.
     """
     path = exported.base or _base_of_run(exported.path)
     if path is None:

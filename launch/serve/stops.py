@@ -25,7 +25,11 @@ class StopScanner:
         """Text that was not sent yet, since a stop sequence may begin in it."""
 
     def add_text(self, text: str) -> str:
-        """Take the next piece of the answer; returns the text that may be sent now, of this piece and of what was held."""
+        """Take the next piece of the answer; returns the text that may be sent now, of this piece and of what was held back.
+
+        Held back is what may be the beginning of a stop text. After a whole one, `is_cut` is set and nothing is sent any more.
+        With the stop text "END": "a E" -> "a ", then "x" -> "Ex", then "END b" -> "".
+        """
         if self.is_cut:
             return ""
         self._held += text
@@ -108,7 +112,10 @@ class StopCuttingStream:
         return DATA + json.dumps(chunk).encode() + EVENT_END
 
     def _cut(self, choice: dict[str, Any]) -> bool:
-        """Replace the text of a choice by what may be sent of it now; returns whether the event is to be sent at all."""
+        """Replace the text of a `choice` by what may be sent of it now; returns whether the event is to be sent at all.
+
+        `finish_reason` becomes "stop" if a stop text was found.
+        """
         # A chat has its text in choice.delta.content, a completion in choice.text.
         text_holder = choice
         text_key = "text"
