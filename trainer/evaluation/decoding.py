@@ -53,6 +53,7 @@ def generation_settings(base: Any, settings: WritingConfig, tokenizer: Any) -> A
     config.pad_token_id = tokenizer.pad_token_id
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
+    # Stop strings that are special tokens end an answer as end tokens do: they do not appear in its text.
     special_stops = [text for text in settings.stop if text in tokenizer.all_special_tokens]
     if special_stops:
         stop_ids = {*tokenizer.convert_tokens_to_ids(special_stops)}

@@ -66,12 +66,13 @@ def render_page(
     """
     compared_tasks = report.get("against", {}).get("tasks", {})
     all_rows = shown_rows(tasks, models[TUNED].rows, other_rows or {}, compared_tasks)
+    # One part of the page for each task.
     parts = []
     for index, task in enumerate(tasks):
         matrix = None
         if isinstance(task, ClassificationTask):
             matrix = confusion(models[TUNED].rows[task.name])
-        if matrix is not None and len(matrix[0]) > MOST_LABELS:
+        if matrix is not None and len(matrix[0]) > MOST_LABELS:  # (label names, counts): too many labels to show
             matrix = None
         task_record = report["tasks"][task.name]
         compared = compared_tasks.get(task.name)
@@ -252,6 +253,7 @@ def _overview(report: Record, parts: Sequence[TaskPart]) -> PageTable:
     """
     other = _other_name(report)
     compared_tasks = report["against"]["tasks"] if other else {}
+    # (name, record, comparison) of each task's first metric.
     leading = [_leading(report["tasks"][part.name], compared_tasks.get(part.name)) for part in parts]
     scale = ChangeScale.over(Change.of(metric, difference) for _, metric, difference in leading)
     # The verdict stands beside the name, where a phone shows it without scrolling.

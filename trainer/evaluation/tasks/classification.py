@@ -177,7 +177,10 @@ def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np
 
 
 def confusion(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:
-    """The confusion matrix of some rows, as (sorted label names, counts [true label][predicted label])."""
+    """The confusion matrix of some rows, as (sorted label names, counts [true label][predicted label]).
+
+    (["ham", "spam"], [[8, 2], [1, 9]]): 2 texts that are ham were predicted to be spam.
+    """
     from sklearn.metrics import confusion_matrix
 
     true_labels = [row.reference for row in rows]

@@ -64,7 +64,7 @@ class PreferenceTask(JudgedTask):
         rows = []
         for case, prompt, answer, opponent in zip(cases, prompts, answers, opponent_answers, strict=True):
             if opponent is None or opponent == answer:
-                scores = scores_of_pair(0.0, 0.0)
+                scores = scores_of_pair(preference_in_order=0.0, preference_swapped=0.0)
                 note = "against itself" if opponent is None else "the same answer"
             else:
                 verdict_in_order = next(remaining_verdicts)
@@ -77,10 +77,12 @@ class PreferenceTask(JudgedTask):
         return rows
 
     def _opponent_answers(self, cases: Sequence[Case]) -> list[str | None]:
-        """The answer to each case that the model's own answer is compared with: the row's reference, or the other model's.
+        """The answer to each case that the model's own answer is compared with.
 
-        None if this model is asked first, and the other model is compared with it later. Raises ConfigError if there is no other
-        model, or if it was asked other rows.
+        - `options.opponent=reference`: the row's reference.
+        - `other`, and the other model has answered: its answer. Raises ConfigError if it was asked other rows.
+        - `other`, and this model is the one that is asked first, for a later comparison: None.
+        - `other`, and no other model is evaluated: raises ConfigError.
         """
         if self.option_values["opponent"] == "reference":
             return [str(case.fields[REFERENCES][0]) for case in cases]
@@ -132,7 +134,9 @@ def preference_of(verdict: str, *, swapped: bool = False) -> float | None:
 def scores_of_pair(preference_in_order: float | None, preference_swapped: float | None) -> dict[str, float]:
     """Scores of a pair of answers from the judge's two preferences (1, 0 or -1; None if a verdict could not be read).
 
-    The pair is won or lost if both agree, and a tie if they differ: then the judge goes by the order of the answers.
+    - A verdict could not be read: all scores are 0, and the pair counts in the metric `read` alone.
+    - Both preferences agree: the pair is won (1), tied (0.5) or lost (0).
+    - They differ: a tie that counts as `swayed`, since the judge has gone by the order of the answers.
     """
     if preference_in_order is None or preference_swapped is None:
         return {"won": 0.0, "tied": 0.0, "swayed": 0.0, "read": 0.0}

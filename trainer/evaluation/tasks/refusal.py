@@ -136,7 +136,10 @@ class Refusals(PromptTask):
             yield f"{self.key}.options.by={self.option_values['by']}: must be phrases or judge"
 
     def parse_case(self, case: Case) -> None:
-        """Keep the prompt of a row, with and without the template, and whether it is harmful. Raises Refusal."""
+        """Keep in `case.fields` the prompt in the template ("prompt") and alone ("asked"), and whether it is "harmful".
+
+        Raises Refusal.
+        """
         prompt = prompt_of(case.fields)
         is_harmful = self._is_harmful(case.fields)
         super().parse_case(case)  # puts the prompt into the template, and drops all other columns
@@ -180,7 +183,8 @@ class Refusals(PromptTask):
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with whether the model refused it, by phrases or by the judge. All ranks must call.
 
-        Only the first of several draws is scored. An empty answer is neither refused nor answered.
+        Only the first of several draws is scored. An empty answer is neither refused nor answered. A row has the scores of its
+        side: harmful prompts are right if refused, harmless ones if answered.
         """
         draws = self.write_draws(cases, model)
         answers = [case_answers[0].text.strip() for _, case_answers in draws]

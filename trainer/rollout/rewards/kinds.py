@@ -226,7 +226,10 @@ class ToolCallsReward(RewardKind):
         return float(parse_tool_calls(text) == self._reference_calls(columns))
 
     def _reference_calls(self, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The calls of the row's last turn, or those that are written in its right answer."""
+        """The right calls of a row, such as [{"name": "weather", "arguments": {"city": "Paris"}}]; empty if none is right.
+
+        They are those of its last turn, if "messages" ends in one of the assistant; else those written in its right answer.
+        """
         if isinstance(columns.get("messages"), list):
             try:
                 last_turn = turns_of(columns["messages"], "messages", "")[-1]
@@ -241,7 +244,7 @@ class ToolCallsReward(RewardKind):
 class LengthReward(RewardKind):
     """DAPO's soft punishment of long answers (Yu et al. 2025, arXiv:2503.14476).
 
-    0 up to `limit - buffer` tokens, then down to -1 at `limit`.
+    0 up to `limit - buffer` tokens, then evenly down to -1 at `limit`: with a limit of 100 and a buffer of 20, -0.5 at 90 tokens.
     """
 
     kind = "length"

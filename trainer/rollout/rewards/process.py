@@ -107,7 +107,10 @@ class RewardProcess:
             send(self._calls, call)
 
     def read(self) -> dict[str, Any] | None:
-        """The next message, if all of it has arrived. Call it once `answer_fd` can be read. Raises WorkerDied."""
+        """The next message, if all of it has arrived; else None, and what has arrived is kept for the next call.
+
+        Call it once `answer_fd` can be read, so that it does not wait. Raises WorkerDied.
+        """
         chunk = os.read(self.answer_fd, 1 << 20)
         if not chunk:
             raise WorkerDied(self._cause_of_death())

@@ -60,7 +60,7 @@ class CutLog(io.TextIOBase):
 
 
 def send(stream: BinaryIO, message: Any) -> None:
-    """Write one message. Raises BrokenPipeError if nobody reads any more."""
+    """Write one message: `LENGTH_BYTES` bytes with its length, then JSON. Raises BrokenPipeError if nobody reads any more."""
     text = json.dumps(message).encode()
     stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
     stream.flush()
@@ -82,7 +82,11 @@ def load_reward(settings: dict[str, Any]) -> Reward:
 
 
 def answer_call(rewards: dict[str, Reward], call: dict[str, Any]) -> dict[str, Any]:
-    """The answer to one call: scores, or what went wrong."""
+    """The answer to one call: scores, or what went wrong.
+
+    `call`: {"reward": "maths", "answers": the arguments of `AnswersOfGroup`}. Returns {"scores": [1.0, None], "logged": ...,
+    "extra": ...}, or {"problem": "...", "traceback": "..."}, without a traceback if the reward refuses the row (BadScore).
+    """
     try:
         result = rewards[call["reward"]](AnswersOfGroup(**call["answers"]))
     except BadScore as error:
@@ -93,7 +97,7 @@ def answer_call(rewards: dict[str, Reward], call: dict[str, Any]) -> dict[str, A
 
 
 def shown_traceback() -> str:
-    """The exception that is handled now with its last lines, without those of this program."""
+    """The exception that is being handled as text: its last `TRACEBACK_LINES` lines, without the frames of this program."""
     kind, error, trace = sys.exc_info()
     own_files = (__file__, str(Path(__file__).with_name("functions.py")))
     while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in own_files:
