@@ -49,7 +49,13 @@ class Schedule:
 
     @property
     def interval_s(self) -> float | None:
-        """Seconds between checkpoints; None if time does not decide."""
+        """Seconds between checkpoints; None if time does not decide. The first case that holds:
+
+        - by steps (`every_steps`), or off (`every_minutes` is 0): None.
+        - `every_minutes` is set: that.
+        - nothing was measured yet: `UNMEASURED_S`.
+        - else: the best interval for the measured stalls and the expected time between failures, at least the time of a write.
+        """
         if self.config.every_steps > 0 or self.config.every_minutes == 0:
             return None
         if self.config.every_minutes is not None:

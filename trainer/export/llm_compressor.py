@@ -55,7 +55,10 @@ class Compressor:
 
 
 def find_python(python: str | None) -> str:
-    """The Python that has llm-compressor. Raises ConfigError if it has not; nothing is installed."""
+    """The path of the Python program `python`, after starting it to see that it has llm-compressor. Nothing is installed.
+
+    Raises ConfigError if it is not set, is no program, cannot be started, or does not have it.
+    """
     if python is None:
         raise ConfigError(
             f"bits: llm-compressor pins an older transformers, so it needs an environment of its own; {HOW_TO_NAME_PYTHON}"

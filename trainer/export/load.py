@@ -110,7 +110,7 @@ def _load_base(
 
 
 def _head_rows(directory: Path) -> int:
-    """Number of labels of a saved adapter: the rows of its classification head."""
+    """Number of labels of a saved adapter: the rows of its classification head (`score` or `classifier`). Errors: ConfigError."""
     from safetensors import safe_open
 
     with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as handle:

@@ -19,7 +19,7 @@ class _SquaredLogsumexp:
     """`[N]`: 1 for rows that count, 0 for others; None: all count."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """The weighted sum, as the only result, for rows `hidden [N, H]`; all `targets` must be 0."""
+        """(the weighted sum over rows of their squared logsumexp,), for rows `hidden [N, H]`; all `targets` must be 0."""
         weight = head.training_weight
         bias = head.bias
         settings = head.softcap, head.logit_scale, torch.is_grad_enabled()

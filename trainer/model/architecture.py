@@ -34,9 +34,10 @@ TEXT_MODEL_ONLY = frozenset({"llama4"})
 def architecture(
     kind: ModelKind, model_config: Any, config: ModelConfig, attention: str, objective: str
 ) -> tuple[Any, str]:
-    """The plain model of a kind, with the run's dropout, and its attention: eager where it has no SDPA.
+    """(the plain model of a kind, with the run's dropout; the attention that it got, which may be eager in place of SDPA).
 
-    Raises ConfigError, for the objective named, where there is none.
+    `model_config`: transformers'; its dropout settings are the base's own again afterwards. `objective`: its name, for messages.
+    Raises ConfigError if the model cannot be trained here, has no class of this kind, or cannot be built.
     """
     reason_unfit = NOT_TRAINABLE.get(model_config.model_type)
     if reason_unfit is not None:
@@ -202,10 +203,9 @@ def experts_per_token(settings: Any) -> int:
 
 
 def width_and_blocks(plain: Any) -> tuple[int, int]:
-    """How wide a model's hidden states are, and how many blocks it has.
+    """(width of a model's hidden states, number of its blocks), as in (4096, 32).
 
-    Its configuration says it, but for models of several parts of their own sizes (BLT): there it is the largest width, and
-    the blocks of all.
+    By its configuration, or for a model of several parts of their own sizes (BLT): the largest width, and the blocks of all.
     """
     text = text_settings(plain.config)
     modules = list(plain.modules())

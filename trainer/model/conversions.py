@@ -219,6 +219,7 @@ class Conversions:
         rules = self._rules if self.quantizer is None else self._group_stored_tensors(None)[0]
         reverse_rules = rules.reversed()
         converter_of = reverse_rules.converter_of()
+        # By name in the model: (stored name or the group's key, pattern of the conversion or None).
         places: dict[str, tuple[str, str | None]] = {}
         members_of_group: dict[str, set[str]] = {}
         for name in in_loading_order(self.plain.state_dict()):
@@ -234,7 +235,7 @@ class Conversions:
             return prefix + reverse_rules.renamed(converted)
 
         groups: list[StoredGroup] = []
-        incomplete: dict[str, set[str]] = {}
+        incomplete: dict[str, set[str]] = {}  # members that have come so far, by the group's key
         for name in names:
             key, pattern = places.get(name, (name, None))
             if pattern is None:

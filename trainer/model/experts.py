@@ -43,9 +43,11 @@ class _CastExperts:
 def experts_forward(
     module: Any, hidden: Tensor, expert_indices: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None = None
 ) -> Tensor:
-    """What the `expert_indices [T, k]` experts make of `hidden [T, H]`, weighted by `weights [T, k]`: `[T, H]`.
+    """The output `[T, H]` of a layer's experts for `hidden [T, H]`: each token's k experts, weighted and added up.
 
-    `low_rank`: what adapters add to the module's frozen parameters, by their name; all of its weights or none.
+    `expert_indices`, `weights`: `[T, k]`. `low_rank`: what adapters add to the module's frozen parameters, by their name; all
+    of its weights or none. Computed, in this order: over several ranks, with frozen (or packed) weights, or by transformers'
+    own function.
     """
     note_chosen_experts(module, expert_indices)
     device_type = hidden.device.type

@@ -43,7 +43,10 @@ def resolve_path(config: ModelConfig, value: str | None = None) -> str:
 
 
 def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> ConfigError:
-    """What to say of a model or tokenizer that neither this host nor the hub has."""
+    """The ConfigError (returned, not raised) for a model or tokenizer that neither this host nor the hub has.
+
+    `key`, `value`: the setting that names it. `error`: the hub client's.
+    """
     reason = str(error).splitlines()[0][:160]
     # A run may be exported from another directory than the one that its relative path counts from.
     here = "here" if Path(value).is_absolute() else f"in {Path.cwd()}"
@@ -190,7 +193,12 @@ def _refuse_adapter(directory: Path) -> None:
 
 
 def _config_error(path: str, error: Exception, config: ModelConfig) -> ConfigError:
-    """What is wrong with a model directory whose config.json could not be read."""
+    """The ConfigError (returned, not raised) for a model whose config.json gave `error`. The first case that holds:
+
+    - its model_type is unknown to transformers.
+    - it is a directory: without config.json, or with one that cannot be read.
+    - else: neither a directory nor a model of the hub (`_hub_error`).
+    """
     directory = Path(path)
     if "does not recognize this architecture" in str(error):
         import transformers

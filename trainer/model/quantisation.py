@@ -71,7 +71,10 @@ class Scheme:
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> Tensor:
-        """The bytes `[num_bytes]` of a weight `[out, in]`, on the CPU, where the same values give the same bytes."""
+        """The bytes `[num_bytes]` of a weight `[out, in]`: its codes, then its scales, then zeros up to the size.
+
+        On the CPU, where the same values always give the same bytes.
+        """
         from bitsandbytes import functional as bnb
 
         weight = weight.cpu().contiguous()

@@ -109,6 +109,7 @@ def _logits_at_rows(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Ten
     num_tokens = inputs["input_ids"].numel()
 
     def select(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The head's arguments with the supervised rows alone."""
         hidden, *more_args = args
         # Some models call the head with several predictions for each token, of which one is its logits.
         if hidden.numel() != num_tokens * hidden.shape[-1]:

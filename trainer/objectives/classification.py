@@ -338,11 +338,14 @@ class MultiLabel(Classification):
 
 
 def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: bool) -> list[float]:
-    """Weights from the labels of the training documents (int64 [D]).
+    """The weight of each label in the loss, so that rare labels count as much as common ones.
 
-    One label: `documents / (labels * documents of the label)`, whose mean over the documents is 1 (King and Zeng 2001, as
-    scikit-learn's "balanced"). Several: documents without the label / documents with it. Raises DataError for a label
-    that no training document has.
+    `labels`: int64 [D], of the training documents, as `number_labels` gives them.
+    - One label a document: `documents / (labels * documents with the label)`, whose mean over the documents is 1 (King and Zeng
+      2001, as scikit-learn's "balanced"). 90 and 10 documents give 0.56 and 5.
+    - Several (`multi_label`): documents without the label / documents with it.
+
+    Raises DataError for a label that no training document has, or with `multi_label` every one.
     """
     if multi_label:
         documents_with_label = np.array([int(((labels >> bit) & 1).sum()) for bit in range(len(names))])

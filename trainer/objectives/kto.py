@@ -126,7 +126,7 @@ class RatedDataSpec(UnlabelledDataSpec):
         return {"loss": 1, DESIRABLE: good, UNDESIRABLE: 1 - good}
 
     def check(self, train: TokenDataset) -> None:
-        """Raise DataError where all answers have the same verdict, as a column read the wrong way gives them."""
+        """Raise DataError if all answers have the same verdict: nothing could be told apart, and a column may be read wrongly."""
         desirable = _count(train, DESIRABLE)
         undesirable = _count(train, UNDESIRABLE)
         if (desirable and undesirable) or not len(train):

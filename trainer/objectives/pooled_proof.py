@@ -143,7 +143,7 @@ class _PoolingProof:
 
 
 def _gradient_distance(stock: nn.Module, model: nn.Module) -> float:
-    """Norm of the difference of two models' gradients, over the norm of the stock model's."""
+    """Norm of the difference of two models' gradients, over the norm of the stock model's; a missing gradient counts as zero."""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     norms = []
     distances = []

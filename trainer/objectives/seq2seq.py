@@ -289,7 +289,7 @@ def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_i
 
 
 def deal_two_sides(dataset: TokenDataset, documents: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
-    """Deal positions in `documents` into `num_slots` slots of exactly `capacity`, similar lengths together.
+    """Distribute positions in `documents` over `num_slots` slots of exactly `capacity`, similar lengths together.
 
     Documents are sorted by prompt, by answer and by both, and the order that pads least is taken. Deterministic. Slots come
     back costliest first.
@@ -328,8 +328,10 @@ class Seq2seq(Objective):
 
 
 def answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
-    """The output head, the hidden states `[N, H]` that it is given, their targets `[N]`, and what the model adds to the
-    head's output, `[V]`."""
+    """Run encoder and decoder: (output head, hidden states `[N, H]` for it, targets `[N]`, bias `[V]` or None).
+
+    N counts the answers' positions that are learned. The bias is what the model adds to the head's output.
+    """
     plain: Any = plain_model(model)
     encoded = plain.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     # Answers are padded on the right, and no token sees a later one: the decoder needs no mask of its own.

@@ -20,7 +20,10 @@ _WRAPPING_FIELDS = ("ensure_weight_tying", "task_type", "trainable_token_indices
 
 
 def file_keys(tuned: nn.Module) -> dict[str, str]:
-    """The key in the adapter file of each parameter and buffer of a PeftModel, by plain name. Only those that peft stores."""
+    """The key in the adapter file of each parameter and buffer that peft stores, by its name in the PeftModel.
+
+    An entry: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
+    """
     from peft import get_peft_model_state_dict
 
     tensors: dict[str, Any] = dict(tuned.named_parameters(remove_duplicate=False))

@@ -236,7 +236,7 @@ def _regex_problems(key: str, pattern: str, advice: str) -> Iterator[str]:
 
 
 def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
-    """Sentences that say what is wrong with the choice of layers, modules or kinds of parameters that train."""
+    """What is wrong with the choice of layers, modules or kinds of parameters that train, one line each."""
     choices = (tuning.layers, tuning.modules, tuning.embeddings, tuning.bias_only, tuning.norm_only)
     if not any(choices):
         yield (

@@ -41,7 +41,7 @@ def unsupported_experts(model: nn.Module) -> list[str]:
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that choose experts, by name: `gate` or `router` beside a module `experts`."""
+    """The modules that choose experts, by name (`model.layers.0.mlp.gate`): `gate` or `router` beside a module `experts`."""
     by_name: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         children = dict(module.named_children())

@@ -81,7 +81,9 @@ def differing_fields(expected: dict[str, Any], stored: dict[str, Any]) -> list[s
 
 
 def read_settings(directory: str | Path) -> dict[str, Any] | str:
-    """The settings in an adapter directory's adapter_config.json, as a table; or a text that says what is wrong with it."""
+    """The fields of an adapter directory's adapter_config.json (such as `{"peft_type": "LORA", "r": 16}`), or a text that says
+    what is wrong with the directory.
+    """
     path = Path(directory).expanduser()
     if not (path / SETTINGS).is_file() or not (path / WEIGHTS).is_file():
         return f"holds no {SETTINGS} and {WEIGHTS}; give the directory of an adapter, such as runs/x/export"

@@ -77,6 +77,7 @@ class _MergedAdapter:
 
         `setting`: key and directory, which begin the message.
         """
+        # Tensors that are no part of an adapter.
         fully_trained = set(self.replaced.values())
         unmergeable = []
         for name in self.stored.names:
