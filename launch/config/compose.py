@@ -100,6 +100,7 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     `allowed`: the groups of settings that words may set, such as `launcher`. Errors: ConfigError with every problem, also for a
     word of another group, and for a result that could not run.
     """
+    # The words, each of an allowed group.
     parsed = overrides.parse(argv)
     fresh, problems = _compose_choices(parsed.choices)
     word_by_key = {typed.key: typed.word for typed in parsed.values}
@@ -109,6 +110,7 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
         if group not in allowed:
             problems.append(_not_beside_a_run(key, word, allowed))
 
+    # The frozen configuration, with what belongs to this start instead.
     tree = _as_omegaconf(config)
     for group in {"launcher", *parsed.choices} & {*settings_classes()}:
         tree[group] = fresh[group]
@@ -402,7 +404,7 @@ def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
 def _resolve_auto(config: RunConfig) -> None:
     """Replace `auto` for device, precision and processes by what this host has, with a note in `config.substitutions`.
 
-    A host that only submits to SLURM leaves `auto` to the job.
+    A note is such as {"run.device": "auto -> cuda"}. A host that only submits to SLURM leaves `auto` to the job.
     """
     if config.launcher.name is not LauncherName.local:
         return
@@ -449,7 +451,7 @@ def _note_on_idle_gpus() -> str:
 
 
 def _device_problems(config: RunConfig) -> Iterator[str]:
-    """Why this host cannot run on the devices that the settings ask for. Nothing is checked where SLURM chooses the host."""
+    """Error messages if this host lacks the GPUs that the settings ask for. Nothing is checked where SLURM chooses the host."""
     if config.launcher.name is not LauncherName.local or config.run.device is not Device.cuda:
         return
     import torch

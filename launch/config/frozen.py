@@ -133,7 +133,11 @@ def _has_all_settings(path: Path, content: str, config: RunConfig, recorded_hash
 
 
 def load_frozen(path: Path | str) -> RunConfig:
-    """The configuration in a frozen `config.yaml`. Errors: ConfigError if it is missing, was edited, or is of another version."""
+    """The configuration in a frozen `config.yaml`. Errors: ConfigError if it is missing, was edited, or is of another version.
+
+    That it was edited shows by the hash in its head. What the file lacks has its default; of two settings that were added later,
+    the value that runs had before.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -146,9 +150,10 @@ def load_frozen(path: Path | str) -> RunConfig:
         for group in settings_classes():
             tree[group] = OmegaConf.structured(settings_class_of(group, raw[group]["name"]))
         config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
-        if "checkpoint" not in raw.get("export", {}):  # written before there was a choice
+        # Settings that were added later, with what was done before there was a choice.
+        if "checkpoint" not in raw.get("export", {}):
             config.export.checkpoint = ExportedCheckpoint.last
-        if isinstance(config.tuning, PrefixConfig) and "init" not in raw["tuning"]:  # likewise
+        if isinstance(config.tuning, PrefixConfig) and "init" not in raw["tuning"]:
             config.tuning.init = PrefixInit.random
         # Hash what the file says, not what this version makes of it: a later version may know more settings.
         sha256 = _hash(_identifying_settings(raw))

@@ -182,7 +182,11 @@ def needed_choice(key: str, choices: tuple[str, ...]) -> str:
 
 
 def explain_word_without_value(word: str) -> str:
-    """The message about a command-line word that is not of the form `key=value`, with what was probably meant."""
+    """The message about an argument that is not of the form `key=value`, with what was probably meant.
+
+    The cases, in their order: another launcher's switch, a file as `@my.yaml`, a setting with dashes, a group without a choice,
+    a mistyped flag, anything else.
+    """
     from launch.config.choices import settings_classes
 
     bare_word = word.lstrip("-")

@@ -129,7 +129,10 @@ def reset_to_default(config: RunConfig, key: str) -> None:
 
 
 def _settings_that_reach_out(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run, by full key, that reach out of it. Those that are at their default are left out."""
+    """The settings of a run, by full key, that reach out of it: {"data.path": "/data/a.jsonl", ...}.
+
+    Left out: settings at their default, those that each start sets anew, and trackers that send nothing.
+    """
     defaults = defaults_of(config)
     reaching_settings = {}
     for key, value in flat(_with_undotted_names(plain(config))).items():
@@ -158,7 +161,10 @@ def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outside_values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
-    """The values behind one setting that reaches out: several for a list of paths, or a flag that allows several things."""
+    """The values behind one setting that reaches out: several for a list of paths, or a flag that allows several things.
+
+    `reach`: in which way the setting reaches out, such as `Reach.code`.
+    """
     if reach is Reach.address:
         yield from _endpoint_value(config, key)
     elif reach is Reach.code and key.endswith(".function"):
@@ -239,7 +245,10 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
 
 
 def _network_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """Everything that the flag `key` (`model.download`, say) lets be fetched from the network, each source by itself."""
+    """A value for each source that the flag `key` lets be fetched over the network.
+
+    `model.download`: models that are no directory here. `data.remote`: addresses of data. Any other flag: data sets of the hub.
+    """
     sources: list[str]
     if key == "model.download":
         teacher = getattr(config.objective, "teacher", config.model)

@@ -84,12 +84,15 @@ class Setting:
 
 @cache
 def settings() -> dict[str, Setting]:
-    """Every setting of a run by its full key, under whatever choice it exists; `*` stands for names that the user chooses."""
+    """Every setting of a run by its full key, under whatever choice it exists; `*` stands for names that the user chooses.
+
+    Such as {"optim.lr": Setting(float | None), "tuning.rank": Setting(int, ("lora", "dora")), "data.sources.*.path": ...}.
+    """
     from trainer.config.run import RunConfig
     from trainer.config.tree import keyed_fields
 
     settings_by_key: dict[str, Setting] = {}
-    groups_with_classes = settings_classes()
+    groups_with_classes = settings_classes()  # groups whose choices have different settings, such as `tuning`
     for keyed in keyed_fields(RunConfig):
         name, _, below = keyed.key.partition(".")
         if name in groups_with_classes and not below:

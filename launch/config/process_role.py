@@ -157,11 +157,11 @@ def expand_hosts(nodelist: str) -> list[str]:
     for entry in COMMA_OUTSIDE_BRACKETS.split(nodelist.strip()):
         if not entry:
             continue
-        # Alternating: literal text, the inside of brackets, literal text ...
+        # Alternating: literal text, the inside of brackets, literal text ...; `n[1-4]` is "n", "1-4", "".
         pieces = BRACKETS.split(entry)
         if any(set(piece) & set("[] \t") for piece in pieces):
             raise ConfigError(_malformed_node_list(nodelist))
-        choices = []
+        choices: list[list[str]] = []  # what each piece may be: ["n"], ["1", "2", "3", "4"], [""]
         for number, piece in enumerate(pieces):
             is_inside_brackets = number % 2 == 1
             if is_inside_brackets:

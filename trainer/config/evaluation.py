@@ -208,7 +208,7 @@ def _of_file(word: str, error: ShardtuneError) -> str:
 
 
 def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    """What is wrong with the answers that are written to held-out prompts."""
+    """Error messages about `evaluation.generate`, the answers that are written to held-out prompts."""
     samples = config.evaluation.generate.samples
     watch = config.evaluation.watched
     if watch in GENERATED and not samples:
@@ -285,7 +285,7 @@ def _server(config: RunConfig) -> Iterator[str]:
 
 
 def _watched_task(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    """What is wrong with `evaluation.watch` if there are tasks: it must name one of their metrics, or one of held-out data."""
+    """An error message if there are tasks, and `evaluation.watch` names neither a metric of theirs nor one of held-out data."""
     tasks = asked_tasks(config)
     metrics = registry.metric_directions(tasks)
     watch = config.evaluation.watched

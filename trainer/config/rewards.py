@@ -57,7 +57,7 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def _watch_problems(config: RunConfig) -> Iterator[str]:
-    """A watched metric that belongs to the other kind of objective."""
+    """An error message if `evaluation.watch` is a metric of rewards and the objective has none, or the other way round."""
     watch = config.evaluation.watched
     if watch in metric_directions(asked_tasks(config)) or watch in FORGOTTEN:
         return
@@ -71,7 +71,7 @@ def _watch_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _of_reward(name: str, reward: RewardEntry) -> Iterator[str]:
-    """What is wrong with one reward by itself."""
+    """Error messages about one reward by itself: its name, that it is exactly one of kind, function and path, and that one."""
     key = f"objective.rewards.{name}"
     if not name.replace("-", "_").isidentifier():
         yield f"{key}: the name stands in metrics (rewards/{name}/mean); use letters, digits, - and _"
@@ -127,6 +127,7 @@ def _first_columns(data_input: Input) -> set[str] | None:
     if not isinstance(parsed, Row) or not parsed.fields:
         return None
     columns = {*parsed.fields, *parsed.unread_columns} | data_input.columns.keys()
+    # In verl's files the keys of the column `reward_model` count as columns.
     verl_model = parsed.fields.get("reward_model")
     if isinstance(verl_model, dict):
         columns.update(verl_model)

@@ -80,7 +80,10 @@ def _long_rows(strategy: StrategyConfig) -> Iterator[str]:
 
 
 def _shared_rows(config: RunConfig) -> Iterator[str]:
-    """Settings under which ranks cannot share rows. What depends on the model is asked when its files are read."""
+    """Error messages if ranks cannot share rows of documents (`parallel.sequence`).
+
+    What depends on the model is checked when its files are read.
+    """
     typed = f"parallel.sequence={config.parallel.sequence}"
     if family_of(config.objective).kind is ModelKind.encoder_decoder:
         yield (
@@ -145,7 +148,7 @@ def number_of_replicas(strategy: StrategyConfig, config: RunConfig) -> int:
 
 
 def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Whether the ranks divide into replicas."""
+    """Error messages if the ranks do not divide into replicas, or if the strategy (fsdp2) has none."""
     if strategy.name is StrategyName.fsdp2:
         if strategy.replicate != 1:
             yield f"strategy.replicate={strategy.replicate}: replicas need strategy=hsdp; set one of the two"

@@ -183,7 +183,7 @@ class Guards:
         if not rows:
             return
         scores_before_update = [scores for _, scores in pending]
-        scores_by_step = self._scores_by_step(rows, scores_before_update)
+        scores_by_step = self._scores_by_step(rows, scores_before_update)  # [loss, gradient norm] of each step
         for row, (first_sample, _), scores in zip(rows, pending, scores_by_step, strict=True):
             outlier_scores: dict[str, float] = {}
             for name, key, score in zip(WATCHED, OUTLIERS, scores, strict=True):

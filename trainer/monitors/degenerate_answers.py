@@ -139,7 +139,7 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
     if not evidence.answers or config.action is Reaction.off or evidence.step == 0:
         return None
     level = LEVEL / evidence.task_evaluations / 3  # Bonferroni over evaluations and the three kinds
-    found = {}
+    found: dict[str, DegenerateCount] = {}  # by kind
     for kind, count in degenerate_counts(evidence.answers).items():
         is_frequent = count.answers >= MIN_ANSWERS and count.share >= MIN_SHARE
         if is_frequent and fisher_p_value(count.answers, count.references, count.total) <= level:

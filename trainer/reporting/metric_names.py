@@ -138,7 +138,10 @@ def tracked_row(row: Mapping[str, Any], *, step: int, training_s: float, edition
 
 
 def recorded_name(tracked: str) -> str | None:
-    """The name in `metrics.jsonl` of what a tracker has of a step; None if it is an evaluation's, or not in that file."""
+    """The name in `metrics.jsonl` of a step's metric in a tracker: `kl` for `train/kl`, the inverse of `tracked_name`.
+
+    None for a metric of an evaluation, and for one that is not in that file.
+    """
     if tracked == TRAINING_S.name or not tracked.startswith(GROUPS):
         return None
     if tracked == PAIR_ACCURACY.name:

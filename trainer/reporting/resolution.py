@@ -88,7 +88,8 @@ def _trial(trial: Any) -> OutOfMemoryTrial:
 def _of_sentence(setting: str, sentence: str) -> Resolution | None:
     """The resolution of a setting that an earlier version wrote as a sentence; None for a sentence about something else.
 
-    Each of the reasons in brackets is either a trial ("16, 8 ran out of memory at step 3") or anything else.
+    `auto -> 4 (planned; 16, 8 ran out of memory)` is asked=auto, chosen=4, reason=planned and two trials: each of the reasons in
+    brackets is either choices that ran out of memory or anything else.
     """
     match = _EARLIER.fullmatch(sentence)
     if match is None:

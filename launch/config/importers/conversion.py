@@ -83,7 +83,11 @@ class ConvertedSettings:
         self._add_note(source, translation)
 
     def _add_note(self, source: ForeignValue, translation: TranslatedSetting) -> None:
-        """Keep what the user should know about a translated setting, under the heading that fits."""
+        """Keep what the user should know about a translated setting: in `remarks`, `not_needed` or `unsupported`.
+
+        A translation to settings of ours gets a remark if it has a note. One to none is unsupported if it has a note, unless it
+        says that none is needed.
+        """
         note = translation.note
         if translation.words:
             # A note about several settings, such as one about a whole block, is shown once.

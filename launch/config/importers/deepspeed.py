@@ -149,7 +149,7 @@ def _add_zero(block: Mapping[str, Any], conversion: ConvertedSettings, name: str
 
 
 def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSetting:
-    """Our words for a setting of `zero_optimization`. `strategy`: our name for its stage, such as `zero3`."""
+    """Our settings for one setting of `zero_optimization`. `strategy`: our name for its stage, such as `zero3`."""
     text = to_cli_text(value)
     if key == "cpu_offload":  # a switch of older versions of DeepSpeed
         if not is_true(text):
@@ -216,7 +216,10 @@ def _add_precision(
 
 
 def _translate_enabled(value: Any, precision: str, *, decides: bool) -> TranslatedSetting:
-    """Our words for `enabled` of a precision's block. `decides`: whether nothing else in the settings says the precision."""
+    """Our `precision` for `enabled` of the block `fp16` or `bf16`: on, it is that one; off, fp32 if this `decides`, else nothing.
+
+    `decides`: whether nothing else in the settings names a precision.
+    """
     if is_true(to_cli_text(value)):
         return TranslatedSetting({"precision": precision})
     if decides:

@@ -115,7 +115,7 @@ def convert(path: Path, ranks: int | None = None) -> ConvertedSettings:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The settings of a YAML or JSON file as nested dictionaries. Errors: ConfigError."""
+    """The settings of a YAML or JSON file (`.json`) as nested dictionaries. Errors: ConfigError, also for YAML aliases."""
     import yaml
 
     try:
@@ -283,8 +283,12 @@ def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSe
 def _add_accelerate_deepspeed(
     block: dict[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, base: Path
 ) -> None:
-    """Translate `deepspeed_config` of accelerate: its own names for DeepSpeed's settings, or a file of DeepSpeed's."""
+    """Translate `deepspeed_config` of accelerate, such as {"zero_stage": 3, "offload_optimizer_device": "cpu"}.
+
+    It has names of its own for some of DeepSpeed's settings, names that other trainers share, or names a file of DeepSpeed's.
+    """
     deepspeed_names = {
+        # accelerate's names, with DeepSpeed's in `zero_optimization`.
         "zero_stage": "stage",
         "offload_optimizer_device": "offload_optimizer",
         "offload_param_device": "offload_param",

@@ -337,7 +337,10 @@ def zero_settings(zero_block: dict[str, object]) -> dict[str, str]:
 
 
 def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """The strategy for FSDP's options, such as `full_shard,offload`: fsdp2, hsdp for hybrid, ddp if they shard nothing."""
+    """The strategy for FSDP's options: `full_shard,offload` is strategy=fsdp2 strategy.cpu_offload=true.
+
+    fsdp2; hsdp for `hybrid`; ddp for `no_shard`; nothing if there are no options.
+    """
     options = value.lower()
     if not list_entries(value) or options == "false":
         return TranslatedSetting(not_needed=True)
