@@ -99,7 +99,10 @@ def _row_number(line: Sequence[Any]) -> int | None:
 
 
 def break_word(word: str, columns: int) -> str:
-    """A long word with line breaks after some of its `BREAKS`, so that its pieces fit into `columns` if these allow it."""
+    """A long word with line breaks after some of the characters in `BREAKS`, so that each line fits into `columns` if possible.
+
+    In 9 columns: "runs/first/export" -> "runs/\\nfirst/\\nexport".
+    """
     from rich.cells import cell_len
 
     if cell_len(word) <= columns:
@@ -130,7 +133,7 @@ def width() -> int:
 
 
 def fold(text: str, indent: int = 4) -> list[str]:
-    """A sentence in lines as wide as the terminal, all but the first indented. A path or a word is never broken."""
+    """A text in lines at most as wide as the terminal, all but the first indented. A path or a word is never broken."""
     return textwrap.wrap(
         displayable(text), width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )

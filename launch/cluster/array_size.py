@@ -16,14 +16,15 @@ LIMIT = re.compile(r"^MaxArraySize\s*=\s*(\d+)", re.MULTILINE)
 def refuse_large_arrays(points: list[list[str]], *, repeats: int = 1) -> None:
     """Refuse a sweep whose job array would have more tasks than SLURM allows. Errors: ConfigError.
 
-    `points`: the words of each run. `repeats`: how often each run is repeated with another seed. SLURM is asked only if the
-    words say `launcher=slurm`, and no `launcher.pipeline`, which makes a chain of jobs and no array.
+    `points`: the settings of each run, such as [["launcher=slurm", "seed=1"], ["launcher=slurm", "seed=2"]]. `repeats`: how often
+    each run is repeated with another seed. SLURM is asked only if the settings have `launcher=slurm`, and no `launcher.pipeline`,
+    which makes a chain of jobs and no array.
     """
     if not points or "launcher=slurm" not in points[0]:
         return
     if any(word.startswith("launcher.pipeline=[") for word in points[0]):
         return
-    # Points with the same words about the launcher become the tasks of one array.
+    # Runs with the same settings of the launcher become the tasks of one array.
     tasks_by_request: Counter[tuple[str, ...]] = Counter()
     for point in points:
         launcher_words = tuple(word for word in point if word.startswith("launcher."))

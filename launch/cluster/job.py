@@ -85,7 +85,7 @@ class FrozenRun:
 def begin(words: list[str]) -> dict[str, Any]:
     """Prepare one start of a SLURM job before its training step; returns the shell variables that the job script sets.
 
-    Settles which run this is, whether it may start, which code it runs and where its ranks meet. `words`: those of
+    Determines which run this is, whether it may start, which code it runs and where its ranks meet. `words`: the arguments of
     slurm/train.sbatch; empty for a run that `shardtune submit` has frozen. Errors: ConfigError, StorageError, ShardtuneError.
     """
     job = JobStart.here()
@@ -131,9 +131,10 @@ def begin(words: list[str]) -> dict[str, Any]:
 
 
 def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
-    """Refuse a start after more starts of the job were lost than `launcher.retry` allows. Errors: ShardtuneError, StorageError.
+    """Count the start before this one if it was lost, and refuse this start after more lost ones than `launcher.retry` allows.
 
     A start is lost if its node failed or it was killed unsaved. SLURM requeues such a job by itself, without end.
+    Errors: ShardtuneError, StorageError.
     """
     if not job.restart:
         return
@@ -171,9 +172,10 @@ def report_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
 
 
 def code_to_run(run: FrozenRun, job: JobStart) -> Path | str:
-    """The directory of the code that a run by slurm/train.sbatch uses; empty for the clone itself.
+    """The directory of the code that a run by slurm/train.sbatch uses, a copy of it if `launcher.code=snapshot`.
 
-    With `launcher.code=snapshot` the first start of a job copies the code into the run directory, and later starts use the copy.
+    The first start of a job makes the copy in the run directory, and later starts use it. Empty for the clone itself.
+    Errors: ConfigError if the copy was changed, StorageError.
     """
     if run.settings["launcher"].get("code") != "snapshot":
         return ""
@@ -185,7 +187,7 @@ def code_to_run(run: FrozenRun, job: JobStart) -> Path | str:
 
 
 def check_nodes(run: FrozenRun, job: JobStart, master: str) -> None:
-    """Run the preflight on all nodes of the job before its ranks are started.
+    """Run the preflight on all nodes of the job before its ranks are started, and print what it found.
 
     `master`: host:port at which the ranks will meet; the preflight's own ranks meet there too. Errors: NodesUnfit with every
     problem, StorageError.

@@ -82,14 +82,16 @@ def needed_timeout_s(step_s: float) -> int:
 
 
 def reckoned_step_s(config: RunConfig, flops_per_token: float, tokens: float, gpu_kinds: Iterable[str]) -> float | None:
-    """Seconds of a step of `tokens`, all ranks together, on the slowest of the cards that the site's words `gpu_kinds` name.
+    """Seconds of a step of `tokens` (of all ranks together), computed for the slowest of the GPUs in `gpu_kinds`.
 
-    `flops_per_token` counts forward and backward; what is recomputed comes on top. None if a card or its rate is not known.
+    `flops_per_token`: floating-point operations of forward and backward; recomputation comes on top. `gpu_kinds`: the cluster's
+    names for the GPUs, such as "h100". None if a GPU or its speed is not known.
     """
     rates = [_tflops(kind, config.precision) for kind in gpu_kinds]
     if not rates or not all(rates):
         return None
     ranks = config.launcher.per_node * config.launcher.nodes
+    # A second forward pass: forward is a third of forward and backward.
     recomputed = 4 / 3 if config.strategy.activation_checkpointing is ActivationCheckpointing.full else 1.0
     return recomputed * flops_per_token * tokens / (ranks * REACHED_PEAK_SHARE * min(rates) * 1e12)
 
@@ -103,9 +105,10 @@ def _tflops(kind: str, precision: Precision) -> float:
 
 
 def longest_step_s(config: RunConfig, gpu_kinds: Iterable[str]) -> float | None:
-    """Seconds of a step whose documents are all as long as `data.max_length`; None if it cannot be reckoned.
+    """Seconds of a step whose documents are all as long as `data.max_length`; None if it cannot be computed.
 
-    Reads the config.json of the model, and neither weights nor data: for a job that is submitted.
+    For a job that is submitted: reads the config.json of the model, and neither weights nor data. `gpu_kinds`: the cluster's
+    names for the GPUs that the job may get.
     """
     settings = read_config(config.model.path) or {}
     text = settings.get("text_config") or settings
@@ -115,7 +118,7 @@ def longest_step_s(config: RunConfig, gpu_kinds: Iterable[str]) -> float | None:
     width: int = text["hidden_size"]
     layers: int = text["num_hidden_layers"]
     weights = _weights_per_token(text)
-    # As flops_per_token counts them: frozen weights need no gradient of their own.
+    # Operations of a weight on a token: 2 forward, 2 for the gradient of its input, 2 for its own, which frozen weights lack.
     per_weight = 6.0 if isinstance(config.tuning, FullConfig) else 4.0
     length = config.data.max_length
     tokens = config.batch["global"] * length
@@ -129,6 +132,7 @@ def _weights_per_token(text: dict[str, Any]) -> float:
     heads = text.get("num_attention_heads") or 1
     key_value_heads = text.get("num_key_value_heads") or heads
     head_size = text.get("head_dim") or width // heads
+    # Weights of a layer.
     attention = 2 * width * head_size * (heads + key_value_heads)
     mlp = 3 * width * text["intermediate_size"]
     experts_per_token = text.get("num_experts_per_tok")

@@ -62,9 +62,11 @@ def main(module: str = "launch.cluster.node") -> int:
 
 
 def _run_node(module: str) -> int:
-    """Talk with the host that started the run, and run this host's ranks; returns the exit code. Errors: EOFError.
+    """Talk with the host that started the run over stdin and stdout, and run this host's ranks; returns the exit code.
 
-    Called twice: the first time it reads the job and replaces this process by one in the job's environment.
+    Called twice: the first time it reads the job from stdin and replaces this process by one in the job's environment. The second
+    time it prints this host's facts, reads where the ranks meet, and runs them, while a thread receives signals.
+    Errors: EOFError if the other end has gone.
     """
     if JOB_VARIABLE not in os.environ:
         _restart_in_environment(json.loads(_read_line(0)), module)
@@ -93,7 +95,9 @@ def _restart_in_environment(job: dict[str, Any], module: str) -> None:
 def describe_host(job: dict[str, Any]) -> dict[str, Any]:
     """Facts of this host, with which the host that starts the run decides whether this one can take part.
 
-    `config` is the SHA-256 of the frozen configuration as it is seen here; None if it is not seen.
+    The keys that are not plain: `ssh`, the address at which ssh reached this host, as a list that may be empty; `addresses`, the
+    network interface of each IP address; `port`, a free one; `config`, the SHA-256 of the frozen configuration as it is visible
+    here, None if it is not.
     """
     from launch.cluster.hosts import interfaces
     from launch.cluster.snapshot import code_digest, read_code
@@ -137,7 +141,7 @@ def run_ranks(job: dict[str, Any], rendezvous: dict[str, Any]) -> int:
 def _relay_signals(message_fd: int) -> None:
     """Send this process the signals that arrive as messages; end the ranks once the other end is silent or gone.
 
-    Runs in a thread of its own.
+    Runs in a thread of its own. A message is a line of JSON: {"signal": 15}, or {} as a heartbeat.
     """
     while True:
         try:

@@ -16,8 +16,9 @@ from trainer.reporting.status import write_text_atomic
 
 
 def command_words(part: str, run_dir: Path, processes: int) -> list[str]:
-    """The words behind `shardtune` that do one part of a frozen run: prepare, evaluate or export.
+    """The arguments of `shardtune` that do one part of a frozen run: prepare, evaluate or export.
 
+    "export", runs/first, 2 -> ["export", "runs/first", "launcher.processes=2"].
     `processes`: ranks of an evaluation, or processes that write an export.
     """
     if part == "prepare":

@@ -41,7 +41,7 @@ class MissingHostsReport:
         self._all_came = False
 
     def poll(self, agent: psutil.Process) -> None:
-        """Print what is missing if it is time to. `agent`: torchrun's process on this host."""
+        """Print which hosts are missing, at growing intervals until all have come. `agent`: torchrun's process on this host."""
         now = time.monotonic()
         if self._all_came or now < self._next_report:
             return
@@ -54,7 +54,10 @@ class MissingHostsReport:
         self._next_report = now + self._pause_s
 
     def _describe_missing(self, agent: psutil.Process) -> str:
-        """Which hosts have not come, and what to do about it. Only the first host, where all meet, can see who has come."""
+        """A message on which hosts have not come to the rendezvous, and what to do about it.
+
+        Only the first host, where all meet, can see who has come; of two hosts, it is the other one.
+        """
         nodes = self._launcher.nodes
         rdzv = self._launcher.rdzv
         if not self._this_host.is_first:

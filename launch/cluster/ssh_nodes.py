@@ -111,9 +111,9 @@ def connect(host: str, launcher: LauncherConfig) -> Node:
 
 
 def wait_for_facts(nodes: list[Node], pending: list[int]) -> bool:
-    """Wait until every node has sent its facts, has ended, or is later than `HELLO_S`; False if a signal came first.
+    """Wait until every node has sent its facts or has ended, for `HELLO_S` seconds at most; False if a signal came first.
 
-    `pending`: fills with the signals that this process receives.
+    `pending`: the signal handler appends the signals that this process receives. Whether nodes are missing is not checked here.
     """
     deadline = time.monotonic() + HELLO_S
     while any(node.facts is None and node.process.poll() is None for node in nodes):
@@ -152,9 +152,9 @@ def refuse_unfit(nodes: list[Node], launcher: LauncherConfig, config_digest: str
 def _reasons_unfit(
     facts: dict[str, Any], launcher: LauncherConfig, config_digest: str, own_versions: dict[str, str]
 ) -> list[str]:
-    """Why a host with these facts cannot run the configuration that was frozen on this host.
+    """Why a host with these `facts` (`node.describe_host`) cannot run the configuration that was frozen on this host.
 
-    `own_versions`: this host's code, Python and torch, which must be the same there.
+    `own_versions`: this host's code, Python and torch, which must be the same there: {"code": digest, "python": "3.12.1", ...}.
     """
     problems = []
     if facts["code"] != own_versions["code"]:
@@ -166,7 +166,7 @@ def _reasons_unfit(
         problems.append(
             "does not see the run directory as it was written here; run.dir must be on a file system that all hosts share"
         )
-    # Without GPUs on this host, `per_node` 1 is only a default.
+    # Without GPUs on this host, the 1 of `per_node` is only a default.
     if facts["gpus"] > launcher.per_node and launcher.per_node == 1 and not listed_gpus():
         problems.append(f"has {facts['gpus']} GPUs, and this host none to tell by; give launcher.processes")
     return problems

@@ -91,7 +91,7 @@ def run_supervised(
 
 
 def state_before_start(run_dir: Path) -> StateBeforeStart:
-    """Delete the failure of an earlier attempt, and remember what the run directory holds before the ranks start."""
+    """Delete the failure of an earlier attempt, and return what the run directory holds before the ranks start."""
     clear_failure(run_dir)
     directory = None
     with contextlib.suppress(OSError):
@@ -153,7 +153,8 @@ def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: 
 def _stopped_message(directory: Path, run_dir: Path, step: int | None, verb: str) -> str:
     """The message about a run that was asked to stop: what is saved, and how it continues.
 
-    `directory`: where the run directory is now, which was `run_dir` when the run started.
+    `directory`: where the run directory is now, which was `run_dir` when the run started. `step`: the step that was saved; None
+    or 0 if training had not begun. `verb`: the command that was stopped, such as train.
     """
     if verb == "export":  # the directory is a temporary one
         return EXPORT_STOPPED
@@ -172,7 +173,7 @@ def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:
     current = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide how the run ended
         current = before.directory.find()
-    # A file system may give a directory another number: then what lies under its name is the run.
+    # A file system may give a directory another inode number: then the directory under its name is the run's.
     if current is None and (run_dir / "config.yaml").exists():
         return run_dir
     return current
@@ -191,9 +192,13 @@ def _lower_micro(run_dir: Path) -> str | None:
 def _retry_cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
     """The cause for which a run may be started again, a key of `launcher.retry`; None if it may not.
 
+    - Ctrl-C, or a signal that ends the run for good: None, also if a rank was lost meanwhile;
+    - the run has saved after a signal: "preempted";
+    - done: None;
+    - failed: the cause that the record of the failure names, such as "node_fail", if any.
     `code`: the exit code of the run. `signals`: those that this process received.
     """
-    if code == 130 or signals & FINAL_SIGNALS:  # also if a rank was lost meanwhile
+    if code == 130 or signals & FINAL_SIGNALS:
         return None
     if code == 75:  # saved and resumable
         return "preempted" if signals else None

@@ -84,7 +84,10 @@ def _model_name(model: dict[str, Any]) -> str:
 
 
 def _comparison_cells(compared: dict[str, Any] | None) -> list[str]:
-    """The table cells of a metric's comparison with another model; dashes if there is none."""
+    """The table cells of a metric's comparison with another model, for `COLUMNS_AGAINST`; dashes if there is none.
+
+    `compared`: {"value": 0.7, "difference": 0.1, "low": 0.02, "high": 0.18, "p": 0.01, "verdict": "better"}.
+    """
     if compared is None:
         return ["-", "-", "", "", ""]
     return [

@@ -65,9 +65,9 @@ def _objective_without_tasks(run: Path) -> str:
 
 
 def run_trial(words: EvaluateWords) -> int:
-    """Write and score the first groups of the run's first round, print what they say, and return the exit code.
+    """Generate and score answers for the first prompts of the run's first round, print a report, and return the exit code.
 
-    Errors: ConfigError for words that could not start the run.
+    Errors: ConfigError for settings that could not start the run.
     """
     from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
@@ -78,6 +78,7 @@ def run_trial(words: EvaluateWords) -> int:
     from trainer.reward_trial import REPORT, RewardTrialJob, trial_worker
     from trainer.rollout.rewards.copies import copy_rewards
 
+    # The run, and where the report is written.
     job = RewardTrialJob()
     if words.run is None:
         config = trial_config(words)
@@ -211,7 +212,11 @@ def _one_line(text: str) -> str:
 
 
 def _advice(report: dict[str, Any]) -> list[str]:
-    """What to do before the run is started, if something stands against it."""
+    """What to change before the run is started; empty if its answers look fit to learn from.
+
+    A group (the answers to a prompt) is idle if all of them score alike. report["reward"]: {"mean": 0.4, "idle_share": 0.2, ...}
+    with None as the mean if no answer was scored.
+    """
     advice = []
     share = report["reward"]["idle_share"]
     if report["reward"]["mean"] is None:

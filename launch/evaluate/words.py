@@ -463,7 +463,7 @@ def _other_model_plan(evaluation_plan: EvaluationPlan, config: RunConfig, what: 
 
 
 def _other_run_words(run: Path, evaluation_plan: EvaluationPlan, evaluate_words: EvaluateWords) -> EvaluateWords:
-    """The words that evaluate the run of `against=`: this evaluation's processes and strategy, and what was allowed for it."""
+    """Arguments that evaluate the run of `against=`: this evaluation's processes and strategy, and what was allowed for it."""
     config = evaluation_plan.config
     words = [f"launcher.processes={config.launcher.processes}", f"run.device={config.run.device}"]
     words += [f"strategy={config.strategy.name}", *evaluate_words.allowing]

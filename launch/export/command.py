@@ -281,7 +281,7 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
 
 
 def apply_export_words(config: RunConfig, words: ExportWords) -> None:
-    """Override the run's export settings by the typed words, and turn its configuration into one process on the CPU.
+    """Change `config`: export settings of the command line replace the run's, and the export runs as one process on the CPU.
 
     Errors: ConfigError for documents that cannot be written.
     """
@@ -307,8 +307,8 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
     """The directory of a run's complete checkpoint `which`: `auto`, `last`, `best` or a step.
 
     `auto` is the one that the run exported at its end, and the last one if it is not done or of an earlier version. A run that
-    still trains deletes old checkpoints: if `last` or `best` disappears while it is verified, the next one is taken, up to
-    `looks` times. Errors: ConfigError if it is missing or damaged.
+    still trains deletes old checkpoints: if the chosen one disappears while it is verified, the choice is made again, `looks`
+    times in all; not for a step. Errors: ConfigError if it is missing or damaged.
     """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.checkpoints.manifest import verify
@@ -342,6 +342,7 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
     else:
         raise ConfigError(f"checkpoint={which}: must be auto, last, best or a step; {known}")
 
+    # Is it complete, and still there?
     path = checkpoints[step]
     problem = verify(path, may_be_deleted=True)
     was_deleted = problem and not path.exists()

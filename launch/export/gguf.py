@@ -36,7 +36,7 @@ class GgufRequest:
 
 
 def gguf_request(words: ExportWords, config: RunConfig) -> GgufRequest | None:
-    """The GGUF file that the words ask for; None if they ask for none.
+    """The GGUF file that `gguf=` requests on the command line; None without it.
 
     Errors: ConfigError for an adapter that is not merged, or without a converter, before anything is written.
     """
@@ -114,7 +114,7 @@ class QuantisedRequest:
 
 
 def quantised_request(words: ExportWords, config: RunConfig) -> QuantisedRequest | None:
-    """The type that `bits=` asks for. Raises ConfigError before anything is written."""
+    """The quantised copy that `bits=` requests, and the Python that computes it; None without it. Errors: ConfigError."""
     if words.bits is None:
         return None
     from trainer.export.llm_compressor import find_python

@@ -243,7 +243,10 @@ def _build_file(
 
 
 def _closing_sentences(converted: ConvertedSettings | None, to_settle: list[str]) -> list[str]:
-    """The sentences at the end of the file: what of another trainer's file is no setting of ours, and what is to settle."""
+    """Lines at the end of the file: problems for the user to solve (`to_settle`), and what of the other file has no equal here.
+
+    Empty for a file that was not converted.
+    """
     if converted is None:
         return []
     lines: list[str] = []
@@ -254,7 +257,7 @@ def _closing_sentences(converted: ConvertedSettings | None, to_settle: list[str]
 
 
 def _sections(converted: ConvertedSettings, to_settle: list[str]) -> list[tuple[str, list[str]]]:
-    """(title, entries) of what the user should know about a converted file, in the order of importance."""
+    """(title, entries) of what the user should know about a converted file, the most important first; entries may be empty."""
     return [
         ("to settle before it trains", to_settle),
         ("empty there, so nothing was said", [", ".join(converted.without_value)] if converted.without_value else []),

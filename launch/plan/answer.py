@@ -88,7 +88,7 @@ def _name_of(choice: Choice) -> tuple[str, str, str, str]:
 
 
 def by_reason(answer: PlanAnswer) -> dict[str, str]:
-    """Variants that were left out for the same reason, named together."""
+    """The names of ways to run that were left out, by the reason: {reason: "fsdp2, full; ddp, none"}."""
     names_by_reason: dict[str, list[str]] = {}
     for variant, reason in answer.refused:
         mode = str(variant.config.strategy.activation_checkpointing)
@@ -151,7 +151,7 @@ def fit_theirs(choice: Choice, job: PlannedRun) -> float:
 
 
 def why(choice: Choice, answer: PlanAnswer) -> str:
-    """Why a choice is or is not the best one: `fastest`, `too large`, `as fast`, or its speed relative to the best."""
+    """Why a choice is or is not the best: `fastest`, `too large`, `as fast`, or its speed relative to the best (`0.85 x`)."""
     best = answer.best
     if choice is best:
         return "fastest"
@@ -191,7 +191,7 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
 
 
 def _round(best: Choice, job: PlannedRun) -> list[str]:
-    """Seconds of a round; no lines if the data has what is learned."""
+    """Lines on the seconds of a round (answers written, scored, trained on); none if the run writes no answers."""
     if job.round is None or best.round is None:
         return []
     folded = []

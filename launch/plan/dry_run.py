@@ -125,7 +125,7 @@ def _gpu_kinds(config: RunConfig) -> set[str]:
 
 
 def _long_step_notes(config: RunConfig, built: Built, samples: SampledLengths) -> list[str]:
-    """A warning if a step takes longer than SLURM leaves a job to save; none if the cards of the job are not known."""
+    """Warnings if a step takes longer than SLURM gives a job to save; none if the GPUs of the job are not known."""
     if not isinstance(config.launcher, SlurmConfig):
         return []
     gpu_kinds = _gpu_kinds(config)

@@ -48,7 +48,8 @@ class _Answers:
         self._texts = ["" for _ in conversations]
         """The text of each answer so far."""
         indices = list(range(len(conversations)))
-        if any(conversation.is_sampled for conversation in conversations):  # the process has one seed
+        # Which models each thread serves, by their indices. Sampled answers take turns: the process has one random state.
+        if any(conversation.is_sampled for conversation in conversations):
             indices_by_thread = [indices]
         else:
             indices_by_thread = [[index] for index in indices]

@@ -67,7 +67,7 @@ def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | 
 
 
 def computed_type(exported: ExportedModel, config: ServeConfig) -> str:
-    """The type that another server is told to compute in: `serve.dtype`, or the stored one; `auto` if nobody knows it."""
+    """The type in which another server shall compute: `serve.dtype`, else that of the stored weights; `auto` if not known."""
     if config.dtype is not ServedType.auto:
         return str(config.dtype)
     stored = stored_type(exported)
@@ -81,9 +81,10 @@ def _type_arguments(exported: ExportedModel, config: ServeConfig) -> list[str]:
 
 
 def _position_overrides(exported: ExportedModel) -> str | None:
-    """The positions that an adapter was trained with, as JSON that overrides its base's config.json; None if they are the base's.
+    """The position settings that an adapter was trained with, as JSON for vLLM's `--hf-overrides`; None if they are the base's.
 
-    An adapter that was given room for longer documents has a config.json of its own.
+    An adapter that was trained on longer documents than its base allows has a config.json of its own. An example:
+    '{"max_position_embeddings": 32768, "rope_parameters": {...}}'.
     """
     if not (exported.path / MODEL_FILE).is_file():
         return None

@@ -53,7 +53,7 @@ def _gib(gib: float | None) -> str:
 
 
 def _exchange_rates(exchange: dict[str, Any]) -> str:
-    """The rates of the communication test between ranks, in one line."""
+    """The rates of the communication test between ranks (`exchange.measure_communication`), in one line."""
     line = (
         f"communication of {exchange['ranks']} ranks ({exchange['backend']}), GB/s: "
         f"all-reduce {exchange['all_reduce']:.2f}, all-gather {exchange['all_gather']:.2f}"

@@ -28,9 +28,10 @@ def measure_communication(device: str, timeout_s: float) -> dict[str, Any]:
     """Time all-reduce, all-gather and transfers between nodes, as one rank of the job that torchrun's variables describe.
 
     All ranks must call. Returns rates in GB/s: `all_reduce` and `all_gather` as a rank's link carries them, `pairs` of
-    [node, node, rate] both ways at once between the first ranks of nodes. Errors: those of torch.distributed if the ranks do not
-    meet within `timeout_s`.
+    (node, node, rate) both ways at once between the first ranks of nodes; and `backend`, `ranks`, `met_s` (seconds until the
+    ranks had met) and `hosts` (by rank). Errors: those of torch.distributed if the ranks do not meet within `timeout_s`.
     """
+    # The device and the process group.
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
     ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -49,7 +50,7 @@ def measure_communication(device: str, timeout_s: float) -> dict[str, Any]:
         size_mib = GPU_MIB if on_gpu else CPU_MIB
         sent = torch.ones(size_mib * 2**18, device=torch_device)  # float32: 2**18 are a MiB
         gathered = [torch.empty_like(sent) for _ in range(world_size)]
-        # Filled with ones before each call, which leaves the sum of all ranks in it.
+        # Filled with ones before each call, which leaves the sum over all ranks in it.
         reduce_s = _median_seconds(lambda: dist.all_reduce(sent.fill_(1.0)), torch_device)
         if sent[0].item() != world_size:
             raise RuntimeError(f"all-reduce of {world_size} ones gave {sent[0].item():g} on rank {rank}")
