@@ -177,7 +177,7 @@ class Checkpoints:
 
     def move_to(self, run_dir: Path) -> None:
         """Follow a run directory that was renamed to `run_dir`, also with the pending checkpoint. No collective."""
-        old_dir = self.checkpoint_dirs[0]
+        old_dir = self.checkpoint_dirs[0]  # in the run directory; further ones are elsewhere
         new_dir = run_dir / old_dir.name
 
         def moved(checkpoint_dir: Path) -> Path:

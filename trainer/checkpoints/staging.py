@@ -48,7 +48,10 @@ def on_main(function: Callable[[], None], staging: Path, runtime: Runtime) -> No
 
 
 def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runtime) -> None:
-    """Raise StorageError on every rank if any rank has an `error`, and remove the staging directory. All ranks must call."""
+    """Raise StorageError on every rank if any rank has an `error`, after rank 0 removed the staging directory; else return.
+
+    `staging`: `.step-<n>.writing`. All ranks must call.
+    """
     own_error = None
     if isinstance(error, StorageError):
         own_error = StorageError(str(error))

@@ -99,7 +99,11 @@ def _no_cache(model: Any) -> dict[str, bool]:
 
 
 def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime: Runtime) -> Tensor | None:
-    """Logits of the trained model `[T, V]` (`[1, labels]` for classifiers), on the CPU, on rank 0. All ranks must call."""
+    """Logits of the trained model `[T, V]` (`[1, labels]` for classifiers), on the CPU; None on other ranks than 0.
+
+    All ranks must call.
+    """
+    # The text as a batch of training has it.
     ids = torch.tensor([token_ids], device=runtime.device)
     batch: dict[str, Any] = {"input_ids": ids}
     if built.two_sides is not None:

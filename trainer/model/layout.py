@@ -44,7 +44,10 @@ class KernelChoices:
     """Whether the model has what the built-in kernel computes slowly."""
 
     def in_order(self) -> list[str]:
-        """The kernels to try, by transformers' names, the best first."""
+        """The kernels to try, by transformers' names, the best first, such as `["flash_attention_2", NAME, FLEX]`.
+
+        FlashAttention if it can run; the built-in one and FlexAttention, in the other order with `flex_first`.
+        """
         kernels = []
         if not self.no_flash:
             kernels.append("flash_attention_2")
@@ -110,7 +113,7 @@ def resolve_layout(
 
 
 def _kernel_note(model: ModelConfig, attention: str, kernels: KernelChoices) -> dict[str, str]:
-    """What to say of a kernel that `auto` chose; nothing of FlashAttention, which is the usual one."""
+    """A note, by setting, on the kernel that `model.attention=auto` chose; empty for FlashAttention or another setting."""
     flash = kernels.no_flash or "not proven right here"
     note_by_kernel = {
         NAME: f"varlen (built in; not FlashAttention: {flash})",

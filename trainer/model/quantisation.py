@@ -98,7 +98,7 @@ class Scheme:
 
     @torch.no_grad()
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight `[out, in]` that `packed` stands for, on its device; on meta its shape."""
+        """The weight `[out, in]` that `pack` made `packed` of, as far as the bits tell, on its device; on meta an empty one."""
         from bitsandbytes import functional as bnb
 
         if packed.is_meta:

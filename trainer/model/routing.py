@@ -86,7 +86,10 @@ def note_chosen_experts(module: Any, expert_indices: Tensor) -> None:
 
 
 def _count_tokens(module: Any, expert_indices: Tensor) -> None:
-    """Add to the entered record how many tokens chose each expert. Padding does not count; nothing waits for the device."""
+    """Add to the record that is open (`_Recording.record`; none: do nothing) how many tokens chose each expert of a layer.
+
+    `expert_indices`: [tokens, choices of each]. Padding does not count; nothing waits for the device.
+    """
     record = _Recording.record
     if record is None or record.tokens is None or not record.is_recording:
         return

@@ -46,7 +46,7 @@ def _name_of(wanted: Any, model: Any) -> str:
 
 
 def _values_differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Whether two parameters have other shapes or values; reads both as far as they are equal."""
+    """Whether two parameters of a checkpoint differ in shape or values; reads both, up to the first difference."""
     if checkpoint.shape(first) != checkpoint.shape(second):
         return True
     size = math.prod(checkpoint.shape(first))

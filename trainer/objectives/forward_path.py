@@ -166,11 +166,13 @@ class _Proof:
         set_dropout(self.config, 0.0)
         self.vocabulary = min(text_settings(self.config).vocab_size, VOCABULARY)
         self._check_copy(config, plain)
+        # The stock model, on which other paths are measured.
         stock = self._build("eager", dtype)
         with torch.no_grad():
             # A parameter that starts at zero, such as a bias, would have no effect, and an error in it would not show.
             for parameter in stock.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
+        # Three documents of 5, 23 and 14 random tokens (from 4 on, behind special ones), of which 70 % are learned.
         generator = np.random.default_rng(0)
         self.documents = [
             Sample(generator.integers(4, self.vocabulary, length).astype(np.int32), generator.random(length) < 0.7)

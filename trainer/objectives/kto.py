@@ -242,7 +242,11 @@ class Kto(Objective):
         self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The terms that the class lists. An answer without supervised tokens (a filler row) adds nothing."""
+        """The terms that the class lists. An answer without supervised tokens (a filler row) adds nothing.
+
+        In the pass ahead of a step, on mismatched answers (`ahead_of` in the batch): only `kl`, which the step's batches then
+        have under `ahead`.
+        """
         reference = reference_logps(model, batch, self.reference)
         logps, tokens = sequence_logps(model, batch)
         is_counted = (tokens > 0).float() * counted_here(batch)
@@ -260,6 +264,7 @@ class Kto(Objective):
         losses = losses + config.undesirable_weight * is_undesirable * torch.sigmoid(
             -beta * (reference_point - log_ratios)
         )
+        # What is only logged.
         rewards = beta * log_ratios.detach()
         reward_threshold = beta * reference_point
         # The loop divides each term by the step's count of answers; these factors make it a mean over one kind instead.

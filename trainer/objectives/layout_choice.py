@@ -205,9 +205,9 @@ def padded_model(
     *,
     half_on_gpu: bool,
 ) -> tuple[Any, AttentionLayout]:
-    """(a classifier or encoder-decoder model, its arrangement): the model on meta, for one document a row.
+    """(a classifier or encoder-decoder model on meta, the layout of its rows and its attention kernel): one document a row.
 
-    A classifier with `layout` padding_free is for rows that ranks share (`pooled_model`).
+    Only a classifier with `layout` padding_free has rows of several documents (`pooled_model`), which ranks may share.
     `settings`: transformers' configuration. The model is built within `context`. Raises ConfigError.
     """
     if kind is ModelKind.classifier and layout is Layout.padding_free:

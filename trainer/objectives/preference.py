@@ -154,7 +154,8 @@ class Dpo(Preference):
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """(the loss of each pair, the reward of its chosen answer, of its rejected one), all `[pairs]`.
 
-        A reward is beta times the log-probability of an answer, less that under the reference model.
+        A reward is beta times the log-probability of an answer, less that under the reference model. The loss by `loss_type`:
+        hinge (as in SLiC), ipo, else DPO's logistic loss; with `sft_weight` also the chosen answer's loss per token.
         """
         config = self.config
         chosen_ratio = pairs.chosen - pairs.reference_chosen

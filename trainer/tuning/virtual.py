@@ -113,6 +113,9 @@ class Virtual(AddedParameters):
     def _check_prefix(self, model: Any, decoder: nn.Module) -> None:
         """Raise ConfigError if prefix tuning, which gives each layer keys and values to read, cannot work in this model.
 
+        - the model takes no keys and values from outside, or is a falcon, whose heads share keys: refused.
+        - the attention window is no longer than the prefix: refused.
+
         Other methods with virtual tokens work everywhere: their tokens stand before the input.
         """
         if not self.is_prefix:
