@@ -44,6 +44,7 @@ class PartNote:
 
 def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> None:
     """Write the note of what this rank has written into `staging`, durably. No collective. Errors: OSError."""
+    # (file, start, length, offset) by name, as `FilePart` has them.
     parts = {}
     for name, part in state.parts.items():
         parts[name] = [part.file, part.start, part.length, part.offset]

@@ -16,7 +16,10 @@ CALIBRATED = ("W4A16", "W8A8")
 
 
 def main(path: Path) -> None:
-    """Store the model of one job, and write its logits on the probe."""
+    """Store the model of the job in the JSON file `path` in few bits, and write its logits on the probe beside that file.
+
+    The job: `{"model": directory, "to": directory, "scheme": "W4A16", "rows": token ids to calibrate on, "probe": token ids}`.
+    """
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot

@@ -171,7 +171,10 @@ def verify_export(
 
 
 def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tensor:
-    """Logits of an export on the probe, float32 `[T, V]`, or `[1, labels]` of a classifier."""
+    """Logits of an export on the T tokens of the probe, float32 `[T, V]`, or `[1, labels]` of a classifier.
+
+    `decoder_start`: the decoder's first token; None for a model that is no encoder-decoder.
+    """
     ids = torch.tensor([token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder_start is not None:

@@ -40,7 +40,7 @@ CHUNK_LOGITS = 2**25
 
 
 def _logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """Logits of a chunk of rows, in float32 or wider."""
+    """Logits `[rows, V]` of a chunk of hidden states `[rows, H]`, scaled and soft-capped, in float32 or wider."""
     if bias is not None:
         bias = bias.to(chunk.dtype)
     logits = F.linear(chunk, weight.to(chunk.dtype), bias)

@@ -16,6 +16,7 @@ def row_scores(head: nn.Module, hidden: Tensor, targets: Tensor, bias: Tensor | 
     """
 
     def scored(logits: Tensor, wanted_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The two results for rows whose logits are `[rows, V]`."""
         logits = logits.float()
         if bias is not None:
             logits = logits + bias

@@ -22,7 +22,7 @@ def digests_of(directory: Path) -> dict[str, str]:
 
 
 def files_of_model(digests: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """Those of the digests by file name whose files a loader of the model in `directory` reads.
+    """The entries of `digests` (hash by file name) whose files a loader of the model in `directory` reads.
 
     A directory may hold more of a model on one machine than on another: the same weights in another format beside the index,
     or a preprocessor's settings that another program has fetched into the cache of the hub. Errors: ConfigError for an index

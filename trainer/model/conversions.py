@@ -320,7 +320,7 @@ def _only_source(group: ConversionGroup) -> str:
 
 
 def dequantizer(config: Any, path: str) -> Any:
-    """transformers' quantizer that turns a published checkpoint's blocks into numbers; None where it holds numbers.
+    """transformers' quantizer that turns a quantised checkpoint into plain numbers as it is read; None if it is not quantised.
 
     Raises ConfigError for kinds that cannot be trained on as numbers.
     """

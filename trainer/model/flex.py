@@ -55,7 +55,8 @@ class PackedRow:
     def branches_and_places(self) -> tuple[Tensor, Tensor]:
         """For each position of the row: (its branch, 0 in the prompt; its place if its branch were the only one).
 
-        Branches are answers that share a prompt.
+        Branches are answers that share a prompt. A document of 2 tokens of prompt and answers of 2 and 1 tokens (`begins` [2,
+        4]) has the branches [0, 0, 1, 1, 2] and the places [0, 1, 2, 3, 2].
         """
         assert self.branches is not None
         bounds = self.bounds.tolist()
@@ -91,10 +92,11 @@ def register() -> None:
 
 @contextmanager
 def documents(inputs: dict[str, Any]) -> Iterator[None]:
-    """Within it the masks that a model makes keep apart the documents of its `inputs`, where these say so.
+    """Inside the context, the masks that a model builds keep the documents of its `inputs` apart, if these have boundaries.
 
-    transformers would find them by the positions, and read on the host whether there are several. If the inputs are a slice of
-    a row (`row_slices`), the masks are those of the whole row: attention sees it whole.
+    `cu_seq_lens_q` are the boundaries, such as [0, 5, 12] for documents of 5 and 7 tokens. transformers would find them by the
+    positions, and read on the host whether there are several. If the inputs are a slice of a row (`row_slices`), the masks are
+    those of the whole row: attention sees it whole.
     """
     bounds = inputs.get("cu_seq_lens_q")
     row_slices = inputs.get("row_slices")

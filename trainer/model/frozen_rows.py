@@ -18,7 +18,10 @@ def zeroed_row(model: Any) -> int | None:
 
 
 def always_zero_rows(plain: Any, attention_layout: AttentionLayout) -> dict[str, int]:
-    """The row of `zeroed_row`, by its parameter's name, with a note in `attention_layout`; empty if there is none."""
+    """Rows that are always zero: `{"model.embed_tokens.weight": 0}`, the padding token's; empty without one (`zeroed_row`).
+
+    Also adds a note on it to `attention_layout.notes`.
+    """
     if (row := zeroed_row(plain)) is None:
         return {}
     embeddings = plain.get_input_embeddings()

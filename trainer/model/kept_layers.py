@@ -98,9 +98,13 @@ class KeptLayers:
 
 
 def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[KeptLayers]:
-    """Ways to keep every kind of layer of `plain`, a model on meta of these settings, the likeliest first.
+    """Choices of layers that keep every kind of layer of `plain`, a model on meta of these settings, the likeliest first:
 
-    A prefix keeps what recurs with a period. One layer of each kind is shorter if the kinds are far apart.
+    - the shortest prefix with all kinds, which keeps what recurs with a period.
+    - one layer of each kind: tried before the prefix if that has more than `LONG_PREFIX` layers.
+    - the shortest prefix with two of each kind.
+
+    The first layers alone if nothing tells layers apart.
     """
     depth = depth_of(settings)
     kinds = kinds_of(plain, settings, depth)

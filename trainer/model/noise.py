@@ -52,7 +52,8 @@ def noise_of(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
     rows, columns = ids.shape
     first = 0
     last = ids.numel()
-    # Of each position: the number of its document, its position in it, and whether it is a token.
+    # Of each position: the number of its document, its position in it, and whether it is a token. Found by the layout: padded
+    # rows, a slice of a row, or a whole row of several documents.
     if "attention_mask" in batch and batch["attention_mask"] is not None:
         document = torch.arange(rows, device=ids.device)[:, None].expand(rows, columns).reshape(-1)
         position = torch.arange(columns, device=ids.device).repeat(rows)
@@ -75,6 +76,7 @@ def noise_of(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
     # A document is told by a hash of its tokens, so that its noise does not depend on where it lies.
     token_hashes = is_token * _scrambled(ids.reshape(-1) * _SPLITMIX[0] + position)
     document_hashes = torch.zeros_like(lengths).index_add_(0, document, token_hashes)
+    # Random bits of each position and dimension, from the run, the step, the document and the position.
     seed, step = batch["drawn_by"]
     run_and_step = _signed(seed * 1_000_003 + step)
     document = document[first:last]

@@ -54,7 +54,11 @@ class Scheme:
         return f"{self.kind}{' with double quantisation' if nested else ''}"
 
     def parts(self, shape: tuple[int, int]) -> list[int]:
-        """Bytes of the codes and of each kind of scale."""
+        """Bytes of each part of a packed weight of this shape, in order: the codes, then each kind of scale.
+
+        int8: codes, scales. 4 bits: codes, scales; if the scales are quantised too (`double`): codes, scales of the scales, an
+        offset, the scales.
+        """
         numel = shape[0] * shape[1]
         if self.kind is Quantisation.int8:
             return [numel, 4 * shape[0]]  # codes, and a float32 scale a row

@@ -111,7 +111,7 @@ class Proofs:
 
 
 def _alternatives_to_causal(settings: Any) -> list[str]:
-    """What can be done instead of predicting tokens with a model that sees ahead."""
+    """Texts of what can be done instead of predicting tokens with a model that sees ahead, such as `take a causal model`."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     alternatives = ["take a causal model"]

@@ -72,6 +72,7 @@ class ShardedMuon(torch.optim.Muon):
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
+                # The momentum, orthogonalised as a whole matrix.
                 buffer = state["momentum_buffer"]
                 buffer.lerp_(gradient, 1 - momentum)
                 update = buffer

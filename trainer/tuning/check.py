@@ -104,10 +104,10 @@ def _problems_alone(tuning: TuningConfig) -> Iterator[str]:
 
 
 def _strategy_problems(method: Method, method_setting: str, run: RunFacts) -> Iterator[str]:
-    """Sentences that say what the tuning method cannot do under the run's strategy.
+    """What the tuning method cannot do under the run's strategy, one line each.
 
     That is selective checkpointing, or half precision under strategies that keep shards in it. `method.refused` has the
-    reasons; `method_setting` is the method as the user typed it.
+    reasons; `method_setting` is the method as the user sets it, such as `tuning=lora`.
     """
     checkpointing = run.strategy.activation_checkpointing
     if checkpointing is ActivationCheckpointing.selective and (reason := method.refused.get("selective")):
@@ -189,9 +189,9 @@ def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
 def _quantisation_problems(
     tuning: TuningConfig, method: Method, method_setting: str, quantisation: str
 ) -> Iterator[str]:
-    """Sentences that say why this tuning method, DoRA or the initial values cannot be used on a quantised base.
+    """Why this tuning method, DoRA or the initial values cannot be used on a quantised base, one line each.
 
-    `method_setting`: the method as the user typed it, for the messages.
+    `method_setting`: the method as the user sets it, for the messages, such as `tuning=lora`. `quantisation`: such as `nf4`.
     """
     setting = f"model.quantisation={quantisation}"
     if reason := method.refused.get("quantised"):
@@ -299,7 +299,7 @@ def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
 
 
 def _adalora_problems(tuning: AdaLoraConfig) -> Iterator[str]:
-    """Sentences that say what is wrong with AdaLoRA's ranks, or with its shares of the run before and after ranks are taken."""
+    """What is wrong with AdaLoRA's ranks, or its shares of the run before and after ranks are removed, one line each."""
     if tuning.target_rank >= tuning.init_rank:
         yield (
             f"tuning.target_rank={tuning.target_rank}: must be below tuning.init_rank={tuning.init_rank}, from which ranks "

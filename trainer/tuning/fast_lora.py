@@ -117,6 +117,7 @@ def _lora_outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple
 
     One autograd function computes them together, so that the products with all A matrices become one.
     """
+    # Of each layer: base weight and bias, A (down), B (up) and the factor of their product.
     weights = []
     biases = []
     downs = []

@@ -21,10 +21,10 @@ _PREFIX = "base_model.model."
 
 
 def keys_in_file(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
-    """The other key to store for each of `keys` that plain peft would not load back; None if no key would be loaded back.
+    """For each of peft's own `keys` that plain peft would not load back: the key to store instead, or None if none would do.
 
-    `keys` are peft's own. Those that are loaded back are not in the answer. `model`: wrapped or plain. `settings`: peft's
-    config.
+    Keys that are loaded back are left out, so that an empty dict is the usual result. `model`: wrapped or plain. `settings`:
+    peft's config.
     """
     keys = list(keys)
     loaded_keys = keys_after_loading(model, settings, keys, ADAPTER)

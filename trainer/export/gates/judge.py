@@ -141,7 +141,10 @@ def _verdict(bound: Bound, metrics: list[MeasuredMetric], weights: Weights, task
 
 
 def _verdict_on(bound: Bound, matched: list[MeasuredMetric]) -> GateVerdict:
-    """The verdict by the worst of the metrics that a gate means. All of them must pass."""
+    """The verdict on a gate by the metrics that its name stands for: all must keep the bound, and the worst one is reported.
+
+    Its text: `loss: 2.3 (qa/loss), must be below 2.1; <where it was measured>`.
+    """
     worst = max(matched, key=lambda metric: bound.badness(metric.value))
     passed = all(bound.holds(metric.value) for metric in matched)
     if math.isnan(worst.value):
