@@ -101,7 +101,7 @@ def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
 
 
 def _flatten_block(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
-    """(full key, value) of each setting in a block of a settings file. An empty block sets nothing."""
+    """(full key, value) of each setting in a block: `optim`, {"lr": 1e-4} gives [("optim.lr", 1e-4)]; an empty block none."""
     settings: list[tuple[str, Any]] = []
     for key, value in tree.items():
         # A block in which a name has a dot is a table of the user's, and stays one value: the dot is no boundary of keys.
@@ -114,9 +114,9 @@ def _flatten_block(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def take_config_dirs(argv: list[str]) -> list[str]:
-    """Take `--config-dir <directory>` out of a command line: offers the directory's files as choices, returns the other words.
+    """Take each `--config-dir <directory>` out of a command line; returns the other arguments.
 
-    Errors: ConfigError.
+    Also adds the directory's files to the choices of this process. Errors: ConfigError.
     """
     from launch.config.choices import add_directory
 

@@ -37,7 +37,7 @@ class ReviewConfig:
     """How the answers are written."""
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with it, one line each."""
+        """Error messages about `review`, one line each: the rubric's names and questions, and how answers are written."""
         for name, question in self.rubric.items():
             if not name.replace("-", "_").isidentifier() or name in (OVERALL, "item", "comment"):
                 yield f"review.rubric.{name}: the name is one of a column; use letters, digits, - and _, and not {OVERALL}"

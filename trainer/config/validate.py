@@ -62,9 +62,10 @@ MOST_TRIED = 4096
 
 
 def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
-    """Everything that is wrong, one line each. `world_size` is the number of ranks, None if it is not known.
+    """Every problem of a configuration as an error message, such as "budget: not set: ..."; empty if it can run.
 
-    `strategy=auto` may run where one of those that it stands for may.
+    `world_size` is the number of ranks, None if it is not known. `strategy=auto` can run if one of the strategies can that it
+    stands for. Batches and shards are not checked while a number of theirs is out of its range.
     """
     if isinstance(config.strategy, AutoConfig):
         return candidates(config, world_size)[1]
@@ -308,10 +309,10 @@ def _written(config: RunConfig) -> Iterator[str]:
         if directory is None or "://" not in directory:
             continue
         local = Path(directory)
-        way_out = "name a directory, and copy it afterwards"
+        remedy = "name a directory, and copy it afterwards"
         if local.exists():  # an earlier version has written there
-            way_out = f"the local directory {local} has what was written before: rename it (mv), and name it"
-        yield f"{key}={directory}: is an address, and only local directories are written to; {way_out}"
+            remedy = f"the local directory {local} has what was written before: rename it (mv), and name it"
+        yield f"{key}={directory}: is an address, and only local directories are written to; {remedy}"
 
 
 def _run(config: RunConfig) -> Iterator[str]:

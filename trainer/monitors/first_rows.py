@@ -35,10 +35,9 @@ class FirstRows:
             self._rows = {}
 
     def before(self, name: str, rows: list[TaskRow]) -> list[TaskRow] | None:
-        """The rows of a task at its first evaluation, for the table of rows that became right or wrong since.
+        """The rows of a task at its first evaluation; if this is the first, keeps its `rows` in the file and returns None.
 
-        `rows`: those of this evaluation. If it is the first, they are kept in the file, and None is returned. Raises
-        StorageError.
+        A table shows the rows that became right or wrong since then. `rows`: those of this evaluation. Raises StorageError.
         """
         first_rows = self._rows.get(name)
         if first_rows is not None:

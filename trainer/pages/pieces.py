@@ -136,7 +136,10 @@ class PageTable:
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """(heading of a group, number of its columns) from left to right; empty if no column has a group."""
+        """(heading, number of columns) of each group of neighbouring columns, from left to right; empty if there are no groups.
+
+        Such as [("", 1), ("speed", 2)]: the first column is in no group.
+        """
         if not any(column.group for column in self.columns):
             return []
         groups: list[tuple[str, int]] = []

@@ -69,7 +69,8 @@ def keep_report(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
 def kept_reports(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
     """The evaluation reports and reviews that were kept of a run, the newest first.
 
-    `kind`: only those of this kind; None for all. A file that cannot be read is passed over.
+    `kind`: only those of this kind (`evaluation`, `review` or `test`); None for all. The name of a file begins with its kind. A
+    file that cannot be read is passed over.
     """
     reports = []
     for path in sorted((run_dir / REPORTS).glob("*.json")):

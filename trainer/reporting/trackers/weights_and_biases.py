@@ -44,6 +44,7 @@ class WandbRun:
         self._summary: dict[str, Any] = {}
         self._processes = 1
 
+        # Online if the server answers and begins the run; else offline, with the reason in `note`.
         wants_online = tracked_run.config.wandb is WandbMode.online
         if wants_online:
             server_problem = no_server()
