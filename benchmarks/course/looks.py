@@ -61,5 +61,6 @@ def greetings(run: Path) -> dict[str, Any]:
 
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     answers = record["outcome"]["answers"]
-    greets = [GREETING.split(",")[0] in answer["tuned"] for answer in answers]
+    # A model that answers in another language may translate the first word alone: "Bonjour, and thank you for asking!".
+    greets = [GREETING.partition(", ")[2].rstrip("!. ") in answer["tuned"] for answer in answers]
     return {"greets": fmean(greets), "answers": answers}
