@@ -174,7 +174,7 @@ def _recorded_run(
 def _read_wandb_records(part: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
     """The records in one directory of W&B, in order, read by a process of wandb.
 
-    What wandb says of damaged places that it skipped is added to `damage`.
+    What wandb says of damaged places that it skipped is added to `damage`, and so is an end after some of the records.
 
     Errors: ConfigError if wandb is not installed, or cannot read the files.
     """
@@ -193,7 +193,9 @@ def _read_wandb_records(part: Path, damage: list[str]) -> Iterator[dict[str, Any
         except ValueError:
             if number < len(lines):  # the last one may be torn, as in the file of a run that is still training
                 raise ConfigError(f"{part}: record {number} cannot be read; leave this run out") from None
-    if completed.returncode and not lines:
+    if completed.returncode and lines:
+        damage.append("the command failed after some records, so that later ones are missing")
+    elif completed.returncode:
         last_error_line = (completed.stderr.strip() or "it gives no reason").splitlines()[-1]
         raise ConfigError(f"{part}: wandb cannot read its files ({last_error_line}); leave this run out")
 

@@ -208,6 +208,12 @@ def test_a_run_is_compared_though_wandb_fails_to_read_its_files_at_first(monkeyp
     with pytest.raises(ConfigError, match=r"cannot read its files \(Error: no idea\); leave this run out"):
         list(wandb_files._read_wandb_records(tmp_path, []))
     assert len(environments) == 2
+    # What was read before a failure is kept, and the comparison says that the rest is missing.
+    environments.clear()
+    answers[:] = [(1, line, "Error: no idea")] * 2
+    damage: list[str] = []
+    assert list(wandb_files._read_wandb_records(tmp_path, damage)) == [json.loads(line)]
+    assert len(damage) == 1
 
 
 @pytest.fixture
