@@ -18,7 +18,7 @@ from launch.config.code_digest import NoDigest, digest_of_model, digest_of_task,
 from strategies.settings import Reach
 from trainer.config.reach import NAMED_TABLES, OF_EACH_START, reach_of
 from trainer.config.resuming import defaults_of, flat, plain
-from trainer.data.read.paths import is_address, is_hub
+from trainer.data.read.paths import is_hub_path, is_remote_address
 from trainer.rollout.rewards.copies import code_digest
 
 if TYPE_CHECKING:
@@ -257,9 +257,9 @@ def _network_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
             if name is not None and not Path(name).expanduser().is_dir():
                 sources.append(str(name))
     elif key == "data.remote":
-        sources = [path for path in _data_paths(config) if is_address(path)]
+        sources = [path for path in _data_paths(config) if is_remote_address(path)]
     else:
-        sources = [path for path in _data_paths(config) if is_hub(path)]
+        sources = [path for path in _data_paths(config) if is_hub_path(path)]
     for source in dict.fromkeys(sources):
         yield OutsideValue(Reach.network, {key: True}, {key: source}, f"fetches {source} over the network")
 
@@ -326,6 +326,6 @@ def _path_texts(value: Any) -> Iterator[str]:
 
 def _absolute(path: str) -> str:
     """A path that means the same in every working directory; addresses and names of a hub stay as they are."""
-    if is_address(path) or is_hub(path):
+    if is_remote_address(path) or is_hub_path(path):
         return path
     return str(Path(path).expanduser().resolve())

@@ -70,7 +70,7 @@ def hub_pieces(config: RunConfig) -> list[HubPiece]:
 
     Errors: ConfigError if there are none, or if one cannot be pinned to a commit.
     """
-    from trainer.data.read.paths import is_hub
+    from trainer.data.read.paths import is_hub_path
 
     pieces = [*_models(config), *_training_data(config)]
     # What cannot be pinned: evaluation and test data, and two repositories under one revision.
@@ -78,7 +78,7 @@ def hub_pieces(config: RunConfig) -> list[HubPiece]:
     for split in ("eval_path", "test_path"):
         paths = getattr(config.data, split)
         for path in _as_paths([*paths.values()] if isinstance(paths, dict) else paths):
-            if is_hub(path):
+            if is_hub_path(path):
                 problems.append(
                     f"data.{split}={path}: only training data can be pinned to a commit; hold a share out of it "
                     f"(data.{split.removesuffix('_path')}_share=0.05), or give files"
@@ -112,18 +112,18 @@ def _models(config: RunConfig) -> list[HubPiece]:
 
 def _training_data(config: RunConfig) -> list[HubPiece]:
     """The hub data sets in `data.sources` and `data.path`. Errors: ConfigError for a `hub:` that names none."""
-    from trainer.data.read.paths import check_name, is_hub
+    from trainer.data.read.paths import hub_name, is_hub_path
 
     pieces = []
     for source_name, source in config.data.sources.items():
         key = f"data.sources.{source_name}.path"
         for path in _as_paths(source.path):
-            if is_hub(path):
-                dataset = check_name(path, key)
+            if is_hub_path(path):
+                dataset = hub_name(path, key)
                 pieces.append(HubPiece(key, "dataset", dataset, source.revision, source.subset, source.split))
     for path in _as_paths(config.data.path):
-        if is_hub(path):
-            pieces.append(HubPiece("data.path", "dataset", check_name(path, "data.path"), None))
+        if is_hub_path(path):
+            pieces.append(HubPiece("data.path", "dataset", hub_name(path, "data.path"), None))
     return pieces
 
 

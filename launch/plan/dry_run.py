@@ -27,7 +27,7 @@ from trainer.build.recomputation import longest_lengths
 from trainer.build.rounds import documents_per_step, steps_of_run, writing_lines
 from trainer.config.parallel import accumulation_steps, readers_of
 from trainer.config.run import LR, MICRO, STRATEGY, RunConfig, SlurmConfig
-from trainer.data.report.preview import is_prompts_alone, preview, summary
+from trainer.data.report.preview import is_prompts_alone, preview_text, summary_text
 from trainer.model.known_shapes import shape_in_use
 from trainer.model.loading import load_tokenizer
 from trainer.planner.lengths import SampledLengths, sampled_lengths
@@ -75,8 +75,8 @@ def describe(config: RunConfig) -> DryRun:
     memory = simulated_memory(config, longest_lengths(built.data_spec, workload(config, data)), world)
     rate = learning_rate_of(config, steps)
     lines = [
-        summary(data.report),
-        preview(data.train, tokenizer, built.data_spec, data.label_names, width=100),
+        summary_text(data.report),
+        preview_text(data.train, tokenizer, built.data_spec, data.label_names, width=100),
         f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world} process(es), layout {built.layout}, "
         f"attention {built.attention}",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",

@@ -139,17 +139,17 @@ def _end_stuck_process(signal_name: str) -> None:
 
 def print_report(report: dict[str, Any], directory: Path, *, cached: bool) -> None:
     """Print the summary of the audit, the first document with what is learned of it, and where the prepared data is."""
-    from trainer.data.report.preview import render_pieces, summary
-    from trainer.data.report.wording import visible
+    from trainer.data.report.preview import render_pieces, summary_text
+    from trainer.data.report.wording import escape_control_characters
 
-    print(summary(report))
+    print(summary_text(report))
     samples = report["samples"]
     for sample in samples:
         if sample["where"] != samples[0]["where"]:
             break  # only the first document is shown
         pieces = [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
         note = sample.get("note")  # data prepared by an earlier version has none
-        note_text = f" · {visible(note)}" if note else ""
+        note_text = f" · {escape_control_characters(note)}" if note else ""
         print(f"{sample['where']}{note_text}:\n{render_pieces(pieces, width=100)}")
     print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
     print(f"look at:  {directory / 'audit.html'}", flush=True)

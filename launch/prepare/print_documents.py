@@ -122,12 +122,12 @@ def print_prepared(directory: Path, words: PrintWords) -> int:
     from rich.text import Text
 
     from trainer.data.report import inspection
-    from trainer.data.report.inspection import load_tokenizer, locate
+    from trainer.data.report.inspection import find_prepared, load_tokenizer
 
     # Which split, and which of its sequences (`match_count`: how many hold the text of find=; None without it).
     if (directory / RUN_RECORD).is_file():
         directory = data_directory_of(directory)
-    prepared = locate(directory)
+    prepared = find_prepared(directory)
     split = words.split or prepared.requested_split or next(iter(prepared.splits))
     rows, match_count = _rows_to_show(prepared, split, words)
     tokenizer = load_tokenizer(prepared, words.tokenizer) if rows else None

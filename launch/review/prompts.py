@@ -10,7 +10,7 @@ from typing import Any
 from strategies.errors import ConfigError, DataError
 from trainer.data.document import Rejected, Row
 from trainer.data.read.origin import Origin
-from trainer.data.read.paths import expand, is_hub
+from trainer.data.read.paths import expand_paths, is_hub_path
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
@@ -37,9 +37,9 @@ def draw_prompts(path: str, n: int, seed: int) -> list[ReviewPrompt]:
 
     Raises ConfigError for a path that is no local file, DataError with file and line for a row without a prompt.
     """
-    files = expand(path, "prompts")
+    files = expand_paths(path, "prompts")
     for file in files:
-        if is_hub(file):
+        if is_hub_path(file):
             raise ConfigError(f"prompts={file}: would be fetched from a hub; download its files and give their path")
     prompt_by_text: dict[str, ReviewPrompt] = {}
     for row in Origin("prompts", files).rows():

@@ -13,7 +13,7 @@ from tests.data.broken_files import CASES, whole
 from tests.helpers.covering import examples
 from trainer.data.document import Rejected, Row
 from trainer.data.read.origin import Origin
-from trainer.data.read.paths import expand
+from trainer.data.read.paths import expand_paths
 
 KINDS = ("x.json", "x.jsonl", "x.csv", "x.tsv", "x.txt", "x.parquet", "x.arrow", "x.jsonl.gz", "x.jsonl.zst")
 ROWS = [
@@ -29,7 +29,7 @@ def rows_of(value: str) -> tuple[list[Row | Rejected], DataError | None]:
     """What comes of reading a path value and all its columns: the rows in front of the error, and the error."""
     found: list[Row | Rejected] = []
     try:
-        for row in Origin("data.path", expand(value, "data.path")).rows():
+        for row in Origin("data.path", expand_paths(value, "data.path")).rows():
             assert isinstance(row, Row | Rejected)
             found.append(whole(row))
     except DataError as error:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tests.helpers.covering import examples
 from trainer.data.config import ChecksConfig, DataConfig
 from trainer.data.document import Document, Tally
-from trainer.data.selection.signatures import content
+from trainer.data.selection.signatures import content_json
 from trainer.data.sources import problems
 from trainer.data.transforms.checks import CHECK_KINDS, MIN_REPEATED_CHARACTERS, Checks
 
@@ -161,10 +161,10 @@ def test_checks_of_every_kind_can_be_found_and_quarantined(kind):
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text()), min_size=1))
 def test_checks_leave_any_conversation_as_it_is_and_note_known_kinds(said):
     document = chat(*said)
-    before = content(document)
+    before = content_json(document)
     tally = Tally()
     assert Checks(ChecksConfig())(document, tally) is document
-    assert content(document) == before
+    assert content_json(document) == before
     found = verdicts(document)
     assert found == [kind for kind in CHECK_KINDS if kind in found]
     assert tally.noted.get("checks", {}) == dict.fromkeys(found, 1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies.runtime import Runtime
 from tests.helpers.covering import examples
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import AXES, Axis, Cut, cut_batch, cut_of, moved_rows
+from trainer.data.batches.cutting import AXES, Axis, Cut, all_to_all_row_counts, cut_batch, sequence_cut
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.objectives.sft import ReplayCollator
@@ -100,8 +100,8 @@ def test_padded_rows_are_not_cut():
 
 def test_rank_that_shares_its_rows_with_nobody_has_no_cut():
     runtime = Runtime(7, 8, 7, 8, torch.device("cpu"), None)
-    assert cut_of(runtime) is None
-    assert cut_of(replace(runtime, sequence_size=4)) == Cut(3, 4)
+    assert sequence_cut(runtime) is None
+    assert sequence_cut(replace(runtime, sequence_size=4)) == Cut(3, 4)
 
 
 @given(st.lists(st.integers(2, 9), min_size=2, max_size=6), st.integers(2, 4), st.integers(0, 99))
@@ -121,5 +121,5 @@ def test_replayed_rows_get_from_their_own_cut_to_that_of_the_row(lengths, size, 
 
 def test_moved_rows_keep_their_order():
     # Six rows lie on two ranks as 4 and 2, and come to lie as 1 and 5.
-    assert moved_rows([0, 4, 6], [0, 1, 6], 0) == ([1, 3], [1, 0])
-    assert moved_rows([0, 4, 6], [0, 1, 6], 1) == ([0, 2], [3, 2])
+    assert all_to_all_row_counts([0, 4, 6], [0, 1, 6], 0) == ([1, 3], [1, 0])
+    assert all_to_all_row_counts([0, 4, 6], [0, 1, 6], 1) == ([0, 2], [3, 2])

@@ -18,7 +18,7 @@ import pytest
 from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 from trainer.data.selection.near_duplicates import MAX_CHECKED, NearIndex, jaccard, ngrams
-from trainer.data.selection.signatures import Signer, compared_text, normalize, prompt_of
+from trainer.data.selection.signatures import Signer, compared_text, normalize, prompt_text
 from trainer.data.selection.splits import COPY_KINDS, find_duplicates, policies_of
 
 ROOT = Path(__file__).parents[2]
@@ -276,8 +276,8 @@ def test_duplicates_compare_document_prompt_or_completion():
         _chat("u:Hello there!", "a:go away"),
         _chat("u:bye", "a:hi"),
     ]
-    assert [prompt_of(document) for document in documents] == ["hello there", "Hello there!", "bye"]
-    assert prompt_of(text_document("x")) is None and prompt_of(text_document("x", label="l")) == "x"
+    assert [prompt_text(document) for document in documents] == ["hello there", "Hello there!", "bye"]
+    assert prompt_text(text_document("x")) is None and prompt_text(text_document("x", label="l")) == "x"
     by = {which: decide(documents, DuplicatesConfig(text=which)).representative.tolist() for which in ComparedText}
     assert by == {"document": [0, 1, 2], "prompt": [0, 0, 2], "completion": [0, 1, 0]}
     columns = Signer(DuplicatesConfig()).sign([*documents, text_document("plain")])

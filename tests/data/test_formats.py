@@ -11,8 +11,8 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers.covering import examples
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Rejected, Row
-from trainer.data.formats import NEEDS, SPELLINGS, RowReader, recognise
-from trainer.data.selection.signatures import content
+from trainer.data.formats import FORMAT_NEEDS, FORMAT_SPELLINGS, RowReader, recognise_format
+from trainer.data.selection.signatures import content_json
 
 F = DataFormat
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -25,7 +25,7 @@ def row(fields, line=7):
 
 
 def read(fields, format=F.auto, columns=None):
-    format = recognise(row(fields), columns or {}) if format is F.auto else format
+    format = recognise_format(row(fields), columns or {}) if format is F.auto else format
     return RowReader(format, columns or {}, source="data")(row(fields))
 
 
@@ -36,7 +36,7 @@ def good(fields, format=F.auto, columns=None):
 
 
 def test_every_format_has_a_spelling_and_a_need():
-    assert set(SPELLINGS) == set(NEEDS) == set(FORMATS)
+    assert set(FORMAT_SPELLINGS) == set(FORMAT_NEEDS) == set(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_every_format_has_a_spelling_and_a_need():
     ],
 )
 def test_format_is_recognised_by_its_columns(fields, format):
-    assert recognise(row(fields), {}) is format
+    assert recognise_format(row(fields), {}) is format
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_format_is_recognised_by_its_columns(fields, format):
     ],
 )
 def test_a_null_in_the_first_row_does_not_hide_the_column_that_the_objective_learns(fields, meant, format):
-    assert recognise(row(fields), {}, preferred=meant) is format
+    assert recognise_format(row(fields), {}, preferred=meant) is format
 
 
 def test_format_error_renames_columns_to_those_that_the_objective_reads():
     with pytest.raises(DataError, match=r"as in data\.columns='\{text:NAME,label:NAME\}'"):
-        recognise(row({"Text": "a", "Label": "b"}), {}, preferred=(F.labelled,))
+        recognise_format(row({"Text": "a", "Label": "b"}), {}, preferred=(F.labelled,))
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_format_error_renames_columns_to_those_that_the_objective_reads():
 )
 def test_format_that_is_ambiguous_is_an_error_until_one_is_named(fields, named):
     with pytest.raises(DataError, match=r"^f\.jsonl:7: columns .* fit several formats") as caught:
-        recognise(row(fields), {})
+        recognise_format(row(fields), {})
     assert f"data.format={'|'.join(named)}" in str(caught.value)
     assert "the row: {" in str(caught.value)
     with pytest.raises(DataError, match=r"data\.sources\.web\.format="):
-        recognise(row(fields), {}, source="web")
+        recognise_format(row(fields), {}, source="web")
 
 
 def test_format_that_is_named_settles_what_auto_cannot():
@@ -130,7 +130,7 @@ def test_format_that_is_named_settles_what_auto_cannot():
 def test_renamed_columns_settle_the_format_too():
     fields = {"text": "t", "q": "a", "r": "b"}
     columns = {"prompt": "q", "completion": "r"}
-    assert recognise(row(fields), columns) is F.prompt_completion
+    assert recognise_format(row(fields), columns) is F.prompt_completion
     assert (good(fields, columns=columns).prompt, good(fields, columns=columns).separator) == ("a", "")
     graded = {"prompt": "a", "completion": "b", "good": 1}
     assert good(graded, columns={"label": "good", "prompt": "prompt", "completion": "completion"}).desirable is True
@@ -148,17 +148,17 @@ def test_renamed_columns_settle_the_format_too():
 )
 def test_format_error_lists_what_each_format_needs(fields, hint):
     with pytest.raises(DataError, match="fit no format") as caught:
-        recognise(row(fields), {})
+        recognise_format(row(fields), {})
     message = str(caught.value)
     assert re.search(hint, message), message
     recognised = [format for format in FORMATS if format is not F.prompt]
-    assert all(f"  {format.value}: {NEEDS[format]}" in message for format in recognised)
+    assert all(f"  {format.value}: {FORMAT_NEEDS[format]}" in message for format in recognised)
     assert len(message.splitlines()) < 20 and "the row: {" in message
 
 
 def test_a_long_row_is_shown_shortened():
     with pytest.raises(DataError) as caught:
-        recognise(row({"body": "x" * 100_000, "deep": [[[[[1]]]]] * 50}), {})
+        recognise_format(row({"body": "x" * 100_000, "deep": [[[[[1]]]]] * 50}), {})
     assert len(str(caught.value)) < 2500
 
 
@@ -293,7 +293,7 @@ def test_format_with_dotted_columns():
 
 def test_columns_that_no_format_reads():
     with pytest.raises(ConfigError, match=r"data\.columns\.promt: .*did you mean prompt"):
-        recognise(row({"a": "b"}), {"promt": "a"})
+        recognise_format(row({"a": "b"}), {"promt": "a"})
     with pytest.raises(ConfigError, match=r"data\.sources\.web\.columns\.messages: .*format=text"):
         RowReader(F.text, {"messages": "m"}, source="web")
 
@@ -397,7 +397,7 @@ def test_renamed_column_must_exist():
     assert re.search(r"no column 'body' \(data\.columns\.text\)", rejected.message)
 
 
-WORDS = sorted({name for spellings in SPELLINGS.values() for spelling in spellings for name in spelling})
+WORDS = sorted({name for spellings in FORMAT_SPELLINGS.values() for spelling in spellings for name in spelling})
 KEYS = st.sampled_from([*WORDS, "system", "context", "role", "content", "from", "value", "train", "weight", "type"])
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -420,14 +420,14 @@ VALUES = st.recursive(
 @settings(max_examples=examples(300), deadline=None)
 @given(st.dictionaries(KEYS | st.text(max_size=3), VALUES, max_size=5), st.sampled_from(FORMATS), st.data())
 def test_format_reader_makes_a_document_or_rejects_whatever_a_row_holds(fields, format, data):
-    spelling = data.draw(st.sampled_from(SPELLINGS[format]))
+    spelling = data.draw(st.sampled_from(FORMAT_SPELLINGS[format]))
     filled = {**fields, **{name: data.draw(VALUES) for name in spelling}}
     for candidate in (fields, filled):
         result = RowReader(format, {}, source="data")(row(candidate))
         assert isinstance(result, Document | Rejected)
         if isinstance(result, Document):
             assert result.texts() and all(text.strip() for text in result.texts())
-            json.loads(content(result))
+            json.loads(content_json(result))
             for turn in result.turns():
                 assert set(turn) <= {
                     "role",
@@ -440,7 +440,7 @@ def test_format_reader_makes_a_document_or_rejects_whatever_a_row_holds(fields, 
                 }
                 assert turn["role"] in ("user", "assistant", "system", "tool")
         with contextlib.suppress(DataError):
-            recognise(row(candidate), {})
+            recognise_format(row(candidate), {})
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
@@ -449,7 +449,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str
 @st.composite
 def valid_rows(draw, format):
     """A row of the format, and the texts that must come out of it, in reading order."""
-    spelling = draw(st.sampled_from(SPELLINGS[format]))
+    spelling = draw(st.sampled_from(FORMAT_SPELLINGS[format]))
     texts = draw(st.lists(TEXTS, min_size=4, max_size=4, unique=True))
     turns = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
     if format is F.sharegpt:
@@ -475,7 +475,7 @@ def test_format_reader_returns_the_texts_of_valid_rows_unchanged(format):
     def check(made):
         fields, wanted = made
         before = json.dumps(fields)
-        assert recognise(row(fields), {}) is format
+        assert recognise_format(row(fields), {}) is format
         document = good(fields, format)
         assert document.texts() == wanted
         assert (document.desirable is not None) is (format is F.thumbs)

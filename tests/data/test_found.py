@@ -16,7 +16,7 @@ from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig, PrivacyConfig, PrivacyMode
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
-from trainer.data.report.preview import summary
+from trainer.data.report.preview import summary_text
 
 KEYS = ("the first secret key", "the second secret key")
 SLOW = """
@@ -97,7 +97,7 @@ def test_summary_says_what_became_of_personal_data(tmp_path, mode, verb):
     privacy = PrivacyConfig(mode=PrivacyMode(mode))
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
     report = Preparation(config, tiny_tokenizer(), DataSpec(), seed=1).open_or_make().report
-    assert f"{verb}, privacy: EMAIL: 1" in summary(report)
+    assert f"{verb}, privacy: EMAIL: 1" in summary_text(report)
 
 
 @pytest.fixture

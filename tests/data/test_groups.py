@@ -12,7 +12,7 @@ from trainer.data.config import DataConfig, LeakageConfig, LeakagePolicy
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.audit import Audit
-from trainer.data.report.preview import summary
+from trainer.data.report.preview import summary_text
 from trainer.data.selection.splits import take_whole_groups
 from trainer.data.store.documents import DocumentTable
 
@@ -67,7 +67,7 @@ def test_eval_split_has_no_group_on_two_sides_and_keeps_the_shares(tmp_path, see
     assert told == {split: (len(part), part.total(), 0) for split, part in parts.items()}
     page = (data.directory / "audit.html").read_text()
     assert f"{len(parts['eval'])} groups with {parts['eval'].total()} documents in eval" in page
-    assert f"groups (data.group_by), eval: {len(parts['eval'])} with" in summary(data.report)
+    assert f"groups (data.group_by), eval: {len(parts['eval'])} with" in summary_text(data.report)
 
 
 def test_eval_split_by_group_depends_on_the_seed_not_on_place_or_workers(tmp_path):
@@ -132,7 +132,7 @@ def test_eval_path_groups_shared_with_training_follow_the_leakage_policy(tmp_pat
     assert Audit.read(data.directory).groups["eval"].in_training == shared
     assert ({"3", "4"} <= {*groups_of(data, "train")}) is (policy == "report")
     told = f"{shared} training documents were of them, and are kept (data.leakage.policy=drop_train removes them)"
-    assert (told in summary(data.report)) is (policy == "report")
+    assert (told in summary_text(data.report)) is (policy == "report")
     dropped = [stage["dropped"] for stage in data.report["flow"] if stage["stage"] == "leakage"]
     assert dropped == ([] if policy == "report" else [{"group_in_eval": shared}])
 

@@ -19,7 +19,7 @@ from trainer.data.config import (
     LeakagePolicy,
 )
 from trainer.data.document import Document, Tally
-from trainer.data.selection.leakage import LEAK_KINDS, apply_policy, find_leaks, first_equal
+from trainer.data.selection.leakage import LEAK_KINDS, apply_leakage_policy, find_leaks, first_matching_documents
 from trainer.data.selection.signatures import Signer, compared_text
 from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
 
@@ -85,18 +85,18 @@ def test_leakage_policies(planted):
     train, held_out, truth = planted
     leaks, both = leaks_of(train, held_out), [*train, *held_out]
     where = lambda number: both[number].location  # noqa: E731
-    taken, report = apply_policy(leaks, LeakagePolicy.report, len(train), where)
+    taken, report = apply_leakage_policy(leaks, LeakagePolicy.report, len(train), where)
     assert not len(taken) and report["train"] == report["held_out"] == dict.fromkeys(LEAK_KINDS, 5)
     assert report["examples"]["exact"][0] == "train.jsonl:8 = eval.jsonl:1"
-    taken, _ = apply_policy(leaks, LeakagePolicy.drop_train, len(train), where)
+    taken, _ = apply_leakage_policy(leaks, LeakagePolicy.drop_train, len(train), where)
     leaking = {place for place, (_, kind) in truth.items() if kind != "prompt"}  # a shared prompt is only reported
     assert set(taken.tolist()) == leaking and len(leaking) == 15
     with pytest.raises(
         DataError, match=r"15 of 400 .*exact 5, normalized 5.*train.jsonl:8 = eval.jsonl:1.*=drop_train"
     ):
-        apply_policy(leaks, LeakagePolicy.fail, len(train), where)
+        apply_leakage_policy(leaks, LeakagePolicy.fail, len(train), where)
     clean = leaks_of(train[:5], held_out[40:])
-    assert not len(apply_policy(clean, LeakagePolicy.fail, 5, where)[0])
+    assert not len(apply_leakage_policy(clean, LeakagePolicy.fail, 5, where)[0])
 
 
 def test_leakage_through_a_held_out_template_is_cut_and_reported():
@@ -232,7 +232,7 @@ def test_decontamination_texts_of_an_evaluation_document():
 
 def test_leakage_first_equal_is_the_first_index_of_each_digest():
     digest = np.array([5, 7, 5, 9, 7, 5], dtype=np.uint64)
-    assert first_equal(digest, digest, np.arange(6)).tolist() == [0, 1, 0, 3, 1, 0]
-    assert first_equal(digest, digest[1:], np.arange(1, 6)).tolist() == [2, 1, 2, 3, 1, 2]
-    assert first_equal(digest, digest[3:4], np.array([8])).tolist() == [-1, -1, -1, 8, -1, -1]
-    assert first_equal(digest, digest[:0], np.arange(0)).tolist() == [-1] * 6
+    assert first_matching_documents(digest, digest, np.arange(6)).tolist() == [0, 1, 0, 3, 1, 0]
+    assert first_matching_documents(digest, digest[1:], np.arange(1, 6)).tolist() == [2, 1, 2, 3, 1, 2]
+    assert first_matching_documents(digest, digest[3:4], np.array([8])).tolist() == [-1, -1, -1, 8, -1, -1]
+    assert first_matching_documents(digest, digest[:0], np.arange(0)).tolist() == [-1] * 6

@@ -11,7 +11,7 @@ from tests.helpers.stores import write
 from trainer.build.parts import LONG_DOCUMENT, attention_matters
 from trainer.config.run import RunConfig
 from trainer.data.batches.mixing import best_fit_decreasing
-from trainer.data.report.preview import preview
+from trainer.data.report.preview import preview_text
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.model.architecture import tokens_per_square
 
@@ -67,7 +67,7 @@ def test_long_document_takes_few_bytes_a_token_from_pack_to_preview(tmp_path):
     (step,) = loader(dataset, micro=1, batch=1, units=[packs[0]]).steps(0, 1)
     batch_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
-    text = preview(dataset, tokenizer, width=100, colour=False)
+    text = preview_text(dataset, tokenizer, width=100, colour=False)
     preview_bytes = tracemalloc.get_traced_memory()[1] - tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
 

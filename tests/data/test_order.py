@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.speed import seconds
 from trainer.data.batches.mixing import best_fit_decreasing
-from trainer.data.batches.order import GlobalOrder, MixedOrder, deal, steps_for_tokens
+from trainer.data.batches.order import GlobalOrder, MixedOrder, assign_to_slots, steps_for_tokens
 
 
 @given(num=st.integers(1, 40), seed=st.integers(0, 2**40), start=st.integers(0, 200), count=st.integers(0, 100))
@@ -58,13 +58,13 @@ def test_the_order_never_changes_between_versions():
 def test_deal_fills_every_slot_and_loses_nothing(lengths, slots):
     capacity = max(1, len(lengths) // slots)
     lengths = (lengths * slots * capacity)[: slots * capacity]
-    dealt = deal(np.array(lengths), slots, capacity)
+    dealt = assign_to_slots(np.array(lengths), slots, capacity)
     assert sorted(p for slot in dealt for p in slot) == list(range(len(lengths)))
     assert [len(slot) for slot in dealt] == [capacity] * slots
     loads = [sum(lengths[p] for p in slot) for slot in dealt]
     assert loads == sorted(loads, reverse=True)
     assert loads[0] - loads[-1] <= max(lengths) * capacity
-    assert dealt == deal(np.array(lengths), slots, capacity)
+    assert dealt == assign_to_slots(np.array(lengths), slots, capacity)
 
 
 @given(lengths=st.lists(st.integers(0, 9), min_size=12, max_size=12), capacity=st.sampled_from([1, 2, 3, 4, 6]))
@@ -79,12 +79,12 @@ def test_deal_gives_each_document_to_the_lightest_slot_with_room(lengths, capaci
         room = [slot for slot in range(len(slots)) if len(slots[slot]) < capacity]
         slots[min(room, key=lambda slot: (load(slot), slot))].append(position)
     heaviest = sorted(range(len(slots)), key=lambda slot: (-load(slot), slot))
-    assert deal(np.array(lengths), len(slots), capacity) == [sorted(slots[slot]) for slot in heaviest]
+    assert assign_to_slots(np.array(lengths), len(slots), capacity) == [sorted(slots[slot]) for slot in heaviest]
 
 
 def test_deal_balances_tokens():
     lengths = np.random.default_rng(0).integers(10, 1000, 64 * 4)
-    loads = [lengths[slot].sum() for slot in deal(lengths, 64, 4)]
+    loads = [lengths[slot].sum() for slot in assign_to_slots(lengths, 64, 4)]
     in_order = lengths.reshape(64, 4).sum(1)
     assert max(loads) / np.mean(loads) < 1.1 < in_order.max() / in_order.mean()
 

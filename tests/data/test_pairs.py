@@ -12,7 +12,7 @@ from trainer.data.batches.loader import EvalShare, Share, StepLoader, eval_batch
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import DataConfig, Layout, OverLength
 from trainer.data.prepare import Preparation
-from trainer.data.report.preview import preview, summary
+from trainer.data.report.preview import preview_text, summary_text
 from trainer.objectives.pairs import PairDataSpec
 from trainer.objectives.preference import DpoConfig
 from trainer.objectives.registry import data_spec_of
@@ -97,7 +97,7 @@ def test_pairs_whose_answers_are_equal_once_cut_are_dropped(tmp_path):
         prepared(tmp_path, max_length=24)
     made = prepared(tmp_path, max_length=24, max_bad_share=0.5)
     assert dropped(made) == {"same_answers": 1} and len(made.train) == 2
-    assert "both answers of a pair are the same: 1" in summary(made.report)
+    assert "both answers of a pair are the same: 1" in summary_text(made.report)
 
 
 def test_pairs_held_out_are_complete(tmp_path):
@@ -112,7 +112,7 @@ def test_pairs_held_out_are_complete(tmp_path):
 
 def test_pairs_preview_shows_both_answers(tmp_path):
     write_pairs(tmp_path / "train.jsonl", NUM)
-    text = preview(prepared(tmp_path).train, tiny_tokenizer(), width=200, colour=False, data_spec=PairDataSpec())
+    text = preview_text(prepared(tmp_path).train, tiny_tokenizer(), width=200, colour=False, data_spec=PairDataSpec())
     row = pair_rows(1)[0]
     chosen, rejected = text.split("rejected:\n")
     assert chosen.startswith("chosen:\n") and f"⟦{row['chosen']}<|im_end|>⟧" in chosen

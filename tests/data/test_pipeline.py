@@ -35,7 +35,7 @@ from trainer.data.config import (
 )
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
-from trainer.data.report.preview import summary
+from trainer.data.report.preview import summary_text
 from trainer.data.store.documents import DocumentTable
 from trainer.objectives.classification import LabelDataSpec
 from trainer.objectives.sft import SftDataSpec
@@ -231,7 +231,7 @@ def test_pipeline_decontaminates_training_documents_only_and_reports_leaks(tmp_p
     write_jsonl(tmp_path / "eval.jsonl", rows[:2])
     against = DecontaminationConfig(paths=str(tmp_path / "eval.jsonl"), policy=DecontaminationPolicy.drop)
     config = replace(config, eval_path=str(tmp_path / "eval.jsonl"))
-    assert "leakage: 2 training documents are in the eval split too" in summary(run(config).report)
+    assert "leakage: 2 training documents are in the eval split too" in summary_text(run(config).report)
     prepared = run(replace(config, decontamination=against))
     assert (len(prepared.train), len(prepared.evaluation)) == (4, 2)
 
@@ -240,7 +240,7 @@ def test_pipeline_policy_for_normalized_duplicates_covers_exact_ones(tmp_path, c
     write_jsonl(tmp_path / "train.jsonl", [*chat_rows(5), *chat_rows(5)[:2]])
     prepared = run(replace(config, duplicates=DuplicatesConfig(normalized=DuplicatePolicy.drop)))
     assert prepared.report["duplicates"]["exact"]["policy"] == "drop" and len(prepared.train) == 5
-    assert "kept (data.duplicates" not in summary(prepared.report)
+    assert "kept (data.duplicates" not in summary_text(prepared.report)
 
 
 def test_pipeline_labels_and_objective_must_agree(tmp_path, config):

@@ -22,7 +22,7 @@ from trainer.data import cache
 from trainer.data.config import DataConfig, OverLength
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
-from trainer.data.report.preview import preview, summary
+from trainer.data.report.preview import preview_text, summary_text
 from trainer.data.store import sequences as dataset
 from trainer.objectives.classification import LabelDataSpec
 
@@ -63,10 +63,10 @@ def test_prepared_data_set_and_report(tmp_path, data):
     for number, row in enumerate(rows):
         sample = prepared.train.sample(number)
         assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    text = summary(prepared.report)
+    text = summary_text(prepared.report)
     assert "20 of 20 sequences" in text and "no doubled BOS" in text
     with pytest.raises(DataError, match="two BOS"):
-        summary({**prepared.report, "train": {**report, "doubled_bos": 2}})
+        summary_text({**prepared.report, "train": {**report, "doubled_bos": 2}})
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "supervised.bin"])
@@ -155,7 +155,7 @@ def test_prepare_over_length_policies(tmp_path):
     assert seen(cut, "noted", "truncated") == (1, [where + "4"])
     assert seen(cut, "dropped", "nothing_to_learn") == (1, [where + "5"])
     assert cut.train.lengths.max() == 120 and len(cut.train) == 4
-    assert "dropped, nothing left to learn: 1 " in summary(cut.report)
+    assert "dropped, nothing left to learn: 1 " in summary_text(cut.report)
     dropped = run(config(tmp_path, max_length=120, over_length=OverLength.drop))
     assert seen(dropped, "dropped", "too_long")[0] == 2 and len(dropped.train) == 3
     with pytest.raises(DataError, match=r"train\.jsonl:4: \d+ tokens are more than data\.max_length=120"):
@@ -305,11 +305,11 @@ def test_prepare_syncs_the_data_to_the_disk_before_its_name(tmp_path, data, monk
 
 def test_digest_cache_emptied_by_a_power_cut_is_computed_anew(tmp_path):
     (tmp_path / "big").write_bytes(b"big")
-    told = cache.remembered_digest(tmp_path / "big", tmp_path, big_bytes=0)
+    told = cache.cached_digest(tmp_path / "big", tmp_path, big_bytes=0)
     [entry] = (tmp_path / "digests").iterdir()
     for left in (b"", bytes(64), b"\xff"):
         entry.write_bytes(left)
-        assert cache.remembered_digest(tmp_path / "big", tmp_path, big_bytes=0) == told == entry.read_text()
+        assert cache.cached_digest(tmp_path / "big", tmp_path, big_bytes=0) == told == entry.read_text()
 
 
 def test_prepare_does_not_keep_a_file_that_changes_meanwhile_under_its_old_digest(tmp_path):
@@ -365,11 +365,11 @@ def test_preview_marks_the_learned_tokens(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "hi\x1b[31m"}, {"role": "assistant", "content": "yes\nno"}]}]
     write_jsonl(tmp_path / "train.jsonl", rows)
     data = run(config(tmp_path)).train
-    plain = preview(data, tiny_tokenizer(), width=80, colour=False)
+    plain = preview_text(data, tiny_tokenizer(), width=80, colour=False)
     assert plain == "<|im_start|>user\nhi\\x1b[31m<|im_end|>\n<|im_start|>assistant\n⟦yes\nno<|im_end|>⟧\n"
-    coloured = preview(data, tiny_tokenizer(), width=80, colour=True)
+    coloured = preview_text(data, tiny_tokenizer(), width=80, colour=True)
     assert "\x1b[32myes\x1b[0m\n\x1b[32mno<|im_end|>\x1b[0m\n" in coloured
-    narrow = preview(data, tiny_tokenizer(), width=10, colour=False, max_lines=4)
+    narrow = preview_text(data, tiny_tokenizer(), width=10, colour=False, max_lines=4)
     assert all(len(line) <= 22 for line in narrow.split("\n")) and "lines ...]" in narrow
 
 
@@ -379,7 +379,7 @@ def test_control_tokens_are_counted(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows)
     prepared = run(config(tmp_path))
     assert seen(prepared, "noted", "control_tokens_in_text") == (1, [f"{tmp_path / 'train.jsonl'}:2"])
-    assert "contains special tokens" in summary(prepared.report)
+    assert "contains special tokens" in summary_text(prepared.report)
 
 
 def test_the_audit_names_sources_and_settings(tmp_path, data):

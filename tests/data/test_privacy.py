@@ -18,7 +18,7 @@ from trainer.data.config import DataConfig, PrivacyConfig, PrivacyEngine, Privac
 from trainer.data.document import Document, Tally
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
-from trainer.data.report.preview import summary
+from trainer.data.report.preview import summary_text
 from trainer.data.transforms.privacy import context, patterns, rule
 from trainer.data.transforms.privacy.rule import (
     FOUND_BY_NONE,
@@ -33,9 +33,9 @@ from trainer.data.transforms.privacy.stage import (
     RULES,
     PersonalDataFinder,
     PrivacyStage,
-    coverage,
     mask,
     normalise,
+    privacy_coverage,
     problems,
     refuse_findings,
     resolve_overlaps,
@@ -415,7 +415,7 @@ def test_privacy_report_says_which_types_were_not_searched_for_and_why(tmp_path)
     away = dict.fromkeys(("UK_NHS", "UK_NINO"), "needs GB in data.privacy.regions")
     expected = {"PERSON": "needs data.privacy.engine=presidio", "ADDRESS": "found by no engine", **away}
     assert told["not_looked_for"].items() >= {**expected, "ORGANISATION": "not asked for"}.items()
-    said = summary(prepared.report)
+    said = summary_text(prepared.report)
     assert "personal data not looked for" in said and "PERSON (needs data.privacy.engine=presidio)" in said
     assert "ORGANISATION" not in said, "nobody asked for it"
     assert "not looked for: " in (prepared.directory / "datacard.md").read_text()
@@ -424,11 +424,11 @@ def test_privacy_report_says_which_types_were_not_searched_for_and_why(tmp_path)
 def test_privacy_type_that_is_asked_for_is_searched_for_or_named():
     for preset in PrivacyPreset:
         for kind in PrivacyEngine:
-            found = coverage(PrivacyConfig(preset=preset, engine=kind))
+            found = privacy_coverage(PrivacyConfig(preset=preset, engine=kind))
             named = {name for name, why in found["not_looked_for"].items() if why != "not asked for"}
             assert set(found["looked_for"]) | named == PRESETS[preset]
             assert named == PRESETS[preset] & (FOUND_BY_NONE | (NEEDS_PRESIDIO if kind == "patterns" else set()))
-    assert not coverage(PrivacyConfig(mode=PrivacyMode.none))["looked_for"]
+    assert not privacy_coverage(PrivacyConfig(mode=PrivacyMode.none))["looked_for"]
 
 
 @pytest.mark.parametrize(

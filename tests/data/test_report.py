@@ -35,9 +35,9 @@ from trainer.data.config import (
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.audit import Audit
-from trainer.data.report.pages import audit_page, datacard
-from trainer.data.report.preview import summary
-from trainer.data.report.wording import Level, known_gaps, overall_level, tiles
+from trainer.data.report.pages import audit_page_html, datacard_text
+from trainer.data.report.preview import summary_text
+from trainer.data.report.wording import Level, audit_tiles, known_gaps, overall_level
 from trainer.objectives.classification import LabelDataSpec
 from trainer.objectives.pairs import PairDataSpec
 from trainer.pages.numbers import percent
@@ -144,7 +144,7 @@ def test_report_distinguishes_a_shared_prompt_from_a_leak(tmp_path):
     path = str(write_jsonl(tmp_path / "eval.jsonl", other))
     made, audit = prepare(tmp_path, rows, eval_path=path)
     assert audit.leakage["eval"].train["prompt"] == 5 and audit.leakage["eval"].documents == 0
-    assert "5 training documents have a prompt of the eval split, with another answer or system turn" in summary(
+    assert "5 training documents have a prompt of the eval split, with another answer or system turn" in summary_text(
         made.report
     )
     shown, card = read(made.directory)
@@ -159,7 +159,7 @@ def test_report_shows_lost_rows_in_its_first_lines(tmp_path):
         + [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "fox " * 400}]}] * 13
     )
     made, audit = prepare(tmp_path, rows, max_length=200, over_length=OverLength.drop)
-    first, *_ = summary(made.report).split("\n")
+    first, *_ = summary_text(made.report).split("\n")
     assert first == "rows: 44 rows read = 31 kept + 13 dropped (29.5% lost)"
     shown, card = read(made.directory)
     head = shown[: shown.index("What is learned")]
@@ -265,13 +265,13 @@ def test_report_cuts_lists_and_texts_and_says_what_is_left_out(tmp_path):
 
 
 def level_of(audit, what):
-    (tile,) = (tile for tile in tiles(audit) if what in tile.what)
+    (tile,) = (tile for tile in audit_tiles(audit) if what in tile.what)
     return tile.level
 
 
 def test_report_verdict_by_its_rules(tmp_path):
     _, audit = everything(tmp_path)
-    assert [tile.level for tile in tiles(audit)] == [
+    assert [tile.level for tile in audit_tiles(audit)] == [
         Level.look,
         Level.good,
         Level.look,
@@ -279,7 +279,7 @@ def test_report_verdict_by_its_rules(tmp_path):
         Level.good,
         Level.look,
     ]
-    assert overall_level(tiles(audit)) == (Level.look, "Worth a look: rows lost, truncated, personal data")
+    assert overall_level(audit_tiles(audit)) == (Level.look, "Worth a look: rows lost, truncated, personal data")
     _, kept = everything(tmp_path, eval_share=0.0, max_bad_share=0.02, max_length=4096)
     assert level_of(kept, "Truncated") is Level.good and level_of(kept, "Leakage") is Level.none
     _, cut = everything(tmp_path, max_length=24, max_bad_share=1.0)
@@ -294,7 +294,7 @@ def test_report_verdict_by_its_rules(tmp_path):
     assert level_of(grave, "Personal") is Level.act and level_of(grave, "Duplicates") is Level.act
     _, copied = prepare(tmp_path, rows[1:] + rows[1:3])
     assert level_of(copied, "Duplicates") is Level.look
-    assert overall_level(tiles(prepare(tmp_path, rows[1:])[1])) == (Level.good, "Nothing stands out")
+    assert overall_level(audit_tiles(prepare(tmp_path, rows[1:])[1])) == (Level.good, "Nothing stands out")
 
 
 def test_report_says_what_was_not_searched_for(tmp_path):
@@ -316,20 +316,20 @@ def test_report_says_what_was_not_searched_for(tmp_path):
     assert "organisations were not looked for." in card and "organisations were not looked for (data.privacy" in card
     looked_for = [*audit.privacy.looked_for, "PERSON"]
     named = replace(audit, privacy=replace(audit.privacy, looked_for=looked_for))
-    assert "organisations were looked for" in words_of(audit_page(named, CardConfig()))
-    assert "organisations were looked for" in datacard(named, CardConfig())
+    assert "organisations were looked for" in words_of(audit_page_html(named, CardConfig()))
+    assert "organisations were looked for" in datacard_text(named, CardConfig())
     assert not [gap for gap in known_gaps(named, CardConfig()) if "organisations" in gap]
 
 
 def test_report_names_unread_columns_once_a_source(tmp_path):
     made, audit = prepare(tmp_path, [{**row, "score": 1, "an<b>notator\x1b": "x"} for row in chat_rows(9)])
     assert audit.unread_columns == {"data": ["score", "an<b>notator\x1b"]}
-    assert "unused columns of data: score, an<b>notator\\x1b" in summary(made.report)
+    assert "unused columns of data: score, an<b>notator\\x1b" in summary_text(made.report)
     shown, card = read(made.directory)
     assert "Unused columns of data: score , an<b>notator" in shown
     assert "score, an&lt;b&gt;notator\\\\x1b |" in card and "unused columns of data" in card
     made, _ = prepare(tmp_path, chat_rows(10))
-    assert "nobody read" not in summary(made.report) and "nobody read:" not in read(made.directory)[0]
+    assert "nobody read" not in summary_text(made.report) and "nobody read:" not in read(made.directory)[0]
 
 
 def test_report_samples_say_which_answer_is_wanted(tmp_path, capsys):
@@ -339,7 +339,7 @@ def test_report_samples_say_which_answer_is_wanted(tmp_path, capsys):
     assert [sample.note for sample in audit.samples] == ["chosen", "rejected"] * 5
     taught = ["".join(piece["text"] for piece in sample.pieces if piece["learned"]) for sample in audit.samples]
     assert all(("quick" in text) == (n % 2 == 1) for n, text in enumerate(taught)), taught
-    shown = words_of(audit_page(audit, CardConfig()))
+    shown = words_of(audit_page_html(audit, CardConfig()))
     assert "train.jsonl:1 · rejected" in shown and "is learned, as what is said above it; the rest is context" in shown
     verb.print_report(audit.report(), made.directory, cached=False)
     said = capsys.readouterr().out
@@ -372,7 +372,7 @@ def test_report_page_is_made_of_the_audit_file_and_refuses_another_form(tmp_path
     assert asdict(audit) == told
     told["leakage"]["eval"]["train"]["exact"] = 17
     path.write_text(json.dumps(told))
-    assert "Leakage 17" in words_of(audit_page(Audit.read(made.directory), CardConfig()))
+    assert "Leakage 17" in words_of(audit_page_html(Audit.read(made.directory), CardConfig()))
 
     def refused(change, place):
         broken = json.loads(json.dumps(told))
@@ -404,7 +404,7 @@ def test_report_card_answers_the_questions_and_shows_no_paths(tmp_path):
     assert "Chats." in body and "86 rows read = 81 kept + 5 dropped" in body and "chat.jsonl" in body
     assert "| read | 86 | 85 | no assistant turn 1 |" in body and "truncated to data.max\\_length 1" in body
     assert str(tmp_path) not in card and "motivation" not in " ".join(known_gaps(audit, stated)).lower()
-    assert datacard(audit, CardConfig(licence="Apache-2.0")).count("license: apache-2.0") == 1
+    assert datacard_text(audit, CardConfig(licence="Apache-2.0")).count("license: apache-2.0") == 1
 
 
 def test_report_rounds_shares_honestly():

@@ -12,7 +12,7 @@ from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data.config import ControlTokens, DataConfig, DuplicatePolicy, DuplicatesConfig, FilterConfig, OverLength
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
-from trainer.data.report.preview import summary
+from trainer.data.report.preview import summary_text
 from trainer.data.tokens.marking import RESERVED
 from trainer.model.config import ModelConfig
 from trainer.objectives.kto import RatedDataSpec
@@ -65,7 +65,7 @@ def test_lost_rows_of_every_cause_count_against_one_bound(tmp_path):
     kept = [json.loads(line) for line in (made.directory / "quarantine.jsonl").open()]
     assert sorted(kept, key=str) == sorted(listed, key=str) and all(row["message"] and row["excerpt"] for row in kept)
     assert len(made.train) == made.report["conserved"]["kept"] == 16, "one refusal loses nothing else of its batch"
-    first = summary(made.report).splitlines()[0]
+    first = summary_text(made.report).splitlines()[0]
     assert first == "rows: 20 rows read = 16 kept + 4 dropped (20.0% lost)"
     page = (made.directory / "audit.html").read_text()
     assert "4 rows could not be used" in page and "<b>20.0% of the rows are lost</b>" in page
@@ -193,7 +193,7 @@ def test_control_tokens_spelled_in_texts_are_refused_and_counted(tmp_path):
         made = prepare(tmp_path, rows, control_tokens=setting)
         (stage,) = [stage for stage in made.report["flow"] if stage["stage"] == "tokenise"]
         assert stage["noted"] == told
-    words = summary(prepare(tmp_path, rows).report)
+    words = summary_text(prepare(tmp_path, rows).report)
     assert "kept, text contains special tokens of the tokenizer: 2" in words
     assert "tokenised as ordinary text: 1" in words
 

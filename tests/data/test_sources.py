@@ -28,7 +28,7 @@ from trainer.data.read import text as text_files
 from trainer.data.read.json_rows import Line
 from trainer.data.read.opening import open_text
 from trainer.data.read.origin import Origin
-from trainer.data.read.paths import PREFIX, expand
+from trainer.data.read.paths import HUB_PREFIX, expand_paths
 
 
 def read(paths, **hub):
@@ -55,7 +55,7 @@ def test_good_files_give_rows_with_their_first_line(tmp_path):
     (tmp_path / "d.json").write_bytes(b'{"text": "h"}\n{"text": "i"}\n')  # JSON lines under the other name
     (tmp_path / "e.parquet").write_bytes(parquet(pa.table({"text": ["j", "k"]})))
     (tmp_path / "f.txt").write_bytes(b"l\r\nm")
-    rows = parsed(*expand(str(tmp_path), "data.path"))
+    rows = parsed(*expand_paths(str(tmp_path), "data.path"))
     assert [(row.file.rsplit("/", 1)[1], row.line, row.fields["text"]) for row in rows] == [
         ("a.jsonl", 1, "é"),
         ("a.jsonl", 3, "b\u2028"),
@@ -187,7 +187,7 @@ def test_sources_find_duplicate_json_keys_and_keep_numbers_exact(columns):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
 def test_sources_json_lists_do_not_depend_on_where_the_buffer_ends(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(json_rows, "BUFFER", chunk)
+    monkeypatch.setattr(json_rows, "BUFFER_BYTES", chunk)
     rows = [{"a": [1.5, -2e10, True, None, '\\"é\u2028'], "b": {"c": "x" * 30}}, {}, {"d": 12345678}]
     text = json.dumps(rows, indent=2, ensure_ascii=False)
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
@@ -209,7 +209,7 @@ def test_sources_json_lists_do_not_depend_on_where_the_buffer_ends(tmp_path, mon
 
 def test_sources_line_above_the_limit_is_one_bad_row_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(json_rows, "BUFFER", 64)
+    monkeypatch.setattr(json_rows, "BUFFER_BYTES", 64)
     limit = b'{"a": "' + b"x" * 990 + b'"}'  # 999 bytes, 1000 with its line end
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([limit, limit + b" " * 2, b'{"a": "' + b"y" * 9000, b'{"a": 1}']))
     rows = parsed(tmp_path / "x.jsonl")
@@ -388,16 +388,16 @@ def test_sources_read_a_saved_data_set_in_its_order(tmp_path):
     rows = [{"text": f"{n}", "n": n} for n in range(50)]
     saved = datasets.Dataset.from_list(rows).shuffle(seed=1)
     saved.save_to_disk(tmp_path / "one", num_shards=3)
-    assert len(expand(str(tmp_path / "one"), "data.path")) == 3
-    assert fields(*expand(str(tmp_path / "one"), "data.path")) == list(saved)
+    assert len(expand_paths(str(tmp_path / "one"), "data.path")) == 3
+    assert fields(*expand_paths(str(tmp_path / "one"), "data.path")) == list(saved)
     both = datasets.DatasetDict(train=saved, test=saved.select([3, 1]))
     both.save_to_disk(tmp_path / "two")
     with pytest.raises(DataError, match=r"two holds the splits train, test; name one of them, .*two/train"):
-        expand(str(tmp_path / "two"), "data.path")
-    assert fields(*expand(str(tmp_path / "two" / "test"), "data.path")) == [saved[3], saved[1]]
+        expand_paths(str(tmp_path / "two"), "data.path")
+    assert fields(*expand_paths(str(tmp_path / "two" / "test"), "data.path")) == [saved[3], saved[1]]
     (tmp_path / "one" / "data-00001-of-00003.arrow").unlink()
     with pytest.raises(DataError, match=r"data-00001-of-00003\.arrow: cannot be read: No such file"):
-        expand(str(tmp_path / "one"), "data.path")
+        expand_paths(str(tmp_path / "one"), "data.path")
 
 
 # ---- text files ----
@@ -409,7 +409,7 @@ def test_sources_read_a_folder_of_texts(tmp_path):
     (tmp_path / "a.md").write_text("# one")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"three"))
     (tmp_path / "README.md").write_text("a text among texts")
-    assert fields(*expand(str(tmp_path), "data.path")) == [
+    assert fields(*expand_paths(str(tmp_path), "data.path")) == [
         {"text": "a text among texts", "title": "README"},
         {"text": "# one", "title": "a"},
         {"text": "two", "title": "Chapter 2.v1"},
@@ -473,23 +473,23 @@ def test_expand_directory_glob_and_list(tmp_path):
     touch(tmp_path / "b.jsonl", tmp_path / "a.json", tmp_path / "note.rst")
     (tmp_path / "sub").mkdir()
     touch(tmp_path / "sub" / "c.jsonl")
-    assert [p.name for p in expand(str(tmp_path), "data.path")] == ["a.json", "b.jsonl", "c.jsonl"]
-    assert [p.name for p in expand(str(tmp_path / "*.json*"), "data.path")] == ["a.json", "b.jsonl"]
-    assert [p.name for p in expand(str(tmp_path / "**" / "*.jsonl"), "data.path")] == ["b.jsonl", "c.jsonl"]
+    assert [p.name for p in expand_paths(str(tmp_path), "data.path")] == ["a.json", "b.jsonl", "c.jsonl"]
+    assert [p.name for p in expand_paths(str(tmp_path / "*.json*"), "data.path")] == ["a.json", "b.jsonl"]
+    assert [p.name for p in expand_paths(str(tmp_path / "**" / "*.jsonl"), "data.path")] == ["b.jsonl", "c.jsonl"]
     listed = [str(tmp_path / "b.jsonl"), str(tmp_path)]
-    assert [p.name for p in expand(listed, "data.path")] == ["b.jsonl", "a.json", "c.jsonl"]
+    assert [p.name for p in expand_paths(listed, "data.path")] == ["b.jsonl", "a.json", "c.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["a b.jsonl", "[1].jsonl", "a,b.jsonl", "k=v.jsonl", "what?*.jsonl", "ü(1).jsonl"])
 def test_names_that_exist_are_literal(tmp_path, name):
     touch(tmp_path / name, tmp_path / "1.jsonl", tmp_path / "whatever.jsonl")
-    assert expand(str(tmp_path / name), "data.path") == [tmp_path / name]
+    assert expand_paths(str(tmp_path / name), "data.path") == [tmp_path / name]
 
 
 def test_sources_expand_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     touch(tmp_path / "a.jsonl")
-    assert expand("~/a.jsonl", "data.path") == [tmp_path / "a.jsonl"]
+    assert expand_paths("~/a.jsonl", "data.path") == [tmp_path / "a.jsonl"]
 
 
 def test_links_are_followed_and_a_file_is_read_once(tmp_path):
@@ -497,8 +497,8 @@ def test_links_are_followed_and_a_file_is_read_once(tmp_path):
     touch(tmp_path / "real" / "a.jsonl")
     (tmp_path / "again").symlink_to("real")
     (tmp_path / "b.jsonl").symlink_to("real/a.jsonl")
-    assert [p.name for p in expand(str(tmp_path), "data.path")] == ["a.jsonl"]
-    assert expand(str(tmp_path / "again"), "data.path") == [tmp_path / "again" / "a.jsonl"]
+    assert [p.name for p in expand_paths(str(tmp_path), "data.path")] == ["a.jsonl"]
+    assert expand_paths(str(tmp_path / "again"), "data.path") == [tmp_path / "again" / "a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -515,21 +515,21 @@ def test_missing_names_value_key_and_neighbour(tmp_path, value, message):
     touch(tmp_path / "train.jsonl", tmp_path / "note.rst")
     (tmp_path / "data").mkdir()
     with pytest.raises(DataError, match=message):
-        expand(str(tmp_path / value), "data.eval_path")
+        expand_paths(str(tmp_path / value), "data.eval_path")
 
 
 def test_several_files_are_a_list(tmp_path):
     touch(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     both = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
     with pytest.raises(DataError) as caught:
-        expand(both, "data.path")
+        expand_paths(both, "data.path")
     assert str(caught.value).endswith(f"several files are a list: [{both}]")
 
 
 @pytest.mark.parametrize("value", [[], [3], 3, "", "a\0b", "hub:", "hub:a/b/c", "hub:../x", "s3://bucket/x.jsonl"])
 def test_values_that_are_no_paths(value):
     with pytest.raises(DataError, match=r"data\.path"):
-        expand(value, "data.path")
+        expand_paths(value, "data.path")
 
 
 def test_sources_inputs_name_what_decides_the_rows(tmp_path):
@@ -563,7 +563,7 @@ def hub_data(monkeypatch, tmp_path):
 
 
 def test_sources_hub_rows_by_subset_split_and_revision(hub_data):
-    (path,) = expand("hub:org/name", "data.path")
+    (path,) = expand_paths("hub:org/name", "data.path")
     rows = list(read([path], subset="en", split="train", revision="abc"))
     assert hub_data["call"] == ("org/name", "en", {"split": "train", "revision": "abc", "streaming": False})
     assert [row.fields["text"] for row in rows] == [f"{n}" for n in range(699, -1, -1)]
@@ -629,4 +629,4 @@ def test_an_offline_machine_gets_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(DataError, match=r"hub:org/no-such-data cannot be loaded: .*load it once on a machine"):
-        list(read(expand(f"{PREFIX}org/no-such-data", "data.path")))
+        list(read(expand_paths(f"{HUB_PREFIX}org/no-such-data", "data.path")))

@@ -21,7 +21,7 @@ from trainer.data import sources
 from trainer.data.config import DataConfig, DuplicatePolicy, DuplicatesConfig
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
-from trainer.data.read.opening import expansion
+from trainer.data.read.opening import decompression_ratio
 from trainer.data.selection import bands
 
 Usage = namedtuple("Usage", "total used free")
@@ -122,4 +122,4 @@ def test_space_estimate_of_a_large_file_is_judged_by_its_start(tmp_path):
         path = tmp_path / f"x.txt{suffix}"
         path.write_bytes(pack(text))
         assert path.stat().st_size > 1.3 * 2**20, "only a part of it is looked at"
-        assert expansion(path) == pytest.approx(len(text) / path.stat().st_size, rel=0.1)
+        assert decompression_ratio(path) == pytest.approx(len(text) / path.stat().st_size, rel=0.1)

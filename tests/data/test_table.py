@@ -6,7 +6,7 @@ import pytest
 from trainer.data.config import DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 from trainer.data.selection.signatures import Signer
-from trainer.data.store.documents import schema, to_batch
+from trainer.data.store.documents import schema, to_record_batch
 
 
 def turns(*contents):
@@ -31,7 +31,7 @@ def test_table_rows_are_what_arrow_itself_makes_of_them(number):
 
     documents = (documents_of_every_format() * 5)[:number]
     columns = {name: [getattr(document, name) for document in documents] for name in schema().names}
-    batch = to_batch(documents)
+    batch = to_record_batch(documents)
     batch.validate(full=True)
     assert batch.equals(pa.RecordBatch.from_pydict(columns, schema=schema()))
     assert [column.null_count for column in batch] == [sum(v is None for v in column) for column in columns.values()]
@@ -39,8 +39,8 @@ def test_table_rows_are_what_arrow_itself_makes_of_them(number):
 
 def test_rows_are_made_without_pandas():
     code = (
-        "import sys; from trainer.data.document import Document; from trainer.data.store.documents import to_batch;"
-        "to_batch([Document('f', 1, messages=[{'role': 'user', 'content': 'a'}])]); assert 'pandas' not in sys.modules"
+        "import sys; from trainer.data.document import Document; from trainer.data.store.documents import to_record_batch;"
+        "to_record_batch([Document('f', 1, messages=[{'role': 'user', 'content': 'a'}])]); assert 'pandas' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -7,7 +7,7 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers import tokenizers as make
 from tests.helpers.covering import examples
 from trainer.data.document import Document
-from trainer.data.tokens.encode import Encoder, truncate
+from trainer.data.tokens.encode import Encoder, truncate_sample
 from trainer.data.tokens.template import ChatTemplate
 
 TEMPLATES = {  # template, end of turn, whether it trims replies, whether it takes a system turn
@@ -199,7 +199,7 @@ def test_labelled_text_keeps_its_closing_token_when_cut():
     doc = Document("f", 1, text="a lazy dog jumps", label="yes")
     sample = encode(encoder, doc)
     assert sample.input_ids.tolist() == tokenizer("a lazy dog jumps")["input_ids"] and sample.marks["label"] == 1
-    cut = truncate(sample, 3, encoder.num_closing_tokens(doc))
+    cut = truncate_sample(sample, 3, encoder.num_closing_tokens(doc))
     assert cut.input_ids.tolist() == [sample.input_ids[0], sample.input_ids[1], sample.input_ids[-1]]
     with pytest.raises(DataError, match=r"f:1: label 'maybe' is none of \['no', 'yes'\]"):
         encode(encoder, Document("f", 1, text="a", label="maybe"))

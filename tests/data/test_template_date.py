@@ -21,7 +21,7 @@ from trainer.config.run import TEMPLATE_DATE, kept_date
 from trainer.data.config import DataConfig
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, keep_or_first_date
-from trainer.data.report.preview import summary
+from trainer.data.report.preview import summary_text
 from trainer.data.tokens.clock import TemplateDate, reads_clock, with_date
 from trainer.evaluation.tasks.prepared import TaskContext
 from trainer.objectives.sft import SftConfig
@@ -98,7 +98,7 @@ def test_template_date_of_the_first_preparation_decides_and_is_in_the_fingerprin
     first = preparation(tmp_path, choose_date=keep_or_first_date(TemplateDate(CHRISTMAS)))
     made = first.open_or_make()
     assert "25 Dec 2025" in text_of(made) and made.date == TemplateDate(CHRISTMAS)
-    assert "the chat template writes 2025-12-25 for today" in summary(made.report)
+    assert "the chat template writes 2025-12-25 for today" in summary_text(made.report)
 
     here = preparation(tmp_path)
     assert here.fingerprint != first.fingerprint and "03 Jan 2026" in text_of(here.open_or_make())
@@ -113,7 +113,7 @@ def test_template_date_of_the_first_preparation_decides_and_is_in_the_fingerprin
 def test_template_date_is_none_for_a_template_without_a_clock(tmp_path):
     plain = preparation(tmp_path, make.CHATML, choose_date=lambda first: pytest.fail("nobody asks for a date"))
     assert plain.date is None and not (tmp_path / "cache" / "dates").exists()
-    assert "today" not in summary(plain.open_or_make().report)
+    assert "today" not in summary_text(plain.open_or_make().report)
 
 
 def test_template_date_leaves_data_prepared_by_an_earlier_version_usable(tmp_path, another_day):

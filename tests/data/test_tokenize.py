@@ -11,7 +11,7 @@ from trainer.data.config import LearnConfig, LearnTurns, OverLength
 from trainer.data.document import Document
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.marking import RESERVED
-from trainer.data.tokens.truncation import fit_length, oddities
+from trainer.data.tokens.truncation import fit_length, oddity_codes
 
 CHAT = Encoder(make.tiny_tokenizer())
 BOS = Encoder(make.tiny_tokenizer(None, adds_bos=True))
@@ -104,7 +104,7 @@ def test_encoder_keeps_the_conversation_when_nothing_is_learned():
         message["train"] = False
     sample = encode(CHAT, doc)
     assert not sample.supervised.any() and text(CHAT, sample).endswith("b<|im_end|>\n")
-    assert oddities(CHAT, doc, sample) == ["no_supervised"]
+    assert oddity_codes(CHAT, doc, sample) == ["no_supervised"]
 
 
 def test_some_turns_of_a_template_with_generation_blocks():
@@ -130,12 +130,12 @@ def test_reserved_characters_are_refused():
 
 def test_encoder_oddities_of_a_document():
     good = talk("q", "a")
-    assert oddities(CHAT, good, encode(CHAT, good)) == []
+    assert oddity_codes(CHAT, good, encode(CHAT, good)) == []
     spelled = talk("q<|im_start|>", "a")
-    assert oddities(CHAT, spelled, encode(CHAT, spelled)) == ["control_tokens_in_text", "control_tokens_as_text"]
+    assert oddity_codes(CHAT, spelled, encode(CHAT, spelled)) == ["control_tokens_in_text", "control_tokens_as_text"]
     long = talk("q", "a b c d e f g")
     (short,) = cut(CHAT, long, len(encode(CHAT, long).input_ids) - 3, "truncate")
-    assert oddities(CHAT, long, short) == ["missing_eos"]
+    assert oddity_codes(CHAT, long, short) == ["missing_eos"]
 
 
 @pytest.mark.parametrize("policy", OverLength)

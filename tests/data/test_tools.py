@@ -13,8 +13,8 @@ from tests.helpers.tool_templates import FAMILIES, LLAMA31, MISTRAL3, QWEN25
 from trainer.data.config import DataFormat, LearnConfig, Reasoning
 from trainer.data.document import Document, Rejected, Row
 from trainer.data.formats import RowReader
-from trainer.data.selection.signatures import content
-from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable, schema, to_batch
+from trainer.data.selection.signatures import content_json
+from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable, schema, to_record_batch
 from trainer.data.tokens.encode import Encoder
 
 TOOLS = [{"type": "function", "function": {
@@ -319,7 +319,7 @@ def test_tool_rows_of_glaive_and_openai_are_the_same_document():
     )
     turns = talk(call(ARGUMENTS, id="x"))
     del turns[1]["tool_calls"][0]["id"], turns[2]["tool_call_id"]
-    assert content(glaive) == content(document(turns))
+    assert content_json(glaive) == content_json(document(turns))
 
 
 def test_tool_rows_of_hermes_stay_texts_and_nothing_is_written_twice():
@@ -371,14 +371,14 @@ def test_texts_of_arguments_and_thoughts_are_cleaned_and_stored(tmp_path):
     doc = document(turns)
     assert doc.texts() == ["How warm?", "ask a@b.org", "a@b.org", "c@d.org", '{"degrees": 0}', "Warm."]
     doc.map_texts(lambda text: text.replace("@", " at "))
-    assert "@" not in content(doc)
+    assert "@" not in content_json(doc)
     assert doc.messages[1]["tool_calls"][0]["function"]["arguments"] == {
         "to": "a at b.org",
         "cc": ["c at d.org", 3],
         "n": 1,
     }
     writer = pa.ipc.new_stream(str(tmp_path / DOCUMENTS_FILE), schema())
-    writer.write_batch(to_batch([doc, read({"messages": [USER, {"role": "assistant", "content": "a"}]})]))
+    writer.write_batch(to_record_batch([doc, read({"messages": [USER, {"role": "assistant", "content": "a"}]})]))
     writer.close()
     back = DocumentTable(tmp_path)
     assert back.document(0) == doc and back.document(1).tools is None

@@ -14,7 +14,7 @@ from trainer.data.config import ControlTokens, DataConfig, Layout, OverLength
 from trainer.data.document import Document, Tally
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
-from trainer.data.report.preview import decode_pieces, preview, summary
+from trainer.data.report.preview import decode_pieces, preview_text, summary_text
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, exact_sum
 from trainer.data.tokens.encode import Encoder
@@ -150,8 +150,8 @@ def test_turn_weights_and_their_sums_are_stored(tmp_path):
     assert audit["splits"]["train"]["weighted_tokens"] == total
     assert audit["splits"]["train"]["supervised_tokens"] == train.num_supervised.sum()
     assert {piece.get("weight") for piece in audit["samples"][0]["pieces"] if piece["learned"]} == {0.3, None}
-    assert f"total weight {total:,.10g}" in summary(prepared.report)
-    assert "⟧*0.3" in preview(train, make.tiny_tokenizer(), width=200, colour=False)
+    assert f"total weight {total:,.10g}" in summary_text(prepared.report)
+    assert "⟧*0.3" in preview_text(train, make.tiny_tokenizer(), width=200, colour=False)
     assert ("dog<|im_end|>", 1.0) in decode_pieces(train.sample(0), make.tiny_tokenizer())
     page = (prepared.directory / "audit.html").read_text()
     assert "<b>*0.3</b>" in page and "total weight" in page
@@ -172,7 +172,9 @@ def test_turn_weights_of_one_leave_the_data_the_same_byte_for_byte(tmp_path):
         assert prepared.train.counts["loss"].dtype == np.int64 and isinstance(
             exact_sum(prepared.train.counts["loss"]), int
         )
-        assert prepared.report["train"]["weighted_tokens"] is None and "total weight" not in summary(prepared.report)
+        assert prepared.report["train"]["weighted_tokens"] is None and "total weight" not in summary_text(
+            prepared.report
+        )
         assert "total weight" not in (prepared.directory / "audit.html").read_text()
         for layout in (Layout.padded, Layout.padding_free):
             assert "target_weights" not in Collator(layout, 0)([prepared.train.sample(n) for n in range(4)])

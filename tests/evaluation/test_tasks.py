@@ -10,7 +10,7 @@ from strategies.errors import DataError
 from tests.helpers import tool_templates
 from trainer.data.document import Document, RefusedDocument
 from trainer.data.fields import Refusal
-from trainer.data.messages import tools_of
+from trainer.data.messages import parse_tools
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.intervals import (
@@ -61,7 +61,7 @@ def test_tool_calls_are_found_wherever_an_answer_has_them():
 def test_tool_calls_are_scored_by_name_and_arguments_and_by_their_absence():
     kind = task("tool_calls")
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    tools = tools_of([{"name": "f", "parameters": {}}])
+    tools = parse_tools([{"name": "f", "parameters": {}}])
     turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     case = Case("a:1", Document("a", 1, messages=turns, tools=tools))
     kind.parse_case(case)
@@ -116,7 +116,7 @@ def test_a_task_that_takes_long_gives_a_sign_of_life_every_half_minute():
 def test_tool_calls_in_a_template_that_is_not_understood_are_refused_and_never_scored(family):
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    tools = tools_of([{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}])
+    tools = parse_tools([{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}])
     case = Case("a:1", Document("a", 1, messages=turns, tools=tools))
     kind = task("tool_calls")
     kind.parse_case(case)

@@ -9,7 +9,7 @@ import transformers
 from strategies.parameters import meta_context
 from tests.models.sweep import read
 from tests.models.tiny import tiny_config
-from trainer.data.batches.collate import concatenated
+from trainer.data.batches.collate import concatenated_batch
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.model import attention, experts, flex, rotary, sequence_proof
@@ -135,7 +135,7 @@ def documents(width=96):
     for length in LENGTHS:
         ids = torch.randint(4, width, (length,), generator=draw).numpy()
         samples.append(Sample(ids, ids > 0))
-    return concatenated(samples)
+    return concatenated_batch(samples)
 
 
 def slices_of(config):

@@ -36,7 +36,7 @@ from tests.parity.teachers import objective_of
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import Cut, cut_of
+from trainer.data.batches.cutting import Cut, sequence_cut
 from trainer.data.batches.loader import EvalShare, StepBatch, eval_batches
 from trainer.data.config import DataConfig
 from trainer.data.prepare import PreparedData
@@ -289,7 +289,7 @@ def evaluated(job: Job) -> list[dict[str, float]]:
             config, parallel=ParallelConfig(sequence=degree), batch={"global": 16, "micro": 16 // readers}
         )
         trainer = trainer_for(changed, data, runtime)
-        share = EvalShare(5, runtime.reader, readers, cut=cut_of(runtime))
+        share = EvalShare(5, runtime.reader, readers, cut=sequence_cut(runtime))
         whole_batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
         batches = partial(with_position_groups, whole_batches, [4, 8, 16, 1024])
         count = int(held_out.counts["loss"].sum())

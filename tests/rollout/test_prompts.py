@@ -12,7 +12,7 @@ from trainer.data.config import DataFormat
 from trainer.data.document import Document, Rejected, Row
 from trainer.data.fields import KeptColumns
 from trainer.data.formats import RowReader
-from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_batch
+from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_record_batch
 from trainer.objectives.reward_functions import functions_of, kept_columns, problems_of_function
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.rewards.copies import copied_functions, copy_rewards, digests_of, imported_files, renew_copies
@@ -83,7 +83,7 @@ def test_rows_without_what_a_reward_needs_are_bad_rows():
 
 def test_kept_columns_are_json_in_the_table():
     document = Document("f.jsonl", 1, prompt="p", columns={"answer": ["4", 4.5, {"deep": None}]})
-    row = to_batch([document]).to_pylist()[0]
+    row = to_record_batch([document]).to_pylist()[0]
     assert json.loads(row["columns"]) == document.columns
 
 
@@ -182,8 +182,8 @@ def test_prompts_that_no_answer_could_be_scored_for_are_named_before_a_run(tmp_p
         Document("p.jsonl", number, prompt="q", columns=columns) for number, columns in enumerate(rows, start=1)
     ]
     with pa.ipc.new_stream(tmp_path / DOCUMENTS_FILE, schema()) as file:
-        file.write_batch(to_batch(documents[:2]))
-        file.write_batch(to_batch(documents[2:]))
+        file.write_batch(to_record_batch(documents[:2]))
+        file.write_batch(to_record_batch(documents[2:]))
     train, evaluation = (SimpleNamespace(documents=np.array(numbers)) for numbers in ([2, 0, 1], [3]))
     data = SimpleNamespace(directory=tmp_path, has_rows=True, train=train, evaluation=evaluation, test=None)
 

@@ -22,7 +22,7 @@ from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import sequence_notes, step_layout
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig, kept_date
-from trainer.data.batches.cutting import Cut, cut_of
+from trainer.data.batches.cutting import Cut, sequence_cut
 from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import steps_from_budget
@@ -138,7 +138,7 @@ def build_loader(
             config.batch["micro"],
             runtime.reader,
             runtime.readers,
-            cut_of(runtime),
+            sequence_cut(runtime),
         ),
         collator=built.collator,
         device=runtime.device,
@@ -186,7 +186,7 @@ def build_engine(
     built.step_module.neftune_alpha = config.model.neftune_alpha
     built.collator.keeps_row_ids = config.model.neftune_alpha > 0
     built.substitutions.update(lstm.lstm_substitutions(built.step_module, precision, runtime.device))
-    cut = cut_of(runtime)
+    cut = sequence_cut(runtime)
     longest_batch = workload(config, data, cut)
     micro_batches_per_step = accumulation_steps(config, runtime.world_size)
     plan_checkpointing(built, longest_batch, config.strategy, precision, runtime)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from strategies.errors import ShardtuneError
 from trainer.config.run import RunConfig
 from trainer.data.config import DataFormat
-from trainer.data.read.paths import expand
+from trainer.data.read.paths import expand_paths
 from trainer.evaluation.base import TaskConfig, WritingConfig
 from trainer.evaluation.interval import AUTO
 from trainer.evaluation.tasks import registry
@@ -187,7 +187,7 @@ def _forgetting(config: RunConfig) -> Iterator[str]:
             f"{key}.data={watched.data}: objective={config.objective.name} has no loss on plain text; name tasks with {key}.tasks"
         )
     try:
-        expand(watched.data, f"{key}.data", remote=config.data.remote)
+        expand_paths(watched.data, f"{key}.data", remote=config.data.remote)
     except ShardtuneError as error:
         yield _of_file(f"{key}.data={watched.data}", error)
 
@@ -251,7 +251,7 @@ def _tasks(config: RunConfig) -> Iterator[str]:
             )
         elif task.path is not None and not kind.loads_own_rows:
             try:
-                expand(task.path, f"{key}.path", remote=config.data.remote)
+                expand_paths(task.path, f"{key}.path", remote=config.data.remote)
             except ShardtuneError as error:
                 yield _of_file(f"{key}.path={task.path}", error)
 

@@ -10,8 +10,8 @@ from trainer.config.evaluation import FORGOTTEN, REWARDS, asked_tasks
 from trainer.config.run import RunConfig
 from trainer.data.config import DataFormat
 from trainer.data.document import Row
-from trainer.data.read.paths import is_address, is_hub
-from trainer.data.sources import Input, inputs_of
+from trainer.data.read.paths import is_hub_path, is_remote_address
+from trainer.data.sources import Input, find_inputs
 from trainer.evaluation.tasks.registry import metric_directions
 from trainer.objectives.base import formats_of
 from trainer.objectives.reward_functions import function_of, problems_of_function
@@ -95,7 +95,7 @@ def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str
     if config.data.remote:  # its files are looked at when the data is prepared
         return
     try:
-        inputs = inputs_of(config.data)
+        inputs = find_inputs(config.data)
     except ShardtuneError:  # other rules, or the preparation, say what is wrong with the data
         return
     for data_input in inputs:
@@ -117,7 +117,7 @@ def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str
 
 def _first_columns(data_input: Input) -> set[str] | None:
     """The columns of the first row of an input, as rewards see them; None if it is not on this machine or cannot be read."""
-    if any(is_hub(str(path)) or is_address(str(path)) for path in data_input.origin.paths):
+    if any(is_hub_path(str(path)) or is_remote_address(str(path)) for path in data_input.origin.paths):
         return None
     try:
         (row,) = islice(data_input.origin.rows(), 1)

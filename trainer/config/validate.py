@@ -32,7 +32,7 @@ from trainer.config.rounds import answer_batch_problems
 from trainer.config.rounds import problems as round_problems
 from trainer.config.run import AUTO, Device, LauncherName, RunConfig
 from trainer.config.sharding import problems as sharding_problems
-from trainer.data.read.paths import expand, is_address, is_hub, sets_of
+from trainer.data.read.paths import expand_paths, held_out_sets, is_hub_path, is_remote_address
 from trainer.data.sources import problems as data_problems
 from trainer.model.config import ModelKind, Quantisation, may_be_hub_id
 from trainer.model.rules import missing_package, position_problems, read_config
@@ -255,7 +255,7 @@ def _data(config: RunConfig) -> Iterator[str]:
     paths = {"data.path": data.path}  # by setting: a path or glob, a list of them, or None
     for split in ("eval", "test"):
         try:
-            paths.update(sets_of(getattr(data, f"{split}_path"), split).values())
+            paths.update(held_out_sets(getattr(data, f"{split}_path"), split).values())
         except ConfigError as error:
             yield from error.problems
     paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
@@ -265,7 +265,7 @@ def _data(config: RunConfig) -> Iterator[str]:
             continue
         for pattern in path_or_list if isinstance(path_or_list, list) else [path_or_list]:
             # Composing reaches no network: whether an address or a data set of the hub exists shows when it is read.
-            if not (data.remote and is_address(str(pattern))) and not is_hub(str(pattern)):
+            if not (data.remote and is_remote_address(str(pattern))) and not is_hub_path(str(pattern)):
                 yield from _missing_files(key, pattern)
     yield from data_problems(data)
     yield from objective_problems(config.objective, config)
@@ -277,7 +277,7 @@ def _missing_files(key: str, pattern: object) -> Iterator[str]:
     if path.exists() or glob.glob(str(path), recursive=True):  # noqa: PTH207
         return
     try:
-        expand(pattern, key)
+        expand_paths(pattern, key)
     except DataError as error:
         reason = str(error).removeprefix(f"{key}={pattern}").lstrip(": ")
         yield f"{key}={pattern}: {reason}; paths are relative to {Path.cwd()}"

@@ -28,14 +28,14 @@ from strategies.errors import ConfigError, DataError, StorageError
 from strategies.file_fingerprints import sampled_digest
 from strategies.shared_files import claim, read, remedy
 from trainer.data.config import Verify
-from trainer.data.shards import Block, load, save
+from trainer.data.shards import Block, load_block, save_block
 from trainer.data.tokens.clock import TemplateDate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-DONE = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 """The file whose presence under the final name makes an entry complete."""
 ARRAY_SUFFIXES = (".bin", ".npy", ".npz", ".arrow")
 """Suffixes of what training reads of an entry."""
@@ -70,7 +70,7 @@ def file_state(path: Path) -> tuple[str | int, ...]:
     return str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
-def remembered_digest(path: Path, cache_dir: Path, big_bytes: int = BIG_FILE_BYTES) -> str:
+def cached_digest(path: Path, cache_dir: Path, big_bytes: int = BIG_FILE_BYTES) -> str:
     """SHA-256 of a file. Writes that of a file of at least `big_bytes` into `cache_dir`, to be found again by the file's state.
 
     The state is its path, size, inode and times. Raises DataError.
@@ -104,20 +104,20 @@ class Digests:
     def __call__(self, path: Path) -> str:
         """SHA-256 of a file, in hexadecimal. Raises DataError."""
         if path not in self.state_and_digest:
-            self.state_and_digest[path] = file_state(path), remembered_digest(path, self.cache_dir)
+            self.state_and_digest[path] = file_state(path), cached_digest(path, self.cache_dir)
         _, digest = self.state_and_digest[path]
         return digest
 
     def check(self) -> None:
         """Raise DataError if a file has changed: prepared rows would stand under the fingerprint of others."""
         for path, (state, digest) in self.state_and_digest.items():
-            if file_state(path) != state and remembered_digest(path, self.cache_dir) != digest:
+            if file_state(path) != state and cached_digest(path, self.cache_dir) != digest:
                 raise DataError(
                     f"{path}: changed while it was prepared; start again when nothing writes it, or prepare a copy"
                 )
 
 
-def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> str:
+def data_fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> str:
     """Names an entry of the cache: SHA-256 over the inputs' bytes (not names), the tokenizer with its template, the options."""
     identity = {
         "inputs": inputs,
@@ -130,21 +130,21 @@ def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[s
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def fingerprint_with_date(fingerprint: str, date: TemplateDate | None) -> str:
+def fingerprint_with_date(data_fingerprint: str, date: TemplateDate | None) -> str:
     """The fingerprint with the template's date in it; unchanged without a date, and for data from before dates were in it."""
     if date is None or not date.in_fingerprint:
-        return fingerprint
-    return hashlib.sha256(f"{fingerprint}/{date.day.isoformat()}".encode()).hexdigest()
+        return data_fingerprint
+    return hashlib.sha256(f"{data_fingerprint}/{date.day.isoformat()}".encode()).hexdigest()
 
 
-def first_date(cache_dir: Path, fingerprint: str) -> TemplateDate:
+def load_or_record_first_date(cache_dir: Path, data_fingerprint: str) -> TemplateDate:
     """The date on which data of this fingerprint (without a date) was first prepared into the cache; today if it never was.
 
     Writes today's date into the cache then, so that everybody who prepares the same data from now on has the same date. Errors:
     StorageError.
     """
-    name = fingerprint[:32]
-    for earlier_entry in (cache_dir / name / DONE, Shards(cache_dir / name, 0).home):
+    name = data_fingerprint[:32]
+    for earlier_entry in (cache_dir / name / MANIFEST_FILE, Shards(cache_dir / name, 0).home):
         # Data of an earlier version, or shards of it, has no date in its fingerprint. It is used with the day it was made.
         with suppress(OSError):
             made_at = earlier_entry.stat().st_mtime
@@ -175,14 +175,14 @@ def build_once(
     builder left is removed. `stop` is called while waiting, and may raise. A process that comes within `head_start_s` seconds (by
     default, those that rank 0 may take) goes first. Raises StorageError if the cache cannot be written or locked.
     """
-    if (directory / DONE).exists():
+    if (directory / MANIFEST_FILE).exists():
         return False
     if head_start_s is None:
         head_start_s = _head_start_of_rank_0_s()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _lock(directory.parent / f".{directory.name}.lock", directory, stop, head_start_s):
-            if (directory / DONE).exists():  # the process that had the lock made it
+            if (directory / MANIFEST_FILE).exists():  # the process that had the lock made it
                 return False
             with _publish_when_filled(directory) as temporary:
                 build(temporary)
@@ -224,7 +224,7 @@ def _head_start_of_rank_0_s() -> float:
     return 2 if os.environ.get("LOCAL_RANK") == "0" else 30
 
 
-def hashes_of(directory: Path) -> dict[str, dict[str, str]]:
+def file_hashes(directory: Path) -> dict[str, dict[str, str]]:
     """{"sampled", "sha256"} of every file that training reads, by its path in `directory`. Errors: OSError.
 
     "sampled" is a hash of some blocks of the file, "sha256" one of all its bytes.
@@ -237,8 +237,8 @@ def hashes_of(directory: Path) -> dict[str, dict[str, str]]:
     return hashes
 
 
-def compare_hashes(directory: Path, hashes: dict[str, dict[str, str]], verify: Verify) -> None:
-    """Raise DataError for the first file in `directory` that differs from its hashes, which `hashes_of` made."""
+def verify_hashes(directory: Path, hashes: dict[str, dict[str, str]], verify: Verify) -> None:
+    """Raise DataError for the first file in `directory` that differs from its hashes, which `file_hashes` made."""
     remedy = f"look after the disk, delete {directory} and start again: it is prepared anew"
     for name, expected in hashes.items():
         path = directory / name
@@ -263,7 +263,7 @@ def _lock(path: Path, directory: Path, stop: Callable[[], None], head_start_s: f
         # The head start: stand back until another process has the lock, or has made the entry.
         started_at = time.monotonic()
         while time.monotonic() - started_at < head_start_s:
-            if (directory / DONE).exists() or _is_locked(file):
+            if (directory / MANIFEST_FILE).exists() or _is_locked(file):
                 break
             stop()
             time.sleep(POLL_S)
@@ -321,7 +321,7 @@ class Shards:
                     yield None
                     return
                 with _publish_when_filled(path) as temporary:
-                    yield lambda block: save(block, temporary / f"{block.number:09d}.npz")
+                    yield lambda block: save_block(block, temporary / f"{block.number:09d}.npz")
         except OSError as error:
             raise StorageError(
                 f"{self.home}: cannot write the shard: {error.strerror or error}; free space or set data.cache_dir"
@@ -352,7 +352,7 @@ class Shards:
             files += self.path(number).glob("*.npz")
         # Named by their numbers, which are those of the whole input.
         for path in sorted(files, key=lambda path: path.name):
-            yield load(path)
+            yield load_block(path)
 
     def remove(self) -> None:
         """Delete the shards, which were merged."""

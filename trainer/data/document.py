@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from strategies.errors import DataError
 
-EXAMPLES = 5
+MAX_EXAMPLES = 5
 """How many file:line examples are kept of each kind of trouble."""
 
-WRONG_KIND = "wrong_kind"
+WRONG_KIND_REASON = "wrong_kind"
 """Why a row is bad from which an objective cannot learn, whatever it says: text where it compares answers, and so on."""
 
 Message = dict[str, Any]
@@ -29,10 +29,10 @@ content; the result of a tool may have "name" and "tool_call_id".
 """
 
 
-EXCERPT = 200
+EXCERPT_CHARACTERS = 200
 """Length of an excerpt in characters."""
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
-THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+THINK_BLOCK_REGEX = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class Document:
         """All texts that came from the row, in reading order: thoughts and arguments of calls too; no labels, no tools."""
         texts: list[str] = []
         for message in self.turns():
-            texts += texts_in(message)
+            texts += message_texts(message)
         texts += [text for text in (self.prompt, self.completion, self.text) if text is not None]
         return texts
 
@@ -106,7 +106,7 @@ class Document:
                     message[name] = change(message[name])
             for index, call in enumerate(message.get("tool_calls", ())):
                 function = call["function"]
-                arguments = with_texts(function["arguments"], change)
+                arguments = map_argument_texts(function["arguments"], change)
                 message["tool_calls"][index] = {**call, "function": {**function, "arguments": arguments}}
         for name in ("prompt", "completion", "text"):
             text = getattr(self, name)
@@ -114,7 +114,7 @@ class Document:
                 setattr(self, name, change(text))
 
 
-def texts_of(node: Any) -> Iterator[str]:
+def argument_texts(node: Any) -> Iterator[str]:
     """The texts in the arguments of tool calls, without names and keys. `node`: a list of calls, or anything inside of one.
 
     Example: [{"function": {"name": "search", "arguments": {"query": "weather"}}}] -> "weather".
@@ -126,13 +126,13 @@ def texts_of(node: Any) -> Iterator[str]:
         # A call: only its arguments are text.
         inner_nodes = [node["function"]["arguments"]] if "function" in node else node.values()
         for inner in inner_nodes:
-            yield from texts_of(inner)
+            yield from argument_texts(inner)
     elif isinstance(node, list):
         for inner in node:
-            yield from texts_of(inner)
+            yield from argument_texts(inner)
 
 
-def with_texts(node: Any, change: Callable[[str], str], change_key: Callable[[str], str] = str) -> Any:
+def map_argument_texts(node: Any, change: Callable[[str], str], change_key: Callable[[str], str] = str) -> Any:
     """Arguments of a tool call with every text changed by `change`, and every key by `change_key`. `node`: anything in them.
 
     Example: {"query": "weather", "limit": 3} with str.upper -> {"query": "WEATHER", "limit": 3}.
@@ -140,13 +140,13 @@ def with_texts(node: Any, change: Callable[[str], str], change_key: Callable[[st
     if isinstance(node, str):
         return change(node) if node.strip() else node
     if isinstance(node, dict):
-        return {change_key(name): with_texts(inner, change, change_key) for name, inner in node.items()}
+        return {change_key(name): map_argument_texts(inner, change, change_key) for name, inner in node.items()}
     if isinstance(node, list):
-        return [with_texts(inner, change, change_key) for inner in node]
+        return [map_argument_texts(inner, change, change_key) for inner in node]
     return node
 
 
-def texts_in(message: Message) -> list[str]:
+def message_texts(message: Message) -> list[str]:
     """The texts of a turn in reading order. An empty content counts as a text only if the turn has nothing else."""
     # The usual turn, role and content, without a look at the rest.
     if len(message) == 2:
@@ -159,7 +159,7 @@ def texts_in(message: Message) -> list[str]:
     if message["content"] or not has_something_else:
         texts.append(message["content"])
     if calls is not None:
-        texts += texts_of(calls)
+        texts += argument_texts(calls)
     return texts
 
 
@@ -167,7 +167,7 @@ def thought_of(message: Message) -> str | None:
     """The thought of a turn: its own field, or <think>...</think> at the start of its content."""
     if message.get("reasoning_content"):
         return message["reasoning_content"]
-    match = THINK.match(message["content"] or "")
+    match = THINK_BLOCK_REGEX.match(message["content"] or "")
     return match.group(1) if match else None
 
 
@@ -193,8 +193,8 @@ class Row:
 
 def excerpt(start: bytes | str) -> str:
     """The first 200 characters, decoded with replacement, control characters and surrogates escaped."""
-    text = start if isinstance(start, str) else start[: 4 * EXCERPT].decode("utf-8", "replace")
-    return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text.rstrip("\r\n")[:EXCERPT])
+    text = start if isinstance(start, str) else start[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "replace")
+    return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text.rstrip("\r\n")[:EXCERPT_CHARACTERS])
 
 
 @dataclass(slots=True)
@@ -255,9 +255,9 @@ class Findings:
 
 
 def keep_first(examples: dict[str, list[str]], key: str, new_examples: list[str]) -> None:
-    """Add examples to those of a key, as far as `EXAMPLES` allows."""
+    """Add examples to those of a key, as far as `MAX_EXAMPLES` allows."""
     examples_of_key = examples.setdefault(key, [])
-    num_missing = EXAMPLES - len(examples_of_key)
+    num_missing = MAX_EXAMPLES - len(examples_of_key)
     examples_of_key.extend(new_examples[:num_missing])
 
 

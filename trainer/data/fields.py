@@ -16,7 +16,7 @@ from trainer.data.config import DataFormat
 
 _VERDICTS = {"up": True, "true": True, "1": True, "down": False, "false": False, "0": False}
 _MORE_VERDICTS = {"yes": True, "desirable": True, "1.0": True, "no": False, "undesirable": False, "0.0": False}
-VERDICTS = "true or false, 1 or 0, yes or no, up or down, desirable or undesirable"
+VERDICT_SPELLINGS = "true or false, 1 or 0, yes or no, up or down, desirable or undesirable"
 """The values of a verdict, for messages."""
 _SHORT_REPR = reprlib.Repr()
 _SHORT_REPR.maxstring = _SHORT_REPR.maxother = _SHORT_REPR.maxlong = 60  # characters
@@ -105,7 +105,7 @@ def value_at(fields: dict[str, Any], name: str) -> Any:
     return node
 
 
-def group_of(fields: dict[str, Any], name: str) -> str:
+def parse_group(fields: dict[str, Any], name: str) -> str:
     """The group that a row belongs to, as text, from its column `name`: " a " -> "a", 7 -> "7", 7.0 -> "7".
 
     Raises Refusal: missing_group, for a column that is missing or holds anything else.
@@ -125,23 +125,23 @@ def group_of(fields: dict[str, Any], name: str) -> str:
     )
 
 
-def is_nothing(value: Any) -> bool:
+def is_blank_value(value: Any) -> bool:
     """Whether a value is empty in any of the ways that tables and files write it."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, dict):
-        return all(map(is_nothing, value.values()))
+        return all(map(is_blank_value, value.values()))
     if isinstance(value, list):
-        return all(map(is_nothing, value))
+        return all(map(is_blank_value, value))
     return value is None
 
 
-def is_texts(value: Any) -> bool:
+def is_list_of_texts(value: Any) -> bool:
     """Whether a value is a list of texts. Some tables keep their only text in a list."""
     return isinstance(value, list) and bool(value) and all(isinstance(element, str) for element in value)
 
 
-def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
+def parse_text(fields: dict[str, Any], key: str, name: str | None = None) -> str:
     """The text in the column `key`, or the only one in its list. Raises Refusal: not_text, empty_text.
 
     `name`: what error messages call it; by default the column. Bytes that are no characters were refused when the file was read.
@@ -149,7 +149,7 @@ def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
     text: Any = fields.get(key)
     advice = "" if name else f", or choose one with data.columns.{key}={key}.0"
     name = name or f'"{key}"'
-    if is_texts(text):
+    if is_list_of_texts(text):
         if len(text) > 1:
             fault = f"{name} is a list of {len(text)} texts, {show_value(text)}"
             raise Refusal("not_text", f"{fault}, but must be one text: join them{advice}")
@@ -163,19 +163,19 @@ def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
     return text
 
 
-def label_of(label: Any) -> str:
+def parse_label(label: Any) -> str:
     """The class label as text: a name, a whole number, or true/false. Raises Refusal: bad_label."""
     if isinstance(label, bool):
         return "true" if label else "false"
     if isinstance(label, str) and label.strip():
-        return text_of({"label": label}, "label").strip()
+        return parse_text({"label": label}, "label").strip()
     if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
         return str(int(label))
     raise Refusal("bad_label", f'"label" is {show_value(label)}; it must be a name, a whole number or true/false')
 
 
-def verdict_of(verdict: Any) -> bool | None:
-    """Thumbs up (True) or down (False) of a value in `VERDICTS`, in any case; None for anything else.
+def parse_verdict(verdict: Any) -> bool | None:
+    """Thumbs up (True) or down (False) of a value in `VERDICT_SPELLINGS`, in any case; None for anything else.
 
     A table with an empty cell makes 1.0 and 0.0 of its 1 and 0.
     """
@@ -190,17 +190,17 @@ def is_surely_verdict(value: Any) -> bool:
     return isinstance(value, bool | str | int) and str(value).strip().lower() in _VERDICTS
 
 
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 """Columns, and keys of turns, that hold something else than text."""
 _CONVERSATION_PARTS = ("history", "tool_calls", "reasoning_content", "thinking")
 _PASSAGES = ("passage", "context")
-CARRIERS: dict[DataFormat, tuple[str, ...]] = {
-    **dict.fromkeys(DataFormat, (*MEDIA, *_CONVERSATION_PARTS, *_PASSAGES)),
-    **dict.fromkeys((DataFormat.messages, DataFormat.sharegpt), (*MEDIA, *_CONVERSATION_PARTS)),
-    **dict.fromkeys((DataFormat.pair, DataFormat.labelled, DataFormat.text), MEDIA),
+MEANINGFUL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
+    **dict.fromkeys(DataFormat, (*MEDIA_KEYS, *_CONVERSATION_PARTS, *_PASSAGES)),
+    **dict.fromkeys((DataFormat.messages, DataFormat.sharegpt), (*MEDIA_KEYS, *_CONVERSATION_PARTS)),
+    **dict.fromkeys((DataFormat.pair, DataFormat.labelled, DataFormat.text), MEDIA_KEYS),
 }
 """Columns that carry meaning beside what a format reads."""
-MAX_NAMES = 1000
+MAX_REMEMBERED_NAMES = 1000
 """Names that are remembered for a source: data that uses values as names of columns must not fill the memory."""
 MAX_SHOWN_NAMES = 20
 """Names that are shown."""
@@ -234,18 +234,18 @@ class UnreadColumns:
                     unread.append(name)
             refused = [name for name in self.refused if name in unread and name in fields]
             unread_and_refused = unread, refused
-            if len(self._by_shape) < MAX_NAMES:
+            if len(self._by_shape) < MAX_REMEMBERED_NAMES:
                 self._by_shape[shape] = unread_and_refused
         # Whether it is refused depends on the row's values.
         unread, refused = unread_and_refused
         for name in refused:
-            if not is_nothing(fields[name]):
+            if not is_blank_value(fields[name]):
                 raise Refusal(
                     f"unread_{name}",
                     f'column "{name}" would be ignored, but it looks important ({show_value(fields[name])}): map it with '
                     f"{self.setting}, or set data.ignore_columns=[{name}] to train without it",
                 )
-        if len(self.names) < MAX_NAMES:
+        if len(self.names) < MAX_REMEMBERED_NAMES:
             self.names.update(dict.fromkeys(unread))
 
 
@@ -254,6 +254,6 @@ def shown_names(names: Collection[str]) -> list[str]:
     first_names = list(names)[:MAX_SHOWN_NAMES]
     num_more = len(names) - MAX_SHOWN_NAMES
     if num_more > 0:
-        at_least = "+" if len(names) >= MAX_NAMES else ""  # no more were remembered
+        at_least = "+" if len(names) >= MAX_REMEMBERED_NAMES else ""  # no more were remembered
         first_names.append(f"and {num_more}{at_least} more")
     return first_names

@@ -15,26 +15,33 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Message, Rejected, Row
 from trainer.data.fields import (
-    CARRIERS,
-    VERDICTS,
+    MEANINGFUL_COLUMNS,
+    VERDICT_SPELLINGS,
     Fault,
     KeptColumns,
     Refusal,
     UnreadColumns,
-    group_of,
-    is_nothing,
+    is_blank_value,
+    is_list_of_texts,
     is_surely_verdict,
-    is_texts,
-    label_of,
+    parse_group,
+    parse_label,
+    parse_text,
+    parse_verdict,
     show_value,
-    text_of,
     value_at,
-    verdict_of,
 )
-from trainer.data.messages import history_of, names_all_tools, require_learnable, split_pair, tools_of, turns_of
+from trainer.data.messages import (
+    lists_all_tools,
+    parse_history,
+    parse_tools,
+    parse_turns,
+    require_learnable,
+    split_pair,
+)
 from trainer.data.suggested import suggested_columns
 
-NEEDS = {
+FORMAT_NEEDS = {
     DataFormat.messages: '"messages": a list of {"role": "system|user|assistant", "content": "text"}',
     DataFormat.sharegpt: '"conversations": a list of {"from": "system|human|gpt", "value": "text"}',
     DataFormat.alpaca: '"instruction", optional "input", and "output"',
@@ -60,17 +67,17 @@ _SPELLINGS_AS_TEXT = {  # the columns that make a format, likeliest spelling fir
     DataFormat.thumbs: "prompt completion label | prompt completion thumbs | messages label | messages thumbs",
     DataFormat.prompt: "prompt | question | problem | query | instruction | messages | conversation | conversations",
 }
-SPELLINGS: dict[DataFormat, list[Spelling]] = {}
+FORMAT_SPELLINGS: dict[DataFormat, list[Spelling]] = {}
 """For each format the sets of columns that make it, likeliest first."""
 for _format, _text in _SPELLINGS_AS_TEXT.items():
-    SPELLINGS[_format] = [tuple(spelling.split()) for spelling in _text.split("|")]
+    FORMAT_SPELLINGS[_format] = [tuple(spelling.split()) for spelling in _text.split("|")]
 _CONVERSATION_COLUMNS = ("system", "tools")
 _WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
 _INSTRUCTION_COLUMNS = ("input", "context", "history")
 _ALSO_READS = {  # a format that was named reads these spellings too
-    DataFormat.messages: SPELLINGS[DataFormat.sharegpt],
-    DataFormat.sharegpt: SPELLINGS[DataFormat.messages],
-    DataFormat.prompt_completion: SPELLINGS[DataFormat.alpaca],
+    DataFormat.messages: FORMAT_SPELLINGS[DataFormat.sharegpt],
+    DataFormat.sharegpt: FORMAT_SPELLINGS[DataFormat.messages],
+    DataFormat.prompt_completion: FORMAT_SPELLINGS[DataFormat.alpaca],
 }
 _EXTENDS = {  # the same columns and more of them: the fuller reading is meant
     DataFormat.labelled: {DataFormat.text},
@@ -79,7 +86,7 @@ _EXTENDS = {  # the same columns and more of them: the fuller reading is meant
 }
 
 
-def recognise(
+def recognise_format(
     row: Row,
     columns: dict[str, str],
     *,
@@ -96,7 +103,7 @@ def recognise(
     Raises DataError, with the row, if no format fits or more than one; ConfigError if `columns` names a column of no format.
     """
     setting = _columns_setting(source)
-    _check_columns(columns, [*SPELLINGS], setting)
+    _check_columns(columns, [*FORMAT_SPELLINGS], setting)
     row_fields = {name: field for name, field in row.fields.items() if name not in ignored}
     try:
         fields = _rename_columns(row_fields, columns, setting)
@@ -143,12 +150,12 @@ def _advice_for_no_format(
     example_columns = suggested
     if not suggested:
         likeliest_format = preferred[0] if preferred else DataFormat.prompt_completion
-        example_columns = dict.fromkeys(SPELLINGS[likeliest_format][0], "NAME")
+        example_columns = dict.fromkeys(FORMAT_SPELLINGS[likeliest_format][0], "NAME")
     pairs = ",".join(f"{expected}:{name}" for expected, name in example_columns.items())
     example = f"{setting}='{{{pairs}}}'"
     remedy = f"try {example}, or rename them" if suggested else f"rename them with {setting}, as in {example},"
-    recognised = [format for format in NEEDS if format is not DataFormat.prompt]
-    needs = "\n".join(f"  {format.value}: {NEEDS[format]}" for format in recognised)
+    recognised = [format for format in FORMAT_NEEDS if format is not DataFormat.prompt]
+    needs = "\n".join(f"  {format.value}: {FORMAT_NEEDS[format]}" for format in recognised)
     return f"{remedy} to one of\n{needs}"
 
 
@@ -174,7 +181,7 @@ def _fitting_formats(
     """
     # All formats whose columns the row has.
     fitting: dict[DataFormat, Spelling] = {}
-    for format, spellings in SPELLINGS.items():
+    for format, spellings in FORMAT_SPELLINGS.items():
         # Every row with a question has a prompt: that format is meant only where the objective says so.
         if format is DataFormat.prompt:
             continue
@@ -209,7 +216,7 @@ def _check_columns(columns: dict[str, str], formats: list[DataFormat], setting: 
     """Raise ConfigError if `setting` renames a column to a name that none of the formats reads."""
     readable: dict[str, None] = {}  # in order, each once
     for format in formats:
-        for spelling in (*SPELLINGS[format], *_ALSO_READS.get(format, ())):
+        for spelling in (*FORMAT_SPELLINGS[format], *_ALSO_READS.get(format, ())):
             readable.update(dict.fromkeys(_readable_columns(spelling, format)))
     for name in columns:
         if name not in readable:
@@ -261,7 +268,7 @@ class RowReader:
         columns: dict[str, str],
         *,
         source: str,
-        label: Callable[[Any], str] = label_of,
+        label: Callable[[Any], str] = parse_label,
         ignored: Collection[str] = (),
         group: str | None = None,
         kept: KeptColumns | None = None,
@@ -280,7 +287,7 @@ class RowReader:
         spelled_columns = {name: column for name, column in columns.items() if name not in kept_names}
         if self.kept is None or not self.kept.all:  # a function that takes whatever there is takes any name
             _check_columns(spelled_columns, [format], self._setting)
-        likeliest, *other_spellings = SPELLINGS[format]
+        likeliest, *other_spellings = FORMAT_SPELLINGS[format]
         # Instructions come before input and output, which they have too.
         spellings = [likeliest, *_ALSO_READS.get(format, ()), *other_spellings]
         optional = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS, *kept_names}
@@ -296,13 +303,13 @@ class RowReader:
             also_read.add("reward_model")  # where verl's data sets have it
         self._read_columns: dict[Spelling, tuple[str, ...]] = {}
         """The columns that are read, by the spelling that a row has."""
-        needed_columns = {*CARRIERS[format]}
+        needed_columns = {*MEANINGFUL_COLUMNS[format]}
         for spelling in self._spellings:
             self._read_columns[spelling] = (*_readable_columns(spelling, format), *also_read)
             needed_columns.update(self._read_columns[spelling])
         self.needed_columns = None if self.kept is not None and self.kept.all else frozenset(needed_columns)
         """Columns that decide over a document: of a table no others need be read; None: all are."""
-        self.unread = UnreadColumns(CARRIERS[format], self.ignored, self._setting)
+        self.unread = UnreadColumns(MEANINGFUL_COLUMNS[format], self.ignored, self._setting)
 
     def take_all(self) -> RowReader:
         """From now on, take rows with columns that carry meaning but are not read. Returns the reader."""
@@ -325,7 +332,7 @@ class RowReader:
         if self.ignored:
             fields = {name: field for name, field in fields.items() if name not in self.ignored}
         document = Document(row.file, row.line, self.source)
-        document.group = group_of(fields, self.group) if self.group else None
+        document.group = parse_group(fields, self.group) if self.group else None
         fields = _rename_columns(fields, self.columns, self._setting)
         spelling = self._spelling(fields, row.unread_columns)
         read_columns = self._read_columns[spelling]
@@ -337,12 +344,12 @@ class RowReader:
         # The columns that go with any conversation: system prompt and tools.
         if self.format not in _WITHOUT_SYSTEM:
             if fields.get("system") not in (None, ""):
-                _add_system(document, text_of(fields, "system"))
-            tools = tools_of(fields.get("tools"))
+                _add_system(document, parse_text(fields, "system"))
+            tools = parse_tools(fields.get("tools"))
             if tools:
                 document.messages = document.messages or document.take_turns()
                 # A template must not write tools once more that the system turn lists already.
-                if not names_all_tools(document.messages[0]["content"], tools):
+                if not lists_all_tools(document.messages[0]["content"], tools):
                     document.tools = tools
         if self.kept is not None:
             document.columns = self.kept.values_of(fields)
@@ -367,16 +374,16 @@ class RowReader:
             for spelling in self._spellings:
                 if names >= {*spelling}:
                     return spelling
-        needs = f"{self._setting.removesuffix('columns')}format={self.format.value} needs {NEEDS[self.format]}"
+        needs = f"{self._setting.removesuffix('columns')}format={self.format.value} needs {FORMAT_NEEDS[self.format]}"
         raise Refusal("wrong_format", f"columns {sorted([*_column_names(fields), *unread_columns])}, but {needs}")
 
     def _fill(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
         """Fill the document from the columns of `spelling`, such as ("prompt", "completion"). Raises Refusal."""
         last_column = spelling[-1]
         if last_column in ("thumbs", "label") and self.format is DataFormat.thumbs:
-            document.desirable = verdict_of(fields[last_column])
+            document.desirable = parse_verdict(fields[last_column])
             if document.desirable is None:
-                message = f'"{last_column}" is {show_value(fields[last_column])}; it must be {VERDICTS}'
+                message = f'"{last_column}" is {show_value(fields[last_column])}; it must be {VERDICT_SPELLINGS}'
                 raise Refusal("bad_label", message)
             spelling = spelling[:-1]
         if self.format is DataFormat.prompt:
@@ -384,11 +391,11 @@ class RowReader:
         elif self.format is DataFormat.preference:
             _read_preference(document, fields, spelling, self.ignored)
         elif self.format in (DataFormat.text, DataFormat.labelled):
-            document.text = text_of(fields, spelling[0])
+            document.text = parse_text(fields, spelling[0])
             if self.format is DataFormat.labelled:
                 document.label = self.label_of(fields["label"])
         elif len(spelling) == 1:
-            turns = turns_of(fields[spelling[0]], spelling[0], NEEDS[DataFormat.messages], self.ignored)
+            turns = parse_turns(fields[spelling[0]], spelling[0], FORMAT_NEEDS[DataFormat.messages], self.ignored)
             document.messages = require_learnable(turns)
         else:
             _read_prompt(document, fields, spelling, self.ignored)
@@ -421,16 +428,16 @@ def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling,
             raise Refusal("no_assistant_turn", message)
         document.messages = require_learnable([*prompt_turns, *completion_turns])
         return
-    document.prompt = text_of(fields, prompt_column)
-    document.completion = text_of(fields, completion_column)
+    document.prompt = parse_text(fields, prompt_column)
+    document.completion = parse_text(fields, completion_column)
     # By custom "prompt" and "completion" hold the separator between them; columns of other names do not.
     document.separator = "" if spelling == ("prompt", "completion") else "\n\n"
     if prompt_column == "instruction":
         for column in ("input", "context"):
             if fields.get(column) not in (None, ""):
-                document.prompt += "\n\n" + text_of(fields, column)
-        if not is_nothing(fields.get("history")):
-            earlier = history_of(fields["history"])
+                document.prompt += "\n\n" + parse_text(fields, column)
+        if not is_blank_value(fields.get("history")):
+            earlier = parse_history(fields["history"])
             document.messages = [*earlier, *document.take_turns()]
 
 
@@ -440,9 +447,9 @@ def _read_prompt_alone(
     """Fill a document with a prompt. An answer at the end of a conversation becomes its completion. Raises Refusal."""
     column = spelling[0]
     if not _is_turns(fields[column]):
-        document.prompt = text_of(fields, column)
+        document.prompt = parse_text(fields, column)
         if column == "instruction" and fields.get("input") not in (None, ""):
-            document.prompt += "\n\n" + text_of(fields, "input")
+            document.prompt += "\n\n" + parse_text(fields, "input")
         return
     turns = _turns_or_text(fields, column, "user", ignored)
     while turns and turns[-1]["role"] == "assistant":
@@ -454,7 +461,7 @@ def _read_prompt_alone(
 
 def _is_turns(field: Any) -> bool:
     """Whether a field holds turns, or one turn, rather than a text."""
-    return isinstance(field, list | dict) and not is_texts(field)
+    return isinstance(field, list | dict) and not is_list_of_texts(field)
 
 
 def _turns_or_text(fields: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> list[Message]:
@@ -462,8 +469,8 @@ def _turns_or_text(fields: dict[str, Any], name: str, role: str, ignored: Collec
     field = fields[name]
     if _is_turns(field):
         turns = [field] if isinstance(field, dict) else field
-        return turns_of(turns, name, NEEDS[DataFormat.messages], ignored)
-    return [{"role": role, "content": text_of(fields, name)}]
+        return parse_turns(turns, name, FORMAT_NEEDS[DataFormat.messages], ignored)
+    return [{"role": role, "content": parse_text(fields, name)}]
 
 
 def _read_preference(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
@@ -473,7 +480,7 @@ def _read_preference(document: Document, fields: dict[str, Any], spelling: Spell
     answers = []
     for name in ("chosen", "rejected"):
         if not has_prompt_column and isinstance(fields[name], str):
-            answers.append(turns_of(fields[name], name, ""))  # a transcript
+            answers.append(parse_turns(fields[name], name, ""))  # a transcript
         else:
             answers.append(_turns_or_text(fields, name, "assistant", ignored))
     document.messages, document.chosen, document.rejected = split_pair(prompt, *answers)

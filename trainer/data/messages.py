@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from trainer.data.document import Message
-from trainer.data.fields import MEDIA, Refusal, is_nothing, is_texts, show_value, text_of
+from trainer.data.fields import MEDIA_KEYS, Refusal, is_blank_value, is_list_of_texts, parse_text, show_value
 
 ROLE_NAMES = {  # what rows may say -> what chat templates know
     "system": "system",
@@ -35,14 +35,14 @@ _MASK_KEYS = ("loss_mask", "loss", "mask")
 MIN_WEIGHT = 1e-6
 """Smallest weight of a turn that is learned."""
 _THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-_UNREAD_KEYS = frozenset((*MEDIA, *_MASK_KEYS))
+_UNREAD_KEYS = frozenset((*MEDIA_KEYS, *_MASK_KEYS))
 """Keys of turns that nothing reads, and without which a turn means something else."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _CALL_FORM = '{"name": ..., "arguments": {...}}, perhaps below "function"'
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
-def turns_of(column: Any, name: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
+def parse_turns(column: Any, name: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
     """The messages in the column `name` of a row, with the roles and keys of either convention.
 
     `ignored`: keys of turns that are left out. `needs` says in error messages what the column must be. If it is empty, a text is
@@ -66,7 +66,7 @@ def _transcript_turns(transcript: str, name: str) -> list[dict[str, str]]:
     "Hello"}]. `name`: the column, for messages.
     """
     # The split gives what stands before the first speaker, then speaker and text in turn: ["", "Human", " Hi", ...].
-    before_first, *speakers_and_texts = _SPEAKER.split(text_of({name: transcript}, name))
+    before_first, *speakers_and_texts = _SPEAKER.split(parse_text({name: transcript}, name))
     if before_first.strip() or not speakers_and_texts:
         raise Refusal("no_prompt", f'"{name}" is a text; add its "prompt", or give it as a list of messages')
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -103,7 +103,7 @@ def _read_turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     other_fields = _thought_and_calls(turn, name, role, ignored)
     # ShareGPT's function_call turn holds the call as its text.
     if is_call:
-        other_fields["tool_calls"] = calls_of(text, f"{name}.{text_key}")
+        other_fields["tool_calls"] = parse_tool_calls(text, f"{name}.{text_key}")
         message["content"] = ""
     elif ("tool_calls" in other_fields or role == "tool") and text in (None, "", []):
         message["content"] = ""
@@ -141,16 +141,16 @@ def _thought_and_calls(turn: dict[str, Any], name: str, role: str, ignored: Coll
     # Thought and calls, whichever of their keys the row uses.
     for key in (*_THOUGHT_KEYS, *_CALL_KEYS):
         field_value = turn.get(key)
-        if field_value is None or key in ignored or is_nothing(field_value):
+        if field_value is None or key in ignored or is_blank_value(field_value):
             continue
         if role != "assistant":
             raise Refusal(
                 f"turn_{key}", f"{name} has {key} ({show_value(field_value)}), which only assistant turns may have"
             )
         if key in _CALL_KEYS:
-            fields["tool_calls"] = calls_of(field_value, f"{name}.{key}")
+            fields["tool_calls"] = parse_tool_calls(field_value, f"{name}.{key}")
             continue
-        thought = text_of(turn, key, f"{name}.{key}")
+        thought = parse_text(turn, key, f"{name}.{key}")
         if fields.setdefault("reasoning_content", thought) != thought:
             raise Refusal("two_thoughts", f"{name} has two thoughts that differ ({', '.join(_THOUGHT_KEYS)})")
     if "reasoning_content" in fields and "</think>" in str(turn.get("content") or turn.get("value") or ""):
@@ -168,7 +168,7 @@ def _refuse_unread_keys(turn: dict[str, Any], name: str, ignored: Collection[str
         field_value = turn[key]
         is_mask = key in _MASK_KEYS
         # An empty image is none; a mask of 0 says something.
-        if field_value is None or (not is_mask and is_nothing(field_value)):
+        if field_value is None or (not is_mask and is_blank_value(field_value)):
             continue
         remedy = "write what counts into its content"
         if is_mask:
@@ -183,8 +183,8 @@ def _content(turn: dict[str, Any], key: str, name: str) -> str:
     `name` is what error messages call the text. Raises Refusal.
     """
     content = turn.get(key)
-    if not isinstance(content, list) or is_texts(content):
-        return text_of(turn, key, name)
+    if not isinstance(content, list) or is_list_of_texts(content):
+        return parse_text(turn, key, name)
     texts = []
     for number, part in enumerate(content, 1):
         text = None
@@ -195,7 +195,7 @@ def _content(turn: dict[str, Any], key: str, name: str) -> str:
                 "not_text", f'{name}[{number}] is {show_value(part)}; parts must be {{"type": "text", "text": ...}}'
             )
         texts.append(text)
-    return text_of({key: "".join(texts)}, key, name)
+    return parse_text({key: "".join(texts)}, key, name)
 
 
 def _loss_weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> float | None:
@@ -290,7 +290,7 @@ def _num_shared_turns(first: list[Message], second: list[Message]) -> int:
     return min(len(first), len(second))
 
 
-def history_of(column: Any) -> list[Message]:
+def parse_history(column: Any) -> list[Message]:
     """Earlier turns of a conversation from a column of pairs [question, answer], or of one pair. Raises Refusal.
 
     Example: [["Hi", "Hello"]] -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}].
@@ -298,16 +298,16 @@ def history_of(column: Any) -> list[Message]:
     pairs = column if isinstance(column, list) else [column]
     turns = []
     for number, pair in enumerate(pairs, 1):
-        if not is_texts(pair) or len(pair) != 2:
+        if not is_list_of_texts(pair) or len(pair) != 2:
             raise Refusal("bad_history", f"history[{number}] is {show_value(pair)}; it must be [question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            turns.append({"role": role, "content": text_of({role: text}, role, f"history[{number}]")})
+            turns.append({"role": role, "content": parse_text({role: text}, role, f"history[{number}]")})
     return turns
 
 
-def tools_of(column: Any) -> list[dict[str, Any]] | None:
+def parse_tools(column: Any) -> list[dict[str, Any]] | None:
     """The tools of a column: a list, or a JSON text of one; None if there are none. Raises Refusal: bad_tools."""
-    if column is None or is_nothing(column):
+    if column is None or is_blank_value(column):
         return None
     row_tools = _json_list(column)
     if not isinstance(row_tools, list):
@@ -328,7 +328,7 @@ def tools_of(column: Any) -> list[dict[str, Any]] | None:
     return _require_json(tools, "tools")
 
 
-def names_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
+def lists_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
     """Whether a system turn lists the tools already, as in Hermes' data, so that a template must not list them again."""
     if "<tools>" not in system:
         return False
@@ -337,7 +337,7 @@ def names_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
     return all(name in system for name in names)
 
 
-def calls_of(column: Any, name: str) -> list[dict[str, Any]]:
+def parse_tool_calls(column: Any, name: str) -> list[dict[str, Any]]:
     """The tool calls of a turn, from one call, a list, or a JSON text of it. Raises Refusal: bad_tool_calls."""
     row_calls = _json_list(column)
     if not isinstance(row_calls, list) or not row_calls:

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.data.batches.collate import Collator
 from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.document import Document, Tally
-from trainer.data.fields import KeptColumns, label_of
+from trainer.data.fields import KeptColumns, parse_label
 from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import Sample, TokenDataset
@@ -59,7 +59,7 @@ class DataSpec:
 
     def label(self, value: Any) -> str:
         """The label of a labelled row as one text. Raises Refusal."""
-        return label_of(value)
+        return parse_label(value)
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
         """(reason, message) if the objective cannot use a document, which then goes to quarantine; None if it can.
@@ -79,7 +79,7 @@ class DataSpec:
 
         Drops are counted in `tally`, with their reason. A document may be missing altogether if it is no text to imitate.
         """
-        imitable_documents = [document for document in documents if imitable(document, tally)]
+        imitable_documents = [document for document in documents if keep_unless_undesirable(document, tally)]
         for document, sample in encoder.encode(imitable_documents):
             pieces = fit_length(encoder, document, sample, config.max_length, config.over_length)
             yield document, keep_learnable(encoder, document, sample, pieces, tally)
@@ -125,7 +125,7 @@ class DataSpec:
         return ""
 
 
-def imitable(document: Document, tally: Tally) -> bool:
+def keep_unless_undesirable(document: Document, tally: Tally) -> bool:
     """Whether a document is text to imitate. An answer marked as undesirable is not; it is dropped and counted in `tally`."""
     if document.desirable is False:
         tally.drop("tokenise", "thumbs_down", document.location)

@@ -21,15 +21,15 @@ import numpy as np
 
 from strategies.errors import DataError, Preempted
 from trainer.data.cache import (
-    DONE,
+    MANIFEST_FILE,
     Digests,
     Shards,
     build_once,
-    compare_hashes,
-    fingerprint,
+    data_fingerprint,
+    file_hashes,
     fingerprint_with_date,
-    first_date,
-    hashes_of,
+    load_or_record_first_date,
+    verify_hashes,
 )
 from trainer.data.config import (
     BalanceBy,
@@ -44,19 +44,19 @@ from trainer.data.config import (
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.read.origin import Origin
-from trainer.data.read.paths import expand
-from trainer.data.rendered import refuse_rendered
+from trainer.data.read.paths import expand_paths
+from trainer.data.rendered import refuse_rendered_rows
 from trainer.data.report.describe import ReportWriter
 from trainer.data.report.progress import PreparationProgress, PrintLine, print_on_rank_0
 from trainer.data.selection.near_duplicates import index_bytes_per_document
 from trainer.data.selection.splits import Columns, Selection, choose_splits
 from trainer.data.shards import Assembly, Block
-from trainer.data.sources import inputs_of, readers_of, require_room, row_ranges, rows_of
+from trainer.data.sources import find_inputs, make_row_readers, require_disk_space, row_ranges, rows_of_inputs
 from trainer.data.store.documents import DocumentTable
-from trainer.data.store.sequences import TokenDataset, sequences_of
+from trainer.data.store.sequences import TokenDataset, sequence_numbers
 from trainer.data.tokens.clock import TemplateDate, reads_clock
 from trainer.data.tokens.encode import Encoder
-from trainer.data.worker import BlockMaker, frozen_heap, ordered_map, usable_cores
+from trainer.data.worker import BlockMaker, frozen_heap, num_usable_cores, ordered_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -109,7 +109,7 @@ ChooseDate = Callable[[Callable[[], TemplateDate]], TemplateDate]
 
 def keep_or_first_date(kept: TemplateDate | None) -> ChooseDate:
     """A `ChooseDate` that returns `kept`; if that is None, the date of the first preparation into the cache."""
-    return lambda first_date: kept or first_date()
+    return lambda find_first_date: kept or find_first_date()
 
 
 class Preparation:
@@ -152,7 +152,7 @@ class Preparation:
         `choose_date`: returns the date to use, given a function that looks up when the same data was first prepared.
         """
         config = self.config
-        self.inputs = inputs_of(config)
+        self.inputs = find_inputs(config)
         cache = Path(config.cache_dir).expanduser()
         self.digests = Digests(cache)
         self.is_small = sum(source_input.origin.size() for source_input in self.inputs) <= SMALL_INPUT_BYTES
@@ -163,7 +163,7 @@ class Preparation:
             identities.append((source_input.split, source_input.source, source_input.origin.identity(self.digests)))
         if config.decontamination.paths is not None:
             key = "data.decontamination.paths"
-            evaluation_files = Origin(key, expand(config.decontamination.paths, key, remote=config.remote))
+            evaluation_files = Origin(key, expand_paths(config.decontamination.paths, key, remote=config.remote))
             identities.append(("decontamination", evaluation_files.identity(self.digests)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
             # Imported here, because it compiles seventy regular expressions.
@@ -172,10 +172,10 @@ class Preparation:
             identities.append(("key of the pseudonyms", key_identity()))
 
         # Settled before the date: the first date is remembered under the fingerprint without one.
-        undated_fingerprint = fingerprint(identities, self.tokenizer, self._options())
+        undated_fingerprint = data_fingerprint(identities, self.tokenizer, self._options())
         self.date: TemplateDate | None = None
         if self.tokenizer.chat_template and reads_clock(self.tokenizer.get_chat_template()):
-            self.date = choose_date(partial(first_date, cache, undated_fingerprint))
+            self.date = choose_date(partial(load_or_record_first_date, cache, undated_fingerprint))
         self.fingerprint = fingerprint_with_date(undated_fingerprint, self.date)
         self.directory = cache / self.fingerprint[:32]
 
@@ -208,11 +208,11 @@ class Preparation:
         """
         started_at = time.perf_counter()
         # Make it, unless it is there already.
-        if not (self.directory / DONE).exists():
+        if not (self.directory / MANIFEST_FILE).exists():
             self._refuse_rendered_rows()
         self.progress.phase = "waiting for another process that prepares the same data"
         # Jobs of an array may have done the first pass already.
-        shards = None if (self.directory / DONE).exists() else Shards.finished(self.directory)
+        shards = None if (self.directory / MANIFEST_FILE).exists() else Shards.finished(self.directory)
         was_made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
 
         # Open it. Data that this process has just written need not be compared with its own hashes.
@@ -236,7 +236,7 @@ class Preparation:
         Its blocks are kept until a call of `open_or_make` finds the parts of all jobs. Does nothing if the data is prepared, or
         another process makes this part.
         """
-        if (self.directory / DONE).exists():
+        if (self.directory / MANIFEST_FILE).exists():
             return
         self._refuse_rendered_rows()
         readers = self._readers()
@@ -257,12 +257,12 @@ class Preparation:
     def _readers(self) -> dict[tuple[str, str], RowReader]:
         """A reader for each input, by (split, source) such as ("train", "data"), in the format that its first row has."""
         spec = self.data_spec
-        return readers_of(self.inputs, label=spec.label, preferred=spec.formats, kept=spec.kept)
+        return make_row_readers(self.inputs, label=spec.label, preferred=spec.formats, kept=spec.kept)
 
     def _refuse_rendered_rows(self) -> None:
         """Raise DataError for rows that hold a rendered chat template, unless the user has typed what becomes of it."""
         if self.config.control_tokens is ControlTokens.auto:
-            refuse_rendered(self.inputs, self._readers(), self._encoder)
+            refuse_rendered_rows(self.inputs, self._readers(), self._encoder)
 
     def check_stop(self) -> None:
         """Raise Preempted if this process was asked to stop. Called between blocks, where stopping is safe."""
@@ -317,11 +317,11 @@ class Preparation:
             "splits": {split: len(documents) for split, documents in selection.splits.items()},
             "label_names": label_names,
             "report": report,
-            "hashes": hashes_of(target),
+            "hashes": file_hashes(target),
         }
         self.digests.check()
         # Written last: an entry without this file is unfinished.
-        (target / DONE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (target / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if shards is not None:
             shards.remove()
 
@@ -338,7 +338,7 @@ class Preparation:
             directory = target / split
             # A split is a list of sequence numbers; the tokens of all splits are in one store.
             directory.mkdir()
-            np.save(directory / "index.npy", sequences_of(documents, columns.pieces))
+            np.save(directory / "index.npy", sequence_numbers(documents, columns.pieces))
             manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
             if split == "eval" and evaluation_sets:
                 manifest["sets"] = evaluation_sets
@@ -359,7 +359,7 @@ class Preparation:
         Raises StorageError if the disk is too small.
         """
         make_block = BlockMaker(self.config, self.data_spec, readers=readers, encoder=self._encoder, date=self.date)
-        require_room(
+        require_disk_space(
             self.directory.parent,
             self.inputs,
             make_block,
@@ -370,11 +370,11 @@ class Preparation:
         if self.config.max_documents is None:
             self.progress.expect(self.inputs, 1 / parts)
         # The rows of this part, in ranges that become a block each.
-        ranges = row_ranges(rows_of(self.inputs, self.config.max_documents))
+        ranges = row_ranges(rows_of_inputs(self.inputs, self.config.max_documents))
         if parts > 1:
             ranges = (row_range for row_range in ranges if row_range.number % parts == part)
         # Blocks in the order of the ranges, by this process or by several.
-        workers = self.config.workers or usable_cores()
+        workers = self.config.workers or num_usable_cores()
         if self.is_small:  # forking workers takes longer than small data
             workers = 1
         self.progress.begin_rows()
@@ -401,14 +401,14 @@ def open_prepared(
     already, and how long preparation or waiting for it took.
     """
     try:
-        manifest = json.loads((directory / DONE).read_text(encoding="utf-8"))
+        manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
         hashes = manifest["hashes"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{directory / DONE}: is no manifest of prepared data ({error}); delete {directory} to prepare it again"
+            f"{directory / MANIFEST_FILE}: is no manifest of prepared data ({error}); delete {directory} to prepare it again"
         ) from error
     if verify is not None:
-        compare_hashes(directory, hashes, verify)
+        verify_hashes(directory, hashes, verify)
     # A split other than train may be missing.
     report = {**manifest["report"], "cached": cached, "seconds": round(seconds, 3)}
     evaluation = TokenDataset.open(directory / "eval") if (directory / "eval").is_dir() else None

@@ -72,7 +72,7 @@ class TurnTokens:
         return None
 
 
-def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReader], encoder: Encoder) -> None:
+def refuse_rendered_rows(inputs: list[Input], readers: dict[tuple[str, str], RowReader], encoder: Encoder) -> None:
     """Raise DataError if most of an input's first texts or prompts already hold a rendered chat template."""
     turn_tokens = TurnTokens.of(encoder)
     for source_input in inputs:

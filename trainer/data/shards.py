@@ -18,8 +18,8 @@ import numpy as np
 import orjson
 
 from strategies.errors import DataError
-from trainer.data.document import EXAMPLES, WRONG_KIND, Findings, Rejected, Tally
-from trainer.data.fields import MAX_NAMES
+from trainer.data.document import MAX_EXAMPLES, WRONG_KIND_REASON, Findings, Rejected, Tally
+from trainer.data.fields import MAX_REMEMBERED_NAMES
 from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DOCUMENTS_FILE, schema
 from trainer.data.store.sequences import LABEL, MARK_PREFIX, Sequences, StoreWriter, columns_with_prefix
@@ -195,10 +195,10 @@ class Assembly:
         totals.rows_of_file.update(block.rows_of_file)
         totals.tally.merge(block.tally)
         unread_names = totals.unread.setdefault(block.source, {})
-        if len(unread_names) < MAX_NAMES:
+        if len(unread_names) < MAX_REMEMBERED_NAMES:
             unread_names.update(dict.fromkeys(block.unread))
         totals.bad_reasons.update(bad.reason for bad in block.bad)
-        num_missing_examples = EXAMPLES - len(totals.bad)
+        num_missing_examples = MAX_EXAMPLES - len(totals.bad)
         totals.bad += block.bad[:num_missing_examples]
 
     def log_drop(self, stage: str, reason: str, location: str) -> None:
@@ -216,7 +216,7 @@ class Assembly:
         if not num_rows:
             return
         is_above_limit = num_bad / num_rows > self.max_bad_share
-        if not is_above_limit and reasons[WRONG_KIND] < num_rows:
+        if not is_above_limit and reasons[WRONG_KIND_REASON] < num_rows:
             return
         # The data set's directory is about to be removed, the list of its bad rows is not.
         self._quarantine.flush()
@@ -294,7 +294,7 @@ JSON_FIELDS = ("number", "split", "source", "rows", "rows_of_file", "unread", "l
 """Fields of a block that JSON can hold as they are."""
 
 
-def save(block: Block, path: Path) -> None:
+def save_block(block: Block, path: Path) -> None:
     """Write a block (a range of rows that became documents and tokens) to an `.npz` file, for another job. Raises OSError."""
     assert block.sequences is not None and block.documents is not None
     json_fields = {name: getattr(block, name) for name in (*JSON_FIELDS, "bad", "tally")}
@@ -315,8 +315,8 @@ def save(block: Block, path: Path) -> None:
     np.savez(path, **arrays)
 
 
-def load(path: Path) -> Block:
-    """Read a block that `save` wrote."""
+def load_block(path: Path) -> Block:
+    """Read a block that `save_block` wrote."""
     import pyarrow as pa
 
     with np.load(path, allow_pickle=False) as file:

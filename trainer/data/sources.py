@@ -14,11 +14,11 @@ from typing import Any
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.config import HELD_OUT, BalanceConfig, DataConfig, DataFormat, FilterConfig, Layout, PrivacyConfig
 from trainer.data.document import Document, Rejected, Row
-from trainer.data.fields import KeptColumns, label_of
-from trainer.data.formats import RowReader, recognise
+from trainer.data.fields import KeptColumns, parse_label
+from trainer.data.formats import RowReader, recognise_format
 from trainer.data.read.json_rows import Line
 from trainer.data.read.origin import Origin
-from trainer.data.read.paths import expand, is_hub, sets_of
+from trainer.data.read.paths import expand_paths, held_out_sets, is_hub_path
 from trainer.data.selection import balance
 from trainer.data.shards import Block
 from trainer.data.transforms import filters
@@ -136,7 +136,7 @@ def _streaming_problems(config: DataConfig) -> Iterator[str]:
     """
     names_hub_data = False
     for name, source in config.sources.items():
-        hub_paths = [path for path in _paths_in(source.path) if is_hub(path)]
+        hub_paths = [path for path in _paths_in(source.path) if is_hub_path(path)]
         names_hub_data |= bool(hub_paths)
         if hub_paths and not COMMIT.fullmatch(source.revision or ""):
             yield (
@@ -144,7 +144,7 @@ def _streaming_problems(config: DataConfig) -> Iterator[str]:
                 "its 40 characters, which the hub shows beside the files"
             )
     for key in ("path", "eval_path", "test_path"):
-        hub_paths = [path for path in _paths_in(getattr(config, key)) if is_hub(path)]
+        hub_paths = [path for path in _paths_in(getattr(config, key)) if is_hub_path(path)]
         names_hub_data |= bool(hub_paths)
         if hub_paths:
             yield (
@@ -166,7 +166,7 @@ def _paths_in(path_setting: Any) -> list[str]:
     return [str(path) for path in paths]
 
 
-def inputs_of(config: DataConfig) -> list[Input]:
+def find_inputs(config: DataConfig) -> list[Input]:
     """The inputs that `data` names, in the order in which they are read: training sources, then held-out sets.
 
     Raises ConfigError, and DataError for files that do not exist.
@@ -179,18 +179,18 @@ def inputs_of(config: DataConfig) -> list[Input]:
     if config.sources:
         for name, source in config.sources.items():
             key = f"data.sources.{name}"
-            files = expand(source.path, f"{key}.path", remote=config.remote)
+            files = expand_paths(source.path, f"{key}.path", remote=config.remote)
             origin = Origin(f"{key}.path", files, source.subset, source.split, source.revision, config.streaming)
             columns = dict(source.columns) or dict(config.columns)
             format = config.format if source.format is DataFormat.auto else source.format
             inputs.append(Input("train", name, key, origin, format, columns, source.weight, source.licence))
     else:
-        origin = Origin("data.path", expand(config.path, "data.path", remote=config.remote))
+        origin = Origin("data.path", expand_paths(config.path, "data.path", remote=config.remote))
         inputs.append(Input("train", "data", "data.path", origin, config.format, dict(config.columns)))
     # Held-out sets with files of their own.
     for split in HELD_OUT:
-        for name, (key, paths) in sets_of(getattr(config, f"{split}_path"), split).items():
-            origin = Origin(key, expand(paths, key, remote=config.remote))
+        for name, (key, paths) in held_out_sets(getattr(config, f"{split}_path"), split).items():
+            origin = Origin(key, expand_paths(paths, key, remote=config.remote))
             inputs.append(Input(split, name, key, origin, config.format, dict(config.columns)))
 
     # What all inputs have in common: ignored columns and the column of groups, which must not be ignored.
@@ -206,10 +206,10 @@ def inputs_of(config: DataConfig) -> list[Input]:
     return inputs
 
 
-def readers_of(
+def make_row_readers(
     inputs: list[Input],
     *,
-    label: Callable[[Any], str] = label_of,
+    label: Callable[[Any], str] = parse_label,
     preferred: tuple[DataFormat, ...] = (),
     kept: KeptColumns | None = None,
     takes_all: bool = False,
@@ -228,7 +228,7 @@ def readers_of(
             if preferred == (DataFormat.prompt,):  # what else the rows have are columns for rewards
                 format = DataFormat.prompt
             else:
-                format = recognise(
+                format = recognise_format(
                     first_row,
                     source_input.columns,
                     source=source_input.source,
@@ -279,7 +279,7 @@ def _first_readable_row(source_input: Input) -> Row:
     raise DataError(f"{first_rejected}; no row of the first {MAX_UNREADABLE_ROWS} can be read")
 
 
-def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tuple[str, str], Row | Rejected]]:
+def rows_of_inputs(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tuple[str, str], Row | Rejected]]:
     """((split, source), row) of all inputs in order; of the training split only the first `max_documents` rows."""
     train_rows_left = max_documents
     for source_input in inputs:
@@ -295,7 +295,7 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
 
 
 def row_ranges(rows: Iterator[tuple[tuple[str, str], Row | Rejected]]) -> Iterator[RowRange]:
-    """Group the rows of `rows_of` into ranges, the pieces of work that a worker turns into one block of prepared data.
+    """Group the rows of `rows_of_inputs` into ranges, the pieces of work that a worker turns into one block of prepared data.
 
     A range has rows of one input, at most `MAX_RANGE_ROWS` and about `MAX_RANGE_BYTES`. Where a range ends depends on the input
     alone, so that any number of workers makes the same data set.
@@ -326,10 +326,10 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     key = "data.decontamination.paths"
     ignored = frozenset(config.ignore_columns)
     # Each file is in its own format.
-    for path in expand(paths, key, remote=config.remote):
+    for path in expand_paths(paths, key, remote=config.remote):
         file_input = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
         # What is compared are texts: a picture beside them matters to nobody.
-        (reader,) = readers_of([file_input], takes_all=True).values()
+        (reader,) = make_row_readers([file_input], takes_all=True).values()
         for row in file_input.origin.rows(file_input.needed_columns):
             document = reader(row.parse())
             if not isinstance(document, Document):
@@ -350,7 +350,7 @@ NUMBER_BYTES = 8
 """Bytes of a number in a column of the store."""
 
 
-def require_room(
+def require_disk_space(
     directory: Path,
     inputs: list[Input],
     make: Callable[[RowRange], Block],

@@ -22,13 +22,13 @@ from strategies.errors import ShardtuneError
 from strategies.parent_death import die_with_parent
 from trainer.data.compat import close_own_writer
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
-from trainer.data.document import EXCERPT, Document, RefusedDocument, Rejected, Stage, Tally
+from trainer.data.document import EXCERPT_CHARACTERS, Document, RefusedDocument, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
-from trainer.data.selection.signatures import Signer, content, group_digest
+from trainer.data.selection.signatures import Signer, content_json, group_digest
 from trainer.data.shards import LOST_REASONS, Block
 from trainer.data.sources import RowRange, evaluation_documents
-from trainer.data.store.documents import to_batch
+from trainer.data.store.documents import to_record_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
 from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.encode import Encoder
@@ -86,7 +86,7 @@ class BlockMaker:
         for stage in self._stages(row_range):
             documents = self._run_stage(stage, documents, block)
         documents = self._tokenise(documents, block)
-        block.documents = to_batch(documents)
+        block.documents = to_record_batch(documents)
         block.signatures = self.signer.sign(documents)
         if self.config.group_by is not None:
             groups = [group_digest(document.group) for document in documents]
@@ -106,7 +106,7 @@ class BlockMaker:
                     documents.append(document)
                     continue
                 reason, message = refusal
-                text = document.text or content(document)
+                text = document.text or content_json(document)
                 document = Rejected(document.file, document.line, reason, message, text)
             self._quarantine(block, document, "read")
         block.unread = list(reader.unread.names)
@@ -123,7 +123,7 @@ class BlockMaker:
             elif stage.name == "checks":
                 # The drop that the stage has just counted: (stage, reason, location).
                 _, reason, _ = block.tally.drops[-1]
-                excerpt = content(document)[:EXCERPT]
+                excerpt = content_json(document)[:EXCERPT_CHARACTERS]
                 block.bad.append(Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt))
         num_dropped = len(documents) - len(remaining)
         if num_dropped != len(block.tally.drops) - drops_before:
@@ -149,7 +149,7 @@ class BlockMaker:
     def _quarantine(self, block: Block, row: Rejected, stage: str) -> None:
         """Put a row among the block's bad ones, and count it as dropped by `stage`."""
         block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
-        row.excerpt = row.excerpt[:EXCERPT]
+        row.excerpt = row.excerpt[:EXCERPT_CHARACTERS]
         block.bad.append(row)
 
     def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
@@ -197,7 +197,7 @@ class BlockMaker:
                     yield from self._make_sequences([document], block)
                 return
             (document,) = documents
-            row = Rejected(document.file, document.line, refused.reason, refused.message, content(document))
+            row = Rejected(document.file, document.line, refused.reason, refused.message, content_json(document))
             self._quarantine(block, row, "tokenise")
             return
         block.tally.merge(tally)
@@ -211,7 +211,7 @@ class BlockMaker:
             reason = reason_by_location[document.location]
             if reason in LOST_REASONS:
                 message = LOST_REASONS[reason].format(self.config.max_length)
-                excerpt = content(document)[:EXCERPT]
+                excerpt = content_json(document)[:EXCERPT_CHARACTERS]
                 block.bad.append(Rejected(document.file, document.line, reason, message, excerpt))
 
 
@@ -222,7 +222,7 @@ _function: Callable[[Any], Any] | None = None
 """What workers call. Set before they are forked, so that it need not be pickled."""
 
 
-def usable_cores() -> int:
+def num_usable_cores() -> int:
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0))
 

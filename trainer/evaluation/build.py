@@ -11,7 +11,7 @@ import numpy as np
 from strategies.base import Engine
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
-from trainer.data.batches.cutting import cut_of
+from trainer.data.batches.cutting import sequence_cut
 from trainer.data.batches.loader import EvalShare, eval_batches, sources_in
 from trainer.data.store.sequences import TokenDataset, exact_sum
 from trainer.data.tokens.encode import Encoder
@@ -55,7 +55,7 @@ def build_evaluators(
         config.max_documents,
         data_spec.sequences_per_document,
         by_source=bool(parts),
-        cut=cut_of(runtime),
+        cut=sequence_cut(runtime),
     )
     batches = partial(eval_batches, held_out, share, built.collator, runtime.device)
     sequences = share.sequences(held_out)

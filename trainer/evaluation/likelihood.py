@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.data.batches.cutting import IGNORED
+from trainer.data.batches.cutting import IGNORED_TARGET
 from trainer.evaluation.decoding import stock_attention
 from trainer.losses.row_scores import row_scores
 from trainer.objectives.causal import plain_model, supervised_rows
@@ -67,12 +67,12 @@ def pair_rows(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | 
     for context, continuation in pairs:
         if decoder_start is None:
             inputs.append([*context, *continuation[:-1]] if continuation else [*context])
-            targets.append([*[IGNORED] * (len(context) - 1), *continuation])
+            targets.append([*[IGNORED_TARGET] * (len(context) - 1), *continuation])
         else:
             inputs.append([decoder_start, *continuation[:-1]])
             targets.append([*continuation])
-    padded_targets = padded(targets, IGNORED, width=max(map(len, inputs)))
-    target_rows = torch.nonzero(padded_targets.view(-1) != IGNORED)[:, 0]
+    padded_targets = padded(targets, IGNORED_TARGET, width=max(map(len, inputs)))
+    target_rows = torch.nonzero(padded_targets.view(-1) != IGNORED_TARGET)[:, 0]
     batch: dict[str, Any] = {
         "targets": padded_targets,
         "target_rows": target_rows,

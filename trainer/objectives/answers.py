@@ -17,9 +17,9 @@ import torch
 
 from strategies.errors import DataError
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import AXES, IGNORED, Axis
+from trainer.data.batches.cutting import AXES, IGNORED_TARGET, Axis
 from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
-from trainer.data.document import WRONG_KIND, Document, Tally
+from trainer.data.document import WRONG_KIND_REASON, Document, Tally
 from trainer.data.fields import KeptColumns
 from trainer.data.store.sequences import Sample
 from trainer.data.tokens.encode import Encoder
@@ -145,7 +145,7 @@ class _SharedRow:
         return {
             "input_ids": torch.tensor([self.ids]),
             "position_ids": torch.tensor([self.positions]),
-            "targets": torch.full((1, len(self.ids)), IGNORED),
+            "targets": torch.full((1, len(self.ids)), IGNORED_TARGET),
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
             "max_length_q": self.longest,
@@ -184,7 +184,7 @@ class PromptDataSpec(UnlabelledDataSpec):
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.chosen and document.rejected:
-            return WRONG_KIND, "has two answers to compare, and this objective needs prompts; use objective=dpo"
+            return WRONG_KIND_REASON, "has two answers to compare, and this objective needs prompts; use objective=dpo"
         return super().refuses(document)
 
     def sequences(

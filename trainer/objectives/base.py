@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from strategies.settings import DESCRIBES, Reach, setting
 from trainer.data.config import DataConfig, DataFormat
-from trainer.data.document import WRONG_KIND, Document
+from trainer.data.document import WRONG_KIND_REASON, Document
 from trainer.data.objective_spec import DataSpec
 from trainer.data.store.sequences import TokenDataset
 from trainer.model.config import ModelKind
@@ -164,7 +164,7 @@ class UnlabelledDataSpec(DataSpec):
         if document.label is None:
             return None
         problem = "has a label, which this objective does not use; set objective=classification, or "
-        return WRONG_KIND, f"{problem}data.format=text to train on the text"
+        return WRONG_KIND_REASON, f"{problem}data.format=text to train on the text"
 
 
 def formats_of(data: DataConfig) -> dict[str, DataFormat]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, DataError
 from strategies.settings import DESCRIBES, setting
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import IGNORED, Axis
+from trainer.data.batches.cutting import IGNORED_TARGET, Axis
 from trainer.data.config import DataFormat, Layout
-from trainer.data.document import WRONG_KIND, Document
-from trainer.data.fields import Refusal, label_of
+from trainer.data.document import WRONG_KIND_REASON, Document
+from trainer.data.fields import Refusal, parse_label
 from trainer.data.objective_spec import DataSpec
 from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DocumentTable
@@ -109,7 +109,7 @@ class LabelDataSpec(DataSpec):
     def label(self, value: Any) -> str:
         """The label as one text. Where `objective.labels` gives names, a number that is none of them is the id of a name."""
         if not self.multi_label:
-            return self._name_of(label_of(value))
+            return self._name_of(parse_label(value))
         names = {self._name_of(label) for label in split_labels(labels_of(value))}
         return LABEL_SEPARATOR.join(sorted(names))
 
@@ -130,12 +130,12 @@ class LabelDataSpec(DataSpec):
     def refuses(self, document: Document) -> tuple[str, str] | None:
         """Why a document cannot be used, as (kind of refusal, message); None if it can.
 
-        - no label: `WRONG_KIND`.
+        - no label: `WRONG_KIND_REASON`.
         - a label that `objective.labels` does not name: `unknown_label`. Without that setting every label is taken.
         """
         if document.label is None:
             problem = "has no label, which objective=classification learns and evaluates; it"
-            return WRONG_KIND, f"{problem} needs rows with a text and a label (data.format=labelled)"
+            return WRONG_KIND_REASON, f"{problem} needs rows with a text and a label (data.format=labelled)"
         if self.names is None:
             return None
         labels = [document.label]
@@ -180,14 +180,14 @@ class LabelCollator(PooledCollator):
         batch["labels"] = torch.tensor([int(sample.marks[LABEL]) for sample in samples], dtype=torch.int64)
 
     def blank(self, sample: Sample) -> Sample:
-        return Sample(sample.input_ids, np.zeros_like(sample.supervised), {**sample.marks, LABEL: IGNORED})
+        return Sample(sample.input_ids, np.zeros_like(sample.supervised), {**sample.marks, LABEL: IGNORED_TARGET})
 
 
 def labels_of(labels: Any) -> str:
     """Any number of labels as one text, sorted, with `|` between them; none is the empty text. Raises Refusal: bad_label."""
     if isinstance(labels, str):
         labels = [name for name in labels.split(LABEL_SEPARATOR) if name.strip()]
-    names = {label_of(name) for name in (labels if isinstance(labels, list) else [labels])}
+    names = {parse_label(name) for name in (labels if isinstance(labels, list) else [labels])}
     if ambiguous := next((name for name in names if LABEL_SEPARATOR in name), None):
         raise Refusal(
             "bad_label", f'"label" holds {ambiguous!r}; the name of a label must not contain {LABEL_SEPARATOR}'

@@ -21,7 +21,7 @@ from strategies.settings import number
 from trainer.data.batches.collate import Collator
 from trainer.data.batches.cutting import AXES, Axis
 from trainer.data.config import DataConfig, DataFormat, Layout
-from trainer.data.document import WRONG_KIND, Document, Message, Tally
+from trainer.data.document import WRONG_KIND_REASON, Document, Message, Tally
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.data.tokens.encode import DOCUMENTS_PER_BATCH, Encoder, share_prompt
 from trainer.data.tokens.truncation import fit_answers
@@ -88,7 +88,7 @@ class RatedDataSpec(UnlabelledDataSpec):
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.desirable is not None or (document.chosen and document.rejected):
             return weight_refusal(document)
-        return WRONG_KIND, (
+        return WRONG_KIND_REASON, (
             "has no label that objective=kto can use; give rows with thumbs up or down (data.format=thumbs) or pairs "
             "(data.format=preference), or use objective=sft"
         )

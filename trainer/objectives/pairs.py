@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.data.batches.collate import Collator
 from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
-from trainer.data.document import WRONG_KIND, Document, Tally
+from trainer.data.document import WRONG_KIND_REASON, Document, Tally
 from trainer.data.store.sequences import REFERENCE, Sample
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.truncation import fit_answers
@@ -37,7 +37,7 @@ class PairDataSpec(UnlabelledDataSpec):
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.chosen and document.rejected:
             return weight_refusal(document)
-        return WRONG_KIND, (
+        return WRONG_KIND_REASON, (
             "has no preferred and rejected answer, which this objective compares; give rows of prompt, chosen and rejected "
             "(data.format=preference), or use objective=sft"
         )

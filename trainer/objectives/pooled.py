@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from strategies.sequence import sum_over_group
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import AXES, Axis, Cut, rows_before
+from trainer.data.batches.cutting import AXES, Axis, Cut, num_rows_before
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.objectives.causal import MODEL_INPUTS, plain_model, token_states
@@ -52,7 +52,7 @@ class PooledCollator(Collator):
         """This rank's slice, and which sequences are its own; see the class."""
         slices = super().cut(batch, cut)
         start, stop = slices["row_span"]
-        first, end = rows_before(batch[POOLED], [start, stop])
+        first, end = num_rows_before(batch[POOLED], [start, stop])
         slices[POOLED] = batch[POOLED][first:end] - start
         slices[OWN_SEQUENCES] = (first, end)
         return slices

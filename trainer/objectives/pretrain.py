@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from trainer.data.config import DataFormat, LearnConfig
-from trainer.data.document import WRONG_KIND, Document
+from trainer.data.document import WRONG_KIND_REASON, Document
 from trainer.objectives import sft
 from trainer.objectives.base import OtherSettings, formats_of
 
@@ -29,7 +29,7 @@ class TextDataSpec(sft.SftDataSpec):
         problem = (
             "is no plain text, which objective=pretrain learns; give rows of text or text files, or use objective=sft"
         )
-        return WRONG_KIND, problem
+        return WRONG_KIND_REASON, problem
 
 
 def problems(config: PretrainConfig, other_settings: OtherSettings) -> Iterator[str]:

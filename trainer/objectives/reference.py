@@ -22,7 +22,7 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.errors import Preempted, StorageError
 from trainer.data.batches.collate import Collator, to_device
-from trainer.data.batches.cutting import cut_of
+from trainer.data.batches.cutting import sequence_cut
 from trainer.data.batches.loader import EvalShare, eval_plan
 from trainer.data.objective_spec import AheadOf
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
@@ -100,7 +100,7 @@ def _compute_logps(
     device = runtime.device
     logps_by_sequence = torch.zeros(len(dataset), dtype=torch.float64, device=device)
     plan = eval_plan(dataset, EvalShare(settings.max_batch, runtime.reader, runtime.readers))
-    cut = cut_of(runtime)
+    cut = sequence_cut(runtime)
     with engine.inference() as module:
         # Through the root module's own forward: a sharding engine gathers parameters only there.
         step: Any = module

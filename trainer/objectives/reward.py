@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.settings import number
-from trainer.data.batches.cutting import IGNORED
+from trainer.data.batches.cutting import IGNORED_TARGET
 from trainer.data.config import Layout
 from trainer.model.config import ModelKind
 from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings
@@ -52,7 +52,7 @@ class Reward(Objective):
         """
         scores = of_all_sequences(batch, classifier_logits(model, batch)[:, 0])
         chosen, rejected = scores.view(-1, 2).unbind(1)
-        is_supervised = batch[SUPERVISED] if SUPERVISED in batch else (batch["targets"] != IGNORED).any(dim=1)
+        is_supervised = batch[SUPERVISED] if SUPERVISED in batch else (batch["targets"] != IGNORED_TARGET).any(dim=1)
         is_counted = is_supervised.view(-1, 2).all(dim=1).float() * counted_here(batch)
         losses = -F.logsigmoid(chosen - rejected)
         if self.config.centre:

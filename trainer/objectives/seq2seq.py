@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, DataError
 from strategies.settings import DESCRIBES, number, setting
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import IGNORED
+from trainer.data.batches.cutting import IGNORED_TARGET
 from trainer.data.config import ControlTokens, DataConfig, DataFormat, Layout, LearnConfig, OverLength
-from trainer.data.document import WRONG_KIND, Document, RefusedDocument, Tally
-from trainer.data.objective_spec import imitable
+from trainer.data.document import WRONG_KIND_REASON, Document, RefusedDocument, Tally
+from trainer.data.objective_spec import keep_unless_undesirable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.encode import DOCUMENTS_PER_BATCH, Encoder
 from trainer.data.tokens.template import RenderedText
@@ -110,7 +110,7 @@ class TwoSidedDataSpec(UnlabelledDataSpec):
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
         assert isinstance(encoder, SourceTargetEncoder)
-        for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
+        for document, sample in encoder.encode([d for d in documents if keep_unless_undesirable(d, tally)]):
             fitted = encoder.fit(document, sample, config.max_length, config.over_length)
             yield document, keep_learnable(encoder, document, sample, fitted, tally)
 
@@ -226,7 +226,7 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
         kind = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
         raise RefusedDocument(
             document.location,
-            "not_two_sided" if turns else WRONG_KIND,
+            "not_two_sided" if turns else WRONG_KIND_REASON,
             f"{kind}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
             "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model",
         )
@@ -259,7 +259,9 @@ class TwoSidedCollator(Collator):
     def rows(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return pad_two_sides(samples, pad_token_id=self.pad_token_id, start_token_id=self.decoder_start)
 
-    def deal(self, dataset: TokenDataset, units: np.ndarray, costs: np.ndarray, shape: tuple[int, int]) -> list:
+    def assign_to_slots(
+        self, dataset: TokenDataset, units: np.ndarray, costs: np.ndarray, shape: tuple[int, int]
+    ) -> list:
         return deal_two_sides(dataset, units, *shape)
 
 
@@ -272,7 +274,7 @@ def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_i
     mask = np.zeros_like(ids)
     longest_answer = max(1, *map(len, answers), 1)
     decoder = np.full((len(samples), longest_answer), pad_token_id, dtype=np.int64)
-    targets = np.full_like(decoder, IGNORED)
+    targets = np.full_like(decoder, IGNORED_TARGET)
     # The decoder sees the answer shifted by one: position i predicts the answer's token i.
     decoder[:, 0] = start_token_id
     for row, (sample, cut, answer) in enumerate(zip(samples, cuts, answers, strict=True)):

@@ -14,7 +14,7 @@ from strategies.errors import DataError
 from strategies.sequence import move_rows
 from strategies.settings import DESCRIBES, number, setting
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import AXES, Axis, Cut, moved_rows, rows_before
+from trainer.data.batches.cutting import AXES, Axis, Cut, all_to_all_row_counts, num_rows_before
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.losses.divergence import Divergence, Measure, TeacherComparison
@@ -163,9 +163,9 @@ class ReplayCollator(Collator):
         slices = super().cut(batch, cut)
         if "replay" in batch:
             replay_positions = batch["target_rows"][batch["replay_rows"]]
-            in_replay = rows_before(batch["replay"]["target_rows"], slices["replay"]["row_slices"])
-            in_row = rows_before(replay_positions, slices["row_slices"])
-            slices["replay_moves"] = moved_rows(in_replay, in_row, cut.sequence_rank)
+            in_replay = num_rows_before(batch["replay"]["target_rows"], slices["replay"]["row_slices"])
+            in_row = num_rows_before(replay_positions, slices["row_slices"])
+            slices["replay_moves"] = all_to_all_row_counts(in_replay, in_row, cut.sequence_rank)
         return slices
 
 

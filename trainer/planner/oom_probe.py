@@ -18,7 +18,7 @@ from trainer.build.parts import build_engine, workload
 from trainer.build.recomputation import USABLE_SHARE, device_gib, longest_micro_batch
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig
-from trainer.data.batches.cutting import cut_of
+from trainer.data.batches.cutting import sequence_cut
 from trainer.data.prepare import PreparedData
 from trainer.planner.fit_check import TIMEOUT_SHARE
 from trainer.planner.hardware import GIB
@@ -96,7 +96,7 @@ def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
     runtime = inputs.runtime
     # Two micro-batches hold as much as any number: the second adds to the gradients that the first left.
     micro_batches = min(2, accumulation_steps(config, runtime.world_size))
-    cut = cut_of(runtime)
+    cut = sequence_cut(runtime)
     longest = longest_micro_batch(built, workload(config, inputs.data, cut))
     trainer = minimal_trainer(engine)
     try:

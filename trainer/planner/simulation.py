@@ -28,7 +28,7 @@ from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import heads_of, step_layout
 from trainer.config.parallel import ParallelConfig, accumulation_steps
 from trainer.config.run import RunConfig
-from trainer.data.batches.cutting import cut_of
+from trainer.data.batches.cutting import sequence_cut
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.objectives.base import ObjectiveConfig
@@ -405,6 +405,6 @@ def _micro_batch_of(parts: StepParts, lengths: list[int], micro_batches: int, ru
 
     `micro_batches`: how many such micro-batches a step has, all ranks together; losses are divided by their tokens together.
     """
-    batch = micro_batch_of(parts.built, lengths, cut_of(runtime))
+    batch = micro_batch_of(parts.built, lengths, sequence_cut(runtime))
     batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * micro_batches)
     return batch

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trainer.data.batches.cutting import Cut
-from trainer.data.batches.order import deal
+from trainer.data.batches.order import assign_to_slots
 from trainer.data.batches.prefetch import pin_batch
 from trainer.objectives.answers import AnswerCollator, AnswerSample
 
@@ -64,7 +64,7 @@ class Dealer:
         per_slot = self.micro_batch // max(map(len, units), default=1)
         num_slots = max(1, -(-len(units) // (per_slot * self.readers))) * self.readers
         # Sorted by load, so that the readers' m-th micro-batches weigh about the same and none waits long.
-        slots = deal(costs, num_slots, per_slot)
+        slots = assign_to_slots(costs, num_slots, per_slot)
         loads = np.array([costs[slot].sum() for slot in slots], dtype=np.float64).reshape(-1, self.readers)
         balance = float(loads.mean(axis=1).sum() / max(1.0, loads.max(axis=1).sum()))
 

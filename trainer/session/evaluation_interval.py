@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from strategies.base import Progress
 from strategies.runtime import Runtime
 from trainer.config.run import RunConfig
-from trainer.data.batches.cutting import cut_of
+from trainer.data.batches.cutting import sequence_cut
 from trainer.data.batches.loader import EvalShare, StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.build import evaluation_parts
@@ -58,7 +58,7 @@ def resolve_evaluation_interval(
         config.evaluation.max_documents,
         built.data_spec.sequences_per_document,
         by_source=bool(evaluation_parts(held_out)),  # `max_documents` bounds each source by itself
-        cut=cut_of(runtime),
+        cut=sequence_cut(runtime),
     )
     size = RunSize(
         total_steps=total_steps,

@@ -17,7 +17,7 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError
 from trainer.config.run import RunConfig, kept_date
-from trainer.data.cache import DONE
+from trainer.data.cache import MANIFEST_FILE
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, PreparedData, keep_or_first_date, open_prepared
 from trainer.data.report.progress import PrintLine, print_on_rank_0
@@ -211,7 +211,7 @@ def training_documents(
 
 def _is_prepared(directory: Path, record: DataRecord) -> bool:
     """Whether the prepared data with the run's fingerprint is complete in a directory."""
-    manifest = _read_object(directory / DONE)
+    manifest = _read_object(directory / MANIFEST_FILE)
     return f"{manifest.get('fingerprint')}/train" == record.fingerprint
 
 

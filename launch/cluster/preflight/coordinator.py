@@ -25,7 +25,7 @@ from launch.cluster.preflight.verdict import NodeReports, PreflightVerdict, judg
 from strategies.errors import StorageError
 from trainer.config.host_memory import node_gib
 from trainer.config.sbatch_options import gpu_request, ranks_per_node
-from trainer.data.read.paths import is_address, is_hub
+from trainer.data.read.paths import is_hub_path, is_remote_address
 
 FACTS_TIMEOUT_S = 30.0
 """Seconds within which each node must have said what it sees."""
@@ -63,7 +63,7 @@ def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
     for setting in (data["path"], *source_paths):
         paths = setting if isinstance(setting, list) else [setting]
         for path in paths:
-            if path is not None and not is_hub(str(path)) and not is_address(str(path)):
+            if path is not None and not is_hub_path(str(path)) and not is_remote_address(str(path)):
                 local_paths.append(str(path))
     downloads = model["download"]  # whether the run downloads the model: then no node needs to have it
     run_dir = str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None

@@ -15,8 +15,8 @@ from launch.prepare.print_documents import parse_rows
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.document import Document
-from trainer.data.report.inspection import find_sequences, locate
-from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_batch
+from trainer.data.report.inspection import find_prepared, find_sequences
+from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_record_batch
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter
 
 ROOT = Path(__file__).parents[3]
@@ -49,8 +49,8 @@ def prepared(tmp_path_factory):
         for number, (q, a) in enumerate(TURNS)
     ]
     table = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), schema())
-    table.write_batch(to_batch(documents[:2]))  # two batches: rows must be numbered through
-    table.write_batch(to_batch(documents[2:]))
+    table.write_batch(to_record_batch(documents[:2]))  # two batches: rows must be numbered through
+    table.write_batch(to_record_batch(documents[2:]))
     table.close()
     of = [0, 1, 1, 2, 3]
     sequences = Sequences.of([sample_of(tokenizer, *TURNS[number]) for number in of], lambda s: {"loss": 1})
@@ -121,7 +121,7 @@ def test_find_agrees_with_a_plain_search(prepared, capsys):
             for place, document in enumerate([3, 0, 1, 1])
             if any(text.lower() in turn.lower() for turn in TURNS[document])
         ]
-        assert find_sequences(locate(prepared), "train", text).tolist() == brute, text
+        assert find_sequences(find_prepared(prepared), "train", text).tolist() == brute, text
     out = shown(capsys, prepared, "find=lazy", "limit=1")
     assert "2 of 4 sequences of train hold it, the first 1 shown" in out and out.count("a lazy dog") == 1
     assert "0 of 4 sequences" in shown(capsys, prepared, "find=nowhere")

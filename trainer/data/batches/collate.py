@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from trainer.data.batches.cutting import AXES, IGNORED, Axis, Cut, cut_batch
-from trainer.data.batches.order import deal
+from trainer.data.batches.cutting import AXES, IGNORED_TARGET, Axis, Cut, cut_batch
+from trainer.data.batches.order import assign_to_slots
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 
@@ -61,7 +61,7 @@ class Collator:
         """
         batch = self.rows(samples)
         # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
-        batch["target_rows"] = (batch["targets"].view(-1) != IGNORED).nonzero()[:, 0]
+        batch["target_rows"] = (batch["targets"].view(-1) != IGNORED_TARGET).nonzero()[:, 0]
         num_targets = [int(np.count_nonzero(sample.supervised[1:])) for sample in samples]
         batch["row_sequence"] = torch.from_numpy(np.repeat(np.arange(len(samples)), num_targets))
         batch["num_sequences"] = len(samples)
@@ -83,17 +83,23 @@ class Collator:
 
     def rows(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Tokens and targets."""
-        return concatenated(samples) if self.layout is Layout.padding_free else padded(samples, self.pad_token_id)
+        return (
+            concatenated_batch(samples)
+            if self.layout is Layout.padding_free
+            else padded_batch(samples, self.pad_token_id)
+        )
 
     def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add to the batch what the loss needs besides tokens and targets. An objective may override it."""
 
-    def deal(self, dataset: TokenDataset, units: np.ndarray, costs: np.ndarray, shape: tuple[int, int]) -> list:
+    def assign_to_slots(
+        self, dataset: TokenDataset, units: np.ndarray, costs: np.ndarray, shape: tuple[int, int]
+    ) -> list:
         """Positions in `units` (int64 [U], costing `costs` each) dealt into `shape` = (slots, units a slot).
 
         Deterministic; slots come back costliest first.
         """
-        return deal(costs, *shape)
+        return assign_to_slots(costs, *shape)
 
     def fillers(self, dataset: TokenDataset, num: int) -> list[Sample]:
         """The first `num` sequences with nothing to score, for a rank that must take part and has nothing left."""
@@ -106,13 +112,13 @@ class Collator:
 
 def _targets(sample: Sample) -> np.ndarray:
     """int64 [n]: at each position the next token, where that one is supervised; the last position has none."""
-    targets = np.full(len(sample.input_ids), IGNORED, dtype=np.int64)
+    targets = np.full(len(sample.input_ids), IGNORED_TARGET, dtype=np.int64)
     # The model predicts the next token, so the target of position i is token i + 1.
-    targets[:-1] = np.where(sample.supervised[1:], sample.input_ids[1:], IGNORED)
+    targets[:-1] = np.where(sample.supervised[1:], sample.input_ids[1:], IGNORED_TARGET)
     return targets
 
 
-def concatenated(samples: Sequence[Sample]) -> dict[str, Any]:
+def concatenated_batch(samples: Sequence[Sample]) -> dict[str, Any]:
     """Samples as one row of T tokens without padding: ids, positions that restart per document, targets, document boundaries.
 
     The boundaries keep attention within a document.
@@ -135,12 +141,12 @@ def concatenated(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def padded(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
+def padded_batch(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
     """One row a sample, `[samples, longest]`, padded on the right; padding has no attention and no target."""
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = np.full((len(samples), longest), pad_token_id, dtype=np.int64)
     mask = np.zeros_like(input_ids)
-    targets = np.full_like(input_ids, IGNORED)
+    targets = np.full_like(input_ids, IGNORED_TARGET)
     for row, sample in enumerate(samples):
         length = len(sample.input_ids)
         input_ids[row, :length] = sample.input_ids

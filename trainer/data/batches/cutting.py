@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from strategies.runtime import Runtime
 
-IGNORED = -100
+IGNORED_TARGET = -100
 """Target of a position that is not supervised."""
 
 
@@ -79,7 +79,7 @@ class Cut:
         return borders[self.sequence_rank], borders[self.sequence_rank + 1]
 
 
-def cut_of(runtime: Runtime) -> Cut | None:
+def sequence_cut(runtime: Runtime) -> Cut | None:
     """The cut of this rank; None if it shares its rows with nobody."""
     return None if runtime.sequence_size == 1 else Cut(runtime.sequence_rank, runtime.sequence_size)
 
@@ -103,7 +103,7 @@ def cut_batch(
     batch = with_enough_tokens(batch, cut.sequence_size)
     num_tokens = batch["input_ids"].shape[-1]
     start, stop = cut.span(num_tokens)
-    first_row, end_row = rows_before(batch["target_rows"], [start, stop])
+    first_row, end_row = num_rows_before(batch["target_rows"], [start, stop])
 
     slices: dict[str, Any] = {}
     for name, entry in batch.items():
@@ -133,7 +133,7 @@ def cut_batch(
     return slices
 
 
-def rows_before(rows: Tensor, borders: list[int]) -> list[int]:
+def num_rows_before(rows: Tensor, borders: list[int]) -> list[int]:
     """How many of `rows`, positions in ascending order, lie before each border."""
     return torch.searchsorted(rows, torch.tensor(borders, dtype=rows.dtype)).tolist()
 
@@ -153,7 +153,7 @@ def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[
     filler_id = batch["input_ids"][0, 0]  # an id that the model knows
     changed["input_ids"] = torch.cat([batch["input_ids"], filler_id.expand(1, missing)], dim=1)
     changed["position_ids"] = torch.cat([batch["position_ids"], torch.arange(missing)[None]], dim=1)
-    changed["targets"] = torch.cat([batch["targets"], torch.full((1, missing), IGNORED)], dim=1)
+    changed["targets"] = torch.cat([batch["targets"], torch.full((1, missing), IGNORED_TARGET)], dim=1)
     changed["is_token"] = (torch.arange(sequence_size) < num_tokens)[None]
     # The boundaries of the documents, the filler document being the last.
     bounds = [*batch["document_bounds"], sequence_size]
@@ -165,7 +165,7 @@ def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[
     return changed
 
 
-def moved_rows(before: list[int], after: list[int], rank: int) -> tuple[list[int], list[int]]:
+def all_to_all_row_counts(before: list[int], after: list[int], rank: int) -> tuple[list[int], list[int]]:
     """Counts for an all-to-all that redistributes rows from one cut of them to another: (sent, received), each by rank.
 
     Example: borders [0, 4, 8] before and [0, 2, 8] after; rank 0 sends [2, 2] and receives [2, 0].

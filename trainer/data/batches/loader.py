@@ -158,7 +158,7 @@ class StepLoader:
         share = self.share
         units = self.order.units(first_sample, share.global_batch)
         shape = share.global_batch // share.micro_batch, share.micro_batch
-        positions = self.collator.deal(self.dataset, units, self._unit_costs[units], shape)
+        positions = self.collator.assign_to_slots(self.dataset, units, self._unit_costs[units], shape)
         return units[np.array(positions, dtype=np.int64)]
 
     def _micro_batches_of(self, slots: np.ndarray, reader: int) -> list[list[int]]:

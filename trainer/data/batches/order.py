@@ -205,7 +205,7 @@ class MixedOrder(Order):
         return total
 
 
-def deal(costs: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
+def assign_to_slots(costs: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
     """Spread a global batch over micro-batches (slots), `capacity` documents each, so that all cost about the same.
 
     `costs`: of each document, whole numbers, such as tokens; num_slots * capacity of them. Returns the documents' positions in

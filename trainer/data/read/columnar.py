@@ -24,7 +24,7 @@ from trainer.data.read.opening import (
     MAX_ROW_BYTES,
     File,
     decode_utf8,
-    identify,
+    identify_content,
     open_binary,
     refuse_pointer,
     too_long_row,
@@ -145,7 +145,7 @@ def _require_first_bytes(path: File) -> None:
     file_format = _format_of(path)
     if head.startswith(FIRST_BYTES[file_format]):
         return
-    content = identify(head)
+    content = identify_content(head)
     if content is None:
         content = "JSON text" if head.lstrip()[:1] in (b"{", b"[") else "something else"
     raise DataError(f"{path}: the name says that it is {file_format}, but it holds {content}; rename it")
@@ -264,7 +264,7 @@ def _to_json(node: Any) -> Any:
         try:
             return decode_utf8(node)
         except Refusal:
-            content = identify(node[:4096])
+            content = identify_content(node[:4096])
             hint = f" but {content}" if content else ""
             raise Refusal("binary", f"{len(node)} bytes that are not UTF-8 text{hint}; store text") from None
     if isinstance(node, list):

@@ -20,7 +20,7 @@ import orjson
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row, excerpt
 from trainer.data.fields import Fault, Refusal, show_value
-from trainer.data.read.opening import BUFFER, MAX_ROW_BYTES, File, decode_utf8, open_text, too_long_row
+from trainer.data.read.opening import BUFFER_BYTES, MAX_ROW_BYTES, File, decode_utf8, open_text, too_long_row
 
 MAX_DEPTH = 100
 """Deepest nesting of lists and objects in a row. Fixed, so that it does not hang on the depth of the caller's stack."""
@@ -73,7 +73,7 @@ def read_json_lines(path: File) -> Iterator[Row | Rejected]:
 def _skip_line(stream: BinaryIO, raw: bytes) -> int:
     """Skip the rest of a line that begins with `raw`; returns the length of the whole line in bytes."""
     length = len(raw)
-    while not raw.endswith(b"\n") and (raw := stream.readline(BUFFER)):
+    while not raw.endswith(b"\n") and (raw := stream.readline(BUFFER_BYTES)):
         length += len(raw)
     return length
 
@@ -176,7 +176,7 @@ def _read_more(path: File, stream: BinaryIO, element: bytes, line: int) -> bytes
             path, line, blanks, f"the element that starts here is longer than {limit_mib} MiB or never ends"
         )
     # Reads double each time, because a long element is looked at again from its beginning.
-    following = stream.read(max(BUFFER, len(element)))
+    following = stream.read(max(BUFFER_BYTES, len(element)))
     if not following:
         raise _broken_list(
             path, line, blanks, "what starts here is cut off, or a quote or a bracket of it is never closed"
@@ -188,7 +188,7 @@ def _require_end(path: File, stream: BinaryIO, following: bytes, line: int) -> N
     """Raise DataError if anything but blanks follows the list. `following`, which begins on `line`, was read already."""
     while not following.strip():
         line += following.count(b"\n")
-        following = stream.read(BUFFER)
+        following = stream.read(BUFFER_BYTES)
         if not following:
             return
     blanks = following[: len(following) - len(following.lstrip())]

@@ -24,11 +24,11 @@ from strategies.errors import DataError
 from strategies.small_files import LFS_POINTER
 from trainer.data.document import Rejected, excerpt
 from trainer.data.fields import Refusal
-from trainer.data.read.remote import HEAD, RemoteFile
+from trainer.data.read.remote import HEAD_BYTES, RemoteFile
 
 File = Path | RemoteFile
 """A file that rows are read from."""
-BUFFER = 2**20
+BUFFER_BYTES = 2**20
 """Bytes read at a time."""
 MAX_ROW_BYTES = 64 * 2**20
 """Longest row in bytes; a longer one is a mistake of whoever wrote the file, and would not fit a context anyway."""
@@ -99,7 +99,7 @@ def refuse_pointer(path: File, head: bytes) -> None:
         )
 
 
-def identify(head: bytes) -> str | None:
+def identify_content(head: bytes) -> str | None:
     """What the first bytes of a file say it is, as a phrase; None for UTF-8 or other 8-bit text, or nothing known."""
     for pattern, name in _SIGNATURES:
         if pattern.match(head):
@@ -119,7 +119,7 @@ def open_binary(path: File) -> io.BufferedReader:
     if isinstance(path, RemoteFile):
         return cast("io.BufferedReader", path.open())
     require_regular(path)
-    return cast("io.BufferedReader", path.open("rb", buffering=BUFFER))
+    return cast("io.BufferedReader", path.open("rb", buffering=BUFFER_BYTES))
 
 
 @contextmanager
@@ -132,19 +132,19 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
     try:
         with open_binary(path) as file:
             # The bytes as they stand in the file: are they compressed as its name says?
-            head = file.peek(HEAD)[:HEAD]
+            head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
             if not head:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")
             refuse_pointer(path, head)
             compression = compression_of(path)
-            content = identify(head)
+            content = identify_content(head)
             if compression and content != COMPRESSION[compression]:
                 fault = f"it holds {content}" if content else "it is not compressed"
                 raise DataError(f"{path}: the name says that it is {COMPRESSION[compression]}, but {fault}; rename it")
             with _decompressed(path, file, compression) as stream:
                 # Again after decompression: a compressed image is an image.
-                head = stream.peek(HEAD)[:HEAD]
-                content = identify(head)
+                head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
+                content = identify_content(head)
                 if content:
                     raise DataError(f"{path}: holds {content}{_remedy(path, content)}")
                 if head.startswith(BOM):
@@ -175,10 +175,10 @@ def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.B
         raw = _MemberReader(file, bz2.BZ2Decompressor)
     else:
         raw = _MemberReader(file, lzma.LZMADecompressor)
-    return io.BufferedReader(raw, BUFFER)
+    return io.BufferedReader(raw, BUFFER_BYTES)
 
 
-def expansion(path: Path) -> float:
+def decompression_ratio(path: Path) -> float:
     """How many decompressed bytes a byte of the file stands for, judged by its first MiB; 1 for a file that is not compressed.
 
     Raises DataError.
@@ -192,7 +192,7 @@ def expansion(path: Path) -> float:
             if suffix == ".zip":  # the table of contents stands at its end
                 sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
                 return sum(sizes) / max(1, path.stat().st_size)
-            head = file.read(BUFFER)
+            head = file.read(BUFFER_BYTES)
         # The head ends amid the data, which the decompressor reports as an error at last.
         with suppress(*_UNREADABLE), _decompressed(path, io.BufferedReader(io.BytesIO(head)), suffix) as stream:
             while chunk := stream.read1(1 << 16):
@@ -230,7 +230,7 @@ class _MemberReader(io.RawIOBase):
                     return 0
                 self.decompressor = self.make_decompressor()
             elif self.decompressor.needs_input:
-                compressed = self.file.read(BUFFER)
+                compressed = self.file.read(BUFFER_BYTES)
                 if not compressed:
                     raise EOFError
             decompressed = self.decompressor.decompress(compressed, len(buffer))
@@ -242,7 +242,7 @@ class _MemberReader(io.RawIOBase):
         """The first bytes after a member that has ended, without padding; empty at the end of the file."""
         following = self.decompressor.unused_data.lstrip(b"\0")
         while not following:
-            block = self.file.read(BUFFER)
+            block = self.file.read(BUFFER_BYTES)
             if not block:
                 return b""
             following = block.lstrip(b"\0")
@@ -268,7 +268,7 @@ def too_long_row(name: str, line: int, start: bytes | str, size_bytes: int) -> R
 
 
 def _remedy(path: File, content: str) -> str:
-    """Part of an error message: what to do about a text file that holds `content`, which is an answer of `identify`."""
+    """Part of an error message: what to do about a text file that holds `content`, which is an answer of `identify_content`."""
     if content.startswith(("UTF-16", "UTF-32")):
         return "; save the file as UTF-8"
     is_compressed = bool(compression_of(path))

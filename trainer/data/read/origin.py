@@ -15,8 +15,8 @@ from trainer.data.document import Rejected, Row
 from trainer.data.read.columnar import ROWS_PER_BATCH, count_rows, read_table, split_columns, table_rows
 from trainer.data.read.compat import content_fingerprint
 from trainer.data.read.json_rows import read_json, read_json_lines
-from trainer.data.read.opening import File, compression_of, expansion
-from trainer.data.read.paths import COLUMN_KINDS, PREFIX, TEXT_KINDS, check_name, is_hub, kind_of
+from trainer.data.read.opening import File, compression_of, decompression_ratio
+from trainer.data.read.paths import COLUMN_KINDS, HUB_PREFIX, TEXT_KINDS, file_kind, hub_name, is_hub_path
 from trainer.data.read.remote import RemoteFile
 from trainer.data.read.text import read_csv, read_text_file
 
@@ -69,12 +69,12 @@ class Origin:
 
     def _rows_of_file(self, path: File, needed_columns: Collection[str] | None) -> Iterator[Row | Rejected]:
         """Rows of one file or hub data set, by the reader of its kind."""
-        if is_hub(path):
+        if is_hub_path(path):
             return self._hub_rows(path, needed_columns)
-        file_kind = kind_of(path) or ""  # `expand` lets no other names pass
-        if file_kind in COLUMN_KINDS:
-            return _READERS[file_kind](path, needed_columns)
-        return _READERS[file_kind](path)
+        kind = file_kind(path) or ""  # `expand` lets no other names pass
+        if kind in COLUMN_KINDS:
+            return _READERS[kind](path, needed_columns)
+        return _READERS[kind](path)
 
     def identity(self, digest: Callable[[Path], str]) -> list[tuple[str, str]]:
         """What the fingerprint of prepared data covers: (kind, content) of each file. `digest` gives the SHA-256 of a file.
@@ -85,19 +85,19 @@ class Origin:
         """
         identities = []
         for path in self.paths:
-            if is_hub(path):
+            if is_hub_path(path):
                 identities.append(self._hub_identity(path))
                 continue
             content = path.identity() if isinstance(path, RemoteFile) else digest(path)
-            file_kind = f"{kind_of(path)}{compression_of(path)}"
-            if kind_of(path) in TEXT_KINDS:
-                file_kind = path.name
-            identities.append((file_kind, content))
+            kind_in_identity = f"{file_kind(path)}{compression_of(path)}"
+            if file_kind(path) in TEXT_KINDS:
+                kind_in_identity = path.name
+            identities.append((kind_in_identity, content))
         return identities
 
     def _hub_identity(self, path: File) -> tuple[str, str]:
         """(kind, a text that differs between versions of a hub data set); see `identity`."""
-        name = str(path).removeprefix(PREFIX)
+        name = str(path).removeprefix(HUB_PREFIX)
         if self.streaming:  # the commit says all, and the hub need not be reached
             return "hub stream", _join_with_colons(name, self.subset, self.split, self.revision)
         dataset = self.dataset(path)
@@ -108,21 +108,21 @@ class Origin:
 
     def size(self) -> int:
         """About how many bytes the files have; a hub data set counts as 1 GiB."""
-        return sum(HUB_SIZE_BYTES if is_hub(path) else _file_bytes(path) for path in self.paths)
+        return sum(HUB_SIZE_BYTES if is_hub_path(path) else _file_bytes(path) for path in self.paths)
 
     def extent(self) -> tuple[float, int]:
         """How much there is to read: (bytes of text, decompressed, an estimate; rows of tables, whose bytes tell little)."""
         text_bytes = 0.0
         table_rows = 0
         for path in self.paths:
-            if is_hub(path):
+            if is_hub_path(path):
                 table_rows += self._num_rows(self.dataset(path))
             elif isinstance(path, RemoteFile):
                 text_bytes += path.size()
-            elif kind_of(path) in COLUMN_KINDS:
+            elif file_kind(path) in COLUMN_KINDS:
                 table_rows += count_rows(path)
             else:
-                text_bytes += _file_bytes(path) * expansion(path)
+                text_bytes += _file_bytes(path) * decompression_ratio(path)
         return text_bytes, table_rows
 
     def files(self, digest: Callable[[Path], str]) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ class Origin:
         records: list[dict[str, Any]] = []
         for path in self.paths:
             record: dict[str, Any] = {"path": str(path)}
-            if not is_hub(path):
+            if not is_hub_path(path):
                 record["bytes"] = _file_bytes(path)
                 if isinstance(path, Path):
                     record["sha256"] = digest(path)
@@ -174,7 +174,7 @@ class Origin:
         """One split of a hub data set as `datasets` loads it. Raises DataError that says what to do about it."""
         import datasets
 
-        name = check_name(str(path), self.key)
+        name = hub_name(str(path), self.key)
         # `datasets.load_dataset` would take a directory of this name for the data set.
         if Path(name).exists():
             raise DataError(

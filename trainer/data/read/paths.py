@@ -26,14 +26,14 @@ SUPPORTED = (
     f"{', '.join((*LINE_KINDS, *TEXT_KINDS))} (each also with {', '.join(COMPRESSION)}), {' and '.join(COLUMN_KINDS)}"
 )
 """For messages: the names that can be read."""
-PREFIX = "hub:"
+HUB_PREFIX = "hub:"
 """What a data path begins with that names a data set of the hub."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
 _README_LIKE = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
 
 
-def kind_of(path: File) -> str | None:
+def file_kind(path: File) -> str | None:
     """The suffix that says how to read a file, without that of its compression (`.jsonl`); None if unknown."""
     suffixes = path.suffixes
     kinds: tuple[str, ...] = LINE_KINDS + TEXT_KINDS
@@ -45,25 +45,25 @@ def kind_of(path: File) -> str | None:
     return kind if kind in kinds else None
 
 
-def is_address(path: str) -> bool:
+def is_remote_address(path: str) -> bool:
     """Whether a path names a file on another machine, such as `s3://bucket/file`."""
     return _ADDRESS.match(path) is not None
 
 
-def check_name(path: str, key: str) -> str:
+def hub_name(path: str, key: str) -> str:
     """The name after `hub:` in a path of the setting `key`. Raises DataError if it cannot be one."""
-    name = path.removeprefix(PREFIX)
+    name = path.removeprefix(HUB_PREFIX)
     if not _HUB_NAME.fullmatch(name):
         raise DataError(f"{key}={path!r} is no name of a hub data set; write hub:NAME or hub:ORGANISATION/NAME")
     return name
 
 
-def is_hub(path: File | str) -> bool:
+def is_hub_path(path: File | str) -> bool:
     """Whether the path names a data set of the hub (`hub:org/name`)."""
-    return str(path).startswith(PREFIX)
+    return str(path).startswith(HUB_PREFIX)
 
 
-def expand(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
+def expand_paths(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
     """The files that a setting names, in the order in which it names them; a file named twice is there once.
 
     `path_setting`: one of these, or a list of them:
@@ -88,16 +88,16 @@ def expand(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
         typed_path = str(path)
         if "\0" in typed_path:
             raise DataError(f"{key}={typed_path!r} holds a NUL character, which no path may")
-        if is_hub(typed_path):
-            check_name(typed_path, key)
+        if is_hub_path(typed_path):
+            hub_name(typed_path, key)
             files.setdefault(Path(path), Path(path))
-        elif is_address(typed_path):
+        elif is_remote_address(typed_path):
             if not remote:
                 raise DataError(
                     f"{key}={path} is an address; set data.remote=true to read it over the network, or download the file, "
                     "or write hub:ORGANISATION/NAME"
                 )
-            for remote_file in remote_files(typed_path, key, kind_of):
+            for remote_file in remote_files(typed_path, key, file_kind):
                 files[remote_file] = remote_file
         else:
             for file in _expand_local(typed_path.removeprefix("file://"), key):
@@ -105,7 +105,7 @@ def expand(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
     return list(files.values())
 
 
-def sets_of(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
+def held_out_sets(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
     """The sets of a held-out split by name: (the setting that names the set, its files).
 
     Example: {"law": "law.jsonl"} of `eval` -> {"law": ("data.eval_path.law", "law.jsonl")}; "test.jsonl" of `test` ->
@@ -168,7 +168,7 @@ def _require_readable(path: Path, key: str) -> Path:
     """The path, if it is a file of a kind that can be read. Raises DataError."""
     if path.is_symlink() and not path.exists():
         raise DataError(f"{key}: {path}: {_describe_broken_link(path)}")
-    if kind_of(path) is None:
+    if file_kind(path) is None:
         if path.suffix.lower() == ".zip":
             raise DataError(
                 f"{key}: cannot read {path}; a zip file holds one file and is named like it: rows.jsonl.zip"
@@ -197,9 +197,9 @@ def _directory_files(path: Path, key: str) -> list[Path]:
         return saved_files
     files = list(_walk(path, key, (path.resolve(),)))
     # Beside data files a README is about them; in a directory of texts alone it is one of the texts.
-    has_data_files = any(kind_of(file) not in TEXT_KINDS for file in files)
+    has_data_files = any(file_kind(file) not in TEXT_KINDS for file in files)
     if has_data_files:
-        files = [file for file in files if kind_of(file) not in TEXT_KINDS or not _README_LIKE.match(file.name)]
+        files = [file for file in files if file_kind(file) not in TEXT_KINDS or not _README_LIKE.match(file.name)]
     if not files:
         raise DataError(f"{key}={path}: the directory holds no file that ends in {SUPPORTED}")
     return sorted(files)
@@ -231,7 +231,7 @@ def _walk(directory: Path, key: str, parents: tuple[Path, ...]) -> Iterator[Path
                 yield from saved_files
             else:
                 yield from _walk(entry, key, (*parents, real_path))
-        elif kind_of(entry) is not None or (entry.is_symlink() and not entry.exists()):
+        elif file_kind(entry) is not None or (entry.is_symlink() and not entry.exists()):
             yield _require_readable(entry, key)
 
 
@@ -291,6 +291,6 @@ def _list_hint(typed_path: str) -> str:
 def _hub_hint(typed_path: str) -> str:
     """A hint at `hub:`, if the path looks like the name of a hub data set; else empty."""
     looks_like_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", typed_path) is not None
-    if looks_like_name and kind_of(Path(typed_path)) is None:
-        return f"; for a data set of the hub write {PREFIX}{typed_path}"
+    if looks_like_name and file_kind(Path(typed_path)) is None:
+        return f"; for a data set of the hub write {HUB_PREFIX}{typed_path}"
     return ""

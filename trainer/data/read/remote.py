@@ -19,9 +19,9 @@ from strategies.errors import DataError
 
 _TAGS = ("ETag", "Content-MD5", "Digest")
 """What a web server may say about a file's content."""
-BLOCK = 8 << 20
+BLOCK_BYTES = 8 << 20
 """Bytes asked for at a time."""
-HEAD = 4096
+HEAD_BYTES = 4096
 """Bytes that tell what a file is."""
 
 
@@ -52,8 +52,8 @@ class RemoteFile:
 
     def open(self) -> BinaryIO:
         """Open the file's bytes as a stream. Raises DataError if it cannot be reached; reading raises OSError."""
-        file = _query(self.url, lambda files, path: files.open(path, "rb", block_size=BLOCK))
-        return cast("BinaryIO", io.BufferedReader(_RemoteReader(file), BLOCK))
+        file = _query(self.url, lambda files, path: files.open(path, "rb", block_size=BLOCK_BYTES))
+        return cast("BinaryIO", io.BufferedReader(_RemoteReader(file), BLOCK_BYTES))
 
     def size(self) -> int:
         """Size in bytes, as the other machine tells; 0 if it does not. Raises DataError."""
@@ -69,7 +69,7 @@ class RemoteFile:
             return f"{self.url}:{file_info.get('size')}:{':'.join(tags)}"
         digest = hashlib.sha256()
         with self.open() as file:
-            while block := file.read(BLOCK):
+            while block := file.read(BLOCK_BYTES):
                 digest.update(block)
         return digest.hexdigest()
 
@@ -116,7 +116,7 @@ class _RemoteReader(io.RawIOBase):
         """Fill the buffer, as far as the file goes."""
         received = self._call(self.file.read, len(buffer))
         # A first look at a file must see enough of it, however little the network gives at a time.
-        while received and len(received) < min(HEAD, len(buffer)):
+        while received and len(received) < min(HEAD_BYTES, len(buffer)):
             following = self._call(self.file.read, len(buffer) - len(received))
             if not following:
                 break

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row, excerpt
 from trainer.data.fields import Refusal
-from trainer.data.read.opening import HEAD, MAX_ROW_BYTES, File, compression_of, decode_utf8, open_text
+from trainer.data.read.opening import HEAD_BYTES, MAX_ROW_BYTES, File, compression_of, decode_utf8, open_text
 
 INDEX = "Unnamed: 0"
 """Name of a first column without one, as pandas calls it."""
@@ -29,7 +29,7 @@ def read_csv(path: File, delimiter: str = ",") -> Iterator[Row | Rejected]:
     """
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit of 131,072 is shorter than real documents
     with open_text(path) as stream:
-        header = next((line for line in stream.peek(HEAD).splitlines() if line.strip()), b"")
+        header = next((line for line in stream.peek(HEAD_BYTES).splitlines() if line.strip()), b"")
         if delimiter == "," and b";" in header and b"," not in header:
             delimiter = ";"
         yield from _records(path, _Lines(path, stream), delimiter)

@@ -18,7 +18,7 @@ from trainer.data.document import Document, Tally
 from trainer.data.fields import shown_names
 from trainer.data.objective_spec import DataSpec
 from trainer.data.report import audit as audit_schema
-from trainer.data.report.pages import audit_page, datacard
+from trainer.data.report.pages import audit_page_html, datacard_text
 from trainer.data.report.preview import decode_pieces
 from trainer.data.report.wording import STAGE_SETTINGS
 from trainer.data.selection.splits import Columns, Selection
@@ -88,8 +88,8 @@ class ReportWriter:
         audit.write(self.directory)
         # Page and card are made of what the file says, so that the three cannot differ.
         audit = audit_schema.Audit.read(self.directory)
-        (self.directory / "audit.html").write_text(audit_page(audit, self.config.card), encoding="utf-8")
-        (self.directory / "datacard.md").write_text(datacard(audit, self.config.card), encoding="utf-8")
+        (self.directory / "audit.html").write_text(audit_page_html(audit, self.config.card), encoding="utf-8")
+        (self.directory / "datacard.md").write_text(datacard_text(audit, self.config.card), encoding="utf-8")
         return audit.report()
 
     def audit(self, totals: Totals, columns: Columns, selection: Selection) -> audit_schema.Audit:
@@ -249,7 +249,7 @@ class ReportWriter:
         if config.mode is PrivacyMode.none:
             return None
         # Imported here, because it compiles seventy regular expressions.
-        from trainer.data.transforms.privacy.stage import coverage
+        from trainer.data.transforms.privacy.stage import privacy_coverage
 
         findings = totals.tally.findings
         types: dict[str, audit_schema.PersonalType] = {}
@@ -265,7 +265,7 @@ class ReportWriter:
             mode=str(config.mode),
             preset=str(config.preset),
             engine=str(config.engine),
-            **coverage(config),
+            **privacy_coverage(config),
             documents_scanned=dict(sorted(findings.scanned.items())),
             documents_with_findings=with_findings,
             types=types,

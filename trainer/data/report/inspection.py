@@ -24,7 +24,7 @@ from rich.text import Text
 from strategies.errors import ConfigError, DataError
 from trainer.data.read.opening import read_object
 from trainer.data.report.audit import make_histogram, split_sizes
-from trainer.data.report.wording import percent, visible
+from trainer.data.report.wording import escape_control_characters, percent
 from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable
 from trainer.data.store.sequences import LABEL, TokenDataset
 
@@ -57,7 +57,7 @@ class PreparedEntry:
         return self.opened[name]
 
 
-def locate(path: Path) -> PreparedEntry:
+def find_prepared(path: Path) -> PreparedEntry:
     """The data set at `path`: its directory, or one of its splits, which is then the `requested_split` of the result.
 
     Raises ConfigError if there is none, DataError if a file of it cannot be read.
@@ -73,7 +73,7 @@ def locate(path: Path) -> PreparedEntry:
     # A split has an index, and its data set's manifest one level up.
     is_split = (path / "index.npy").is_file() and (path.parent / "manifest.json").is_file()
     if is_split:
-        entry = locate(path.parent)
+        entry = find_prepared(path.parent)
         entry.requested_split = path.name
         return entry
     # The directories of the splits, in the order in which they are shown.
@@ -239,14 +239,14 @@ def render_sample(
 
     `document`: show the row that it was made of, too. `max_lines`: of a longer text, the middle is left out.
     """
-    from trainer.data.report.preview import preview  # needs torch and pyarrow, and the sizes of a data set do not
+    from trainer.data.report.preview import preview_text  # needs torch and pyarrow, and the sizes of a data set do not
 
     dataset = prepared.split(split)
     row: dict[str, Any] | None = None
     if (prepared.directory / DOCUMENTS_FILE).is_file():
         row = DocumentTable(prepared.directory).row(int(dataset.documents[index]))
     colour = console.is_terminal and not console.no_color
-    decoded = preview(dataset, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)
+    decoded = preview_text(dataset, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)
     decoded_text = Text.from_ansi(decoded, no_wrap=True, overflow="fold")
     heading = _sample_heading(prepared, split, index, row)
     title = Rule(Text(heading, style="bold", overflow="fold"), align="left")
@@ -272,11 +272,11 @@ def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[s
     if weight_sum != dataset.num_supervised[index]:
         heading += f" (total weight {weight_sum:g})"
     if row is not None:
-        heading += f" · {visible(row['file'])}:{row['line']}"
+        heading += f" · {escape_control_characters(row['file'])}:{row['line']}"
     if dataset.labels is not None:
         label_names = prepared.manifest.get("label_names") or []
         label = int(dataset.labels[index])
-        shown_label = visible(label_names[label]) if 0 <= label < len(label_names) else label
+        shown_label = escape_control_characters(label_names[label]) if 0 <= label < len(label_names) else label
         heading += f" · label {shown_label}"
     for name, mark in sample.marks.items():
         if name != LABEL:
@@ -290,13 +290,13 @@ def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
     lines: list[tuple[str, str]] = []
     for heading, body in _headings_and_texts(row):
         lines.append((heading, "bold"))
-        lines += [(line, "") for line in visible(body).split("\n")]
+        lines += [(line, "") for line in escape_control_characters(body).split("\n")]
     if len(lines) > max_lines:
         num_tail = max_lines // 2
         note = (f"[... {len(lines) - max_lines} lines ...]", "dim")
         tail = lines[-num_tail:] if num_tail else []
         lines = [*lines[: max_lines - num_tail], note, *tail]
-    return Text("\n", overflow="fold").join(Text(visible(line), style=style) for line, style in lines)
+    return Text("\n", overflow="fold").join(Text(escape_control_characters(line), style=style) for line, style in lines)
 
 
 def _headings_and_texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -330,4 +330,4 @@ def _empty_table(*column_names: str, **options: Any) -> Table:
 
 def _plain_text(shown: object) -> RenderableType:
     """Text of the data set on one line, never read as markup."""
-    return Text(visible(shown).replace("\n", "\\n"), overflow="fold")
+    return Text(escape_control_characters(shown).replace("\n", "\\n"), overflow="fold")

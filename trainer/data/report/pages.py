@@ -16,13 +16,13 @@ from trainer.data.config import CardConfig
 from trainer.data.report.audit import Audit, DecodedSample
 from trainer.data.report.wording import (
     Level,
+    audit_tiles,
+    escape_control_characters,
     known_gaps,
     overall_level,
     plural,
     reason_text,
-    templates,
-    tiles,
-    visible,
+    template_environment,
 )
 from trainer.pages.pieces import PageCard, Tone
 from trainer.pages.render import render
@@ -33,12 +33,12 @@ MAX_SAMPLE_CHARACTERS = 3000
 """Characters of one decoded sample."""
 
 
-def audit_page(audit: Audit, stated: CardConfig) -> str:
+def audit_page_html(audit: Audit, stated: CardConfig) -> str:
     """The text of `audit.html`. Whatever comes from the data is escaped; long lists are cut, with the number left out.
 
     `stated`: what the owner of the data states about it (`data.card`).
     """
-    all_tiles = tiles(audit)
+    all_tiles = audit_tiles(audit)
     level, verdict = overall_level(all_tiles)
     cards = []
     for tile in all_tiles:
@@ -75,7 +75,7 @@ def _shorten(text: str) -> str:
     """A text as the page shows it: without invisible characters, and cut if it is long."""
     if len(text) > MAX_TEXT_CHARACTERS:
         text = f"{text[:MAX_TEXT_CHARACTERS]}… ({len(text):,} characters)"
-    return visible(text)
+    return escape_control_characters(text)
 
 
 def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
@@ -100,12 +100,12 @@ def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTE
         # What of the piece lies before the gap, the gap itself, and what lies behind it.
         head = text[: max(head_end - position, 0)]
         if head:
-            page_runs.append((escape(visible(head)), css_class))
+            page_runs.append((escape(escape_control_characters(head)), css_class))
         if position <= head_end < position + len(text) and head_end < tail_begin:
             page_runs.append((f"… {tail_begin - head_end:,} characters …", "cut"))
         tail = text[max(tail_begin - position, 0) :]
         if tail:
-            page_runs.append((escape(visible(tail)), css_class))
+            page_runs.append((escape(escape_control_characters(tail)), css_class))
         # A weight below 1 is shown behind the piece, as "*0.5".
         if "weight" in piece and page_runs[-1][1] == "learned":
             page_runs.append((f"*{piece['weight']:g}", "cut"))
@@ -139,7 +139,7 @@ def hub_licence(licence: str | None) -> tuple[str | None, str | None]:
     return "other", licence
 
 
-def datacard(audit: Audit, config: CardConfig) -> str:
+def datacard_text(audit: Audit, config: CardConfig) -> str:
     """The text of `datacard.md`: the hub's metadata as YAML, then the card.
 
     Text from the data is escaped for Markdown; what the owner states in `config` is taken as Markdown.
@@ -149,10 +149,10 @@ def datacard(audit: Audit, config: CardConfig) -> str:
 
     # What the metadata says.
     source_names = ", ".join(dict.fromkeys(source.name for source in audit.sources[:5]))
-    title = " ".join(visible(config.title or f"Fine-tuning data: {source_names}").split())
+    title = " ".join(escape_control_characters(config.title or f"Fine-tuning data: {source_names}").split())
     languages = list(config.languages) or _common_languages(audit.languages)
     num_documents = sum(split.documents for split in audit.splits.values())
-    licence, licence_name = hub_licence(visible(config.licence or "").strip())
+    licence, licence_name = hub_licence(escape_control_characters(config.licence or "").strip())
     is_labelled = any(split.labelled for split in audit.splits.values())
     # Index into SIZES: how many of the limits 1,000, 10,000, ..., 1,000,000,000 are reached.
     size_category = bisect_right([10**power for power in range(3, 10)], num_documents)
@@ -166,8 +166,10 @@ def datacard(audit: Audit, config: CardConfig) -> str:
         tags=["shardtune", "fine-tuning"],
     )
     # The card itself.
-    environment = templates(escape_markdown, autoescape=False)
-    environment.globals["stated"] = lambda words: Markup(visible(words or "").strip() or "Not stated.")
+    environment = template_environment(escape_markdown, autoescape=False)
+    environment.globals["stated"] = lambda words: Markup(
+        escape_control_characters(words or "").strip() or "Not stated."
+    )
     body = environment.get_template("card.md.j2").render(
         audit=audit, card=config, title=title, languages=languages, gaps=known_gaps(audit, config)
     )
@@ -180,7 +182,7 @@ MAX_CARD_CHARACTERS = 300
 
 def escape_markdown(text: str) -> str:
     """A text on one line, cut if it is long, with nothing that Markdown or HTML would act on."""
-    line = " ".join(visible(text).split())
+    line = " ".join(escape_control_characters(text).split())
     if len(line) > MAX_CARD_CHARACTERS:
         line = f"{line[:MAX_CARD_CHARACTERS]}…"
     line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.report.wording import REASON_TEXTS, templates, visible
+from trainer.data.report.wording import REASON_TEXTS, escape_control_characters, template_environment
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.transforms.privacy.rule import NOT_ASKED
 
@@ -28,7 +28,7 @@ Cell = tuple[str, bool]
 """A character, and whether it is learned."""
 
 
-def preview(
+def preview_text(
     dataset: TokenDataset,
     tokenizer: PreTrainedTokenizerBase,
     data_spec: DataSpec | None = None,
@@ -154,7 +154,7 @@ def _in_colour(line: list[Cell]) -> str:
     return coloured
 
 
-def summary(report: dict[str, Any]) -> str:
+def summary_text(report: dict[str, Any]) -> str:
     """A few lines on prepared data: rows lost, every split, what was dropped or changed and why. `report`: `Audit.report`.
 
     Raises DataError if documents of a split begin with two BOS.
@@ -163,7 +163,7 @@ def summary(report: dict[str, Any]) -> str:
         doubled_bos = report.get(split, {}).get("doubled_bos")
         if doubled_bos:
             raise DataError(f"{split}: {doubled_bos} documents begin with two BOS; check model.chat_template")
-    template = templates(visible, autoescape=False).get_template("terminal.txt.j2")
+    template = template_environment(escape_control_characters, autoescape=False).get_template("terminal.txt.j2")
     text = template.render(report=report, said=REASON_TEXTS, not_asked=NOT_ASKED, is_prompts_alone=is_prompts_alone)
     return text.rstrip("\n")
 

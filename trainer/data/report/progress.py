@@ -12,7 +12,7 @@ from pathlib import Path
 
 from strategies.errors import DataError
 from trainer.data.read.json_rows import Line
-from trainer.data.read.paths import is_hub
+from trainer.data.read.paths import is_hub_path
 from trainer.data.sources import Input, RowRange
 
 LINE_EVERY_S = 15.0
@@ -72,7 +72,7 @@ class PreparationProgress:
             paths += source_input.origin.paths
         if len(paths) > MAX_FILES_FOR_ESTIMATE:
             return
-        if any(not isinstance(path, Path) or is_hub(path) for path in paths):
+        if any(not isinstance(path, Path) or is_hub_path(path) for path in paths):
             return
         try:
             extents = [source_input.origin.extent() for source_input in inputs]

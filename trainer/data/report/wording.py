@@ -28,13 +28,13 @@ JOINERS = "\u200c\u200d"
 """Invisible, but part of how words (Persian, Hindi) and emoji are spelled."""
 
 
-def visible(text: object) -> str:
+def escape_control_characters(text: object) -> str:
     """`text` with control characters, direction overrides and lone surrogates spelled out as \\xNN; tabs become spaces."""
     return "".join(map(_visible_character, str(text)))
 
 
 def _visible_character(character: str) -> str:
-    """A character as it is shown, see `visible`."""
+    """A character as it is shown, see `escape_control_characters`."""
     if character.isprintable() or character == "\n" or character in JOINERS:
         return character
     if character == "\t":
@@ -66,7 +66,7 @@ REASON_TEXTS = {
 
 
 @cache
-def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
+def template_environment(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
     """Jinja's environment for the templates of this package: every text goes through `shown` before it is inserted, but Markup.
 
     Cached by `shown`, since to compile the templates takes longer than to fill them.
@@ -142,7 +142,7 @@ class Tile:
     advice: str = ""
 
 
-def tiles(audit: Audit) -> list[Tile]:
+def audit_tiles(audit: Audit) -> list[Tile]:
     """The tiles at the top of the audit page, in reading order; a tile says so if its part was not measured."""
     return [
         _rows_lost_tile(audit),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.selection.signatures import mix
+from trainer.data.selection.signatures import mix_bits
 
 DOCUMENTS_PER_WRITE = 4096
 """Documents whose band keys are made at a time."""
@@ -121,7 +121,7 @@ def _band_keys(digests: Iterable[list[int] | None], bands: int) -> Iterator[tupl
             # A key is a hash of the band's values. Two bands with the same hash would cost a comparison, no wrong copy.
             keys_of_bands = np.zeros((len(values), bands), np.uint64)
             for column in np.split(values.reshape(len(values), bands, -1), values.shape[1] // bands, axis=2):
-                keys_of_bands = mix(keys_of_bands + column[:, :, 0] + np.uint64(1))
+                keys_of_bands = mix_bits(keys_of_bands + column[:, :, 0] + np.uint64(1))
             keys[:, has_keys] = keys_of_bands.T
         yield begin, keys, has_keys
         begin += len(chunk)

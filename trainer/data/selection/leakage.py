@@ -15,7 +15,7 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.config import DataConfig, LeakagePolicy
-from trainer.data.document import EXAMPLES
+from trainer.data.document import MAX_EXAMPLES
 from trainer.data.selection.near_duplicates import NearIndex
 
 LEAK_KINDS = ("exact", "normalized", "near", "prompt")
@@ -59,7 +59,9 @@ class LeakedDocuments:
             train_counts[kind] = len(train)
             held_out_counts[kind] = len(np.unique(held_out))
             examples[kind] = []
-            for train_row, held_out_row in zip(train[:EXAMPLES].tolist(), held_out[:EXAMPLES].tolist(), strict=True):
+            for train_row, held_out_row in zip(
+                train[:MAX_EXAMPLES].tolist(), held_out[:MAX_EXAMPLES].tolist(), strict=True
+            ):
                 examples[kind].append(f"{location_of(train_row)} = {location_of(held_out_row)}")
         return {
             "train": train_counts,
@@ -110,7 +112,7 @@ def find_leaks(
             incomplete = index.report["incomplete"]
         else:
             digests = signatures[_DIGEST_COLUMNS[kind_name]]
-            partners = first_equal(digests[documents], digests[held_out], held_out)
+            partners = first_matching_documents(digests[documents], digests[held_out], held_out)
             if kind_name == "prompt":  # 0 stands for no prompt
                 partners[digests[documents] == 0] = -1
         partner[rows] = partners
@@ -119,7 +121,7 @@ def find_leaks(
     return LeakedDocuments(train[leaking], partner[leaking], kind[leaking], incomplete)
 
 
-def first_equal(digests: np.ndarray, other_digests: np.ndarray, other_documents: np.ndarray) -> np.ndarray:
+def first_matching_documents(digests: np.ndarray, other_digests: np.ndarray, other_documents: np.ndarray) -> np.ndarray:
     """For each digest (hash of a text) of `digests`, the first document of the other side with the same; -1 if there is none.
 
     `other_documents[i]`: the number of the document with `other_digests[i]`. Returns int64 [len(digests)]: digests [5, 9] and
@@ -134,7 +136,7 @@ def first_equal(digests: np.ndarray, other_digests: np.ndarray, other_documents:
     return np.where(sorted_digests[positions] == digests, other_documents[order[positions]], -1)
 
 
-def apply_policy(
+def apply_leakage_policy(
     leaks: LeakedDocuments, policy: LeakagePolicy, num_train: int, location_of: Callable[[int], str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Carry out `data.leakage.policy`: (numbers of the training documents to take out, report). `num_train`: all of them.
@@ -150,7 +152,7 @@ def apply_policy(
             examples += report["examples"][kind]
         raise DataError(
             f"{len(leaked)} of {num_train} training documents are in the held-out data too ({counts}): "
-            f"{'; '.join(examples[:EXAMPLES])}. Take them out of one of the two, or set data.leakage.policy=drop_train, "
+            f"{'; '.join(examples[:MAX_EXAMPLES])}. Take them out of one of the two, or set data.leakage.policy=drop_train, "
             "or data.leakage.policy=report to train nevertheless"
         )
     if policy is LeakagePolicy.drop_train:

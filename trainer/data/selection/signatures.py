@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
-from trainer.data.document import Document, Message, texts_in
+from trainer.data.document import Document, Message, message_texts
 
 _PUNCTUATION = ".,;:!?\"'`()[]{}_#|"
 # Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han with its extensions.
@@ -25,7 +25,7 @@ _UNSPACED = re.compile(
 )
 
 
-def mix(numbers: np.ndarray) -> np.ndarray:
+def mix_bits(numbers: np.ndarray) -> np.ndarray:
     """A bijection of uint64 in which every bit depends on every bit (the finaliser of splitmix64, Steele et al. 2014)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -99,7 +99,7 @@ def normal_digest(normalized: bytes) -> int | None:
 _as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` would make one each time
 
 
-def content(document: Document) -> str:
+def content_json(document: Document) -> str:
     """A document's content as canonical JSON, whose hash finds exact copies.
 
     It has everything but where the row stands (file and line), its source and its group.
@@ -128,7 +128,7 @@ def compared_text(document: Document, which: ComparedText) -> str:
     """
     requested_text = None
     if which is ComparedText.prompt:
-        requested_text = prompt_of(document)
+        requested_text = prompt_text(document)
     elif which is ComparedText.completion:
         _, answer = _split_answer(document)
         requested_text = "\n".join(_texts_of_turns(answer))
@@ -144,7 +144,7 @@ def compared_text(document: Document, which: ComparedText) -> str:
     return "\n".join([*texts[:num_others], *marked_texts])
 
 
-def prompt_of(document: Document) -> str | None:
+def prompt_text(document: Document) -> str | None:
     """What an answer is given to: the turns before the last answer without system turns, or a labelled text.
 
     None for a text without a label.
@@ -169,7 +169,7 @@ def _texts_of_turns(turns: list[Message]) -> list[str]:
     """The texts of turns, in reading order."""
     texts: list[str] = []
     for turn in turns:
-        texts += texts_in(turn)
+        texts += message_texts(turn)
     return texts
 
 
@@ -207,7 +207,7 @@ class Signer:
                 text = compared_text(document, self.config.text)
 
             # For exact copies.
-            identity = content(document) if compares_whole else text
+            identity = content_json(document) if compares_whole else text
             digest = digest64(identity.encode("utf-8", "surrogatepass"))
             digests.append(digest)
 
@@ -221,7 +221,7 @@ class Signer:
             normal_digests.append(digest if words_digest is None else words_digest)
 
             # For leaks of prompts into held-out data.
-            prompt = prompt_of(document) if self.held_out else None
+            prompt = prompt_text(document) if self.held_out else None
             prompt_digest = None if prompt is None else normal_digest(normalize(prompt))
             prompt_digests.append(prompt_digest or 0)
         columns = {

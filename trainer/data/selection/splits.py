@@ -17,11 +17,11 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, DuplicatesConfig, LeakagePolicy
-from trainer.data.document import EXAMPLES, Tally
+from trainer.data.document import MAX_EXAMPLES, Tally
 from trainer.data.selection.balance import resample
-from trainer.data.selection.leakage import apply_policy, find_leaks
+from trainer.data.selection.leakage import apply_leakage_policy, find_leaks
 from trainer.data.selection.near_duplicates import near_copies
-from trainer.data.selection.signatures import compared_text, mix
+from trainer.data.selection.signatures import compared_text, mix_bits
 from trainer.data.store.documents import DocumentTable
 
 Log = Callable[[str, str, str], None]
@@ -192,7 +192,7 @@ class _SplitChooser:
         for kind, policy in policies_of(config).items():
             copies = np.flatnonzero(duplicates.kind == 1 + COPY_KINDS.index(kind))
             examples = []
-            for copy in copies[:EXAMPLES].tolist():
+            for copy in copies[:MAX_EXAMPLES].tolist():
                 examples.append(
                     {"a": self.location_of(int(representatives[copy])), "b": self.location_of(int(train[copy]))}
                 )
@@ -228,7 +228,7 @@ class _SplitChooser:
         # A draw for each of these documents.
         hashed = self.content if self.groups is None else self.groups
         seed_term = np.uint64((self.seed * SEED_FACTOR + SEED_OFFSET) % 2**64)
-        draws = mix(hashed[train] + seed_term)
+        draws = mix_bits(hashed[train] + seed_term)
         # Each held-out split takes the smallest draws that are still free.
         is_held_out = np.zeros(len(train), bool)
         for split in HELD_OUT:
@@ -278,7 +278,7 @@ class _SplitChooser:
                 continue
             signatures = self.columns.signatures
             leaks = find_leaks(signatures, train, held_out, self.config, self.text, self.table.directory)
-            dropped, leak_report = apply_policy(leaks, policy, len(train), self.location_of)
+            dropped, leak_report = apply_leakage_policy(leaks, policy, len(train), self.location_of)
             report[split] = {"policy": str(policy), **leak_report}
             self.drop(dropped, "leakage", f"in_{split}")
             # Later held-out splits are compared with what is left.

@@ -52,7 +52,7 @@ def schema() -> pa.Schema:
     )
 
 
-def to_batch(documents: list[Document]) -> pa.RecordBatch:
+def to_record_batch(documents: list[Document]) -> pa.RecordBatch:
     """Documents as rows, in order.
 
     By way of JSON, because `pa.array` imports pandas to see whether it is given pandas' own values.

@@ -189,7 +189,7 @@ def exact_sum(counts: np.ndarray) -> float:
     return math.fsum(counts.tolist())
 
 
-def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+def sequence_numbers(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
     """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another.
 
     Example: documents [1, 0] with pieces [1, 2, 1] have the sequences [1, 2, 0].

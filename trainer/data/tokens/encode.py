@@ -477,6 +477,6 @@ def _add_affixes(
     return ids, np.concatenate([opening_mask, supervised, closing_mask])
 
 
-def truncate(sample: Sample, max_length: int, tail: int) -> Sample:
+def truncate_sample(sample: Sample, max_length: int, tail: int) -> Sample:
     """The first tokens of a sample, followed by its last `tail` tokens: `max_length` together."""
     return sample.cut(slice(max_length - tail), slice(len(sample.input_ids) - tail, None))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
-from trainer.data.document import THINK, Message, RefusedDocument, texts_in, thought_of
+from trainer.data.document import THINK_BLOCK_REGEX, Message, RefusedDocument, message_texts, thought_of
 from trainer.data.tokens.clock import with_date
 from trainer.data.tokens.compat import render_conversations
 from trainer.data.tokens.marking import (
@@ -223,7 +223,7 @@ class ChatTemplate:
             messages = messages[: learned[-1] + 1]
         # Spans are found by private-use characters, which the texts must not have.
         for message in messages:
-            for text in texts_in(message):
+            for text in message_texts(message):
                 if not text.isascii() and _RESERVED_CHARACTER.search(text):
                     raise RefusedDocument(
                         location,
@@ -419,8 +419,8 @@ def _without_thought(message: Message, location: str) -> Message:
     if message["role"] != "assistant" or thought_of(message) is None:
         return message
     content = message["content"]
-    if THINK.match(content):
-        content = THINK.sub("", content, count=1)
+    if THINK_BLOCK_REGEX.match(content):
+        content = THINK_BLOCK_REGEX.sub("", content, count=1)
     if not content.strip() and "tool_calls" not in message:
         raise template_refusal(
             location, "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing"

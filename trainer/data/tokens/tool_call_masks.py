@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from trainer.data.config import Reasoning
-from trainer.data.document import THINK, Message, RefusedDocument, thought_of, with_texts
+from trainer.data.document import THINK_BLOCK_REGEX, Message, RefusedDocument, map_argument_texts, thought_of
 from trainer.data.tokens import marking
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, THOUGHT, Apply
 from trainer.data.tokens.tool_call_dialect import CALL, EDGE, ToolCallDialect, probe_dialect, to_dialect
@@ -230,7 +230,7 @@ class TurnSpanFinder:
             marks = self._find_marks(chat, index, text, mark_content, call_level)
             if marks is None or not marks.content_is_one_span:
                 continue  # with these marks the template writes something else: try the next way
-            content_beside_thought = THINK.sub("", message["content"] or "", count=1)
+            content_beside_thought = THINK_BLOCK_REGEX.sub("", message["content"] or "", count=1)
             if content_beside_thought.strip() and not marks.content:
                 raise template_refusal(
                     chat.location,
@@ -414,9 +414,9 @@ def _mark_call(call: dict[str, Any], level: int) -> dict[str, Any]:
     """
     function = {**call["function"], "name": _enclose(call["function"]["name"])}
     if level == 0:
-        function["arguments"] = with_texts(function["arguments"], _enclose, _enclose)
+        function["arguments"] = map_argument_texts(function["arguments"], _enclose, _enclose)
     elif level == 1:
-        function["arguments"] = with_texts(function["arguments"], _enclose)
+        function["arguments"] = map_argument_texts(function["arguments"], _enclose)
     return {**call, "function": function}
 
 

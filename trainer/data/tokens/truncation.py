@@ -14,7 +14,7 @@ from strategies.errors import DataError
 from trainer.data.config import ControlTokens, DataConfig, OverLength
 from trainer.data.document import Document, Message, Tally
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.encode import Encoder, truncate
+from trainer.data.tokens.encode import Encoder, truncate_sample
 
 
 def keep_learnable(
@@ -23,7 +23,7 @@ def keep_learnable(
     """The pieces of a sample that have at least one supervised token or a label; empty if the document is to be dropped.
 
     `pieces`: the shorter samples that `data.over_length` made of `sample` (see `fit_length`); None or empty if it dropped it.
-    Counts in `tally`, for the report, what was dropped, cut or odd (see `oddities`), with the row's location.
+    Counts in `tally`, for the report, what was dropped, cut or odd (see `oddity_codes`), with the row's location.
     """
     if not pieces:
         tally.drop("tokenise", "too_long", document.location)
@@ -63,7 +63,7 @@ def fit_answers(
     fitted = []
     for answer in answers:
         is_longer = len(answer.input_ids) > max_length
-        fitted.append(truncate(answer, max_length, tail=0) if is_longer else answer)
+        fitted.append(truncate_sample(answer, max_length, tail=0) if is_longer else answer)
     if not all(sample.supervised.any() for sample in fitted):
         tally.drop("tokenise", "nothing_to_learn", document.location)
         return []
@@ -78,8 +78,8 @@ def fit_answers(
 
 
 def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally, *, was_cut: bool) -> None:
-    """Count in `tally` what is odd about a sample, see `oddities`; of one that was cut, only control tokens in its texts."""
-    for code in oddities(encoder, document, sample):
+    """Count in `tally` what is odd about a sample, see `oddity_codes`; of one that was cut, only control tokens in its texts."""
+    for code in oddity_codes(encoder, document, sample):
         if not was_cut or code.startswith("control_tokens"):
             tally.note("tokenise", code, document.location)
 
@@ -95,7 +95,7 @@ def last_learned_id(sample: Sample) -> int:
     return int(sample.input_ids[-1 - last_learned])
 
 
-def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
+def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
     """What a user should look at in a sample, as codes that the data report counts.
 
     `no_supervised`: no token has a target; `missing_eos`: the last learned token closes no turn, so that a model would not learn
@@ -141,7 +141,7 @@ def fit_length(
         return _exchange_windows(encoder, document, sample, max_length)
     if policy is OverLength.split and document.text is not None and document.label is None:
         return _text_pieces(encoder, sample, max_length)
-    return [truncate(sample, max_length, tail=encoder.num_closing_tokens(document))]
+    return [truncate_sample(sample, max_length, tail=encoder.num_closing_tokens(document))]
 
 
 def _too_long(document: Document, length: int, max_length: int, other_policies: str) -> DataError:
@@ -214,7 +214,7 @@ def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_
         shortest_end = begin + 2
         longest_end = len(exchanges)
         if len(window.input_ids) > max_length:
-            window = truncate(window, max_length, tail=0)
+            window = truncate_sample(window, max_length, tail=0)
             longest_end = begin  # nothing more fits: skip the search
         # Doubling steps, then halving ones, find the last exchange that still fits.
         step = 1
@@ -232,7 +232,7 @@ def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_
         if window.supervised.any():
             samples.append(window)
         begin = end
-    return samples or [truncate(sample, max_length, tail=0)]
+    return samples or [truncate_sample(sample, max_length, tail=0)]
 
 
 def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message], list[list[Message]]]:
@@ -276,7 +276,7 @@ def _text_pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Samp
     num_bos = _num_bos(encoder, sample)
     piece_length = max_length - num_bos
     if piece_length < 2:
-        return [truncate(sample, max_length, tail=0)]
+        return [truncate_sample(sample, max_length, tail=0)]
     length = len(sample.input_ids)
     begins = list(range(num_bos, length, piece_length))
     if length - begins[-1] == 1:  # EOS alone would teach that texts are empty

@@ -14,7 +14,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.config import DecontaminationConfig, DecontaminationPolicy
 from trainer.data.document import Document, Tally
-from trainer.data.selection.signatures import mix, normalize
+from trainer.data.selection.signatures import mix_bits, normalize
 
 NGRAM = 13
 """Words in a run that counts as evaluation text."""
@@ -33,7 +33,7 @@ def _hash_words(text: str) -> np.ndarray:
     """
     words = normalize(text).split()
     hashes = np.array([hash(word) for word in words], np.int64)
-    return mix(hashes.view(np.uint64))
+    return mix_bits(hashes.view(np.uint64))
 
 
 def _hash_ngrams(word_hashes: np.ndarray, length: int) -> np.ndarray:

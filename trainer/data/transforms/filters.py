@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trainer.data.config import FilterConfig
-from trainer.data.document import Document, Tally, texts_in
+from trainer.data.document import Document, Tally, message_texts
 
 MIN_JUDGED_CHARACTERS = 60
 """Characters outside code below which nothing is judged: short texts are guessed badly."""
@@ -77,7 +77,7 @@ def learned_answers(document: Document) -> list[str]:
     texts: list[str] = []
     for turn in turns:
         if turn["role"] == "assistant" and turn.get("train", True):
-            texts += texts_in(turn)
+            texts += message_texts(turn)
     return texts
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, ShardtuneError
 from strategies.small_files import texts_in
-from trainer.data.read.paths import expand
+from trainer.data.read.paths import expand_paths
 from trainer.evaluation.harness.compat import read_task_file
 
 _INCLUDE = re.compile(rb"^include:((?:[ ]*\S.*)?(?:\n[ ]*-[ ]*\S+)*)", re.MULTILINE)
@@ -265,7 +265,7 @@ def missing_data(settings: dict[str, Any]) -> tuple[str | None, str | None]:
         if "://" in file:
             return None, file
         try:
-            expand(str(Path(directory) / file), "dataset_kwargs.data_files", remote=False)
+            expand_paths(str(Path(directory) / file), "dataset_kwargs.data_files", remote=False)
         except ShardtuneError as error:
             return str(error), None
     return None, None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trainer.data.fields import Refusal, show_value, text_of
+from trainer.data.fields import Refusal, parse_text, show_value
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow, score_array
 from trainer.evaluation.tasks.choice import MultipleChoice
 from trainer.evaluation.tasks.model_interface import ModelInterface
@@ -101,7 +101,7 @@ class Bbq(MultipleChoice):
             )
         if polarity not in ("neg", "nonneg"):
             raise Refusal("bad_polarity", f'"question_polarity" is {show_value(polarity)}; it must be neg or nonneg')
-        answers = [text_of(fields, name) for name in ANSWERS]
+        answers = [parse_text(fields, name) for name in ANSWERS]
         label = _answer_number(fields.get("label"))
         if label is None:
             raise Refusal("bad_label", f'"label" is {show_value(fields.get("label"))}; it must be 0, 1 or 2')
@@ -115,9 +115,9 @@ class Bbq(MultipleChoice):
             )
         unknown_answer = unknown_answers[0]
 
-        prompt = str(self.option_values["prompt"]).replace("{question}", text_of(fields, "question"))
+        prompt = str(self.option_values["prompt"]).replace("{question}", parse_text(fields, "question"))
         case.fields = {
-            "question": prompt.replace("{context}", text_of(fields, "context")),
+            "question": prompt.replace("{context}", parse_text(fields, "context")),
             "choices": answers,
             "answer": label,
             "unknown": unknown_answer,

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, is_texts, show_value, text_of
+from trainer.data.fields import Refusal, is_list_of_texts, parse_text, show_value
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import split_location
@@ -40,13 +40,13 @@ class MultipleChoice(Task):
         """Keep question, choices and the number of the right choice (from 0). Raises Refusal."""
         fields = case.fields
         question_column = "question" if "question" in fields else "prompt"
-        question = text_of(fields, question_column)
+        question = parse_text(fields, question_column)
         choices: Any = fields.get("choices")
         labels: Any = None
         if isinstance(choices, dict):  # ARC: {"text": [...], "label": [...]}
             labels = choices.get("label")
             choices = choices.get("text")
-        is_choice_list = is_texts(choices) and len(choices) >= 2 and all(choice.strip() for choice in choices)
+        is_choice_list = is_list_of_texts(choices) and len(choices) >= 2 and all(choice.strip() for choice in choices)
         if not is_choice_list:
             raise Refusal("bad_choices", f'"choices" is {show_value(choices)}; it must be a list of two texts or more')
         answer = fields.get("answer", fields.get("answerKey"))  # ARC calls it answerKey

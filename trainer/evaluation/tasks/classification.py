@@ -9,7 +9,7 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, label_of, show_value, text_of
+from trainer.data.fields import Refusal, parse_label, parse_text, show_value
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, softmax
 from trainer.evaluation.tasks.texts import split_location
@@ -47,13 +47,13 @@ class ClassificationTask(Task):
     def parse_case(self, case: Case) -> None:
         """Keep the text of a row and its true label. Raises Refusal for a label that `options.labels` does not have."""
         text_column = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
-        label = label_of(case.fields.get("label"))
+        label = parse_label(case.fields.get("label"))
         known_labels = self.option_values["labels"]
         if known_labels is not None and label not in map(str, known_labels):
             raise Refusal(
                 "unknown_label", f'"label" is {show_value(label)}; {self.key}.options.labels has {known_labels}'
             )
-        case.fields = {"text": text_of(case.fields, text_column), "label": label}
+        case.fields = {"text": parse_text(case.fields, text_column), "label": label}
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each text, with its likeliest label and that label's probability. All ranks must call.

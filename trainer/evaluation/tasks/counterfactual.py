@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, show_value, text_of
+from trainer.data.fields import Refusal, parse_text, show_value
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question, softmax
 from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
@@ -100,10 +100,10 @@ class Counterfactual(Task):
         fields = case.fields
         completion = None
         if fields.get("completion") is not None:
-            completion = text_of(fields, "completion")
+            completion = parse_text(fields, "completion")
         texts = fields.get("texts")
         if texts is None:
-            variants = list(self._fill_template(text_of(fields, "template"), fields.get("attribute")))
+            variants = list(self._fill_template(parse_text(fields, "template"), fields.get("attribute")))
         elif _is_text_by_group(texts):
             variants = [Variant(group, text, 0, {}) for group, text in texts.items()]
         else:

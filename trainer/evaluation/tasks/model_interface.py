@@ -170,7 +170,7 @@ class ModelInterface:
         """
         self._stop_if_only_checking()
         from strategies.runtime import gather_objects
-        from trainer.data.batches.cutting import cut_of
+        from trainer.data.batches.cutting import sequence_cut
         from trainer.data.batches.loader import EvalShare, eval_batches, eval_plan
 
         cache_key = (id(dataset), max_rows)
@@ -178,7 +178,7 @@ class ModelInterface:
             return self.cached_losses[cache_key]
         # One sequence in a micro-batch, so that the sums of a batch are those of a sequence.
         runtime = self.runtime
-        cut = cut_of(runtime)
+        cut = sequence_cut(runtime)
         share = EvalShare(1, runtime.reader, runtime.readers, max_rows, cut=cut)
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)
         own_losses: dict[int, tuple[float, float]] = {}

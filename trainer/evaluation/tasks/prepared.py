@@ -11,7 +11,7 @@ from strategies.errors import ConfigError
 from trainer.data.config import DataConfig, LearnConfig
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, PreparedData, keep_or_first_date
-from trainer.data.sources import inputs_of, readers_of
+from trainer.data.sources import find_inputs, make_row_readers
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 from trainer.data.tokens.clock import TemplateDate
@@ -115,7 +115,7 @@ def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bo
     elif isinstance(task, HeldOut):
 
         def open_readers(data: DataConfig) -> object:
-            return readers_of(inputs_of(data), preferred=context.data_spec.formats)
+            return make_row_readers(find_inputs(data), preferred=context.data_spec.formats)
 
         _read_as_training_data(task, open_readers, context)
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from strategies.errors import ConfigError
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, text_of
+from trainer.data.fields import Refusal, parse_text
 from trainer.evaluation.tasks.base import Case, Task
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 from trainer.evaluation.tasks.texts import split_location
@@ -104,12 +104,12 @@ def prompt_of(fields: dict[str, Any]) -> str:
     column = column_by_lower_name[known_columns[0]] if known_columns else "prompt"
     prompt = fields.get(column)
     if isinstance(prompt, dict) and "text" in prompt:  # RealToxicityPrompts
-        return text_of(prompt, "text")
+        return parse_text(prompt, "text")
     if column not in fields:
         raise Refusal(
             "no_prompt", f"none of the columns {', '.join(PROMPT_COLUMNS)} is there; the row has {sorted(fields)}"
         )
-    text = text_of(fields, column)
+    text = parse_text(fields, column)
     context_column = column_by_lower_name.get("contextstring", "")
     context = str(fields.get(context_column, "") or "").strip()
     return f"{context}\n\n---\n\n{text}" if context else text

@@ -13,9 +13,9 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Rejected, Row
 from trainer.data.fields import Fault, Refusal, value_at
-from trainer.data.formats import RowReader, recognise
+from trainer.data.formats import RowReader, recognise_format
 from trainer.data.read.origin import Origin
-from trainer.data.read.paths import expand, is_hub
+from trainer.data.read.paths import expand_paths, is_hub_path
 from trainer.evaluation.tasks.base import Case, Task
 
 MAX_LISTED_ROWS = 5
@@ -80,9 +80,9 @@ def _file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
     the reader of a training format makes of the row. Raises ConfigError for a bad path, DataError for a row that cannot be read.
     """
     key = f"{task.key}.path"
-    files = expand(task.config.path, key, remote=remote)
+    files = expand_paths(task.config.path, key, remote=remote)
     for path in files:
-        if is_hub(path):
+        if is_hub_path(path):
             raise ConfigError(f"{key}={path}: would be fetched from a hub; download its files and give their path")
     rows: Iterator[Row] = (_parse_row(row) for row in Origin(key, files).rows())
     has_own_columns = task.needs_path and not task.reads_documents
@@ -146,7 +146,7 @@ def _document_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
     try:
         format = config.format
         if format is DataFormat.auto:
-            format = recognise(first, config.columns, source=task.name, preferred=task.formats)
+            format = recognise_format(first, config.columns, source=task.name, preferred=task.formats)
         reader = RowReader(format, config.columns, source=task.name).take_all()
     except (DataError, ConfigError) as error:
         raise type(error)(with_task_keys(str(error))) from None

@@ -17,7 +17,7 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.document import Row
-from trainer.data.fields import Refusal, show_value, text_of
+from trainer.data.fields import Refusal, parse_text, show_value
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import texts_after, whole_texts
@@ -104,21 +104,21 @@ class Stereotype(Task):
         """
         fields = case.fields
         if "sent_more" in fields:
-            texts = [text_of(fields, "sent_more"), text_of(fields, "sent_less")]
+            texts = [parse_text(fields, "sent_more"), parse_text(fields, "sent_less")]
         elif "sentences" in fields:
             texts = _sentences_by_label(fields["sentences"])
         else:
             anti_column = "anti-stereotype" if "anti-stereotype" in fields else "anti_stereotype"
-            texts = [text_of(fields, "stereotype"), text_of(fields, anti_column)]
+            texts = [parse_text(fields, "stereotype"), parse_text(fields, anti_column)]
             if fields.get("unrelated") is not None:
-                texts.append(text_of(fields, "unrelated"))
+                texts.append(parse_text(fields, "unrelated"))
         if texts[0] == texts[1]:
             raise Refusal("same_texts", f"both sentences are {show_value(texts[0])}; they must differ")
 
         context = ""
         # The context of an intrasentence row is the sentence itself with a gap in it.
         if fields.get("context") is not None and fields.get("type") != "intrasentence":
-            context = text_of(fields, "context").strip()
+            context = parse_text(fields, "context").strip()
         groups = []
         for name in ("bias_type", "type", "stereo_antistereo"):
             if fields.get(name):
@@ -282,7 +282,7 @@ def _sentences_by_label(sentences: Any) -> list[str]:
         label = sentence.get("gold_label")
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(NUMBERED):
             label = NUMBERED[label]
-        text_by_label[label] = text_of(sentence, "sentence")
+        text_by_label[label] = parse_text(sentence, "sentence")
     if {*text_by_label} != {*LABELS}:
         raise Refusal(
             "bad_sentences",

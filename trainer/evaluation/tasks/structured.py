@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from strategies.errors import DataError
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, show_value, text_of
-from trainer.data.messages import turns_of
+from trainer.data.fields import Refusal, parse_text, show_value
+from trainer.data.messages import parse_turns
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import row_of_draws, texts_by_prompt
@@ -202,12 +202,12 @@ class JsonSchema(Task):
         file_name, _, line = case.location.rpartition(":")
         case.document = Document(file_name, int(line))
         if "messages" in fields:
-            turns = turns_of(fields["messages"], "messages", "a list of messages")
+            turns = parse_turns(fields["messages"], "messages", "a list of messages")
             if turns[-1]["role"] == "assistant":
                 turns.pop()
             case.document.messages = [*turns, {"role": "assistant", "content": "{}"}]
         else:
-            case.document.prompt = text_of(fields, "prompt")
+            case.document.prompt = parse_text(fields, "prompt")
             case.document.completion = "{}"
         case.fields = {"schema": schema}
 

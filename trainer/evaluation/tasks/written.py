@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trainer.data.fields import Refusal, is_texts, show_value
+from trainer.data.fields import Refusal, is_list_of_texts, show_value
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of
 from trainer.evaluation.tasks.compat import weighted_score
@@ -50,7 +50,7 @@ class WrittenTask(Task):
         if answer is None:
             raise Refusal("no_answer", "the row is a text, or a pair of answers; it must be a prompt and its answer")
         more_answers = case.fields.get(REFERENCES)
-        if more_answers is not None and not is_texts(more_answers):
+        if more_answers is not None and not is_list_of_texts(more_answers):
             raise Refusal("bad_references", f'"{REFERENCES}" is {show_value(more_answers)}; it must be a list of texts')
         case.fields = {REFERENCES: [answer["content"].strip(), *(more_answers or [])]}
 

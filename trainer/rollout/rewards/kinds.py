@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from strategies.extras import install_command
 from trainer.data.fields import Refusal
-from trainer.data.messages import turns_of
+from trainer.data.messages import parse_turns
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import Case
 from trainer.evaluation.tasks.structured import Maths, ToolCalls, check_json, final_result, parse_tool_calls
@@ -232,7 +232,7 @@ class ToolCallsReward(RewardKind):
         """
         if isinstance(columns.get("messages"), list):
             try:
-                last_turn = turns_of(columns["messages"], "messages", "")[-1]
+                last_turn = parse_turns(columns["messages"], "messages", "")[-1]
             except Refusal as refusal:
                 raise BadScore(refusal.message) from None
             if last_turn["role"] == "assistant":

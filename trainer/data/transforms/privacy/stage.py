@@ -48,7 +48,7 @@ KEY_CHARACTERS = 16
 """Least length of a pseudonym key: short keys can be tried out, and then every pseudonym can be undone."""
 
 
-def coverage(config: PrivacyConfig) -> dict[str, Any]:
+def privacy_coverage(config: PrivacyConfig) -> dict[str, Any]:
     """For the audit: `looked_for`, a list of types, and `not_looked_for`, every other known type with the reason.
 
     Example: {"looked_for": ["EMAIL", "PHONE"], "not_looked_for": {"PERSON": "needs data.privacy.engine=presidio", ...}}.
@@ -77,7 +77,7 @@ class PersonalDataFinder:
     """Finds personal data in texts as the settings ask. Raises ConfigError if packages are missing."""
 
     def __init__(self, config: PrivacyConfig) -> None:
-        self.types = frozenset(coverage(config)["looked_for"])
+        self.types = frozenset(privacy_coverage(config)["looked_for"])
         self.min_score = config.min_score
         self.regions = tuple(config.regions)
         self.allow = [re.compile(pattern) for pattern in config.allow]
@@ -327,7 +327,7 @@ def problems(config: PrivacyConfig) -> Iterator[str]:
     """What is wrong with the settings: types and regions that are not known, types nothing looks for, a missing key."""
     if config.mode == PrivacyMode.none:
         return
-    not_looked_for = coverage(config)["not_looked_for"]
+    not_looked_for = privacy_coverage(config)["not_looked_for"]
     remedies = {
         "needs data.privacy.engine=presidio": f"set it ({install_command('pii')}), or leave the type out",
         "found by no engine": "leave it out; LOCATION finds places in addresses with data.privacy.engine=presidio",
